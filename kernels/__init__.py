@@ -1,0 +1,12 @@
+"""MicroAttention: attention of some queries over one worker's KV blocks, and the exact merge of partial results.
+
+One contract (:func:`micro_attention`, :func:`merge_into`, :func:`merge`), several implementations; this package imports
+nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+from .dispatch import IMPLEMENTATIONS, Choice, choose, micro_attention
+from .merge import merge, merge_into
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "choose", "merge", "merge_into", "micro_attention"]

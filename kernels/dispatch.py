@@ -1,0 +1,115 @@
+"""Which MicroAttention implementation serves a device, dtype and shape, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from . import reference, torch_kernel
+from .contract import Call, check_call
+
+Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Choice(NamedTuple):
+    """Name of the implementation that serves a case, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+IMPLEMENTATIONS: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run}
+
+
+@lru_cache(maxsize=256)
+def choose(
+    device_type: str, kv_dtype: torch.dtype, head_dim: int, block_tokens: int, override: str | None = None
+) -> Choice:
+    """Say which implementation serves a case.
+
+    Parameters
+    ----------
+    device_type
+        ``"cpu"`` or ``"cuda"``: where the pool lives.
+    kv_dtype, head_dim, block_tokens
+        Of the pool.
+    override
+        Name of the implementation to use instead of the best one.
+
+    Raises
+    ------
+    ValueError
+        ``override`` is unknown.
+    """
+    if override is not None:
+        if override not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {override!r}")
+        return Choice(override, "asked for by the caller")
+    return Choice("torch", "always there")
+
+
+def micro_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    query_offsets: torch.Tensor | None = None,
+    causal: bool = False,
+    q_start: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+    threads: int | None = None,
+    implementation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a ragged batch of queries over one shard of paged KV: the paper's MicroAttention.
+
+    Parameters
+    ----------
+    q
+        Queries of all rows one after the other, [tokens, heads, d], bfloat16, float16 or float32.
+    k_pool, v_pool
+        [blocks, kv_heads, block_tokens, d], the dtype of ``q`` or int8; any stride between blocks, contiguous inside
+        a block. ``heads`` is a multiple of ``kv_heads``, ``d`` a multiple of 8.
+    block_tables
+        int32 [rows, max_blocks]: the blocks of each row in order. Entries past ``lengths`` are never read.
+    lengths
+        int32 [rows]: visible tokens of each row; 0 is allowed.
+    scale
+        Factor of the scores, usually ``d ** -0.5``.
+    query_offsets
+        int32 [rows + 1]: row r has the queries ``query_offsets[r]`` to ``query_offsets[r + 1]``. None: one per row.
+        Many sequences that share a prefix are one row over the prefix with all their queries: it is read once.
+    causal, q_start
+        With ``causal``, query i of row r sees shard positions up to ``q_start[r] + i`` (int32 [rows]); a value at or
+        past the end sees everything, a negative sum sees nothing.
+    k_scales, v_scales
+        float32 [blocks, kv_heads], for int8 pools: a block's values are ``int8 * scale``.
+    threads
+        CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
+    implementation
+        Name from :data:`IMPLEMENTATIONS` instead of the one that :func:`choose` picks.
+
+    Returns
+    -------
+    tuple
+        (out float32 [tokens, heads, d], lse float32 [tokens, heads], natural logarithm). A query that sees no key
+        gets (0, -inf).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input; the message names the argument and what was expected.
+    """
+    call = Call(
+        q, k_pool, v_pool, block_tables, lengths, scale, query_offsets, causal, q_start, k_scales, v_scales,
+        torch.get_num_threads() if threads is None else threads,
+    )  # fmt: skip
+    check_call(call)
+    choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2], implementation)
+    return IMPLEMENTATIONS[choice.name](call)

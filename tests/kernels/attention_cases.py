@@ -1,0 +1,122 @@
+"""Cases of the MicroAttention contract and the one check that every implementation passes (CPU, interpreter, GPU)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from distkv_dask.kernels import micro_attention
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch: ``lengths`` visible tokens and ``queries`` per row (None: decode, one per row)."""
+
+    name: str
+    lengths: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
+    causal: bool = False
+    starts: tuple[int, ...] | None = None
+    kv_heads: int = 2
+    group: int = 2
+    d: int = 64
+    block_tokens: int = 16
+    logits: float = 1.0
+    int8: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("decode-one-token", (1,)),
+    Case("decode-nothing-visible", (0, 0)),
+    Case("decode-ragged-with-an-empty-row", (5, 0, 33, 100)),
+    Case("decode-block-edges", (15, 16, 17, 31, 32, 33, 64)),
+    Case("decode-long-split-over-threads", (700,), group=3, kv_heads=3),
+    Case("decode-no-groups", (40, 7), group=1),
+    Case("decode-wide-group", (70,), kv_heads=1, group=12),
+    Case("decode-head-dim-80", (50, 3), d=80),
+    Case("decode-head-dim-96", (50, 3), d=96),
+    Case("decode-head-dim-128", (50, 130), d=128, group=4),
+    Case("decode-head-dim-256", (50,), d=256, kv_heads=1),
+    Case("decode-head-dim-8", (50,), d=8),
+    Case("decode-blocks-of-64", (200, 63), block_tokens=64),
+    Case("decode-blocks-of-1", (9, 2), block_tokens=1),
+    Case("decode-logits-1e4", (90,), logits=1e4),
+    Case("decode-causal-one-per-row", (20, 30), causal=True, starts=(19, 10)),
+    Case("decode-int8", (75, 18), int8=True),
+    Case("prefill-causal-own-chunk", (48,), (48,), causal=True, starts=(0,)),
+    Case("prefill-causal-after-earlier-tokens", (90, 40), (20, 7), causal=True, starts=(70, 33)),
+    Case("prefill-full-over-an-earlier-span", (77, 0), (33, 5)),
+    Case("prefill-rows-without-queries", (30, 12, 9), (4, 0, 3)),
+    Case("prefill-first-queries-see-nothing", (30,), (40,), causal=True, starts=(-10,)),
+    Case("prefill-start-past-the-end", (30,), (6,), causal=True, starts=(500,)),
+    Case("prefill-head-dim-80", (70,), (37,), causal=True, starts=(33,), d=80, group=3),
+    Case("prefill-head-dim-128", (130,), (70,), causal=True, starts=(60,), d=128, block_tokens=64),
+    Case("prefill-head-dim-256", (40,), (18,), d=256, kv_heads=1),
+    Case("prefill-head-dim-8", (40,), (18,), d=8),
+    Case("prefill-logits-1e4", (90,), (30,), causal=True, starts=(60,), logits=1e4),
+    Case("prefill-int8", (75,), (30,), causal=True, starts=(45,), int8=True),
+    Case("shared-prefix-of-16-questions", (333, 20), (16, 2), group=3),
+]
+
+
+def build(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+    """Tensors of a case as keyword arguments of micro_attention; unused blocks and tails hold NaN, as a trap."""
+    rng = torch.Generator().manual_seed(seed)
+    rows, bt, d = len(case.lengths), case.block_tokens, case.d
+    per_row = [-(-n // bt) for n in case.lengths]
+    blocks = sum(per_row) + 3
+    order = torch.randperm(blocks, generator=rng)
+    # As in the worker's pool: the layers of one block lie together, so a layer's view strides over the others.
+    storage = torch.randn(blocks, 2, 2, case.kv_heads, bt, d, generator=rng)
+    tables = torch.full((rows, max(per_row, default=0) + 1), -7, dtype=torch.int32)
+    used = torch.zeros(blocks, bt, dtype=torch.bool)
+    for row, count in enumerate(per_row):
+        ids = order[sum(per_row[:row]) :][:count]
+        tables[row, :count] = ids.int()
+        tail = case.lengths[row] - torch.arange(count)[:, None] * bt
+        used[ids] = torch.arange(bt) < tail
+    arguments: dict[str, Any] = {"scale": d**-0.5, "causal": case.causal}
+    if case.int8:
+        arguments["k_scales"], arguments["v_scales"] = torch.rand(2, blocks, case.kv_heads, generator=rng) / 50
+        storage = (storage * 40).clamp(-127, 127).to(torch.int8)
+    else:
+        storage = storage.masked_fill(~used[:, None, None, None, :, None], torch.nan).to(dtype)
+    counts = (1,) * rows if case.queries is None else case.queries
+    if case.queries is not None:
+        arguments["query_offsets"] = torch.tensor([0, *counts]).cumsum(0).int()
+    if case.starts is not None:
+        arguments["q_start"] = torch.tensor(case.starts, dtype=torch.int32)
+    q = torch.randn(sum(counts), case.kv_heads * case.group, d, generator=rng) * case.logits
+    arguments |= {
+        "q": q.to(dtype),
+        "k_pool": storage[:, 1, 0],
+        "v_pool": storage[:, 1, 1],
+        "block_tables": tables,
+        "lengths": torch.tensor(case.lengths, dtype=torch.int32),
+    }
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cpu", **options: Any) -> None:
+    """Compare an implementation with the float64 reference on the same (rounded) input."""
+    arguments = build(case, dtype, device=device)
+    out, lse = micro_attention(**arguments, **options, implementation=implementation)
+    expected_out, expected_lse = micro_attention(**arguments, implementation="reference")
+    assert out.dtype == lse.dtype == torch.float32
+    assert out.shape == arguments["q"].shape
+    assert lse.shape == out.shape[:2]
+    blind = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, blind)
+    assert not out[blind].any()
+    seen_out, seen_lse = expected_out[~blind], expected_lse[~blind]
+    # fp32 rounding of a score grows with the score, and exp turns it into a relative error of a weight.
+    tolerance = TOLERANCE[dtype] * max(1.0, case.logits / 50)
+    scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
+    torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=TOLERANCE[dtype])
