@@ -1,0 +1,176 @@
+"""Configuration: Dask's, checked against a schema and read once into a frozen value.
+
+Defaults stand in ``distkv.yaml`` and are registered with :mod:`dask.config` on import. ``dask.config`` (files and
+:func:`dask.config.set`), environment variables (``DASK_DISTKV__WINDOW__STEPS=8``) and the arguments of
+:meth:`Config.load` override them in that order. Which keys there are and what they may hold is written in
+``distkv-schema.yaml`` alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from numbers import Integral, Real
+from typing import Any
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+from jsonschema import Draft202012Validator
+
+from distkv_dask.errors import ConfigError
+
+ROOT = "distkv"
+"""The name under which all keys stand in Dask's configuration."""
+
+Schema = Mapping[str, Any]
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load(files("distkv_dask").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _leaves(section: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    for name, schema in section["properties"].items():
+        key = f"{path}.{name}"
+        if "properties" in schema:
+            yield from _leaves(schema, key)
+        else:
+            yield key, schema
+
+
+_SCHEMA: Schema = _read("distkv-schema.yaml")["properties"][ROOT]
+_KEYS: dict[str, Schema] = dict(_leaves(_SCHEMA, ROOT))
+
+_DEFAULTS = _read("distkv.yaml")
+
+dask.config.update_defaults(_DEFAULTS)
+
+
+def _key(key: str) -> Any:
+    return field(metadata={"key": f"{ROOT}.{key}"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The settings of one engine; build it with :meth:`load`.
+
+    Parameters
+    ----------
+    kv_memory
+        KV memory of each worker in bytes, or None for half of the worker's memory limit.
+    block_tokens
+        Tokens in a block, a power of two.
+    threads
+        Compute threads of each of a worker's two lanes, or None for the worker's own number of threads.
+    prefill_chunk_tokens
+        Tokens of a prompt computed at once.
+    window_steps, window_seconds
+        A decode window ends after this many steps or about this many seconds, whichever comes first.
+    window_batch
+        Sequences that one home decodes together.
+    timeout_open, timeout_start, timeout_receive, timeout_close
+        Time limits in seconds: opening an engine, starting a gang, silence of a peer, closing an engine.
+    """
+
+    kv_memory: int | None = _key("kv-memory")
+    block_tokens: int = _key("block-tokens")
+    threads: int | None = _key("threads")
+    prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
+    window_steps: int = _key("window.steps")
+    window_seconds: float = _key("window.seconds")
+    window_batch: int = _key("window.batch")
+    timeout_open: float = _key("timeouts.open")
+    timeout_start: float = _key("timeouts.start")
+    timeout_receive: float = _key("timeouts.receive")
+    timeout_close: float = _key("timeouts.close")
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Config:
+        """Read Dask's configuration as it is now, replace what ``overrides`` give, and check everything.
+
+        Parameters
+        ----------
+        **overrides
+            Values by field name (``window_steps=8``), numbers or text with a unit as in the YAML file. None leaves the
+            configured value.
+
+        Raises
+        ------
+        ConfigError
+            On an unknown key or argument, or a value that is not allowed.
+        """
+        names = {f.name: f.metadata["key"] for f in fields(cls)}
+        given = _flatten(_DEFAULTS[ROOT], ROOT, _SCHEMA) | _flatten(dask.config.get(ROOT, {}), ROOT, _SCHEMA)
+        values = {name: _checked(key, given[key], key) for name, key in names.items() if overrides.get(name) is None}
+        for name, value in overrides.items():
+            if name not in names:
+                raise ConfigError(f"{name} is not a setting.{_nearest(name, names)}")
+            if value is not None:
+                values[name] = _checked(names[name], value, f"{names[name]} (argument {name})")
+        return cls(**values)
+
+
+def _flatten(given: Any, path: str, section: Schema) -> dict[str, Any]:
+    """Full key -> raw value of one section; a key may be spelled with ``_`` for ``-``, as everywhere in Dask."""
+    properties = section["properties"]
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{path} is {given!r}, but must be a section with the keys {', '.join(properties)}.")
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        name = str(name).replace("_", "-")
+        key = f"{path}.{name}"
+        if name not in properties:
+            raise ConfigError(f"{key} is not a setting.{_nearest(key, _KEYS)}")
+        flat |= _flatten(value, key, properties[name]) if "properties" in properties[name] else {key: value}
+    return flat
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else f" Settings are: {', '.join(known)}."
+
+
+def _checked(key: str, given: Any, label: str) -> Any:
+    """``given`` as the number (or None) that it stands for; ConfigError if the schema does not allow it."""
+    schema = _KEYS[key]
+    value = _number(given, schema.get("unit"))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, str) or not finite or not Draft202012Validator(schema).is_valid(value):
+        raise ConfigError(f"{label} is {given!r}, but must be {_allowed(schema)}.")
+    if value is None:
+        return None
+    return float(value) if "number" in schema["type"] else int(value)
+
+
+def _number(given: Any, unit: str | None) -> Any:
+    """Text with a unit as a number, numbers of other libraries as Python's; anything else unchanged."""
+    if isinstance(given, bool):
+        return given
+    if isinstance(given, Integral):
+        return int(given)
+    if isinstance(given, Real):
+        return float(given)
+    if isinstance(given, str) and unit and any(character.isdigit() for character in given):
+        try:
+            return parse_bytes(given) if unit == "bytes" else float(parse_timedelta(given))
+        except (ValueError, KeyError, OverflowError):
+            return given
+    return given
+
+
+def _allowed(schema: Schema) -> str:
+    """What ``schema`` allows, in words."""
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    if "enum" in schema:
+        text = f"one of {', '.join(map(str, schema['enum']))}"
+    else:
+        text = "a whole number" if "integer" in kinds else "a number"
+        if "unit" in schema:
+            example = {"bytes": "64 MiB", "seconds": "2 minutes"}[schema["unit"]]
+            text += f' of {schema["unit"]} or text such as "{example}",'
+        text += f" of at least {schema['minimum']}" if "minimum" in schema else f" above {schema['exclusiveMinimum']}"
+    return f"{text}, or null" if "null" in kinds else text
