@@ -1,0 +1,229 @@
+"""What all processes share: requests, placements, gangs and results, as frozen values that travel.
+
+Units: positions and lengths are tokens, times are seconds, memory is bytes. A worker is named by its Dask address.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from distkv_dask.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+Message = dict[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Parameters
+    ----------
+    max_new_tokens
+        Upper bound on generated tokens, at least 1.
+    temperature
+        0 is greedy; otherwise logits are divided by it before sampling.
+    top_p, top_k, min_p
+        Nucleus, top-k and min-p filters, applied in the order of Hugging Face's logits warpers
+        (temperature, top-k, top-p, min-p). ``top_p=1``, ``top_k=0`` and ``min_p=0`` switch a filter off.
+    repetition_penalty
+        As in CTRL (arXiv 1909.05858): over prompt and generated tokens; 1 is none.
+    seed
+        Draws depend on (seed, position) alone, so a retried window draws the same tokens. None picks one at random.
+    stop
+        Strings at which generation ends; the text ends before the first of them.
+    ignore_eos
+        Go on after the model's end-of-sequence token.
+
+    Raises
+    ------
+    InvalidRequestError
+        On a value outside its range; the message names the parameter.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value, and bring numbers and ``stop`` to the declared types."""
+        put = partial(object.__setattr__, self)  # the one way to normalise a field of a frozen dataclass
+        put("max_new_tokens", _whole("max_new_tokens", self.max_new_tokens, low=1))
+        put("temperature", _real("temperature", self.temperature, "at least 0", lambda x: x >= 0))
+        put("top_p", _real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1))
+        put("top_k", _whole("top_k", self.top_k, low=0))
+        put("min_p", _real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1))
+        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0))
+        if self.seed is not None:
+            put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
+        put("stop", _strings("stop", self.stop))
+        if not isinstance(self.ignore_eos, bool):
+            raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Contiguous token range ``[start, stop)`` of a sequence held by one worker (its reserved room, filled or not)."""
+
+    worker: str
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the span has room for."""
+        return self.stop - self.start
+
+    def filled(self, length: int) -> int:
+        """Number of this span's tokens that lie below sequence length ``length``."""
+        return max(0, min(length, self.stop) - self.start)
+
+
+Placement = tuple[Span, ...]
+"""Ordered, gapless spans of one sequence, from token 0; at most one span per worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a worker's holder lane listens for channels."""
+
+    worker: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """The Dask tasks, one per member worker, that run one decode window or one prefill chunk together.
+
+    ``number`` is unique in a gManager's life and stands in every frame on the wire; ``name`` is what people read on the
+    dashboard; ``epoch`` is the placement version the gang was planned with.
+    """
+
+    engine: str
+    number: int
+    name: str
+    epoch: int
+    home: str
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """What a home needs to decode a sequence: committed facts only, so that a window can be retried from it.
+
+    ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
+    ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, else nothing.
+    """
+
+    sequence: int
+    placement: Placement
+    length: int
+    last_token: int
+    remaining: int
+    sampling: SamplingParams
+    history: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One chunk of one prompt: ``tokens`` are computed by ``gang.home``, whose span holds their KV.
+
+    ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
+    carries the first generated token.
+    """
+
+    gang: Gang
+    sequence: int
+    placement: Placement
+    start: int
+    tokens: tuple[int, ...]
+    sampling: SamplingParams | None = None
+    history: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWindow:
+    """Up to ``steps`` decode steps, or about ``seconds``, over the sequences that joined the home."""
+
+    gang: Gang
+    window: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """What a window generated: new token ids by sequence, and why those that ended did."""
+
+    tokens: dict[int, list[int]]
+    finished: dict[int, FinishReason]
+    steps: int
+    seconds: float
+    waiting: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds a request spent waiting for room, in prefill (to its first token), and in decode."""
+
+    queued: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt.
+
+    ``token_ids`` are the generated ids (without the end-of-sequence token that ended them), ``placement`` says where
+    the sequence's KV lay, ``error`` is the error's text when ``finish_reason`` is ``"error"``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    error: str | None = None
+    timings: Timings = field(default_factory=Timings)
+    placement: Placement = ()
+
+
+def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
+        return int(value)
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise _refusal(name, value, f"a whole number {limits}")
+
+
+def _real(name: str, value: object, limits: str, within: Callable[[float], bool]) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond any float
+        number = math.inf
+    if math.isfinite(number) and within(number):
+        return number
+    raise _refusal(name, value, f"a finite number {limits}")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings):
+        return tuple(strings)
+    raise _refusal(name, value, "a string that is not empty, or a list of such strings")

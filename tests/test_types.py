@@ -1,0 +1,74 @@
+"""SamplingParams: what users may ask for, and what they are told when they ask for something else."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.types import SamplingParams, Span
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("max_new_tokens", 1, 1),
+        ("max_new_tokens", np.int64(7), 7),
+        ("temperature", 0, 0.0),
+        ("temperature", np.float32(0.5), 0.5),
+        ("top_p", 1, 1.0),
+        ("top_p", 1e-9, 1e-9),
+        ("top_k", 0, 0),
+        ("min_p", 0, 0.0),
+        ("min_p", 1, 1.0),
+        ("repetition_penalty", 0.5, 0.5),
+        ("seed", None, None),
+        ("seed", 0, 0),
+        ("seed", 2**63 - 1, 2**63 - 1),
+        ("stop", "\n", ("\n",)),
+        ("stop", ["a", "b"], ("a", "b")),
+        ("stop", ("a",), ("a",)),
+        ("stop", [], ()),
+        ("ignore_eos", True, True),
+    ],
+)
+def test_an_allowed_value_is_kept_in_its_declared_type(name, given, kept):
+    value = getattr(SamplingParams(**{name: given}), name)
+    assert value == kept
+    assert type(value) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("max_new_tokens", [0, -1, 1.0, 1.5, NAN, "8", None, True], "a whole number of at least 1"),
+        ("temperature", [-0.1, NAN, INF, -INF, "hot", None, False, 10**400], "a finite number at least 0"),
+        ("top_p", [0, -0.1, 1.1, NAN, None, True], "a finite number above 0 and at most 1"),
+        ("top_k", [-1, 1.0, NAN, None, True], "a whole number of at least 0"),
+        ("min_p", [-0.1, 1.1, NAN, None, True], "a finite number from 0 to 1"),
+        ("repetition_penalty", [0, -1, NAN, INF, None, True], "a finite number above 0"),
+        ("seed", [-1, 2**63, 0.5, "x", True], f"a whole number from 0 to {2**63 - 1}"),
+        ("stop", ["", [""], [1], None, 3, b"x"], "a string that is not empty, or a list of such strings"),
+        ("ignore_eos", [1, "yes", None], "True or False"),
+    ],
+)
+def test_a_wrong_value_names_parameter_value_and_range(name, values, allowed):
+    for value in values:
+        with pytest.raises(InvalidRequestError) as refusal:
+            SamplingParams(**{name: value})
+        assert str(refusal.value) == f"{name} is {value!r}, but must be {allowed}."
+
+
+def test_params_travel_and_compare_as_values():
+    params = SamplingParams(temperature=0.7, seed=1, stop=["."])
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert hash(params) == hash(SamplingParams(temperature=0.7, seed=1, stop=(".",)))
+
+
+@pytest.mark.parametrize(("length", "filled"), [(0, 0), (4, 0), (5, 1), (8, 4), (100, 4)])
+def test_a_span_counts_only_tokens_below_the_length(length, filled):
+    assert Span("tcp://a", 4, 8).filled(length) == filled
