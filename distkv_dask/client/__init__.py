@@ -1,0 +1,1 @@
+"""What runs with the user: the engine. Never imports torch."""

@@ -1,0 +1,13 @@
+"""What every test gets: no network, one compute thread, Dask's fixtures that notice what is left behind."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch and huggingface_hub are first imported, hence before all imports; worker processes inherit them.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from distributed.utils_test import cleanup, loop, loop_in_thread
+
+__all__ = ["cleanup", "loop", "loop_in_thread"]

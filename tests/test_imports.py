@@ -1,0 +1,89 @@
+"""Imports point one way, and what runs beside the user or in the scheduler never pulls in torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+# Folder of the package -> the folders of ours that it may import. "ground" is every module outside the folders.
+ALLOWED = {
+    "ground": {"ground"},
+    "kernels": {"kernels"},
+    "graphs": {"graphs", "ground"},
+    "worker": {"worker", "ground", "kernels", "graphs"},
+    "scheduler": {"scheduler", "ground", "graphs"},
+    "client": {"client", "ground"},
+}
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"cupy": "cupy-cuda12x", "huggingface_hub": "huggingface-hub", "ucxx": "ucxx-cu12", "yaml": "pyyaml"}
+# Where one process names the plugin that it installs in another.
+INSTALLS = {"scheduler": "distkv_dask.worker.rmanager", "client": "distkv_dask.scheduler.gmanager"}
+
+
+def sources():
+    """Every module of the package as a path relative to the checkout, symbolic links followed."""
+    found = os.walk(ROOT / "distkv_dask", followlinks=True)
+    return sorted((Path(at) / name).relative_to(ROOT) for at, _, names in found for name in names if name[-3:] == ".py")
+
+
+def folder(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "ground"
+
+
+def imported(source):
+    """Full names of all modules that ``source`` imports at run time (imports for type checkers do not count)."""
+    tree = ast.parse((ROOT / source).read_text())
+    typing_only = {n for node in ast.walk(tree) if is_type_checking(node) for stmt in node.body for n in ast.walk(stmt)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in typing_only:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node not in typing_only:
+            base = source.parent.parts[: len(source.parent.parts) - node.level + 1] if node.level else ()
+            module = ".".join((*base, node.module) if node.module else base)
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "distkv_dask" else [module]
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("source", sources(), ids=str)
+def test_imports_point_one_way(source):
+    if source == Path("distkv_dask/__init__.py"):
+        return  # the public names, gathered from everywhere
+    home = folder(".".join(source.with_suffix("").parts))
+    ours = [name for name in imported(source) if name.split(".")[0] == "distkv_dask"]
+    wrong = [name for name in ours if folder(name) not in ALLOWED[home] and name != INSTALLS.get(home)]
+    assert not wrong, f"{source} ({home}) may import only {sorted(ALLOWED[home])}"
+
+
+@pytest.mark.parametrize("process", ["scheduler", "client"])
+def test_scheduler_and_client_start_without_torch(process):
+    names = [".".join(s.with_suffix("").parts).removesuffix(".__init__") for s in sources() if s.parts[1] == process]
+    code = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_package_declares_what_it_imports_and_nothing_more():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {Requirement(line).name for line in project["dependencies"]}
+    optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
+    tops = {name.split(".")[0] for source in sources() for name in imported(source)}
+    used = {DISTRIBUTIONS.get(name, name) for name in tops - sys.stdlib_module_names - {"distkv_dask"}}
+    assert used <= required | optional
+    assert required <= used
+
+
+def test_only_two_files_depend_on_dasks_private_test_tools():
+    users = {p.name for p in (ROOT / "tests").rglob("*.py") if "from distributed.utils_test import" in p.read_text()}
+    assert users - {Path(__file__).name} == {"conftest.py", "_cluster.py"}
