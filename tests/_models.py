@@ -1,0 +1,104 @@
+"""Tiny models with random weights, one per family, and what plain transformers generates with them.
+
+Weights are drawn wide so that greedy tokens are well separated and vary: token-exact comparisons mean something then.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCAB = 499
+MAX_POSITIONS = 4096
+
+
+def _config(kind: str, heads: int, kv_heads: int, head_dim: int, **settings: object) -> transformers.PreTrainedConfig:
+    common: dict[str, object] = {
+        "vocab_size": VOCAB,
+        "hidden_size": heads * head_dim if kind == "Phi3" else 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return getattr(transformers, f"{kind}Config")(**common, **settings)
+
+
+FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "llama-mha": lambda: _config("Llama", 4, 4, 64),
+    "llama-gqa": lambda: _config("Llama", 6, 2, 64),
+    "llama-mqa": lambda: _config("Llama", 4, 1, 80, num_hidden_layers=2),
+    "qwen2": lambda: _config("Qwen2", 4, 2, 80),
+    "qwen3": lambda: _config("Qwen3", 4, 2, 128),
+    "mistral": lambda: _config("Mistral", 4, 2, 128, sliding_window=None),
+    "phi3": lambda: _config("Phi3", 4, 2, 64, original_max_position_embeddings=MAX_POSITIONS),
+    "qwen3-moe": lambda: _config(
+        "Qwen3Moe", 4, 2, 64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=4
+    ),
+    "mixtral": lambda: _config("Mixtral", 4, 4, 64, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2),
+}
+"""Name of a tiny model -> its configuration."""
+
+_saved = tempfile.TemporaryDirectory(prefix="distkv-models-")
+
+
+@cache
+def model_dir(family: str) -> Path:
+    """Return the directory of the tiny model called ``family``, saved in float32 on first use in the test session."""
+    return save_model(FAMILIES[family](), family)
+
+
+def save_model(config: transformers.PreTrainedConfig, name: str) -> Path:
+    """Save a model with random weights (always the same ones) and no tokenizer."""
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    target = Path(_saved.name) / name
+    model.save_pretrained(target)
+    return target
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Greedy tokens of one prompt, and the float32 logits [new tokens, vocab] they were chosen from."""
+
+    tokens: list[int]
+    logits: Tensor
+
+
+def reference_generate(
+    model: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str = "sdpa"
+) -> list[Reference]:
+    """Generate greedily with plain transformers in float32, one prompt at a time, ignoring the end-of-sequence token."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
+    found = []
+    for prompt in prompts:
+        output = plain.eval().generate(
+            torch.tensor([list(prompt)]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        found.append(Reference(output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float()))
+    return found
+
+
+def prompt_ids(length: int, seed: int = 0) -> list[int]:
+    """Return ``length`` random token ids, the same for the same arguments."""
+    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
