@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py)
+INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/native/*.cpp kernels/native/*.h)
 
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
