@@ -35,7 +35,7 @@ def _config(kind: str, heads: int, kv_heads: int, head_dim: int, **settings: obj
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return getattr(transformers, f"{kind}Config")(**common, **settings)
+    return getattr(transformers, f"{kind}Config")(**(common | settings))
 
 
 FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {

@@ -1,0 +1,200 @@
+"""Prompts to token ids, and generated tokens to text as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from operator import index
+from typing import Any
+
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.types import Prompt
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes to where the bytes of a character are not complete."""
+
+
+class Tokenizer:
+    """A model's tokenizer, or the lack of one: token ids then still work as prompts, and texts are empty.
+
+    Parameters
+    ----------
+    loaded
+        A transformers tokenizer (:meth:`distkv_dask.model_source.ModelSource.tokenizer`), or None.
+    vocab_size
+        Token ids that the model knows are below this.
+    """
+
+    def __init__(self, loaded: Any | None, vocab_size: int) -> None:
+        self._loaded = loaded
+        self._vocab_size = vocab_size
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a text, of chat messages (through the model's chat template), or of ids as given.
+
+        Raises
+        ------
+        InvalidRequestError
+            When the prompt is empty, of another type, out of the vocabulary, or needs a tokenizer or chat template
+            that the model does not have.
+        """
+        if isinstance(prompt, str):
+            ids = self._encode_text(prompt)
+        elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+            raise InvalidRequestError(
+                f"a prompt is a text, a list of token ids or a list of chat messages, not {type(prompt).__name__}"
+            )
+        else:
+            items = list(prompt)
+            chat = any(isinstance(item, Mapping) for item in items)
+            ids = self._encode_chat(items) if chat else [self._token_id(item, at) for at, item in enumerate(items)]
+        if not ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens; empty when the model has no tokenizer."""
+        if self._loaded is None:
+            return ""
+        text: str = self._loaded.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """Start the text of one answer, which ends before the first of the strings ``stop``.
+
+        Raises
+        ------
+        InvalidRequestError
+            When there are stop strings but no tokenizer.
+        """
+        if stop and self._loaded is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and the model has none: leave them out")
+        return TextStream(self, stop)
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._loaded is None:
+            raise InvalidRequestError("the model has no tokenizer: give token ids instead of a text")
+        if not text:
+            raise InvalidRequestError("the prompt is empty: give a text of at least one character")
+        return list(self._loaded(text, verbose=False)["input_ids"])
+
+    def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
+        if self._loaded is None or not self._loaded.chat_template:
+            raise InvalidRequestError(
+                "the model has no chat template: give a text or token ids instead of chat messages"
+            )
+        for at, message in enumerate(messages):
+            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
+                raise InvalidRequestError(f"chat message {at} needs the keys 'role' and 'content': {message!r:.200}")
+        from jinja2 import TemplateError
+
+        try:
+            text = self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
+        return list(self._loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _token_id(self, item: Any, at: int) -> int:
+        try:
+            token = index(item)
+        except TypeError:
+            token = None
+        if token is None or isinstance(item, bool):
+            raise InvalidRequestError(f"prompt item {at} is {item!r:.100}; a token id is an integer")
+        if not 0 <= token < self._vocab_size:
+            raise InvalidRequestError(
+                f"token id {token} at position {at} is out of the model's vocabulary (0 to {self._vocab_size - 1})"
+            )
+        return token
+
+
+class TextStream:
+    """The text of one answer, grown token by token.
+
+    It never gives out half a character, nor text that may still turn out to begin a stop string.
+
+    Parameters
+    ----------
+    tokenizer
+        Decodes.
+    stop
+        Strings before the first of which the text ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.token_ids: list[int] = []
+        """Tokens that the text needs; those of a stop string are not among them."""
+        self.text = ""
+        """All text so far, what is not given out yet included."""
+        self.stopped = False
+        """Whether a stop string ended the text."""
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._given = 0
+        self._ends: list[int] = []  # length of the text after each token
+        self._context = 0  # decoding starts at this token, so that spaces between tokens come out right ...
+        self._decoded = 0  # ... and tokens from this one on are not in the text yet
+
+    def add(self, tokens: Iterable[int]) -> str:
+        """Take the next tokens; returns the text that can be given out. After a stop string, tokens are ignored."""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.token_ids.append(token)
+            piece = self._pending()
+            if not piece.endswith(_UNFINISHED):
+                self._grow(piece)
+            self._ends.append(len(self.text))
+            self._look_for_stop(len(piece))
+        return self._give(self._safe_length())
+
+    def finish(self) -> str:
+        """End the text; returns the rest of it, with U+FFFD for bytes that make no character."""
+        if not self.stopped:
+            piece = self._pending()
+            self._grow(piece)
+            if self._ends:
+                self._ends[-1] = len(self.text)
+            self._look_for_stop(len(piece))
+        return self._give(len(self.text))
+
+    def _pending(self) -> str:
+        """Return the text of the tokens that are not in the text yet."""
+        if self._decoded == len(self.token_ids):
+            return ""
+        before = self._tokenizer.decode(self.token_ids[self._context : self._decoded])
+        return self._tokenizer.decode(self.token_ids[self._context :])[len(before) :]
+
+    def _grow(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self._context, self._decoded = self._decoded, len(self.token_ids)
+
+    def _look_for_stop(self, grown: int) -> None:
+        found = [
+            at
+            for stop in self._stop
+            if (at := self.text.find(stop, max(0, len(self.text) - grown - len(stop) + 1))) >= 0
+        ]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+            needed = sum(before < len(self.text) for before, _ in pairwise([0, *self._ends]))
+            del self.token_ids[needed:]
+
+    def _safe_length(self) -> int:
+        """Length of the text that no stop string can begin in."""
+        if self.stopped:
+            return len(self.text)
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return len(self.text) - longest
+
+    def _give(self, upto: int) -> str:
+        piece = self.text[self._given : upto]
+        self._given = max(self._given, upto)
+        return piece
