@@ -1,0 +1,314 @@
+"""TCP channels: blocking with kernel time limits at the home, buffered and non-blocking at the holder."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.worker.channels.base import HEADER_BYTES, Header, Kind, parse_header
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MESSAGE_BYTES = 4096
+"""Longest reason in a failure frame."""
+
+
+class TcpChannel:
+    """Home's end over TCP; see :class:`distkv_dask.worker.channels.base.Channel`."""
+
+    def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
+        self.peer = peer
+        self._sock = sock
+        self._head = bytearray(HEADER_BYTES)
+        self._seconds = 0.0
+        self._aborted = False
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+        self.limit(seconds)
+
+    @classmethod
+    def open(cls, host: str, port: int, peer: str, seconds: float) -> TcpChannel:
+        """Connect to a holder's listener.
+
+        Raises
+        ------
+        ChannelTimeoutError, ChannelError
+            It does not answer within ``seconds``, or refuses.
+        """
+        try:
+            return cls(socket.create_connection((host, port), seconds), peer, seconds)
+        except TimeoutError as error:
+            raise ChannelTimeoutError(f"{peer} ({host}:{port}) does not accept a channel in {seconds:g} s") from error
+        except OSError as error:
+            raise ChannelError(f"cannot open a channel to {peer} ({host}:{port}): {error}") from error
+
+    def limit(self, seconds: float) -> None:
+        """Set the time limit of every later call; the kernel keeps it, which saves a poll for each call."""
+        if seconds == self._seconds:
+            return
+        self._seconds = seconds
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
+        with contextlib.suppress(OSError):  # a broken socket says so at its next use
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def send(self, header: Header, *buffers: Buffer) -> None:
+        """Send a frame."""
+        try:
+            sent = self._sock.sendmsg((header.pack(), *buffers))
+            if sent < HEADER_BYTES + header.length:
+                for rest in _after(sent, header, buffers):
+                    self._sock.sendall(rest)
+        except OSError as error:
+            raise self._failure_sent() or self._broken("take", header, error) from error
+
+    def recv_into(self, expected: Header, buffer: memoryview | None = None) -> None:
+        """Receive exactly the frame ``expected``."""
+        head = self._head
+        try:
+            got = self._sock.recvmsg_into((head,) if buffer is None else (head, buffer))[0]
+            if got < HEADER_BYTES:
+                self._fill(memoryview(head)[got:], got)
+                got = HEADER_BYTES
+            if head != expected.pack():
+                raise self._unexpected(expected, b"" if buffer is None else bytes(buffer[: got - HEADER_BYTES]))
+            if buffer is not None and got < HEADER_BYTES + expected.length:
+                self._fill(buffer[got - HEADER_BYTES :], got)
+        except OSError as error:
+            if isinstance(error, ChannelError):
+                raise
+            raise self._broken("send", expected, error) from error
+
+    def fail(self, gang: int, epoch: int, message: str) -> None:
+        """Send a failure frame as far as possible without waiting, then close."""
+        with contextlib.suppress(OSError):
+            self._sock.sendmsg(failure_frame(gang, epoch, message), (), socket.MSG_DONTWAIT)
+            self._sock.shutdown(socket.SHUT_WR)
+        self.close()
+
+    def abort(self) -> None:
+        """End a call that blocks in another thread."""
+        self._aborted = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close; can be called again."""
+        self._sock.close()
+
+    def idle(self) -> bool:
+        """Whether the channel is open and nothing unread is in it."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def fileno(self) -> int:
+        """Descriptor that becomes readable when a frame comes."""
+        return self._sock.fileno()
+
+    def _fill(self, view: memoryview, got: int) -> None:
+        """Fill ``view``; ``got`` bytes of the frame are there already. A trickle ends at the limit too."""
+        deadline = time.monotonic() + self._seconds
+        count = got
+        while True:
+            if not count:
+                raise ChannelError(f"{self.peer} closed the channel" + (f" {got} bytes into a frame" if got else ""))
+            if not view:
+                return
+            count = self._sock.recv_into(view, len(view), socket.MSG_WAITALL)
+            view, got = view[count:], got + count
+            if view and time.monotonic() > deadline:
+                raise BlockingIOError
+
+    def _unexpected(self, expected: Header, begun: bytes) -> Exception:
+        """Error for a header that is not ``expected``; ``begun`` is what was read of its payload."""
+        header = parse_header(self._head)
+        if header is None:
+            return ChannelError(f"{self.peer} sent bytes that are no frame, where {expected} was expected")
+        if header.kind is not Kind.FAIL:
+            return ChannelError(f"{self.peer} sent {header}; expected was {expected}")
+        rest = memoryview(bytearray(max(0, min(header.length, MESSAGE_BYTES) - len(begun))))
+        with contextlib.suppress(OSError):
+            self._fill(rest, HEADER_BYTES)
+        reason = (begun + bytes(rest))[: header.length].decode(errors="replace")
+        return GangAbortedError(f"{self.peer} failed: {reason}")
+
+    def _failure_sent(self) -> Exception | None:
+        """The peer's failure frame, when it sent one before it closed."""
+        try:
+            self._head[:] = self._sock.recv(HEADER_BYTES, socket.MSG_DONTWAIT).ljust(HEADER_BYTES)
+        except OSError:
+            return None
+        header = parse_header(self._head)
+        failed = header is not None and header.kind is Kind.FAIL
+        return self._unexpected(Header(Kind.READY), b"") if failed else None
+
+    def _broken(self, verb: str, header: Header, error: OSError) -> ChannelError:
+        if self._aborted:
+            return ChannelError(f"the channel to {self.peer} was aborted")
+        if isinstance(error, BlockingIOError | TimeoutError):
+            return ChannelTimeoutError(
+                f"{self.peer} did not {verb} {header} within {self._seconds:g} s; it may be frozen or cut off. "
+                "If it is only slow, raise distkv.timeouts.receive"
+            )
+        return ChannelError(f"the channel to {self.peer} broke ({error}), it did not {verb} {header}")
+
+
+class TcpInlet:
+    """Holder's end over TCP; see :class:`distkv_dask.worker.channels.base.Inlet`."""
+
+    def __init__(self, sock: socket.socket, peer: str, maximum: int) -> None:
+        self.peer = peer
+        self.maximum = maximum
+        self._sock = sock
+        self._filled = 0
+        self._header: Header | None = None
+        self._unsent = memoryview(b"")
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.data = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+        self.make_room(maximum)
+
+    @property
+    def sending(self) -> bool:
+        """Whether a frame is not yet completely handed to the kernel."""
+        return bool(self._unsent)
+
+    def make_room(self, payload: int) -> None:
+        """Make ``data`` large enough for payloads of that many bytes."""
+        if len(self.data) < HEADER_BYTES + payload:
+            data = torch.empty(HEADER_BYTES + payload, dtype=torch.uint8)
+            view = memoryview(data.numpy())
+            view[: self._filled] = self._view[: self._filled]
+            self.data, self._view = data, view
+
+    def receive(self) -> Header | None:
+        """Read what is there; the header once a whole frame is."""
+        while True:
+            if self._header is None and self._filled >= HEADER_BYTES:
+                self._header = self._check(parse_header(self._view))
+            if self._header is not None and self._filled >= HEADER_BYTES + self._header.length:
+                return self._header
+            try:
+                count = self._sock.recv_into(self._view[self._filled :])
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
+            if not count:
+                raise ChannelError(f"{self.peer} closed the channel")
+            self._filled += count
+
+    def payload(self, header: Header) -> memoryview:
+        """Payload of the current frame."""
+        return self._view[HEADER_BYTES : HEADER_BYTES + header.length]
+
+    def consume(self, header: Header) -> bool:
+        """Drop the current frame; True when bytes of a next one are there already."""
+        end, filled = HEADER_BYTES + header.length, self._filled
+        self._header = None
+        self._filled = filled - end
+        if filled == end:
+            return False
+        self._view[: filled - end] = bytes(self._view[end:filled])
+        return True
+
+    def send(self, header: Header, *buffers: Buffer) -> None:
+        """Send a frame as far as possible."""
+        try:
+            sent = 0 if self._unsent else self._sock.sendmsg((header.pack(), *buffers))
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
+        if sent < HEADER_BYTES + header.length:
+            self._unsent = memoryview(b"".join((self._unsent, *_after(sent, header, buffers))))
+
+    def flush(self) -> None:
+        """Send more of what :meth:`send` could not."""
+        try:
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
+
+    def fail(self, gang: int, epoch: int, message: str) -> None:
+        """Send a failure frame as far as possible without waiting, then close."""
+        with contextlib.suppress(OSError):
+            if not self._unsent:
+                self._sock.sendmsg(failure_frame(gang, epoch, message))
+            self._sock.shutdown(socket.SHUT_WR)
+        self.close()
+
+    def close(self) -> None:
+        """Close; can be called again."""
+        self._sock.close()
+
+    def fileno(self) -> int:
+        """Descriptor for :mod:`selectors`."""
+        return self._sock.fileno()
+
+    def _check(self, header: Header | None) -> Header:
+        if header is None:
+            raise ChannelError(f"{self.peer} sent bytes that are no frame")
+        if header.length > self.maximum:
+            raise ChannelError(f"{self.peer} sent {header}; at most {self.maximum} bytes are expected here")
+        self.make_room(header.length)
+        return header
+
+
+class TcpListener:
+    """Listening socket; see :class:`distkv_dask.worker.channels.base.Listener`."""
+
+    def __init__(self, host: str, port: int, maximum: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._sock = socket.create_server((host, port), family=family, backlog=256)
+        self._sock.setblocking(False)
+        self._maximum = maximum
+        self.port: int = self._sock.getsockname()[1]
+
+    def accept(self) -> TcpInlet | None:
+        """Next connection, or None; the peer has no name but its address until it says hello."""
+        try:
+            sock, address = self._sock.accept()
+        except OSError:
+            return None
+        return TcpInlet(sock, f"{address[0]}:{address[1]}", self._maximum)
+
+    def fileno(self) -> int:
+        """Descriptor that becomes readable when somebody connects."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._sock.close()
+
+
+def failure_frame(gang: int, epoch: int, message: str) -> tuple[bytes, bytes]:
+    """Header and payload of a failure frame."""
+    reason = message.encode()[:MESSAGE_BYTES]
+    return Header(Kind.FAIL, gang, epoch, length=len(reason)).pack(), reason
+
+
+def _after(sent: int, header: Header, buffers: Sequence[Buffer]) -> list[memoryview]:
+    """What is left of a frame of which ``sent`` bytes have left."""
+    left = []
+    for buffer in (header.pack(), *buffers):
+        view = memoryview(buffer).cast("B")
+        left.append(view[sent:])
+        sent = max(0, sent - len(view))
+    return left

@@ -1,0 +1,152 @@
+"""The home's part in one gang: its holders' channels, from BEGIN to END."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.types import Endpoint, Gang
+from distkv_dask.worker.channels.base import Channel, Header, Kind
+from distkv_dask.worker.plan import Part
+from distkv_dask.worker.wire import encode_rows
+
+NOTHING = Part((), ())
+
+
+class ChannelCache:
+    """Open channels to holders, kept between gangs; used by the home lane's thread.
+
+    Parameters
+    ----------
+    open_channel
+        Opens a channel that has said hello and was welcomed.
+    """
+
+    def __init__(self, open_channel: Callable[[Endpoint], Channel]) -> None:
+        self._open = open_channel
+        self._idle: dict[Endpoint, Channel] = {}
+
+    def take(self, endpoint: Endpoint) -> Channel:
+        """A channel that no gang uses; a new one where the last broke or was closed by the peer."""
+        channel = self._idle.pop(endpoint, None)
+        if channel is not None and channel.idle():
+            return channel
+        if channel is not None:
+            channel.close()
+        return self._open(endpoint)
+
+    def put(self, endpoint: Endpoint, channel: Channel) -> None:
+        """Keep a channel for the next gang."""
+        self._idle[endpoint] = channel
+
+    def close(self) -> None:
+        """Close all channels."""
+        while self._idle:
+            self._idle.popitem()[1].close()
+
+
+class HomeGang:
+    """A running gang at its home, a context manager: an exception inside tells every holder.
+
+    Parameters
+    ----------
+    gang
+        The gang.
+    cache
+        Where channels come from and go to.
+    timeout_start
+        Seconds that holders may take to open their sessions.
+    timeout_receive
+        Seconds of silence of a holder after that.
+    """
+
+    def __init__(self, gang: Gang, cache: ChannelCache, timeout_start: float, timeout_receive: float) -> None:
+        self.gang = gang
+        self.channels: dict[str, Channel] = {}
+        self._cache = cache
+        self._timeout_start = timeout_start
+        self.timeout_receive = timeout_receive
+        self._abort_reason: str | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> HomeGang:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._end()
+            return
+        with self._lock:
+            channels, self.channels = self.channels, {}
+        reason = self._abort_reason or f"{type(error).__name__}: {error}"
+        for channel in channels.values():
+            channel.fail(self.gang.number, self.gang.epoch, reason)
+        if self._abort_reason is not None and not isinstance(error, GangAbortedError):
+            raise GangAbortedError(f"gang {self.gang.name} was aborted: {self._abort_reason}") from error
+
+    def begin(self, parts: Mapping[str, Part]) -> None:
+        """Open channels to all holders and wait until their sessions are open.
+
+        Parameters
+        ----------
+        parts
+            The first step's parts by worker.
+
+        Raises
+        ------
+        ChannelTimeoutError
+            A session does not open within ``timeout_start``.
+        ChannelError, GangAbortedError
+            A holder cannot be reached, or refuses.
+        """
+        for endpoint in self.gang.holders:
+            channel = self._cache.take(endpoint)
+            with self._lock:
+                self.channels[endpoint.worker] = channel
+            self.check()
+        for worker, channel in self.channels.items():
+            channel.limit(self._timeout_start)
+            self._send_rows(Kind.BEGIN, channel, 0, parts.get(worker, NOTHING))
+        for channel in self.channels.values():
+            channel.recv_into(self.header(Kind.READY))
+            channel.limit(self.timeout_receive)
+
+    def change(self, step: int, old: Mapping[str, Part], new: Mapping[str, Part]) -> None:
+        """Tell the holders that the batch has other rows from ``step`` on."""
+        for worker, channel in self.channels.items():
+            if worker in old or worker in new:
+                self._send_rows(Kind.BATCH, channel, step, new.get(worker, NOTHING))
+
+    def header(self, kind: Kind) -> Header:
+        """Header of a frame of this gang."""
+        return Header(kind, self.gang.number, self.gang.epoch)
+
+    def abort(self, reason: str) -> None:
+        """End the gang from another thread; its home raises GangAbortedError."""
+        with self._lock:
+            self._abort_reason = reason
+            for channel in self.channels.values():
+                channel.abort()
+
+    def check(self) -> None:
+        """Raise GangAbortedError if the gang was aborted."""
+        if self._abort_reason is not None:
+            raise GangAbortedError(f"gang {self.gang.name} was aborted: {self._abort_reason}")
+
+    def _send_rows(self, kind: Kind, channel: Channel, step: int, part: Part) -> None:
+        rows = encode_rows(part.rows)
+        channel.send(self.header(kind)._replace(step=step, length=len(rows)), rows)
+
+    def _end(self) -> None:
+        with self._lock:
+            channels, self.channels = self.channels, {}
+        for endpoint in self.gang.holders:
+            channel = channels[endpoint.worker]
+            with contextlib.suppress(ConnectionError):  # it answered everything: the gang is complete without it
+                channel.send(self.header(Kind.END))
+            self._cache.put(endpoint, channel)

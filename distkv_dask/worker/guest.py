@@ -1,0 +1,177 @@
+"""A home that is connected to a holder lane: its frames, from HELLO on."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Mapping
+
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.worker.channels.base import Header, Inlet, Kind
+from distkv_dask.worker.service import Service
+from distkv_dask.worker.session import Session
+from distkv_dask.worker.wire import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows
+
+logger = logging.getLogger(__name__)
+HELLO_BYTES = 4096
+"""Longest HELLO; nothing longer is read from somebody who has not shown a token."""
+HELLO_SECONDS = 5.0
+"""Time to say hello, so that a silent connection cannot pin resources."""
+ROWS_BYTES = 1 << 20
+"""Longest BEGIN or BATCH body."""
+
+
+class Guest:
+    """Protocol state of one connected home; used by the holder lane's thread only.
+
+    Parameters
+    ----------
+    inlet
+        Its channel.
+    services
+        Engines served here, by name.
+    """
+
+    def __init__(self, inlet: Inlet, services: Mapping[str, Service]) -> None:
+        self.inlet = inlet
+        self.service: Service | None = None
+        self.deadline = time.monotonic() + HELLO_SECONDS
+        self._services = services
+        self._hello: Hello | None = None
+        self._begin: tuple[Header, list[Row]] | None = None
+        self._session: Session | None = None
+
+    def serve(self) -> None:
+        """Send what is left of an answer, then work on the frames that are there.
+
+        Raises
+        ------
+        DistKVError
+            The home must be dismissed with :meth:`leave`.
+        """
+        inlet = self.inlet
+        if inlet.sending:
+            inlet.flush()
+        more = True
+        while more and not inlet.sending:
+            header = inlet.receive()
+            if header is None:
+                return
+            session = self._session
+            if header.kind is Kind.ATTEND and session is not None:
+                session.answer(inlet, header)
+                self.deadline = time.monotonic() + self._own_service.timeout_receive
+            else:
+                self._take(header)
+            more = inlet.consume(header)
+
+    def begin(self, session: Session) -> None:
+        """Start the session whose BEGIN came."""
+        assert self._begin is not None
+        header, rows = self._begin
+        self._begin = None
+        self._session = session
+        if header.epoch != session.gang.epoch:
+            raise ChannelError(
+                f"the home begins gang {header.gang} in epoch {header.epoch}; this holder's plan is of epoch "
+                f"{session.gang.epoch}"
+            )
+        self._set_batch(session, header.step, rows)
+        self.inlet.send(Header(Kind.READY, header.gang, header.epoch))
+
+    def late(self) -> Exception:
+        """Error for a home whose deadline has passed."""
+        if self.service is None:
+            return ChannelTimeoutError(f"{self.inlet.peer} showed no token within {HELLO_SECONDS:g} s")
+        if self._session is None:
+            limit = f"{self.service.timeout_start:g} s (distkv.timeouts.start)"
+            return ChannelTimeoutError(f"this holder's session was not opened within {limit}")
+        limit = f"{self.service.timeout_receive:g} s (distkv.timeouts.receive)"
+        return ChannelTimeoutError(f"home {self.inlet.peer} was silent for {limit} in {self._session.gang.name}")
+
+    def leave(self, error: Exception | None) -> None:
+        """Close the channel; with an error the home is told and its gang fails here too."""
+        if self.service is None:
+            logger.warning("dropped a connection from %s: %s", self.inlet.peer, error)
+            self.inlet.close()
+            return
+        gang, epoch = self._gang
+        if error is None:
+            self.inlet.close()
+        else:
+            self.inlet.fail(gang, epoch, str(error))
+        if gang:
+            self._end(error or GangAbortedError(f"the channel from {self.inlet.peer} was closed"))
+
+    @property
+    def _own_service(self) -> Service:
+        assert self.service is not None
+        return self.service
+
+    @property
+    def _gang(self) -> tuple[int, int]:
+        """Number and epoch of the gang that this home is in, (0, 0) outside any."""
+        if self._session is not None:
+            return self._session.gang.number, self._session.gang.epoch
+        return (self._begin[0].gang, self._begin[0].epoch) if self._begin else (0, 0)
+
+    def _take(self, header: Header) -> None:
+        """Work on any frame but a session's ATTEND."""
+        payload = self.inlet.payload(header)
+        if self.service is None:
+            self._greet(header, payload)
+        elif header.kind is Kind.FAIL:
+            self._fail(header, bytes(payload).decode(errors="replace"))
+        elif header.kind is Kind.BEGIN and not any(self._gang):
+            self._begin = header, decode_rows(payload)
+            self.deadline = time.monotonic() + self.service.timeout_start
+            session = self.service.claim(header.gang, self)
+            if session is not None:
+                self.begin(session)
+        elif self._session is None or (header.gang, header.epoch) != self._gang:
+            raise ChannelError(f"{self.inlet.peer} sent {header}; this holder is in gang, epoch {self._gang}")
+        elif header.kind is Kind.BATCH:
+            self._set_batch(self._session, header.step, decode_rows(payload))
+        elif header.kind is Kind.END:
+            self._end(None)
+        else:
+            raise ChannelError(f"{self.inlet.peer} sent {header}, which no home sends")
+
+    def _greet(self, header: Header, payload: memoryview) -> None:
+        """Accept a HELLO with a right token and a fitting model; anything else is dropped."""
+        shown = bytes(payload[:DIGEST_BYTES])
+        fitting = [service for service in self._services.values() if hmac.compare_digest(service.digest, shown)]
+        if header.kind is not Kind.HELLO or not fitting:
+            raise ChannelError("its first frame shows no token of an engine that is open here")
+        hello = decode_hello(payload)
+        self.service, pool = fitting[0], fitting[0].pool
+        self.inlet.peer = hello.home
+        mine = (pool.layers, pool.kv_heads, pool.head_dim, str(pool.dtype).removeprefix("torch."))
+        theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype)
+        if mine != theirs or hello.engine != self.service.engine:
+            raise ChannelError(
+                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype) {theirs}; "
+                f"this holder has engine {self.service.engine}, {mine}"
+            )
+        self._hello = hello
+        self.inlet.maximum = ROWS_BYTES
+        self.deadline = float("inf")
+        self.inlet.send(Header(Kind.WELCOME))
+
+    def _set_batch(self, session: Session, step: int, rows: list[Row]) -> None:
+        assert self._hello is not None
+        session.set_batch(self.inlet, self._hello.heads, step, rows)
+        self.deadline = time.monotonic() + self._own_service.timeout_receive
+
+    def _fail(self, header: Header, reason: str) -> None:
+        """The home failed: end the gang it names, also when its BEGIN never came."""
+        error = GangAbortedError(f"home {self.inlet.peer} failed: {reason}")
+        self._own_service.finish(header.gang, error)
+        raise error
+
+    def _end(self, error: Exception | None) -> None:
+        gang, _ = self._gang
+        self._session = self._begin = None
+        self.deadline = float("inf")
+        self._own_service.finish(gang, error)

@@ -1,0 +1,91 @@
+"""The home lane: one thread that runs model forwards and waits for partials, in the order they were submitted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from distkv_dask.errors import EngineClosedError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NICENESS = 10
+"""How far the lane steps back behind the holder lane of the same process, which other homes wait for."""
+
+
+class HomeLane:
+    """FIFO thread for homes' work.
+
+    Parameters
+    ----------
+    threads
+        torch threads of an operation.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="distkv-home-lane", daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``call`` after everything that was submitted before.
+
+        Raises
+        ------
+        EngineClosedError
+            The lane is closed.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("this worker's home lane is closed; start a new engine")
+            self._calls.put((future, partial(call, *args, **kwargs)))
+        return future
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the thread after its present call; later ones are cancelled. Can be called again.
+
+        Raises
+        ------
+        TimeoutError
+            The present call does not end within ``timeout`` seconds.
+        """
+        with self._lock:
+            self._closed = True
+            self._calls.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the home lane is still at work after {timeout:g} s; abort its gang first")
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        _step_back()
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if self._closed:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del item, future, call
+
+
+def _step_back() -> None:
+    """Lower the calling thread's priority where the system can do so for one thread (Linux)."""
+    setpriority: Any = getattr(os, "setpriority", None)
+    if setpriority is not None and hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):
+            setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,38 @@
+"""A worker's two compute threads and the address at which others reach its holder lane."""
+
+from __future__ import annotations
+
+from distkv_dask.types import Endpoint
+from distkv_dask.worker.holder_lane import HolderLane
+from distkv_dask.worker.home_lane import HomeLane
+
+
+class Lanes:
+    """Home lane and holder lane of one worker, shared by the engines that are open on it.
+
+    Parameters
+    ----------
+    worker
+        The worker's Dask address.
+    host
+        Host on which the holder lane listens, and at which other workers reach it.
+    threads
+        torch threads of each lane.
+    """
+
+    def __init__(self, worker: str, host: str, threads: int) -> None:
+        self.threads = threads
+        self.home = HomeLane(threads)
+        self.holder = HolderLane(host, threads)
+        self.endpoint = Endpoint(worker, host, self.holder.port)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End both threads; engines must have been closed before. Can be called again.
+
+        Raises
+        ------
+        TimeoutError
+            A lane is still at work after ``timeout`` seconds.
+        """
+        self.holder.close(timeout)
+        self.home.close(timeout)

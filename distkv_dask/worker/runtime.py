@@ -1,0 +1,188 @@
+"""The runtime: one engine on one worker, as home and as holder (the compute half of the paper's rManager)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from distkv_dask.errors import ModelError
+from distkv_dask.protocol import EngineSpec
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.worker.attention import DistAttention
+from distkv_dask.worker.channels.base import Channel, Header, Kind
+from distkv_dask.worker.channels.tcp import TcpChannel
+from distkv_dask.worker.decode import DecodeLoop
+from distkv_dask.worker.gang import ChannelCache, HomeGang
+from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.plan import Part, Stored, cut, tail_of
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.sampling import sample
+from distkv_dask.worker.service import Service
+from distkv_dask.worker.session import Session
+from distkv_dask.worker.wire import Hello, encode_hello
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model import LoadedModel
+
+
+class Runtime:
+    """Serves one engine on one worker until :meth:`close`.
+
+    Gangs are pure functions of what they are given: one that fails leaves nothing but KV past the committed length.
+
+    Parameters
+    ----------
+    spec
+        The engine: its name, token and time limits.
+    model
+        The weights; None on a worker that only holds KV.
+    pool
+        The engine's pool on this worker.
+    lanes
+        The worker's lanes.
+
+    Raises
+    ------
+    EngineClosedError
+        The lanes are closed.
+    """
+
+    def __init__(self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes) -> None:
+        self.pool = pool
+        self._spec = spec
+        self._model = model
+        self._lanes = lanes
+        self._token = spec.token.encode()
+        self._cache = ChannelCache(self._open_channel)
+        self._lock = threading.Lock()
+        self._gang: HomeGang | None = None
+        config = spec.config
+        lanes.holder.attach(Service(spec.engine, self._token, pool, config.timeout_start, config.timeout_receive))
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Reserve room for ``tokens`` tokens of a sequence; CapacityError when there is none."""
+        self.pool.reserve(sequence, tokens)
+
+    def release(self, sequence: int) -> None:
+        """Free a sequence's blocks."""
+        self.pool.release(sequence)
+
+    def open_session(self, gang: Gang) -> Session:
+        """Serve a gang as a holder: returns at once, :meth:`Session.wait` waits for its end.
+
+        Raises
+        ------
+        EngineClosedError
+            The runtime is closed.
+        """
+        return self._lanes.holder.open_session(self._spec.engine, gang)
+
+    def abort(self, gang: int, reason: str) -> None:
+        """End this worker's part in a gang, from any thread: all its members fail with ``reason``."""
+        with self._lock:
+            if self._gang is not None and self._gang.gang.number == gang:
+                self._gang.abort(reason)
+        self._lanes.holder.abort(self._spec.engine, gang, reason)
+
+    def prefill(self, chunk: PrefillChunk) -> int | None:
+        """Compute a chunk of a prompt, on the home lane's thread.
+
+        Returns
+        -------
+        int or None
+            The first generated token (perhaps one that ends the sequence), when the chunk is the prompt's last.
+
+        Raises
+        ------
+        ChannelError, GangAbortedError
+            A holder failed, or the gang was aborted.
+        CapacityError
+            The placement has no room for the chunk.
+        """
+        model, logits = self._loaded(), None
+        tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
+        with self._running(chunk.gang) as gang:
+            step = 0
+            parts: dict[str, Part] = {}
+            while position < stop:
+                count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
+                old, parts = parts, cut([Stored(chunk.sequence, chunk.placement, position)], count)
+                gang.begin(parts) if step == 0 else gang.change(step, old, parts)
+                attention = DistAttention(gang, parts, count, self.pool, model.geometry.heads, step)
+                try:
+                    ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
+                    logits = model.forward(ids, torch.arange(position, position + count), attention, 1)
+                finally:
+                    attention.close()
+                position, step = position + count, step + 1
+        if chunk.sampling is None or logits is None:
+            return None
+        return sample(logits[-1], chunk.sampling, stop, chunk.history)
+
+    def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
+        """Run a decode window over a batch, on the home lane's thread.
+
+        Raises
+        ------
+        ChannelError, GangAbortedError
+            A holder failed, or the gang was aborted.
+        CapacityError
+            A placement has no room for its next token.
+        """
+        model = self._loaded()
+        with self._running(window.gang) as gang:
+            return DecodeLoop(gang, model, self.pool, batch).run(window)
+
+    def close(self) -> None:
+        """End all gangs and sessions and close all channels. Can be called again."""
+        with self._lock:
+            if self._gang is not None:
+                self._gang.abort("the engine was closed on this worker")
+        self._lanes.holder.detach(self._spec.engine)
+        self._lanes.home.submit(self._cache.close).result()
+
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise ModelError("this worker holds KV only, it has no model; send prompts to a worker that has one")
+        return self._model
+
+    @contextmanager
+    def _running(self, gang: Gang) -> Iterator[HomeGang]:
+        config = self._spec.config
+        running = HomeGang(gang, self._cache, config.timeout_start, config.timeout_receive)
+        with self._lock:
+            self._gang = running
+        try:
+            with torch.inference_mode(), running:
+                yield running
+        finally:
+            with self._lock:
+                self._gang = None
+
+    def _open_channel(self, endpoint: Endpoint) -> Channel:
+        """Connect to a holder and say hello."""
+        pool = self.pool
+        channel = TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, self._spec.config.timeout_receive)
+        hello = encode_hello(
+            self._token,
+            Hello(
+                self._spec.engine,
+                self._lanes.endpoint.worker,
+                pool.layers,
+                self._loaded().geometry.heads,
+                pool.kv_heads,
+                pool.head_dim,
+                str(pool.dtype).removeprefix("torch."),
+            ),
+        )
+        try:
+            channel.send(Header(Kind.HELLO, length=len(hello)), hello)
+            channel.recv_into(Header(Kind.WELCOME))
+        except BaseException:
+            channel.close()
+            raise
+        return channel

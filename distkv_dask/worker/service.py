@@ -1,0 +1,113 @@
+"""What a holder lane serves for one engine: its sessions, homes that came early, and gangs that have ended."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.session import Session
+from distkv_dask.worker.wire import token_digest
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.guest import Guest
+
+REMEMBERED = 1024
+"""Ended gangs that are remembered, so that a late member or home is told at once."""
+
+
+class Service:
+    """Sessions of one engine; used by the holder lane's thread only.
+
+    Parameters
+    ----------
+    engine
+        The engine's name.
+    token
+        Random secret that its homes show.
+    pool
+        Where its KV lies on this worker.
+    timeout_start
+        Seconds from a session's opening to its home's first frame, or the other way round.
+    timeout_receive
+        Seconds of silence of a home within a gang.
+    """
+
+    def __init__(self, engine: str, token: bytes, pool: Pool, timeout_start: float, timeout_receive: float) -> None:
+        self.engine = engine
+        self.digest = token_digest(token)
+        self.pool = pool
+        self.timeout_start = timeout_start
+        self.timeout_receive = timeout_receive
+        self._waiting: dict[int, tuple[Session, float]] = {}
+        self._running: dict[int, tuple[Session, Guest]] = {}
+        self._early: dict[int, Guest] = {}
+        self._ended: OrderedDict[int, Exception] = OrderedDict()
+
+    def open(self, session: Session) -> Guest | None:
+        """Take a new session; the home that waits for it already, if there is one."""
+        number = session.gang.number
+        if number in self._ended:
+            session.fail(self._ended[number])
+        elif number in self._waiting or number in self._running:
+            session.fail(GangAbortedError(f"gang {session.gang.name} has a session on this worker already"))
+        else:
+            self._waiting[number] = session, time.monotonic() + self.timeout_start
+            return self._early.pop(number, None)
+        return None
+
+    def claim(self, number: int, guest: Guest) -> Session | None:
+        """The session that a home begins; None when it is not open yet, then the home is kept until it is.
+
+        Raises
+        ------
+        GangAbortedError
+            The gang has ended, or another home has begun it.
+        """
+        if number in self._ended:
+            raise GangAbortedError(f"gang {number} has ended on this worker: {self._ended[number]}")
+        if number in self._running or self._early.get(number, guest) is not guest:
+            raise GangAbortedError(f"gang {number} was begun on this worker by another home")
+        if number not in self._waiting:
+            self._early[number] = guest
+            return None
+        session, _ = self._waiting.pop(number)
+        self._running[number] = session, guest
+        return session
+
+    def finish(self, number: int, error: Exception | None) -> None:
+        """Complete a gang, or fail its session if it has one; it cannot begin again."""
+        self._early.pop(number, None)
+        session = (self._waiting.pop(number, None) or self._running.pop(number, None) or (None,))[0]
+        self._remember(number, error or GangAbortedError(f"gang {number} is complete"))
+        if session is not None and error is not None:
+            session.fail(error)
+        elif session is not None:
+            session.end()
+
+    def abort(self, number: int, error: DistKVError) -> Guest | None:
+        """Fail a gang; the home that is to be told, if there is one."""
+        guest = self._early.get(number) or self._running.get(number, (None, None))[1]
+        self.finish(number, error)
+        return guest
+
+    def fail_all(self, error: DistKVError) -> None:
+        """Fail every session."""
+        for number in (*self._waiting, *self._running):
+            self.finish(number, error)
+
+    def drop_late(self, now: float) -> None:
+        """Fail sessions whose home did not come in time."""
+        for number, (session, deadline) in list(self._waiting.items()):
+            if now > deadline:
+                text = f"home {session.gang.home} did not begin gang {session.gang.name}"
+                limit = f"{self.timeout_start:g} s (distkv.timeouts.start)"
+                self.finish(number, ChannelTimeoutError(f"{text} within {limit}"))
+
+    def _remember(self, number: int, error: Exception) -> None:
+        if number not in self._ended:
+            self._ended[number] = error
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)

@@ -1,0 +1,133 @@
+"""A holder's part in one gang: from BEGIN to END it answers one home's MicroAttention requests."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from distkv_dask.errors import ChannelError, ChannelTimeoutError
+from distkv_dask.types import Gang
+from distkv_dask.worker.channels.base import HEADER_BYTES, Header, Inlet, Kind
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.shard import Shard
+from distkv_dask.worker.wire import Row
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """What a session did: requests answered, payload bytes received and sent, seconds spent on answers."""
+
+    requests: int
+    bytes_in: int
+    bytes_out: int
+    busy_seconds: float
+
+
+class Session:
+    """Holder's side of a gang. Only :meth:`wait` is for other threads than the holder lane's.
+
+    Parameters
+    ----------
+    gang
+        The gang; requests of any other, or of another epoch, are refused.
+    pool
+        Where the KV lies.
+    """
+
+    def __init__(self, gang: Gang, pool: Pool) -> None:
+        self.gang = gang
+        self.result: Future[SessionStats] = Future()
+        self._pool = pool
+        self._next = Header(Kind.ATTEND, gang.number, gang.epoch)
+        self._requests = self._bytes_in = self._bytes_out = 0
+        self._busy = 0.0
+
+    def wait(self, timeout: float | None = None) -> SessionStats:
+        """Wait until the session has ended.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; None waits as long as the session's own time limits allow.
+
+        Raises
+        ------
+        GangAbortedError
+            The home failed, or the gang was aborted.
+        ChannelTimeoutError
+            The home was silent for too long, or ``timeout`` passed.
+        ChannelError
+            The home closed its channel, or sent what was not expected.
+        """
+        try:
+            return self.result.result(timeout)
+        except ChannelError:
+            raise
+        except TimeoutError as error:
+            raise ChannelTimeoutError(f"the session of gang {self.gang.name} did not end in {timeout} s") from error
+
+    def set_batch(self, inlet: Inlet, heads: int, step: int, rows: list[Row]) -> None:
+        """Take these rows from ``step`` on and make the tensors that all their requests will be read through.
+
+        Raises
+        ------
+        CapacityError
+            A row has no room here.
+        ChannelError
+            The batch came in the middle of a step.
+        """
+        if self._next.layer:
+            raise ChannelError(f"a batch came where {self._next} was expected")
+        pool = self._pool
+        self._shard = shard = Shard(pool, rows)
+        q_shape = (shard.tokens, heads, pool.head_dim)
+        kv_shape = (2, shard.appended, pool.kv_heads, pool.head_dim)
+        size = pool.dtype.itemsize
+        q_bytes, kv_bytes = torch.Size(q_shape).numel() * size, torch.Size(kv_shape).numel() * size
+        self._next = self._next._replace(step=step, length=q_bytes + kv_bytes)
+        self._reply_bytes = shard.tokens * heads * (pool.head_dim + 1) * torch.float32.itemsize
+        inlet.maximum = max(inlet.maximum, q_bytes + kv_bytes)
+        inlet.make_room(inlet.maximum)
+        data = inlet.data[HEADER_BYTES : HEADER_BYTES + q_bytes + kv_bytes].view(pool.dtype)
+        self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
+        self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
+
+    def answer(self, inlet: Inlet, header: Header) -> None:
+        """Append, attend and reply to the ATTEND frame that lies in ``inlet``.
+
+        Raises
+        ------
+        ChannelError
+            It is not the layer, step or length whose turn it is; the message has both sides' view.
+        """
+        began = time.perf_counter()
+        expected = self._next
+        if header[:6] != expected[:6]:
+            raise ChannelError(f"the home sent {header}; this holder expected {expected}")
+        layer, shard = header.layer, self._shard
+        if shard.appended:
+            shard.write(layer, self._keys, self._values)
+        out, lse = shard.attend(layer, self._q, header.scale)
+        reply = header._replace(kind=Kind.PARTIAL, length=self._reply_bytes, scale=0.0)
+        inlet.send(reply, out.numpy(), lse.numpy())
+        if layer + 1 < self._pool.layers:
+            self._next = expected._replace(layer=layer + 1)
+        else:
+            shard.advance()
+            self._next = expected._replace(layer=0, step=expected.step + 1)
+        self._requests += 1
+        self._bytes_in += header.length
+        self._bytes_out += self._reply_bytes
+        self._busy += time.perf_counter() - began
+
+    def end(self) -> None:
+        """Complete the session."""
+        self.result.set_result(SessionStats(self._requests, self._bytes_in, self._bytes_out, self._busy))
+
+    def fail(self, error: Exception) -> None:
+        """End the session with an error."""
+        if not self.result.done():
+            self.result.set_exception(error)

@@ -1,0 +1,100 @@
+"""A worker's part of a batch: append new KV to its tails, then MicroAttention over its spans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from distkv_dask.errors import CapacityError
+from distkv_dask.kernels import micro_attention
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.wire import Row
+
+
+class Shard:
+    """Rows of a batch at one worker, with index tensors that serve all layers of a step.
+
+    Parameters
+    ----------
+    pool
+        The worker's pool.
+    rows
+        The rows, in the order of their queries.
+
+    Raises
+    ------
+    CapacityError
+        A row's tokens have no room in the pool.
+    """
+
+    def __init__(self, pool: Pool, rows: Sequence[Row]) -> None:
+        self._pool = pool
+        self._rows = list(rows)
+        self.tokens = sum(row.queries for row in rows)
+        """Queries of all rows."""
+        self.appended = sum(row.queries for row in rows if row.appends)
+        """Tokens whose KV is appended here in each step."""
+        tables = [pool.table(row.sequence) for row in rows]
+        width = max(map(len, tables), default=0)
+        self._tables = torch.tensor([table + (0,) * (width - len(table)) for table in tables], dtype=torch.int32)
+        self._offsets: torch.Tensor | None = None
+        if self.tokens > len(rows):
+            queries = torch.tensor([0, *(row.queries for row in rows)])
+            self._offsets = queries.cumsum(0).to(torch.int32)
+        self._causal = any(row.appends and row.queries > 1 for row in rows)
+        for row in rows:
+            self._check_room(row)
+        self._slots: tuple[torch.Tensor, torch.Tensor] | None
+        self._prepare()
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Append KV [appended, kv_heads, head_dim] of the rows that append here.
+
+        Raises
+        ------
+        CapacityError
+            Steps so far have used up a row's room.
+        """
+        if self._slots is None:
+            for row in self._rows:
+                self._check_room(row)
+        assert self._slots is not None
+        self._pool.write(layer, self._slots, keys, values)
+
+    def attend(self, layer: int, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q [tokens, heads, head_dim]: out float32 of the same shape, lse float32 [tokens, heads]."""
+        return micro_attention(
+            q, self._pool.keys(layer), self._pool.values(layer), self._tables, self._visible,
+            scale=scale, query_offsets=self._offsets, causal=self._causal, q_start=self._starts,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """Go on to the next step: what was appended is stored now."""
+        self._rows = [row._replace(length=row.length + row.queries) if row.appends else row for row in self._rows]
+        if self.appended:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the index tensors of a step; none where the last step has used up a row's room."""
+        rows, self._slots = self._rows, None
+        if all(row.length + row.queries * row.appends <= self._room(row) for row in rows):
+            slots = [
+                self._pool.slots(row.sequence, row.length, row.length + row.queries) for row in rows if row.appends
+            ]
+            self._slots = (
+                torch.tensor([block for blocks, _ in slots for block in blocks]),
+                torch.tensor([offset for _, offsets in slots for offset in offsets]),
+            )
+        self._visible = torch.tensor([row.length + row.queries * row.appends for row in rows], dtype=torch.int32)
+        self._starts = torch.tensor([row.length for row in rows], dtype=torch.int32) if self._causal else None
+
+    def _room(self, row: Row) -> int:
+        return len(self._pool.table(row.sequence)) * self._pool.block_tokens
+
+    def _check_room(self, row: Row) -> None:
+        if row.length + row.queries * row.appends > (room := self._room(row)):
+            raise CapacityError(
+                f"sequence {row.sequence} has room for {room} tokens on this worker, but {row} was planned here; "
+                "this is a fault of the plan, please report it"
+            )

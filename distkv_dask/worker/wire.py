@@ -1,0 +1,103 @@
+"""Bodies of HELLO, BEGIN and BATCH frames: msgpack, checked on arrival (nothing from the network is unpickled)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgpack
+
+from distkv_dask.errors import ChannelError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+_TOP = 2**62
+
+
+class Row(NamedTuple):
+    """One sequence's part of a step at one worker.
+
+    ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
+    ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal.
+    """
+
+    sequence: int
+    length: int
+    queries: int
+    appends: bool
+
+
+class Hello(NamedTuple):
+    """Who opens a channel, for which engine, and the model geometry that it will speak."""
+
+    engine: str
+    home: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+def token_digest(token: bytes) -> bytes:
+    """What a HELLO frame shows of the engine's random token."""
+    return hashlib.sha256(token).digest()
+
+
+def encode_hello(token: bytes, hello: Hello) -> bytes:
+    """Payload of a HELLO frame: the token's digest, then the rest."""
+    body: bytes = msgpack.packb(hello)
+    return token_digest(token) + body
+
+
+def decode_hello(payload: Buffer) -> Hello:
+    """Read the payload of a HELLO frame whose digest was found right.
+
+    Raises
+    ------
+    ChannelError
+        It is not what :func:`encode_hello` makes.
+    """
+    fields = _unpack(memoryview(payload)[DIGEST_BYTES:])
+    kinds = (str, str, int, int, int, int, str)
+    if len(fields) != len(kinds) or any(type(got) is not kind for got, kind in zip(fields, kinds, strict=True)):
+        raise ChannelError(f"a HELLO frame carries {fields!r}; engine, home and model geometry are expected")
+    return Hello(*fields)
+
+
+def encode_rows(rows: Iterable[Row]) -> bytes:
+    """Payload of a BEGIN or BATCH frame."""
+    body: bytes = msgpack.packb(list(rows))
+    return body
+
+
+def decode_rows(payload: Buffer) -> list[Row]:
+    """Read the payload of a BEGIN or BATCH frame.
+
+    Raises
+    ------
+    ChannelError
+        It is not what :func:`encode_rows` makes.
+    """
+    rows = []
+    for fields in _unpack(payload):
+        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, bool]:
+            raise ChannelError(f"a batch carries the row {fields!r}; sequence, length, queries, appends are expected")
+        row = Row(*fields)
+        if not (0 <= row.sequence < _TOP and 0 <= row.length < _TOP and 1 <= row.queries < 2**31):
+            raise ChannelError(f"a batch carries {row}, whose numbers make no sense")
+        rows.append(row)
+    return rows
+
+
+def _unpack(payload: Buffer) -> list[Any]:
+    try:
+        body = msgpack.unpackb(payload)
+    except ValueError as error:
+        raise ChannelError(f"a frame's body is not msgpack ({error})") from error
+    if not isinstance(body, list):
+        raise ChannelError(f"a frame's body is a {type(body).__name__}; a list is expected")
+    return body

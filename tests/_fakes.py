@@ -1,0 +1,173 @@
+"""Several runtimes in one process, wired over real loopback channels and driven by hand instead of by a cluster."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from _models import model_dir
+from torch import Tensor
+
+from distkv_dask.config import Config
+from distkv_dask.protocol import EngineSpec
+from distkv_dask.types import (
+    DecodeWindow,
+    Endpoint,
+    Gang,
+    Placement,
+    PrefillChunk,
+    SamplingParams,
+    SequenceState,
+    Span,
+    WindowResult,
+)
+from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.model import LoadedModel, load_model
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.runtime import Runtime
+
+BLOCK_TOKENS = 16
+GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+TOKEN = "a token of this test"
+
+
+@cache
+def loaded(family: str) -> LoadedModel:
+    return load_model(str(model_dir(family)), "float32", 1)
+
+
+class Recorder:
+    """A model that keeps the logits it computed."""
+
+    def __init__(self, model: Any) -> None:
+        self.geometry = model.geometry
+        self.eos_token_ids = model.eos_token_ids
+        self.logits: list[Tensor] = []
+        self._model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        logits = self._model.forward(*args)
+        self.logits.append(logits)
+        return logits
+
+
+class Member:
+    """One worker: lanes, pool and runtime."""
+
+    def __init__(self, address: str, model: Any, blocks: int, spec: EngineSpec) -> None:
+        geometry = model.geometry
+        self.address = address
+        self.lanes = Lanes(address, "127.0.0.1", 1)
+        self.pool = Pool(
+            layers=geometry.layers,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            dtype=geometry.dtype,
+            block_tokens=BLOCK_TOKENS,
+            blocks=blocks,
+        )
+        self.runtime = Runtime(spec, model, self.pool, self.lanes)
+
+    def close(self) -> None:
+        self.runtime.close()
+        self.lanes.close()
+
+
+class Fleet:
+    """Workers ``w0``, ``w1``, ... with one engine, and the little of a gManager that tests need."""
+
+    def __init__(self, model: Any, size: int, blocks: int = 64, **limits: float) -> None:
+        config = replace(Config.load(), **{"timeout_start": 20.0, "timeout_receive": 20.0, **limits})
+        self.spec = EngineSpec("engine", "tiny", "float32", TOKEN, config)
+        self.members = {f"w{at}": Member(f"w{at}", model, blocks, self.spec) for at in range(size)}
+        self._numbers = itertools.count(1)
+
+    def close(self) -> None:
+        for member in self.members.values():
+            member.close()
+
+    def gang(self, home: str, holders: Sequence[str], epoch: int = 1) -> Gang:
+        number = next(self._numbers)
+        endpoints = tuple(self.members[worker].lanes.endpoint for worker in holders)
+        return Gang("engine", number, f"gang-{number}", epoch, home, endpoints)
+
+    def place(self, sequence: int, *room: tuple[str, int]) -> Placement:
+        """Reserve spans of so many tokens on these workers, in order."""
+        spans, start = [], 0
+        for worker, tokens in room:
+            self.members[worker].runtime.reserve(sequence, tokens)
+            spans.append(Span(worker, start, start + tokens))
+            start += tokens
+        return tuple(spans)
+
+    def release(self, sequence: int) -> None:
+        for member in self.members.values():
+            member.runtime.release(sequence)
+
+    def run(self, gang: Gang, call: Callable[[Runtime], Any]) -> Any:
+        """Open the holders' sessions, have the home's lane call, and wait for all."""
+        sessions = [self.members[holder.worker].runtime.open_session(gang) for holder in gang.holders]
+        home = self.members[gang.home]
+        result = home.lanes.home.submit(call, home.runtime).result(60)
+        for session in sessions:
+            session.wait(60)
+        return result
+
+    def prefill(
+        self,
+        sequence: int,
+        placement: Placement,
+        prompt: Sequence[int],
+        chunk: int = 24,
+        home: str | None = None,
+        sampling: SamplingParams = GREEDY,
+    ) -> int:
+        """Prefill in chunks, each computed where its KV will lie, or all at ``home``; the first new token."""
+        token = None
+        for start, stop in self._pieces(placement, len(prompt), chunk):
+            worker = home or next(span.worker for span in placement if span.start <= start < span.stop)
+            holders = [span.worker for span in placement if span.start < stop and span.worker != worker]
+            last = sampling if stop == len(prompt) else None
+            gang = self.gang(worker, holders)
+            piece = PrefillChunk(gang, sequence, placement, start, tuple(prompt[start:stop]), last)
+            token = self.run(gang, lambda runtime, piece=piece: runtime.prefill(piece))
+        assert token is not None
+        return token
+
+    def decode(
+        self, home: str, batch: Sequence[SequenceState], steps: int, gang: Gang | None = None
+    ) -> tuple[WindowResult, list[SequenceState]]:
+        """Run a window, and the states that go into the next one."""
+        workers = {span.worker for state in batch for span in state.placement} - {home}
+        window = DecodeWindow(gang or self.gang(home, sorted(workers)), 0, steps, 60.0)
+        result = self.run(window.gang, lambda runtime: runtime.decode(window, batch))
+        left = [state for state in batch if state.sequence not in result.finished]
+        return result, [advanced(state, result.tokens[state.sequence]) for state in left]
+
+    @staticmethod
+    def _pieces(placement: Placement, tokens: int, chunk: int) -> Iterator[tuple[int, int]]:
+        for span in placement:
+            for start in range(span.start, min(span.stop, tokens), chunk):
+                yield start, min(start + chunk, span.stop, tokens)
+
+
+def advanced(state: SequenceState, tokens: Sequence[int]) -> SequenceState:
+    return replace(
+        state, length=state.length + len(tokens), last_token=tokens[-1], remaining=state.remaining - len(tokens)
+    )
+
+
+@contextmanager
+def fleet(model: Any, size: int, **settings: Any) -> Iterator[Fleet]:
+    made = Fleet(model, size, **settings)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+__all__ = ["BLOCK_TOKENS", "GREEDY", "TOKEN", "Endpoint", "Fleet", "Member", "Recorder", "advanced", "fleet", "loaded"]
