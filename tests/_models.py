@@ -82,7 +82,7 @@ class Reference:
 def reference_generate(
     model: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str = "sdpa"
 ) -> list[Reference]:
-    """Generate greedily with plain transformers in float32, one prompt at a time, ignoring the end-of-sequence token."""
+    """Generate greedily with plain transformers in float32, one prompt at a time, past any end-of-sequence token."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
     found = []
     for prompt in prompts:
