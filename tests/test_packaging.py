@@ -17,6 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import distkv_dask
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -70,7 +72,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {Path(name) for name in archive.namelist()}
     tops = {name.parts[0] for name in names}
-    info = f"distkv_dask-{PROJECT['version']}.dist-info"
+    info = f"distkv_dask-{distkv_dask.__version__}.dist-info"
     assert tops == {"distkv_dask", info}
     assert Path(info, "licenses", "LICENSE") in names
     walked = os.walk(ROOT / "distkv_dask", followlinks=True)
