@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
-from . import reference, torch_kernel
+from . import native_kernel, reference, torch_kernel
 from .contract import Call, check_call
 
 Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
@@ -21,7 +21,16 @@ class Choice(NamedTuple):
     reason: str
 
 
-IMPLEMENTATIONS: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run}
+def _implementations() -> dict[str, Run]:
+    runs: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run}
+    if native_kernel.missing() is None:
+        runs["native"] = native_kernel.run
+        for isa in native_kernel.instruction_sets():
+            runs[f"native:{isa}"] = partial(native_kernel.run_isa, isa=isa.encode())
+    return runs
+
+
+IMPLEMENTATIONS = _implementations()
 
 
 @lru_cache(maxsize=256)
@@ -47,8 +56,15 @@ def choose(
     if override is not None:
         if override not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {override!r}")
+        if override.startswith("native") and device_type != "cpu":
+            raise ValueError(f"implementation: {override!r} serves CPU pools, not {device_type}")
         return Choice(override, "asked for by the caller")
-    return Choice("torch", "always there")
+    if device_type == "cpu":
+        missing = native_kernel.missing()
+        if missing is None:
+            return Choice("native", f"C++ core with {native_kernel.instruction_sets()[0]} kernels")
+        return Choice("torch", missing)
+    return Choice("torch", f"no faster implementation for {device_type}")
 
 
 def micro_attention(

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from . import native_kernel
+
 
 def merge_into(
     out: torch.Tensor,
@@ -33,13 +35,16 @@ def merge_into(
         Shapes do not fit, or an index is out of range or given twice.
     """
     _check(out, lse, part_out, part_lse, index)
+    if _native_serves(out, lse, part_out, part_lse, index):
+        if not native_kernel.merge_into(out, lse, part_out, part_lse, index):
+            raise ValueError(f"index: expected distinct values from 0 to {out.shape[0] - 1}")
+        return
     if index is None:
         merge_tensors(out, lse, part_out, part_lse)
         return
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= out.shape[0]):
-        raise ValueError(f"index: expected values from 0 to {out.shape[0] - 1}")
-    if index.unique().numel() != index.numel():
-        raise ValueError("index: a token is given twice; merge its partials one after the other")
+    in_range = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < out.shape[0])
+    if not in_range or torch.unique(index).numel() != index.numel():
+        raise ValueError(f"index: expected distinct values from 0 to {out.shape[0] - 1}")
     sub_out, sub_lse = out[index], lse[index]
     merge_tensors(sub_out, sub_lse, part_out, part_lse)
     out[index] = sub_out
@@ -79,6 +84,12 @@ def merge_tensors(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, 
     weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # NaN: both -inf, nothing on either side
     out.lerp_(part_out, weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _native_serves(*tensors: torch.Tensor | None) -> bool:
+    return native_kernel.missing() is None and all(
+        tensor is None or (tensor.is_cpu and tensor.is_contiguous()) for tensor in tensors
+    )
 
 
 def _check(

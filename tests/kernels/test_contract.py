@@ -6,7 +6,9 @@ import pytest
 import torch
 from attention_cases import CASES, Case, check
 
-CPU_IMPLEMENTATIONS = ["torch"]
+from distkv_dask.kernels import IMPLEMENTATIONS
+
+CPU_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name not in ("reference", "native")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

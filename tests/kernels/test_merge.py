@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from distkv_dask.kernels import merge, merge_into, micro_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from distkv_dask.kernels import merge, merge_into, micro_attention
 
 TOKENS, HEADS, D = 3, 4, 16
 
@@ -30,7 +33,7 @@ def partials_of(cuts: list[int], total: int, seed: int) -> tuple[list[tuple[torc
             implementation=implementation,
         )
 
-    parts = [attend(a, b, "torch") for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [attend(a, b, "torch") for a, b in pairwise(edges)]
     return parts, attend(0, total, "reference")
 
 
@@ -81,9 +84,9 @@ def test_logits_far_apart_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("index", "error", "text"),
     [
-        (torch.tensor([0, 0]), ValueError, "twice"),
-        (torch.tensor([0, 5]), ValueError, "from 0 to 4"),
-        (torch.tensor([-1, 0]), ValueError, "from 0 to 4"),
+        (torch.tensor([0, 0]), ValueError, "distinct"),
+        (torch.tensor([0, 5]), ValueError, "distinct values from 0 to 4"),
+        (torch.tensor([-1, 0]), ValueError, "distinct values from 0 to 4"),
         (torch.tensor([0, 1], dtype=torch.int32), TypeError, "int64"),
         (torch.tensor([0, 1, 2]), ValueError, "part_out"),
     ],

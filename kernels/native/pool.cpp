@@ -1,0 +1,105 @@
+// The caller always works itself and takes whatever its helpers leave, so a helper that wakes late (or was lost in a
+// fork) costs nothing but its help. Nobody spins: the cores belong to other processes too.
+#include "pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace distkv {
+namespace {
+
+struct Job {
+  void (*work)(void*, int64_t);
+  void* context;
+  int64_t items;
+  int64_t wanted;  // helpers that may still join
+  int64_t active;  // helpers at work
+  Job* next;
+  std::atomic<int64_t> taken{0};
+  std::condition_variable idle;
+
+  void help() {
+    for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < items;) work(context, i);
+  }
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::condition_variable posted;
+  Job* jobs = nullptr;
+  int64_t helpers = 0;
+
+  Job* open_job() {
+    for (Job* job = jobs; job; job = job->next)
+      if (job->wanted > 0) return job;
+    return nullptr;
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) {
+      Job* job;
+      posted.wait(lock, [&] { return (job = open_job()) != nullptr; });
+      --job->wanted;
+      ++job->active;
+      lock.unlock();
+      job->help();
+      lock.lock();
+      if (--job->active == 0) job->idle.notify_one();
+    }
+  }
+
+  void post(Job* job) {
+    std::lock_guard<std::mutex> lock(mutex);
+    int64_t demand = job->wanted;
+    for (Job* other = jobs; other; other = other->next) demand += other->wanted + other->active;
+    try {
+      for (; helpers < demand; ++helpers) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {  // the system gives no more threads: fewer help
+    }
+    job->next = jobs;
+    jobs = job;
+  }
+
+  void close(Job* job) {
+    std::unique_lock<std::mutex> lock(mutex);
+    for (Job** at = &jobs; *at; at = &(*at)->next)
+      if (*at == job) {
+        *at = job->next;
+        break;
+      }
+    job->idle.wait(lock, [&] { return job->active == 0; });
+  }
+};
+
+Pool* pool = new Pool;  // never deleted: helpers may outlive static destructors
+
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has none of the helpers and maybe a locked mutex: it starts afresh.
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+
+}  // namespace
+
+void run_items(void (*work)(void*, int64_t), void* context, int64_t items, int64_t threads) {
+  Job job{work, context, items, (threads < items ? threads : items) - 1, 0, nullptr};
+  if (job.wanted <= 0) {
+    job.help();
+    return;
+  }
+  Pool* mine = pool;
+  const int64_t wake = job.wanted;
+  mine->post(&job);
+  for (int64_t i = 0; i < wake; ++i) mine->posted.notify_one();
+  job.help();
+  mine->close(&job);
+}
+
+}  // namespace distkv

@@ -1,0 +1,201 @@
+// MicroAttention for few queries: every key and value is read from memory once, in place, whatever the group size.
+//
+// Blocks are the outer loop and heads the inner one, so that memory is walked in long runs. What limits this kernel is
+// how early memory is asked for: while one chunk is computed, the chunk some 32 KiB further on is pulled into L2.
+#pragma once
+
+namespace distkv {
+namespace DISTKV_ISA {
+
+constexpr int64_t kAheadBytes = 48 << 10;
+
+static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Chunks of at most kChunk tokens inside one block, all heads of a chunk before the next.
+struct Cursor {
+  int64_t token = 0, head = 0, count = 0, block = 0, inside = 0;
+  bool valid = false;
+
+  void start(const Args& a, const Item& it) {
+    token = it.first;
+    head = it.head;
+    enter(a, it);
+  }
+  void next(const Args& a, const Item& it) {
+    if (++head < it.head + it.heads) return;
+    head = it.head;
+    token += count;
+    enter(a, it);
+  }
+  template <class T>
+  const T* at(const void* pool, int64_t block_stride, const Args& a) const {
+    return (const T*)pool + block * block_stride + (head * a.block_tokens + inside) * a.d;
+  }
+
+ private:
+  void enter(const Args& a, const Item& it) {
+    valid = token < it.last;
+    if (!valid) return;
+    block = it.table[token / a.block_tokens];
+    inside = token % a.block_tokens;
+    count = a.block_tokens - inside;
+    if (count > kChunk) count = kChunk;
+    if (count > it.last - token) count = it.last - token;
+  }
+};
+
+// Running softmax of one query row over the scores s[0, visible); weights for [0, n) replace them in p.
+template <class M>
+static inline void soften(float* s, typename M::Weight* p, int visible, int n, float score_scale, float value_scale,
+                          float* acc, int width, float& top, float& sum) {
+  const F scale = set1(score_scale);
+  F high = set1(-INFINITY);
+  int j = 0;
+  for (; j + W <= visible; j += W) {
+    const F x = mul(load(s + j), scale);
+    store(s + j, x);
+    high = max(x, high);
+  }
+  if (j < n) {
+    const int end = (int)round_up(n, W);
+    for (int i = j; i < end; ++i) s[i] = i < visible ? s[i] * score_scale : -INFINITY;
+    for (; j < end; j += W) high = max(load(s + j), high);
+  }
+  const float now = reduce_max(high);
+  if (now > top) {
+    if (top != -INFINITY) {
+      const float shrink = __builtin_exp2f(top - now);
+      sum *= shrink;
+      for (int c = 0; c < width; c += W) store(acc + c, mul(load(acc + c), set1(shrink)));
+    }
+    top = now;
+  }
+  const F base = set1(top == -INFINITY ? 0.0f : top), weight_scale = set1(value_scale);
+  F total = zero();
+  for (j = 0; j < n; j += W) {
+    const F x = exp2<M::kExact>(sub(load(s + j), base));
+    total = add(total, x);
+    M::store_weights(p + j, mul(x, weight_scale));
+  }
+  sum += reduce_add(total);
+}
+
+// Query row `row` of the call (counted in heads) in the form that M multiplies.
+template <class M>
+static inline void pack_query(typename M::Query* to, const Args& a, int64_t row) {
+  const int d = (int)a.d;
+  if constexpr (M::kStep == 2) {
+    M::pack_query(to, (const bf16*)a.q + row * d, d);
+  } else {
+    switch (a.q_dtype) {
+      case kBf16: return M::pack_query(to, (const bf16*)a.q + row * d, d);
+      case kFp16: return M::pack_query(to, (const fp16*)a.q + row * d, d);
+      default: return M::pack_query(to, (const float*)a.q + row * d, d);
+    }
+  }
+}
+
+template <class M>
+struct Stream {
+  using Kv = typename M::Cache;
+
+  static int64_t width(const Args& a) { return round_up(a.d, 32); }
+
+  // Scratch: per kv head and query row the packed query, the accumulator, and (top, sum); then one chunk's scores.
+  static int64_t bytes(const Args& a, int64_t queries) {
+    const int64_t rows = queries * a.heads;
+    const int64_t per_head = queries * (a.heads / a.kv_heads) + kRows;
+    return rows * (width(a) * 8 + 8) + per_head * kChunk * 8 + 256;
+  }
+
+  static void run(const Args& a, const Item& it, char* scratch) {
+    const int64_t group = a.heads / a.kv_heads, rows = it.queries * group, wide = width(a);
+    float* acc = (float*)scratch;
+    float* s = acc + it.heads * rows * wide;
+    auto* p = (typename M::Weight*)(s + rows * kChunk);
+    auto* q = (typename M::Query*)((float*)p + rows * kChunk);
+    float* top = (float*)(q + it.heads * rows * wide);
+    float* sum = top + it.heads * rows;
+    pack(a, it, q);
+    for (int64_t i = 0; i < it.heads * rows * wide; ++i) acc[i] = 0;
+    for (int64_t i = 0; i < it.heads * rows; ++i) top[i] = -INFINITY, sum[i] = 0;
+
+    Cursor now, ahead;
+    now.start(a, it);
+    ahead.start(a, it);
+    for (int64_t done = 0; ahead.valid && done < kAheadBytes; ahead.next(a, it))
+      done += 2 * ahead.count * a.d * (int64_t)sizeof(Kv);
+    for (; now.valid; now.next(a, it)) {
+      Ahead k{}, v{};
+      if (ahead.valid) {
+        const int64_t bytes = ahead.count * a.d * (int64_t)sizeof(Kv);
+        k.at = (const char*)ahead.at<Kv>(a.k, a.k_block, a);
+        v.at = (const char*)ahead.at<Kv>(a.v, a.v_block, a);
+        k.end = k.at + bytes;
+        v.end = v.at + bytes;
+        ahead.next(a, it);
+      }
+      const int64_t base = (now.head - it.head) * rows;
+      chunk(a, it, now, k, v, q + base * wide, acc + base * wide, top + base, sum + base, s, p);
+    }
+    finish(a, it, acc, top, sum);
+  }
+
+ private:
+  static void pack(const Args& a, const Item& it, typename M::Query* q) {
+    const int64_t group = a.heads / a.kv_heads, wide = width(a);
+    for (int64_t h = 0; h < it.heads; ++h)
+      for (int64_t i = 0; i < it.queries; ++i)
+        for (int64_t g = 0; g < group; ++g, q += wide) {
+          for (int64_t c = a.d; c < wide; ++c) q[c] = {};
+          pack_query<M>(q, a, (it.query + i) * a.heads + (it.head + h) * group + g);
+        }
+  }
+
+  static void chunk(const Args& a, const Item& it, const Cursor& at, Ahead& ahead_k, Ahead& ahead_v,
+                    const typename M::Query* q, float* acc, float* top, float* sum, float* s, typename M::Weight* p) {
+    const Kv *k = at.at<Kv>(a.k, a.k_block, a), *v = at.at<Kv>(a.v, a.v_block, a);
+    const int n = (int)at.count, d = (int)a.d, wide = (int)width(a), group = (int)(a.heads / a.kv_heads);
+    const int rows = (int)it.queries * group;
+    int r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      M::template scores<kRows>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k);
+    switch (rows - r) {
+      case 3: M::template scores<3>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+      case 2: M::template scores<2>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+      case 1: M::template scores<1>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+    }
+    float score_scale = (float)a.scale * kLog2E, value_scale = 1;
+    if (a.k_scales) {
+      score_scale *= a.k_scales[at.block * a.kv_heads + at.head];
+      value_scale = a.v_scales[at.block * a.kv_heads + at.head];
+    }
+    for (r = 0; r < rows; ++r) {
+      const int64_t seen = it.limit + r / group - at.token + 1;  // tokens of this chunk that the query may see
+      const int visible = seen < 0 ? 0 : seen < n ? (int)seen : n;
+      soften<M>(s + r * kChunk, p + r * kChunk, visible, n, score_scale, value_scale, acc + r * wide, wide, top[r], sum[r]);
+    }
+    for (r = 0; r + kRows <= rows; r += kRows)
+      M::template weigh<kRows>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v);
+    switch (rows - r) {
+      case 3: M::template weigh<3>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 2: M::template weigh<2>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 1: M::template weigh<1>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+    }
+  }
+
+  static void finish(const Args& a, const Item& it, const float* acc, const float* top, const float* sum) {
+    const int64_t group = a.heads / a.kv_heads, wide = width(a);
+    for (int64_t h = 0; h < it.heads; ++h)
+      for (int64_t i = 0; i < it.queries; ++i)
+        for (int64_t g = 0; g < group; ++g, acc += wide, ++top, ++sum) {
+          const int64_t to = i * a.heads + (it.head + h) * group + g;
+          const bool blind = *top == -INFINITY;
+          M::finish(it.out + to * a.d, acc, blind ? 0.0f : 1.0f / *sum, (int)a.d);
+          it.lse[to] = blind ? -INFINITY : *top * kLn2 + __builtin_logf(*sum);
+        }
+  }
+};
+
+}  // namespace DISTKV_ISA
+}  // namespace distkv

@@ -1,0 +1,178 @@
+// MicroAttention for many queries: packed keys and values, and matrix products on register tiles.
+//
+// One item is a tile of query rows (a few queries of every head of a group) of one kv head. It walks the keys in chunks;
+// a chunk's keys are packed [head dim, token] and its values [token, head dim], in pairs for the bf16 dot product,
+// so that both products broadcast the left side and read the right side in full vectors. Nothing that causality hides
+// is computed, down to register tiles.
+#pragma once
+
+namespace distkv {
+namespace DISTKV_ISA {
+
+constexpr int kTileTokens = 128;         // tokens per chunk
+constexpr int kTileRows = 6;             // query rows of a register tile
+constexpr int kPanel = kColumns * W;     // columns of a packed panel
+
+// c[m][n] (+)= a[m] . b over `steps`, for one register tile; the panel b holds kPanel columns per step.
+template <class M, int Rows, int Columns, bool Add>
+static inline void product(const typename M::Query* a, int64_t lda, const typename M::Query* b, int steps, float* c,
+                           int64_t ldc) {
+  F sum[Rows][Columns];
+  for (int m = 0; m < Rows; ++m)
+    for (int n = 0; n < Columns; ++n) sum[m][n] = Add ? load(c + m * ldc + n * W) : zero();
+  for (int k = 0; k < steps; ++k, b += kPanel * M::kStep, a += M::kStep) {
+    typename M::Vec right[Columns];
+    for (int n = 0; n < Columns; ++n) right[n] = M::load_packed(b + n * W * M::kStep);
+    for (int m = 0; m < Rows; ++m) {
+      const typename M::Vec left = M::broadcast(a + m * lda);
+      for (int n = 0; n < Columns; ++n) sum[m][n] = M::multiply_add(sum[m][n], left, right[n]);
+    }
+  }
+  for (int m = 0; m < Rows; ++m)
+    for (int n = 0; n < Columns; ++n) store(c + m * ldc + n * W, sum[m][n]);
+}
+
+template <class M, int Rows, bool Add>
+static void product_columns(int columns, const typename M::Query* a, int64_t lda, const typename M::Query* b,
+                            int steps, float* c, int64_t ldc) {
+  switch (columns) {
+    case 1: return product<M, Rows, 1, Add>(a, lda, b, steps, c, ldc);
+    case 2: return product<M, Rows, 2, Add>(a, lda, b, steps, c, ldc);
+    case 3: return product<M, Rows, kColumns < 3 ? kColumns : 3, Add>(a, lda, b, steps, c, ldc);
+    default: return product<M, Rows, kColumns, Add>(a, lda, b, steps, c, ldc);
+  }
+}
+
+template <class M>
+struct Tile {
+  using Kv = typename M::Cache;
+  using Query = typename M::Query;
+
+  static int64_t depth(const Args& a) { return round_up(a.d, W); }        // of the score product, padded with zeros
+  static int64_t width(const Args& a) { return round_up(a.d, kPanel); }   // of the output, whole panels
+  static int64_t padded_rows(const Args& a, int64_t queries) {
+    return round_up(queries * (a.heads / a.kv_heads), kTileRows);
+  }
+
+  static int64_t bytes(const Args& a, int64_t queries) {
+    const int64_t rows = padded_rows(a, queries);
+    const int64_t per_row = depth(a) * 4 + kTileTokens * 8 + width(a) * 4 + 8;
+    return rows * per_row + kTileTokens * (depth(a) + width(a)) * 4 + 1024;
+  }
+
+  const Args& a;
+  const Item& it;
+  const int group, rows;
+  const int64_t deep, wide;
+  Query *q, *k, *v;             // packed queries, keys, values
+  float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
+  typename M::Weight* p;        // weights [rows, kTileTokens]
+
+  Tile(const Args& args, const Item& item, char* scratch)
+      : a(args), it(item), group((int)(a.heads / a.kv_heads)), rows((int)padded_rows(a, it.queries)), deep(depth(a)),
+        wide(width(a)) {
+    s = (float*)scratch;
+    acc = s + rows * kTileTokens;
+    k = (Query*)(acc + rows * wide);
+    v = k + kTileTokens * deep;
+    p = (typename M::Weight*)(v + kTileTokens * wide);
+    q = (Query*)(p + rows * kTileTokens);
+    top = (float*)(q + rows * deep);
+    sum = top + rows;
+  }
+
+  static void run(const Args& a, const Item& it, char* scratch) { Tile(a, it, scratch).attend(); }
+
+ private:
+  void attend() {
+    start();
+    for (int64_t token = it.first; token < it.last; token += kTileTokens) {
+      const int n = (int)(it.last - token < kTileTokens ? it.last - token : kTileTokens);
+      if (visible((int)it.queries * group - 1, token, n) == 0) break;
+      pack_chunk(token, n);
+      for (int r = 0; r < rows; r += kTileRows) score(r, token, n);
+      const int used = (int)it.queries * group;
+      for (int r = 0; r < used; ++r) {
+        const int seen = visible(r, token, n);
+        soften<M>(s + r * kTileTokens, p + r * kTileTokens, seen, padded(r, token, n), (float)a.scale * kLog2E, 1.0f,
+                  acc + r * wide, (int)wide, top[r], sum[r]);
+      }
+      for (int r = 0; r < rows; r += kTileRows) weigh(r, token, n);
+    }
+    finish();
+  }
+
+  // Tokens of the chunk that query row r sees, and how many of them its register tile computes.
+  int visible(int r, int64_t token, int n) const {
+    const int64_t seen = it.limit + r / group - token + 1;
+    return seen < 0 ? 0 : seen < n ? (int)seen : n;
+  }
+  int padded(int r, int64_t token, int n) const {
+    const int last = r / kTileRows * kTileRows + kTileRows - 1, used = (int)it.queries * group - 1;
+    return (int)round_up(visible(last < used ? last : used, token, n), 16);
+  }
+
+  void start() {
+    for (int r = 0; r < rows; ++r) {
+      const bool used = r < it.queries * group;
+      for (int64_t c = used ? a.d : 0; c < deep; ++c) q[r * deep + c] = {};
+      if (used) pack_query<M>(q + r * deep, a, (it.query + r / group) * a.heads + it.head * group + r % group);
+      for (int64_t c = 0; c < wide; ++c) acc[r * wide + c] = 0;
+      top[r] = -INFINITY;
+      sum[r] = 0;
+    }
+    for (int r = (int)it.queries * group; r < rows; ++r)
+      for (int c = 0; c < kTileTokens; ++c) p[r * kTileTokens + c] = {};
+  }
+
+  void pack_chunk(int64_t token, int n) {
+    const int whole = (int)round_up(n, 16);
+    const Kv *keys[kTileTokens], *values[kTileTokens];
+    float key_scale[kTileTokens], value_scale[kTileTokens];
+    for (int j = 0; j < whole; ++j) {
+      const int64_t at = token + (j < n ? j : n - 1), block = it.table[at / a.block_tokens];
+      const int64_t inside = (it.head * a.block_tokens + at % a.block_tokens) * a.d;
+      keys[j] = (const Kv*)a.k + block * a.k_block + inside;
+      values[j] = (const Kv*)a.v + block * a.v_block + inside;
+      key_scale[j] = a.k_scales ? a.k_scales[block * a.kv_heads + it.head] : 1.0f;
+      value_scale[j] = a.v_scales ? a.v_scales[block * a.kv_heads + it.head] : 1.0f;
+    }
+    for (int j = 0; j < whole; j += W)
+      M::pack_keys(k + j / kPanel * kPanel * deep + j % kPanel * M::kStep, keys + j, key_scale + j, (int)a.d,
+                   kPanel);
+    for (int j = 0; j < whole; j += M::kStep)
+      M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d, kPanel,
+                     kTileTokens * kPanel);
+  }
+
+  void score(int r, int64_t token, int n) {
+    const int seen = padded(r, token, n);
+    for (int j = 0; j < seen; j += kPanel) {
+      const int columns = seen - j < kPanel ? (seen - j) / W : kColumns;
+      product_columns<M, kTileRows, false>(columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
+                                           s + r * kTileTokens + j, kTileTokens);
+    }
+  }
+
+  void weigh(int r, int64_t token, int n) {
+    const int seen = padded(r, token, n);
+    for (int c = 0; c < a.d; c += kPanel) {
+      const int columns = a.d - c < kPanel ? (int)round_up(a.d - c, W) / W : kColumns;
+      product_columns<M, kTileRows, true>(columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
+                                          seen / M::kStep, acc + r * wide + c, wide);
+    }
+  }
+
+  void finish() {
+    for (int r = 0; r < it.queries * group; ++r) {
+      const int64_t to = r / group * a.heads + it.head * group + r % group;
+      const bool blind = top[r] == -INFINITY;
+      const float inverse = blind ? 0.0f : 1.0f / sum[r];
+      for (int c = 0; c < a.d; ++c) it.out[to * a.d + c] = acc[r * wide + c] * inverse;
+      it.lse[to] = blind ? -INFINITY : top[r] * kLn2 + __builtin_logf(sum[r]);
+    }
+  }
+};
+
+}  // namespace DISTKV_ISA
+}  // namespace distkv

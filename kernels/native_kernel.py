@@ -1,0 +1,136 @@
+"""MicroAttention and merge in the C++ core (kernels/native), loaded through ctypes: the fast path on CPU.
+
+ctypes releases the interpreter lock during a call, and the core may be called from several threads at once. The core
+checks the values of index tensors itself, so a decode step pays only for looking at shapes in Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from .contract import Call, lengths_message, offsets_message, tables_message
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_ARGS = struct.Struct("<25qd")  # distkv::Args in native/core.h
+_NAMES = (b"", b"avx512_bf16", b"avx512", b"avx2", b"portable")
+
+
+@lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | str:
+    """The core, or the reason why there is none."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_core{suffix}")
+        if path.exists():
+            try:
+                core = ctypes.CDLL(str(path))
+            except OSError as error:
+                return f"{path.name} does not load: {error}"
+            core.distkv_isa.restype = ctypes.c_char_p
+            core.distkv_has_isa.argtypes = [ctypes.c_char_p]
+            core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+            core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+            return core
+    return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
+
+
+def missing() -> str | None:
+    """Why the core cannot serve, or None if it can."""
+    core = _load()
+    return core if isinstance(core, str) else None
+
+
+def _core() -> ctypes.CDLL:
+    core = _load()
+    if isinstance(core, str):
+        raise ValueError(f"implementation: 'native' is not available: {core}")
+    return core
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that the core has kernels for and this processor runs, best first."""
+    core = _core()
+    return [name.decode() for name in _NAMES[1:] if core.distkv_has_isa(name)]
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend with the best instruction set; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
+    return run_isa(call, b"")
+
+
+def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend with one of :func:`instruction_sets` (empty: the best one)."""
+    q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads = call
+    if not q.is_contiguous():
+        q = q.contiguous()
+    tokens, heads, d = q.shape
+    blocks, kv_heads, block_tokens, _ = k.shape
+    rows, max_blocks = tables.shape
+    out = torch.empty(tokens, heads, d)
+    lse = torch.empty(tokens, heads)
+    arguments = _ARGS.pack(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        tables.data_ptr(),
+        lengths.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        0 if k_scales is None else k_scales.data_ptr(),
+        0 if v_scales is None else v_scales.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        rows,
+        tokens,
+        heads,
+        kv_heads,
+        d,
+        block_tokens,
+        blocks,
+        max_blocks,
+        tables.stride(0),
+        k.stride(0),
+        v.stride(0),
+        _DTYPES[q.dtype],
+        _DTYPES[k.dtype],
+        threads,
+        scale,
+    )
+    status = _core().distkv_attend(arguments, isa)
+    if status:
+        raise _error(status, call)
+    return out, lse
+
+
+def _error(status: int, call: Call) -> Exception:
+    if status == 1:
+        return ValueError(lengths_message(call.block_tables.shape[1], call.k_pool.shape[2]))
+    if status == 2:
+        return ValueError(offsets_message(call.q.shape[0]))
+    if status == 3:
+        return ValueError(tables_message(call.k_pool.shape[0]))
+    return MemoryError("the attention kernel could not allocate its scratch memory")
+
+
+def merge_into(
+    out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
+) -> bool:
+    """Merge contiguous float32 CPU tensors whose shapes were checked; False if an index is out of range or twice."""
+    tokens, heads, d = out.shape
+    count = tokens if index is None else index.shape[0]
+    return not _core().distkv_merge(
+        out.data_ptr(),
+        lse.data_ptr(),
+        part_out.data_ptr(),
+        part_lse.data_ptr(),
+        None if index is None else index.data_ptr(),
+        count,
+        tokens,
+        heads,
+        d,
+    )

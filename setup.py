@@ -1,0 +1,50 @@
+"""Builds the C++ core of the kernels, where a compiler exists; everything else about the package is in pyproject.toml.
+
+The core is a plain shared library that ctypes loads (kernels/native_kernel.py). Each isa_*.cpp is compiled for its own
+instruction set and chosen at run time. A failed build is reported and skipped: PyTorch kernels serve then.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels/native")
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-g0",
+    "-Wno-uninitialized",
+]
+ISA_FLAGS = {
+    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+ISA_FLAGS["isa_avx512_bf16.cpp"] = [*ISA_FLAGS["isa_avx512.cpp"], "-mavx512bf16"]
+PORTABLE = ["api.cpp", "pool.cpp", "isa_portable.cpp"]
+
+
+class BuildCore(build_ext):
+    """Compile every source with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link the core; setuptools skips it on an error because it is optional."""
+        objects = []
+        for source in ext.sources:
+            flags = FLAGS + ISA_FLAGS.get(Path(source).name, [])
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        target = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+
+names = PORTABLE + (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else [])
+core = Extension("distkv_dask.kernels._core", [str(SOURCES / name) for name in names], optional=True, language="c++")
+core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
+setup(ext_modules=[core], cmdclass={"build_ext": BuildCore})
