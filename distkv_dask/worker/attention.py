@@ -10,7 +10,8 @@ import torch
 
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.kernels import merge_into
-from distkv_dask.worker.channels.base import Channel, Header, Kind
+from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.pool import Pool

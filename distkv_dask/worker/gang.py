@@ -9,7 +9,8 @@ from types import TracebackType
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.types import Endpoint, Gang
-from distkv_dask.worker.channels.base import Channel, Header, Kind
+from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.wire import encode_rows
 

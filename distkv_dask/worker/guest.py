@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
-from distkv_dask.worker.channels.base import Header, Inlet, Kind
+from distkv_dask.worker.channels.base import Inlet
+from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.wire import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows

@@ -17,7 +17,7 @@ import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, GangAbortedError
 from distkv_dask.types import Gang
-from distkv_dask.worker.channels.tcp import TcpListener
+from distkv_dask.worker.channels.tcp_inlet import TcpListener
 from distkv_dask.worker.guest import HELLO_BYTES, Guest
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session

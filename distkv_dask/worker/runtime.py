@@ -13,7 +13,8 @@ from distkv_dask.errors import ModelError
 from distkv_dask.protocol import EngineSpec
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
-from distkv_dask.worker.channels.base import Channel, Header, Kind
+from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.decode import DecodeLoop
 from distkv_dask.worker.gang import ChannelCache, HomeGang

@@ -10,7 +10,8 @@ import torch
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.types import Gang
-from distkv_dask.worker.channels.base import HEADER_BYTES, Header, Inlet, Kind
+from distkv_dask.worker.channels.base import Inlet
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.wire import Row

@@ -1,84 +1,19 @@
-"""The channel contract: frames with exact lengths between a home and a holder, and the two ends that carry them.
+"""The channel contract: two ends that carry frames between a home and a holder.
 
 The home's end (:class:`Channel`) blocks, with a time limit; the holder's end (:class:`Inlet`) never does, because one
-thread serves all homes. A frame is a 64-byte header and a payload; every header names gang, epoch, layer and step, so
-that a leftover of a failed window is never taken for an answer.
+thread serves all homes.
 """
 
 from __future__ import annotations
 
-import struct
-from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from distkv_dask.worker.channels.frames import Header
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-_LAYOUT = struct.Struct("<4sBxHIIQQd24x")
-_MAGIC = b"DKV1"
-HEADER_BYTES = _LAYOUT.size
-"""Size of a frame's header; payload tensors start on this boundary."""
-
-
-class Kind(IntEnum):
-    """What a frame means. H is sent by the home, A by the holder (which answers)."""
-
-    HELLO = 1
-    """H: token, engine and geometry; the first frame of a connection."""
-    WELCOME = 2
-    """A: the hello was accepted."""
-    BEGIN = 3
-    """H: a gang starts; its rows."""
-    READY = 4
-    """A: the gang's session is open."""
-    BATCH = 5
-    """H: other rows from this step on."""
-    ATTEND = 6
-    """H: q, then k and v of rows that append here."""
-    PARTIAL = 7
-    """A: out, then lse."""
-    END = 8
-    """H: the gang is complete."""
-    FAIL = 9
-    """Both: the sender's part of the gang failed, payload is the reason; the connection ends."""
-
-
-class Header(NamedTuple):
-    """Header of a frame.
-
-    ``gang`` and ``epoch`` are zero outside gangs, ``layer`` outside ATTEND and PARTIAL. ``length`` is the payload's
-    size in bytes, ``scale`` the factor of the scores (ATTEND).
-    """
-
-    kind: Kind
-    gang: int = 0
-    epoch: int = 0
-    layer: int = 0
-    step: int = 0
-    length: int = 0
-    scale: float = 0.0
-
-    def pack(self) -> bytes:
-        """Bytes of the header as they travel."""
-        kind, gang, epoch, layer, step, length, scale = self
-        return _LAYOUT.pack(_MAGIC, kind, layer, step, epoch, gang, length, scale)
-
-    def __str__(self) -> str:
-        text = f"{self.kind.name} of gang {self.gang}, epoch {self.epoch}, step {self.step}, layer {self.layer}"
-        return f"{text}, {self.length} bytes"
-
-
-_KINDS = {int(kind): kind for kind in Kind}
-
-
-def parse_header(data: Buffer) -> Header | None:
-    """Header at the start of ``data`` (at least :data:`HEADER_BYTES`); None when it is none of ours."""
-    magic, kind, layer, step, epoch, gang, length, scale = _LAYOUT.unpack_from(data)
-    if magic != _MAGIC or kind not in _KINDS:
-        return None
-    return Header(_KINDS[kind], gang, epoch, layer, step, length, scale)
 
 
 class Channel(Protocol):
