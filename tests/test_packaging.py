@@ -81,6 +81,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {Path("distkv_dask/kernels/__init__.py"), Path("distkv_dask/graphs/__init__.py")} <= names
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the wheel has no C++ core")
+def test_wheel_built_with_a_compiler_holds_the_fast_kernels(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if re.fullmatch(r"distkv_dask/kernels/_core\..*so", name)]
+
+
 def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
     """A new environment that has our dependencies (by a path entry, which runs no editable hook) and the wheel."""
     venv.create(tmp_path / "env", with_pip=False)
