@@ -1,0 +1,43 @@
+"""distkv-dask: long-context language-model inference on Dask with DistAttention and a distributed KV cache.
+
+The open implementation of *Infinite-LLM* (arXiv 2401.02669): one request's KV cache may be larger than any worker's
+memory.
+"""
+
+from distkv_dask.client.engine import Engine
+from distkv_dask.errors import (
+    CapacityError,
+    ChannelError,
+    ChannelTimeoutError,
+    ClusterError,
+    ConfigError,
+    DistKVError,
+    EngineClosedError,
+    GangAbortedError,
+    InvalidRequestError,
+    ModelError,
+    UnsupportedModelError,
+    WorkerLostError,
+)
+from distkv_dask.types import Completion, SamplingParams, Span, Timings
+
+__all__ = [
+    "CapacityError",
+    "ChannelError",
+    "ChannelTimeoutError",
+    "ClusterError",
+    "Completion",
+    "ConfigError",
+    "DistKVError",
+    "Engine",
+    "EngineClosedError",
+    "GangAbortedError",
+    "InvalidRequestError",
+    "ModelError",
+    "SamplingParams",
+    "Span",
+    "Timings",
+    "UnsupportedModelError",
+    "WorkerLostError",
+]
+__version__ = "0.1.0"

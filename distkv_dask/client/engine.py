@@ -1,0 +1,338 @@
+"""The engine: what a user holds to ask a model on a Dask cluster about prompts longer than any worker's KV memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+from array import array
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+from distributed import Client, get_client
+from distributed.protocol.serialize import ToPickle
+
+from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.request import Request
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.config import Config
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
+from distkv_dask.model_source import resolve_model
+from distkv_dask.model_support import check_supported
+from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec
+from distkv_dask.scheduler.gmanager import GManager
+from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
+
+logger = logging.getLogger("distributed.distkv.engine")
+
+POLL = 10.0
+"""Seconds that a call for news waits at the gManager."""
+
+
+class Engine:
+    """A model served by all workers of a Dask cluster, whose KV caches form one pool.
+
+    Parameters
+    ----------
+    client
+        Dask client; None takes the current one. With an asynchronous client, ``await`` the engine or use
+        ``async with``, and await ``generate``, ``status`` and ``close``.
+    model
+        A Hugging Face directory or hub name, a GGUF file, or ``"smollm2-135m"``; every worker must be able to read it.
+    dtype
+        Of weights and KV cache: ``"auto"`` (the checkpoint's), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+    kv_memory
+        KV memory of each worker: bytes, or text such as ``"64 MiB"``; None takes half of the worker's memory limit.
+    **settings
+        Any field of :class:`~distkv_dask.config.Config`.
+
+    Raises
+    ------
+    ConfigError, ModelError, UnsupportedModelError, CapacityError, ClusterError
+        When the engine cannot be opened; the message says what to change.
+
+    Examples
+    --------
+    >>> with Engine(client, model="smollm2-135m", kv_memory="64 MiB") as engine:  # doctest: +SKIP
+    ...     done = engine.generate(["What is gravity?"], SamplingParams(max_new_tokens=64))
+    ...     print(done[0].text)
+    """
+
+    def __init__(
+        self,
+        client: Client | None = None,
+        model: str = "smollm2-135m",
+        *,
+        dtype: str = "auto",
+        kv_memory: int | str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.client = client if client is not None else get_client()
+        self.config = Config.load(kv_memory=kv_memory, **settings)
+        self.model = resolve_model(model)
+        self.dtype = dtype
+        self.id = secrets.token_hex(4)
+        self._facts: dict[str, Any] = {}
+        self._closed = False
+        self._numbers = itertools.count()
+        self._requests: dict[int, Request] = {}
+        self._outgoing: list[Request] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        if not self.client.asynchronous:
+            self.client.sync(self._open)
+
+    # Opening and closing
+
+    async def _open(self) -> Self:
+        if self._facts:
+            return self
+        self._loop = loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
+        await self._install()
+        spec = EngineSpec(self.id, self.model.name, self.dtype, secrets.token_hex(32), self.config)
+        tokenizer = loop.run_in_executor(None, self.model.tokenizer)
+        try:
+            self._facts = await self._call(ClientCall.OPEN, spec=ToPickle(spec), client=self.client.id)
+        finally:
+            loaded = await tokenizer
+        self._tokenizer = Tokenizer(loaded, self._facts["vocab_size"])
+        self._spawn(self._listen())
+        return self
+
+    async def _install(self) -> None:
+        """Install the gManager, once per cluster."""
+        try:
+            await self.client.register_plugin(GManager(), name=PLUGIN)
+        except DistKVError:
+            raise
+        except Exception as error:
+            raise ClusterError(
+                f"the gManager could not be installed in the scheduler: {error!r}. Scheduler and workers need the same "
+                f"distkv-dask as this process; see the scheduler's log."
+            ) from error
+
+    def close(self) -> Any:
+        """End all requests (their futures are cancelled) and free everything on the cluster; returns when it is done."""
+        return self.client.sync(self._close)
+
+    async def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._requests.values()):
+            request.generation.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        with contextlib.suppress(EngineClosedError):
+            await self._call(ClientCall.CLOSE, engine=self.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        """Open the engine (asynchronous clients)."""
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._open()
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._close()
+
+    # Requests
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Any:
+        """Answer prompts, decoding them together; returns a list of :class:`Completion` in their order.
+
+        Parameters
+        ----------
+        prompts
+            Texts, lists of token ids, or lists of chat messages; a single text is a list of one.
+        sampling
+            One for all prompts or one for each; None is ``SamplingParams()``.
+
+        Returns
+        -------
+        list[Completion]
+            A request that fails does not stop the others: its ``finish_reason`` is ``"error"`` and ``error`` says why.
+
+        Raises
+        ------
+        InvalidRequestError
+            When ``prompts`` is not a list of prompts, or ``sampling`` has another length.
+        EngineClosedError
+            When the engine is closed.
+        """
+        self._check_open()
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(params) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts, but {len(params)} sampling parameters: give one or as many"
+            )
+        accepted: list[Generation | Completion] = []
+        for prompt, one in zip(prompts, params, strict=True):
+            try:
+                accepted.append(self.submit(prompt, one))  # type: ignore[arg-type]
+            except InvalidRequestError as error:
+                accepted.append(_failed(error))
+        return self.client.sync(self._gather, accepted)
+
+    async def _gather(self, accepted: list[Generation | Completion]) -> list[Completion]:
+        done: list[Completion] = []
+        try:
+            for one in accepted:
+                try:
+                    done.append(one if isinstance(one, Completion) else await one)
+                except DistKVError as error:
+                    done.append(_failed(error))
+        except asyncio.CancelledError:
+            for one in accepted:
+                if isinstance(one, Generation):
+                    one.cancel()
+            raise
+        return done
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Generation:
+        """Ask for a completion and return at once.
+
+        Returns
+        -------
+        Generation
+            A future: ``result()`` gives the :class:`Completion` or raises what went wrong; ``cancel()`` stops the
+            request. It can be awaited.
+
+        Raises
+        ------
+        InvalidRequestError
+            When the prompt cannot be served as it is.
+        EngineClosedError
+            When the engine is closed.
+        """
+        return self._submit(prompt, sampling).generation
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> TextPieces:
+        """Ask for a completion and iterate (``for`` or ``async for``) over its text as it is generated."""
+        request = self._submit(prompt, sampling)
+        pieces = TextPieces(request.generation, self._loop)
+        request.on_text = pieces.put
+        return pieces
+
+    def _submit(self, prompt: Prompt, sampling: SamplingParams | None) -> Request:
+        self._check_open()
+        sampling = sampling or SamplingParams()
+        if sampling.seed is None and sampling.temperature > 0:
+            sampling = _seeded(sampling)
+        ids = self._tokenizer.encode(prompt)
+        if len(ids) + sampling.max_new_tokens > self._facts["max_positions"]:
+            raise InvalidRequestError(
+                f"a prompt of {len(ids)} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
+                f"model's window of {self._facts['max_positions']} tokens: shorten the prompt or lower max_new_tokens"
+            )
+        number = next(self._numbers)
+        request = Request(number, array("i", ids), sampling, self._tokenizer, Generation(lambda: self._cancel(number)))
+        self._requests[number] = request
+        self._loop.call_soon_threadsafe(self._send, request)
+        return request
+
+    def _send(self, request: Request) -> None:
+        """On the event loop: requests that arrive together travel together, in order."""
+        self._outgoing.append(request)
+        if len(self._outgoing) == 1:
+            self._spawn(self._flush())
+
+    async def _flush(self) -> None:
+        await asyncio.sleep(0)
+        requests, self._outgoing = self._outgoing, []
+        payload = [(one.number, one.prompt, one.sampling) for one in requests if not one.generation.cancelled()]
+        try:
+            refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=ToPickle(payload))
+        except EngineClosedError as closed:
+            refused = {number: closed for number, _, _ in payload}
+        for number, error in refused.items():
+            if (request := self._requests.pop(number, None)) is not None:
+                request.fail(error)
+
+    def _cancel(self, number: int) -> None:
+        self._loop.call_soon_threadsafe(self._send_cancel, number)
+
+    def _send_cancel(self, number: int) -> None:
+        if self._requests.pop(number, None) is not None and not self._closed:
+            self._stop(number, "cancelled")
+
+    def _stop(self, number: int, reason: FinishReason) -> None:
+        self._spawn(self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason=reason))
+
+    async def _listen(self) -> None:
+        """Take news from the gManager until the engine closes or the scheduler is gone."""
+        while not self._closed:
+            try:
+                news: list[Delivery] = await self._call(ClientCall.EVENTS, engine=self.id, wait=POLL)
+            except EngineClosedError as error:
+                self._closed = True
+                for number in list(self._requests):
+                    self._requests.pop(number).fail(error)
+                return
+            for delivery in news:
+                if (request := self._requests.get(delivery.sequence)) is None:
+                    continue
+                if request.receive(delivery):
+                    self._requests.pop(delivery.sequence, None)
+                elif request.wants_stop():
+                    self._stop(delivery.sequence, "stop")
+
+    # Status
+
+    def status(self) -> Any:
+        """Where everything is: workers, sequences, debts, totals (a dict of plain values).
+
+        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences``;
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``.
+        """
+        self._check_open()
+        return self.client.sync(self._call, ClientCall.STATUS, engine=self.id)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._facts else "opening"
+        return f"<Engine {self.id} {self.model.name!r} {state}, {len(self._requests)} requests>"
+
+    # Plumbing
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one")
+        if not self._facts:
+            raise EngineClosedError("the engine is not open yet: await it, or use `async with`")
+
+    async def _call(self, call: ClientCall, **arguments: Any) -> Any:
+        """Call the gManager; a scheduler that is gone is an EngineClosedError."""
+        try:
+            return await getattr(self.client.scheduler, call)(**arguments)
+        except (OSError, AttributeError) as error:
+            raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
+
+    async def _call_quietly(self, call: ClientCall, **arguments: Any) -> None:
+        with contextlib.suppress(EngineClosedError):
+            await self._call(call, **arguments)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _failed(error: DistKVError) -> Completion:
+    return Completion("", (), 0, "error", str(error))
+
+
+def _seeded(sampling: SamplingParams) -> SamplingParams:
+    return replace(sampling, seed=secrets.randbits(62))

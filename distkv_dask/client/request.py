@@ -1,0 +1,78 @@
+"""One request at the client: collects its tokens, looks for stop strings, and ends its future."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+
+from distkv_dask.client.generation import Generation
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.protocol import Delivery
+from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
+
+
+class Request:
+    """State of a request between submission and completion.
+
+    Parameters
+    ----------
+    number
+        The request's number within its engine.
+    prompt
+        Token ids.
+    sampling, tokenizer
+        How tokens become text, and where it ends.
+    generation
+        The user's future.
+    """
+
+    def __init__(
+        self, number: int, prompt: array[int], sampling: SamplingParams, tokenizer: Tokenizer, generation: Generation
+    ) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.sampling = sampling
+        self.generation = generation
+        self.on_text: Callable[[str], None] | None = None
+        self._stream = tokenizer.stream(sampling.stop)
+        self._told = False
+
+    def receive(self, delivery: Delivery) -> bool:
+        """Take tokens or the end; returns True when the request is over."""
+        if delivery.error is not None:
+            self.fail(delivery.error)
+            return True
+        self._say(self._stream.add(delivery.tokens))
+        if delivery.reason is None:
+            return False
+        self._say(self._stream.finish())
+        self._complete("stop" if self._stream.stopped else delivery.reason, delivery)
+        return True
+
+    def wants_stop(self) -> bool:
+        """Whether a stop string ended the text while the cluster goes on; True once."""
+        wants, self._told = self._stream.stopped and not self._told, self._told or self._stream.stopped
+        return wants
+
+    def _say(self, piece: str) -> None:
+        if piece and self.on_text is not None:
+            self.on_text(piece)
+
+    def _complete(self, reason: FinishReason, delivery: Delivery) -> None:
+        completion = Completion(
+            text=self._stream.text,
+            token_ids=tuple(self._stream.token_ids),
+            prompt_tokens=len(self.prompt),
+            finish_reason=reason,
+            timings=delivery.timings or Timings(),
+            placement=delivery.placement,
+        )
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+            self.generation.set_result(completion)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+            self.generation.set_exception(error)

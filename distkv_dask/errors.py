@@ -1,0 +1,56 @@
+"""Every error a user can meet, each saying what to do next.
+
+All errors derive from :class:`DistKVError`. Those caused by a wrong argument are also :class:`ValueError`, those caused
+by a limit in time also :class:`TimeoutError`, so that callers may catch the built-in class. Every error can be pickled
+(constructed from its message alone), because errors travel between workers, scheduler and client.
+"""
+
+from __future__ import annotations
+
+
+class DistKVError(Exception):
+    """Base class of all errors raised by this package."""
+
+
+class ConfigError(DistKVError, ValueError):
+    """A configuration key or value is wrong; the message names the key and the allowed values."""
+
+
+class InvalidRequestError(DistKVError, ValueError):
+    """A prompt or its sampling parameters cannot be served as given."""
+
+
+class CapacityError(DistKVError):
+    """KV memory is too small; the message gives needed and available bytes and the setting to change."""
+
+
+class ModelError(DistKVError):
+    """The model cannot be found or loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model uses an attention feature that DistAttention does not compute (yet)."""
+
+
+class ClusterError(DistKVError):
+    """The Dask cluster cannot serve an engine: no workers, or a plugin that failed to start."""
+
+
+class WorkerLostError(DistKVError):
+    """A worker died or left while it served the request."""
+
+
+class GangAbortedError(DistKVError):
+    """A window or prefill chunk ended early because one of its members failed."""
+
+
+class ChannelError(DistKVError, ConnectionError):
+    """A channel to a peer broke, was closed, or carried something unexpected."""
+
+
+class ChannelTimeoutError(ChannelError, TimeoutError):
+    """A peer did not answer within the receive time limit (``distkv.timeouts.receive``)."""
+
+
+class EngineClosedError(DistKVError):
+    """The engine was closed, or its scheduler is gone."""

@@ -1,0 +1,99 @@
+"""Names and shapes of all messages between client, gManager and rManagers (the table is in docs/architecture.md).
+
+Carriers: *rpc* is Dask's request and reply, *stream* Dask's ordered stream between scheduler and worker. Bytes of
+queries and partials do not appear here: they travel on channels (:mod:`distkv_dask.worker.channels`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, TypedDict
+
+from distkv_dask.types import Endpoint, FinishReason, Placement, Timings
+
+if TYPE_CHECKING:
+    from distkv_dask.config import Config
+
+PLUGIN = "distkv"
+"""Name under which the gManager (scheduler plugin) and the rManagers (worker plugins) are registered."""
+
+WORKER_EVENT = "distkv-worker-event"
+"""Stream operation of all messages from rManagers to the gManager."""
+
+
+class ClientCall(StrEnum):
+    """Client to gManager, rpc."""
+
+    OPEN = "distkv_open"
+    SUBMIT = "distkv_submit"
+    STOP = "distkv_stop"
+    EVENTS = "distkv_events"
+    STATUS = "distkv_status"
+    CLOSE = "distkv_close"
+
+
+class ToWorker(StrEnum):
+    """GManager to rManager, stream; the payload's shape is the argument list of the rManager's method of that name."""
+
+    OPEN = "distkv-open"
+    CLOSE = "distkv-close"
+    RESERVE = "distkv-reserve"
+    RETIRE = "distkv-retire"
+    RELEASE = "distkv-release"
+    JOIN = "distkv-join"
+    RESET = "distkv-reset"
+    ABORT = "distkv-abort"
+
+
+class FromWorker(StrEnum):
+    """RManager to gManager, stream: the ``event`` of a :data:`WORKER_EVENT`."""
+
+    HELLO = "hello"
+    READY = "ready"
+    OPEN_FAILED = "open-failed"
+    CLOSED = "closed"
+    CHUNK_DONE = "chunk-done"
+    PREFILLED = "prefilled"
+    WINDOW_STARTED = "window-started"
+    WINDOW_DONE = "window-done"
+    GANG_FAILED = "gang-failed"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an rManager needs to open an engine; every worker resolves the name ``model`` by itself.
+
+    ``token`` is the random secret that workers show each other when a channel is opened; it travels on Dask's own
+    (TLS-able) comm only.
+    """
+
+    engine: str
+    model: str
+    dtype: str
+    token: str
+    config: Config
+
+
+class Ready(TypedDict):
+    """Facts that a worker reports once an engine is open there."""
+
+    endpoint: Endpoint
+    capacity_blocks: int
+    block_bytes: int
+    max_positions: int
+    vocab_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """New tokens of a request, and its end when ``reason`` is set."""
+
+    sequence: int
+    tokens: tuple[int, ...]
+    reason: FinishReason | None = None
+    error: Exception | None = None
+    timings: Timings | None = None
+    placement: Placement = ()

@@ -1,0 +1,96 @@
+"""What the pure side of the scheduler asks the gManager to do: events go into the lifecycle, commands come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distkv_dask.protocol import Delivery
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Allocate room for ``tokens`` tokens of a sequence in a worker's pool."""
+
+    worker: str
+    sequence: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Begin no more work on a sequence, and say when none is under way (the worker answers RETIRED)."""
+
+    worker: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Free a sequence's blocks: nothing computes on them any more."""
+
+    worker: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitPrefill:
+    """Run these chunks of one prompt as a graph, each after the one before."""
+
+    chunks: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitWindow:
+    """Run a decode window, each member after its own part in the window before (``after``), if there is one."""
+
+    window: DecodeWindow
+    after: Gang | None
+
+
+@dataclass(frozen=True, slots=True)
+class AddHolders:
+    """Let more holders attend a window that is queued already."""
+
+    gang: Gang
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Hand a sequence to its home (again), from the committed state on; it takes part from the next window."""
+
+    home: str
+    state: SequenceState
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget all sequences of a home and refuse windows of an older epoch."""
+
+    home: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a worker's part in a gang; without an error where the gang went on without needing it (``unused``)."""
+
+    worker: str
+    gang: int
+    reason: str
+    unused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Let Dask forget the tasks of a gang: each once it is done (``finished``), or at once, cancelling them."""
+
+    gang: Gang
+    finished: bool
+
+
+Command = (
+    Reserve | Retire | Release | SubmitPrefill | SubmitWindow | AddHolders | Join | Reset | Abort | Forget | Delivery
+)

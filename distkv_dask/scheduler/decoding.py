@@ -1,0 +1,123 @@
+"""A home's chain of decode windows: which sequences it decodes, which windows are queued, running or done.
+
+Two windows are outstanding at most: one that runs and one that waits in Dask for the first to end, so that no round
+trip through a client stands between them. A sequence joins with the next window that starts; its holders are
+added to windows that are queued already. Pure: events in, commands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from distkv_dask.scheduler.commands import Abort, AddHolders, Command, Forget, Reset, SubmitWindow
+from distkv_dask.types import DecodeWindow, Endpoint, Gang
+
+OUTSTANDING = 2
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    """A window that was submitted and not yet reported done."""
+
+    window: DecodeWindow
+    started: bool = False
+
+
+class WindowChain:
+    """Windows of one home of one engine.
+
+    Parameters
+    ----------
+    home
+        The worker.
+    new_gang
+        Makes a gang from (name suffix, holders).
+    steps, seconds
+        Limits of a window.
+    """
+
+    def __init__(
+        self,
+        home: str,
+        new_gang: Callable[[int, int, tuple[Endpoint, ...]], Gang],
+        steps: int,
+        seconds: float,
+    ) -> None:
+        self.home = home
+        self.epoch = 0
+        self.failures = 0
+        self.sequences: dict[int, tuple[Endpoint, ...]] = {}
+        self._new_gang = new_gang
+        self._steps = steps
+        self._seconds = seconds
+        self._submitted = 0
+        self._outstanding: dict[int, _Outstanding] = {}
+
+    def join(self, sequence: int, holders: tuple[Endpoint, ...]) -> Iterator[Command]:
+        """A sequence is ready to decode (its state went to the home already)."""
+        self.sequences[sequence] = holders
+        for number, entry in self._outstanding.items():
+            missing = tuple(holder for holder in holders if holder not in entry.window.gang.holders)
+            if missing and not entry.started:
+                gang = replace(entry.window.gang, holders=entry.window.gang.holders + missing)
+                self._outstanding[number] = _Outstanding(replace(entry.window, gang=gang))
+                yield AddHolders(gang, missing)
+        yield from self.pump()
+
+    def leave(self, sequence: int) -> None:
+        """A sequence ended."""
+        self.sequences.pop(sequence, None)
+
+    def pump(self) -> Iterator[Command]:
+        """Keep one window queued behind the running one while there are sequences."""
+        while (
+            self.sequences
+            and len(self._outstanding) < OUTSTANDING
+            and all(entry.started for entry in self._outstanding.values())
+        ):
+            number = self._submitted
+            self._submitted += 1
+            holders = tuple({endpoint.worker: endpoint for one in self.sequences.values() for endpoint in one}.values())
+            window = DecodeWindow(self._new_gang(number, self.epoch, holders), number, self._steps, self._seconds)
+            before = list(self._outstanding.values())
+            self._outstanding[number] = _Outstanding(window)
+            yield SubmitWindow(window, before[-1].window.gang if before else None)
+
+    def started(self, number: int) -> Iterator[Command]:
+        """The home began a window."""
+        if number in self._outstanding:
+            self._outstanding[number].started = True
+            yield from self.pump()
+
+    def done(self, number: int, used: Iterable[str]) -> Iterator[Command] | None:
+        """The home finished a window in which the holders ``used`` took part; None when it is not ours any more."""
+        entry = self._outstanding.pop(number, None)
+        if entry is None:
+            return None
+        self.failures = 0
+        return self._settle(entry.window.gang, frozenset(used))
+
+    def _settle(self, gang: Gang, used: frozenset[str]) -> Iterator[Command]:
+        for holder in gang.holders:
+            if holder.worker not in used:
+                yield Abort(holder.worker, gang.number, "no sequence of the window needed this holder", unused=True)
+        yield Forget(gang, finished=True)
+
+    def gangs(self) -> Iterator[Gang]:
+        """The gangs of all outstanding windows."""
+        for entry in self._outstanding.values():
+            yield entry.window.gang
+
+    def break_(self, reason: str, alive: Callable[[str], bool]) -> Iterator[Command]:
+        """End all outstanding windows everywhere; what they did is not committed. Sequences have to join again."""
+        for gang in list(self.gangs()):
+            for worker in (self.home, *(holder.worker for holder in gang.holders)):
+                if alive(worker):
+                    yield Abort(worker, gang.number, reason)
+            yield Forget(gang, finished=False)
+        self._outstanding.clear()
+        self.sequences.clear()
+        self.epoch += 1
+        if alive(self.home):
+            yield Reset(self.home, self.epoch)

@@ -1,0 +1,199 @@
+"""One engine as the gManager sees it: where it is open, its lifecycle, and what its client has yet to hear."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from distkv_dask.errors import ClusterError, DistKVError
+from distkv_dask.protocol import Delivery, EngineSpec, Ready
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.types import WindowResult
+
+
+class EngineState:
+    """Opening, closing, the outbox and counters of one engine.
+
+    Parameters
+    ----------
+    spec
+        What the client asked for.
+    client
+        Id of the Dask client that owns the engine.
+    gang_numbers
+        Numbers unique over all engines of the gManager.
+    """
+
+    def __init__(self, spec: EngineSpec, client: str, gang_numbers: Iterator[int]) -> None:
+        self.spec = spec
+        self.client = client
+        self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers)
+        self.facts: dict[str, Ready] = {}
+        self.is_closing = False
+        self._pending: set[str] = set()
+        self._failure: Exception | None = None
+        self._changed = asyncio.Event()
+        self._outbox: list[Delivery] = []
+        self._news = asyncio.Event()
+        self._totals: Counter[str] = Counter()
+
+    # Opening and closing
+
+    def expect(self, worker: str) -> None:
+        """OPEN was sent to a worker."""
+        self._pending.add(worker)
+
+    def ready(self, worker: str, facts: Ready) -> None:
+        """A worker opened the engine."""
+        self.facts[worker] = facts
+        self.lifecycle.block_bytes = facts["block_bytes"]
+        self._answered(worker)
+
+    def open_failed(self, worker: str, error: Exception) -> None:
+        """A worker could not open the engine; it takes no part in it."""
+        self._failure = self._failure or error
+        self._answered(worker)
+
+    def closed(self, worker: str) -> None:
+        """A worker freed all it had for the engine."""
+        self.facts.pop(worker, None)
+        self._answered(worker)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker died or left."""
+        self.facts.pop(worker, None)
+        if worker in self._pending and not self.is_closing:
+            self._failure = self._failure or ClusterError(
+                f"worker {worker} died while it opened the engine; see its log. If it ran out of memory, lower "
+                f"kv_memory or give workers a higher memory limit."
+            )
+        self._answered(worker)
+
+    def _answered(self, worker: str) -> None:
+        self._pending.discard(worker)
+        self._changed.set()
+
+    async def _settled(self, limit: float) -> bool:
+        """Wait until all workers have answered; False when that takes longer than ``limit`` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
+        while self._pending:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
+            except TimeoutError:
+                return False
+        return True
+
+    async def wait_open(self, limit: float) -> None:
+        """Wait until every worker is ready.
+
+        Raises
+        ------
+        DistKVError
+            The first worker's error, or that workers did not answer in time.
+        """
+        settled = await self._settled(limit)
+        if self._failure is not None:
+            raise self._failure
+        if not settled:
+            raise ClusterError(
+                f"workers {sorted(self._pending)} did not open the engine within {limit:g} s (distkv.timeouts.open)"
+            )
+        if not self.facts:
+            raise DistKVError("no worker opened the engine")
+
+    def closing(self) -> None:
+        """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
+        self.is_closing = True
+        self._news.set()
+        self._pending |= set(self.facts)
+
+    def open_on(self) -> list[str]:
+        """Workers that have to be told to close."""
+        return sorted(self._pending)
+
+    async def wait_closed(self, limit: float) -> None:
+        """Wait for all workers to close the engine, but not longer than ``limit`` seconds."""
+        await self._settled(limit)
+
+    # The client's news
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Put tokens or an end into the outbox."""
+        self._outbox.append(delivery)
+        self._totals["generated_tokens"] += len(delivery.tokens)
+        if delivery.reason is not None:
+            self._totals[f"finished_{delivery.reason}"] += 1
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End every request with an error."""
+        for sequence in self.lifecycle.live:
+            self.deliver(Delivery(sequence, (), "error", error))
+
+    async def take_events(self, wait: float) -> list[Delivery]:
+        """Empty the outbox; waits up to ``wait`` seconds for something to be in it."""
+        if not self._outbox and not self.is_closing:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), wait)
+        news, self._outbox = self._outbox, []
+        return news
+
+    # Figures
+
+    def count(self, result: WindowResult) -> None:
+        """Add a window to the totals."""
+        self._totals["windows"] += 1
+        self._totals["decode_steps"] += result.steps
+
+    def summary(self) -> dict[str, Any]:
+        """What a client has to know about the open engine."""
+        one = next(iter(self.facts.values()))
+        return {
+            "max_positions": min(facts["max_positions"] or math.inf for facts in self.facts.values()),
+            "vocab_size": one["vocab_size"],
+            "block_bytes": one["block_bytes"],
+            "dtype": one["dtype"],
+            "workers": len(self.facts),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Workers, sequences, debts (blocks by debtor and creditor), epoch and totals, as plain values."""
+        life = self.lifecycle
+        lent = life.ledger.lent()
+        workers = {
+            worker: {
+                "role": "instance",
+                "capacity_blocks": account.capacity,
+                "used_blocks": account.used,
+                "lent_blocks": lent[worker],
+                "block_bytes": life.block_bytes,
+                "sequences": account.homed,
+            }
+            for worker, account in life.ledger.workers.items()
+        }
+        sequences: dict[int, dict[str, Any]] = {}
+        for number, live in life.live.items():
+            account = life.ledger.sequences.get(number)
+            sequences[number] = {
+                "state": live.state,
+                "prompt_tokens": len(live.prompt),
+                "generated_tokens": len(live.generated),
+                "kv_tokens": account.length if account else 0,
+                "home": account.home if account else None,
+                "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],
+            }
+        return {
+            "workers": workers,
+            "sequences": sequences,
+            "debts": [(debtor, creditor, blocks) for (debtor, creditor), blocks in life.ledger.debts().items()],
+            "epoch": life.ledger.epoch,
+            "block_tokens": life.ledger.block_tokens,
+            "totals": dict(self._totals),
+        }

@@ -1,0 +1,267 @@
+"""The gManager: a Dask scheduler plugin that owns placement, admission and epochs of all engines of a cluster.
+
+It only moves messages. What to do is decided by the pure :class:`~distkv_dask.scheduler.lifecycle.Lifecycle`; the
+commands that come out are sent to rManagers over Dask's scheduler-to-worker stream, or submitted as step graphs through
+a Dask client that lives in the scheduler process (:mod:`distkv_dask.scheduler.submitter`). Messages to a worker and
+tasks on it travel in order, so a task never runs before the blocks it needs are reserved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import pickle
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from distributed import SchedulerPlugin
+from distributed.protocol.serialize import ToPickle
+
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
+from distkv_dask.graphs.build import attend_graph, gang_keys, prefill_graph, window_graph
+from distkv_dask.protocol import PLUGIN, WORKER_EVENT, ClientCall, Delivery, EngineSpec, FromWorker, ToWorker
+from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.engine_state import EngineState
+from distkv_dask.scheduler.submitter import Submitter
+from distkv_dask.types import Endpoint, FinishReason, SamplingParams
+from distkv_dask.worker.rmanager import RManager
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+logger = logging.getLogger("distributed.distkv.gmanager")
+
+EXPIRE_INTERVAL = 1.0
+
+
+class GManager(SchedulerPlugin):
+    """Scheduler plugin; ``client.register_plugin(GManager())`` is the only installation step.
+
+    ``start`` installs the rManager on all workers, those that join later included. Engines come and go by the calls in
+    :class:`~distkv_dask.protocol.ClientCall`.
+    """
+
+    name = PLUGIN
+    idempotent = True
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Register handlers, then the rManagers."""
+        self.scheduler = scheduler
+        self.engines: dict[str, EngineState] = {}
+        self.submitter = Submitter(scheduler, self._task_failed)
+        self._gang_numbers = itertools.count(1)
+        self._expiry: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._handlers: dict[str, Callable[..., Any]] = {
+            ClientCall.OPEN: self.open,
+            ClientCall.SUBMIT: self.submit,
+            ClientCall.STOP: self.stop,
+            ClientCall.EVENTS: self.events,
+            ClientCall.STATUS: self.status,
+            ClientCall.CLOSE: self.close_engine,
+        }
+        scheduler.handlers.update(self._handlers)
+        scheduler.stream_handlers[WORKER_EVENT] = self.worker_event
+        replies = await scheduler.register_worker_plugin(None, pickle.dumps(RManager()), name=PLUGIN, idempotent=False)
+        failed = {worker: reply for worker, reply in replies.items() if reply["status"] != "OK"}
+        if failed:
+            await self._uninstall()
+            raise ClusterError(f"the rManager failed to start on {sorted(failed)}; see the logs of these workers")
+
+    async def close(self) -> None:
+        """Scheduler shutdown."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for engine in self.engines.values():
+            engine.fail(EngineClosedError("the Dask scheduler shut down"))
+        await self.submitter.close()
+
+    async def _uninstall(self) -> None:
+        for name in self._handlers:
+            self.scheduler.handlers.pop(name, None)
+        await self.scheduler.unregister_worker_plugin(None, PLUGIN)
+
+    # Calls of clients
+
+    async def open(self, spec: EngineSpec, client: str) -> dict[str, Any]:
+        """Load an engine on all workers; returns facts about it, or raises what went wrong first."""
+        if not self.scheduler.workers:
+            raise ClusterError(
+                "the cluster has no workers: start some (cluster.scale(n)) or wait for them "
+                "(client.wait_for_workers(n))"
+            )
+        await self.submitter.open()
+        engine = EngineState(spec, client, self._gang_numbers)
+        self.engines[spec.engine] = engine
+        if self._expiry is None:
+            self._expiry = asyncio.create_task(self._expire())
+        for worker in self.scheduler.workers:
+            engine.expect(worker)
+            self._send(worker, ToWorker.OPEN, spec)
+        try:
+            await engine.wait_open(spec.config.timeout_open)
+        except DistKVError:
+            await self.close_engine(spec.engine)
+            raise
+        self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
+        return engine.summary()
+
+    def submit(self, engine: str, requests: list[tuple[int, Any, SamplingParams]]) -> dict[int, Exception]:
+        """Take requests (number, prompt, sampling); returns the refused ones with their reasons."""
+        state = self._engine(engine)
+        refused: dict[int, Exception] = {}
+        for number, prompt, sampling in requests:
+            try:
+                self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic()))
+            except DistKVError as error:
+                refused[number] = error
+        return refused
+
+    def stop(self, engine: str, request: int, reason: FinishReason) -> None:
+        """End a request for the client's reason; unknown and finished ones are ignored."""
+        state = self._engine(engine)
+        self._run(state, state.lifecycle.stop(request, reason, monotonic()))
+
+    async def events(self, engine: str, wait: float) -> Any:
+        """New tokens and ends since the last call, waiting up to ``wait`` seconds for the first (long poll)."""
+        return ToPickle(await self._engine(engine).take_events(wait))
+
+    def status(self, engine: str) -> dict[str, Any]:
+        """What ``Engine.status`` shows."""
+        return self._engine(engine).status()
+
+    async def close_engine(self, engine: str) -> None:
+        """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""
+        state = self.engines.get(engine)
+        if state is None:
+            return
+        for request in list(state.lifecycle.live):
+            self._run(state, state.lifecycle.stop(request, "cancelled", monotonic()))
+        state.closing()
+        for worker in state.open_on():
+            self._send(worker, ToWorker.CLOSE, engine)
+        await state.wait_closed(state.spec.config.timeout_close)
+        del self.engines[engine]
+        if not self.engines:
+            if self._expiry is not None:
+                self._expiry.cancel()
+                self._expiry = None
+            await self.submitter.close()
+        self.scheduler.log_event(PLUGIN, {"action": "close", "engine": engine})
+
+    # Events of workers
+
+    def worker_event(self, worker: str, event: str, engine: str = "", payload: Any = None) -> None:
+        """One message of an rManager (see :class:`~distkv_dask.protocol.FromWorker`)."""
+        if event == FromWorker.HELLO:
+            for state in self.engines.values():
+                if not state.is_closing:
+                    state.expect(worker)
+                    self._send(worker, ToWorker.OPEN, state.spec)
+            return
+        if engine not in self.engines or worker not in self.scheduler.workers:
+            return
+        state = self.engines[engine]
+        life, now = state.lifecycle, monotonic()
+        match event:
+            case FromWorker.READY:
+                endpoint: Endpoint = payload["endpoint"]
+                state.ready(worker, payload)
+                self._run(state, life.worker_ready(endpoint, payload["capacity_blocks"], now))
+            case FromWorker.OPEN_FAILED:
+                logger.error("engine %s cannot open on %s: %s", engine, worker, payload)
+                state.open_failed(worker, payload)
+            case FromWorker.CLOSED:
+                state.closed(worker)
+            case FromWorker.CHUNK_DONE:
+                self._run(state, life.chunk_done(*payload))
+            case FromWorker.PREFILLED:
+                sequence, gang, token, reason = payload
+                self._run(state, life.prefilled(sequence, gang, token, reason, now))
+            case FromWorker.WINDOW_STARTED:
+                self._run(state, life.window_started(worker, payload))
+            case FromWorker.WINDOW_DONE:
+                number, epoch, result, used = payload
+                state.count(result)
+                self._run(state, life.window_done(worker, number, epoch, result, used, now))
+            case FromWorker.GANG_FAILED:
+                gang, error = payload
+                self._gang_failed(state, gang, error)
+            case FromWorker.RETIRED:
+                self._run(state, life.retired(payload, worker, now))
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        """Dask hook: a worker died or left."""
+        for state in list(self.engines.values()):
+            state.worker_lost(worker)
+            self._run(state, state.lifecycle.worker_lost(worker, monotonic()))
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Dask hook: a client died or left; its engines go with it."""
+        for name, state in list(self.engines.items()):
+            if state.client == client and not state.is_closing:
+                logger.info("client %s is gone: closing its engine %s", client, name)
+                task = asyncio.create_task(self.close_engine(name))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Dask hook: lets the submitter forget finished tasks and see those that failed outside our code."""
+        self.submitter.transition(key, finish)
+
+    # Commands
+
+    def _run(self, state: EngineState, commands: Iterable[do.Command]) -> None:
+        """Enact what the lifecycle asks for."""
+        for command in commands:
+            match command:
+                case do.Reserve(worker, sequence, tokens):
+                    self._send(worker, ToWorker.RESERVE, (state.spec.engine, sequence, tokens))
+                case do.Retire(worker, sequence):
+                    self._send(worker, ToWorker.RETIRE, (state.spec.engine, sequence))
+                case do.Release(worker, sequence):
+                    self._send(worker, ToWorker.RELEASE, (state.spec.engine, sequence))
+                case do.Join(home, sequence_state, holders):
+                    self._send(home, ToWorker.JOIN, (state.spec.engine, sequence_state, holders))
+                case do.Reset(home, epoch):
+                    self._send(home, ToWorker.RESET, (state.spec.engine, epoch))
+                case do.Abort(worker, gang, reason, unused):
+                    self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
+                case do.SubmitPrefill(chunks):
+                    self.submitter.submit(prefill_graph(chunks), [chunk.gang for chunk in chunks])
+                case do.SubmitWindow(window, after):
+                    self.submitter.submit(window_graph(window, after), [window.gang])
+                case do.AddHolders(gang, holders):
+                    self.submitter.submit(attend_graph(gang, holders), [gang])
+                case do.Forget(gang, finished):
+                    self.submitter.forget(gang_keys(gang), finished)
+                case Delivery():
+                    state.deliver(command)
+
+    def _send(self, worker: str, call: ToWorker, payload: Any) -> None:
+        self.scheduler.worker_send(worker, {"op": str(call), "payload": ToPickle(payload)})
+
+    def _gang_failed(self, state: EngineState, gang: int, error: Exception) -> None:
+        self.scheduler.log_event(
+            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": gang, "error": str(error)}
+        )
+        self._run(state, state.lifecycle.gang_failed(gang, error, monotonic()))
+
+    def _task_failed(self, engine: str, gang: int, error: Exception) -> None:
+        """A task failed without its rManager telling: it could not be unpickled, was cancelled by somebody, ..."""
+        if engine in self.engines:
+            self._gang_failed(self.engines[engine], gang, error)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_INTERVAL)
+            for state in list(self.engines.values()):
+                self._run(state, state.lifecycle.expire(monotonic()))
+
+    def _engine(self, engine: str) -> EngineState:
+        try:
+            return self.engines[engine]
+        except KeyError:
+            raise EngineClosedError(f"engine {engine} is closed") from None

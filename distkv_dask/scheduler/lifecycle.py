@@ -1,0 +1,400 @@
+"""Life of a request: waiting, prefill, decode, end. Pure: events and times go in, commands come out.
+
+One lifecycle serves one engine. It owns the ledger and one chain of decode windows for each home. Blocks of a request
+that ends in the middle of something are released only after every worker that may compute on them said that it does not
+any more (`Retire`), so that a late write never lands in somebody else's block.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from distkv_dask.config import Config
+from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, WorkerLostError
+from distkv_dask.protocol import Delivery
+from distkv_dask.scheduler import policy
+from distkv_dask.scheduler.commands import (
+    Abort,
+    Command,
+    Forget,
+    Join,
+    Release,
+    Reserve,
+    Retire,
+    SubmitPrefill,
+)
+from distkv_dask.scheduler.decoding import WindowChain
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.types import (
+    Endpoint,
+    FinishReason,
+    Gang,
+    PrefillChunk,
+    SamplingParams,
+    SequenceState,
+    Timings,
+    WindowResult,
+)
+
+MAX_RETRIES = 2
+"""How often a gang that failed without losing a worker is tried again before its requests fail."""
+
+
+@dataclass(slots=True)
+class Live:
+    """A request from submission until its blocks are free again."""
+
+    sequence: int
+    prompt: array[int]
+    sampling: SamplingParams
+    submitted: float
+    state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
+    admitted: float = 0.0
+    decoding: float = 0.0
+    generated: list[int] = field(default_factory=list)
+    chunks: dict[int, PrefillChunk] = field(default_factory=dict)
+    retries: int = 0
+    retiring: set[str] = field(default_factory=set)
+    stuck_since: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV may have to be stored: the last generated token's never is."""
+        return len(self.prompt) + self.sampling.max_new_tokens - 1
+
+
+class Lifecycle:
+    """All requests of one engine.
+
+    Parameters
+    ----------
+    engine
+        The engine's id.
+    config
+        Sizes of blocks, chunks and windows; limits in time.
+    gang_numbers
+        Numbers unique over all engines of the gManager.
+    block_bytes
+        Bytes of one block, for messages to users.
+    """
+
+    def __init__(self, engine: str, config: Config, gang_numbers: Iterator[int], block_bytes: int = 0) -> None:
+        self.engine = engine
+        self.config = config
+        self.block_bytes = block_bytes
+        self.ledger = Ledger(config.block_tokens)
+        self.live: dict[int, Live] = {}
+        self.chains: dict[str, WindowChain] = {}
+        self._queue: deque[int] = deque()
+        self._numbers = gang_numbers
+        self._ordinals: dict[str, int] = {}
+
+    # Events: workers
+
+    def worker_ready(self, endpoint: Endpoint, capacity: int, now: float) -> Iterator[Command]:
+        """A worker loaded the model and allocated a pool of ``capacity`` blocks."""
+        worker = endpoint.worker
+        self.ledger.add_worker(endpoint, capacity)
+        ordinal = self._ordinals.setdefault(worker, len(self._ordinals))
+        self.chains[worker] = WindowChain(
+            worker,
+            partial(self._decode_gang, worker, ordinal),
+            self.config.window_steps,
+            self.config.window_seconds,
+        )
+        yield from self._admit(now)
+
+    def worker_lost(self, worker: str, now: float) -> Iterator[Command]:
+        """A worker died or left: requests with blocks on it fail, the others go on from their last commit."""
+        if worker not in self.ledger.workers:
+            return
+        lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
+        chain = self.chains.pop(worker)
+        for gang in chain.gangs():
+            yield from self._abandon(gang, f"home {worker} is gone")
+        for other in self.chains.values():
+            if any(holder.worker == worker for gang in other.gangs() for holder in gang.holders):
+                yield from self._restart_chain(other, f"holder {worker} is gone", but=lost, now=now)
+        for sequence in lost:
+            error = WorkerLostError(
+                f"worker {worker}, which held part of the request's KV cache, died or left. The request was not "
+                f"finished: submit it again. If the worker ran out of memory, lower kv_memory."
+            )
+            yield from self._end(sequence, "error", now, error)
+        for sequence, live in list(self.live.items()):
+            if live.state == "retiring":
+                yield from self.retired(sequence, worker, now)
+
+    # Events: requests
+
+    def submit(self, sequence: int, prompt: array[int], sampling: SamplingParams, now: float) -> Iterator[Command]:
+        """A client asks for a completion.
+
+        Raises
+        ------
+        CapacityError
+            When the request is larger than the pools of all workers together.
+        """
+        live = Live(sequence, prompt, sampling, submitted=now)
+        need = self.ledger.blocks(live.tokens)
+        if need > self.ledger.capacity_blocks:
+            raise self._too_large(live)
+        self.live[sequence] = live
+        self._queue.append(sequence)
+        return self._admit(now)
+
+    def stop(self, sequence: int, reason: FinishReason, now: float) -> Iterator[Command]:
+        """The client wants no more of a request: cancelled, or at a stop string (no error if it ended meanwhile)."""
+        live = self.live.get(sequence)
+        if live is not None and live.state != "retiring":
+            yield from self._end(sequence, reason, now)
+
+    def expire(self, now: float) -> Iterator[Command]:
+        """Fail waiting requests that no remaining worker could ever serve, once replacements had time to come."""
+        for sequence in list(self._queue):
+            live = self.live[sequence]
+            if self.ledger.blocks(live.tokens) <= self.ledger.capacity_blocks:
+                live.stuck_since = None
+            elif live.stuck_since is None:
+                live.stuck_since = now
+            elif now - live.stuck_since > self.config.timeout_open:
+                yield from self._end(sequence, "error", now, self._too_large(live))
+
+    # Events: gangs
+
+    def chunk_done(self, sequence: int, gang: int) -> Iterator[Command]:
+        """A worker finished a chunk that was not its prompt's last."""
+        live = self.live.get(sequence)
+        if live is None or gang not in live.chunks:
+            return
+        chunk = live.chunks.pop(gang)
+        self.ledger.commit(sequence, chunk.start + len(chunk.tokens))
+        yield Forget(chunk.gang, finished=True)
+
+    def prefilled(
+        self, sequence: int, gang: int, token: int, reason: FinishReason | None, now: float
+    ) -> Iterator[Command]:
+        """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
+        live = self.live.get(sequence)
+        if live is None or gang not in live.chunks:
+            return
+        yield from self.chunk_done(sequence, gang)
+        live.decoding = now
+        live.retries = 0
+        if reason != "stop":
+            live.generated.append(token)
+            yield Delivery(sequence, (token,))
+        if reason is not None:
+            yield from self._end(sequence, reason, now, settled=True)
+            return
+        live.state = "decode"
+        yield from self._join(live)
+        yield from self._admit(now)
+
+    def window_started(self, home: str, number: int) -> Iterator[Command]:
+        """A home began a window."""
+        if home in self.chains:
+            yield from self.chains[home].started(number)
+
+    def window_done(
+        self, home: str, number: int, epoch: int, result: WindowResult, used: tuple[str, ...], now: float
+    ) -> Iterator[Command]:
+        """A home finished a window: its tokens are committed here, or never."""
+        chain = self.chains.get(home)
+        settled = chain.done(number, used) if chain is not None and chain.epoch == epoch else None
+        if chain is None or settled is None:
+            return
+        yield from settled
+        for sequence, tokens in result.tokens.items():
+            live = self.live.get(sequence)
+            if live is None or live.state != "decode":
+                continue
+            live.generated.extend(tokens)
+            self.ledger.commit(sequence, len(live.prompt) + max(0, len(live.generated) - 1))
+            if tokens:
+                yield Delivery(sequence, tuple(tokens))
+            if sequence in result.finished:
+                yield from self._end(sequence, result.finished[sequence], now, settled=True)
+        yield from chain.pump()
+
+    def gang_failed(self, gang: int, error: Exception, now: float) -> Iterator[Command]:
+        """A member of a gang failed while all its workers live: try again a few times, then fail its requests."""
+        again = isinstance(error, (GangAbortedError, ConnectionError))
+        for live in self.live.values():
+            if gang in live.chunks:
+                yield from self._prefill_failed(live, gang, error, again, now)
+                return
+        for chain in self.chains.values():
+            if any(one.number == gang for one in chain.gangs()):
+                chain.failures += 1
+                failed = [] if again and chain.failures <= MAX_RETRIES else list(chain.sequences)
+                yield from self._restart_chain(chain, str(error), but=failed, now=now)
+                for sequence in failed:
+                    yield from self._end(sequence, "error", now, error)
+                return
+
+    def retired(self, sequence: int, worker: str, now: float) -> Iterator[Command]:
+        """A worker computes on a sequence no more; when none does, its blocks are freed."""
+        live = self.live.get(sequence)
+        if live is None or live.state != "retiring":
+            return
+        live.retiring.discard(worker)
+        if not live.retiring:
+            yield from self._release(sequence)
+            yield from self._admit(now)
+
+    # Admission and prefill
+
+    def _admit(self, now: float) -> Iterator[Command]:
+        """First come, first served; a request that does not fit yet holds back those behind it, so none starves."""
+        prefilling = sum(live.state == "prefill" for live in self.live.values())
+        while self._queue and prefilling < policy.prefill_slots(self.ledger):
+            live = self.live[self._queue[0]]
+            placement = policy.place(self.ledger, live.tokens, self.config.window_batch)
+            if placement is None:
+                return
+            self._queue.popleft()
+            self.ledger.reserve(live.sequence, placement)
+            live.state, live.admitted = "prefill", now
+            prefilling += 1
+            for span in placement:
+                yield Reserve(span.worker, live.sequence, span.tokens)
+            yield self._prefill(live, 0)
+
+    def _prefill(self, live: Live, start: int) -> SubmitPrefill:
+        """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
+        account = self.ledger.sequences[live.sequence]
+        step, end = self.config.prefill_chunk_tokens, len(live.prompt)
+        chunks: list[PrefillChunk] = []
+        for span in account.placement:
+            for first in range(max(span.start, start), min(span.stop, end), step):
+                last = min(first + step, span.stop, end)
+                holders = tuple(self.ledger.holders(account.placement, first, but=span.worker))
+                gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, span.worker, holders)
+                final = last == end
+                chunks.append(
+                    PrefillChunk(
+                        gang,
+                        live.sequence,
+                        account.placement,
+                        first,
+                        tuple(live.prompt[first:last]),
+                        live.sampling if final else None,
+                        self._history(live) if final else (),
+                    )
+                )
+        live.chunks = {chunk.gang.number: chunk for chunk in chunks}
+        return SubmitPrefill(tuple(chunks))
+
+    def _prefill_failed(self, live: Live, gang: int, error: Exception, again: bool, now: float) -> Iterator[Command]:
+        if not again or live.retries >= MAX_RETRIES:
+            yield from self._end(live.sequence, "error", now, error)
+            return
+        live.retries += 1
+        for chunk in live.chunks.values():
+            yield from self._abandon(chunk.gang, str(error))
+        yield self._prefill(live, self.ledger.sequences[live.sequence].length)
+
+    # Decode
+
+    def _join(self, live: Live) -> Iterator[Command]:
+        account = self.ledger.sequences[live.sequence]
+        holders = tuple(self.ledger.holders(account.placement, but=account.home))
+        state = SequenceState(
+            live.sequence,
+            account.placement,
+            account.length,
+            live.generated[-1],
+            live.sampling.max_new_tokens - len(live.generated),
+            live.sampling,
+            self._history(live),
+        )
+        yield Join(account.home, state, holders)
+        yield from self.chains[account.home].join(live.sequence, holders)
+
+    def _restart_chain(self, chain: WindowChain, reason: str, but: list[int], now: float) -> Iterator[Command]:
+        """Abort a home's windows and begin a new chain with the committed state of its sequences (but some)."""
+        again = [number for number in chain.sequences if number not in but]
+        yield from chain.break_(reason, self.ledger.workers.__contains__)
+        for sequence in again:
+            yield from self._join(self.live[sequence])
+
+    def _history(self, live: Live) -> tuple[int, ...]:
+        return (*live.prompt, *live.generated) if live.sampling.repetition_penalty != 1 else ()
+
+    # Ends
+
+    def _end(
+        self,
+        sequence: int,
+        reason: FinishReason,
+        now: float,
+        error: Exception | None = None,
+        *,
+        settled: bool = False,
+    ) -> Iterator[Command]:
+        """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else once none do."""
+        live = self.live[sequence]
+        account = self.ledger.sequences.get(sequence)
+        timings = Timings(
+            queued=(live.admitted or now) - live.submitted,
+            prefill=(live.decoding or now) - live.admitted if live.admitted else 0.0,
+            decode=now - live.decoding if live.decoding else 0.0,
+        )
+        placement = account.placement if account is not None else ()
+        yield Delivery(sequence, (), reason, error, timings, placement)
+        if account is None:
+            self._queue.remove(sequence)
+            del self.live[sequence]
+            yield from self._admit(now)
+            return
+        for chunk in live.chunks.values():
+            yield from self._abandon(chunk.gang, f"the request ended: {error or reason}")
+        live.chunks.clear()
+        if account.home in self.chains:
+            self.chains[account.home].leave(sequence)
+        if settled:
+            yield from self._release(sequence)
+            yield from self._admit(now)
+            return
+        live.state = "retiring"
+        live.retiring = {span.worker for span in account.placement if span.worker in self.ledger.workers}
+        for worker in tuple(live.retiring):
+            yield Retire(worker, sequence)
+        if not live.retiring:
+            yield from self.retired(sequence, "", now)
+
+    def _release(self, sequence: int) -> Iterator[Command]:
+        del self.live[sequence]
+        for span in self.ledger.release(sequence):
+            if span.worker in self.ledger.workers:
+                yield Release(span.worker, sequence)
+
+    def _abandon(self, gang: Gang, reason: str) -> Iterator[Command]:
+        for worker in (gang.home, *(holder.worker for holder in gang.holders)):
+            if worker in self.ledger.workers:
+                yield Abort(worker, gang.number, reason)
+        yield Forget(gang, finished=False)
+
+    # Gangs
+
+    def _gang(self, kind: str, owner: int, part: int, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:
+        number = next(self._numbers)
+        return Gang(self.engine, number, f"{kind}-{self.engine}-{owner}-{part}-{number}", epoch, home, holders)
+
+    def _decode_gang(self, home: str, ordinal: int, window: int, epoch: int, holders: tuple[Endpoint, ...]) -> Gang:
+        return self._gang("decode", ordinal, window, epoch, home, holders)
+
+    def _too_large(self, live: Live) -> DistKVError:
+        need, have = self.ledger.blocks(live.tokens), self.ledger.capacity_blocks
+        return CapacityError(
+            f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens} needs "
+            f"{need * self.block_bytes} bytes of KV memory; the {len(self.ledger.workers)} workers of the engine have "
+            f"{have * self.block_bytes} bytes together. Raise kv_memory (distkv.kv-memory, per worker), add workers, "
+            f"or lower max_new_tokens."
+        )

@@ -1,0 +1,103 @@
+"""Submits step graphs from within the scheduler process, and lets Dask forget them when they are done.
+
+A Dask client of the gManager's own, connected to its own scheduler, submits the graphs: only public interfaces are
+used, and the cadence of windows does not depend on a user's client, which may be far away or busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client, Future
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.graphs.build import StepGraph, gang_keys
+from distkv_dask.types import Gang
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+PRIORITY = 100
+"""Tasks of a gang go before a user's other tasks: members that started wait for those that did not."""
+
+
+@dataclass(slots=True)
+class _Task:
+    future: Future[Any]
+    engine: str
+    gang: int
+    forget: bool = False
+
+
+class Submitter:
+    """Tasks of all live gangs.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler this process runs.
+    failed
+        Called with (engine, gang number, error) when a task fails that nobody asked to forget.
+    """
+
+    def __init__(self, scheduler: Scheduler, failed: Callable[[str, int, Exception], None]) -> None:
+        self._scheduler = scheduler
+        self._failed = failed
+        self._client: Client | None = None
+        self._tasks: dict[str, _Task] = {}
+
+    async def open(self) -> None:
+        """Connect, once."""
+        if self._client is None:
+            self._client = Client(
+                self._scheduler.address,
+                asynchronous=True,
+                set_as_default=False,
+                name="distkv-gmanager",
+                security=self._scheduler.security,
+            )
+        await self._client
+
+    async def close(self) -> None:
+        """Cancel what is left and disconnect."""
+        client, self._client = self._client, None
+        self.forget(list(self._tasks), finished=False)
+        if client is not None:
+            await client.close()
+
+    def submit(self, graph: StepGraph, gangs: Iterable[Gang]) -> None:
+        """Send a graph to the scheduler."""
+        assert self._client is not None
+        owners = {key: gang for gang in gangs for key in gang_keys(gang)}
+        keys = list(graph.tasks)
+        futures = self._client.get(graph.highlevel(PRIORITY), keys, sync=False)
+        for key, future in zip(keys, futures, strict=True):
+            self._tasks[key] = _Task(future, owners[key].engine, owners[key].number)
+
+    def forget(self, keys: Iterable[str], finished: bool) -> None:
+        """Drop tasks: each when it has finished, or at once."""
+        for key in keys:
+            task = self._tasks.get(key)
+            if task is None:
+                continue
+            task.forget = True
+            if not finished or task.future.status != "pending":
+                self._drop(key)
+
+    def transition(self, key: Any, finish: str) -> None:
+        """A task of the cluster, perhaps ours, changed its state."""
+        task = self._tasks.get(key)
+        if task is None:
+            return
+        if finish == "memory" and task.forget:
+            self._drop(key)
+        elif finish == "erred":
+            state = self._scheduler.tasks[key]
+            self._drop(key)
+            if not task.forget:
+                self._failed(task.engine, task.gang, GangAbortedError(f"task {key} failed: {state.exception_text}"))
+
+    def _drop(self, key: str) -> None:
+        self._tasks.pop(key).future.release()

@@ -1,0 +1,173 @@
+"""The rManager: a Dask worker plugin that holds a worker's pools, models and lanes.
+
+It turns the gManager's messages into calls of the engines open here, and the tasks of step graphs into work on the
+lanes. Lanes exist while an engine is open, and engines share them. Importing this module does not import torch: the
+scheduler imports it to install the plugin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distributed import Worker, WorkerPlugin
+from distributed.comm.addressing import get_address_host
+from distributed.protocol.serialize import ToPickle
+
+from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
+from distkv_dask.protocol import PLUGIN, WORKER_EVENT, EngineSpec, FromWorker, ToWorker
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.lanes import Lanes
+    from distkv_dask.worker.open_engine import OpenEngine
+
+logger = logging.getLogger("distributed.distkv.rmanager")
+
+
+class RManager(WorkerPlugin):
+    """Worker plugin; installed on every worker by the gManager."""
+
+    name = PLUGIN
+
+    def setup(self, worker: Worker) -> None:
+        """Listen to the gManager and say hello."""
+        self.worker = worker
+        self.engines: dict[str, OpenEngine] = {}
+        self.lanes: Lanes | None = None
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handlers: dict[str, Callable[..., None]] = {
+            ToWorker.OPEN: self._open,
+            ToWorker.CLOSE: self._close,
+            ToWorker.RESERVE: self._reserve,
+            ToWorker.RETIRE: self._retire,
+            ToWorker.RELEASE: self._release,
+            ToWorker.JOIN: self._join,
+            ToWorker.RESET: self._reset,
+            ToWorker.ABORT: self._abort,
+        }
+        worker.stream_handlers.update(self._handlers)
+        self.tell(FromWorker.HELLO)
+
+    async def teardown(self, worker: Worker) -> None:
+        """Close everything (the worker leaves, or the plugin is removed)."""
+        for call in self._handlers:
+            worker.stream_handlers.pop(call, None)
+        for name in list(self.engines):
+            await self._close_engine(name)
+
+    # Tasks of step graphs: these run in threads of the worker and block
+
+    def prefill(self, chunk: PrefillChunk) -> int:
+        """Compute one chunk; see :func:`distkv_dask.graphs.tasks.prefill`."""
+        return self._engine(chunk.gang.engine).prefill(chunk)
+
+    def decode(self, window: DecodeWindow) -> int:
+        """Run one window; see :func:`distkv_dask.graphs.tasks.decode`."""
+        return self._engine(window.gang.engine).decode(window)
+
+    def attend(self, gang: Gang) -> dict[str, float]:
+        """Attend one gang as a holder; see :func:`distkv_dask.graphs.tasks.attend`."""
+        return self._engine(gang.engine).attend(gang)
+
+    def _engine(self, name: str) -> OpenEngine:
+        try:
+            return self.engines[name]
+        except KeyError:
+            raise EngineClosedError(f"engine {name} is not open on worker {self.worker.address}") from None
+
+    # Messages of the gManager: these run on the worker's event loop and never block
+
+    def _open(self, payload: EngineSpec) -> None:
+        self._spawn(self._open_engine(payload))
+
+    def _close(self, payload: str) -> None:
+        self._spawn(self._close_engine(payload))
+
+    def _reserve(self, payload: tuple[str, int, int]) -> None:
+        engine, sequence, tokens = payload
+        if engine in self.engines:
+            self.engines[engine].reserve(sequence, tokens)
+
+    def _retire(self, payload: tuple[str, int]) -> None:
+        engine, sequence = payload
+        if engine in self.engines:
+            self.engines[engine].retire(sequence)
+
+    def _release(self, payload: tuple[str, int]) -> None:
+        engine, sequence = payload
+        if engine in self.engines:
+            self.engines[engine].release(sequence)
+
+    def _join(self, payload: tuple[str, SequenceState, tuple[Endpoint, ...]]) -> None:
+        engine, state, holders = payload
+        if engine in self.engines:
+            self.engines[engine].join(state, holders)
+
+    def _reset(self, payload: tuple[str, int]) -> None:
+        engine, epoch = payload
+        if engine in self.engines:
+            self.engines[engine].reset(epoch)
+
+    def _abort(self, payload: tuple[str, int, str, bool]) -> None:
+        engine, gang, reason, unused = payload
+        if engine in self.engines:
+            self.engines[engine].abort(gang, reason, unused)
+
+    def tell(self, event: FromWorker, engine: str = "", payload: Any = None) -> None:
+        """Send an event to the gManager, from any thread; events of one thread arrive in order."""
+        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": ToPickle(payload)}
+        self.worker.loop.add_callback(self.worker.batched_stream.send, message)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Opening and closing
+
+    async def _open_engine(self, spec: EngineSpec) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._changing:
+            try:
+                from distkv_dask.worker.open_engine import build_engine
+
+                if self.lanes is None:
+                    self.lanes = self._new_lanes(spec)
+                self.engines[spec.engine] = await loop.run_in_executor(
+                    None, build_engine, spec, self.lanes, self.worker, self.tell
+                )
+            except DistKVError as error:
+                self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
+            except Exception as error:
+                logger.exception("engine %s cannot be opened", spec.engine)
+                failure = ModelError(f"worker {self.worker.address} could not open the engine: {error!r}; see its log")
+                self.tell(FromWorker.OPEN_FAILED, spec.engine, failure)
+            else:
+                self.tell(FromWorker.READY, spec.engine, self.engines[spec.engine].facts())
+            if not self.engines:
+                await self._close_lanes()
+
+    def _new_lanes(self, spec: EngineSpec) -> Lanes:
+        from distkv_dask.worker.lanes import Lanes
+
+        address = self.worker.address
+        host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
+        return Lanes(address, host, spec.config.threads or self.worker.state.nthreads)
+
+    async def _close_engine(self, name: str) -> None:
+        async with self._changing:
+            engine = self.engines.pop(name, None)
+            if engine is not None:
+                await asyncio.get_running_loop().run_in_executor(None, engine.close)
+            if not self.engines:
+                await self._close_lanes()
+            self.tell(FromWorker.CLOSED, name)
+
+    async def _close_lanes(self) -> None:
+        lanes, self.lanes = self.lanes, None
+        if lanes is not None:
+            await asyncio.get_running_loop().run_in_executor(None, lanes.close)

@@ -1,0 +1,80 @@
+"""Step graphs: decode windows and prefill chunks as Dask graphs, pure functions of plans.
+
+A gang is one task per member worker, each pinned to its worker; a member's part in a window follows its part in the
+window before, so that the next window starts without a round trip through any client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+
+from distkv_dask.graphs.tasks import attend, decode, prefill
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """Tasks in Dask's graph format, and the worker that each is pinned to."""
+
+    tasks: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    workers: dict[str, str] = field(default_factory=dict)
+
+    def add(self, key: str, worker: str, *task: Any) -> None:
+        """Add one pinned task."""
+        self.tasks[key] = task
+        self.workers[key] = worker
+
+    def highlevel(self, priority: int = 0) -> HighLevelGraph:
+        """The graph with its pins as annotations."""
+        layer = MaterializedLayer(
+            self.tasks,
+            annotations={"workers": self.workers.__getitem__, "allow_other_workers": False, "priority": priority},
+        )
+        return HighLevelGraph({"distkv": layer}, {"distkv": set()})
+
+
+def attend_key(gang: Gang, worker: str) -> str:
+    """Key of a holder's task in a gang."""
+    return f"attend-{gang.name}@{worker}"
+
+
+def gang_keys(gang: Gang) -> list[str]:
+    """Keys of all tasks of a gang, the home's first."""
+    return [gang.name, *(attend_key(gang, holder.worker) for holder in gang.holders)]
+
+
+def window_graph(window: DecodeWindow, after: Gang | None = None) -> StepGraph:
+    """A decode window: the home's task and one for each holder, each after its worker's own part in ``after``."""
+    graph = StepGraph()
+    gang = window.gang
+    graph.add(gang.name, gang.home, decode, window, *([after.name] if after else []))
+    before = {holder.worker for holder in after.holders} if after else set()
+    for holder in gang.holders:
+        dependencies = [attend_key(after, holder.worker)] if after and holder.worker in before else []
+        graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang, *dependencies)
+    return graph
+
+
+def attend_graph(gang: Gang, holders: Iterable[Endpoint]) -> StepGraph:
+    """More holders for a window that is queued already."""
+    graph = StepGraph()
+    for holder in holders:
+        graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang)
+    return graph
+
+
+def prefill_graph(chunks: Iterable[PrefillChunk]) -> StepGraph:
+    """A prompt's chunks in order, each with the holders of the spans before it."""
+    graph = StepGraph()
+    after: list[str] = []
+    for chunk in chunks:
+        gang = chunk.gang
+        graph.add(gang.name, gang.home, prefill, chunk, *after)
+        for holder in gang.holders:
+            graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang, *after)
+        after = [gang.name]
+    return graph

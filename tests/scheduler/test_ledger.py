@@ -1,0 +1,97 @@
+"""The ledger and the policy on it: properties that hold for any order of reservations, releases and lost workers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policy import place
+from distkv_dask.types import Endpoint, Span
+
+BLOCK = 16
+
+
+def ledger_of(*capacities: int) -> Ledger:
+    ledger = Ledger(BLOCK)
+    for number, capacity in enumerate(capacities):
+        ledger.add_worker(Endpoint(f"w{number}", "127.0.0.1", number), capacity)
+    return ledger
+
+
+capacities = st.lists(st.integers(0, 12), min_size=1, max_size=5)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("reserve"), st.integers(1, 400)),
+        st.tuples(st.just("release"), st.integers(0, 30)),
+        st.tuples(st.just("lose"), st.integers(0, 4)),
+        st.tuples(st.just("join"), st.integers(0, 12)),
+    ),
+    max_size=60,
+)
+
+
+@given(capacities, steps)
+def test_blocks_are_conserved_whatever_happens(sizes: list[int], events: list[tuple[str, int]]) -> None:
+    ledger, live = ledger_of(*sizes), []
+    for number, (event, value) in enumerate(events):
+        if event == "reserve":
+            placement = place(ledger, value, batch=8)
+            if placement is not None:
+                ledger.reserve(number, placement)
+                ledger.commit(number, value)
+                live.append(number)
+        elif event == "release" and live:
+            ledger.release(live.pop(value % len(live)))
+        elif event == "lose" and ledger.workers:
+            for lost in ledger.remove_worker(sorted(ledger.workers)[value % len(ledger.workers)]):
+                ledger.release(lost)
+                live.remove(lost)
+        elif event == "join":
+            ledger.add_worker(Endpoint(f"new{number}", "127.0.0.1", number), value)
+        ledger.check()
+    for number in live:
+        ledger.release(number)
+    ledger.check()
+    assert not ledger.sequences
+    assert not ledger.debts()
+    assert all(account.used == account.homed == 0 for account in ledger.workers.values())
+
+
+@given(capacities, st.integers(1, 1000))
+def test_a_sequence_is_placed_whenever_it_fits_and_its_home_holds_the_tail(sizes: list[int], tokens: int) -> None:
+    ledger = ledger_of(*sizes)
+    placement = place(ledger, tokens, batch=1)
+    assert (placement is not None) == (ledger.blocks(tokens) <= sum(sizes))
+    if placement is not None:
+        ledger.reserve(0, placement)
+        ledger.check()
+        assert placement[-1].stop == tokens
+        assert placement[-1].tokens > 0
+        assert ledger.workers[ledger.sequences[0].home].capacity == max(sizes)
+        assert len({span.worker for span in placement}) == len(placement)
+
+
+def test_what_fits_at_home_is_not_spread() -> None:
+    assert place(ledger_of(4, 9, 4), 9 * BLOCK, batch=8) == (Span("w1", 0, 9 * BLOCK),)
+
+
+def test_a_home_with_a_full_batch_takes_no_more_sequences() -> None:
+    ledger = ledger_of(9, 4)
+    ledger.reserve(0, (Span("w0", 0, BLOCK),))
+    assert place(ledger, BLOCK, batch=1) == (Span("w1", 0, BLOCK),)
+    ledger.reserve(1, (Span("w1", 0, BLOCK),))
+    assert place(ledger, BLOCK, batch=1) is None
+
+
+def test_debts_are_the_blocks_that_others_hold_for_a_home() -> None:
+    ledger = ledger_of(4, 4, 4)
+    ledger.reserve(0, (Span("w1", 0, 40), Span("w2", 40, 56), Span("w0", 56, 100)))
+    assert ledger.debts() == {("w0", "w1"): 3, ("w0", "w2"): 1}
+    assert ledger.lent() == {"w1": 3, "w2": 1}
+
+
+def test_reserving_more_than_there_is_is_a_fault() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        ledger_of(1).reserve(0, (Span("w0", 0, BLOCK + 1),))

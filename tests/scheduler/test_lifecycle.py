@@ -1,0 +1,312 @@
+"""The lifecycle driven by a simulated cluster that does things in any order, loses workers and fails gangs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from array import array
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distkv_dask.config import Config
+from distkv_dask.errors import CapacityError, GangAbortedError, WorkerLostError
+from distkv_dask.protocol import Delivery
+from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.types import DecodeWindow, Endpoint, FinishReason, Gang, PrefillChunk, SamplingParams, WindowResult
+
+BLOCK = 4
+EOS_EVERY = 23
+
+
+def token(sequence: int, index: int) -> int:
+    """The model of the simulation: what any correct run generates as a sequence's token number ``index``."""
+    return sequence * 1000 + index
+
+
+@dataclass
+class Simulated:
+    """Workers that enact commands: pools by sequence, batches by home, and a bag of runnable tasks."""
+
+    life: Lifecycle
+    rng: random.Random
+    pools: dict[str, dict[int, int]] = field(default_factory=dict)
+    batches: dict[str, dict[int, tuple[int, int, int]]] = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict)
+    chunks: list[list[PrefillChunk]] = field(default_factory=list)
+    windows: dict[str, list[DecodeWindow]] = field(default_factory=lambda: defaultdict(list))
+    dead_gangs: set[int] = field(default_factory=set)
+    attending: set[tuple[int, str]] = field(default_factory=set)
+    retirements: list[tuple[str, int]] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
+    now: float = 0.0
+
+    def run(self, commands: object) -> None:
+        for command in commands:  # type: ignore[attr-defined]
+            self.enact(command)
+        self.life.ledger.check()
+        self.now += 0.01
+
+    def enact(self, command: do.Command) -> None:
+        match command:
+            case do.Reserve(worker, sequence, tokens):
+                assert sequence not in self.pools[worker]
+                self.pools[worker][sequence] = -(-tokens // BLOCK)
+                assert sum(self.pools[worker].values()) <= self.life.ledger.workers[worker].capacity
+            case do.Release(worker, sequence):
+                assert (worker, sequence) not in self.retirements
+                del self.pools[worker][sequence]
+            case do.Retire(worker, sequence):
+                self.batches[worker].pop(sequence, None)
+                self.retirements.append((worker, sequence))
+            case do.SubmitPrefill(chunks):
+                self.chunks.append(list(chunks))
+                for chunk in chunks:
+                    self.attend(chunk.gang, chunk.gang.holders)
+            case do.SubmitWindow(window, after):
+                queued = self.windows[window.gang.home]
+                assert (after is None) == (not queued)
+                queued.append(window)
+                self.attend(window.gang, window.gang.holders)
+            case do.AddHolders(gang, holders):
+                self.attend(gang, holders)
+            case do.Join(home, state, _):
+                assert (
+                    state.length
+                    == len(self.life.live[state.sequence].prompt) + len(self.life.live[state.sequence].generated) - 1
+                )
+                self.batches[home][state.sequence] = (state.length, state.last_token, state.remaining)
+            case do.Reset(home, epoch):
+                self.batches[home].clear()
+                self.epochs[home] = epoch
+            case do.Abort(worker, gang, _, _):
+                assert worker in self.pools
+                self.attending.discard((gang, worker))
+            case do.Forget(gang, finished):
+                if not finished:
+                    self.dead_gangs.add(gang.number)
+                    for chain in self.chunks:
+                        chain[:] = [chunk for chunk in chain if chunk.gang.number != gang.number]
+                    self.windows[gang.home] = [w for w in self.windows[gang.home] if w.gang.number != gang.number]
+            case Delivery(sequence, tokens, reason, error):
+                assert sequence not in self.ends, "news after the end"
+                self.tokens[sequence].extend(tokens)
+                if reason is not None:
+                    self.ends[sequence] = (reason, error)
+
+    def attend(self, gang: Gang, holders: tuple[Endpoint, ...]) -> None:
+        for holder in holders:
+            assert holder.worker in self.pools
+            assert holder.worker != gang.home
+            self.attending.add((gang.number, holder.worker))
+
+    # What may happen next
+
+    def add_worker(self, capacity: int) -> None:
+        worker = f"w{next(self.names)}"
+        self.pools[worker], self.batches[worker], self.epochs[worker] = {}, {}, 0
+        self.run(self.life.worker_ready(Endpoint(worker, "127.0.0.1", 1), capacity, self.now))
+
+    names: itertools.count[int] = field(default_factory=itertools.count)
+
+    def lose_worker(self) -> None:
+        if len(self.pools) > 1:
+            worker = self.rng.choice(sorted(self.pools))
+            del self.pools[worker], self.batches[worker]
+            self.windows.pop(worker, None)
+            self.retirements = [one for one in self.retirements if one[0] != worker]
+            for chain in self.chunks:
+                if any(chunk.gang.home == worker for chunk in chain):
+                    chain.clear()
+            self.run(self.life.worker_lost(worker, self.now))
+
+    def step(self) -> bool:
+        """Run one task or answer one retirement; False when there is nothing to do."""
+        self.chunks = [chain for chain in self.chunks if chain]
+        busy = [home for home, queue in self.windows.items() if queue and home in self.pools]
+        choices = [*self.chunks, *busy, *self.retirements]
+        if not choices:
+            return False
+        match choice := self.rng.choice(choices):
+            case str():
+                self.run_window(self.windows[choice][0])
+            case list():
+                self.run_chunk(choice[0])
+            case tuple():
+                self.retirements.remove(choice)
+                self.run(self.life.retired(choice[1], choice[0], self.now))
+        return True
+
+    def run_chunk(self, chunk: PrefillChunk) -> None:
+        sequence, gang = chunk.sequence, chunk.gang
+        assert sequence in self.pools[gang.home], "computed into blocks that are not its own"
+        for span in chunk.placement:
+            if span.worker != gang.home and span.start < chunk.start:
+                assert (gang.number, span.worker) in self.attending
+        for chain in self.chunks:
+            if chain and chain[0] is chunk:
+                chain.pop(0)
+        if chunk.sampling is None:
+            self.run(self.life.chunk_done(sequence, gang.number))
+        else:
+            reason: FinishReason | None = "length" if chunk.sampling.max_new_tokens == 1 else None
+            self.run(self.life.prefilled(sequence, gang.number, token(sequence, 0), reason, self.now))
+
+    def run_window(self, window: DecodeWindow) -> None:
+        home = window.gang.home
+        self.run(self.life.window_started(home, window.window))
+        batch = dict(self.batches[home])
+        tokens: dict[int, list[int]] = {}
+        finished: dict[int, FinishReason] = {}
+        for sequence, (length, last, remaining) in batch.items():
+            assert sequence in self.pools[home]
+            for span in self.life.ledger.sequences[sequence].placement:
+                if span.worker != home and span.tokens:
+                    assert (window.gang.number, span.worker) in self.attending, "a holder was not asked to attend"
+            index = last - sequence * 1000 + 1
+            tokens[sequence] = []
+            for _ in range(min(remaining, self.rng.randint(1, 6))):
+                if index % EOS_EVERY == 0:
+                    finished[sequence] = "stop"
+                    break
+                tokens[sequence].append(token(sequence, index))
+                length, remaining, index = length + 1, remaining - 1, index + 1
+            if not remaining:
+                finished[sequence] = "length"
+            if sequence in finished:
+                del self.batches[home][sequence]
+            else:
+                self.batches[home][sequence] = (length, tokens[sequence][-1], remaining)
+        self.windows[home].remove(window)
+        self.run(
+            self.life.window_done(
+                home, window.window, self.epochs[home], WindowResult(tokens, finished, 1, 0, 0), (), self.now
+            )
+        )
+
+    def fail_some_gang(self, error: Exception) -> None:
+        gangs = [queue[0].gang for queue in self.windows.values() if queue]
+        gangs += [chain[0].gang for chain in self.chunks if chain]
+        if gangs:
+            self.run(self.life.gang_failed(self.rng.choice(gangs).number, error, self.now))
+
+
+def cluster_of(seed: int, *capacities: int, **config: int) -> Simulated:
+    settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4} | config
+    life = Lifecycle("engine", Config.load(**settings), itertools.count(1), block_bytes=100)
+    simulated = Simulated(life, random.Random(seed))
+    for capacity in capacities:
+        simulated.add_worker(capacity)
+    return simulated
+
+
+def expected(sequence: int, new: int) -> list[int]:
+    return [token(sequence, index) for index in range(min(new, EOS_EVERY))]
+
+
+requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
+mishaps = st.lists(st.sampled_from(["lose", "join", "fail", "fault", "cancel", "step", "step", "step"]), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.integers(8, 20), min_size=1, max_size=4), requests, mishaps)
+def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
+    seed: int, sizes: list[int], wanted: list[tuple[int, int]], events: list[str]
+) -> None:
+    cluster, accepted = cluster_of(seed, *sizes), []
+    life = cluster.life
+    for number, (prompt, new) in enumerate(wanted):
+        try:
+            cluster.run(life.submit(number, array("i", range(prompt)), SamplingParams(max_new_tokens=new), cluster.now))
+            accepted.append(number)
+        except CapacityError:
+            pass
+    cancelled = set()
+    for event in events:
+        if event == "lose":
+            cluster.lose_worker()
+        elif event == "join":
+            cluster.add_worker(12)
+        elif event == "fail":
+            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+        elif event == "fault":
+            cluster.fail_some_gang(ValueError("a fault"))
+        elif event == "cancel" and life.live:
+            number = cluster.rng.choice(sorted(life.live))
+            if number not in cluster.ends:
+                cancelled.add(number)
+            cluster.run(life.stop(number, "cancelled", cluster.now))
+        else:
+            cluster.step()
+    cluster.run(life.expire(cluster.now))
+    while cluster.step():
+        pass
+    cluster.now += 1e6
+    cluster.run(life.expire(cluster.now))
+    while cluster.step():
+        pass
+    assert set(cluster.ends) == set(accepted)
+    for number in accepted:
+        reason, error = cluster.ends[number]
+        right = expected(number, wanted[number][1])
+        assert cluster.tokens[number] == right[: len(cluster.tokens[number])], "tokens lost, doubled or out of order"
+        if reason in ("stop", "length"):
+            assert cluster.tokens[number] == right
+            assert reason == ("length" if wanted[number][1] <= EOS_EVERY else "stop")
+        assert (reason == "error") == (error is not None)
+        assert (reason == "cancelled") == (number in cancelled)
+    assert not life.live
+    assert not life.ledger.sequences
+    assert not any(cluster.pools.values())
+
+
+def finish(cluster: Simulated) -> None:
+    while cluster.step():
+        pass
+
+
+def test_a_burst_larger_than_the_cluster_finishes_in_turn() -> None:
+    cluster = cluster_of(1, 10, 10)
+    for number in range(20):
+        cluster.run(cluster.life.submit(number, array("i", range(50)), SamplingParams(max_new_tokens=9), 0.0))
+    finish(cluster)
+    assert list(cluster.ends) == sorted(cluster.ends)
+    assert len(cluster.ends) == 20
+    assert all(reason == "length" for reason, _ in cluster.ends.values())
+
+
+def test_what_can_never_fit_is_refused_with_needed_and_available_bytes_and_the_setting() -> None:
+    cluster = cluster_of(1, 10, 10)
+    with pytest.raises(CapacityError, match=r"needs 2100 bytes.*have 2000 bytes.*distkv\.kv-memory"):
+        cluster.life.submit(0, array("i", range(80)), SamplingParams(max_new_tokens=2), 0.0)
+
+
+def test_a_lost_worker_fails_its_requests_and_spares_the_others() -> None:
+    cluster = cluster_of(3, 12, 12)
+    for number in range(2):  # one on each worker
+        cluster.run(cluster.life.submit(number, array("i", range(20)), SamplingParams(max_new_tokens=20), 0.0))
+    while not all(live.state == "decode" for live in cluster.life.live.values()):
+        cluster.step()
+    lost = cluster.life.ledger.sequences[0].home
+    cluster.pools.pop(lost), cluster.batches.pop(lost), cluster.windows.pop(lost)
+    cluster.run(cluster.life.worker_lost(lost, 0.0))
+    finish(cluster)
+    assert isinstance(cluster.ends[0][1], WorkerLostError)
+    assert lost in str(cluster.ends[0][1])
+    assert cluster.ends[1][0] == "length"
+    assert cluster.tokens[1] == expected(1, 20)
+
+
+def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever() -> None:
+    cluster = cluster_of(4, 12)
+    cluster.run(cluster.life.submit(0, array("i", range(20)), SamplingParams(max_new_tokens=5), 0.0))
+    for _ in range(3):
+        cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+    finish(cluster)
+    assert cluster.ends[0][0] == "error"
+    assert "silent" in str(cluster.ends[0][1])
