@@ -17,22 +17,12 @@ _SLIDING = "sliding_attention"
 
 _REFUSED_WHEN_SET: Mapping[str, str] = {
     "attn_logit_softcapping": "a soft cap on attention logits",
-    "attn_logit_cap": "a soft cap on attention logits",
-    "attention_sinks": "attention sinks",
     "alibi": "ALiBi position biases",
-    "use_alibi": "ALiBi position biases",
     "kv_lora_rank": "latent (MLA) attention",
     "is_encoder_decoder": "an encoder beside the decoder",
     "use_bidirectional_attention": "attention that is not causal",
-    "linear_attn_config": "linear attention layers",
-    "full_attention_interval": "linear attention layers",
-    "attn_layer_period": "state-space layers beside attention",
     "layers_block_type": "layers other than attention",
-    "block_types": "layers other than attention",
-    "ssm_cfg": "state-space layers",
     "state_size": "state-space layers",
-    "mamba_d_state": "state-space layers",
-    "conv_L_cache": "convolution layers",
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
 
@@ -44,7 +34,9 @@ _REFUSED_TYPES: Mapping[str, str] = {
 }
 """Model types whose feature is in the code of the model and in no key of its configuration."""
 
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_LENGTH_DEPENDENT_ROPE = "longrope"
+"""Rotary embeddings whose frequencies are others for sequences longer than the original length. (``dynamic`` ones
+change only past ``max_position_embeddings``, and requests that long are refused.)"""
 
 
 def check_supported(config: Any) -> None:
@@ -90,9 +82,6 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
             yield key, feature
     if getattr(config, "is_causal", True) is False:
         yield "is_causal", "attention that is not causal"
-    attention = getattr(config, "attn_config", None)
-    if attention is not None and getattr(attention, "alibi", False):
-        yield "attn_config", "ALiBi position biases"
     yield from _windows(config)
     yield from _rope(config)
 
@@ -120,6 +109,7 @@ def _rope(config: Any) -> Iterator[tuple[str, str]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     for rope in nested or [parameters]:
-        original = rope.get("original_max_position_embeddings") or max_positions(config)
-        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original < max_positions(config):
-            yield "rope_parameters", f"rotary embeddings that depend on the sequence's length ({rope['rope_type']})"
+        if rope.get("rope_type") != _LENGTH_DEPENDENT_ROPE:
+            continue
+        if (rope.get("original_max_position_embeddings") or 0) < max_positions(config):
+            yield "rope_parameters", "rotary embeddings that depend on the sequence's length"

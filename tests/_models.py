@@ -29,7 +29,7 @@ def _config(kind: str, heads: int, kv_heads: int, head_dim: int, **settings: obj
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": MAX_POSITIONS,
-        "initializer_range": 0.2,
+        "initializer_range": 0.3,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,

