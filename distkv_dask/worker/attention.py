@@ -169,7 +169,7 @@ class _Remote:
         answer = torch.empty(queries * heads * (pool.head_dim + 1), dtype=torch.float32)
         self._out = answer[: queries * heads * pool.head_dim].view(queries, heads, pool.head_dim)
         self._lse = answer[queries * heads * pool.head_dim :].view(queries, heads)
-        self._answer = memoryview(answer.view(torch.uint8).numpy())
+        self._answer = answer.view(torch.uint8).numpy().data
         self._expected = header._replace(kind=Kind.PARTIAL, length=answer.nbytes)
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
@@ -213,4 +213,4 @@ def _nothing(q: torch.Tensor) -> Partial:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data

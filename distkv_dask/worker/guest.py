@@ -40,7 +40,8 @@ class Guest:
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._services = services
         self._hello: Hello | None = None
-        self._begin: tuple[Header, list[Row]] | None = None
+        self._gang: tuple[int, int] | None = None
+        self._begun: tuple[int, list[Row]] = (0, [])
         self._session: Session | None = None
 
     def serve(self) -> None:
@@ -69,17 +70,15 @@ class Guest:
 
     def begin(self, session: Session) -> None:
         """Start the session whose BEGIN came."""
-        assert self._begin is not None
-        header, rows = self._begin
-        self._begin = None
         self._session = session
-        if header.epoch != session.gang.epoch:
+        assert self._gang is not None
+        gang, epoch = self._gang
+        if epoch != session.gang.epoch:
             raise ChannelError(
-                f"the home begins gang {header.gang} in epoch {header.epoch}; this holder's plan is of epoch "
-                f"{session.gang.epoch}"
+                f"the home begins gang {gang} in epoch {epoch}; this holder's plan is of epoch {session.gang.epoch}"
             )
-        self._set_batch(session, header.step, rows)
-        self.inlet.send(Header(Kind.READY, header.gang, header.epoch))
+        self._set_batch(session, *self._begun)
+        self.inlet.send(Header(Kind.READY, gang, epoch))
 
     def late(self) -> Exception:
         """Error for a home whose deadline has passed."""
@@ -97,25 +96,17 @@ class Guest:
             logger.warning("dropped a connection from %s: %s", self.inlet.peer, error)
             self.inlet.close()
             return
-        gang, epoch = self._gang
         if error is None:
             self.inlet.close()
         else:
-            self.inlet.fail(gang, epoch, str(error))
-        if gang:
+            self.inlet.fail(*(self._gang or (0, 0)), str(error))
+        if self._gang is not None:
             self._end(error or GangAbortedError(f"the channel from {self.inlet.peer} was closed"))
 
     @property
     def _own_service(self) -> Service:
         assert self.service is not None
         return self.service
-
-    @property
-    def _gang(self) -> tuple[int, int]:
-        """Number and epoch of the gang that this home is in, (0, 0) outside any."""
-        if self._session is not None:
-            return self._session.gang.number, self._session.gang.epoch
-        return (self._begin[0].gang, self._begin[0].epoch) if self._begin else (0, 0)
 
     def _take(self, header: Header) -> None:
         """Work on any frame but a session's ATTEND."""
@@ -124,10 +115,11 @@ class Guest:
             self._greet(header, payload)
         elif header.kind is Kind.FAIL:
             self._fail(header, bytes(payload).decode(errors="replace"))
-        elif header.kind is Kind.BEGIN and not any(self._gang):
-            self._begin = header, decode_rows(payload)
-            self.deadline = time.monotonic() + self.service.timeout_start
+        elif header.kind is Kind.BEGIN and self._gang is None:
             session = self.service.claim(header.gang, self)
+            self._gang = header.gang, header.epoch
+            self._begun = header.step, decode_rows(payload)
+            self.deadline = time.monotonic() + self.service.timeout_start
             if session is not None:
                 self.begin(session)
         elif self._session is None or (header.gang, header.epoch) != self._gang:
@@ -172,7 +164,8 @@ class Guest:
         raise error
 
     def _end(self, error: Exception | None) -> None:
+        assert self._gang is not None
         gang, _ = self._gang
-        self._session = self._begin = None
+        self._gang = self._session = None
         self.deadline = float("inf")
         self._own_service.finish(gang, error)

@@ -53,9 +53,12 @@ class Service:
             session.fail(self._ended[number])
         elif number in self._waiting or number in self._running:
             session.fail(GangAbortedError(f"gang {session.gang.name} has a session on this worker already"))
+        elif number in self._early:
+            guest = self._early.pop(number)
+            self._running[number] = session, guest
+            return guest
         else:
             self._waiting[number] = session, time.monotonic() + self.timeout_start
-            return self._early.pop(number, None)
         return None
 
     def claim(self, number: int, guest: Guest) -> Session | None:

@@ -113,7 +113,7 @@ class Session:
             shard.write(layer, self._keys, self._values)
         out, lse = shard.attend(layer, self._q, header.scale)
         reply = header._replace(kind=Kind.PARTIAL, length=self._reply_bytes, scale=0.0)
-        inlet.send(reply, out.numpy(), lse.numpy())
+        inlet.send(reply, out.numpy().data, lse.numpy().data)
         if layer + 1 < self._pool.layers:
             self._next = expected._replace(layer=layer + 1)
         else:

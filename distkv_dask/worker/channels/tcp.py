@@ -125,6 +125,8 @@ class TcpChannel:
         deadline = time.monotonic() + self._seconds
         count = got
         while True:
+            if not count and self._aborted:
+                raise ChannelError(f"the channel to {self.peer} was aborted")
             if not count:
                 raise ChannelError(f"{self.peer} closed the channel" + (f" {got} bytes into a frame" if got else ""))
             if not view:

@@ -40,7 +40,7 @@ class TcpInlet:
         """Make ``data`` large enough for payloads of that many bytes."""
         if len(self.data) < HEADER_BYTES + payload:
             data = torch.empty(HEADER_BYTES + payload, dtype=torch.uint8)
-            view = memoryview(data.numpy())
+            view = data.numpy().data
             view[: self._filled] = self._view[: self._filled]
             self.data, self._view = data, view
 

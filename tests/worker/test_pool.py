@@ -1,0 +1,118 @@
+"""The pool never gives a block to two sequences, never loses one, and keeps a sequence's blocks together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from distkv_dask.errors import CapacityError
+from distkv_dask.worker.pool import Pool
+
+BLOCK = 4
+
+
+def make_pool(blocks: int) -> Pool:
+    return Pool(layers=2, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK, blocks=blocks)
+
+
+class Bookkeeping(RuleBasedStateMachine):
+    """Any order of reserving, growing and releasing, against a plain count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = make_pool(20)
+        self.tokens: dict[int, int] = {}
+
+    @rule(sequence=st.integers(0, 5), tokens=st.integers(0, 60))
+    def reserve(self, sequence: int, tokens: int) -> None:
+        wanted = dict(self.tokens) | {sequence: max(tokens, self.tokens.get(sequence, 0))}
+        before = self.pool.table(sequence)
+        if sum(-(-count // BLOCK) for count in wanted.values()) > 20:
+            with pytest.raises(CapacityError, match="kv-memory"):
+                self.pool.reserve(sequence, tokens)
+            assert self.pool.table(sequence) == before
+            return
+        self.pool.reserve(sequence, tokens)
+        self.tokens = wanted
+        assert self.pool.table(sequence)[: len(before)] == before
+
+    @rule(sequence=st.integers(0, 5))
+    def release(self, sequence: int) -> None:
+        self.pool.release(sequence)
+        self.tokens.pop(sequence, None)
+        assert self.pool.table(sequence) == ()
+
+    @invariant()
+    def blocks_are_conserved_and_owned_once(self) -> None:
+        tables = {sequence: self.pool.table(sequence) for sequence in range(6)}
+        for sequence, table in tables.items():
+            assert len(table) == -(-self.tokens.get(sequence, 0) // BLOCK)
+        taken = [block for table in tables.values() for block in table]
+        assert len(taken) == len(set(taken)) == self.pool.used_blocks
+        assert set(taken) <= set(range(20))
+
+    def teardown(self) -> None:
+        for sequence in range(6):
+            self.pool.release(sequence)
+        assert self.pool.used_blocks == 0
+        self.pool.reserve(99, 20 * BLOCK)
+        assert self.pool.table(99) == tuple(range(20))
+
+
+TestBookkeeping = Bookkeeping.TestCase
+TestBookkeeping.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_blocks_of_a_sequence_are_consecutive_when_any_run_is_long_enough() -> None:
+    pool = make_pool(12)
+    for sequence, blocks in enumerate((2, 3, 1, 4)):
+        pool.reserve(sequence, blocks * BLOCK)
+    pool.release(1)
+    pool.reserve(7, 2 * BLOCK)
+    assert pool.table(7) == (10, 11)  # the run that fits exactly, and leaves the longer one whole
+    pool.reserve(8, 3 * BLOCK)
+    assert pool.table(8) == (2, 3, 4)
+
+
+def test_a_growing_sequence_continues_behind_its_last_block() -> None:
+    pool = make_pool(12)
+    pool.reserve(1, 2 * BLOCK)
+    pool.reserve(1, 5 * BLOCK)
+    assert pool.table(1) == (0, 1, 2, 3, 4)
+
+
+def test_scattered_blocks_are_used_when_no_run_is_long_enough() -> None:
+    pool = make_pool(6)
+    for sequence in range(6):
+        pool.reserve(sequence, BLOCK)
+    for sequence in (0, 2, 3, 5):
+        pool.release(sequence)
+    pool.reserve(9, 4 * BLOCK)
+    assert sorted(pool.table(9)) == [0, 2, 3, 5]
+    assert pool.table(9)[:2] == (2, 3)  # the longest run first
+
+
+def test_one_block_is_one_contiguous_piece_of_memory_of_the_stated_size() -> None:
+    geometry = {"layers": 3, "kv_heads": 2, "head_dim": 8, "dtype": "bfloat16", "block_tokens": BLOCK}
+    pool = Pool(**geometry, blocks=5)
+    assert pool.storage[1].is_contiguous()
+    assert pool.storage[1].nbytes == Pool.block_bytes(**geometry) == 3 * 2 * 2 * 8 * BLOCK * 2
+
+
+def test_written_keys_and_values_are_found_at_their_tokens_places() -> None:
+    pool = make_pool(8)
+    pool.reserve(1, 3)
+    pool.reserve(2, 11)
+    blocks, offsets = pool.slots(2, 3, 10)
+    keys, values = torch.randn(7, 2, 8), torch.randn(7, 2, 8)
+    pool.write(1, (torch.tensor(blocks), torch.tensor(offsets)), keys, values)
+    table = torch.tensor(pool.table(2))
+    stored_keys = pool.keys(1)[table].transpose(1, 2).flatten(0, 1)
+    stored_values = pool.values(1)[table].transpose(1, 2).flatten(0, 1)
+    assert torch.equal(stored_keys[3:10], keys)
+    assert torch.equal(stored_values[3:10], values)
+    assert stored_keys[:3].abs().sum() == stored_keys[10:].abs().sum() == 0
+    assert pool.keys(0).abs().sum() == 0
