@@ -206,15 +206,17 @@ def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
 
 
 def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
-        return int(value)
+    if not isinstance(value, bool) and isinstance(value, Integral):
+        number = int(value)
+        if low <= number and (high is None or number <= high):
+            return number
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
     raise _refusal(name, value, f"a whole number {limits}")
 
 
 def _real(name: str, value: object, limits: str, within: Callable[[float], bool]) -> float:
     try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
     except OverflowError:  # a whole number beyond any float
         number = math.inf
     if math.isfinite(number) and within(number):
