@@ -52,7 +52,7 @@ class ModelSource:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self._text_location())
+            return AutoConfig.from_pretrained(self._text_location(), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
 
@@ -70,7 +70,7 @@ class ModelSource:
         if self.kind != "hub" and not any(Path(location).glob("*token*")) and not any(Path(location).glob("vocab*")):
             return None
         try:
-            return AutoTokenizer.from_pretrained(location)
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"the tokenizer of model {self.name!r} cannot be read: {error}") from error
 

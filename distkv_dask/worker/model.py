@@ -7,6 +7,7 @@ and quantised files stay transformers' business.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ from distkv_dask.worker.probe import Geometry, probe
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+_loading = threading.Lock()
+"""Loading changes torch's default dtype and transformers' verbosity, which all threads of a process share."""
 
 
 class LoadedModel:
@@ -96,7 +100,7 @@ def load_model(name: str, dtype: str, threads: int) -> LoadedModel:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
     source = resolve_model(name)
     torch.set_num_threads(threads)
-    with _quiet():
+    with _loading, _quiet():
         check_supported(source.config())
         model = _read_weights(source, dtype)
         geometry = probe(model)
@@ -111,7 +115,9 @@ def _read_weights(source: ModelSource, dtype: str) -> Any:
     location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
     return model.eval().requires_grad_(False)

