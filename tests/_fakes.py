@@ -9,14 +9,13 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from _models import model_dir
+from _models import Reference, model_dir, prompt_ids, reference_generate
 from torch import Tensor
 
 from distkv_dask.config import Config
 from distkv_dask.protocol import EngineSpec
 from distkv_dask.types import (
     DecodeWindow,
-    Endpoint,
     Gang,
     Placement,
     PrefillChunk,
@@ -32,6 +31,8 @@ from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 16
 GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+PROMPT, NEW = 70, 14
+ROOM = PROMPT + NEW + BLOCK_TOKENS
 TOKEN = "a token of this test"
 
 
@@ -170,4 +171,20 @@ def fleet(model: Any, size: int, **settings: Any) -> Iterator[Fleet]:
         made.close()
 
 
-__all__ = ["BLOCK_TOKENS", "GREEDY", "TOKEN", "Endpoint", "Fleet", "Member", "Recorder", "advanced", "fleet", "loaded"]
+@cache
+def reference(family: str, prompt: int = PROMPT, seed: int = 0, new: int = NEW) -> Reference:
+    return reference_generate(model_dir(family), [prompt_ids(prompt, seed)], new)[0]
+
+
+def state(sequence: int, placement, length: int, token: int, remaining: int, **sampling) -> SequenceState:
+    return SequenceState(sequence, placement, length, token, remaining, replace(GREEDY, **sampling))
+
+
+def generate(made: Fleet, placement, home: str, window: int = 5, chunk: int = 24, prefill_at: str | None = None):
+    first = made.prefill(1, placement, prompt_ids(PROMPT), chunk, prefill_at)
+    tokens, batch = [first], [state(1, placement, PROMPT, first, NEW - 1)]
+    while batch:
+        result, batch = made.decode(home, batch, window)
+        tokens += result.tokens[1]
+    assert result.finished == {1: "length"}
+    return tokens

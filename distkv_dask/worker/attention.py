@@ -10,6 +10,7 @@ import torch
 
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.kernels import merge_into
+from distkv_dask.types import Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.gang import HomeGang
@@ -51,7 +52,7 @@ class DistAttention:
         home = gang.gang.home
         self._local = _Local(parts[home], tokens, pool) if home in parts else None
         self._remotes = [
-            _Remote(gang.channels[worker], gang.header(Kind.ATTEND), part, tokens, pool, heads)
+            _Remote(gang.channels[worker], gang.gang, part, tokens, pool, heads)
             for worker, part in parts.items()
             if worker != home
         ]
@@ -158,23 +159,22 @@ class _Local:
 class _Remote:
     """One holder's part of a step, seen from the home."""
 
-    def __init__(self, channel: Channel, header: Header, part: Part, tokens: int, pool: Pool, heads: int) -> None:
+    def __init__(self, channel: Channel, gang: Gang, part: Part, tokens: int, pool: Pool, heads: int) -> None:
         self.channel = channel
         self._index, self._appended = _indices(part, tokens)
         self._all = tokens
         queries = sum(row.queries for row in part.rows)
         self._appends = sum(row.queries for row in part.rows if row.appends)
         size = (queries * heads + 2 * self._appends * pool.kv_heads) * pool.head_dim * pool.dtype.itemsize
-        self._ask = header._replace(length=size)
+        self._gang, self._epoch, self._size = gang.number, gang.epoch, size
         answer = torch.empty(queries * heads * (pool.head_dim + 1), dtype=torch.float32)
         self._out = answer[: queries * heads * pool.head_dim].view(queries, heads, pool.head_dim)
         self._lse = answer[queries * heads * pool.head_dim :].view(queries, heads)
         self._answer = answer.view(torch.uint8).numpy().data
-        self._expected = header._replace(kind=Kind.PARTIAL, length=answer.nbytes)
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to a tail there."""
-        header = self._ask._replace(layer=layer, step=step, scale=scale)
+        header = Header(Kind.ATTEND, self._gang, self._epoch, layer, step, self._size, scale)
         if self._index is not None:
             q = q[self._index]
         if not self._appends:
@@ -186,7 +186,8 @@ class _Remote:
 
     def receive(self, layer: int, step: int) -> None:
         """Wait for the partial."""
-        self.channel.recv_into(self._expected._replace(layer=layer, step=step), self._answer)
+        answer = self._answer
+        self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
 
     def merge(self, merged: Partial | None, q: torch.Tensor) -> Partial:
         """Merge the received partial into what there is; it may lend its own memory until the next layer."""

@@ -78,6 +78,8 @@ class DecodeLoop:
     def run(self, window: DecodeWindow) -> WindowResult:
         """Run steps until the window is over or all sequences have stopped."""
         began = time.perf_counter()
+        if not self._live:
+            self._gang.begin({})
         try:
             while self._live and self._steps < window.steps:
                 self._gang.check()

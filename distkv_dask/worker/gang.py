@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from distkv_dask.errors import GangAbortedError
+from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
 from distkv_dask.types import Endpoint, Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
@@ -15,6 +16,8 @@ from distkv_dask.worker.plan import Part
 from distkv_dask.worker.wire import encode_rows
 
 NOTHING = Part((), ())
+TELL_SECONDS = 1.0
+"""Time to open a channel only to say that the gang has failed."""
 
 
 class ChannelCache:
@@ -23,21 +26,21 @@ class ChannelCache:
     Parameters
     ----------
     open_channel
-        Opens a channel that has said hello and was welcomed.
+        Opens a channel within so many seconds; it has said hello and was welcomed.
     """
 
-    def __init__(self, open_channel: Callable[[Endpoint], Channel]) -> None:
+    def __init__(self, open_channel: Callable[[Endpoint, float], Channel]) -> None:
         self._open = open_channel
         self._idle: dict[Endpoint, Channel] = {}
 
-    def take(self, endpoint: Endpoint) -> Channel:
+    def take(self, endpoint: Endpoint, seconds: float) -> Channel:
         """A channel that no gang uses; a new one where the last broke or was closed by the peer."""
         channel = self._idle.pop(endpoint, None)
         if channel is not None and channel.idle():
             return channel
         if channel is not None:
             channel.close()
-        return self._open(endpoint)
+        return self._open(endpoint, seconds)
 
     def put(self, endpoint: Endpoint, channel: Channel) -> None:
         """Keep a channel for the next gang."""
@@ -67,6 +70,7 @@ class HomeGang:
     def __init__(self, gang: Gang, cache: ChannelCache, timeout_start: float, timeout_receive: float) -> None:
         self.gang = gang
         self.channels: dict[str, Channel] = {}
+        self._unopened = list(gang.holders)
         self._cache = cache
         self._timeout_start = timeout_start
         self.timeout_receive = timeout_receive
@@ -82,11 +86,7 @@ class HomeGang:
         if error is None:
             self._end()
             return
-        with self._lock:
-            channels, self.channels = self.channels, {}
-        reason = self._abort_reason or f"{type(error).__name__}: {error}"
-        for channel in channels.values():
-            channel.fail(self.gang.number, self.gang.epoch, reason)
+        self._tell(error)
         if self._abort_reason is not None and not isinstance(error, GangAbortedError):
             raise GangAbortedError(f"gang {self.gang.name} was aborted: {self._abort_reason}") from error
 
@@ -105,16 +105,23 @@ class HomeGang:
         ChannelError, GangAbortedError
             A holder cannot be reached, or refuses.
         """
-        for endpoint in self.gang.holders:
-            channel = self._cache.take(endpoint)
+        while self._unopened:
+            endpoint = self._unopened.pop()
+            channel = self._cache.take(endpoint, self.timeout_receive)
             with self._lock:
                 self.channels[endpoint.worker] = channel
             self.check()
+        deadline = time.monotonic() + self._timeout_start
         for worker, channel in self.channels.items():
             channel.limit(self._timeout_start)
             self._send_rows(Kind.BEGIN, channel, 0, parts.get(worker, NOTHING))
-        for channel in self.channels.values():
-            channel.recv_into(self.header(Kind.READY))
+        for worker, channel in self.channels.items():
+            channel.limit(max(0.001, deadline - time.monotonic()))
+            try:
+                channel.recv_into(self.header(Kind.READY))
+            except ChannelTimeoutError as error:
+                limit = f"{self._timeout_start:g} s (distkv.timeouts.start)"
+                raise ChannelTimeoutError(f"{worker} did not join gang {self.gang.name} within {limit}") from error
             channel.limit(self.timeout_receive)
 
     def change(self, step: int, old: Mapping[str, Part], new: Mapping[str, Part]) -> None:
@@ -143,11 +150,25 @@ class HomeGang:
         rows = encode_rows(part.rows)
         channel.send(self.header(kind)._replace(step=step, length=len(rows)), rows)
 
-    def _end(self) -> None:
+    def _take_channels(self) -> dict[str, Channel]:
         with self._lock:
             channels, self.channels = self.channels, {}
+        return channels
+
+    def _end(self) -> None:
+        channels = self._take_channels()
         for endpoint in self.gang.holders:
             channel = channels[endpoint.worker]
             with contextlib.suppress(ConnectionError):  # it answered everything: the gang is complete without it
                 channel.send(self.header(Kind.END))
             self._cache.put(endpoint, channel)
+
+    def _tell(self, error: BaseException) -> None:
+        """Let every holder know that the gang is over, as far as it can be reached; those too that were not yet asked."""
+        reason = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
+        number, epoch = self.gang.number, self.gang.epoch
+        for channel in self._take_channels().values():
+            channel.fail(number, epoch, self._abort_reason or reason)
+        for endpoint in self._unopened:
+            with contextlib.suppress(DistKVError):
+                self._cache.take(endpoint, min(TELL_SECONDS, self.timeout_receive)).fail(number, epoch, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distkv_dask.errors import ModelError
+from distkv_dask.errors import EngineClosedError, ModelError
 from distkv_dask.protocol import EngineSpec
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
@@ -61,6 +62,7 @@ class Runtime:
         self._cache = ChannelCache(self._open_channel)
         self._lock = threading.Lock()
         self._gang: HomeGang | None = None
+        self._closed = False
         config = spec.config
         lanes.holder.attach(Service(spec.engine, self._token, pool, config.timeout_start, config.timeout_receive))
 
@@ -141,10 +143,13 @@ class Runtime:
     def close(self) -> None:
         """End all gangs and sessions and close all channels. Can be called again."""
         with self._lock:
+            self._closed = True
             if self._gang is not None:
                 self._gang.abort("the engine was closed on this worker")
         self._lanes.holder.detach(self._spec.engine)
-        self._lanes.home.submit(self._cache.close).result()
+        with contextlib.suppress(EngineClosedError):  # closed lanes: no gang runs
+            self._lanes.home.submit(_nothing).result()
+        self._cache.close()
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:
@@ -156,6 +161,8 @@ class Runtime:
         config = self._spec.config
         running = HomeGang(gang, self._cache, config.timeout_start, config.timeout_receive)
         with self._lock:
+            if self._closed:
+                raise EngineClosedError(f"engine {self._spec.engine} was closed on this worker")
             self._gang = running
         try:
             with torch.inference_mode(), running:
@@ -164,10 +171,10 @@ class Runtime:
             with self._lock:
                 self._gang = None
 
-    def _open_channel(self, endpoint: Endpoint) -> Channel:
+    def _open_channel(self, endpoint: Endpoint, seconds: float) -> Channel:
         """Connect to a holder and say hello."""
         pool = self.pool
-        channel = TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, self._spec.config.timeout_receive)
+        channel = TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, seconds)
         hello = encode_hello(
             self._token,
             Hello(
@@ -187,3 +194,7 @@ class Runtime:
             channel.close()
             raise
         return channel
+
+
+def _nothing() -> None:
+    """Run on a lane to learn that all before it has ended."""

@@ -42,7 +42,7 @@ class Session:
         self.gang = gang
         self.result: Future[SessionStats] = Future()
         self._pool = pool
-        self._next = Header(Kind.ATTEND, gang.number, gang.epoch)
+        self._turn = (Kind.ATTEND, gang.number, gang.epoch, 0, 0, 0)
         self._requests = self._bytes_in = self._bytes_out = 0
         self._busy = 0.0
 
@@ -80,15 +80,16 @@ class Session:
         ChannelError
             The batch came in the middle of a step.
         """
-        if self._next.layer:
-            raise ChannelError(f"a batch came where {self._next} was expected")
+        kind, number, epoch, layer, _, _ = self._turn
+        if layer:
+            raise ChannelError(f"a batch came where {Header(*self._turn)} was expected")
         pool = self._pool
         self._shard = shard = Shard(pool, rows)
         q_shape = (shard.tokens, heads, pool.head_dim)
         kv_shape = (2, shard.appended, pool.kv_heads, pool.head_dim)
         size = pool.dtype.itemsize
         q_bytes, kv_bytes = torch.Size(q_shape).numel() * size, torch.Size(kv_shape).numel() * size
-        self._next = self._next._replace(step=step, length=q_bytes + kv_bytes)
+        self._turn = (kind, number, epoch, 0, step, q_bytes + kv_bytes)
         self._reply_bytes = shard.tokens * heads * (pool.head_dim + 1) * torch.float32.itemsize
         inlet.maximum = max(inlet.maximum, q_bytes + kv_bytes)
         inlet.make_room(inlet.maximum)
@@ -105,22 +106,22 @@ class Session:
             It is not the layer, step or length whose turn it is; the message has both sides' view.
         """
         began = time.perf_counter()
-        expected = self._next
-        if header[:6] != expected[:6]:
-            raise ChannelError(f"the home sent {header}; this holder expected {expected}")
-        layer, shard = header.layer, self._shard
+        if header[:6] != self._turn:
+            raise ChannelError(f"the home sent {header}; this holder expected {Header(*self._turn)}")
+        _, number, epoch, layer, step, length, scale = header
+        shard = self._shard
         if shard.appended:
             shard.write(layer, self._keys, self._values)
-        out, lse = shard.attend(layer, self._q, header.scale)
-        reply = header._replace(kind=Kind.PARTIAL, length=self._reply_bytes, scale=0.0)
+        out, lse = shard.attend(layer, self._q, scale)
+        reply = Header(Kind.PARTIAL, number, epoch, layer, step, self._reply_bytes)
         inlet.send(reply, out.numpy().data, lse.numpy().data)
         if layer + 1 < self._pool.layers:
-            self._next = expected._replace(layer=layer + 1)
+            self._turn = (Kind.ATTEND, number, epoch, layer + 1, step, length)
         else:
             shard.advance()
-            self._next = expected._replace(layer=0, step=expected.step + 1)
+            self._turn = (Kind.ATTEND, number, epoch, 0, step + 1, length)
         self._requests += 1
-        self._bytes_in += header.length
+        self._bytes_in += length
         self._bytes_out += self._reply_bytes
         self._busy += time.perf_counter() - began
 

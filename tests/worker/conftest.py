@@ -1,4 +1,4 @@
-"""Every test of the data plane ends with the threads and sockets that it began with."""
+"""A holder lane with a pool and a home before it; every test ends with the threads and sockets that it began with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch
+from _fakes import BLOCK_TOKENS, TOKEN
+from _peers import HEAD_DIM, KV_HEADS, connect
+
+from distkv_dask.worker.channels.tcp import TcpChannel
+from distkv_dask.worker.holder_lane import HolderLane
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.service import Service
 
 
 def _left_open() -> tuple[set[str], int]:
@@ -23,3 +31,28 @@ def nothing_left() -> Iterator[None]:
     while (after := _left_open()) != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert after == before
+
+
+@pytest.fixture
+def pool() -> Pool:
+    made = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=BLOCK_TOKENS, blocks=16)
+    torch.manual_seed(0)
+    made.storage.normal_()
+    made.reserve(1, 40)
+    return made
+
+
+@pytest.fixture
+def lane(pool: Pool) -> Iterator[HolderLane]:
+    lane = HolderLane("127.0.0.1", 1)
+    lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=1.0, timeout_receive=0.6))
+    yield lane
+    lane.close()
+    lane.close()
+
+
+@pytest.fixture
+def home(lane: HolderLane) -> Iterator[TcpChannel]:
+    channel = connect(lane)
+    yield channel
+    channel.close()

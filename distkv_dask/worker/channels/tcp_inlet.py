@@ -38,7 +38,7 @@ class TcpInlet:
 
     def make_room(self, payload: int) -> None:
         """Make ``data`` large enough for payloads of that many bytes."""
-        if len(self.data) < HEADER_BYTES + payload:
+        if len(self._view) < HEADER_BYTES + payload:
             data = torch.empty(HEADER_BYTES + payload, dtype=torch.uint8)
             view = data.numpy().data
             view[: self._filled] = self._view[: self._filled]
@@ -47,10 +47,11 @@ class TcpInlet:
     def receive(self) -> Header | None:
         """Read what is there; the header once a whole frame is."""
         while True:
-            if self._header is None and self._filled >= HEADER_BYTES:
-                self._header = self._check(parse_header(self._view))
-            if self._header is not None and self._filled >= HEADER_BYTES + self._header.length:
-                return self._header
+            header = self._header
+            if header is None and self._filled >= HEADER_BYTES:
+                self._header = header = self._check(parse_header(self._view))
+            if header is not None and self._filled >= HEADER_BYTES + header.length:
+                return header
             try:
                 count = self._sock.recv_into(self._view[self._filled :])
             except BlockingIOError:

@@ -1,0 +1,103 @@
+"""Homes played by hand before a real holder lane, and a holder that misbehaves as told."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+import torch
+from _fakes import TOKEN
+
+from distkv_dask.types import Endpoint, Gang
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, parse_header
+from distkv_dask.worker.channels.tcp import TcpChannel
+from distkv_dask.worker.holder_lane import HolderLane
+from distkv_dask.worker.wire import Hello, Row, encode_hello, encode_rows
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+HELLO = Hello("engine", "w0", 2, HEADS, KV_HEADS, HEAD_DIM, "float32")
+
+
+def gang(number: int = 1, epoch: int = 1) -> Gang:
+    return Gang("engine", number, f"gang-{number}", epoch, "w0", ())
+
+
+def connect(lane: HolderLane, hello: Hello = HELLO, token: str = TOKEN) -> TcpChannel:
+    channel = TcpChannel.open("127.0.0.1", lane.port, "w1", 10.0)
+    body = encode_hello(token.encode(), hello)
+    channel.send(Header(Kind.HELLO, length=len(body)), body)
+    try:
+        channel.recv_into(Header(Kind.WELCOME))
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def begin(home: TcpChannel, number: int = 1, epoch: int = 1, rows: tuple[Row, ...] = (Row(1, 30, 1, False),)) -> None:
+    body = encode_rows(rows)
+    home.send(Header(Kind.BEGIN, number, epoch, length=len(body)), body)
+
+
+def ask(home: TcpChannel, number: int = 1, epoch: int = 1, layer: int = 0, step: int = 0) -> tuple[torch.Tensor, ...]:
+    q = torch.randn(1, HEADS, HEAD_DIM)
+    home.send(Header(Kind.ATTEND, number, epoch, layer, step, q.nbytes, 0.125), q.numpy())
+    return q, *answer(home, number, epoch, layer, step)
+
+
+def answer(home: TcpChannel, number: int, epoch: int, layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    got = torch.empty(HEADS * (HEAD_DIM + 1))
+    expected = Header(Kind.PARTIAL, number, epoch, layer, step, got.nbytes)
+    home.recv_into(expected, memoryview(got.view(torch.uint8).numpy()))
+    return got[: HEADS * HEAD_DIM].view(1, HEADS, HEAD_DIM), got[HEADS * HEAD_DIM :].view(1, HEADS)
+
+
+def serves(lane: HolderLane, number: int) -> bool:
+    """Run one small gang over a new channel."""
+    home = connect(lane)
+    session = lane.open_session("engine", gang(number))
+    begin(home, number)
+    home.recv_into(Header(Kind.READY, number, 1))
+    for layer in range(2):
+        ask(home, number, layer=layer)
+    home.send(Header(Kind.END, number, 1))
+    home.close()
+    return session.wait(5).requests == 2
+
+
+class BadHolder:
+    """A holder that answers HELLO and BEGIN well, and then behaves as told."""
+
+    def __init__(self, behave: Callable[[socket.socket, Header], None], welcome: bool = True) -> None:
+        self.stop = threading.Event()
+        self._behave = behave
+        self._welcome = welcome
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint("w9", "127.0.0.1", self._server.getsockname()[1])
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        peer, _ = self._server.accept()
+        with peer:
+            for answer in (Kind.WELCOME, Kind.READY):
+                header = read(peer)
+                if not self._welcome:
+                    break
+                peer.sendall(header._replace(kind=answer, length=0).pack())
+            else:
+                self._behave(peer, read(peer))
+            self.stop.wait(30)
+
+    def close(self) -> None:
+        self.stop.set()
+        self._thread.join()
+        self._server.close()
+
+
+def read(peer: socket.socket) -> Header:
+    header = parse_header(peer.recv(HEADER_BYTES, socket.MSG_WAITALL))
+    assert header is not None
+    peer.recv(header.length, socket.MSG_WAITALL)
+    return header
