@@ -7,6 +7,7 @@ nothing of the rest of the project.
 from __future__ import annotations
 
 from .dispatch import IMPLEMENTATIONS, Choice, choose, micro_attention
+from .memory import advise_huge_pages
 from .merge import merge, merge_into
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "choose", "merge", "merge_into", "micro_attention"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "advise_huge_pages", "choose", "merge", "merge_into", "micro_attention"]

@@ -55,8 +55,8 @@ def check_call(call: Call) -> None:
         raise ValueError("q_start: only used with causal=True; leave it out for full attention")
     if call.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {call.threads}")
-    if not abs(call.scale) < float("inf"):
-        raise ValueError(f"scale: expected a finite number, got {call.scale}")
+    if not 0 < call.scale < float("inf"):
+        raise ValueError(f"scale: expected a positive finite number, got {call.scale}")
 
 
 def check_values(call: Call) -> None:

@@ -34,6 +34,7 @@ def _load() -> ctypes.CDLL | str:
             core.distkv_isa.restype = ctypes.c_char_p
             core.distkv_has_isa.argtypes = [ctypes.c_char_p]
             core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+            core.distkv_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
             core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
             return core
     return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
@@ -134,3 +135,8 @@ def merge_into(
         heads,
         d,
     )
+
+
+def read_memory(tensor: torch.Tensor, threads: int) -> None:
+    """Read a contiguous CPU tensor once and do nothing with it: times the read roof of this machine."""
+    _core().distkv_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), threads)

@@ -254,6 +254,24 @@ DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
   }
 }
 
+// Reads `bytes` of memory on `threads` threads and returns a checksum: the roof that benchmarks hold decode against.
+DISTKV_EXPORT int64_t distkv_read(const void* memory, int64_t bytes, int64_t threads) {
+  struct Read {
+    const int64_t* words;
+    int64_t count;
+    std::atomic<int64_t> sum{0};
+  } read{static_cast<const int64_t*>(memory), bytes / 8};
+  constexpr int64_t kPiece = 1 << 18;
+  const auto piece = [](void* context, int64_t index) {
+    Read& all = *static_cast<Read*>(context);
+    int64_t sum = 0;
+    for (int64_t i = index * kPiece, end = std::min(all.count, i + kPiece); i < end; ++i) sum ^= all.words[i];
+    all.sum ^= sum;
+  };
+  distkv::run_items(piece, &read, (read.count + kPiece - 1) / kPiece, threads);
+  return read.sum;
+}
+
 // out [tokens, heads, d], lse [tokens, heads] merged with a partial of `count` tokens that go to tokens index[i], or to
 // the same ones without an index. Returns 0, or 1 where an index is out of range or given twice (nothing is changed).
 DISTKV_EXPORT int distkv_merge(float* out, float* lse, const float* part_out, const float* part_lse,

@@ -5,6 +5,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Loops over vectors held in registers must vanish: an array that is indexed at run time lives in memory.
+#define DISTKV_UNROLL _Pragma("GCC unroll 16")
+
 namespace distkv {
 
 enum Dtype : int64_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };

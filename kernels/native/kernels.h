@@ -34,10 +34,17 @@ static auto with_math(const Args& a, Use use) {
 }
 
 static int64_t stream_bytes(const Args& a, int64_t queries) {
-  return with_math(a, [&](auto m) { return Stream<typename decltype(m)::Type>::bytes(a, queries); });
+  return with_math(a, [&](auto m) { return Stream<typename decltype(m)::Type, 0>::bytes(a, queries); });
 }
 static void stream(const Args& a, const Item& it, char* scratch) {
-  with_math(a, [&](auto m) { Stream<typename decltype(m)::Type>::run(a, it, scratch); });
+  with_math(a, [&](auto m) {
+    using M = typename decltype(m)::Type;
+    switch (a.d) {
+      case 64: return Stream<M, 64>::run(a, it, scratch);
+      case 128: return Stream<M, 128>::run(a, it, scratch);
+      default: return Stream<M, 0>::run(a, it, scratch);
+    }
+  });
 }
 static int64_t tile_bytes(const Args& a, int64_t queries) {
   return with_math(a, [&](auto m) { return Tile<typename decltype(m)::Type>::bytes(a, queries); });

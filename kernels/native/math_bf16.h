@@ -30,34 +30,42 @@ struct Bf16 {
     if (c < d) _mm512_storeu_si512(to + c, (__m512i)raw_part(q + c, d - c));
   }
 
-  template <int R>
-  static void scores(const bf16* q, int stride, const bf16* k, int n, int d, float* s, Ahead& ahead) {
+  template <int R, int D>
+  static void scores(const bf16* q, int stride, const bf16* k, int n, int any_d, float* s, Ahead& ahead) {
+    const int d = D ? D : any_d;
     for (int j = 0; j < n; j += 4) {
       const bf16* row[4];
+      DISTKV_UNROLL
       for (int t = 0; t < 4; ++t) row[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * d;
       ahead.pull((int64_t)8 * d);
       F sum[R][4];
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r)
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) sum[r][t] = zero();
       int c = 0;
       for (; c + 32 <= d; c += 32) {
         Vec key[4];
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = raw(row[t] + c);
         accumulate<R>(sum, q + c, stride, key);
       }
       if (c < d) {
         Vec key[4];
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = raw_part(row[t] + c, d - c);
         accumulate<R>(sum, q + c, stride, key);
       }
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * kChunk + j);
     }
   }
 
   // Two tokens at a time: their rows are interleaved, which leaves acc in the order of unpacklo and unpackhi
   // (undone in finish). p holds a zero after an odd number of tokens.
-  template <int R>
-  static void weigh(const bf16* p, const bf16* v, int n, int d, float* acc, int stride, Ahead& ahead) {
+  template <int R, int D>
+  static void weigh(const bf16* p, const bf16* v, int n, int any_d, float* acc, int any_stride, Ahead& ahead) {
+    const int d = D ? D : any_d, stride = D ? (D + 31) / 32 * 32 : any_stride;
     int c = 0;
     for (; c + 64 <= d; c += 64) weigh_columns<R, 2>(p, v + c, n, d, 64, acc + c, stride, ahead);
     for (; c < d; c += 32) weigh_columns<R, 1>(p, v + c, n, d, d - c, acc + c, stride, ahead);
@@ -68,6 +76,7 @@ struct Bf16 {
     for (int c = 0; c < d; c += 32) {
       const int left = d - c;
       F x[16];
+      DISTKV_UNROLL
       for (int j = 0; j < 16; ++j)
         x[j] = _mm512_castsi512_ps((__m512i)(left < 32 ? raw_part(row[j] + c, left) : raw(row[j] + c)));
       transpose(x);
@@ -106,8 +115,10 @@ struct Bf16 {
  private:
   template <int R>
   static inline void accumulate(F (&sum)[R][4], const bf16* q, int stride, const Vec (&key)[4]) {
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec x = raw(q + r * stride);
+      DISTKV_UNROLL
       for (int t = 0; t < 4; ++t) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], x, key[t]);
     }
   }
@@ -116,24 +127,31 @@ struct Bf16 {
   static void weigh_columns(const bf16* p, const bf16* v, int n, int d, int left, float* acc, int stride,
                             Ahead& ahead) {
     F sum[R][2 * C];
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r)
+      DISTKV_UNROLL
       for (int c = 0; c < 2 * C; ++c) sum[r][c] = load(acc + r * stride + c * 16);
     for (int j = 0; j < n; j += 2) {
       const bf16 *a = v + (int64_t)j * d, *b = j + 1 < n ? a + d : a;
       ahead.pull((int64_t)C * 128);
       Vec value[2 * C];
+      DISTKV_UNROLL
       for (int c = 0; c < C; ++c) {
         const __m512i x = (__m512i)(left < 32 ? raw_part(a, left) : raw(a + c * 32));
         const __m512i y = (__m512i)(left < 32 ? raw_part(b, left) : raw(b + c * 32));
         value[2 * c] = (Vec)_mm512_unpacklo_epi16(x, y);
         value[2 * c + 1] = (Vec)_mm512_unpackhi_epi16(x, y);
       }
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec weight = broadcast(p + r * kChunk + j);
+        DISTKV_UNROLL
         for (int c = 0; c < 2 * C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight, value[c]);
       }
     }
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r)
+      DISTKV_UNROLL
       for (int c = 0; c < 2 * C; ++c) store(acc + r * stride + c * 16, sum[r][c]);
   }
 };

@@ -39,33 +39,41 @@ struct Fp32 {
   }
 
   // s[r * kChunk + j] = q[r] . k[j] for R query rows and n tokens; writes up to the next multiple of 4 tokens.
-  template <int R>
-  static void scores(const float* q, int stride, const Kv* k, int n, int d, float* s, Ahead& ahead) {
+  template <int R, int D>
+  static void scores(const float* q, int stride, const Kv* k, int n, int any_d, float* s, Ahead& ahead) {
+    const int d = D ? D : any_d;
     for (int j = 0; j < n; j += 4) {
       const Kv* row[4];
+      DISTKV_UNROLL
       for (int t = 0; t < 4; ++t) row[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * d;
       ahead.pull((int64_t)4 * d * sizeof(Kv));
       F sum[R][4];
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r)
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) sum[r][t] = zero();
       int c = 0;
       for (; c + W <= d; c += W) {
         F key[4];
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = load_kv(row[t] + c);
         accumulate<R>(sum, q + c, stride, key);
       }
       if (c < d) {
         F key[4];
+        DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = load_part(row[t] + c, d - c);
         accumulate<R>(sum, q + c, stride, key);
       }
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * kChunk + j);
     }
   }
 
   // acc[r] += sum over n tokens of p[r][j] * v[j]
-  template <int R>
-  static void weigh(const float* p, const Kv* v, int n, int d, float* acc, int stride, Ahead& ahead) {
+  template <int R, int D>
+  static void weigh(const float* p, const Kv* v, int n, int any_d, float* acc, int any_stride, Ahead& ahead) {
+    const int d = D ? D : any_d, stride = D ? (D + 31) / 32 * 32 : any_stride;
     constexpr int C = 4;
     int c = 0;
     for (; c + C * W <= d; c += C * W) weigh_columns<R, C>(p, v + c, n, d, C * W, acc + c, stride, ahead);
@@ -76,9 +84,11 @@ struct Fp32 {
   static void pack_keys(float* to, const Kv* const* row, const float* scale, int d, int panel) {
     for (int c = 0; c < d; c += W) {
       F x[W];
+      DISTKV_UNROLL
       for (int j = 0; j < W; ++j)
         x[j] = mul(c + W <= d ? load_kv(row[j] + c) : load_part(row[j] + c, d - c), set1(scale[j]));
       transpose(x);
+      DISTKV_UNROLL
       for (int i = 0; i < W; ++i) store(to + (c + i) * panel, x[i]);
     }
   }
@@ -97,8 +107,10 @@ struct Fp32 {
  private:
   template <int R>
   static inline void accumulate(F (&sum)[R][4], const float* q, int stride, const F (&key)[4]) {
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r) {
       const F x = load(q + r * stride);
+      DISTKV_UNROLL
       for (int t = 0; t < 4; ++t) sum[r][t] = fma(x, key[t], sum[r][t]);
     }
   }
@@ -106,19 +118,26 @@ struct Fp32 {
   template <int R, int C>
   static void weigh_columns(const float* p, const Kv* v, int n, int d, int left, float* acc, int stride, Ahead& ahead) {
     F sum[R][C];
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r)
+      DISTKV_UNROLL
       for (int c = 0; c < C; ++c) sum[r][c] = load(acc + r * stride + c * W);
     for (int j = 0; j < n; ++j) {
       ahead.pull((int64_t)C * W * sizeof(Kv));
       F value[C];
+      DISTKV_UNROLL
       for (int c = 0; c < C; ++c)
         value[c] = left < W ? load_part(v + (int64_t)j * d, left) : load_kv(v + (int64_t)j * d + c * W);
+      DISTKV_UNROLL
       for (int r = 0; r < R; ++r) {
         const F weight = set1(p[r * kChunk + j]);
+        DISTKV_UNROLL
         for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
       }
     }
+    DISTKV_UNROLL
     for (int r = 0; r < R; ++r)
+      DISTKV_UNROLL
       for (int c = 0; c < C; ++c) store(acc + r * stride + c * W, sum[r][c]);
   }
 };

@@ -71,16 +71,19 @@ static inline void sum4(F a, F b, F c, F d, float* to) {
 
 static inline void transpose(F* v) {
   F t[8], u[8];
+  DISTKV_UNROLL
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
   }
+  DISTKV_UNROLL
   for (int i = 0; i < 8; i += 4) {
     u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
     u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
     u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
     u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
+  DISTKV_UNROLL
   for (int i = 0; i < 4; ++i) {
     v[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
     v[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);

@@ -48,20 +48,10 @@ struct Cursor {
 template <class M>
 static inline void soften(float* s, typename M::Weight* p, int visible, int n, float score_scale, float value_scale,
                           float* acc, int width, float& top, float& sum) {
-  const F scale = set1(score_scale);
+  for (int j = visible; j < round_up(n, W); ++j) s[j] = -INFINITY;
   F high = set1(-INFINITY);
-  int j = 0;
-  for (; j + W <= visible; j += W) {
-    const F x = mul(load(s + j), scale);
-    store(s + j, x);
-    high = max(x, high);
-  }
-  if (j < n) {
-    const int end = (int)round_up(n, W);
-    for (int i = j; i < end; ++i) s[i] = i < visible ? s[i] * score_scale : -INFINITY;
-    for (; j < end; j += W) high = max(load(s + j), high);
-  }
-  const float now = reduce_max(high);
+  for (int j = 0; j < n; j += W) high = max(load(s + j), high);
+  const float now = reduce_max(high) * score_scale;
   if (now > top) {
     if (top != -INFINITY) {
       const float shrink = __builtin_exp2f(top - now);
@@ -70,10 +60,10 @@ static inline void soften(float* s, typename M::Weight* p, int visible, int n, f
     }
     top = now;
   }
-  const F base = set1(top == -INFINITY ? 0.0f : top), weight_scale = set1(value_scale);
+  const F scale = set1(score_scale), base = set1(top == -INFINITY ? 0.0f : -top), weight_scale = set1(value_scale);
   F total = zero();
-  for (j = 0; j < n; j += W) {
-    const F x = exp2<M::kExact>(sub(load(s + j), base));
+  for (int j = 0; j < n; j += W) {
+    const F x = exp2<M::kExact>(fma(load(s + j), scale, base));
     total = add(total, x);
     M::store_weights(p + j, mul(x, weight_scale));
   }
@@ -95,11 +85,12 @@ static inline void pack_query(typename M::Query* to, const Args& a, int64_t row)
   }
 }
 
-template <class M>
+// D is the head dim, or 0 for one that is only known at run time.
+template <class M, int D>
 struct Stream {
   using Kv = typename M::Cache;
 
-  static int64_t width(const Args& a) { return round_up(a.d, 32); }
+  static int64_t width(const Args& a) { return round_up(D ? D : a.d, 32); }
 
   // Scratch: per kv head and query row the packed query, the accumulator, and (top, sum); then one chunk's scores.
   static int64_t bytes(const Args& a, int64_t queries) {
@@ -159,11 +150,11 @@ struct Stream {
     const int rows = (int)it.queries * group;
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
-      M::template scores<kRows>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k);
+      M::template scores<kRows, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k);
     switch (rows - r) {
-      case 3: M::template scores<3>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
-      case 2: M::template scores<2>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
-      case 1: M::template scores<1>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+      case 3: M::template scores<3, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+      case 2: M::template scores<2, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
+      case 1: M::template scores<1, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
     }
     float score_scale = (float)a.scale * kLog2E, value_scale = 1;
     if (a.k_scales) {
@@ -176,11 +167,11 @@ struct Stream {
       soften<M>(s + r * kChunk, p + r * kChunk, visible, n, score_scale, value_scale, acc + r * wide, wide, top[r], sum[r]);
     }
     for (r = 0; r + kRows <= rows; r += kRows)
-      M::template weigh<kRows>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v);
+      M::template weigh<kRows, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v);
     switch (rows - r) {
-      case 3: M::template weigh<3>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
-      case 2: M::template weigh<2>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
-      case 1: M::template weigh<1>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 3: M::template weigh<3, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 2: M::template weigh<2, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 1: M::template weigh<1, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
     }
   }
 

@@ -18,17 +18,24 @@ template <class M, int Rows, int Columns, bool Add>
 static inline void product(const typename M::Query* a, int64_t lda, const typename M::Query* b, int steps, float* c,
                            int64_t ldc) {
   F sum[Rows][Columns];
+  DISTKV_UNROLL
   for (int m = 0; m < Rows; ++m)
+    DISTKV_UNROLL
     for (int n = 0; n < Columns; ++n) sum[m][n] = Add ? load(c + m * ldc + n * W) : zero();
   for (int k = 0; k < steps; ++k, b += kPanel * M::kStep, a += M::kStep) {
     typename M::Vec right[Columns];
+    DISTKV_UNROLL
     for (int n = 0; n < Columns; ++n) right[n] = M::load_packed(b + n * W * M::kStep);
+    DISTKV_UNROLL
     for (int m = 0; m < Rows; ++m) {
       const typename M::Vec left = M::broadcast(a + m * lda);
+      DISTKV_UNROLL
       for (int n = 0; n < Columns; ++n) sum[m][n] = M::multiply_add(sum[m][n], left, right[n]);
     }
   }
+  DISTKV_UNROLL
   for (int m = 0; m < Rows; ++m)
+    DISTKV_UNROLL
     for (int n = 0; n < Columns; ++n) store(c + m * ldc + n * W, sum[m][n]);
 }
 
@@ -67,6 +74,7 @@ struct Tile {
   Query *q, *k, *v;             // packed queries, keys, values
   float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
   typename M::Weight* p;        // weights [rows, kTileTokens]
+  int64_t next = 0, ahead_end = 0;  // tokens that look_ahead has still to pull
 
   Tile(const Args& args, const Item& item, char* scratch)
       : a(args), it(item), group((int)(a.heads / a.kv_heads)), rows((int)padded_rows(a, it.queries)), deep(depth(a)),
@@ -90,14 +98,18 @@ struct Tile {
       const int n = (int)(it.last - token < kTileTokens ? it.last - token : kTileTokens);
       if (visible((int)it.queries * group - 1, token, n) == 0) break;
       pack_chunk(token, n);
-      for (int r = 0; r < rows; r += kTileRows) score(r, token, n);
+      next = token + n;
+      ahead_end = next + kTileTokens < it.last ? next + kTileTokens : it.last;
+      for (int j = 0; j < n; j += kPanel)
+        for (int r = 0; r < rows; r += kTileRows) score(r, j, token, n);
       const int used = (int)it.queries * group;
       for (int r = 0; r < used; ++r) {
         const int seen = visible(r, token, n);
         soften<M>(s + r * kTileTokens, p + r * kTileTokens, seen, padded(r, token, n), (float)a.scale * kLog2E, 1.0f,
                   acc + r * wide, (int)wide, top[r], sum[r]);
       }
-      for (int r = 0; r < rows; r += kTileRows) weigh(r, token, n);
+      for (int c = 0; c < a.d; c += kPanel)
+        for (int r = 0; r < rows; r += kTileRows) weigh(r, c, token, n);
     }
     finish();
   }
@@ -145,22 +157,35 @@ struct Tile {
                      kTileTokens * kPanel);
   }
 
-  void score(int r, int64_t token, int n) {
-    const int seen = padded(r, token, n);
-    for (int j = 0; j < seen; j += kPanel) {
-      const int columns = seen - j < kPanel ? (seen - j) / W : kColumns;
-      product_columns<M, kTileRows, false>(columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
-                                           s + r * kTileTokens + j, kTileTokens);
+  // Pulls a few tokens of the next chunk into the second-level cache while this one is computed.
+  void look_ahead() {
+    const int64_t bytes = a.d * (int64_t)sizeof(Kv);
+    for (int64_t end = next + 4 < ahead_end ? next + 4 : ahead_end; next < end; ++next) {
+      const int64_t block = it.table[next / a.block_tokens];
+      const int64_t inside = (it.head * a.block_tokens + next % a.block_tokens) * a.d;
+      Ahead keys{(const char*)((const Kv*)a.k + block * a.k_block + inside), nullptr};
+      Ahead values{(const char*)((const Kv*)a.v + block * a.v_block + inside), nullptr};
+      keys.end = keys.at + bytes;
+      values.end = values.at + bytes;
+      keys.pull(bytes);
+      values.pull(bytes);
     }
   }
 
-  void weigh(int r, int64_t token, int n) {
+  // One panel of keys (from token j of the chunk) or values (from column c) against one register tile of rows.
+  void score(int r, int j, int64_t token, int n) {
     const int seen = padded(r, token, n);
-    for (int c = 0; c < a.d; c += kPanel) {
-      const int columns = a.d - c < kPanel ? (int)round_up(a.d - c, W) / W : kColumns;
-      product_columns<M, kTileRows, true>(columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
-                                          seen / M::kStep, acc + r * wide + c, wide);
-    }
+    if (j >= seen) return;
+    look_ahead();
+    const int columns = seen - j < kPanel ? (seen - j) / W : kColumns;
+    product_columns<M, kTileRows, false>(columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
+                                         s + r * kTileTokens + j, kTileTokens);
+  }
+  void weigh(int r, int c, int64_t token, int n) {
+    const int columns = a.d - c < kPanel ? (int)round_up(a.d - c, W) / W : kColumns;
+    look_ahead();
+    product_columns<M, kTileRows, true>(columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
+                                        padded(r, token, n) / M::kStep, acc + r * wide + c, wide);
   }
 
   void finish() {
