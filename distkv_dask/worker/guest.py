@@ -90,18 +90,15 @@ class Guest:
         limit = f"{self.service.timeout_receive:g} s (distkv.timeouts.receive)"
         return ChannelTimeoutError(f"home {self.inlet.peer} was silent for {limit} in {self._session.gang.name}")
 
-    def leave(self, error: Exception | None) -> None:
-        """Close the channel; with an error the home is told and its gang fails here too."""
+    def leave(self, error: Exception) -> None:
+        """Tell the home why and close its channel; its gang fails here too. Strangers are told nothing."""
         if self.service is None:
             logger.warning("dropped a connection from %s: %s", self.inlet.peer, error)
             self.inlet.close()
             return
-        if error is None:
-            self.inlet.close()
-        else:
-            self.inlet.fail(*(self._gang or (0, 0)), str(error))
+        self.inlet.fail(*(self._gang or (0, 0)), str(error))
         if self._gang is not None:
-            self._end(error or GangAbortedError(f"the channel from {self.inlet.peer} was closed"))
+            self._end(error)
 
     @property
     def _own_service(self) -> Service:

@@ -72,9 +72,10 @@ class HolderLane:
         def drop() -> None:
             service = self._services.pop(engine, None)
             if service is not None:
-                service.fail_all(GangAbortedError("the engine was closed on this worker"))
+                error = GangAbortedError("the engine was closed on this worker")
+                service.fail_all(error)
                 for guest in [guest for guest in self._guests if guest.service is service]:
-                    self._dismiss(guest)
+                    self._dismiss(guest, error)
 
         with contextlib.suppress(EngineClosedError):
             self._call(drop).result()
@@ -149,10 +150,11 @@ class HolderLane:
         with self._lock:
             self._closed = True
         self._work_off()
+        error = GangAbortedError("the worker's holder lane was closed")
         for service in self._services.values():
-            service.fail_all(GangAbortedError("the worker's holder lane was closed"))
+            service.fail_all(error)
         for guest in list(self._guests):
-            self._dismiss(guest)
+            self._dismiss(guest, error)
         self._selector.close()
         for closable in (self._listener, self._wake, self._woken):
             closable.close()
@@ -190,7 +192,7 @@ class HolderLane:
                 logger.exception("MicroAttention for %s failed", inlet.peer)
             self._dismiss(guest, error)
 
-    def _dismiss(self, guest: Guest, error: Exception | None = None) -> None:
+    def _dismiss(self, guest: Guest, error: Exception) -> None:
         self._guests.discard(guest)
         self._selector.unregister(guest.inlet)
         guest.leave(error)

@@ -44,13 +44,13 @@ class Service:
         self._waiting: dict[int, tuple[Session, float]] = {}
         self._running: dict[int, tuple[Session, Guest]] = {}
         self._early: dict[int, Guest] = {}
-        self._ended: OrderedDict[int, Exception] = OrderedDict()
+        self._ended: OrderedDict[int, str] = OrderedDict()
 
     def open(self, session: Session) -> Guest | None:
         """Take a new session; the home that waits for it already, if there is one."""
         number = session.gang.number
         if number in self._ended:
-            session.fail(self._ended[number])
+            session.fail(GangAbortedError(f"gang {session.gang.name} has ended on this worker: {self._ended[number]}"))
         elif number in self._waiting or number in self._running:
             session.fail(GangAbortedError(f"gang {session.gang.name} has a session on this worker already"))
         elif number in self._early:
@@ -84,7 +84,7 @@ class Service:
         """Complete a gang, or fail its session if it has one; it cannot begin again."""
         self._early.pop(number, None)
         session = (self._waiting.pop(number, None) or self._running.pop(number, None) or (None,))[0]
-        self._remember(number, error or GangAbortedError(f"gang {number} is complete"))
+        self._remember(number, "it is complete" if error is None else str(error))
         if session is not None and error is not None:
             session.fail(error)
         elif session is not None:
@@ -109,8 +109,8 @@ class Service:
                 limit = f"{self.timeout_start:g} s (distkv.timeouts.start)"
                 self.finish(number, ChannelTimeoutError(f"{text} within {limit}"))
 
-    def _remember(self, number: int, error: Exception) -> None:
+    def _remember(self, number: int, reason: str) -> None:
         if number not in self._ended:
-            self._ended[number] = error
+            self._ended[number] = reason
             if len(self._ended) > REMEMBERED:
                 self._ended.popitem(last=False)

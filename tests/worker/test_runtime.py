@@ -25,6 +25,7 @@ SPLITS = {
     "tail begins with decode": [("w0", PROMPT), ("w1", ROOM)],
     "tail moves on while decoding": [("w1", 40), ("w0", PROMPT - 40 + 3), ("w2", 4), ("w3", 2), ("w4", ROOM)],
     "an empty span ahead": [("w1", 33), ("w0", ROOM), ("w2", 16)],
+    "spans without room": [("w1", 0), ("w2", 33), ("w3", 0), ("w0", ROOM)],
     "five workers": [("w3", 17), ("w1", 5), ("w4", 30), ("w0", 11), ("w2", ROOM)],
 }
 
