@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+import pytest
 import torch
 from _fakes import TOKEN
 
@@ -16,6 +17,7 @@ from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.wire import Hello, Row, encode_hello, encode_rows
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+impatient = pytest.mark.parametrize("lane", [0.5], indirect=True)
 HELLO = Hello("engine", "w0", 2, HEADS, KV_HEADS, HEAD_DIM, "float32")
 
 

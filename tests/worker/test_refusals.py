@@ -28,7 +28,7 @@ from distkv_dask.worker.wire import Row, encode_hello
 def test_a_stranger_is_dropped_and_logged(
     lane: HolderLane, first: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(guest, "HELLO_SECONDS", 0.5)
     with caplog.at_level(logging.WARNING), socket.create_connection(("127.0.0.1", lane.port), 5) as stranger:
         stranger.sendall(first)
         with contextlib.suppress(ConnectionResetError):

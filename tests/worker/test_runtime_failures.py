@@ -89,7 +89,7 @@ def test_a_holder_that_misbehaves_ends_the_gang_in_time_and_the_next_window_work
     behaviour: str, others: tuple[str, ...]
 ) -> None:
     behave, kind, text = MISBEHAVIOUR[behaviour]
-    with fleet(loaded("llama-gqa"), 2, timeout_receive=0.5) as made:
+    with fleet(loaded("llama-gqa"), 2, timeout_receive=1.0) as made:
         assert works(made)
         holder = BadHolder(behave)
         try:
@@ -109,7 +109,7 @@ def test_a_holder_that_misbehaves_ends_the_gang_in_time_and_the_next_window_work
 
 
 def test_a_holder_that_never_welcomes_ends_the_gang_in_time() -> None:
-    with fleet(loaded("llama-gqa"), 2, timeout_receive=0.5) as made:
+    with fleet(loaded("llama-gqa"), 2, timeout_receive=1.0) as made:
         holder = BadHolder(lambda peer, ask: None, welcome=False)
         error, _, seconds = endings(made, holder.endpoint)
         holder.close()
