@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from distributed.protocol.serialize import ToPickle
 
 from distkv_dask.types import Endpoint, FinishReason, Placement, Timings
 
@@ -20,6 +22,16 @@ PLUGIN = "distkv"
 
 WORKER_EVENT = "distkv-worker-event"
 """Stream operation of all messages from rManagers to the gManager."""
+
+
+def pack(value: Any) -> Any:
+    """Wrap a value of ours for Dask's comms, which pickle it where it leaves the process."""
+    return ToPickle(value)
+
+
+def unpack(value: Any) -> Any:
+    """What was packed: Dask unwraps it on arrival, but not where both ends share a process (``inproc://``)."""
+    return value.data if isinstance(value, ToPickle) else value
 
 
 class ClientCall(StrEnum):

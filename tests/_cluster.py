@@ -5,6 +5,49 @@ That module of Dask's is no stable API; should it change, these two files are al
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from distributed import Client, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["gen_cluster"]
+__all__ = ["assert_clean", "engine_test", "gen_cluster"]
+
+Test = Callable[..., Awaitable[None]]
+
+
+def engine_test(workers: int = 3, timeout: float = 120, **options: Any) -> Callable[[Test], Callable[[], None]]:
+    """Run ``test(client, scheduler, *workers)`` on an in-process cluster, and check that it leaves nothing behind."""
+
+    def decorate(test: Test) -> Callable[[], None]:
+        @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * workers, timeout=timeout, **options)
+        async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+            await test(client, scheduler, *them)
+            await assert_clean(scheduler, *them)
+
+        run.__name__ = test.__name__
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate
+
+
+async def assert_clean(scheduler: Scheduler, *workers: Worker) -> None:
+    """No engines, tasks, blocks, channels or lanes are left, once what is under way has ended."""
+    manager = scheduler.plugins["distkv"]
+    for _ in range(100):
+        if not any(str(key).startswith(("prefill-", "decode-", "attend-")) for key in scheduler.tasks):
+            break
+        await asyncio.sleep(0.05)
+    left = [key for key in scheduler.tasks if str(key).startswith(("prefill-", "decode-", "attend-"))]
+    assert not left, left
+    assert not manager.engines
+    assert not manager.submitter._tasks
+    for worker in workers:
+        plugin = worker.plugins["distkv"]
+        assert not plugin.engines
+        assert plugin.lanes is None
+    lanes = [thread.name for thread in threading.enumerate() if thread.name.startswith("distkv-")]
+    assert not lanes, lanes

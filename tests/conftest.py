@@ -8,6 +8,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
+
+tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 
 __all__ = ["cleanup", "loop", "loop_in_thread"]

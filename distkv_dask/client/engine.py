@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, Self
 
 from distributed import Client, get_client
-from distributed.protocol.serialize import ToPickle
 
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.request import Request
@@ -22,7 +21,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec
+from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -48,6 +47,11 @@ class Engine:
         KV memory of each worker: bytes, or text such as ``"64 MiB"``; None takes half of the worker's memory limit.
     **settings
         Any field of :class:`~distkv_dask.config.Config`.
+
+    Attributes
+    ----------
+    tokenizer
+        The model's :class:`~distkv_dask.client.tokenizer.Tokenizer`, once the engine is open.
 
     Raises
     ------
@@ -95,10 +99,13 @@ class Engine:
         spec = EngineSpec(self.id, self.model.name, self.dtype, secrets.token_hex(32), self.config)
         tokenizer = loop.run_in_executor(None, self.model.tokenizer)
         try:
-            self._facts = await self._call(ClientCall.OPEN, spec=ToPickle(spec), client=self.client.id)
+            facts = await self._call(ClientCall.OPEN, spec=pack(spec), client=self.client.id)
         finally:
             loaded = await tokenizer
-        self._tokenizer = Tokenizer(loaded, self._facts["vocab_size"])
+        if not facts:  # Dask answers nothing to calls that nobody handles
+            raise ClusterError(f"no gManager answers in the scheduler: the {PLUGIN!r} plugin failed there; see its log")
+        self._facts = facts
+        self.tokenizer = Tokenizer(loaded, self._facts["vocab_size"])
         self._spawn(self._listen())
         return self
 
@@ -115,7 +122,7 @@ class Engine:
             ) from error
 
     def close(self) -> Any:
-        """End all requests (their futures are cancelled) and free everything on the cluster; returns when it is done."""
+        """End all requests (their futures are cancelled) and free everything on the cluster; returns when done."""
         return self.client.sync(self._close)
 
     async def _close(self) -> None:
@@ -232,14 +239,14 @@ class Engine:
         sampling = sampling or SamplingParams()
         if sampling.seed is None and sampling.temperature > 0:
             sampling = _seeded(sampling)
-        ids = self._tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt)
         if len(ids) + sampling.max_new_tokens > self._facts["max_positions"]:
             raise InvalidRequestError(
                 f"a prompt of {len(ids)} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
                 f"model's window of {self._facts['max_positions']} tokens: shorten the prompt or lower max_new_tokens"
             )
         number = next(self._numbers)
-        request = Request(number, array("i", ids), sampling, self._tokenizer, Generation(lambda: self._cancel(number)))
+        request = Request(number, array("i", ids), sampling, self.tokenizer, Generation(lambda: self._cancel(number)))
         self._requests[number] = request
         self._loop.call_soon_threadsafe(self._send, request)
         return request
@@ -255,7 +262,7 @@ class Engine:
         requests, self._outgoing = self._outgoing, []
         payload = [(one.number, one.prompt, one.sampling) for one in requests if not one.generation.cancelled()]
         try:
-            refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=ToPickle(payload))
+            refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
         except EngineClosedError as closed:
             refused = {number: closed for number, _, _ in payload}
         for number, error in refused.items():
@@ -277,7 +284,7 @@ class Engine:
         while not self._closed:
             try:
                 news: list[Delivery] = await self._call(ClientCall.EVENTS, engine=self.id, wait=POLL)
-            except EngineClosedError as error:
+            except DistKVError as error:
                 self._closed = True
                 for number in list(self._requests):
                     self._requests.pop(number).fail(error)
@@ -316,7 +323,7 @@ class Engine:
     async def _call(self, call: ClientCall, **arguments: Any) -> Any:
         """Call the gManager; a scheduler that is gone is an EngineClosedError."""
         try:
-            return await getattr(self.client.scheduler, call)(**arguments)
+            return unpack(await getattr(self.client.scheduler, call)(**arguments))
         except (OSError, AttributeError) as error:
             raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
 

@@ -17,11 +17,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
-from distributed.protocol.serialize import ToPickle
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
 from distkv_dask.graphs.build import attend_graph, gang_keys, prefill_graph, window_graph
-from distkv_dask.protocol import PLUGIN, WORKER_EVENT, ClientCall, Delivery, EngineSpec, FromWorker, ToWorker
+from distkv_dask.protocol import PLUGIN, WORKER_EVENT, ClientCall, Delivery, EngineSpec, FromWorker, ToWorker, pack, unpack
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.scheduler.submitter import Submitter
@@ -85,8 +84,9 @@ class GManager(SchedulerPlugin):
 
     # Calls of clients
 
-    async def open(self, spec: EngineSpec, client: str) -> dict[str, Any]:
-        """Load an engine on all workers; returns facts about it, or raises what went wrong first."""
+    async def open(self, spec: Any, client: str) -> dict[str, Any]:
+        """Load an engine (a packed :class:`EngineSpec`) on all workers; returns facts, or raises what went wrong."""
+        spec = unpack(spec)
         if not self.scheduler.workers:
             raise ClusterError(
                 "the cluster has no workers: start some (cluster.scale(n)) or wait for them "
@@ -108,16 +108,16 @@ class GManager(SchedulerPlugin):
         self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
         return engine.summary()
 
-    def submit(self, engine: str, requests: list[tuple[int, Any, SamplingParams]]) -> dict[int, Exception]:
-        """Take requests (number, prompt, sampling); returns the refused ones with their reasons."""
+    def submit(self, engine: str, requests: Any) -> Any:
+        """Take requests (packed: number, prompt, sampling); returns the refused ones with their reasons."""
         state = self._engine(engine)
         refused: dict[int, Exception] = {}
-        for number, prompt, sampling in requests:
+        for number, prompt, sampling in unpack(requests):
             try:
                 self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic()))
             except DistKVError as error:
                 refused[number] = error
-        return refused
+        return pack(refused)
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:
         """End a request for the client's reason; unknown and finished ones are ignored."""
@@ -126,7 +126,7 @@ class GManager(SchedulerPlugin):
 
     async def events(self, engine: str, wait: float) -> Any:
         """New tokens and ends since the last call, waiting up to ``wait`` seconds for the first (long poll)."""
-        return ToPickle(await self._engine(engine).take_events(wait))
+        return pack(await self._engine(engine).take_events(wait))
 
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
@@ -165,6 +165,7 @@ class GManager(SchedulerPlugin):
             return
         state = self.engines[engine]
         life, now = state.lifecycle, monotonic()
+        payload = unpack(payload)
         match event:
             case FromWorker.READY:
                 endpoint: Endpoint = payload["endpoint"]
@@ -241,7 +242,7 @@ class GManager(SchedulerPlugin):
                     state.deliver(command)
 
     def _send(self, worker: str, call: ToWorker, payload: Any) -> None:
-        self.scheduler.worker_send(worker, {"op": str(call), "payload": ToPickle(payload)})
+        self.scheduler.worker_send(worker, {"op": str(call), "payload": pack(payload)})
 
     def _gang_failed(self, state: EngineState, gang: int, error: Exception) -> None:
         self.scheduler.log_event(

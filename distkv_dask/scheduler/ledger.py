@@ -1,7 +1,7 @@
 """The debt ledger: which worker holds how many blocks of which sequence, for whom.
 
-The facts of the paper's debt ledger (v1) and request placement map (v2). Pure bookkeeping: no clock, no input or output,
-no torch. One ledger belongs to one engine.
+The facts of the paper's debt ledger (v1) and request placement map (v2). Pure bookkeeping: no clock, no input or
+output, no torch. One ledger belongs to one engine.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class Lifecycle:
         *,
         settled: bool = False,
     ) -> Iterator[Command]:
-        """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else once none do."""
+        """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else later."""
         live = self.live[sequence]
         account = self.ledger.sequences.get(sequence)
         timings = Timings(

@@ -8,16 +8,18 @@ scheduler imports it to install the plugin.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import Worker, WorkerPlugin
+from distributed.comm import CommClosedError
 from distributed.comm.addressing import get_address_host
-from distributed.protocol.serialize import ToPickle
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
-from distkv_dask.protocol import PLUGIN, WORKER_EVENT, EngineSpec, FromWorker, ToWorker
+from distkv_dask.protocol import PLUGIN, WORKER_EVENT, EngineSpec, FromWorker, ToWorker, pack, unpack
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ class RManager(WorkerPlugin):
             ToWorker.RESET: self._reset,
             ToWorker.ABORT: self._abort,
         }
-        worker.stream_handlers.update(self._handlers)
+        for call, handler in self._handlers.items():
+            worker.stream_handlers[call] = partial(_unpacked, handler)
         self.tell(FromWorker.HELLO)
 
     async def teardown(self, worker: Worker) -> None:
@@ -119,8 +122,12 @@ class RManager(WorkerPlugin):
 
     def tell(self, event: FromWorker, engine: str = "", payload: Any = None) -> None:
         """Send an event to the gManager, from any thread; events of one thread arrive in order."""
-        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": ToPickle(payload)}
-        self.worker.loop.add_callback(self.worker.batched_stream.send, message)
+        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": pack(payload)}
+        self.worker.loop.add_callback(self._send, message)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
+            self.worker.batched_stream.send(message)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -171,3 +178,7 @@ class RManager(WorkerPlugin):
         lanes, self.lanes = self.lanes, None
         if lanes is not None:
             await asyncio.get_running_loop().run_in_executor(None, lanes.close)
+
+
+def _unpacked(handler: Callable[[Any], None], payload: Any) -> None:
+    handler(unpack(payload))

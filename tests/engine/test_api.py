@@ -1,0 +1,202 @@
+"""What a user does with an engine: generate, submit, stream, cancel, look at its status; alone and beside others."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import CancelledError
+
+import pytest
+from distributed import Client, LocalCluster, Scheduler, Worker
+
+from distkv_dask import Completion, Engine, EngineClosedError, SamplingParams
+from tests._cluster import engine_test
+from tests._models import model_dir, prompt_ids, reference_generate
+
+TINY = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
+LONG = SamplingParams(max_new_tokens=2000, ignore_eos=True)
+
+
+def tiny(client: Client, **settings: object) -> Engine:
+    return Engine(client, str(model_dir("llama-gqa")), **(TINY | settings))
+
+
+def test_synchronous_use_from_a_plain_script() -> None:
+    prompt = prompt_ids(70)
+    expected = tuple(reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        tiny(client) as engine,
+    ):
+        assert [one.token_ids for one in engine.generate([prompt, prompt], params)] == [expected] * 2
+        assert engine.submit(prompt, params).result(60).token_ids == expected
+        pieces = engine.stream(prompt, params)
+        assert list(pieces) == []  # the tiny model has no tokenizer: no text
+        assert pieces.completion is not None
+        assert pieces.completion.token_ids == expected
+        status = engine.status()
+        assert len(status["workers"]) == 2
+        assert status["sequences"] == {}
+        assert "open" in repr(engine)
+    with pytest.raises(EngineClosedError):
+        engine.generate([prompt])
+
+
+@engine_test()
+async def test_a_completion_says_what_happened(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+    async with tiny(client) as engine:
+        done: Completion = await engine.submit(prompt_ids(70), SamplingParams(max_new_tokens=5, ignore_eos=True))
+        assert done.finish_reason == "length"
+        assert len(done.token_ids) == 5
+        assert done.prompt_tokens == 70
+        assert done.error is None
+        assert done.timings.prefill > 0
+        assert done.timings.decode > 0
+        assert [(span.start, span.stop) for span in done.placement] == [(0, 74)]
+
+
+@engine_test()
+async def test_the_models_end_of_sequence_token_ends_the_answer_and_is_not_part_of_it(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompt = prompt_ids(20)
+    tokens = reference_generate(model_dir("llama-gqa"), [prompt], 12)[0].tokens
+    end = tokens[-1]
+    async with tiny(client) as engine:
+        for worker in workers:
+            model = worker.plugins["distkv"].engines[engine.id].model
+            object.__setattr__(model, "eos_token_ids", frozenset({end}))
+        done = await engine.submit(prompt, SamplingParams(max_new_tokens=30))
+        assert done.finish_reason == "stop"
+        assert list(done.token_ids) == tokens[: tokens.index(end)]
+        done = await engine.submit(prompt, SamplingParams(max_new_tokens=12, ignore_eos=True))
+        assert list(done.token_ids) == tokens
+
+
+@engine_test()
+async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client) as engine:
+        keeps = engine.submit(prompt_ids(30, seed=1), SamplingParams(max_new_tokens=40, ignore_eos=True))
+        decoding, waiting = engine.submit(prompt_ids(40), LONG), engine.submit(prompt_ids(2000), LONG)
+        while not any(one["generated_tokens"] for one in (await engine.status())["sequences"].values()):
+            assert not decoding.done()
+            await asyncio.sleep(0.02)
+        assert decoding.cancel()
+        assert waiting.cancel()
+        assert decoding.cancelled()
+        with pytest.raises((CancelledError, asyncio.CancelledError)):
+            await decoding
+        assert (await keeps).finish_reason == "length"
+        for _ in range(200):
+            status = await engine.status()
+            if not any(one["used_blocks"] for one in status["workers"].values()):
+                break
+            await asyncio.sleep(0.05)
+        assert status["sequences"] == {}
+        assert all(one["used_blocks"] == 0 for one in status["workers"].values())
+        for worker in workers:
+            assert worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks == 0
+
+
+@engine_test()
+async def test_status_shows_where_a_running_sequence_lies(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client, kv_memory="1 MiB") as engine:
+        running = engine.submit(prompt_ids(150), SamplingParams(max_new_tokens=500, ignore_eos=True))
+        status = await engine.status()
+        while not status["sequences"] or not status["sequences"][0]["generated_tokens"]:
+            assert not running.done()
+            await asyncio.sleep(0.02)
+            status = await engine.status()
+        one = status["sequences"][0]
+        assert one["state"] == "decode"
+        assert len(one["placement"]) > 1
+        assert one["home"] == one["placement"][-1][0]
+        assert sum(worker["lent_blocks"] for worker in status["workers"].values()) > 0
+        assert status["debts"]
+        running.cancel()
+
+
+@engine_test()
+async def test_two_engines_share_a_cluster(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+    prompt = prompt_ids(40)
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    expected = [tuple(reference_generate(model_dir(name), [prompt], 10)[0].tokens) for name in ("llama-gqa", "qwen2")]
+    async with tiny(client) as one, Engine(client, str(model_dir("qwen2")), **TINY) as two:
+        answers = await asyncio.gather(one.generate([prompt] * 3, params), two.generate([prompt] * 3, params))
+        assert [[done.token_ids for done in each] for each in answers] == [[each] * 3 for each in expected]
+        await one.close()
+        assert (await two.generate([prompt], params))[0].token_ids == expected[1]
+
+
+@engine_test()
+async def test_an_engine_dies_with_its_client(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+    async with Client(scheduler.address, asynchronous=True) as other:
+        engine = await tiny(other)
+        engine.submit(prompt_ids(40), LONG)
+        await asyncio.sleep(0.3)
+        assert scheduler.plugins["distkv"].engines
+    for _ in range(200):
+        if not scheduler.plugins["distkv"].engines:
+            break
+        await asyncio.sleep(0.05)
+    assert not scheduler.plugins["distkv"].engines
+
+
+@engine_test()
+async def test_closing_an_engine_cancels_what_is_running(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    engine = await tiny(client)
+    running = engine.submit(prompt_ids(40), LONG)
+    await asyncio.sleep(0.3)
+    await engine.close()
+    assert running.cancelled()
+    await engine.close()
+
+
+@engine_test(workers=1)
+async def test_a_worker_that_joins_takes_requests(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+    async with tiny(client, kv_memory="256 KiB") as engine, Worker(scheduler.address, nthreads=1):
+        while len((await engine.status())["workers"]) < 2:
+            await asyncio.sleep(0.05)
+        prompt = prompt_ids(110)
+        done = await engine.submit(prompt, SamplingParams(max_new_tokens=6, ignore_eos=True))
+        assert len(done.placement) == 2
+        assert list(done.token_ids) == reference_generate(model_dir("llama-gqa"), [prompt], 6)[0].tokens
+
+
+@engine_test()
+async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+    import threading
+
+    import psutil
+
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    async with tiny(client, kv_memory="256 KiB") as engine:
+
+        def resources() -> tuple[int, int, int]:
+            tables = sum(worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers)
+            return tables, threading.active_count(), len(psutil.Process().net_connections("inet"))
+
+        await engine.generate([prompt_ids(150, seed=seed) for seed in range(4)], params)
+        await asyncio.sleep(0.5)
+        before = resources()
+        for _ in range(5):
+            done = await engine.generate([prompt_ids(150, seed=seed) for seed in range(10)], params)
+            assert all(one.finish_reason == "length" for one in done)
+        for _ in range(100):
+            after = resources()
+            if after <= before:
+                break
+            await asyncio.sleep(0.1)
+        assert after[0] == 0
+        assert after[1] <= before[1] + 2  # Dask's own thread pool breathes
+        assert after[2] <= before[2] + 2
+        status = await engine.status()
+        assert status["sequences"] == {}
+        assert status["debts"] in ((), [])

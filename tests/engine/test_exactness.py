@@ -1,0 +1,112 @@
+"""Whatever the model family, the split and the company, greedy tokens in float32 are those of plain transformers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from distributed import Client, Scheduler, Worker
+
+from distkv_dask import Completion, Engine, SamplingParams
+from distkv_dask.scheduler import policy
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.types import Placement, Span
+from tests._cluster import engine_test
+from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+
+NEW = 12
+GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
+
+
+def block_bytes(family: str, tokens: int = 8) -> int:
+    config = FAMILIES[family]()
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * tokens * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_larger_than_two_pools_gets_the_tokens_of_one_process(family: str) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (200, 5, 61)]
+    expected = reference_generate(model_dir(family), prompts, NEW)
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        memory = 12 * block_bytes(family)  # 96 tokens on each worker
+        async with Engine(client, str(model_dir(family)), kv_memory=memory, **SMALL) as engine:
+            done = await engine.generate(prompts, GREEDY)
+            assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
+            assert len(done[0].placement) == 3
+
+    run()
+
+
+SPLITS = {
+    "one worker": [(0, None)],
+    "one token far away": [(1, 1), (0, None)],
+    "a tail of one token": [(0, 107), (1, None)],
+    "an empty span": [(1, 40), (2, 0), (0, None)],
+    "prompt here, output there": [(0, 100), (1, None)],
+    "output crosses a border": [(0, 60), (1, 44), (2, None)],
+    "odd thirds": [(2, 33), (1, 35), (0, None)],
+    "five workers": [(3, 7), (4, 50), (1, 1), (2, 30), (0, None)],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_any_split_gives_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_ids(100, seed=4)
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], NEW)[0].tokens
+
+    def place(ledger: Ledger, tokens: int, batch: int) -> Placement:
+        spans, start, names = [], 0, sorted(ledger.workers)
+        for worker, length in SPLITS[name]:
+            stop = tokens if length is None else start + length
+            spans.append(Span(names[worker], start, stop))
+            start = stop
+        return tuple(spans)
+
+    monkeypatch.setattr(policy, "place", place)
+    workers = max(worker for worker, _ in SPLITS[name]) + 1
+
+    @engine_test(workers=workers)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), kv_memory="4 MiB", **SMALL) as engine:
+            done = await engine.generate([prompt], GREEDY)
+            assert list(done[0].token_ids) == expected
+
+    run()
+
+
+@engine_test(workers=3)
+async def test_requests_that_join_while_others_decode_change_nobodys_tokens(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    lengths = [90, 3, 150, 40, 1, 77]
+    news = [30, 5, 12, 25, 40, 9]
+    prompts = [prompt_ids(length, seed=length) for length in lengths]
+    expected = [
+        reference_generate(model_dir("qwen3"), [prompt], new)[0].tokens
+        for prompt, new in zip(prompts, news, strict=True)
+    ]
+    memory = 20 * block_bytes("qwen3")
+    async with Engine(client, str(model_dir("qwen3")), kv_memory=memory, window_steps=4, **SMALL) as engine:
+        running = []
+        for prompt, new in zip(prompts, news, strict=True):
+            running.append(engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)))
+            await asyncio.sleep(0.05)
+        done: list[Completion] = [await one for one in running]
+        assert [list(one.token_ids) for one in done] == expected
+
+
+@engine_test(workers=2)
+async def test_sampling_is_the_same_alone_and_in_company(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompt = prompt_ids(50)
+    params = [SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.9, seed=seed) for seed in range(4)]
+    params.append(SamplingParams(max_new_tokens=20, repetition_penalty=1.3, ignore_eos=True))
+    async with Engine(client, str(model_dir("llama-gqa")), kv_memory="4 MiB", **SMALL) as engine:
+        together = await engine.generate([prompt] * 5, params)
+        alone = [(await engine.generate([prompt], one))[0] for one in params]
+        assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+        assert len({one.token_ids for one in together}) == 5

@@ -1,0 +1,130 @@
+"""Real processes killed and frozen in the middle of requests: a clear error soon, and the engine goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+from distkv_dask import Engine, EngineClosedError, SamplingParams, WorkerLostError
+from tests._models import model_dir, prompt_ids, reference_generate
+
+pytestmark = pytest.mark.slow
+
+TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
+LONG = SamplingParams(max_new_tokens=900, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    """Client of three worker processes under nannies."""
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def pid(client: Client, worker: str) -> int:
+    return client.run(os.getpid, workers=[worker])[worker]
+
+
+def decoding(engine: Engine) -> dict[int, dict[str, Any]]:
+    """Wait until every sequence is decoding, and return them."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        sequences = engine.status()["sequences"]
+        if sequences and all(one["generated_tokens"] > 1 for one in sequences.values()):
+            return sequences
+        time.sleep(0.05)
+    raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")
+
+
+@pytest.mark.parametrize("victim", ["home", "holder"])
+def test_a_killed_worker_fails_its_requests_within_seconds_and_the_engine_goes_on(client: Client, victim: str) -> None:
+    prompt = prompt_ids(20, seed=9)
+    with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **TINY) as engine:  # 680 tokens a worker
+        wide = engine.submit(prompt_ids(300), LONG)
+        sequences = decoding(engine)
+        span = sequences[0]["placement"][-1 if victim == "home" else 0]
+        assert len(sequences[0]["placement"]) == 2
+        process = pid(client, span[0])
+        killed = time.monotonic()
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=span[0]):
+            wide.result(30)
+        assert time.monotonic() - killed < 5
+        expected = reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens
+        assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
+        deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
+        while len(engine.status()["workers"]) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [list(one.token_ids) for one in engine.generate([prompt] * 6, SHORT)] == [expected] * 6
+        assert all(one["used_blocks"] == 0 for one in engine.status()["workers"].values())
+
+
+def test_requests_that_share_a_gang_with_a_killed_holder_go_on_unchanged(client: Client) -> None:
+    with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", window_seconds=0.1, **TINY) as engine:
+        wide = engine.submit(prompt_ids(300), LONG)  # home and most of it on one worker, the rest on another
+        placement = decoding(engine)[0]["placement"]
+        home, holder = placement[-1][0], placement[0][0]
+        prompt, new = prompt_ids(30, seed=5), 150
+        others = [engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)) for _ in range(2)]
+        sequences = decoding(engine)
+        assert holder not in {one["home"] for number, one in sequences.items() if number}
+        os.kill(pid(client, holder), signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            wide.result(30)
+        expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+        assert [list(one.result(60).token_ids) for one in others] == [expected] * 2
+        assert home in engine.status()["workers"]
+
+
+def test_a_frozen_holder_is_noticed_by_the_receive_time_limit(client: Client) -> None:
+    settings = TINY | {"timeout_receive": 1, "timeout_start": 2}
+    with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **settings) as engine:
+        wide = engine.submit(prompt_ids(300), LONG)
+        holder = decoding(engine)[0]["placement"][0][0]
+        process = pid(client, holder)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            with pytest.raises(Exception, match=r"distkv\.timeouts|silent|did not") as caught:
+                wide.result(60)
+            assert type(caught.value).__module__ == "distkv_dask.errors"
+        finally:
+            os.kill(process, signal.SIGCONT)
+        assert engine.submit(prompt_ids(10), SHORT).result(60).finish_reason == "length"
+
+
+def test_a_scheduler_that_dies_ends_requests_with_a_clear_error(tmp_path: Path) -> None:
+    where = str(tmp_path / "scheduler.json")
+    commands = [["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"], ["worker", "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard"]]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "dask", *command, "--scheduler-file", where])
+        for command in commands
+    ]
+    try:
+        with Client(scheduler_file=where, timeout=60) as client:
+            client.wait_for_workers(1, timeout=60)
+            engine = Engine(client, str(model_dir("llama-gqa")), kv_memory="8 MiB", **TINY)
+            running = engine.submit(prompt_ids(50), LONG)
+            decoding(engine)
+            processes[0].kill()
+            with pytest.raises(EngineClosedError, match="scheduler"):
+                running.result(30)
+            with pytest.raises(EngineClosedError):
+                engine.submit([1])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(30)
