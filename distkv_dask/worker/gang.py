@@ -164,7 +164,7 @@ class HomeGang:
             self._cache.put(endpoint, channel)
 
     def _tell(self, error: BaseException) -> None:
-        """Let every holder know that the gang is over, as far as it can be reached; those too that were not yet asked."""
+        """Let every holder know that the gang is over, those too that were not yet asked, as far as they are reached."""
         reason = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
         number, epoch = self.gang.number, self.gang.epoch
         for channel in self._take_channels().values():

@@ -63,7 +63,7 @@ class Guest:
             session = self._session
             if header.kind is Kind.ATTEND and session is not None:
                 session.answer(inlet, header)
-                self.deadline = time.monotonic() + self._own_service.timeout_receive
+                self.deadline = time.monotonic() + self._own_service.silence
             else:
                 self._take(header)
             more = inlet.consume(header)
@@ -87,8 +87,10 @@ class Guest:
         if self._session is None:
             limit = f"{self.service.timeout_start:g} s (distkv.timeouts.start)"
             return ChannelTimeoutError(f"this holder's session was not opened within {limit}")
-        limit = f"{self.service.timeout_receive:g} s (distkv.timeouts.receive)"
-        return ChannelTimeoutError(f"home {self.inlet.peer} was silent for {limit} in {self._session.gang.name}")
+        return ChannelTimeoutError(
+            f"home {self.inlet.peer} was silent for too long in gang {self._session.gang.name}; it may be frozen or cut "
+            "off. If it is only slow, raise distkv.timeouts.receive"
+        )
 
     def leave(self, error: Exception) -> None:
         """Tell the home why and close its channel; its gang fails here too. Strangers are told nothing."""
@@ -152,7 +154,10 @@ class Guest:
     def _set_batch(self, session: Session, step: int, rows: list[Row]) -> None:
         assert self._hello is not None
         session.set_batch(self.inlet, self._hello.heads, step, rows)
-        self.deadline = time.monotonic() + self._own_service.timeout_receive
+        service = (
+            self._own_service
+        )  # before its next request the home may wait for other holders, or need this one later
+        self.deadline = time.monotonic() + service.timeout_start + service.silence
 
     def _fail(self, header: Header, reason: str) -> None:
         """The home failed: end the gang it names, also when its BEGIN never came."""

@@ -32,7 +32,7 @@ class Service:
     timeout_start
         Seconds from a session's opening to its home's first frame, or the other way round.
     timeout_receive
-        Seconds of silence of a home within a gang.
+        Seconds of silence of a peer within a gang.
     """
 
     def __init__(self, engine: str, token: bytes, pool: Pool, timeout_start: float, timeout_receive: float) -> None:
@@ -40,7 +40,9 @@ class Service:
         self.digest = token_digest(token)
         self.pool = pool
         self.timeout_start = timeout_start
-        self.timeout_receive = timeout_receive
+        self.silence = 2 * timeout_receive
+        """Seconds that a home may be silent in a gang: it may itself wait ``timeout_receive`` for another holder, and
+        its report of that must come first."""
         self._waiting: dict[int, tuple[Session, float]] = {}
         self._running: dict[int, tuple[Session, Guest]] = {}
         self._early: dict[int, Guest] = {}

@@ -44,10 +44,10 @@ def pool() -> Pool:
 
 @pytest.fixture
 def lane(pool: Pool, request: pytest.FixtureRequest) -> Iterator[HolderLane]:
-    """A holder lane; ``@impatient`` tests get one whose time limits are half a second."""
+    """A holder lane; ``@impatient`` tests get one that waits half a second."""
     limit = getattr(request, "param", 20.0)
     lane = HolderLane("127.0.0.1", 1)
-    lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=limit, timeout_receive=limit))
+    lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=limit, timeout_receive=limit / 2))
     yield lane
     lane.close()
     lane.close()

@@ -125,7 +125,7 @@ def test_half_a_frame_of_one_home_does_not_keep_others_waiting(lane: HolderLane,
     home.recv_into(Header(Kind.READY, 1, 1))
     home._sock.send(Header(Kind.ATTEND, 1, 1, 0, 0, HEADS * HEAD_DIM * 4, 0.125).pack() + b"half")
     assert serves(lane, 2)
-    with pytest.raises(ChannelTimeoutError, match=r"silent for 0.5 s \(distkv.timeouts.receive\)"):
+    with pytest.raises(ChannelTimeoutError, match=r"silent for too long"):
         session.wait(5)
 
 
