@@ -90,9 +90,9 @@ def flash(arguments: dict[str, Any], q: torch.Tensor) -> Callable[[], object]:
 def rivals(device: str, slow: bool) -> list[str]:
     """Implementations to compare: the one that would serve, and what could serve instead."""
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
-    others = [
-        name for name in IMPLEMENTATIONS if name not in (served, "reference", "native") and "portable" not in name
-    ]
+    useless = {served, "reference", "native", "triton", "native:portable", f"native:{best_isa(device)}"}
+    if device != "cpu":
+        useless |= {name for name in IMPLEMENTATIONS if name.startswith("native")}
     return [served] if slow else [served, *[name for name in IMPLEMENTATIONS if name not in useless]]
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native_kernel, reference, torch_kernel
+from . import native_kernel, reference, torch_kernel, triton_kernel
 from .contract import Call, check_call
 
 Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
 
 def _implementations() -> dict[str, Run]:
-    runs: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run}
+    runs: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run, "triton": triton_kernel.run}
     if native_kernel.missing() is None:
         runs["native"] = native_kernel.run
         for isa in native_kernel.instruction_sets():
@@ -64,7 +64,10 @@ def choose(
         if missing is None:
             return Choice("native", f"C++ core with {native_kernel.instruction_sets()[0]} kernels")
         return Choice("torch", missing)
-    return Choice("torch", f"no faster implementation for {device_type}")
+    unsupported = triton_kernel.unsupported(device_type, block_tokens)
+    if unsupported is None:
+        return Choice("triton", f"GPU pool with blocks of {block_tokens} tokens")
+    return Choice("torch", unsupported)
 
 
 def micro_attention(

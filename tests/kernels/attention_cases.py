@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,3 +122,9 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
     scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
     torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
     torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=TOLERANCE[dtype])
+
+
+def use_interpreter() -> None:
+    """Make Triton, which must not have been imported yet, run kernels in its interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)

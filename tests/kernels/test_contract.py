@@ -8,7 +8,7 @@ from attention_cases import CASES, Case, check
 
 from distkv_dask.kernels import IMPLEMENTATIONS
 
-CPU_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name not in ("reference", "native")]
+CPU_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name not in ("reference", "native", "triton")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

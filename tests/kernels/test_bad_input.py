@@ -1,0 +1,138 @@
+"""Bad input raises with the argument's name, in every implementation: no crash of a worker, no silent garbage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import CASES, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distkv_dask.kernels import IMPLEMENTATIONS, choose, micro_attention
+
+IMPLEMENTATION_NAMES = [name for name in ("native", "torch", "reference") if name in IMPLEMENTATIONS]
+PREFILL = next(case for case in CASES if case.name == "prefill-causal-after-earlier-tokens")
+INT8 = next(case for case in CASES if case.name == "decode-int8")
+
+Arguments = dict[str, Any]
+
+
+def transposed(pool: torch.Tensor) -> torch.Tensor:
+    return pool.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+WRONG: dict[str, tuple[str, Callable[[Arguments], Any]]] = {
+    "q-not-a-tensor": ("q", lambda a: [1.0]),
+    "q-wrong-rank": ("q", lambda a: a["q"][0]),
+    "q-wrong-heads": ("q", lambda a: a["q"][:, :3]),
+    "q-wrong-head-dim": ("q", lambda a: a["q"][..., :32]),
+    "q-float64": ("q", lambda a: a["q"].double()),
+    "q-other-device": ("q", lambda a: a["q"].to("meta")),
+    "k-other-dtype": ("v_pool: expected the dtype of k_pool", lambda a: a["k_pool"].half()),
+    "k-wrong-rank": ("k_pool", lambda a: a["k_pool"][0]),
+    "k-inner-strides": ("k_pool", lambda a: transposed(a["k_pool"])),
+    "k-odd-head-dim": ("k_pool", lambda a: a["k_pool"][..., :63].contiguous()),
+    "v-other-shape": ("v_pool", lambda a: a["v_pool"][1:]),
+    "v-other-dtype": ("v_pool", lambda a: a["v_pool"].double()),
+    "v-other-device": ("v_pool", lambda a: a["v_pool"].to("meta")),
+    "tables-int64": ("block_tables", lambda a: a["block_tables"].long()),
+    "tables-one-row-short": ("query_offsets|lengths", lambda a: a["block_tables"][:1]),
+    "tables-flat": ("block_tables", lambda a: a["block_tables"].flatten()),
+    "tables-strided": ("block_tables", lambda a: a["block_tables"].T.contiguous().T),
+    "tables-id-too-large": ("block_tables", lambda a: torch.full_like(a["block_tables"], 1000)),
+    "tables-id-negative": ("block_tables", lambda a: torch.full_like(a["block_tables"], -1)),
+    "lengths-list": ("lengths", lambda a: [90, 40]),
+    "lengths-negative": ("lengths", lambda a: a["lengths"] - 100),
+    "lengths-beyond-the-table": ("lengths", lambda a: a["lengths"] + 1000),
+    "offsets-one-short": ("query_offsets", lambda a: a["query_offsets"][:-1]),
+    "offsets-decreasing": ("query_offsets", lambda a: torch.tensor([0, 28, 27], dtype=torch.int32)),
+    "offsets-not-from-zero": ("query_offsets", lambda a: torch.tensor([1, 20, 27], dtype=torch.int32)),
+    "offsets-missing": ("q: expected one query per row", lambda a: None),
+    "starts-missing": ("q_start", lambda a: None),
+    "starts-too-many": ("q_start", lambda a: a["q_start"].repeat(2)),
+    "scale-nan": ("scale", lambda a: float("nan")),
+    "scale-zero": ("scale", lambda a: 0.0),
+    "threads-zero": ("threads", lambda a: 0),
+    "scales-without-int8": ("k_scales", lambda a: torch.ones(2, 2)),
+}
+ARGUMENT = {
+    "q": "q", "k": "k_pool", "v": "v_pool", "tables": "block_tables", "lengths": "lengths", "offsets": "query_offsets",
+    "starts": "q_start", "scale": "scale", "threads": "threads", "scales": "k_scales",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("implementation", IMPLEMENTATION_NAMES)
+def test_wrong_argument_is_named(implementation: str, name: str) -> None:
+    text, wrong = WRONG[name]
+    arguments = build(PREFILL, torch.float32)
+    arguments[ARGUMENT[name.split("-")[0]]] = wrong(arguments)
+    with pytest.raises((TypeError, ValueError), match=f"^({text})"):
+        micro_attention(**arguments, implementation=implementation)
+
+
+@pytest.mark.parametrize("scales", [None, torch.ones(3), torch.ones(1, 1), torch.ones(11, 2).double()])
+def test_int8_pools_need_their_scales(scales: torch.Tensor | None) -> None:
+    arguments = build(INT8, torch.float32) | {"v_scales": scales}
+    with pytest.raises((TypeError, ValueError), match=r"^v_scales: int8 pools need"):
+        micro_attention(**arguments)
+
+
+def test_starts_without_causal_are_refused_rather_than_ignored() -> None:
+    arguments = build(PREFILL, torch.float32) | {"causal": False}
+    with pytest.raises(ValueError, match=r"^q_start: only used with causal=True"):
+        micro_attention(**arguments)
+
+
+def test_unknown_implementation_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="torch"):
+        micro_attention(**build(PREFILL, torch.float32), implementation="magic")
+
+
+def test_choice_says_why() -> None:
+    choice = choose("cpu", torch.bfloat16, 128, 64)
+    assert choice.name in IMPLEMENTATIONS
+    assert choice.reason
+    assert choose("cuda", torch.bfloat16, 128, 48).name == "torch"
+    assert "power of two" in choose("cuda", torch.bfloat16, 128, 48).reason
+
+
+integers = st.integers(-(2**31), 2**31 - 1)
+
+
+def outcome(arguments: Arguments, implementation: str) -> tuple[torch.Tensor, torch.Tensor] | str:
+    try:
+        return micro_attention(**arguments, implementation=implementation, threads=2)
+    except (TypeError, ValueError) as error:
+        return str(error).split(":")[0]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    tables=st.lists(st.integers(-2, 12) | integers, min_size=14, max_size=14),
+    lengths=st.lists(st.integers(0, 110) | integers, min_size=2, max_size=2),
+    offsets=st.lists(st.integers(0, 27) | integers, min_size=1, max_size=1),
+    starts=st.lists(st.integers(-30, 120) | integers, min_size=2, max_size=2),
+)
+def test_any_index_values_give_the_reference_answer_or_its_error(
+    tables: list[int], lengths: list[int], offsets: list[int], starts: list[int]
+) -> None:
+    arguments = build(PREFILL, torch.float32)
+    for name in ("k_pool", "v_pool"):
+        arguments[name] = arguments[name].nan_to_num(0.5)  # any block may be read here
+    arguments["block_tables"] = torch.tensor(tables, dtype=torch.int32).view(2, 7)
+    arguments["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    arguments["query_offsets"] = torch.tensor([0, *offsets, 27], dtype=torch.int32)
+    arguments["q_start"] = torch.tensor(starts, dtype=torch.int32)
+    expected = outcome(arguments, "reference")
+    for implementation in IMPLEMENTATION_NAMES:
+        got = outcome(arguments, implementation)
+        if isinstance(expected, str) or isinstance(got, str):
+            assert isinstance(got, str)
+            assert isinstance(expected, str)
+        else:
+            torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)

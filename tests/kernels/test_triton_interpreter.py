@@ -1,0 +1,38 @@
+"""The Triton kernels give the float64 answer in Triton's interpreter, on the cases that every implementation passes.
+
+The interpreter is chosen by an environment variable when Triton is imported, so it runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from attention_cases import CASES, Case, check, use_interpreter
+
+pytest.importorskip("triton", reason="triton is not installed: pip install distkv-dask[gpu]")
+
+CHOSEN = [case for case in CASES if case.block_tokens > 1 and sum(case.queries or (1,)) <= 48]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=use_interpreter) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_triton_equals_float64(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    dtype = torch.float16 if case.logits == 1.0 else torch.float32
+    interpreter.submit(check, "triton", case, dtype).result()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["decode-ragged-with-an-empty-row", "prefill-causal-after-earlier-tokens"])
+def test_triton_equals_float64_in_other_dtypes(interpreter: ProcessPoolExecutor, name: str, dtype: torch.dtype) -> None:
+    case = next(case for case in CASES if case.name == name)
+    interpreter.submit(check, "triton", case, dtype).result()
