@@ -25,22 +25,39 @@ class ChannelCache:
 
     Parameters
     ----------
-    open_channel
-        Opens a channel within so many seconds; it has said hello and was welcomed.
+    connect
+        Connects to a holder within so many seconds.
+    hello
+        Payload of the HELLO frame that every new channel starts with.
     """
 
-    def __init__(self, open_channel: Callable[[Endpoint, float], Channel]) -> None:
-        self._open = open_channel
+    def __init__(self, connect: Callable[[Endpoint, float], Channel], hello: bytes) -> None:
+        self._connect = connect
+        self._hello = hello
         self._idle: dict[Endpoint, Channel] = {}
 
-    def take(self, endpoint: Endpoint, seconds: float) -> Channel:
-        """A channel that no gang uses; a new one where the last broke or was closed by the peer."""
+    def take(self, endpoint: Endpoint, seconds: float) -> tuple[Channel, bool]:
+        """A channel that no gang uses, and whether it is new and must be greeted.
+
+        Where the last one broke or was closed by the peer, a new one is connected within ``seconds``.
+        """
         channel = self._idle.pop(endpoint, None)
         if channel is not None and channel.idle():
-            return channel
+            return channel, False
         if channel is not None:
             channel.close()
-        return self._open(endpoint, seconds)
+        return self._connect(endpoint, seconds), True
+
+    def greet(self, channel: Channel) -> None:
+        """Say hello on a new channel and wait for the welcome.
+
+        Raises
+        ------
+        ChannelError, GangAbortedError
+            The holder does not know the engine or its token, or has another model.
+        """
+        channel.send(Header(Kind.HELLO, length=len(self._hello)), self._hello)
+        channel.recv_into(Header(Kind.WELCOME))
 
     def put(self, endpoint: Endpoint, channel: Channel) -> None:
         """Keep a channel for the next gang."""
@@ -107,10 +124,12 @@ class HomeGang:
         """
         while self._unopened:
             endpoint = self._unopened.pop()
-            channel = self._cache.take(endpoint, self.timeout_receive)
+            channel, new = self._cache.take(endpoint, self.timeout_receive)
             with self._lock:
                 self.channels[endpoint.worker] = channel
             self.check()
+            if new:
+                self._cache.greet(channel)
         deadline = time.monotonic() + self._timeout_start
         for worker, channel in self.channels.items():
             channel.limit(self._timeout_start)
@@ -164,11 +183,16 @@ class HomeGang:
             self._cache.put(endpoint, channel)
 
     def _tell(self, error: BaseException) -> None:
-        """Let every holder know that the gang is over, those too that were not yet asked, as far as they are reached."""
+        """Let every holder know that the gang is over, those too that were not asked yet, where it can be reached."""
         reason = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
         number, epoch = self.gang.number, self.gang.epoch
         for channel in self._take_channels().values():
             channel.fail(number, epoch, self._abort_reason or reason)
         for endpoint in self._unopened:
             with contextlib.suppress(DistKVError):
-                self._cache.take(endpoint, min(TELL_SECONDS, self.timeout_receive)).fail(number, epoch, reason)
+                channel, new = self._cache.take(endpoint, min(TELL_SECONDS, self.timeout_receive))
+                try:
+                    if new:
+                        self._cache.greet(channel)
+                finally:
+                    channel.fail(number, epoch, reason)

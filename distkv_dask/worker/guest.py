@@ -88,8 +88,8 @@ class Guest:
             limit = f"{self.service.timeout_start:g} s (distkv.timeouts.start)"
             return ChannelTimeoutError(f"this holder's session was not opened within {limit}")
         return ChannelTimeoutError(
-            f"home {self.inlet.peer} was silent for too long in gang {self._session.gang.name}; it may be frozen or cut "
-            "off. If it is only slow, raise distkv.timeouts.receive"
+            f"home {self.inlet.peer} was silent for too long in gang {self._session.gang.name}; it may be frozen or "
+            "cut off. If it is only slow, raise distkv.timeouts.receive"
         )
 
     def leave(self, error: Exception) -> None:

@@ -15,7 +15,6 @@ from distkv_dask.protocol import EngineSpec
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.channels.base import Channel
-from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.decode import DecodeLoop
 from distkv_dask.worker.gang import ChannelCache, HomeGang
@@ -58,13 +57,16 @@ class Runtime:
         self._spec = spec
         self._model = model
         self._lanes = lanes
-        self._token = spec.token.encode()
-        self._cache = ChannelCache(self._open_channel)
+        token = spec.token.encode()
+        heads = pool.kv_heads if model is None else model.geometry.heads
+        dtype = str(pool.dtype).removeprefix("torch.")
+        hello = Hello(spec.engine, lanes.endpoint.worker, pool.layers, heads, pool.kv_heads, pool.head_dim, dtype)
+        self._cache = ChannelCache(_connect, encode_hello(token, hello))
         self._lock = threading.Lock()
         self._gang: HomeGang | None = None
         self._closed = False
         config = spec.config
-        lanes.holder.attach(Service(spec.engine, self._token, pool, config.timeout_start, config.timeout_receive))
+        lanes.holder.attach(Service(spec.engine, token, pool, config.timeout_start, config.timeout_receive))
 
     def reserve(self, sequence: int, tokens: int) -> None:
         """Reserve room for ``tokens`` tokens of a sequence; CapacityError when there is none."""
@@ -171,29 +173,9 @@ class Runtime:
             with self._lock:
                 self._gang = None
 
-    def _open_channel(self, endpoint: Endpoint, seconds: float) -> Channel:
-        """Connect to a holder and say hello."""
-        pool = self.pool
-        channel = TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, seconds)
-        hello = encode_hello(
-            self._token,
-            Hello(
-                self._spec.engine,
-                self._lanes.endpoint.worker,
-                pool.layers,
-                self._loaded().geometry.heads,
-                pool.kv_heads,
-                pool.head_dim,
-                str(pool.dtype).removeprefix("torch."),
-            ),
-        )
-        try:
-            channel.send(Header(Kind.HELLO, length=len(hello)), hello)
-            channel.recv_into(Header(Kind.WELCOME))
-        except BaseException:
-            channel.close()
-            raise
-        return channel
+
+def _connect(endpoint: Endpoint, seconds: float) -> Channel:
+    return TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, seconds)
 
 
 def _nothing() -> None:
