@@ -67,6 +67,26 @@ struct Tile {
     return rows * per_row + kTileTokens * (depth(a) + width(a)) * 4 + 1024;
   }
 
+  // One token after the other, through the block table.
+  struct Walk {
+    const Args* a = nullptr;
+    const int32_t* table = nullptr;
+    int64_t head = 0, block = 0, inside = 0;
+
+    Walk() = default;
+    Walk(const Args& args, const Item& it, int64_t token)
+        : a(&args), table(it.table + token / args.block_tokens), head(it.head), block(*table),
+          inside(token % args.block_tokens) {}
+    void next() {
+      if (++inside < a->block_tokens) return;
+      inside = 0;
+      block = *++table;
+    }
+    int64_t offset() const { return (head * a->block_tokens + inside) * a->d; }
+    const Kv* key() const { return (const Kv*)a->k + block * a->k_block + offset(); }
+    const Kv* value() const { return (const Kv*)a->v + block * a->v_block + offset(); }
+  };
+
   const Args& a;
   const Item& it;
   const int group, rows;
@@ -74,7 +94,8 @@ struct Tile {
   Query *q, *k, *v;             // packed queries, keys, values
   float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
   typename M::Weight* p;        // weights [rows, kTileTokens]
-  int64_t next = 0, ahead_end = 0;  // tokens that look_ahead has still to pull
+  Walk ahead;                   // next token to look ahead at, and how many are left
+  int64_t ahead_left = 0;
 
   Tile(const Args& args, const Item& item, char* scratch)
       : a(args), it(item), group((int)(a.heads / a.kv_heads)), rows((int)padded_rows(a, it.queries)), deep(depth(a)),
@@ -98,8 +119,8 @@ struct Tile {
       const int n = (int)(it.last - token < kTileTokens ? it.last - token : kTileTokens);
       if (visible((int)it.queries * group - 1, token, n) == 0) break;
       pack_chunk(token, n);
-      next = token + n;
-      ahead_end = next + kTileTokens < it.last ? next + kTileTokens : it.last;
+      ahead_left = it.last - token - n < kTileTokens ? it.last - token - n : kTileTokens;
+      if (ahead_left > 0) ahead = Walk(a, it, token + n);
       for (int j = 0; j < n; j += kPanel)
         for (int r = 0; r < rows; r += kTileRows) score(r, j, token, n);
       const int used = (int)it.queries * group;
@@ -141,34 +162,28 @@ struct Tile {
     const int whole = (int)round_up(n, 16);
     const Kv *keys[kTileTokens], *values[kTileTokens];
     float key_scale[kTileTokens], value_scale[kTileTokens];
+    Walk walk(a, it, token);
     for (int j = 0; j < whole; ++j) {
-      const int64_t at = token + (j < n ? j : n - 1), block = it.table[at / a.block_tokens];
-      const int64_t inside = (it.head * a.block_tokens + at % a.block_tokens) * a.d;
-      keys[j] = (const Kv*)a.k + block * a.k_block + inside;
-      values[j] = (const Kv*)a.v + block * a.v_block + inside;
-      key_scale[j] = a.k_scales ? a.k_scales[block * a.kv_heads + it.head] : 1.0f;
-      value_scale[j] = a.v_scales ? a.v_scales[block * a.kv_heads + it.head] : 1.0f;
+      keys[j] = walk.key();
+      values[j] = walk.value();
+      key_scale[j] = a.k_scales ? a.k_scales[walk.block * a.kv_heads + it.head] : 1.0f;
+      value_scale[j] = a.v_scales ? a.v_scales[walk.block * a.kv_heads + it.head] : 1.0f;
+      if (j + 1 < n) walk.next();  // what follows the last token repeats it, and is masked
     }
     for (int j = 0; j < whole; j += W)
-      M::pack_keys(k + j / kPanel * kPanel * deep + j % kPanel * M::kStep, keys + j, key_scale + j, (int)a.d,
-                   kPanel);
+      M::pack_keys(k + j / kPanel * kPanel * deep + j % kPanel * M::kStep, keys + j, key_scale + j, (int)a.d, kPanel);
     for (int j = 0; j < whole; j += M::kStep)
-      M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d, kPanel,
-                     kTileTokens * kPanel);
+      M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d, kPanel, kTileTokens * kPanel);
   }
 
   // Pulls a few tokens of the next chunk into the second-level cache while this one is computed.
   void look_ahead() {
     const int64_t bytes = a.d * (int64_t)sizeof(Kv);
-    for (int64_t end = next + 4 < ahead_end ? next + 4 : ahead_end; next < end; ++next) {
-      const int64_t block = it.table[next / a.block_tokens];
-      const int64_t inside = (it.head * a.block_tokens + next % a.block_tokens) * a.d;
-      Ahead keys{(const char*)((const Kv*)a.k + block * a.k_block + inside), nullptr};
-      Ahead values{(const char*)((const Kv*)a.v + block * a.v_block + inside), nullptr};
-      keys.end = keys.at + bytes;
-      values.end = values.at + bytes;
-      keys.pull(bytes);
-      values.pull(bytes);
+    for (int i = 0; i < 4 && ahead_left > 0; ++i, --ahead_left) {
+      const char *key = (const char*)ahead.key(), *value = (const char*)ahead.value();
+      Ahead{key, key + bytes}.pull(bytes);
+      Ahead{value, value + bytes}.pull(bytes);
+      if (ahead_left > 1) ahead.next();
     }
   }
 
