@@ -166,13 +166,18 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
-    """What a window generated: new token ids by sequence, and why those that ended did."""
+    """What a window generated: new token ids by sequence, and why those that ended did.
+
+    ``seconds`` is the window's length, ``waiting`` the part of it spent waiting for partials, and ``gap`` the time from
+    the end of the home's window before to the start of this one, when the home had sequences to decode all the while.
+    """
 
     tokens: dict[int, list[int]]
     finished: dict[int, FinishReason]
     steps: int
     seconds: float
     waiting: float
+    gap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

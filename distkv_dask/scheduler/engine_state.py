@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +39,7 @@ class EngineState:
         self._changed = asyncio.Event()
         self._outbox: list[Delivery] = []
         self._news = asyncio.Event()
-        self._totals: Counter[str] = Counter()
+        self._totals: defaultdict[str, float] = defaultdict(int)
 
     # Opening and closing
 
@@ -149,8 +149,11 @@ class EngineState:
 
     def count(self, result: WindowResult) -> None:
         """Add a window to the totals."""
-        self._totals["windows"] += 1
+        self._totals["windows"] += bool(result.steps)
         self._totals["decode_steps"] += result.steps
+        self._totals["decode_seconds"] += result.seconds
+        self._totals["waiting_seconds"] += result.waiting
+        self._totals["gap_seconds"] += result.gap
 
     def summary(self) -> dict[str, Any]:
         """What a client has to know about the open engine."""

@@ -20,11 +20,20 @@ from distributed import SchedulerPlugin
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
 from distkv_dask.graphs.build import attend_graph, gang_keys, prefill_graph, window_graph
-from distkv_dask.protocol import PLUGIN, WORKER_EVENT, ClientCall, Delivery, EngineSpec, FromWorker, ToWorker, pack, unpack
+from distkv_dask.protocol import (
+    PLUGIN,
+    WORKER_EVENT,
+    ClientCall,
+    Delivery,
+    FromWorker,
+    ToWorker,
+    pack,
+    unpack,
+)
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.scheduler.submitter import Submitter
-from distkv_dask.types import Endpoint, FinishReason, SamplingParams
+from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
 
 if TYPE_CHECKING:
@@ -140,9 +149,11 @@ class GManager(SchedulerPlugin):
         for request in list(state.lifecycle.live):
             self._run(state, state.lifecycle.stop(request, "cancelled", monotonic()))
         state.closing()
+        limit = state.spec.config.timeout_close
+        await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
         for worker in state.open_on():
             self._send(worker, ToWorker.CLOSE, engine)
-        await state.wait_closed(state.spec.config.timeout_close)
+        await state.wait_closed(limit)
         del self.engines[engine]
         if not self.engines:
             if self._expiry is not None:
@@ -198,6 +209,7 @@ class GManager(SchedulerPlugin):
         for state in list(self.engines.values()):
             state.worker_lost(worker)
             self._run(state, state.lifecycle.worker_lost(worker, monotonic()))
+        self.submitter.worker_lost(worker)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Dask hook: a client died or left; its engines go with it."""

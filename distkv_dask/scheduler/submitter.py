@@ -6,8 +6,10 @@ used, and the cadence of windows does not depend on a user's client, which may b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future
@@ -19,6 +21,9 @@ from distkv_dask.types import Gang
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
+DRAIN_INTERVAL = 0.02
+"""Seconds between looks at whether an engine's last tasks have ended."""
+
 PRIORITY = 100
 """Tasks of a gang go before a user's other tasks: members that started wait for those that did not."""
 
@@ -26,6 +31,7 @@ PRIORITY = 100
 @dataclass(slots=True)
 class _Task:
     future: Future[Any]
+    worker: str
     engine: str
     gang: int
     forget: bool = False
@@ -74,7 +80,7 @@ class Submitter:
         keys = list(graph.tasks)
         futures = self._client.get(graph.highlevel(PRIORITY), keys, sync=False)
         for key, future in zip(keys, futures, strict=True):
-            self._tasks[key] = _Task(future, owners[key].engine, owners[key].number)
+            self._tasks[key] = _Task(future, graph.workers[key], owners[key].engine, owners[key].number)
 
     def forget(self, keys: Iterable[str], finished: bool) -> None:
         """Drop tasks: each when it has finished, or at once."""
@@ -83,8 +89,19 @@ class Submitter:
             if task is None:
                 continue
             task.forget = True
-            if not finished or task.future.status != "pending":
+            state = self._scheduler.tasks.get(key)  # the future hears of it later
+            if not finished or (state is not None and state.state in ("memory", "erred")):
                 self._drop(key)
+
+    def worker_lost(self, worker: str) -> None:
+        """Drop the tasks of a worker that is gone: pinned as they are, they could never run."""
+        self.forget([key for key, task in self._tasks.items() if task.worker == worker], finished=False)
+
+    async def drained(self, engine: str, limit: float) -> None:
+        """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""
+        deadline = monotonic() + limit
+        while monotonic() < deadline and any(task.engine == engine for task in self._tasks.values()):
+            await asyncio.sleep(DRAIN_INTERVAL)
 
     def transition(self, key: Any, finish: str) -> None:
         """A task of the cluster, perhaps ours, changed its state."""

@@ -102,6 +102,16 @@ class HolderLane:
             with contextlib.suppress(EngineClosedError):
                 self._call(lambda: self._abort(service, gang, GangAbortedError(reason)))
 
+    def fence(self) -> Future[None]:
+        """Complete when everything that the lane was asked before is over, requests under way included.
+
+        Raises
+        ------
+        EngineClosedError
+            The lane is closed.
+        """
+        return self._call(_nothing)
+
     def close(self, timeout: float = 10.0) -> None:
         """Fail all sessions, close all channels and join the thread. Can be called again.
 
@@ -212,3 +222,7 @@ class HolderLane:
             self._dismiss(guest, guest.late())
         for service in self._services.values():
             service.drop_late(now)
+
+
+def _nothing() -> None:
+    """Mark a place in the lane's queue."""

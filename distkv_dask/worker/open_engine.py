@@ -7,6 +7,7 @@ lane. What they share is small and under one lock.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,6 +73,7 @@ class OpenEngine:
         self._tell = tell
         self._lock = threading.Lock()
         self._epoch = 0
+        self._decoded_until = 0.0
         self._batch: dict[int, SequenceState] = {}
         self._holders: dict[int, tuple[Endpoint, ...]] = {}
         self._retired: set[int] = set()
@@ -112,8 +114,12 @@ class OpenEngine:
         with self._lock:
             self._retired.add(sequence)
             self._batch.pop(sequence, None)
-        done = self.lanes.home.submit(_nothing)
-        done.add_done_callback(lambda _: self._tell(FromWorker.RETIRED, self.spec.engine, sequence))
+        self.lanes.home.submit(self._fence_holder_lane, sequence)
+
+    def _fence_holder_lane(self, sequence: int) -> None:
+        """On the home lane, when all before it has ended: the same for the holder lane, then the answer."""
+        told = partial(self._tell, FromWorker.RETIRED, self.spec.engine, sequence)
+        self.lanes.holder.fence().add_done_callback(lambda _: told())
 
     def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
         """Decode a sequence from the next window on."""
@@ -125,6 +131,7 @@ class OpenEngine:
         """Forget all sequences; windows of an older epoch, running ones included, commit nothing."""
         with self._lock:
             self._epoch = epoch
+            self._decoded_until = 0.0
             self._batch.clear()
             self._holders.clear()
 
@@ -179,12 +186,15 @@ class OpenEngine:
         used = tuple(holders.values())
         result = WindowResult({}, {}, 0, 0.0, 0.0)
         if batch:
+            gap = time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
             result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=used)), batch)
+            result = replace(result, gap=gap)
         with self._lock:
             if not self._current(window):
                 raise GangAbortedError(f"window {window.gang.name} was superseded by a newer placement")
             for state in batch:
                 self._advance(state, result)
+            self._decoded_until = time.perf_counter() if self._batch else 0.0
         payload = (window.window, window.gang.epoch, result, tuple(holders))
         self._tell(FromWorker.WINDOW_DONE, self.spec.engine, payload)
         return result.steps
@@ -234,10 +244,6 @@ class OpenEngine:
         if not isinstance(error, DistKVError):  # others' errors may not survive the journey to the client
             error = DistKVError(f"{type(error).__name__} on worker {self.worker} in {gang.name}: {error}")
         self._tell(FromWorker.GANG_FAILED, self.spec.engine, (gang.number, error))
-
-
-def _nothing() -> None:
-    """Run on a lane to learn that all before it has ended."""
 
 
 def build_engine(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
+import numpy as np
 import torch
 
 from distkv_dask.errors import CapacityError
@@ -38,7 +40,10 @@ class Pool:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.block_tokens = block_tokens
         self.capacity_blocks = blocks
-        self.storage = torch.zeros(blocks, layers, 2, kv_heads, block_tokens, head_dim, dtype=self.dtype)
+        shape = (blocks, layers, 2, kv_heads, block_tokens, head_dim)
+        # numpy's zeros take no memory until they are written to; torch's would touch all of a large pool at once
+        zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        self.storage = torch.from_numpy(zeros).view(self.dtype).view(shape)
         self._keys = [self.storage[:, layer, 0] for layer in range(layers)]
         self._values = [self.storage[:, layer, 1] for layer in range(layers)]
         self._key_rows = [view.transpose(1, 2) for view in self._keys]

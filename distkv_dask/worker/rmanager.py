@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import Worker, WorkerPlugin
-from distributed.comm import CommClosedError
 from distributed.comm.addressing import get_address_host
+from distributed.comm.core import CommClosedError
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.protocol import PLUGIN, WORKER_EVENT, EngineSpec, FromWorker, ToWorker, pack, unpack

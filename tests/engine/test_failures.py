@@ -108,10 +108,10 @@ def test_a_frozen_holder_is_noticed_by_the_receive_time_limit(client: Client) ->
 
 def test_a_scheduler_that_dies_ends_requests_with_a_clear_error(tmp_path: Path) -> None:
     where = str(tmp_path / "scheduler.json")
-    commands = [["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"], ["worker", "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard"]]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    commands = [["scheduler", "--port", "0", *local], ["worker", "--nthreads", "1", *local]]
     processes = [
-        subprocess.Popen([sys.executable, "-m", "dask", *command, "--scheduler-file", where])
-        for command in commands
+        subprocess.Popen([sys.executable, "-m", "dask", *command, "--scheduler-file", where]) for command in commands
     ]
     try:
         with Client(scheduler_file=where, timeout=60) as client:
