@@ -154,9 +154,8 @@ class Guest:
     def _set_batch(self, session: Session, step: int, rows: list[Row]) -> None:
         assert self._hello is not None
         session.set_batch(self.inlet, self._hello.heads, step, rows)
-        service = (
-            self._own_service
-        )  # before its next request the home may wait for other holders, or need this one later
+        service = self._own_service
+        # before its next request the home may have to wait for other holders, or need this one only later
         self.deadline = time.monotonic() + service.timeout_start + service.silence
 
     def _fail(self, header: Header, reason: str) -> None:
