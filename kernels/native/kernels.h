@@ -17,14 +17,17 @@ struct Math {
   using Type = M;
 };
 
-// Calls use(Math<M>{}) with the arithmetic M that serves the call's types.
-template <class Use>
-static auto with_math(const Args& a, Use use) {
 #ifdef DISTKV_BF16_DOT
-  using OfBf16 = Bf16;
+using StreamBf16 = Bf16Scores;
+using TileBf16 = Bf16;
 #else
-  using OfBf16 = Fp32<bf16>;
+using StreamBf16 = Fp32<bf16>;
+using TileBf16 = Fp32<bf16>;
 #endif
+
+// Calls use(Math<M>{}) with the arithmetic M that serves the call's types.
+template <class OfBf16, class Use>
+static auto with_math(const Args& a, Use use) {
   switch (a.kv_dtype) {
     case kBf16: return use(Math<OfBf16>{});
     case kFp16: return use(Math<Fp32<fp16>>{});
@@ -34,10 +37,10 @@ static auto with_math(const Args& a, Use use) {
 }
 
 static int64_t stream_bytes(const Args& a, int64_t queries) {
-  return with_math(a, [&](auto m) { return Stream<typename decltype(m)::Type, 0>::bytes(a, queries); });
+  return with_math<StreamBf16>(a, [&](auto m) { return Stream<typename decltype(m)::Type, 0>::bytes(a, queries); });
 }
 static void stream(const Args& a, const Item& it, char* scratch) {
-  with_math(a, [&](auto m) {
+  with_math<StreamBf16>(a, [&](auto m) {
     using M = typename decltype(m)::Type;
     switch (a.d) {
       case 64: return Stream<M, 64>::run(a, it, scratch);
@@ -47,10 +50,10 @@ static void stream(const Args& a, const Item& it, char* scratch) {
   });
 }
 static int64_t tile_bytes(const Args& a, int64_t queries) {
-  return with_math(a, [&](auto m) { return Tile<typename decltype(m)::Type>::bytes(a, queries); });
+  return with_math<TileBf16>(a, [&](auto m) { return Tile<typename decltype(m)::Type>::bytes(a, queries); });
 }
 static void tile(const Args& a, const Item& it, char* scratch) {
-  with_math(a, [&](auto m) { Tile<typename decltype(m)::Type>::run(a, it, scratch); });
+  with_math<TileBf16>(a, [&](auto m) { Tile<typename decltype(m)::Type>::run(a, it, scratch); });
 }
 
 // out, lse [rows, d], [rows] merged with a partial result of the same shape; (0, -inf) on either side changes nothing.

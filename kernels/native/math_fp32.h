@@ -6,13 +6,13 @@ namespace DISTKV_ISA {
 
 constexpr int kChunk = 64;  // tokens that the streaming kernel scores at a time
 
-// Walks a region that will be needed a block later and pulls it into the second-level cache.
+// Walks a region that will be needed a block later and asks for its cache lines.
 struct Ahead {
   const char* at;
   const char* end;
   void pull(int64_t bytes) {
     const char* stop = at + bytes < end ? at + bytes : end;
-    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 3);
   }
 };
 
@@ -23,7 +23,6 @@ struct Fp32 {
   using Weight = float;   // stored softmax weights
   using Vec = F;
   static constexpr int kStep = 1;    // elements that one multiply-accumulate consumes per lane
-  static constexpr int kWidth = W;   // elements of the head dim per vector of a key
   static constexpr bool kExact = sizeof(Kv) == 4;
 
   static Vec load_packed(const float* p) { return load(p); }
@@ -46,7 +45,6 @@ struct Fp32 {
       const Kv* row[4];
       DISTKV_UNROLL
       for (int t = 0; t < 4; ++t) row[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * d;
-      ahead.pull((int64_t)4 * d * sizeof(Kv));
       F sum[R][4];
       DISTKV_UNROLL
       for (int r = 0; r < R; ++r)
@@ -57,12 +55,14 @@ struct Fp32 {
         F key[4];
         DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = load_kv(row[t] + c);
+        ahead.pull(4 * W * sizeof(Kv));
         accumulate<R>(sum, q + c, stride, key);
       }
       if (c < d) {
         F key[4];
         DISTKV_UNROLL
         for (int t = 0; t < 4; ++t) key[t] = load_part(row[t] + c, d - c);
+        ahead.pull(4 * W * sizeof(Kv));
         accumulate<R>(sum, q + c, stride, key);
       }
       DISTKV_UNROLL
@@ -98,10 +98,6 @@ struct Fp32 {
     for (int c = 0; c < d; c += W)
       store(to + c / panel * size + c % panel,
             mul(c + W <= d ? load_kv(row[0] + c) : load_part(row[0] + c, d - c), set1(scale[0])));
-  }
-
-  static void finish(float* out, const float* acc, float inverse, int d) {
-    for (int c = 0; c < d; ++c) out[c] = acc[c] * inverse;
   }
 
  private:

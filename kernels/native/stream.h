@@ -1,13 +1,13 @@
 // MicroAttention for few queries: every key and value is read from memory once, in place, whatever the group size.
 //
 // Blocks are the outer loop and heads the inner one, so that memory is walked in long runs. What limits this kernel is
-// how early memory is asked for: while one chunk is computed, the chunk some 32 KiB further on is pulled into L2.
+// how early memory is asked for: while one chunk is computed, the chunk some 32 KiB further on is pulled into the caches.
 #pragma once
 
 namespace distkv {
 namespace DISTKV_ISA {
 
-constexpr int64_t kAheadBytes = 48 << 10;
+constexpr int64_t kAheadBytes = 32 << 10;
 
 static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -182,7 +182,8 @@ struct Stream {
         for (int64_t g = 0; g < group; ++g, acc += wide, ++top, ++sum) {
           const int64_t to = i * a.heads + (it.head + h) * group + g;
           const bool blind = *top == -INFINITY;
-          M::finish(it.out + to * a.d, acc, blind ? 0.0f : 1.0f / *sum, (int)a.d);
+          const float inverse = blind ? 0.0f : 1.0f / *sum;
+          for (int64_t c = 0; c < a.d; ++c) it.out[to * a.d + c] = acc[c] * inverse;
           it.lse[to] = blind ? -INFINITY : *top * kLn2 + __builtin_logf(*sum);
         }
   }

@@ -181,8 +181,10 @@ struct Tile {
     const int64_t bytes = a.d * (int64_t)sizeof(Kv);
     for (int i = 0; i < 4 && ahead_left > 0; ++i, --ahead_left) {
       const char *key = (const char*)ahead.key(), *value = (const char*)ahead.value();
-      Ahead{key, key + bytes}.pull(bytes);
-      Ahead{value, value + bytes}.pull(bytes);
+      for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(key + line, 0, 2);
+        __builtin_prefetch(value + line, 0, 2);
+      }
       if (ahead_left > 1) ahead.next();
     }
   }

@@ -62,6 +62,7 @@ CASES = [
     Case("prefill-head-dim-256", (40,), (18,), d=256, kv_heads=1),
     Case("prefill-head-dim-8", (40,), (18,), d=8),
     Case("prefill-logits-1e4", (90,), (30,), causal=True, starts=(60,), logits=1e4),
+    Case("prefill-logits-1e4-head-dim-80", (9,), (9,), causal=True, starts=(0,), logits=1e4, d=80),
     Case("prefill-int8", (75,), (30,), causal=True, starts=(45,), int8=True),
     Case("shared-prefix-of-16-questions", (333, 20), (16, 2), group=3),
 ]
