@@ -169,6 +169,7 @@ void Plan::add_tile_items(const Row& row, int64_t r, int64_t part, float* out, f
       it.query += q;
       it.queries = std::min(step, row.last - row.first - q);
       it.limit += q;
+      it.last = std::min(it.last, it.limit + it.queries);
       it.head = h;
       it.heads = 1;
       items.push_back(it);

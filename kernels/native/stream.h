@@ -70,6 +70,16 @@ static inline void soften(float* s, typename M::Weight* p, int visible, int n, f
   sum += reduce_add(total);
 }
 
+// The answer of one query row from its accumulator, the highest score (in units of log2) and the sum of weights.
+static inline void conclude(const float* acc, float top, float sum, int d, float* out, float* lse) {
+  const bool blind = top == -INFINITY;
+  const float inverse = blind ? 0.0f : 1.0f / sum;
+  int c = 0;
+  for (; c + W <= d; c += W) store(out + c, mul(load(acc + c), set1(inverse)));
+  for (; c < d; ++c) out[c] = acc[c] * inverse;
+  *lse = blind ? -INFINITY : top * kLn2 + __builtin_logf(sum);
+}
+
 // Query row `row` of the call (counted in heads) in the form that M multiplies.
 template <class M>
 static inline void pack_query(typename M::Query* to, const Args& a, int64_t row) {
@@ -181,10 +191,7 @@ struct Stream {
       for (int64_t i = 0; i < it.queries; ++i)
         for (int64_t g = 0; g < group; ++g, acc += wide, ++top, ++sum) {
           const int64_t to = i * a.heads + (it.head + h) * group + g;
-          const bool blind = *top == -INFINITY;
-          const float inverse = blind ? 0.0f : 1.0f / *sum;
-          for (int64_t c = 0; c < a.d; ++c) it.out[to * a.d + c] = acc[c] * inverse;
-          it.lse[to] = blind ? -INFINITY : *top * kLn2 + __builtin_logf(*sum);
+          conclude(acc, *top, *sum, (int)a.d, it.out + to * a.d, it.lse + to);
         }
   }
 };

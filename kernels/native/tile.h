@@ -63,7 +63,7 @@ struct Tile {
 
   static int64_t bytes(const Args& a, int64_t queries) {
     const int64_t rows = padded_rows(a, queries);
-    const int64_t per_row = depth(a) * 4 + kTileTokens * 8 + width(a) * 4 + 8;
+    const int64_t per_row = depth(a) * 4 + kTileTokens * 8 + width(a) * 4 + 16;
     return rows * per_row + kTileTokens * (depth(a) + width(a)) * 4 + 1024;
   }
 
@@ -93,6 +93,7 @@ struct Tile {
   const int64_t deep, wide;
   Query *q, *k, *v;             // packed queries, keys, values
   float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
+  int64_t* limit;               // last token that each row sees; padding rows see what the last one sees
   typename M::Weight* p;        // weights [rows, kTileTokens]
   Walk ahead;                   // next token to look ahead at, and how many are left
   int64_t ahead_left = 0;
@@ -108,6 +109,7 @@ struct Tile {
     q = (Query*)(p + rows * kTileTokens);
     top = (float*)(q + rows * deep);
     sum = top + rows;
+    limit = (int64_t*)(sum + rows);
   }
 
   static void run(const Args& a, const Item& it, char* scratch) { Tile(a, it, scratch).attend(); }
@@ -117,7 +119,7 @@ struct Tile {
     start();
     for (int64_t token = it.first; token < it.last; token += kTileTokens) {
       const int n = (int)(it.last - token < kTileTokens ? it.last - token : kTileTokens);
-      if (visible((int)it.queries * group - 1, token, n) == 0) break;
+      if (visible(rows - 1, token, n) == 0) break;
       pack_chunk(token, n);
       ahead_left = it.last - token - n < kTileTokens ? it.last - token - n : kTileTokens;
       if (ahead_left > 0) ahead = Walk(a, it, token + n);
@@ -137,25 +139,25 @@ struct Tile {
 
   // Tokens of the chunk that query row r sees, and how many of them its register tile computes.
   int visible(int r, int64_t token, int n) const {
-    const int64_t seen = it.limit + r / group - token + 1;
+    const int64_t seen = limit[r] - token + 1;
     return seen < 0 ? 0 : seen < n ? (int)seen : n;
   }
   int padded(int r, int64_t token, int n) const {
-    const int last = r / kTileRows * kTileRows + kTileRows - 1, used = (int)it.queries * group - 1;
-    return (int)round_up(visible(last < used ? last : used, token, n), 16);
+    return (int)round_up(visible(r - r % kTileRows + kTileRows - 1, token, n), 16);
   }
 
   void start() {
+    const int used = (int)it.queries * group;
     for (int r = 0; r < rows; ++r) {
-      const bool used = r < it.queries * group;
-      for (int64_t c = used ? a.d : 0; c < deep; ++c) q[r * deep + c] = {};
-      if (used) pack_query<M>(q + r * deep, a, (it.query + r / group) * a.heads + it.head * group + r % group);
-      for (int64_t c = 0; c < wide; ++c) acc[r * wide + c] = 0;
+      const int query = r < used ? r / group : (int)it.queries - 1;
+      limit[r] = it.limit + query;
+      for (int64_t c = r < used ? a.d : 0; c < deep; ++c) q[r * deep + c] = {};
+      if (r < used) pack_query<M>(q + r * deep, a, (it.query + query) * a.heads + it.head * group + r % group);
+      for (int64_t c = 0; c < wide; c += W) store(acc + r * wide + c, zero());
       top[r] = -INFINITY;
       sum[r] = 0;
     }
-    for (int r = (int)it.queries * group; r < rows; ++r)
-      for (int c = 0; c < kTileTokens; ++c) p[r * kTileTokens + c] = {};
+    for (int64_t i = used * kTileTokens; i < rows * kTileTokens; ++i) p[i] = {};
   }
 
   void pack_chunk(int64_t token, int n) {
@@ -208,10 +210,7 @@ struct Tile {
   void finish() {
     for (int r = 0; r < it.queries * group; ++r) {
       const int64_t to = r / group * a.heads + it.head * group + r % group;
-      const bool blind = top[r] == -INFINITY;
-      const float inverse = blind ? 0.0f : 1.0f / sum[r];
-      for (int c = 0; c < a.d; ++c) it.out[to * a.d + c] = acc[r * wide + c] * inverse;
-      it.lse[to] = blind ? -INFINITY : top[r] * kLn2 + __builtin_logf(sum[r]);
+      conclude(acc + r * wide, top[r], sum[r], (int)a.d, it.out + to * a.d, it.lse + to);
     }
   }
 };
