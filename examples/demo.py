@@ -20,9 +20,9 @@ KV_MEMORY = "96 MiB"  # per worker
 DOCUMENT_TOKENS = 4500
 OUT = Path("demo-output/answers.parquet")
 QUESTIONS = {
-    "compound statements": (["compound"], "What does this document describe? Answer in two sentences."),
-    "strings and formatting": (["string-methods"], "What is this document about? Answer in two sentences."),
-    "attributes and assignment": (["assignment", "attribute-access"], "Summarize this document in two sentences."),
+    "statements": (["compound"], "What does this document describe? Answer in two sentences."),
+    "strings": (["string-methods"], "What is this document about? Answer in two sentences."),
+    "attributes": (["assignment", "attribute-access"], "Summarize this document in two sentences."),
 }
 console = Console()
 
@@ -59,17 +59,19 @@ def show(answers: list[Completion], workers: list[str], total: float) -> None:
     """Print answers, where each document's blocks lay, and speeds."""
     for (name, (_, question)), answer in zip(QUESTIONS.items(), answers, strict=True):
         console.print(f"\n[bold]{name}[/bold]: {question}\n[cyan]{answer.text.strip()}[/cyan]")
-    table = Table("document", "tokens", *(f"worker {number}" for number in range(len(workers))), "prefill", "decode")
+    columns = ["tokens", *(f"worker {number}" for number in range(len(workers))), "prefill/s", "decode/s"]
+    table = Table("document", title="Tokens of KV on each worker, and tokens per second")
+    for column in columns:
+        table.add_column(column, justify="right")
     for name, answer in zip(QUESTIONS, answers, strict=True):
         held = {span.worker: span.tokens for span in answer.placement}
         table.add_row(
             name,
             str(answer.prompt_tokens),
             *(str(held.get(worker, "-")) for worker in workers),
-            f"{answer.prompt_tokens / answer.timings.prefill:.0f} tokens/s",
-            f"{len(answer.token_ids) / answer.timings.decode:.1f} tokens/s",
+            f"{answer.prompt_tokens / answer.timings.prefill:.0f}",
+            f"{len(answer.token_ids) / answer.timings.decode:.1f}",
         )
-    table.title = "Where each document's KV lay (tokens per worker), and speeds"
     console.print("\n", table)
     tokens = sum(answer.prompt_tokens for answer in answers)
     console.print(f"{tokens} prompt tokens and all answers in {total:.0f} s: {tokens / total:.0f} tokens/s together")

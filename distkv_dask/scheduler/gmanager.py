@@ -37,7 +37,7 @@ from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
 
 if TYPE_CHECKING:
-    from distributed.scheduler import Scheduler
+    from distributed.scheduler import Scheduler, WorkerState
 
 logger = logging.getLogger("distributed.distkv.gmanager")
 
@@ -210,6 +210,16 @@ class GManager(SchedulerPlugin):
             state.worker_lost(worker)
             self._run(state, state.lifecycle.worker_lost(worker, monotonic()))
         self.submitter.worker_lost(worker)
+
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
+        """Dask hook: workers that hold blocks of a live sequence are not taken away by scaling down."""
+        holding = {
+            span.worker
+            for state in self.engines.values()
+            for account in state.lifecycle.ledger.sequences.values()
+            for span in account.placement
+        }
+        return [worker for worker in workers if worker.address not in holding]
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Dask hook: a client died or left; its engines go with it."""

@@ -170,6 +170,22 @@ async def test_a_worker_that_joins_takes_requests(client: Client, scheduler: Sch
         assert list(done.token_ids) == reference_generate(model_dir("llama-gqa"), [prompt], 6)[0].tokens
 
 
+@engine_test(workers=2)
+async def test_scaling_down_spares_workers_that_hold_blocks(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client) as engine:
+        running = engine.submit(prompt_ids(40), LONG)
+        while not (sequences := (await engine.status())["sequences"]) or not sequences[0]["home"]:
+            await asyncio.sleep(0.02)
+        home = sequences[0]["home"]
+        states = list(scheduler.workers.values())
+        spared = scheduler.plugins["distkv"].valid_workers_downscaling(scheduler, states)
+        assert {state.address for state in spared} == {worker.address for worker in workers} - {home}
+        assert home not in scheduler.workers_to_close(n=1)
+        running.cancel()
+
+
 @engine_test()
 async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
     import threading

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from distkv_dask import Completion, Engine, SamplingParams
+from distkv_dask import Completion, Engine, ModelError, SamplingParams
+from distkv_dask.gguf_cache import converted_weights
+from distkv_dask.model_source import resolve_model
 from distkv_dask.scheduler import policy
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.types import Placement, Span
@@ -26,7 +30,7 @@ def block_bytes(family: str, tokens: int = 8) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_larger_than_two_pools_gets_the_tokens_of_one_process(family: str) -> None:
-    prompts = [prompt_ids(length, seed=length) for length in (200, 5, 61)]
+    prompts = [prompt_ids(length, seed=length) for length in (230, 5, 61)]
     expected = reference_generate(model_dir(family), prompts, NEW)
 
     @engine_test(workers=3)
@@ -36,6 +40,26 @@ def test_a_prompt_larger_than_two_pools_gets_the_tokens_of_one_process(family: s
             done = await engine.generate(prompts, GREEDY)
             assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
             assert len(done[0].placement) == 3
+
+    run()
+
+
+@pytest.mark.slow
+def test_smollm2_over_three_workers_gives_the_tokens_of_one_process() -> None:
+    try:
+        source = resolve_model("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    text = topics["with"] + "\n\nIn short, the with statement"
+    weights = converted_weights(Path(source.location), "float32")
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, "smollm2-135m", dtype="float32", kv_memory="16 MiB") as engine:  # 320 tokens each
+            prompt = engine.tokenizer.encode(text)
+            done = await engine.submit(prompt, SamplingParams(max_new_tokens=24, ignore_eos=True))
+            assert len(done.placement) == 3
+            assert list(done.token_ids) == reference_generate(weights, [prompt], 24)[0].tokens
 
     run()
 
