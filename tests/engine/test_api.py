@@ -175,7 +175,7 @@ async def test_scaling_down_spares_workers_that_hold_blocks(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
     async with tiny(client) as engine:
-        running = engine.submit(prompt_ids(40), LONG)
+        running = engine.submit(prompt_ids(40), SamplingParams(max_new_tokens=900, ignore_eos=True))
         while not (sequences := (await engine.status())["sequences"]) or not sequences[0]["home"]:
             await asyncio.sleep(0.02)
         home = sequences[0]["home"]
