@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.kernels import merge, merge_into, micro_attention
+from distkv_dask.kernels import IMPLEMENTATIONS, merge, merge_into, micro_attention
 
 TOKENS, HEADS, D = 3, 4, 16
+FAST = [name for name in ("native", "torch") if name in IMPLEMENTATIONS]
 
 
-def partials_of(cuts: list[int], total: int, seed: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+def partials_of(
+    implementation: str, cuts: list[int], total: int, seed: int
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     q = torch.randn(TOKENS, HEADS, D, generator=rng) * 3
     k, v = torch.randn(2, total, HEADS, 1, D, generator=rng)
@@ -33,14 +37,17 @@ def partials_of(cuts: list[int], total: int, seed: int) -> tuple[list[tuple[torc
             implementation=implementation,
         )
 
-    parts = [attend(a, b, "torch") for a, b in pairwise(edges)]
+    parts = [attend(a, b, implementation) for a, b in pairwise(edges)]
     return parts, attend(0, total, "reference")
 
 
+@pytest.mark.parametrize("implementation", FAST)
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 40), max_size=8), st.randoms(use_true_random=False), st.integers(0, 1000))
-def test_any_partition_in_any_order_gives_the_same_answer(cuts: list[int], order: object, seed: int) -> None:
-    parts, (out, lse) = partials_of(cuts, 40, seed)
+def test_any_partition_in_any_order_gives_the_same_answer(
+    implementation: str, cuts: list[int], order: Any, seed: int
+) -> None:
+    parts, (out, lse) = partials_of(implementation, cuts, 40, seed)
     order.shuffle(parts)
     merged_out, merged_lse = merge(parts)
     torch.testing.assert_close(merged_out, out, rtol=0, atol=1e-5)
@@ -62,8 +69,11 @@ def test_an_empty_partial_changes_no_bit() -> None:
     assert torch.equal(lse, before[1])
 
 
-def test_index_merges_only_its_tokens() -> None:
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_index_merges_only_its_tokens(strided: bool) -> None:
     out, lse = torch.randn(5, HEADS, D), torch.randn(5, HEADS)
+    if strided:
+        out = out.repeat(1, 1, 2)[..., :D]
     part_out, part_lse = torch.randn(2, HEADS, D), torch.randn(2, HEADS)
     index = torch.tensor([4, 1])
     expected = merge([(out[index], lse[index]), (part_out, part_lse)])
