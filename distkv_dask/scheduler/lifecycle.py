@@ -10,9 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, WorkerLostError
@@ -30,42 +28,18 @@ from distkv_dask.scheduler.commands import (
 )
 from distkv_dask.scheduler.decoding import WindowChain
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.live import Live, cut_prompt
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
     Gang,
     PrefillChunk,
     SamplingParams,
-    SequenceState,
-    Timings,
     WindowResult,
 )
 
 MAX_RETRIES = 2
 """How often a gang that failed without losing a worker is tried again before its requests fail."""
-
-
-@dataclass(slots=True)
-class Live:
-    """A request from submission until its blocks are free again."""
-
-    sequence: int
-    prompt: array[int]
-    sampling: SamplingParams
-    submitted: float
-    state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
-    admitted: float = 0.0
-    decoding: float = 0.0
-    generated: list[int] = field(default_factory=list)
-    chunks: dict[int, PrefillChunk] = field(default_factory=dict)
-    retries: int = 0
-    retiring: set[str] = field(default_factory=set)
-    stuck_since: float | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose KV may have to be stored: the last generated token's never is."""
-        return len(self.prompt) + self.sampling.max_new_tokens - 1
 
 
 class Lifecycle:
@@ -268,26 +242,23 @@ class Lifecycle:
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
         """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
-        account = self.ledger.sequences[live.sequence]
-        step, end = self.config.prefill_chunk_tokens, len(live.prompt)
+        placement, step = self.ledger.sequences[live.sequence].placement, self.config.prefill_chunk_tokens
         chunks: list[PrefillChunk] = []
-        for span in account.placement:
-            for first in range(max(span.start, start), min(span.stop, end), step):
-                last = min(first + step, span.stop, end)
-                holders = tuple(self.ledger.holders(account.placement, first, but=span.worker))
-                gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, span.worker, holders)
-                final = last == end
-                chunks.append(
-                    PrefillChunk(
-                        gang,
-                        live.sequence,
-                        account.placement,
-                        first,
-                        tuple(live.prompt[first:last]),
-                        live.sampling if final else None,
-                        self._history(live) if final else (),
-                    )
+        for worker, first, last in cut_prompt(placement, start, len(live.prompt), step):
+            holders = tuple(self.ledger.holders(placement, first, but=worker))
+            gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, worker, holders)
+            final = last == len(live.prompt)
+            chunks.append(
+                PrefillChunk(
+                    gang,
+                    live.sequence,
+                    placement,
+                    first,
+                    tuple(live.prompt[first:last]),
+                    live.sampling if final else None,
+                    live.history if final else (),
                 )
+            )
         live.chunks = {chunk.gang.number: chunk for chunk in chunks}
         return SubmitPrefill(tuple(chunks))
 
@@ -305,16 +276,7 @@ class Lifecycle:
     def _join(self, live: Live) -> Iterator[Command]:
         account = self.ledger.sequences[live.sequence]
         holders = tuple(self.ledger.holders(account.placement, but=account.home))
-        state = SequenceState(
-            live.sequence,
-            account.placement,
-            account.length,
-            live.generated[-1],
-            live.sampling.max_new_tokens - len(live.generated),
-            live.sampling,
-            self._history(live),
-        )
-        yield Join(account.home, state, holders)
+        yield Join(account.home, live.state_at(account), holders)
         yield from self.chains[account.home].join(live.sequence, holders)
 
     def _restart_chain(self, chain: WindowChain, reason: str, but: list[int], now: float) -> Iterator[Command]:
@@ -323,9 +285,6 @@ class Lifecycle:
         yield from chain.break_(reason, self.ledger.workers.__contains__)
         for sequence in again:
             yield from self._join(self.live[sequence])
-
-    def _history(self, live: Live) -> tuple[int, ...]:
-        return (*live.prompt, *live.generated) if live.sampling.repetition_penalty != 1 else ()
 
     # Ends
 
@@ -341,13 +300,8 @@ class Lifecycle:
         """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else later."""
         live = self.live[sequence]
         account = self.ledger.sequences.get(sequence)
-        timings = Timings(
-            queued=(live.admitted or now) - live.submitted,
-            prefill=(live.decoding or now) - live.admitted if live.admitted else 0.0,
-            decode=now - live.decoding if live.decoding else 0.0,
-        )
         placement = account.placement if account is not None else ()
-        yield Delivery(sequence, (), reason, error, timings, placement)
+        yield Delivery(sequence, (), reason, error, live.timings(now), placement)
         if account is None:
             self._queue.remove(sequence)
             del self.live[sequence]

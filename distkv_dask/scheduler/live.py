@@ -1,0 +1,77 @@
+"""A request as the gManager sees it, from submission until its blocks are free again."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distkv_dask.scheduler.ledger import SequenceAccount
+from distkv_dask.types import Placement, PrefillChunk, SamplingParams, SequenceState, Timings
+
+
+@dataclass(slots=True)
+class Live:
+    """One request: what was asked, how far it is, and when it got there (seconds of the gManager's clock).
+
+    ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
+    compute on it after its end; ``stuck_since`` the time since which no set of workers could ever serve it.
+    """
+
+    sequence: int
+    prompt: array[int]
+    sampling: SamplingParams
+    submitted: float
+    state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
+    admitted: float = 0.0
+    decoding: float = 0.0
+    generated: list[int] = field(default_factory=list)
+    chunks: dict[int, PrefillChunk] = field(default_factory=dict)
+    retries: int = 0
+    retiring: set[str] = field(default_factory=set)
+    stuck_since: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV may have to be stored: the last generated token's never is."""
+        return len(self.prompt) + self.sampling.max_new_tokens - 1
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """Prompt and generated tokens where the repetition penalty needs them, else nothing."""
+        return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
+
+    def state_at(self, account: SequenceAccount) -> SequenceState:
+        """Committed state, for a home to decode from."""
+        return SequenceState(
+            self.sequence,
+            account.placement,
+            account.length,
+            self.generated[-1],
+            self.sampling.max_new_tokens - len(self.generated),
+            self.sampling,
+            self.history,
+        )
+
+    def timings(self, now: float) -> Timings:
+        """How long it waited, prefilled and decoded until now."""
+        return Timings(
+            queued=(self.admitted or now) - self.submitted,
+            prefill=(self.decoding or now) - self.admitted if self.admitted else 0.0,
+            decode=now - self.decoding if self.decoding else 0.0,
+        )
+
+
+def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterator[tuple[str, int, int]]:
+    """Cut tokens ``start`` to ``end`` at span borders and every ``step`` tokens of a span.
+
+    Examples
+    --------
+    >>> from distkv_dask.types import Span
+    >>> list(cut_prompt((Span("a", 0, 5), Span("b", 5, 20)), 0, 12, 4))
+    [('a', 0, 4), ('a', 4, 5), ('b', 5, 9), ('b', 9, 12)]
+    """
+    for span in placement:
+        for first in range(max(span.start, start), min(span.stop, end), step):
+            yield span.worker, first, min(first + step, span.stop, end)
