@@ -9,5 +9,16 @@ from __future__ import annotations
 from .dispatch import IMPLEMENTATIONS, Choice, choose, micro_attention
 from .memory import advise_huge_pages
 from .merge import merge, merge_into
+from .prepared import PreparedAttention, PreparedMerge
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "advise_huge_pages", "choose", "merge", "merge_into", "micro_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "PreparedAttention",
+    "PreparedMerge",
+    "advise_huge_pages",
+    "choose",
+    "merge",
+    "merge_into",
+    "micro_attention",
+]

@@ -34,8 +34,8 @@ def merge_into(
     ValueError
         Shapes do not fit, or an index is out of range or given twice.
     """
-    _check(out, lse, part_out, part_lse, index)
-    if _native_serves(out, lse, part_out, part_lse, index):
+    check_merge(out, lse, part_out, part_lse, index)
+    if native_serves(out, lse, part_out, part_lse, index):
         if not native_kernel.merge_into(out, lse, part_out, part_lse, index):
             raise ValueError(f"index: expected distinct values from 0 to {out.shape[0] - 1}")
         return
@@ -86,15 +86,17 @@ def merge_tensors(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, 
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def _native_serves(*tensors: torch.Tensor | None) -> bool:
+def native_serves(*tensors: torch.Tensor | None) -> bool:
+    """Whether the C++ core can merge these tensors."""
     return native_kernel.missing() is None and all(
         tensor is None or (tensor.is_cpu and tensor.is_contiguous()) for tensor in tensors
     )
 
 
-def _check(
+def check_merge(
     out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
 ) -> None:
+    """Raise for tensors that :func:`merge_into` does not take, except for the values of ``index``."""
     for name, tensor in (("out", out), ("lse", lse), ("part_out", part_out), ("part_lse", part_lse)):
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
             raise TypeError(f"{name}: expected a float32 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")

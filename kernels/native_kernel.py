@@ -18,7 +18,13 @@ from .contract import Call, lengths_message, offsets_message, tables_message
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _ARGS = struct.Struct("<25qd")  # distkv::Args in native/core.h
+_POINTERS = struct.Struct("<3q")  # its first fields: q, k, v
+_SCALE = struct.Struct("<d")  # its last field
+_SCALE_AT = _ARGS.size - _SCALE.size
 _NAMES = (b"", b"avx512_bf16", b"avx512", b"avx2", b"portable")
+Packed = ctypes.Array[ctypes.c_char]
+"""Arguments as the core reads them; writable."""
+PackedMerge = tuple[int | None, ...]
 
 
 @lru_cache(maxsize=1)
@@ -66,14 +72,33 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with one of :func:`instruction_sets` (empty: the best one)."""
+    if not call.q.is_contiguous():
+        call = call._replace(q=call.q.contiguous())
+    out = torch.empty(call.q.shape, dtype=torch.float32)
+    lse = torch.empty(call.q.shape[:2], dtype=torch.float32)
+    status = _core().distkv_attend(pack(call, out, lse), isa)
+    if status:
+        raise _error(status, call)
+    return out, lse
+
+
+def run_packed(
+    packed: Packed, call: Call, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float
+) -> None:
+    """Attend with what :func:`pack` made of ``call``, but for other tensors of the same form as in ``call``."""
+    _POINTERS.pack_into(packed, 0, q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr())
+    _SCALE.pack_into(packed, _SCALE_AT, scale)
+    status = _core().distkv_attend(packed, b"")
+    if status:
+        raise _error(status, call)
+
+
+def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
+    """Arguments of the core for a checked call with contiguous queries, whose tensors must outlive them."""
     q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads = call
-    if not q.is_contiguous():
-        q = q.contiguous()
     tokens, heads, d = q.shape
     blocks, kv_heads, block_tokens, _ = k.shape
     rows, max_blocks = tables.shape
-    out = torch.empty(tokens, heads, d)
-    lse = torch.empty(tokens, heads)
     arguments = _ARGS.pack(
         q.data_ptr(),
         k.data_ptr(),
@@ -102,10 +127,7 @@ def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
         threads,
         scale,
     )
-    status = _core().distkv_attend(arguments, isa)
-    if status:
-        raise _error(status, call)
-    return out, lse
+    return ctypes.create_string_buffer(arguments, len(arguments))
 
 
 def _error(status: int, call: Call) -> Exception:
@@ -122,15 +144,26 @@ def merge_into(
     out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
 ) -> bool:
     """Merge contiguous float32 CPU tensors whose shapes were checked; False if an index is out of range or twice."""
+    return merge_packed(pack_merge(out, lse, part_out, part_lse, index))
+
+
+def merge_packed(packed: PackedMerge) -> bool:
+    """Merge what :func:`pack_merge` packed; False if an index is out of range or twice."""
+    return not _core().distkv_merge(*packed)
+
+
+def pack_merge(
+    out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
+) -> PackedMerge:
+    """Arguments of the core for tensors that :func:`merge_into` takes and that must outlive them."""
     tokens, heads, d = out.shape
-    count = tokens if index is None else index.shape[0]
-    return not _core().distkv_merge(
+    return (
         out.data_ptr(),
         lse.data_ptr(),
         part_out.data_ptr(),
         part_lse.data_ptr(),
         None if index is None else index.data_ptr(),
-        count,
+        tokens if index is None else index.shape[0],
         tokens,
         heads,
         d,

@@ -1,0 +1,139 @@
+"""MicroAttention and merge of tensors that stay the same for many layers: checked once, then called by pointers.
+
+Within a step only the queries and the layer change. :func:`distkv_dask.kernels.micro_attention` looks at every argument
+each time, which takes longer than a short sequence's arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import native_kernel
+from .contract import Call, check_call
+from .dispatch import IMPLEMENTATIONS, choose
+from .merge import check_merge, merge_into, native_serves
+
+
+class PreparedAttention:
+    """MicroAttention of a batch whose rows stay the same from call to call.
+
+    Parameters
+    ----------
+    tokens, heads
+        Queries of all rows, and query heads.
+    k_pool, v_pool
+        Views like those of every later call: [blocks, kv_heads, block_tokens, d].
+    block_tables, lengths, query_offsets, causal, q_start
+        As for :func:`distkv_dask.kernels.micro_attention`. Values may be changed in place between calls.
+    threads
+        CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input; the message names the argument and what was expected.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        heads: int,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        block_tables: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        query_offsets: torch.Tensor | None = None,
+        causal: bool = False,
+        q_start: torch.Tensor | None = None,
+        threads: int | None = None,
+    ) -> None:
+        d = k_pool.shape[-1]
+        q = torch.empty(tokens, heads, d, dtype=k_pool.dtype, device=k_pool.device)
+        self._call = Call(
+            q, k_pool, v_pool, block_tables, lengths, 1.0, query_offsets, causal, q_start, None, None,
+            torch.get_num_threads() if threads is None else threads,
+        )  # fmt: skip
+        check_call(self._call)
+        self._form = _form(q, k_pool, v_pool)
+        self.result = torch.empty(tokens * heads * (d + 1), dtype=torch.float32, device=k_pool.device)
+        """float32 [tokens * heads * (d + 1)]: memory of :attr:`out`, then of :attr:`lse`."""
+        self.out = self.result[: q.numel()].view(q.shape)
+        """float32 [tokens, heads, d]: outputs of the last call."""
+        self.lse = self.result[q.numel() :].view(tokens, heads)
+        """float32 [tokens, heads]: log-sum-exps of the last call."""
+        name = choose(k_pool.device.type, k_pool.dtype, d, k_pool.shape[2]).name
+        self._run = IMPLEMENTATIONS[name]
+        self._packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
+
+    def __call__(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> None:
+        """Attend; :attr:`out` and :attr:`lse` are overwritten.
+
+        Parameters
+        ----------
+        q
+            Contiguous [tokens, heads, d] of the pool's dtype.
+        k_pool, v_pool
+            Of the shape, strides and dtype given before.
+        scale
+            Factor of the scores.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Tensors are not like those prepared for, or a length or block id is out of range.
+        """
+        if _form(q, k_pool, v_pool) != self._form or not 0 < scale < math.inf:
+            check_call(self._call._replace(q=q, k_pool=k_pool, v_pool=v_pool, scale=scale))
+            raise ValueError(
+                "q, k_pool, v_pool: expected tensors of the shapes, strides and dtypes prepared for; "
+                f"got {tuple(q.shape)}, {tuple(k_pool.shape)} and {tuple(v_pool.shape)}"
+            )
+        if self._packed is not None and q.is_contiguous():
+            native_kernel.run_packed(self._packed, self._call, q, k_pool, v_pool, scale)
+            return
+        out, lse = self._run(self._call._replace(q=q, k_pool=k_pool, v_pool=v_pool, scale=scale))
+        self.out.copy_(out)
+        self.lse.copy_(lse)
+
+
+class PreparedMerge:
+    """:func:`distkv_dask.kernels.merge_into` of the same tensors again and again; see there for the parameters.
+
+    The values of ``index`` must not change.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input; the message names the argument and what was expected.
+    """
+
+    def __init__(
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        part_out: torch.Tensor,
+        part_lse: torch.Tensor,
+        index: torch.Tensor | None = None,
+    ) -> None:
+        self._tensors = (out, lse, part_out, part_lse, index)
+        check_merge(*self._tensors)
+        self._packed = native_kernel.pack_merge(*self._tensors) if native_serves(*self._tensors) else None
+
+    def __call__(self) -> None:
+        """Merge the partial into ``out`` and ``lse`` as they are now.
+
+        Raises
+        ------
+        ValueError
+            An index is out of range or given twice.
+        """
+        if self._packed is None or not native_kernel.merge_packed(self._packed):
+            merge_into(*self._tensors)
+
+
+def _form(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> tuple[Any, ...]:
+    return q.shape, q.dtype, k_pool.shape, k_pool.stride(), k_pool.dtype, v_pool.shape, v_pool.stride(), v_pool.dtype
