@@ -28,7 +28,7 @@ ISA_FLAGS = {
     "isa_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 ISA_FLAGS["isa_avx512_bf16.cpp"] = [*ISA_FLAGS["isa_avx512.cpp"], "-mavx512bf16"]
-PORTABLE = ["api.cpp", "pool.cpp", "isa_portable.cpp"]
+PORTABLE = ["api.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
 
 
 class BuildCore(build_ext):

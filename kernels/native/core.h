@@ -8,6 +8,8 @@
 // Loops over vectors held in registers must vanish: an array that is indexed at run time lives in memory.
 #define DISTKV_UNROLL _Pragma("GCC unroll 16")
 
+#define DISTKV_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace distkv {
 
 enum Dtype : int64_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };

@@ -122,7 +122,7 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
     tolerance = TOLERANCE[dtype] * max(1.0, case.logits / 50)
     scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
     torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
-    torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=max(TOLERANCE[dtype], 5e-7 * case.logits))
 
 
 def use_interpreter() -> None:
