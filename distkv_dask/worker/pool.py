@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from distkv_dask.errors import CapacityError
+from distkv_dask.kernels import advise_huge_pages
 
 
 class Pool:
@@ -44,6 +45,7 @@ class Pool:
         # numpy's zeros take no memory until they are written to; torch's would touch all of a large pool at once
         zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
         self.storage = torch.from_numpy(zeros).view(self.dtype).view(shape)
+        advise_huge_pages(self.storage)
         self._keys = [self.storage[:, layer, 0] for layer in range(layers)]
         self._values = [self.storage[:, layer, 1] for layer in range(layers)]
         self._key_rows = [view.transpose(1, 2) for view in self._keys]
