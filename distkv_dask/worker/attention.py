@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import selectors
 import time
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from distkv_dask.errors import ChannelTimeoutError
-from distkv_dask.kernels import merge_into
+from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
@@ -18,12 +19,12 @@ from distkv_dask.worker.plan import Part
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
 
-Partial = tuple[torch.Tensor, torch.Tensor]
-"""out float32 [tokens, heads, head_dim], lse float32 [tokens, heads]."""
-
 
 class DistAttention:
     """What a model's attention layers call; serves all steps between two changes of the batch.
+
+    All buffers are made once: a layer of a short decode takes tens of microseconds, of which allocations and checks
+    would be a large part.
 
     Parameters
     ----------
@@ -48,9 +49,15 @@ class DistAttention:
         """Number of the next step, as the holders count."""
         self.waiting = 0.0
         """Seconds spent waiting for partials."""
-        self._tokens = tokens
         home = gang.gang.home
-        self._local = _Local(parts[home], tokens, pool) if home in parts else None
+        shape = (tokens, heads, pool.head_dim)
+        self._local = local = _Local(parts[home], tokens, pool, heads) if home in parts else None
+        self._sees_all = local is not None and local.index is None
+        if local is not None and self._sees_all:
+            self._out, self._lse = local.shard.out, local.shard.lse
+        else:
+            self._out, self._lse = torch.empty(shape, dtype=torch.float32), torch.empty(shape[:2], dtype=torch.float32)
+        self._result = self._out if pool.dtype == torch.float32 else torch.empty(shape, dtype=pool.dtype)
         self._remotes = [
             _Remote(gang.channels[worker], gang.gang, part, tokens, pool, heads)
             for worker, part in parts.items()
@@ -58,9 +65,12 @@ class DistAttention:
         ]
         self._limit = gang.timeout_receive
         self._selector = selectors.DefaultSelector() if len(self._remotes) > 1 else None
-        if self._selector is not None:
-            for remote in self._remotes:
+        for remote in self._remotes:
+            remote.merges_into(self._out, self._lse)
+            if self._selector is not None:
                 self._selector.register(remote.channel, selectors.EVENT_READ, remote)
+        if local is not None and not self._sees_all:
+            local.merges_into(self._out, self._lse)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of one layer over everything stored and the new tokens, whose KV is appended to the tails.
@@ -79,7 +89,7 @@ class DistAttention:
         Returns
         -------
         torch.Tensor
-            [tokens, heads, head_dim] in the dtype of ``q``.
+            [tokens, heads, head_dim] in the dtype of ``q``; the next layer's call overwrites it.
 
         Raises
         ------
@@ -88,13 +98,16 @@ class DistAttention:
         """
         for remote in self._remotes:
             remote.ask(layer, self.step, q, k, v, scale)
-        merged = None if self._local is None else self._local.attend(layer, q, k, v, scale)
+        if not self._sees_all:
+            self._out.zero_()
+            self._lse.fill_(-torch.inf)
+        if self._local is not None:
+            self._local.attend(layer, q, k, v, scale)
         if self._selector is not None:
-            merged = self._gather(merged, q, layer)
+            self._gather(layer)
         elif self._remotes:
-            merged = self._receive(self._remotes[0], merged, q, layer)
-        assert merged is not None
-        return merged[0].to(q.dtype)
+            self._receive(self._remotes[0], layer)
+        return self._result if self._result is self._out else self._result.copy_(self._out)
 
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now. Holders do the same after their last layer."""
@@ -107,14 +120,14 @@ class DistAttention:
         if self._selector is not None:
             self._selector.close()
 
-    def _receive(self, remote: _Remote, merged: Partial | None, q: torch.Tensor, layer: int) -> Partial:
+    def _receive(self, remote: _Remote, layer: int) -> None:
         """Wait for a holder's partial and merge it."""
         began = time.perf_counter()
         remote.receive(layer, self.step)
         self.waiting += time.perf_counter() - began
-        return remote.merge(merged, q)
+        remote.merge()
 
-    def _gather(self, merged: Partial | None, q: torch.Tensor, layer: int) -> Partial | None:
+    def _gather(self, layer: int) -> None:
         """Wait for the partials of several holders and merge them as they come."""
         assert self._selector is not None
         missing = {remote.channel.peer for remote in self._remotes}
@@ -128,32 +141,33 @@ class DistAttention:
                     "off. If they are only slow, raise distkv.timeouts.receive"
                 )
             for key, _ in events:
-                merged = self._receive(key.data, merged, q, layer)
+                self._receive(key.data, layer)
                 missing.discard(key.data.channel.peer)
-        return merged
 
 
 class _Local:
     """The home's own part of a step."""
 
-    def __init__(self, part: Part, tokens: int, pool: Pool) -> None:
-        self.shard = Shard(pool, part.rows)
-        self._index, self._appended = _indices(part, tokens)
-        self._tokens = tokens
+    def __init__(self, part: Part, tokens: int, pool: Pool, heads: int) -> None:
+        self.shard = Shard(pool, part.rows, heads)
+        self.index, appended = _indices(part, tokens)
+        self._appended = None if len(appended) == tokens else appended
+        self._merge: PreparedMerge | None = None
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
-        """Append and attend; tokens with nothing here get (0, -inf)."""
+    def merges_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Have :meth:`attend` merge its result into these; without, it stays with the shard."""
+        self._merge = PreparedMerge(out, lse, self.shard.out, self.shard.lse, self.index)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """Append and attend."""
         shard, appended = self.shard, self._appended
-        if shard.appended == self._tokens:
+        if appended is None:
             shard.write(layer, k, v)
         elif shard.appended:
             shard.write(layer, k[appended], v[appended])
-        if self._index is None:
-            return shard.attend(layer, q, scale)
-        out, lse = _nothing(q)
-        part_out, part_lse = shard.attend(layer, q[self._index], scale)
-        out[self._index], lse[self._index] = part_out, part_lse
-        return out, lse
+        shard.attend(layer, q if self.index is None else q[self.index], scale)
+        if self._merge is not None:
+            self._merge()
 
 
 class _Remote:
@@ -161,55 +175,57 @@ class _Remote:
 
     def __init__(self, channel: Channel, gang: Gang, part: Part, tokens: int, pool: Pool, heads: int) -> None:
         self.channel = channel
-        self._index, self._appended = _indices(part, tokens)
-        self._all = tokens
-        queries = sum(row.queries for row in part.rows)
-        self._appends = sum(row.queries for row in part.rows if row.appends)
-        size = (queries * heads + 2 * self._appends * pool.kv_heads) * pool.head_dim * pool.dtype.itemsize
-        self._gang, self._epoch, self._size = gang.number, gang.epoch, size
-        answer = torch.empty(queries * heads * (pool.head_dim + 1), dtype=torch.float32)
-        self._out = answer[: queries * heads * pool.head_dim].view(queries, heads, pool.head_dim)
-        self._lse = answer[queries * heads * pool.head_dim :].view(queries, heads)
-        self._answer = answer.view(torch.uint8).numpy().data
+        self.merge: PreparedMerge
+        """Merges the received partial; see :meth:`merges_into`."""
+        self._index, appended = _indices(part, tokens)
+        self._appended = None if len(appended) == tokens else appended
+        queries, d = sum(row.queries for row in part.rows), pool.head_dim
+        kv_shape = (2, len(appended), pool.kv_heads, d)
+        question = torch.empty(queries * heads * d + math.prod(kv_shape), dtype=pool.dtype)
+        self._q = question[: queries * heads * d].view(queries, heads, d)
+        self._k, self._v = question[queries * heads * d :].view(kv_shape)
+        self._question = _bytes(question)
+        self._gang, self._epoch = gang.number, gang.epoch
+        answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
+        self._out = answer[: queries * heads * d].view(queries, heads, d)
+        self._lse = answer[queries * heads * d :].view(queries, heads)
+        self._answer = _bytes(answer)
+
+    def merges_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Have :attr:`merge` merge into these."""
+        self.merge = PreparedMerge(out, lse, self._out, self._lse, self._index)
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to a tail there."""
-        header = Header(Kind.ATTEND, self._gang, self._epoch, layer, step, self._size, scale)
-        if self._index is not None:
-            q = q[self._index]
-        if not self._appends:
-            self.channel.send(header, _bytes(q))
-            return
-        if self._appends < self._all:
-            k, v = k[self._appended], v[self._appended]
-        self.channel.send(header, _bytes(q), _bytes(k), _bytes(v))
+        _take(q, self._index, self._q)
+        if len(self._k):
+            _take(k, self._appended, self._k)
+            _take(v, self._appended, self._v)
+        question = self._question
+        header = Header(Kind.ATTEND, self._gang, self._epoch, layer, step, len(question), scale)
+        self.channel.send(header, question)
 
     def receive(self, layer: int, step: int) -> None:
         """Wait for the partial."""
         answer = self._answer
         self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
 
-    def merge(self, merged: Partial | None, q: torch.Tensor) -> Partial:
-        """Merge the received partial into what there is; it may lend its own memory until the next layer."""
-        if merged is None:
-            if self._index is None:
-                return self._out, self._lse
-            merged = _nothing(q)
-        merge_into(*merged, self._out, self._lse, self._index)
-        return merged
-
 
 def _indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Tokens of the batch that a part sees (None: all), and those that it appends."""
     if part.rows[0].queries == tokens:  # the only sequence
-        return None, torch.arange(tokens)
+        return None, torch.arange(tokens if part.rows[0].appends else 0)
     index = None if len(part.places) == tokens else torch.tensor(part.places)
-    return index, torch.tensor([place for place, row in zip(part.places, part.rows, strict=True) if row.appends])
+    places = [place for place, row in zip(part.places, part.rows, strict=True) if row.appends]
+    return index, torch.tensor(places, dtype=torch.int64)
 
 
-def _nothing(q: torch.Tensor) -> Partial:
-    out = torch.zeros(q.shape, dtype=torch.float32)
-    return out, torch.full(q.shape[:2], -torch.inf)
+def _take(tensor: torch.Tensor, index: torch.Tensor | None, taken: torch.Tensor) -> None:
+    """Copy a tensor, or the rows of it that ``index`` names."""
+    if index is None:
+        taken.copy_(tensor)
+    else:
+        torch.index_select(tensor, 0, index, out=taken)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

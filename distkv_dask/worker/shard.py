@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from distkv_dask.errors import CapacityError
-from distkv_dask.kernels import micro_attention
+from distkv_dask.kernels import PreparedAttention
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.wire import Row
 
@@ -21,6 +21,8 @@ class Shard:
         The worker's pool.
     rows
         The rows, in the order of their queries.
+    heads
+        Query heads of the model.
 
     Raises
     ------
@@ -28,7 +30,7 @@ class Shard:
         A row's tokens have no room in the pool.
     """
 
-    def __init__(self, pool: Pool, rows: Sequence[Row]) -> None:
+    def __init__(self, pool: Pool, rows: Sequence[Row], heads: int) -> None:
         self._pool = pool
         self._rows = list(rows)
         self.tokens = sum(row.queries for row in rows)
@@ -37,16 +39,27 @@ class Shard:
         """Tokens whose KV is appended here in each step."""
         tables = [pool.table(row.sequence) for row in rows]
         width = max(map(len, tables), default=0)
-        self._tables = torch.tensor([table + (0,) * (width - len(table)) for table in tables], dtype=torch.int32)
-        self._offsets: torch.Tensor | None = None
+        padded = [table + (0,) * (width - len(table)) for table in tables]
+        offsets: torch.Tensor | None = None
         if self.tokens > len(rows):
             queries = torch.tensor([0, *(row.queries for row in rows)])
-            self._offsets = queries.cumsum(0).to(torch.int32)
-        self._causal = any(row.appends and row.queries > 1 for row in rows)
+            offsets = queries.cumsum(0).to(torch.int32)
+        causal = any(row.appends and row.queries > 1 for row in rows)
         for row in rows:
             self._check_room(row)
+        self._visible = torch.empty(len(rows), dtype=torch.int32)
+        self._starts = torch.empty(len(rows), dtype=torch.int32) if causal else None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None
         self._prepare()
+        self._attention = PreparedAttention(
+            self.tokens, heads, pool.keys(0), pool.values(0),
+            torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
+            query_offsets=offsets, causal=causal, q_start=self._starts,
+        )  # fmt: skip
+        self.out, self.lse = self._attention.out, self._attention.lse
+        """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
+        self.result = self._attention.result
+        """float32: ``out``, then ``lse``, in one piece of memory."""
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append KV [appended, kv_heads, head_dim] of the rows that append here.
@@ -63,11 +76,9 @@ class Shard:
         self._pool.write(layer, self._slots, keys, values)
 
     def attend(self, layer: int, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of q [tokens, heads, head_dim]: out float32 of the same shape, lse float32 [tokens, heads]."""
-        return micro_attention(
-            q, self._pool.keys(layer), self._pool.values(layer), self._tables, self._visible,
-            scale=scale, query_offsets=self._offsets, causal=self._causal, q_start=self._starts,
-        )  # fmt: skip
+        """Attention of q [tokens, heads, head_dim]: :attr:`out` and :attr:`lse`, which the next call overwrites."""
+        self._attention(q, self._pool.keys(layer), self._pool.values(layer), scale)
+        return self.out, self.lse
 
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now."""
@@ -86,8 +97,9 @@ class Shard:
                 torch.tensor([block for blocks, _ in slots for block in blocks]),
                 torch.tensor([offset for _, offsets in slots for offset in offsets]),
             )
-        self._visible = torch.tensor([row.length + row.queries * row.appends for row in rows], dtype=torch.int32)
-        self._starts = torch.tensor([row.length for row in rows], dtype=torch.int32) if self._causal else None
+        self._visible[:] = torch.tensor([row.length + row.queries * row.appends for row in rows])
+        if self._starts is not None:
+            self._starts[:] = torch.tensor([row.length for row in rows])
 
     def _room(self, row: Row) -> int:
         return len(self._pool.table(row.sequence)) * self._pool.block_tokens
