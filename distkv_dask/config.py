@@ -66,6 +66,8 @@ class Config:
         Tokens in a block, a power of two.
     threads
         Compute threads of each of a worker's two lanes, or None for the worker's own number of threads.
+    channel
+        How queries and partials travel between workers: ``"auto"``, ``"tcp"`` or ``"unix"``.
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
     window_steps, window_seconds
@@ -79,6 +81,7 @@ class Config:
     kv_memory: int | None = _key("kv-memory")
     block_tokens: int = _key("block-tokens")
     threads: int | None = _key("threads")
+    channel: str = _key("channel")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_steps: int = _key("window.steps")
     window_seconds: float = _key("window.seconds")
@@ -95,8 +98,8 @@ class Config:
         Parameters
         ----------
         **overrides
-            Values by field name (``window_steps=8``), numbers or text with a unit as in the YAML file. None leaves the
-            configured value.
+            Values by field name (``window_steps=8``), as in the YAML file: numbers, words, or text with a unit. None
+            leaves the configured value.
 
         Raises
         ------
@@ -135,14 +138,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _checked(key: str, given: Any, label: str) -> Any:
-    """``given`` as the number (or None) that it stands for; ConfigError if the schema does not allow it."""
+    """``given`` as the number, word or None that it stands for; ConfigError if the schema does not allow it."""
     schema = _KEYS[key]
     value = _number(given, schema.get("unit"))
     finite = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, str) or not finite or not Draft202012Validator(schema).is_valid(value):
+    unread = isinstance(value, str) and schema["type"] != "string"
+    if unread or not finite or not Draft202012Validator(schema).is_valid(value):
         raise ConfigError(f"{label} is {given!r}, but must be {_allowed(schema)}.")
-    if value is None:
-        return None
+    if value is None or isinstance(value, str):
+        return value
     return float(value) if "number" in schema["type"] else int(value)
 
 

@@ -92,6 +92,7 @@ class Ready(TypedDict):
     """Facts that a worker reports once an engine is open there."""
 
     endpoint: Endpoint
+    channels: str
     capacity_blocks: int
     block_bytes: int
     max_positions: int

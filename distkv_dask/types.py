@@ -97,11 +97,12 @@ Placement = tuple[Span, ...]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a worker's holder lane listens for channels."""
+    """Where a worker's holder lane listens for channels; ``unix`` names its Unix socket, where there is one."""
 
     worker: str
     host: str
     port: int
+    unix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

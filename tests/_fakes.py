@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from _channels import TCP, Way
 from _models import Reference, model_dir, prompt_ids, reference_generate
 from torch import Tensor
 
@@ -59,10 +60,10 @@ class Recorder:
 class Member:
     """One worker: lanes, pool and runtime."""
 
-    def __init__(self, address: str, model: Any, blocks: int, spec: EngineSpec) -> None:
+    def __init__(self, address: str, model: Any, blocks: int, spec: EngineSpec, way: Way) -> None:
         geometry = model.geometry
         self.address = address
-        self.lanes = Lanes(address, "127.0.0.1", 1)
+        self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
         self.pool = Pool(
             layers=geometry.layers,
             kv_heads=geometry.kv_heads,
@@ -81,10 +82,11 @@ class Member:
 class Fleet:
     """Workers ``w0``, ``w1``, ... with one engine, and the little of a gManager that tests need."""
 
-    def __init__(self, model: Any, size: int, blocks: int = 64, **limits: float) -> None:
-        config = replace(Config.load(), **{"timeout_start": 20.0, "timeout_receive": 20.0, **limits})
+    def __init__(self, model: Any, size: int, way: Way = TCP, blocks: int = 64, **limits: float) -> None:
+        settings = {"channel": way.channel, "timeout_start": 20.0, "timeout_receive": 20.0, **limits}
+        config = replace(Config.load(), **settings)
         self.spec = EngineSpec("engine", "tiny", "float32", TOKEN, config)
-        self.members = {f"w{at}": Member(f"w{at}", model, blocks, self.spec) for at in range(size)}
+        self.members = {f"w{at}": Member(f"w{at}", model, blocks, self.spec, way) for at in range(size)}
         self._numbers = itertools.count(1)
 
     def close(self) -> None:
@@ -163,8 +165,8 @@ def advanced(state: SequenceState, tokens: Sequence[int]) -> SequenceState:
 
 
 @contextmanager
-def fleet(model: Any, size: int, **settings: Any) -> Iterator[Fleet]:
-    made = Fleet(model, size, **settings)
+def fleet(model: Any, size: int, way: Way = TCP, **settings: Any) -> Iterator[Fleet]:
+    made = Fleet(model, size, way, **settings)
     try:
         yield made
     finally:

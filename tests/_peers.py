@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from _channels import TCP, Bare, Way
 from _fakes import TOKEN
 
 from distkv_dask.types import Endpoint, Gang
+from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, parse_header
-from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.wire import Hello, Row, encode_hello, encode_rows
 
@@ -25,8 +27,19 @@ def gang(number: int = 1, epoch: int = 1) -> Gang:
     return Gang("engine", number, f"gang-{number}", epoch, "w0", ())
 
 
-def connect(lane: HolderLane, hello: Hello = HELLO, token: str = TOKEN) -> TcpChannel:
-    channel = TcpChannel.open("127.0.0.1", lane.port, "w1", 10.0)
+class Holder(HolderLane):
+    """A holder lane that homes reach in one way."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__("127.0.0.1", 1, way.certificates)
+        self._way = way
+
+    def open(self) -> Channel:
+        return self._way.open(Endpoint("w1", "127.0.0.1", self.port, self.unix))
+
+
+def connect(lane: Holder, hello: Hello = HELLO, token: str = TOKEN) -> Channel:
+    channel = lane.open()
     body = encode_hello(token.encode(), hello)
     channel.send(Header(Kind.HELLO, length=len(body)), body)
     try:
@@ -37,25 +50,25 @@ def connect(lane: HolderLane, hello: Hello = HELLO, token: str = TOKEN) -> TcpCh
     return channel
 
 
-def begin(home: TcpChannel, number: int = 1, epoch: int = 1, rows: tuple[Row, ...] = (Row(1, 30, 1, False),)) -> None:
+def begin(home: Channel, number: int = 1, epoch: int = 1, rows: tuple[Row, ...] = (Row(1, 30, 1, False),)) -> None:
     body = encode_rows(rows)
     home.send(Header(Kind.BEGIN, number, epoch, length=len(body)), body)
 
 
-def ask(home: TcpChannel, number: int = 1, epoch: int = 1, layer: int = 0, step: int = 0) -> tuple[torch.Tensor, ...]:
+def ask(home: Channel, number: int = 1, epoch: int = 1, layer: int = 0, step: int = 0) -> tuple[torch.Tensor, ...]:
     q = torch.randn(1, HEADS, HEAD_DIM)
     home.send(Header(Kind.ATTEND, number, epoch, layer, step, q.nbytes, 0.125), q.numpy())
     return q, *answer(home, number, epoch, layer, step)
 
 
-def answer(home: TcpChannel, number: int, epoch: int, layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def answer(home: Channel, number: int, epoch: int, layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     got = torch.empty(HEADS * (HEAD_DIM + 1))
     expected = Header(Kind.PARTIAL, number, epoch, layer, step, got.nbytes)
     home.recv_into(expected, memoryview(got.view(torch.uint8).numpy()))
     return got[: HEADS * HEAD_DIM].view(1, HEADS, HEAD_DIM), got[HEADS * HEAD_DIM :].view(1, HEADS)
 
 
-def serves(lane: HolderLane, number: int) -> bool:
+def serves(lane: Holder, number: int) -> bool:
     """Run one small gang over a new channel."""
     home = connect(lane)
     session = lane.open_session("engine", gang(number))
@@ -71,17 +84,17 @@ def serves(lane: HolderLane, number: int) -> bool:
 class BadHolder:
     """A holder that answers HELLO and BEGIN well, and then behaves as told."""
 
-    def __init__(self, behave: Callable[[socket.socket, Header], None], welcome: bool = True) -> None:
+    def __init__(self, behave: Callable[[socket.socket, Header], None], welcome: bool = True, way: Way = TCP) -> None:
         self.stop = threading.Event()
         self._behave = behave
         self._welcome = welcome
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("w9", "127.0.0.1", self._server.getsockname()[1])
+        self._server = Bare(way)
+        self.endpoint = replace(self._server.endpoint, worker="w9")
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        peer, _ = self._server.accept()
+        peer = self._server.accept()
         with peer:
             for answer in (Kind.WELCOME, Kind.READY):
                 header = read(peer)
@@ -99,7 +112,16 @@ class BadHolder:
 
 
 def read(peer: socket.socket) -> Header:
-    header = parse_header(peer.recv(HEADER_BYTES, socket.MSG_WAITALL))
+    header = parse_header(exactly(peer, HEADER_BYTES))
     assert header is not None
-    peer.recv(header.length, socket.MSG_WAITALL)
+    exactly(peer, header.length)
     return header
+
+
+def exactly(peer: socket.socket, count: int) -> bytes:
+    got = b""
+    while len(got) < count:
+        more = peer.recv(count - len(got))
+        assert more
+        got += more
+    return got

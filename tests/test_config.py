@@ -135,6 +135,8 @@ def test_text_and_numbers_are_read(field, given, expected):
         ("block_tokens", 48, "one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024"),
         ("block_tokens", "64", "one of 1, 2"),
         ("threads", 0, "a whole number of at least 1, or null"),
+        ("channel", "pigeon", "one of auto, tcp, unix"),
+        ("channel", 1, "one of auto, tcp, unix"),
         ("prefill_chunk_tokens", 0, "a whole number of at least 1"),
         ("window_steps", -1, "a whole number of at least 1"),
         ("window_steps", "many", "a whole number of at least 1"),

@@ -302,7 +302,8 @@ class Engine:
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
 
-        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences``;
+        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
+        channels`` (which kind it opens to whom, and why);
         ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``.
         """
         self._check_open()

@@ -178,6 +178,7 @@ class EngineState:
                 "lent_blocks": lent[worker],
                 "block_bytes": life.block_bytes,
                 "sequences": account.homed,
+                "channels": self.facts[worker]["channels"] if worker in self.facts else "",
             }
             for worker, account in life.ledger.workers.items()
         }

@@ -11,13 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, GangAbortedError
 from distkv_dask.types import Gang
-from distkv_dask.worker.channels.tcp_inlet import TcpListener
+from distkv_dask.worker.channels.base import Listener
+from distkv_dask.worker.channels.tcp import TcpListener
+from distkv_dask.worker.channels.tls import Certificates, TlsListener
+from distkv_dask.worker.channels.unix import UnixListener, machine
 from distkv_dask.worker.guest import HELLO_BYTES, Guest
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
@@ -33,15 +37,24 @@ class HolderLane:
     Parameters
     ----------
     host
-        Address to listen on; homes connect to :attr:`port` of it.
+        Address to listen on; homes connect to :attr:`port` of it, those on this machine to the Unix socket
+        :attr:`unix` (empty where that cannot be offered).
     threads
         torch threads of an operation.
+    certificates
+        Where they are given, homes that come over TCP speak TLS.
     """
 
-    def __init__(self, host: str, threads: int) -> None:
+    def __init__(self, host: str, threads: int, certificates: Certificates | None = None) -> None:
         self._threads = threads
-        self._listener = TcpListener(host, 0, HELLO_BYTES)
-        self.port = self._listener.port
+        tcp = (
+            TcpListener(host, 0, HELLO_BYTES)
+            if certificates is None
+            else TlsListener(host, 0, HELLO_BYTES, certificates.holder)
+        )
+        unix = UnixListener(HELLO_BYTES) if machine() else None
+        self.port, self.unix = tcp.port, "" if unix is None else unix.name
+        self._listeners: list[Listener] = [tcp] if unix is None else [tcp, unix]
         self._services: dict[str, Service] = {}
         self._guests: set[Guest] = set()
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -49,7 +62,8 @@ class HolderLane:
         self._wake.setblocking(False)
         self._woken.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
         self._selector.register(self._woken, selectors.EVENT_READ, self._work_off)
         self._lock = threading.Lock()
         self._closed = False
@@ -166,7 +180,9 @@ class HolderLane:
         for guest in list(self._guests):
             self._dismiss(guest, error)
         self._selector.close()
-        for closable in (self._listener, self._wake, self._woken):
+        for listener in self._listeners:
+            listener.close()
+        for closable in (self._wake, self._woken):
             closable.close()
 
     def _work_off(self) -> None:
@@ -179,8 +195,8 @@ class HolderLane:
             except Exception as error:
                 future.set_exception(error)
 
-    def _accept(self) -> None:
-        inlet = self._listener.accept()
+    def _accept(self, listener: Listener) -> None:
+        inlet = listener.accept()
         if inlet is not None:
             guest = Guest(inlet, self._services)
             self._guests.add(guest)

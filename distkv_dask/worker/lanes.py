@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distkv_dask.types import Endpoint
+from distkv_dask.worker.channels.tls import Certificates
 from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.home_lane import HomeLane
 
@@ -18,13 +19,16 @@ class Lanes:
         Host on which the holder lane listens, and at which other workers reach it.
     threads
         torch threads of each lane.
+    certificates
+        The worker's, where the cluster has any: TCP channels go with TLS then.
     """
 
-    def __init__(self, worker: str, host: str, threads: int) -> None:
+    def __init__(self, worker: str, host: str, threads: int, certificates: Certificates | None = None) -> None:
         self.threads = threads
+        self.certificates = certificates
         self.home = HomeLane(threads)
-        self.holder = HolderLane(host, threads)
-        self.endpoint = Endpoint(worker, host, self.holder.port)
+        self.holder = HolderLane(host, threads, certificates)
+        self.endpoint = Endpoint(worker, host, self.holder.port, self.holder.unix)
 
     def close(self, timeout: float = 10.0) -> None:
         """End both threads; engines must have been closed before. Can be called again.

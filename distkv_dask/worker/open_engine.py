@@ -84,6 +84,7 @@ class OpenEngine:
         geometry, pool = self.model.geometry, self.runtime.pool
         return Ready(
             endpoint=self.lanes.endpoint,
+            channels=self.runtime.dialer.explain(),
             capacity_blocks=pool.capacity_blocks,
             block_bytes=pool.storage[0].nbytes,
             max_positions=geometry.max_positions,

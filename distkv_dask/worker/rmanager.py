@@ -159,11 +159,13 @@ class RManager(WorkerPlugin):
                 await self._close_lanes()
 
     def _new_lanes(self, spec: EngineSpec) -> Lanes:
+        from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
 
         address = self.worker.address
         host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
-        return Lanes(address, host, spec.config.threads or self.worker.state.nthreads)
+        certificates = Certificates.of(self.worker.security)
+        return Lanes(address, host, spec.config.threads or self.worker.state.nthreads, certificates)
 
     async def _close_engine(self, name: str) -> None:
         async with self._changing:

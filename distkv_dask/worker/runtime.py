@@ -12,10 +12,9 @@ import torch
 
 from distkv_dask.errors import EngineClosedError, ModelError
 from distkv_dask.protocol import EngineSpec
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.types import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
-from distkv_dask.worker.channels.base import Channel
-from distkv_dask.worker.channels.tcp import TcpChannel
+from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.decode import DecodeLoop
 from distkv_dask.worker.gang import ChannelCache, HomeGang
 from distkv_dask.worker.lanes import Lanes
@@ -61,7 +60,8 @@ class Runtime:
         heads = pool.kv_heads if model is None else model.geometry.heads
         dtype = str(pool.dtype).removeprefix("torch.")
         hello = Hello(spec.engine, lanes.endpoint.worker, pool.layers, heads, pool.kv_heads, pool.head_dim, dtype)
-        self._cache = ChannelCache(_connect, encode_hello(token, hello))
+        self.dialer = Dialer(spec.config.channel, lanes.certificates)
+        self._cache = ChannelCache(self.dialer.connect, encode_hello(token, hello))
         self._lock = threading.Lock()
         self._gang: HomeGang | None = None
         self._closed = False
@@ -172,10 +172,6 @@ class Runtime:
         finally:
             with self._lock:
                 self._gang = None
-
-
-def _connect(endpoint: Endpoint, seconds: float) -> Channel:
-    return TcpChannel.open(endpoint.host, endpoint.port, endpoint.worker, seconds)
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
 TINY = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
+POOLS = ("asyncio_", "Dask-", "IO loop")  # threads of pools of Python's and Dask's, which breathe
 LONG = SamplingParams(max_new_tokens=2000, ignore_eos=True)
 
 
@@ -197,7 +198,12 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
 
         def resources() -> tuple[int, int, int]:
             tables = sum(worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers)
-            return tables, threading.active_count(), len(psutil.Process().net_connections("inet"))
+            threads = [one for one in threading.enumerate() if not one.name.startswith(POOLS)]
+            return tables, len(threads), len(psutil.Process().net_connections("all"))
+
+        def tasks() -> list[object]:
+            known = [key for key in scheduler.tasks if str(key).startswith(("prefill-", "decode-", "attend-"))]
+            return [*scheduler.plugins["distkv"].submitter._tasks, *known]
 
         await engine.generate([prompt_ids(150, seed=seed) for seed in range(4)], params)
         await asyncio.sleep(0.5)
@@ -208,14 +214,13 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
             assert all(one.finish_reason == "length" for one in done)
         for _ in range(100):
             after = resources()
-            if not after[0]:
+            if not after[0] and not tasks():  # the last attend task of a gang may end a moment later
                 break
             await asyncio.sleep(0.1)
         assert after[0] == 0
-        assert after[1] <= before[1] + 2  # Dask's own thread pool breathes
+        assert after[1] <= before[1]
         assert after[2] <= before[2] + channels
         status = await engine.status()
         assert status["sequences"] == {}
         assert not status["debts"]
-        assert not scheduler.plugins["distkv"].submitter._tasks
-        assert not [key for key in scheduler.tasks if str(key).startswith(("prefill-", "decode-", "attend-"))]
+        assert not tasks()

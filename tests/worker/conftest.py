@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
+from _channels import WAYS, Way
 from _fakes import BLOCK_TOKENS, TOKEN
-from _peers import HEAD_DIM, KV_HEADS, connect
+from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
-from distkv_dask.worker.channels.tcp import TcpChannel
-from distkv_dask.worker.holder_lane import HolderLane
+from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.service import Service
 
@@ -42,11 +42,17 @@ def pool() -> Pool:
     return made
 
 
+@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+def way(request: pytest.FixtureRequest) -> Way:
+    """Every kind of channel in turn."""
+    return request.param
+
+
 @pytest.fixture
-def lane(pool: Pool, request: pytest.FixtureRequest) -> Iterator[HolderLane]:
+def lane(pool: Pool, way: Way, request: pytest.FixtureRequest) -> Iterator[Holder]:
     """A holder lane; ``@impatient`` tests get one that waits half a second."""
     limit = getattr(request, "param", 20.0)
-    lane = HolderLane("127.0.0.1", 1)
+    lane = Holder(way)
     lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=limit, timeout_receive=limit / 2))
     yield lane
     lane.close()
@@ -54,7 +60,7 @@ def lane(pool: Pool, request: pytest.FixtureRequest) -> Iterator[HolderLane]:
 
 
 @pytest.fixture
-def home(lane: HolderLane) -> Iterator[TcpChannel]:
+def home(lane: Holder) -> Iterator[Channel]:
     channel = connect(lane)
     yield channel
     channel.close()

@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
-from _peers import HEAD_DIM, HEADS, KV_HEADS, answer, ask, begin, connect, gang, impatient, serves
+from _peers import HEAD_DIM, HEADS, KV_HEADS, Holder, answer, ask, begin, connect, gang, impatient, serves
 
 from distkv_dask.errors import (
     ChannelError,
@@ -22,9 +22,8 @@ from distkv_dask.errors import (
     GangAbortedError,
 )
 from distkv_dask.kernels import micro_attention
+from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.channels.tcp import TcpChannel
-from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.home_lane import NICENESS, HomeLane
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.wire import Row, encode_rows
@@ -75,7 +74,7 @@ def test_closing_a_home_lane_cancels_what_has_not_begun() -> None:
         lane.submit(lambda: 1)
 
 
-def test_a_holder_answers_with_attention_over_its_span(lane: HolderLane, home: TcpChannel, pool: Pool) -> None:
+def test_a_holder_answers_with_attention_over_its_span(lane: Holder, home: Channel, pool: Pool) -> None:
     session = lane.open_session("engine", gang())
     begin(home)
     home.recv_into(Header(Kind.READY, 1, 1))
@@ -94,7 +93,7 @@ def test_a_holder_answers_with_attention_over_its_span(lane: HolderLane, home: T
     assert stats.busy_seconds > 0
 
 
-def test_one_channel_serves_many_gangs_and_changing_batches(lane: HolderLane, home: TcpChannel) -> None:
+def test_one_channel_serves_many_gangs_and_changing_batches(lane: Holder, home: Channel) -> None:
     for number in range(1, 6):
         session = lane.open_session("engine", gang(number))
         begin(home, number, rows=())
@@ -109,7 +108,7 @@ def test_one_channel_serves_many_gangs_and_changing_batches(lane: HolderLane, ho
         assert session.wait(5).requests == 2
 
 
-def test_a_home_that_comes_before_the_session_waits_for_it(lane: HolderLane, home: TcpChannel) -> None:
+def test_a_home_that_comes_before_the_session_waits_for_it(lane: Holder, home: Channel) -> None:
     begin(home)
     time.sleep(0.1)
     session = lane.open_session("engine", gang())
@@ -119,7 +118,7 @@ def test_a_home_that_comes_before_the_session_waits_for_it(lane: HolderLane, hom
 
 
 @impatient
-def test_half_a_frame_of_one_home_does_not_keep_others_waiting(lane: HolderLane, home: TcpChannel) -> None:
+def test_half_a_frame_of_one_home_does_not_keep_others_waiting(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
     begin(home)
     home.recv_into(Header(Kind.READY, 1, 1))
@@ -130,7 +129,7 @@ def test_half_a_frame_of_one_home_does_not_keep_others_waiting(lane: HolderLane,
 
 
 @impatient
-def test_a_home_that_does_not_read_its_answers_keeps_nobody_waiting(lane: HolderLane, pool: Pool) -> None:
+def test_a_home_that_does_not_read_its_answers_keeps_nobody_waiting(lane: Holder, pool: Pool) -> None:
     home = connect(lane)
     home._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     session = lane.open_session("engine", gang())
@@ -146,7 +145,7 @@ def test_a_home_that_does_not_read_its_answers_keeps_nobody_waiting(lane: Holder
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_dying_home_ends_its_session_at_once(lane: HolderLane, home: TcpChannel, begun: bool) -> None:
+def test_a_dying_home_ends_its_session_at_once(lane: Holder, home: Channel, begun: bool) -> None:
     if begun:
         session = lane.open_session("engine", gang())
     begin(home)
@@ -161,7 +160,7 @@ def test_a_dying_home_ends_its_session_at_once(lane: HolderLane, home: TcpChanne
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_failing_home_ends_its_session_with_its_reason(lane: HolderLane, home: TcpChannel, begun: bool) -> None:
+def test_a_failing_home_ends_its_session_with_its_reason(lane: Holder, home: Channel, begun: bool) -> None:
     session = lane.open_session("engine", gang())
     if begun:
         begin(home)
@@ -172,7 +171,7 @@ def test_a_failing_home_ends_its_session_with_its_reason(lane: HolderLane, home:
 
 
 @impatient
-def test_a_home_that_never_comes_ends_the_session_in_time(lane: HolderLane) -> None:
+def test_a_home_that_never_comes_ends_the_session_in_time(lane: Holder) -> None:
     session = lane.open_session("engine", gang())
     with pytest.raises(ChannelTimeoutError, match=r"did not end in 0.01 s"):
         session.wait(0.01)
@@ -181,14 +180,14 @@ def test_a_home_that_never_comes_ends_the_session_in_time(lane: HolderLane) -> N
 
 
 @impatient
-def test_a_session_that_is_never_opened_sends_its_home_away(lane: HolderLane, home: TcpChannel) -> None:
+def test_a_session_that_is_never_opened_sends_its_home_away(lane: Holder, home: Channel) -> None:
     begin(home)
     with pytest.raises(GangAbortedError, match=r"not opened within 0.5 s \(distkv.timeouts.start\)"):
         home.recv_into(Header(Kind.READY, 1, 1))
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_abort_ends_session_and_home(lane: HolderLane, home: TcpChannel, begun: bool) -> None:
+def test_an_abort_ends_session_and_home(lane: Holder, home: Channel, begun: bool) -> None:
     session = lane.open_session("engine", gang())
     begin(home)
     if begun:
@@ -203,7 +202,7 @@ def test_an_abort_ends_session_and_home(lane: HolderLane, home: TcpChannel, begu
         home.recv_into(Header(Kind.READY, 1, 1))
 
 
-def test_an_abort_that_comes_first_refuses_session_and_home(lane: HolderLane, home: TcpChannel) -> None:
+def test_an_abort_that_comes_first_refuses_session_and_home(lane: Holder, home: Channel) -> None:
     lane.abort("engine", 1, "w7 died")
     begin(home)
     with pytest.raises(GangAbortedError, match="w7 died"):
@@ -213,7 +212,7 @@ def test_an_abort_that_comes_first_refuses_session_and_home(lane: HolderLane, ho
 
 
 @pytest.mark.parametrize("close", [lambda lane: lane.detach("engine"), lambda lane: lane.close()])
-def test_closing_ends_sessions_and_homes(lane: HolderLane, home: TcpChannel, close) -> None:
+def test_closing_ends_sessions_and_homes(lane: Holder, home: Channel, close) -> None:
     waiting, running = lane.open_session("engine", gang(1)), lane.open_session("engine", gang(2))
     begin(home, 2)
     home.recv_into(Header(Kind.READY, 2, 1))

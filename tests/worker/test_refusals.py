@@ -8,7 +8,7 @@ import socket
 
 import pytest
 from _fakes import TOKEN
-from _peers import HEAD_DIM, HEADS, HELLO, ask, begin, connect, gang, serves
+from _peers import HEAD_DIM, HEADS, HELLO, Holder, ask, begin, connect, gang, serves
 
 from distkv_dask.errors import (
     CapacityError,
@@ -16,9 +16,8 @@ from distkv_dask.errors import (
     GangAbortedError,
 )
 from distkv_dask.worker import guest
+from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.channels.tcp import TcpChannel
-from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.wire import Row, encode_hello
 
 
@@ -26,7 +25,7 @@ from distkv_dask.worker.wire import Row, encode_hello
     "first", [b"GET / HTTP/1.1\r\nHost: here\r\n\r\n" * 4, b"", Header(Kind.HELLO, length=2**40).pack(), bytes(64)]
 )
 def test_a_stranger_is_dropped_and_logged(
-    lane: HolderLane, first: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    lane: Holder, first: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guest, "HELLO_SECONDS", 0.5)
     with caplog.at_level(logging.WARNING), socket.create_connection(("127.0.0.1", lane.port), 5) as stranger:
@@ -38,8 +37,8 @@ def test_a_stranger_is_dropped_and_logged(
 
 
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.BEGIN])
-def test_a_wrong_token_opens_nothing(lane: HolderLane, kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
-    channel = TcpChannel.open("127.0.0.1", lane.port, "w1", 5.0)
+def test_a_wrong_token_opens_nothing(lane: Holder, kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    channel = lane.open()
     body = encode_hello(b"wrong" if kind is Kind.HELLO else TOKEN.encode(), HELLO)
     with caplog.at_level(logging.WARNING):
         channel.send(Header(kind, length=len(body)), body)
@@ -52,13 +51,13 @@ def test_a_wrong_token_opens_nothing(lane: HolderLane, kind: Kind, caplog: pytes
 
 
 @pytest.mark.parametrize("change", [{"layers": 3}, {"kv_heads": 1}, {"head_dim": 32}, {"dtype": "bfloat16"}])
-def test_a_home_with_another_model_is_told_both_geometries(lane: HolderLane, change: dict[str, object]) -> None:
+def test_a_home_with_another_model_is_told_both_geometries(lane: Holder, change: dict[str, object]) -> None:
     with pytest.raises(GangAbortedError, match=r"float32.*engine, \(2, 2, 64, 'float32'\)|bfloat16.*\(2, 2, 64"):
         connect(lane, HELLO._replace(**change))
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x81\x01\x02", b"\x91\x94\x01\xff\x01\xc2"])
-def test_a_batch_that_makes_no_sense_is_refused(lane: HolderLane, home: TcpChannel, body: bytes) -> None:
+def test_a_batch_that_makes_no_sense_is_refused(lane: Holder, home: Channel, body: bytes) -> None:
     session = lane.open_session("engine", gang())
     home.send(Header(Kind.BEGIN, 1, 1, length=len(body)), body)
     with pytest.raises(GangAbortedError, match=r"msgpack|batch|body"):
@@ -68,7 +67,7 @@ def test_a_batch_that_makes_no_sense_is_refused(lane: HolderLane, home: TcpChann
         session.wait(5)
 
 
-def test_rows_without_room_are_refused_on_both_sides(lane: HolderLane, home: TcpChannel) -> None:
+def test_rows_without_room_are_refused_on_both_sides(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
     begin(home, rows=(Row(1, 48, 1, True),))
     with pytest.raises(GangAbortedError, match="has room for 48 tokens"):
@@ -79,7 +78,7 @@ def test_rows_without_room_are_refused_on_both_sides(lane: HolderLane, home: Tcp
 
 @pytest.mark.parametrize("change", [{"epoch": 0}, {"gang": 9}, {"layer": 1}, {"step": 1}, {"length": 64}])
 def test_a_request_out_of_turn_ends_the_gang_with_both_views(
-    lane: HolderLane, home: TcpChannel, change: dict[str, int]
+    lane: Holder, home: Channel, change: dict[str, int]
 ) -> None:
     session = lane.open_session("engine", gang())
     begin(home)
@@ -93,7 +92,7 @@ def test_a_request_out_of_turn_ends_the_gang_with_both_views(
     assert serves(lane, 2)
 
 
-def test_a_gang_of_an_old_epoch_is_refused(lane: HolderLane, home: TcpChannel) -> None:
+def test_a_gang_of_an_old_epoch_is_refused(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang(epoch=5))
     begin(home, epoch=4)
     with pytest.raises(GangAbortedError, match=r"epoch 4.*epoch 5"):
@@ -102,7 +101,7 @@ def test_a_gang_of_an_old_epoch_is_refused(lane: HolderLane, home: TcpChannel) -
         session.wait(5)
 
 
-def test_a_gang_that_has_ended_cannot_begin_again(lane: HolderLane) -> None:
+def test_a_gang_that_has_ended_cannot_begin_again(lane: Holder) -> None:
     assert serves(lane, 3)
     home = connect(lane)
     begin(home, 3)
@@ -113,7 +112,7 @@ def test_a_gang_that_has_ended_cannot_begin_again(lane: HolderLane) -> None:
         lane.open_session("engine", gang(3)).wait(5)
 
 
-def test_a_second_home_cannot_take_or_disturb_a_gang(lane: HolderLane, home: TcpChannel) -> None:
+def test_a_second_home_cannot_take_or_disturb_a_gang(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
     begin(home)
     home.recv_into(Header(Kind.READY, 1, 1))
@@ -128,7 +127,7 @@ def test_a_second_home_cannot_take_or_disturb_a_gang(lane: HolderLane, home: Tcp
         session.wait(5)
 
 
-def test_a_request_outside_any_gang_is_refused(lane: HolderLane, home: TcpChannel) -> None:
+def test_a_request_outside_any_gang_is_refused(lane: Holder, home: Channel) -> None:
     home.send(Header(Kind.ATTEND, 1, 1, length=4), b"1234")
     with pytest.raises(GangAbortedError, match="gang 1, epoch 1"):
         home.recv_into(Header(Kind.PARTIAL, 1, 1))

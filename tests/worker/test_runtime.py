@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _channels import Way
 from _fakes import GREEDY, NEW, PROMPT, ROOM, Recorder, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 
@@ -56,8 +57,8 @@ def test_any_number_of_workers_and_any_chunks_give_the_same_tokens(size: int, ch
 
 
 @pytest.mark.parametrize("room", [[("w1", ROOM)], [("w0", 30), ("w1", 20), ("w2", ROOM)], [("w1", 30), ("w0", ROOM)]])
-def test_one_home_can_compute_chunks_whose_kv_belongs_to_others(room: list[tuple[str, int]]) -> None:
-    with fleet(loaded("qwen2"), 3) as made:
+def test_one_home_can_compute_chunks_whose_kv_belongs_to_others(way: Way, room: list[tuple[str, int]]) -> None:
+    with fleet(loaded("qwen2"), 3, way) as made:
         placement = made.place(1, *room)
         gang = made.gang("w0", [worker for worker, _ in room if worker != "w0"])
         ids = tuple(prompt_ids(PROMPT))
@@ -67,7 +68,7 @@ def test_one_home_can_compute_chunks_whose_kv_belongs_to_others(room: list[tuple
         assert [first, *result.tokens[1]] == reference("qwen2").tokens
 
 
-def test_sequences_join_at_different_windows_and_leave_when_they_stop() -> None:
+def test_sequences_join_at_different_windows_and_leave_when_they_stop(way: Way) -> None:
     family, lengths = "llama-gqa", (70, 9, 33, 50)
     rooms = [
         [("w1", 40), ("w0", 60)],
@@ -76,7 +77,7 @@ def test_sequences_join_at_different_windows_and_leave_when_they_stop() -> None:
         [("w2", 16), ("w1", 16), ("w0", 50)],
     ]
     counts = (14, 4, 9, 11)
-    with fleet(loaded(family), 3) as made:
+    with fleet(loaded(family), 3, way) as made:
         tokens: dict[int, list[int]] = {}
         waiting = list(enumerate(zip(lengths, rooms, counts, strict=True)))
         batch: list[SequenceState] = []
@@ -94,8 +95,8 @@ def test_sequences_join_at_different_windows_and_leave_when_they_stop() -> None:
             assert tokens[sequence] == reference(family, length, sequence).tokens[:count]
 
 
-def test_homes_that_hold_for_each_other_do_not_deadlock() -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
+def test_homes_that_hold_for_each_other_do_not_deadlock(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
         for sequence, (first, second) in enumerate((("w0", "w1"), ("w1", "w0"))):
             placement = made.place(sequence, (second, 40), (first, ROOM))
             made.prefill(sequence, placement, prompt_ids(PROMPT))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from _channels import Bare, Way
 from _fakes import GREEDY, PROMPT, ROOM, Fleet, Recorder, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 from _peers import BadHolder
@@ -85,12 +86,12 @@ def works(made: Fleet) -> bool:
 @pytest.mark.parametrize("behaviour", MISBEHAVIOUR)
 @pytest.mark.parametrize("others", [(), ("w1",)])
 def test_a_holder_that_misbehaves_ends_the_gang_in_time_and_the_next_window_works(
-    behaviour: str, others: tuple[str, ...]
+    way: Way, behaviour: str, others: tuple[str, ...]
 ) -> None:
     behave, kind, text = MISBEHAVIOUR[behaviour]
-    with fleet(loaded("llama-gqa"), 2, timeout_receive=1.0) as made:
+    with fleet(loaded("llama-gqa"), 2, way, timeout_receive=1.0) as made:
         assert works(made)
-        holder = BadHolder(behave)
+        holder = BadHolder(behave, way=way)
         try:
             error, others_errors, seconds = endings(made, holder.endpoint, others)
         finally:
@@ -107,9 +108,9 @@ def test_a_holder_that_misbehaves_ends_the_gang_in_time_and_the_next_window_work
         assert works(made)
 
 
-def test_a_holder_that_never_welcomes_ends_the_gang_in_time() -> None:
-    with fleet(loaded("llama-gqa"), 2, timeout_receive=1.0) as made:
-        holder = BadHolder(lambda peer, ask: None, welcome=False)
+def test_a_holder_that_never_welcomes_ends_the_gang_in_time(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way, timeout_receive=1.0) as made:
+        holder = BadHolder(lambda peer, ask: None, welcome=False, way=way)
         error, _, seconds = endings(made, holder.endpoint)
         holder.close()
         assert isinstance(error, ChannelTimeoutError)
@@ -117,10 +118,11 @@ def test_a_holder_that_never_welcomes_ends_the_gang_in_time() -> None:
         assert works(made)
 
 
-def test_a_holder_that_is_gone_ends_the_gang_and_tells_the_others() -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            endpoint = Endpoint("w9", "127.0.0.1", server.getsockname()[1])
+def test_a_holder_that_is_gone_ends_the_gang_and_tells_the_others(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
+        server = Bare(way)
+        server.close()
+        endpoint = replace(server.endpoint, worker="w9")
         gang_error, others, seconds = endings(made, endpoint, ("w1",))
         assert isinstance(gang_error, ChannelError)
         assert [type(error) for error in others] == [GangAbortedError]
@@ -128,8 +130,8 @@ def test_a_holder_that_is_gone_ends_the_gang_and_tells_the_others() -> None:
         assert works(made)
 
 
-def test_a_session_that_never_opens_ends_the_gang_with_the_start_limit() -> None:
-    with fleet(loaded("llama-gqa"), 2, timeout_start=0.5) as made:
+def test_a_session_that_never_opens_ends_the_gang_with_the_start_limit(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way, timeout_start=0.5) as made:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         window = DecodeWindow(made.gang("w0", ["w1"]), 0, 5, 60.0)
         home = made.members["w0"]
@@ -140,7 +142,7 @@ def test_a_session_that_never_opens_ends_the_gang_with_the_start_limit() -> None
         assert works(made)
 
 
-def test_a_model_that_fails_tells_the_holders_and_leaves_the_lane_usable() -> None:
+def test_a_model_that_fails_tells_the_holders_and_leaves_the_lane_usable(way: Way) -> None:
     class Broken(Recorder):
         broken = False
 
@@ -150,7 +152,7 @@ def test_a_model_that_fails_tells_the_holders_and_leaves_the_lane_usable() -> No
             return super().forward(*args)
 
     model = Broken(loaded("llama-gqa"))
-    with fleet(model, 2) as made:
+    with fleet(model, 2, way) as made:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         first = made.prefill(1, placement, prompt_ids(PROMPT))
         gang = made.gang("w0", ["w1"])
@@ -170,8 +172,8 @@ def test_a_model_that_fails_tells_the_holders_and_leaves_the_lane_usable() -> No
 
 
 @pytest.mark.parametrize("where", ["home", "holder"])
-def test_an_abort_from_another_thread_ends_all_members(where: str) -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
+def test_an_abort_from_another_thread_ends_all_members(way: Way, where: str) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         gang = made.gang("w0", ["w1"])
         home, holder = made.members["w0"], made.members["w1"]
@@ -195,9 +197,9 @@ def test_an_abort_from_another_thread_ends_all_members(where: str) -> None:
 
 
 @pytest.mark.parametrize("welcome", [True, False])
-def test_an_abort_ends_a_home_that_waits_for_a_frozen_holder(welcome: bool) -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
-        holder = BadHolder(lambda peer, ask: None, welcome)
+def test_an_abort_ends_a_home_that_waits_for_a_frozen_holder(way: Way, welcome: bool) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
+        holder = BadHolder(lambda peer, ask: None, welcome, way=way)
         placement = made.place(1, ("w0", ROOM))
         placement = (replace(placement[0], worker="w9", stop=40), replace(placement[0], start=40))
         gang = replace(made.gang("w0", []), holders=(holder.endpoint,))
@@ -214,8 +216,8 @@ def test_an_abort_ends_a_home_that_waits_for_a_frozen_holder(welcome: bool) -> N
         assert works(made)
 
 
-def test_a_placement_without_room_is_an_error_of_ours() -> None:
-    with fleet(loaded("llama-gqa"), 1) as made:
+def test_a_placement_without_room_is_an_error_of_ours(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 1, way) as made:
         placement = made.place(1, ("w0", PROMPT + 2))
         first = made.prefill(1, placement, prompt_ids(PROMPT))
         with pytest.raises(CapacityError, match="room reserved for 72"):
@@ -224,8 +226,8 @@ def test_a_placement_without_room_is_an_error_of_ours() -> None:
             made.place(2, ("w0", 10**6))
 
 
-def test_holders_are_told_of_a_plan_that_fails_before_it_begins() -> None:
-    with fleet(loaded("llama-gqa"), 3, timeout_start=60.0) as made:
+def test_holders_are_told_of_a_plan_that_fails_before_it_begins(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 3, way, timeout_start=60.0) as made:
         placement = made.place(1, ("w1", 40), ("w0", PROMPT - 40))
         gang = made.gang("w0", ["w1", "w2"])
         sessions = [made.members[worker].runtime.open_session(gang) for worker in ("w1", "w2")]
@@ -241,16 +243,16 @@ def test_holders_are_told_of_a_plan_that_fails_before_it_begins() -> None:
         assert works(made)
 
 
-def test_an_empty_batch_completes_its_gang() -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
+def test_an_empty_batch_completes_its_gang(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
         gang = made.gang("w0", ["w1"])
         result = made.run(gang, lambda runtime: runtime.decode(DecodeWindow(gang, 0, 5, 60.0), []))
         assert (result.tokens, result.steps) == ({}, 0)
         assert works(made)
 
 
-def test_a_worker_without_weights_holds_but_does_not_compute() -> None:
-    with fleet(loaded("llama-gqa"), 2) as made:
+def test_a_worker_without_weights_holds_but_does_not_compute(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 2, way) as made:
         holder = made.members["w1"]
         holder.runtime.close()
         holder.runtime = Runtime(made.spec, None, holder.pool, holder.lanes)
@@ -271,8 +273,8 @@ def at_once(made: Fleet) -> Iterator[None]:
     assert time.monotonic() - began < 10
 
 
-def test_closing_ends_a_home_that_waits_and_a_session_that_serves() -> None:
-    made = Fleet(loaded("llama-gqa"), 2)
+def test_closing_ends_a_home_that_waits_and_a_session_that_serves(way: Way) -> None:
+    made = Fleet(loaded("llama-gqa"), 2, way)
     with at_once(made):
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         home, holder = made.members["w0"], made.members["w1"]

@@ -120,8 +120,6 @@ class Inlet(Protocol):
 class Listener(Protocol):
     """Where homes connect."""
 
-    port: int
-
     def accept(self) -> Inlet | None:
         """Next connection, or None when there is none just now."""
 

@@ -1,43 +1,19 @@
-"""The home's end of a TCP channel: blocking, with time limits that the kernel keeps."""
+"""Channels over TCP, without delay for small frames."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import struct
-import time
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
-from distkv_dask.worker.channels.frames import (
-    HEADER_BYTES,
-    MESSAGE_BYTES,
-    Header,
-    Kind,
-    failure_frame,
-    parse_header,
-    rest_of_frame,
-)
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from distkv_dask.worker.channels.stream import StreamChannel, connected
+from distkv_dask.worker.channels.stream_inlet import StreamInlet, StreamListener
 
 
-class TcpChannel:
+class TcpChannel(StreamChannel):
     """Home's end over TCP; see :class:`distkv_dask.worker.channels.base.Channel`."""
 
-    def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
-        self.peer = peer
-        self._sock = sock
-        self._head = bytearray(HEADER_BYTES)
-        self._seconds = 0.0
-        self._aborted = False
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(None)
-        self.limit(seconds)
-
     @classmethod
-    def open(cls, host: str, port: int, peer: str, seconds: float) -> TcpChannel:
+    def open(cls, host: str, port: int, peer: str, seconds: float) -> Self:
         """Connect to a holder's listener.
 
         Raises
@@ -45,126 +21,36 @@ class TcpChannel:
         ChannelTimeoutError, ChannelError
             It does not answer within ``seconds``, or refuses.
         """
-        try:
-            return cls(socket.create_connection((host, port), seconds), peer, seconds)
-        except TimeoutError as error:
-            raise ChannelTimeoutError(f"{peer} ({host}:{port}) does not accept a channel in {seconds:g} s") from error
-        except OSError as error:
-            raise ChannelError(f"cannot open a channel to {peer} ({host}:{port}): {error}") from error
+        return cls(tcp_socket(host, port, peer, seconds), peer, seconds)
 
-    def limit(self, seconds: float) -> None:
-        """Set the time limit of every later call; the kernel keeps it, which saves a poll for each call."""
-        if seconds == self._seconds:
-            return
-        self._seconds = seconds
-        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
-        with contextlib.suppress(OSError):  # a broken socket says so at its next use
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
-    def send(self, header: Header, *buffers: Buffer) -> None:
-        """Send a frame."""
-        try:
-            sent = self._sock.sendmsg((header.pack(), *buffers))
-            if sent < HEADER_BYTES + header.length:
-                for rest in rest_of_frame(sent, header, buffers):
-                    self._sock.sendall(rest)
-        except OSError as error:
-            raise self._failure_sent() or self._broken("take", header, error) from error
+class TcpListener(StreamListener):
+    """Listening TCP socket; see :class:`distkv_dask.worker.channels.base.Listener`.
 
-    def recv_into(self, expected: Header, buffer: memoryview | None = None) -> None:
-        """Receive exactly the frame ``expected``."""
-        head = self._head
-        try:
-            got = self._sock.recvmsg_into((head,) if buffer is None else (head, buffer))[0]
-            if got < HEADER_BYTES:
-                self._fill(memoryview(head)[got:], got)
-                got = HEADER_BYTES
-            if head != expected.pack():
-                raise self._unexpected(expected, b"" if buffer is None else bytes(buffer[: got - HEADER_BYTES]))
-            if buffer is not None and got < HEADER_BYTES + expected.length:
-                self._fill(buffer[got - HEADER_BYTES :], got)
-        except OSError as error:
-            if isinstance(error, ChannelError):
-                raise
-            raise self._broken("send", expected, error) from error
+    Parameters
+    ----------
+    host, port
+        Address to listen on; port 0 takes a free one.
+    maximum
+        Longest payload, in bytes, that a connection may send at first.
+    """
 
-    def fail(self, gang: int, epoch: int, message: str) -> None:
-        """Send a failure frame as far as possible without waiting, then close."""
-        with contextlib.suppress(OSError):
-            self._sock.sendmsg(failure_frame(gang, epoch, message), (), socket.MSG_DONTWAIT)
-            self._sock.shutdown(socket.SHUT_WR)
-        self.close()
+    def __init__(self, host: str, port: int, maximum: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__(socket.create_server((host, port), family=family, backlog=256), maximum)
+        self.port: int = self._sock.getsockname()[1]
 
-    def abort(self) -> None:
-        """End a call that blocks in another thread."""
-        self._aborted = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._end(sock, f"{address[0]}:{address[1]}")
 
-    def close(self) -> None:
-        """Close; can be called again."""
-        self._sock.close()
+    def _end(self, sock: socket.socket, peer: str) -> StreamInlet:
+        return StreamInlet(sock, peer, self._maximum)
 
-    def idle(self) -> bool:
-        """Whether the channel is open and nothing unread is in it."""
-        try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
 
-    def fileno(self) -> int:
-        """Descriptor that becomes readable when a frame comes."""
-        return self._sock.fileno()
-
-    def _fill(self, view: memoryview, got: int) -> None:
-        """Fill ``view``; ``got`` bytes of the frame are there already. A trickle ends at the limit too."""
-        deadline = time.monotonic() + self._seconds
-        count = got
-        while True:
-            if not count and self._aborted:
-                raise ChannelError(f"the channel to {self.peer} was aborted")
-            if not count:
-                raise ChannelError(f"{self.peer} closed the channel" + (f" {got} bytes into a frame" if got else ""))
-            if not view:
-                return
-            count = self._sock.recv_into(view, len(view), socket.MSG_WAITALL)
-            view, got = view[count:], got + count
-            if view and time.monotonic() > deadline:
-                raise BlockingIOError
-
-    def _unexpected(self, expected: Header, begun: bytes) -> Exception:
-        """Error for a header that is not ``expected``; ``begun`` is what was read of its payload."""
-        header = parse_header(self._head)
-        if header is None:
-            return ChannelError(f"{self.peer} sent bytes that are no frame, where {expected} was expected")
-        if header.kind is not Kind.FAIL:
-            return ChannelError(f"{self.peer} sent {header}; expected was {expected}")
-        rest = memoryview(bytearray(max(0, min(header.length, MESSAGE_BYTES) - len(begun))))
-        with contextlib.suppress(OSError):
-            self._fill(rest, HEADER_BYTES)
-        reason = (begun + bytes(rest))[: header.length].decode(errors="replace")
-        return GangAbortedError(f"{self.peer} failed: {reason}")
-
-    def _failure_sent(self) -> Exception | None:
-        """The peer's failure frame, when it sent one before it closed."""
-        try:
-            self._head[:] = self._sock.recv(HEADER_BYTES, socket.MSG_DONTWAIT).ljust(HEADER_BYTES)
-        except OSError:
-            return None
-        header = parse_header(self._head)
-        failed = header is not None and header.kind is Kind.FAIL
-        return self._unexpected(Header(Kind.READY), b"") if failed else None
-
-    def _broken(self, verb: str, header: Header, error: OSError) -> ChannelError:
-        if self._aborted:
-            return ChannelError(f"the channel to {self.peer} was aborted")
-        if isinstance(error, BlockingIOError | TimeoutError):
-            return ChannelTimeoutError(
-                f"{self.peer} did not {verb} {header} within {self._seconds:g} s; it may be frozen or cut off. "
-                "If it is only slow, raise distkv.timeouts.receive"
-            )
-        return ChannelError(f"the channel to {self.peer} broke ({error}), it did not {verb} {header}")
+def tcp_socket(host: str, port: int, peer: str, seconds: float) -> socket.socket:
+    """Socket connected to a holder's listener; raises as :meth:`TcpChannel.open` does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = connected(socket.socket(family), (host, port), peer, seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock

@@ -1,10 +1,11 @@
-"""The holder's end of TCP channels: partial frames are buffered, nothing ever blocks."""
+"""The holder's end of channels over stream sockets: partial frames are buffered, nothing ever blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class TcpInlet:
-    """Holder's end over TCP; see :class:`distkv_dask.worker.channels.base.Inlet`."""
+class StreamInlet:
+    """Holder's end over any stream socket; see :class:`distkv_dask.worker.channels.base.Inlet`."""
 
     def __init__(self, sock: socket.socket, peer: str, maximum: int) -> None:
         self.peer = peer
@@ -26,7 +27,6 @@ class TcpInlet:
         self._header: Header | None = None
         self._unsent = memoryview(b"")
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.data = torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(b"")
         self.make_room(maximum)
@@ -53,7 +53,7 @@ class TcpInlet:
             if header is not None and self._filled >= HEADER_BYTES + header.length:
                 return header
             try:
-                count = self._sock.recv_into(self._view[self._filled :])
+                count = self._read(self._view[self._filled :])
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -79,7 +79,7 @@ class TcpInlet:
     def send(self, header: Header, *buffers: Buffer) -> None:
         """Send a frame as far as possible."""
         try:
-            sent = 0 if self._unsent else self._sock.sendmsg((header.pack(), *buffers))
+            sent = 0 if self._unsent else self._write((header.pack(), *buffers))
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -90,7 +90,7 @@ class TcpInlet:
     def flush(self) -> None:
         """Send more of what :meth:`send` could not."""
         try:
-            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            self._unsent = self._unsent[self._write((self._unsent,)) :]
         except BlockingIOError:
             return
         except OSError as error:
@@ -100,8 +100,8 @@ class TcpInlet:
         """Send a failure frame as far as possible without waiting, then close."""
         with contextlib.suppress(OSError):
             if not self._unsent:
-                self._sock.sendmsg(failure_frame(gang, epoch, message))
-            self._sock.shutdown(socket.SHUT_WR)
+                self._write(failure_frame(gang, epoch, message))
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
         self.close()
 
     def close(self) -> None:
@@ -112,6 +112,16 @@ class TcpInlet:
         """Descriptor for :mod:`selectors`."""
         return self._sock.fileno()
 
+    # What a socket with encryption does in another way
+
+    def _read(self, view: memoryview) -> int:
+        """Read what is there; 0 when the peer closed, BlockingIOError when nothing is there."""
+        return self._sock.recv_into(view)
+
+    def _write(self, buffers: Iterable[Buffer]) -> int:
+        """Send what the kernel takes; the number of bytes."""
+        return self._sock.sendmsg(buffers)
+
     def _check(self, header: Header | None) -> Header:
         if header is None:
             raise ChannelError(f"{self.peer} sent bytes that are no frame")
@@ -121,23 +131,21 @@ class TcpInlet:
         return header
 
 
-class TcpListener:
+class StreamListener:
     """Listening socket; see :class:`distkv_dask.worker.channels.base.Listener`."""
 
-    def __init__(self, host: str, port: int, maximum: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._sock = socket.create_server((host, port), family=family, backlog=256)
-        self._sock.setblocking(False)
+    def __init__(self, sock: socket.socket, maximum: int) -> None:
+        self._sock = sock
         self._maximum = maximum
-        self.port: int = self._sock.getsockname()[1]
+        sock.setblocking(False)
 
-    def accept(self) -> TcpInlet | None:
+    def accept(self) -> StreamInlet | None:
         """Next connection, or None; the peer has no name but its address until it says hello."""
         try:
             sock, address = self._sock.accept()
         except OSError:
             return None
-        return TcpInlet(sock, f"{address[0]}:{address[1]}", self._maximum)
+        return self._inlet(sock, address)
 
     def fileno(self) -> int:
         """Descriptor that becomes readable when somebody connects."""
@@ -146,3 +154,7 @@ class TcpListener:
     def close(self) -> None:
         """Stop listening."""
         self._sock.close()
+
+    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet | None:
+        """The holder's end of a connection; None refuses it."""
+        raise NotImplementedError

@@ -1,0 +1,197 @@
+"""The home's end of a channel over a stream socket: blocking, with time limits that the kernel keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.worker.channels.frames import (
+    HEADER_BYTES,
+    MESSAGE_BYTES,
+    Header,
+    Kind,
+    failure_frame,
+    parse_header,
+    rest_of_frame,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class StreamChannel:
+    """Home's end over any stream socket; see :class:`distkv_dask.worker.channels.base.Channel`."""
+
+    def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
+        self.peer = peer
+        self._sock = sock
+        self._head = bytearray(HEADER_BYTES)
+        self._seconds = 0.0
+        self._aborted = False
+        sock.settimeout(None)
+        self.limit(seconds)
+
+    def limit(self, seconds: float) -> None:
+        """Set the time limit of every later call; the kernel keeps it, which saves a poll for each call."""
+        if seconds == self._seconds:
+            return
+        self._seconds = seconds
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
+        with contextlib.suppress(OSError):  # a broken socket says so at its next use
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def send(self, header: Header, *buffers: Buffer) -> None:
+        """Send a frame."""
+        try:
+            self._write(header, buffers)
+        except OSError as error:
+            raise self._failure_sent() or self._broken("take", header, error) from error
+
+    def recv_into(self, expected: Header, buffer: memoryview | None = None) -> None:
+        """Receive exactly the frame ``expected``."""
+        head = self._head
+        try:
+            got = self._begin(buffer)
+            if got < HEADER_BYTES:
+                self._fill(memoryview(head)[got:], got)
+                got = HEADER_BYTES
+            if head != expected.pack():
+                raise self._unexpected(expected, b"" if buffer is None else bytes(buffer[: got - HEADER_BYTES]))
+            if buffer is not None and got < HEADER_BYTES + expected.length:
+                self._fill(buffer[got - HEADER_BYTES :], got)
+        except OSError as error:
+            if isinstance(error, ChannelError):
+                raise
+            raise self._broken("send", expected, error) from error
+
+    def fail(self, gang: int, epoch: int, message: str) -> None:
+        """Send a failure frame as far as possible without waiting, then close."""
+        with contextlib.suppress(OSError):
+            self._write_now(failure_frame(gang, epoch, message))
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+        self.close()
+
+    def abort(self) -> None:
+        """End a call that blocks in another thread."""
+        self._aborted = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # a TLS socket's own method would end its encryption
+
+    def close(self) -> None:
+        """Close; can be called again."""
+        self._sock.close()
+
+    def idle(self) -> bool:
+        """Whether the channel is open and nothing unread is in it."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def fileno(self) -> int:
+        """Descriptor that becomes readable when a frame comes."""
+        return self._sock.fileno()
+
+    # What a socket with encryption does in another way
+
+    def _write(self, header: Header, buffers: tuple[Buffer, ...]) -> None:
+        """Send a whole frame."""
+        sent = self._sock.sendmsg((header.pack(), *buffers))
+        if sent < HEADER_BYTES + header.length:
+            for rest in rest_of_frame(sent, header, buffers):
+                self._sock.sendall(rest)
+
+    def _write_now(self, frame: tuple[bytes, bytes]) -> None:
+        """Send as far as possible without waiting."""
+        self._sock.sendmsg(frame, (), socket.MSG_DONTWAIT)
+
+    def _begin(self, buffer: memoryview | None) -> int:
+        """Read a header, and of its payload what is there; the number of bytes."""
+        return self._sock.recvmsg_into((self._head,) if buffer is None else (self._head, buffer))[0]
+
+    def _read(self, view: memoryview) -> int:
+        """Read into ``view``, as much as comes in time; 0 when the peer closed."""
+        return self._sock.recv_into(view, len(view), socket.MSG_WAITALL)
+
+    def _read_now(self, count: int) -> bytes:
+        """Read what is there, at most so many bytes."""
+        return self._sock.recv(count, socket.MSG_DONTWAIT)
+
+    # What all have in common
+
+    def _fill(self, view: memoryview, got: int) -> None:
+        """Fill ``view``; ``got`` bytes of the frame are there already. A trickle ends at the limit too."""
+        deadline = time.monotonic() + self._seconds
+        count = got
+        while True:
+            if not count and self._aborted:
+                raise ChannelError(f"the channel to {self.peer} was aborted")
+            if not count:
+                raise ChannelError(f"{self.peer} closed the channel" + (f" {got} bytes into a frame" if got else ""))
+            if not view:
+                return
+            count = self._read(view)
+            view, got = view[count:], got + count
+            if view and time.monotonic() > deadline:
+                raise BlockingIOError
+
+    def _unexpected(self, expected: Header, begun: bytes) -> Exception:
+        """Error for a header that is not ``expected``; ``begun`` is what was read of its payload."""
+        header = parse_header(self._head)
+        if header is None:
+            return ChannelError(f"{self.peer} sent bytes that are no frame, where {expected} was expected")
+        if header.kind is not Kind.FAIL:
+            return ChannelError(f"{self.peer} sent {header}; expected was {expected}")
+        rest = memoryview(bytearray(max(0, min(header.length, MESSAGE_BYTES) - len(begun))))
+        with contextlib.suppress(OSError):
+            self._fill(rest, HEADER_BYTES)
+        reason = (begun + bytes(rest))[: header.length].decode(errors="replace")
+        return GangAbortedError(f"{self.peer} failed: {reason}")
+
+    def _failure_sent(self) -> Exception | None:
+        """The peer's failure frame, when it sent one before it closed."""
+        try:
+            self._head[:] = self._read_now(HEADER_BYTES).ljust(HEADER_BYTES)
+        except OSError:
+            return None
+        header = parse_header(self._head)
+        failed = header is not None and header.kind is Kind.FAIL
+        return self._unexpected(Header(Kind.READY), b"") if failed else None
+
+    def _broken(self, verb: str, header: Header, error: OSError) -> ChannelError:
+        if self._aborted:
+            return ChannelError(f"the channel to {self.peer} was aborted")
+        if isinstance(error, BlockingIOError | TimeoutError):
+            return ChannelTimeoutError(
+                f"{self.peer} did not {verb} {header} within {self._seconds:g} s; it may be frozen or cut off. "
+                "If it is only slow, raise distkv.timeouts.receive"
+            )
+        return ChannelError(f"the channel to {self.peer} broke ({error}), it did not {verb} {header}")
+
+
+def connected(sock: socket.socket, address: tuple[str, int] | str, peer: str, seconds: float) -> socket.socket:
+    """Connect a new socket to a holder's listener within ``seconds``, or close it.
+
+    Raises
+    ------
+    ChannelTimeoutError, ChannelError
+        Nobody accepts in time; it refuses.
+    """
+    name = repr(address) if isinstance(address, str) else "{}:{}".format(*address)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, TimeoutError):
+            raise ChannelTimeoutError(f"{peer} ({name}) does not accept a channel in {seconds:g} s") from error
+        raise ChannelError(f"cannot open a channel to {peer} ({name}): {error}") from error
+    return sock
