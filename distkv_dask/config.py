@@ -66,6 +66,9 @@ class Config:
         Tokens in a block, a power of two.
     threads
         Compute threads of each of a worker's two lanes, or None for the worker's own number of threads.
+    granularity
+        How steps become Dask tasks: ``"window"``, one for each member of a gang, or ``"layer"``, one for each layer and
+        worker.
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"`` or ``"unix"``.
     prefill_chunk_tokens
@@ -81,6 +84,7 @@ class Config:
     kv_memory: int | None = _key("kv-memory")
     block_tokens: int = _key("block-tokens")
     threads: int | None = _key("threads")
+    granularity: str = _key("granularity")
     channel: str = _key("channel")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_steps: int = _key("window.steps")

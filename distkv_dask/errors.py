@@ -54,3 +54,7 @@ class ChannelTimeoutError(ChannelError, TimeoutError):
 
 class EngineClosedError(DistKVError):
     """The engine was closed, or its scheduler is gone."""
+
+
+class MissingProgramError(DistKVError, ImportError):
+    """Something optional that is not installed was asked for; the message says how to install it."""

@@ -42,6 +42,7 @@ class ClientCall(StrEnum):
     STOP = "distkv_stop"
     EVENTS = "distkv_events"
     STATUS = "distkv_status"
+    GRAPH = "distkv_graph"
     CLOSE = "distkv_close"
 
 
@@ -97,6 +98,7 @@ class Ready(TypedDict):
     block_bytes: int
     max_positions: int
     vocab_size: int
+    layers: int
     dtype: str
 
 

@@ -18,15 +18,22 @@ from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """Tasks in Dask's graph format, and the worker that each is pinned to."""
+    """Tasks in Dask's graph format, the worker that each is pinned to, and pairs of tasks that talk over a channel."""
 
     tasks: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     workers: dict[str, str] = field(default_factory=dict)
+    channels: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, key: str, worker: str, *task: Any) -> None:
         """Add one pinned task."""
         self.tasks[key] = task
         self.workers[key] = worker
+
+    def visualize(self, filename: str | None = "step.svg", **options: Any) -> Any:
+        """Draw the graph; see :func:`distkv_dask.graphs.draw.visualize`."""
+        from distkv_dask.graphs.draw import visualize
+
+        return visualize(self, filename, **options)
 
     def highlevel(self, priority: int = 0) -> HighLevelGraph:
         """The graph with its pins as annotations."""
@@ -56,6 +63,7 @@ def window_graph(window: DecodeWindow, after: Gang | None = None) -> StepGraph:
     for holder in gang.holders:
         dependencies = [attend_key(after, holder.worker)] if after and holder.worker in before else []
         graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang, *dependencies)
+        graph.channels.append((gang.name, attend_key(gang, holder.worker)))
     return graph
 
 
@@ -76,5 +84,6 @@ def prefill_graph(chunks: Iterable[PrefillChunk]) -> StepGraph:
         graph.add(gang.name, gang.home, prefill, chunk, *after)
         for holder in gang.holders:
             graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang, *after)
+            graph.channels.append((gang.name, attend_key(gang, holder.worker)))
         after = [gang.name]
     return graph

@@ -1,7 +1,8 @@
 """The functions that stand in step graphs: each finds its worker's rManager and delegates.
 
-All of them leave the worker's thread pool at once (`secede`): two gangs on workers of one thread would otherwise wait
-for each other for ever. Results are small; what a gang computes stays in the pools, tokens travel with the commit.
+Those that wait for other tasks leave the worker's thread pool at once (`secede`): two gangs on workers of one thread
+would otherwise wait for each other for ever. What a gang computes stays in the pools, and tokens travel with the
+commit; at layer granularity queries and partials are results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from distkv_dask.protocol import PLUGIN
 from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
 
 if TYPE_CHECKING:
+    from distkv_dask.worker.parcel import Parcel
     from distkv_dask.worker.rmanager import RManager
 
 
@@ -34,6 +36,27 @@ def attend(gang: Gang, *after: object) -> dict[str, float]:
     """Hold a session open in which this worker computes attention for the gang's home; returns what it did."""
     secede()
     return _rmanager().attend(gang)
+
+
+def begin(work: PrefillChunk | DecodeWindow, *after: object) -> Parcel | None:
+    """Start a forward at a home; the question of its first layer to the holders, None if there is nothing to do."""
+    secede()
+    return _rmanager().layers(work.gang.engine).begin(work)
+
+
+def layer(gang: Gang, at: int, asked: Parcel | None, *answers: Parcel | None) -> Parcel | None:
+    """Go on with the answers to the layer before; the question of layer ``at``."""
+    return None if asked is None else _rmanager().layers(gang.engine).layer(gang, at, answers)
+
+
+def attend_layer(gang: Gang, asked: Parcel | None) -> Parcel | None:
+    """Compute a holder's partials of one layer; None if it is not asked."""
+    return None if asked is None else _rmanager().layers(gang.engine).attend(gang, asked)
+
+
+def finish(gang: Gang, layers: int, asked: Parcel | None, *answers: Parcel | None) -> int:
+    """End a forward with the answers to its last layer, and commit; returns decode steps or prompt tokens."""
+    return 0 if asked is None else _rmanager().layers(gang.engine).finish(gang, layers, answers)
 
 
 def _rmanager() -> RManager:

@@ -16,6 +16,8 @@ from distributed.utils_test import gen_cluster
 __all__ = ["assert_clean", "engine_test", "gen_cluster"]
 
 Test = Callable[..., Awaitable[None]]
+OURS = ("prefill-", "decode-", "attend-", "layer-")
+"""How the keys of our tasks begin."""
 
 
 def engine_test(workers: int = 3, timeout: float = 120, **options: Any) -> Callable[[Test], Callable[[], None]]:
@@ -38,10 +40,10 @@ async def assert_clean(scheduler: Scheduler, *workers: Worker) -> None:
     """No engines, tasks, blocks, channels or lanes are left, once what is under way has ended."""
     manager = scheduler.plugins["distkv"]
     for _ in range(100):
-        if not any(str(key).startswith(("prefill-", "decode-", "attend-")) for key in scheduler.tasks):
+        if not any(str(key).startswith(OURS) for key in scheduler.tasks):
             break
         await asyncio.sleep(0.05)
-    left = [key for key in scheduler.tasks if str(key).startswith(("prefill-", "decode-", "attend-"))]
+    left = [key for key in scheduler.tasks if str(key).startswith(OURS)]
     assert not left, left
     assert not manager.engines
     assert not manager.submitter._tasks

@@ -309,6 +309,31 @@ class Engine:
         self._check_open()
         return self.client.sync(self._call, ClientCall.STATUS, engine=self.id)
 
+    def graph(self, prompt: Prompt, sampling: SamplingParams | None = None, granularity: str | None = None) -> Any:
+        """The Dask graph of one decode step of a prompt, placed as it would be now; nothing is computed.
+
+        Parameters
+        ----------
+        prompt, sampling
+            As for :meth:`submit`; how many tokens there may be decides where they lie.
+        granularity
+            ``"window"`` or ``"layer"``; None is the engine's own.
+
+        Returns
+        -------
+        StepGraph
+            Its ``tasks`` and the ``workers`` they are pinned to; ``visualize("step.svg")`` draws it.
+
+        Raises
+        ------
+        InvalidRequestError, CapacityError, ConfigError
+            When the prompt cannot be served, there is no room for it now, or the granularity is unknown.
+        """
+        self._check_open()
+        chosen = Config.load(granularity=granularity or self.config.granularity).granularity
+        tokens = len(self.tokenizer.encode(prompt)) + (sampling or SamplingParams()).max_new_tokens - 1
+        return self.client.sync(self._call, ClientCall.GRAPH, engine=self.id, tokens=tokens, granularity=chosen)
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._facts else "opening"
         return f"<Engine {self.id} {self.model.name!r} {state}, {len(self._requests)} requests>"

@@ -33,6 +33,8 @@ class EngineState:
         self.client = client
         self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers)
         self.facts: dict[str, Ready] = {}
+        self.layers = 0
+        """Layers of the model, once a worker has opened the engine."""
         self.is_closing = False
         self._pending: set[str] = set()
         self._failure: Exception | None = None
@@ -51,6 +53,7 @@ class EngineState:
         """A worker opened the engine."""
         self.facts[worker] = facts
         self.lifecycle.block_bytes = facts["block_bytes"]
+        self.layers = facts["layers"]
         self._answered(worker)
 
     def open_failed(self, worker: str, error: Exception) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import SchedulerPlugin
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
-from distkv_dask.graphs.build import attend_graph, gang_keys, prefill_graph, window_graph
+from distkv_dask.graphs.build import gang_keys
 from distkv_dask.protocol import (
     PLUGIN,
     WORKER_EVENT,
@@ -32,6 +32,7 @@ from distkv_dask.protocol import (
 )
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.engine_state import EngineState
+from distkv_dask.scheduler.lowering import lower, step_graph
 from distkv_dask.scheduler.submitter import Submitter
 from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
@@ -68,6 +69,7 @@ class GManager(SchedulerPlugin):
             ClientCall.STOP: self.stop,
             ClientCall.EVENTS: self.events,
             ClientCall.STATUS: self.status,
+            ClientCall.GRAPH: self.graph,
             ClientCall.CLOSE: self.close_engine,
         }
         scheduler.handlers.update(self._handlers)
@@ -140,6 +142,11 @@ class GManager(SchedulerPlugin):
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
         return self._engine(engine).status()
+
+    def graph(self, engine: str, tokens: int, granularity: str) -> Any:
+        """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""
+        state = self._engine(engine)
+        return pack(step_graph(state.lifecycle, tokens, granularity, state.layers))
 
     async def close_engine(self, engine: str) -> None:
         """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""
@@ -252,12 +259,8 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.RESET, (state.spec.engine, epoch))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
-                case do.SubmitPrefill(chunks):
-                    self.submitter.submit(prefill_graph(chunks), [chunk.gang for chunk in chunks])
-                case do.SubmitWindow(window, after):
-                    self.submitter.submit(window_graph(window, after), [window.gang])
-                case do.AddHolders(gang, holders):
-                    self.submitter.submit(attend_graph(gang, holders), [gang])
+                case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
+                    self.submitter.submit(*lower(command, state.spec.config.granularity, state.layers))
                 case do.Forget(gang, finished):
                     self.submitter.forget(gang_keys(gang), finished)
                 case Delivery():

@@ -74,10 +74,10 @@ class Submitter:
             await client.close()
 
     def submit(self, graph: StepGraph, gangs: Iterable[Gang]) -> None:
-        """Send a graph to the scheduler."""
+        """Send a graph to the scheduler; of tasks that no gang's own, Dask forgets the results by itself."""
         assert self._client is not None
         owners = {key: gang for gang in gangs for key in gang_keys(gang)}
-        keys = list(graph.tasks)
+        keys = [key for key in graph.tasks if key in owners]
         futures = self._client.get(graph.highlevel(PRIORITY), keys, sync=False)
         for key, future in zip(keys, futures, strict=True):
             self._tasks[key] = _Task(future, graph.workers[key], owners[key].engine, owners[key].number)
@@ -112,9 +112,10 @@ class Submitter:
             self._drop(key)
         elif finish == "erred":
             state = self._scheduler.tasks[key]
+            cause = state.exception_blame or state
             self._drop(key)
             if not task.forget:
-                self._failed(task.engine, task.gang, GangAbortedError(f"task {key} failed: {state.exception_text}"))
+                self._failed(task.engine, task.gang, GangAbortedError(f"task {key} failed: {cause.exception_text}"))
 
     def _drop(self, key: str) -> None:
         self._tasks.pop(key).future.release()

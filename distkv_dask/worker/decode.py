@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +11,15 @@ import torch
 from distkv_dask.types import DecodeWindow, FinishReason, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.gang import HomeGang
+from distkv_dask.worker.layer_attention import LayerAttention
+from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
-from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.sampling import sample_batch
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model import LoadedModel
+
+Attention = DistAttention | LayerAttention
 
 
 class Progress:
@@ -57,20 +60,29 @@ class DecodeLoop:
     ----------
     gang
         The running gang.
-    model, pool
-        Of this worker.
+    model
+        The weights.
     batch
         The sequences.
+    attention
+        Makes the attention of the steps until the batch changes, from their parts by worker, their number of tokens and
+        the number of the first of them.
     """
 
-    def __init__(self, gang: HomeGang, model: LoadedModel, pool: Pool, batch: Sequence[SequenceState]) -> None:
+    def __init__(
+        self,
+        gang: HomeGang | PausedForward,
+        model: LoadedModel,
+        batch: Sequence[SequenceState],
+        attention: Callable[[Mapping[str, Part], int, int], Attention],
+    ) -> None:
         self._gang = gang
         self._model = model
-        self._pool = pool
+        self._new_attention = attention
         self._all = [Progress(state) for state in batch]
         self._live = list(self._all)
         self._parts: dict[str, Part] = {}
-        self._attention: DistAttention | None = None
+        self._attention: Attention | None = None
         self._steps_left_as_is = 0
         self._steps = 0
         self._waiting = 0.0
@@ -122,8 +134,7 @@ class DecodeLoop:
             self._gang.begin(parts)
         else:
             self._gang.change(self._steps, self._parts, parts)
-        heads = self._model.geometry.heads
-        self._attention = DistAttention(self._gang, parts, len(live), self._pool, heads, self._steps)
+        self._attention = self._new_attention(parts, len(live), self._steps)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from distkv_dask.worker.guest import HELLO_BYTES, Guest
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 TICK = 0.2
 """Seconds between looks at the time limits."""
@@ -78,7 +79,7 @@ class HolderLane:
         EngineClosedError
             The lane is closed.
         """
-        self._call(lambda: self._services.__setitem__(service.engine, service)).result()
+        self.submit(lambda: self._services.__setitem__(service.engine, service)).result()
 
     def detach(self, engine: str) -> None:
         """Serve an engine no longer: its sessions fail, its channels close. Can be called again."""
@@ -92,7 +93,7 @@ class HolderLane:
                     self._dismiss(guest, error)
 
         with contextlib.suppress(EngineClosedError):
-            self._call(drop).result()
+            self.submit(drop).result()
 
     def open_session(self, engine: str, gang: Gang) -> Session:
         """Begin to serve a gang; returns at once, the session ends by itself.
@@ -106,7 +107,7 @@ class HolderLane:
         if service is None:
             raise EngineClosedError(f"engine {engine} is not open on this worker")
         session = Session(gang, service.pool)
-        self._call(lambda: self._open(service, session))
+        self.submit(lambda: self._open(service, session))
         return session
 
     def abort(self, engine: str, gang: int, reason: str) -> None:
@@ -114,7 +115,23 @@ class HolderLane:
         service = self._services.get(engine)
         if service is not None:
             with contextlib.suppress(EngineClosedError):
-                self._call(lambda: self._abort(service, gang, GangAbortedError(reason)))
+                self.submit(lambda: self._abort(service, gang, GangAbortedError(reason)))
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run ``call`` on the lane, after everything that the lane was asked before; it must not wait for anybody.
+
+        Raises
+        ------
+        EngineClosedError
+            The lane is closed.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("this worker's holder lane is closed; start a new engine")
+            self._commands.append((future, call))
+            self._nudge()
+        return future
 
     def fence(self) -> Future[None]:
         """Complete when everything that the lane was asked before is over, requests under way included.
@@ -124,7 +141,7 @@ class HolderLane:
         EngineClosedError
             The lane is closed.
         """
-        return self._call(_nothing)
+        return self.submit(_nothing)
 
     def close(self, timeout: float = 10.0) -> None:
         """Fail all sessions, close all channels and join the thread. Can be called again.
@@ -141,16 +158,6 @@ class HolderLane:
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"the holder lane is still at work after {timeout:g} s")
-
-    def _call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Have the lane's thread run something."""
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("this worker's holder lane is closed; start a new engine")
-            self._commands.append((future, command))
-            self._nudge()
-        return future
 
     def _nudge(self) -> None:
         with contextlib.suppress(OSError):  # full: the lane has enough to wake it; closed: it is gone

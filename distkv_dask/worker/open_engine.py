@@ -12,11 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import psutil
-
-from distkv_dask.errors import CapacityError, ConfigError, DistKVError, GangAbortedError
+from distkv_dask.errors import DistKVError, GangAbortedError
 from distkv_dask.protocol import EngineSpec, FromWorker, Ready
 from distkv_dask.types import (
     DecodeWindow,
@@ -28,15 +26,9 @@ from distkv_dask.types import (
     WindowResult,
 )
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.layer_tasks import LayerTasks
+from distkv_dask.worker.model import LoadedModel
 from distkv_dask.worker.runtime import Runtime
-
-if TYPE_CHECKING:
-    from distributed import Worker
-
-PAUSE_FRACTION = 0.8
-"""Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
 
 _REMEMBERED = 1024
 
@@ -70,6 +62,7 @@ class OpenEngine:
         self.model = model
         self.runtime = runtime
         self.lanes = lanes
+        self.by_layer = LayerTasks(self)
         self._tell = tell
         self._lock = threading.Lock()
         self._epoch = 0
@@ -89,6 +82,7 @@ class OpenEngine:
             block_bytes=pool.storage[0].nbytes,
             max_positions=geometry.max_positions,
             vocab_size=geometry.vocab_size,
+            layers=geometry.layers,
             dtype=geometry.dtype,
         )
 
@@ -149,39 +143,42 @@ class OpenEngine:
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute a chunk on the home lane, and commit it."""
         try:
-            self.lanes.home.submit(partial(self._prefill, chunk)).result()
+            return self.lanes.home.submit(partial(self.run_chunk, chunk)).result()
         except Exception as error:
-            self._fail(chunk.gang, error)
+            self.fail(chunk.gang, error)
             raise
-        return len(chunk.tokens)
 
-    def _prefill(self, chunk: PrefillChunk) -> None:
-        self._check(chunk.gang)
+    def run_chunk(self, chunk: PrefillChunk) -> int:
+        """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
+        self.check(chunk.gang)
         if chunk.sequence in self._retired:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
         token = self.runtime.prefill(chunk)
         if chunk.sampling is None or token is None:
             self._tell(FromWorker.CHUNK_DONE, self.spec.engine, (chunk.sequence, chunk.gang.number))
-            return
+            return len(chunk.tokens)
         reason: FinishReason | None = None
         if token in self.model.eos_token_ids and not chunk.sampling.ignore_eos:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
         self._tell(FromWorker.PREFILLED, self.spec.engine, (chunk.sequence, chunk.gang.number, token, reason))
+        return len(chunk.tokens)
 
     def decode(self, window: DecodeWindow) -> int:
         """Run a window on the home lane over the sequences that have joined when it begins, and commit it."""
         try:
-            return self.lanes.home.submit(partial(self._decode, window)).result()
+            return self.lanes.home.submit(partial(self.run_window, window)).result()
         except Exception as error:
-            self._fail(window.gang, error)
+            self.fail(window.gang, error)
             raise
 
-    def _decode(self, window: DecodeWindow) -> int:
-        self._check(window.gang)
+    def run_window(self, window: DecodeWindow) -> int:
+        """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
+        self.check(window.gang)
         with self._lock:
-            batch = list(self._batch.values())[: self.spec.config.window_batch] if self._current(window) else []
+            ready = [state for state in self._batch.values() if self._in_reach(state, window.gang)]
+            batch = ready[: self.spec.config.window_batch] if self._current(window) else []
             holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
         self._tell(FromWorker.WINDOW_STARTED, self.spec.engine, window.window)
         used = tuple(holders.values())
@@ -199,6 +196,10 @@ class OpenEngine:
         payload = (window.window, window.gang.epoch, result, tuple(holders))
         self._tell(FromWorker.WINDOW_DONE, self.spec.engine, payload)
         return result.steps
+
+    def _in_reach(self, state: SequenceState, gang: Gang) -> bool:
+        """Whether a gang has all the holders of a sequence; the gManager adds them later where tasks are few."""
+        return self.spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
 
     def _current(self, window: DecodeWindow) -> bool:
         return window.gang.epoch == self._epoch
@@ -222,76 +223,28 @@ class OpenEngine:
     def attend(self, gang: Gang) -> dict[str, float]:
         """Serve one gang as a holder until its home says that it is over."""
         try:
-            self._check(gang)
+            self.check(gang)
             stats = self.runtime.open_session(gang).wait()
         except Exception as error:
             with self._lock:
                 unused = self._aborted.get(gang.number, ("", False))[1]
             if unused:
                 return {"requests": 0}
-            self._fail(gang, error)
+            self.fail(gang, error)
             raise
         return {"requests": stats.requests, "bytes_in": stats.bytes_in, "bytes_out": stats.bytes_out}
 
-    def _check(self, gang: Gang) -> None:
+    def check(self, gang: Gang) -> None:
+        """Raise GangAbortedError if a gang was aborted."""
         with self._lock:
             if gang.number in self._aborted:
                 raise GangAbortedError(f"gang {gang.name} was aborted: {self._aborted[gang.number][0]}")
 
-    def _fail(self, gang: Gang, error: Exception) -> None:
+    def fail(self, gang: Gang, error: Exception) -> None:
+        """Tell the gManager that a gang failed here, unless it aborted it."""
         with self._lock:
             if gang.number in self._aborted:
                 return
         if not isinstance(error, DistKVError):  # others' errors may not survive the journey to the client
             error = DistKVError(f"{type(error).__name__} on worker {self.worker} in {gang.name}: {error}")
         self._tell(FromWorker.GANG_FAILED, self.spec.engine, (gang.number, error))
-
-
-def build_engine(
-    spec: EngineSpec, lanes: Lanes, worker: Worker, tell: Callable[[FromWorker, str, Any], None]
-) -> OpenEngine:
-    """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
-
-    Raises
-    ------
-    ModelError, UnsupportedModelError
-        The model cannot be loaded or served.
-    CapacityError, ConfigError
-        KV memory is too small for a block or does not fit the worker.
-    """
-    model = load_model(spec.model, spec.dtype, lanes.threads)
-    one = model.geometry
-    block_tokens = spec.config.block_tokens
-    block_bytes = Pool.block_bytes(
-        layers=one.layers, kv_heads=one.kv_heads, head_dim=one.head_dim, dtype=one.dtype, block_tokens=block_tokens
-    )
-    limit = worker.memory_manager.memory_limit
-    kv_memory = spec.config.kv_memory
-    if kv_memory is None:
-        if not limit:
-            raise ConfigError(
-                f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
-            )
-        kv_memory = limit // 2
-    if kv_memory < block_bytes:
-        raise CapacityError(
-            f"kv_memory is {kv_memory} bytes, but one block of {block_tokens} tokens of this model needs "
-            f"{block_bytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
-        )
-    resident = psutil.Process().memory_info().rss
-    if limit and resident + kv_memory > PAUSE_FRACTION * limit:
-        raise CapacityError(
-            f"kv_memory of {kv_memory} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
-            f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
-            f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
-        )
-    pool = Pool(
-        layers=one.layers,
-        kv_heads=one.kv_heads,
-        head_dim=one.head_dim,
-        dtype=one.dtype,
-        block_tokens=block_tokens,
-        blocks=kv_memory // block_bytes,
-    )
-    runtime = Runtime(spec, model, pool, lanes)
-    return OpenEngine(spec, worker.address, model, runtime, lanes, tell)

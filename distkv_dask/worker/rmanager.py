@@ -24,6 +24,7 @@ from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, Sequen
 
 if TYPE_CHECKING:
     from distkv_dask.worker.lanes import Lanes
+    from distkv_dask.worker.layer_tasks import LayerTasks
     from distkv_dask.worker.open_engine import OpenEngine
 
 logger = logging.getLogger("distributed.distkv.rmanager")
@@ -75,6 +76,10 @@ class RManager(WorkerPlugin):
     def attend(self, gang: Gang) -> dict[str, float]:
         """Attend one gang as a holder; see :func:`distkv_dask.graphs.tasks.attend`."""
         return self._engine(gang.engine).attend(gang)
+
+    def layers(self, engine: str) -> LayerTasks:
+        """What tasks at layer granularity call."""
+        return self._engine(engine).by_layer
 
     def _engine(self, name: str) -> OpenEngine:
         try:
@@ -140,7 +145,7 @@ class RManager(WorkerPlugin):
         loop = asyncio.get_running_loop()
         async with self._changing:
             try:
-                from distkv_dask.worker.open_engine import build_engine
+                from distkv_dask.worker.opening import build_engine
 
                 if self.lanes is None:
                     self.lanes = self._new_lanes(spec)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.decode import DecodeLoop
 from distkv_dask.worker.gang import ChannelCache, HomeGang
 from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.layer_attention import LayerAttention
+from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.sampling import sample
@@ -53,6 +56,8 @@ class Runtime:
 
     def __init__(self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes) -> None:
         self.pool = pool
+        self.paused: dict[int, PausedForward] = {}
+        """Gangs by number whose bytes travel with tasks instead of on channels; put here before they run."""
         self._spec = spec
         self._model = model
         self._lanes = lanes
@@ -63,7 +68,7 @@ class Runtime:
         self.dialer = Dialer(spec.config.channel, lanes.certificates)
         self._cache = ChannelCache(self.dialer.connect, encode_hello(token, hello))
         self._lock = threading.Lock()
-        self._gang: HomeGang | None = None
+        self._gang: HomeGang | PausedForward | None = None
         self._closed = False
         config = spec.config
         lanes.holder.attach(Service(spec.engine, token, pool, config.timeout_start, config.timeout_receive))
@@ -89,8 +94,9 @@ class Runtime:
     def abort(self, gang: int, reason: str) -> None:
         """End this worker's part in a gang, from any thread: all its members fail with ``reason``."""
         with self._lock:
-            if self._gang is not None and self._gang.gang.number == gang:
-                self._gang.abort(reason)
+            running = self.paused.get(gang) or self._gang
+            if running is not None and running.gang.number == gang:
+                running.abort(reason)
         self._lanes.holder.abort(self._spec.engine, gang, reason)
 
     def prefill(self, chunk: PrefillChunk) -> int | None:
@@ -117,7 +123,7 @@ class Runtime:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
                 old, parts = parts, cut([Stored(chunk.sequence, chunk.placement, position)], count)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
-                attention = DistAttention(gang, parts, count, self.pool, model.geometry.heads, step)
+                attention = self._attention(gang, parts, count, step)
                 try:
                     ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
                     logits = model.forward(ids, torch.arange(position, position + count), attention, 1)
@@ -140,7 +146,7 @@ class Runtime:
         """
         model = self._loaded()
         with self._running(window.gang) as gang:
-            return DecodeLoop(gang, model, self.pool, batch).run(window)
+            return DecodeLoop(gang, model, batch, partial(self._attention, gang)).run(window)
 
     def close(self) -> None:
         """End all gangs and sessions and close all channels. Can be called again."""
@@ -158,10 +164,19 @@ class Runtime:
             raise ModelError("this worker holds KV only, it has no model; send prompts to a worker that has one")
         return self._model
 
+    def _attention(
+        self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], tokens: int, step: int
+    ) -> DistAttention | LayerAttention:
+        if isinstance(gang, PausedForward):
+            return LayerAttention(gang, parts, self.pool)
+        return DistAttention(gang, parts, tokens, self.pool, self._loaded().geometry.heads, step)
+
     @contextmanager
-    def _running(self, gang: Gang) -> Iterator[HomeGang]:
+    def _running(self, gang: Gang) -> Iterator[HomeGang | PausedForward]:
         config = self._spec.config
-        running = HomeGang(gang, self._cache, config.timeout_start, config.timeout_receive)
+        running = self.paused.get(gang.number) or HomeGang(
+            gang, self._cache, config.timeout_start, config.timeout_receive
+        )
         with self._lock:
             if self._closed:
                 raise EngineClosedError(f"engine {self._spec.engine} was closed on this worker")

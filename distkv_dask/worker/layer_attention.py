@@ -1,0 +1,127 @@
+"""DistAttention in tasks: the home's forward asks in each layer, every member attends its part, the home merges.
+
+Plan, kernel and merge are those of :mod:`distkv_dask.worker.attention`. Everything around them is done in the simplest
+way, by the same few lines at home and holders, one sequence at a time and anew in each layer: the fast way,
+which prepares and batches, is compared with this one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from distkv_dask.kernels import merge_into, micro_attention
+from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.paused import PausedForward
+from distkv_dask.worker.plan import Part
+from distkv_dask.worker.pool import Pool
+
+
+class Asked(NamedTuple):
+    """What a home asks of its holders in a layer; q, k and v of all the step's tokens come beside it in a parcel."""
+
+    layer: int
+    scale: float
+    parts: dict[str, Part]
+
+
+def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append the KV that belongs here, and attend, sequence by sequence.
+
+    Parameters
+    ----------
+    pool
+        The worker's pool.
+    part
+        Its part of the step.
+    question
+        :class:`Asked`, with q [tokens, heads, head_dim] and twice [tokens, kv_heads, head_dim] of the pool's dtype.
+
+    Returns
+    -------
+    tuple
+        float32 out [queries, heads, head_dim] and lse [queries, heads] of the part's own queries.
+    """
+    q, k, v = question.tensors
+    layer, scale, _ = question.about
+    partials = []
+    for place, row in zip(part.places, part.rows, strict=True):
+        new = slice(place * row.queries, (place + 1) * row.queries)
+        visible = row.length
+        if row.appends:
+            visible += row.queries
+            blocks, offsets = pool.slots(row.sequence, row.length, visible)
+            pool.write(layer, (torch.tensor(blocks), torch.tensor(offsets)), k[new], v[new])
+        partials.append(
+            micro_attention(
+                q[new], pool.keys(layer), pool.values(layer), _int32([pool.table(row.sequence)]), _int32([visible]),
+                scale=scale, query_offsets=_int32([0, row.queries]), causal=True, q_start=_int32([row.length]),
+            )
+        )  # fmt: skip
+    return torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials])
+
+
+def _int32(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _tokens(part: Part) -> torch.Tensor:
+    """Tokens of the step that a part's sequences own, int64."""
+    rows = zip(part.places, part.rows, strict=True)
+    return torch.tensor([place * row.queries + at for place, row in rows for at in range(row.queries)])
+
+
+class LayerAttention:
+    """What a model's attention layers call where tasks carry queries and partials; serves one step.
+
+    Parameters
+    ----------
+    forward
+        The forward that pauses here.
+    parts
+        Parts of the step by worker, as :func:`distkv_dask.worker.plan.cut` gives.
+    pool
+        The home's pool.
+    """
+
+    def __init__(self, forward: PausedForward, parts: Mapping[str, Part], pool: Pool) -> None:
+        self.waiting = 0.0
+        """Seconds spent waiting for partials."""
+        self._forward = forward
+        self._parts = dict(parts)
+        self._remote = {worker: part for worker, part in parts.items() if worker != forward.gang.home}
+        self._pool = pool
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of one layer, as :meth:`distkv_dask.worker.attention.DistAttention.attend`.
+
+        Raises
+        ------
+        ChannelTimeoutError
+            The partials do not come in time.
+        GangAbortedError
+            The gang was aborted.
+        """
+        question = Parcel(Asked(layer, scale, self._remote), (q, k, v))
+        self._forward.ask(layer, question)
+        answers: dict[str, tuple[torch.Tensor, ...]] = {}
+        home = self._forward.gang.home
+        if home in self._parts:
+            answers[home] = attend_part(self._pool, self._parts[home], question)
+        began = time.perf_counter()
+        answers |= {parcel.about: parcel.tensors for parcel in self._forward.take(layer)}
+        self.waiting += time.perf_counter() - began
+        out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
+        for worker, part in self._parts.items():
+            part_out, part_lse = answers[worker]
+            merge_into(out, lse, part_out, part_lse, _tokens(part))
+        return out.to(q.dtype)
+
+    def advance(self) -> None:
+        """Nothing: each layer is planned anew, and a window is one step long."""
+
+    def close(self) -> None:
+        """Nothing is open."""

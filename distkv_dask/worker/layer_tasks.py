@@ -1,0 +1,98 @@
+"""The tasks of gangs at layer granularity on one worker: a forward that tasks carry from layer to layer, and answers.
+
+A forward lives from its first task to its last. One that fails or is aborted is forgotten at once, and its later tasks
+fail because they do not find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
+from distkv_dask.worker.layer_attention import attend_part
+from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.paused import PausedForward
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.open_engine import OpenEngine
+
+
+class LayerTasks:
+    """What an open engine does for tasks at layer granularity.
+
+    Parameters
+    ----------
+    engine
+        The engine on this worker.
+    """
+
+    def __init__(self, engine: OpenEngine) -> None:
+        self._engine = engine
+        self._paused = engine.runtime.paused
+
+    def begin(self, work: PrefillChunk | DecodeWindow) -> Parcel | None:
+        """Start a forward; the question of its first layer, or None when there is nothing to compute."""
+        engine, gang = self._engine, work.gang
+        if gang.number in self._paused:
+            raise GangAbortedError(f"the forward of {gang.name} has begun on this worker already")
+        forward = PausedForward(gang, engine.spec.config.timeout_start)
+        self._paused[gang.number] = forward
+        run = partial(engine.run_chunk, work) if isinstance(work, PrefillChunk) else partial(engine.run_window, work)
+        try:
+            forward.result = engine.lanes.home.submit(run)
+        except Exception:
+            del self._paused[gang.number]
+            raise
+        forward.result.add_done_callback(partial(self._ended, forward))
+        return self._question(forward, 0)
+
+    def layer(self, gang: Gang, layer: int, answers: Sequence[Parcel | None]) -> Parcel | None:
+        """Let a forward go on with the partials of the layer before; the question of this layer."""
+        forward = self._forward(gang)
+        forward.answer(layer - 1, [one for one in answers if one is not None])
+        return self._question(forward, layer)
+
+    def finish(self, gang: Gang, layers: int, answers: Sequence[Parcel | None]) -> int:
+        """Let a forward end with the partials of the last layer; returns its decode steps, or its prompt tokens."""
+        forward = self._forward(gang)
+        forward.answer(layers - 1, [one for one in answers if one is not None])
+        return forward.result.result()
+
+    def attend(self, gang: Gang, question: Parcel) -> Parcel | None:
+        """Answer a question as a holder, on the holder lane; None when it asks nothing of this worker."""
+        engine = self._engine
+        try:
+            return engine.lanes.holder.submit(partial(self._attend, gang, question)).result()
+        except Exception as error:
+            engine.fail(gang, error)
+            raise
+
+    def _attend(self, gang: Gang, question: Parcel) -> Parcel | None:
+        engine = self._engine
+        engine.check(gang)
+        part = question.about.parts.get(engine.worker)
+        return None if part is None else Parcel(engine.worker, attend_part(engine.runtime.pool, part, question))
+
+    def _forward(self, gang: Gang) -> PausedForward:
+        try:
+            return self._paused[gang.number]
+        except KeyError:
+            raise GangAbortedError(f"no forward of {gang.name} is paused here: it failed or was aborted") from None
+
+    @staticmethod
+    def _question(forward: PausedForward, layer: int) -> Parcel | None:
+        question = forward.question(layer)
+        if question is None:
+            forward.result.result()  # raises what ended the forward, if it failed
+        return question
+
+    def _ended(self, forward: PausedForward, result: Future[int]) -> None:
+        """On the home lane: the forward is over."""
+        del self._paused[forward.gang.number]
+        forward.end()
+        if not result.cancelled() and isinstance(error := result.exception(), Exception):
+            self._engine.fail(forward.gang, error)

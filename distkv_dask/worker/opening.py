@@ -1,0 +1,72 @@
+"""Opening an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from distkv_dask.errors import CapacityError, ConfigError
+from distkv_dask.protocol import EngineSpec, FromWorker
+from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.model import load_model
+from distkv_dask.worker.open_engine import OpenEngine
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.runtime import Runtime
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+PAUSE_FRACTION = 0.8
+"""Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
+
+
+def build_engine(
+    spec: EngineSpec, lanes: Lanes, worker: Worker, tell: Callable[[FromWorker, str, Any], None]
+) -> OpenEngine:
+    """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError
+        The model cannot be loaded or served.
+    CapacityError, ConfigError
+        KV memory is too small for a block or does not fit the worker.
+    """
+    model = load_model(spec.model, spec.dtype, lanes.threads)
+    one = model.geometry
+    block_tokens = spec.config.block_tokens
+    block_bytes = Pool.block_bytes(
+        layers=one.layers, kv_heads=one.kv_heads, head_dim=one.head_dim, dtype=one.dtype, block_tokens=block_tokens
+    )
+    limit = worker.memory_manager.memory_limit
+    kv_memory = spec.config.kv_memory
+    if kv_memory is None:
+        if not limit:
+            raise ConfigError(
+                f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
+            )
+        kv_memory = limit // 2
+    if kv_memory < block_bytes:
+        raise CapacityError(
+            f"kv_memory is {kv_memory} bytes, but one block of {block_tokens} tokens of this model needs "
+            f"{block_bytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
+        )
+    resident = psutil.Process().memory_info().rss
+    if limit and resident + kv_memory > PAUSE_FRACTION * limit:
+        raise CapacityError(
+            f"kv_memory of {kv_memory} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
+            f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
+            f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
+        )
+    pool = Pool(
+        layers=one.layers,
+        kv_heads=one.kv_heads,
+        head_dim=one.head_dim,
+        dtype=one.dtype,
+        block_tokens=block_tokens,
+        blocks=kv_memory // block_bytes,
+    )
+    runtime = Runtime(spec, model, pool, lanes)
+    return OpenEngine(spec, worker.address, model, runtime, lanes, tell)
