@@ -8,7 +8,7 @@ import itertools
 import logging
 import secrets
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -26,6 +26,9 @@ from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
 logger = logging.getLogger("distributed.distkv.engine")
+
+PATIENCE = 3
+"""How often in a row a call for news may fail while the scheduler is there."""
 
 POLL = 10.0
 """Seconds that a call for news waits at the gManager."""
@@ -81,6 +84,7 @@ class Engine:
         self.id = secrets.token_hex(4)
         self._facts: dict[str, Any] = {}
         self._closed = False
+        self._broken: DistKVError | None = None
         self._numbers = itertools.count()
         self._requests: dict[int, Request] = {}
         self._outgoing: list[Request] = []
@@ -100,12 +104,14 @@ class Engine:
         tokenizer = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await self._call(ClientCall.OPEN, spec=pack(spec), client=self.client.id)
-        finally:
-            loaded = await tokenizer
-        if not facts:  # Dask answers nothing to calls that nobody handles
-            raise ClusterError(f"no gManager answers in the scheduler: the {PLUGIN!r} plugin failed there; see its log")
+            if not facts:  # Dask answers nothing to calls that nobody handles
+                raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
+            self.tokenizer = Tokenizer(await tokenizer, facts["vocab_size"])
+        except BaseException:  # interrupted ones too: no worker may be left with a model that nobody uses
+            tokenizer.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
+            await asyncio.shield(self._call_quietly(ClientCall.CLOSE, engine=self.id))
+            raise
         self._facts = facts
-        self.tokenizer = Tokenizer(loaded, self._facts["vocab_size"])
         self._spawn(self._listen())
         return self
 
@@ -123,6 +129,9 @@ class Engine:
 
     def close(self) -> Any:
         """End all requests (their futures are cancelled) and free everything on the cluster; returns when done."""
+        if self.client.status == "closed":  # and its engines with it
+            self._closed = True
+            return None
         return self.client.sync(self._close)
 
     async def _close(self) -> None:
@@ -133,10 +142,11 @@ class Engine:
             request.generation.cancel()
         for task in list(self._tasks):
             task.cancel()
-        with contextlib.suppress(EngineClosedError):
-            await self._call(ClientCall.CLOSE, engine=self.id)
+        await self._call_quietly(ClientCall.CLOSE, engine=self.id)
 
     def __enter__(self) -> Self:
+        if not self._facts:
+            raise EngineClosedError("the engine is not open: with an asynchronous client, use `async with`")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -179,17 +189,18 @@ class Engine:
             When the engine is closed.
         """
         self._check_open()
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-        if len(params) != len(prompts):
+        several = _several(prompts)
+        params = (
+            [sampling] * len(several) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+        )
+        if len(params) != len(several):
             raise InvalidRequestError(
-                f"{len(prompts)} prompts, but {len(params)} sampling parameters: give one or as many"
+                f"{len(several)} prompts, but {len(params)} sampling parameters: give one or as many"
             )
         accepted: list[Generation | Completion] = []
-        for prompt, one in zip(prompts, params, strict=True):
+        for prompt, one in zip(several, params, strict=True):
             try:
-                accepted.append(self.submit(prompt, one))  # type: ignore[arg-type]
+                accepted.append(self.submit(prompt, one))
             except InvalidRequestError as error:
                 accepted.append(_failed(error))
         return self.client.sync(self._gather, accepted)
@@ -202,6 +213,11 @@ class Engine:
                     done.append(one if isinstance(one, Completion) else await one)
                 except DistKVError as error:
                     done.append(_failed(error))
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise
+                    done.append(Completion("", (), 0, "cancelled"))  # the request was, not who waits for it
         except asyncio.CancelledError:
             for one in accepted:
                 if isinstance(one, Generation):
@@ -229,14 +245,16 @@ class Engine:
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> TextPieces:
         """Ask for a completion and iterate (``for`` or ``async for``) over its text as it is generated."""
-        request = self._submit(prompt, sampling)
-        pieces = TextPieces(request.generation, self._loop)
-        request.on_text = pieces.put
-        return pieces
+        pieces = TextPieces()
+        return pieces.follow(self._submit(prompt, sampling, pieces.put).generation)
 
-    def _submit(self, prompt: Prompt, sampling: SamplingParams | None) -> Request:
+    def _submit(
+        self, prompt: Prompt, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
+    ) -> Request:
         self._check_open()
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
         if sampling.seed is None and sampling.temperature > 0:
             sampling = _seeded(sampling)
         ids = self.tokenizer.encode(prompt)
@@ -246,7 +264,8 @@ class Engine:
                 f"model's window of {self._facts['max_positions']} tokens: shorten the prompt or lower max_new_tokens"
             )
         number = next(self._numbers)
-        request = Request(number, array("i", ids), sampling, self.tokenizer, Generation(lambda: self._cancel(number)))
+        generation = Generation(lambda: self._cancel(number))
+        request = Request(number, array("i", ids), sampling, self.tokenizer, generation, on_text)
         self._requests[number] = request
         self._loop.call_soon_threadsafe(self._send, request)
         return request
@@ -263,11 +282,14 @@ class Engine:
         payload = [(one.number, one.prompt, one.sampling) for one in requests if not one.generation.cancelled()]
         try:
             refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
-        except EngineClosedError as closed:
-            refused = {number: closed for number, _, _ in payload}
+        except Exception as failure:
+            refused = {number: _ours(failure) for number, _, _ in payload}
         for number, error in refused.items():
-            if (request := self._requests.pop(number, None)) is not None:
-                request.fail(error)
+            if (refusal := self._requests.pop(number, None)) is not None:
+                refusal.fail(error)
+        for request in requests:
+            if request.generation.cancelled():  # perhaps before the cluster knew of it
+                self._stop(request.number, "cancelled")
 
     def _cancel(self, number: int) -> None:
         self._loop.call_soon_threadsafe(self._send_cancel, number)
@@ -281,21 +303,41 @@ class Engine:
 
     async def _listen(self) -> None:
         """Take news from the gManager until the engine closes or the scheduler is gone."""
+        heard, failures = 0, 0
         while not self._closed:
             try:
-                news: list[Delivery] = await self._call(ClientCall.EVENTS, engine=self.id, wait=POLL)
-            except DistKVError as error:
-                self._closed = True
-                for number in list(self._requests):
-                    self._requests.pop(number).fail(error)
+                news = await self._call(ClientCall.EVENTS, engine=self.id, heard=heard, wait=POLL)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures < PATIENCE and not isinstance(error, DistKVError):
+                    continue  # the gManager keeps what was not heard
+                self._break(_ours(error))
                 return
+            heard += len(news)
             for delivery in news:
-                if (request := self._requests.get(delivery.sequence)) is None:
-                    continue
-                if request.receive(delivery):
-                    self._requests.pop(delivery.sequence, None)
-                elif request.wants_stop():
-                    self._stop(delivery.sequence, "stop")
+                self._hear(delivery)
+
+    def _hear(self, delivery: Delivery) -> None:
+        if (request := self._requests.get(delivery.sequence)) is None:
+            return
+        try:
+            over = request.receive(delivery)
+        except Exception as error:  # a tokenizer that cannot decode what its model says, for instance
+            logger.exception("request %d of engine %s", delivery.sequence, self.id)
+            request.fail(_ours(error))
+            over = True
+            self._stop(delivery.sequence, "error")
+        if over:
+            self._requests.pop(delivery.sequence, None)
+        elif request.wants_stop():
+            self._stop(delivery.sequence, "stop")
+
+    def _break(self, error: DistKVError) -> None:
+        """Nothing can be heard of the cluster any more: end all requests."""
+        self._broken = error
+        for number in list(self._requests):
+            self._requests.pop(number).fail(error)
 
     # Status
 
@@ -343,24 +385,51 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one")
+        if self._broken is not None:
+            raise EngineClosedError(f"the engine broke: {self._broken}")
         if not self._facts:
             raise EngineClosedError("the engine is not open yet: await it, or use `async with`")
 
     async def _call(self, call: ClientCall, **arguments: Any) -> Any:
         """Call the gManager; a scheduler that is gone is an EngineClosedError."""
+        if self.client.scheduler is None:
+            raise EngineClosedError("the Dask client is closed")
         try:
             return unpack(await getattr(self.client.scheduler, call)(**arguments))
-        except (OSError, AttributeError) as error:
+        except DistKVError:
+            raise
+        except OSError as error:
+            if self.client.status == "running":
+                raise
             raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
 
     async def _call_quietly(self, call: ClientCall, **arguments: Any) -> None:
-        with contextlib.suppress(EngineClosedError):
+        with contextlib.suppress(EngineClosedError, OSError):
             await self._call(call, **arguments)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list; one alone that is not a text could be mistaken for several, so it is refused."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        several = list(prompts)
+    except TypeError:
+        raise InvalidRequestError(f"prompts is {prompts!r:.100}, but must be a list of prompts") from None
+    if several and all(isinstance(one, Mapping | int) for one in several):
+        raise InvalidRequestError("these are the tokens or messages of one prompt: did you mean generate([prompt])?")
+    return several  # type: ignore[return-value]
+
+
+def _ours(error: Exception) -> DistKVError:
+    if isinstance(error, DistKVError):
+        return error
+    return EngineClosedError(f"the Dask scheduler does not answer as it should: {error!r}")
 
 
 def _failed(error: DistKVError) -> Completion:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-import queue
+import itertools
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Self
 
 from distkv_dask.types import Completion
 
@@ -34,48 +35,65 @@ class Generation(concurrent.futures.Future[Completion]):
 
 
 class TextPieces:
-    """Text of one request as it is generated: iterate with ``for`` or ``async for``.
+    """Text of one request as it is generated: iterate with ``for`` or ``async for``, as often as you like.
 
     Leaving the loop early does not stop the request; ``close`` (or a ``with`` block) does. After the last piece
     ``completion`` is set.
     """
 
-    def __init__(self, generation: Generation, loop: asyncio.AbstractEventLoop) -> None:
-        self._generation = generation
-        self._loop = loop
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._arrived = asyncio.Event()
+    def __init__(self) -> None:
         self.completion: Completion | None = None
+        self._pieces: list[str | None] = []
+        self._waiting: list[concurrent.futures.Future[None]] = []
+        self._lock = threading.Lock()
+
+    def follow(self, generation: Generation) -> Self:
+        """End with this request."""
+        self._generation = generation
         generation.add_done_callback(lambda _: self.put(None))
+        return self
 
     def put(self, piece: str | None) -> None:
         """Add a piece; None ends the stream. Called by the engine."""
-        self._pieces.put(piece)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody can be waiting in it
-            self._loop.call_soon_threadsafe(self._arrived.set)
+        with self._lock:
+            self._pieces.append(piece)
+            waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.set_result(None)
+
+    def _arrival(self, number: int) -> concurrent.futures.Future[None]:
+        """Future that is done when piece ``number`` is there."""
+        arrival: concurrent.futures.Future[None] = concurrent.futures.Future()
+        arrival.set_running_or_notify_cancel()
+        with self._lock:
+            if number >= len(self._pieces):
+                self._waiting.append(arrival)
+                return arrival
+        arrival.set_result(None)
+        return arrival
 
     def close(self) -> None:
         """Stop the request if it has not ended."""
         self._generation.cancel()
 
-    def __enter__(self) -> TextPieces:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
-        while (piece := self._pieces.get()) is not None:
+        for number in itertools.count():
+            self._arrival(number).result()
+            if (piece := self._pieces[number]) is None:
+                break
             yield piece
         self.completion = self._generation.result()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        while True:
-            while self._pieces.empty():
-                await self._arrived.wait()
-                self._arrived.clear()
-            piece = self._pieces.get_nowait()
-            if piece is None:
+        for number in itertools.count():
+            await asyncio.wrap_future(self._arrival(number))
+            if (piece := self._pieces[number]) is None:
                 break
             yield piece
         self.completion = await self._generation

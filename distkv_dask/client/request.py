@@ -9,6 +9,7 @@ from concurrent.futures import InvalidStateError
 
 from distkv_dask.client.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.errors import EngineClosedError
 from distkv_dask.protocol import Delivery
 from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
 
@@ -26,16 +27,24 @@ class Request:
         How tokens become text, and where it ends.
     generation
         The user's future.
+    on_text
+        Called with each piece of text.
     """
 
     def __init__(
-        self, number: int, prompt: array[int], sampling: SamplingParams, tokenizer: Tokenizer, generation: Generation
+        self,
+        number: int,
+        prompt: array[int],
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        generation: Generation,
+        on_text: Callable[[str], None] | None = None,
     ) -> None:
         self.number = number
         self.prompt = prompt
         self.sampling = sampling
         self.generation = generation
-        self.on_text: Callable[[str], None] | None = None
+        self._on_text = on_text
         self._stream = tokenizer.stream(sampling.stop)
         self._told = False
 
@@ -43,6 +52,9 @@ class Request:
         """Take tokens or the end; returns True when the request is over."""
         if delivery.error is not None:
             self.fail(delivery.error)
+            return True
+        if delivery.reason == "cancelled":  # nobody here asked for it
+            self.fail(EngineClosedError("the engine was closed before the request ended"))
             return True
         self._say(self._stream.add(delivery.tokens))
         if delivery.reason is None:
@@ -57,8 +69,8 @@ class Request:
         return wants
 
     def _say(self, piece: str) -> None:
-        if piece and self.on_text is not None:
-            self.on_text(piece)
+        if piece and self._on_text is not None:
+            self._on_text(piece)
 
     def _complete(self, reason: FinishReason, delivery: Delivery) -> None:
         completion = Completion(

@@ -22,6 +22,7 @@ class _Outstanding:
 
     window: DecodeWindow
     started: bool = False
+    waits_since: float | None = None
 
 
 class WindowChain:
@@ -89,6 +90,15 @@ class WindowChain:
         if number in self._outstanding:
             self._outstanding[number].started = True
             yield from self.pump()
+
+    def late(self, now: float, limit: float) -> Gang | None:
+        """The window that should run and has not been started for ``limit`` seconds, if there is one."""
+        first = next(iter(self._outstanding.values()), None)
+        if first is None or first.started:
+            return None
+        if first.waits_since is None:
+            first.waits_since = now
+        return first.window.gang if now - first.waits_since > limit else None
 
     def done(self, number: int, used: Iterable[str]) -> Iterator[Command] | None:
         """The home finished a window in which the holders ``used`` took part; None when it is not ours any more."""

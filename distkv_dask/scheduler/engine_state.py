@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from distkv_dask.errors import ClusterError, DistKVError
+from distkv_dask.errors import ClusterError
 from distkv_dask.protocol import Delivery, EngineSpec, Ready
 from distkv_dask.scheduler.lifecycle import Lifecycle
 from distkv_dask.types import WindowResult
@@ -38,8 +38,10 @@ class EngineState:
         self.is_closing = False
         self._pending: set[str] = set()
         self._failure: Exception | None = None
+        self._lost = ""
         self._changed = asyncio.Event()
         self._outbox: list[Delivery] = []
+        self._heard = 0
         self._news = asyncio.Event()
         self._totals: defaultdict[str, float] = defaultdict(int)
 
@@ -51,6 +53,8 @@ class EngineState:
 
     def ready(self, worker: str, facts: Ready) -> None:
         """A worker opened the engine."""
+        if self.is_closing:
+            return  # CLOSE is on its way there
         self.facts[worker] = facts
         self.lifecycle.block_bytes = facts["block_bytes"]
         self.layers = facts["layers"]
@@ -58,8 +62,9 @@ class EngineState:
 
     def open_failed(self, worker: str, error: Exception) -> None:
         """A worker could not open the engine; it takes no part in it."""
-        self._failure = self._failure or error
-        self._answered(worker)
+        if not self.is_closing:
+            self._failure = self._failure or error
+            self._answered(worker)
 
     def closed(self, worker: str) -> None:
         """A worker freed all it had for the engine."""
@@ -69,12 +74,21 @@ class EngineState:
     def worker_lost(self, worker: str) -> None:
         """A worker died or left."""
         self.facts.pop(worker, None)
-        if worker in self._pending and not self.is_closing:
-            self._failure = self._failure or ClusterError(
-                f"worker {worker} died while it opened the engine; see its log. If it ran out of memory, lower "
-                f"kv_memory or give workers a higher memory limit."
-            )
+        if worker in self._pending:
+            self._lost = worker
         self._answered(worker)
+
+    def knows(self, worker: str) -> bool:
+        """Whether the engine is open on a worker, or being opened there."""
+        return worker in self._pending or worker in self.facts
+
+    def needs(self) -> set[str]:
+        """Workers that scaling down must leave alone: they are opening, hold blocks, or are waited for."""
+        accounts = self.lifecycle.ledger.sequences.values()
+        needed = self._pending | {span.worker for account in accounts for span in account.placement}
+        if any(live.state == "waiting" for live in self.lifecycle.live.values()):
+            needed |= set(self.facts)
+        return needed
 
     def _answered(self, worker: str) -> None:
         self._pending.discard(worker)
@@ -108,7 +122,10 @@ class EngineState:
                 f"workers {sorted(self._pending)} did not open the engine within {limit:g} s (distkv.timeouts.open)"
             )
         if not self.facts:
-            raise DistKVError("no worker opened the engine")
+            raise ClusterError(
+                f"worker {self._lost} died while it opened the engine; see its log. If it ran out of memory, lower "
+                f"kv_memory or give workers a higher memory limit."
+            )
 
     def closing(self) -> None:
         """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
@@ -139,14 +156,18 @@ class EngineState:
         for sequence in self.lifecycle.live:
             self.deliver(Delivery(sequence, (), "error", error))
 
-    async def take_events(self, wait: float) -> list[Delivery]:
-        """Empty the outbox; waits up to ``wait`` seconds for something to be in it."""
+    async def take_events(self, heard: int, wait: float) -> list[Delivery]:
+        """What a client that heard ``heard`` items has yet to hear; waits up to ``wait`` seconds for something.
+
+        Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.
+        """
+        del self._outbox[: heard - self._heard]
+        self._heard = heard
         if not self._outbox and not self.is_closing:
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), wait)
-        news, self._outbox = self._outbox, []
-        return news
+        return list(self._outbox)
 
     # Figures
 

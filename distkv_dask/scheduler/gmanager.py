@@ -58,6 +58,11 @@ class GManager(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         """Register handlers, then the rManagers."""
         self.scheduler = scheduler
+        self.started = asyncio.Event()
+        owner = scheduler.extensions.setdefault(PLUGIN, self)
+        if owner is not self:  # two engines are the first at the same time: Dask would start two gManagers
+            await owner.started.wait()
+            return
         self.engines: dict[str, EngineState] = {}
         self.submitter = Submitter(scheduler, self._task_failed)
         self._gang_numbers = itertools.count(1)
@@ -76,6 +81,7 @@ class GManager(SchedulerPlugin):
         scheduler.stream_handlers[WORKER_EVENT] = self.worker_event
         replies = await scheduler.register_worker_plugin(None, pickle.dumps(RManager()), name=PLUGIN, idempotent=False)
         failed = {worker: reply for worker, reply in replies.items() if reply["status"] != "OK"}
+        self.started.set()
         if failed:
             await self._uninstall()
             raise ClusterError(f"the rManager failed to start on {sorted(failed)}; see the logs of these workers")
@@ -89,6 +95,7 @@ class GManager(SchedulerPlugin):
         await self.submitter.close()
 
     async def _uninstall(self) -> None:
+        del self.scheduler.extensions[PLUGIN]
         for name in self._handlers:
             self.scheduler.handlers.pop(name, None)
         await self.scheduler.unregister_worker_plugin(None, PLUGIN)
@@ -108,7 +115,7 @@ class GManager(SchedulerPlugin):
         self.engines[spec.engine] = engine
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire())
-        for worker in self.scheduler.workers:
+        for worker in list(self.scheduler.stream_comms):
             engine.expect(worker)
             self._send(worker, ToWorker.OPEN, spec)
         try:
@@ -122,6 +129,8 @@ class GManager(SchedulerPlugin):
     def submit(self, engine: str, requests: Any) -> Any:
         """Take requests (packed: number, prompt, sampling); returns the refused ones with their reasons."""
         state = self._engine(engine)
+        if state.is_closing:
+            raise EngineClosedError(f"engine {engine} is closing")
         refused: dict[int, Exception] = {}
         for number, prompt, sampling in unpack(requests):
             try:
@@ -135,9 +144,9 @@ class GManager(SchedulerPlugin):
         state = self._engine(engine)
         self._run(state, state.lifecycle.stop(request, reason, monotonic()))
 
-    async def events(self, engine: str, wait: float) -> Any:
-        """New tokens and ends since the last call, waiting up to ``wait`` seconds for the first (long poll)."""
-        return pack(await self._engine(engine).take_events(wait))
+    async def events(self, engine: str, heard: int, wait: float) -> Any:
+        """New tokens and ends but for the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
+        return pack(await self._engine(engine).take_events(heard, wait))
 
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
@@ -153,15 +162,16 @@ class GManager(SchedulerPlugin):
         state = self.engines.get(engine)
         if state is None:
             return
-        for request in list(state.lifecycle.live):
-            self._run(state, state.lifecycle.stop(request, "cancelled", monotonic()))
+        if state.is_closing:
+            return
         state.closing()
+        self._run(state, state.lifecycle.stop_all(monotonic()))
         limit = state.spec.config.timeout_close
         await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
         for worker in state.open_on():
             self._send(worker, ToWorker.CLOSE, engine)
         await state.wait_closed(limit)
-        del self.engines[engine]
+        self.engines.pop(engine, None)
         if not self.engines:
             if self._expiry is not None:
                 self._expiry.cancel()
@@ -175,7 +185,7 @@ class GManager(SchedulerPlugin):
         """One message of an rManager (see :class:`~distkv_dask.protocol.FromWorker`)."""
         if event == FromWorker.HELLO:
             for state in self.engines.values():
-                if not state.is_closing:
+                if not state.is_closing and not state.knows(worker):
                     state.expect(worker)
                     self._send(worker, ToWorker.OPEN, state.spec)
             return
@@ -219,32 +229,40 @@ class GManager(SchedulerPlugin):
         self.submitter.worker_lost(worker)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
-        """Dask hook: workers that hold blocks of a live sequence are not taken away by scaling down."""
-        holding = {
-            span.worker
-            for state in self.engines.values()
-            for account in state.lifecycle.ledger.sequences.values()
-            for span in account.placement
-        }
-        return [worker for worker in workers if worker.address not in holding]
+        """Dask hook: workers that an engine needs just now are not taken away by scaling down."""
+        needed = {worker for state in self.engines.values() for worker in state.needs()}
+        return [worker for worker in workers if worker.address not in needed]
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Dask hook: a client died or left; its engines go with it."""
         for name, state in list(self.engines.items()):
             if state.client == client and not state.is_closing:
                 logger.info("client %s is gone: closing its engine %s", client, name)
-                task = asyncio.create_task(self.close_engine(name))
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._close_soon(name)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Dask hook: lets the submitter forget finished tasks and see those that failed outside our code."""
         self.submitter.transition(key, finish)
 
+    def _close_soon(self, engine: str) -> None:
+        task = asyncio.create_task(self.close_engine(engine))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     # Commands
 
     def _run(self, state: EngineState, commands: Iterable[do.Command]) -> None:
-        """Enact what the lifecycle asks for."""
+        """Enact what the lifecycle asks for. A fault in that ends the engine: half of a plan must not live on."""
+        try:
+            self._enact(state, commands)
+        except DistKVError:
+            raise
+        except Exception as error:
+            logger.exception("engine %s is broken and will be closed", state.spec.engine)
+            state.fail(EngineClosedError(f"the engine is broken, see the scheduler's log: {error!r}"))
+            self._close_soon(state.spec.engine)
+
+    def _enact(self, state: EngineState, commands: Iterable[do.Command]) -> None:
         for command in commands:
             match command:
                 case do.Reserve(worker, sequence, tokens):
@@ -267,7 +285,8 @@ class GManager(SchedulerPlugin):
                     state.deliver(command)
 
     def _send(self, worker: str, call: ToWorker, payload: Any) -> None:
-        self.scheduler.worker_send(worker, {"op": str(call), "payload": pack(payload)})
+        if worker in self.scheduler.stream_comms:  # else it is gone, and remove_worker is about to be called
+            self.scheduler.worker_send(worker, {"op": str(call), "payload": pack(payload)})
 
     def _gang_failed(self, state: EngineState, gang: int, error: Exception) -> None:
         self.scheduler.log_event(

@@ -8,7 +8,6 @@ any more (`Retire`), so that a late write never lands in somebody else's block.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
@@ -64,7 +63,10 @@ class Lifecycle:
         self.ledger = Ledger(config.block_tokens)
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
-        self._queue: deque[int] = deque()
+        self._queue: dict[int, None] = {}
+        self._prefilling: set[int] = set()
+        self._largest_blocks = 0
+        self._ending = False
         self._numbers = gang_numbers
         self._ordinals: dict[str, int] = {}
 
@@ -73,7 +75,10 @@ class Lifecycle:
     def worker_ready(self, endpoint: Endpoint, capacity: int, now: float) -> Iterator[Command]:
         """A worker loaded the model and allocated a pool of ``capacity`` blocks."""
         worker = endpoint.worker
+        if worker in self.ledger.workers:
+            return
         self.ledger.add_worker(endpoint, capacity)
+        self._largest_blocks = max(self._largest_blocks, self.ledger.capacity_blocks)
         ordinal = self._ordinals.setdefault(worker, len(self._ordinals))
         self.chains[worker] = WindowChain(
             worker,
@@ -112,14 +117,14 @@ class Lifecycle:
         Raises
         ------
         CapacityError
-            When the request is larger than the pools of all workers together.
+            When the request is larger than the pools of all workers together ever were. (If workers are missing just
+            now, it waits for them, but not for ever: :meth:`expire`.)
         """
         live = Live(sequence, prompt, sampling, submitted=now)
-        need = self.ledger.blocks(live.tokens)
-        if need > self.ledger.capacity_blocks:
+        if self.ledger.blocks(live.tokens) > self._largest_blocks:
             raise self._too_large(live)
         self.live[sequence] = live
-        self._queue.append(sequence)
+        self._queue[sequence] = None
         return self._admit(now)
 
     def stop(self, sequence: int, reason: FinishReason, now: float) -> Iterator[Command]:
@@ -128,8 +133,24 @@ class Lifecycle:
         if live is not None and live.state != "retiring":
             yield from self._end(sequence, reason, now)
 
+    def stop_all(self, now: float) -> Iterator[Command]:
+        """The engine closes: end every request and admit no more."""
+        self._ending = True
+        for sequence in list(self.live):
+            yield from self.stop(sequence, "cancelled", now)
+
     def expire(self, now: float) -> Iterator[Command]:
-        """Fail waiting requests that no remaining worker could ever serve, once replacements had time to come."""
+        """End what waits for something that does not come.
+
+        Waiting requests that no remaining worker could ever serve, once replacements had time to come; and windows that
+        Dask does not start, because their home is paused for its memory or busy with other tasks.
+        """
+        for chain in list(self.chains.values()):
+            late = chain.late(now, self.config.timeout_start)
+            if late is not None:
+                text = f"home {chain.home} did not start window {late.name} within {self.config.timeout_start:g} s"
+                hint = "(distkv.timeouts.start): Dask paused it for its memory, or it is busy with other tasks"
+                yield from self.gang_failed(late.number, GangAbortedError(f"{text} {hint}"), now)
         for sequence in list(self._queue):
             live = self.live[sequence]
             if self.ledger.blocks(live.tokens) <= self.ledger.capacity_blocks:
@@ -158,6 +179,7 @@ class Lifecycle:
         if live is None or gang not in live.chunks:
             return
         yield from self.chunk_done(sequence, gang)
+        self._prefilling.discard(sequence)
         live.decoding = now
         live.retries = 0
         if reason != "stop":
@@ -210,32 +232,47 @@ class Lifecycle:
                 yield from self._restart_chain(chain, str(error), but=failed, now=now)
                 for sequence in failed:
                     yield from self._end(sequence, "error", now, error)
+                if failed:
+                    chain.failures = 0
                 return
 
     def retired(self, sequence: int, worker: str, now: float) -> Iterator[Command]:
-        """A worker computes on a sequence no more; when none does, its blocks are freed."""
+        """A worker computes on a sequence no more.
+
+        First those that run its forwards are waited for; then all of its holders, so that none has a frame of them left
+        to answer; then its blocks are freed.
+        """
         live = self.live.get(sequence)
         if live is None or live.state != "retiring":
             return
         live.retiring.discard(worker)
+        if live.retiring:
+            return
+        if not live.forwards_ended:
+            live.forwards_ended = True
+            yield from self._retire(live, {span.worker for span in self.ledger.sequences[sequence].placement})
         if not live.retiring:
             yield from self._release(sequence)
             yield from self._admit(now)
+
+    def _retire(self, live: Live, workers: set[str]) -> Iterator[Command]:
+        live.retiring = {worker for worker in workers if worker in self.ledger.workers}
+        for worker in tuple(live.retiring):
+            yield Retire(worker, live.sequence)
 
     # Admission and prefill
 
     def _admit(self, now: float) -> Iterator[Command]:
         """First come, first served; a request that does not fit yet holds back those behind it, so none starves."""
-        prefilling = sum(live.state == "prefill" for live in self.live.values())
-        while self._queue and prefilling < policy.prefill_slots(self.ledger):
-            live = self.live[self._queue[0]]
+        while self._queue and not self._ending and len(self._prefilling) < policy.prefill_slots(self.ledger):
+            live = self.live[next(iter(self._queue))]
             placement = policy.place(self.ledger, live.tokens, self.config.window_batch)
             if placement is None:
                 return
-            self._queue.popleft()
+            del self._queue[live.sequence]
             self.ledger.reserve(live.sequence, placement)
             live.state, live.admitted = "prefill", now
-            prefilling += 1
+            self._prefilling.add(live.sequence)
             for span in placement:
                 yield Reserve(span.worker, live.sequence, span.tokens)
             yield self._prefill(live, 0)
@@ -303,23 +340,23 @@ class Lifecycle:
         placement = account.placement if account is not None else ()
         yield Delivery(sequence, (), reason, error, live.timings(now), placement)
         if account is None:
-            self._queue.remove(sequence)
+            del self._queue[sequence]
             del self.live[sequence]
             yield from self._admit(now)
             return
         for chunk in live.chunks.values():
             yield from self._abandon(chunk.gang, f"the request ended: {error or reason}")
         live.chunks.clear()
+        self._prefilling.discard(sequence)
         if account.home in self.chains:
             self.chains[account.home].leave(sequence)
         if settled:
             yield from self._release(sequence)
             yield from self._admit(now)
             return
+        computing = {account.home} if live.state == "decode" else {span.worker for span in account.placement}
         live.state = "retiring"
-        live.retiring = {span.worker for span in account.placement if span.worker in self.ledger.workers}
-        for worker in tuple(live.retiring):
-            yield Retire(worker, sequence)
+        yield from self._retire(live, computing)
         if not live.retiring:
             yield from self.retired(sequence, "", now)
 

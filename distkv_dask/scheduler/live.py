@@ -16,7 +16,8 @@ class Live:
     """One request: what was asked, how far it is, and when it got there (seconds of the gManager's clock).
 
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
-    compute on it after its end; ``stuck_since`` the time since which no set of workers could ever serve it.
+    compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``stuck_since``
+    the time since which no set of workers could ever serve it.
     """
 
     sequence: int
@@ -30,6 +31,7 @@ class Live:
     chunks: dict[int, PrefillChunk] = field(default_factory=dict)
     retries: int = 0
     retiring: set[str] = field(default_factory=set)
+    forwards_ended: bool = False
     stuck_since: float | None = None
 
     @property

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client, Future
+from distributed import Client, Future, Security
 
-from distkv_dask.errors import GangAbortedError
+from distkv_dask.errors import ClusterError, GangAbortedError
 from distkv_dask.graphs.build import StepGraph, gang_keys
 from distkv_dask.types import Gang
 
@@ -52,19 +52,30 @@ class Submitter:
         self._scheduler = scheduler
         self._failed = failed
         self._client: Client | None = None
+        self._opening = asyncio.Lock()
         self._tasks: dict[str, _Task] = {}
 
     async def open(self) -> None:
-        """Connect, once."""
-        if self._client is None:
-            self._client = Client(
-                self._scheduler.address,
-                asynchronous=True,
-                set_as_default=False,
-                name="distkv-gmanager",
-                security=self._scheduler.security,
-            )
-        await self._client
+        """Connect, once.
+
+        Raises
+        ------
+        ClusterError
+            The scheduler cannot be reached from itself.
+        """
+        async with self._opening:
+            if self._client is not None:
+                return
+            try:
+                self._client = await Client(
+                    self._scheduler.address,
+                    asynchronous=True,
+                    set_as_default=False,
+                    name="distkv-gmanager",
+                    security=_as_client(self._scheduler.security),
+                )
+            except (OSError, TypeError, ValueError) as error:
+                raise ClusterError(f"the gManager cannot connect to its own scheduler: {error!r}") from error
 
     async def close(self) -> None:
         """Cancel what is left and disconnect."""
@@ -110,6 +121,9 @@ class Submitter:
             return
         if finish == "memory" and task.forget:
             self._drop(key)
+        elif finish == "forgotten" and not task.forget:
+            self._drop(key)
+            self._failed(task.engine, task.gang, GangAbortedError(f"task {key} was cancelled by somebody else"))
         elif finish == "erred":
             state = self._scheduler.tasks[key]
             cause = state.exception_blame or state
@@ -119,3 +133,15 @@ class Submitter:
 
     def _drop(self, key: str) -> None:
         self._tasks.pop(key).future.release()
+
+
+def _as_client(security: Any) -> Any:
+    """Credentials (Dask's ``Security``) for a client in the scheduler's process: its own, where it has none for one."""
+    if security.tls_client_cert or not security.tls_scheduler_cert:
+        return security
+    return Security(
+        require_encryption=security.require_encryption,
+        tls_ca_file=security.tls_ca_file,
+        tls_client_cert=security.tls_scheduler_cert,
+        tls_client_key=security.tls_scheduler_key,
+    )

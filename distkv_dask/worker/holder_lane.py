@@ -133,15 +133,23 @@ class HolderLane:
             self._nudge()
         return future
 
-    def fence(self) -> Future[None]:
-        """Complete when everything that the lane was asked before is over, requests under way included.
+    def retire(self, engine: str, sequence: int) -> Future[None]:
+        """Complete when nothing is written to a sequence's blocks any more, whose home computes on it no more.
+
+        A session that still has the sequence belongs to a gang that failed: frames may lie in its socket, and it ends.
 
         Raises
         ------
         EngineClosedError
             The lane is closed.
         """
-        return self.submit(_nothing)
+
+        def end() -> None:
+            if (service := self._services.get(engine)) is not None:
+                for gang in service.gangs_of(sequence):
+                    self._abort(service, gang, GangAbortedError(f"sequence {sequence} ended"))
+
+        return self.submit(end)
 
     def close(self, timeout: float = 10.0) -> None:
         """Fail all sessions, close all channels and join the thread. Can be called again.
@@ -245,7 +253,3 @@ class HolderLane:
             self._dismiss(guest, guest.late())
         for service in self._services.values():
             service.drop_late(now)
-
-
-def _nothing() -> None:
-    """Mark a place in the lane's queue."""

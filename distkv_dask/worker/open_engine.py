@@ -109,12 +109,12 @@ class OpenEngine:
         with self._lock:
             self._retired.add(sequence)
             self._batch.pop(sequence, None)
-        self.lanes.home.submit(self._fence_holder_lane, sequence)
+        self.lanes.home.submit(self._retire_holding, sequence)
 
-    def _fence_holder_lane(self, sequence: int) -> None:
+    def _retire_holding(self, sequence: int) -> None:
         """On the home lane, when all before it has ended: the same for the holder lane, then the answer."""
         told = partial(self._tell, FromWorker.RETIRED, self.spec.engine, sequence)
-        self.lanes.holder.fence().add_done_callback(lambda _: told())
+        self.lanes.holder.retire(self.spec.engine, sequence).add_done_callback(lambda _: told())
 
     def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
         """Decode a sequence from the next window on."""

@@ -41,6 +41,7 @@ class RManager(WorkerPlugin):
         self.engines: dict[str, OpenEngine] = {}
         self.lanes: Lanes | None = None
         self._changing = asyncio.Lock()
+        self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._handlers: dict[str, Callable[..., None]] = {
             ToWorker.OPEN: self._open,
@@ -58,6 +59,9 @@ class RManager(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
+        self._leaving = True
+        async with self._changing:
+            pass  # an engine that is being opened
         for call in self._handlers:
             worker.stream_handlers.pop(call, None)
         for name in list(self.engines):
@@ -142,16 +146,11 @@ class RManager(WorkerPlugin):
     # Opening and closing
 
     async def _open_engine(self, spec: EngineSpec) -> None:
-        loop = asyncio.get_running_loop()
         async with self._changing:
+            if self._leaving or spec.engine in self.engines:
+                return
             try:
-                from distkv_dask.worker.opening import build_engine
-
-                if self.lanes is None:
-                    self.lanes = self._new_lanes(spec)
-                self.engines[spec.engine] = await loop.run_in_executor(
-                    None, build_engine, spec, self.lanes, self.worker, self.tell
-                )
+                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec)
             except DistKVError as error:
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
             except Exception as error:
@@ -159,27 +158,35 @@ class RManager(WorkerPlugin):
                 failure = ModelError(f"worker {self.worker.address} could not open the engine: {error!r}; see its log")
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, failure)
             else:
-                self.tell(FromWorker.READY, spec.engine, self.engines[spec.engine].facts())
+                self.engines[spec.engine] = engine
+                self.tell(FromWorker.READY, spec.engine, engine.facts())
             if not self.engines:
                 await self._close_lanes()
 
-    def _new_lanes(self, spec: EngineSpec) -> Lanes:
+    def _build(self, spec: EngineSpec) -> OpenEngine:
+        """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
+
         from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
+        from distkv_dask.worker.opening import build_engine
 
-        address = self.worker.address
-        host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
-        certificates = Certificates.of(self.worker.security)
-        return Lanes(address, host, spec.config.threads or self.worker.state.nthreads, certificates)
+        if self.lanes is None:
+            address = self.worker.address
+            host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
+            threads = spec.config.threads or self.worker.state.nthreads
+            self.lanes = Lanes(address, host, threads, Certificates.of(self.worker.security))
+        return build_engine(spec, self.lanes, self.worker, self.tell)
 
     async def _close_engine(self, name: str) -> None:
         async with self._changing:
             engine = self.engines.pop(name, None)
-            if engine is not None:
-                await asyncio.get_running_loop().run_in_executor(None, engine.close)
-            if not self.engines:
-                await self._close_lanes()
-            self.tell(FromWorker.CLOSED, name)
+            try:
+                if engine is not None:
+                    await asyncio.get_running_loop().run_in_executor(None, engine.close)
+                if not self.engines:
+                    await self._close_lanes()
+            finally:
+                self.tell(FromWorker.CLOSED, name)
 
     async def _close_lanes(self) -> None:
         lanes, self.lanes = self.lanes, None
@@ -188,4 +195,8 @@ class RManager(WorkerPlugin):
 
 
 def _unpacked(handler: Callable[[Any], None], payload: Any) -> None:
-    handler(unpack(payload))
+    """Call a handler. An error must not leave it: Dask would close the worker, and others' data with it."""
+    try:
+        handler(unpack(payload))
+    except Exception:  # the gang that needs it will fail, and say why
+        logger.exception("message of the gManager: %s", payload)

@@ -98,6 +98,10 @@ class Service:
         self.finish(number, error)
         return guest
 
+    def gangs_of(self, sequence: int) -> list[int]:
+        """Numbers of the gangs under way whose batch has a sequence."""
+        return [number for number, (session, _) in self._running.items() if sequence in session.sequences]
+
     def fail_all(self, error: DistKVError) -> None:
         """Fail every session."""
         for number in (*self._waiting, *self._running):

@@ -41,6 +41,8 @@ class Session:
     def __init__(self, gang: Gang, pool: Pool) -> None:
         self.gang = gang
         self.result: Future[SessionStats] = Future()
+        self.sequences: frozenset[int] = frozenset()
+        """Sequences of the batch under way."""
         self._pool = pool
         self._turn = (Kind.ATTEND, gang.number, gang.epoch, 0, 0, 0)
         self._requests = self._bytes_in = self._bytes_out = 0
@@ -85,6 +87,7 @@ class Session:
             raise ChannelError(f"a batch came where {Header(*self._turn)} was expected")
         pool = self._pool
         self._shard = shard = Shard(pool, rows, heads)
+        self.sequences = frozenset(row.sequence for row in rows)
         q_shape = (shard.tokens, heads, pool.head_dim)
         kv_shape = (2, shard.appended, pool.kv_heads, pool.head_dim)
         size = pool.dtype.itemsize
