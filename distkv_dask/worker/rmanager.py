@@ -165,7 +165,6 @@ class RManager(WorkerPlugin):
 
     def _build(self, spec: EngineSpec) -> OpenEngine:
         """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
-
         from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
         from distkv_dask.worker.opening import build_engine
