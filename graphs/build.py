@@ -1,7 +1,7 @@
 """Step graphs: decode windows and prefill chunks as Dask graphs, pure functions of plans.
 
-A gang is one task per member worker, each pinned to its worker; a member's part in a window follows its part in the
-window before, so that the next window starts without a round trip through any client.
+A gang is one task per member worker, each pinned to its worker. Chunks of a prompt follow each other by dependencies;
+windows of a home follow each other at its home lane.
 """
 
 from __future__ import annotations
@@ -54,15 +54,17 @@ def gang_keys(gang: Gang) -> list[str]:
     return [gang.name, *(attend_key(gang, holder.worker) for holder in gang.holders)]
 
 
-def window_graph(window: DecodeWindow, after: Gang | None = None) -> StepGraph:
-    """A decode window: the home's task and one for each holder, each after its worker's own part in ``after``."""
+def window_graph(window: DecodeWindow) -> StepGraph:
+    """A decode window: the home's task and one for each holder.
+
+    It needs no dependency on the window before: submitted while that one runs, it waits its turn at the home lane, and
+    begins there within a fraction of a millisecond. A dependent task would begin 4 to 7 ms after.
+    """
     graph = StepGraph()
     gang = window.gang
-    graph.add(gang.name, gang.home, decode, window, *([after.name] if after else []))
-    before = {holder.worker for holder in after.holders} if after else set()
+    graph.add(gang.name, gang.home, decode, window)
     for holder in gang.holders:
-        dependencies = [attend_key(after, holder.worker)] if after and holder.worker in before else []
-        graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang, *dependencies)
+        graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang)
         graph.channels.append((gang.name, attend_key(gang, holder.worker)))
     return graph
 

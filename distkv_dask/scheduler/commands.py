@@ -42,7 +42,7 @@ class SubmitPrefill:
 
 @dataclass(frozen=True, slots=True)
 class SubmitWindow:
-    """Run a decode window, each member after its own part in the window before (``after``), if there is one."""
+    """Run a decode window after the home's window before (``after``), if one is under way."""
 
     window: DecodeWindow
     after: Gang | None

@@ -1,7 +1,7 @@
 """A home's chain of decode windows: which sequences it decodes, which windows are queued, running or done.
 
-Two windows are outstanding at most: one that runs and one that waits in Dask for the first to end, so that no round
-trip through a client stands between them. A sequence joins with the next window that starts; its holders are
+Two windows are outstanding at most: one that runs and one that waits at the home lane for the first to end, so
+that nothing stands between them. A sequence joins with the next window that starts; its holders are
 added to windows that are queued already. Pure: events in, commands out.
 """
 

@@ -25,7 +25,7 @@ def lower(
             graph = layer_prefill_graph(chunks, layers) if by_layer else prefill_graph(chunks)
             return graph, [chunk.gang for chunk in chunks]
         case SubmitWindow(window, after):
-            graph = layer_window_graph(window, layers, after) if by_layer else window_graph(window, after)
+            graph = layer_window_graph(window, layers, after) if by_layer else window_graph(window)
             return graph, [window.gang]
         case AddHolders(gang, holders):
             return attend_graph(gang, () if by_layer else holders), [gang]
