@@ -109,6 +109,7 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--new", type=int, default=192, help="decode steps of one turn")
     arguments.add_argument("--repeat", type=int, default=9, help="turns")
+    arguments.add_argument("--channel", choices=["tcp", "unix"], default="tcp", help="kind of channel")
     options = arguments.parse_args()
     block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
     with (
@@ -117,7 +118,9 @@ def main() -> None:
         Client(cluster) as client,
     ):
         save_model(options.layers, Path(folder))
-        common: dict[str, Any] = {"dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16}
+        common: dict[str, Any] = {
+            "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
+        }  # fmt: skip
         blocks = CONTEXT // BLOCK
         with (
             Engine(client, folder, kv_memory=blocks * block_bytes, **common) as all_local,
@@ -131,7 +134,7 @@ def main() -> None:
     added = statistics.median(remote["step_ms"] - local["step_ms"] for local, remote in turns)
     per_layer = added / options.layers * 1e3
     figures = {
-        "channel": "tcp",
+        "channel": options.channel,
         "holders": 1,
         "layers": options.layers,
         "local_step_ms": statistics.median(local["step_ms"] for local, _ in turns),
