@@ -27,8 +27,8 @@ from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
 logger = logging.getLogger("distributed.distkv.engine")
 
-PATIENCE = 3
-"""How often in a row a call for news may fail while the scheduler is there."""
+PATIENCE = 10.0
+"""Seconds that the answer to a call for news may be late before the scheduler counts as gone."""
 
 POLL = 10.0
 """Seconds that a call for news waits at the gManager."""
@@ -305,13 +305,16 @@ class Engine:
         """Take news from the gManager until the engine closes or the scheduler is gone."""
         heard, failures = 0, 0
         while not self._closed:
+            wait = 0.0 if failures else POLL
             try:
-                news = await self._call(ClientCall.EVENTS, engine=self.id, heard=heard, wait=POLL)
+                news = await asyncio.wait_for(
+                    self._call(ClientCall.EVENTS, engine=self.id, heard=heard, wait=wait), wait + PATIENCE
+                )
                 failures = 0
             except Exception as error:
                 failures += 1
-                if failures < PATIENCE and not isinstance(error, DistKVError):
-                    continue  # the gManager keeps what was not heard
+                if failures == 1 and not isinstance(error, DistKVError):
+                    continue  # once more: the gManager keeps what was not heard
                 self._break(_ours(error))
                 return
             heard += len(news)
