@@ -33,7 +33,7 @@ class WindowChain:
     home
         The worker.
     new_gang
-        Makes a gang from (name suffix, holders).
+        Makes a gang from (window number, epoch, holders).
     steps, seconds
         Limits of a window.
     """
