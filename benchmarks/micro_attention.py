@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _report
 import torch
 
 from distkv_dask.kernels import IMPLEMENTATIONS, advise_huge_pages, choose, micro_attention, native_kernel
@@ -201,11 +200,14 @@ def cases(device: str) -> list[tuple[str, Callable[[int], Rows]]]:
 
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {best_isa(device)}"
-    return {"commit": commit.strip(), "hardware": hardware, "torch": torch.__version__, "block_tokens": BLOCK_TOKENS}
+    machine = _report.environment()
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{machine['processor']}, {best_isa(device)}"
+    return {
+        "commit": machine["commit"],
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "block_tokens": BLOCK_TOKENS,
+    }
 
 
 def main() -> None:

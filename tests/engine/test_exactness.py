@@ -12,11 +12,9 @@ from distributed import Client, Scheduler, Worker
 from distkv_dask import Completion, Engine, ModelError, SamplingParams
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import resolve_model
-from distkv_dask.scheduler import policy
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.types import Placement, Span
 from tests._cluster import engine_test
 from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._splits import force_split
 
 NEW = 12
 GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
@@ -80,17 +78,7 @@ SPLITS = {
 def test_any_split_gives_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = prompt_ids(100, seed=4)
     expected = reference_generate(model_dir("llama-gqa"), [prompt], NEW)[0].tokens
-
-    def place(ledger: Ledger, tokens: int, batch: int) -> Placement:
-        spans, start, names = [], 0, sorted(ledger.workers)
-        for worker, length in SPLITS[name]:
-            stop = tokens if length is None else start + length
-            spans.append(Span(names[worker], start, stop))
-            start = stop
-        return tuple(spans)
-
-    monkeypatch.setattr(policy, "place", place)
-    workers = max(worker for worker, _ in SPLITS[name]) + 1
+    workers = force_split(SPLITS[name], monkeypatch)
 
     @engine_test(workers=workers)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:

@@ -21,16 +21,15 @@ from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, ConfigError, GangAbortedError, MissingProgramError
 from distkv_dask.graphs.build import window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
-from distkv_dask.scheduler import policy
 from distkv_dask.scheduler.commands import AddHolders
-from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.lowering import lower
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement, PrefillChunk, Span
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
 from distkv_dask.worker import layer_tasks
 from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.paused import PausedForward
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
+from tests._splits import force_split
 
 NEW = 6
 GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
@@ -45,21 +44,6 @@ SPLITS: dict[str, list[tuple[int, int | None]]] = {
     "an empty span, four workers": [(3, 40), (2, 0), (1, 33), (0, None)],
 }
 """Worker and room of each span; None is the rest."""
-
-
-def split(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Place every sequence like this; the number of workers that it takes."""
-
-    def place(ledger: Ledger, tokens: int, batch: int) -> Placement:
-        spans, start, names = [], 0, sorted(ledger.workers)
-        for worker, length in SPLITS[name]:
-            stop = tokens if length is None else start + length
-            spans.append(Span(names[worker], start, stop))
-            start = stop
-        return tuple(spans)
-
-    monkeypatch.setattr(policy, "place", place)
-    return max(worker for worker, _ in SPLITS[name]) + 1
 
 
 def tiny(client: Client, family: str = "llama-gqa", **settings: object) -> Engine:
@@ -82,7 +66,7 @@ def test_any_split_gives_the_tokens_of_both_the_fused_gang_and_one_process(
     new = SamplingParams(max_new_tokens=9, ignore_eos=True)
     expected = reference_generate(model_dir(family), [prompt], 9)[0].tokens
 
-    @engine_test(workers=split(split_name, monkeypatch))
+    @engine_test(workers=force_split(SPLITS[split_name], monkeypatch))
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
         for granularity in ("layer", "window"):
             async with tiny(client, family, granularity=granularity) as engine:

@@ -39,7 +39,6 @@ class Simulated:
     epochs: dict[str, int] = field(default_factory=dict)
     chunks: list[list[PrefillChunk]] = field(default_factory=list)
     windows: dict[str, list[DecodeWindow]] = field(default_factory=lambda: defaultdict(list))
-    dead_gangs: set[int] = field(default_factory=set)
     attending: set[tuple[int, str]] = field(default_factory=set)
     retirements: list[tuple[str, int]] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -89,7 +88,6 @@ class Simulated:
                 self.attending.discard((gang, worker))
             case do.Forget(gang, finished):
                 if not finished:
-                    self.dead_gangs.add(gang.number)
                     for chain in self.chunks:
                         chain[:] = [chunk for chunk in chain if chunk.gang.number != gang.number]
                     self.windows[gang.home] = [w for w in self.windows[gang.home] if w.gang.number != gang.number]

@@ -1,0 +1,26 @@
+"""Placements that a test asks for, instead of the policy's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from distkv_dask.scheduler import policy
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.types import Placement, Span
+
+
+def force_split(split: Sequence[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Place every sequence in spans of (worker, room; None is the rest); the number of workers that it takes."""
+
+    def place(ledger: Ledger, tokens: int, batch: int) -> Placement:
+        spans, start, names = [], 0, sorted(ledger.workers)
+        for worker, length in split:
+            stop = tokens if length is None else start + length
+            spans.append(Span(names[worker], start, stop))
+            start = stop
+        return tuple(spans)
+
+    monkeypatch.setattr(policy, "place", place)
+    return max(worker for worker, _ in split) + 1
