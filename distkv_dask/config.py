@@ -73,8 +73,12 @@ class Config:
         How queries and partials travel between workers: ``"auto"``, ``"tcp"`` or ``"unix"``.
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
-    window_steps, window_seconds
-        A decode window ends after this many steps or about this many seconds, whichever comes first.
+    window_seconds, window_stream_seconds
+        Length of a decode window, and its length while somebody reads along or waits for its end.
+    window_scheduler_share, window_max_seconds
+        Part of one core that windows may cost the scheduler, and how long they may become to keep to it.
+    window_steps
+        A window ends after this many steps at the latest, if not None.
     window_batch
         Sequences that one home decodes together.
     timeout_open, timeout_start, timeout_receive, timeout_close
@@ -87,8 +91,11 @@ class Config:
     granularity: str = _key("granularity")
     channel: str = _key("channel")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
-    window_steps: int = _key("window.steps")
     window_seconds: float = _key("window.seconds")
+    window_stream_seconds: float = _key("window.stream-seconds")
+    window_scheduler_share: float = _key("window.scheduler-share")
+    window_max_seconds: float = _key("window.max-seconds")
+    window_steps: int | None = _key("window.steps")
     window_batch: int = _key("window.batch")
     timeout_open: float = _key("timeouts.open")
     timeout_start: float = _key("timeouts.start")

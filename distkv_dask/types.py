@@ -157,11 +157,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWindow:
-    """Up to ``steps`` decode steps, or about ``seconds``, over the sequences that joined the home."""
+    """About ``seconds`` of decode steps, at most ``steps`` if not None, over the sequences that joined the home."""
 
     gang: Gang
     window: int
-    steps: int
+    steps: int | None
     seconds: float
 
 

@@ -279,11 +279,13 @@ class Engine:
     async def _flush(self) -> None:
         await asyncio.sleep(0)
         requests, self._outgoing = self._outgoing, []
-        payload = [(one.number, one.prompt, one.sampling) for one in requests if not one.generation.cancelled()]
+        payload = [
+            (one.number, one.prompt, one.sampling, one.streamed) for one in requests if not one.generation.cancelled()
+        ]
         try:
             refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
         except Exception as failure:
-            refused = {number: _ours(failure) for number, _, _ in payload}
+            refused = {number: _ours(failure) for number, *_ in payload}
         for number, error in refused.items():
             if (refusal := self._requests.pop(number, None)) is not None:
                 refusal.fail(error)
@@ -348,8 +350,10 @@ class Engine:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
 
         ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
-        channels`` (which kind it opens to whom, and why);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``.
+        channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``;
+        ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
+        ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """
         self._check_open()
         return self.client.sync(self._call, ClientCall.STATUS, engine=self.id)

@@ -44,6 +44,7 @@ class Request:
         self.prompt = prompt
         self.sampling = sampling
         self.generation = generation
+        self.streamed = on_text is not None
         self._on_text = on_text
         self._stream = tokenizer.stream(sampling.stop)
         self._told = False

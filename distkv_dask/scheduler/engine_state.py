@@ -12,6 +12,7 @@ from typing import Any
 from distkv_dask.errors import ClusterError
 from distkv_dask.protocol import Delivery, EngineSpec, Ready
 from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.types import WindowResult
 
 
@@ -26,12 +27,14 @@ class EngineState:
         Id of the Dask client that owns the engine.
     gang_numbers
         Numbers unique over all engines of the gManager.
+    pacer
+        The scheduler's budget for all engines.
     """
 
-    def __init__(self, spec: EngineSpec, client: str, gang_numbers: Iterator[int]) -> None:
+    def __init__(self, spec: EngineSpec, client: str, gang_numbers: Iterator[int], pacer: Pacer) -> None:
         self.spec = spec
         self.client = client
-        self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers)
+        self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers, pacer=pacer)
         self.facts: dict[str, Ready] = {}
         self.layers = 0
         """Layers of the model, once a worker has opened the engine."""
@@ -203,6 +206,7 @@ class EngineState:
                 "block_bytes": life.block_bytes,
                 "sequences": account.homed,
                 "channels": self.facts[worker]["channels"] if worker in self.facts else "",
+                "window_seconds": life.chains[worker].seconds,
             }
             for worker, account in life.ledger.workers.items()
         }

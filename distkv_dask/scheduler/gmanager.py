@@ -13,7 +13,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable, Iterable
-from time import monotonic
+from time import monotonic, thread_time
 from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
@@ -33,6 +33,7 @@ from distkv_dask.protocol import (
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.scheduler.lowering import lower, step_graph
+from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.scheduler.submitter import Submitter
 from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
@@ -65,6 +66,7 @@ class GManager(SchedulerPlugin):
             return
         self.engines: dict[str, EngineState] = {}
         self.submitter = Submitter(scheduler, self._task_failed)
+        self.pacer = Pacer()
         self._gang_numbers = itertools.count(1)
         self._expiry: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -111,7 +113,7 @@ class GManager(SchedulerPlugin):
                 "(client.wait_for_workers(n))"
             )
         await self.submitter.open()
-        engine = EngineState(spec, client, self._gang_numbers)
+        engine = EngineState(spec, client, self._gang_numbers, self.pacer)
         self.engines[spec.engine] = engine
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire())
@@ -127,14 +129,14 @@ class GManager(SchedulerPlugin):
         return engine.summary()
 
     def submit(self, engine: str, requests: Any) -> Any:
-        """Take requests (packed: number, prompt, sampling); returns the refused ones with their reasons."""
+        """Take requests (packed: number, prompt, sampling, streamed); returns the refused ones with their reasons."""
         state = self._engine(engine)
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
         refused: dict[int, Exception] = {}
-        for number, prompt, sampling in unpack(requests):
+        for number, prompt, sampling, streamed in unpack(requests):
             try:
-                self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic()))
+                self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic(), streamed))
             except DistKVError as error:
                 refused[number] = error
         return pack(refused)
@@ -150,7 +152,7 @@ class GManager(SchedulerPlugin):
 
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
-        return self._engine(engine).status()
+        return self._engine(engine).status() | {"scheduler": self.pacer.status()}
 
     def graph(self, engine: str, tokens: int, granularity: str) -> Any:
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""
@@ -172,6 +174,7 @@ class GManager(SchedulerPlugin):
             self._send(worker, ToWorker.CLOSE, engine)
         await state.wait_closed(limit)
         self.engines.pop(engine, None)
+        self.pacer.rounds.pop(engine, None)
         if not self.engines:
             if self._expiry is not None:
                 self._expiry.cancel()
@@ -301,7 +304,10 @@ class GManager(SchedulerPlugin):
 
     async def _expire(self) -> None:
         while True:
+            began, cpu, counted = monotonic(), thread_time(), self.submitter.ended
             await asyncio.sleep(EXPIRE_INTERVAL)
+            tasks, others = (after - before for after, before in zip(self.submitter.ended, counted, strict=True))
+            self.pacer.measured(monotonic() - began, thread_time() - cpu, tasks, others)
             for state in list(self.engines.values()):
                 self._run(state, state.lifecycle.expire(monotonic()))
 

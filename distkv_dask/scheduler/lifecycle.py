@@ -28,6 +28,7 @@ from distkv_dask.scheduler.commands import (
 from distkv_dask.scheduler.decoding import WindowChain
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live, cut_prompt
+from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
@@ -54,12 +55,28 @@ class Lifecycle:
         Numbers unique over all engines of the gManager.
     block_bytes
         Bytes of one block, for messages to users.
+    pacer
+        The scheduler's budget, where several engines share it.
     """
 
-    def __init__(self, engine: str, config: Config, gang_numbers: Iterator[int], block_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        engine: str,
+        config: Config,
+        gang_numbers: Iterator[int],
+        block_bytes: int = 0,
+        pacer: Pacer | None = None,
+    ) -> None:
         self.engine = engine
         self.config = config
         self.block_bytes = block_bytes
+        self._pacer = Pacer() if pacer is None else pacer
+        self._pace = Pace(
+            watched=config.window_stream_seconds,
+            unwatched=config.window_seconds,
+            longest=min(config.window_max_seconds, config.timeout_start / 2),  # within which holders await the next
+            share=config.window_scheduler_share,
+        )
         self.ledger = Ledger(config.block_tokens)
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
@@ -83,8 +100,9 @@ class Lifecycle:
         self.chains[worker] = WindowChain(
             worker,
             partial(self._decode_gang, worker, ordinal),
+            partial(self._window_seconds, worker),
+            lambda sequence: self.live[sequence].remaining,
             self.config.window_steps,
-            self.config.window_seconds,
         )
         yield from self._admit(now)
 
@@ -111,8 +129,10 @@ class Lifecycle:
 
     # Events: requests
 
-    def submit(self, sequence: int, prompt: array[int], sampling: SamplingParams, now: float) -> Iterator[Command]:
-        """A client asks for a completion.
+    def submit(
+        self, sequence: int, prompt: array[int], sampling: SamplingParams, now: float, streamed: bool = False
+    ) -> Iterator[Command]:
+        """A client asks for a completion; ``streamed`` when somebody reads along.
 
         Raises
         ------
@@ -120,7 +140,7 @@ class Lifecycle:
             When the request is larger than the pools of all workers together ever were. (If workers are missing just
             now, it waits for them, but not for ever: :meth:`expire`.)
         """
-        live = Live(sequence, prompt, sampling, submitted=now)
+        live = Live(sequence, prompt, sampling, submitted=now, streamed=streamed)
         if self.ledger.blocks(live.tokens) > self._largest_blocks:
             raise self._too_large(live)
         self.live[sequence] = live
@@ -145,6 +165,7 @@ class Lifecycle:
         Waiting requests that no remaining worker could ever serve, once replacements had time to come; and windows that
         Dask does not start, because their home is paused for its memory or busy with other tasks.
         """
+        self._count_tasks()
         for chain in list(self.chains.values()):
             late = chain.late(now, self.config.timeout_start)
             if late is not None:
@@ -169,6 +190,7 @@ class Lifecycle:
             return
         chunk = live.chunks.pop(gang)
         self.ledger.commit(sequence, chunk.start + len(chunk.tokens))
+        self._pacer.prefilled(1 + len(chunk.gang.holders))
         yield Forget(chunk.gang, finished=True)
 
     def prefilled(
@@ -202,7 +224,7 @@ class Lifecycle:
     ) -> Iterator[Command]:
         """A home finished a window: its tokens are committed here, or never."""
         chain = self.chains.get(home)
-        settled = chain.done(number, used) if chain is not None and chain.epoch == epoch else None
+        settled = chain.done(number, used, result) if chain is not None and chain.epoch == epoch else None
         if chain is None or settled is None:
             return
         yield from settled
@@ -315,6 +337,25 @@ class Lifecycle:
         holders = tuple(self.ledger.holders(account.placement, but=account.home))
         yield Join(account.home, live.state_at(account), holders)
         yield from self.chains[account.home].join(live.sequence, holders)
+
+    def _window_seconds(self, home: str) -> float:
+        """Length of a home's next window."""
+        self._count_tasks()
+        watched = (
+            bool(self._queue)  # for room, which sequences that stop will free
+            or any(self.live[sequence].streamed for sequence in self.chains[home].sequences)
+            or any(self._awaits(self.live[sequence], home) for sequence in self._prefilling)
+        )
+        return self._pacer.window_seconds(self._pace, watched)
+
+    def _count_tasks(self) -> None:
+        """Tell the pacer how many tasks one window of each home takes now."""
+        self._pacer.rounds[self.engine] = sum(chain.tasks for chain in self.chains.values())
+
+    def _awaits(self, live: Live, home: str) -> bool:
+        """Whether a prompt is about to join a home, or needs its lane next."""
+        chunk = next(iter(live.chunks.values()), None)
+        return self.ledger.sequences[live.sequence].home == home or (chunk is not None and chunk.gang.home == home)
 
     def _restart_chain(self, chain: WindowChain, reason: str, but: list[int], now: float) -> Iterator[Command]:
         """Abort a home's windows and begin a new chain with the committed state of its sequences (but some)."""

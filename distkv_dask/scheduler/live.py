@@ -24,6 +24,7 @@ class Live:
     prompt: array[int]
     sampling: SamplingParams
     submitted: float
+    streamed: bool = False
     state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
@@ -40,6 +41,11 @@ class Live:
         return len(self.prompt) + self.sampling.max_new_tokens - 1
 
     @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.sampling.max_new_tokens - len(self.generated)
+
+    @property
     def history(self) -> tuple[int, ...]:
         """Prompt and generated tokens where the repetition penalty needs them, else nothing."""
         return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
@@ -51,7 +57,7 @@ class Live:
             account.placement,
             account.length,
             self.generated[-1],
-            self.sampling.max_new_tokens - len(self.generated),
+            self.remaining,
             self.sampling,
             self.history,
         )

@@ -54,6 +54,8 @@ class Submitter:
         self._client: Client | None = None
         self._opening = asyncio.Lock()
         self._tasks: dict[str, _Task] = {}
+        self.ended = (0, 0)
+        """Tasks that have ended well: of gangs, and all others of the cluster."""
 
     async def open(self) -> None:
         """Connect, once.
@@ -117,6 +119,9 @@ class Submitter:
     def transition(self, key: Any, finish: str) -> None:
         """A task of the cluster, perhaps ours, changed its state."""
         task = self._tasks.get(key)
+        if finish == "memory":
+            ours, others = self.ended
+            self.ended = (ours + 1, others) if task is not None else (ours, others + 1)
         if task is None:
             return
         if finish == "memory" and task.forget:

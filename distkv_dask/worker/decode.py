@@ -93,7 +93,7 @@ class DecodeLoop:
         if not self._live:
             self._gang.begin({})
         try:
-            while self._live and self._steps < window.steps:
+            while self._live and (window.steps is None or self._steps < window.steps):
                 self._gang.check()
                 self._step()
                 if time.perf_counter() - began >= window.seconds:

@@ -1,11 +1,14 @@
-"""The home lane: one thread that runs model forwards and waits for partials, in the order they were submitted."""
+"""The home lane: one thread that runs model forwards and waits for partials, in the order they were submitted.
+
+What only has to know that the present call has ended goes before those that wait.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -38,8 +41,8 @@ class HomeLane:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="distkv-home-lane", daemon=True)
         self._thread.start()
@@ -52,11 +55,25 @@ class HomeLane:
         EngineClosedError
             The lane is closed.
         """
+        return self._put(partial(call, *args, **kwargs), self._calls.append)
+
+    def submit_next(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``call`` as soon as the present call has ended, before all that wait.
+
+        Raises
+        ------
+        EngineClosedError
+            The lane is closed.
+        """
+        return self._put(partial(call, *args, **kwargs), self._calls.appendleft)
+
+    def _put(self, call: Callable[[], T], put: Callable[[tuple[Future[Any], Callable[[], Any]]], None]) -> Future[T]:
         future: Future[T] = Future()
-        with self._lock:
+        with self._wake:
             if self._closed:
                 raise EngineClosedError("this worker's home lane is closed; start a new engine")
-            self._calls.put((future, partial(call, *args, **kwargs)))
+            put((future, call))
+            self._wake.notify()
         return future
 
     def close(self, timeout: float = 10.0) -> None:
@@ -67,9 +84,9 @@ class HomeLane:
         TimeoutError
             The present call does not end within ``timeout`` seconds.
         """
-        with self._lock:
+        with self._wake:
             self._closed = True
-            self._calls.put(None)
+            self._wake.notify()
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"the home lane is still at work after {timeout:g} s; abort its gang first")
@@ -77,7 +94,7 @@ class HomeLane:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         _step_back()
-        while (item := self._calls.get()) is not None:
+        while (item := self._take()) is not None:
             future, call = item
             if self._closed:
                 future.cancel()
@@ -87,6 +104,12 @@ class HomeLane:
                 except BaseException as error:
                     future.set_exception(error)
             del item, future, call
+
+    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        """The next call, as soon as there is one; None when the lane is closed and none is left."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._calls or self._closed)
+            return self._calls.popleft() if self._calls else None
 
 
 def _step_back() -> None:

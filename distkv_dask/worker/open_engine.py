@@ -109,10 +109,10 @@ class OpenEngine:
         with self._lock:
             self._retired.add(sequence)
             self._batch.pop(sequence, None)
-        self.lanes.home.submit(self._retire_holding, sequence)
+        self.lanes.home.submit_next(self._retire_holding, sequence)
 
     def _retire_holding(self, sequence: int) -> None:
-        """On the home lane, when all before it has ended: the same for the holder lane, then the answer."""
+        """On the home lane, when its present call has ended: the same for the holder lane, then the answer."""
         told = partial(self._tell, FromWorker.RETIRED, self.spec.engine, sequence)
         self.lanes.holder.retire(self.spec.engine, sequence).add_done_callback(lambda _: told())
 

@@ -44,6 +44,8 @@ class Simulated:
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
     now: float = 0.0
+    step_seconds: float = 0.05
+    lengths: list[float] = field(default_factory=list)
 
     def run(self, commands: object) -> None:
         for command in commands:  # type: ignore[attr-defined]
@@ -71,6 +73,7 @@ class Simulated:
                 queued = self.windows[window.gang.home]
                 assert (after is None) == (not queued)
                 queued.append(window)
+                self.lengths.append(window.seconds)
                 self.attend(window.gang, window.gang.holders)
             case do.AddHolders(gang, holders):
                 self.attend(gang, holders)
@@ -183,7 +186,12 @@ class Simulated:
         self.windows[home].remove(window)
         self.run(
             self.life.window_done(
-                home, window.window, self.epochs[home], WindowResult(tokens, finished, 1, 0, 0), (), self.now
+                home,
+                window.window,
+                self.epochs[home],
+                WindowResult(tokens, finished, 1, self.step_seconds, 0),
+                (),
+                self.now,
             )
         )
 
@@ -194,7 +202,7 @@ class Simulated:
             self.run(self.life.gang_failed(self.rng.choice(gangs).number, error, self.now))
 
 
-def cluster_of(seed: int, *capacities: int, **config: int) -> Simulated:
+def cluster_of(seed: int, *capacities: int, **config: float) -> Simulated:
     settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4} | config
     life = Lifecycle("engine", Config.load(**settings), itertools.count(1), block_bytes=100)
     simulated = Simulated(life, random.Random(seed))
@@ -308,3 +316,76 @@ def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever() -> None
     finish(cluster)
     assert cluster.ends[0][0] == "error"
     assert "silent" in str(cluster.ends[0][1])
+
+
+def decode(cluster: Simulated, number: int, tokens: int, streamed: bool = False) -> str:
+    """A request for so many tokens whose prompt is done; its home."""
+    sampling = SamplingParams(max_new_tokens=tokens)
+    cluster.run(cluster.life.submit(number, array("i", range(8)), sampling, 0.0, streamed))
+    while cluster.chunks:
+        cluster.run_chunk(cluster.chunks[0][0])
+        cluster.chunks = [chain for chain in cluster.chunks if chain]
+    return cluster.life.ledger.sequences[number].home
+
+
+def test_a_request_that_joins_waits_for_one_window_at_most() -> None:
+    cluster = cluster_of(5, 100)
+    home = decode(cluster, 0, 40)
+    running = cluster.windows[home][0]
+    cluster.run(cluster.life.window_started(home, running.window))
+    assert len(cluster.windows[home]) == 2, "the next window waits at the home already"
+    decode(cluster, 1, 40)  # another one, whose prompt is done while the window runs
+    assert len(cluster.windows[home]) == 2, "no third window, which it would have to wait for"
+    cluster.windows[home].remove(running)
+    nothing = WindowResult({}, {}, 0, 0, 0)
+    cluster.run(cluster.life.window_done(home, running.window, 0, nothing, (), cluster.now))
+    cluster.run_window(cluster.windows[home][0])
+    assert len(cluster.tokens[1]) > 1, "the window that was queued before it joined took it along"
+
+
+def test_no_window_is_queued_behind_one_that_ends_every_sequence() -> None:
+    cluster = cluster_of(6, 100, window_seconds=1, window_stream_seconds=1)
+    home = decode(cluster, 0, 20)  # 1 s has 20 steps of 50 ms
+    cluster.run_window(cluster.windows[home][0])  # tells how long a step takes
+    running = cluster.windows[home][0]
+    assert cluster.life.live[0].remaining <= 16
+    cluster.run(cluster.life.window_started(home, running.window))
+    assert cluster.windows[home] == [running]
+    decode(cluster, 1, 20)
+    assert len(cluster.windows[home]) == 2, "but one that joins meanwhile has its next window"
+
+
+@pytest.mark.parametrize("steps", [3, 16])
+def test_a_limit_of_steps_is_counted_in_what_a_window_can_end(steps: int) -> None:
+    cluster = cluster_of(6, 100, window_seconds=1, window_stream_seconds=1, window_steps=steps)
+    home = decode(cluster, 0, 20)
+    cluster.run_window(cluster.windows[home][0])
+    cluster.run(cluster.life.window_started(home, cluster.windows[home][0].window))
+    assert len(cluster.windows[home]) == (2 if steps == 3 else 1)
+
+
+def test_windows_are_short_only_while_somebody_reads_along_or_waits() -> None:
+    lengths = {"window_seconds": 2, "window_stream_seconds": 0.25}
+    unwatched = cluster_of(7, 100, **lengths)
+    home = decode(unwatched, 0, 200)
+    assert unwatched.windows[home][0].seconds == 2
+    sampling = SamplingParams(max_new_tokens=4)
+    unwatched.run(unwatched.life.submit(1, array("i", range(20)), sampling, 0.0))  # its prompt waits for the lane
+    unwatched.run_window(unwatched.windows[home][0])
+    assert unwatched.windows[home][-1].seconds == 0.25
+    streamed = cluster_of(7, 100, **lengths)
+    assert streamed.windows[decode(streamed, 0, 200, streamed=True)][0].seconds == 0.25
+
+
+def test_windows_grow_with_the_number_of_homes_and_holders_but_end_before_holders_give_up() -> None:
+    def longest(workers: int, **settings: float) -> float:
+        cluster = cluster_of(8, *[10] * workers, **settings)
+        for number in range(workers // 2):  # each takes more than one worker has
+            cluster.run(cluster.life.submit(number, array("i", range(40)), SamplingParams(max_new_tokens=20), 0.0))
+        finish(cluster)
+        return max(cluster.lengths)
+
+    lengths = {"window_seconds": 0.25, "window_scheduler_share": 0.2}
+    assert longest(4, **lengths) == 0.25
+    assert longest(8, **lengths) < longest(60, **lengths) <= 10
+    assert longest(60, timeout_start=0.6, **lengths) == 0.3

@@ -43,6 +43,17 @@ def test_work_of_a_home_runs_in_the_order_it_was_submitted(home_lane: HomeLane) 
     assert seen == list(range(50))
 
 
+def test_who_waits_for_the_present_call_only_does_not_wait_for_those_behind_it(home_lane: HomeLane) -> None:
+    seen: list[str] = []
+    release = threading.Event()
+    calls = [home_lane.submit(release.wait, 5), home_lane.submit(seen.append, "a window in the queue")]
+    calls.append(home_lane.submit_next(seen.append, "the end of the present one"))
+    release.set()
+    for call in calls:
+        call.result(5)
+    assert seen == ["the end of the present one", "a window in the queue"]
+
+
 def test_an_error_of_one_call_reaches_its_caller_and_nobody_else(home_lane: HomeLane) -> None:
     failing = home_lane.submit(lambda: 1 // 0)
     assert home_lane.submit(lambda: 5).result(5) == 5

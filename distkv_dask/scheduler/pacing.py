@@ -1,0 +1,123 @@
+"""How long decode windows are: as short as somebody waits for, and long enough for the scheduler to keep up.
+
+Every window costs the Dask scheduler one task for its home and one for each holder. What the scheduler may spend on
+them is a part of one core (``distkv.window.scheduler-share``), so the more homes and holders there are, the longer
+their windows become: at any number of workers the scheduler has as much to do. What a task costs is measured while it
+runs. Pure: clocks are read by whoever calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TASK_SECONDS = 0.003
+"""CPU time of the scheduler for one task of a gang, until it is measured."""
+
+CHEAPEST, DEAREST = 0.0005, 0.01
+"""Bounds of the measured cost of a task: what else the scheduler does must not stretch windows without end."""
+
+MOST_IDLE = 0.5
+"""Part of the budget that heartbeats and the like may take from it; a scheduler busier than that serves others."""
+
+KEPT = 0.8
+"""Part of earlier measurements that counts beside a new one."""
+
+PRIOR_TASKS = 50.0
+"""Tasks that :data:`TASK_SECONDS` counts for at first."""
+
+STRANGERS = 0.1
+"""Others' tasks, as a part of ours, up to which all of the scheduler's work is taken for ours."""
+
+LEAST_FOR_DECODE = 0.25
+"""Part of the budget that decode windows have, however many prompts are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Bounds of a window in seconds, and the part of one core that all windows together may cost the scheduler.
+
+    ``watched`` is its length while somebody waits for it: a user who reads along, a request that is about to join the
+    home, or one that needs the room of another; ``unwatched`` its length otherwise; ``longest`` what the budget may
+    stretch either to.
+    """
+
+    watched: float
+    unwatched: float
+    longest: float
+    share: float
+
+
+@dataclass(slots=True)
+class Pacer:
+    """The budget of one scheduler, which all engines of its cluster share.
+
+    ``rounds`` holds for each engine the number of tasks that one window of each of its homes takes.
+    """
+
+    rounds: dict[str, int] = field(default_factory=dict)
+    rate: float = 0.0
+    """Tasks of gangs per second, lately."""
+    prefill_rate: float = 0.0
+    """Those of prompts among them."""
+    load: float = 0.0
+    """What the scheduler took of one core, lately."""
+    idle: float = 0.0
+    """What it takes without any task."""
+    _prefilled: int = 0
+    _cpu: float = PRIOR_TASKS * TASK_SECONDS
+    _tasks: float = PRIOR_TASKS
+
+    @property
+    def task_seconds(self) -> float:
+        """CPU time of the scheduler for one task."""
+        return min(DEAREST, max(CHEAPEST, self._cpu / self._tasks))
+
+    def window_seconds(self, pace: Pace, watched: bool) -> float:
+        """Length of the next window of any home.
+
+        The same lower bound holds for all homes: a round of all their windows, spread over it, costs what the budget
+        allows.
+
+        Examples
+        --------
+        >>> pacer, pace = Pacer(), Pace(watched=0.25, unwatched=1.0, longest=10.0, share=0.3)
+        >>> pacer.rounds["engine"] = 10
+        >>> pacer.window_seconds(pace, watched=True)
+        0.25
+        >>> pacer.rounds["engine"] = 200  # 200 tasks of 3 ms
+        >>> round(pacer.window_seconds(pace, watched=True), 3)
+        2.0
+        """
+        wish = min(pace.watched, pace.unwatched) if watched else pace.unwatched
+        rate = (pace.share - min(self.idle, MOST_IDLE * pace.share)) / self.task_seconds
+        rate = max(rate - self.prefill_rate, LEAST_FOR_DECODE * rate)
+        return min(max(wish, sum(self.rounds.values()) / rate), max(pace.longest, wish))
+
+    def prefilled(self, tasks: int) -> None:
+        """A chunk of a prompt is done; its gang had so many tasks."""
+        self._prefilled += tasks
+
+    def measured(self, seconds: float, cpu: float, tasks: int, others: int) -> None:
+        """What the scheduler did in the last ``seconds``.
+
+        Parameters
+        ----------
+        cpu
+            Seconds of CPU time that it took.
+        tasks, others
+            Tasks that ended: of gangs, and those of other users of the cluster. Where those are many, nothing is
+            learned of what ours cost.
+        """
+        self.rate += (1 - KEPT) * (tasks / seconds - self.rate)
+        self.prefill_rate += (1 - KEPT) * (self._prefilled / seconds - self.prefill_rate)
+        self.load += (1 - KEPT) * (cpu / seconds - self.load)
+        self._prefilled = 0
+        if tasks and others <= STRANGERS * tasks:
+            self._cpu = KEPT * self._cpu + max(0.0, cpu - self.idle * seconds)
+            self._tasks = KEPT * self._tasks + tasks
+        elif not tasks and not others and not any(self.rounds.values()):
+            self.idle += (1 - KEPT) * (cpu / seconds - self.idle)
+
+    def status(self) -> dict[str, float]:
+        """What ``Engine.status`` shows of it."""
+        return {"tasks_per_second": self.rate, "task_seconds": self.task_seconds, "core_share": self.load}
