@@ -12,8 +12,9 @@ import asyncio
 import itertools
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterable
-from time import monotonic, thread_time
+from time import monotonic, process_time, thread_time
 from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
@@ -303,11 +304,13 @@ class GManager(SchedulerPlugin):
             self._gang_failed(self.engines[engine], gang, error)
 
     async def _expire(self) -> None:
+        # a scheduler with a process of its own has its loop in the main thread; other threads are a user's elsewhere
+        clock = process_time if threading.current_thread() is threading.main_thread() else thread_time
         while True:
-            began, cpu, counted = monotonic(), thread_time(), self.submitter.ended
+            began, cpu, counted = monotonic(), clock(), self.submitter.ended
             await asyncio.sleep(EXPIRE_INTERVAL)
             tasks, others = (after - before for after, before in zip(self.submitter.ended, counted, strict=True))
-            self.pacer.measured(monotonic() - began, thread_time() - cpu, tasks, others)
+            self.pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
             for state in list(self.engines.values()):
                 self._run(state, state.lifecycle.expire(monotonic()))
 

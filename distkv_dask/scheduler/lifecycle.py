@@ -71,10 +71,11 @@ class Lifecycle:
         self.config = config
         self.block_bytes = block_bytes
         self._pacer = Pacer() if pacer is None else pacer
+        limit = config.timeout_start / 2  # holders of the next window wait while this one runs
         self._pace = Pace(
-            watched=config.window_stream_seconds,
-            unwatched=config.window_seconds,
-            longest=min(config.window_max_seconds, config.timeout_start / 2),  # within which holders await the next
+            watched=min(config.window_stream_seconds, limit),
+            unwatched=min(config.window_seconds, limit),
+            longest=min(config.window_max_seconds, limit),
             share=config.window_scheduler_share,
         )
         self.ledger = Ledger(config.block_tokens)

@@ -123,6 +123,27 @@ async def test_status_shows_where_a_running_sequence_lies(
 
 
 @engine_test()
+async def test_who_reads_along_gets_many_short_windows_and_who_does_not_few_long_ones(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompt, params = prompt_ids(40), SamplingParams(max_new_tokens=400, ignore_eos=True)
+    settings = {"window_stream_seconds": 0.01, "window_seconds": 60, "window_scheduler_share": 100}
+    async with tiny(client, **settings) as engine:
+        alone = await engine.submit(prompt, params)
+        status = await engine.status()
+        assert status["totals"]["windows"] == 1
+        assert max(worker["window_seconds"] for worker in status["workers"].values()) == 60
+        pieces = engine.stream(prompt, params)
+        async for _ in pieces:
+            pass
+        assert pieces.completion is not None
+        assert pieces.completion.token_ids == alone.token_ids
+        status = await engine.status()
+        assert status["totals"]["windows"] > 5
+        assert status["scheduler"]["task_seconds"] > 0
+
+
+@engine_test()
 async def test_two_engines_share_a_cluster(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
     prompt = prompt_ids(40)
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
