@@ -42,10 +42,14 @@ class SubmitPrefill:
 
 @dataclass(frozen=True, slots=True)
 class SubmitWindow:
-    """Run a decode window after the home's window before (``after``), if one is under way."""
+    """Run a decode window after the home's window before (``after``), if one is under way.
+
+    It is not needed for another ``patience`` seconds.
+    """
 
     window: DecodeWindow
     after: Gang | None
+    patience: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

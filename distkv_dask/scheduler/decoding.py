@@ -15,6 +15,9 @@ from distkv_dask.types import DecodeWindow, Endpoint, Gang, WindowResult
 
 OUTSTANDING = 2
 
+PATIENCE = 0.2
+"""Part of the running window within which the one behind it must be on its way to the home."""
+
 SURE = 0.8
 """Part of a window's expected steps within which sequences are expected to end by themselves."""
 
@@ -104,7 +107,10 @@ class WindowChain:
             window = DecodeWindow(self._new_gang(number, self.epoch, holders), number, self._steps, self.seconds)
             before = list(self._outstanding.values())
             self._outstanding[number] = _Outstanding(window)
-            yield SubmitWindow(window, before[-1].window.gang if before else None)
+            if before:
+                yield SubmitWindow(window, before[-1].window.gang, PATIENCE * self._expected(before[-1].window))
+            else:
+                yield SubmitWindow(window, None)
 
     def started(self, number: int) -> Iterator[Command]:
         """The home began a window."""
@@ -124,6 +130,12 @@ class WindowChain:
         if running.window.steps is not None:
             steps = min(steps, running.window.steps)
         return all(one in running.batch and self._remaining(one) <= steps for one in self.sequences)
+
+    def _expected(self, window: DecodeWindow) -> float:
+        """Seconds that a window is expected to last: 0 where only its steps are limited, and none has been timed."""
+        if window.steps is None:
+            return window.seconds
+        return min(window.seconds, window.steps * self._step_seconds)
 
     def late(self, now: float, limit: float) -> Gang | None:
         """The window that should run and has not been started for ``limit`` seconds, if there is one."""

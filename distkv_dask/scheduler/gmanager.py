@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from distributed import SchedulerPlugin
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
-from distkv_dask.graphs.build import gang_keys
 from distkv_dask.protocol import (
     PLUGIN,
     WORKER_EVENT,
@@ -217,6 +216,7 @@ class GManager(SchedulerPlugin):
                 self._run(state, life.window_started(worker, payload))
             case FromWorker.WINDOW_DONE:
                 number, epoch, result, used = payload
+                self.submitter.hurry(worker)
                 state.count(result)
                 self._run(state, life.window_done(worker, number, epoch, result, used, now))
             case FromWorker.GANG_FAILED:
@@ -281,10 +281,12 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.RESET, (state.spec.engine, epoch))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
+                case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
+                    self.submitter.submit(*lower(command, "window", state.layers), patience)
                 case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
                     self.submitter.submit(*lower(command, state.spec.config.granularity, state.layers))
                 case do.Forget(gang, finished):
-                    self.submitter.forget(gang_keys(gang), finished)
+                    self.submitter.forget(gang, finished)
                 case Delivery():
                     state.deliver(command)
 

@@ -1,7 +1,8 @@
 """Submits step graphs from within the scheduler process, and lets Dask forget them when they are done.
 
 A Dask client of the gManager's own, connected to its own scheduler, submits the graphs: only public interfaces are
-used, and the cadence of windows does not depend on a user's client, which may be far away or busy.
+used, and the cadence of windows does not depend on a user's client, which may be far away or busy. What has time is
+gathered, since a graph costs the scheduler as much as the tasks of several windows.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Submitter:
         self._client: Client | None = None
         self._opening = asyncio.Lock()
         self._tasks: dict[str, _Task] = {}
+        self._gathered: list[tuple[StepGraph, list[Gang]]] = []
+        self._flushing: asyncio.TimerHandle | None = None
         self.ended = (0, 0)
         """Tasks that have ended well: of gangs, and all others of the cluster."""
 
@@ -82,21 +85,59 @@ class Submitter:
     async def close(self) -> None:
         """Cancel what is left and disconnect."""
         client, self._client = self._client, None
-        self.forget(list(self._tasks), finished=False)
+        self._disarm()
+        self._gathered.clear()
+        self._forget(list(self._tasks), finished=False)
         if client is not None:
             await client.close()
 
-    def submit(self, graph: StepGraph, gangs: Iterable[Gang]) -> None:
-        """Send a graph to the scheduler; of tasks that no gang's own, Dask forgets the results by itself."""
+    def submit(self, graph: StepGraph, gangs: Iterable[Gang], patience: float = 0.0) -> None:
+        """Send a graph to the scheduler, in ``patience`` seconds at the latest and after those submitted before.
+
+        Of tasks that are no gang's own, Dask forgets the results by itself.
+        """
+        self._gathered.append((graph, list(gangs)))
+        if not patience:
+            self.flush()
+        elif self._flushing is None or self._flushing.when() > asyncio.get_running_loop().time() + patience:
+            self._disarm()
+            self._flushing = asyncio.get_running_loop().call_later(patience, self.flush)
+
+    def hurry(self, home: str) -> None:
+        """Send what has been gathered, if a home waits for some of it."""
+        if any(gang.home == home for _, gangs in self._gathered for gang in gangs):
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what has been gathered."""
+        self._disarm()
+        gathered, self._gathered = self._gathered, []
+        if not gathered:
+            return
         assert self._client is not None
-        owners = {key: gang for gang in gangs for key in gang_keys(gang)}
+        graph = StepGraph()
+        for one, _ in gathered:
+            graph.tasks.update(one.tasks)
+            graph.workers.update(one.workers)
+        owners = {key: gang for _, gangs in gathered for gang in gangs for key in gang_keys(gang)}
         keys = [key for key in graph.tasks if key in owners]
         futures = self._client.get(graph.highlevel(PRIORITY), keys, sync=False)
         for key, future in zip(keys, futures, strict=True):
             self._tasks[key] = _Task(future, graph.workers[key], owners[key].engine, owners[key].number)
 
-    def forget(self, keys: Iterable[str], finished: bool) -> None:
-        """Drop tasks: each when it has finished, or at once."""
+    def _disarm(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+
+    def forget(self, gang: Gang, finished: bool) -> None:
+        """Drop a gang's tasks: each when it has finished, or at once."""
+        self._gathered = [
+            (graph, gangs) for graph, gangs in self._gathered if gang.number not in {one.number for one in gangs}
+        ]
+        self._forget(gang_keys(gang), finished)
+
+    def _forget(self, keys: Iterable[str], finished: bool) -> None:
         for key in keys:
             task = self._tasks.get(key)
             if task is None:
@@ -108,10 +149,11 @@ class Submitter:
 
     def worker_lost(self, worker: str) -> None:
         """Drop the tasks of a worker that is gone: pinned as they are, they could never run."""
-        self.forget([key for key, task in self._tasks.items() if task.worker == worker], finished=False)
+        self._forget([key for key, task in self._tasks.items() if task.worker == worker], finished=False)
 
     async def drained(self, engine: str, limit: float) -> None:
         """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""
+        self.flush()
         deadline = monotonic() + limit
         while monotonic() < deadline and any(task.engine == engine for task in self._tasks.values()):
             await asyncio.sleep(DRAIN_INTERVAL)
