@@ -16,10 +16,13 @@ TASK_SECONDS = 0.003
 CHEAPEST, DEAREST = 0.0005, 0.01
 """Bounds of the measured cost of a task: what else the scheduler does must not stretch windows without end."""
 
+AIM = 0.8
+"""Part of the share that is aimed at: what tasks cost changes faster than it is measured."""
+
 MOST_IDLE = 0.5
 """Part of the budget that heartbeats and the like may take from it; a scheduler busier than that serves others."""
 
-KEPT = 0.8
+KEPT = 0.7
 """Part of earlier measurements that counts beside a new one."""
 
 PRIOR_TASKS = 50.0
@@ -80,7 +83,7 @@ class Pacer:
 
         Examples
         --------
-        >>> pacer, pace = Pacer(), Pace(watched=0.25, unwatched=1.0, longest=10.0, share=0.3)
+        >>> pacer, pace = Pacer(), Pace(watched=0.25, unwatched=1.0, longest=10.0, share=0.375)
         >>> pacer.rounds["engine"] = 10
         >>> pacer.window_seconds(pace, watched=True)
         0.25
@@ -89,7 +92,8 @@ class Pacer:
         2.0
         """
         wish = min(pace.watched, pace.unwatched) if watched else pace.unwatched
-        rate = (pace.share - min(self.idle, MOST_IDLE * pace.share)) / self.task_seconds
+        share = AIM * pace.share
+        rate = (share - min(self.idle, MOST_IDLE * share)) / self.task_seconds
         rate = max(rate - self.prefill_rate, LEAST_FOR_DECODE * rate)
         return min(max(wish, sum(self.rounds.values()) / rate), max(pace.longest, wish))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask.scheduler.pacing import LEAST_FOR_DECODE, Pace, Pacer
+from distkv_dask.scheduler.pacing import AIM, LEAST_FOR_DECODE, Pace, Pacer
 
 paces = st.builds(
     Pace,
@@ -24,11 +24,11 @@ def test_a_window_keeps_its_bounds_and_the_budget_and_is_no_longer_than_needed(p
     wish = min(pace.watched, pace.unwatched) if watched else pace.unwatched
     assert wish <= seconds <= max(wish, pace.longest)
     decode = sum(tasks.values()) * pacer.task_seconds  # CPU seconds of a round of windows
-    prompts = min(prefill * pacer.task_seconds, (1 - LEAST_FOR_DECODE) * pace.share)
+    prompts = min(prefill * pacer.task_seconds, (1 - LEAST_FOR_DECODE) * AIM * pace.share)
     if seconds < pace.longest:
-        assert decode / seconds + prompts <= pace.share * 1.000001
+        assert decode / seconds + prompts <= AIM * pace.share * 1.000001
     if seconds > wish * 1.000001:
-        assert decode / (seconds * 0.999) + prompts > pace.share or seconds == pace.longest
+        assert decode / (seconds * 0.999) + prompts > AIM * pace.share or seconds == pace.longest
 
 
 @given(paces, st.integers(1, 500), st.integers(1, 500), st.booleans())
@@ -37,7 +37,7 @@ def test_more_workers_never_make_windows_shorter(pace, few, more, watched):
     assert small.window_seconds(pace, watched) <= large.window_seconds(pace, watched)
 
 
-@given(st.floats(0.0005, 0.009), st.integers(1, 600), st.floats(0, 0.1))
+@given(st.floats(0.0005, 0.009), st.integers(1, 600), st.floats(0, 0.08))
 def test_the_scheduler_keeps_its_share_whatever_a_task_costs_there(cost, tasks, idle):
     """``idle``: what the scheduler takes of a core without any task."""
     pacer, pace = Pacer(), Pace(watched=0.25, unwatched=1.0, longest=100.0, share=0.2)
@@ -48,7 +48,7 @@ def test_the_scheduler_keeps_its_share_whatever_a_task_costs_there(cost, tasks, 
         rate = tasks / pacer.window_seconds(pace, watched=True)
         pacer.measured(10.0, 10 * (idle + rate * cost), round(10 * rate), others=0)
     ended = tasks / pacer.window_seconds(pace, watched=True)
-    assert idle + ended * cost <= 0.21
+    assert idle + ended * cost <= 0.2
 
 
 def test_others_tasks_do_not_make_ours_look_cheap_or_dear():
