@@ -81,6 +81,9 @@ class Config:
         A window ends after this many steps at the latest, if not None.
     window_batch
         Sequences that one home decodes together.
+    trace
+        File, or folder for a file, into which the engine writes what the workers' lanes spend their time on; None
+        records nothing.
     timeout_open, timeout_start, timeout_receive, timeout_close
         Time limits in seconds: opening an engine, starting a gang, silence of a peer, closing an engine.
     """
@@ -97,6 +100,7 @@ class Config:
     window_max_seconds: float = _key("window.max-seconds")
     window_steps: int | None = _key("window.steps")
     window_batch: int = _key("window.batch")
+    trace: str | None = _key("trace")
     timeout_open: float = _key("timeouts.open")
     timeout_start: float = _key("timeouts.start")
     timeout_receive: float = _key("timeouts.receive")
@@ -153,7 +157,7 @@ def _checked(key: str, given: Any, label: str) -> Any:
     schema = _KEYS[key]
     value = _number(given, schema.get("unit"))
     finite = not isinstance(value, float) or math.isfinite(value)
-    unread = isinstance(value, str) and schema["type"] != "string"
+    unread = isinstance(value, str) and "unit" in schema
     if unread or not finite or not Draft202012Validator(schema).is_valid(value):
         raise ConfigError(f"{label} is {given!r}, but must be {_allowed(schema)}.")
     if value is None or isinstance(value, str):
@@ -182,6 +186,8 @@ def _allowed(schema: Schema) -> str:
     kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     if "enum" in schema:
         text = f"one of {', '.join(map(str, schema['enum']))}"
+    elif "unit" not in schema and "string" in kinds:
+        text = "a path"
     else:
         text = "a whole number" if "integer" in kinds else "a number"
         if "unit" in schema:

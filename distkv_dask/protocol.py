@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
@@ -22,6 +22,9 @@ PLUGIN = "distkv"
 
 WORKER_EVENT = "distkv-worker-event"
 """Stream operation of all messages from rManagers to the gManager."""
+
+TAKE_TRACE = "distkv_take_trace"
+"""The gManager's one call of a worker (rpc): spans by lane that an engine's lanes recorded since the last call."""
 
 
 def pack(value: Any) -> Any:
@@ -43,6 +46,7 @@ class ClientCall(StrEnum):
     EVENTS = "distkv_events"
     STATUS = "distkv_status"
     GRAPH = "distkv_graph"
+    TRACE = "distkv_trace"
     CLOSE = "distkv_close"
 
 
@@ -72,6 +76,30 @@ class FromWorker(StrEnum):
     WINDOW_DONE = "window-done"
     GANG_FAILED = "gang-failed"
     RETIRED = "retired"
+
+
+class Span(NamedTuple):
+    """Something that a lane did: from ``began`` to ``ended``, nanoseconds since 1970.
+
+    Numbers are -1 where there is none. ``peer`` is the worker at the other end, ``size`` the bytes sent or received, or
+    tokens or sequences computed.
+    """
+
+    name: str
+    began: int
+    ended: int
+    gang: int
+    step: int
+    layer: int
+    peer: str
+    size: int
+
+
+class Spans(NamedTuple):
+    """Spans of one lane in the order of their ends, and how many before them were lost for want of room."""
+
+    spans: list[Span]
+    lost: int
 
 
 @dataclass(frozen=True, slots=True)

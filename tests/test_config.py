@@ -164,7 +164,10 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(field, bad, allowed):
     assert allowed in str(by_dask.value)
 
 
-@pytest.mark.parametrize("key", sorted({*KEYS} - {"distkv.kv-memory", "distkv.threads", "distkv.window.steps"}))
+NULLABLE = {"distkv.kv-memory", "distkv.threads", "distkv.trace", "distkv.window.steps"}
+
+
+@pytest.mark.parametrize("key", sorted({*KEYS} - NULLABLE))
 def test_null_is_refused_where_it_means_nothing(key):
     with dask.config.set({key: None}), pytest.raises(ConfigError, match=f"{key} is None, but must be"):
         Config.load()

@@ -17,6 +17,8 @@ from distributed import Client, get_client
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.request import Request
 from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.client.trace_fetcher import TraceFetcher
+from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
 from distkv_dask.model_source import resolve_model
@@ -88,6 +90,7 @@ class Engine:
         self._numbers = itertools.count()
         self._requests: dict[int, Request] = {}
         self._outgoing: list[Request] = []
+        self._trace: TraceFetcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         if not self.client.asynchronous:
             self.client.sync(self._open)
@@ -98,6 +101,8 @@ class Engine:
         if self._facts:
             return self
         self._loop = loop = asyncio.get_running_loop()
+        if self.config.trace:
+            self._trace = TraceFetcher(TraceFile(self.config.trace, self.id), self._fetch_trace)
         await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
         await self._install()
         spec = EngineSpec(self.id, self.model.name, self.dtype, secrets.token_hex(32), self.config)
@@ -113,6 +118,8 @@ class Engine:
             raise
         self._facts = facts
         self._spawn(self._listen())
+        if self._trace is not None:
+            self._trace.start()
         return self
 
     async def _install(self) -> None:
@@ -142,6 +149,8 @@ class Engine:
             request.generation.cancel()
         for task in list(self._tasks):
             task.cancel()
+        if self._trace is not None:
+            await self._trace.close()
         await self._call_quietly(ClientCall.CLOSE, engine=self.id)
 
     def __enter__(self) -> Self:
@@ -388,6 +397,9 @@ class Engine:
         return f"<Engine {self.id} {self.model.name!r} {state}, {len(self._requests)} requests>"
 
     # Plumbing
+
+    async def _fetch_trace(self) -> Any:
+        return await self._call(ClientCall.TRACE, engine=self.id)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -9,6 +9,7 @@ tasks on it travel in order, so a task never runs before the blocks it needs are
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import pickle
@@ -22,6 +23,7 @@ from distributed import SchedulerPlugin
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
 from distkv_dask.protocol import (
     PLUGIN,
+    TAKE_TRACE,
     WORKER_EVENT,
     ClientCall,
     Delivery,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.distkv.gmanager")
 
 EXPIRE_INTERVAL = 1.0
+TRACE_SECONDS = 2.0
+"""Time that a worker has to hand out its spans; a frozen one must not keep those of the others."""
 
 
 class GManager(SchedulerPlugin):
@@ -77,6 +81,7 @@ class GManager(SchedulerPlugin):
             ClientCall.EVENTS: self.events,
             ClientCall.STATUS: self.status,
             ClientCall.GRAPH: self.graph,
+            ClientCall.TRACE: self.trace,
             ClientCall.CLOSE: self.close_engine,
         }
         scheduler.handlers.update(self._handlers)
@@ -158,6 +163,18 @@ class GManager(SchedulerPlugin):
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""
         state = self._engine(engine)
         return pack(step_graph(state.lifecycle, tokens, granularity, state.layers))
+
+    async def trace(self, engine: str) -> Any:
+        """What every worker's lanes recorded since the last call (packed); those that do not answer are left out."""
+        workers = list(self._engine(engine).facts)
+        answers = await asyncio.gather(*(self._take_trace(worker, engine) for worker in workers))
+        return pack({worker: answer for worker, answer in zip(workers, answers, strict=True) if answer})
+
+    async def _take_trace(self, worker: str, engine: str) -> Any:
+        with contextlib.suppress(OSError, TimeoutError):
+            call = getattr(self.scheduler.rpc(worker), TAKE_TRACE)
+            return unpack(await asyncio.wait_for(call(engine=engine), TRACE_SECONDS))
+        return None
 
     async def close_engine(self, engine: str) -> None:
         """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""

@@ -59,8 +59,8 @@ class DistAttention:
             self._out, self._lse = torch.empty(shape, dtype=torch.float32), torch.empty(shape[:2], dtype=torch.float32)
         self._result = self._out if pool.dtype == torch.float32 else torch.empty(shape, dtype=pool.dtype)
         self._remotes = [
-            _Remote(gang.channels[worker], gang.gang, part, tokens, pool, heads)
-            for worker, part in parts.items()
+            Remote(gang.channels[worker], gang.gang, part, tokens, pool, heads)
+            for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
             if worker != home
         ]
         self._limit = gang.timeout_receive
@@ -97,12 +97,12 @@ class DistAttention:
             A holder failed.
         """
         for remote in self._remotes:
-            remote.ask(layer, self.step, q, k, v, scale)
+            self._ask(remote, layer, q, k, v, scale)
         if not self._sees_all:
             self._out.zero_()
             self._lse.fill_(-torch.inf)
         if self._local is not None:
-            self._local.attend(layer, q, k, v, scale)
+            self._attend_locally(layer, q, k, v, scale)
         if self._selector is not None:
             self._gather(layer)
         elif self._remotes:
@@ -120,21 +120,40 @@ class DistAttention:
         if self._selector is not None:
             self._selector.close()
 
-    def _receive(self, remote: _Remote, layer: int) -> None:
-        """Wait for a holder's partial and merge it."""
+    # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.traced`)
+
+    def _ask(self, remote: Remote, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        remote.ask(layer, self.step, q, k, v, scale)
+
+    def _attend_locally(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        assert self._local is not None
+        self._local.attend(layer, q, k, v, scale)
+
+    def _select(self, layer: int) -> list[tuple[selectors.SelectorKey, int]]:
+        assert self._selector is not None
+        began = time.perf_counter()
+        events = self._selector.select(self._limit)
+        self.waiting += time.perf_counter() - began
+        return events
+
+    def _wait(self, remote: Remote, layer: int) -> None:
         began = time.perf_counter()
         remote.receive(layer, self.step)
         self.waiting += time.perf_counter() - began
+
+    def _merge(self, remote: Remote, layer: int) -> None:
         remote.merge()
+
+    def _receive(self, remote: Remote, layer: int) -> None:
+        """Wait for a holder's partial and merge it."""
+        self._wait(remote, layer)
+        self._merge(remote, layer)
 
     def _gather(self, layer: int) -> None:
         """Wait for the partials of several holders and merge them as they come."""
-        assert self._selector is not None
         missing = {remote.channel.peer for remote in self._remotes}
         while missing:
-            began = time.perf_counter()
-            events = self._selector.select(self._limit)
-            self.waiting += time.perf_counter() - began
+            events = self._select(layer)
             if not events:
                 raise ChannelTimeoutError(
                     f"no answer from {', '.join(sorted(missing))} within {self._limit:g} s; they may be frozen or cut "
@@ -170,8 +189,8 @@ class _Local:
             self._merge()
 
 
-class _Remote:
-    """One holder's part of a step, seen from the home."""
+class Remote:
+    """One holder's part of a step, seen from the home; only :class:`DistAttention` and its trace use it."""
 
     def __init__(self, channel: Channel, gang: Gang, part: Part, tokens: int, pool: Pool, heads: int) -> None:
         self.channel = channel
@@ -191,6 +210,16 @@ class _Remote:
         self._lse = answer[queries * heads * d :].view(queries, heads)
         self._answer = _bytes(answer)
 
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes of a question."""
+        return len(self._question)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of a partial."""
+        return len(self._answer)
+
     def merges_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Have :attr:`merge` merge into these."""
         self.merge = PreparedMerge(out, lse, self._out, self._lse, self._index)
@@ -209,6 +238,11 @@ class _Remote:
         """Wait for the partial."""
         answer = self._answer
         self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
+
+
+def _work(part: tuple[str, Part]) -> int:
+    """Pairs of query and key in a worker's part of a step."""
+    return sum(row.queries * (row.length + row.queries * row.appends) for row in part[1].rows)
 
 
 def _indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -12,6 +12,7 @@ from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
+from distkv_dask.worker.traced import traced_receive
 from distkv_dask.worker.wire import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Guest:
         self.service: Service | None = None
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._services = services
+        self._receive = inlet.receive
         self._hello: Hello | None = None
         self._gang: tuple[int, int] | None = None
         self._begun: tuple[int, list[Row]] = (0, [])
@@ -57,7 +59,7 @@ class Guest:
             inlet.flush()
         more = True
         while more and not inlet.sending:
-            header = inlet.receive()
+            header = self._receive()
             if header is None:
                 return
             session = self._session
@@ -147,6 +149,8 @@ class Guest:
                 f"this holder has engine {self.service.engine}, {mine}"
             )
         self._hello = hello
+        if (ring := self.service.ring) is not None:
+            self._receive = traced_receive(ring, self.inlet.receive)
         self.inlet.maximum = ROWS_BYTES
         self.deadline = float("inf")
         self.inlet.send(Header(Kind.WELCOME))

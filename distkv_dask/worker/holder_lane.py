@@ -106,7 +106,7 @@ class HolderLane:
         service = self._services.get(engine)
         if service is None:
             raise EngineClosedError(f"engine {engine} is not open on this worker")
-        session = Session(gang, service.pool)
+        session = service.session(gang)
         self.submit(lambda: self._open(service, session))
         return session
 

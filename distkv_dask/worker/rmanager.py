@@ -19,7 +19,7 @@ from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
-from distkv_dask.protocol import PLUGIN, WORKER_EVENT, EngineSpec, FromWorker, ToWorker, pack, unpack
+from distkv_dask.protocol import PLUGIN, TAKE_TRACE, WORKER_EVENT, EngineSpec, FromWorker, ToWorker, pack, unpack
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class RManager(WorkerPlugin):
         }
         for call, handler in self._handlers.items():
             worker.stream_handlers[call] = partial(_unpacked, handler)
+        worker.handlers[TAKE_TRACE] = self.take_trace
         self.tell(FromWorker.HELLO)
 
     async def teardown(self, worker: Worker) -> None:
@@ -64,6 +65,7 @@ class RManager(WorkerPlugin):
             pass  # an engine that is being opened
         for call in self._handlers:
             worker.stream_handlers.pop(call, None)
+        worker.handlers.pop(TAKE_TRACE, None)
         for name in list(self.engines):
             await self._close_engine(name)
 
@@ -128,6 +130,11 @@ class RManager(WorkerPlugin):
         engine, gang, reason, unused = payload
         if engine in self.engines:
             self.engines[engine].abort(gang, reason, unused)
+
+    def take_trace(self, engine: str) -> Any:
+        """What the lanes did for a traced engine since the last call (packed)."""
+        tracer = self.engines[engine].runtime.tracer if engine in self.engines else None
+        return pack({} if tracer is None else tracer.take())
 
     def tell(self, event: FromWorker, engine: str = "", payload: Any = None) -> None:
         """Send an event to the gManager, from any thread; events of one thread arrive in order."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,8 @@ from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.sampling import sample
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
+from distkv_dask.worker.trace import Tracer
+from distkv_dask.worker.traced import TracedAttention, TracedDecodeLoop, TracedGang, span, traced_model
 from distkv_dask.worker.wire import Hello, encode_hello
 
 if TYPE_CHECKING:
@@ -58,8 +60,10 @@ class Runtime:
         self.pool = pool
         self.paused: dict[int, PausedForward] = {}
         """Gangs by number whose bytes travel with tasks instead of on channels; put here before they run."""
+        self.tracer = Tracer() if spec.config.trace else None
+        self._ring = None if self.tracer is None else self.tracer.home
         self._spec = spec
-        self._model = model
+        self._model = model if model is None else traced_model(model, self._ring)
         self._lanes = lanes
         token = spec.token.encode()
         heads = pool.kv_heads if model is None else model.geometry.heads
@@ -71,7 +75,9 @@ class Runtime:
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
         config = spec.config
-        lanes.holder.attach(Service(spec.engine, token, pool, config.timeout_start, config.timeout_receive))
+        limits = config.timeout_start, config.timeout_receive
+        ring = None if self.tracer is None else self.tracer.holder
+        lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))
 
     def reserve(self, sequence: int, tokens: int) -> None:
         """Reserve room for ``tokens`` tokens of a sequence; CapacityError when there is none."""
@@ -116,7 +122,7 @@ class Runtime:
         """
         model, logits = self._loaded(), None
         tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
-        with self._running(chunk.gang) as gang:
+        with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
             step = 0
             parts: dict[str, Part] = {}
             while position < stop:
@@ -145,8 +151,9 @@ class Runtime:
             A placement has no room for its next token.
         """
         model = self._loaded()
-        with self._running(window.gang) as gang:
-            return DecodeLoop(gang, model, batch, partial(self._attention, gang)).run(window)
+        with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
+            loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang)
+            return (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
 
     def close(self) -> None:
         """End all gangs and sessions and close all channels. Can be called again."""
@@ -169,13 +176,15 @@ class Runtime:
     ) -> DistAttention | LayerAttention:
         if isinstance(gang, PausedForward):
             return LayerAttention(gang, parts, self.pool)
-        return DistAttention(gang, parts, tokens, self.pool, self._loaded().geometry.heads, step)
+        step_of = gang, parts, tokens, self.pool, self._loaded().geometry.heads, step
+        return DistAttention(*step_of) if self._ring is None else TracedAttention(self._ring, *step_of)
 
     @contextmanager
     def _running(self, gang: Gang) -> Iterator[HomeGang | PausedForward]:
         config = self._spec.config
-        running = self.paused.get(gang.number) or HomeGang(
-            gang, self._cache, config.timeout_start, config.timeout_receive
+        opened = gang, self._cache, config.timeout_start, config.timeout_receive
+        running = self.paused.get(gang.number) or (
+            HomeGang(*opened) if self._ring is None else TracedGang(self._ring, *opened)
         )
         with self._lock:
             if self._closed:

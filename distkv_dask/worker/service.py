@@ -7,8 +7,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
+from distkv_dask.types import Gang
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.session import Session
+from distkv_dask.worker.trace import Ring
+from distkv_dask.worker.traced import TracedSession
 from distkv_dask.worker.wire import token_digest
 
 if TYPE_CHECKING:
@@ -33,9 +36,20 @@ class Service:
         Seconds from a session's opening to its home's first frame, or the other way round.
     timeout_receive
         Seconds of silence of a peer within a gang.
+    ring
+        Where its requests are recorded, if they are.
     """
 
-    def __init__(self, engine: str, token: bytes, pool: Pool, timeout_start: float, timeout_receive: float) -> None:
+    def __init__(
+        self,
+        engine: str,
+        token: bytes,
+        pool: Pool,
+        timeout_start: float,
+        timeout_receive: float,
+        ring: Ring | None = None,
+    ) -> None:
+        self.ring = ring
         self.engine = engine
         self.digest = token_digest(token)
         self.pool = pool
@@ -47,6 +61,10 @@ class Service:
         self._running: dict[int, tuple[Session, Guest]] = {}
         self._early: dict[int, Guest] = {}
         self._ended: OrderedDict[int, str] = OrderedDict()
+
+    def session(self, gang: Gang) -> Session:
+        """A session of a gang, to be opened with :meth:`open`."""
+        return Session(gang, self.pool) if self.ring is None else TracedSession(self.ring, gang, self.pool)
 
     def open(self, session: Session) -> Guest | None:
         """Take a new session; the home that waits for it already, if there is one."""

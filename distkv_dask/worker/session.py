@@ -111,22 +111,29 @@ class Session:
         began = time.perf_counter()
         if header[:6] != self._turn:
             raise ChannelError(f"the home sent {header}; this holder expected {Header(*self._turn)}")
-        _, number, epoch, layer, step, length, scale = header
-        shard = self._shard
-        if shard.appended:
-            shard.write(layer, self._keys, self._values)
-        shard.attend(layer, self._q, scale)
-        reply = self._reply
-        inlet.send(Header(Kind.PARTIAL, number, epoch, layer, step, len(reply)), reply)
+        _, number, epoch, layer, step, length, _ = header
+        self._attend(header)
+        self._reply_to(inlet, header)
         if layer + 1 < self._pool.layers:
             self._turn = (Kind.ATTEND, number, epoch, layer + 1, step, length)
         else:
-            shard.advance()
+            self._shard.advance()
             self._turn = (Kind.ATTEND, number, epoch, 0, step + 1, length)
         self._requests += 1
         self._bytes_in += length
-        self._bytes_out += len(reply)
+        self._bytes_out += len(self._reply)
         self._busy += time.perf_counter() - began
+
+    def _attend(self, header: Header) -> None:
+        shard = self._shard
+        if shard.appended:
+            shard.write(header.layer, self._keys, self._values)
+        shard.attend(header.layer, self._q, header.scale)
+
+    def _reply_to(self, inlet: Inlet, header: Header) -> None:
+        _, number, epoch, layer, step, _, _ = header
+        reply = self._reply
+        inlet.send(Header(Kind.PARTIAL, number, epoch, layer, step, len(reply)), reply)
 
     def end(self) -> None:
         """Complete the session."""

@@ -1,0 +1,66 @@
+"""What a worker's two lanes spend their time on: spans in rings of bounded size, kept while ``distkv.trace`` is set."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from distkv_dask.protocol import Span, Spans
+
+CAPACITY = 50_000
+"""Spans that a lane keeps until the engine fetches them (about 12 MB); where it comes too late, the oldest are lost."""
+
+
+class Ring:
+    """Spans of one lane. One thread records, another takes.
+
+    Clocks of processes are compared by :func:`time.time_ns`, and read with :func:`time.perf_counter_ns`, which never
+    jumps: what lies between them is measured once.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        """End of the last recorded span (:func:`time.perf_counter_ns`), 0 when there is none yet."""
+        self._spans: deque[tuple[str, int, int, int, int, int, str, int]] = deque(maxlen=CAPACITY)
+        self._lost = 0
+        self._offset = time.time_ns() - time.perf_counter_ns()
+
+    def put(
+        self, name: str, began: int, gang: int, step: int = -1, layer: int = -1, peer: str = "", size: int = -1
+    ) -> int:
+        """Record a span that ends now; see :class:`~distkv_dask.protocol.Span`, but for ``began``.
+
+        Parameters
+        ----------
+        began
+            Its begin, by :func:`time.perf_counter_ns`.
+
+        Returns
+        -------
+        int
+            Its end, by the same clock.
+        """
+        if len(self._spans) == CAPACITY:
+            self._lost += 1
+        self.last = ended = time.perf_counter_ns()
+        self._spans.append((name, began, ended, gang, step, layer, peer, size))
+        return ended
+
+    def take(self) -> Spans:
+        """Spans recorded since the last call, and how many were lost; from any one thread."""
+        offset, lost = self._offset, self._lost
+        self._lost = 0
+        taken = (Span(*self._spans.popleft()) for _ in range(len(self._spans)))
+        return Spans([one._replace(began=one.began + offset, ended=one.ended + offset) for one in taken], lost)
+
+
+class Tracer:
+    """Rings of one engine on one worker."""
+
+    def __init__(self) -> None:
+        self.home = Ring()
+        self.holder = Ring()
+
+    def take(self) -> dict[str, Spans]:
+        """What both lanes did since the last call."""
+        return {"home lane": self.home.take(), "holder lane": self.holder.take()}

@@ -1,0 +1,198 @@
+"""The running parts of a worker that record what they do; used in the place of the plain ones while there is a trace.
+
+Each overrides the few methods at whose borders time is told apart; the plain classes know nothing of it.
+"""
+
+from __future__ import annotations
+
+import selectors
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from distkv_dask.types import Gang
+from distkv_dask.worker.attention import DistAttention, Remote
+from distkv_dask.worker.channels.base import Inlet
+from distkv_dask.worker.channels.frames import Header
+from distkv_dask.worker.decode import DecodeLoop
+from distkv_dask.worker.gang import HomeGang
+from distkv_dask.worker.plan import Part
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.session import Session
+from distkv_dask.worker.trace import Ring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distkv_dask.worker.attention_hook import AttentionStep
+    from distkv_dask.worker.model import LoadedModel
+
+
+def span(ring: Ring | None, name: str, gang: int, size: int) -> AbstractContextManager[None]:
+    """Record the time inside a ``with`` statement, where there is a ring."""
+    return nullcontext() if ring is None else _span(ring, name, gang, size)
+
+
+@contextmanager
+def _span(ring: Ring, name: str, gang: int, size: int) -> Iterator[None]:
+    began = perf_counter_ns()
+    try:
+        yield
+    finally:
+        ring.put(name, began, gang, size=size)
+
+
+# Home lane
+
+
+class TracedGang(HomeGang):
+    """A gang whose begin, a wait for the holders' tasks, is recorded."""
+
+    def __init__(self, ring: Ring, *args: Any) -> None:
+        super().__init__(*args)
+        self._ring = ring
+
+    def begin(self, parts: Mapping[str, Part]) -> None:
+        """Open the gang."""
+        with _span(self._ring, "begin", self.gang.number, len(parts)):
+            super().begin(parts)
+
+
+class TracedDecodeLoop(DecodeLoop):
+    """A window whose steps are recorded."""
+
+    def __init__(self, ring: Ring, *args: Any) -> None:
+        super().__init__(*args)
+        self._ring = ring
+
+    def _step(self) -> None:
+        began, step, batch = perf_counter_ns(), self._steps, len(self._live)
+        try:
+            super()._step()
+        finally:
+            self._ring.put("step", began, self._gang.gang.number, step, size=batch)
+
+
+class TracedModel:
+    """A model whose forwards are recorded, with what is between two layers' attention."""
+
+    def __init__(self, model: LoadedModel, ring: Ring) -> None:
+        self._model = model
+        self._ring = ring
+        self.geometry = model.geometry
+        self.eos_token_ids = model.eos_token_ids
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | int = 1
+    ) -> torch.Tensor:
+        """Run the model."""
+        if not isinstance(step, TracedAttention):
+            return self._model.forward(token_ids, positions, step, keep)
+        step.left = began = perf_counter_ns()
+        try:
+            return self._model.forward(token_ids, positions, step, keep)
+        finally:
+            self._ring.put("model", step.left, step.number, step.step)
+            self._ring.put("forward", began, step.number, step.step, size=len(token_ids))
+
+
+class TracedAttention(DistAttention):
+    """DistAttention whose parts are recorded, layer by layer and holder by holder."""
+
+    def __init__(self, ring: Ring, gang: HomeGang, *args: Any) -> None:
+        super().__init__(gang, *args)
+        self.number = gang.gang.number
+        self.left = 0
+        """When the model was last left to itself, by :func:`time.perf_counter_ns`."""
+        self._ring = ring
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of one layer."""
+        began = self._ring.put("model", self.left, self.number, self.step, layer)
+        try:
+            return super().attend(layer, q, k, v, scale)
+        finally:
+            self.left = self._ring.put("attention", began, self.number, self.step, layer)
+
+    def _ask(self, remote: Remote, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        began = perf_counter_ns()
+        try:
+            super()._ask(remote, layer, q, k, v, scale)
+        finally:
+            self._ring.put("send", began, self.number, self.step, layer, remote.channel.peer, remote.asked_bytes)
+
+    def _attend_locally(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        began = perf_counter_ns()
+        try:
+            super()._attend_locally(layer, q, k, v, scale)
+        finally:
+            self._ring.put("local attention", began, self.number, self.step, layer)
+
+    def _select(self, layer: int) -> list[tuple[selectors.SelectorKey, int]]:
+        began = perf_counter_ns()
+        try:
+            return super()._select(layer)
+        finally:
+            self._ring.put("wait", began, self.number, self.step, layer)
+
+    def _wait(self, remote: Remote, layer: int) -> None:
+        began = perf_counter_ns()
+        try:
+            super()._wait(remote, layer)
+        finally:
+            self._ring.put("wait", began, self.number, self.step, layer, remote.channel.peer, remote.answer_bytes)
+
+    def _merge(self, remote: Remote, layer: int) -> None:
+        began = perf_counter_ns()
+        super()._merge(remote, layer)
+        self._ring.put("merge", began, self.number, self.step, layer, remote.channel.peer)
+
+
+# Holder lane
+
+
+class TracedSession(Session):
+    """A holder's part in a gang whose requests are recorded."""
+
+    def __init__(self, ring: Ring, gang: Gang, pool: Pool) -> None:
+        super().__init__(gang, pool)
+        self._ring = ring
+
+    def answer(self, inlet: Inlet, header: Header) -> None:
+        """Append, attend and reply."""
+        began = perf_counter_ns()
+        try:
+            super().answer(inlet, header)
+        finally:
+            self._ring.put("answer", began, header.gang, header.step, header.layer, inlet.peer, header.length)
+
+    def _attend(self, header: Header) -> None:
+        began = perf_counter_ns()
+        super()._attend(header)
+        self._ring.put("attend", began, header.gang, header.step, header.layer)
+
+    def _reply_to(self, inlet: Inlet, header: Header) -> None:
+        began = perf_counter_ns()
+        super()._reply_to(inlet, header)
+        self._ring.put("send", began, header.gang, header.step, header.layer, inlet.peer)
+
+
+def traced_receive(ring: Ring, receive: Callable[[], Header | None]) -> Callable[[], Header | None]:
+    """``receive`` of an inlet, recorded, as is the time since this lane did something for the engine."""
+
+    def receive_traced() -> Header | None:
+        began = ring.put("idle", ring.last, -1) if ring.last else perf_counter_ns()
+        header = receive()
+        gang, step, layer = (header.gang, header.step, header.layer) if header is not None else (-1, -1, -1)
+        ring.put("receive", began, gang, step, layer)
+        return header
+
+    return receive_traced
+
+
+def traced_model(model: LoadedModel, ring: Ring | None) -> LoadedModel:
+    """The model, or one that records."""
+    return model if ring is None else cast("LoadedModel", TracedModel(model, ring))
