@@ -1,7 +1,9 @@
-"""Tensors as results of Dask tasks: a wrapper that Dask's comms carry in any dtype, without a pickle of the data.
+"""Tensors in Dask's own messages: a wrapper that its comms carry in any dtype and from any device, without a pickle.
 
-Dask's own serialisation of torch tensors goes through numpy, which has no bfloat16. The serializer pair here looks at a
-tensor's bytes instead; importing this module registers it.
+Dask's own serialisation of torch tensors goes through numpy, which has no bfloat16 and no CUDA. The serializer pairs
+here look at a tensor's bytes instead; importing this module registers them. Comms that take GPU memory (``ucx://``) ask
+for Dask's ``cuda`` family first: CUDA tensors are lent to them as CuPy arrays then, without a copy. Elsewhere their
+bytes go through host memory.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from dask.sizeof import sizeof
+from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
 from distributed.protocol.pickle import dumps, loads
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
+
+from distkv_dask.errors import MissingProgramError
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """CPU tensors of any dtypes and shapes, and what is to be known about them.
+    """Tensors of any dtypes, shapes and devices, and what is to be known about them.
 
-    Who takes a parcel does not write into its tensors: within a process they are the sender's.
+    CUDA tensors arrive on the receiver's current CUDA device, or in host memory where it has none. Who takes a parcel
+    does not write into its tensors: within a process they are the sender's.
     """
 
     about: Any
@@ -28,32 +34,73 @@ class Parcel:
 
 
 def _serialize(parcel: Parcel) -> tuple[dict[str, Any], list[memoryview]]:
-    header = {
-        "about": dumps(parcel.about),
-        "tensors": [(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for one in parcel.tensors],
-    }
     with torch.inference_mode():  # as the tensors were made
-        frames = [one.contiguous().view(-1).view(torch.uint8).numpy().data for one in parcel.tensors]
-    return header, frames
+        return _header(parcel), [_bytes_of(one).cpu().numpy().data for one in parcel.tensors]
 
 
 def _deserialize(header: dict[str, Any], frames: list[Any]) -> Parcel:
-    tensors = [_tensor(frame, *form) for form, frame in zip(header["tensors"], frames, strict=True)]
+    tensors = [_tensor(_on_host(frame), *form) for form, frame in zip(header["tensors"], frames, strict=True)]
     return Parcel(loads(header["about"]), tuple(tensors))
 
 
-def _tensor(frame: Any, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _serialize_cuda(parcel: Parcel) -> tuple[dict[str, Any], list[Any]]:
+    """Lend CUDA tensors as CuPy arrays; a parcel without any is left to the next family."""
+    devices = {one.device for one in parcel.tensors if one.is_cuda}
+    if not devices:
+        raise NotImplementedError("no CUDA tensors")
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingProgramError("moving GPU memory needs CuPy: pip install 'distkv-dask[gpu]'") from error
+    with torch.inference_mode():
+        pieces = [_bytes_of(one) for one in parcel.tensors]
+    for device in devices:  # the comm knows nothing of torch's streams
+        torch.cuda.synchronize(device)
+    return _header(parcel), [cupy.asarray(one) if one.is_cuda else one.numpy().data for one in pieces]
+
+
+def _deserialize_cuda(header: dict[str, Any], frames: list[Any]) -> Parcel:
+    tensors = [
+        _tensor(_on_gpu(frame) if hasattr(frame, "__cuda_array_interface__") else _on_host(frame), *form)
+        for form, frame in zip(header["tensors"], frames, strict=True)
+    ]
+    return Parcel(loads(header["about"]), tuple(tensors))
+
+
+def _header(parcel: Parcel) -> dict[str, Any]:
+    forms = [(str(one.dtype).removeprefix("torch."), tuple(one.shape), one.is_cuda) for one in parcel.tensors]
+    return {"about": dumps(parcel.about), "tensors": forms}
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, uint8; they are copied only when they do not lie in order."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _on_host(frame: Any) -> torch.Tensor:
     data = np.frombuffer(frame, np.uint8)
     if not data.size:
-        return torch.empty(shape, dtype=getattr(torch, dtype))
-    data = data if data.flags.writeable else data.copy()  # torch warns of tensors over memory that is not
-    return torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_numpy(data if data.flags.writeable else data.copy())  # torch warns of memory that is not
 
 
-def _bytes(parcel: Parcel) -> int:
+def _on_gpu(frame: Any) -> torch.Tensor:
+    return torch.as_tensor(frame, device="cuda") if frame.nbytes else torch.empty(0, dtype=torch.uint8, device="cuda")
+
+
+def _tensor(data: torch.Tensor, dtype: str, shape: tuple[int, ...], was_cuda: bool) -> torch.Tensor:
+    """The tensor whose bytes are ``data``."""
+    if was_cuda and not data.is_cuda and torch.cuda.is_available():
+        data = data.cuda()
+    return data.view(getattr(torch, dtype)).view(shape)
+
+
+def _size(parcel: Parcel) -> int:
     return cast(int, sizeof(parcel.about)) + sum(one.nbytes for one in parcel.tensors)
 
 
 dask_serialize.register(Parcel)(_serialize)
 dask_deserialize.register(Parcel)(_deserialize)
-sizeof.register(Parcel)(_bytes)
+cuda_serialize.register(Parcel)(_serialize_cuda)
+cuda_deserialize.register(Parcel)(_deserialize_cuda)
+sizeof.register(Parcel)(_size)

@@ -25,13 +25,17 @@ from distkv_dask.errors import (
     ModelError,
 )
 from distkv_dask.types import DecodeWindow, Endpoint, PrefillChunk
-from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.channels.frames import Header, Kind, failure_frame
 from distkv_dask.worker.runtime import Runtime
 
 
 def partial(header: Header, **changes: int) -> bytes:
     answer = header._replace(kind=Kind.PARTIAL, scale=0.0, length=6 * 65 * 4, **changes)
     return answer.pack() + bytes(answer.length)
+
+
+def failed(header: Header) -> bytes:
+    return b"".join(failure_frame(header.gang, header.epoch, "no memory left"))
 
 
 def shut(peer: socket.socket) -> None:
@@ -49,6 +53,7 @@ MISBEHAVIOUR: dict[str, tuple[Callable[[socket.socket, Header], object], type[Ex
     "is frozen": (lambda peer, ask: None, ChannelTimeoutError, "w9 did not send"),
     "is frozen in a frame": (lambda peer, ask: peer.send(partial(ask)[:500]), ChannelTimeoutError, "w9 did not send"),
     "dies in a frame": (lambda peer, ask: (peer.send(partial(ask)[:500]), shut(peer)), ChannelError, "into a frame"),
+    "says that it failed": (lambda peer, ask: peer.send(failed(ask)), GangAbortedError, "w9 failed: no memory left"),
     "talks rubbish": (lambda peer, ask: peer.send(b"\xff" * 5000), ChannelError, "no frame"),
     "answers for an old epoch": (lambda peer, ask: peer.send(partial(ask, epoch=0)), ChannelError, "epoch 0.*epoch 1"),
     "answers another step": (lambda peer, ask: peer.send(partial(ask, step=8)), ChannelError, "step 8.*step 0"),

@@ -1,0 +1,118 @@
+"""A holder is killed, freezes, or sends garbage: when does its gang end, and when has the client a clear error?
+
+A tiny model on two worker processes decodes one sequence with part of its KV on the other worker. ``gang`` is the time
+until the gManager knows that the gang failed, ``client`` until the request's future raises; a gang that fails for
+another reason than a worker's death is tried again twice before that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _placement import place_by
+from _report import parser, report
+from distributed import Client, LocalCluster
+from step_overhead import save_model
+
+from distkv_dask import DistKVError, Engine, SamplingParams
+
+LAYERS, PROMPT = 4, 256
+
+
+def _send_garbage(begin: bool) -> None:
+    """On the holder: answer every question with bytes that are no frame, or go back to partials."""
+    from distkv_dask.worker.session import Session
+
+    sound: Any = getattr(_send_garbage, "sound", None) or Session._reply_to
+    _send_garbage.sound = sound  # type: ignore[attr-defined]
+    garbage: Any = lambda session, inlet, header: inlet._sock.send(b"\xff" * 5000)  # noqa: E731
+    Session._reply_to = garbage if begin else sound  # type: ignore[method-assign]
+
+
+class Trouble:
+    """What can be done to a worker, and how it is undone."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.began = 0.0
+
+    def kill(self, worker: str) -> Callable[[], object]:
+        process = self._pid(worker)
+        self.began = time.time()
+        os.kill(process, signal.SIGKILL)
+        return lambda: self._client.wait_for_workers(2)
+
+    def freeze(self, worker: str) -> Callable[[], object]:
+        process = self._pid(worker)
+        self.began = time.time()
+        os.kill(process, signal.SIGSTOP)
+        return lambda: os.kill(process, signal.SIGCONT)
+
+    def garble(self, worker: str) -> Callable[[], object]:
+        self.began = time.time()
+        self._client.run(_send_garbage, True, workers=[worker])
+        return lambda: self._client.run(_send_garbage, False, workers=[worker])
+
+    def _pid(self, worker: str) -> int:
+        return int(self._client.run(os.getpid, workers=[worker])[worker])
+
+
+def once(
+    client: Client, engine: Engine, trouble: Trouble, cause: Callable[[str], Callable[[], object]]
+) -> dict[str, Any]:
+    """Seconds to the gang's end and to the client's error, and that error."""
+    while len([1 for one in engine.status()["workers"].values() if one["capacity_blocks"]]) < 2:
+        time.sleep(0.1)
+    running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
+    while not (found := engine.status()["sequences"]) or next(iter(found.values()))["generated_tokens"] < 20:
+        time.sleep(0.02)
+    holder = next(iter(found.values()))["placement"][0][0]
+    seen = len(client.get_events("distkv"))
+    undo = cause(holder)
+    try:
+        running.result(60)
+        raise SystemExit("nothing failed")
+    except DistKVError as error:
+        client_seconds, kind = time.time() - trouble.began, f"{type(error).__name__}: {error}"
+    events = client.get_events("distkv")[seen:]
+    gang = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]
+    undo()
+    return {"client": client_seconds, "gang": gang[0] if gang else client_seconds, "attempts": len(gang), "error": kind}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--receive", type=float, default=1.0, help="distkv.timeouts.receive, seconds")
+    options = arguments.parse_args()
+    place_by(lambda tokens: [(1, PROMPT // 2), (0, None)])
+    figures = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        save_model(LAYERS, Path(folder))
+        with Engine(client, folder, kv_memory="32 MiB", timeout_receive=options.receive) as engine:
+            trouble = Trouble(client)
+            for name, cause in (("garbage", trouble.garble), ("frozen", trouble.freeze), ("killed", trouble.kill)):
+                runs = [once(client, engine, trouble, cause) for _ in range(options.repeat)]
+                figures[name] = {
+                    "gang_s": round(statistics.median(run["gang"] for run in runs), 3),
+                    "client_s": round(statistics.median(run["client"] for run in runs), 3),
+                    "client_s_worst": round(max(run["client"] for run in runs), 3),
+                    "gangs_failed": runs[0]["attempts"],
+                    "error": runs[0]["error"],
+                }
+    report(figures, {"repeat": options.repeat, "receive": options.receive, "layers": LAYERS}, options.json)
+
+
+if __name__ == "__main__":
+    main()
