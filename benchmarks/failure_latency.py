@@ -30,10 +30,10 @@ def _send_garbage(begin: bool) -> None:
     """On the holder: answer every question with bytes that are no frame, or go back to partials."""
     from distkv_dask.worker.session import Session
 
-    sound: Any = getattr(_send_garbage, "sound", None) or Session._reply_to
-    _send_garbage.sound = sound  # type: ignore[attr-defined]
+    kind: Any = Session  # kept there, since this function travels anew for each call
+    kind.sound = getattr(kind, "sound", kind._reply_to)
     garbage: Any = lambda session, inlet, header: inlet._sock.send(b"\xff" * 5000)  # noqa: E731
-    Session._reply_to = garbage if begin else sound  # type: ignore[method-assign]
+    kind._reply_to = garbage if begin else kind.sound
 
 
 class Trouble:
@@ -72,6 +72,8 @@ def once(
         time.sleep(0.1)
     running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
     while not (found := engine.status()["sequences"]) or next(iter(found.values()))["generated_tokens"] < 20:
+        if running.done():
+            raise SystemExit(f"the request ended before anything was done to it: {running.exception()}")
         time.sleep(0.02)
     holder = next(iter(found.values()))["placement"][0][0]
     seen = len(client.get_events("distkv"))
