@@ -43,18 +43,19 @@ class TraceFetcher:
         async with self._busy:  # what is under way has left the rings already
             if self._task is not None:
                 self._task.cancel()
-        await self._once()
+        with contextlib.suppress(EngineClosedError):
+            await self._once()
 
     async def _run(self) -> None:
-        while not self._file.full:
-            await asyncio.sleep(INTERVAL)
-            await self._once()
+        with contextlib.suppress(EngineClosedError):
+            while not self._file.full:
+                await asyncio.sleep(INTERVAL)
+                await self._once()
 
     async def _once(self) -> None:
         async with self._busy:
-            with contextlib.suppress(EngineClosedError):  # the engine's own business
-                try:
-                    spans = await self._fetch()
-                    await asyncio.get_running_loop().run_in_executor(None, self._file.add, spans)
-                except OSError:  # no trace is worth a request
-                    logger.exception("a part of the trace is lost")
+            try:
+                spans = await self._fetch()
+                await asyncio.get_running_loop().run_in_executor(None, self._file.add, spans)
+            except OSError:  # no trace is worth a request
+                logger.exception("a part of the trace is lost")
