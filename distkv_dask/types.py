@@ -92,7 +92,27 @@ class Span:
 
 
 Placement = tuple[Span, ...]
-"""Ordered, gapless spans of one sequence, from token 0; at most one span per worker."""
+"""Ordered, gapless spans of one sequence, from token 0; adjacent spans lie on different workers.
+
+A worker may hold several spans; blocks are counted from a span's own start. Only the last span grows: its worker is the
+sequence's home.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Tokens ``[start, stop)`` of a sequence, whole blocks of one span of ``source``, go to ``target``."""
+
+    sequence: int
+    start: int
+    stop: int
+    source: str
+    target: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that change their place."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,88 +1,116 @@
 """The debt ledger: which worker holds how many blocks of which sequence, for whom.
 
-The facts of the paper's debt ledger (v1) and request placement map (v2). Pure bookkeeping: no clock, no input or
-output, no torch. One ledger belongs to one engine.
+The facts of the paper's debt ledger (v1) and request placement map (v2), and the moves of blocks under way. Pure
+bookkeeping: no clock, no input or output, no torch. One ledger belongs to one engine. Every event costs time by the
+spans of the sequences it is about, and never by the number of workers or sequences.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from distkv_dask.types import Endpoint, Placement
+from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.placements import blocks_of, moved, span_around
+from distkv_dask.scheduler.room import Room
+from distkv_dask.types import Endpoint, Move, Placement
 
-
-@dataclass(slots=True)
-class WorkerAccount:
-    """One worker's pool: ``capacity`` and ``used`` in blocks, and how many sequences call it home."""
-
-    endpoint: Endpoint
-    capacity: int
-    used: int = 0
-    homed: int = 0
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody has reserved."""
-        return self.capacity - self.used
-
-
-@dataclass(slots=True)
-class SequenceAccount:
-    """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``)."""
-
-    placement: Placement
-    length: int = 0
-
-    @property
-    def home(self) -> str:
-        """The worker that decodes the sequence: the one that holds its tail."""
-        return self.placement[-1].worker
-
-    def lies_on(self, worker: str) -> bool:
-        """Whether the worker holds a span of the sequence."""
-        return any(span.worker == worker for span in self.placement)
+NO_LIMIT = 2**40
+"""More blocks, or sequences, than any worker ever has."""
 
 
 class Ledger:
-    """Capacity, reservations and debts of all workers of one engine.
+    """Capacity, reservations, debts and moves of all workers of one engine.
 
     Parameters
     ----------
     block_tokens
         Tokens in one block.
+    batch
+        Sequences that one worker is home of at most.
 
     Notes
     -----
-    ``epoch`` grows with every change of a placement or of the set of workers.
+    ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
+    reserved at the target and not yet free at the source; the value is the time at which an unconfirmed one expires.
     """
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
         self.block_tokens = block_tokens
         self.epoch = 0
         self.workers: dict[str, WorkerAccount] = {}
         self.sequences: dict[int, SequenceAccount] = {}
+        self.moves: dict[Move, float] = {}
+        self.room = Room(batch)
+        self._debts: Counter[tuple[str, str]] = Counter()
 
     def blocks(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens of one span occupy."""
-        return -(-tokens // self.block_tokens)
+        return blocks_of(tokens, self.block_tokens)
 
     @property
     def capacity_blocks(self) -> int:
         """Blocks of all workers together."""
-        return sum(account.capacity for account in self.workers.values())
+        return self.room.capacity
 
-    def add_worker(self, endpoint: Endpoint, capacity: int) -> None:
-        """Open an account for a worker whose pool has ``capacity`` blocks."""
+    # Workers
+
+    def add_worker(
+        self, endpoint: Endpoint, capacity: int, *, lend_limit: int = NO_LIMIT, can_decode: bool = True
+    ) -> None:
+        """Open an account for a worker whose pool has ``capacity`` blocks, of which it lends ``lend_limit`` at most."""
         self.epoch += 1
-        self.workers[endpoint.worker] = WorkerAccount(endpoint, capacity)
+        account = WorkerAccount(endpoint, capacity, lend_limit, can_decode)
+        self.workers[account.worker] = account
+        self.room.enter(account)
+
+    def retire_worker(self, worker: str, retiring: bool = True) -> None:
+        """Place nothing new on a worker from now on, because its blocks are about to be moved away (or do again)."""
+        self.workers[worker].retiring = retiring
+        self.room.enter(self.workers[worker])
 
     def remove_worker(self, worker: str) -> list[int]:
-        """Close a worker's account and return the sequences that lost blocks by it (still to be released)."""
+        """Close a worker's account and return the sequences that lost blocks by it (still to be released).
+
+        Moves to the worker are over. Moves from it keep their reservation until they are cancelled or their sequence is
+        released, since something may still be written at their targets.
+        """
         self.epoch += 1
-        self.workers.pop(worker, None)
-        return [number for number, account in self.sequences.items() if account.lies_on(worker)]
+        account = self.workers.pop(worker, None)
+        if account is None:
+            return []
+        self.room.forget(worker)
+        for sequence in account.held:
+            lost = self.sequences[sequence]
+            for move in [move for move in lost.moves if move.target == worker]:
+                lost.moves.remove(move)
+                del self.moves[move]
+            if lost.lies_on(worker):
+                lost.lost.add(worker)
+        return sorted(sequence for sequence in account.held if worker in self.sequences[sequence].lost)
+
+    def heartbeat(self, worker: str, beat: int, entries: Mapping[int, int]) -> list[int]:
+        """A worker says which sequences' blocks changed in its pool since its heartbeat before (0: none are left).
+
+        Returns
+        -------
+        list of int
+            Sequences that hold blocks there and that the ledger does not place there. Usually their release is on its
+            way; one that stays should be released again. A late heartbeat, and one of an unknown worker, say nothing.
+        """
+        account = self.workers.get(worker)
+        if account is None or beat <= account.beat:
+            return []
+        account.beat = beat
+        for sequence, blocks in entries.items():
+            if blocks:
+                account.reported[sequence] = blocks
+            else:
+                account.reported.pop(sequence, None)
+        return [sequence for sequence, blocks in entries.items() if blocks and sequence not in account.held]
+
+    # Sequences
 
     def reserve(self, sequence: int, placement: Placement) -> None:
         """Reserve the blocks of a placement that the policy chose from this very ledger.
@@ -92,60 +120,202 @@ class Ledger:
         ValueError
             When a worker is unknown or has too little room: the policy saw another ledger.
         """
+        wanted: Counter[str] = Counter()
         for span in placement:
-            account = self.workers.get(span.worker)
-            if account is None or account.free < self.blocks(span.tokens):
-                raise ValueError(f"sequence {sequence}: {span} does not fit the ledger")
-        for span in placement:
-            self.workers[span.worker].used += self.blocks(span.tokens)
+            wanted[span.worker] += self.blocks(span.tokens)
+        for worker, blocks in wanted.items():
+            account = self.workers.get(worker)
+            if account is None or account.free < blocks:
+                raise ValueError(f"sequence {sequence}: {blocks} blocks on {worker} do not fit the ledger")
         self.sequences[sequence] = SequenceAccount(placement)
-        self.workers[self.sequences[sequence].home].homed += 1
+        self._count(sequence, +1)
 
     def commit(self, sequence: int, length: int) -> None:
         """Record that the KV of the first ``length`` tokens of a sequence exists."""
         self.sequences[sequence].length = length
 
-    def release(self, sequence: int) -> Placement:
-        """Settle all of a sequence's debts and return where its blocks were."""
-        account = self.sequences.pop(sequence)
-        for span in account.placement:
-            if span.worker in self.workers:
-                self.workers[span.worker].used -= self.blocks(span.tokens)
-        if account.home in self.workers:
-            self.workers[account.home].homed -= 1
+    def release(self, sequence: int) -> list[str]:
+        """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it."""
+        account = self.sequences[sequence]
+        workers = list(account.workers())
+        self._count(sequence, -1)
+        for move in account.moves:
+            del self.moves[move]
+        del self.sequences[sequence]
+        return workers
+
+    # Moves
+
+    def objection(self, move: Move) -> str:
+        """Why a move cannot start now; empty when it can."""
+        account, target = self.sequences.get(move.sequence), self.workers.get(move.target)
+        if account is None or target is None or move.source not in self.workers:
+            return "the sequence or a worker is gone"
+        around = span_around(account.placement, move, self.block_tokens)
+        if around is None or move.source in account.lost or move.source == move.target:
+            return "the source does not hold these tokens in whole blocks of one span"
+        if any(move.start < other.stop and other.start < move.stop for other in account.moves):
+            return "some of these tokens are being moved already"
+        if move.target in account.lost:
+            return "the sequence lost blocks on an earlier worker of the target's name"
+        if target.retiring or target.free < self.blocks(move.tokens):
+            return f"the target has {target.free} free blocks or is being drained"
+        if move.target != account.home and move.stop < account.stop:
+            return "" if target.lendable >= self.blocks(move.tokens) else "the target lends no more"
+        if move.stop == account.stop and not target.can_decode:
+            return "the tail goes with its home, and the target has no weights"
+        return ""
+
+    def start_move(self, move: Move, expires: float = math.inf) -> None:
+        """Reserve a move's blocks at its target, which has until the time ``expires`` to confirm them.
+
+        Who comes first is served first: what a move has reserved, no later one can.
+
+        Raises
+        ------
+        ValueError
+            When the move cannot start; the message is :meth:`objection`'s.
+        """
+        objection = self.objection(move)
+        if objection:
+            raise ValueError(f"{move}: {objection}")
+        self._count(move.sequence, -1)
+        self.sequences[move.sequence].moves.append(move)
+        self._count(move.sequence, +1)
+        self.moves[move] = expires
+
+    def confirm_move(self, move: Move) -> None:
+        """The target took the reservation: it does not expire any more.
+
+        Raises
+        ------
+        ValueError
+            When the move is not under way (any more).
+        """
+        self._under_way(move)
+        self.moves[move] = math.inf
+
+    def finish_move(self, move: Move) -> Placement:
+        """The target has the blocks: switch the placement, free the source's blocks, and return the new placement.
+
+        Raises
+        ------
+        ValueError
+            When the move is not under way (any more), or its source died.
+        """
+        account = self._under_way(move)
+        if move.source in account.lost:
+            raise ValueError(f"{move}: the source is gone")
+        self.epoch += 1
+        self._count(move.sequence, -1)
+        account.moves.remove(move)
+        account.placement = moved(account.placement, move, self.block_tokens)
+        self._count(move.sequence, +1)
+        del self.moves[move]
         return account.placement
+
+    def cancel_move(self, move: Move) -> None:
+        """Give a move's reservation back; the placement stays as it is (no error if the move is over)."""
+        if move in self.moves:
+            self._count(move.sequence, -1)
+            self.sequences[move.sequence].moves.remove(move)
+            self._count(move.sequence, +1)
+            del self.moves[move]
+
+    def expire_moves(self, now: float) -> list[Move]:
+        """Cancel the moves that their targets did not confirm in time, and return them."""
+        late = [move for move, expires in self.moves.items() if expires < now]
+        for move in late:
+            self.cancel_move(move)
+        return late
+
+    def _under_way(self, move: Move) -> SequenceAccount:
+        if move not in self.moves:
+            raise ValueError(f"{move} is not under way")
+        return self.sequences[move.sequence]
+
+    # Debts
 
     def debts(self) -> Counter[tuple[str, str]]:
         """Blocks owed, by (debtor, creditor): the debtor is a sequence's home, the creditor holds blocks for it."""
-        owed: Counter[tuple[str, str]] = Counter()
-        for account in self.sequences.values():
-            for span in account.placement:
-                if span.worker != account.home:
-                    owed[account.home, span.worker] += self.blocks(span.tokens)
-        return owed
+        return self._debts.copy()
 
     def lent(self) -> Counter[str]:
         """Blocks that each creditor holds for others."""
         total: Counter[str] = Counter()
-        for (_, creditor), blocks in self.debts().items():
+        for (_, creditor), blocks in self._debts.items():
             total[creditor] += blocks
         return total
 
     def holders(self, placement: Placement, length: int | None = None, *, but: str = "") -> Iterator[Endpoint]:
-        """Endpoints of a placement's workers, ``but`` one; with ``length``, of those whose span begins below it."""
-        for span in placement:
-            if span.worker != but and span.tokens and (length is None or span.start < length):
-                yield self.workers[span.worker].endpoint
+        """Endpoints of a placement's workers, ``but`` one; with ``length``, of those that hold tokens below it."""
+        named = (s.worker for s in placement if s.tokens and (length is None or s.start < length))
+        return (self.workers[worker].endpoint for worker in dict.fromkeys(named) if worker != but)
+
+    def _count(self, sequence: int, sign: int) -> None:
+        """Add all that a sequence reserves to the accounts (``sign`` 1), or take it out of them (-1)."""
+        account = self.sequences[sequence]
+        home = account.home
+        wanted: Counter[str] = Counter()
+        for span in account.placement:
+            blocks = self.blocks(span.tokens)
+            wanted[span.worker] += blocks
+            if span.worker != home and blocks:
+                self._owe(home, span.worker, sign * blocks, account)
+        for move in account.moves:
+            wanted[move.target] += self.blocks(move.tokens)
+        for worker in account.workers():
+            entry = self.workers[worker]
+            entry.used += sign * wanted[worker]
+            entry.lent += sign * wanted[worker] * (worker != home)
+            if sign < 0:
+                del entry.held[sequence]
+                entry.homes.pop(sequence, None)
+            else:
+                entry.held[sequence] = wanted[worker]
+                if worker == home:
+                    entry.homes[sequence] = None
+            self.room.enter(entry)
+
+    def _owe(self, debtor: str, creditor: str, blocks: int, account: SequenceAccount) -> None:
+        self._debts[debtor, creditor] += blocks
+        if not self._debts[debtor, creditor]:
+            del self._debts[debtor, creditor]
+        if debtor not in account.lost:
+            self.workers[debtor].borrowed += blocks
 
     def check(self) -> None:
-        """Assert the ledger's invariants: spans are gapless, blocks conserved, no worker above its capacity."""
-        used: Counter[str] = Counter()
-        for account in self.sequences.values():
+        """Assert the ledger's invariants by counting everything anew.
+
+        Spans are gapless and end on whole blocks where they are joined, blocks are conserved, no worker is above its
+        capacity, debts are the spans away from home.
+        """
+        held: dict[str, Counter[int]] = {worker: Counter() for worker in self.workers}
+        owed: Counter[tuple[str, str]] = Counter()
+        borrowed: Counter[str] = Counter()
+        for number, account in self.sequences.items():
             end = 0
             for span in account.placement:
                 assert span.start == end <= span.stop, account
                 end = span.stop
-                used[span.worker] += self.blocks(span.tokens)
+                blocks = self.blocks(span.tokens)
+                if span.worker not in account.lost:
+                    held[span.worker][number] += blocks
+                if span.worker != account.home:
+                    owed[account.home, span.worker] += blocks
+                    borrowed[account.home] += blocks * (account.home not in account.lost)
             assert 0 <= account.length <= end, account
+            for move in account.moves:
+                assert move in self.moves, move
+                held[move.target][number] += self.blocks(move.tokens)
+        assert len(self.moves) == sum(len(account.moves) for account in self.sequences.values())
+        assert self._debts == +owed, (self._debts, owed)
         for worker, entry in self.workers.items():
-            assert entry.used == used[worker] <= entry.capacity, (worker, entry, used)
+            homes = {n for n in held[worker] if self.sequences[n].home == worker}
+            guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
+            assert entry.held == held[worker], (worker, entry)
+            assert entry.homes.keys() == homes, (worker, entry)
+            assert entry.used == sum(held[worker].values()) <= entry.capacity, (worker, entry)
+            assert entry.lent == sum(guests.values()), (worker, entry)
+            assert entry.borrowed == borrowed[worker], (worker, entry)
+        self.room.check(self.workers)

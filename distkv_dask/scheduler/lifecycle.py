@@ -404,9 +404,8 @@ class Lifecycle:
 
     def _release(self, sequence: int) -> Iterator[Command]:
         del self.live[sequence]
-        for span in self.ledger.release(sequence):
-            if span.worker in self.ledger.workers:
-                yield Release(span.worker, sequence)
+        for worker in self.ledger.release(sequence):
+            yield Release(worker, sequence)
 
     def _abandon(self, gang: Gang, reason: str) -> Iterator[Command]:
         for worker in (gang.home, *(holder.worker for holder in gang.holders)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.scheduler.ledger import SequenceAccount
+from distkv_dask.scheduler.accounts import SequenceAccount
 from distkv_dask.types import Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 

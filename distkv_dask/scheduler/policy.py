@@ -6,7 +6,8 @@ room.
 
 from __future__ import annotations
 
-from distkv_dask.scheduler.ledger import Ledger, WorkerAccount
+from distkv_dask.scheduler.accounts import WorkerAccount
+from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.types import Placement, Span
 
 

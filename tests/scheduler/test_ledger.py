@@ -93,5 +93,5 @@ def test_debts_are_the_blocks_that_others_hold_for_a_home() -> None:
 
 
 def test_reserving_more_than_there_is_is_a_fault() -> None:
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         ledger_of(1).reserve(0, (Span("w0", 0, BLOCK + 1),))

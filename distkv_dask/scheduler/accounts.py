@@ -1,0 +1,104 @@
+"""Accounts of the debt ledger: one for each worker's pool, one for each live sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distkv_dask.types import Endpoint, Move, Placement
+
+
+@dataclass(slots=True)
+class WorkerAccount:
+    """One worker's pool, in blocks.
+
+    Parameters
+    ----------
+    endpoint
+        The worker.
+    capacity
+        Blocks of its pool.
+    lend_limit
+        Blocks that it lends at most.
+    can_decode
+        False for a memory worker: it has no weights, so it is nobody's home.
+    retiring
+        It is being drained: nothing new is placed on it.
+    used
+        Blocks that spans of sequences, or moves under way to it, have reserved.
+    lent
+        Those of them that are reserved for sequences with another home.
+    borrowed
+        Blocks that others hold for sequences whose home it is.
+    held
+        Reserved blocks by sequence.
+    homes
+        The sequences that call it home, in the order in which they came (the values mean nothing).
+    reported
+        Blocks by sequence as the worker itself said in its heartbeats, of which ``beat`` is the last one's number.
+    """
+
+    endpoint: Endpoint
+    capacity: int
+    lend_limit: int
+    can_decode: bool = True
+    retiring: bool = False
+    used: int = 0
+    lent: int = 0
+    borrowed: int = 0
+    held: dict[int, int] = field(default_factory=dict)
+    homes: dict[int, None] = field(default_factory=dict)
+    reported: dict[int, int] = field(default_factory=dict)
+    beat: int = -1
+
+    @property
+    def worker(self) -> str:
+        """The worker's name."""
+        return self.endpoint.worker
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody has reserved."""
+        return self.capacity - self.used
+
+    @property
+    def homed(self) -> int:
+        """How many sequences call it home."""
+        return len(self.homes)
+
+    @property
+    def lendable(self) -> int:
+        """Blocks that it can lend now."""
+        return 0 if self.retiring else max(0, min(self.free, self.lend_limit - self.lent))
+
+
+@dataclass(slots=True)
+class SequenceAccount:
+    """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
+
+    ``moves`` are under way; ``lost`` names workers that died with blocks of it.
+    """
+
+    placement: Placement
+    length: int = 0
+    moves: list[Move] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+
+    @property
+    def home(self) -> str:
+        """The worker that decodes the sequence: the one that holds its tail."""
+        return self.placement[-1].worker
+
+    @property
+    def stop(self) -> int:
+        """Tokens that there is room for."""
+        return self.placement[-1].stop
+
+    def lies_on(self, worker: str) -> bool:
+        """Whether the worker holds a span of the sequence."""
+        return any(span.worker == worker for span in self.placement)
+
+    def workers(self) -> Iterator[str]:
+        """Live workers with blocks of the sequence, each once: its holders and the targets of moves under way."""
+        named = (*(span.worker for span in self.placement), *(move.target for move in self.moves))
+        return (worker for worker in dict.fromkeys(named) if worker not in self.lost)

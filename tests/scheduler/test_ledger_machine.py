@@ -1,0 +1,177 @@
+"""The ledger under any order of reservations, moves, heartbeats, drains, deaths and joins.
+
+The model beside it knows one thing: on which worker each block of each sequence lies. Everything that the ledger counts
+has to follow from that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.types import Endpoint, Move, Placement, Span
+
+BLOCK = 16
+NAMES = [f"w{number}" for number in range(5)]
+
+
+def spans_of(blocks: list[str], tokens: int) -> Placement:
+    """The placement in which the blocks lie on these workers, one after the other."""
+    spans: list[Span] = []
+    for number, worker in enumerate(blocks):
+        start, stop = number * BLOCK, min((number + 1) * BLOCK, tokens)
+        if spans and spans[-1].worker == worker:
+            spans[-1] = Span(worker, spans[-1].start, stop)
+        else:
+            spans.append(Span(worker, start, stop))
+    return tuple(spans)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Workers with fixed names that come and go, sequences whose blocks lie anywhere, moves that end in all ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(BLOCK, batch=4)
+        self.blocks: dict[int, list[str]] = {}
+        self.tokens: dict[int, int] = {}
+        self.moves: list[Move] = []
+        self.beats: Counter[str] = Counter()
+        self.next = 0
+        self.now = 0.0
+
+    @rule(name=st.sampled_from(NAMES), capacity=st.integers(0, 12), limit=st.integers(0, 12), weights=st.booleans())
+    def join(self, name: str, capacity: int, limit: int, weights: bool) -> None:
+        if name not in self.ledger.workers:
+            self.ledger.add_worker(Endpoint(name, "host", 1), capacity, lend_limit=limit, can_decode=weights)
+
+    @precondition(lambda self: self.ledger.workers)
+    @rule(data=st.data(), settle=st.booleans())
+    def die(self, data: st.DataObject, settle: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.ledger.workers)))
+        moves_to = [move for move in self.moves if move.target == name]
+        accounts = self.ledger.sequences
+        expected = [n for n, blocks in self.blocks.items() if name in blocks and name not in accounts[n].lost]
+        lost = self.ledger.remove_worker(name)
+        assert lost == sorted(expected)
+        self.moves = [move for move in self.moves if move not in moves_to]
+        for number in lost if settle else ():
+            self.forget(number)
+
+    @precondition(lambda self: self.ledger.workers)
+    @rule(data=st.data(), retiring=st.booleans())
+    def drain(self, data: st.DataObject, retiring: bool) -> None:
+        self.ledger.retire_worker(data.draw(st.sampled_from(sorted(self.ledger.workers))), retiring)
+
+    @precondition(lambda self: self.ledger.workers)
+    @rule(data=st.data(), tokens=st.integers(1, 10 * BLOCK))
+    def reserve(self, data: st.DataObject, tokens: int) -> None:
+        count = -(-tokens // BLOCK)
+        names = st.sampled_from(sorted(self.ledger.workers))
+        blocks = data.draw(st.lists(names, min_size=count, max_size=count))
+        number, self.next = self.next, self.next + 1
+        fits = all(self.ledger.workers[name].free >= blocks.count(name) for name in blocks)
+        if not fits:
+            with pytest.raises(ValueError, match="do not fit"):
+                self.ledger.reserve(number, spans_of(blocks, tokens))
+            return
+        self.ledger.reserve(number, spans_of(blocks, tokens))
+        self.ledger.commit(number, tokens)
+        self.blocks[number], self.tokens[number] = blocks, tokens
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.forget(data.draw(st.sampled_from(sorted(self.blocks))))
+
+    def forget(self, number: int) -> None:
+        account = self.ledger.sequences[number]
+        targets = {move.target for move in self.moves if move.sequence == number}
+        there = {name for name in (*self.blocks.pop(number), *targets) if name not in account.lost}
+        assert set(self.ledger.release(number)) == there
+        self.moves = [move for move in self.moves if move.sequence != number]
+
+    @precondition(lambda self: self.blocks and self.ledger.workers)
+    @rule(data=st.data(), expires=st.sampled_from([float("inf"), 1.0, 5.0]))
+    def start(self, data: st.DataObject, expires: float) -> None:
+        number = data.draw(st.sampled_from(sorted(self.blocks)))
+        span = data.draw(st.sampled_from(self.ledger.sequences[number].placement))
+        first = data.draw(st.integers(span.start // BLOCK, (span.stop - 1) // BLOCK))
+        last = data.draw(st.integers(first + 1, -(-span.stop // BLOCK)))
+        target = data.draw(st.sampled_from(sorted(self.ledger.workers)))
+        move = Move(number, first * BLOCK, min(last * BLOCK, span.stop), span.worker, target)
+        objection, used = self.ledger.objection(move), {n: a.used for n, a in self.ledger.workers.items()}
+        if objection:
+            with pytest.raises(ValueError, match="Move"):
+                self.ledger.start_move(move)
+            assert used == {n: a.used for n, a in self.ledger.workers.items()}
+        else:
+            self.ledger.start_move(move, self.now + expires)
+            self.moves.append(move)
+            account = self.ledger.workers[target]
+            assert account.used == used[target] + last - first
+            lends = move.stop < self.tokens[number] and target != self.ledger.sequences[number].home
+            assert not lends or account.lent <= account.lend_limit
+
+    @precondition(lambda self: self.moves)
+    @rule(data=st.data(), how=st.sampled_from(["finish", "finish", "confirm", "cancel"]))
+    def go_on(self, data: st.DataObject, how: str) -> None:
+        move = data.draw(st.sampled_from(self.moves))
+        if how == "confirm":
+            self.ledger.confirm_move(move)
+        elif how == "finish" and move.source not in self.ledger.sequences[move.sequence].lost:
+            epoch = self.ledger.epoch
+            placement = self.ledger.finish_move(move)
+            first, last = move.start // BLOCK, -(-move.stop // BLOCK)
+            self.blocks[move.sequence][first:last] = [move.target] * (last - first)
+            assert placement == spans_of(self.blocks[move.sequence], self.tokens[move.sequence])
+            assert self.ledger.epoch == epoch + 1
+            self.moves.remove(move)
+        else:
+            self.ledger.cancel_move(move)
+            self.moves.remove(move)
+
+    @rule(seconds=st.floats(0, 4))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for move in self.ledger.expire_moves(self.now):
+            self.moves.remove(move)
+
+    @precondition(lambda self: self.ledger.workers)
+    @rule(data=st.data(), late=st.booleans())
+    def heartbeat(self, data: st.DataObject, late: bool) -> None:
+        name = data.draw(st.sampled_from(NAMES))
+        entries = data.draw(st.dictionaries(st.integers(0, self.next), st.integers(0, 3), max_size=3))
+        self.beats[name] += 1
+        account = self.ledger.workers.get(name)
+        strays = self.ledger.heartbeat(name, -1 if late else self.beats[name], entries)
+        if account is None or late:
+            assert strays == []
+        else:
+            assert strays == [n for n, blocks in entries.items() if blocks and n not in account.held]
+            assert all(account.reported.get(n, 0) == blocks for n, blocks in entries.items())
+
+    @invariant()
+    def everything_is_where_the_map_says(self) -> None:
+        self.ledger.check()
+        assert self.ledger.sequences.keys() == self.blocks.keys()
+        assert set(self.ledger.moves) == set(self.moves)
+        for number, account in self.ledger.sequences.items():
+            assert account.placement == spans_of(self.blocks[number], self.tokens[number])
+
+    def teardown(self) -> None:
+        for number in list(self.blocks):
+            self.forget(number)
+        self.ledger.check()
+        assert not self.ledger.debts()
+        assert not self.ledger.moves
+        assert all(a.used == a.lent == a.borrowed == a.homed == 0 for a in self.ledger.workers.values())
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
