@@ -71,6 +71,8 @@ class Config:
         worker.
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"`` or ``"unix"``.
+    policy
+        Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
     window_seconds, window_stream_seconds
@@ -93,6 +95,7 @@ class Config:
     threads: int | None = _key("threads")
     granularity: str = _key("granularity")
     channel: str = _key("channel")
+    policy: str = _key("policy")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_seconds: float = _key("window.seconds")
     window_stream_seconds: float = _key("window.stream-seconds")

@@ -67,6 +67,11 @@ class WorkerAccount:
         return len(self.homes)
 
     @property
+    def lends(self) -> int:
+        """Blocks that it lends at most."""
+        return min(self.capacity, self.lend_limit)
+
+    @property
     def lendable(self) -> int:
         """Blocks that it can lend now."""
         return 0 if self.retiring else max(0, min(self.free, self.lend_limit - self.lent))
@@ -76,10 +81,12 @@ class WorkerAccount:
 class SequenceAccount:
     """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
 
-    ``moves`` are under way; ``lost`` names workers that died with blocks of it.
+    ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
+    blocks of it.
     """
 
     placement: Placement
+    prompt: int = 0
     length: int = 0
     moves: list[Move] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)

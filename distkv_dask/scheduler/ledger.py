@@ -34,6 +34,7 @@ class Ledger:
     -----
     ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
     reserved at the target and not yet free at the source; the value is the time at which an unconfirmed one expires.
+    ``owes`` is the debt graph: blocks by debtor (a sequence's home) and creditor (who holds blocks for it).
     """
 
     def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
@@ -43,7 +44,12 @@ class Ledger:
         self.sequences: dict[int, SequenceAccount] = {}
         self.moves: dict[Move, float] = {}
         self.room = Room(batch)
-        self._debts: Counter[tuple[str, str]] = Counter()
+        self.owes: dict[str, Counter[str]] = {}
+
+    @property
+    def decoders(self) -> int:
+        """Number of workers with weights."""
+        return self.room.decoders
 
     def blocks(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens of one span occupy."""
@@ -112,8 +118,8 @@ class Ledger:
 
     # Sequences
 
-    def reserve(self, sequence: int, placement: Placement) -> None:
-        """Reserve the blocks of a placement that the policy chose from this very ledger.
+    def reserve(self, sequence: int, placement: Placement, prompt: int = 0) -> None:
+        """Reserve the blocks of a placement that the policy chose from this very ledger, for a prompt so long.
 
         Raises
         ------
@@ -127,7 +133,7 @@ class Ledger:
             account = self.workers.get(worker)
             if account is None or account.free < blocks:
                 raise ValueError(f"sequence {sequence}: {blocks} blocks on {worker} do not fit the ledger")
-        self.sequences[sequence] = SequenceAccount(placement)
+        self.sequences[sequence] = SequenceAccount(placement, prompt)
         self._count(sequence, +1)
 
     def commit(self, sequence: int, length: int) -> None:
@@ -238,14 +244,11 @@ class Ledger:
 
     def debts(self) -> Counter[tuple[str, str]]:
         """Blocks owed, by (debtor, creditor): the debtor is a sequence's home, the creditor holds blocks for it."""
-        return self._debts.copy()
+        return Counter({(debtor, creditor): n for debtor, owed in self.owes.items() for creditor, n in owed.items()})
 
     def lent(self) -> Counter[str]:
         """Blocks that each creditor holds for others."""
-        total: Counter[str] = Counter()
-        for (_, creditor), blocks in self._debts.items():
-            total[creditor] += blocks
-        return total
+        return sum(self.owes.values(), Counter())
 
     def holders(self, placement: Placement, length: int | None = None, *, but: str = "") -> Iterator[Endpoint]:
         """Endpoints of a placement's workers, ``but`` one; with ``length``, of those that hold tokens below it."""
@@ -278,9 +281,12 @@ class Ledger:
             self.room.enter(entry)
 
     def _owe(self, debtor: str, creditor: str, blocks: int, account: SequenceAccount) -> None:
-        self._debts[debtor, creditor] += blocks
-        if not self._debts[debtor, creditor]:
-            del self._debts[debtor, creditor]
+        owed = self.owes.setdefault(debtor, Counter())
+        owed[creditor] += blocks
+        if not owed[creditor]:
+            del owed[creditor]
+            if not owed:
+                del self.owes[debtor]
         if debtor not in account.lost:
             self.workers[debtor].borrowed += blocks
 
@@ -309,7 +315,7 @@ class Ledger:
                 assert move in self.moves, move
                 held[move.target][number] += self.blocks(move.tokens)
         assert len(self.moves) == sum(len(account.moves) for account in self.sequences.values())
-        assert self._debts == +owed, (self._debts, owed)
+        assert self.debts() == +owed, (self.owes, owed)
         for worker, entry in self.workers.items():
             homes = {n for n in held[worker] if self.sequences[n].home == worker}
             guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}

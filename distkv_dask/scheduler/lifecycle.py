@@ -14,7 +14,7 @@ from functools import partial
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, WorkerLostError
 from distkv_dask.protocol import Delivery
-from distkv_dask.scheduler import policy
+from distkv_dask.scheduler.admission import Admission, prefill_slots
 from distkv_dask.scheduler.commands import (
     Abort,
     Command,
@@ -29,6 +29,9 @@ from distkv_dask.scheduler.decoding import WindowChain
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live, cut_prompt
 from distkv_dask.scheduler.pacing import Pace, Pacer
+from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
@@ -78,10 +81,11 @@ class Lifecycle:
             longest=min(config.window_max_seconds, limit),
             share=config.window_scheduler_share,
         )
-        self.ledger = Ledger(config.block_tokens)
+        self.ledger = Ledger(config.block_tokens, config.window_batch)
+        self.policy = policy_named(config.policy, PRESETS["cpu-smollm2"].model)
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
-        self._queue: dict[int, None] = {}
+        self._queue = Admission(self.ledger, self.policy)
         self._prefilling: set[int] = set()
         self._largest_blocks = 0
         self._ending = False
@@ -96,7 +100,7 @@ class Lifecycle:
         if worker in self.ledger.workers:
             return
         self.ledger.add_worker(endpoint, capacity)
-        self._largest_blocks = max(self._largest_blocks, self.ledger.capacity_blocks)
+        self._largest_blocks = max(self._largest_blocks, self.policy.limit(self.ledger))
         ordinal = self._ordinals.setdefault(worker, len(self._ordinals))
         self.chains[worker] = WindowChain(
             worker,
@@ -145,7 +149,7 @@ class Lifecycle:
         if self.ledger.blocks(live.tokens) > self._largest_blocks:
             raise self._too_large(live)
         self.live[sequence] = live
-        self._queue[sequence] = None
+        self._queue.wait(Ask(sequence, len(prompt), live.tokens, now))
         return self._admit(now)
 
     def stop(self, sequence: int, reason: FinishReason, now: float) -> Iterator[Command]:
@@ -173,9 +177,10 @@ class Lifecycle:
                 text = f"home {chain.home} did not start window {late.name} within {self.config.timeout_start:g} s"
                 hint = "(distkv.timeouts.start): Dask paused it for its memory, or it is busy with other tasks"
                 yield from self.gang_failed(late.number, GangAbortedError(f"{text} {hint}"), now)
-        for sequence in list(self._queue):
-            live = self.live[sequence]
-            if self.ledger.blocks(live.tokens) <= self.ledger.capacity_blocks:
+        limit = self.policy.limit(self.ledger)
+        for ask in list(self._queue):
+            sequence, live = ask.sequence, self.live[ask.sequence]
+            if self.ledger.blocks(live.tokens) <= limit:
                 live.stuck_since = None
             elif live.stuck_since is None:
                 live.stuck_since = now
@@ -286,14 +291,12 @@ class Lifecycle:
     # Admission and prefill
 
     def _admit(self, now: float) -> Iterator[Command]:
-        """First come, first served; a request that does not fit yet holds back those behind it, so none starves."""
-        while self._queue and not self._ending and len(self._prefilling) < policy.prefill_slots(self.ledger):
-            live = self.live[next(iter(self._queue))]
-            placement = policy.place(self.ledger, live.tokens, self.config.window_batch)
-            if placement is None:
+        while self._queue and not self._ending and len(self._prefilling) < prefill_slots(self.ledger):
+            admitted = self._queue.admit(now)
+            if admitted is None:
                 return
-            del self._queue[live.sequence]
-            self.ledger.reserve(live.sequence, placement)
+            ask, placement = admitted
+            live = self.live[ask.sequence]
             live.state, live.admitted = "prefill", now
             self._prefilling.add(live.sequence)
             for span in placement:
@@ -382,7 +385,7 @@ class Lifecycle:
         placement = account.placement if account is not None else ()
         yield Delivery(sequence, (), reason, error, live.timings(now), placement)
         if account is None:
-            del self._queue[sequence]
+            self._queue.withdraw(sequence)
             del self.live[sequence]
             yield from self._admit(now)
             return
@@ -423,10 +426,10 @@ class Lifecycle:
         return self._gang("decode", ordinal, window, epoch, home, holders)
 
     def _too_large(self, live: Live) -> DistKVError:
-        need, have = self.ledger.blocks(live.tokens), self.ledger.capacity_blocks
+        need, have = self.ledger.blocks(live.tokens), self.policy.limit(self.ledger)
         return CapacityError(
             f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens} needs "
             f"{need * self.block_bytes} bytes of KV memory; the {len(self.ledger.workers)} workers of the engine have "
-            f"{have * self.block_bytes} bytes together. Raise kv_memory (distkv.kv-memory, per worker), add workers, "
-            f"or lower max_new_tokens."
+            f"{have * self.block_bytes} bytes for one request (distkv.policy: {self.policy.name}). Raise kv_memory "
+            f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens."
         )

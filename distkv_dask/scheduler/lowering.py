@@ -5,9 +5,9 @@ from __future__ import annotations
 from distkv_dask.errors import CapacityError
 from distkv_dask.graphs.build import StepGraph, attend_graph, prefill_graph, window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
-from distkv_dask.scheduler import policy
 from distkv_dask.scheduler.commands import AddHolders, SubmitPrefill, SubmitWindow
 from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.types import DecodeWindow, Gang
 
 
@@ -39,7 +39,7 @@ def step_graph(life: Lifecycle, tokens: int, granularity: str, layers: int) -> S
     CapacityError
         There is no room for it now.
     """
-    placement = policy.place(life.ledger, tokens, life.config.window_batch)
+    placement = life.policy.place(life.ledger, Ask(-1, tokens, tokens))
     if placement is None:
         raise CapacityError(
             f"a sequence of {tokens} tokens needs {life.ledger.blocks(tokens)} blocks, which the workers of the engine "

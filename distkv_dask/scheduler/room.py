@@ -18,8 +18,10 @@ class _Entry(NamedTuple):
 
     account: WorkerAccount
     capacity: int
+    host: str
+    lendable: int
     home: tuple[int, int, str] | None
-    creditor: tuple[int, str] | None
+    batch: tuple[int, str] | None
 
 
 class Room:
@@ -40,35 +42,70 @@ class Room:
         self._entries: dict[str, _Entry] = {}
         self._homes: SortedList = SortedList()
         self._creditors: SortedList = SortedList()
+        self._batches: SortedList = SortedList()
+        self._hosts: dict[str, dict[str, WorkerAccount]] = {}
+        self._host_room: dict[str, int] = {}
+        self._roomy: SortedList = SortedList()
+
+    @property
+    def decoders(self) -> int:
+        """Number of workers with weights that are not being drained."""
+        return len(self._batches)
 
     def enter(self, account: WorkerAccount) -> None:
         """Index an account as it is now, for the first time or after a change."""
         worker, free, lendable = account.worker, account.free, account.lendable
-        takes = account.can_decode and not account.retiring and free > 0 and account.homed < self.batch
-        home = (free, -account.homed, worker) if takes else None
-        creditor = (lendable, worker) if lendable else None
+        decodes = account.can_decode and not account.retiring
+        home = (free, -account.homed, worker) if decodes and free > 0 and account.homed < self.batch else None
+        batch = (account.homed, worker) if decodes else None
+        entry = _Entry(account, account.capacity, account.endpoint.host, lendable, home, batch)
         old = self._entries.get(worker)
-        if old is None or old.home != home or old.creditor != creditor:
-            self.forget(worker)
-            self._entries[worker] = _Entry(account, account.capacity, home, creditor)
-            self.capacity += account.capacity
-            self.lendable += lendable
-            if home:
-                self._homes.add(home)
-            if creditor:
-                self._creditors.add(creditor)
+        if old is not None and old[2:] == entry[2:]:
+            return
+        if old is not None:
+            self._drop(old)
+        self._entries[worker] = entry
+        self.capacity += account.capacity
+        self._hosts.setdefault(entry.host, {})[worker] = account
+        self._lend(entry, +1)
+        if home:
+            self._homes.add(home)
+        if batch:
+            self._batches.add(batch)
 
     def forget(self, worker: str) -> None:
-        """Drop a worker from the indices (no error if it is not there)."""
-        old = self._entries.pop(worker, None)
-        if old is None:
-            return
+        """Drop a worker that is gone."""
+        entry = self._entries.pop(worker)
+        self._drop(entry)
+        del self._hosts[entry.host][worker]
+        if not self._hosts[entry.host]:
+            del self._hosts[entry.host]
+
+    def _drop(self, old: _Entry) -> None:
         self.capacity -= old.capacity
+        self._lend(old, -1)
         if old.home:
             self._homes.remove(old.home)
-        if old.creditor:
-            self._creditors.remove(old.creditor)
-            self.lendable -= old.creditor[0]
+        if old.batch:
+            self._batches.remove(old.batch)
+
+    def _lend(self, entry: _Entry, sign: int) -> None:
+        """Count what a worker can lend in (1) or out (-1), for itself and for its host."""
+        if not entry.lendable:
+            return
+        self.lendable += sign * entry.lendable
+        key = entry.lendable, entry.account.worker
+        if sign > 0:
+            self._creditors.add(key)
+        else:
+            self._creditors.remove(key)
+        before = self._host_room.pop(entry.host, 0)
+        after = before + sign * entry.lendable
+        if before:
+            self._roomy.remove((before, entry.host))
+        if after:
+            self._host_room[entry.host] = after
+            self._roomy.add((after, entry.host))
 
     def homes(self) -> Iterator[WorkerAccount]:
         """Workers that can take one more sequence: most free blocks first, then fewest sequences."""
@@ -78,11 +115,26 @@ class Room:
         """Workers that can lend: those that can lend most first."""
         return (self._entries[worker].account for _, worker in reversed(self._creditors))
 
+    def smallest_batches(self) -> Iterator[WorkerAccount]:
+        """Workers with weights: those that are home of fewest sequences first."""
+        return (self._entries[worker].account for _, worker in self._batches)
+
+    def hosts(self) -> Iterator[tuple[int, str]]:
+        """Blocks that the workers of a host can lend together, and the host: those that can lend most first."""
+        return iter(reversed(self._roomy))
+
+    def lendable_on(self, host: str) -> int:
+        """Blocks that the workers of a host can lend together."""
+        return self._host_room.get(host, 0)
+
+    def on_host(self, host: str) -> list[WorkerAccount]:
+        """The workers of a host."""
+        return list(self._hosts.get(host, {}).values())
+
     def check(self, accounts: dict[str, WorkerAccount]) -> None:
         """Assert that the indices say what the accounts say."""
         fresh = Room(self.batch)
         for account in accounts.values():
             fresh.enter(account)
-        assert self._entries == fresh._entries
-        assert (self.capacity, self.lendable) == (fresh.capacity, fresh.lendable)
-        assert (self._homes, self._creditors) == (fresh._homes, fresh._creditors)
+        for name, value in vars(fresh).items():
+            assert vars(self)[name] == value, name

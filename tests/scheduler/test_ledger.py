@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.policy import place
+from distkv_dask.scheduler.policies.laying import overflow
 from distkv_dask.types import Endpoint, Span
 
 BLOCK = 16
 
 
-def ledger_of(*capacities: int) -> Ledger:
-    ledger = Ledger(BLOCK)
+def ledger_of(*capacities: int, batch: int = 8) -> Ledger:
+    ledger = Ledger(BLOCK, batch)
     for number, capacity in enumerate(capacities):
         ledger.add_worker(Endpoint(f"w{number}", "127.0.0.1", number), capacity)
     return ledger
@@ -37,7 +37,7 @@ def test_blocks_are_conserved_whatever_happens(sizes: list[int], events: list[tu
     ledger, live = ledger_of(*sizes), []
     for number, (event, value) in enumerate(events):
         if event == "reserve":
-            placement = place(ledger, value, batch=8)
+            placement = overflow(ledger, value)
             if placement is not None:
                 ledger.reserve(number, placement)
                 ledger.commit(number, value)
@@ -62,7 +62,7 @@ def test_blocks_are_conserved_whatever_happens(sizes: list[int], events: list[tu
 @given(capacities, st.integers(1, 1000))
 def test_a_sequence_is_placed_whenever_it_fits_and_its_home_holds_the_tail(sizes: list[int], tokens: int) -> None:
     ledger = ledger_of(*sizes)
-    placement = place(ledger, tokens, batch=1)
+    placement = overflow(ledger, tokens)
     assert (placement is not None) == (ledger.blocks(tokens) <= sum(sizes))
     if placement is not None:
         ledger.reserve(0, placement)
@@ -74,15 +74,15 @@ def test_a_sequence_is_placed_whenever_it_fits_and_its_home_holds_the_tail(sizes
 
 
 def test_what_fits_at_home_is_not_spread() -> None:
-    assert place(ledger_of(4, 9, 4), 9 * BLOCK, batch=8) == (Span("w1", 0, 9 * BLOCK),)
+    assert overflow(ledger_of(4, 9, 4), 9 * BLOCK) == (Span("w1", 0, 9 * BLOCK),)
 
 
 def test_a_home_with_a_full_batch_takes_no_more_sequences() -> None:
-    ledger = ledger_of(9, 4)
+    ledger = ledger_of(9, 4, batch=1)
     ledger.reserve(0, (Span("w0", 0, BLOCK),))
-    assert place(ledger, BLOCK, batch=1) == (Span("w1", 0, BLOCK),)
+    assert overflow(ledger, BLOCK) == (Span("w1", 0, BLOCK),)
     ledger.reserve(1, (Span("w1", 0, BLOCK),))
-    assert place(ledger, BLOCK, batch=1) is None
+    assert overflow(ledger, BLOCK) is None
 
 
 def test_debts_are_the_blocks_that_others_hold_for_a_home() -> None:

@@ -1,0 +1,72 @@
+"""Admission: which waiting request gets room next. Pure: the lifecycle and the simulator drive the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from sortedcontainers import SortedList
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.types import Placement
+
+
+class Admission:
+    """The requests that wait, in the policy's order.
+
+    Parameters
+    ----------
+    ledger
+        Where admitted requests are reserved.
+    policy
+        Decides order and place.
+    """
+
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self._order: SortedList = SortedList()
+        self._asks: dict[int, tuple[float, Ask]] = {}
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def __iter__(self) -> Iterator[Ask]:
+        """The waiting requests, in order."""
+        return (self._asks[sequence][1] for _, sequence in self._order)
+
+    def wait(self, ask: Ask) -> None:
+        """A request waits from now on."""
+        rank = self.policy.rank(ask)
+        self._asks[ask.sequence] = rank, ask
+        self._order.add((rank, ask.sequence))
+
+    def withdraw(self, sequence: int) -> None:
+        """A request waits no more."""
+        rank, _ = self._asks.pop(sequence)
+        self._order.remove((rank, sequence))
+
+    def admit(self, now: float) -> tuple[Ask, Placement] | None:
+        """Reserve room for the next request that gets it, or return None.
+
+        A request that does not fit is passed by few others, and by none once it has waited for the policy's patience:
+        then room is kept until it fits, so that it does not starve.
+        """
+        for ask in islice(self, 1 + self.policy.look_ahead):
+            placement = self.policy.place(self.ledger, ask)
+            if placement is not None:
+                self.withdraw(ask.sequence)
+                self.ledger.reserve(ask.sequence, placement, ask.prompt)
+                return ask, placement
+            if now - ask.submitted >= self.policy.patience:
+                return None
+        return None
+
+
+def prefill_slots(ledger: Ledger) -> int:
+    """How many prompts may be in prefill at once: one for each worker, so that every worker has a chunk to compute.
+
+    More would only delay everybody's first token: prefill is bound by compute, not by memory.
+    """
+    return max(1, len(ledger.workers))

@@ -1,0 +1,85 @@
+"""The interface of a policy: where blocks go, what moves, and in which order requests run.
+
+A policy decides from the ledger alone (and the performance model that it is built with); it enacts nothing. What it
+proposes, the manager carries out or vetoes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.types import Move, Placement
+
+PRIORITY_SECONDS = 60.0
+"""One step of priority is worth as much as this waiting time, so that no priority starves another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as policies see it.
+
+    Parameters
+    ----------
+    sequence
+        Its number.
+    prompt, tokens
+        Tokens of the prompt, and tokens that need room: the prompt and the longest possible answer.
+    submitted
+        When it came, in seconds.
+    priority
+        Higher runs earlier.
+    """
+
+    sequence: int
+    prompt: int
+    tokens: int
+    submitted: float = 0.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy(ABC):
+    """Base of all policies: first come, first served, and nothing moves.
+
+    Parameters
+    ----------
+    model
+        What steps, transfers and prompts cost.
+    """
+
+    model: PerformanceModel
+    name: ClassVar[str]
+    look_ahead: ClassVar[int] = 0
+    """How many later requests are tried when one does not fit."""
+    patience: ClassVar[float] = 0.0
+    """Seconds for which a request that does not fit lets later ones pass."""
+
+    @abstractmethod
+    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+        """Choose where a request's blocks lie, or None while there is no room for it.
+
+        The last span is its home's; inner borders are multiples of a block; each worker has at most one span.
+        """
+
+    def limit(self, ledger: Ledger) -> int:
+        """Blocks of the largest request that fits when there is no other: a home, and what all others lend."""
+        accounts = ledger.workers.values()
+        own = max((account.capacity - account.lends for account in accounts if account.can_decode), default=None)
+        return 0 if own is None else own + sum(account.lends for account in accounts)
+
+    def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
+        """Propose moves of blocks, best first. All of them can start together, as the ledger is now."""
+        return []
+
+    def rank(self, ask: Ask) -> float:
+        """Requests with a lower rank are placed first.
+
+        A rank never changes while a request waits: all that wait grow older alike. It is in seconds, so a request can
+        be overtaken only by those that came within a bounded time after it.
+        """
+        return ask.submitted - ask.priority * PRIORITY_SECONDS

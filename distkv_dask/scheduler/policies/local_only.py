@@ -1,0 +1,26 @@
+"""No sharing (the paper's vLLM-multi): a request lies on one worker or waits."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.types import Placement, Span
+
+
+class LocalOnly(Policy):
+    """All of a request on the worker with most free blocks."""
+
+    name: ClassVar[str] = "local-only"
+
+    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+        """Place the whole request on one worker."""
+        home = next(ledger.room.homes(), None)
+        if home is None or home.free < ledger.blocks(ask.tokens):
+            return None
+        return (Span(home.worker, 0, ask.tokens),)
+
+    def limit(self, ledger: Ledger) -> int:
+        """Blocks of the largest worker with weights."""
+        return max((account.capacity for account in ledger.workers.values() if account.can_decode), default=0)

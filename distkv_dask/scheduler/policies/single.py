@@ -1,0 +1,34 @@
+"""All workers as one instance (the paper's vLLM-single): one home, every sequence spread over all."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.policies.laying import lay
+from distkv_dask.types import Placement
+
+
+class Single(Policy):
+    """The first worker with weights decodes everything; blocks are spread by free room."""
+
+    name: ClassVar[str] = "single"
+
+    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+        """Spread the request over all workers, in proportion to their free room."""
+        decoders = [account for account in ledger.workers.values() if account.can_decode and not account.retiring]
+        home = min(decoders, key=lambda account: account.worker, default=None)
+        need = ledger.blocks(ask.tokens)
+        if home is None or not home.free or home.homed >= ledger.room.batch:
+            return None
+        creditors = [account for account in ledger.room.creditors() if account is not home]
+        room = home.free + sum(account.lendable for account in creditors)
+        if room < need:
+            return None
+        left, shares = need - max(1, need * home.free // room), []
+        for account in creditors:
+            share = min(account.lendable, left, -(-need * account.lendable // room))
+            shares.append((account.worker, share))
+            left -= share
+        return lay(ledger, home.worker, shares, ask.tokens)
