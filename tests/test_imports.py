@@ -23,7 +23,13 @@ ALLOWED = {
     "client": {"client", "ground"},
 }
 # Import name -> distribution, where they differ.
-DISTRIBUTIONS = {"cupy": "cupy-cuda12x", "huggingface_hub": "huggingface-hub", "ucxx": "ucxx-cu12", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "cupy": "cupy-cuda12x",
+    "huggingface_hub": "huggingface-hub",
+    "prometheus_client": "prometheus-client",
+    "ucxx": "ucxx-cu12",
+    "yaml": "pyyaml",
+}
 # Where one process names the plugin that it installs in another.
 INSTALLS = {"scheduler": "distkv_dask.worker.rmanager", "client": "distkv_dask.scheduler.gmanager"}
 

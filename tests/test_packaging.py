@@ -28,6 +28,7 @@ CONDA_NAMES = {
     "distributed-ucxx-cu12": "distributed-ucxx",
     "huggingface-hub": "huggingface_hub",
     "msgpack": "msgpack-python",
+    "prometheus-client": "prometheus_client",
     "torch": "pytorch",
     "ucxx-cu12": "ucxx",
 }

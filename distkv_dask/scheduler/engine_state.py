@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from distkv_dask.errors import ClusterError
 from distkv_dask.protocol import Delivery, EngineSpec, Ready
+from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.lifecycle import Lifecycle
 from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.types import WindowResult
+from distkv_dask.types import Timings
 
 
 class EngineState:
@@ -38,6 +38,7 @@ class EngineState:
         self.facts: dict[str, Ready] = {}
         self.layers = 0
         """Layers of the model, once a worker has opened the engine."""
+        self.figures = Figures()
         self.is_closing = False
         self._pending: set[str] = set()
         self._failure: Exception | None = None
@@ -46,7 +47,6 @@ class EngineState:
         self._outbox: list[Delivery] = []
         self._heard = 0
         self._news = asyncio.Event()
-        self._totals: defaultdict[str, float] = defaultdict(int)
 
     # Opening and closing
 
@@ -149,9 +149,11 @@ class EngineState:
     def deliver(self, delivery: Delivery) -> None:
         """Put tokens or an end into the outbox."""
         self._outbox.append(delivery)
-        self._totals["generated_tokens"] += len(delivery.tokens)
+        self.figures.generated(len(delivery.tokens))
         if delivery.reason is not None:
-            self._totals[f"finished_{delivery.reason}"] += 1
+            live = self.lifecycle.live.get(delivery.sequence)
+            generated = len(live.generated) if live is not None else 0
+            self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
         self._news.set()
 
     def fail(self, error: Exception) -> None:
@@ -174,13 +176,11 @@ class EngineState:
 
     # Figures
 
-    def count(self, result: WindowResult) -> None:
-        """Add a window to the totals."""
-        self._totals["windows"] += bool(result.steps)
-        self._totals["decode_steps"] += result.steps
-        self._totals["decode_seconds"] += result.seconds
-        self._totals["waiting_seconds"] += result.waiting
-        self._totals["gap_seconds"] += result.gap
+    def prefilled(self, sequence: int, gang: int) -> None:
+        """Count the tokens of a chunk of a prompt that is done, before the lifecycle drops it."""
+        live = self.lifecycle.live.get(sequence)
+        if live is not None and gang in live.chunks:
+            self.figures.prefilled(len(live.chunks[gang].tokens))
 
     def summary(self) -> dict[str, Any]:
         """What a client has to know about the open engine."""
@@ -227,5 +227,5 @@ class EngineState:
             "debts": [(debtor, creditor, blocks) for (debtor, creditor), blocks in life.ledger.debts().items()],
             "epoch": life.ledger.epoch,
             "block_tokens": life.ledger.block_tokens,
-            "totals": dict(self._totals),
+            "totals": {**self.figures.totals, **{f"finished_{why}": n for why, n in self.figures.finished.items()}},
         }

@@ -33,6 +33,7 @@ from distkv_dask.protocol import (
     unpack,
 )
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.scheduler.lowering import lower, step_graph
 from distkv_dask.scheduler.pacing import Pacer
@@ -69,6 +70,7 @@ class GManager(SchedulerPlugin):
             await owner.started.wait()
             return
         self.engines: dict[str, EngineState] = {}
+        self.board = Board(scheduler, self.engines)
         self.submitter = Submitter(scheduler, self._task_failed)
         self.pacer = Pacer()
         self._gang_numbers = itertools.count(1)
@@ -97,6 +99,7 @@ class GManager(SchedulerPlugin):
         """Scheduler shutdown."""
         if self._expiry is not None:
             self._expiry.cancel()
+        self.board.stop()
         for engine in self.engines.values():
             engine.fail(EngineClosedError("the Dask scheduler shut down"))
         await self.submitter.close()
@@ -120,6 +123,7 @@ class GManager(SchedulerPlugin):
         await self.submitter.open()
         engine = EngineState(spec, client, self._gang_numbers, self.pacer)
         self.engines[spec.engine] = engine
+        self.board.start()
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire())
         for worker in list(self.scheduler.stream_comms):
@@ -190,9 +194,10 @@ class GManager(SchedulerPlugin):
         for worker in state.open_on():
             self._send(worker, ToWorker.CLOSE, engine)
         await state.wait_closed(limit)
-        self.engines.pop(engine, None)
         self.pacer.rounds.pop(engine, None)
+        self.board.past.absorb(self.engines.pop(engine).figures)
         if not self.engines:
+            self.board.stop()
             if self._expiry is not None:
                 self._expiry.cancel()
                 self._expiry = None
@@ -225,16 +230,18 @@ class GManager(SchedulerPlugin):
             case FromWorker.CLOSED:
                 state.closed(worker)
             case FromWorker.CHUNK_DONE:
+                state.prefilled(*payload)
                 self._run(state, life.chunk_done(*payload))
             case FromWorker.PREFILLED:
                 sequence, gang, token, reason = payload
+                state.prefilled(sequence, gang)
                 self._run(state, life.prefilled(sequence, gang, token, reason, now))
             case FromWorker.WINDOW_STARTED:
                 self._run(state, life.window_started(worker, payload))
             case FromWorker.WINDOW_DONE:
                 number, epoch, result, used = payload
                 self.submitter.hurry(worker)
-                state.count(result)
+                state.figures.window(worker, result)
                 self._run(state, life.window_done(worker, number, epoch, result, used, now))
             case FromWorker.GANG_FAILED:
                 gang, error = payload

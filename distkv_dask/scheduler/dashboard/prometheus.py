@@ -1,0 +1,107 @@
+"""Prometheus metrics of all engines of a scheduler, on its ``/metrics``.
+
+Names and units follow OpenMetrics. The number of series is bounded by the number of workers; nothing is labelled by
+request or engine. Counters include engines that were closed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector as CollectorBase
+
+from distkv_dask.scheduler.dashboard.view import STATES, states_of
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from distkv_dask.scheduler.dashboard.board import Board
+    from distkv_dask.scheduler.figures import Latency
+
+COUNTERS = {
+    "prefilled_tokens": ("distkv_prompt_tokens", "Prompt tokens whose KV was computed", ""),
+    "generated_tokens": ("distkv_generated_tokens", "Tokens that went to clients", ""),
+    "windows": ("distkv_windows", "Decode windows", ""),
+    "decode_steps": ("distkv_decode_steps", "Decode steps", ""),
+    "decode_seconds": ("distkv_decode_seconds", "Time that homes spent in decode windows", "seconds"),
+    "waiting_seconds": ("distkv_waiting_seconds", "Part of it that they waited for partials", "seconds"),
+    "gap_seconds": ("distkv_gap_seconds", "Time between decode windows", "seconds"),
+}
+"""Total of an engine -> metric, help text and unit."""
+
+LATENCIES = {
+    "queue": ("distkv_queue_seconds", "Time that requests waited for room"),
+    "first_token": ("distkv_first_token_seconds", "Time from submission to the first token"),
+    "per_token": ("distkv_token_seconds", "Time of each further token, averaged over a request"),
+}
+
+
+class Collector(CollectorBase):
+    """Reads the board whenever somebody scrapes.
+
+    Parameters
+    ----------
+    board
+        Where the engines are found.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: names are known when they are collected, and two schedulers in one process have the same."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics as they are now."""
+        engines = list(self._board.engines.values())
+        yield GaugeMetricFamily("distkv_engines", "Engines that are open", value=len(engines))
+        yield from self._pools()
+        states = sum((states_of(engine.lifecycle) for engine in engines), Counter[str]())
+        requests = GaugeMetricFamily("distkv_requests", "Requests under way", labels=["state"])
+        for state in STATES:
+            requests.add_metric([state], states[state])
+        yield requests
+        figures = [self._board.past, *(engine.figures for engine in engines)]
+        ended = CounterMetricFamily("distkv_requests_finished", "Requests that ended", labels=["reason"])
+        for reason in ("stop", "length", "cancelled", "error"):
+            ended.add_metric([reason], sum(one.finished[reason] for one in figures))
+        yield ended
+        for total, (name, text, unit) in COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=sum(one.totals[total] for one in figures), unit=unit)
+        events = CounterMetricFamily("distkv_events", "Moves, recalls, repairs, refusals and others", labels=["kind"])
+        kinds = sorted({name for one in figures for name in one.totals if name.endswith("_events")})
+        for kind in kinds:
+            events.add_metric([kind.removesuffix("_events")], sum(one.totals[kind] for one in figures))
+        yield events
+        for latency, (name, text) in LATENCIES.items():
+            yield _histogram(name, text, [getattr(one, latency) for one in figures])
+
+    def _pools(self) -> Iterator[Metric]:
+        blocks = GaugeMetricFamily("distkv_blocks", "Blocks of a worker's pools", labels=["worker", "state"])
+        memory = GaugeMetricFamily("distkv_kv_bytes", "KV memory of a worker", labels=["worker", "state"], unit="bytes")
+        counts: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        for engine in self._board.engines.values():
+            for worker, account in engine.lifecycle.ledger.workers.items():
+                parts = {"own": account.used - account.lent, "lent": account.lent, "free": account.free}
+                for state, number in parts.items():
+                    counts[worker, state] += number
+                    sizes[worker, state] += number * engine.lifecycle.block_bytes
+        for key, number in counts.items():
+            blocks.add_metric(list(key), number)
+            memory.add_metric(list(key), sizes[key])
+        yield blocks
+        yield memory
+
+
+def _histogram(name: str, text: str, parts: list[Latency]) -> HistogramMetricFamily:
+    counts = [sum(column) for column in zip(*(part.counts for part in parts), strict=True)]
+    buckets, below = [], 0
+    for bound, count in zip([*map(str, map(float, parts[0].bounds)), "+Inf"], counts, strict=True):
+        below += count
+        buckets.append((bound, float(below)))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=sum(part.sum for part in parts), unit="seconds")

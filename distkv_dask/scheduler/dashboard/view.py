@@ -1,0 +1,183 @@
+"""What the dashboard shows of one engine at one moment, cut to what a person can read. Pure.
+
+However many workers and sequences there are, a view has at most :data:`WORKERS` bars and :data:`SEQUENCES` rows; what
+is left out is counted. It is made from running totals, so that looking costs the scheduler little.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from distkv_dask.scheduler.accounts import WorkerAccount
+from distkv_dask.scheduler.figures import Event, Figures, Sample
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.live import Live
+
+WORKERS = 40
+"""Workers that are shown one by one: those with most blocks in use."""
+
+SEQUENCES = 30
+"""Sequences that are shown one by one: those with most tokens that have a place."""
+
+STATES = ("waiting", "prefill", "decode", "retiring")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBar:
+    """One worker's pool in blocks, or several workers' together; the four parts add up to the capacity."""
+
+    label: str
+    role: str
+    own: int
+    lent: int
+    free: int
+    borrowed: int
+    homes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRow:
+    """One sequence: tokens of its prompt, generated so far, with KV stored; and where: (worker's label, tokens)."""
+
+    number: int
+    state: str
+    prompt: int
+    generated: int
+    stored: int
+    home: str
+    rate: float
+    strip: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnatomyRow:
+    """Milliseconds of an average decode step of a home: computing, waiting for partials, and between windows."""
+
+    label: str
+    compute: float
+    waiting: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One engine at one moment; times are seconds, memory is blocks of ``block_bytes`` bytes."""
+
+    time: float
+    engine: str
+    model: str
+    block_bytes: int
+    block_tokens: int
+    epoch: int
+    states: Mapping[str, int] = field(default_factory=dict)
+    workers: tuple[WorkerBar, ...] = ()
+    more_workers: int = 0
+    debts: tuple[tuple[str, str, int], ...] = ()
+    sequences: tuple[SequenceRow, ...] = ()
+    more_sequences: int = 0
+    anatomy: tuple[AnatomyRow, ...] = ()
+    latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    history: tuple[Sample, ...] = ()
+    events: tuple[Event, ...] = ()
+    finished: Mapping[str, int] = field(default_factory=dict)
+
+
+def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str], str], now: float) -> View:
+    """Look at an engine.
+
+    Parameters
+    ----------
+    life, figures
+        The engine's.
+    model
+        Its name, for people.
+    label
+        Gives a short name for a worker's address.
+    now
+        The gManager's clock.
+    """
+    ledger = life.ledger
+    accounts = heapq.nlargest(WORKERS, ledger.workers.values(), key=lambda one: (one.used, one.worker))
+    shown = {account.worker for account in accounts}
+    bars = sorted((_bar(account, label) for account in accounts), key=lambda bar: bar.label)
+    others = [account for account in ledger.workers.values() if account.worker not in shown]
+    if others:
+        bars.append(_together(others))
+    placed = (live for live in life.live.values() if live.sequence in ledger.sequences)
+    largest = heapq.nlargest(SEQUENCES, placed, key=lambda live: (live.tokens, -live.sequence))
+    debts = heapq.nlargest(WORKERS, ledger.debts().items(), key=lambda item: item[1])
+    return View(
+        time=now,
+        engine=life.engine,
+        model=model,
+        block_bytes=life.block_bytes,
+        block_tokens=ledger.block_tokens,
+        epoch=ledger.epoch,
+        states=states_of(life),
+        workers=tuple(bars),
+        more_workers=len(others),
+        debts=tuple((label(debtor), label(creditor), blocks) for (debtor, creditor), blocks in debts),
+        sequences=tuple(_row(life, live, label, now) for live in sorted(largest, key=lambda live: live.sequence)),
+        more_sequences=len(life.live) - len(largest),
+        anatomy=_anatomy(figures, shown, label),
+        latencies={
+            "in the queue": figures.queue.percentiles(),
+            "to the first token": figures.first_token.percentiles(),
+            "for each further token": figures.per_token.percentiles(),
+        },
+        history=tuple(figures.history),
+        events=tuple(figures.events),
+        finished={str(reason): number for reason, number in figures.finished.items()},
+    )
+
+
+def states_of(life: Lifecycle) -> Counter[str]:
+    """How many live requests are in which state."""
+    return Counter(str(live.state) for live in life.live.values())
+
+
+def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
+    return WorkerBar(
+        label=label(account.worker),
+        role="instance" if account.can_decode else "memory",
+        own=account.used - account.lent,
+        lent=account.lent,
+        free=account.free,
+        borrowed=account.borrowed,
+        homes=account.homed,
+    )
+
+
+def _together(accounts: list[WorkerAccount]) -> WorkerBar:
+    bars = [_bar(account, str) for account in accounts]
+    total = {name: sum(getattr(bar, name) for bar in bars) for name in ("own", "lent", "free", "borrowed", "homes")}
+    return WorkerBar(label=f"{len(bars)} others", role="", **total)
+
+
+def _row(life: Lifecycle, live: Live, label: Callable[[str], str], now: float) -> SequenceRow:
+    account = life.ledger.sequences[live.sequence]
+    strip = tuple((label(span.worker), span.filled(account.length)) for span in account.placement)
+    seconds = now - live.decoding if live.decoding else 0.0
+    return SequenceRow(
+        number=live.sequence,
+        state=live.state,
+        prompt=len(live.prompt),
+        generated=len(live.generated),
+        stored=account.length,
+        home=label(account.home),
+        rate=(len(live.generated) - 1) / seconds if seconds > 0 and live.generated else 0.0,
+        strip=strip,
+    )
+
+
+def _anatomy(figures: Figures, shown: set[str], label: Callable[[str], str]) -> tuple[AnatomyRow, ...]:
+    rows = []
+    for worker, one in figures.anatomy.items():
+        if worker in shown and one.steps:
+            scale = 1000 / one.steps
+            compute = max(0.0, one.seconds - one.waiting)
+            rows.append(AnatomyRow(label(worker), compute * scale, one.waiting * scale, one.gap * scale))
+    return tuple(sorted(rows, key=lambda row: row.label))

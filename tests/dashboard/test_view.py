@@ -1,0 +1,54 @@
+"""What the dashboard shows agrees with the ledger, and stays small however large the cluster is."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+
+from distkv_dask.config import Config
+from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
+from distkv_dask.scheduler.figures import Figures
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.types import Endpoint, SamplingParams
+
+
+def crowd(workers: int, sequences: int, blocks: int = 100) -> Lifecycle:
+    """A lifecycle with sequences of 100 to 400 tokens waiting, in prefill, and placed."""
+    life = Lifecycle("engine", Config.load(block_tokens=16, window_batch=1000), itertools.count(1), 1024)
+    for at in range(workers):
+        list(life.worker_ready(Endpoint(f"w{at}", "127.0.0.1", at), blocks, 0.0))
+    for number in range(sequences):
+        prompt = array("i", [1] * (100 + number % 300))
+        list(life.submit(number, prompt, SamplingParams(max_new_tokens=8), 0.0))
+    return life
+
+
+def test_bars_add_up_to_the_ledger_and_nothing_is_left_out() -> None:
+    life = crowd(workers=5, sequences=12, blocks=9)
+    shown = view_of(life, Figures(), "m", str, 1.0)
+    for bar in shown.workers:
+        account = life.ledger.workers[bar.label]
+        assert (bar.own + bar.lent, bar.free) == (account.used, account.free)
+    assert sum(bar.lent for bar in shown.workers) == sum(blocks for _, _, blocks in shown.debts)
+    assert sum(bar.borrowed for bar in shown.workers) == sum(blocks for _, _, blocks in shown.debts)
+    assert sum(shown.states.values()) == 12
+
+
+def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_out() -> None:
+    life = crowd(workers=200, sequences=1000)
+    shown = view_of(life, Figures(), "m", str, 1.0)
+    assert len(shown.workers) == WORKERS + 1
+    assert shown.more_workers == 200 - WORKERS
+    assert shown.workers[-1].label == "160 others"
+    assert len(shown.sequences) == SEQUENCES
+    assert shown.more_sequences == 1000 - SEQUENCES
+    total = sum(bar.own + bar.lent + bar.free for bar in shown.workers)
+    assert total == life.ledger.capacity_blocks
+
+
+def test_a_strip_shows_each_spans_stored_tokens() -> None:
+    life = crowd(workers=3, sequences=1, blocks=4)
+    life.ledger.commit(0, 90)
+    row = view_of(life, Figures(), "m", str, 1.0).sequences[0]
+    assert row.stored == 90 == sum(tokens for _, tokens in row.strip)
+    assert [worker for worker, _ in row.strip] == [span.worker for span in life.ledger.sequences[0].placement]
