@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from bokeh.models import ColumnDataSource
 from bokeh.plotting import figure
 
 OWN, LENT, FREE = "#0072B2", "#E69F00", "#BDBDBD"
@@ -32,6 +34,11 @@ def panel(title: str, **settings: Any) -> figure:
         axis.axis_line_color = axis.major_tick_line_color = TEXT
         axis.minor_tick_line_color = None
     return made
+
+
+def source(panel: str, columns: Iterable[str]) -> ColumnDataSource:
+    """A panel's data, empty; it is found in a document by the name ``distkv-`` and the panel's."""
+    return ColumnDataSource({column: [] for column in columns}, name=f"distkv-{panel}")
 
 
 def legend(made: figure, **settings: Any) -> None:

@@ -42,7 +42,9 @@ class Headline:
     """One line that says what is shown: engine, model, requests; or that there is nothing to show."""
 
     def __init__(self) -> None:
-        self.root = Div(sizing_mode="stretch_width", styles={"color": TEXT, "font-size": "14px"})
+        self.root = Div(
+            name="distkv-headline", sizing_mode="stretch_width", styles={"color": TEXT, "font-size": "14px"}
+        )
 
     def update(self, view: View | None) -> None:
         """Show a view."""
@@ -61,10 +63,11 @@ class Headline:
 class Page:
     """Panels of one browser window, and which engine they show."""
 
-    def __init__(self, board: Board, panels: list[Any], select: Select | None = None) -> None:
+    def __init__(self, board: Board, panels: list[Any], select: Select | None = None, body: Any = None) -> None:
         self._board = board
         self._panels = panels
         self._select = select
+        self._body = body
 
     @without_property_validation  # type: ignore[untyped-decorator]
     def update(self) -> None:
@@ -79,6 +82,8 @@ class Page:
             if self._select.value not in views:
                 self._select.value = newest
             newest = self._select.value
+        if self._body is not None:
+            self._body.visible = bool(views)
         for panel in self._panels:
             panel.update(views.get(newest))
 
@@ -87,18 +92,16 @@ def whole_page(scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> No
     """Document of ``/distkv``."""
     memory, debts, sequences, throughput, requests, anatomy, latencies, events = panels = [kind() for kind in PANELS]
     headline, select = Headline(), Select(title="engine", visible=False, width=320)
-    page = Page(scheduler.extensions[PLUGIN].board, [headline, *panels], select)
-    doc.title = "Dask: distkv"
-    doc.add_root(
-        column(
-            row(headline.root, select, sizing_mode="stretch_width"),
-            row(memory.root, debts.root, sizing_mode="stretch_width"),
-            sequences.root,
-            row(throughput.root, requests.root, anatomy.root, sizing_mode="stretch_width"),
-            row(latencies.root, events.root, sizing_mode="stretch_width"),
-            sizing_mode="stretch_width",
-        )
+    body = column(
+        row(memory.root, debts.root, sizing_mode="stretch_width"),
+        sequences.root,
+        row(throughput.root, requests.root, anatomy.root, sizing_mode="stretch_width"),
+        row(latencies.root, events.root, sizing_mode="stretch_width"),
+        sizing_mode="stretch_width",
     )
+    page = Page(scheduler.extensions[PLUGIN].board, [headline, *panels], select, body)
+    doc.title = "Dask: distkv"
+    doc.add_root(column(row(headline.root, select, sizing_mode="stretch_width"), body, sizing_mode="stretch_width"))
     doc.template = env.get_template("simple.html")
     _begin(page, extra, doc)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bokeh.models import BasicTicker, ColorBar, ColumnDataSource, FactorRange, HoverTool, LinearColorMapper
+from bokeh.models import BasicTicker, ColorBar, FactorRange, HoverTool, LinearColorMapper
 from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from dask.utils import format_bytes
 
-from distkv_dask.scheduler.dashboard.look import FREE, LENT, OWN, TEXT, legend, panel
+from distkv_dask.scheduler.dashboard.look import FREE, LENT, OWN, TEXT, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
 
 PARTS = ("own", "lent", "free")
@@ -19,7 +19,7 @@ class MemoryPanel:
     name = "memory"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in ("label", *PARTS, "borrowed", "homes", "role", "bytes")})
+        self.source = source(self.name, ("label", *PARTS, "borrowed", "homes", "role", "bytes"))
         self.root: figure = panel(
             "KV memory of the workers", y_range=FactorRange(), x_axis_label="blocks", height=300, x_range=(0, 1)
         )
@@ -73,7 +73,7 @@ class DebtPanel:
     name = "debts"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in ("debtor", "creditor", "blocks", "bytes")})
+        self.source = source(self.name, ("debtor", "creditor", "blocks", "bytes"))
         self.mapper = LinearColorMapper(Cividis256, low=0, high=1)
         self.root: figure = panel(
             "Who holds KV for whom",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import ClassVar
 
-from bokeh.models import ColumnDataSource, DataTable, HTMLTemplateFormatter, TableColumn
+from bokeh.models import DataTable, HTMLTemplateFormatter, TableColumn
 
-from distkv_dask.scheduler.dashboard.look import WORKERS
+from distkv_dask.scheduler.dashboard.look import WORKERS, source
 from distkv_dask.scheduler.dashboard.view import SequenceRow, View
 
 MARKUP = "<%= value %>"
@@ -17,6 +17,7 @@ MARKUP = "<%= value %>"
 class _Table:
     """A table whose rows come from a view."""
 
+    name: ClassVar[str]
     columns: ClassVar[dict[str, tuple[str, int]]]
     """Field -> title and width in pixels."""
 
@@ -24,7 +25,7 @@ class _Table:
     height = 280
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in self.columns})
+        self.source = source(self.name, self.columns)
         self.root = DataTable(
             source=self.source,
             columns=[

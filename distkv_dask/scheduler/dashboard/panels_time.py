@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter
+from bokeh.models import FactorRange, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
-from distkv_dask.scheduler.dashboard.look import COMPUTE, DECODE, GAP, PREFILL, WAITING, legend, panel
+from distkv_dask.scheduler.dashboard.look import COMPUTE, DECODE, GAP, PREFILL, WAITING, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
 from distkv_dask.scheduler.figures import Sample
 
@@ -21,19 +21,19 @@ class ThroughputPanel:
     name = "throughput"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({"ago": [], "prefill": [], "decode": []})
-        self.root: figure = panel("Tokens per second", x_axis_label="seconds ago", y_axis_type="linear")
+        self.source = source(self.name, ("ago", "prefill", "decode"))
+        self.root: figure = panel("Tokens per second", x_axis_label="seconds ago", x_range=(1, 0), y_range=(0, 1))
         for field, colour, text in (("prefill", PREFILL, "prompt"), ("decode", DECODE, "generated")):
             self.root.line("ago", field, source=self.source, color=colour, line_width=2, legend_label=text)
         self.root.yaxis.formatter = NumeralTickFormatter(format="0,0")
-        self.root.y_range.start = 0
-        self.root.x_range.flipped = True
         self.root.add_tools(HoverTool(tooltips=[("prompt", "@prefill{0,0}/s"), ("generated", "@decode{0,0.0}/s")]))
         legend(self.root)
 
     def update(self, view: View | None) -> None:
         """Show a view; nothing where there is none."""
-        self.source.data = rates(view.history if view is not None else ())
+        data = rates(view.history if view is not None else ())
+        fit(self.root, data)
+        self.source.data = data
 
 
 def rates(history: Sequence[Sample]) -> dict[str, list[float]]:
@@ -47,18 +47,24 @@ def rates(history: Sequence[Sample]) -> dict[str, list[float]]:
     }
 
 
+def fit(plot: figure, data: Mapping[str, Sequence[float]]) -> None:
+    """Make a plot of columns over their age show all of them, from 0 on."""
+    plot.x_range.start = max(data["ago"], default=1) or 1
+    plot.y_range.end = (
+        1.05 * max((max(column, default=0) for name, column in data.items() if name != "ago"), default=1) or 1
+    )
+
+
 class RequestsPanel:
     """Requests that wait, prefill and decode, over the last minutes."""
 
     name = "requests"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in ("ago", "waiting", "prefill", "decode")})
-        self.root: figure = panel("Requests under way", x_axis_label="seconds ago")
+        self.source = source(self.name, ("ago", "waiting", "prefill", "decode"))
+        self.root: figure = panel("Requests under way", x_axis_label="seconds ago", x_range=(1, 0), y_range=(0, 1))
         for field, colour in (("waiting", WAITING), ("prefill", PREFILL), ("decode", DECODE)):
             self.root.step("ago", field, source=self.source, color=colour, line_width=2, legend_label=field)
-        self.root.y_range.start = 0
-        self.root.x_range.flipped = True
         legend(self.root)
 
     def update(self, view: View | None) -> None:
@@ -68,6 +74,7 @@ class RequestsPanel:
         data: dict[str, list[float]] = {"ago": [now - sample.time for sample in history]}
         for name in ("waiting", "prefill", "decode"):
             data[name] = [getattr(sample, name) for sample in history]
+        fit(self.root, data)
         self.source.data = data
 
 
@@ -77,7 +84,7 @@ class AnatomyPanel:
     name = "step"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in ("label", "compute", "waiting", "gap")})
+        self.source = source(self.name, ("label", "compute", "waiting", "gap"))
         self.root: figure = panel(
             "A decode step, by home",
             y_range=FactorRange(),
@@ -102,7 +109,6 @@ class AnatomyPanel:
                 ]
             )
         )
-        self.root.x_range.start = 0
         self.root.ygrid.grid_line_color = None
         legend(self.root)
 
@@ -112,6 +118,7 @@ class AnatomyPanel:
         labels = [row.label for row in rows][::-1]
         if self.root.y_range.factors != labels:
             self.root.y_range.factors = labels
+        self.root.x_range.end = 1.05 * max((row.compute + row.waiting + row.gap for row in rows), default=1)
         self.source.data = {
             name: [getattr(row, name) for row in rows] for name in ("label", "compute", "waiting", "gap")
         }
