@@ -39,6 +39,7 @@ class EngineState:
         self.layers = 0
         """Layers of the model, once a worker has opened the engine."""
         self.figures = Figures()
+        self._pacer = pacer
         self.is_closing = False
         self._pending: set[str] = set()
         self._failure: Exception | None = None
@@ -227,5 +228,6 @@ class EngineState:
             "debts": [(debtor, creditor, blocks) for (debtor, creditor), blocks in life.ledger.debts().items()],
             "epoch": life.ledger.epoch,
             "block_tokens": life.ledger.block_tokens,
+            "scheduler": self._pacer.status(),
             "totals": {**self.figures.totals, **{f"finished_{why}": n for why, n in self.figures.finished.items()}},
         }

@@ -161,7 +161,7 @@ class GManager(SchedulerPlugin):
 
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
-        return self._engine(engine).status() | {"scheduler": self.pacer.status()}
+        return self._engine(engine).status()
 
     def graph(self, engine: str, tokens: int, granularity: str) -> Any:
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""
