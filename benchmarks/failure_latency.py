@@ -68,7 +68,7 @@ def once(
     client: Client, engine: Engine, trouble: Trouble, cause: Callable[[str], Callable[[], object]]
 ) -> dict[str, Any]:
     """Seconds to the gang's end and to the client's error, and that error."""
-    while len([1 for one in engine.status()["workers"].values() if one["capacity_blocks"]]) < 2:
+    while len((status := engine.status())["workers"]) < 2 or status["sequences"]:  # the run before is not over
         time.sleep(0.1)
     running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
     while not (found := engine.status()["sequences"]) or next(iter(found.values()))["generated_tokens"] < 20:
@@ -83,9 +83,10 @@ def once(
         raise SystemExit("nothing failed")
     except DistKVError as error:
         client_seconds, kind = time.time() - trouble.began, f"{type(error).__name__}: {error}"
+    finally:
+        undo()
     events = client.get_events("distkv")[seen:]
     gang = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]
-    undo()
     return {"client": client_seconds, "gang": gang[0] if gang else client_seconds, "attempts": len(gang), "error": kind}
 
 
@@ -93,6 +94,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--repeat", type=int, default=5)
     arguments.add_argument("--receive", type=float, default=1.0, help="distkv.timeouts.receive, seconds")
+    arguments.add_argument("--start", type=float, default=2.0, help="distkv.timeouts.start, seconds")
     options = arguments.parse_args()
     place_by(lambda tokens: [(1, PROMPT // 2), (0, None)])
     figures = {}
@@ -102,7 +104,9 @@ def main() -> None:
         Client(cluster) as client,
     ):
         save_model(LAYERS, Path(folder))
-        with Engine(client, folder, kv_memory="32 MiB", timeout_receive=options.receive) as engine:
+        with Engine(
+            client, folder, kv_memory="32 MiB", timeout_receive=options.receive, timeout_start=options.start
+        ) as engine:
             trouble = Trouble(client)
             for name, cause in (("garbage", trouble.garble), ("frozen", trouble.freeze), ("killed", trouble.kill)):
                 runs = [once(client, engine, trouble, cause) for _ in range(options.repeat)]
@@ -113,7 +117,11 @@ def main() -> None:
                     "gangs_failed": runs[0]["attempts"],
                     "error": runs[0]["error"],
                 }
-    report(figures, {"repeat": options.repeat, "receive": options.receive, "layers": LAYERS}, options.json)
+    report(
+        figures,
+        {"repeat": options.repeat, "receive": options.receive, "start": options.start, "layers": LAYERS},
+        options.json,
+    )
 
 
 if __name__ == "__main__":
