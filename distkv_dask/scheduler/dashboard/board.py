@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 FRESH = 0.4
 """Seconds for which a view serves everybody who looks, so that many open pages cost as much as one."""
 
+SHARE = 0.005
+"""Part of a core that views may take: those of a large cluster, which cost more, serve for longer."""
+
 SAMPLE = 1.0
 """Seconds between samples of the history."""
 
@@ -40,7 +43,7 @@ class Board:
         """Totals of engines that are closed, so that counters never go back."""
         self._scheduler = scheduler
         self._views: dict[str, View] = {}
-        self._looked = float("-inf")
+        self._stale = float("-inf")
         self._sampler: asyncio.Task[None] | None = None
         self._installed: Installation | None = None
 
@@ -63,12 +66,12 @@ class Board:
     def views(self) -> dict[str, View]:
         """One for each open engine, the newest last."""
         now = monotonic()
-        if now - self._looked > FRESH:
-            self._looked = now
+        if now > self._stale:
             self._views = {
                 name: view_of(state.lifecycle, state.figures, state.spec.model, self.label, now)
                 for name, state in self.engines.items()
             }
+            self._stale = now + max(FRESH, (monotonic() - now) / SHARE)
         return self._views
 
     def status(self) -> dict[str, Any]:

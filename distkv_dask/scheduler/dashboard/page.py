@@ -68,6 +68,8 @@ class Page:
         self._panels = panels
         self._select = select
         self._body = body
+        self._shown: View | None = None
+        self._first = True
 
     @without_property_validation  # type: ignore[untyped-decorator]
     def update(self) -> None:
@@ -82,10 +84,14 @@ class Page:
             if self._select.value not in views:
                 self._select.value = newest
             newest = self._select.value
+        view = views.get(newest)
+        if view is self._shown and not self._first:
+            return
+        self._shown, self._first = view, False
         if self._body is not None:
-            self._body.visible = bool(views)
+            self._body.visible = view is not None
         for panel in self._panels:
-            panel.update(views.get(newest))
+            panel.update(view)
 
 
 def whole_page(scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> None:

@@ -69,7 +69,7 @@ class SequencesPanel(_Table):
         "strip": ("where its KV lies", 420),
     }
     markup = frozenset({"home", "strip"})
-    height = 340
+    height = 250
 
     def rows(self, view: View) -> list[tuple[str, ...]]:
         """Cells by row."""

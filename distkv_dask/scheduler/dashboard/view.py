@@ -106,8 +106,10 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
     others = [account for account in ledger.workers.values() if account.worker not in shown]
     if others:
         bars.append(_together(others))
-    placed = (live for live in life.live.values() if live.sequence in ledger.sequences)
-    largest = heapq.nlargest(SEQUENCES, placed, key=lambda live: (live.tokens, -live.sequence))
+    largest = [
+        life.live[number]
+        for _, number in heapq.nlargest(SEQUENCES, ((one.stop, number) for number, one in ledger.sequences.items()))
+    ]
     debts = heapq.nlargest(WORKERS, ledger.debts().items(), key=lambda item: item[1])
     return View(
         time=now,

@@ -1,0 +1,102 @@
+"""What does looking cost the scheduler, with 200 workers and 10,000 sequences?
+
+A gManager's lifecycle is filled with placed sequences, some of them split; then what the dashboard does is timed: the
+sample of the history (once a second, always), a scrape of Prometheus (every 15 s), the view of a page (while any page
+is open, shared by all, as often as the board allows itself) and updating the models of a page from it. No browser
+takes part: sending a page's changes to it is Bokeh's and not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from array import array
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from _report import parser, report
+from prometheus_client import CollectorRegistry, generate_latest
+
+from distkv_dask.config import Config
+from distkv_dask.scheduler.dashboard.board import FRESH, SHARE
+from distkv_dask.scheduler.dashboard.page import PANELS
+from distkv_dask.scheduler.dashboard.prometheus import Collector
+from distkv_dask.scheduler.dashboard.view import states_of, view_of
+from distkv_dask.scheduler.figures import Figures
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.types import Endpoint, SamplingParams, Timings, WindowResult
+
+
+def crowd(workers: int, sequences: int) -> tuple[Lifecycle, Figures]:
+    """A lifecycle with this many sequences, placed by the engine's own policy; one of 1,000 is larger than a worker."""
+    life = Lifecycle("engine", Config.load(block_tokens=16, window_batch=100_000), itertools.count(1), 1024)
+    blocks = -(-sequences * 36 // workers)
+    for at in range(workers):
+        list(life.worker_ready(Endpoint(f"tcp://10.0.{at // 250}.{at % 250}:40000", "127.0.0.1", at), blocks, 0.0))
+    for number in range(sequences):
+        list(
+            life.submit(
+                number,
+                array("i", [1] * (100_000 if number % 1000 == 999 else 40 + number * 37 % 700)),
+                SamplingParams(max_new_tokens=8),
+                0.0,
+            )
+        )
+        for live in list(life.live.values())[-1:]:
+            life._prefilling.discard(live.sequence)  # the next one may begin
+    figures = Figures()
+    for at in range(1000):
+        figures.ended("length", Timings(0.1 * at, 1.0, 2.0), 50)
+        figures.happened(float(at), "move", "16 blocks of sequence 3 from a to b")
+    for worker in life.ledger.workers:
+        figures.window(worker, WindowResult({}, {}, 10, 1.0, 0.1, 0.01))
+    for at in range(600):
+        figures.sample(float(at), states_of(life))
+    return life, figures
+
+
+def milliseconds(work: Callable[[], Any], repeat: int) -> float:
+    """Median CPU time of a piece of work."""
+    times = []
+    for _ in range(repeat):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--workers", type=int, default=200)
+    arguments.add_argument("--sequences", type=int, default=10_000)
+    arguments.add_argument("--repeat", type=int, default=20)
+    options = arguments.parse_args()
+    life, figures = crowd(options.workers, options.sequences)
+    placed = list(life.ledger.sequences.values())
+    look = lambda: view_of(life, figures, "model", str, 1.0)  # noqa: E731
+    view, panels = look(), [kind() for kind in PANELS]
+    registry = CollectorRegistry()
+    engine = SimpleNamespace(lifecycle=life, figures=figures)
+    registry.register(Collector(SimpleNamespace(engines={"engine": engine}, past=Figures())))
+    cost = {
+        "sample_ms": milliseconds(lambda: figures.sample(0.0, states_of(life)), options.repeat),
+        "view_ms": milliseconds(look, options.repeat),
+        "page_ms": milliseconds(lambda: [panel.update(view) for panel in panels], options.repeat),
+        "scrape_ms": milliseconds(lambda: generate_latest(registry), options.repeat),
+    }
+    always = cost["sample_ms"] / 1000 + cost["scrape_ms"] / 15_000
+    figures_out = {
+        "placed_sequences": len(placed),
+        "split_sequences": sum(len(one.placement) > 1 for one in placed),
+        **cost,
+        "core_share_closed": always,
+        "core_share_one_page": always
+        + (cost["view_ms"] + cost["page_ms"]) / 1000 / max(FRESH, cost["view_ms"] / 1000 / SHARE),
+    }
+    report(figures_out, {"workers": options.workers, "sequences": options.sequences}, options.json)
+
+
+if __name__ == "__main__":
+    main()
