@@ -29,7 +29,8 @@ from distkv_dask.worker.model import LoadedModel, load_model
 VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
 PROMPT = int(1.2 * BLOCK * BLOCKS) - NEW
 BLOCK_BYTES = 2 * 1 * BLOCK * 8 * 4
-WORKERS_PER_PROCESS = 25
+WORKERS_PER_PROCESS = 13
+"""Importing torch takes each process seconds, but workers of one process share Dask's lock around starting threads."""
 MODES = ("fixed", "budget")
 
 
@@ -148,7 +149,7 @@ def main() -> None:
             for host in hosts:
                 host.start()
             with Client(address) as client:
-                client.wait_for_workers(workers, timeout=120)
+                client.wait_for_workers(workers, timeout=240)
                 for mode in options.modes:
                     sizes.append(measure(client, psutil.Process(scheduler.pid), folder, workers, mode, options))
                     print(sizes[-1], flush=True)
