@@ -16,7 +16,7 @@ from distkv_dask.types import Placement, Span
 def force_split(split: Sequence[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch) -> int:
     """Place every sequence in spans of (worker, room; None is the rest); the number of workers that it takes."""
 
-    def place(policy: Policy, ledger: Ledger, ask: Ask) -> Placement:
+    def place(policy: Policy, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)
         for worker, length in split:
             stop = ask.tokens if length is None else start + length

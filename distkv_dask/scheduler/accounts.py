@@ -30,6 +30,8 @@ class WorkerAccount:
         Those of them that are reserved for sequences with another home.
     borrowed
         Blocks that others hold for sequences whose home it is.
+    pending
+        Tokens of prompts that are not computed yet, of sequences whose home it is.
     held
         Reserved blocks by sequence.
     homes
@@ -46,6 +48,7 @@ class WorkerAccount:
     used: int = 0
     lent: int = 0
     borrowed: int = 0
+    pending: int = 0
     held: dict[int, int] = field(default_factory=dict)
     homes: dict[int, None] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
@@ -90,6 +93,11 @@ class SequenceAccount:
     length: int = 0
     moves: list[Move] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return max(0, self.prompt - self.length)
 
     @property
     def home(self) -> str:

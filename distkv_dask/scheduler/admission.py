@@ -47,20 +47,19 @@ class Admission:
         rank, _ = self._asks.pop(sequence)
         self._order.remove((rank, sequence))
 
-    def admit(self, now: float) -> tuple[Ask, Placement] | None:
+    def admit(self) -> tuple[Ask, Placement] | None:
         """Reserve room for the next request that gets it, or return None.
 
-        A request that does not fit is passed by few others, and by none once it has waited for the policy's patience:
-        then room is kept until it fits, so that it does not starve.
+        The first request that does not fit may be passed by those that the policy finds room for without delaying it.
         """
+        ahead = None
         for ask in islice(self, 1 + self.policy.look_ahead):
-            placement = self.policy.place(self.ledger, ask)
+            placement = self.policy.place(self.ledger, ask, ahead)
             if placement is not None:
                 self.withdraw(ask.sequence)
                 self.ledger.reserve(ask.sequence, placement, ask.prompt)
                 return ask, placement
-            if now - ask.submitted >= self.policy.patience:
-                return None
+            ahead = ahead or ask
         return None
 
 

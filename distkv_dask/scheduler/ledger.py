@@ -138,7 +138,11 @@ class Ledger:
 
     def commit(self, sequence: int, length: int) -> None:
         """Record that the KV of the first ``length`` tokens of a sequence exists."""
-        self.sequences[sequence].length = length
+        account = self.sequences[sequence]
+        before = account.pending
+        account.length = length
+        if account.home not in account.lost:
+            self.workers[account.home].pending += account.pending - before
 
     def release(self, sequence: int) -> list[str]:
         """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it."""
@@ -271,6 +275,7 @@ class Ledger:
             entry = self.workers[worker]
             entry.used += sign * wanted[worker]
             entry.lent += sign * wanted[worker] * (worker != home)
+            entry.pending += sign * account.pending * (worker == home)
             if sign < 0:
                 del entry.held[sequence]
                 entry.homes.pop(sequence, None)
@@ -323,5 +328,6 @@ class Ledger:
             assert entry.homes.keys() == homes, (worker, entry)
             assert entry.used == sum(held[worker].values()) <= entry.capacity, (worker, entry)
             assert entry.lent == sum(guests.values()), (worker, entry)
+            assert entry.pending == sum(self.sequences[n].pending for n in homes), (worker, entry)
             assert entry.borrowed == borrowed[worker], (worker, entry)
         self.room.check(self.workers)

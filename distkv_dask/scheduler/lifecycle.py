@@ -292,7 +292,7 @@ class Lifecycle:
 
     def _admit(self, now: float) -> Iterator[Command]:
         while self._queue and not self._ending and len(self._prefilling) < prefill_slots(self.ledger):
-            admitted = self._queue.admit(now)
+            admitted = self._queue.admit()
             if admitted is None:
                 return
             ask, placement = admitted

@@ -18,11 +18,27 @@ LINKS = {
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A model on a kind of worker: its costs, the tokens of KV that a worker has room for, and workers of a host."""
+    """A model on a kind of worker.
+
+    Parameters
+    ----------
+    model
+        What things cost.
+    kv_tokens
+        Tokens of KV that a worker has room for.
+    per_host
+        Workers of one host.
+    launch
+        Seconds of a decode step that do not shrink when several workers share it.
+    weight_tokens
+        Tokens of KV that the model's weights would have room for.
+    """
 
     model: PerformanceModel
     kv_tokens: int
     per_host: int
+    launch: float
+    weight_tokens: int
 
 
 def _a100_7b() -> Preset:
@@ -43,7 +59,9 @@ def _a100_7b() -> Preset:
         pair=4 * layers * hidden / flops,
     )
     shape = Shape(layers, kv_bytes, query_bytes=2 * hidden, partial_bytes=2 * hidden)
-    return Preset(PerformanceModel(shape, curve, LINKS["nvlink"], LINKS["1gbe"]), kv_tokens=116_000, per_host=8)
+    model = PerformanceModel(shape, curve, LINKS["nvlink"], LINKS["1gbe"])
+    weights = round(2 * parameters / kv_bytes)
+    return Preset(model, kv_tokens=116_000, per_host=8, launch=1.6e-3, weight_tokens=weights)
 
 
 def _cpu_smollm2() -> Preset:
@@ -51,7 +69,8 @@ def _cpu_smollm2() -> Preset:
     curve = Curve(step=50e-3, row=1.7e-3, token=2.1e-6, prompt=1.9e-3, pair=0.7e-6)
     shape = Shape(layers=30, kv_bytes=23_040, query_bytes=2304, partial_bytes=2340)
     socket = Link(latency=15e-6, bandwidth=3e9)
-    return Preset(PerformanceModel(shape, curve, socket, LINKS["10gbe"]), kv_tokens=46_000, per_host=4)
+    model = PerformanceModel(shape, curve, socket, LINKS["10gbe"])
+    return Preset(model, kv_tokens=46_000, per_host=4, launch=5e-3, weight_tokens=11_000)
 
 
 PRESETS = {"a100-7b": _a100_7b(), "cpu-smollm2": _cpu_smollm2()}

@@ -56,14 +56,13 @@ class Policy(ABC):
     name: ClassVar[str]
     look_ahead: ClassVar[int] = 0
     """How many later requests are tried when one does not fit."""
-    patience: ClassVar[float] = 0.0
-    """Seconds for which a request that does not fit lets later ones pass."""
 
     @abstractmethod
-    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Choose where a request's blocks lie, or None while there is no room for it.
 
-        The last span is its home's; inner borders are multiples of a block; each worker has at most one span.
+        The last span is its home's; inner borders are multiples of a block; each worker has at most one span. ``ahead``
+        is a request that waits for room and may be passed by those that do not delay it.
         """
 
     def limit(self, ledger: Ledger) -> int:

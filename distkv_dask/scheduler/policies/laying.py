@@ -35,8 +35,16 @@ def borrow(creditors: Iterable[WorkerAccount], blocks: int) -> Iterator[tuple[st
         yield creditor.worker, share
 
 
+def nearest(ledger: Ledger, home: WorkerAccount) -> Iterator[WorkerAccount]:
+    """Creditors for a home: those of its host first, then all others; those that can lend most first."""
+    host = home.endpoint.host
+    near = [account for account in ledger.room.on_host(host) if account is not home]
+    yield from sorted(near, key=lambda account: (account.lendable, account.worker), reverse=True)
+    yield from (account for account in ledger.room.creditors() if account.endpoint.host != host)
+
+
 def overflow(ledger: Ledger, tokens: int) -> Placement | None:
-    """Home first, and what does not fit there to the workers that can lend most; None when there is no room.
+    """Home first, and what does not fit there to the nearest workers that can lend most; None when there is no room.
 
     The home is the worker with most free blocks, then the one with fewest sequences. At least one block is its own.
     """
@@ -44,5 +52,5 @@ def overflow(ledger: Ledger, tokens: int) -> Placement | None:
     home = next(room.homes(), None)
     if home is None or home.free + room.lendable - home.lendable < need:
         return None
-    creditors = (creditor for creditor in room.creditors() if creditor is not home)
-    return lay(ledger, home.worker, borrow(creditors, need - min(home.free, need)), tokens)
+    shares = borrow(nearest(ledger, home), need - min(home.free, need))
+    return lay(ledger, home.worker, shares, tokens)

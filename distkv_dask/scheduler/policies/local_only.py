@@ -14,7 +14,7 @@ class LocalOnly(Policy):
 
     name: ClassVar[str] = "local-only"
 
-    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Place the whole request on one worker."""
         home = next(ledger.room.homes(), None)
         if home is None or home.free < ledger.blocks(ask.tokens):

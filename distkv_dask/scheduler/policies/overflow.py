@@ -15,6 +15,6 @@ class Overflow(Policy):
 
     name: ClassVar[str] = "overflow"
 
-    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Place what fits at home there, the rest on as few creditors as possible."""
         return overflow(ledger, ask.tokens)

@@ -15,7 +15,7 @@ class Single(Policy):
 
     name: ClassVar[str] = "single"
 
-    def place(self, ledger: Ledger, ask: Ask) -> Placement | None:
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Spread the request over all workers, in proportion to their free room."""
         decoders = [account for account in ledger.workers.values() if account.can_decode and not account.retiring]
         home = min(decoders, key=lambda account: account.worker, default=None)

@@ -1,0 +1,1 @@
+"""A discrete-event simulator that drives the scheduler's own ledger, admission and policies on modelled workers."""

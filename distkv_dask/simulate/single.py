@@ -1,0 +1,42 @@
+"""All workers as one instance, as engines without a distributed cache build it: the baseline vLLM-single."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distkv_dask.scheduler.performance import Curve
+from distkv_dask.scheduler.presets import Preset
+
+
+def one_instance(preset: Preset, workers: int) -> Curve:
+    """Costs of ``workers`` GPUs as one instance: tensor parallel inside a host, a pipeline from host to host.
+
+    This is the best that is known to work over a slow network; tensor parallelism over it would be far slower.
+    Attention and arithmetic are divided by all GPUs. In each turn of the pipeline every stage reads its weights once per
+    microbatch (as many as stages), all layers pay two all-reduces, and a token's hidden state crosses the network
+    between hosts at the link's rate; rows and prompt tokens cost what is slower, that or the arithmetic.
+    """
+    shape, curve = preset.model.shape, preset.model.curve
+    width = min(workers, preset.per_host)
+    hidden = shape.query_bytes
+    inside, between = preset.model.inside, preset.model.between
+    reduce_latency = 0.0 if width == 1 else 2 * shape.layers * 2 * inside.latency
+    reduce_token = 0.0 if width == 1 else 2 * shape.layers * 2 * hidden / inside.bandwidth
+    hop = hidden / between.bandwidth if workers > width else 0.0
+    return Curve(
+        step=preset.launch + (curve.step - preset.launch) / width + reduce_latency,
+        row=max(curve.row + reduce_token, hop),
+        token=curve.token / workers,
+        prompt=max(curve.prompt / workers + reduce_token, hop),
+        pair=curve.pair / workers,
+    )
+
+
+def as_one(preset: Preset, workers: int) -> Preset:
+    """The preset of a cluster whose only worker has the memory of ``workers`` workers.
+
+    Each GPU keeps its share of the weights only, so that the instance has more room for KV than the workers together.
+    """
+    model = replace(preset.model, curve=one_instance(preset, workers))
+    spare = preset.weight_tokens * (workers - 1)
+    return replace(preset, model=model, kv_tokens=preset.kv_tokens * workers + spare, per_host=1)
