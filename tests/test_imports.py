@@ -21,6 +21,7 @@ ALLOWED = {
     "worker": {"worker", "ground", "kernels", "graphs"},
     "scheduler": {"scheduler", "ground", "graphs"},
     "client": {"client", "ground"},
+    "simulate": {"simulate", "scheduler", "ground"},
 }
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {
@@ -72,7 +73,7 @@ def test_imports_point_one_way(source):
     assert not wrong, f"{source} ({home}) may import only {sorted(ALLOWED[home])}"
 
 
-@pytest.mark.parametrize("process", ["scheduler", "client"])
+@pytest.mark.parametrize("process", ["scheduler", "client", "simulate"])
 def test_scheduler_and_client_start_without_torch(process):
     names = [".".join(s.with_suffix("").parts).removesuffix(".__init__") for s in sources() if s.parts[1] == process]
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"

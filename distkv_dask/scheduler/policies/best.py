@@ -4,11 +4,11 @@ What it does beyond the paper's greedy:
 
 * Links first. A request that fits on one worker stays there, one that fits on a host stays on that host; only what is
   larger goes over the network between hosts. It rather waits than lies across a slow link for all its life.
-* While it waits, the workers that it will get are kept free for it and later requests take the others: nobody starves,
-  and little room is idle.
+* While it waits, the workers that it will get are kept free for it and later requests take the others: nobody
+  starves, and little room is idle.
 * Long prompts start first, so that short ones fill the room between them and a batch ends without a tail of one long
-  request on an idle cluster. Requests with a priority want latency: among them, short ones start first. Both are bounded
-  by a lead in seconds, so all grow old enough to be next.
+  request on an idle cluster. Requests with a priority want latency: among them, short ones start first. Both are
+  bounded by a lead in seconds, so all grow old enough to be next.
 * The home is, of the workers with room, the one with least work before it, by the performance model.
 * On a host, blocks are spread so that all workers keep equal room: attention to a long request is computed by all of
   them at a time, and no worker becomes a bottleneck.
@@ -23,7 +23,7 @@ from typing import ClassVar
 from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.scheduler.policies.laying import borrow, lay
+from distkv_dask.scheduler.policies.laying import borrow, lay, overflow
 from distkv_dask.types import Placement, Span
 
 CANDIDATES = 16
@@ -51,8 +51,10 @@ class Best(Policy):
             return (Span(home.worker, 0, ask.tokens),)
         if kept:
             return None
-        hosts = self._hosts(ledger, need)
-        return self._spread(ledger, hosts, ask.tokens) if hosts else None
+        first = next((host for _, host in ledger.room.hosts()), None)
+        on_one = first is not None and need <= _potential(ledger, first)
+        placement = self._spread(ledger, self._hosts(ledger, need, on_one), ask.tokens)
+        return placement or (None if on_one else overflow(ledger, ask.tokens))
 
     def rank(self, ask: Ask) -> float:
         """Longest prefill first, or shortest first among those with a priority."""
@@ -77,28 +79,26 @@ class Best(Policy):
             kept += [account.worker for account in accounts]
         return frozenset(kept)
 
-    def _hosts(self, ledger: Ledger, need: int) -> list[str]:
-        """The hosts with most room that together have enough; more than one only when none is large enough, or near."""
+    def _hosts(self, ledger: Ledger, need: int, on_one: bool) -> list[str]:
+        """The hosts with most room that together have enough; one, where that can do (``on_one``) and links are slow."""
         near = self.model.exchange(self.model.between, 1) < SLOW * self.model.curve.step
         hosts: list[str] = []
         left = need
         for room, host in ledger.room.hosts():
-            if hosts and not near and need <= sum(a.capacity for a in ledger.room.on_host(hosts[0])):
-                return []
-            hosts.append(host)
+            if left <= 0 or (hosts and on_one and not near):
+                break
             left -= room
-            if left <= 0:
-                return hosts
-        return []
+            hosts.append(host)
+        return hosts
 
     def _spread(self, ledger: Ledger, hosts: list[str], tokens: int) -> Placement | None:
         """All workers of the first host down to equal room, and as few workers of the other hosts as possible."""
         need = ledger.blocks(tokens)
-        own = ledger.room.on_host(hosts[0])
+        own = ledger.room.on_host(hosts[0]) if hosts else []
         homes = [a for a in own if a.can_decode and not a.retiring and a.free and a.homed < ledger.room.batch]
         if not homes:
             return None
-        home = max(homes, key=lambda account: (account.free, account.worker))
+        home = max(homes, key=lambda account: (account.free - account.lendable, account.free, account.worker))
         far = sorted(
             (account for host in hosts[1:] for account in ledger.room.on_host(host)),
             key=lambda account: (hosts.index(account.endpoint.host), -account.lendable),
@@ -106,6 +106,13 @@ class Best(Policy):
         here = min(need, home.free + sum(account.lendable for account in own if account is not home))
         shares = [*borrow(far, need - here), *_level(home, own, here)]
         return lay(ledger, home.worker, shares, tokens) if sum(n for _, n in shares) + home.free >= need else None
+
+
+def _potential(ledger: Ledger, host: str) -> int:
+    """Blocks of the largest request that would fit on a host if it were empty."""
+    accounts = ledger.room.on_host(host)
+    own = max((account.capacity - account.lends for account in accounts if account.can_decode), default=None)
+    return 0 if own is None else own + sum(account.lends for account in accounts)
 
 
 def _level(home: WorkerAccount, own: list[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.laying import lay
@@ -17,8 +18,7 @@ class Single(Policy):
 
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Spread the request over all workers, in proportion to their free room."""
-        decoders = [account for account in ledger.workers.values() if account.can_decode and not account.retiring]
-        home = min(decoders, key=lambda account: account.worker, default=None)
+        home = _home(ledger)
         need = ledger.blocks(ask.tokens)
         if home is None or not home.free or home.homed >= ledger.room.batch:
             return None
@@ -32,3 +32,15 @@ class Single(Policy):
             shares.append((account.worker, share))
             left -= share
         return lay(ledger, home.worker, shares, ask.tokens)
+
+    def limit(self, ledger: Ledger) -> int:
+        """Blocks of the home, and what all others lend."""
+        home = _home(ledger)
+        if home is None:
+            return 0
+        return home.capacity + sum(account.lends for account in ledger.workers.values() if account is not home)
+
+
+def _home(ledger: Ledger) -> WorkerAccount | None:
+    decoders = [account for account in ledger.workers.values() if account.can_decode and not account.retiring]
+    return min(decoders, key=lambda account: account.worker, default=None)

@@ -1,0 +1,92 @@
+"""How do the policies compare on the paper's traces, in simulation, and what does the paper say?
+
+Settings: prompts computed by the cluster or elsewhere (the paper's performance model knows decode only), hosts linked by
+1 Gb/s Ethernet (the paper's cluster) or 200 Gb/s InfiniBand. ``static`` is local-only with requests dealt out round robin
+when they arrive, each instance with a queue of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from _report import parser, report
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies import POLICIES
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.policies.local_only import LocalOnly
+from distkv_dask.scheduler.presets import LINKS, PRESETS
+from distkv_dask.simulate.cluster import Simulation
+from distkv_dask.simulate.report import figures
+from distkv_dask.simulate.workloads import WORKLOADS
+from distkv_dask.types import Placement, Span
+
+
+class Static(LocalOnly):
+    """Every request belongs to one instance from its arrival on."""
+
+    name: ClassVar[str] = "static"
+    look_ahead: ClassVar[int] = 10**9
+
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
+        names = list(ledger.workers)
+        home = ledger.workers[names[ask.sequence % len(names)]]
+        fits = home.free >= ledger.blocks(ask.tokens) and home.homed < ledger.room.batch
+        return (Span(home.worker, 0, ask.tokens),) if fits else None
+
+
+def geometric(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--workers", type=int, default=32)
+    arguments.add_argument("--requests", type=int, help="instead of each workload's own number")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--links", nargs="+", default=["1gbe", "ib-200"])
+    given = arguments.parse_args()
+    POLICIES["static"] = Static
+    rows: dict[str, Any] = {}
+    for link in given.links:
+        model = replace(PRESETS["a100-7b"].model, between=LINKS[link])
+        preset = replace(PRESETS["a100-7b"], model=model)
+        for prefill in (False, True):
+            setting = f"{link}, {'with' if prefill else 'without'} prefill"
+            ratios: dict[str, float] = {}
+            for name, workload in WORKLOADS.items():
+                found: dict[str, list[Any]] = {}
+                for seed in range(given.seeds):
+                    arrivals = workload.generate(given.requests, seed=seed)
+                    for policy in POLICIES:
+                        outcome = Simulation(preset, given.workers, policy, prefill=prefill).run(arrivals)
+                        found.setdefault(policy, []).append(figures(outcome))
+                row = {
+                    policy: {
+                        "throughput_tps": geometric(one["throughput_tps"] for one in all_seeds),
+                        "refused": sum(one["refused"] for one in all_seeds) / given.seeds,
+                        "ttft_p50_s": geometric(one["ttft_s"]["p50"] for one in all_seeds) if prefill else None,
+                        "longest_context_tokens": max(one["longest_context_tokens"] for one in all_seeds),
+                    }
+                    for policy, all_seeds in found.items()
+                }
+                ratios[name] = row["best"]["throughput_tps"] / row["greedy"]["throughput_tps"]
+                rows[f"{setting}: {name}"] = row
+                speeds = "  ".join(f"{policy} {row[policy]['throughput_tps']:.1f}" for policy in row)
+                print(f"{setting}: {name}: {speeds}", flush=True)
+            worst = min(ratios, key=lambda name: ratios[name])
+            rows[f"{setting}: best over greedy"] = {
+                "geometric_mean": geometric(ratios.values()),
+                "worst": ratios[worst],
+                "worst_workload": worst,
+            }
+            print(setting, rows[f"{setting}: best over greedy"], flush=True)
+    report({"results": rows}, {"workers": given.workers, "seeds": given.seeds}, given.json)
+
+
+if __name__ == "__main__":
+    main()

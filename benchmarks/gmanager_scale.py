@@ -1,0 +1,89 @@
+"""What does the gManager's bookkeeping cost with 32, 1,000 and 10,000 workers and 100,000 live requests?
+
+A decision is one request admitted: policy, reservation, all indices. Beside it: a heartbeat of 8 changed entries, a
+release, one question what should move, and the memory of ledger and requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+import tracemalloc
+from typing import Any
+
+import numpy as np
+from _report import parser, report
+
+from distkv_dask.scheduler.admission import Admission
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.types import Endpoint
+
+MODEL = PRESETS["a100-7b"].model
+
+
+def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]:
+    rng = random.Random(0)
+    blocks = 40 * live // workers  # so that the cluster is about three quarters full
+    tracemalloc.start()
+    ledger = Ledger(64)
+    admission = Admission(ledger, policy_named(policy, MODEL))
+    for number in range(workers):
+        ledger.add_worker(Endpoint(f"tcp://10.0.0.1:{number}", f"host{number // 8}", 0), blocks)
+    asks = (Ask(number, tokens := int(64 * rng.lognormvariate(3, 0.9)) + 64, tokens + 64) for number in range(10**9))
+    while len(ledger.sequences) < live:
+        admission.wait(next(asks))
+        admitted = admission.admit()
+        assert admitted is not None
+        ledger.commit(admitted[0].sequence, admitted[0].prompt)
+    memory = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    seconds: dict[str, list[float]] = {"decision": [], "release": [], "heartbeat": [], "moves": []}
+    numbers, names = list(ledger.sequences), list(ledger.workers)
+    gc.freeze()
+    for beat in range(rounds):
+        at = rng.randrange(len(numbers))
+        numbers[at], numbers[-1] = numbers[-1], numbers[at]
+        released, ask = numbers.pop(), next(asks)
+        entries = dict.fromkeys(rng.sample(numbers, 8), 3)
+        name = rng.choice(names)
+        admission.wait(ask)
+        clock = [time.perf_counter()]
+        ledger.release(released)
+        clock.append(time.perf_counter())
+        admitted = admission.admit()
+        clock.append(time.perf_counter())
+        ledger.heartbeat(name, beat, entries)
+        clock.append(time.perf_counter())
+        admission.policy.moves(ledger, [])
+        clock.append(time.perf_counter())
+        for kind, start, end in zip(("release", "decision", "heartbeat", "moves"), clock, clock[1:], strict=False):
+            seconds[kind].append(end - start)
+        if admitted is not None:
+            numbers.append(admitted[0].sequence)
+    found: dict[str, Any] = {"ledger_bytes_per_request": memory / live}
+    for kind, values in seconds.items():
+        found[f"{kind}_us"] = {f"p{share}": float(np.percentile(values, share) * 1e6) for share in (50, 99)}
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--workers", type=int, nargs="+", default=[32, 1000, 10_000])
+    arguments.add_argument("--requests", type=int, default=100_000)
+    arguments.add_argument("--rounds", type=int, default=3000)
+    arguments.add_argument("--policies", nargs="+", default=["overflow", "greedy", "best"])
+    given = arguments.parse_args()
+    figures = {
+        f"{policy}, {workers} workers": measure(policy, workers, given.requests, given.rounds)
+        for policy in given.policies
+        for workers in given.workers
+    }
+    report(figures, {"requests": given.requests, "rounds": given.rounds}, given.json)
+
+
+if __name__ == "__main__":
+    main()

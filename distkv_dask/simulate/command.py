@@ -1,0 +1,76 @@
+"""``distkv simulate``: what a policy would do with a trace on a cluster that one does not have."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from distkv_dask.errors import DistKVError
+from distkv_dask.scheduler.policies import POLICIES
+from distkv_dask.scheduler.presets import LINKS, PRESETS
+from distkv_dask.simulate.cluster import Simulation
+from distkv_dask.simulate.plots import plot as draw
+from distkv_dask.simulate.report import figures
+from distkv_dask.simulate.traces import Arrival, read_trace
+from distkv_dask.simulate.workloads import WORKLOADS, workload_named
+
+
+@click.command()
+@click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Requests: .csv or .jsonl.")
+@click.option("--workload", help=f"Generated requests: {', '.join(WORKLOADS)}.")
+@click.option("--workers", default=32, show_default=True, type=click.IntRange(1), help="Workers of the cluster.")
+@click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="May be given several times.")
+@click.option("--preset", default="a100-7b", show_default=True, type=click.Choice(list(PRESETS)))
+@click.option("--link", type=click.Choice(list(LINKS)), help="Between hosts, instead of the preset's.")
+@click.option("--requests", type=click.IntRange(1), help="How many requests (of a trace: the first ones).")
+@click.option("--rate", type=float, help="Requests a second of a workload; all come at once without it.")
+@click.option("--speedup", default=1.0, show_default=True, help="How many times as fast a trace's requests come.")
+@click.option("--no-prefill", is_flag=True, help="Prompts come with their KV, computed elsewhere.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures, a list if several.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
+def simulate(
+    trace: Path | None,
+    workload: str | None,
+    workers: int,
+    names: tuple[str, ...],
+    preset: str,
+    link: str | None,
+    requests: int | None,
+    rate: float | None,
+    speedup: float,
+    no_prefill: bool,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Simulate policies on modelled workers, with the scheduler's own ledger and policies."""
+    if (trace is None) == (workload is None):
+        raise click.UsageError("give either --trace or --workload")
+    chosen = PRESETS[preset]
+    if link is not None:
+        chosen = replace(chosen, model=replace(chosen.model, between=LINKS[link]))
+    try:
+        arrivals: list[Arrival] = (
+            read_trace(trace, speedup, requests)
+            if trace is not None
+            else workload_named(workload or "").generate(requests, rate, seed)
+        )
+    except DistKVError as error:
+        raise click.ClickException(str(error)) from error
+    outcomes = [
+        Simulation(chosen, workers, name, prefill=not no_prefill).run(arrivals) for name in names or ("overflow",)
+    ]
+    found = [figures(outcome) for outcome in outcomes]
+    for one in found:
+        click.echo(
+            f"{one['policy']:11} {one['throughput_tps']:9.1f} tokens/s  {one['finished']} finished  "
+            f"{one['refused']} refused  longest {one['longest_context_tokens']:,}  moved {one['moved_blocks']} blocks"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(found[0] if len(found) == 1 else found, indent=1) + "\n")
+    if plot is not None:
+        plot.write_text(draw(outcomes))
