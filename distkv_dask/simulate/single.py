@@ -12,9 +12,9 @@ def one_instance(preset: Preset, workers: int) -> Curve:
     """Costs of ``workers`` GPUs as one instance: tensor parallel inside a host, a pipeline from host to host.
 
     This is the best that is known to work over a slow network; tensor parallelism over it would be far slower.
-    Attention and arithmetic are divided by all GPUs. In each turn of the pipeline every stage reads its weights once for
-    each microbatch (as many as stages), all layers pay two all-reduces, and a token's hidden state crosses the network
-    at the link's rate; rows and prompt tokens cost what is slower, that or the arithmetic.
+    Attention and arithmetic are divided by all GPUs. In each turn of the pipeline every stage reads its weights once
+    for each microbatch (as many as stages), all layers pay two all-reduces, and a token's hidden state crosses the
+    network at the link's rate; rows and prompt tokens cost what is slower, that or the arithmetic.
     """
     shape, curve = preset.model.shape, preset.model.curve
     width = min(workers, preset.per_host)

@@ -80,7 +80,7 @@ class Best(Policy):
         return frozenset(kept)
 
     def _hosts(self, ledger: Ledger, need: int, on_one: bool) -> list[str]:
-        """The hosts with most room that together have enough; one, where that can do (``on_one``) and links are slow."""
+        """Hosts with most room that together have enough; one, where that can do (``on_one``) and links are slow."""
         near = self.model.exchange(self.model.between, 1) < SLOW * self.model.curve.step
         hosts: list[str] = []
         left = need
