@@ -30,7 +30,7 @@ from distkv_dask.worker.model import LoadedModel, load_model
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.runtime import Runtime
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 8
 GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 PROMPT, NEW = 70, 14
 ROOM = PROMPT + NEW + BLOCK_TOKENS
@@ -60,7 +60,7 @@ class Recorder:
 class Member:
     """One worker: lanes, pool and runtime."""
 
-    def __init__(self, address: str, model: Any, blocks: int, spec: EngineSpec, way: Way) -> None:
+    def __init__(self, address: str, model: Any, blocks: int, block_tokens: int, spec: EngineSpec, way: Way) -> None:
         geometry = model.geometry
         self.address = address
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
@@ -69,7 +69,7 @@ class Member:
             kv_heads=geometry.kv_heads,
             head_dim=geometry.head_dim,
             dtype=geometry.dtype,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=block_tokens,
             blocks=blocks,
         )
         self.runtime = Runtime(spec, model, self.pool, self.lanes)
@@ -82,11 +82,14 @@ class Member:
 class Fleet:
     """Workers ``w0``, ``w1``, ... with one engine, and the little of a gManager that tests need."""
 
-    def __init__(self, model: Any, size: int, way: Way = TCP, blocks: int = 64, **limits: float) -> None:
+    def __init__(
+        self, model: Any, size: int, way: Way = TCP, block_tokens: int = BLOCK_TOKENS, **limits: float
+    ) -> None:
         settings = {"channel": way.channel, "timeout_start": 20.0, "timeout_receive": 20.0, **limits}
         config = replace(Config.load(), **settings)
         self.spec = EngineSpec("engine", "tiny", "float32", TOKEN, config)
-        self.members = {f"w{at}": Member(f"w{at}", model, blocks, self.spec, way) for at in range(size)}
+        blocks = 1024 // block_tokens
+        self.members = {f"w{at}": Member(f"w{at}", model, blocks, block_tokens, self.spec, way) for at in range(size)}
         self._numbers = itertools.count(1)
 
     def close(self) -> None:
@@ -102,7 +105,7 @@ class Fleet:
         """Reserve spans of so many tokens on these workers, in order."""
         spans, start = [], 0
         for worker, tokens in room:
-            self.members[worker].runtime.reserve(sequence, tokens)
+            self.members[worker].runtime.reserve(sequence, start, start + tokens)
             spans.append(Span(worker, start, start + tokens))
             start += tokens
         return tuple(spans)
@@ -133,7 +136,7 @@ class Fleet:
         token = None
         for start, stop in self._pieces(placement, len(prompt), chunk):
             worker = home or next(span.worker for span in placement if span.start <= start < span.stop)
-            holders = [span.worker for span in placement if span.start < stop and span.worker != worker]
+            holders = sorted({span.worker for span in placement if span.start < stop} - {worker})
             last = sampling if stop == len(prompt) else None
             gang = self.gang(worker, holders)
             piece = PrefillChunk(gang, sequence, placement, start, tuple(prompt[start:stop]), last)

@@ -19,6 +19,7 @@ from distkv_dask.worker.holder_lane import HolderLane
 from distkv_dask.worker.wire import Hello, Row, encode_hello, encode_rows
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+ROW = Row(1, 30, 1, False, ((0, 40),))
 impatient = pytest.mark.parametrize("lane", [0.5], indirect=True)
 HELLO = Hello("engine", "w0", 2, HEADS, KV_HEADS, HEAD_DIM, "float32")
 
@@ -50,7 +51,7 @@ def connect(lane: Holder, hello: Hello = HELLO, token: str = TOKEN) -> Channel:
     return channel
 
 
-def begin(home: Channel, number: int = 1, epoch: int = 1, rows: tuple[Row, ...] = (Row(1, 30, 1, False),)) -> None:
+def begin(home: Channel, number: int = 1, epoch: int = 1, rows: tuple[Row, ...] = (ROW,)) -> None:
     body = encode_rows(rows)
     home.send(Header(Kind.BEGIN, number, epoch, length=len(body)), body)
 

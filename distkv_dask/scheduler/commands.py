@@ -10,11 +10,12 @@ from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, Sequen
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Allocate room for ``tokens`` tokens of a sequence in a worker's pool."""
+    """Allocate room for tokens ``[start, stop)`` of a sequence in a worker's pool."""
 
     worker: str
     sequence: int
-    tokens: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)

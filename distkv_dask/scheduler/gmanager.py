@@ -293,8 +293,8 @@ class GManager(SchedulerPlugin):
     def _enact(self, state: EngineState, commands: Iterable[do.Command]) -> None:
         for command in commands:
             match command:
-                case do.Reserve(worker, sequence, tokens):
-                    self._send(worker, ToWorker.RESERVE, (state.spec.engine, sequence, tokens))
+                case do.Reserve(worker, sequence, start, stop):
+                    self._send(worker, ToWorker.RESERVE, (state.spec.engine, sequence, start, stop))
                 case do.Retire(worker, sequence):
                     self._send(worker, ToWorker.RETIRE, (state.spec.engine, sequence))
                 case do.Release(worker, sequence):

@@ -300,7 +300,7 @@ class Lifecycle:
             live.state, live.admitted = "prefill", now
             self._prefilling.add(live.sequence)
             for span in placement:
-                yield Reserve(span.worker, live.sequence, span.tokens)
+                yield Reserve(span.worker, live.sequence, span.start, span.stop)
             yield self._prefill(live, 0)
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:

@@ -50,14 +50,14 @@ def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor,
     partials = []
     for place, row in zip(part.places, part.rows, strict=True):
         new = slice(place * row.queries, (place + 1) * row.queries)
-        visible = row.length
+        visible, table = row.length, pool.find(row.sequence, row.spans)
         if row.appends:
             visible += row.queries
-            blocks, offsets = pool.slots(row.sequence, row.length, visible)
+            blocks, offsets = pool.slots(table, row.length, visible)
             pool.write(layer, (torch.tensor(blocks), torch.tensor(offsets)), k[new], v[new])
         partials.append(
             micro_attention(
-                q[new], pool.keys(layer), pool.values(layer), _int32([pool.table(row.sequence)]), _int32([visible]),
+                q[new], pool.keys(layer), pool.values(layer), _int32([table]), _int32([visible]),
                 scale=scale, query_offsets=_int32([0, row.queries]), causal=True, q_start=_int32([row.length]),
             )
         )  # fmt: skip

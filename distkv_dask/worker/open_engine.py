@@ -92,9 +92,9 @@ class OpenEngine:
 
     # Messages of the gManager
 
-    def reserve(self, sequence: int, tokens: int) -> None:
+    def reserve(self, sequence: int, start: int, stop: int) -> None:
         """Allocate blocks; the ledger made sure that they are free."""
-        self.runtime.reserve(sequence, tokens)
+        self.runtime.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
         """Free blocks that nobody computes on."""

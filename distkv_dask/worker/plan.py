@@ -43,12 +43,16 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
     parts: dict[str, tuple[list[Row], list[int]]] = {}
     for place, (sequence, placement, length) in enumerate(batch):
         tail = tail_of(sequence, placement, length)
+        held: dict[str, list[Span]] = {}
         for span in placement:
-            stored = span.filled(length)
-            if stored or span is tail:
-                rows, places = parts.setdefault(span.worker, ([], []))
-                rows.append(Row(sequence, stored, queries, span is tail))
-                places.append(place)
+            if span.filled(length) or span is tail:
+                held.setdefault(span.worker, []).append(span)
+        for worker, spans in held.items():
+            rows, places = parts.setdefault(worker, ([], []))
+            stored = sum(span.filled(length) for span in spans)
+            ranges = tuple((span.start, span.stop) for span in spans)
+            rows.append(Row(sequence, stored, queries, spans[-1] is tail, ranges))
+            places.append(place)
     return {worker: Part(tuple(rows), tuple(places)) for worker, (rows, places) in parts.items()}
 
 

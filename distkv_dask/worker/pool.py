@@ -1,9 +1,16 @@
-"""The KV pool: preallocated rBlocks of one worker and the block table of each sequence (paper section 4)."""
+"""The KV pool: preallocated rBlocks of one worker and the block table of each sequence (paper section 4).
+
+A block table leads from a sequence's *logical* blocks (number ``n`` holds the tokens from ``n * block_tokens`` on) to
+blocks of the pool. A worker has those logical blocks whose spans it holds, wherever they lie in the sequence; old and
+new placements of a sequence whose blocks move are read through the same table.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,7 +59,7 @@ class Pool:
         self._value_rows = [view.transpose(1, 2) for view in self._values]
         self._lock = threading.Lock()
         self._runs = {0: blocks} if blocks else {}
-        self._tables: dict[int, tuple[int, ...]] = {}
+        self._tables: dict[int, dict[int, int]] = {}
 
     @staticmethod
     def block_bytes(*, layers: int, kv_heads: int, head_dim: int, dtype: str, block_tokens: int) -> int:
@@ -85,9 +92,9 @@ class Pool:
         self._key_rows[layer].index_put_(slots, keys)
         self._value_rows[layer].index_put_(slots, values)
 
-    def slots(self, sequence: int, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Block ids and offsets of a sequence's tokens ``start`` to ``stop``, counted from its first one here."""
-        table, size = self.table(sequence), self.block_tokens
+    def slots(self, table: Sequence[int], start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Block ids and offsets of tokens ``start`` to ``stop``, counted from the first of the table's."""
+        size = self.block_tokens
         return [table[at // size] for at in range(start, stop)], [at % size for at in range(start, stop)]
 
     @property
@@ -97,11 +104,32 @@ class Pool:
             return sum(map(len, self._tables.values()))
 
     def table(self, sequence: int) -> tuple[int, ...]:
-        """Block ids of a sequence in order; empty when it has nothing here."""
-        return self._tables.get(sequence, ())
+        """Ids of all blocks that a sequence has here, in the order of its tokens."""
+        with self._lock:
+            return tuple(block for _, block in sorted(self._tables.get(sequence, {}).items()))
 
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Make sure that a sequence has room for ``tokens`` tokens here; blocks that it has already are kept.
+    def find(self, sequence: int, spans: Iterable[tuple[int, int]]) -> list[int]:
+        """Block ids of token ranges ``[start, stop)`` of a sequence, in order.
+
+        All ranges begin, and all but the last end, where a block does: tokens follow each other without a gap then.
+
+        Raises
+        ------
+        CapacityError
+            The sequence has no such blocks here.
+        """
+        table, spans = self._tables.get(sequence, {}), list(spans)
+        borders = [end for span in spans for end in span][:-1]
+        blocks = [table.get(at) for start, stop in spans for at in self._logical(start, stop)]
+        if any(end % self.block_tokens for end in borders) or None in blocks:
+            raise CapacityError(
+                f"tokens {spans} of sequence {sequence} were planned on this worker, which has no blocks of "
+                f"{self.block_tokens} tokens for just these; this is a fault of the plan, please report it"
+            )
+        return cast(list[int], blocks)
+
+    def reserve(self, sequence: int, start: int, stop: int) -> None:
+        """Make sure that a sequence has room for its tokens ``[start, stop)`` here; blocks that it has are kept.
 
         Raises
         ------
@@ -109,34 +137,55 @@ class Pool:
             Not enough blocks are free; nothing was changed.
         """
         with self._lock:
-            table = self._tables.get(sequence, ())
-            wanted = -(-tokens // self.block_tokens) - len(table)
+            table = dict(self._tables.get(sequence, {}))
+            missing = [at for at in self._logical(start, stop) if at not in table]
             free = sum(self._runs.values())
-            if wanted > free:
+            if len(missing) > free:
                 size = self.storage[0].nbytes
                 raise CapacityError(
-                    f"{wanted} more KV blocks ({wanted * size} bytes) needed on this worker, {free} "
+                    f"{len(missing)} more KV blocks ({len(missing) * size} bytes) needed on this worker, {free} "
                     f"({free * size} bytes) are free; raise distkv.kv-memory or send fewer requests at once"
                 )
-            while wanted > 0:
-                run = self._take(wanted, after=table[-1] + 1 if table else None)
-                table += tuple(run)
-                wanted -= len(run)
-            self._tables[sequence] = table
+            while missing:
+                before = table.get(missing[0] - 1)
+                run = self._take(len(missing), after=None if before is None else before + 1)
+                table.update(zip(missing, run, strict=False))
+                del missing[: len(run)]
+            if table:
+                self._tables[sequence] = table  # a new dict: lanes may be reading the old one
+
+    def free(self, sequence: int, start: int, stop: int) -> None:
+        """Free a sequence's blocks of tokens ``[start, stop)``, as far as it has them here."""
+        with self._lock:
+            table = self._tables.get(sequence, {})
+            gone = self._logical(start, stop)
+            kept = {at: block for at, block in table.items() if at not in gone}
+            self._give_back(block for at, block in table.items() if at in gone)
+            if kept:
+                self._tables[sequence] = kept
+            else:
+                self._tables.pop(sequence, None)
 
     def release(self, sequence: int) -> None:
-        """Free the blocks of a sequence; nothing happens when it has none."""
+        """Free all blocks of a sequence; nothing happens when it has none."""
         with self._lock:
-            for block in self._tables.pop(sequence, ()):
-                self._runs[block] = 1
-            merged: dict[int, int] = {}
-            last = None
-            for start in sorted(self._runs):
-                if last is not None and last + merged[last] == start:
-                    merged[last] += self._runs[start]
-                else:
-                    merged[start], last = self._runs[start], start
-            self._runs = merged
+            self._give_back(self._tables.pop(sequence, {}).values())
+
+    def _logical(self, start: int, stop: int) -> range:
+        """Logical blocks of the tokens ``[start, stop)``."""
+        return range(start // self.block_tokens, -(-stop // self.block_tokens) if stop > start else 0)
+
+    def _give_back(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._runs[block] = 1
+        merged: dict[int, int] = {}
+        last = None
+        for start in sorted(self._runs):
+            if last is not None and last + merged[last] == start:
+                merged[last] += self._runs[start]
+            else:
+                merged[start], last = self._runs[start], start
+        self._runs = merged
 
     def _take(self, wanted: int, after: int | None) -> range:
         """Take up to ``wanted`` consecutive blocks: the table's own continuation, else the best fitting free run."""

@@ -101,10 +101,10 @@ class RManager(WorkerPlugin):
     def _close(self, payload: str) -> None:
         self._spawn(self._close_engine(payload))
 
-    def _reserve(self, payload: tuple[str, int, int]) -> None:
-        engine, sequence, tokens = payload
+    def _reserve(self, payload: tuple[str, int, int, int]) -> None:
+        engine, sequence, start, stop = payload
         if engine in self.engines:
-            self.engines[engine].reserve(sequence, tokens)
+            self.engines[engine].reserve(sequence, start, stop)
 
     def _retire(self, payload: tuple[str, int]) -> None:
         engine, sequence = payload

@@ -79,9 +79,9 @@ class Runtime:
         ring = None if self.tracer is None else self.tracer.holder
         lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))
 
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Reserve room for ``tokens`` tokens of a sequence; CapacityError when there is none."""
-        self.pool.reserve(sequence, tokens)
+    def reserve(self, sequence: int, start: int, stop: int) -> None:
+        """Reserve room for tokens ``[start, stop)`` of a sequence; CapacityError when there is none."""
+        self.pool.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
         """Free a sequence's blocks."""

@@ -37,16 +37,16 @@ class Shard:
         """Queries of all rows."""
         self.appended = sum(row.queries for row in rows if row.appends)
         """Tokens whose KV is appended here in each step."""
-        tables = [pool.table(row.sequence) for row in rows]
+        self._tables = tables = [pool.find(row.sequence, row.spans) for row in rows]
         width = max(map(len, tables), default=0)
-        padded = [table + (0,) * (width - len(table)) for table in tables]
+        padded = [table + [0] * (width - len(table)) for table in tables]
         offsets: torch.Tensor | None = None
         if self.tokens > len(rows):
             queries = torch.tensor([0, *(row.queries for row in rows)])
             offsets = queries.cumsum(0).to(torch.int32)
         causal = any(row.appends and row.queries > 1 for row in rows)
-        for row in rows:
-            self._check_room(row)
+        for row, table in zip(rows, tables, strict=True):
+            self._check_room(row, table)
         self._visible = torch.empty(len(rows), dtype=torch.int32)
         self._starts = torch.empty(len(rows), dtype=torch.int32) if causal else None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None
@@ -70,8 +70,8 @@ class Shard:
             Steps so far have used up a row's room.
         """
         if self._slots is None:
-            for row in self._rows:
-                self._check_room(row)
+            for row, table in zip(self._rows, self._tables, strict=True):
+                self._check_room(row, table)
         assert self._slots is not None
         self._pool.write(layer, self._slots, keys, values)
 
@@ -88,11 +88,10 @@ class Shard:
 
     def _prepare(self) -> None:
         """Make the index tensors of a step; none where the last step has used up a row's room."""
-        rows, self._slots = self._rows, None
-        if all(row.length + row.queries * row.appends <= self._room(row) for row in rows):
-            slots = [
-                self._pool.slots(row.sequence, row.length, row.length + row.queries) for row in rows if row.appends
-            ]
+        pool, rows, self._slots = self._pool, self._rows, None
+        both = list(zip(rows, self._tables, strict=True))
+        if all(row.length + row.queries * row.appends <= self._room(table) for row, table in both):
+            slots = [pool.slots(table, row.length, row.length + row.queries) for row, table in both if row.appends]
             self._slots = (
                 torch.tensor([block for blocks, _ in slots for block in blocks]),
                 torch.tensor([offset for _, offsets in slots for offset in offsets]),
@@ -101,11 +100,11 @@ class Shard:
         if self._starts is not None:
             self._starts[:] = torch.tensor([row.length for row in rows])
 
-    def _room(self, row: Row) -> int:
-        return len(self._pool.table(row.sequence)) * self._pool.block_tokens
+    def _room(self, table: Sequence[int]) -> int:
+        return len(table) * self._pool.block_tokens
 
-    def _check_room(self, row: Row) -> None:
-        if row.length + row.queries * row.appends > (room := self._room(row)):
+    def _check_room(self, row: Row, table: Sequence[int]) -> None:
+        if row.length + row.queries * row.appends > (room := self._room(table)):
             raise CapacityError(
                 f"sequence {row.sequence} has room for {room} tokens on this worker, but {row} was planned here; "
                 "this is a fault of the plan, please report it"

@@ -21,13 +21,15 @@ class Row(NamedTuple):
     """One sequence's part of a step at one worker.
 
     ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
-    ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal.
+    ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal. ``spans``
+    are the sequence's token ranges that the worker has room for up to there, in order: all but the last are full.
     """
 
     sequence: int
     length: int
     queries: int
     appends: bool
+    spans: tuple[tuple[int, int], ...]
 
 
 class Hello(NamedTuple):
@@ -84,13 +86,23 @@ def decode_rows(payload: Buffer) -> list[Row]:
     """
     rows = []
     for fields in _unpack(payload):
-        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, bool]:
-            raise ChannelError(f"a batch carries the row {fields!r}; sequence, length, queries, appends are expected")
-        row = Row(*fields)
+        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, bool, list]:
+            expected = "sequence, length, queries, appends, spans are expected"
+            raise ChannelError(f"a batch carries the row {fields!r}; {expected}")
+        row = Row(*fields)._replace(spans=_spans(fields[4]))
         if not (0 <= row.sequence < _TOP and 0 <= row.length < _TOP and 1 <= row.queries < 2**31):
             raise ChannelError(f"a batch carries {row}, whose numbers make no sense")
         rows.append(row)
     return rows
+
+
+def _spans(fields: list[Any]) -> tuple[tuple[int, int], ...]:
+    """Token ranges of a row, in ascending order."""
+    ends = [end for span in fields if isinstance(span, list) for end in span]
+    pairs = len(ends) == 2 * len(fields) and all(type(end) is int for end in ends)
+    if not pairs or ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] < _TOP):
+        raise ChannelError(f"a batch carries the spans {fields!r}; ascending pairs of tokens are expected")
+    return tuple((start, stop) for start, stop in fields)
 
 
 def _unpack(payload: Buffer) -> list[Any]:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from _channels import WAYS, Way
-from _fakes import BLOCK_TOKENS, TOKEN
+from _fakes import TOKEN
 from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
 from distkv_dask.worker.channels.base import Channel
@@ -35,10 +35,10 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def pool() -> Pool:
-    made = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=BLOCK_TOKENS, blocks=16)
+    made = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=16, blocks=16)
     torch.manual_seed(0)
     made.storage.normal_()
-    made.reserve(1, 40)
+    made.reserve(1, 0, 40)
     return made
 
 

@@ -109,7 +109,7 @@ def test_one_channel_serves_many_gangs_and_changing_batches(lane: Holder, home: 
         session = lane.open_session("engine", gang(number))
         begin(home, number, rows=())
         home.recv_into(Header(Kind.READY, number, 1))
-        body = encode_rows([Row(1, number, 1, True)])
+        body = encode_rows([Row(1, number, 1, True, ((0, 40),))])
         home.send(Header(Kind.BATCH, number, 1, step=7, length=len(body)), body)
         size = (HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
         for layer in range(2):
@@ -144,7 +144,7 @@ def test_a_home_that_does_not_read_its_answers_keeps_nobody_waiting(lane: Holder
     home = connect(lane)
     home._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     session = lane.open_session("engine", gang())
-    rows, queries = (Row(1, 30, 20_000, False),), 20_000
+    rows, queries = (Row(1, 30, 20_000, False, ((0, 40),)),), 20_000
     begin(home, rows=rows)
     home.recv_into(Header(Kind.READY, 1, 1))
     q = torch.zeros(queries, HEADS, HEAD_DIM)

@@ -24,32 +24,38 @@ class Bookkeeping(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(20)
-        self.tokens: dict[int, int] = {}
+        self.blocks: dict[int, set[int]] = {sequence: set() for sequence in range(6)}
 
-    @rule(sequence=st.integers(0, 5), tokens=st.integers(0, 60))
-    def reserve(self, sequence: int, tokens: int) -> None:
-        wanted = dict(self.tokens) | {sequence: max(tokens, self.tokens.get(sequence, 0))}
+    @rule(sequence=st.integers(0, 5), first=st.integers(0, 10), tokens=st.integers(0, 40))
+    def reserve(self, sequence: int, first: int, tokens: int) -> None:
+        start, wanted = first * BLOCK, {*range(first, first + -(-tokens // BLOCK))}
         before = self.pool.table(sequence)
-        if sum(-(-count // BLOCK) for count in wanted.values()) > 20:
+        if sum(map(len, self.blocks.values())) + len(wanted - self.blocks[sequence]) > 20:
             with pytest.raises(CapacityError, match="kv-memory"):
-                self.pool.reserve(sequence, tokens)
+                self.pool.reserve(sequence, start, start + tokens)
             assert self.pool.table(sequence) == before
             return
-        self.pool.reserve(sequence, tokens)
-        self.tokens = wanted
-        assert self.pool.table(sequence)[: len(before)] == before
+        self.pool.reserve(sequence, start, start + tokens)
+        self.blocks[sequence] |= wanted
+        assert {*before} <= {*self.pool.table(sequence)}
+
+    @rule(sequence=st.integers(0, 5), first=st.integers(0, 15), count=st.integers(0, 4))
+    def free(self, sequence: int, first: int, count: int) -> None:
+        self.pool.free(sequence, first * BLOCK, (first + count) * BLOCK)
+        self.blocks[sequence] -= {*range(first, first + count)}
 
     @rule(sequence=st.integers(0, 5))
     def release(self, sequence: int) -> None:
         self.pool.release(sequence)
-        self.tokens.pop(sequence, None)
+        self.blocks[sequence].clear()
         assert self.pool.table(sequence) == ()
 
     @invariant()
     def blocks_are_conserved_and_owned_once(self) -> None:
         tables = {sequence: self.pool.table(sequence) for sequence in range(6)}
         for sequence, table in tables.items():
-            assert len(table) == -(-self.tokens.get(sequence, 0) // BLOCK)
+            spans = [(at * BLOCK, (at + 1) * BLOCK) for at in sorted(self.blocks[sequence])]
+            assert tuple(self.pool.find(sequence, spans)) == table
         taken = [block for table in tables.values() for block in table]
         assert len(taken) == len(set(taken)) == self.pool.used_blocks
         assert set(taken) <= set(range(20))
@@ -58,7 +64,7 @@ class Bookkeeping(RuleBasedStateMachine):
         for sequence in range(6):
             self.pool.release(sequence)
         assert self.pool.used_blocks == 0
-        self.pool.reserve(99, 20 * BLOCK)
+        self.pool.reserve(99, 0, 20 * BLOCK)
         assert self.pool.table(99) == tuple(range(20))
 
 
@@ -69,28 +75,28 @@ TestBookkeeping.settings = settings(max_examples=60, stateful_step_count=30, dea
 def test_blocks_of_a_sequence_are_consecutive_when_any_run_is_long_enough() -> None:
     pool = make_pool(12)
     for sequence, blocks in enumerate((2, 3, 1, 4)):
-        pool.reserve(sequence, blocks * BLOCK)
+        pool.reserve(sequence, 0, blocks * BLOCK)
     pool.release(1)
-    pool.reserve(7, 2 * BLOCK)
+    pool.reserve(7, 0, 2 * BLOCK)
     assert pool.table(7) == (10, 11)  # the run that fits exactly, and leaves the longer one whole
-    pool.reserve(8, 3 * BLOCK)
+    pool.reserve(8, 0, 3 * BLOCK)
     assert pool.table(8) == (2, 3, 4)
 
 
 def test_a_growing_sequence_continues_behind_its_last_block() -> None:
     pool = make_pool(12)
-    pool.reserve(1, 2 * BLOCK)
-    pool.reserve(1, 5 * BLOCK)
+    pool.reserve(1, 0, 2 * BLOCK)
+    pool.reserve(1, 0, 5 * BLOCK)
     assert pool.table(1) == (0, 1, 2, 3, 4)
 
 
 def test_scattered_blocks_are_used_when_no_run_is_long_enough() -> None:
     pool = make_pool(6)
     for sequence in range(6):
-        pool.reserve(sequence, BLOCK)
+        pool.reserve(sequence, 0, BLOCK)
     for sequence in (0, 2, 3, 5):
         pool.release(sequence)
-    pool.reserve(9, 4 * BLOCK)
+    pool.reserve(9, 0, 4 * BLOCK)
     assert sorted(pool.table(9)) == [0, 2, 3, 5]
     assert pool.table(9)[:2] == (2, 3)  # the longest run first
 
@@ -104,9 +110,9 @@ def test_one_block_is_one_contiguous_piece_of_memory_of_the_stated_size() -> Non
 
 def test_written_keys_and_values_are_found_at_their_tokens_places() -> None:
     pool = make_pool(8)
-    pool.reserve(1, 3)
-    pool.reserve(2, 11)
-    blocks, offsets = pool.slots(2, 3, 10)
+    pool.reserve(1, 0, 3)
+    pool.reserve(2, 0, 11)
+    blocks, offsets = pool.slots(pool.table(2), 3, 10)
     keys, values = torch.randn(7, 2, 8), torch.randn(7, 2, 8)
     pool.write(1, (torch.tensor(blocks), torch.tensor(offsets)), keys, values)
     table = torch.tensor(pool.table(2))
@@ -116,3 +122,13 @@ def test_written_keys_and_values_are_found_at_their_tokens_places() -> None:
     assert torch.equal(stored_values[3:10], values)
     assert stored_keys[:3].abs().sum() == stored_keys[10:].abs().sum() == 0
     assert pool.keys(0).abs().sum() == 0
+
+
+def test_tokens_that_are_not_here_or_lie_across_a_blocks_border_are_never_read() -> None:
+    pool = make_pool(8)
+    pool.reserve(1, 0, 2 * BLOCK)
+    pool.reserve(1, 4 * BLOCK, 6 * BLOCK)
+    assert pool.find(1, [(0, 2 * BLOCK), (4 * BLOCK, 5 * BLOCK + 1)]) == list(pool.table(1))
+    for spans in ([(0, 3 * BLOCK)], [(1, BLOCK)], [(0, BLOCK + 1), (4 * BLOCK, 6 * BLOCK)], [(9 * BLOCK, 10 * BLOCK)]):
+        with pytest.raises(CapacityError, match="fault of the plan"):
+            pool.find(1, spans)

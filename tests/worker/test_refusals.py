@@ -56,7 +56,20 @@ def test_a_home_with_another_model_is_told_both_geometries(lane: Holder, change:
         connect(lane, HELLO._replace(**change))
 
 
-@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x81\x01\x02", b"\x91\x94\x01\xff\x01\xc2"])
+NO_ROWS = [
+    b"",
+    b"\xc1",
+    b"\x93\x01\x02\x03",
+    b"\x81\x01\x02",
+    b"\x91\x94\x01\xff\x01\xc2",
+    b"\x91\x95\x01\xff\x01\xc2\x90",  # stored tokens below zero
+    b"\x91\x95\x01\x01\x01\xc2\x91\x92\x10\x00",  # a span that ends before it begins
+    b"\x91\x95\x01\x01\x01\xc2\x91\x91\x10",  # half a span
+    b"\x91\x95\x01\x01\x01\xc2\x92\x00\x10",  # no spans
+]
+
+
+@pytest.mark.parametrize("body", NO_ROWS)
 def test_a_batch_that_makes_no_sense_is_refused(lane: Holder, home: Channel, body: bytes) -> None:
     session = lane.open_session("engine", gang())
     home.send(Header(Kind.BEGIN, 1, 1, length=len(body)), body)
@@ -69,7 +82,7 @@ def test_a_batch_that_makes_no_sense_is_refused(lane: Holder, home: Channel, bod
 
 def test_rows_without_room_are_refused_on_both_sides(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
-    begin(home, rows=(Row(1, 48, 1, True),))
+    begin(home, rows=(Row(1, 48, 1, True, ((0, 40),)),))
     with pytest.raises(GangAbortedError, match="has room for 48 tokens"):
         home.recv_into(Header(Kind.READY, 1, 1))
     with pytest.raises(CapacityError, match="has room for 48 tokens"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -28,28 +29,39 @@ SPLITS = {
     "an empty span ahead": [("w1", 33), ("w0", ROOM), ("w2", 16)],
     "spans without room": [("w1", 0), ("w2", 33), ("w3", 0), ("w0", ROOM)],
     "five workers": [("w3", 17), ("w1", 5), ("w4", 30), ("w0", 11), ("w2", ROOM)],
+    "a holder has two spans": [("w1", 32), ("w0", 16), ("w1", 16), ("w0", ROOM)],
+    "all in turns, the tail too": [(f"w{at % 3}", 8) for at in range(ROOM // 8 + 1)],
+    "a holder's second span grows": [("w1", 24), ("w0", 24), ("w1", ROOM)],
 }
+
+
+def block_tokens(room: list[tuple[str, int]]) -> int:
+    """The largest block that all inner borders of a split are borders of."""
+    ends = list(itertools.accumulate(tokens for _, tokens in room))
+    return next(size for size in (8, 4, 2, 1) if not any(end % size for end in ends[:-1]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_logits_are_those_of_one_process_for_every_split(family: str) -> None:
     model = Recorder(loaded(family))
     right = reference(family)
-    with fleet(model, 5) as made:
-        for name, room in SPLITS.items():
-            model.logits.clear()
-            placement = made.place(1, *room)
-            assert generate(made, placement, "w0") == right.tokens, name
-            logits = torch.cat(model.logits[-NEW:])
-            assert torch.allclose(logits, right.logits, atol=1e-4, rtol=1e-4), name
-            made.release(1)
-        assert all(member.pool.used_blocks == 0 for member in made.members.values())
+    for size in (8, 4, 2, 1):
+        splits = {name: room for name, room in SPLITS.items() if block_tokens(room) == size}
+        with fleet(model, 5, block_tokens=size) as made:
+            for name, room in splits.items():
+                model.logits.clear()
+                placement = made.place(1, *room)
+                assert generate(made, placement, "w0") == right.tokens, name
+                logits = torch.cat(model.logits[-NEW:])
+                assert torch.allclose(logits, right.logits, atol=1e-4, rtol=1e-4), name
+                made.release(1)
+            assert all(member.pool.used_blocks == 0 for member in made.members.values())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_any_number_of_workers_and_any_chunks_give_the_same_tokens(size: int, chunk: int) -> None:
-    with fleet(loaded("llama-gqa"), size) as made:
+    with fleet(loaded("llama-gqa"), size, block_tokens=1) as made:
         share = -(-ROOM // size)
         placement = made.place(1, *((worker, share) for worker in made.members))
         for home in made.members:
@@ -58,7 +70,7 @@ def test_any_number_of_workers_and_any_chunks_give_the_same_tokens(size: int, ch
 
 @pytest.mark.parametrize("room", [[("w1", ROOM)], [("w0", 30), ("w1", 20), ("w2", ROOM)], [("w1", 30), ("w0", ROOM)]])
 def test_one_home_can_compute_chunks_whose_kv_belongs_to_others(way: Way, room: list[tuple[str, int]]) -> None:
-    with fleet(loaded("qwen2"), 3, way) as made:
+    with fleet(loaded("qwen2"), 3, way, block_tokens=2) as made:
         placement = made.place(1, *room)
         gang = made.gang("w0", [worker for worker, _ in room if worker != "w0"])
         ids = tuple(prompt_ids(PROMPT))
@@ -77,7 +89,7 @@ def test_sequences_join_at_different_windows_and_leave_when_they_stop(way: Way) 
         [("w2", 16), ("w1", 16), ("w0", 50)],
     ]
     counts = (14, 4, 9, 11)
-    with fleet(loaded(family), 3, way) as made:
+    with fleet(loaded(family), 3, way, block_tokens=4) as made:
         tokens: dict[int, list[int]] = {}
         waiting = list(enumerate(zip(lengths, rooms, counts, strict=True)))
         batch: list[SequenceState] = []

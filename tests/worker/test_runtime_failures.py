@@ -64,8 +64,8 @@ def endings(made: Fleet, endpoint: Endpoint, others: tuple[str, ...] = ()) -> tu
     """Decode with a bad holder: the errors of home and other holders, and the seconds that it took."""
     room = [(worker, 8) for worker in others]
     placement = made.place(1, *room, ("w0", ROOM - 8 * len(room)))
-    bad = replace(placement[-1], worker="w9", start=placement[-1].start, stop=PROMPT - 1)
-    tail = replace(placement[-1], start=PROMPT - 1, stop=ROOM)
+    bad = replace(placement[-1], worker="w9", start=placement[-1].start, stop=64)
+    tail = replace(placement[-1], start=64, stop=ROOM)
     placement = (*placement[:-1], bad, tail)
     gang = made.gang("w0", others)
     gang = replace(gang, holders=(*gang.holders, endpoint))
