@@ -86,8 +86,13 @@ class Config:
     trace
         File, or folder for a file, into which the engine writes what the workers' lanes spend their time on; None
         records nothing.
-    timeout_open, timeout_start, timeout_receive, timeout_close
-        Time limits in seconds: opening an engine, starting a gang, silence of a peer, closing an engine.
+    move_tokens_per_step
+        Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
+    lend_limit
+        Part of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes at most.
+    timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close
+        Time limits in seconds: opening an engine, starting a gang, silence of a peer, moving everything away from a
+        worker that is retired, closing an engine.
     """
 
     kv_memory: int | None = _key("kv-memory")
@@ -104,9 +109,12 @@ class Config:
     window_steps: int | None = _key("window.steps")
     window_batch: int = _key("window.batch")
     trace: str | None = _key("trace")
+    move_tokens_per_step: int = _key("move.tokens-per-step")
+    lend_limit: float = _key("lend-limit")
     timeout_open: float = _key("timeouts.open")
     timeout_start: float = _key("timeouts.start")
     timeout_receive: float = _key("timeouts.receive")
+    timeout_drain: float = _key("timeouts.drain")
     timeout_close: float = _key("timeouts.close")
 
     @classmethod
@@ -196,5 +204,10 @@ def _allowed(schema: Schema) -> str:
         if "unit" in schema:
             example = {"bytes": "64 MiB", "seconds": "2 minutes"}[schema["unit"]]
             text += f' of {schema["unit"]} or text such as "{example}",'
-        text += f" of at least {schema['minimum']}" if "minimum" in schema else f" above {schema['exclusiveMinimum']}"
+        if "maximum" in schema:
+            text += f" from {schema['minimum']} to {schema['maximum']}"
+        else:
+            text += (
+                f" of at least {schema['minimum']}" if "minimum" in schema else f" above {schema['exclusiveMinimum']}"
+            )
     return f"{text}, or null" if "null" in kinds else text

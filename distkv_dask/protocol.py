@@ -60,6 +60,10 @@ class ToWorker(StrEnum):
     RELEASE = "distkv-release"
     JOIN = "distkv-join"
     RESET = "distkv-reset"
+    EXPECT = "distkv-expect"
+    SEND = "distkv-send"
+    RELOCATE = "distkv-relocate"
+    FREE = "distkv-free"
     ABORT = "distkv-abort"
 
 
@@ -76,6 +80,24 @@ class FromWorker(StrEnum):
     WINDOW_DONE = "window-done"
     GANG_FAILED = "gang-failed"
     RETIRED = "retired"
+    EXPECTED = "expected"
+    SENT = "sent"
+    RELOCATED = "relocated"
+
+
+class ToPeer(StrEnum):
+    """RManager to rManager, rpc."""
+
+    BLOCKS = "distkv_blocks"
+
+
+class Piece(NamedTuple):
+    """A piece of move ``number``: bytes of its block number ``block`` from ``offset`` on; ``last`` ends the move."""
+
+    number: int
+    block: int
+    offset: int
+    last: bool
 
 
 class Span(NamedTuple):

@@ -94,8 +94,8 @@ class Span:
 Placement = tuple[Span, ...]
 """Ordered, gapless spans of one sequence, from token 0; adjacent spans lie on different workers.
 
-A worker may hold several spans; borders between spans are multiples of the block's tokens. Only the last span grows: its
-worker is the sequence's home.
+A worker may hold several spans; borders between spans are multiples of the block's tokens. Only the last span grows:
+its worker is the sequence's home.
 """
 
 

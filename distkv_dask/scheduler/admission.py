@@ -68,4 +68,4 @@ def prefill_slots(ledger: Ledger) -> int:
 
     More would only delay everybody's first token: prefill is bound by compute, not by memory.
     """
-    return max(1, len(ledger.workers))
+    return max(1, sum(account.can_decode for account in ledger.workers.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distkv_dask.protocol import Delivery
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement, PrefillChunk, SequenceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,57 @@ class Reset:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers EXPECTED)."""
+
+    worker: str
+    number: int
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects move ``number`` (answered by SENT).
+
+    ``pace`` is the time of a decode step that the copying hides under, in seconds; 0 is as fast as can be.
+    """
+
+    worker: str
+    number: int
+    sequence: int
+    start: int
+    stop: int
+    target: str
+    pace: float
+
+
+@dataclass(frozen=True, slots=True)
+class Relocate:
+    """Decode a sequence with another placement from the next window on.
+
+    The home answers RELOCATED when no window uses the old one any more.
+    """
+
+    home: str
+    number: int
+    sequence: int
+    placement: Placement
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Free the blocks of tokens ``[start, stop)`` of a sequence, which take part in no window; move none of them."""
+
+    worker: str
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """End a worker's part in a gang; without an error where the gang went on without needing it (``unused``)."""
 
@@ -97,5 +148,19 @@ class Forget:
 
 
 Command = (
-    Reserve | Retire | Release | SubmitPrefill | SubmitWindow | AddHolders | Join | Reset | Abort | Forget | Delivery
+    Reserve
+    | Retire
+    | Release
+    | SubmitPrefill
+    | SubmitWindow
+    | AddHolders
+    | Join
+    | Reset
+    | Expect
+    | Send
+    | Relocate
+    | Free
+    | Abort
+    | Forget
+    | Delivery
 )

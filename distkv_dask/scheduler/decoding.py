@@ -162,6 +162,11 @@ class WindowChain:
                 yield Abort(holder.worker, gang.number, "no sequence of the window needed this holder", unused=True)
         yield Forget(gang, finished=True)
 
+    def holders(self) -> Iterator[Endpoint]:
+        """The holders of all its sequences and outstanding windows."""
+        for holders in (*self.sequences.values(), *(gang.holders for gang in self.gangs())):
+            yield from holders
+
     def gangs(self) -> Iterator[Gang]:
         """The gangs of all outstanding windows."""
         for entry in self._outstanding.values():

@@ -248,6 +248,14 @@ class GManager(SchedulerPlugin):
                 self._gang_failed(state, gang, error)
             case FromWorker.RETIRED:
                 self._run(state, life.retired(payload, worker, now))
+            case FromWorker.EXPECTED:
+                number, refusal = payload
+                self._run(state, life.move_expected(number, refusal, now))
+            case FromWorker.SENT:
+                number, failure = payload
+                self._run(state, life.move_sent(number, failure, now))
+            case FromWorker.RELOCATED:
+                self._run(state, life.relocated(payload, now))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Dask hook: a worker died or left."""
@@ -303,6 +311,15 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.JOIN, (state.spec.engine, sequence_state, holders))
                 case do.Reset(home, epoch):
                     self._send(home, ToWorker.RESET, (state.spec.engine, epoch))
+                case do.Expect(worker, number, sequence, start, stop):
+                    self._send(worker, ToWorker.EXPECT, (state.spec.engine, number, sequence, start, stop))
+                case do.Send(worker, number, sequence, start, stop, target, pace):
+                    payload = (state.spec.engine, number, sequence, start, stop, target, pace)
+                    self._send(worker, ToWorker.SEND, payload)
+                case do.Relocate(home, number, sequence, placement, holders):
+                    self._send(home, ToWorker.RELOCATE, (state.spec.engine, number, sequence, placement, holders))
+                case do.Free(worker, sequence, start, stop):
+                    self._send(worker, ToWorker.FREE, (state.spec.engine, sequence, start, stop))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
                 case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":

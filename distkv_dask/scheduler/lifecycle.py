@@ -26,8 +26,10 @@ from distkv_dask.scheduler.commands import (
     SubmitPrefill,
 )
 from distkv_dask.scheduler.decoding import WindowChain
+from distkv_dask.scheduler.draining import moves_away
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live, cut_prompt
+from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
@@ -89,17 +91,22 @@ class Lifecycle:
         self._prefilling: set[int] = set()
         self._largest_blocks = 0
         self._ending = False
+        self._leaving: set[str] = set()
         self._numbers = gang_numbers
         self._ordinals: dict[str, int] = {}
+        self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
 
     # Events: workers
 
-    def worker_ready(self, endpoint: Endpoint, capacity: int, now: float) -> Iterator[Command]:
-        """A worker loaded the model and allocated a pool of ``capacity`` blocks."""
+    def worker_ready(
+        self, endpoint: Endpoint, capacity: int, now: float, *, can_decode: bool = True
+    ) -> Iterator[Command]:
+        """A worker allocated a pool of ``capacity`` blocks and loaded the model, if it is no memory worker."""
         worker = endpoint.worker
         if worker in self.ledger.workers:
             return
-        self.ledger.add_worker(endpoint, capacity)
+        lends = int(capacity * self.config.lend_limit) if can_decode else capacity
+        self.ledger.add_worker(endpoint, capacity, lend_limit=lends, can_decode=can_decode)
         self._largest_blocks = max(self._largest_blocks, self.policy.limit(self.ledger))
         ordinal = self._ordinals.setdefault(worker, len(self._ordinals))
         self.chains[worker] = WindowChain(
@@ -109,18 +116,20 @@ class Lifecycle:
             lambda sequence: self.live[sequence].remaining,
             self.config.window_steps,
         )
-        yield from self._admit(now)
+        yield from self._go_on(now)
 
     def worker_lost(self, worker: str, now: float) -> Iterator[Command]:
         """A worker died or left: requests with blocks on it fail, the others go on from their last commit."""
         if worker not in self.ledger.workers:
             return
         lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
+        self._leaving.discard(worker)
         chain = self.chains.pop(worker)
         for gang in chain.gangs():
             yield from self._abandon(gang, f"home {worker} is gone")
+        yield from self.moving.worker_lost(worker, lost)
         for other in self.chains.values():
-            if any(holder.worker == worker for gang in other.gangs() for holder in gang.holders):
+            if any(holder.worker == worker for holder in other.holders()):
                 yield from self._restart_chain(other, f"holder {worker} is gone", but=lost, now=now)
         for sequence in lost:
             error = WorkerLostError(
@@ -131,6 +140,52 @@ class Lifecycle:
         for sequence, live in list(self.live.items()):
             if live.state == "retiring":
                 yield from self.retired(sequence, worker, now)
+
+    def drain(self, worker: str, leaving: bool, now: float) -> Iterator[Command]:
+        """A worker is about to leave: move its blocks away and place nothing on it (or it stays after all)."""
+        if worker in self.ledger.workers:
+            (self._leaving.add if leaving else self._leaving.discard)(worker)
+            self.ledger.retire_worker(worker, leaving)
+            yield from self._go_on(now)
+
+    def is_drained(self, worker: str) -> bool:
+        """Whether a worker has no blocks (any more)."""
+        return worker not in self.ledger.workers or not self.ledger.workers[worker].held
+
+    # Events: moves
+
+    def move_expected(self, number: int, refusal: str, now: float) -> Iterator[Command]:
+        """The target of a move allocated its blocks, or refused."""
+        yield from self.moving.expected(number, refusal, now)
+        yield from self._go_on(now)
+
+    def move_sent(self, number: int, failure: str, now: float) -> Iterator[Command]:
+        """The source of a move has copied its blocks, or failed to."""
+        yield from self.moving.sent(number, failure, now)
+        yield from self._go_on(now)
+
+    def relocated(self, number: int, now: float) -> Iterator[Command]:
+        """A home uses a sequence's old placement no more."""
+        yield from self.moving.relocated(number)
+        yield from self._go_on(now)
+
+    def _go_on(self, now: float) -> Iterator[Command]:
+        """Room or a worker has become free: admit requests, then move blocks."""
+        yield from self._admit(now)
+        for worker in sorted(self._leaving):
+            if not self.moving.busy(worker):
+                yield from self._move_away(worker, now)
+        for move in self.policy.moves(self.ledger, self._queue):
+            if self.moving.can_start(move):
+                yield from self.moving.start(move, now)
+
+    def _move_away(self, worker: str, now: float) -> Iterator[Command]:
+        held = [number for number in self.ledger.workers[worker].held if self.live[number].state == "decode"]
+        full = {number: self.moving.full_tokens(number) for number in held}
+        for move, pause in moves_away(self.ledger, worker, full, self.config.window_batch):
+            if self.moving.can_start(move, pause=pause):
+                yield from self.moving.start(move, now)
+                return
 
     # Events: requests
 
@@ -177,6 +232,8 @@ class Lifecycle:
                 text = f"home {chain.home} did not start window {late.name} within {self.config.timeout_start:g} s"
                 hint = "(distkv.timeouts.start): Dask paused it for its memory, or it is busy with other tasks"
                 yield from self.gang_failed(late.number, GangAbortedError(f"{text} {hint}"), now)
+        yield from self.moving.expire(now)
+        yield from self._go_on(now)
         limit = self.policy.limit(self.ledger)
         for ask in list(self._queue):
             sequence, live = ask.sequence, self.live[ask.sequence]
@@ -218,7 +275,7 @@ class Lifecycle:
             return
         live.state = "decode"
         yield from self._join(live)
-        yield from self._admit(now)
+        yield from self._go_on(now)
 
     def window_started(self, home: str, number: int) -> Iterator[Command]:
         """A home began a window."""
@@ -234,6 +291,8 @@ class Lifecycle:
         if chain is None or settled is None:
             return
         yield from settled
+        if result.steps:
+            self.moving.stepped(home, result.seconds / result.steps)
         for sequence, tokens in result.tokens.items():
             live = self.live.get(sequence)
             if live is None or live.state != "decode":
@@ -245,6 +304,7 @@ class Lifecycle:
             if sequence in result.finished:
                 yield from self._end(sequence, result.finished[sequence], now, settled=True)
         yield from chain.pump()
+        yield from self._go_on(now)
 
     def gang_failed(self, gang: int, error: Exception, now: float) -> Iterator[Command]:
         """A member of a gang failed while all its workers live: try again a few times, then fail its requests."""
@@ -272,16 +332,17 @@ class Lifecycle:
         """
         live = self.live.get(sequence)
         if live is None or live.state != "retiring":
+            yield from self.moving.paused(sequence, worker, now)
             return
         live.retiring.discard(worker)
         if live.retiring:
             return
         if not live.forwards_ended:
             live.forwards_ended = True
-            yield from self._retire(live, {span.worker for span in self.ledger.sequences[sequence].placement})
+            yield from self._retire(live, {*self.ledger.sequences[sequence].workers()})
         if not live.retiring:
             yield from self._release(sequence)
-            yield from self._admit(now)
+            yield from self._go_on(now)
 
     def _retire(self, live: Live, workers: set[str]) -> Iterator[Command]:
         live.retiring = {worker for worker in workers if worker in self.ledger.workers}
@@ -305,10 +366,12 @@ class Lifecycle:
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
         """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
-        placement, step = self.ledger.sequences[live.sequence].placement, self.config.prefill_chunk_tokens
+        account, step = self.ledger.sequences[live.sequence], self.config.prefill_chunk_tokens
+        placement = account.placement
         chunks: list[PrefillChunk] = []
-        for worker, first, last in cut_prompt(placement, start, len(live.prompt), step):
-            holders = tuple(self.ledger.holders(placement, first, but=worker))
+        for holder, first, last in cut_prompt(placement, start, len(live.prompt), step):
+            worker = holder if self.ledger.workers[holder].can_decode else account.home
+            holders = tuple(self.ledger.holders(placement, last, but=worker))
             gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, worker, holders)
             final = last == len(live.prompt)
             chunks.append(
@@ -338,8 +401,9 @@ class Lifecycle:
 
     def _join(self, live: Live) -> Iterator[Command]:
         account = self.ledger.sequences[live.sequence]
-        holders = tuple(self.ledger.holders(account.placement, but=account.home))
-        yield Join(account.home, live.state_at(account), holders)
+        placement = self.moving.placement(live.sequence)
+        holders = tuple(self.ledger.holders(placement, but=account.home))
+        yield Join(account.home, live.state_at(placement, account.length), holders)
         yield from self.chains[account.home].join(live.sequence, holders)
 
     def _window_seconds(self, home: str) -> float:
@@ -384,6 +448,7 @@ class Lifecycle:
         account = self.ledger.sequences.get(sequence)
         placement = account.placement if account is not None else ()
         yield Delivery(sequence, (), reason, error, live.timings(now), placement)
+        self.moving.forget(sequence)
         if account is None:
             self._queue.withdraw(sequence)
             del self.live[sequence]
@@ -399,7 +464,7 @@ class Lifecycle:
             yield from self._release(sequence)
             yield from self._admit(now)
             return
-        computing = {account.home} if live.state == "decode" else {span.worker for span in account.placement}
+        computing = {account.home} if live.state == "decode" else {*account.workers()}
         live.state = "retiring"
         yield from self._retire(live, computing)
         if not live.retiring:

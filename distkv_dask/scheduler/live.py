@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.scheduler.accounts import SequenceAccount
 from distkv_dask.types import Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 
@@ -50,12 +49,12 @@ class Live:
         """Prompt and generated tokens where the repetition penalty needs them, else nothing."""
         return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
 
-    def state_at(self, account: SequenceAccount) -> SequenceState:
+    def state_at(self, placement: Placement, length: int) -> SequenceState:
         """Committed state, for a home to decode from."""
         return SequenceState(
             self.sequence,
-            account.placement,
-            account.length,
+            placement,
+            length,
             self.generated[-1],
             self.remaining,
             self.sampling,

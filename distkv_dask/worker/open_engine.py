@@ -6,21 +6,25 @@ lane. What they share is small and under one lock.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distkv_dask.errors import DistKVError, GangAbortedError
-from distkv_dask.protocol import EngineSpec, FromWorker, Ready
+import numpy as np
+
+from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError
+from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
     FinishReason,
     Gang,
+    Placement,
     PrefillChunk,
     SequenceState,
     WindowResult,
@@ -28,6 +32,7 @@ from distkv_dask.types import (
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.layer_tasks import LayerTasks
 from distkv_dask.worker.model import LoadedModel
+from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
 
 _REMEMBERED = 1024
@@ -70,6 +75,7 @@ class OpenEngine:
         self._batch: dict[int, SequenceState] = {}
         self._holders: dict[int, tuple[Endpoint, ...]] = {}
         self._retired: set[int] = set()
+        self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
 
     def facts(self) -> Ready:
@@ -97,11 +103,12 @@ class OpenEngine:
         self.runtime.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
-        """Free blocks that nobody computes on."""
+        """Free all blocks of a sequence, which nobody computes on."""
         with self._lock:
             self._batch.pop(sequence, None)
             self._holders.pop(sequence, None)
             self._retired.discard(sequence)
+        self._arrivals.drop(sequence)
         self.runtime.release(sequence)
 
     def retire(self, sequence: int) -> None:
@@ -109,6 +116,7 @@ class OpenEngine:
         with self._lock:
             self._retired.add(sequence)
             self._batch.pop(sequence, None)
+            self._holders.pop(sequence, None)
         self.lanes.home.submit_next(self._retire_holding, sequence)
 
     def _retire_holding(self, sequence: int) -> None:
@@ -119,8 +127,67 @@ class OpenEngine:
     def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
         """Decode a sequence from the next window on."""
         with self._lock:
+            self._retired.discard(state.sequence)
             self._batch[state.sequence] = state
             self._holders[state.sequence] = holders
+
+    def relocate(self, number: int, sequence: int, placement: Placement, holders: tuple[Endpoint, ...]) -> None:
+        """Decode a sequence with another placement from the next window on; say when no window uses the old one."""
+        with self._lock:
+            if sequence in self._batch:
+                self._batch[sequence] = replace(self._batch[sequence], placement=placement)
+                self._holders[sequence] = holders
+        self.lanes.home.submit(self._tell, FromWorker.RELOCATED, self.spec.engine, number)
+
+    # Moves of blocks
+
+    def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
+        """Allocate blocks that a move brings, and say so, or that there is no room."""
+        refusal = ""
+        try:
+            self._arrivals.expect(number, sequence, start, stop)
+        except CapacityError as error:
+            refusal = str(error)
+        self._tell(FromWorker.EXPECTED, self.spec.engine, (number, refusal))
+
+    def take(self, piece: Piece, data: np.ndarray) -> str:
+        """Store a piece of a block that came; the reason why not, if it is not wanted. May run in any thread."""
+        try:
+            self._arrivals.take(piece, data)
+        except DistKVError as error:
+            return str(error)
+        return ""
+
+    async def send(
+        self,
+        peer: Callable[[Piece, np.ndarray], Awaitable[str]],
+        number: int,
+        sequence: int,
+        tokens: range,
+        pace: float,
+    ) -> None:
+        """Copy a sequence's blocks to ``peer``, which answers each piece, and say how that ended."""
+
+        async def send(piece: Piece, data: np.ndarray) -> None:
+            refusal = await asyncio.wait_for(peer(piece, data), self.spec.config.timeout_receive)
+            if refusal:
+                raise GangAbortedError(refusal)
+
+        failure = ""
+        try:
+            await send_blocks(
+                self.runtime.pool, number, sequence, tokens, send, self.spec.config.move_tokens_per_step, pace
+            )
+        except (DistKVError, OSError, TimeoutError) as error:
+            failure = f"{type(error).__name__}: {error}"
+        self._tell(FromWorker.SENT, self.spec.engine, (number, failure))
+
+    def free(self, sequence: int, start: int, stop: int) -> None:
+        """Free blocks that moved away, or that a move was to bring."""
+        self._arrivals.drop(sequence)
+        self.runtime.pool.free(sequence, start, stop)
+        with self._lock:
+            self._retired.discard(sequence)
 
     def reset(self, epoch: int) -> None:
         """Forget all sequences; windows of an older epoch, running ones included, commit nothing."""
@@ -207,13 +274,14 @@ class OpenEngine:
     def _advance(self, state: SequenceState, result: WindowResult) -> None:
         """Commit a window's tokens to one sequence of the batch, unless it left meanwhile."""
         tokens = result.tokens.get(state.sequence, [])
-        if self._batch.get(state.sequence) is not state:
+        present = self._batch.get(state.sequence)  # perhaps relocated
+        if present is None:
             return
         if state.sequence in result.finished:
             del self._batch[state.sequence]
             return
         self._batch[state.sequence] = replace(
-            state,
+            present,
             length=state.length + len(tokens),
             last_token=tokens[-1],
             remaining=state.remaining - len(tokens),

@@ -52,6 +52,8 @@ class Pool:
         # numpy's zeros take no memory until they are written to; torch's would touch all of a large pool at once
         zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
         self.storage = torch.from_numpy(zeros).view(self.dtype).view(shape)
+        self.bytes = zeros.reshape(blocks, -1) if blocks else zeros.reshape(0, 0)
+        """uint8 [blocks, bytes of a block]: the same memory, for moving blocks as they are."""
         advise_huge_pages(self.storage)
         self._keys = [self.storage[:, layer, 0] for layer in range(layers)]
         self._values = [self.storage[:, layer, 1] for layer in range(layers)]

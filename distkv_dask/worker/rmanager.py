@@ -10,19 +10,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import Worker, WorkerPlugin
 from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
+from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
-from distkv_dask.protocol import PLUGIN, TAKE_TRACE, WORKER_EVENT, EngineSpec, FromWorker, ToWorker, pack, unpack
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk, SequenceState
+from distkv_dask.protocol import (
+    PLUGIN,
+    TAKE_TRACE,
+    WORKER_EVENT,
+    EngineSpec,
+    FromWorker,
+    Piece,
+    ToPeer,
+    ToWorker,
+    pack,
+    unpack,
+)
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement, PrefillChunk, SequenceState
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from distkv_dask.worker.lanes import Lanes
     from distkv_dask.worker.layer_tasks import LayerTasks
     from distkv_dask.worker.open_engine import OpenEngine
@@ -43,6 +57,7 @@ class RManager(WorkerPlugin):
         self._changing = asyncio.Lock()
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sending: dict[str, set[asyncio.Task[None]]] = {}
         self._handlers: dict[str, Callable[..., None]] = {
             ToWorker.OPEN: self._open,
             ToWorker.CLOSE: self._close,
@@ -51,8 +66,13 @@ class RManager(WorkerPlugin):
             ToWorker.RELEASE: self._release,
             ToWorker.JOIN: self._join,
             ToWorker.RESET: self._reset,
+            ToWorker.EXPECT: self._expect,
+            ToWorker.SEND: self._send_blocks,
+            ToWorker.RELOCATE: self._relocate,
+            ToWorker.FREE: self._free,
             ToWorker.ABORT: self._abort,
         }
+        worker.handlers[ToPeer.BLOCKS] = self._take_blocks
         for call, handler in self._handlers.items():
             worker.stream_handlers[call] = partial(_unpacked, handler)
         worker.handlers[TAKE_TRACE] = self.take_trace
@@ -66,6 +86,7 @@ class RManager(WorkerPlugin):
         for call in self._handlers:
             worker.stream_handlers.pop(call, None)
         worker.handlers.pop(TAKE_TRACE, None)
+        worker.handlers.pop(ToPeer.BLOCKS, None)
         for name in list(self.engines):
             await self._close_engine(name)
 
@@ -126,6 +147,30 @@ class RManager(WorkerPlugin):
         if engine in self.engines:
             self.engines[engine].reset(epoch)
 
+    def _expect(self, payload: tuple[str, int, int, int, int]) -> None:
+        engine, number, sequence, start, stop = payload
+        if engine in self.engines:
+            self.engines[engine].expect(number, sequence, start, stop)
+
+    def _send_blocks(self, payload: tuple[str, int, int, int, int, str, float]) -> None:
+        engine, number, sequence, start, stop, target, pace = payload
+        if engine in self.engines:
+            peer = partial(self._send_piece, engine, target)
+            task = self._spawn(self.engines[engine].send(peer, number, sequence, range(start, stop), pace))
+            tasks = self._sending.setdefault(engine, set())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    def _relocate(self, payload: tuple[str, int, int, Placement, tuple[Endpoint, ...]]) -> None:
+        engine, number, sequence, placement, holders = payload
+        if engine in self.engines:
+            self.engines[engine].relocate(number, sequence, placement, holders)
+
+    def _free(self, payload: tuple[str, int, int, int]) -> None:
+        engine, sequence, start, stop = payload
+        if engine in self.engines:
+            self.engines[engine].free(sequence, start, stop)
+
     def _abort(self, payload: tuple[str, int, str, bool]) -> None:
         engine, gang, reason, unused = payload
         if engine in self.engines:
@@ -145,10 +190,26 @@ class RManager(WorkerPlugin):
         with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
             self.worker.batched_stream.send(message)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Messages of other rManagers
+
+    async def _send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
+        answer: str = await self.worker.rpc(target).distkv_blocks(
+            engine=engine, piece=tuple(piece), data=to_serialize(data)
+        )
+        return answer
+
+    async def _take_blocks(self, engine: str, piece: Sequence[Any], data: np.ndarray) -> str:
+        """Another worker sends a piece of a block; says why it is not taken, if it is not."""
+        if engine not in self.engines:
+            return f"engine {engine} is not open on worker {self.worker.address}"
+        take = partial(self.engines[engine].take, Piece(*piece), data)
+        return await asyncio.get_running_loop().run_in_executor(None, take)
 
     # Opening and closing
 
@@ -186,6 +247,8 @@ class RManager(WorkerPlugin):
     async def _close_engine(self, name: str) -> None:
         async with self._changing:
             engine = self.engines.pop(name, None)
+            for task in self._sending.pop(name, ()):
+                task.cancel()
             try:
                 if engine is not None:
                     await asyncio.get_running_loop().run_in_executor(None, engine.close)

@@ -1,0 +1,113 @@
+"""Moving blocks between pools while both workers compute: the source's copying, and what the target waits for.
+
+Bytes go over Dask's own comm from worker to worker (encrypted where the cluster's is), off the lanes. A block of the
+pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they lie there. What a
+target has not been told to expect, or expects no more, it does not take: a late piece never lands in somebody else's
+block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.protocol import Piece
+from distkv_dask.worker.pool import Pool
+
+
+class Arrivals:
+    """Moves that a worker is the target of.
+
+    Parameters
+    ----------
+    pool
+        Where their blocks go.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._expected: dict[int, tuple[int, int]] = {}
+
+    def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
+        """Allocate blocks for tokens ``[start, stop)`` of a sequence, which a move brings.
+
+        Raises
+        ------
+        CapacityError
+            There is no room for them.
+        """
+        self._pool.reserve(sequence, start, stop)
+        with self._lock:
+            self._expected[number] = sequence, start // self._pool.block_tokens
+
+    def take(self, piece: Piece, data: np.ndarray) -> None:
+        """Store a piece that came, uint8 [bytes].
+
+        Raises
+        ------
+        GangAbortedError
+            Its move is not expected here (any more).
+        """
+        with self._lock:
+            if piece.number not in self._expected:
+                raise GangAbortedError(f"move {piece.number} is not expected on this worker (any more)")
+            sequence, first = self._expected[piece.number]
+            start = (first + piece.block) * self._pool.block_tokens
+            (block,) = self._pool.find(sequence, [(start, start + 1)])
+            self._pool.bytes[block, piece.offset : piece.offset + len(data)] = data
+            if piece.last:
+                del self._expected[piece.number]
+
+    def drop(self, sequence: int) -> None:
+        """Take no more of a sequence."""
+        with self._lock:
+            self._expected = {number: one for number, one in self._expected.items() if one[0] != sequence}
+
+
+async def send_blocks(
+    pool: Pool,
+    number: int,
+    sequence: int,
+    tokens: range,
+    send: Callable[[Piece, np.ndarray], Awaitable[object]],
+    per_step: int,
+    pace: float,
+) -> None:
+    """Send the blocks of a range of tokens, piece by piece, each after the one before was taken.
+
+    Parameters
+    ----------
+    pool, sequence, tokens
+        What to send.
+    number
+        Number of the move.
+    send
+        Sends a piece.
+    per_step
+        Tokens whose KV is sent in ``pace`` seconds at most; a piece is no larger than that.
+    pace
+        Seconds of a decode step; 0 sends as fast as pieces are taken, a block at a time.
+
+    Raises
+    ------
+    CapacityError
+        Some of the blocks are not here.
+    """
+    size = pool.bytes.shape[1]
+    count = min(pool.block_tokens, per_step) if pace else pool.block_tokens
+    step = -(-size * count // pool.block_tokens)
+    blocks = pool.find(sequence, [(tokens.start, tokens.stop)])
+    due = asyncio.get_running_loop().time()
+    for at, block in enumerate(blocks):
+        for offset in range(0, size, step):
+            now = asyncio.get_running_loop().time()
+            if due > now:
+                await asyncio.sleep(due - now)
+            last = block == blocks[-1] and offset + step >= size
+            await send(Piece(number, at, offset, last), pool.bytes[block, offset : offset + step])
+            due = max(due, now) + pace * count / per_step
