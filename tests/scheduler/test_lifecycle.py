@@ -17,10 +17,24 @@ from distkv_dask.errors import CapacityError, GangAbortedError, WorkerLostError
 from distkv_dask.protocol import Delivery
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.types import DecodeWindow, Endpoint, FinishReason, Gang, PrefillChunk, SamplingParams, WindowResult
+from distkv_dask.types import (
+    DecodeWindow,
+    Endpoint,
+    FinishReason,
+    Gang,
+    Move,
+    Placement,
+    PrefillChunk,
+    SamplingParams,
+    WindowResult,
+)
 
 BLOCK = 4
 EOS_EVERY = 23
+
+
+def blocks(start: int, stop: int) -> range:
+    return range(start // BLOCK, -(-stop // BLOCK) if stop > start else 0)
 
 
 def token(sequence: int, index: int) -> int:
@@ -30,11 +44,17 @@ def token(sequence: int, index: int) -> int:
 
 @dataclass
 class Simulated:
-    """Workers that enact commands: pools by sequence, batches by home, and a bag of runnable tasks."""
+    """Workers that enact commands: pools by sequence, batches by home, and a bag of runnable tasks.
+
+    A pool has for each sequence its logical blocks, and of each whether it holds the KV that belongs there.
+    """
 
     life: Lifecycle
     rng: random.Random
-    pools: dict[str, dict[int, int]] = field(default_factory=dict)
+    pools: dict[str, dict[int, dict[int, bool]]] = field(default_factory=dict)
+    placements: dict[int, Placement] = field(default_factory=dict)
+    moves: list[do.Expect | do.Send | do.Relocate] = field(default_factory=list)
+    refusing: bool = False
     batches: dict[str, dict[int, tuple[int, int, int]]] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     chunks: list[list[PrefillChunk]] = field(default_factory=list)
@@ -55,13 +75,11 @@ class Simulated:
 
     def enact(self, command: do.Command) -> None:
         match command:
-            case do.Reserve(worker, sequence, tokens):
-                assert sequence not in self.pools[worker]
-                self.pools[worker][sequence] = -(-tokens // BLOCK)
-                assert sum(self.pools[worker].values()) <= self.life.ledger.workers[worker].capacity
+            case do.Reserve(worker, sequence, start, stop):
+                self.reserve(worker, sequence, start, stop)
             case do.Release(worker, sequence):
                 assert (worker, sequence) not in self.retirements
-                del self.pools[worker][sequence]
+                self.pools[worker].pop(sequence, None)  # nothing is there of a move that has only begun
             case do.Retire(worker, sequence):
                 self.batches[worker].pop(sequence, None)
                 self.retirements.append((worker, sequence))
@@ -83,6 +101,18 @@ class Simulated:
                     == len(self.life.live[state.sequence].prompt) + len(self.life.live[state.sequence].generated) - 1
                 )
                 self.batches[home][state.sequence] = (state.length, state.last_token, state.remaining)
+                self.placements[state.sequence] = state.placement
+            case do.Expect() | do.Send() | do.Relocate():
+                self.moves.append(command)
+                if isinstance(command, do.Relocate):
+                    assert command.sequence in self.batches[command.home]
+                    self.placements[command.sequence] = command.placement
+            case do.Free(worker, sequence, start, stop):
+                if worker in self.pools:
+                    for block in blocks(start, stop):
+                        self.pools[worker].get(sequence, {}).pop(block, None)
+                    if not self.pools[worker].get(sequence, True):
+                        del self.pools[worker][sequence]
             case do.Reset(home, epoch):
                 self.batches[home].clear()
                 self.epochs[home] = epoch
@@ -99,6 +129,45 @@ class Simulated:
                 self.tokens[sequence].extend(tokens)
                 if reason is not None:
                     self.ends[sequence] = (reason, error)
+
+    def reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
+        table = self.pools[worker].setdefault(sequence, {})
+        for block in blocks(start, stop):
+            assert block not in table
+            table[block] = False
+        assert sum(map(len, self.pools[worker].values())) <= self.life.ledger.workers[worker].capacity
+
+    def store(self, sequence: int, placement: Placement, start: int, stop: int) -> None:
+        """Compute the KV of some tokens: all before them has to be where the placement says."""
+        for span in placement:
+            for block in blocks(span.start, min(span.stop, start)):
+                assert self.pools[span.worker][sequence][block], "KV is not where the home looks for it"
+            for block in blocks(max(span.start, start), min(span.stop, stop)):
+                self.pools[span.worker][sequence][block] = True
+
+    def go_on(self, message: do.Expect | do.Send | do.Relocate) -> None:
+        """A worker works on one message of a move, and answers."""
+        life = self.life
+        match message:
+            case do.Expect(worker, number, sequence, start, stop):
+                if worker not in self.pools:
+                    return
+                refusal = "no room" if self.refusing and self.rng.random() < 0.3 else ""
+                if not refusal:
+                    self.reserve(worker, sequence, start, stop)
+                self.run(life.move_expected(number, refusal, self.now))
+            case do.Send(worker, number, sequence, start, stop, target, _):
+                if worker not in self.pools:
+                    return
+                tables = [self.pools.get(one, {}).get(sequence, {}) for one in (worker, target)]
+                wanted = set(blocks(start, stop))
+                failure = "not expected any more" if not all(wanted <= {*table} for table in tables) else ""
+                if not failure:
+                    tables[1].update({block: tables[0][block] for block in wanted})
+                self.run(life.move_sent(number, failure, self.now))
+            case do.Relocate(home, number):
+                if home in self.pools:
+                    self.run(life.relocated(number, self.now))
 
     def attend(self, gang: Gang, holders: tuple[Endpoint, ...]) -> None:
         for holder in holders:
@@ -126,16 +195,35 @@ class Simulated:
                     chain.clear()
             self.run(self.life.worker_lost(worker, self.now))
 
+    def move_something(self) -> None:
+        """Move random blocks of a random sequence, if that is possible just now."""
+        ledger, moving = self.life.ledger, self.life.moving
+        numbers = [number for number, live in self.life.live.items() if live.state == "decode"]
+        if not numbers:
+            return
+        number = self.rng.choice(numbers)
+        span = self.rng.choice(ledger.sequences[number].placement)
+        full = (min(span.stop, moving.full_tokens(number)) - span.start) // BLOCK
+        if full > 0:
+            first = self.rng.randrange(full)
+            stop = span.start + self.rng.randint(first + 1, full) * BLOCK
+            move = Move(number, span.start + first * BLOCK, stop, span.worker, self.rng.choice(sorted(self.pools)))
+            if moving.can_start(move):
+                self.run(moving.start(move, self.now))
+
     def step(self) -> bool:
         """Run one task or answer one retirement; False when there is nothing to do."""
         self.chunks = [chain for chain in self.chunks if chain]
         busy = [home for home, queue in self.windows.items() if queue and home in self.pools]
-        choices = [*self.chunks, *busy, *self.retirements]
+        choices = [*self.chunks, *busy, *self.retirements, *self.moves]
         if not choices:
             return False
         match choice := self.rng.choice(choices):
             case str():
                 self.run_window(self.windows[choice][0])
+            case do.Expect() | do.Send() | do.Relocate():
+                self.moves.remove(choice)
+                self.go_on(choice)
             case list():
                 self.run_chunk(choice[0])
             case tuple():
@@ -146,9 +234,11 @@ class Simulated:
     def run_chunk(self, chunk: PrefillChunk) -> None:
         sequence, gang = chunk.sequence, chunk.gang
         assert sequence in self.pools[gang.home], "computed into blocks that are not its own"
+        last = chunk.start + len(chunk.tokens)
         for span in chunk.placement:
-            if span.worker != gang.home and span.start < chunk.start:
+            if span.worker != gang.home and span.start < last:
                 assert (gang.number, span.worker) in self.attending
+        self.store(sequence, chunk.placement, chunk.start, last)
         for chain in self.chunks:
             if chain and chain[0] is chunk:
                 chain.pop(0)
@@ -166,7 +256,8 @@ class Simulated:
         finished: dict[int, FinishReason] = {}
         for sequence, (length, last, remaining) in batch.items():
             assert sequence in self.pools[home]
-            for span in self.life.ledger.sequences[sequence].placement:
+            placement = self.placements[sequence]
+            for span in placement:
                 if span.worker != home and span.tokens:
                     assert (window.gang.number, span.worker) in self.attending, "a holder was not asked to attend"
             index = last - sequence * 1000 + 1
@@ -176,6 +267,7 @@ class Simulated:
                     finished[sequence] = "stop"
                     break
                 tokens[sequence].append(token(sequence, index))
+                self.store(sequence, placement, length, length + 1)
                 length, remaining, index = length + 1, remaining - 1, index + 1
             if not remaining:
                 finished[sequence] = "length"
@@ -216,7 +308,10 @@ def expected(sequence: int, new: int) -> list[int]:
 
 
 requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
-mishaps = st.lists(st.sampled_from(["lose", "join", "fail", "fault", "cancel", "step", "step", "step"]), max_size=40)
+mishaps = st.lists(
+    st.sampled_from(["lose", "join", "fail", "fault", "cancel", "drain", "stay", "late", *["move"] * 3, *["step"] * 6]),
+    max_size=80,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -225,6 +320,7 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
     seed: int, sizes: list[int], wanted: list[tuple[int, int]], events: list[str]
 ) -> None:
     cluster, accepted = cluster_of(seed, *sizes), []
+    cluster.refusing = True
     life = cluster.life
     for number, (prompt, new) in enumerate(wanted):
         try:
@@ -247,8 +343,16 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
             if number not in cluster.ends:
                 cancelled.add(number)
             cluster.run(life.stop(number, "cancelled", cluster.now))
+        elif event == "move":
+            cluster.move_something()
+        elif event in ("drain", "stay"):
+            cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), event == "drain", cluster.now))
+        elif event == "late":
+            cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
         else:
             cluster.step()
+    for worker in list(cluster.pools):
+        cluster.run(life.drain(worker, False, cluster.now))
     cluster.run(life.expire(cluster.now))
     while cluster.step():
         pass
@@ -389,3 +493,20 @@ def test_windows_grow_with_the_number_of_homes_and_holders_but_end_before_holder
     assert longest(4, **lengths) == 0.25
     assert longest(8, **lengths) < longest(60, **lengths) <= 10
     assert longest(60, timeout_start=0.6, **lengths) == 0.3
+
+
+def test_a_worker_that_leaves_is_emptied_while_its_requests_go_on() -> None:
+    cluster = cluster_of(5, 12, 12, 12)
+    for number in range(4):
+        cluster.run(cluster.life.submit(number, array("i", range(20)), SamplingParams(max_new_tokens=15), 0.0))
+    while not all(live.state == "decode" for live in cluster.life.live.values()):
+        cluster.step()
+    leaving = cluster.life.ledger.sequences[0].home
+    cluster.run(cluster.life.drain(leaving, True, 0.0))
+    while not cluster.life.is_drained(leaving):
+        assert cluster.step()
+    cluster.pools.pop(leaving), cluster.batches.pop(leaving), cluster.windows.pop(leaving, None)
+    cluster.run(cluster.life.worker_lost(leaving, 0.0))
+    finish(cluster)
+    assert all(cluster.tokens[number] == expected(number, 15) for number in range(4))
+    assert all(reason == "length" for reason, _ in cluster.ends.values())
