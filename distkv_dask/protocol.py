@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
-from distkv_dask.types import Endpoint, FinishReason, Placement, Timings
+from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
 
 PLUGIN = "distkv"
 """Name under which the gManager (scheduler plugin) and the rManagers (worker plugins) are registered."""
+
+MEMORY_RESOURCE = "distkv-memory"
+"""Dask resource of workers that only hold KV and load no model (``dask worker --resources "distkv-memory=1"``)."""
+
+KV_MEMORY_RESOURCE = "distkv-kv-memory"
+"""Dask resource: bytes of KV memory of just this worker, instead of ``distkv.kv-memory``."""
 
 WORKER_EVENT = "distkv-worker-event"
 """Stream operation of all messages from rManagers to the gManager."""
@@ -143,13 +149,11 @@ class Ready(TypedDict):
     """Facts that a worker reports once an engine is open there."""
 
     endpoint: Endpoint
+    role: Literal["instance", "memory"]
     channels: str
     capacity_blocks: int
     block_bytes: int
-    max_positions: int
-    vocab_size: int
-    layers: int
-    dtype: str
+    geometry: Geometry
 
 
 @dataclass(frozen=True, slots=True)

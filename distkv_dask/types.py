@@ -116,6 +116,22 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of a model that fix the layout of KV and the range of requests.
+
+    ``max_positions`` is the longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a worker's holder lane listens for channels; ``unix`` names its Unix socket, where there is one."""
 

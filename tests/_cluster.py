@@ -20,11 +20,19 @@ OURS = ("prefill-", "decode-", "attend-", "layer-")
 """How the keys of our tasks begin."""
 
 
-def engine_test(workers: int = 3, timeout: float = 120, **options: Any) -> Callable[[Test], Callable[[], None]]:
-    """Run ``test(client, scheduler, *workers)`` on an in-process cluster, and check that it leaves nothing behind."""
+def engine_test(
+    workers: int = 3, timeout: float = 120, memory: int = 0, **options: Any
+) -> Callable[[Test], Callable[[], None]]:
+    """Run ``test(client, scheduler, *workers)`` on an in-process cluster, and check that it leaves nothing behind.
+
+    ``memory`` workers without a model come last.
+    """
 
     def decorate(test: Test) -> Callable[[], None]:
-        @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * workers, timeout=timeout, **options)
+        nthreads: list[Any] = [("127.0.0.1", 1)] * workers
+        nthreads += [("127.0.0.1", 1, {"resources": {"distkv-memory": 1}})] * memory
+
+        @gen_cluster(client=True, nthreads=nthreads, timeout=timeout, **options)
         async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
             await test(client, scheduler, *them)
             await assert_clean(scheduler, *them)

@@ -10,10 +10,11 @@ from typing import Any
 
 from distkv_dask.errors import ClusterError
 from distkv_dask.protocol import Delivery, EngineSpec, Ready
+from distkv_dask.scheduler.draining import fits_elsewhere
 from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.lifecycle import Lifecycle
 from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.types import Timings
+from distkv_dask.types import Geometry, Timings
 
 
 class EngineState:
@@ -36,8 +37,8 @@ class EngineState:
         self.client = client
         self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers, pacer=pacer)
         self.facts: dict[str, Ready] = {}
-        self.layers = 0
-        """Layers of the model, once a worker has opened the engine."""
+        self.geometry: Geometry | None = None
+        """Sizes of the model, once a worker has loaded it; memory workers are told them."""
         self.figures = Figures()
         self._pacer = pacer
         self.is_closing = False
@@ -48,6 +49,11 @@ class EngineState:
         self._outbox: list[Delivery] = []
         self._heard = 0
         self._news = asyncio.Event()
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model; 0 before a worker has loaded it."""
+        return 0 if self.geometry is None else self.geometry.layers
 
     # Opening and closing
 
@@ -61,7 +67,7 @@ class EngineState:
             return  # CLOSE is on its way there
         self.facts[worker] = facts
         self.lifecycle.block_bytes = facts["block_bytes"]
-        self.layers = facts["layers"]
+        self.geometry = facts["geometry"]
         self._answered(worker)
 
     def open_failed(self, worker: str, error: Exception) -> None:
@@ -87,11 +93,16 @@ class EngineState:
         return worker in self._pending or worker in self.facts
 
     def needs(self) -> set[str]:
-        """Workers that scaling down must leave alone: they are opening, hold blocks, or are waited for."""
-        accounts = self.lifecycle.ledger.sequences.values()
-        needed = self._pending | {span.worker for account in accounts for span in account.placement}
+        """Workers that scaling down must leave alone: opening, waited for, or with blocks that fit nowhere else."""
         if any(live.state == "waiting" for live in self.lifecycle.live.values()):
-            needed |= set(self.facts)
+            return self._pending | set(self.facts)
+        needed, leaving = set(self._pending), set[str]()
+        ledger = self.lifecycle.ledger
+        for worker in sorted(ledger.workers, key=lambda name: ledger.workers[name].used):
+            if fits_elsewhere(ledger, leaving | {worker}):
+                leaving.add(worker)
+            else:
+                needed.add(worker)
         return needed
 
     def _answered(self, worker: str) -> None:
@@ -187,10 +198,10 @@ class EngineState:
         """What a client has to know about the open engine."""
         one = next(iter(self.facts.values()))
         return {
-            "max_positions": min(facts["max_positions"] or math.inf for facts in self.facts.values()),
-            "vocab_size": one["vocab_size"],
+            "max_positions": one["geometry"].max_positions or math.inf,
+            "vocab_size": one["geometry"].vocab_size,
             "block_bytes": one["block_bytes"],
-            "dtype": one["dtype"],
+            "dtype": one["geometry"].dtype,
             "workers": len(self.facts),
         }
 
@@ -200,7 +211,7 @@ class EngineState:
         lent = life.ledger.lent()
         workers = {
             worker: {
-                "role": "instance",
+                "role": "instance" if account.can_decode else "memory",
                 "capacity_blocks": account.capacity,
                 "used_blocks": account.used,
                 "lent_blocks": lent[worker],
@@ -229,5 +240,9 @@ class EngineState:
             "epoch": life.ledger.epoch,
             "block_tokens": life.ledger.block_tokens,
             "scheduler": self._pacer.status(),
-            "totals": {**self.figures.totals, **{f"finished_{why}": n for why, n in self.figures.finished.items()}},
+            "totals": {
+                **self.figures.totals,
+                **{f"finished_{why}": n for why, n in self.figures.finished.items()},
+                "moved_blocks": life.moving.moved_blocks,
+            },
         }

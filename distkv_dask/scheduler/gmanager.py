@@ -22,6 +22,7 @@ from distributed import SchedulerPlugin
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
 from distkv_dask.protocol import (
+    MEMORY_RESOURCE,
     PLUGIN,
     TAKE_TRACE,
     WORKER_EVENT,
@@ -37,7 +38,7 @@ from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.scheduler.lowering import lower, step_graph
 from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.scheduler.submitter import Submitter
+from distkv_dask.scheduler.submitter import DRAIN_INTERVAL, Submitter
 from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
 
@@ -85,6 +86,7 @@ class GManager(SchedulerPlugin):
             ClientCall.GRAPH: self.graph,
             ClientCall.TRACE: self.trace,
             ClientCall.CLOSE: self.close_engine,
+            "retire_workers": self.retire_workers,
         }
         scheduler.handlers.update(self._handlers)
         scheduler.stream_handlers[WORKER_EVENT] = self.worker_event
@@ -108,6 +110,7 @@ class GManager(SchedulerPlugin):
         del self.scheduler.extensions[PLUGIN]
         for name in self._handlers:
             self.scheduler.handlers.pop(name, None)
+        self.scheduler.handlers["retire_workers"] = self.scheduler.retire_workers
         await self.scheduler.unregister_worker_plugin(None, PLUGIN)
 
     # Calls of clients
@@ -115,10 +118,10 @@ class GManager(SchedulerPlugin):
     async def open(self, spec: Any, client: str) -> dict[str, Any]:
         """Load an engine (a packed :class:`EngineSpec`) on all workers; returns facts, or raises what went wrong."""
         spec = unpack(spec)
-        if not self.scheduler.workers:
+        if all(map(self._is_memory, self.scheduler.workers)):
             raise ClusterError(
-                "the cluster has no workers: start some (cluster.scale(n)) or wait for them "
-                "(client.wait_for_workers(n))"
+                "the cluster has no workers that may load a model: start some (cluster.scale(n)) or wait for them "
+                f"(client.wait_for_workers(n)); those with the resource {MEMORY_RESOURCE} only hold KV"
             )
         await self.submitter.open()
         engine = EngineState(spec, client, self._gang_numbers, self.pacer)
@@ -126,16 +129,28 @@ class GManager(SchedulerPlugin):
         self.board.start()
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire())
-        for worker in list(self.scheduler.stream_comms):
-            engine.expect(worker)
-            self._send(worker, ToWorker.OPEN, spec)
         try:
-            await engine.wait_open(spec.config.timeout_open)
+            for memory in (False, True):  # instances first: they know what memory workers have to be told
+                for worker in list(self.scheduler.stream_comms):
+                    if self._is_memory(worker) is memory and not engine.knows(worker):
+                        self._open_on(worker, engine)
+                await engine.wait_open(spec.config.timeout_open)
         except DistKVError:
             await self.close_engine(spec.engine)
             raise
         self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
         return engine.summary()
+
+    def _is_memory(self, worker: str) -> bool:
+        state = self.scheduler.workers.get(worker)
+        return state is not None and MEMORY_RESOURCE in state.resources
+
+    def _open_on(self, worker: str, engine: EngineState) -> None:
+        """Open an engine on a worker; on a memory worker only once the model's geometry is known."""
+        geometry = engine.geometry if self._is_memory(worker) else None
+        if geometry is not None or not self._is_memory(worker):
+            engine.expect(worker)
+            self._send(worker, ToWorker.OPEN, (engine.spec, geometry))
 
     def submit(self, engine: str, requests: Any) -> Any:
         """Take requests (packed: number, prompt, sampling, streamed); returns the refused ones with their reasons."""
@@ -211,8 +226,7 @@ class GManager(SchedulerPlugin):
         if event == FromWorker.HELLO:
             for state in self.engines.values():
                 if not state.is_closing and not state.knows(worker):
-                    state.expect(worker)
-                    self._send(worker, ToWorker.OPEN, state.spec)
+                    self._open_on(worker, state)
             return
         if engine not in self.engines or worker not in self.scheduler.workers:
             return
@@ -223,7 +237,8 @@ class GManager(SchedulerPlugin):
             case FromWorker.READY:
                 endpoint: Endpoint = payload["endpoint"]
                 state.ready(worker, payload)
-                self._run(state, life.worker_ready(endpoint, payload["capacity_blocks"], now))
+                can_decode = payload["role"] == "instance"
+                self._run(state, life.worker_ready(endpoint, payload["capacity_blocks"], now, can_decode=can_decode))
             case FromWorker.OPEN_FAILED:
                 logger.error("engine %s cannot open on %s: %s", engine, worker, payload)
                 state.open_failed(worker, payload)
@@ -268,6 +283,39 @@ class GManager(SchedulerPlugin):
         """Dask hook: workers that an engine needs just now are not taken away by scaling down."""
         needed = {worker for state in self.engines.values() for worker in state.needs()}
         return [worker for worker in workers if worker.address not in needed]
+
+    async def retire_workers(
+        self,
+        workers: list[str] | None = None,
+        names: list[Any] | None = None,
+        close_workers: bool = False,
+        remove: bool = True,
+        stimulus_id: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Dask's call of that name, but blocks are moved away first; workers that keep some are not retired."""
+        if workers is None and names is None:
+            workers = self.scheduler.workers_to_close(**kwargs)
+        elif workers is None:
+            wanted = set(map(str, names or ()))
+            workers = [worker for worker, state in self.scheduler.workers.items() if str(state.name) in wanted]
+        await asyncio.gather(*(self._drain(state, workers) for state in list(self.engines.values())))
+        empty = [worker for worker in workers if all(one.lifecycle.is_drained(worker) for one in self.engines.values())]
+        retired = await self.scheduler.retire_workers(
+            workers=empty, close_workers=close_workers, remove=remove, stimulus_id=stimulus_id
+        )
+        for state in self.engines.values():
+            for worker in set(workers) - set(retired):
+                self._run(state, state.lifecycle.drain(worker, False, monotonic()))
+        return retired
+
+    async def _drain(self, state: EngineState, workers: list[str]) -> None:
+        """Move an engine's blocks away from workers; gives up after ``distkv.timeouts.drain``."""
+        life, deadline = state.lifecycle, monotonic() + state.spec.config.timeout_drain
+        for worker in workers:
+            self._run(state, life.drain(worker, True, monotonic()))
+        while not all(map(life.is_drained, workers)) and not state.is_closing and monotonic() < deadline:
+            await asyncio.sleep(DRAIN_INTERVAL)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Dask hook: a client died or left; its engines go with it."""

@@ -21,8 +21,9 @@ from distkv_dask.errors import ModelError
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
+from distkv_dask.types import Geometry
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
-from distkv_dask.worker.probe import Geometry, probe
+from distkv_dask.worker.probe import probe
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 

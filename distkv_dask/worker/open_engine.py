@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from distkv_dask.types import (
     Endpoint,
     FinishReason,
     Gang,
+    Geometry,
     Placement,
     PrefillChunk,
     SequenceState,
@@ -31,9 +32,11 @@ from distkv_dask.types import (
 )
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.layer_tasks import LayerTasks
-from distkv_dask.worker.model import LoadedModel
 from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model import LoadedModel
 
 _REMEMBERED = 1024
 
@@ -47,7 +50,11 @@ class OpenEngine:
         What the gManager asked for.
     worker
         This worker's address.
-    model, runtime, lanes
+    model
+        The weights; None on a memory worker.
+    geometry
+        Sizes of the model.
+    runtime, lanes
         What computes.
     tell
         Sends an event to the gManager.
@@ -57,7 +64,8 @@ class OpenEngine:
         self,
         spec: EngineSpec,
         worker: str,
-        model: LoadedModel,
+        model: LoadedModel | None,
+        geometry: Geometry,
         runtime: Runtime,
         lanes: Lanes,
         tell: Callable[[FromWorker, str, Any], None],
@@ -65,6 +73,7 @@ class OpenEngine:
         self.spec = spec
         self.worker = worker
         self.model = model
+        self.geometry = geometry
         self.runtime = runtime
         self.lanes = lanes
         self.by_layer = LayerTasks(self)
@@ -80,16 +89,14 @@ class OpenEngine:
 
     def facts(self) -> Ready:
         """What the gManager has to know."""
-        geometry, pool = self.model.geometry, self.runtime.pool
+        pool = self.runtime.pool
         return Ready(
             endpoint=self.lanes.endpoint,
+            role="memory" if self.model is None else "instance",
             channels=self.runtime.dialer.explain(),
             capacity_blocks=pool.capacity_blocks,
             block_bytes=pool.storage[0].nbytes,
-            max_positions=geometry.max_positions,
-            vocab_size=geometry.vocab_size,
-            layers=geometry.layers,
-            dtype=geometry.dtype,
+            geometry=self.geometry,
         )
 
     def close(self) -> None:
@@ -225,6 +232,7 @@ class OpenEngine:
             self._tell(FromWorker.CHUNK_DONE, self.spec.engine, (chunk.sequence, chunk.gang.number))
             return len(chunk.tokens)
         reason: FinishReason | None = None
+        assert self.model is not None
         if token in self.model.eos_token_ids and not chunk.sampling.ignore_eos:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:

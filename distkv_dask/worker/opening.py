@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from distkv_dask.errors import CapacityError, ConfigError
-from distkv_dask.protocol import EngineSpec, FromWorker
+from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
+from distkv_dask.types import Geometry
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model import load_model
 from distkv_dask.worker.open_engine import OpenEngine
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.runtime import Runtime
@@ -23,9 +23,15 @@ PAUSE_FRACTION = 0.8
 
 
 def build_engine(
-    spec: EngineSpec, lanes: Lanes, worker: Worker, tell: Callable[[FromWorker, str, Any], None]
+    spec: EngineSpec,
+    geometry: Geometry | None,
+    lanes: Lanes,
+    worker: Worker,
+    tell: Callable[[FromWorker, str, Any], None],
 ) -> OpenEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
+
+    A memory worker is given the model's ``geometry`` instead, which is all that it needs.
 
     Raises
     ------
@@ -34,14 +40,21 @@ def build_engine(
     CapacityError, ConfigError
         KV memory is too small for a block or does not fit the worker.
     """
-    model = load_model(spec.model, spec.dtype, lanes.threads)
-    one = model.geometry
+    model = None
+    if geometry is None:
+        from distkv_dask.worker.model import load_model  # takes seconds and memory, which memory workers do not spend
+
+        model = load_model(spec.model, spec.dtype, lanes.threads)
+        geometry = model.geometry
+    one = geometry
     block_tokens = spec.config.block_tokens
     block_bytes = Pool.block_bytes(
         layers=one.layers, kv_heads=one.kv_heads, head_dim=one.head_dim, dtype=one.dtype, block_tokens=block_tokens
     )
     limit = worker.memory_manager.memory_limit
     kv_memory = spec.config.kv_memory
+    if KV_MEMORY_RESOURCE in worker.state.total_resources:
+        kv_memory = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
     if kv_memory is None:
         if not limit:
             raise ConfigError(
@@ -69,4 +82,4 @@ def build_engine(
         blocks=kv_memory // block_bytes,
     )
     runtime = Runtime(spec, model, pool, lanes)
-    return OpenEngine(spec, worker.address, model, runtime, lanes, tell)
+    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, tell)

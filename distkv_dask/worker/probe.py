@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AttentionInterface
 
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.model_support import max_positions, window_in_effect
+from distkv_dask.types import Geometry
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, attending_with, dist_attention, running_step
 
 _OBSERVING = "distkv-probe"
@@ -27,22 +27,6 @@ _PIECES = ((3, 1), (2, 3))
 _TOLERANCE = {torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.3
 """Largest relative difference of logits. Loose in 16 bits, where rounding may send a token to another expert."""
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Sizes that fix the layout of KV and the range of requests.
-
-    ``max_positions`` is the longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    dtype: str
 
 
 def probe(model: Any) -> Geometry:

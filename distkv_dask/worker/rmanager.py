@@ -32,7 +32,7 @@ from distkv_dask.protocol import (
     pack,
     unpack,
 )
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement, PrefillChunk, SequenceState
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, Geometry, Placement, PrefillChunk, SequenceState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,8 +116,8 @@ class RManager(WorkerPlugin):
 
     # Messages of the gManager: these run on the worker's event loop and never block
 
-    def _open(self, payload: EngineSpec) -> None:
-        self._spawn(self._open_engine(payload))
+    def _open(self, payload: tuple[EngineSpec, Geometry | None]) -> None:
+        self._spawn(self._open_engine(*payload))
 
     def _close(self, payload: str) -> None:
         self._spawn(self._close_engine(payload))
@@ -213,12 +213,12 @@ class RManager(WorkerPlugin):
 
     # Opening and closing
 
-    async def _open_engine(self, spec: EngineSpec) -> None:
+    async def _open_engine(self, spec: EngineSpec, geometry: Geometry | None) -> None:
         async with self._changing:
             if self._leaving or spec.engine in self.engines:
                 return
             try:
-                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec)
+                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry)
             except DistKVError as error:
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
             except Exception as error:
@@ -231,7 +231,7 @@ class RManager(WorkerPlugin):
             if not self.engines:
                 await self._close_lanes()
 
-    def _build(self, spec: EngineSpec) -> OpenEngine:
+    def _build(self, spec: EngineSpec, geometry: Geometry | None) -> OpenEngine:
         """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
         from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
@@ -242,7 +242,7 @@ class RManager(WorkerPlugin):
             host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
             threads = spec.config.threads or self.worker.state.nthreads
             self.lanes = Lanes(address, host, threads, Certificates.of(self.worker.security))
-        return build_engine(spec, self.lanes, self.worker, self.tell)
+        return build_engine(spec, geometry, self.lanes, self.worker, self.tell)
 
     async def _close_engine(self, name: str) -> None:
         async with self._changing:

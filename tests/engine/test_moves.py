@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -66,3 +67,67 @@ def test_random_blocks_move_between_random_workers_all_the_time_and_tokens_stay(
 
 def open_on(worker: Worker) -> list[Any]:
     return list(worker.plugins["distkv"].engines.values())
+
+
+async def decoding(engine: Engine, sequence: int = 0) -> dict[str, Any]:
+    """Wait until a sequence decodes, and return its status."""
+    while True:
+        one = (await engine.status())["sequences"].get(sequence)
+        if one is not None and one["generated_tokens"] > 1:
+            return one
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["holder", "home"])
+def test_a_retired_worker_is_emptied_first_and_its_request_goes_on_unchanged(which: int) -> None:
+    prompt, new = prompt_ids(400), 400
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), window_steps=4, **SMALL) as engine:  # 680 tokens each
+            running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
+            leaving = (await decoding(engine))["placement"][which][0]
+            assert leaving in await client.retire_workers([leaving])
+            assert leaving not in (await engine.status())["workers"]
+            assert (await engine.status())["sequences"], "it went on"
+            assert list((await running).token_ids) == expected
+
+    run()
+
+
+@engine_test(workers=1)
+async def test_a_worker_whose_blocks_fit_nowhere_else_is_not_retired(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with Engine(client, str(model_dir("llama-gqa")), timeout_drain=0.3, **SMALL) as engine:
+        running = engine.submit(prompt_ids(50), SamplingParams(max_new_tokens=600, ignore_eos=True))
+        leaving = (await decoding(engine))["placement"][0][0]
+        assert scheduler.workers_to_close(n=1) == []
+        assert await client.retire_workers([leaving]) == {}
+        assert (await running).finish_reason == "length"
+        assert (await engine.generate([[1]], SamplingParams(max_new_tokens=2)))[0].error is None
+
+
+def test_memory_workers_hold_a_context_three_times_as_large_as_the_homes_memory() -> None:
+    prompt, new = prompt_ids(300), 30
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+
+    @engine_test(workers=1, memory=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        memory = 110 * 3 * 2 * 2 * 64 * 4  # 110 tokens on each
+        async with Engine(client, str(model_dir("llama-gqa")), **(SMALL | {"kv_memory": memory})) as engine:
+            status = await engine.status()
+            assert sorted(one["role"] for one in status["workers"].values()) == [
+                "instance",
+                "memory",
+                "memory",
+                "memory",
+            ]
+            assert all(engine.model is None for worker in workers[1:] for engine in open_on(worker))
+            done = await engine.generate([prompt], SamplingParams(max_new_tokens=new, ignore_eos=True))
+            assert list(done[0].token_ids) == expected
+            assert len({span.worker for span in done[0].placement}) == 4
+            assert done[0].placement[-1].worker == workers[0].address
+
+    run()
