@@ -70,6 +70,7 @@ SPLITS = {
     "prompt here, output there": [(0, 100), (1, None)],
     "output crosses a border": [(0, 60), (1, 44), (2, None)],
     "odd thirds": [(2, 33), (1, 35), (0, None)],
+    "a worker has two spans": [(1, 24), (0, 32), (1, 16), (0, None)],
     "five workers": [(3, 7), (4, 50), (1, 1), (2, 30), (0, None)],
 }
 
@@ -82,7 +83,8 @@ def test_any_split_gives_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPa
 
     @engine_test(workers=workers)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
-        async with Engine(client, str(model_dir("llama-gqa")), kv_memory="4 MiB", **SMALL) as engine:
+        settings = SMALL | {"block_tokens": 1}  # so that spans may end anywhere
+        async with Engine(client, str(model_dir("llama-gqa")), kv_memory="4 MiB", **settings) as engine:
             done = await engine.generate([prompt], GREEDY)
             assert list(done[0].token_ids) == expected
 
