@@ -67,7 +67,7 @@ def test_any_split_gives_the_tokens_of_both_the_fused_gang_and_one_process(
     @engine_test(workers=force_split(SPLITS[split_name], monkeypatch))
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
         for granularity in ("layer", "window"):
-            async with tiny(client, family, granularity=granularity) as engine:
+            async with tiny(client, family, granularity=granularity, block_tokens=1) as engine:
                 done = await engine.generate([prompt], new)
                 assert list(done[0].token_ids) == expected, granularity
 
