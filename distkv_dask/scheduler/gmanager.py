@@ -275,6 +275,8 @@ class GManager(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Dask hook: a worker died or left."""
         for state in list(self.engines.values()):
+            if worker in state.facts:
+                state.figures.happened(monotonic(), "loss", f"worker {worker} died or left")
             state.worker_lost(worker)
             self._run(state, state.lifecycle.worker_lost(worker, monotonic()))
         self.submitter.worker_lost(worker)
@@ -362,6 +364,8 @@ class GManager(SchedulerPlugin):
                 case do.Expect(worker, number, sequence, start, stop):
                     self._send(worker, ToWorker.EXPECT, (state.spec.engine, number, sequence, start, stop))
                 case do.Send(worker, number, sequence, start, stop, target, pace):
+                    moved = f"tokens {start} to {stop} of sequence {sequence} from {worker} to {target}"
+                    state.figures.happened(monotonic(), "move", moved)
                     payload = (state.spec.engine, number, sequence, start, stop, target, pace)
                     self._send(worker, ToWorker.SEND, payload)
                 case do.Relocate(home, number, sequence, placement, holders):
@@ -387,6 +391,7 @@ class GManager(SchedulerPlugin):
         self.scheduler.log_event(
             PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": gang, "error": str(error)}
         )
+        state.figures.happened(monotonic(), "failure", str(error))
         self._run(state, state.lifecycle.gang_failed(gang, error, monotonic()))
 
     def _task_failed(self, engine: str, gang: int, error: Exception) -> None:
