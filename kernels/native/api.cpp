@@ -7,10 +7,27 @@
 #include <new>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "core.h"
 #include "pool.h"
 
 namespace distkv {
+
+static bool is_amd_zen5() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || c != signature_AMD_ecx) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return ((a >> 8) & 15) + ((a >> 20) & 255) == 0x1a;  // family
+#else
+  return false;
+#endif
+}
+const bool kAskIntoFirstLevel = is_amd_zen5();
+
 namespace {
 
 constexpr int64_t kStreamRows = 12;          // up to so many query rows per kv head, KV is streamed in place

@@ -12,7 +12,11 @@ struct Ahead {
   const char* end;
   void pull(int64_t bytes) {
     const char* stop = at + bytes < end ? at + bytes : end;
-    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 3);
+    if (kAskIntoFirstLevel) {
+      for (; at < stop; at += 64) __builtin_prefetch(at, 0, 3);
+    } else {
+      for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    }
   }
 };
 
@@ -23,7 +27,7 @@ struct Fp32 {
   using Weight = float;   // stored softmax weights
   using Vec = F;
   static constexpr int kStep = 1;    // elements that one multiply-accumulate consumes per lane
-  static constexpr bool kExact = sizeof(Kv) == 4;
+  static constexpr bool kExact = sizeof(Kv) != 2;  // int8 values are exact too, their scales are fp32
 
   static Vec load_packed(const float* p) { return load(p); }
   static Vec broadcast(const float* p) { return set1(*p); }

@@ -2,6 +2,7 @@
 //
 // Blocks are the outer loop and heads the inner one, so that memory is walked in long runs. What limits this kernel is
 // how early memory is asked for: while one chunk is computed, the chunk some 32 KiB further on is pulled into the caches.
+// Which cache depends on the processor (kAskIntoFirstLevel).
 #pragma once
 
 namespace distkv {
@@ -44,6 +45,10 @@ struct Cursor {
   }
 };
 
+// Weights may grow to 2^kSlack before the accumulator is rescaled: an exact result needs a common reference, not the
+// highest score itself.
+constexpr float kSlack = 8;
+
 // Running softmax of one query row over the scores s[0, visible); weights for [0, n) replace them in p.
 template <class M>
 static inline void soften(float* s, typename M::Weight* p, int visible, int n, float score_scale, float value_scale,
@@ -52,7 +57,7 @@ static inline void soften(float* s, typename M::Weight* p, int visible, int n, f
   F high = set1(-INFINITY);
   for (int j = 0; j < n; j += W) high = max(load(s + j), high);
   const float now = reduce_max(high) * score_scale;
-  if (now > top) {
+  if (now > top + kSlack) {
     if (top != -INFINITY) {
       const float shrink = __builtin_exp2f(top - now);
       sum *= shrink;
@@ -70,7 +75,7 @@ static inline void soften(float* s, typename M::Weight* p, int visible, int n, f
   sum += reduce_add(total);
 }
 
-// The answer of one query row from its accumulator, the highest score (in units of log2) and the sum of weights.
+// The answer of one query row from its accumulator, the reference of its weights (in units of log2) and their sum.
 static inline void conclude(const float* acc, float top, float sum, int d, float* out, float* lse) {
   const bool blind = top == -INFINITY;
   const float inverse = blind ? 0.0f : 1.0f / sum;

@@ -50,6 +50,15 @@ static void product_columns(int columns, const typename M::Query* a, int64_t lda
   }
 }
 
+// The last register tile may hold fewer rows: 16 questions of group 4 are ten tiles of 6 and one of 4.
+template <class M, bool Add>
+static void product_rows(int rows, int columns, const typename M::Query* a, int64_t lda, const typename M::Query* b,
+                         int steps, float* c, int64_t ldc) {
+  if (rows <= 2) return product_columns<M, 2, Add>(columns, a, lda, b, steps, c, ldc);
+  if (rows <= 4) return product_columns<M, 4, Add>(columns, a, lda, b, steps, c, ldc);
+  return product_columns<M, kTileRows, Add>(columns, a, lda, b, steps, c, ldc);
+}
+
 template <class M>
 struct Tile {
   using Kv = typename M::Cache;
@@ -89,7 +98,7 @@ struct Tile {
 
   const Args& a;
   const Item& it;
-  const int group, rows;
+  const int group, used, rows;  // `used` rows hold queries
   const int64_t deep, wide;
   Query *q, *k, *v;             // packed queries, keys, values
   float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
@@ -99,8 +108,8 @@ struct Tile {
   int64_t ahead_left = 0;
 
   Tile(const Args& args, const Item& item, char* scratch)
-      : a(args), it(item), group((int)(a.heads / a.kv_heads)), rows((int)padded_rows(a, it.queries)), deep(depth(a)),
-        wide(width(a)) {
+      : a(args), it(item), group((int)(a.heads / a.kv_heads)), used((int)it.queries * group),
+        rows((int)padded_rows(a, it.queries)), deep(depth(a)), wide(width(a)) {
     s = (float*)scratch;
     acc = s + rows * kTileTokens;
     k = (Query*)(acc + rows * wide);
@@ -125,7 +134,6 @@ struct Tile {
       if (ahead_left > 0) ahead = Walk(a, it, token + n);
       for (int j = 0; j < n; j += kPanel)
         for (int r = 0; r < rows; r += kTileRows) score(r, j, token, n);
-      const int used = (int)it.queries * group;
       for (int r = 0; r < used; ++r) {
         const int seen = visible(r, token, n);
         soften<M>(s + r * kTileTokens, p + r * kTileTokens, seen, padded(r, token, n), (float)a.scale * kLog2E, 1.0f,
@@ -147,7 +155,6 @@ struct Tile {
   }
 
   void start() {
-    const int used = (int)it.queries * group;
     for (int r = 0; r < rows; ++r) {
       const int query = r < used ? r / group : (int)it.queries - 1;
       limit[r] = it.limit + query;
@@ -197,18 +204,18 @@ struct Tile {
     if (j >= seen) return;
     look_ahead();
     const int columns = seen - j < kPanel ? (seen - j) / W : kColumns;
-    product_columns<M, kTileRows, false>(columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
+    product_rows<M, false>(used - r, columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
                                          s + r * kTileTokens + j, kTileTokens);
   }
   void weigh(int r, int c, int64_t token, int n) {
     const int columns = a.d - c < kPanel ? (int)round_up(a.d - c, W) / W : kColumns;
     look_ahead();
-    product_columns<M, kTileRows, true>(columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
+    product_rows<M, true>(used - r, columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
                                         padded(r, token, n) / M::kStep, acc + r * wide + c, wide);
   }
 
   void finish() {
-    for (int r = 0; r < it.queries * group; ++r) {
+    for (int r = 0; r < used; ++r) {
       const int64_t to = r / group * a.heads + it.head * group + r % group;
       conclude(acc + r * wide, top[r], sum[r], (int)a.d, it.out + to * a.d, it.lse + to);
     }

@@ -49,6 +49,7 @@ CASES = [
     Case("decode-blocks-of-64", (200, 63), block_tokens=64),
     Case("decode-blocks-of-1", (9, 2), block_tokens=1),
     Case("decode-logits-1e4", (90,), logits=1e4),
+    Case("decode-highest-score-grows-over-chunks", (500,), logits=8.0),
     Case("decode-causal-one-per-row", (20, 30), causal=True, starts=(19, 10)),
     Case("decode-int8", (75, 18), int8=True),
     Case("prefill-causal-own-chunk", (48,), (48,), causal=True, starts=(0,)),
@@ -63,8 +64,11 @@ CASES = [
     Case("prefill-head-dim-8", (40,), (18,), d=8),
     Case("prefill-logits-1e4", (90,), (30,), causal=True, starts=(60,), logits=1e4),
     Case("prefill-logits-1e4-head-dim-80", (9,), (9,), causal=True, starts=(0,), logits=1e4, d=80),
+    Case("prefill-highest-score-grows-over-chunks", (500,), (40,), causal=True, starts=(460,), logits=8.0),
     Case("prefill-int8", (75,), (30,), causal=True, starts=(45,), int8=True),
     Case("shared-prefix-of-16-questions", (333, 20), (16, 2), group=3),
+    Case("shared-prefix-of-16-questions-in-groups-of-4", (300,), (16,), group=4, d=128),
+    Case("shared-prefix-of-10-questions-in-groups-of-5", (150,), (10,), group=5),
 ]
 
 
@@ -119,7 +123,8 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
     assert not out[blind].any()
     seen_out, seen_lse = expected_out[~blind], expected_lse[~blind]
     # fp32 rounding of a score grows with the score, and exp turns it into a relative error of a weight.
-    tolerance = TOLERANCE[dtype] * max(1.0, case.logits / 50)
+    # Few keys share the weight at logits of 8: every implementation, torch's too, is then off by up to 2.5e-6 in fp32.
+    tolerance = TOLERANCE[dtype] * max(min(case.logits, 4.0), case.logits / 50)
     scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
     torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
     torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=max(TOLERANCE[dtype], 5e-7 * case.logits))
