@@ -1,12 +1,14 @@
-"""Builds the C++ core of the kernels, where a compiler exists; everything else about the package is in pyproject.toml.
+"""Builds the two C++ libraries, where a compiler exists; everything else about the package is in pyproject.toml.
 
-The core is a plain shared library that ctypes loads (kernels/native_kernel.py). Each isa_*.cpp is compiled for its own
-instruction set and chosen at run time. A failed build is reported and skipped: PyTorch kernels serve then.
+They are plain shared libraries that ctypes loads: the kernels' core (kernels/native_kernel.py), of which each isa_*.cpp
+is compiled for its own instruction set and chosen at run time, and the exchange of a layer over sockets
+(distkv_dask/worker/native_wire.py). A failed build is reported and skipped: PyTorch kernels and Python serve then.
 """
 
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,7 +30,8 @@ ISA_FLAGS = {
     "isa_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 ISA_FLAGS["isa_avx512_bf16.cpp"] = [*ISA_FLAGS["isa_avx512.cpp"], "-mavx512bf16"]
-PORTABLE = ["api.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
+PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
+WIRE = Path("distkv_dask/worker/native")
 
 
 class BuildCore(build_ext):
@@ -47,4 +50,11 @@ class BuildCore(build_ext):
 names = PORTABLE + (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else [])
 core = Extension("distkv_dask.kernels._core", [str(SOURCES / name) for name in names], optional=True, language="c++")
 core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
-setup(ext_modules=[core], cmdclass={"build_ext": BuildCore})
+wire = Extension(
+    "distkv_dask.worker._wire",
+    [str(WIRE / name) for name in ("holder.cpp", "home.cpp")],
+    depends=[str(WIRE / "frames.h")],
+    optional=True,
+    language="c++",
+)
+setup(ext_modules=[core, wire] if sys.platform == "linux" else [core], cmdclass={"build_ext": BuildCore})

@@ -10,11 +10,13 @@ from .dispatch import IMPLEMENTATIONS, Choice, choose, micro_attention
 from .memory import advise_huge_pages
 from .merge import merge, merge_into
 from .prepared import PreparedAttention, PreparedMerge
+from .prepared_layers import PreparedLayers
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Choice",
     "PreparedAttention",
+    "PreparedLayers",
     "PreparedMerge",
     "advise_huge_pages",
     "choose",

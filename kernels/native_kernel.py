@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,22 @@ Packed = ctypes.Array[ctypes.c_char]
 PackedMerge = tuple[int | None, ...]
 
 
+class PackedLayers(ctypes.Structure):
+    """distkv::Layers in native/layers.cpp."""
+
+    _fields_ = (
+        ("args", ctypes.c_uint8 * _ARGS.size),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("layers", ctypes.c_int64),
+        ("blocks", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("appended", ctypes.c_int64),
+    )
+    kept: Any
+    """What the pointers point to."""
+
+
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """The core, or the reason why there is none."""
@@ -41,6 +59,7 @@ def _load() -> ctypes.CDLL | str:
             core.distkv_has_isa.argtypes = [ctypes.c_char_p]
             core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
             core.distkv_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+            core.distkv_layer.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_double]
             core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
             return core
     return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
@@ -93,6 +112,40 @@ def run_packed(
         raise _error(status, call)
 
 
+def pack_layers(
+    packed: Packed, k_layers: Sequence[torch.Tensor], v_layers: Sequence[torch.Tensor], *slots: torch.Tensor
+) -> PackedLayers:
+    """Arguments of :func:`run_layer`: those of a batch, every layer's pools, and int64 [n] block ids and offsets."""
+    pointers = [
+        (ctypes.c_void_p * len(layers))(*(view.data_ptr() for view in layers)) for layers in (k_layers, v_layers)
+    ]
+    blocks, offsets = slots
+    made = PackedLayers(
+        (ctypes.c_uint8 * _ARGS.size).from_buffer_copy(packed),
+        *(ctypes.addressof(each) for each in pointers),
+        len(k_layers),
+        blocks.data_ptr(),
+        offsets.data_ptr(),
+        blocks.numel(),
+    )
+    made.kept = pointers, slots
+    return made
+
+
+def run_layer(
+    packed: PackedLayers, call: Call, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> None:
+    """Append contiguous k, v to a layer and attend with q, for a batch packed from ``call``."""
+    status = _core().distkv_layer(ctypes.addressof(packed), q.data_ptr(), k.data_ptr(), v.data_ptr(), layer, scale)
+    if status:
+        raise _error(status, call)
+
+
+def address(name: str) -> int:
+    """Address of a function of the core, for native callers."""
+    return ctypes.cast(getattr(_core(), name), ctypes.c_void_p).value or 0
+
+
 def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
     """Arguments of the core for a checked call with contiguous queries, whose tensors must outlive them."""
     q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads = call
@@ -137,6 +190,8 @@ def _error(status: int, call: Call) -> Exception:
         return ValueError(offsets_message(call.q.shape[0]))
     if status == 3:
         return ValueError(tables_message(call.k_pool.shape[0]))
+    if status == 5:
+        return ValueError("layer, blocks, offsets: expected a layer and slots that lie in the pool")
     return MemoryError("the attention kernel could not allocate its scratch memory")
 
 

@@ -7,6 +7,7 @@ each time, which takes longer than a short sequence's arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,33 @@ class PreparedAttention:
         name = choose(k_pool.device.type, k_pool.dtype, d, k_pool.shape[2]).name
         self._run = IMPLEMENTATIONS[name]
         self._packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """KV heads, and d."""
+        _, kv_heads, _, d = self._call.k_pool.shape
+        return kv_heads, d
+
+    def check_pools(self, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
+        """Raise ValueError for pools that a call would not take."""
+        if _form(self._call.q, k_pool, v_pool) != self._form:
+            raise ValueError(
+                "k_pool, v_pool: expected tensors of the shape, strides and dtype prepared for; "
+                f"got {tuple(k_pool.shape)} and {tuple(v_pool.shape)}"
+            )
+
+    def pack_layers(
+        self, k_layers: Sequence[torch.Tensor], v_layers: Sequence[torch.Tensor], *slots: torch.Tensor
+    ) -> native_kernel.PackedLayers | None:
+        """Arguments of :meth:`run_layer` for checked pools; None when the C++ core does not serve."""
+        return None if self._packed is None else native_kernel.pack_layers(self._packed, k_layers, v_layers, *slots)
+
+    def run_layer(
+        self, packed: native_kernel.PackedLayers, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        scale: float,
+    ) -> None:  # fmt: skip
+        """Append and attend with checked contiguous tensors, as :class:`PreparedLayers` does."""
+        native_kernel.run_layer(packed, self._call, layer, q, k, v, scale)
 
     def __call__(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> None:
         """Attend; :attr:`out` and :attr:`lse` are overwritten.

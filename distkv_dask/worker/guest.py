@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.native_session import NativeTurns
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.traced import traced_receive
@@ -69,6 +70,19 @@ class Guest:
             else:
                 self._take(header)
             more = inlet.consume(header)
+
+    def give(self) -> NativeTurns | None:
+        """Let the session's requests be answered in C++ until :meth:`take`; None where they cannot."""
+        return None if self._session is None or self.inlet.sending else self._session.give()
+
+    def take(self) -> None:
+        """Go on in Python after :meth:`give`; raises as :meth:`serve` does."""
+        assert self._session is not None
+        answered, waits = self._session.take()
+        if answered:
+            self.deadline = time.monotonic() + self._own_service.silence
+        if waits:
+            self.serve()
 
     def begin(self, session: Session) -> None:
         """Start the session whose BEGIN came."""

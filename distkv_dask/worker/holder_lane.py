@@ -23,6 +23,7 @@ from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import Certificates, TlsListener
 from distkv_dask.worker.channels.unix import UnixListener, machine
 from distkv_dask.worker.guest import HELLO_BYTES, Guest
+from distkv_dask.worker.native_session import serve
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 
@@ -63,6 +64,7 @@ class HolderLane:
         self._wake.setblocking(False)
         self._woken.setblocking(False)
         self._selector = selectors.DefaultSelector()
+        self._poller: int = self._selector.fileno() if hasattr(self._selector, "fileno") else -1
         for listener in self._listeners:
             self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
         self._selector.register(self._woken, selectors.EVENT_READ, self._work_off)
@@ -177,7 +179,7 @@ class HolderLane:
         try:
             with torch.inference_mode():
                 while not self._closed:
-                    for key, _ in self._selector.select(TICK):
+                    for key, _ in self._selector.select(0 if self._serve_natively() else TICK):
                         key.data()
                     if (now := time.monotonic()) > look:
                         look = now + TICK
@@ -216,6 +218,15 @@ class HolderLane:
             guest = Guest(inlet, self._services)
             self._guests.add(guest)
             self._selector.register(inlet, selectors.EVENT_READ, lambda: self._serve(guest, guest.serve))
+
+    def _serve_natively(self) -> bool:
+        """Answer sessions in C++ until Python has something to do; False where there is no such session."""
+        given = [(guest, turns) for guest in self._guests if (turns := guest.give()) is not None]
+        if given:
+            serve(self._poller, [turns for _, turns in given], TICK)
+            for guest, _ in given:
+                self._serve(guest, guest.take)
+        return bool(given)
 
     def _serve(self, guest: Guest, work: Callable[[], None]) -> None:
         """Do a home's work; whatever goes wrong ends this home's channel and nothing else."""

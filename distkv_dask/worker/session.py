@@ -12,6 +12,7 @@ from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.types import Gang
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
+from distkv_dask.worker.native_session import NativeTurns, new_turns
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.wire import Row
@@ -43,6 +44,7 @@ class Session:
         self.result: Future[SessionStats] = Future()
         self.sequences: frozenset[int] = frozenset()
         """Sequences of the batch under way."""
+        self._native: NativeTurns | None = None
         self._pool = pool
         self._turn = (Kind.ATTEND, gang.number, gang.epoch, 0, 0, 0)
         self._requests = self._bytes_in = self._bytes_out = 0
@@ -99,6 +101,24 @@ class Session:
         data = inlet.data[HEADER_BYTES : HEADER_BYTES + q_bytes + kv_bytes].view(pool.dtype)
         self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
         self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
+        reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
+        self._native = new_turns(inlet, shard, pool.layers, (self._q, self._keys, self._values), reply)
+
+    def give(self) -> NativeTurns | None:
+        """Let requests be answered in C++ until :meth:`take`; None where they cannot."""
+        if self._native is None or self._shard.full:
+            return None
+        self._native.give(Header(*self._turn))
+        return self._native
+
+    def take(self) -> tuple[int, bool]:
+        """Go on in Python after :meth:`give`: how many requests were answered, and whether frames wait for Python."""
+        assert self._native is not None
+        answered, busy, layer, waits = self._native.take()
+        if answered:
+            self._count(answered, busy)
+            self._next(layer)
+        return answered, waits
 
     def answer(self, inlet: Inlet, header: Header) -> None:
         """Append, attend and reply to the ATTEND frame that lies in ``inlet``.
@@ -111,24 +131,13 @@ class Session:
         began = time.perf_counter()
         if header[:6] != self._turn:
             raise ChannelError(f"the home sent {header}; this holder expected {Header(*self._turn)}")
-        _, number, epoch, layer, step, length, _ = header
         self._attend(header)
         self._reply_to(inlet, header)
-        if layer + 1 < self._pool.layers:
-            self._turn = (Kind.ATTEND, number, epoch, layer + 1, step, length)
-        else:
-            self._shard.advance()
-            self._turn = (Kind.ATTEND, number, epoch, 0, step + 1, length)
-        self._requests += 1
-        self._bytes_in += length
-        self._bytes_out += len(self._reply)
-        self._busy += time.perf_counter() - began
+        self._next((header.layer + 1) % self._pool.layers)
+        self._count(1, time.perf_counter() - began)
 
     def _attend(self, header: Header) -> None:
-        shard = self._shard
-        if shard.appended:
-            shard.write(header.layer, self._keys, self._values)
-        shard.attend(header.layer, self._q, header.scale)
+        self._shard.attend(header.layer, self._q, self._keys, self._values, header.scale)
 
     def _reply_to(self, inlet: Inlet, header: Header) -> None:
         _, number, epoch, layer, step, _, _ = header
@@ -143,3 +152,18 @@ class Session:
         """End the session with an error."""
         if not self.result.done():
             self.result.set_exception(error)
+
+    def _next(self, layer: int) -> None:
+        """It is the turn of ``layer``; of the next step, when that is the first."""
+        kind, number, epoch, _, step, length = self._turn
+        if layer == 0:
+            self._shard.advance()
+            step += 1
+        self._turn = (kind, number, epoch, layer, step, length)
+
+    def _count(self, requests: int, seconds: float) -> None:
+        *_, length = self._turn
+        self._requests += requests
+        self._bytes_in += requests * length
+        self._bytes_out += requests * len(self._reply)
+        self._busy += seconds

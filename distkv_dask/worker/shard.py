@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from distkv_dask.errors import CapacityError
-from distkv_dask.kernels import PreparedAttention
+from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.wire import Row
 
@@ -49,36 +49,49 @@ class Shard:
             self._check_room(row, table)
         self._visible = torch.empty(len(rows), dtype=torch.int32)
         self._starts = torch.empty(len(rows), dtype=torch.int32) if causal else None
-        self._slots: tuple[torch.Tensor, torch.Tensor] | None
+        self._blocks, self._offsets = torch.empty(2, self.appended, dtype=torch.int64)
+        self.full = False
+        """Whether steps so far have used up a row's room."""
         self._prepare()
-        self._attention = PreparedAttention(
+        attention = PreparedAttention(
             self.tokens, heads, pool.keys(0), pool.values(0),
             torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
             query_offsets=offsets, causal=causal, q_start=self._starts,
         )  # fmt: skip
-        self.out, self.lse = self._attention.out, self._attention.lse
+        self.out, self.lse = attention.out, attention.lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
-        self.result = self._attention.result
+        self.result = attention.result
         """float32: ``out``, then ``lse``, in one piece of memory."""
+        layers = range(pool.layers)
+        self._attend = PreparedLayers(
+            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], self._blocks, self._offsets
+        )
+        self.native = self._attend.native
+        """The batch as the kernels' core takes it; None where that does not serve."""
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append KV [appended, kv_heads, head_dim] of the rows that append here.
+    def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
+        """Append, then attend: :attr:`out` and :attr:`lse` are overwritten.
+
+        Parameters
+        ----------
+        layer
+            Index of the layer.
+        q
+            [tokens, heads, head_dim] in the pool's dtype.
+        keys, values
+            [appended, kv_heads, head_dim], of the rows that append here.
+        scale
+            Factor of the scores.
 
         Raises
         ------
         CapacityError
             Steps so far have used up a row's room.
         """
-        if self._slots is None:
+        if self.full:
             for row, table in zip(self._rows, self._tables, strict=True):
                 self._check_room(row, table)
-        assert self._slots is not None
-        self._pool.write(layer, self._slots, keys, values)
-
-    def attend(self, layer: int, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of q [tokens, heads, head_dim]: :attr:`out` and :attr:`lse`, which the next call overwrites."""
-        self._attention(q, self._pool.keys(layer), self._pool.values(layer), scale)
-        return self.out, self.lse
+        self._attend(layer, q, keys, values, scale)
 
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now."""
@@ -87,15 +100,14 @@ class Shard:
             self._prepare()
 
     def _prepare(self) -> None:
-        """Make the index tensors of a step; none where the last step has used up a row's room."""
-        pool, rows, self._slots = self._pool, self._rows, None
+        """Make the index tensors of a step, unless the last step has used up a row's room."""
+        pool, rows = self._pool, self._rows
         both = list(zip(rows, self._tables, strict=True))
-        if all(row.length + row.queries * row.appends <= self._room(table) for row, table in both):
+        self.full = any(row.length + row.queries * row.appends > self._room(table) for row, table in both)
+        if not self.full:
             slots = [pool.slots(table, row.length, row.length + row.queries) for row, table in both if row.appends]
-            self._slots = (
-                torch.tensor([block for blocks, _ in slots for block in blocks]),
-                torch.tensor([offset for _, offsets in slots for offset in offsets]),
-            )
+            self._blocks[:] = torch.tensor([block for blocks, _ in slots for block in blocks])
+            self._offsets[:] = torch.tensor([offset for _, offsets in slots for offset in offsets])
         self._visible[:] = torch.tensor([row.length + row.queries * row.appends for row in rows])
         if self._starts is not None:
             self._starts[:] = torch.tensor([row.length for row in rows])

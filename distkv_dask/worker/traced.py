@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from distkv_dask.types import Gang
-from distkv_dask.worker.attention import DistAttention, Remote
+from distkv_dask.worker.attention import DistAttention, Local
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import Header
 from distkv_dask.worker.decode import DecodeLoop
+from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, Remote
 from distkv_dask.worker.gang import HomeGang
+from distkv_dask.worker.native_session import NativeTurns
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.session import Session
@@ -117,49 +119,71 @@ class TracedAttention(DistAttention):
         finally:
             self.left = self._ring.put("attention", began, self.number, self.step, layer)
 
-    def _ask(self, remote: Remote, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        began = perf_counter_ns()
-        try:
-            super()._ask(remote, layer, q, k, v, scale)
-        finally:
-            self._ring.put("send", began, self.number, self.step, layer, remote.channel.peer, remote.asked_bytes)
+    def _new_exchange(self, asking: Asking) -> Exchange:
+        return TracedExchange(self._ring, asking)
 
-    def _attend_locally(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+    def _attend_locally(
+        self, local: Local, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
         began = perf_counter_ns()
         try:
-            super()._attend_locally(layer, q, k, v, scale)
+            super()._attend_locally(local, layer, q, k, v, scale)
         finally:
             self._ring.put("local attention", began, self.number, self.step, layer)
 
-    def _select(self, layer: int) -> list[tuple[selectors.SelectorKey, int]]:
+
+class TracedExchange(PythonExchange):
+    """An exchange whose parts are recorded; in Python on every channel, since C++ records nothing."""
+
+    def __init__(self, ring: Ring, asking: Asking) -> None:
+        super().__init__(asking)
+        self._number = asking.gang.number
+        self._ring = ring
+
+    def _ask(
+        self, remote: Remote, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
         began = perf_counter_ns()
         try:
-            return super()._select(layer)
+            super()._ask(remote, layer, step, q, k, v, scale)
         finally:
-            self._ring.put("wait", began, self.number, self.step, layer)
+            self._ring.put("send", began, self._number, step, layer, remote.channel.peer, remote.asked_bytes)
 
-    def _wait(self, remote: Remote, layer: int) -> None:
+    def _select(
+        self, selector: selectors.BaseSelector, layer: int, step: int
+    ) -> list[tuple[selectors.SelectorKey, int]]:
         began = perf_counter_ns()
         try:
-            super()._wait(remote, layer)
+            return super()._select(selector, layer, step)
         finally:
-            self._ring.put("wait", began, self.number, self.step, layer, remote.channel.peer, remote.answer_bytes)
+            self._ring.put("wait", began, self._number, step, layer)
 
-    def _merge(self, remote: Remote, layer: int) -> None:
+    def _wait(self, remote: Remote, layer: int, step: int) -> None:
         began = perf_counter_ns()
-        super()._merge(remote, layer)
-        self._ring.put("merge", began, self.number, self.step, layer, remote.channel.peer)
+        try:
+            super()._wait(remote, layer, step)
+        finally:
+            self._ring.put("wait", began, self._number, step, layer, remote.channel.peer, remote.answer_bytes)
+
+    def _merge(self, remote: Remote, layer: int, step: int) -> None:
+        began = perf_counter_ns()
+        super()._merge(remote, layer, step)
+        self._ring.put("merge", began, self._number, step, layer, remote.channel.peer)
 
 
 # Holder lane
 
 
 class TracedSession(Session):
-    """A holder's part in a gang whose requests are recorded."""
+    """A holder's part in a gang whose requests are recorded; in Python on every channel, since C++ records nothing."""
 
     def __init__(self, ring: Ring, gang: Gang, pool: Pool) -> None:
         super().__init__(gang, pool)
         self._ring = ring
+
+    def give(self) -> NativeTurns | None:
+        """Nothing is answered in C++."""
+        return None
 
     def answer(self, inlet: Inlet, header: Header) -> None:
         """Append, attend and reply."""

@@ -13,7 +13,7 @@
 namespace distkv {
 
 enum Dtype : int64_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
-enum Status : int { kOk = 0, kBadLengths = 1, kBadOffsets = 2, kBadTables = 3, kNoMemory = 4 };
+enum Status : int { kOk = 0, kBadLengths = 1, kBadOffsets = 2, kBadTables = 3, kNoMemory = 4, kBadSlots = 5 };
 
 // One call of micro_attention. Python packs it field by field (native_kernel.py): every field has 8 bytes.
 struct Args {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
@@ -50,24 +51,35 @@ class StreamChannel:
         try:
             self._write(header, buffers)
         except OSError as error:
-            raise self._failure_sent() or self._broken("take", header, error) from error
+            raise self.not_sent(header, error) from error
 
     def recv_into(self, expected: Header, buffer: memoryview | None = None) -> None:
         """Receive exactly the frame ``expected``."""
-        head = self._head
         try:
-            got = self._begin(buffer)
-            if got < HEADER_BYTES:
-                self._fill(memoryview(head)[got:], got)
-                got = HEADER_BYTES
-            if head != expected.pack():
-                raise self._unexpected(expected, b"" if buffer is None else bytes(buffer[: got - HEADER_BYTES]))
-            if buffer is not None and got < HEADER_BYTES + expected.length:
-                self._fill(buffer[got - HEADER_BYTES :], got)
+            self._finish(self._begin(buffer), expected, buffer)
         except OSError as error:
             if isinstance(error, ChannelError):
                 raise
             raise self._broken("send", expected, error) from error
+
+    def go_on(self, head: bytes, got: int, expected: Header, buffer: memoryview, error: int) -> None:
+        """:meth:`recv_into` of a frame of which ``got`` bytes were read elsewhere, into ``head`` and then ``buffer``.
+
+        ``error`` is the errno that ended this; 0 when it was something else.
+        """
+        self._head[:] = head
+        try:
+            if error:
+                raise OSError(error, os.strerror(error))
+            self._finish(got, expected, buffer)
+        except OSError as broken:
+            if isinstance(broken, ChannelError):
+                raise
+            raise self._broken("send", expected, broken) from broken
+
+    def not_sent(self, header: Header, error: OSError) -> Exception:
+        """What to raise for a frame that was not sent: the reason that the peer gave, when it did."""
+        return self._failure_sent() or self._broken("take", header, error)
 
     def fail(self, gang: int, epoch: int, message: str) -> None:
         """Send a failure frame as far as possible without waiting, then close."""
@@ -126,6 +138,17 @@ class StreamChannel:
         return self._sock.recv(count, socket.MSG_DONTWAIT)
 
     # What all have in common
+
+    def _finish(self, got: int, expected: Header, buffer: memoryview | None) -> None:
+        """Read the rest of a frame that must be ``expected``; ``got`` bytes of it are there already."""
+        head = self._head
+        if got < HEADER_BYTES:
+            self._fill(memoryview(head)[got:], got)
+            got = HEADER_BYTES
+        if head != expected.pack():
+            raise self._unexpected(expected, b"" if buffer is None else bytes(buffer[: got - HEADER_BYTES]))
+        if buffer is not None and got < HEADER_BYTES + expected.length:
+            self._fill(buffer[got - HEADER_BYTES :], got)
 
     def _fill(self, view: memoryview, got: int) -> None:
         """Fill ``view``; ``got`` bytes of the frame are there already. A trickle ends at the limit too."""

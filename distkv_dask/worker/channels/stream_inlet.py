@@ -36,6 +36,17 @@ class StreamInlet:
         """Whether a frame is not yet completely handed to the kernel."""
         return bool(self._unsent)
 
+    @property
+    def filled(self) -> int:
+        """Bytes of the current frame that were read."""
+        return self._filled
+
+    def go_on(self, filled: int, sent: int, *unsent: Buffer) -> None:
+        """Go on after somebody else read up to ``filled`` bytes, and sent ``sent`` bytes of the frame ``unsent``."""
+        self._filled, self._header = filled, None
+        if unsent:
+            self._unsent = memoryview(b"".join(unsent))[sent:]
+
     def make_room(self, payload: int) -> None:
         """Make ``data`` large enough for payloads of that many bytes."""
         if len(self._view) < HEADER_BYTES + payload:

@@ -1,0 +1,201 @@
+"""A step's exchange with its holders, layer by layer: queries out, partials in as they come, merged."""
+
+from __future__ import annotations
+
+import math
+import selectors
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from distkv_dask.errors import ChannelTimeoutError
+from distkv_dask.kernels import PreparedMerge
+from distkv_dask.types import Gang
+from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.plan import Part
+from distkv_dask.worker.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a step asks of its holders, and where their partials are merged.
+
+    ``out`` [tokens, heads, head_dim] and ``lse`` [tokens, heads] are float32; with ``clears`` they begin with nothing
+    in each layer, else with what the home wrote there. ``limit`` is the time limit for partials in seconds.
+    """
+
+    gang: Gang
+    holders: Sequence[tuple[Channel, Part]]
+    pool: Pool
+    out: torch.Tensor
+    lse: torch.Tensor
+    clears: bool
+    limit: float
+
+
+class Exchange(Protocol):
+    """One way to do it; see :class:`PythonExchange`."""
+
+    @property
+    def waiting(self) -> float:
+        """Seconds spent waiting for partials."""
+
+    def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """Send the queries [tokens, heads, head_dim], and the KV [tokens, kv_heads, head_dim] of tails elsewhere."""
+
+    def gather(self, layer: int, step: int) -> None:
+        """Wait for the partials of all holders and merge them as they come."""
+
+    def close(self) -> None:
+        """Forget the channels (they stay open)."""
+
+
+class PythonExchange:
+    """Over any channels."""
+
+    def __init__(self, asking: Asking) -> None:
+        self.waiting = 0.0
+        self._asking = asking
+        self._remotes = [Remote(channel, asking, part) for channel, part in asking.holders]
+        self._selector = selectors.DefaultSelector() if len(self._remotes) > 1 else None
+        if self._selector is not None:
+            for remote in self._remotes:
+                self._selector.register(remote.channel, selectors.EVENT_READ, remote)
+
+    def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """Send the queries, and the KV of tokens that belong to tails elsewhere."""
+        for remote in self._remotes:
+            self._ask(remote, layer, step, q, k, v, scale)
+        if self._asking.clears:
+            self._asking.out.zero_()
+            self._asking.lse.fill_(-torch.inf)
+
+    def gather(self, layer: int, step: int) -> None:
+        """Wait for the partials of all holders and merge them as they come."""
+        if self._selector is None:
+            for remote in self._remotes:
+                self._receive(remote, layer, step)
+            return
+        missing = {remote.channel.peer for remote in self._remotes}
+        while missing:
+            events = self._select(self._selector, layer, step)
+            if not events:
+                raise late(missing, self._asking.limit)
+            for key, _ in events:
+                self._receive(key.data, layer, step)
+                missing.discard(key.data.channel.peer)
+
+    def close(self) -> None:
+        """Forget the channels."""
+        if self._selector is not None:
+            self._selector.close()
+
+    def _receive(self, remote: Remote, layer: int, step: int) -> None:
+        self._wait(remote, layer, step)
+        self._merge(remote, layer, step)
+
+    # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.traced`)
+
+    def _ask(
+        self, remote: Remote, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
+        remote.ask(layer, step, q, k, v, scale)
+
+    def _select(
+        self, selector: selectors.BaseSelector, layer: int, step: int
+    ) -> list[tuple[selectors.SelectorKey, int]]:
+        began = time.perf_counter()
+        events = selector.select(self._asking.limit)
+        self.waiting += time.perf_counter() - began
+        return events
+
+    def _wait(self, remote: Remote, layer: int, step: int) -> None:
+        began = time.perf_counter()
+        remote.receive(layer, step)
+        self.waiting += time.perf_counter() - began
+
+    def _merge(self, remote: Remote, layer: int, step: int) -> None:
+        remote.merge()
+
+
+class Remote:
+    """One holder's part of a step, seen from the home; only :class:`PythonExchange` and its trace use it."""
+
+    def __init__(self, channel: Channel, asking: Asking, part: Part) -> None:
+        self.channel = channel
+        pool, gang = asking.pool, asking.gang
+        tokens, heads, d = asking.out.shape
+        self._index, appended = indices(part, tokens)
+        self._appended = None if len(appended) == tokens else appended
+        queries = sum(row.queries for row in part.rows)
+        kv_shape = (2, len(appended), pool.kv_heads, d)
+        question = torch.empty(queries * heads * d + math.prod(kv_shape), dtype=pool.dtype)
+        self._q = question[: queries * heads * d].view(queries, heads, d)
+        self._k, self._v = question[queries * heads * d :].view(kv_shape)
+        self._question = bytes_of(question)
+        self._gang, self._epoch = gang.number, gang.epoch
+        answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
+        self._answer = bytes_of(answer)
+        out = answer[: queries * heads * d].view(queries, heads, d)
+        lse = answer[queries * heads * d :].view(queries, heads)
+        self.merge = PreparedMerge(asking.out, asking.lse, out, lse, self._index)
+        """Merges the received partial."""
+
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes of a question."""
+        return len(self._question)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of a partial."""
+        return len(self._answer)
+
+    def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """Send the queries, and the KV of tokens that belong to a tail there."""
+        _take(q, self._index, self._q)
+        if len(self._k):
+            _take(k, self._appended, self._k)
+            _take(v, self._appended, self._v)
+        question = self._question
+        header = Header(Kind.ATTEND, self._gang, self._epoch, layer, step, len(question), scale)
+        self.channel.send(header, question)
+
+    def receive(self, layer: int, step: int) -> None:
+        """Wait for the partial."""
+        answer = self._answer
+        self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
+
+
+def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Tokens of the batch that a part sees (None: all), and those that it appends; int64."""
+    if part.rows[0].queries == tokens:  # the only sequence
+        return None, torch.arange(tokens if part.rows[0].appends else 0)
+    index = None if len(part.places) == tokens else torch.tensor(part.places)
+    places = [place for place, row in zip(part.places, part.rows, strict=True) if row.appends]
+    return index, torch.tensor(places, dtype=torch.int64)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.view(torch.uint8).numpy().data
+
+
+def late(missing: set[str], limit: float) -> ChannelTimeoutError:
+    """Error for holders whose partials did not come in time."""
+    return ChannelTimeoutError(
+        f"no answer from {', '.join(sorted(missing))} within {limit:g} s; they may be frozen or cut "
+        "off. If they are only slow, raise distkv.timeouts.receive"
+    )
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor | None, taken: torch.Tensor) -> None:
+    """Copy a tensor, or the rows of it that ``index`` names."""
+    if index is None:
+        taken.copy_(tensor)
+    else:
+        torch.index_select(tensor, 0, index, out=taken)

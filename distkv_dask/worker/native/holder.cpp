@@ -1,0 +1,113 @@
+// The holder's side of layers that go as expected: a request is read, answered and sent back, and the next awaited.
+//
+// Whatever else happens (another frame, a closed channel, a full socket, the end of a step, somebody new) goes back to
+// Python, which decides about it.
+#include <sys/epoll.h>
+
+#include <cstring>
+
+#include "frames.h"
+
+namespace distkv {
+
+// One session. Python fills it (native_answers.py): every field has 8 bytes, but for the headers.
+struct Session {
+  int64_t fd;
+  char* frame;  // header and payload of the request that is being read
+  int64_t filled;
+  int64_t frame_bytes;
+  const void* batch;  // first argument of distkv_layer
+  const void* q;      // within the frame
+  const void* k;
+  const void* v;
+  const char* answer;
+  int64_t answer_bytes;
+  int64_t layer, layers;
+  Header expected, reply;
+  int64_t answered;
+  double busy;     // seconds spent on answers
+  int64_t sent;    // bytes of the last answer that left, when its end did not
+  int64_t status;  // distkv::Turn of the last call
+};
+
+enum Turn : int64_t { kAwaits = 0, kStepDone = 1, kPython = 2, kUnsent = 3, kBadBatch = 4 };
+
+namespace {
+
+// Reads what is there of the frame; whether all of it is, as expected.
+bool request(Session& session) {
+  while (session.filled < session.frame_bytes) {
+    const iovec whole = {session.frame, static_cast<size_t>(session.frame_bytes)};
+    const int64_t count =
+        transfer(recvmsg, static_cast<int>(session.fd), &whole, 1, session.filled, MSG_DONTWAIT);
+    if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return false;
+    if (count <= 0) {
+      session.status = kPython;
+      return false;
+    }
+    session.filled += count;
+    if (session.filled >= kHeaderBytes && std::memcmp(session.frame, &session.expected, kTurnBytes) != 0) {
+      session.status = kPython;
+      return false;
+    }
+  }
+  return true;
+}
+
+void answer(Session& session, LayerCall layer) {
+  Header asked;
+  std::memcpy(&asked, session.frame, sizeof(asked));
+  session.reply.layer = asked.layer;
+  session.reply.step = asked.step;
+  if (layer(session.batch, session.q, session.k, session.v, session.layer, asked.scale)) {
+    session.status = kBadBatch;
+    return;
+  }
+  const iovec whole[2] = {{&session.reply, sizeof(Header)},
+                          {const_cast<char*>(session.answer), static_cast<size_t>(session.answer_bytes)}};
+  const int64_t sent = transfer(send_message, static_cast<int>(session.fd), whole, 2, 0, MSG_DONTWAIT);
+  session.filled = 0;
+  ++session.answered;
+  session.layer = (session.layer + 1) % session.layers;
+  session.expected.layer = static_cast<uint16_t>(session.layer);
+  session.expected.step += session.layer == 0;
+  session.sent = sent < 0 ? 0 : sent;
+  if (session.sent < kHeaderBytes + session.answer_bytes) session.status = kUnsent;
+  else if (session.layer == 0) session.status = kStepDone;
+}
+
+// Answers what is there; whether the session goes on without Python.
+bool serve(Session& session, LayerCall layer) {
+  while (session.status == kAwaits && request(session)) {
+    const double began = seconds_now();
+    answer(session, layer);
+    session.busy += seconds_now() - began;
+  }
+  return session.status == kAwaits;
+}
+
+}  // namespace
+}  // namespace distkv
+
+// Answers requests of sessions until something is for Python to do, at most for so many seconds. `poller` is an epoll
+// descriptor that watches, level-triggered and by descriptor, all that Python waits for, sessions included.
+DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int64_t count, distkv::LayerCall layer,
+                                double seconds) {
+  const double deadline = distkv::seconds_now() + seconds;
+  epoll_event events[64];
+  for (bool ours = true; ours;) {
+    const double left = (deadline - distkv::seconds_now()) * 1e3;
+    if (left <= 0) return;
+    const int ready = epoll_wait(static_cast<int>(poller), events, 64, static_cast<int>(left) + 1);
+    if (ready <= 0) {
+      if (ready < 0 && errno == EINTR) continue;
+      return;
+    }
+    for (int i = 0; i < ready; ++i) {
+      distkv::Session* session = nullptr;
+      for (int64_t s = 0; s < count && !session; ++s)
+        if (sessions[s]->fd == events[i].data.fd) session = sessions[s];
+      ours &= session && events[i].events == EPOLLIN && distkv::serve(*session, layer);
+    }
+  }
+}

@@ -1,0 +1,174 @@
+// The home's side of one layer: queries to all holders, then their partials as they come, merged at once.
+#include <poll.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "frames.h"
+
+namespace distkv {
+
+// One holder. Python fills it (native_exchange.py): every field has 8 bytes, but for the headers.
+struct Holder {
+  int64_t fd;
+  const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they lie
+  int64_t queries, q_bytes;
+  const int64_t* kv_index;  // [appended] tokens whose KV is appended there; null: all
+  int64_t appended, kv_bytes;
+  char* packed;  // room for everything that is picked by an index
+  float* answer;
+  int64_t answer_bytes;
+  float* part_lse;             // within the answer
+  const int64_t* merge_index;  // as distkv_merge takes it
+  int64_t merged;
+  Header ask, expected, got;
+  int64_t received;
+};
+
+struct Home {
+  Holder* holders;
+  int64_t count;
+  MergeCall merge;
+  float* out;
+  float* lse;
+  int64_t tokens, heads, d;
+  int64_t clears;   // whether out and lse begin with nothing
+  double waited;    // seconds, all layers together
+  int64_t culprit;  // holder that a status other than kDone is about
+  int64_t error;    // errno, or 0
+};
+
+enum Status : int { kDone = 0, kBroken = 1, kLate = 2, kUnexpected = 3, kBadIndex = 4 };
+
+namespace {
+
+char* pick(char* to, const void* rows, const int64_t* index, int64_t count, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i, to += bytes)
+    std::memcpy(to, static_cast<const char*>(rows) + index[i] * bytes, bytes);
+  return to;
+}
+
+Status send(Holder& holder, const void* q, const void* k, const void* v) {
+  iovec whole[4] = {{&holder.ask, sizeof(Header)}};
+  int pieces = 1;
+  char* packed = holder.packed;
+  const auto add = [&](const void* rows, const int64_t* index, int64_t count, int64_t bytes) {
+    const void* from = rows;
+    if (index) {
+      from = packed;
+      packed = pick(packed, rows, index, count, bytes);
+    }
+    whole[pieces++] = {const_cast<void*>(from), static_cast<size_t>(count * bytes)};
+  };
+  add(q, holder.q_index, holder.queries, holder.q_bytes);
+  if (holder.appended) {
+    add(k, holder.kv_index, holder.appended, holder.kv_bytes);
+    add(v, holder.kv_index, holder.appended, holder.kv_bytes);
+  }
+  const int64_t size = kHeaderBytes + static_cast<int64_t>(holder.ask.length);
+  for (int64_t sent = 0; sent < size;) {
+    const int64_t count = transfer(send_message, static_cast<int>(holder.fd), whole, pieces, sent, 0);
+    if (count < 0) return kBroken;
+    sent += count;
+  }
+  return kDone;
+}
+
+// Reads what is there; whether the whole partial is.
+bool receive(Home& home, Holder& holder, Status& status) {
+  const iovec whole[2] = {{&holder.got, sizeof(Header)}, {holder.answer, static_cast<size_t>(holder.answer_bytes)}};
+  const int64_t count = transfer(recvmsg, static_cast<int>(holder.fd), whole, 2, holder.received, MSG_DONTWAIT);
+  if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return false;
+  if (count <= 0) {
+    home.error = count < 0 ? errno : 0;
+    status = kBroken;
+    return false;
+  }
+  holder.received += count;
+  if (holder.received < kHeaderBytes) return false;
+  if (std::memcmp(&holder.got, &holder.expected, sizeof(Header)) != 0) status = kUnexpected;
+  return status == kDone && holder.received == kHeaderBytes + holder.answer_bytes;
+}
+
+Status gather(Home& home, double seconds) {
+  thread_local std::vector<pollfd> waiting;
+  thread_local std::vector<int64_t> whose;
+  waiting.clear();
+  whose.clear();
+  for (int64_t i = 0; i < home.count; ++i) {
+    waiting.push_back({static_cast<int>(home.holders[i].fd), POLLIN, 0});
+    whose.push_back(i);
+  }
+  double began = seconds_now();
+  const double deadline = began + seconds;
+  while (!waiting.empty()) {
+    const double left = std::ceil((deadline - began) * 1e3);
+    const int ready = left > 0 ? poll(waiting.data(), waiting.size(), static_cast<int>(std::min(left, 2e9))) : 0;
+    const double now = seconds_now();
+    home.waited += now - began;
+    began = now;
+    home.culprit = whose[0];
+    if (ready == 0) return kLate;
+    if (ready < 0 && errno != EINTR) {
+      home.error = errno;
+      return kBroken;
+    }
+    for (size_t at = waiting.size(); ready > 0 && at-- > 0;) {
+      if (!waiting[at].revents) continue;
+      Status status = kDone;
+      Holder& holder = home.holders[home.culprit = whose[at]];
+      if (receive(home, holder, status)) {
+        if (home.merge(home.out, home.lse, holder.answer, holder.part_lse, holder.merge_index, holder.merged,
+                       home.tokens, home.heads, home.d))
+          return kBadIndex;
+        waiting[at] = waiting.back();
+        whose[at] = whose.back();
+        waiting.pop_back();
+        whose.pop_back();
+      }
+      if (status != kDone) return status;
+    }
+  }
+  return kDone;
+}
+
+}  // namespace
+}  // namespace distkv
+
+// Sends a layer's queries, and the KV of tails that lie elsewhere, to every holder. Returns a distkv::Status.
+DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, const void* v, int64_t layer,
+                             int64_t step, double scale) {
+  for (int64_t i = 0; i < home->count; ++i) {
+    distkv::Holder& holder = home->holders[i];
+    for (distkv::Header* header : {&holder.ask, &holder.expected}) {
+      header->layer = static_cast<uint16_t>(layer);
+      header->step = static_cast<uint32_t>(step);
+    }
+    holder.ask.scale = scale;
+    holder.received = 0;
+    if (const distkv::Status status = distkv::send(holder, q, k, v)) {
+      home->culprit = i;
+      home->error = errno;
+      return status;
+    }
+  }
+  if (home->clears) {
+    std::memset(home->out, 0, home->tokens * home->heads * home->d * sizeof(float));
+    for (int64_t i = 0; i < home->tokens * home->heads; ++i) home->lse[i] = -INFINITY;
+  }
+  return distkv::kDone;
+}
+
+// Waits at most so many seconds for all partials of the layer asked for. Returns a distkv::Status.
+DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
+  home->error = 0;
+  try {
+    return distkv::gather(*home, seconds);
+  } catch (const std::bad_alloc&) {
+    home->error = ENOMEM;
+    return distkv::kBroken;
+  }
+}

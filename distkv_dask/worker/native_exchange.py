@@ -1,0 +1,169 @@
+"""A step's exchange in C++ (worker/native/home.cpp): two calls per layer, whatever the number of holders."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Any
+
+import torch
+
+from distkv_dask.errors import ChannelError
+from distkv_dask.kernels import native_kernel
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
+from distkv_dask.worker.channels.stream import StreamChannel
+from distkv_dask.worker.channels.tcp import TcpChannel
+from distkv_dask.worker.channels.unix import UnixChannel
+from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, bytes_of, indices, late
+from distkv_dask.worker.native_wire import HeaderBytes, wire
+from distkv_dask.worker.plan import Part
+
+_LATE, _BAD_INDEX = 2, 4  # distkv::Status in native/home.cpp
+
+
+class _Holder(ctypes.Structure):
+    """distkv::Holder in native/home.cpp."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int64),
+        ("q_index", ctypes.c_void_p),
+        ("queries", ctypes.c_int64),
+        ("q_bytes", ctypes.c_int64),
+        ("kv_index", ctypes.c_void_p),
+        ("appended", ctypes.c_int64),
+        ("kv_bytes", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("answer", ctypes.c_void_p),
+        ("answer_bytes", ctypes.c_int64),
+        ("part_lse", ctypes.c_void_p),
+        ("merge_index", ctypes.c_void_p),
+        ("merged", ctypes.c_int64),
+        ("ask", HeaderBytes),
+        ("expected", HeaderBytes),
+        ("got", HeaderBytes),
+        ("received", ctypes.c_int64),
+    )
+
+
+class _Home(ctypes.Structure):
+    """distkv::Home in native/home.cpp."""
+
+    _fields_ = (
+        ("holders", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("merge", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("clears", ctypes.c_int64),
+        ("waited", ctypes.c_double),
+        ("culprit", ctypes.c_int64),
+        ("error", ctypes.c_int64),
+    )
+
+
+class NativeExchange:
+    """Over plain sockets; see :class:`distkv_dask.worker.exchange.Exchange`."""
+
+    def __init__(self, asking: Asking, library: ctypes.CDLL) -> None:
+        self._asking = asking
+        self._ask, self._gather = library.distkv_ask, library.distkv_gather
+        self._channels: list[StreamChannel] = []
+        self._answers: list[memoryview] = []
+        self._kept: list[Any] = []
+        holders = (_Holder * len(asking.holders))()
+        for holder, (channel, part) in zip(holders, asking.holders, strict=True):
+            assert isinstance(channel, StreamChannel)
+            self._channels.append(channel)
+            self._fill(holder, channel, part)
+        out, lse = asking.out, asking.lse
+        merge = native_kernel.address("distkv_merge")
+        self._holders = holders
+        self._home = _Home(
+            ctypes.addressof(holders), len(holders), merge, out.data_ptr(), lse.data_ptr(), *out.shape, asking.clears
+        )
+        self._at = ctypes.addressof(self._home)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds spent waiting for partials."""
+        waited: float = self._home.waited
+        return waited
+
+    def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """Send the queries, and the KV of tokens that belong to tails elsewhere."""
+        if self._ask(self._at, q.data_ptr(), k.data_ptr(), v.data_ptr(), layer, step, scale):
+            home = self._home
+            expected, _ = self._expected(home.culprit, layer, step)
+            asked = expected._replace(kind=Kind.ATTEND, length=self._length(home.culprit))
+            error = OSError(home.error, os.strerror(home.error))
+            raise self._channels[home.culprit].not_sent(asked, error) from error
+
+    def gather(self, layer: int, step: int) -> None:
+        """Wait for the partials of all holders and merge them as they come."""
+        status = self._gather(self._at, self._asking.limit)
+        if status:
+            self._fail(status, layer, step)
+
+    def close(self) -> None:
+        """Forget the channels."""
+
+    def _fill(self, holder: _Holder, channel: StreamChannel, part: Part) -> None:
+        """Describe a holder's part."""
+        pool, gang = self._asking.pool, self._asking.gang
+        tokens, heads, d = self._asking.out.shape
+        size = pool.dtype.itemsize
+        index, appended = indices(part, tokens)
+        queries = sum(row.queries for row in part.rows)
+        picked = 0 if index is None else queries * heads * d
+        picked += 0 if len(appended) == tokens else 2 * len(appended) * pool.kv_heads * d
+        packed = torch.empty(picked, dtype=pool.dtype)
+        answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
+        self._kept += [index, appended, packed, answer]
+        self._answers.append(bytes_of(answer))
+        holder.fd = channel.fileno()
+        holder.q_index = holder.merge_index = None if index is None else index.data_ptr()
+        holder.queries = holder.merged = queries
+        holder.q_bytes, holder.kv_bytes = heads * d * size, pool.kv_heads * d * size
+        holder.kv_index = None if len(appended) == tokens else appended.data_ptr()
+        holder.appended = len(appended)
+        holder.packed, holder.answer, holder.answer_bytes = packed.data_ptr(), answer.data_ptr(), answer.nbytes
+        holder.part_lse = answer[queries * heads * d :].data_ptr()
+        length = queries * holder.q_bytes + 2 * len(appended) * holder.kv_bytes
+        for name, kind, count in (("ask", Kind.ATTEND, length), ("expected", Kind.PARTIAL, answer.nbytes)):
+            header = Header(kind, gang.number, gang.epoch, length=count)
+            setattr(holder, name, HeaderBytes.from_buffer_copy(header.pack()))
+
+    def _length(self, at: int) -> int:
+        holder = self._holders[at]
+        return int(holder.queries * holder.q_bytes + 2 * holder.appended * holder.kv_bytes)
+
+    def _expected(self, at: int, layer: int, step: int) -> tuple[Header, memoryview]:
+        gang, answer = self._asking.gang, self._answers[at]
+        return Header(Kind.PARTIAL, gang.number, gang.epoch, layer, step, len(answer)), answer
+
+    def _fail(self, status: int, layer: int, step: int) -> None:
+        """Raise for a status of the last call; a channel that broke finds the reason itself, by reading on."""
+        home = self._home
+        assert status != _BAD_INDEX
+        if status == _LATE and len(self._channels) > 1:
+            whole = zip(self._channels, self._holders, strict=True)
+            missing = {channel.peer for channel, one in whole if one.received < HEADER_BYTES + one.answer_bytes}
+            raise late(missing, self._asking.limit)
+        channel, holder = self._channels[home.culprit], self._holders[home.culprit]
+        expected, answer = self._expected(home.culprit, layer, step)
+        error = errno.EAGAIN if status == _LATE else home.error
+        channel.go_on(bytes(holder.got), holder.received, expected, answer, error)
+        raise ChannelError(f"the channel to {channel.peer} could not be read, for no reason that can be seen")
+
+
+def new_exchange(asking: Asking) -> Exchange:
+    """In C++ where all channels are plain sockets and the library is there, else in Python."""
+    library = wire()
+    plain = all(type(channel) in (TcpChannel, UnixChannel) for channel, _ in asking.holders)
+    if library is None or not plain or asking.out.device.type != "cpu":
+        return PythonExchange(asking)
+    return NativeExchange(asking, library)

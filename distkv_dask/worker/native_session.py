@@ -1,0 +1,121 @@
+"""A session's turns in C++ (worker/native/holder.cpp): requests that come as expected are answered without Python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from distkv_dask.kernels import native_kernel
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header
+from distkv_dask.worker.channels.stream_inlet import StreamInlet
+from distkv_dask.worker.native_wire import HeaderBytes, wire
+from distkv_dask.worker.shard import Shard
+
+_PYTHON, _UNSENT, _BAD_BATCH = 2, 3, 4  # distkv::Turn in native/holder.cpp
+
+
+class _Session(ctypes.Structure):
+    """distkv::Session in native/holder.cpp."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int64),
+        ("frame", ctypes.c_void_p),
+        ("filled", ctypes.c_int64),
+        ("frame_bytes", ctypes.c_int64),
+        ("batch", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("answer", ctypes.c_void_p),
+        ("answer_bytes", ctypes.c_int64),
+        ("layer", ctypes.c_int64),
+        ("layers", ctypes.c_int64),
+        ("expected", HeaderBytes),
+        ("reply", HeaderBytes),
+        ("answered", ctypes.c_int64),
+        ("busy", ctypes.c_double),
+        ("sent", ctypes.c_int64),
+        ("status", ctypes.c_int64),
+    )
+
+
+class NativeTurns:
+    """A session's batch, as :func:`serve` answers it. Between calls of that, Python has the frames and the turn.
+
+    Parameters
+    ----------
+    inlet
+        The home's channel; requests lie in its buffer.
+    shard
+        The batch.
+    layers
+        Layers of the model.
+    tensors
+        q, k and v of every request, views of the inlet's buffer.
+    reply
+        Header of every answer, but for layer and step.
+    """
+
+    def __init__(
+        self, inlet: StreamInlet, shard: Shard, layers: int, tensors: Sequence[torch.Tensor], reply: Header
+    ) -> None:
+        self._inlet = inlet
+        self._kept = shard, tensors
+        self._reply = shard.result.view(torch.uint8).numpy().data
+        self._session = _Session(
+            fd=inlet.fileno(),
+            frame=inlet.data.data_ptr(),
+            batch=ctypes.addressof(shard.native) if shard.native is not None else None,
+            answer=shard.result.data_ptr(),
+            answer_bytes=shard.result.nbytes,
+            layers=layers,
+            reply=HeaderBytes.from_buffer_copy(reply.pack()),
+        )
+        for name, tensor in zip("qkv", tensors, strict=True):
+            setattr(self._session, name, tensor.data_ptr())
+        self.address = ctypes.addressof(self._session)
+
+    def give(self, turn: Header) -> None:
+        """Let :func:`serve` go on from a turn."""
+        session = self._session
+        session.filled, session.frame_bytes = self._inlet.filled, HEADER_BYTES + turn.length
+        session.layer, session.status = turn.layer, 0
+        session.expected = HeaderBytes.from_buffer_copy(turn.pack())
+
+    def take(self) -> tuple[int, float, int, bool]:
+        """Go on in Python: requests answered, seconds spent on them, next layer, whether frames wait for Python."""
+        session = self._session
+        unsent: tuple[bytes | memoryview, ...] = ()
+        if session.status == _UNSENT:
+            unsent = bytes(session.reply), self._reply
+        self._inlet.go_on(session.filled, session.sent, *unsent)
+        taken = session.answered, session.busy, session.layer, session.status in (_PYTHON, _BAD_BATCH)
+        session.answered, session.busy = 0, 0.0
+        return taken
+
+
+def new_turns(
+    inlet: object, shard: Shard, layers: int, tensors: Sequence[torch.Tensor], reply: Header
+) -> NativeTurns | None:
+    """Turns in C++, where the channel is a plain socket and the library is there."""
+    if type(inlet) is not StreamInlet or shard.native is None or wire() is None:
+        return None
+    return NativeTurns(inlet, shard, layers, tensors, reply)
+
+
+def serve(poller: int, turns: Sequence[NativeTurns], seconds: float) -> None:
+    """Answer requests until Python has something to do, at most for so many seconds.
+
+    Parameters
+    ----------
+    poller
+        The epoll descriptor of a selector on which everything that Python waits for is registered.
+    turns
+        Sessions that may be answered here.
+    """
+    library = wire()
+    assert library is not None
+    sessions = (ctypes.c_void_p * len(turns))(*(one.address for one in turns))
+    library.distkv_serve(poller, sessions, len(turns), native_kernel.address("distkv_layer"), seconds)
