@@ -27,11 +27,12 @@ def certificates() -> Certificates:
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of channel: what ``distkv.channel`` says, and whether the cluster has certificates."""
+    """A kind of channel: what ``distkv.channel`` says, whether with certificates, whether C++ may serve it."""
 
     name: str
     channel: str
     encrypted: bool = False
+    native: bool = True
 
     @property
     def certificates(self) -> Certificates | None:
@@ -50,7 +51,12 @@ class Way:
 
 
 TCP = Way("tcp", "tcp")
-WAYS = (TCP, Way("unix", "unix"), Way("tls", "tcp", encrypted=True))
+WAYS = (
+    TCP,
+    Way("unix", "unix"),
+    Way("tls", "tcp", encrypted=True),
+    Way("tcp-in-python", "tcp", native=False),
+)
 
 
 class Bare:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from attention_cases import CASES, Case, build
 
-from distkv_dask.kernels import PreparedAttention, PreparedMerge, choose, merge, micro_attention, prepared
+from distkv_dask.kernels import (
+    PreparedAttention,
+    PreparedLayers,
+    PreparedMerge,
+    choose,
+    merge,
+    micro_attention,
+    prepared,
+)
 
 FLOAT_CASES = [case for case in CASES if not case.int8]
 DECODE, PREFILL = FLOAT_CASES[2], next(case for case in CASES if case.queries is not None)
@@ -107,3 +115,48 @@ def test_a_prepared_merge_names_a_bad_index() -> None:
         PreparedMerge(out, lse, out[:1], lse[:1])
     with pytest.raises(ValueError, match="distinct"):
         PreparedMerge(out, lse, out[:2], lse[:2], torch.tensor([1, 1]))()
+
+
+def test_new_kv_is_stored_and_seen_in_every_layer(served: str) -> None:
+    pool, heads, d = torch.randn(5, 2, 2, 2, 16, 64), 4, 64
+    k_layers, v_layers = [pool[:, at, 0] for at in range(2)], [pool[:, at, 1] for at in range(2)]
+    tables, lengths = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([18, 5], dtype=torch.int32)
+    blocks, offsets = torch.tensor([1, 2]), torch.tensor([1, 4])
+    attention = PreparedAttention(2, heads, k_layers[0], v_layers[0], tables, lengths)
+    layers = PreparedLayers(attention, k_layers, v_layers, blocks, offsets)
+    assert (layers.native is not None) == (served == "native")
+    for layer in range(2):
+        q, (k, v) = torch.randn(2, heads, d), torch.randn(2, 2, 2, d)
+        expected = pool.clone()
+        for row in range(2):
+            expected[blocks[row], layer, 0, :, offsets[row]] = k[row]
+            expected[blocks[row], layer, 1, :, offsets[row]] = v[row]
+        layers(layer, q, k, v, 0.125)
+        assert torch.equal(pool, expected)
+        out, lse = micro_attention(
+            q, expected[:, layer, 0], expected[:, layer, 1], tables, lengths, scale=0.125, implementation=served
+        )
+        assert torch.equal(attention.out, out)
+        assert torch.equal(attention.lse, lse)
+
+
+@pytest.mark.parametrize("slot", [(5, 0), (-1, 0), (0, 16), (0, -1)])
+def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(slot: tuple[int, int]) -> None:
+    arguments = build(DECODE, torch.float32)
+    attention = prepare(arguments)
+    k_pool, v_pool = arguments["k_pool"], arguments["v_pool"]
+    blocks, heads, tokens, d = k_pool.shape
+    block, offset = slot
+    at = torch.tensor([blocks if block == 5 else block]), torch.tensor([tokens if offset == 16 else offset])
+    layers = PreparedLayers(attention, [k_pool], [v_pool], *at)
+    if layers.native is None:
+        pytest.skip("no C++ core")
+    before = k_pool.clone()
+    fresh = torch.ones(1, heads, d)
+    with pytest.raises(ValueError, match="slots"):
+        layers(0, arguments["q"], fresh, fresh, 1.0)
+    with pytest.raises(ValueError, match="layer"):
+        layers(1, arguments["q"], fresh, fresh, 1.0)
+    with pytest.raises(ValueError, match="k, v"):
+        layers(0, arguments["q"], fresh[:, :1], fresh, 1.0)
+    assert torch.equal(k_pool.nan_to_num(), before.nan_to_num())

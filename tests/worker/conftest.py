@@ -13,6 +13,7 @@ from _channels import WAYS, Way
 from _fakes import TOKEN
 from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
+from distkv_dask.worker import native_exchange, native_session
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.service import Service
@@ -43,8 +44,11 @@ def pool() -> Pool:
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.name)
-def way(request: pytest.FixtureRequest) -> Way:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     """Every kind of channel in turn."""
+    if not request.param.native:
+        monkeypatch.setattr(native_exchange, "wire", lambda: None)
+        monkeypatch.setattr(native_session, "wire", lambda: None)
     return request.param
 
 

@@ -21,7 +21,7 @@ from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.tls import Certificates, TlsChannel
 from distkv_dask.worker.channels.unix import UnixChannel, UnixListener
 
-TCP, UNIX, TLS = WAYS
+TCP, UNIX, TLS, _ = WAYS
 
 
 def endpoint_of(lane: Holder) -> Endpoint:

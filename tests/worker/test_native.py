@@ -1,0 +1,45 @@
+"""A layer's exchange without Python: it is what plain sockets get, and what goes wrong is still ours to explain."""
+
+from __future__ import annotations
+
+import pytest
+from _channels import TCP, WAYS, Way
+from _fakes import fleet, generate, loaded, reference
+
+from distkv_dask.worker import attention, native_wire, session
+from distkv_dask.worker.native_exchange import NativeExchange
+from distkv_dask.worker.native_session import NativeTurns
+
+
+@pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")
+@pytest.mark.parametrize("way", WAYS, indirect=True, ids=lambda way: way.name)
+def test_plain_sockets_are_served_in_cpp_and_others_in_python(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanges, turns = [], []
+    new_exchange, new_turns = attention.new_exchange, session.new_turns
+    monkeypatch.setattr(
+        attention, "new_exchange", lambda *given: exchanges.append(new_exchange(*given)) or exchanges[-1]
+    )
+    monkeypatch.setattr(session, "new_turns", lambda *given: turns.append(new_turns(*given)) or turns[-1])
+    with fleet(loaded("llama-gqa"), 3, way) as made:
+        placement = made.place(1, ("w1", 32), ("w2", 32), ("w0", 48))
+        assert generate(made, placement, "w0") == reference("llama-gqa").tokens
+    plain = way.native and not way.encrypted
+    assert exchanges
+    assert {isinstance(one, NativeExchange) for one in exchanges} == {plain}
+    assert {isinstance(one, NativeTurns) for one in turns} == {plain}
+
+
+@pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")
+def test_a_session_counts_what_was_answered_in_cpp() -> None:
+    with fleet(loaded("llama-gqa"), 2, TCP) as made:
+        placement = made.place(1, ("w1", 80), ("w0", 32))
+        ended, runtime = [], made.members["w1"].runtime
+        open_session = runtime.open_session
+        runtime.open_session = lambda gang: ended.append(open_session(gang)) or ended[-1]  # type: ignore[method-assign]
+        generate(made, placement, "w0", window=100)
+        stats = ended[-1].wait(5)
+    model = loaded("llama-gqa").geometry
+    assert stats.requests % model.layers == 0
+    assert stats.requests > 0
+    assert stats.bytes_out == stats.requests * model.heads * (model.head_dim + 1) * 4
+    assert stats.busy_seconds > 0
