@@ -70,7 +70,9 @@ class Config:
         How steps become Dask tasks: ``"window"``, one for each member of a gang, or ``"layer"``, one for each layer and
         worker.
     channel
-        How queries and partials travel between workers: ``"auto"``, ``"tcp"`` or ``"unix"``.
+        How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
+    unencrypted_channels
+        Whether ``"ucx"``, which cannot be encrypted, is allowed on a cluster with certificates.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     prefill_chunk_tokens
@@ -100,6 +102,7 @@ class Config:
     threads: int | None = _key("threads")
     granularity: str = _key("granularity")
     channel: str = _key("channel")
+    unencrypted_channels: bool = _key("unencrypted-channels")
     policy: str = _key("policy")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_seconds: float = _key("window.seconds")
@@ -171,7 +174,7 @@ def _checked(key: str, given: Any, label: str) -> Any:
     unread = isinstance(value, str) and "unit" in schema
     if unread or not finite or not Draft202012Validator(schema).is_valid(value):
         raise ConfigError(f"{label} is {given!r}, but must be {_allowed(schema)}.")
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str | bool):
         return value
     return float(value) if "number" in schema["type"] else int(value)
 
@@ -195,7 +198,9 @@ def _number(given: Any, unit: str | None) -> Any:
 def _allowed(schema: Schema) -> str:
     """What ``schema`` allows, in words."""
     kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    if "enum" in schema:
+    if "boolean" in kinds:
+        text = "true or false"
+    elif "enum" in schema:
         text = f"one of {', '.join(map(str, schema['enum']))}"
     elif "unit" not in schema and "string" in kinds:
         text = "a path"

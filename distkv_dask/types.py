@@ -133,12 +133,16 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a worker's holder lane listens for channels; ``unix`` names its Unix socket, where there is one."""
+    """Where a worker's holder lane listens for channels.
+
+    ``port`` is for TCP; ``unix`` names its Unix socket, where there is one; ``ucx`` is its port for UCX, 0 without.
+    """
 
     worker: str
     host: str
     port: int
     unix: str = ""
+    ucx: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _channels import TCP, Bare, Way
+from _channels import TCP, UCX, Bare, Way
 from _fakes import TOKEN
 
 from distkv_dask.types import Endpoint, Gang
@@ -34,9 +34,11 @@ class Holder(HolderLane):
     def __init__(self, way: Way) -> None:
         super().__init__("127.0.0.1", 1, way.certificates)
         self._way = way
+        if way is UCX:
+            self.offer_ucx()
 
     def open(self) -> Channel:
-        return self._way.open(Endpoint("w1", "127.0.0.1", self.port, self.unix))
+        return self._way.open(Endpoint("w1", "127.0.0.1", self.port, self.unix, self.ucx))
 
 
 def connect(lane: Holder, hello: Hello = HELLO, token: str = TOKEN) -> Channel:

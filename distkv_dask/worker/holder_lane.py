@@ -19,6 +19,7 @@ import torch
 from distkv_dask.errors import DistKVError, EngineClosedError, GangAbortedError
 from distkv_dask.types import Gang
 from distkv_dask.worker.channels.base import Listener
+from distkv_dask.worker.channels.optional_ucx import ucx_listener
 from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import Certificates, TlsListener
 from distkv_dask.worker.channels.unix import UnixListener, machine
@@ -40,7 +41,7 @@ class HolderLane:
     ----------
     host
         Address to listen on; homes connect to :attr:`port` of it, those on this machine to the Unix socket
-        :attr:`unix` (empty where that cannot be offered).
+        :attr:`unix` (empty where that cannot be offered), and over UCX to :attr:`ucx` (see :meth:`offer_ucx`).
     threads
         torch threads of an operation.
     certificates
@@ -55,7 +56,7 @@ class HolderLane:
             else TlsListener(host, 0, HELLO_BYTES, certificates.holder)
         )
         unix = UnixListener(HELLO_BYTES) if machine() else None
-        self.port, self.unix = tcp.port, "" if unix is None else unix.name
+        self.port, self.unix, self.ucx = tcp.port, "" if unix is None else unix.name, 0
         self._listeners: list[Listener] = [tcp] if unix is None else [tcp, unix]
         self._services: dict[str, Service] = {}
         self._guests: set[Guest] = set()
@@ -72,6 +73,31 @@ class HolderLane:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="distkv-holder-lane", daemon=True)
         self._thread.start()
+
+    def offer_ucx(self) -> None:
+        """Serve homes that come over UCX too, on port :attr:`ucx` (0 before). Can be called again.
+
+        Raises
+        ------
+        MissingProgramError
+            ``ucxx`` is not installed.
+        EngineClosedError
+            The lane is closed.
+        """
+        if self.ucx:
+            return
+        listener = ucx_listener(HELLO_BYTES)
+
+        def listen() -> None:
+            self._listeners.append(listener)
+            self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+            self.ucx = listener.port
+
+        try:
+            self.submit(listen).result()
+        except EngineClosedError:
+            listener.close()
+            raise
 
     def attach(self, service: Service) -> None:
         """Serve an engine.
@@ -213,11 +239,10 @@ class HolderLane:
                 future.set_exception(error)
 
     def _accept(self, listener: Listener) -> None:
-        inlet = listener.accept()
-        if inlet is not None:
+        while (inlet := listener.accept()) is not None:
             guest = Guest(inlet, self._services)
             self._guests.add(guest)
-            self._selector.register(inlet, selectors.EVENT_READ, lambda: self._serve(guest, guest.serve))
+            self._selector.register(inlet, inlet.events, partial(self._serve, guest, guest.serve))
 
     def _serve_natively(self) -> bool:
         """Answer sessions in C++ until Python has something to do; False where there is no such session."""
@@ -234,11 +259,10 @@ class HolderLane:
             return
         inlet = guest.inlet
         try:
-            was_sending = inlet.sending
+            before = inlet.events
             work()
-            if inlet.sending != was_sending:
-                events = selectors.EVENT_WRITE if inlet.sending else selectors.EVENT_READ
-                self._selector.modify(inlet, events, self._selector.get_key(inlet).data)
+            if inlet.events != before:
+                self._selector.modify(inlet, inlet.events, self._selector.get_key(inlet).data)
         except Exception as error:
             if not isinstance(error, DistKVError):
                 logger.exception("MicroAttention for %s failed", inlet.peer)

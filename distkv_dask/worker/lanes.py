@@ -28,7 +28,12 @@ class Lanes:
         self.certificates = certificates
         self.home = HomeLane(threads)
         self.holder = HolderLane(host, threads, certificates)
-        self.endpoint = Endpoint(worker, host, self.holder.port, self.holder.unix)
+        self._address = worker, host
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where others reach the holder lane."""
+        return Endpoint(*self._address, self.holder.port, self.holder.unix, self.holder.ucx)
 
     def close(self, timeout: float = 10.0) -> None:
         """End both threads; engines must have been closed before. Can be called again.

@@ -54,6 +54,8 @@ class Runtime:
     ------
     EngineClosedError
         The lanes are closed.
+    ConfigError, MissingProgramError
+        The channel that the settings ask for is not encrypted, or needs ``ucxx``.
     """
 
     def __init__(self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes) -> None:
@@ -69,12 +71,15 @@ class Runtime:
         heads = pool.kv_heads if model is None else model.geometry.heads
         dtype = str(pool.dtype).removeprefix("torch.")
         hello = Hello(spec.engine, lanes.endpoint.worker, pool.layers, heads, pool.kv_heads, pool.head_dim, dtype)
-        self.dialer = Dialer(spec.config.channel, lanes.certificates)
+        config = spec.config
+        cluster_ucx = lanes.endpoint.worker.startswith("ucx://")
+        self.dialer = Dialer(config.channel, lanes.certificates, config.unencrypted_channels, cluster_ucx)
+        if self.dialer.uses_ucx:
+            lanes.holder.offer_ucx()
         self._cache = ChannelCache(self.dialer.connect, encode_hello(token, hello))
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
-        config = spec.config
         limits = config.timeout_start, config.timeout_receive
         ring = None if self.tracer is None else self.tracer.holder
         lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))

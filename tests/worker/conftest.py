@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from _channels import WAYS, Way
+from _channels import WAYS, Way, skip_without
 from _fakes import TOKEN
 from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
@@ -46,6 +46,7 @@ def pool() -> Pool:
 @pytest.fixture(params=WAYS, ids=lambda way: way.name)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     """Every kind of channel in turn."""
+    skip_without(request.param)
     if not request.param.native:
         monkeypatch.setattr(native_exchange, "wire", lambda: None)
         monkeypatch.setattr(native_session, "wire", lambda: None)

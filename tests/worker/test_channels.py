@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from _channels import Bare, Way, stranger
+from _channels import UCX, Bare, Way, stranger
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
 from distkv_dask.worker.channels.base import Channel, Inlet, Listener
@@ -57,31 +57,36 @@ def flood(home: Channel) -> None:
 def pair(way: Way) -> Iterator[Pair]:
     listener, endpoint = way.listen(MAXIMUM)
     home = way.open(endpoint)
-    inlet = until(listener.accept)
-    greet(home, inlet)
+    inlet = greeted(home, listener)
     yield Pair(home, inlet, listener)
+    inlet.close()
+    closing = threading.Thread(target=home.close)  # over UCX this waits for a holder that is at work
+    closing.start()
+    until(lambda: listener.accept() or not closing.is_alive())
     for end in (home, inlet, listener):
         end.close()
-        end.close()
 
 
-def greet(home: Channel, inlet: Inlet) -> None:
-    """Exchange a first frame, as every channel begins with one: that is also where TLS shakes hands."""
-    answering = threading.Thread(target=lambda: (until(inlet.receive), inlet.consume(HELLO)))
-    answering.start()
-    home.send(HELLO)
-    answering.join()
+def greeted(home: Channel, listener: Listener) -> Inlet:
+    """The holder's end after a first frame, as every channel begins with one: that is where TLS and UCX connect."""
+    greeting = threading.Thread(target=home.send, args=(HELLO,))
+    greeting.start()
+    inlet = until(listener.accept)
+    until(inlet.receive)
+    inlet.consume(HELLO)
+    greeting.join()
+    return inlet
 
 
 @pytest.fixture
 def raw(way: Way) -> Iterator[tuple[socket.socket, Channel]]:
-    """A home's channel whose peer is a bare socket that can send anything."""
+    """A home's channel whose peer is a bare socket, or behaves like one: it can send anything."""
     server = Bare(way)
     home = way.open(server.endpoint)
-    peer = server.accept()
-    server.close()
     greeting = threading.Thread(target=home.send, args=(HELLO,))
     greeting.start()
+    peer = server.accept()
+    server.close()
     peer.recv(HEADER_BYTES)
     greeting.join()
     yield peer, home
@@ -157,10 +162,11 @@ def test_frames_that_arrive_together_are_taken_one_by_one(pair: Pair) -> None:
 
 
 def test_frames_in_one_piece_that_exceeds_the_holders_buffer_are_all_taken(way: Way) -> None:
+    if way is UCX:
+        pytest.skip("UCX moves messages, and gives each its own buffer")
     listener, endpoint = way.listen(16)
     home = way.open(endpoint)
-    inlet = until(listener.accept)
-    greet(home, inlet)
+    inlet = greeted(home, listener)
     frame = ASK._replace(length=16)
     home._sock.send((frame.pack() + bytes(range(16))) * 5)  # type: ignore[attr-defined]
     for taken in range(5):
@@ -217,7 +223,9 @@ def test_a_peer_that_takes_nothing_ends_in_a_timeout(pair: Pair) -> None:
         flood(pair.home)
 
 
-def test_a_peer_that_trickles_ends_in_a_timeout(raw: tuple[socket.socket, Channel]) -> None:
+def test_a_peer_that_trickles_ends_in_a_timeout(way: Way, raw: tuple[socket.socket, Channel]) -> None:
+    if way is UCX:
+        pytest.skip("UCX gives a message when it is whole: a slow one is a silent peer")
     peer, home = raw
     home.limit(0.3)
     stop = threading.Event()
@@ -242,7 +250,7 @@ def test_a_frame_cut_off_by_a_dying_peer_is_an_error(raw: tuple[socket.socket, C
     peer, home = raw
     peer.send((ANSWER.pack() + b"wxyz")[:count])
     peer.close()
-    with pytest.raises(ChannelError, match="closed"):
+    with pytest.raises(ChannelError, match=r"closed|no frame"):
         home.recv_into(ANSWER, memoryview(bytearray(4)))
     assert not home.idle()
 
@@ -288,5 +296,7 @@ def test_a_frame_longer_than_expected_is_refused_before_memory_is_taken(pair: Pa
 def test_a_holder_that_is_gone_is_an_error_that_names_peer_and_address(way: Way) -> None:
     server = Bare(way)
     server.close()
-    with pytest.raises(ChannelError, match=rf"w1 .*({server.endpoint.unix or server.endpoint.port})"):
-        way.open(server.endpoint, 1.0)
+    with pytest.raises(
+        ChannelError, match=rf"w1 .*({server.endpoint.unix or server.endpoint.ucx or server.endpoint.port})"
+    ):
+        way.open(server.endpoint, 1.0).send(HELLO)

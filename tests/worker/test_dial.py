@@ -8,7 +8,7 @@ import socket
 from dataclasses import replace
 
 import pytest
-from _channels import WAYS, Bare, Way, certificates
+from _channels import TCP, TLS, UNIX, Bare, Way, certificates
 from _peers import Holder, connect, serves
 from distributed.security import Security
 
@@ -20,8 +20,6 @@ from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.tls import Certificates, TlsChannel
 from distkv_dask.worker.channels.unix import UnixChannel, UnixListener
-
-TCP, UNIX, TLS, _ = WAYS
 
 
 def endpoint_of(lane: Holder) -> Endpoint:

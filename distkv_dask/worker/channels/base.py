@@ -49,7 +49,7 @@ class Channel(Protocol):
         """
 
     def fail(self, gang: int, epoch: int, message: str) -> None:
-        """Send a failure frame as far as possible without waiting, then close. Never raises."""
+        """Send a failure frame as far as possible without waiting for long, then close. Never raises."""
 
     def abort(self) -> None:
         """End a call that blocks in another thread: it raises ChannelError. The channel is unusable then."""
@@ -77,6 +77,10 @@ class Inlet(Protocol):
     def sending(self) -> bool:
         """Whether a frame is not yet completely handed to the transport."""
 
+    @property
+    def events(self) -> int:
+        """What :mod:`selectors` should wait for on :meth:`fileno`; it changes with :attr:`sending`."""
+
     def make_room(self, payload: int) -> None:
         """Make ``data`` large enough for payloads of that many bytes; it may become another tensor."""
 
@@ -96,7 +100,9 @@ class Inlet(Protocol):
         """Drop the current frame; True when bytes of a next one are there already."""
 
     def send(self, header: Header, *buffers: Buffer) -> None:
-        """Send a frame as far as possible; the rest is copied and leaves with :meth:`flush`.
+        """Send a frame as far as possible; the rest leaves with :meth:`flush`.
+
+        The buffers must stay as they are while :attr:`sending`: not every transport copies what it cannot send at once.
 
         Raises
         ------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from distkv_dask.errors import ChannelError
+from distkv_dask.errors import ChannelError, ConfigError
 from distkv_dask.types import Endpoint
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.optional_ucx import UcxHome
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.tls import Certificates, TlsChannel
 from distkv_dask.worker.channels.unix import UnixChannel, is_near, machine
@@ -16,15 +17,34 @@ class Dialer:
     Parameters
     ----------
     choice
-        ``"auto"``, ``"tcp"`` or ``"unix"``.
+        ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     certificates
         Where they are given, TCP goes with TLS. A Unix socket never does: its bytes stay in the kernel of one machine,
         which shows them to the worker's own user only.
+    unencrypted
+        Whether UCX, which cannot be encrypted, may be used although there are certificates.
+    cluster_ucx
+        Whether the cluster itself speaks ``ucx://``: ``"auto"`` takes UCX between machines then.
+
+    Raises
+    ------
+    ConfigError
+        ``"ucx"`` with certificates, and not ``unencrypted``.
     """
 
-    def __init__(self, choice: str, certificates: Certificates | None) -> None:
+    def __init__(
+        self, choice: str, certificates: Certificates | None, unencrypted: bool = False, cluster_ucx: bool = False
+    ) -> None:
+        if choice == "ucx" and certificates is not None and not unencrypted:
+            raise ConfigError(
+                "distkv.channel is ucx, which cannot be encrypted, but this cluster has certificates: set it to auto, "
+                "tcp or unix, or distkv.unencrypted-channels to true if its network can be trusted"
+            )
         self._choice = choice
         self._certificates = certificates
+        self.uses_ucx = choice == "ucx" or (choice == "auto" and cluster_ucx and certificates is None)
+        """Whether holders must listen for UCX."""
+        self._ucx = UcxHome()
 
     def connect(self, endpoint: Endpoint, seconds: float) -> Channel:
         """Open a channel to a holder.
@@ -35,13 +55,15 @@ class Dialer:
             It does not answer within ``seconds``, refuses, or cannot be reached in the configured way.
         """
         near = is_near(endpoint.unix)
-        if near and self._choice != "tcp":
+        if near and self._choice in ("auto", "unix"):
             return UnixChannel.open(endpoint.unix, endpoint.worker, seconds)
         if self._choice == "unix":
             raise ChannelError(
                 f"{endpoint.worker} is on another machine, and distkv.channel is unix: set it to auto, which takes tcp "
                 "between machines"
             )
+        if self.uses_ucx:
+            return self._ucx.open(endpoint.host, endpoint.ucx, endpoint.worker, seconds)
         address = endpoint.host, endpoint.port, endpoint.worker, seconds
         if self._certificates is not None:
             return TlsChannel.open(*address, self._certificates.home)
@@ -50,10 +72,17 @@ class Dialer:
     def explain(self) -> str:
         """The rule in words, for people."""
         far = "tcp" if self._certificates is None else "tcp with the cluster's TLS"
+        if self._choice == "ucx":
+            plain = "" if self._certificates is None else ", not encrypted (distkv.unencrypted-channels: true)"
+            return f"ucx (distkv.channel: ucx){plain}"
         if self._choice == "tcp":
             return f"{far} (distkv.channel: tcp)"
         if self._choice == "unix":
             return "unix (distkv.channel: unix), workers on other machines are refused"
+        if self.uses_ucx:
+            far, why = "ucx", ", whose cluster speaks ucx"
+        else:
+            why = ""
         if not machine():
-            return f"{far} (distkv.channel: auto; this system does not tell which workers are on one machine)"
-        return f"unix to workers on the same machine, {far} to others (distkv.channel: auto)"
+            return f"{far} (distkv.channel: auto{why}; this system does not tell which workers are on one machine)"
+        return f"unix to workers on the same machine, {far} to others (distkv.channel: auto{why})"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from distkv_dask.errors import ChannelError, ChannelTimeoutError
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -96,3 +98,33 @@ def rest_of_frame(sent: int, header: Header, buffers: Sequence[Buffer]) -> list[
         left.append(view[sent:])
         sent = max(0, sent - len(view))
     return left
+
+
+def unexpected(peer: str, header: Header | None, expected: Header) -> ChannelError:
+    """Error for a frame, or bytes that are none, where another was expected."""
+    if header is None:
+        return ChannelError(f"{peer} sent bytes that are no frame, where {expected} was expected")
+    return ChannelError(f"{peer} sent {header}; expected was {expected}")
+
+
+def timed_out(peer: str, verb: str, header: Header, seconds: float) -> ChannelTimeoutError:
+    """Error for a peer that did not ``verb`` (take, send) a frame in time."""
+    return ChannelTimeoutError(
+        f"{peer} did not {verb} {header} within {seconds:g} s; it may be frozen or cut off. "
+        "If it is only slow, raise distkv.timeouts.receive"
+    )
+
+
+def checked(peer: str, header: Header | None, maximum: int) -> Header:
+    """The header that a home sent.
+
+    Raises
+    ------
+    ChannelError
+        It is none, or announces more than ``maximum`` bytes.
+    """
+    if header is None:
+        raise ChannelError(f"{peer} sent bytes that are no frame")
+    if header.length > maximum:
+        raise ChannelError(f"{peer} sent {header}; at most {maximum} bytes are expected here")
+    return header

@@ -18,6 +18,8 @@ from distkv_dask.worker.channels.frames import (
     failure_frame,
     parse_header,
     rest_of_frame,
+    timed_out,
+    unexpected,
 )
 
 if TYPE_CHECKING:
@@ -169,10 +171,8 @@ class StreamChannel:
     def _unexpected(self, expected: Header, begun: bytes) -> Exception:
         """Error for a header that is not ``expected``; ``begun`` is what was read of its payload."""
         header = parse_header(self._head)
-        if header is None:
-            return ChannelError(f"{self.peer} sent bytes that are no frame, where {expected} was expected")
-        if header.kind is not Kind.FAIL:
-            return ChannelError(f"{self.peer} sent {header}; expected was {expected}")
+        if header is None or header.kind is not Kind.FAIL:
+            return unexpected(self.peer, header, expected)
         rest = memoryview(bytearray(max(0, min(header.length, MESSAGE_BYTES) - len(begun))))
         with contextlib.suppress(OSError):
             self._fill(rest, HEADER_BYTES)
@@ -193,10 +193,7 @@ class StreamChannel:
         if self._aborted:
             return ChannelError(f"the channel to {self.peer} was aborted")
         if isinstance(error, BlockingIOError | TimeoutError):
-            return ChannelTimeoutError(
-                f"{self.peer} did not {verb} {header} within {self._seconds:g} s; it may be frozen or cut off. "
-                "If it is only slow, raise distkv.timeouts.receive"
-            )
+            return timed_out(self.peer, verb, header, self._seconds)
         return ChannelError(f"the channel to {self.peer} broke ({error}), it did not {verb} {header}")
 
 

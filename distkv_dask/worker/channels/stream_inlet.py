@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distkv_dask.errors import ChannelError
-from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, failure_frame, parse_header, rest_of_frame
+from distkv_dask.worker.channels.frames import (
+    HEADER_BYTES,
+    Header,
+    checked,
+    failure_frame,
+    parse_header,
+    rest_of_frame,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -47,6 +55,11 @@ class StreamInlet:
         if unsent:
             self._unsent = memoryview(b"".join(unsent))[sent:]
 
+    @property
+    def events(self) -> int:
+        """What :mod:`selectors` should wait for."""
+        return selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ
+
     def make_room(self, payload: int) -> None:
         """Make ``data`` large enough for payloads of that many bytes."""
         if len(self._view) < HEADER_BYTES + payload:
@@ -60,7 +73,8 @@ class StreamInlet:
         while True:
             header = self._header
             if header is None and self._filled >= HEADER_BYTES:
-                self._header = header = self._check(parse_header(self._view))
+                self._header = header = checked(self.peer, parse_header(self._view), self.maximum)
+                self.make_room(header.length)
             if header is not None and self._filled >= HEADER_BYTES + header.length:
                 return header
             try:
@@ -132,14 +146,6 @@ class StreamInlet:
     def _write(self, buffers: Iterable[Buffer]) -> int:
         """Send what the kernel takes; the number of bytes."""
         return self._sock.sendmsg(buffers)
-
-    def _check(self, header: Header | None) -> Header:
-        if header is None:
-            raise ChannelError(f"{self.peer} sent bytes that are no frame")
-        if header.length > self.maximum:
-            raise ChannelError(f"{self.peer} sent {header}; at most {self.maximum} bytes are expected here")
-        self.make_room(header.length)
-        return header
 
 
 class StreamListener:

@@ -1,0 +1,48 @@
+"""UCX channels where ``ucxx`` is installed: everything else reaches them through here, and imports without it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from distkv_dask.errors import MissingProgramError
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.channels.ucx import UcxChannel
+    from distkv_dask.worker.channels.ucx_inlet import UcxListener
+
+_MISSING = (
+    "distkv.channel is ucx, but the package ucxx cannot be imported on this worker ({}): install it with "
+    "pip install 'distkv-dask[ucx]' on every worker, or set distkv.channel to auto"
+)
+
+
+def ucx_listener(maximum: int) -> UcxListener:
+    """Listener for homes; see :class:`distkv_dask.worker.channels.ucx_inlet.UcxListener`.
+
+    Raises
+    ------
+    MissingProgramError
+        ``ucxx`` is not installed.
+    """
+    try:
+        from distkv_dask.worker.channels.ucx_inlet import UcxListener
+    except ImportError as error:
+        raise MissingProgramError(_MISSING.format(error)) from error
+    return UcxListener(maximum)
+
+
+class UcxHome:
+    """Opens channels for one engine's home; its UCX context is made for the first."""
+
+    def open(self, host: str, port: int, peer: str, seconds: float) -> UcxChannel:
+        """Begin to connect; see :meth:`distkv_dask.worker.channels.ucx.UcxChannel.open`."""
+        from distkv_dask.worker.channels.ucx import UcxChannel
+
+        return UcxChannel.open(host, port, peer, seconds, self._context)
+
+    @cached_property
+    def _context(self) -> Any:
+        from distkv_dask.worker.channels.ucx_line import new_context
+
+        return new_context()

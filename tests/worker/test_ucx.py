@@ -1,0 +1,153 @@
+"""Over UCX too a holder that is killed or frozen is an error in time, and what cannot be protected is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from _channels import TLS, UCX, Way, certificates, skip_without
+from _peers import Holder, ask, begin, connect, gang, serves
+
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, ConfigError, MissingProgramError
+from distkv_dask.types import Endpoint
+from distkv_dask.worker.channels.dial import Dialer
+from distkv_dask.worker.channels.frames import Header, Kind
+
+over_ucx = pytest.mark.parametrize("way", [UCX], indirect=True, ids=["ucx"])
+FOREVER = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from _channels import UCX
+from _fakes import TOKEN
+from _peers import Holder, KV_HEADS, HEAD_DIM, gang
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.service import Service
+pool = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=8, blocks=16)
+pool.reserve(1, 40)
+lane = Holder(UCX)
+lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=60.0, timeout_receive=60.0))
+lane.open_session("engine", gang())
+print(lane.ucx, flush=True)
+threading.Event().wait()
+"""
+
+
+class Elsewhere:
+    """A holder lane in another process, as far as homes see it."""
+
+    def __init__(self, port: int) -> None:
+        self._endpoint = Endpoint("w1", "127.0.0.1", 9, ucx=port)
+
+    def open(self):
+        return UCX.open(self._endpoint)
+
+
+@contextmanager
+def holder_process() -> Iterator[tuple[subprocess.Popen[str], Elsewhere]]:
+    command = [sys.executable, "-c", FOREVER, str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            lines = (line for line in process.stdout if line.strip().isdigit())  # UCX prints warnings there
+            yield process, Elsewhere(int(next(lines)))
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(how: signal.Signals) -> None:
+    skip_without(UCX)
+    with holder_process() as (process, holder):
+        home = connect(holder)  # type: ignore[arg-type]
+        begin(home)
+        home.recv_into(Header(Kind.READY, 1, 1))
+        ask(home)
+        home.limit(30.0 if how is signal.SIGKILL else 1.0)
+        os.kill(process.pid, how)
+        began = time.monotonic()
+        with pytest.raises(ChannelError) as caught:
+            ask(home, layer=1)
+        assert isinstance(caught.value, ChannelTimeoutError) is (how is signal.SIGSTOP)
+        assert time.monotonic() - began < 10
+        assert not home.idle() or how is signal.SIGSTOP
+        home.close()
+
+
+@over_ucx
+def test_a_killed_home_ends_its_session_at_once(lane: Holder, way: Way) -> None:
+    session = lane.open_session("engine", gang())
+    code = f"""
+import sys, os, signal
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from _channels import UCX
+from _peers import begin, connect
+from distkv_dask.types import Endpoint
+from distkv_dask.worker.channels.frames import Header, Kind
+class There:
+    open = lambda self: UCX.open(Endpoint("w1", "127.0.0.1", 9, ucx={lane.ucx}))
+home = connect(There())
+begin(home)
+home.recv_into(Header(Kind.READY, 1, 1))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with pytest.raises(ChannelError, match="w0 closed the channel"):
+        session.wait(5)
+    assert serves(lane, 2)
+
+
+@over_ucx
+def test_strangers_on_the_sockets_of_ucx_disturb_nobody(lane: Holder, way: Way) -> None:
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN:
+            with socket.create_connection(("127.0.0.1", connection.laddr.port), 5) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
+    assert serves(lane, 2)
+
+
+@over_ucx
+def test_homes_that_come_and_go_leave_no_sockets_at_the_holder(lane: Holder, way: Way) -> None:
+    assert serves(lane, 1)
+    before = len(psutil.Process().net_connections("all"))
+    for number in range(2, 12):
+        assert serves(lane, number)
+    deadline = time.monotonic() + 5
+    while len(psutil.Process().net_connections("all")) > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(psutil.Process().net_connections("all")) <= before
+
+
+def test_ucx_is_refused_on_a_cluster_with_certificates_unless_the_user_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"cannot be encrypted.*auto.*distkv.unencrypted-channels"):
+        Dialer("ucx", certificates())
+    dialer = Dialer("ucx", certificates(), unencrypted=True)
+    assert dialer.uses_ucx
+    assert "not encrypted" in dialer.explain()
+
+
+def test_auto_takes_ucx_only_between_machines_of_a_cluster_that_speaks_it() -> None:
+    assert not Dialer("auto", None).uses_ucx
+    assert not Dialer("auto", TLS.certificates, cluster_ucx=True).uses_ucx
+    dialer = Dialer("auto", None, cluster_ucx=True)
+    assert dialer.uses_ucx
+    assert dialer.explain().startswith("unix to workers on the same machine, ucx to others")
+
+
+def test_a_worker_without_ucxx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ucxx", "ucxx._lib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("ucx", "ucx_inlet", "ucx_line"):
+        monkeypatch.delitem(sys.modules, f"distkv_dask.worker.channels.{name}", raising=False)
+    lane = Holder(TLS)
+    with pytest.raises(MissingProgramError, match=r"pip install 'distkv-dask\[ucx\]'"):
+        lane.offer_ucx()
+    lane.close()
