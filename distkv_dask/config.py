@@ -88,10 +88,10 @@ class Config:
     trace
         File, or folder for a file, into which the engine writes what the workers' lanes spend their time on; None
         records nothing.
-    move_tokens_per_step
-        Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
     lend_limit
         Part of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes at most.
+    move_tokens_per_step
+        Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
     timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close
         Time limits in seconds: opening an engine, starting a gang, silence of a peer, moving everything away from a
         worker that is retired, closing an engine.
@@ -112,8 +112,8 @@ class Config:
     window_steps: int | None = _key("window.steps")
     window_batch: int = _key("window.batch")
     trace: str | None = _key("trace")
-    move_tokens_per_step: int = _key("move.tokens-per-step")
     lend_limit: float = _key("lend-limit")
+    move_tokens_per_step: int = _key("move.tokens-per-step")
     timeout_open: float = _key("timeouts.open")
     timeout_start: float = _key("timeouts.start")
     timeout_receive: float = _key("timeouts.receive")

@@ -64,6 +64,7 @@ class Simulated:
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
     now: float = 0.0
+    allocated: set[int] = field(default_factory=set)
     step_seconds: float = 0.05
     lengths: list[float] = field(default_factory=list)
 
@@ -104,6 +105,10 @@ class Simulated:
                 self.placements[state.sequence] = state.placement
             case do.Expect() | do.Send() | do.Relocate():
                 self.moves.append(command)
+                if isinstance(command, do.Expect) and not (self.refusing and self.rng.random() < 0.3):
+                    # at once: what is sent to one worker arrives in order, so before a FREE or RELEASE of it
+                    self.reserve(command.worker, command.sequence, command.start, command.stop)
+                    self.allocated.add(command.number)
                 if isinstance(command, do.Relocate):
                     assert command.sequence in self.batches[command.home]
                     self.placements[command.sequence] = command.placement
@@ -149,13 +154,10 @@ class Simulated:
         """A worker works on one message of a move, and answers."""
         life = self.life
         match message:
-            case do.Expect(worker, number, sequence, start, stop):
+            case do.Expect(worker, number):
                 if worker not in self.pools:
                     return
-                refusal = "no room" if self.refusing and self.rng.random() < 0.3 else ""
-                if not refusal:
-                    self.reserve(worker, sequence, start, stop)
-                self.run(life.move_expected(number, refusal, self.now))
+                self.run(life.move_expected(number, "" if number in self.allocated else "no room", self.now))
             case do.Send(worker, number, sequence, start, stop, target, _):
                 if worker not in self.pools:
                     return
