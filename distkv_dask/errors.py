@@ -56,5 +56,17 @@ class EngineClosedError(DistKVError):
     """The engine was closed, or its scheduler is gone."""
 
 
+class SourceError(DistKVError, ValueError):
+    """A batch cannot be read as it was named: no such file, column or format."""
+
+
+class OutputError(DistKVError):
+    """The output of a batch belongs to another job or process, or to nobody."""
+
+
+class TooManyErrorsError(DistKVError):
+    """A batch stopped because more of its rows failed than were allowed."""
+
+
 class MissingProgramError(DistKVError, ImportError):
     """Something optional that is not installed was asked for; the message says how to install it."""

@@ -106,3 +106,20 @@ def reference_generate(
 def prompt_ids(length: int, seed: int = 0) -> list[int]:
     """Return ``length`` random token ids, the same for the same arguments."""
     return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@cache
+def text_model_dir() -> Path:
+    """Return a tiny model with a tokenizer (a token for each byte, then words ``w256`` ...) and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = save_model(FAMILIES["llama-gqa"](), "text")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"w{number}" for number in range(len(letters), VOCAB))]
+    plain = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    plain.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -10,10 +10,12 @@ import secrets
 from array import array
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Self
 
 from distributed import Client, get_client
 
+from distkv_dask.client.batch import process
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.request import Request
 from distkv_dask.client.tokenizer import Tokenizer
@@ -353,7 +355,15 @@ class Engine:
         for number in list(self._requests):
             self._requests.pop(number).fail(error)
 
+    process = process
+
     # Status
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the workers said at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
+        self._check_open()
+        return MappingProxyType(self._facts)
 
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).

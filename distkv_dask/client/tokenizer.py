@@ -29,6 +29,11 @@ class Tokenizer:
         self._loaded = loaded
         self._vocab_size = vocab_size
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages can be prompts."""
+        return self._loaded is not None and bool(self._loaded.chat_template)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a text, of chat messages (through the model's chat template), or of ids as given.
 
@@ -79,7 +84,7 @@ class Tokenizer:
         return list(self._loaded(text, verbose=False)["input_ids"])
 
     def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
-        if self._loaded is None or not self._loaded.chat_template:
+        if self._loaded is None or not self.has_chat_template:
             raise InvalidRequestError(
                 "the model has no chat template: give a text or token ids instead of chat messages"
             )

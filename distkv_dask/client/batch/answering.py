@@ -1,0 +1,148 @@
+"""How one row is answered: with one request, or with several where the document is longer than the model's window.
+
+A plan is a generator: it yields prompts (token ids) to be answered together, is sent their completions, and returns the
+row's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from distkv_dask.client.batch.rows import Content
+from distkv_dask.client.batch.spec import BatchSpec, TooLong, prompt_ids
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.types import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What comes of a row: ``parts`` of its document were asked, ``dropped_tokens`` of it were left out."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+    parts: int = 1
+    dropped_tokens: int = 0
+
+
+Plan = Generator[list[list[int]], list[Completion], Answer]
+
+
+def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokenizer: Tokenizer, window: float) -> Plan:
+    """Plan the answer to one question about one row.
+
+    Parameters
+    ----------
+    content, question, spec
+        What is asked.
+    tokenizer
+        The model's.
+    window
+        The model's window in tokens, prompt and answer together.
+
+    Raises
+    ------
+    InvalidRequestError
+        While it runs, when the row cannot be answered.
+    """
+    if content.prompt is not None:
+        return (yield from _plain(tokenizer.encode(content.prompt)))
+    text = str(content.values[spec.text_column])
+    if not text.strip():
+        raise InvalidRequestError("the text is empty")
+
+    def prompt(document: str) -> list[int]:
+        return prompt_ids(spec.render({**content.values, spec.text_column: document}, question), tokenizer)
+
+    whole, room = prompt(text), window - spec.sampling.max_new_tokens
+    if len(whole) <= room or spec.too_long == "refuse":  # what is too long is then refused when it is submitted
+        return (yield from _plain(whole))
+    document = tokenizer.encode(text)
+    share = int(room) - (len(whole) - len(document))
+    if spec.too_long == "map-reduce":
+        parts, _ = _fitting(lambda size: _parts(document, size, spec.overlap), share, prompt, tokenizer, room)
+        return (yield from _map_reduce(parts, question, spec, tokenizer, room))
+    cut, size = _fitting(lambda size: [_cut(document, size, spec.too_long)], share, prompt, tokenizer, room)
+    return (yield from _plain(cut[0], len(document) - size))
+
+
+def _plain(prompt: list[int], dropped: int = 0) -> Plan:
+    (done,) = yield [prompt]
+    return Answer(done.text, done.finish_reason, done.prompt_tokens, len(done.token_ids), 1, dropped)
+
+
+def _map_reduce(
+    parts: list[list[int]], question: str | None, spec: BatchSpec, tokenizer: Tokenizer, room: float
+) -> Plan:
+    """Ask every part, then combine answers, as many at a time as fit, until one is left."""
+    done = yield parts
+    asked, answers = list(done), [one.text.strip() for one in done]
+    while len(answers) > 1:
+        groups = _groups(answers, question, spec, tokenizer, room)
+        done = yield [prompt for size, prompt in groups if size > 1]
+        asked += done
+        combined = iter(done)
+        # Only the last group can be of one answer: it waits for the next round.
+        answers = [next(combined).text.strip() if size > 1 else answers[-1] for size, _ in groups]
+    last = asked[-1]
+    prompt_tokens, new_tokens = (sum(one.prompt_tokens for one in asked), sum(len(one.token_ids) for one in asked))
+    return Answer(answers[0], last.finish_reason, prompt_tokens, new_tokens, len(parts))
+
+
+def _groups(
+    answers: Sequence[str], question: str | None, spec: BatchSpec, tokenizer: Tokenizer, room: float
+) -> list[tuple[int, list[int]]]:
+    """Cut answers into groups whose combining prompts fit; returns size and prompt of each."""
+
+    def prompt(start: int, size: int) -> list[int]:
+        joined = "\n\n".join(answers[start : start + size])
+        return prompt_ids(spec.combine.format(answers=joined, question=question), tokenizer)
+
+    groups: list[tuple[int, list[int]]] = []
+    start = 0
+    while start < len(answers):
+        size, ids = 1, prompt(start, 1)
+        while start + size < len(answers) and len(longer := prompt(start, size + 1)) <= room:
+            size, ids = size + 1, longer
+        if size == 1 and start + 1 < len(answers):
+            raise InvalidRequestError("two answers about parts do not fit the window together: lower max_new_tokens")
+        groups.append((size, ids))
+        start += size
+    return groups
+
+
+def _fitting(
+    cuts: Callable[[int], list[list[int]]],
+    size: int,
+    prompt: Callable[[str], list[int]],
+    tokenizer: Tokenizer,
+    room: float,
+) -> tuple[list[list[int]], int]:
+    """Return prompts about pieces of at most ``size`` tokens, or of fewer if text makes other tokens when cut."""
+    while size > 0:
+        prompts = [prompt(tokenizer.decode(piece).strip("\N{REPLACEMENT CHARACTER}")) for piece in cuts(size)]
+        excess = max(map(len, prompts)) - room
+        if excess <= 0:
+            return prompts, size
+        size -= int(excess)
+    raise InvalidRequestError("the question alone is longer than the model's window: shorten it, or max_new_tokens")
+
+
+def _cut(document: list[int], size: int, how: TooLong) -> list[int]:
+    if how == "truncate-head":
+        return document[len(document) - size :]
+    if how == "truncate-tail":
+        return document[:size]
+    head = (size + 1) // 2
+    return document[:head] + document[len(document) - (size - head) :]
+
+
+def _parts(document: list[int], size: int, overlap: int) -> list[list[int]]:
+    if size <= overlap:
+        raise InvalidRequestError(
+            f"parts of {size} tokens cannot overlap by {overlap}: lower the overlap or max_new_tokens"
+        )
+    return [document[start : start + size] for start in range(0, len(document) - overlap, size - overlap)]

@@ -1,0 +1,83 @@
+"""A row of a batch as it comes from its source: how it is called, what is kept of it, and what it says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from distkv_dask.types import Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a prompt is made of.
+
+    Parameters
+    ----------
+    values
+        Fields for the template, by name.
+    prompt, sampling
+        A whole prompt with its own sampling, where the source has those (OpenAI batch files); no template is used then.
+    """
+
+    values: Mapping[str, Any]
+    prompt: Prompt | None = None
+    sampling: SamplingParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source.
+
+    Parameters
+    ----------
+    label
+        What the row is called in its source for ever: its number, or its file's path.
+    fingerprint
+        Hash of all that its answers depend on.
+    kept
+        The columns that go to the output: one row.
+    read
+        Gives the content, or raises :class:`~distkv_dask.errors.InvalidRequestError` when the row cannot be used.
+    """
+
+    label: int | str
+    fingerprint: str
+    kept: pa.RecordBatch
+    read: Callable[[], Content]
+
+
+class Source(Protocol):
+    """Rows in a fixed order, read as they are asked for."""
+
+    @property
+    def label(self) -> str:
+        """Name of the column of labels in the output: ``"row"`` or ``"path"``."""
+
+    @property
+    def kept(self) -> pa.Schema:
+        """The columns that go to the output."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names that a template may use."""
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, from the first one."""
+
+    def count(self) -> int | None:
+        """Number of rows, or None where that is not known before all are read."""
+
+
+def fingerprint(*parts: bytes | str) -> str:
+    """Return 16 hexadecimal digits that stand for ``parts``."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

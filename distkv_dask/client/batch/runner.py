@@ -1,0 +1,202 @@
+"""Rows in, answers out, as they finish: a bounded number of requests in flight, and retries where workers were lost."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distkv_dask.client.batch.answering import Answer, Plan, plan_answer
+from distkv_dask.client.batch.rows import Content, Row
+from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.errors import (
+    ChannelError,
+    EngineClosedError,
+    GangAbortedError,
+    InvalidRequestError,
+    WorkerLostError,
+)
+from distkv_dask.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from distkv_dask.client.engine import Engine
+    from distkv_dask.client.generation import Generation
+
+LOST = (WorkerLostError, GangAbortedError, ChannelError)
+"""Errors that tell of the cluster and not of the row: the request is tried again."""
+
+RETRIES = 2
+"""Times that a request is tried again beside others. Then it is tried once alone: it may be what kills workers."""
+
+TICK = 1.0
+"""Seconds after which a caller hears that nothing has finished."""
+
+GATHER = 256
+"""Rows that finish without a request (those with errors) are handed on in lots of this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A row and a question that are done with: an answer or an error, and the seconds since the row's first request."""
+
+    row: Row
+    question: str | None
+    seconds: float
+    answer: Answer | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    """A question about a row, being answered."""
+
+    row: Row
+    question: str | None
+    began: float
+    sampling: SamplingParams
+    plan: Plan | None = None
+    waiting: int = 0
+    done: list[Completion | None] = field(default_factory=list)
+    over: bool = False
+
+
+@dataclass(slots=True)
+class _Ask:
+    """One request of a work."""
+
+    work: _Work
+    place: int
+    prompt: list[int]
+    failures: int = 0
+
+
+class Runner:
+    """Answers rows with an engine.
+
+    Parameters
+    ----------
+    engine
+        An open engine.
+    spec
+        What is asked of each row.
+    in_flight
+        Requests that the engine has at once.
+    """
+
+    def __init__(self, engine: Engine, spec: BatchSpec, in_flight: int) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._in_flight = in_flight
+        self._ready: deque[_Ask] = deque()
+        self._suspects: deque[_Ask] = deque()
+        self._running: dict[Generation, _Ask] = {}
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outcomes: list[Outcome] = []
+
+    def run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[list[Outcome]]:
+        """Answer everything; yields what has finished at least every :data:`TICK` seconds, which may be nothing.
+
+        Raises
+        ------
+        EngineClosedError
+            When the engine is closed or its scheduler is gone. Closing the iterator cancels what is in flight.
+        """
+        try:
+            while True:
+                self._fill(todo)
+                if self._running:
+                    self._collect()
+                elif not self._outcomes:
+                    return
+                finished, self._outcomes = self._outcomes, []
+                yield finished
+        finally:
+            for generation in list(self._running):
+                generation.cancel()
+
+    def _fill(self, todo: Iterator[tuple[Row, str | None]]) -> None:
+        """Submit as much as may be in flight."""
+        while len(self._running) < self._in_flight and len(self._outcomes) < GATHER:
+            if self._suspects:
+                if not self._running:
+                    self._submit(self._suspects.popleft())
+                return
+            if self._ready:
+                self._submit(self._ready.popleft())
+            elif (next_one := next(todo, None)) is not None:
+                self._begin(*next_one)
+            else:
+                return
+
+    def _begin(self, row: Row, question: str | None) -> None:
+        work = _Work(row, question, time.monotonic(), self._spec.sampling)
+        try:
+            content: Content = row.read()
+        except InvalidRequestError as error:
+            self._end(work, error=error)
+            return
+        work.sampling = content.sampling or work.sampling
+        facts = self._engine.facts
+        work.plan = plan_answer(content, question, self._spec, self._engine.tokenizer, facts["max_positions"])
+        self._advance(work, None)
+
+    def _advance(self, work: _Work, done: list[Completion] | None) -> None:
+        """Let a work go on with the completions that it waited for."""
+        assert work.plan is not None
+        try:
+            prompts = next(work.plan) if done is None else work.plan.send(done)
+        except StopIteration as stop:
+            self._end(work, answer=stop.value)
+        except InvalidRequestError as error:
+            self._end(work, error=error)
+        else:
+            work.done, work.waiting = [None] * len(prompts), len(prompts)
+            self._ready.extend(_Ask(work, place, prompt) for place, prompt in enumerate(prompts))
+
+    def _end(self, work: _Work, answer: Answer | None = None, error: BaseException | None = None) -> None:
+        if not work.over:
+            work.over = True
+            text = None if error is None else str(error)
+            seconds = time.monotonic() - work.began
+            self._outcomes.append(Outcome(work.row, work.question, seconds, answer, text))
+
+    def _submit(self, ask: _Ask) -> None:
+        if ask.work.over:  # another part of the document has failed
+            return
+        try:
+            generation = self._engine.submit(ask.prompt, ask.work.sampling)
+        except InvalidRequestError as error:
+            self._end(ask.work, error=error)
+            return
+        self._running[generation] = ask
+        generation.add_done_callback(self._ended.put)
+
+    def _collect(self) -> None:
+        """Wait for a request to end, and take all that have."""
+        with contextlib.suppress(queue.Empty):
+            generation = self._ended.get(timeout=TICK)
+            while True:
+                self._take(self._running.pop(generation), generation)
+                generation = self._ended.get_nowait()
+
+    def _take(self, ask: _Ask, generation: Generation) -> None:
+        if generation.cancelled():
+            raise EngineClosedError("the engine was closed while the batch ran")
+        error = generation.exception()
+        if error is None:
+            work = ask.work
+            work.done[ask.place] = generation.result()
+            work.waiting -= 1
+            if not work.waiting and not work.over:
+                self._advance(work, [one for one in work.done if one is not None])
+        elif isinstance(error, EngineClosedError):
+            raise error
+        elif isinstance(error, LOST) and ask.failures <= RETRIES:
+            ask.failures += 1
+            (self._ready if ask.failures <= RETRIES else self._suspects).append(ask)
+        else:
+            self._end(ask.work, error=error)

@@ -1,0 +1,104 @@
+"""What is asked of every row of a batch, checked once; and how a row and a question become a prompt."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.types import SamplingParams
+
+TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
+"""What happens to a prompt longer than the model's window; "truncate-head" drops the document's beginning."""
+
+COMBINE = (
+    "Each of these answers is about another part of one document, in order:\n\n{answers}\n\n"
+    "Answer for the whole document: {question}"
+)
+"""The combining question of map-reduce."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSpec:
+    """Questions, templates and sampling of a batch; :func:`distkv_dask.client.batch.process` describes them.
+
+    Raises
+    ------
+    InvalidRequestError
+        When they do not go together; the message says what to change.
+    """
+
+    questions: tuple[str | None, ...] = (None,)
+    template: str | None = None
+    text_column: str = "text"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    too_long: TooLong = "refuse"
+    overlap: int = 64
+    combine: str = COMBINE
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the source is known."""
+        if not self.questions or not all(one is None or (isinstance(one, str) and one) for one in self.questions):
+            raise InvalidRequestError(f"questions should be texts that are not empty: {self.questions!r:.200}")
+        if len(set(self.questions)) < len(self.questions):
+            raise InvalidRequestError(f"a question is asked twice: {self.questions!r:.200}")
+        if self.too_long not in get_args(TooLong):
+            raise InvalidRequestError(
+                f"too_long is {self.too_long!r}, but must be one of {', '.join(get_args(TooLong))}"
+            )
+        if self.overlap < 0:
+            raise InvalidRequestError(f"overlap is {self.overlap}, but must be at least 0 tokens")
+        asks = self.questions != (None,)
+        if self.too_long == "map-reduce" and not asks:
+            raise InvalidRequestError('too_long="map-reduce" needs a question, which is asked of each part')
+        if not {"answers"} <= set(_fields(self.combine)) <= {"answers", "question"}:
+            raise InvalidRequestError("combine may use {answers} and {question}, and needs the first")
+        fields = _fields(self.full_template)
+        if "text" not in fields and self.text_column not in fields:
+            raise InvalidRequestError("the template needs {text}, which stands for the row's text")
+        if asks != ("question" in fields):
+            what = "use {question} in the template" if asks else "give a question for the template's {question}"
+            raise InvalidRequestError(what)
+
+    @property
+    def full_template(self) -> str:
+        """The template, the default one if none was given."""
+        if self.template is not None:
+            return self.template
+        return "{text}" if self.questions == (None,) else "{text}\n\n{question}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The source's columns that prompts are made of."""
+        names = [name for name in _fields(self.full_template) if name not in ("text", "question")]
+        return tuple(dict.fromkeys((self.text_column, *names)))
+
+    def parameters(self) -> dict[str, Any]:
+        """Everything that answers depend on, as JSON would read it back."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def render(self, values: Mapping[str, Any], question: str | None) -> str:
+        """The text of a prompt."""
+        known = {name: "" if value is None else value for name, value in values.items()}
+        return self.full_template.format(**known | {"text": known[self.text_column], "question": question})
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a prompt: a user's message where the model has a chat template, the text as it is elsewhere."""
+    return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InvalidRequestError(f"the template cannot be read: {error}. Write {{{{ for a brace.") from error
+    for name in names:
+        if not name or not set(name).isdisjoint(".["):
+            raise InvalidRequestError(f"the template uses {{{name}}}: only names of columns may stand in braces")
+    return names
