@@ -4,6 +4,7 @@ The open implementation of *Infinite-LLM* (arXiv 2401.02669): one request's KV c
 memory.
 """
 
+from distkv_dask.client.batch import BatchSummary
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import (
     CapacityError,
@@ -16,12 +17,16 @@ from distkv_dask.errors import (
     GangAbortedError,
     InvalidRequestError,
     ModelError,
+    OutputError,
+    SourceError,
+    TooManyErrorsError,
     UnsupportedModelError,
     WorkerLostError,
 )
 from distkv_dask.types import Completion, SamplingParams, Span, Timings
 
 __all__ = [
+    "BatchSummary",
     "CapacityError",
     "ChannelError",
     "ChannelTimeoutError",
@@ -34,9 +39,12 @@ __all__ = [
     "GangAbortedError",
     "InvalidRequestError",
     "ModelError",
+    "OutputError",
     "SamplingParams",
+    "SourceError",
     "Span",
     "Timings",
+    "TooManyErrorsError",
     "UnsupportedModelError",
     "WorkerLostError",
 ]

@@ -51,6 +51,7 @@ class ClientCall(StrEnum):
     STOP = "distkv_stop"
     EVENTS = "distkv_events"
     STATUS = "distkv_status"
+    ENGINES = "distkv_engines"
     GRAPH = "distkv_graph"
     TRACE = "distkv_trace"
     CLOSE = "distkv_close"

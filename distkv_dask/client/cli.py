@@ -1,29 +1,53 @@
-"""``distkv``: the command line. Each command lives in a module of its own and is loaded when it is called."""
+"""The command line: ``distkv ...``, and ``dask distkv ...`` through Dask's own; commands are imported when used."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
-COMMANDS = {"simulate": "distkv_dask.simulate.command:simulate"}
-"""Where each command is: module and name."""
+COMMANDS = {
+    "run": ("distkv_dask.client.commands.run:command", "Ask about every row of a table or file of a folder."),
+    "ask": ("distkv_dask.client.commands.ask:command", "Ask one question, about a document or none."),
+    "status": ("distkv_dask.client.commands.status:command", "Show what a cluster is doing."),
+    "cluster": ("distkv_dask.client.commands.cluster:command", "Start a Dask cluster on this machine."),
+    "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a cluster that does not exist."),
+}
+"""Name of a command -> where it is (module and name), and its line in the list."""
 
 
-class _Lazy(click.Group):
-    """A group whose commands are imported on demand, so that none waits for the others' libraries."""
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        """Names, in the order in which a newcomer needs them."""
+        return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name].split(":")
-        command: click.Command = getattr(import_module(module), name)
+        module, attribute = COMMANDS[name][0].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-@click.group(cls=_Lazy)
-def main() -> None:
-    """Distributed attention and a distributed KV cache on Dask."""
+
+@click.group(
+    "distkv", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="distkv-dask")
+def main(**_: Any) -> None:
+    """Answers about documents that are too long for one machine, from a language model on a Dask cluster.
+
+    Without --scheduler, commands start a cluster on this machine for as long as they run.
+    """
+
+
+if __name__ == "__main__":
+    main(prog_name="distkv")

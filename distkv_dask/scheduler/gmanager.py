@@ -83,6 +83,7 @@ class GManager(SchedulerPlugin):
             ClientCall.STOP: self.stop,
             ClientCall.EVENTS: self.events,
             ClientCall.STATUS: self.status,
+            ClientCall.ENGINES: self.list_engines,
             ClientCall.GRAPH: self.graph,
             ClientCall.TRACE: self.trace,
             ClientCall.CLOSE: self.close_engine,
@@ -177,6 +178,13 @@ class GManager(SchedulerPlugin):
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
         return self._engine(engine).status()
+
+    def list_engines(self) -> dict[str, dict[str, Any]]:
+        """The status of every engine, whoever opened it, by its id; with its model and its client's id."""
+        return {
+            name: {"model": state.spec.model, "dtype": state.spec.dtype, "client": state.client, **state.status()}
+            for name, state in self.engines.items()
+        }
 
     def graph(self, engine: str, tokens: int, granularity: str) -> Any:
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""

@@ -1,0 +1,130 @@
+"""What commands share: the options that choose cluster, model and sampling, and the engine that comes of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from distkv_dask.client.engine import Engine
+from distkv_dask.errors import DistKVError
+from distkv_dask.types import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FAILED = 1
+"""Exit status when a command could not do what was asked."""
+
+SOME_ROWS_FAILED = 3
+"""Exit status of a batch that was done, but has rows with errors."""
+
+
+def scheduler_option(command: Command) -> Command:
+    """Add ``--scheduler``."""
+    return click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        envvar="DASK_SCHEDULER_ADDRESS",
+        help="Dask scheduler of a running cluster, such as tcp://10.0.0.1:8786. Without it, a cluster is "
+        "started on this machine.",
+    )(command)
+
+
+def size_options(command: Command) -> Command:
+    """Add the options that size a cluster on this machine."""
+    for option in (
+        click.option("--memory-limit", metavar="BYTES", help="Memory of each worker, such as '8 GiB'."),
+        click.option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Worker processes; all three suit the machine if not given."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say which model answers, and how."""
+    for option in (
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text at which an answer ends; may be repeated."),
+        click.option("--seed", type=int, help="Makes draws repeatable."),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
+        ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
+        click.option(
+            "--kv-memory",
+            metavar="BYTES",
+            help="KV cache of each worker, such as '4 GiB'; half its memory if not given.",
+        ),
+        click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16, float16 or float32."),
+        click.option(
+            "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Any:
+    """Return a Dask cluster of this machine's processes, sized as Dask sizes them where nothing else is said."""
+    from distributed import LocalCluster
+
+    sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
+    return LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
+
+
+@contextmanager
+def client_of(
+    scheduler: str | None, workers: int | None = None, threads: int | None = None, memory_limit: str | None = None
+) -> Iterator[Any]:
+    """Connect to a scheduler, or start a cluster for the time being."""
+    from distributed import Client
+
+    with ExitStack() as stack:
+        if scheduler is None:
+            cluster = stack.enter_context(local_cluster(workers, threads, memory_limit, dashboard_address=":0"))
+            note(f"Cluster on this machine: {len(cluster.workers)} workers, dashboard {cluster.dashboard_link}")
+            yield stack.enter_context(Client(cluster))
+            return
+        if workers or threads or memory_limit:
+            raise click.UsageError("--workers, --threads and --memory-limit are for a cluster that is started here")
+        try:
+            client = stack.enter_context(Client(scheduler, timeout="30s"))
+        except (OSError, ValueError) as error:
+            raise click.ClickException(f"no Dask scheduler answers at {scheduler}: {error}") from error
+        yield client
+
+
+@contextmanager
+def engine_of(options: dict[str, Any]) -> Iterator[tuple[Engine, SamplingParams]]:
+    """Open the engine that a command's options ask for; takes these options out of ``options``."""
+    with failing_clearly():
+        sampling = SamplingParams(
+            **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
+        )
+        cluster = {name: options.pop(name) for name in ("scheduler", "workers", "threads", "memory_limit")}
+        model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory")}
+        with client_of(**cluster) as client:
+            note(f"Loading {model['model']} on every worker ...")
+            with Engine(client, **model) as engine:
+                yield engine, sampling
+
+
+@contextmanager
+def failing_clearly() -> Iterator[None]:
+    """Turn our errors into a line on standard error and exit status 1."""
+    try:
+        yield
+    except DistKVError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def note(text: str) -> None:
+    """Tell somebody who watches what is going on; nothing where standard error is piped."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
