@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from distkv_dask.scheduler import policy
+from distkv_dask.config import Config
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies import POLICIES
+from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.types import Placement, Span
 
 
 def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:
     """Place a sequence of so many tokens in spans of (worker, room; None is the rest); the last one is the home's."""
 
-    def place(ledger: Ledger, tokens: int, batch: int) -> Placement:
+    def place(policy: Policy, ledger: Ledger, ask: Ask) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)
-        for worker, room in choose(tokens):
-            stop = tokens if room is None else start + room
+        for worker, room in choose(ask.tokens):
+            stop = ask.tokens if room is None else start + room
             spans.append(Span(names[worker], start, stop))
             start = stop
         return tuple(spans)
 
-    policy.place = place
+    POLICIES[Config.load().policy].place = place

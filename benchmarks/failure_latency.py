@@ -68,8 +68,6 @@ def once(
     client: Client, engine: Engine, trouble: Trouble, cause: Callable[[str], Callable[[], object]]
 ) -> dict[str, Any]:
     """Seconds to the gang's end and to the client's error, and that error."""
-    while len((status := engine.status())["workers"]) < 2 or status["sequences"]:  # the run before is not over
-        time.sleep(0.1)
     running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
     while not (found := engine.status()["sequences"]) or next(iter(found.values()))["generated_tokens"] < 20:
         if running.done():
@@ -85,14 +83,17 @@ def once(
         client_seconds, kind = time.time() - trouble.began, f"{type(error).__name__}: {error}"
     finally:
         undo()
+    while len((status := engine.status())["workers"]) < 2 or status["sequences"]:  # until all is as before
+        time.sleep(0.1)
     events = client.get_events("distkv")[seen:]
-    gang = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]
+    failed = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]
+    gang = [seconds for seconds in failed if seconds <= client_seconds]
     return {"client": client_seconds, "gang": gang[0] if gang else client_seconds, "attempts": len(gang), "error": kind}
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--repeat", type=int, default=3)
     arguments.add_argument("--receive", type=float, default=1.0, help="distkv.timeouts.receive, seconds")
     arguments.add_argument("--start", type=float, default=2.0, help="distkv.timeouts.start, seconds")
     options = arguments.parse_args()
