@@ -105,11 +105,11 @@ class TracedAttention(DistAttention):
     """DistAttention whose parts are recorded, layer by layer and holder by holder."""
 
     def __init__(self, ring: Ring, gang: HomeGang, *args: Any) -> None:
+        self._ring = ring  # first: the exchange that is made next needs it
         super().__init__(gang, *args)
         self.number = gang.gang.number
         self.left = 0
         """When the model was last left to itself, by :func:`time.perf_counter_ns`."""
-        self._ring = ring
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of one layer."""

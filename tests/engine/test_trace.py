@@ -21,7 +21,7 @@ from tests._splits import force_split
 
 PROMPT, NEW, LAYERS = 100, 9, 3
 GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-SPLITS = {"one holder": [(0, 60), (1, None)], "two holders": [(1, 40), (2, 43), (0, None)]}
+SPLITS = {"one holder": [(0, 64), (1, None)], "two holders": [(1, 40), (2, 40), (0, None)]}
 
 
 def tiny(client: Client, trace: Path | None, **settings: Any) -> Engine:
