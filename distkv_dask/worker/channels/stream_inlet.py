@@ -107,6 +107,8 @@ class StreamInlet:
             sent = 0 if self._unsent else self._write((header.pack(), *buffers))
         except BlockingIOError:
             sent = 0
+        except ConnectionError:  # why it ended is the last thing that can be read
+            return
         except OSError as error:
             raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
         if sent < HEADER_BYTES + header.length:
@@ -118,6 +120,8 @@ class StreamInlet:
             self._unsent = self._unsent[self._write((self._unsent,)) :]
         except BlockingIOError:
             return
+        except ConnectionError:  # as in send
+            self._unsent = memoryview(b"")
         except OSError as error:
             raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
 

@@ -71,6 +71,10 @@ void answer(Session& session, LayerCall layer) {
   session.layer = (session.layer + 1) % session.layers;
   session.expected.layer = static_cast<uint16_t>(session.layer);
   session.expected.step += session.layer == 0;
+  if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+    session.status = kPython;  // which reads why the home is gone
+    return;
+  }
   session.sent = sent < 0 ? 0 : sent;
   if (session.sent < kHeaderBytes + session.answer_bytes) session.status = kUnsent;
   else if (session.layer == 0) session.status = kStepDone;
