@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distkv_dask.errors import ChannelError
-from distkv_dask.worker.channels.frames import HEADER_BYTES
+from distkv_dask.worker.channels.frames import HEADER_BYTES, parse_header
 from distkv_dask.worker.channels.ucx_inlet import UcxInlet, UcxListener
 from distkv_dask.worker.channels.ucx_line import UcxLine, new_context, new_worker, work
 
@@ -45,6 +45,9 @@ class UcxPeer:
         return taken
 
     def send(self, data: bytes) -> int:
+        header = parse_header(data) if len(data) >= HEADER_BYTES else None
+        if header is not None and len(data) < HEADER_BYTES + header.length:
+            data = data[:HEADER_BYTES]  # messages are never cut: the payload does not come
         with self._lock:
             return send_bytes(self._inlet._line, data)
 

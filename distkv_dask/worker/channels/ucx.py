@@ -45,6 +45,8 @@ class UcxChannel:
         self._seconds = seconds
         self._greeted = False
         self._aborted = False
+        self._reason: str | None = None
+        """What the peer's failure frame said; it stays the current frame."""
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events = select.epoll()
         self._events.register(worker.epoll_file_descriptor, select.EPOLLIN)
@@ -200,11 +202,13 @@ class UcxChannel:
         header = parse_header(self._line.head)
         if header is None or header.kind is not Kind.FAIL:
             return unexpected(self.peer, header, expected)
-        reason = bytearray(min(header.length, MESSAGE_BYTES))
-        if reason:
-            with contextlib.suppress(ChannelError):
-                self._wait(lambda: self._line.receive(memoryview(reason)), "send", header)
-        return GangAbortedError(f"{self.peer} failed: {reason.decode(errors='replace')}")
+        if self._reason is None:
+            reason = bytearray(min(header.length, MESSAGE_BYTES))
+            if reason:
+                with contextlib.suppress(ChannelError):
+                    self._wait(lambda: self._line.receive(memoryview(reason)), "send", header)
+            self._reason = reason.decode(errors="replace")
+        return GangAbortedError(f"{self.peer} failed: {self._reason}")
 
     def _explained(self, error: ChannelError) -> ChannelError:
         """Where the connection never came about, the address belongs to the error."""
