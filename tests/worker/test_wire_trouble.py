@@ -9,7 +9,7 @@ from typing import Any
 
 import _proxy
 import pytest
-from _channels import Way
+from _channels import UCX, Way
 from _fakes import NEW, PROMPT, ROOM, Fleet, Recorder, fleet, loaded, reference, state
 from _models import prompt_ids
 from _proxy import Proxy, Trouble
@@ -55,6 +55,8 @@ def through(proxy: Proxy, made: Fleet, holders: list[str]) -> Gang:
 def test_a_network_that_fails_in_mid_window_costs_one_window_and_no_token(
     way: Way, trouble: str, others: tuple[str, ...]
 ) -> None:
+    if way is UCX:
+        pytest.skip("the proxy that plays the network carries sockets, not UCX")
     effect, kind = TROUBLE[trouble]
     model = Scripted(loaded("llama-gqa"))
     with fleet(model, 3, way, timeout_receive=RECEIVE) as made:
