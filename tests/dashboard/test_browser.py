@@ -82,7 +82,7 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
     @engine_test(3, timeout=240, **DASHBOARD)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         address = f"http://127.0.0.1:{scheduler.http_server.port}"
-        options = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "window_seconds": 0.2}
+        options = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "window_steps": 8}
         async with Engine(client, str(model_dir("llama-gqa")), **options) as engine:
             short = [engine.submit(prompt_ids(40, seed), SamplingParams(max_new_tokens=4)) for seed in range(3)]
             await asyncio.gather(*short)

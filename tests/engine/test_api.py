@@ -79,7 +79,7 @@ async def test_the_models_end_of_sequence_token_ends_the_answer_and_is_not_part_
 async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    async with tiny(client) as engine:
+    async with tiny(client, window_steps=4) as engine:
         keeps = engine.submit(prompt_ids(30, seed=1), SamplingParams(max_new_tokens=40, ignore_eos=True))
         decoding, waiting = engine.submit(prompt_ids(40), LONG), engine.submit(prompt_ids(2000), LONG)
         while not any(one["generated_tokens"] for one in (await engine.status())["sequences"].values()):
@@ -106,7 +106,7 @@ async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
 async def test_status_shows_where_a_running_sequence_lies(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    async with tiny(client, kv_memory="1 MiB") as engine:
+    async with tiny(client, kv_memory="1 MiB", window_steps=4) as engine:
         running = engine.submit(prompt_ids(150), SamplingParams(max_new_tokens=500, ignore_eos=True))
         status = await engine.status()
         while not status["sequences"] or not status["sequences"][0]["generated_tokens"]:
@@ -158,7 +158,7 @@ async def test_two_engines_share_a_cluster(client: Client, scheduler: Scheduler,
 @engine_test()
 async def test_an_engine_dies_with_its_client(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
     async with Client(scheduler.address, asynchronous=True) as other:
-        engine = await tiny(other)
+        engine = await tiny(other, window_steps=4)
         engine.submit(prompt_ids(40), LONG)
         await asyncio.sleep(0.3)
         assert scheduler.plugins["distkv"].engines
@@ -173,7 +173,7 @@ async def test_an_engine_dies_with_its_client(client: Client, scheduler: Schedul
 async def test_closing_an_engine_cancels_what_is_running(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    engine = await tiny(client)
+    engine = await tiny(client, window_steps=4)
     running = engine.submit(prompt_ids(40), LONG)
     await asyncio.sleep(0.3)
     await engine.close()
@@ -196,7 +196,7 @@ async def test_a_worker_that_joins_takes_requests(client: Client, scheduler: Sch
 async def test_scaling_down_spares_workers_that_hold_blocks(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    async with tiny(client) as engine:
+    async with tiny(client, window_steps=4) as engine:
         running = engine.submit(prompt_ids(40), SamplingParams(max_new_tokens=900, ignore_eos=True))
         while not (sequences := (await engine.status())["sequences"]) or not sequences[0]["home"]:
             await asyncio.sleep(0.02)

@@ -175,7 +175,7 @@ async def test_partials_that_never_come_end_the_forward_in_time(
 async def test_cancelling_and_closing_in_the_middle_leave_nothing(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    async with tiny(client) as engine:
+    async with tiny(client, window_steps=4) as engine:
         cancelled, closed = engine.submit(prompt_ids(600), LONG), engine.submit(prompt_ids(20), LONG)
         while (await engine.status())["totals"].get("decode_steps", 0) < 3:
             assert not cancelled.done()
@@ -198,7 +198,7 @@ def test_a_killed_worker_fails_its_request_within_seconds_and_the_engine_goes_on
     with (
         LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        tiny(client, kv_memory="2 MiB") as engine,
+        tiny(client, kv_memory="2 MiB", window_steps=4) as engine,
     ):
         wide = engine.submit(prompt_ids(300), LONG)
         while not (sequences := engine.status()["sequences"]) or sequences[0]["generated_tokens"] < 3:

@@ -144,7 +144,7 @@ def test_closing_an_engine_in_another_thread_ends_who_waits_for_it() -> None:
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        engine = tiny(client, kv_memory="8 MiB")
+        engine = tiny(client, kv_memory="8 MiB", window_steps=4)
         closing = threading.Timer(0.5, engine.close)
         closing.start()
         began = time.monotonic()

@@ -151,7 +151,7 @@ def test_a_trace_keeps_what_a_killed_worker_did(tmp_path: Path) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        tiny(client, file, kv_memory="2 MiB", window_seconds=0.1) as engine,
+        tiny(client, file, kv_memory="2 MiB", window_steps=4) as engine,
     ):
         running = engine.submit(prompt_ids(300), SamplingParams(max_new_tokens=900, ignore_eos=True))
         while not any("holder lane" in lane for _, lane in spans(file)):
