@@ -5,8 +5,9 @@ Units: positions and lengths are tokens, times are seconds, memory is bytes. A w
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -40,6 +41,9 @@ class SamplingParams:
         Strings at which generation ends; the text ends before the first of them.
     ignore_eos
         Go on after the model's end-of-sequence token.
+    schema
+        A JSON schema (a dict, or its JSON): the answer is JSON that follows it, whatever the model would rather say,
+        unless ``max_new_tokens`` cuts it. Needs the extra ``schema``. It is kept as JSON.
 
     Raises
     ------
@@ -56,6 +60,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    schema: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -71,6 +76,12 @@ class SamplingParams:
         put("stop", _strings("stop", self.stop))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        if self.schema is not None:
+            put("schema", _schema(self.schema))
+            if self.ignore_eos or self.stop:
+                raise InvalidRequestError(
+                    "an answer of a schema ends where its JSON does: leave out ignore_eos and stop"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,8 @@ class SequenceState:
     """What a home needs to decode a sequence: committed facts only, so that a window can be retried from it.
 
     ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
-    ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, else nothing.
+    ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, ``generated``
+    the latter when a schema does, else nothing.
     """
 
     sequence: int
@@ -176,6 +188,7 @@ class SequenceState:
     remaining: int
     sampling: SamplingParams
     history: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +281,16 @@ def _real(name: str, value: object, limits: str, within: Callable[[float], bool]
     if math.isfinite(number) and within(number):
         return number
     raise _refusal(name, value, f"a finite number {limits}")
+
+
+def _schema(value: object) -> str:
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+        if isinstance(read, Mapping):
+            return json.dumps(dict(read))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
+    raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

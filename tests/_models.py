@@ -109,17 +109,23 @@ def prompt_ids(length: int, seed: int = 0) -> list[int]:
 
 
 @cache
-def text_model_dir() -> Path:
-    """Return a tiny model with a tokenizer (a token for each byte, then words ``w256`` ...) and a chat template."""
+def text_model_dir(end: bool = False) -> Path:
+    """Return a tiny model with a tokenizer (a token for each byte, then words ``w256`` ...) and a chat template.
+
+    With ``end``, its last token is ``<end>`` and ends sequences.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = save_model(FAMILIES["llama-gqa"](), "text")
+    config = FAMILIES["llama-gqa"]()
+    config.eos_token_id = VOCAB - 1 if end else None
+    folder = save_model(config, "text-end" if end else "text")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(f"w{number}" for number in range(len(letters), VOCAB))]
+    words[-1] = "<end>" if end else words[-1]
     plain = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>" if end else None)
     tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder

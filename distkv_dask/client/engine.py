@@ -23,6 +23,7 @@ from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
+from distkv_dask.json_schema import grammar_of
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
@@ -268,6 +269,8 @@ class Engine:
             raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
         if sampling.seed is None and sampling.temperature > 0:
             sampling = _seeded(sampling)
+        if sampling.schema is not None:
+            grammar_of(str(sampling.schema))
         ids = self.tokenizer.encode(prompt)
         if len(ids) + sampling.max_new_tokens > self._facts["max_positions"]:
             raise InvalidRequestError(

@@ -59,6 +59,7 @@ class Live:
             self.remaining,
             self.sampling,
             self.history,
+            tuple(self.generated) if self.sampling.schema is not None else (),
         )
 
     def timings(self, now: float) -> Timings:

@@ -15,6 +15,7 @@ from distkv_dask.worker.layer_attention import LayerAttention
 from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
 from distkv_dask.worker.sampling import sample_batch
+from distkv_dask.worker.structured import Follower
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model import LoadedModel
@@ -25,8 +26,9 @@ Attention = DistAttention | LayerAttention
 class Progress:
     """A sequence in a window: its committed state, and what the window added."""
 
-    def __init__(self, state: SequenceState) -> None:
+    def __init__(self, state: SequenceState, follower: Follower | None) -> None:
         self.state = state
+        self.follower = follower
         self.length = state.length
         self.last_token = state.last_token
         self.tokens: list[int] = []
@@ -39,6 +41,8 @@ class Progress:
         if token in eos_token_ids and not self.state.sampling.ignore_eos:
             self.finished = "stop"
             return
+        if self.follower is not None:
+            self.follower.take(token)
         self.last_token = token
         self.tokens.append(token)
         if self.state.history:
@@ -79,7 +83,7 @@ class DecodeLoop:
         self._gang = gang
         self._model = model
         self._new_attention = attention
-        self._all = [Progress(state) for state in batch]
+        self._all = [Progress(state, model.follower(state.sampling, state.generated)) for state in batch]
         self._live = list(self._all)
         self._parts: dict[str, Part] = {}
         self._attention: Attention | None = None
@@ -118,6 +122,9 @@ class DecodeLoop:
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
+        for at, one in enumerate(live):
+            if one.follower is not None:
+                one.follower.restrict(logits[at])
         rows = [(one.state.sampling, one.length + 1, one.history) for one in live]
         for one, token in zip(live, sample_batch(logits, rows), strict=True):
             one.take(token, self._model.eos_token_ids)

@@ -8,7 +8,7 @@ and quantised files stay transformers' business.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,10 @@ from distkv_dask.errors import ModelError
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.types import Geometry
+from distkv_dask.types import Geometry, SamplingParams
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.probe import probe
+from distkv_dask.worker.structured import Follower, Grammars
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 
@@ -44,12 +45,25 @@ class LoadedModel:
         Its sizes.
     eos_token_ids
         Tokens that end a sequence.
+    tokenizer
+        Loads its tokenizer, or None where it has none; called for answers of a JSON schema only.
     """
 
-    def __init__(self, model: Any, geometry: Geometry, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        geometry: Geometry,
+        eos_token_ids: frozenset[int],
+        tokenizer: Callable[[], Any | None] = lambda: None,
+    ) -> None:
         self._model = model
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
+        self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
+
+    def follower(self, sampling: SamplingParams, generated: Iterable[int] = ()) -> Follower | None:
+        """Follow the schema of an answer, if it has one, from after the tokens ``generated``."""
+        return None if sampling.schema is None else self._grammars.follow(str(sampling.schema), generated)
 
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
@@ -105,7 +119,7 @@ def load_model(name: str, dtype: str, threads: int) -> LoadedModel:
         check_supported(source.config())
         model = _read_weights(source, dtype)
         geometry = probe(model)
-    return LoadedModel(model, geometry, _eos_token_ids(model))
+    return LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer)
 
 
 def _read_weights(source: ModelSource, dtype: str) -> Any:

@@ -294,6 +294,7 @@ class OpenEngine:
             last_token=tokens[-1],
             remaining=state.remaining - len(tokens),
             history=(*state.history, *tokens) if state.history else (),
+            generated=(*state.generated, *tokens) if state.generated else (),
         )
 
     def attend(self, gang: Gang) -> dict[str, float]:

@@ -143,6 +143,8 @@ class Runtime:
                 position, step = position + count, step + 1
         if chunk.sampling is None or logits is None:
             return None
+        if (follower := model.follower(chunk.sampling)) is not None:
+            follower.restrict(logits[-1])
         return sample(logits[-1], chunk.sampling, stop, chunk.history)
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:

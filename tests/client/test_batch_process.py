@@ -239,6 +239,36 @@ async def test_what_does_not_go_together_is_refused_before_anything_runs(
         ]:
             with pytest.raises((InvalidRequestError, SourceError), match=words):
                 await engine.process(TABLE, out=out, **options)
-        with pytest.raises(SourceError, match="'answer' has the name of a column of the output"):
+        with pytest.raises(SourceError, match="'answer' has the name of another column of the output"):
             await engine.process(TABLE.append_column("answer", TABLE["id"]), out=out)
     assert not out.exists()
+
+
+@engine_test(workers=2)
+async def test_answers_of_a_schema_fill_typed_columns_and_those_cut_off_are_error_rows(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
+    folder = Path(workers[0].local_directory)
+    year = {"type": "integer", "minimum": 1000, "maximum": 2999}
+    properties = {"year": year, "sure": {"type": "boolean"}, "years": {"type": "array", "items": year, "maxItems": 2}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    (folder / "schema.json").write_text(json.dumps(schema))
+    async with Engine(client, str(text_model_dir(end=True)), **TINY) as engine:
+        enough = SamplingParams(max_new_tokens=80)
+        done = await engine.process(TABLE, out=folder / "out", schema=folder / "schema.json", sampling=enough)
+        assert (done.rows, done.errors) == (8, 0)
+        table = pq.read_table(folder / "out")
+        types = [pa.int64(), pa.bool_(), pa.list_(pa.int64())]
+        assert [table.schema.field(name).type for name in properties] == types
+        for one in table.to_pylist():
+            assert {name: one[name] for name in properties} == json.loads(one["answer"])
+        few = SamplingParams(max_new_tokens=9)
+        done = await engine.process(TABLE, out=folder / "cut", schema=schema, sampling=few)
+        assert done.errors == 8
+        (error,) = {one["error"].partition("(")[0] for one in answers(folder / "cut")}
+        assert error == "the answer is no complete JSON "
+        assert all(one["year"] is None and one["answer"] for one in answers(folder / "cut"))
+        clash = {"type": "object", "properties": {"answer": {"type": "string"}}}
+        with pytest.raises(SourceError, match="rename it in the JSON schema"):
+            await engine.process(TABLE, out=folder / "clash", schema=clash)

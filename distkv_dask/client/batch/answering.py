@@ -1,6 +1,6 @@
 """How one row is answered: with one request, or with several where the document is longer than the model's window.
 
-A plan is a generator: it yields prompts (token ids) to be answered together, is sent their completions, and returns the
+A plan is a generator: it yields rounds of prompts to be answered together, is sent their completions, and returns the
 row's answer.
 """
 
@@ -28,7 +28,15 @@ class Answer:
     dropped_tokens: int = 0
 
 
-Plan = Generator[list[list[int]], list[Completion], Answer]
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Prompts (token ids) to be answered together; ``last`` says that the answer is the row's."""
+
+    prompts: list[list[int]]
+    last: bool = True
+
+
+Plan = Generator[Round, list[Completion], Answer]
 
 
 def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokenizer: Tokenizer, window: float) -> Plan:
@@ -70,7 +78,7 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
 
 
 def _plain(prompt: list[int], dropped: int = 0) -> Plan:
-    (done,) = yield [prompt]
+    (done,) = yield Round([prompt])
     return Answer(done.text, done.finish_reason, done.prompt_tokens, len(done.token_ids), 1, dropped)
 
 
@@ -78,11 +86,11 @@ def _map_reduce(
     parts: list[list[int]], question: str | None, spec: BatchSpec, tokenizer: Tokenizer, room: float
 ) -> Plan:
     """Ask every part, then combine answers, as many at a time as fit, until one is left."""
-    done = yield parts
+    done = yield Round(parts, last=len(parts) == 1)
     asked, answers = list(done), [one.text.strip() for one in done]
     while len(answers) > 1:
         groups = _groups(answers, question, spec, tokenizer, room)
-        done = yield [prompt for size, prompt in groups if size > 1]
+        done = yield Round([prompt for size, prompt in groups if size > 1], last=len(groups) == 1)
         asked += done
         combined = iter(done)
         # Only the last group can be of one answer: it waits for the next round.

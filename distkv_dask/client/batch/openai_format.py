@@ -19,7 +19,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 _SAMPLING = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
              "top_p": "top_p", "seed": "seed", "stop": "stop"}  # fmt: skip
-_IGNORED = {"model", "messages", "prompt", "user", "metadata", "store"}
+_IGNORED = {"model", "messages", "prompt", "user", "metadata", "store", "response_format"}
 _DEFAULTS = {"n": 1, "stream": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
 """What else a body may say, as long as it says what is done anyway."""
 
@@ -90,10 +90,23 @@ def _content(record: Mapping[str, Any] | str) -> Content:
         if name in _SAMPLING or name in _IGNORED or value is None or _DEFAULTS.get(name, ()) == value:
             continue
         raise InvalidRequestError(f"{name}={value!r:.100} is not supported")
+    schema = _schema(body.get("response_format"))
     chosen = {ours: body[name] for name, ours in _SAMPLING.items() if body.get(name) is not None}
     # OpenAI's own default: 1; SamplingParams' is 0.
-    sampling = SamplingParams(**{"temperature": 1.0} | chosen)
+    sampling = SamplingParams(**{"temperature": 1.0} | chosen, schema=schema)
     return Content({}, _prompt(body, url), sampling)
+
+
+def _schema(response_format: Any) -> Mapping[str, Any] | None:
+    """Read a request's ``response_format``."""
+    match response_format:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+        case {"type": "json_object"}:
+            return {"type": "object"}
+    raise InvalidRequestError(f"response_format={response_format!r:.100} is not supported")
 
 
 def _prompt(body: Mapping[str, Any], url: str) -> Prompt:

@@ -56,7 +56,7 @@ class Output:
     path
         The folder; made if it is not there.
     schema
-        Label, columns kept of the source, and :data:`RESULT`.
+        Label, columns kept of the source, :data:`RESULT`, and those of the answers' JSON schema.
     parameters
         All that answers depend on; an output that was begun with others is refused.
     retry_errors
@@ -183,10 +183,11 @@ class Output:
 
 
 def result_batch(schema: pa.Schema, rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> pa.RecordBatch:
-    """Return finished rows as one batch of ``schema``; the mappings give the columns of :data:`RESULT`."""
+    """Return finished rows as one batch of ``schema``; the mappings give its columns from :data:`RESULT` on."""
     kept = [pa.concat_arrays([row.kept.column(at) for row, _ in rows]) for at in range(rows[0][0].kept.num_columns)]
     labels = pa.array([row.label for row, _ in rows], schema[0].type)
-    results = [pa.array([result[field.name] for _, result in rows], field.type) for field in RESULT]
+    added = [schema.field(at) for at in range(1 + len(kept), len(schema))]
+    results = [pa.array([result.get(field.name) for _, result in rows], field.type) for field in added]
     return pa.RecordBatch.from_arrays([labels, *kept, *results], schema=schema)
 
 

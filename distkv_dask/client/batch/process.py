@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distkv_dask.client.batch.spec import COMBINE, BatchSpec, TooLong
-from distkv_dask.errors import InvalidRequestError, OutputError, SourceError, TooManyErrorsError
+from distkv_dask.errors import InvalidRequestError
 from distkv_dask.types import SamplingParams
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from distkv_dask.client.batch.output import Output
-    from distkv_dask.client.batch.rows import Row, Source
-    from distkv_dask.client.batch.runner import Outcome
     from distkv_dask.client.engine import Engine
 
 
@@ -46,6 +40,7 @@ def process(
     text_column: str = "text",
     keep: Sequence[str] | None = None,
     sampling: SamplingParams | None = None,
+    schema: Mapping[str, Any] | str | PathLike[str] | None = None,
     too_long: TooLong = "refuse",
     overlap: int = 64,
     combine: str = COMBINE,
@@ -80,6 +75,9 @@ def process(
         Columns that go to the output; None keeps all but the text.
     sampling
         For all rows; None is ``SamplingParams()``.
+    schema
+        A JSON schema, or the name of a file that holds one: answers are JSON that follows it (map-reduce: the combined
+        ones), and the output has a column for each property. What ``max_new_tokens`` cuts is an error row.
     too_long
         What happens to prompts longer than the model's window: ``"refuse"`` makes them error rows, ``"truncate-head"``
         (or ``-middle``, ``-tail``) leaves out that part of the document, ``"map-reduce"`` asks each of several parts
@@ -114,17 +112,19 @@ def process(
     """
     if question is not None and questions is not None:
         raise InvalidRequestError("give either question or questions")
-    asked = (question,) if questions is None else tuple(questions)
+    from distkv_dask.client.batch.job import Job
+
+    sampling = sampling or SamplingParams()
     spec = BatchSpec(
-        questions=asked,
+        questions=(question,) if questions is None else tuple(questions),
         template=template,
         text_column=text_column,
-        sampling=sampling or SamplingParams(),
+        sampling=sampling if schema is None else replace(sampling, schema=read_schema(schema)),
         too_long=too_long,
         overlap=overlap,
         combine=combine,
     )
-    job = _Job(engine, source, spec, keep, max_errors, in_flight)
+    job = Job(engine, source, spec, keep, max_errors, in_flight)
     if out is None:
         return job.answers()
     if engine.client.asynchronous:
@@ -132,164 +132,20 @@ def process(
     return job.write(Path(out), retry_errors, progress)
 
 
-class _Job:
-    """One call of :func:`process`."""
+def read_schema(schema: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
+    """Return a JSON schema, read from a file where one is named.
 
-    def __init__(
-        self,
-        engine: Engine,
-        source: Any,
-        spec: BatchSpec,
-        keep: Sequence[str] | None,
-        max_errors: int | None,
-        in_flight: int | None,
-    ) -> None:
-        self._engine = engine
-        self._source = source
-        self._spec = spec
-        self._keep = keep
-        self._max_errors = max_errors
-        self._in_flight = in_flight or 2 * engine.config.window_batch * engine.facts["workers"]
-        self._errors = 0
-
-    def write(self, out: Path, retry_errors: bool, progress: bool | None) -> BatchSummary:
-        """Answer everything that is not in the output yet."""
-        from distkv_dask.client.batch.openai_format import OpenAIBatchSource
-        from distkv_dask.client.batch.output import Output
-        from distkv_dask.client.batch.progress import progress_bar
-
-        began = time.monotonic()
-        source = self._open()
-        lines = out.suffix == ".jsonl"
-        if lines and not isinstance(source, OpenAIBatchSource):
-            raise OutputError(f"{out}: only answers to an OpenAI batch file are written as JSONL; name a folder")
-        schema = _schema(source)
-        folder = out.with_name(out.name + ".parquet") if lines else out
-        parameters = {"model": self._engine.model.name, "dtype": self._engine.dtype, **self._spec.parameters()}
-        with Output(folder, schema, parameters, retry_errors) as output:
-            earlier, self._errors = len(output.done), output.errors
-            rows = earlier
-            total = source.count()
-            total = None if total is None else total * len(self._spec.questions)
-            with progress_bar(total, earlier, self._errors, progress) as advance:
-                self._check_errors(f"in {folder} already")
-                for outcomes in self._run(source, output):
-                    advance(len(outcomes), sum(one.error is not None for one in outcomes))
-                    rows += len(outcomes)
-            output.rotate(now=True)
-            if lines:
-                _write_lines(folder, out, self._engine.model.name)
-        return BatchSummary(out, rows, earlier, self._errors, time.monotonic() - began)
-
-    def answers(self) -> Iterator[dict[str, Any]]:
-        """Answer everything, row by row."""
-        if self._engine.client.asynchronous:
-            raise InvalidRequestError("out=None needs a synchronous Dask client: give out=, or use submit")
-        source = self._open()
-        schema = _schema(source)
-        return (row for outcomes in self._run(source, None) if outcomes for row in _batch(schema, outcomes).to_pylist())
-
-    def _open(self) -> Source:
-        from distkv_dask.client.batch.openai_format import OpenAIBatchSource
-        from distkv_dask.client.batch.sources import open_source
-        from distkv_dask.client.batch.tables import Columns
-
-        spec = self._spec
-        source = open_source(self._source, Columns(spec.text_column, self._keep, spec.columns), self._engine.client)
-        if isinstance(source, OpenAIBatchSource):
-            if spec.questions != (None,) or spec.template is not None:
-                raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
-            return source
-        for name in spec.columns:
-            if name not in source.fields:
-                raise InvalidRequestError(
-                    f"the template uses {{{name}}}, but the source has only: {', '.join(source.fields)}"
-                )
-        return source
-
-    def _run(self, source: Source, output: Output | None) -> Generator[list[Outcome]]:
-        """Answer what is not done, and put it into the output as it finishes."""
-        from distkv_dask.client.batch.runner import Runner
-
-        schema = _schema(source)
-        runner = Runner(self._engine, self._spec, self._in_flight).run(self._todo(source, output))
-        with contextlib.closing(runner):
-            for outcomes in runner:
-                if output is not None:
-                    if outcomes:
-                        output.append(_batch(schema, outcomes))
-                    else:
-                        output.rotate()
-                yield outcomes
-                self._errors += sum(one.error is not None for one in outcomes)
-                self._check_errors(next((one.error for one in outcomes if one.error is not None), ""))
-
-    def _todo(self, source: Source, output: Output | None) -> Iterator[tuple[Row, str | None]]:
-        done = {} if output is None else output.done
-        for row in source.rows():
-            for question in self._spec.questions:
-                found = done.get((row.label, question))
-                if found is None:
-                    yield row, question
-                elif found != row.fingerprint:
-                    raise SourceError(
-                        f"{source.label} {row.label} of the source has changed since it was answered: choose another "
-                        f"output, or bring back what it was"
-                    )
-
-    def _check_errors(self, last: str) -> None:
-        if self._max_errors is not None and self._errors > self._max_errors:
-            raise TooManyErrorsError(
-                f"{self._errors} rows have errors, more than max_errors={self._max_errors}; one of them: {last}"
-            )
-
-
-def _schema(source: Source) -> pa.Schema:
-    """Schema of the output."""
-    import pyarrow as pa
-
-    from distkv_dask.client.batch.output import RESULT
-
-    if taken := [name for name in source.kept.names if name in (source.label, *RESULT.names)]:
-        raise SourceError(
-            f"the source's column {taken[0]!r} has the name of a column of the output: leave it out by naming those to "
-            f"keep (keep=...)"
-        )
-    label = pa.field(source.label, pa.int64() if source.label == "row" else pa.string())
-    return pa.schema([label, *source.kept, *RESULT])
-
-
-def _batch(schema: pa.Schema, outcomes: list[Outcome]) -> pa.RecordBatch:
-    """Finished rows as rows of the output."""
-    from distkv_dask.client.batch.output import result_batch
-
-    return result_batch(schema, [(one.row, _result(one)) for one in outcomes])
-
-
-def _result(outcome: Outcome) -> dict[str, Any]:
-    answer = outcome.answer
-    return {
-        "question": outcome.question,
-        "answer": answer.text if answer else None,
-        "finish_reason": answer.finish_reason if answer else "error",
-        "error": outcome.error,
-        "prompt_tokens": answer.prompt_tokens if answer else None,
-        "new_tokens": answer.new_tokens if answer else None,
-        "reused_tokens": 0 if answer else None,
-        "parts": answer.parts if answer else None,
-        "dropped_tokens": answer.dropped_tokens if answer else None,
-        "seconds": outcome.seconds,
-        "fingerprint": outcome.row.fingerprint,
-    }
-
-
-def _write_lines(folder: Path, out: Path, model: str) -> None:
-    """Write a finished output as an OpenAI output file."""
-    import pyarrow.parquet as pq
-
-    from distkv_dask.client.batch.openai_format import write_openai_answers
-
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    with unfinished.open("wb") as file:
-        write_openai_answers(pq.read_table(folder), model, file)
-    unfinished.replace(out)
+    Raises
+    ------
+    InvalidRequestError
+        When the file cannot be read, or holds no JSON object.
+    """
+    if isinstance(schema, Mapping):
+        return schema
+    try:
+        read = json.loads(Path(schema).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"the JSON schema {str(schema)!r} cannot be read: {error}") from error
+    if not isinstance(read, dict):
+        raise InvalidRequestError(f"the JSON schema {str(schema)!r} should be a JSON object")
+    return read

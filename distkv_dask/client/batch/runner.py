@@ -6,8 +6,8 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distkv_dask.client.batch.answering import Answer, Plan, plan_answer
@@ -41,13 +41,18 @@ GATHER = 256
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A row and a question that are done with: an answer or an error, and the seconds since the row's first request."""
+    """A row and a question that are done with: an answer or an error, and the seconds since the row's first request.
+
+    ``values`` are those of the answer's properties, where answers follow a JSON schema. An answer that cannot be read
+    so is there beside the error.
+    """
 
     row: Row
     question: str | None
     seconds: float
     answer: Answer | None = None
     error: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -71,6 +76,7 @@ class _Ask:
     work: _Work
     place: int
     prompt: list[int]
+    sampling: SamplingParams
     failures: int = 0
 
 
@@ -148,14 +154,15 @@ class Runner:
         """Let a work go on with the completions that it waited for."""
         assert work.plan is not None
         try:
-            prompts = next(work.plan) if done is None else work.plan.send(done)
+            asked = next(work.plan) if done is None else work.plan.send(done)
         except StopIteration as stop:
             self._end(work, answer=stop.value)
         except InvalidRequestError as error:
             self._end(work, error=error)
         else:
-            work.done, work.waiting = [None] * len(prompts), len(prompts)
-            self._ready.extend(_Ask(work, place, prompt) for place, prompt in enumerate(prompts))
+            work.done, work.waiting = [None] * len(asked.prompts), len(asked.prompts)
+            sampling = work.sampling if asked.last else replace(work.sampling, schema=None)
+            self._ready.extend(_Ask(work, place, prompt, sampling) for place, prompt in enumerate(asked.prompts))
 
     def _end(self, work: _Work, answer: Answer | None = None, error: BaseException | None = None) -> None:
         if not work.over:
@@ -168,7 +175,7 @@ class Runner:
         if ask.work.over:  # another part of the document has failed
             return
         try:
-            generation = self._engine.submit(ask.prompt, ask.work.sampling)
+            generation = self._engine.submit(ask.prompt, ask.sampling)
         except InvalidRequestError as error:
             self._end(ask.work, error=error)
             return

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
 from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
 from distkv_dask.errors import SourceError
@@ -16,10 +18,15 @@ from distkv_dask.errors import SourceError
 @click.command("ask")
 @click.argument("question")
 @click.argument("document", type=click.Path(path_type=Path, allow_dash=True), required=False)
+@click.option(
+    "--schema",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with a JSON schema: the answer is JSON that follows it.",
+)
 @model_options
 @scheduler_option
 @size_options
-def command(question: str, document: Path | None, **options: Any) -> None:
+def command(question: str, document: Path | None, schema: Path | None, **options: Any) -> None:
     """Ask QUESTION about DOCUMENT (.txt, .md, .html, .pdf, or - for standard input), or about nothing.
 
     \b
@@ -31,6 +38,8 @@ def command(question: str, document: Path | None, **options: Any) -> None:
         text = question
         if document is not None:
             text = BatchSpec(questions=(question,)).render({"text": _text(document)}, question)
+        if schema is not None:
+            sampling = replace(sampling, schema=read_schema(schema))
         with engine.stream(prompt_ids(text, engine.tokenizer), sampling) as pieces:
             for piece in pieces:
                 click.echo(piece, nl=False)

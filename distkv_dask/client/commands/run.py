@@ -28,6 +28,11 @@ from distkv_dask.client.commands.connect import (
     "--keep", multiple=True, metavar="COLUMN", help="Column that goes to the output; all but the text if not given."
 )
 @click.option(
+    "--schema",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with a JSON schema: answers are JSON that follows it, with a column for each property.",
+)
+@click.option(
     "--too-long",
     type=click.Choice(get_args(TooLong)),
     default="refuse",

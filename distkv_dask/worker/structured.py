@@ -1,0 +1,116 @@
+"""Sampling that follows a JSON schema: before each draw, tokens that would break the schema get the logit -inf.
+
+A follower is made anew from the committed tokens in each window, so a retried window follows the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv_dask.errors import DistKVError, InvalidRequestError
+from distkv_dask.json_schema import grammar_of
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+class Follower:
+    """Where one answer stands in its schema.
+
+    Parameters
+    ----------
+    matcher
+        At the answer's beginning.
+    generated
+        The answer's tokens so far.
+    """
+
+    def __init__(self, matcher: LLMatcher, generated: Iterable[int] = ()) -> None:
+        self._matcher = matcher
+        for token in generated:
+            self.take(token)
+
+    def restrict(self, logits: Tensor) -> None:
+        """Leave only tokens that go on within the schema; those that end the answer count where it is complete.
+
+        Parameters
+        ----------
+        logits
+            float32 [vocab], written to.
+        """
+        allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        self._check()
+        vocab = logits.shape[0]
+        forbidden = torch.ones(vocab, dtype=torch.bool)
+        forbidden[: len(allowed)] = torch.from_numpy(allowed[:vocab] == 0)
+        with torch.inference_mode():  # in which the logits were made
+            logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+
+    def take(self, token: int) -> None:
+        """Go on with the token that was drawn."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise DistKVError(f"the JSON schema cannot be followed any further: {self._matcher.get_error()}")
+
+
+class Grammars:
+    """Followers of schemas for one model; its tokenizer is read when the first is asked for.
+
+    Parameters
+    ----------
+    tokenizer
+        Loads the model's transformers tokenizer, or None where it has none.
+    eos_token_ids
+        Tokens that end an answer.
+    vocab_size
+        Number of logits.
+    """
+
+    def __init__(self, tokenizer: Callable[[], Any | None], eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self._load = tokenizer
+        self._eos = sorted(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._tokenizer: LLTokenizer | None = None
+        self._matcher = lru_cache(maxsize=16)(self._compiled)
+
+    def follow(self, schema: str, generated: Iterable[int] = ()) -> Follower:
+        """Follow a schema from after the tokens ``generated``. Call it on one thread.
+
+        Raises
+        ------
+        MissingProgramError
+            When llguidance is not installed.
+        InvalidRequestError
+            When the schema cannot be followed, or the model has no fast tokenizer or no end-of-sequence token.
+        """
+        return Follower(self._matcher(schema).deep_copy(), generated)
+
+    def _compiled(self, schema: str) -> LLMatcher:
+        grammar = grammar_of(schema)
+        from llguidance import LLMatcher
+
+        if self._tokenizer is None:
+            self._tokenizer = self._read_tokenizer()
+        matcher = LLMatcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            raise InvalidRequestError(f"the JSON schema cannot be followed: {matcher.get_error()}")
+        return matcher
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
+        loaded = self._load()
+        if loaded is None or not getattr(loaded, "is_fast", False):
+            raise InvalidRequestError("a JSON schema needs a model with a fast Hugging Face tokenizer")
+        if not self._eos:
+            raise InvalidRequestError("a JSON schema needs a model with an end-of-sequence token")
+        return from_tokenizer(loaded, n_vocab=max(self._vocab_size, len(loaded)), eos_token=self._eos)

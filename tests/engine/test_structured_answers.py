@@ -1,0 +1,73 @@
+"""Requests with a JSON schema: the tokens of a plain loop over transformers that follows it, in any windows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import transformers
+from distributed import Client, Scheduler, Worker
+
+pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
+
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
+
+from distkv_dask import Engine, InvalidRequestError, SamplingParams
+from tests._cluster import engine_test
+from tests._models import VOCAB, prompt_ids, text_model_dir
+
+END = VOCAB - 1
+YEAR = {"type": "integer", "minimum": 1900, "maximum": 2100}
+YEARS = {"type": "array", "items": YEAR, "minItems": 2, "maxItems": 3}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"who": {"type": "string", "maxLength": 12}, "years": YEARS},
+    "required": ["who", "years"],
+    "additionalProperties": False,
+}
+TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "512 KiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
+
+
+def reference(prompt: list[int]) -> list[int]:
+    """Greedy tokens of one process, with llguidance's bits applied to the logits of a whole forward each."""
+    folder = text_model_dir(end=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = from_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), n_vocab=VOCAB, eos_token=END)
+    options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(SCHEMA, defaults=options))
+    tokens = list[int]()
+    while True:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, -1]
+        bits = matcher.compute_bitmask()
+        allowed = [token for token in range(VOCAB) if bits[token // 8] >> token % 8 & 1]
+        token = max(allowed, key=lambda one: float(logits[one]))
+        if token == END:
+            return tokens
+        matcher.consume_token(token)
+        tokens.append(token)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 400])
+def test_answers_are_those_of_one_process_and_follow_the_schema(steps: int) -> None:
+    prompts = [prompt_ids(150, seed=4), prompt_ids(20, seed=5)]  # the first lies on two workers
+    expected = [reference(prompt) for prompt in prompts]
+
+    @engine_test()
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(text_model_dir(end=True)), window_steps=steps, **TINY) as engine:
+            params = [SamplingParams(max_new_tokens=120, schema=SCHEMA), SamplingParams(120, schema=json.dumps(SCHEMA))]
+            done = await engine.generate(prompts, params)
+            assert len(done[0].placement) > 1
+            assert [list(one.token_ids) for one in done] == expected
+            assert {one.finish_reason for one in done} == {"stop"}
+            for one in done:
+                jsonschema.validate(json.loads(one.text), SCHEMA)
+            with pytest.raises(InvalidRequestError, match="Unknown format"):
+                engine.submit(prompts[0], SamplingParams(schema={"type": "string", "format": "nonsense"}))
+
+    run()

@@ -1,0 +1,87 @@
+"""Whatever a model would rather say, an answer with a schema is JSON of that schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
+
+from distkv_dask import InvalidRequestError
+from distkv_dask.model_source import resolve_model
+from distkv_dask.worker.structured import Grammars
+from tests._models import VOCAB, text_model_dir
+
+END = VOCAB - 1
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "object": {
+        "type": "object",
+        "properties": {
+            "who": {"type": "string", "maxLength": 6},
+            "year": {"type": "integer", "minimum": 1900, "maximum": 2100},
+            "kind": {"enum": ["profit", "loss"]},
+            "sure": {"type": "boolean"},
+        },
+        "required": ["who", "year", "kind", "sure"],
+        "additionalProperties": False,
+    },
+    "list": {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": -9}, "minItems": 2, "maxItems": 4},
+    "text": {"type": "string", "pattern": "^[a-c]{3,5}$"},
+}
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(resolve_model(str(text_model_dir(end=True))).tokenizer, frozenset([END]), VOCAB + 5)
+
+
+def text_of(tokens: list[int]) -> str:
+    text: str = resolve_model(str(text_model_dir(end=True))).tokenizer().decode(tokens)  # type: ignore[union-attr]
+    return text
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("seed", range(5))
+def test_any_preferences_give_json_of_the_schema_then_the_end(grammars: Grammars, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    follower, tokens = grammars.follow(json.dumps(SCHEMAS[name])), list[int]()
+    for _ in range(200):
+        logits = torch.randn(VOCAB + 5, generator=generator)  # models have more logits than tokens
+        follower.restrict(logits)
+        token = int(logits.argmax())
+        if token == END:
+            break
+        follower.take(token)
+        tokens.append(token)
+    jsonschema.validate(json.loads(text_of(tokens)), SCHEMAS[name])
+
+
+def test_a_follower_made_anew_from_the_committed_tokens_allows_the_same(grammars: Grammars) -> None:
+    schema, generator = json.dumps(SCHEMAS["object"]), torch.Generator().manual_seed(3)
+    follower, tokens = grammars.follow(schema), list[int]()
+    while True:
+        wishes = torch.randn(VOCAB + 5, generator=generator)
+        ours, anew = wishes.clone(), wishes.clone()
+        follower.restrict(ours)
+        grammars.follow(schema, tokens).restrict(anew)
+        assert torch.equal(ours, anew)
+        if (token := int(ours.argmax())) == END:
+            break
+        follower.take(token)
+        tokens.append(token)
+
+
+@pytest.mark.parametrize(
+    ("end", "has_tokenizer", "match"),
+    [([END], False, "fast Hugging Face tokenizer"), ([], True, "end-of-sequence token")],
+)
+def test_a_model_that_cannot_follow_a_schema_says_what_it_lacks(
+    end: list[int], has_tokenizer: bool, match: str
+) -> None:
+    tokenizer = resolve_model(str(text_model_dir(end=True))).tokenizer if has_tokenizer else lambda: None
+    with pytest.raises(InvalidRequestError, match=match):
+        Grammars(tokenizer, frozenset(end), VOCAB).follow("{}")
