@@ -7,12 +7,14 @@ or the tokenizer imports both.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from distkv_dask.errors import ModelError
 from distkv_dask.gguf_cache import converted_text
+from distkv_dask.rope_scaling import checked, scale
 
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub when it is asked whether a model exists."""
@@ -35,11 +37,14 @@ class ModelSource:
         What ``location`` is: a directory or a file on this machine, or the name of a hub repository.
     location
         Where the model is read from.
+    rope_scaling
+        Scales its configuration (:mod:`distkv_dask.rope_scaling`).
     """
 
     name: str
     kind: Literal["directory", "hub", "gguf"]
     location: str
+    rope_scaling: Mapping[str, Any] | None = None
 
     def config(self) -> Any:
         """Read the model's configuration (a transformers ``PreTrainedConfig``).
@@ -48,13 +53,18 @@ class ModelSource:
         ------
         ModelError
             When it cannot be read, or needs code from outside transformers.
+        ConfigError
+            When it cannot be scaled as ``rope_scaling`` says.
         """
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self._text_location(), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self._text_location(), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
+        if self.rope_scaling is not None:
+            scale(config, self.rope_scaling, self.name)
+        return config
 
     def tokenizer(self) -> Any | None:
         """Read the model's tokenizer (a transformers tokenizer), or return None where the model has none.
@@ -78,19 +88,28 @@ class ModelSource:
         return str(converted_text(Path(self.location))) if self.kind == "gguf" else self.location
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, rope_scaling: Mapping[str, Any] | None = None) -> ModelSource:
     """Find the model called ``name``.
 
     Parameters
     ----------
     name
         A Hugging Face directory, a GGUF file, ``smollm2-135m``, or a hub repository such as ``Qwen/Qwen3-0.6B``.
+    rope_scaling
+        For sequences longer than it was made for, such as ``{"rope_type": "yarn", "factor": 4.0}``.
 
     Raises
     ------
     ModelError
         When there is none; the message tells what was tried.
+    ConfigError
+        When ``rope_scaling`` is wrong.
     """
+    found = _find(name)
+    return found if rope_scaling is None else replace(found, rope_scaling=checked(rope_scaling))
+
+
+def _find(name: str) -> ModelSource:
     if name in _PACKAGED:
         return _packaged(name)
     path = Path(name).expanduser()

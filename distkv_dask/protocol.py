@@ -6,6 +6,7 @@ queries and partials do not appear here: they travel on channels (:mod:`distkv_d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
@@ -144,6 +145,7 @@ class EngineSpec:
     dtype: str
     token: str
     config: Config
+    rope_scaling: Mapping[str, Any] | None = None
 
 
 class Ready(TypedDict):

@@ -53,6 +53,9 @@ class Engine:
         Of weights and KV cache: ``"auto"`` (the checkpoint's), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
     kv_memory
         KV memory of each worker: bytes, or text such as ``"64 MiB"``; None takes half of the worker's memory limit.
+    rope_scaling
+        For sequences longer than the model was made for: ``{"rope_type": "yarn", "factor": 4.0}`` (or ``"linear"``)
+        multiplies its window by four. Answers lose some quality, more so with models not trained for it.
     **settings
         Any field of :class:`~distkv_dask.config.Config`.
 
@@ -80,11 +83,12 @@ class Engine:
         *,
         dtype: str = "auto",
         kv_memory: int | str | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.client = client if client is not None else get_client()
         self.config = Config.load(kv_memory=kv_memory, **settings)
-        self.model = resolve_model(model)
+        self.model = resolve_model(model, rope_scaling)
         self.dtype = dtype
         self.id = secrets.token_hex(4)
         self._facts: dict[str, Any] = {}
@@ -108,7 +112,8 @@ class Engine:
             self._trace = TraceFetcher(TraceFile(self.config.trace, self.id), self._fetch_trace)
         await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
         await self._install()
-        spec = EngineSpec(self.id, self.model.name, self.dtype, secrets.token_hex(32), self.config)
+        model, token = self.model, secrets.token_hex(32)
+        spec = EngineSpec(self.id, model.name, self.dtype, token, self.config, model.rope_scaling)
         tokenizer = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await self._call(ClientCall.OPEN, spec=pack(spec), client=self.client.id)

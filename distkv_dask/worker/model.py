@@ -8,7 +8,7 @@ and quantised files stay transformers' business.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -90,15 +90,15 @@ class LoadedModel:
             return cast(Tensor, output.logits[0].float())
 
 
-def load_model(name: str, dtype: str, threads: int) -> LoadedModel:
+def load_model(name: str, dtype: str, threads: int, rope_scaling: Mapping[str, Any] | None = None) -> LoadedModel:
     """Load a model on this machine and check that DistAttention computes it exactly.
 
     Call it on the thread that will run the model: the number of torch threads is set for it.
 
     Parameters
     ----------
-    name
-        As :func:`~distkv_dask.model_source.resolve_model` takes it.
+    name, rope_scaling
+        As :func:`~distkv_dask.model_source.resolve_model` takes them.
     dtype
         ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: that of the checkpoint (of a GGUF file: bfloat16).
     threads
@@ -113,7 +113,7 @@ def load_model(name: str, dtype: str, threads: int) -> LoadedModel:
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
-    source = resolve_model(name)
+    source = resolve_model(name, rope_scaling)
     torch.set_num_threads(threads)
     with _loading, _quiet():
         check_supported(source.config())
@@ -129,9 +129,10 @@ def _read_weights(source: ModelSource, dtype: str) -> Any:
         dtype = "bfloat16"
     location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
     model: Any
+    scaled = {} if source.rope_scaling is None else {"config": source.config()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=False
+            location, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=False, **scaled
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error

@@ -44,7 +44,7 @@ def build_engine(
     if geometry is None:
         from distkv_dask.worker.model import load_model  # takes seconds and memory, which memory workers do not spend
 
-        model = load_model(spec.model, spec.dtype, lanes.threads)
+        model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling)
         geometry = model.geometry
     one = geometry
     block_tokens = spec.config.block_tokens

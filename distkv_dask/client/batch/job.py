@@ -60,7 +60,9 @@ class Job:
             raise OutputError(f"{out}: only answers to an OpenAI batch file are written as JSONL; name a folder")
         schema = self._columns(source)
         folder = out.with_name(out.name + ".parquet") if lines else out
-        parameters = {"model": self._engine.model.name, "dtype": self._engine.dtype, **self._spec.parameters()}
+        model = self._engine.model
+        about = {"model": model.name, "rope_scaling": model.rope_scaling, "dtype": self._engine.dtype}
+        parameters = {**about, **self._spec.parameters()}
         with Output(folder, schema, parameters, retry_errors) as output:
             earlier, self._errors = len(output.done), output.errors
             rows = earlier

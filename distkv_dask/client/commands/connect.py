@@ -11,6 +11,7 @@ import click
 
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import DistKVError
+from distkv_dask.rope_scaling import checked
 from distkv_dask.types import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +62,12 @@ def model_options(command: Command) -> Command:
             metavar="BYTES",
             help="KV cache of each worker, such as '4 GiB'; half its memory if not given.",
         ),
+        click.option(
+            "--rope-scaling",
+            metavar="KIND:FACTOR",
+            callback=_rope_scaling,
+            help="Sequences longer than the model was made for: yarn:4 or linear:2, for example.",
+        ),
         click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16, float16 or float32."),
         click.option(
             "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
@@ -68,6 +75,16 @@ def model_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def _rope_scaling(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    kind, _colon, factor = text.partition(":")
+    try:
+        return checked({"rope_type": kind, "factor": float(factor)})
+    except (ValueError, DistKVError) as error:
+        raise click.BadParameter(f"{text!r} is not like yarn:4 ({error})") from error
 
 
 def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Any:
@@ -108,7 +125,7 @@ def engine_of(options: dict[str, Any]) -> Iterator[tuple[Engine, SamplingParams]
             **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
         )
         cluster = {name: options.pop(name) for name in ("scheduler", "workers", "threads", "memory_limit")}
-        model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory")}
+        model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory", "rope_scaling")}
         with client_of(**cluster) as client:
             note(f"Loading {model['model']} on every worker ...")
             with Engine(client, **model) as engine:
