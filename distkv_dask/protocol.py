@@ -55,6 +55,7 @@ class ClientCall(StrEnum):
     ENGINES = "distkv_engines"
     GRAPH = "distkv_graph"
     TRACE = "distkv_trace"
+    SPAN = "distkv_span"
     CLOSE = "distkv_close"
 
 
@@ -132,6 +133,13 @@ class Spans(NamedTuple):
     lost: int
 
 
+class DaskSpan(TypedDict):
+    """The annotation that ``distributed.span`` makes: names and ids of a span and of those around it."""
+
+    name: tuple[str, ...]
+    ids: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What an rManager needs to open an engine; every worker resolves the name ``model`` by itself.
@@ -146,6 +154,7 @@ class EngineSpec:
     token: str
     config: Config
     rope_scaling: Mapping[str, Any] | None = None
+    span: DaskSpan | None = None
 
 
 class Ready(TypedDict):

@@ -6,7 +6,7 @@ windows of a home follow each other at its home lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +35,10 @@ class StepGraph:
 
         return visualize(self, filename, **options)
 
-    def highlevel(self, priority: int = 0) -> HighLevelGraph:
-        """The graph with its pins as annotations."""
-        layer = MaterializedLayer(
-            self.tasks,
-            annotations={"workers": self.workers.__getitem__, "allow_other_workers": False, "priority": priority},
-        )
+    def highlevel(self, priority: int = 0, span: Mapping[str, Any] | None = None) -> HighLevelGraph:
+        """The graph with its pins as annotations, and the Dask span (``distributed.span``) that its tasks belong to."""
+        annotations = {"workers": self.workers.__getitem__, "allow_other_workers": False, "priority": priority}
+        layer = MaterializedLayer(self.tasks, annotations=annotations | ({} if span is None else {"span": span}))
         return HighLevelGraph({"distkv": layer}, {"distkv": set()})
 
 

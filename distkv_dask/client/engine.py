@@ -8,12 +8,14 @@ import itertools
 import logging
 import secrets
 from array import array
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
-from distributed import Client, get_client
+from dask.base import get_annotations
+from distributed import Client, get_client, span
 
 from distkv_dask.client.batch import process
 from distkv_dask.client.generation import Generation, TextPieces
@@ -26,7 +28,7 @@ from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, Inv
 from distkv_dask.json_schema import grammar_of
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
+from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, Delivery, EngineSpec, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -91,6 +93,7 @@ class Engine:
         self.model = resolve_model(model, rope_scaling)
         self.dtype = dtype
         self.id = secrets.token_hex(4)
+        self._span = _dask_span("distkv", f"{self.model.name.rsplit('/', 1)[-1]} {self.id}")
         self._facts: dict[str, Any] = {}
         self._closed = False
         self._broken: DistKVError | None = None
@@ -113,7 +116,7 @@ class Engine:
         await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
         await self._install()
         model, token = self.model, secrets.token_hex(32)
-        spec = EngineSpec(self.id, model.name, self.dtype, token, self.config, model.rope_scaling)
+        spec = EngineSpec(self.id, model.name, self.dtype, token, self.config, model.rope_scaling, self._span)
         tokenizer = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await self._call(ClientCall.OPEN, spec=pack(spec), client=self.client.id)
@@ -264,6 +267,23 @@ class Engine:
         """Ask for a completion and iterate (``for`` or ``async for``) over its text as it is generated."""
         pieces = TextPieces()
         return pieces.follow(self._submit(prompt, sampling, pieces.put).generation)
+
+    @contextlib.contextmanager
+    def in_span(self, *tags: str) -> Iterator[None]:
+        """Let the engine's Dask tasks belong to a span of their own (``distributed.span``) for a while.
+
+        Tasks serve many requests at once: those of other requests that run meanwhile are in the span too.
+        """
+        self._enter(_dask_span(*tags))
+        try:
+            yield
+        finally:
+            self._enter(self._span)
+
+    def _enter(self, span: DaskSpan) -> None:
+        call = partial(self._call_quietly, ClientCall.SPAN, engine=self.id, span=span)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and the engine with it
+            self._loop.call_soon_threadsafe(lambda: self._spawn(call()))
 
     def _submit(
         self, prompt: Prompt, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
@@ -471,6 +491,13 @@ def _ours(error: Exception) -> DistKVError:
 
 def _failed(error: DistKVError) -> Completion:
     return Completion("", (), 0, "error", str(error))
+
+
+def _dask_span(*tags: str) -> DaskSpan:
+    """A Dask span within the one that the caller is in."""
+    with span(*tags):
+        found: DaskSpan = get_annotations()["span"]
+        return found
 
 
 def _seeded(sampling: SamplingParams) -> SamplingParams:

@@ -39,6 +39,8 @@ class EngineState:
         self.facts: dict[str, Ready] = {}
         self.geometry: Geometry | None = None
         """Sizes of the model, once a worker has loaded it; memory workers are told them."""
+        self.span = spec.span
+        """Dask span of the tasks that are submitted from now on; None: Dask's default one."""
         self.figures = Figures()
         self._pacer = pacer
         self.is_closing = False

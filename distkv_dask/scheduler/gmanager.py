@@ -27,6 +27,7 @@ from distkv_dask.protocol import (
     TAKE_TRACE,
     WORKER_EVENT,
     ClientCall,
+    DaskSpan,
     Delivery,
     FromWorker,
     ToWorker,
@@ -86,6 +87,7 @@ class GManager(SchedulerPlugin):
             ClientCall.ENGINES: self.list_engines,
             ClientCall.GRAPH: self.graph,
             ClientCall.TRACE: self.trace,
+            ClientCall.SPAN: self.enter_span,
             ClientCall.CLOSE: self.close_engine,
             "retire_workers": self.retire_workers,
         }
@@ -178,6 +180,11 @@ class GManager(SchedulerPlugin):
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
         return self._engine(engine).status()
+
+    def enter_span(self, engine: str, span: DaskSpan | None) -> None:
+        """Let an engine's tasks belong to a Dask span from now on."""
+        state = self._engine(engine)
+        state.span = span and {"name": tuple(span["name"]), "ids": tuple(span["ids"])}
 
     def list_engines(self) -> dict[str, dict[str, Any]]:
         """The status of every engine, whoever opened it, by its id; with its model and its client's id."""
@@ -383,9 +390,10 @@ class GManager(SchedulerPlugin):
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
                 case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
-                    self.submitter.submit(*lower(command, "window", state.layers), patience)
+                    self.submitter.submit(*lower(command, "window", state.layers), patience, state.span)
                 case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
-                    self.submitter.submit(*lower(command, state.spec.config.granularity, state.layers))
+                    lowered = lower(command, state.spec.config.granularity, state.layers)
+                    self.submitter.submit(*lowered, span=state.span)
                 case do.Forget(gang, finished):
                     self.submitter.forget(gang, finished)
                 case Delivery():

@@ -8,8 +8,9 @@ gathered, since a graph costs the scheduler as much as the tasks of several wind
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from distributed import Client, Future, Security
 
 from distkv_dask.errors import ClusterError, GangAbortedError
 from distkv_dask.graphs.build import StepGraph, gang_keys
+from distkv_dask.protocol import DaskSpan
 from distkv_dask.types import Gang
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Submitter:
         self._client: Client | None = None
         self._opening = asyncio.Lock()
         self._tasks: dict[str, _Task] = {}
-        self._gathered: list[tuple[StepGraph, list[Gang]]] = []
+        self._gathered: list[tuple[StepGraph, list[Gang], DaskSpan | None]] = []
         self._flushing: asyncio.TimerHandle | None = None
         self.ended = (0, 0)
         """Tasks that have ended well: of gangs, and all others of the cluster."""
@@ -91,12 +93,14 @@ class Submitter:
         if client is not None:
             await client.close()
 
-    def submit(self, graph: StepGraph, gangs: Iterable[Gang], patience: float = 0.0) -> None:
+    def submit(
+        self, graph: StepGraph, gangs: Iterable[Gang], patience: float = 0.0, span: DaskSpan | None = None
+    ) -> None:
         """Send a graph to the scheduler, in ``patience`` seconds at the latest and after those submitted before.
 
-        Of tasks that are no gang's own, Dask forgets the results by itself.
+        Of tasks that are no gang's own, Dask forgets the results by itself. ``span`` is the Dask span of all its tasks.
         """
-        self._gathered.append((graph, list(gangs)))
+        self._gathered.append((graph, list(gangs), span))
         if not patience:
             self.flush()
         elif self._flushing is None or self._flushing.when() > asyncio.get_running_loop().time() + patience:
@@ -105,23 +109,25 @@ class Submitter:
 
     def hurry(self, home: str) -> None:
         """Send what has been gathered, if a home waits for some of it."""
-        if any(gang.home == home for _, gangs in self._gathered for gang in gangs):
+        if any(gang.home == home for _, gangs, _ in self._gathered for gang in gangs):
             self.flush()
 
     def flush(self) -> None:
         """Send what has been gathered."""
         self._disarm()
         gathered, self._gathered = self._gathered, []
-        if not gathered:
-            return
+        for span, several in groupby(gathered, key=lambda one: one[2]):
+            graph, owners = StepGraph(), dict[str, Gang]()
+            for one, gangs, _ in several:
+                graph.tasks.update(one.tasks)
+                graph.workers.update(one.workers)
+                owners |= {key: gang for gang in gangs for key in gang_keys(gang)}
+            self._send(graph, owners, span)
+
+    def _send(self, graph: StepGraph, owners: Mapping[str, Gang], span: DaskSpan | None) -> None:
         assert self._client is not None
-        graph = StepGraph()
-        for one, _ in gathered:
-            graph.tasks.update(one.tasks)
-            graph.workers.update(one.workers)
-        owners = {key: gang for _, gangs in gathered for gang in gangs for key in gang_keys(gang)}
         keys = [key for key in graph.tasks if key in owners]
-        futures = self._client.get(graph.highlevel(PRIORITY), keys, sync=False)
+        futures = self._client.get(graph.highlevel(PRIORITY, span), keys, sync=False)
         for key, future in zip(keys, futures, strict=True):
             self._tasks[key] = _Task(future, graph.workers[key], owners[key].engine, owners[key].number)
 
@@ -132,9 +138,7 @@ class Submitter:
 
     def forget(self, gang: Gang, finished: bool) -> None:
         """Drop a gang's tasks: each when it has finished, or at once."""
-        self._gathered = [
-            (graph, gangs) for graph, gangs in self._gathered if gang.number not in {one.number for one in gangs}
-        ]
+        self._gathered = [one for one in self._gathered if gang.number not in {member.number for member in one[1]}]
         self._forget(gang_keys(gang), finished)
 
     def _forget(self, keys: Iterable[str], finished: bool) -> None:

@@ -41,7 +41,12 @@ class LayerTasks:
             raise GangAbortedError(f"the forward of {gang.name} has begun on this worker already")
         forward = PausedForward(gang, engine.spec.config.timeout_start)
         self._paused[gang.number] = forward
-        run = partial(engine.run_chunk, work) if isinstance(work, PrefillChunk) else partial(engine.run_window, work)
+        parts: dict[str, float] = {}  # layers are Dask's own tasks here, which it measures itself
+        run = (
+            partial(engine.run_chunk, work, parts)
+            if isinstance(work, PrefillChunk)
+            else partial(engine.run_window, work, parts)
+        )
         try:
             forward.result = engine.lanes.home.submit(run)
         except Exception:

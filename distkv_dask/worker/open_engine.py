@@ -32,6 +32,7 @@ from distkv_dask.types import (
 )
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.layer_tasks import LayerTasks
+from distkv_dask.worker.metering import computing, metered, metered_session
 from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
 
@@ -217,17 +218,19 @@ class OpenEngine:
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute a chunk on the home lane, and commit it."""
         try:
-            return self.lanes.home.submit(partial(self.run_chunk, chunk)).result()
+            with metered() as parts:
+                return self.lanes.home.submit(partial(self.run_chunk, chunk, parts)).result()
         except Exception as error:
             self.fail(chunk.gang, error)
             raise
 
-    def run_chunk(self, chunk: PrefillChunk) -> int:
+    def run_chunk(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
         """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
         self.check(chunk.gang)
         if chunk.sequence in self._retired:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
-        token = self.runtime.prefill(chunk)
+        with computing(parts, lambda: self.runtime.waited):
+            token = self.runtime.prefill(chunk)
         if chunk.sampling is None or token is None:
             self._tell(FromWorker.CHUNK_DONE, self.spec.engine, (chunk.sequence, chunk.gang.number))
             return len(chunk.tokens)
@@ -243,12 +246,13 @@ class OpenEngine:
     def decode(self, window: DecodeWindow) -> int:
         """Run a window on the home lane over the sequences that have joined when it begins, and commit it."""
         try:
-            return self.lanes.home.submit(partial(self.run_window, window)).result()
+            with metered() as parts:
+                return self.lanes.home.submit(partial(self.run_window, window, parts)).result()
         except Exception as error:
             self.fail(window.gang, error)
             raise
 
-    def run_window(self, window: DecodeWindow) -> int:
+    def run_window(self, window: DecodeWindow, parts: dict[str, float]) -> int:
         """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
         self.check(window.gang)
         with self._lock:
@@ -260,7 +264,8 @@ class OpenEngine:
         result = WindowResult({}, {}, 0, 0.0, 0.0)
         if batch:
             gap = time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
-            result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=used)), batch)
+            with computing(parts, lambda: self.runtime.waited):
+                result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=used)), batch)
             result = replace(result, gap=gap)
         with self._lock:
             if not self._current(window):
@@ -301,7 +306,8 @@ class OpenEngine:
         """Serve one gang as a holder until its home says that it is over."""
         try:
             self.check(gang)
-            stats = self.runtime.open_session(gang).wait()
+            with metered_session() as done:
+                done.append(stats := self.runtime.open_session(gang).wait())
         except Exception as error:
             with self._lock:
                 unused = self._aborted.get(gang.number, ("", False))[1]

@@ -80,6 +80,8 @@ class Runtime:
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
+        self.waited = 0.0
+        """Seconds that the last chunk or window waited for partials."""
         limits = config.timeout_start, config.timeout_receive
         ring = None if self.tracer is None else self.tracer.holder
         lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))
@@ -128,7 +130,7 @@ class Runtime:
         model, logits = self._loaded(), None
         tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
-            step = 0
+            step, self.waited = 0, 0.0
             parts: dict[str, Part] = {}
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
@@ -139,6 +141,7 @@ class Runtime:
                     ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
                     logits = model.forward(ids, torch.arange(position, position + count), attention, 1)
                 finally:
+                    self.waited += attention.waiting
                     attention.close()
                 position, step = position + count, step + 1
         if chunk.sampling is None or logits is None:
@@ -160,7 +163,9 @@ class Runtime:
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
             loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang)
-            return (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
+            result = (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
+            self.waited = result.waiting
+            return result
 
     def close(self) -> None:
         """End all gangs and sessions and close all channels. Can be called again."""

@@ -63,7 +63,10 @@ class Job:
         model = self._engine.model
         about = {"model": model.name, "rope_scaling": model.rope_scaling, "dtype": self._engine.dtype}
         parameters = {**about, **self._spec.parameters()}
-        with Output(folder, schema, parameters, retry_errors) as output:
+        with (
+            Output(folder, schema, parameters, retry_errors) as output,
+            self._engine.in_span("distkv", f"batch {folder.name}"),
+        ):
             earlier, self._errors = len(output.done), output.errors
             rows = earlier
             total = source.count()
