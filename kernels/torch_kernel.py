@@ -20,15 +20,23 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend row by row, piece by piece; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
     check_values(call)
     tokens, heads, d = call.q.shape
-    out = torch.zeros(tokens, heads, d, dtype=torch.float32, device=call.q.device)
-    lse = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=call.q.device)
-    offsets = range(tokens + 1) if call.query_offsets is None else call.query_offsets.tolist()
+    out = torch.empty(tokens, heads, d, dtype=torch.float32, device=call.q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=call.q.device)
+    attend_rows(call, out, lse, 1)
+    return out, lse
+
+
+def attend_rows(call: Call, out: torch.Tensor, lse: torch.Tensor, fewest: int) -> None:
+    """Fill out and lse of the rows that have at least ``fewest`` queries; values of ``call`` were checked."""
+    offsets = range(len(out) + 1) if call.query_offsets is None else call.query_offsets.tolist()
     starts = [None] * len(call.lengths) if call.q_start is None else call.q_start.tolist()
     for row, length in enumerate(call.lengths.tolist()):
         first, last = offsets[row], offsets[row + 1]
-        if first < last:
-            _attend_row(call, row, length, starts[row], out[first:last], lse[first:last], call.q[first:last])
-    return out, lse
+        if last - first >= fewest:
+            _attend_row(
+                call, row, length, starts[row], out[first:last].zero_(), lse[first:last].fill_(-torch.inf),
+                call.q[first:last],
+            )  # fmt: skip
 
 
 def _attend_row(

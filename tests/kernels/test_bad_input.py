@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.kernels import IMPLEMENTATIONS, choose, micro_attention
 
-IMPLEMENTATION_NAMES = [name for name in ("native", "torch", "reference") if name in IMPLEMENTATIONS]
+IMPLEMENTATION_NAMES = [name for name in ("native", "numba", "torch", "reference") if name in IMPLEMENTATIONS]
 PREFILL = next(case for case in CASES if case.name == "prefill-causal-after-earlier-tokens")
 INT8 = next(case for case in CASES if case.name == "decode-int8")
 

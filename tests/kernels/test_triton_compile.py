@@ -48,7 +48,7 @@ CASES = [
 ]
 
 
-def compile_for(target: GPUTarget, function: Any, types: dict[str, str], constants: dict[str, Any], **options: int):
+def compile_for(target: GPUTarget, function: Any, types: dict[str, str], constants: dict[str, Any], **options: Any):
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
@@ -58,7 +58,9 @@ def compile_for(target: GPUTarget, function: Any, types: dict[str, str], constan
     return triton.compile(source, target=target, options=options)
 
 
-def compile_attend(target: str, few: bool, d: int, causal: bool, int8: bool, dtype: str) -> Any:
+def compile_attend(
+    target: str, few: bool, d: int, causal: bool, int8: bool, dtype: str, ones: tuple[str, ...] = ()
+) -> Any:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tiles = triton_kernel.tiles_for(4 if few else 512, d, torch_dtype)
     kv = "*i8" if int8 else f"*{dtype}"
@@ -72,8 +74,9 @@ def compile_attend(target: str, few: bool, d: int, causal: bool, int8: bool, dty
         "TILE_TOKENS": tiles.tokens, "SPLITS": 8 if few else 1, "RAGGED": not few, "CAUSAL": causal, "INT8": int8,
         "UPCAST": False,
     }  # fmt: skip
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return compile_for(TARGETS[target], triton_jit.attend, types, constants, **options)
+    for name in ones:
+        constants[name] = 1
+    return compile_for(TARGETS[target], triton_jit.attend, types, constants, **tiles.options())
 
 
 def cuda_usage(compiled: Any, folder: Path) -> dict[str, int]:
@@ -102,8 +105,14 @@ def test_attention_fits_the_processor(target: str, case: tuple[Any, ...], tmp_pa
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_one_query_of_one_kv_head_compiles(target: str) -> None:
+    """Triton makes a constant of every number that is 1."""
+    assert compile_attend(target, True, 64, False, False, "bf16", ones=("tokens", "kv_heads", "table_stride"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_merge_compiles(target: str) -> None:
     types = dict.fromkeys(["part_out_ptr", "part_lse_ptr", "out_ptr", "lse_ptr"], "*fp32") | {"rows": "i32"}
     constants = {"D": 128, "D_PADDED": 128, "SPLITS": 48, "SPLITS_PADDED": 64}
-    compiled = compile_for(TARGETS[target], triton_jit.merge_splits, types, constants, num_warps=4, num_stages=1)
+    compiled = compile_for(TARGETS[target], triton_jit.merge_splits, types, constants, **triton_kernel.MERGE_OPTIONS)
     assert compiled.metadata.shared <= SHARED_LIMIT[target]
