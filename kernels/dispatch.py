@@ -67,7 +67,7 @@ def choose(
             return Choice("native", f"C++ core with {native_kernel.instruction_sets()[0]} kernels")
         without = numba_kernel.missing()
         if without is None:
-            return Choice("numba", f"up to {numba_kernel.MOST_ROWS} query rows per kv head, torch beyond; {missing}")
+            return Choice("numba", missing)
         return Choice("torch", f"{missing}; {without}")
     unsupported = triton_kernel.unsupported(device_type, block_tokens)
     if unsupported is None:

@@ -38,8 +38,8 @@ LN_2 = np.float32(math.log(2))
 ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING, LOWEST = np.float32(-np.inf), np.float32(-3e38)
 OK, BAD_LENGTHS, BAD_OFFSETS, BAD_TABLES = range(4)
+NO_LIMIT = 1 << 60
 ITEM_BYTES = 256 << 10  # KV that an item reads at least, before a row is split
-ITEMS_PER_THREAD = 4  # so many items even out threads of unequal speed
 
 
 @njit(nogil=True)
@@ -130,19 +130,19 @@ def weigh(like, v, d, ask, n, w, acc, width, shrink, ahead):
 
 
 @njit(nogil=True)
-def hide(s, n, rows, group, limit):
-    """Scores of tokens behind the limit of each of up to four query rows; ``limit`` is the first query's."""
-    for r in range(rows[0], rows[1]):
+def hide(s, n, first, last, group, limit):
+    """Scores that query rows [first, last), at most four, may not see; query 0 sees tokens up to ``limit``."""
+    for r in range(first, last):
         for j in range(max(0, limit + r // group + 1), n):
-            put(s, 4 * j + r - rows[0], NOTHING)
+            put(s, 4 * j + r - first, NOTHING)
 
 
 @njit(nogil=True)
 def attend_item(like, args, scale, item, partials, scratch):
-    """Attention of one row's queries over tokens [first, last) of it."""
-    (q, k, v, tables, _, _, starts, k_scales, v_scales, out, lse, _, _, heads, kv_heads, d, block_tokens, _, _,
+    """Attention of one row's queries over tokens [first, last) of it; its first query sees tokens up to limit."""
+    (q, k, v, tables, _, _, _, k_scales, v_scales, out, lse, _, _, heads, kv_heads, d, block_tokens, _, _,
      table_stride, k_block, v_block, size, _) = args  # fmt: skip
-    row, query, queries, first, last, slot = item
+    row, query, queries, first, last, limit, slot = item
     group, width = heads // kv_heads, (d + 15) // 16 * 16
     rows = queries * group
     tiles = (rows + 3) // 4
@@ -183,9 +183,8 @@ def attend_item(like, args, scale, item, partials, scratch):
                 at = 16 * (h * tiles + tile) * width
                 state = states + 128 * (h * tiles + tile)
                 scores(like, keys, d, ask, n, packed + at, width, s, ahead_k)
-                if starts != 0:
-                    most = min(4 * tile + 4, rows)
-                    hide(s, n, (4 * tile, most), group, integer(starts, row) - token)
+                if limit < token + n - 1:
+                    hide(s, n, 4 * tile, min(4 * tile + 4, rows), group, limit - token)
                 soften(s, n, score_scale, value_scale, state, shrink)
                 weigh(like, values, d, ask, n, s, acc + at, width, shrink, ahead_v)
                 ask = 0
@@ -225,61 +224,60 @@ def attend_items(like, args, scale, items, count, partials, counter):
     scratch = np.empty(rows * (2 * d + 32) + rows * 8 + 4 * CHUNK + 64, np.float32)
     at = take(counter)
     while at < count:
-        item = (items[at, 0], items[at, 1], items[at, 2], items[at, 3], items[at, 4], items[at, 5])
+        item = (items[at, 0], items[at, 1], items[at, 2], items[at, 3], items[at, 4], items[at, 5], items[at, 6])
         attend_item(like, args, scale, item, partials, scratch.ctypes.data)
         at = take(counter)
 
 
 @njit(nogil=True)
 def check_row(args, row, first):
-    """(status, last query, tokens that the row's last query sees)."""
+    """(status, last query, length, token that the row's first query sees last)."""
     (_, _, _, tables, lengths, offsets, starts, _, _, _, _, _, tokens, _, _, _, block_tokens, blocks, max_blocks,
      table_stride, _, _, _, _) = args  # fmt: skip
     length = integer(lengths, row)
     last = integer(offsets, row + 1) if offsets != 0 else row + 1
+    limit = integer(starts, row) if starts != 0 else NO_LIMIT
     if length < 0 or length > max_blocks * block_tokens:
-        return BAD_LENGTHS, last, length
+        return BAD_LENGTHS, last, length, limit
     if last < first or last > tokens:
-        return BAD_OFFSETS, last, length
+        return BAD_OFFSETS, last, length, limit
     for b in range((length + block_tokens - 1) // block_tokens):
         block = integer(tables, row * table_stride + b)
         if block < 0 or block >= blocks:
-            return BAD_TABLES, last, length
-    if starts != 0:
-        length = max(0, min(length, integer(starts, row) + last - first))
-    return OK, last, length if last > first else 0
+            return BAD_TABLES, last, length, limit
+    return OK, last, length, limit
 
 
-def plan(args, most_rows, items):
-    """Check all values, and cut rows of at most ``most_rows`` query rows into items, one after the other.
+def plan(args, tile, items):
+    """Check all values, and cut rows into items: by ``tile`` queries, or rows with fewer by tokens.
 
-    items int64 [n, 6]: row, first query, queries, first and last token, place among partial results (-1: the answer).
-    Returns (status, items, floats of partial results).
+    items int64 [n, 7]: row, first query, queries, first and last token, token that the first query sees last, and place
+    among partial results (-1: the answer). Returns (status, items, floats of partial results).
     """
-    offsets, rows, tokens, heads, kv_heads, d = args[5], args[11], args[12], args[13], args[14], args[15]
-    block_tokens, size, threads = args[16], args[22], args[23]
+    (_, _, _, _, _, offsets, _, _, _, _, _, rows, tokens, heads, kv_heads, d, block_tokens, _, _, _, _, _, size,
+     wanted) = args  # fmt: skip
+    token_bytes = 2 * kv_heads * d * size
     if offsets != 0 and (integer(offsets, 0) != 0 or integer(offsets, rows) != tokens):
         return BAD_OFFSETS, 0, 0
-    token_bytes = 2 * kv_heads * d * size
     first, read = 0, 0
     for row in range(rows):
-        status, last, seen = check_row(args, row, first)
+        status, last, length, limit = check_row(args, row, first)
         if status != OK:
             return status, 0, 0
-        if (last - first) * (heads // kv_heads) <= most_rows:
-            read += seen * token_bytes
+        read += length * token_bytes
         first = last
-    share = max(ITEM_BYTES, read // (threads * ITEMS_PER_THREAD))
+    share = max(ITEM_BYTES, read // wanted)
     count, floats, first = 0, 0, 0
     for row in range(rows):
-        _, last, seen = check_row(args, row, first)
-        queries = last - first
-        if 0 < queries * (heads // kv_heads) <= most_rows:
-            parts = max(1, (seen * token_bytes + share // 2) // share) if threads > 1 else 1
+        _, last, length, limit = check_row(args, row, first)
+        for query in range(first, last, tile):
+            queries, sees = min(tile, last - query), limit + query - first
+            seen = max(0, min(length, sees + queries))
+            parts = max(1, (seen * token_bytes + share // 2) // share) if wanted > 1 and last - first <= tile else 1
             piece = max(1, ((seen + parts - 1) // parts + block_tokens - 1) // block_tokens) * block_tokens
             for begin in range(0, max(seen, 1), piece):
                 slot = floats if begin > 0 else -1
-                items[count] = (row, first, queries, begin, min(seen, begin + piece), slot)
+                items[count] = (row, query, queries, begin, min(seen, begin + piece), sees, slot)
                 count += 1
                 floats += queries * heads * (d + 1) if begin > 0 else 0
         first = last
@@ -290,7 +288,7 @@ def merge_parts(args, items, count, partials):
     """Merge the items that have a place among partial results into the answer."""
     out, lse, heads, d = args[9], args[10], args[13], args[15]
     for i in range(count):
-        query, queries, slot = items[i, 1], items[i, 2], items[i, 5]
+        query, queries, slot = items[i, 1], items[i, 2], items[i, 6]
         for at in range(queries * heads if slot >= 0 else 0):
             to = query * heads + at
             mine, part = number(lse, to), number(partials, slot + queries * heads * d + at)

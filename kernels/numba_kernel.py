@@ -1,8 +1,7 @@
 """MicroAttention in numba: the fast path on CPUs for which no C++ core was built.
 
-Few queries per sequence (decode, small shared-prefix groups) are read in place by numba_jit.py; rows with more are
-left to torch's matrix products. Threads are ours: numba's own thread pools end the process when two threads call
-at once, or after a fork.
+Plans, takes its share of the work and merges in the compiled code of numba_jit.py. Threads are ours: numba's own thread
+pools end the process when two threads call at once, or after a fork.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import torch_kernel
 from .contract import Call, lengths_message, offsets_message, tables_message
 
-MOST_ROWS = 32
-"""Query rows (queries times group) of a sequence up to which numba serves; measured, see docs/kernels.md."""
+TILE_ROWS = 128
+"""Query rows (queries times group) that read KV together."""
 
 # The type of a value stands for a pool's dtype in compiled code; a pair with the bytes of an element.
 _LIKE = {
@@ -31,7 +29,9 @@ _LIKE = {
     torch.float32: (np.float32(0), 4),
     torch.int8: (np.int8(0), 1),
 }
-_ITEM_COLUMNS = 6
+ITEMS_PER_THREAD = 4
+"""So many pieces of work even out threads of unequal speed."""
+_ITEM_COLUMNS = 7
 _ARGUMENTS = 24
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,11 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q.float().contiguous()
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     arguments = _arguments(call, q, out, lse, size)
-    items = np.empty((2 * len(call.lengths) + 8 * call.threads + 2, _ITEM_COLUMNS), np.int64)
-    status, count, floats = plan(arguments, MOST_ROWS, items)
+    tile = max(1, TILE_ROWS * call.k_pool.shape[1] // q.shape[1])
+    # A row is cut into tiles of queries, or into as many pieces as its part of all bytes.
+    most = 3 * len(call.lengths) + 2 * ITEMS_PER_THREAD * call.threads + len(q) // tile
+    items = np.empty((most, _ITEM_COLUMNS), np.int64)
+    status, count, floats = plan(arguments, tile, items)
     if status:
         raise _error(status, call)
     partials, counter = np.empty(floats, np.float32), np.zeros(1, np.int64)
@@ -108,9 +111,6 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     _share(attend_items, work, min(call.threads, count))
     if floats:
         merge_parts(arguments, items, count, partials.ctypes.data)
-    if call.query_offsets is not None:
-        most = MOST_ROWS * call.k_pool.shape[1] // q.shape[1]
-        torch_kernel.attend_rows(call, out, lse, most + 1)
     return out, lse
 
 
@@ -126,7 +126,7 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ]  # fmt: skip
     return (
         *pointers, len(tables), q.shape[0], q.shape[1], kv_heads, d, block_tokens, blocks, tables.shape[1],
-        tables.stride(0), k.stride(0), v.stride(0), size, call.threads,
+        tables.stride(0), k.stride(0), v.stride(0), size, 1 if call.threads == 1 else ITEMS_PER_THREAD * call.threads,
     )  # fmt: skip
 
 

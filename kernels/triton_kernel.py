@@ -45,6 +45,7 @@ TILES = {
 }
 MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 _FLOAT32_ROWS = 32  # float32 operands take twice the shared memory
+_INT8_TOKENS = 32  # conversions of int8 take registers, of which gfx942 has none to spare in prefill
 
 _checked = threading.local()
 
@@ -62,11 +63,13 @@ def unsupported(device_type: str, block_tokens: int) -> str | None:
     return None
 
 
-def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Tiles:
     """Entry of the tuning table for a number of query rows (queries times group) of one kv head."""
     few = query_rows <= 16
     tiles = TILES[few, padded(head_dim)]
-    return tiles._replace(rows=min(tiles.rows, _FLOAT32_ROWS), tokens=32) if dtype == torch.float32 else tiles
+    if dtype == torch.float32:
+        return tiles._replace(rows=min(tiles.rows, _FLOAT32_ROWS), tokens=32)
+    return tiles._replace(tokens=min(tiles.tokens, _INT8_TOKENS)) if int8 and not few else tiles
 
 
 def padded(head_dim: int) -> int:
@@ -83,7 +86,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, d = q.shape
     kv_heads, block_tokens = call.k_pool.shape[1:3]
     group, rows = heads // kv_heads, len(call.lengths)
-    tiles = tiles_for(queries * group, d, q.dtype)
+    tiles = tiles_for(queries * group, d, q.dtype, call.k_scales is not None)
     programs = -(-queries * group // tiles.rows)
     splits = _splits(programs * kv_heads * rows, longest, q.device)
     out = q.new_empty((splits, tokens, heads, d), dtype=torch.float32)

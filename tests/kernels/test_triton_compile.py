@@ -37,6 +37,7 @@ CASES = [
     # few rows, head dim, causal, int8, dtype
     (True, 64, False, False, "bf16"),
     (True, 80, False, False, "bf16"),
+    (True, 96, False, False, "bf16"),
     (True, 128, False, False, "bf16"),
     (True, 128, False, True, "bf16"),
     (True, 256, False, False, "bf16"),
@@ -44,6 +45,10 @@ CASES = [
     (False, 128, True, False, "bf16"),
     (False, 128, False, False, "fp16"),
     (False, 128, True, False, "fp32"),
+    (False, 80, True, False, "bf16"),
+    (False, 64, True, True, "bf16"),
+    (False, 128, True, True, "bf16"),
+    (False, 256, True, True, "bf16"),
     (False, 256, True, False, "bf16"),
 ]
 
@@ -62,7 +67,7 @@ def compile_attend(
     target: str, few: bool, d: int, causal: bool, int8: bool, dtype: str, ones: tuple[str, ...] = ()
 ) -> Any:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tiles = triton_kernel.tiles_for(4 if few else 512, d, torch_dtype)
+    tiles = triton_kernel.tiles_for(4 if few else 512, d, torch_dtype, int8)
     kv = "*i8" if int8 else f"*{dtype}"
     types = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
     types |= dict.fromkeys(["tables_ptr", "lengths_ptr", "offsets_ptr", "starts_ptr"], "*i32")
