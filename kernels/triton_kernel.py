@@ -45,7 +45,7 @@ TILES = {
 }
 MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 _FLOAT32_ROWS = 32  # float32 operands take twice the shared memory
-_INT8_TOKENS = 32  # conversions of int8 take registers, of which gfx942 has none to spare in prefill
+_INT8_ELEMENTS = 4096  # of a tile of keys: conversions take registers, of which gfx942 has none to spare in prefill
 
 _checked = threading.local()
 
@@ -69,7 +69,7 @@ def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype, int8: bool) ->
     tiles = TILES[few, padded(head_dim)]
     if dtype == torch.float32:
         return tiles._replace(rows=min(tiles.rows, _FLOAT32_ROWS), tokens=32)
-    return tiles._replace(tokens=min(tiles.tokens, _INT8_TOKENS)) if int8 and not few else tiles
+    return tiles._replace(tokens=min(tiles.tokens, _INT8_ELEMENTS // padded(head_dim))) if int8 and not few else tiles
 
 
 def padded(head_dim: int) -> int:

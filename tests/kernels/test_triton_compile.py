@@ -105,7 +105,7 @@ def test_attention_fits_the_processor(target: str, case: tuple[Any, ...], tmp_pa
         assert "v_mfma" in assembly
     else:
         usage = cuda_usage(compiled, tmp_path)
-        assert usage["LOCAL"] == 0
+        assert usage["STACK"] == usage["LOCAL"] == 0  # spilled registers lie on the stack
         assert usage["REG"] <= (FEW_ROWS_REGISTERS if few and not int8 else 255)
 
 
