@@ -44,8 +44,9 @@ TILES = {
     (False, 256): Tiles(64, 32, 8, 1),
 }
 MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-_FLOAT32_ROWS = 32  # float32 operands take twice the shared memory
-_INT8_ELEMENTS = 4096  # of a tile of keys: conversions take registers, of which gfx942 has none to spare in prefill
+FLOAT32_TILES = Tiles(16, 32, 8, 1)  # float32 products run on no tensor core and need many registers
+# Conversions of int8 take registers, of which prefill on gfx942 has none to spare.
+INT8_PREFILL_TOKENS = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
 
 _checked = threading.local()
 
@@ -65,11 +66,11 @@ def unsupported(device_type: str, block_tokens: int) -> str | None:
 
 def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Tiles:
     """Entry of the tuning table for a number of query rows (queries times group) of one kv head."""
-    few = query_rows <= 16
-    tiles = TILES[few, padded(head_dim)]
     if dtype == torch.float32:
-        return tiles._replace(rows=min(tiles.rows, _FLOAT32_ROWS), tokens=32)
-    return tiles._replace(tokens=min(tiles.tokens, _INT8_ELEMENTS // padded(head_dim))) if int8 and not few else tiles
+        return FLOAT32_TILES
+    few, width = query_rows <= 16, padded(head_dim)
+    tiles = TILES[few, width]
+    return tiles._replace(tokens=INT8_PREFILL_TOKENS[width]) if int8 and not few else tiles
 
 
 def padded(head_dim: int) -> int:

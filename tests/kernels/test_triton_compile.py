@@ -41,10 +41,13 @@ CASES = [
     (True, 128, False, False, "bf16"),
     (True, 128, False, True, "bf16"),
     (True, 256, False, False, "bf16"),
+    (True, 256, False, True, "bf16"),
+    (True, 256, False, False, "fp32"),
     (False, 64, True, False, "bf16"),
     (False, 128, True, False, "bf16"),
     (False, 128, False, False, "fp16"),
     (False, 128, True, False, "fp32"),
+    (False, 256, True, False, "fp32"),
     (False, 80, True, False, "bf16"),
     (False, 64, True, True, "bf16"),
     (False, 128, True, True, "bf16"),
@@ -95,7 +98,7 @@ def cuda_usage(compiled: Any, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_fits_the_processor(target: str, case: tuple[Any, ...], tmp_path: Path) -> None:
-    few, _, _, int8, _ = case
+    few, _, _, int8, dtype = case
     compiled = compile_attend(target, *case)
     assert compiled.metadata.shared <= SHARED_LIMIT[target]
     if target == "gfx942":
@@ -106,7 +109,7 @@ def test_attention_fits_the_processor(target: str, case: tuple[Any, ...], tmp_pa
     else:
         usage = cuda_usage(compiled, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0  # spilled registers lie on the stack
-        assert usage["REG"] <= (FEW_ROWS_REGISTERS if few and not int8 else 255)
+        assert usage["REG"] <= (FEW_ROWS_REGISTERS if few and not int8 and dtype != "fp32" else 255)
 
 
 @pytest.mark.parametrize("target", TARGETS)
