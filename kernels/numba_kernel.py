@@ -87,6 +87,7 @@ def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
         except RuntimeError as error:
             logger.warning("numba cannot keep compiled kernels, every process compiles its own: %s", error)
         code.compile(signature)
+        code.disable_compile()
         made.append(code)
     plan, attend_items, merge_parts = made
     return plan, attend_items, merge_parts
@@ -107,7 +108,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if status:
         raise _error(status, call)
     partials, counter = np.empty(floats, np.float32), np.zeros(1, np.int64)
-    work = like, arguments, call.scale, items, count, partials.ctypes.data, counter.ctypes.data
+    work = like, arguments, float(call.scale), items, count, partials.ctypes.data, counter.ctypes.data
     _share(attend_items, work, min(call.threads, count))
     if floats:
         merge_parts(arguments, items, count, partials.ctypes.data)
