@@ -31,6 +31,7 @@ _LIKE = {
 }
 ITEMS_PER_THREAD = 4
 """So many pieces of work even out threads of unequal speed."""
+MOST_THREADS = 256
 _ITEM_COLUMNS = 7
 _ARGUMENTS = 24
 
@@ -99,23 +100,25 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     like, size = _LIKE[call.k_pool.dtype]
     q = call.q.float().contiguous()
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
-    arguments = _arguments(call, q, out, lse, size)
+    threads = min(call.threads, MOST_THREADS)
+    wanted = 1 if threads == 1 else ITEMS_PER_THREAD * threads
+    arguments = _arguments(call, q, out, lse, size, wanted)
     tile = max(1, TILE_ROWS * call.k_pool.shape[1] // q.shape[1])
     # A row is cut into tiles of queries, or into as many pieces as its part of all bytes.
-    most = 3 * len(call.lengths) + 2 * ITEMS_PER_THREAD * call.threads + len(q) // tile
+    most = 3 * len(call.lengths) + 2 * wanted + len(q) // tile
     items = np.empty((most, _ITEM_COLUMNS), np.int64)
     status, count, floats = plan(arguments, tile, items)
     if status:
         raise _error(status, call)
     partials, counter = np.empty(floats, np.float32), np.zeros(1, np.int64)
     work = like, arguments, float(call.scale), items, count, partials.ctypes.data, counter.ctypes.data
-    _share(attend_items, work, min(call.threads, count))
+    _share(attend_items, work, min(threads, count))
     if floats:
         merge_parts(arguments, items, count, partials.ctypes.data)
     return out, lse
 
 
-def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, size: int) -> tuple[int, ...]:
+def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *numbers: int) -> tuple[int, ...]:
     """What all functions of numba_jit.py take first."""
     k, v, tables = call.k_pool, call.v_pool, call.block_tables
     blocks, kv_heads, block_tokens, d = k.shape
@@ -127,7 +130,7 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ]  # fmt: skip
     return (
         *pointers, len(tables), q.shape[0], q.shape[1], kv_heads, d, block_tokens, blocks, tables.shape[1],
-        tables.stride(0), k.stride(0), v.stride(0), size, 1 if call.threads == 1 else ITEMS_PER_THREAD * call.threads,
+        tables.stride(0), k.stride(0), v.stride(0), *numbers,
     )  # fmt: skip
 
 
