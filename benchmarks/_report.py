@@ -28,8 +28,11 @@ def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = models[0] if models else processor
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        processor = facts.get("model name", processor)
+        if "cpu family" in facts:  # hosts hide the model's name, but not its generation
+            processor += f" (family {facts['cpu family']}, model {facts['model']})"
     return {
         "commit": git.stdout.strip() or "unknown",
         "processor": processor,

@@ -20,7 +20,7 @@ from typing import Any
 import _report
 import torch
 
-from distkv_dask.kernels import IMPLEMENTATIONS, advise_huge_pages, choose, micro_attention, native_kernel
+from distkv_dask.kernels import IMPLEMENTATIONS, advise_huge_pages, choose, micro_attention, native_kernel, numba_kernel
 
 BLOCK_TOKENS = 64
 SHAPES = {"8 kv heads, group 4, d 128": (8, 4, 128), "3 kv heads, group 3, d 64": (3, 3, 64)}
@@ -91,7 +91,7 @@ def rivals(device: str, slow: bool) -> list[str]:
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
     useless = {served, "reference", "native", "triton", "native:portable", f"native:{best_isa(device)}"}
     if device != "cpu":
-        useless |= {name for name in IMPLEMENTATIONS if name.startswith("native")}
+        useless |= {name for name in IMPLEMENTATIONS if name.startswith(("native", "numba"))}
     return [served] if slow else [served, *[name for name in IMPLEMENTATIONS if name not in useless]]
 
 
@@ -218,6 +218,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU thread counts")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
+    if options.device == "cpu" and "numba" in IMPLEMENTATIONS:
+        numba_kernel.compiled(torch.bfloat16)  # compilation is no part of any figure
     about = environment(options.device)
     print(about)
     results: Rows = []

@@ -6,7 +6,7 @@ nothing of the rest of the project.
 
 from __future__ import annotations
 
-from .dispatch import IMPLEMENTATIONS, Choice, choose, micro_attention
+from .dispatch import IMPLEMENTATIONS, Choice, choose, make_ready, micro_attention
 from .memory import advise_huge_pages
 from .merge import merge, merge_into
 from .prepared import PreparedAttention, PreparedMerge
@@ -20,6 +20,7 @@ __all__ = [
     "PreparedMerge",
     "advise_huge_pages",
     "choose",
+    "make_ready",
     "merge",
     "merge_into",
     "micro_attention",

@@ -53,8 +53,12 @@ def check_call(call: Call) -> None:
         _check_index("q_start", call.q_start, call.q, size=rows)
     elif call.q_start is not None:
         raise ValueError("q_start: only used with causal=True; leave it out for full attention")
+    if not isinstance(call.threads, int):
+        raise TypeError(f"threads: expected an integer, got {type(call.threads).__name__}")
     if call.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {call.threads}")
+    if not isinstance(call.scale, int | float):
+        raise TypeError(f"scale: expected a number, got {type(call.scale).__name__}")
     if not 0 < call.scale < float("inf"):
         raise ValueError(f"scale: expected a positive finite number, got {call.scale}")
 

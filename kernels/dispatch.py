@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native_kernel, reference, torch_kernel, triton_kernel
+from . import native_kernel, numba_kernel, reference, torch_kernel, triton_kernel
 from .contract import Call, check_call
 
 Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
@@ -23,6 +23,8 @@ class Choice(NamedTuple):
 
 def _implementations() -> dict[str, Run]:
     runs: dict[str, Run] = {"reference": reference.run, "torch": torch_kernel.run, "triton": triton_kernel.run}
+    if numba_kernel.installed():
+        runs["numba"] = numba_kernel.run
     if native_kernel.missing() is None:
         runs["native"] = native_kernel.run
         for isa in native_kernel.instruction_sets():
@@ -56,18 +58,35 @@ def choose(
     if override is not None:
         if override not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {override!r}")
-        if override.startswith("native") and device_type != "cpu":
+        if override.startswith(("native", "numba")) and device_type != "cpu":
             raise ValueError(f"implementation: {override!r} serves CPU pools, not {device_type}")
         return Choice(override, "asked for by the caller")
     if device_type == "cpu":
         missing = native_kernel.missing()
         if missing is None:
             return Choice("native", f"C++ core with {native_kernel.instruction_sets()[0]} kernels")
-        return Choice("torch", missing)
+        without = numba_kernel.missing()
+        if without is None:
+            return Choice("numba", missing)
+        return Choice("torch", f"{missing}; {without}")
     unsupported = triton_kernel.unsupported(device_type, block_tokens)
     if unsupported is None:
         return Choice("triton", f"GPU pool with blocks of {block_tokens} tokens")
     return Choice("torch", unsupported)
+
+
+def make_ready(k_pool: torch.Tensor) -> Choice:
+    """Choose for a pool, and compile now what its first request would otherwise wait seconds for.
+
+    Parameters
+    ----------
+    k_pool
+        [blocks, kv_heads, block_tokens, d].
+    """
+    choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2])
+    if choice.name == "numba":
+        numba_kernel.compiled(k_pool.dtype)
+    return choice
 
 
 def micro_attention(

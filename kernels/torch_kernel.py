@@ -1,6 +1,6 @@
 """MicroAttention with PyTorch operations only: always there, on every device.
 
-Rows are gathered in pieces of a few thousand tokens, upcast to float32 and handed to torch's CPU flash attention with
+Rows are gathered and upcast to float32 in pieces that stay in a cache, and handed to torch's CPU flash attention with
 the query group folded into the query length (faster and more accurate than bf16 flash, see docs/kernels.md); other
 devices use two batched matrix products. Flash divides by zero on no keys and returns lse 0 instead of -inf when every
 key is masked: neither reaches it or leaves here.
@@ -13,7 +13,8 @@ import torch
 from .contract import Call, check_values
 from .merge import merge_tensors
 
-PIECE_TOKENS = 4096
+PIECE_BYTES = 4 << 20
+"""Keys, upcast, that a piece holds."""
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,25 +47,29 @@ def _attend_row(
     folded = q.float().view(count, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
     if start is not None:
         length = min(length, start + count)
-    step = -(-PIECE_TOKENS // block_tokens) * block_tokens
+    step = max(1, PIECE_BYTES // (4 * kv_heads * block_tokens * d)) * block_tokens
+    most = min(step, -(-max(length, 0) // block_tokens) * block_tokens)
+    keys, values = torch.empty(2, kv_heads, most, d, device=q.device)
     for first in range(0, length, step):
         last = min(first + step, length)
         ids = call.block_tables[row, first // block_tokens : -(-last // block_tokens)].long()
-        keys = _upcast(call.k_pool, call.k_scales, ids, last - first)
-        values = _upcast(call.v_pool, call.v_scales, ids, last - first)
-        mask = None if start is None or start >= last - 1 else _mask(start, count, first, last, q.device)
-        piece_out, piece_lse = _attend_piece(
-            folded, keys, values, None if mask is None else mask.repeat(heads // kv_heads, 1), call.scale
-        )
+        _upcast(call.k_pool, call.k_scales, ids, keys)
+        _upcast(call.v_pool, call.v_scales, ids, values)
+        mask = None
+        if start is not None and start < last - 1:
+            mask = _mask(start, count, first, last, q.device).repeat(heads // kv_heads, 1)
+        piece = keys[:, : last - first], values[:, : last - first]
+        piece_out, piece_lse = _attend_piece(folded, *piece, mask, call.scale)
         merge_tensors(out, lse, _unfold(piece_out, count), _unfold(piece_lse[..., None], count)[..., 0])
 
 
-def _upcast(pool: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Blocks ``ids`` of a pool as float32 [kv_heads, tokens, d]."""
-    blocks = pool[ids].float()
+def _upcast(pool: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tensor, to: torch.Tensor) -> None:
+    """Write blocks ``ids`` of a pool to the front of float32 [kv_heads, tokens, d]."""
+    kv_heads, block_tokens, d = pool.shape[1:]
+    blocks = to.view(kv_heads, -1, block_tokens, d)[:, : len(ids)]
+    blocks.copy_(pool.index_select(0, ids).transpose(0, 1))
     if scales is not None:
-        blocks *= scales[ids][:, :, None, None]
-    return blocks.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        blocks *= scales.index_select(0, ids).T[:, :, None, None]
 
 
 def _mask(start: int, count: int, first: int, last: int, device: torch.device) -> torch.Tensor:

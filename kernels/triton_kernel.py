@@ -24,6 +24,10 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told; fused multiply-add only makes scores more exact."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
 
 # The tuning table, by (few query rows, padded head dim); one place for all devices. test_triton_compile.py holds the
 # registers, spills and shared memory of its entries on sm_80, sm_90 and gfx942.
@@ -39,7 +43,10 @@ TILES = {
     (False, 128): Tiles(128, 64, 8, 2),
     (False, 256): Tiles(64, 32, 8, 1),
 }
-_FLOAT32_ROWS = 32  # float32 operands take twice the shared memory
+MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+FLOAT32_TILES = Tiles(16, 32, 8, 1)  # float32 products run on no tensor core and need many registers
+# Conversions of int8 take registers, of which prefill on gfx942 has none to spare.
+INT8_PREFILL_TOKENS = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
 
 _checked = threading.local()
 
@@ -57,11 +64,13 @@ def unsupported(device_type: str, block_tokens: int) -> str | None:
     return None
 
 
-def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+def tiles_for(query_rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Tiles:
     """Entry of the tuning table for a number of query rows (queries times group) of one kv head."""
-    few = query_rows <= 16
-    tiles = TILES[few, padded(head_dim)]
-    return tiles._replace(rows=min(tiles.rows, _FLOAT32_ROWS), tokens=32) if dtype == torch.float32 else tiles
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    few, width = query_rows <= 16, padded(head_dim)
+    tiles = TILES[few, width]
+    return tiles._replace(tokens=INT8_PREFILL_TOKENS[width]) if int8 and not few else tiles
 
 
 def padded(head_dim: int) -> int:
@@ -78,7 +87,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, d = q.shape
     kv_heads, block_tokens = call.k_pool.shape[1:3]
     group, rows = heads // kv_heads, len(call.lengths)
-    tiles = tiles_for(queries * group, d, q.dtype)
+    tiles = tiles_for(queries * group, d, q.dtype, call.k_scales is not None)
     programs = -(-queries * group // tiles.rows)
     splits = _splits(programs * kv_heads * rows, longest, q.device)
     out = q.new_empty((splits, tokens, heads, d), dtype=torch.float32)
@@ -95,14 +104,14 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         GROUP=group, D=d, D_PADDED=padded(d), BLOCK_TOKENS=block_tokens, TILE_ROWS=tiles.rows,
         TILE_TOKENS=tiles.tokens, SPLITS=splits, RAGGED=call.query_offsets is not None, CAUSAL=call.causal,
         INT8=call.k_scales is not None, UPCAST=interpreted and q.dtype == torch.bfloat16,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
     merged_out, merged_lse = torch.empty_like(out[0]), torch.empty_like(lse[0])
     jit.merge_splits[(tokens * heads,)](
         out, lse, merged_out, merged_lse, tokens * heads,
-        D=d, D_PADDED=padded(d), SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(),
+        D=d, D_PADDED=padded(d), SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), **MERGE_OPTIONS,
     )  # fmt: skip
     return merged_out, merged_lse
 

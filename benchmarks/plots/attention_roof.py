@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 60, 250, 50, 50
-COLOURS = {"native": "#1b6ca8", "torch": "#c46210", "flash, contiguous KV": "#7a7a7a"}
-LABELS = {"native": "C++ core", "torch": "torch kernel (paged)", "flash, contiguous KV": "torch flash, no paging"}
+COLOURS = {"native": "#1b6ca8", "numba": "#3c8d40", "torch": "#c46210", "flash, contiguous KV": "#7a7a7a"}
+LABELS = {
+    "native": "C++ core",
+    "numba": "numba",
+    "torch": "torch kernel (paged)",
+    "flash, contiguous KV": "torch flash, no paging",
+}
 DASHES = ["", "6 4"]
 
 

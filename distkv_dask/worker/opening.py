@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from distkv_dask.errors import CapacityError, ConfigError
+from distkv_dask.kernels import make_ready
 from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
 from distkv_dask.types import Geometry
 from distkv_dask.worker.lanes import Lanes
@@ -81,5 +82,6 @@ def build_engine(
         block_tokens=block_tokens,
         blocks=kv_memory // block_bytes,
     )
+    make_ready(pool.keys(0))
     runtime = Runtime(spec, model, pool, lanes)
     return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, tell)

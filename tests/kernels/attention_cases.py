@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from distkv_dask.kernels import micro_attention
 
+MAP_NORESERVE = 0x4000  # Linux; in the mmap module from Python 3.13 on
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
 
@@ -128,6 +130,26 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
     scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
     torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
     torch.testing.assert_close(lse[~blind], seen_lse, rtol=2e-6, atol=max(TOLERANCE[dtype], 5e-7 * case.logits))
+
+
+def check_far_blocks(implementation: str) -> None:
+    """A pool whose blocks lie more than 2**31 elements apart; its memory is reserved, not used."""
+    heads, block_tokens, d, stride = 2, 16, 64, (1 << 31) + 4096
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 8192), flags=flags), dtype=torch.float16)
+    form = (3, heads, block_tokens, d), (stride, block_tokens * d, d, 1)
+    k_pool, v_pool = (memory.as_strided(*form, at) for at in (0, heads * block_tokens * d))
+    for pool in (k_pool, v_pool):
+        pool[1].normal_(), pool[2].normal_()
+    arguments = {
+        "q": torch.randn(2, 4, d).half(), "k_pool": k_pool, "v_pool": v_pool, "scale": 0.125,
+        "block_tables": torch.tensor([[2, 1], [1, 2]], dtype=torch.int32),
+        "lengths": torch.tensor([30, 17], dtype=torch.int32),
+    }  # fmt: skip
+    out, lse = micro_attention(**arguments, implementation=implementation)
+    expected_out, expected_lse = micro_attention(**arguments, implementation="reference")
+    torch.testing.assert_close(out, expected_out, rtol=0, atol=TOLERANCE[torch.float16])
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=TOLERANCE[torch.float16])
 
 
 def use_interpreter() -> None:

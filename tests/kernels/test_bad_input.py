@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.kernels import IMPLEMENTATIONS, choose, micro_attention
 
-IMPLEMENTATION_NAMES = [name for name in ("native", "torch", "reference") if name in IMPLEMENTATIONS]
+IMPLEMENTATION_NAMES = [name for name in ("native", "numba", "torch", "reference") if name in IMPLEMENTATIONS]
 PREFILL = next(case for case in CASES if case.name == "prefill-causal-after-earlier-tokens")
 INT8 = next(case for case in CASES if case.name == "decode-int8")
 
@@ -55,7 +55,10 @@ WRONG: dict[str, tuple[str, Callable[[Arguments], Any]]] = {
     "starts-too-many": ("q_start", lambda a: a["q_start"].repeat(2)),
     "scale-nan": ("scale", lambda a: float("nan")),
     "scale-zero": ("scale", lambda a: 0.0),
+    "scale-text": ("scale", lambda a: "0.1"),
+    "scale-tensor": ("scale", lambda a: torch.ones(2)),
     "threads-zero": ("threads", lambda a: 0),
+    "threads-fraction": ("threads", lambda a: 1.5),
     "scales-without-int8": ("k_scales", lambda a: torch.ones(2, 2)),
 }
 ARGUMENT = {
@@ -136,3 +139,22 @@ def test_any_index_values_give_the_reference_answer_or_its_error(
         else:
             torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)
+
+
+NAMES = {"q", "k_pool", "v_pool", "block_tables", "lengths", "query_offsets", "q_start", "k_scales", "v_scales"}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool]
+sizes = st.sampled_from([0, 1, 2, 4, 16, 64])
+tensors = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(sizes, max_size=5), st.sampled_from(DTYPES)
+)
+turned = tensors.filter(lambda tensor: tensor.ndim > 1).map(lambda tensor: tensor.transpose(-1, -2))
+anything = tensors | turned | st.none() | st.integers() | st.text(max_size=2)
+
+
+@settings(deadline=None, max_examples=300)
+@given(changes=st.dictionaries(st.sampled_from(sorted(NAMES)), anything, min_size=1, max_size=3), int8=st.booleans())
+def test_anything_in_place_of_arguments_is_served_or_refused_by_name(changes: dict[str, Any], int8: bool) -> None:
+    arguments = build(INT8 if int8 else PREFILL, torch.float32) | changes
+    for implementation in IMPLEMENTATION_NAMES:
+        got = outcome(arguments, implementation)
+        assert not isinstance(got, str) or set(got.split(", ")) <= NAMES

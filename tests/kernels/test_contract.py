@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from attention_cases import CASES, Case, build, check
+from attention_cases import CASES, Case, build, check, check_far_blocks
 
 from distkv_dask.kernels import IMPLEMENTATIONS, micro_attention, torch_kernel
 
@@ -22,7 +24,7 @@ def test_attention_equals_float64(implementation: str, case: Case, dtype: torch.
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_kernel_merges_its_pieces(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_kernel, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(torch_kernel, "PIECE_BYTES", 8 * case.block_tokens * case.kv_heads * case.d)
     check("torch", case, torch.float32)
 
 
@@ -41,6 +43,12 @@ def test_questions_that_share_blocks_may_be_stacked_or_separate_rows(implementat
         out, lse = micro_attention(**form, implementation=implementation)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(lse, expected[1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux reserves memory without using it")
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+def test_pools_of_more_than_two_to_the_31_elements_are_read_right(implementation: str) -> None:
+    check_far_blocks(implementation)
 
 
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)

@@ -9,6 +9,7 @@ import torch
 from attention_cases import CASES, Case, build
 
 from distkv_dask.kernels import (
+    IMPLEMENTATIONS,
     PreparedAttention,
     PreparedLayers,
     PreparedMerge,
@@ -28,12 +29,14 @@ def prepare(arguments: dict[str, Any]) -> PreparedAttention:
     return PreparedAttention(*arguments["q"].shape[:2], **fixed)
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["native", "numba", "torch"])
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation that prepared calls get."""
     case = ("cpu", torch.float32, 64, 16)
     if request.param != choose(*case).name:
-        choice = choose(*case, request.param) if request.param == "torch" else pytest.skip("no C++ core")
+        if request.param not in IMPLEMENTATIONS:
+            pytest.skip(f"{request.param} is not available here")
+        choice = choose(*case, request.param)
         monkeypatch.setattr(prepared, "choose", lambda *_: choice)
     return str(request.param)
 

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from attention_cases import CASES, Case, check, use_interpreter
+from attention_cases import CASES, Case, check, check_far_blocks, use_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed: pip install distkv-dask[gpu]")
 
@@ -29,6 +29,10 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 def test_triton_equals_float64(interpreter: ProcessPoolExecutor, case: Case) -> None:
     dtype = torch.float16 if case.logits == 1.0 else torch.float32
     interpreter.submit(check, "triton", case, dtype).result()
+
+
+def test_pools_of_more_than_two_to_the_31_elements_are_read_right(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check_far_blocks, "triton").result()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
