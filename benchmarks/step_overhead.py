@@ -109,7 +109,7 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--new", type=int, default=192, help="decode steps of one turn")
     arguments.add_argument("--repeat", type=int, default=9, help="turns")
-    arguments.add_argument("--channel", choices=["tcp", "unix"], default="tcp", help="kind of channel")
+    arguments.add_argument("--channel", choices=["tcp", "unix", "ucx"], default="tcp", help="kind of channel")
     options = arguments.parse_args()
     block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
     with (
