@@ -224,7 +224,10 @@ class UcxLine:
             array = Array(buffer)
             found = self._worker.tag_probe(tag, remove=True)
             self._receives.append((self._worker.tag_recv_with_handle(array, found), array))
-        return self._done(self._receives[at][0], at * HEADER_BYTES)
+        done = self._done(self._receives[at][0], at * HEADER_BYTES)
+        if not done and not self.alive:
+            raise self.closed(at * HEADER_BYTES)
+        return done
 
     def _done(self, request: Any, got: int = 0) -> bool:
         if not request.completed:
