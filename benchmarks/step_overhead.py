@@ -5,11 +5,16 @@ else decodes one sequence, now with all KV at its home, now with one block of it
 open on the same cluster and take turns, and the median of the differences is the answer. Beside it: the floor, a bare
 socket ping-pong of the same bytes between two processes, and the cost of the same step as a Dask graph of one task per
 layer and holder.
+
+With ``--holders 1,4,16`` beside that: what a layer costs with so many holders. They are real holder lanes, forked
+processes of their own without Dask, and the floor is as many bare sockets in as many processes, in turns with them.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import argparse
+import secrets
+import select
 import socket
 import statistics
 import tempfile
@@ -19,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from _fleet import BLOCK_TOKENS, Fleet, fork_server
 from _report import parser, report
 from distributed import Client, LocalCluster
 
@@ -57,31 +63,98 @@ def decode(engine: Engine, new: int) -> dict[str, float]:
     }
 
 
-def _pong(port: int, rounds: int) -> None:
-    with socket.create_connection(("127.0.0.1", port)) as peer:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _pong(address: tuple[str, int] | str, rounds: int) -> None:
+    with connected(address) as peer:
         query, partial = bytearray(QUERY_BYTES), bytes(PARTIAL_BYTES)
         for _ in range(rounds):
             peer.recv_into(query, QUERY_BYTES, socket.MSG_WAITALL)
             peer.sendall(partial)
 
 
-def floor_us(rounds: int = 5000) -> float:
-    """Median round trip of one layer's bytes over a bare socket between two processes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        process = multiprocessing.get_context("spawn").Process(target=_pong, args=(server.getsockname()[1], rounds))
-        process.start()
-        peer, _ = server.accept()
-        with peer:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
-            for _ in range(rounds):
-                began = time.perf_counter()
+def connected(address: tuple[str, int] | str) -> socket.socket:
+    """A socket to a listener, TCP or Unix."""
+    peer = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    peer.connect(address)
+    without_delay(peer)
+    return peer
+
+
+def without_delay(peer: socket.socket) -> None:
+    """Let small frames go at once."""
+    if peer.family != socket.AF_UNIX:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def floor_us(channel: str, holders: int, pause_us: float, rounds: int = 300) -> float:
+    """Median time to send a layer's queries over bare sockets to so many processes and to have all of their partials.
+
+    Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
+    gone deeper to sleep.
+    """
+    unix = channel == "unix"
+    context = fork_server()
+    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as server:
+        server.bind(f"\0distkv-floor-{secrets.token_hex(8)}" if unix else ("127.0.0.1", 0))
+        server.listen(holders)
+        name = server.getsockname()
+        arguments = name.decode() if unix else name, rounds
+        processes = [context.Process(target=_pong, args=arguments, daemon=True) for _ in range(holders)]
+        for process in processes:
+            process.start()
+        peers, poller = [server.accept()[0] for _ in processes], select.poll()
+        for peer in peers:
+            without_delay(peer)
+            poller.register(peer, select.POLLIN)
+        by_descriptor = {peer.fileno(): peer for peer in peers}
+        query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
+        for _ in range(rounds):
+            resume = time.perf_counter() + pause_us * 1e-6
+            while time.perf_counter() < resume:
+                pass
+            began, missing = time.perf_counter(), holders
+            for peer in peers:
                 peer.sendall(query)
-                peer.recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
-                times.append(time.perf_counter() - began)
-        process.join()
+            while missing:
+                for descriptor, _ in poller.poll():
+                    by_descriptor[descriptor].recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
+                    missing -= 1
+            times.append(time.perf_counter() - began)
+        for peer in peers:
+            peer.close()
+        for process in processes:
+            process.join()
     return statistics.median(times) * 1e6
+
+
+def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> list[dict[str, Any]]:
+    """What a layer costs with so many holders, each a process of its own, over the same attention at the home alone."""
+    steps, layers = options.new // 3, options.layers
+    with Fleet(folder, options.channel, max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1) as fleet:
+        counts, turns, floors = [0, *holders], [], []
+        for count in counts:
+            fleet.decode(steps, CONTEXT, count)  # warm
+        for _ in range(options.repeat):
+            turns.append({count: fleet.decode(steps, CONTEXT, count) for count in counts})
+            local, _ = turns[-1][0]
+            pause = local.seconds / steps / layers * 1e6
+            floors.append({count: floor_us(options.channel, count, pause) for count in holders})
+    found = []
+    for count in holders:
+        layers_run = steps * layers
+        added = [(turn[count][0].seconds - turn[0][0].seconds) / layers_run * 1e6 for turn in turns]
+        thread = [(turn[count][1] - turn[0][1]) / layers_run * 1e6 for turn in turns]
+        floor = statistics.median(one[count] for one in floors)
+        per_layer = statistics.median(added)
+        found.append(
+            {
+                "holders": count,
+                "per_layer_us": round(per_layer, 1),
+                "home_thread_us": round(statistics.median(thread), 1),
+                "floor_us": round(floor, 1),
+                "ratio_to_floor": round(per_layer / floor, 2),
+            }
+        )
+    return found
 
 
 def _work(*_: Any) -> bytes:
@@ -104,32 +177,44 @@ def scheduler_graph_ms(client: Client, layers: int, repeat: int) -> float:
     return statistics.median(times) * 1e3
 
 
+def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[str, float], ...]], float, float]:
+    """Turns of an engine with all KV at home and one with a block elsewhere; the floor; a step as a Dask graph."""
+    block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
+    common: dict[str, Any] = {
+        "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
+    }  # fmt: skip
+    blocks = CONTEXT // BLOCK
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        with (
+            Engine(client, folder, kv_memory=blocks * block_bytes, **common) as all_local,
+            Engine(client, folder, kv_memory=(blocks - 1) * block_bytes, **common) as one_remote,
+        ):
+            both = all_local, one_remote
+            for engine in both:
+                decode(engine, options.new)  # warm
+            turns, floors = [], []
+            for _ in range(options.repeat):
+                turns.append(tuple(decode(engine, options.new) for engine in both))
+                floors.append(floor_us(options.channel, 1, turns[-1][0]["step_ms"] / options.layers * 1e3))
+        return turns, statistics.median(floors), scheduler_graph_ms(client, options.layers, 3)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--new", type=int, default=192, help="decode steps of one turn")
     arguments.add_argument("--repeat", type=int, default=9, help="turns")
     arguments.add_argument("--channel", choices=["tcp", "unix", "ucx"], default="tcp", help="kind of channel")
+    arguments.add_argument("--holders", default="", help="numbers of holders to measure the fan-out for: 1,4,16")
     options = arguments.parse_args()
-    block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
+    counts = [int(count) for count in options.holders.split(",") if count]
+    with tempfile.TemporaryDirectory() as folder:
         save_model(options.layers, Path(folder))
-        common: dict[str, Any] = {
-            "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
-        }  # fmt: skip
-        blocks = CONTEXT // BLOCK
-        with (
-            Engine(client, folder, kv_memory=blocks * block_bytes, **common) as all_local,
-            Engine(client, folder, kv_memory=(blocks - 1) * block_bytes, **common) as one_remote,
-        ):
-            decode(all_local, options.new), decode(one_remote, options.new)  # warm
-            turns = [(decode(all_local, options.new), decode(one_remote, options.new)) for _ in range(options.repeat)]
-        graph_ms = scheduler_graph_ms(client, options.layers, 3)
-    floor = floor_us()
+        turns, floor, graph_ms = engines(folder, options)
+        fan = fan_out(folder, options, counts) if counts else []
     assert all(local["holders"] == 0 and remote["holders"] == 1 for local, remote in turns)
     added = statistics.median(remote["step_ms"] - local["step_ms"] for local, remote in turns)
     per_layer = added / options.layers * 1e3
@@ -147,6 +232,7 @@ def main() -> None:
         "floor_us": floor,
         "ratio_to_floor": per_layer / floor,
         "graph_over_channel": graph_ms / added,
+        "fan_out": fan,
     }
     configuration = {
         "context": CONTEXT,

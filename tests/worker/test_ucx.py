@@ -44,11 +44,15 @@ threading.Event().wait()
 class Elsewhere:
     """A holder lane in another process, as far as homes see it."""
 
-    def __init__(self, port: int) -> None:
-        self._endpoint = Endpoint("w1", "127.0.0.1", 9, ucx=port)
+    def __init__(self, port: int, dialer: Dialer | None = None) -> None:
+        self._port = port
+        self._dialer = dialer or Dialer("ucx", None)
+
+    def by(self, dialer: Dialer) -> Elsewhere:
+        return Elsewhere(self._port, dialer)
 
     def open(self):
-        return UCX.open(self._endpoint)
+        return self._dialer.connect(Endpoint("w1", "127.0.0.1", 9, ucx=self._port), 10.0)
 
 
 @contextmanager
@@ -80,6 +84,26 @@ def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(how: sign
         assert time.monotonic() - began < 10
         assert not home.idle() or how is signal.SIGSTOP
         home.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGCONT], ids=["dies", "wakes up"])
+def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: signal.Signals) -> None:
+    skip_without(UCX)
+    dialer, before = Dialer("ucx", None), psutil.Process().net_connections("all")
+    with holder_process() as (process, holder):
+        home = connect(holder.by(dialer))  # type: ignore[arg-type]
+        begin(home)
+        home.recv_into(Header(Kind.READY, 1, 1))
+        os.kill(process.pid, signal.SIGSTOP)
+        home.limit(0.5)
+        with pytest.raises(ChannelTimeoutError, match="w1 did not take"):
+            home.send(Header(Kind.ATTEND, 1, 1, length=1 << 20), bytes(1 << 20))
+        home.close()
+        os.kill(process.pid, how)
+        deadline = time.monotonic() + 10
+        while psutil.Process().net_connections("all") != before and time.monotonic() < deadline:
+            holder.by(dialer).open().close()
+        assert psutil.Process().net_connections("all") == before
 
 
 @over_ucx

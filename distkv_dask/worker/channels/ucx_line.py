@@ -187,7 +187,7 @@ class UcxLine:
     def close(self) -> None:
         """Close; the peer may not see what was sent last. Can be called again.
 
-        While :attr:`busy`, ``ucxx`` leaks the sockets: its endpoint and the send refer to each other for ever.
+        Not while :attr:`busy`: ``ucxx`` would keep the sockets, its endpoint and the send refer to each other for ever.
         """
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
