@@ -40,11 +40,11 @@ def new_pool(shape: dict[str, Any], blocks: int) -> Pool:
     return pool
 
 
-def _hold(worker: str, spec: EngineSpec, shape: dict[str, Any], parent: Connection) -> None:
-    """Serve gangs until the home has no more."""
-    lanes = Lanes(worker, "127.0.0.1", 1)
+def _hold(number: int, spec: EngineSpec, shape: dict[str, Any], parent: Connection) -> None:
+    """Hold one block, the sequence's ``number``-th, and serve gangs until the home has no more."""
+    lanes = Lanes(f"holder-{number}", "127.0.0.1", 1)
     runtime = Runtime(spec, None, new_pool(shape, 1), lanes)
-    runtime.reserve(1, 0, BLOCK_TOKENS)
+    runtime.reserve(1, number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
     parent.send(lanes.endpoint)
     while (gang := parent.recv()) is not None:
         runtime.open_session(gang)
@@ -60,7 +60,7 @@ class Fleet:
     folder
         The model.
     channel
-        ``"tcp"`` or ``"unix"``.
+        ``"tcp"``, ``"unix"`` or ``"ucx"``.
     holders
         How many.
     home_blocks
@@ -84,8 +84,7 @@ class Fleet:
         self._holders = []
         for number in range(holders):
             here, there = context.Pipe()
-            arguments = (f"holder-{number}", self._spec, shape, there)
-            process = context.Process(target=_hold, args=arguments, daemon=True)
+            process = context.Process(target=_hold, args=(number, self._spec, shape, there), daemon=True)
             process.start()
             self._holders.append((process, here))
         self._endpoints = tuple(here.recv() for _, here in self._holders)
@@ -113,9 +112,9 @@ class Fleet:
         for endpoint in gang.holders:
             spans.append(Span(endpoint.worker, start, start + BLOCK_TOKENS))
             start += BLOCK_TOKENS
-        room = stored + steps - start
-        self._runtime.reserve(1, room)
-        spans.append(Span("home", start, start + room))
+        stop = stored + steps
+        self._runtime.reserve(1, start, stop)
+        spans.append(Span("home", start, stop))
         state = SequenceState(1, tuple(spans), stored, 1, steps, GREEDY)
         for _, here in self._holders[:holders]:
             here.send(gang)

@@ -41,6 +41,10 @@ threading.Event().wait()
 """
 
 
+def sockets() -> int:
+    return len(psutil.Process().net_connections("all"))
+
+
 class Elsewhere:
     """A holder lane in another process, as far as homes see it."""
 
@@ -89,7 +93,7 @@ def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(how: sign
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGCONT], ids=["dies", "wakes up"])
 def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: signal.Signals) -> None:
     skip_without(UCX)
-    dialer, before = Dialer("ucx", None), psutil.Process().net_connections("all")
+    dialer, before = Dialer("ucx", None), sockets()
     with holder_process() as (process, holder):
         home = connect(holder.by(dialer))  # type: ignore[arg-type]
         begin(home)
@@ -101,9 +105,9 @@ def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: si
         home.close()
         os.kill(process.pid, how)
         deadline = time.monotonic() + 10
-        while psutil.Process().net_connections("all") != before and time.monotonic() < deadline:
+        while sockets() > before and time.monotonic() < deadline:
             holder.by(dialer).open().close()
-        assert psutil.Process().net_connections("all") == before
+        assert sockets() <= before
 
 
 @over_ucx
@@ -141,13 +145,13 @@ def test_strangers_on_the_sockets_of_ucx_disturb_nobody(lane: Holder, way: Way) 
 @over_ucx
 def test_homes_that_come_and_go_leave_no_sockets_at_the_holder(lane: Holder, way: Way) -> None:
     assert serves(lane, 1)
-    before = len(psutil.Process().net_connections("all"))
+    before = sockets()
     for number in range(2, 12):
         assert serves(lane, number)
     deadline = time.monotonic() + 5
-    while len(psutil.Process().net_connections("all")) > before and time.monotonic() < deadline:
+    while sockets() > before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(psutil.Process().net_connections("all")) <= before
+    assert sockets() <= before
 
 
 def test_ucx_is_refused_on_a_cluster_with_certificates_unless_the_user_says_so() -> None:
