@@ -67,11 +67,10 @@ def decode(engine: Engine, new: int) -> dict[str, float]:
     }
 
 
-def _pong(address: tuple[str, int] | str, rounds: int) -> None:
+def _pong(address: tuple[str, int] | str) -> None:
     with connected(address) as peer:
         query, partial = bytearray(QUERY_BYTES), bytes(PARTIAL_BYTES)
-        for _ in range(rounds):
-            peer.recv_into(query, QUERY_BYTES, socket.MSG_WAITALL)
+        while peer.recv_into(query, QUERY_BYTES, socket.MSG_WAITALL):
             peer.sendall(partial)
 
 
@@ -89,57 +88,80 @@ def without_delay(peer: socket.socket) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def floor_us(channel: str, holders: int, pause_us: float) -> float:
-    """Median time to send a layer's queries over bare sockets to so many processes and to have all of their partials.
+class Floor:
+    """Bare sockets to processes that answer queries of a layer's size with as many bytes as partials have.
 
-    Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
-    gone deeper to sleep. Its thread has the priority of a home lane.
+    Parameters
+    ----------
+    channel
+        ``"unix"``; anything else is TCP.
+    holders
+        How many processes.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_floor_us, channel, holders, pause_us, 300).result()
 
-
-def _floor_us(channel: str, holders: int, pause_us: float, rounds: int) -> float:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    unix = channel == "unix"
-    context = fork_server()
-    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as server:
-        server.bind(f"\0distkv-floor-{secrets.token_hex(8)}" if unix else ("127.0.0.1", 0))
-        server.listen(holders)
-        name = server.getsockname()
-        arguments = name.decode() if unix else name, rounds
-        processes = [context.Process(target=_pong, args=arguments, daemon=True) for _ in range(holders)]
-        for process in processes:
-            process.start()
-        peers, poller = [server.accept()[0] for _ in processes], select.poll()
-        for peer in peers:
+    def __init__(self, channel: str, holders: int) -> None:
+        unix, context = channel == "unix", fork_server()
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as server:
+            server.bind(f"\0distkv-floor-{secrets.token_hex(8)}" if unix else ("127.0.0.1", 0))
+            server.listen(holders)
+            name = server.getsockname()
+            address = (name.decode() if unix else name,)
+            self._processes = [context.Process(target=_pong, args=address, daemon=True) for _ in range(holders)]
+            for process in self._processes:
+                process.start()
+            self._peers = [server.accept()[0] for _ in self._processes]
+        for peer in self._peers:
             without_delay(peer)
-            poller.register(peer, select.POLLIN)
-        by_descriptor = {peer.fileno(): peer for peer in peers}
-        query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
-        for _ in range(rounds):
-            resume = time.perf_counter() + pause_us * 1e-6
-            while time.perf_counter() < resume:
-                pass
-            began, missing = time.perf_counter(), holders
-            for peer in peers:
-                peer.sendall(query)
-            while missing:
-                for descriptor, _ in poller.poll():
-                    by_descriptor[descriptor].recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
-                    missing -= 1
-            times.append(time.perf_counter() - began)
-        for peer in peers:
+        self._thread = ThreadPoolExecutor(1, initializer=_step_back)
+
+    def __enter__(self) -> Floor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for peer in self._peers:
             peer.close()
-        for process in processes:
-            process.join()
+        for process in self._processes:
+            process.join(10)
+
+    def us(self, holders: int, pause_us: float, rounds: int = 300) -> float:
+        """Median time to send queries to so many processes and to have all of their partials.
+
+        Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
+        gone deeper to sleep. Its thread has the priority of a home lane.
+        """
+        return self._thread.submit(_rounds, self._peers[:holders], pause_us * 1e-6, rounds).result()
+
+
+def _step_back() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _rounds(peers: list[socket.socket], pause: float, rounds: int) -> float:
+    poller, by_descriptor = select.poll(), {peer.fileno(): peer for peer in peers}
+    for peer in peers:
+        poller.register(peer, select.POLLIN)
+    query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
+    for _ in range(rounds):
+        resume = time.perf_counter() + pause
+        while time.perf_counter() < resume:
+            pass
+        began, missing = time.perf_counter(), len(peers)
+        for peer in peers:
+            peer.sendall(query)
+        while missing:
+            for descriptor, _ in poller.poll():
+                by_descriptor[descriptor].recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
+                missing -= 1
+        times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
 
 
 def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> list[dict[str, Any]]:
     """What a layer costs with so many holders, each a process of its own, over the same attention at the home alone."""
     steps, layers = options.new // 3, options.layers
-    with Fleet(folder, options.channel, max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1) as fleet:
+    most, blocks = max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1
+    with Fleet(folder, options.channel, most, blocks) as fleet, Floor(options.channel, most) as floor:
         counts, turns, floors = [0, *holders], [], []
         for count in counts:
             fleet.decode(steps, CONTEXT, count)  # warm
@@ -147,21 +169,20 @@ def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> lis
             turns.append({count: fleet.decode(steps, CONTEXT, count) for count in counts})
             local, _ = turns[-1][0]
             pause = local.seconds / steps / layers * 1e6
-            floors.append({count: floor_us(options.channel, count, pause) for count in holders})
+            floors.append({count: floor.us(count, pause) for count in holders})
     found = []
     for count in holders:
         layers_run = steps * layers
         added = [(turn[count][0].seconds - turn[0][0].seconds) / layers_run * 1e6 for turn in turns]
         thread = [(turn[count][1] - turn[0][1]) / layers_run * 1e6 for turn in turns]
-        floor = statistics.median(one[count] for one in floors)
-        per_layer = statistics.median(added)
+        floor_us, per_layer = statistics.median(one[count] for one in floors), statistics.median(added)
         found.append(
             {
                 "holders": count,
                 "per_layer_us": round(per_layer, 1),
                 "home_thread_us": round(statistics.median(thread), 1),
-                "floor_us": round(floor, 1),
-                "ratio_to_floor": round(per_layer / floor, 2),
+                "floor_us": round(floor_us, 1),
+                "ratio_to_floor": round(per_layer / floor_us, 2),
             }
         )
     return found
@@ -201,6 +222,7 @@ def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[s
         with (
             Engine(client, folder, kv_memory=blocks * block_bytes, **common) as all_local,
             Engine(client, folder, kv_memory=(blocks - 1) * block_bytes, **common) as one_remote,
+            Floor(options.channel, 1) as floor,
         ):
             both = all_local, one_remote
             for engine in both:
@@ -208,7 +230,7 @@ def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[s
             turns, floors = [], []
             for _ in range(options.repeat):
                 turns.append(tuple(decode(engine, options.new) for engine in both))
-                floors.append(floor_us(options.channel, 1, turns[-1][0]["step_ms"] / options.layers * 1e3))
+                floors.append(floor.us(1, turns[-1][0]["step_ms"] / options.layers * 1e3))
         return turns, statistics.median(floors), scheduler_graph_ms(client, options.layers, 3)
 
 
