@@ -136,7 +136,7 @@ def test_a_holder_that_is_gone_ends_the_gang_and_tells_the_others(way: Way) -> N
 
 
 def test_a_session_that_never_opens_ends_the_gang_with_the_start_limit(way: Way) -> None:
-    with fleet(loaded("llama-gqa"), 2, way, timeout_start=0.5) as made:
+    with fleet(loaded("llama-gqa"), 2, way, timeout_start=2.0) as made:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         window = DecodeWindow(made.gang("w0", ["w1"]), 0, 5, 60.0)
         home = made.members["w0"]
