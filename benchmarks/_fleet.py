@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from distkv_dask.config import Config
@@ -25,6 +26,13 @@ GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)
 BLOCK_TOKENS = 16
 
 
+def fork_server() -> ForkServerContext:
+    """Where processes are forked from that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "distkv_dask.worker.runtime", "distkv_dask.worker.lanes"])
+    return context
+
+
 def new_pool(shape: dict[str, Any], blocks: int) -> Pool:
     """A pool of small random numbers."""
     pool = Pool(**shape, block_tokens=BLOCK_TOKENS, blocks=blocks)
@@ -32,11 +40,11 @@ def new_pool(shape: dict[str, Any], blocks: int) -> Pool:
     return pool
 
 
-def _hold(worker: str, spec: EngineSpec, shape: dict[str, Any], blocks: int, parent: Connection) -> None:
-    """Serve gangs until the home has no more."""
-    lanes = Lanes(worker, "127.0.0.1", 1)
-    runtime = Runtime(spec, None, new_pool(shape, blocks), lanes)
-    runtime.reserve(1, blocks * BLOCK_TOKENS)
+def _hold(number: int, spec: EngineSpec, shape: dict[str, Any], parent: Connection) -> None:
+    """Hold one block, the sequence's ``number``-th, and serve gangs until the home has no more."""
+    lanes = Lanes(f"holder-{number}", "127.0.0.1", 1)
+    runtime = Runtime(spec, None, new_pool(shape, 1), lanes)
+    runtime.reserve(1, number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
     parent.send(lanes.endpoint)
     while (gang := parent.recv()) is not None:
         runtime.open_session(gang)
@@ -45,21 +53,21 @@ def _hold(worker: str, spec: EngineSpec, shape: dict[str, Any], blocks: int, par
 
 
 class Fleet:
-    """A home with a model and holders of ``blocks`` blocks each; a context manager.
+    """A home with a model and holders of one KV block each; a context manager.
 
     Parameters
     ----------
     folder
         The model.
     channel
-        ``"tcp"`` or ``"unix"``.
-    holders, blocks
-        How many, and KV blocks of each.
+        ``"tcp"``, ``"unix"`` or ``"ucx"``.
+    holders
+        How many.
     home_blocks
         KV blocks of the home.
     """
 
-    def __init__(self, folder: str, channel: str, holders: int, blocks: int, home_blocks: int) -> None:
+    def __init__(self, folder: str, channel: str, holders: int, home_blocks: int) -> None:
         config = replace(Config.load(), channel=channel)
         self._spec = EngineSpec("engine", folder, "bfloat16", "a token of this benchmark", config)
         self._lanes = Lanes("home", "127.0.0.1", 1)
@@ -72,17 +80,14 @@ class Fleet:
             "dtype": geometry.dtype,
         }
         self._runtime = Runtime(self._spec, self.model, new_pool(shape, home_blocks), self._lanes)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distkv_dask.worker.runtime", "distkv_dask.worker.lanes"])
+        context = fork_server()
         self._holders = []
         for number in range(holders):
             here, there = context.Pipe()
-            arguments = (f"holder-{number}", self._spec, shape, blocks, there)
-            process = context.Process(target=_hold, args=arguments, daemon=True)
+            process = context.Process(target=_hold, args=(number, self._spec, shape, there), daemon=True)
             process.start()
             self._holders.append((process, here))
         self._endpoints = tuple(here.recv() for _, here in self._holders)
-        self._span = blocks * BLOCK_TOKENS
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Fleet:
@@ -96,7 +101,7 @@ class Fleet:
             process.join(10)
 
     def decode(self, steps: int, stored: int, holders: int) -> tuple[WindowResult, float]:
-        """One window over a sequence of ``stored`` tokens, of which each holder has its blocks and the home the rest.
+        """One window over a sequence of ``stored`` tokens, of which each holder has a block and the home the rest.
 
         Returns
         -------
@@ -105,11 +110,11 @@ class Fleet:
         """
         gang, spans, start = self._gang(holders), [], 0
         for endpoint in gang.holders:
-            spans.append(Span(endpoint.worker, start, start + self._span))
-            start += self._span
-        room = stored + steps - start
-        self._runtime.reserve(1, room)
-        spans.append(Span("home", start, start + room))
+            spans.append(Span(endpoint.worker, start, start + BLOCK_TOKENS))
+            start += BLOCK_TOKENS
+        stop = stored + steps
+        self._runtime.reserve(1, start, stop)
+        spans.append(Span("home", start, stop))
         state = SequenceState(1, tuple(spans), stored, 1, steps, GREEDY)
         for _, here in self._holders[:holders]:
             here.send(gang)

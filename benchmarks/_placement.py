@@ -22,4 +22,4 @@ def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:
             start = stop
         return tuple(spans)
 
-    POLICIES[Config.load().policy].place = place
+    POLICIES[Config.load().policy].place = place  # type: ignore[method-assign]

@@ -5,24 +5,34 @@ else decodes one sequence, now with all KV at its home, now with one block of it
 open on the same cluster and take turns, and the median of the differences is the answer. Beside it: the floor, a bare
 socket ping-pong of the same bytes between two processes, and the cost of the same step as a Dask graph of one task per
 layer and holder.
+
+With ``--holders 1,4,16`` beside that: what a layer costs with so many holders. They are real holder lanes, forked
+processes of their own without Dask, and the floor is as many bare sockets in as many processes, in turns with them.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import argparse
+import os
+import secrets
+import select
 import socket
 import statistics
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from _fleet import BLOCK_TOKENS, Fleet, fork_server
 from _report import parser, report
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.worker.home_lane import NICENESS
 
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT, BLOCK = 9, 3, 64, 512, 64
 QUERY_BYTES, PARTIAL_BYTES = HEADS * HEAD_DIM * 2, HEADS * (HEAD_DIM + 1) * 4
@@ -57,31 +67,125 @@ def decode(engine: Engine, new: int) -> dict[str, float]:
     }
 
 
-def _pong(port: int, rounds: int) -> None:
-    with socket.create_connection(("127.0.0.1", port)) as peer:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _pong(address: tuple[str, int] | str) -> None:
+    with connected(address) as peer:
         query, partial = bytearray(QUERY_BYTES), bytes(PARTIAL_BYTES)
-        for _ in range(rounds):
-            peer.recv_into(query, QUERY_BYTES, socket.MSG_WAITALL)
+        while peer.recv_into(query, QUERY_BYTES, socket.MSG_WAITALL):
             peer.sendall(partial)
 
 
-def floor_us(rounds: int = 5000) -> float:
-    """Median round trip of one layer's bytes over a bare socket between two processes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        process = multiprocessing.get_context("spawn").Process(target=_pong, args=(server.getsockname()[1], rounds))
-        process.start()
-        peer, _ = server.accept()
-        with peer:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
-            for _ in range(rounds):
-                began = time.perf_counter()
-                peer.sendall(query)
-                peer.recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
-                times.append(time.perf_counter() - began)
-        process.join()
+def connected(address: tuple[str, int] | str) -> socket.socket:
+    """A socket to a listener, TCP or Unix."""
+    peer = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    peer.connect(address)
+    without_delay(peer)
+    return peer
+
+
+def without_delay(peer: socket.socket) -> None:
+    """Let small frames go at once."""
+    if peer.family != socket.AF_UNIX:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class Floor:
+    """Bare sockets to processes that answer queries of a layer's size with as many bytes as partials have.
+
+    Parameters
+    ----------
+    channel
+        ``"unix"``; anything else is TCP.
+    holders
+        How many processes.
+    """
+
+    def __init__(self, channel: str, holders: int) -> None:
+        unix, context = channel == "unix", fork_server()
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as server:
+            server.bind(f"\0distkv-floor-{secrets.token_hex(8)}" if unix else ("127.0.0.1", 0))
+            server.listen(holders)
+            name = server.getsockname()
+            address = (name.decode() if unix else name,)
+            self._processes = [context.Process(target=_pong, args=address, daemon=True) for _ in range(holders)]
+            for process in self._processes:
+                process.start()
+            self._peers = [server.accept()[0] for _ in self._processes]
+        for peer in self._peers:
+            without_delay(peer)
+        self._thread = ThreadPoolExecutor(1, initializer=_step_back)
+
+    def __enter__(self) -> Floor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for peer in self._peers:
+            peer.close()
+        for process in self._processes:
+            process.join(10)
+
+    def us(self, holders: int, pause_us: float, rounds: int = 300) -> float:
+        """Median time to send queries to so many processes and to have all of their partials.
+
+        Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
+        gone deeper to sleep. Its thread has the priority of a home lane.
+        """
+        return self._thread.submit(_rounds, self._peers[:holders], pause_us * 1e-6, rounds).result()
+
+
+def _step_back() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _rounds(peers: list[socket.socket], pause: float, rounds: int) -> float:
+    poller, by_descriptor = select.poll(), {peer.fileno(): peer for peer in peers}
+    for peer in peers:
+        poller.register(peer, select.POLLIN)
+    query, partial, times = bytes(QUERY_BYTES), bytearray(PARTIAL_BYTES), []
+    for _ in range(rounds):
+        resume = time.perf_counter() + pause
+        while time.perf_counter() < resume:
+            pass
+        began, missing = time.perf_counter(), len(peers)
+        for peer in peers:
+            peer.sendall(query)
+        while missing:
+            for descriptor, _ in poller.poll():
+                by_descriptor[descriptor].recv_into(partial, PARTIAL_BYTES, socket.MSG_WAITALL)
+                missing -= 1
+        times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
+
+
+def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> list[dict[str, Any]]:
+    """What a layer costs with so many holders, each a process of its own, over the same attention at the home alone."""
+    steps, layers = options.new // 3, options.layers
+    most, blocks = max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1
+    with Fleet(folder, options.channel, most, blocks) as fleet, Floor(options.channel, most) as floor:
+        counts, turns, floors = [0, *holders], [], []
+        for count in counts:
+            fleet.decode(steps, CONTEXT, count)  # warm
+        for _ in range(options.repeat):
+            turns.append({count: fleet.decode(steps, CONTEXT, count) for count in counts})
+            local, _ = turns[-1][0]
+            pause = local.seconds / steps / layers * 1e6
+            floors.append({count: floor.us(count, pause) for count in holders})
+    found = []
+    for count in holders:
+        layers_run = steps * layers
+        added = [(turn[count][0].seconds - turn[0][0].seconds) / layers_run * 1e6 for turn in turns]
+        thread = [(turn[count][1] - turn[0][1]) / layers_run * 1e6 for turn in turns]
+        floor_us, per_layer = statistics.median(one[count] for one in floors), statistics.median(added)
+        found.append(
+            {
+                "holders": count,
+                "per_layer_us": round(per_layer, 1),
+                "home_thread_us": round(statistics.median(thread), 1),
+                "floor_us": round(floor_us, 1),
+                "ratio_to_floor": round(per_layer / floor_us, 2),
+            }
+        )
+    return found
 
 
 def _work(*_: Any) -> bytes:
@@ -104,32 +208,45 @@ def scheduler_graph_ms(client: Client, layers: int, repeat: int) -> float:
     return statistics.median(times) * 1e3
 
 
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=30)
-    arguments.add_argument("--new", type=int, default=192, help="decode steps of one turn")
-    arguments.add_argument("--repeat", type=int, default=9, help="turns")
-    arguments.add_argument("--channel", choices=["tcp", "unix"], default="tcp", help="kind of channel")
-    options = arguments.parse_args()
+def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[str, float], ...]], float, float]:
+    """Turns of an engine with all KV at home and one with a block elsewhere; the floor; a step as a Dask graph."""
     block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
+    common: dict[str, Any] = {
+        "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
+    }  # fmt: skip
+    blocks = CONTEXT // BLOCK
     with (
-        tempfile.TemporaryDirectory() as folder,
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        save_model(options.layers, Path(folder))
-        common: dict[str, Any] = {
-            "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
-        }  # fmt: skip
-        blocks = CONTEXT // BLOCK
         with (
             Engine(client, folder, kv_memory=blocks * block_bytes, **common) as all_local,
             Engine(client, folder, kv_memory=(blocks - 1) * block_bytes, **common) as one_remote,
+            Floor(options.channel, 1) as floor,
         ):
-            decode(all_local, options.new), decode(one_remote, options.new)  # warm
-            turns = [(decode(all_local, options.new), decode(one_remote, options.new)) for _ in range(options.repeat)]
-        graph_ms = scheduler_graph_ms(client, options.layers, 3)
-    floor = floor_us()
+            both = all_local, one_remote
+            for engine in both:
+                decode(engine, options.new)  # warm
+            turns, floors = [], []
+            for _ in range(options.repeat):
+                turns.append(tuple(decode(engine, options.new) for engine in both))
+                floors.append(floor.us(1, turns[-1][0]["step_ms"] / options.layers * 1e3))
+        return turns, statistics.median(floors), scheduler_graph_ms(client, options.layers, 3)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--new", type=int, default=96, help="decode steps of one turn")
+    arguments.add_argument("--repeat", type=int, default=7, help="turns")
+    arguments.add_argument("--channel", choices=["tcp", "unix", "ucx"], default="tcp", help="kind of channel")
+    arguments.add_argument("--holders", default="", help="numbers of holders to measure the fan-out for: 1,4,16")
+    options = arguments.parse_args()
+    counts = [int(count) for count in options.holders.split(",") if count]
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(options.layers, Path(folder))
+        turns, floor, graph_ms = engines(folder, options)
+        fan = fan_out(folder, options, counts) if counts else []
     assert all(local["holders"] == 0 and remote["holders"] == 1 for local, remote in turns)
     added = statistics.median(remote["step_ms"] - local["step_ms"] for local, remote in turns)
     per_layer = added / options.layers * 1e3
@@ -147,6 +264,7 @@ def main() -> None:
         "floor_us": floor,
         "ratio_to_floor": per_layer / floor,
         "graph_over_channel": graph_ms / added,
+        "fan_out": fan,
     }
     configuration = {
         "context": CONTEXT,

@@ -10,14 +10,17 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import dask.config
 from distributed import Client, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["assert_clean", "engine_test", "gen_cluster"]
+__all__ = ["PROTOCOL", "assert_clean", "engine_test", "gen_cluster"]
 
 Test = Callable[..., Awaitable[None]]
 OURS = ("prefill-", "decode-", "attend-", "layer-")
 """How the keys of our tasks begin."""
+PROTOCOL = "ucx" if dask.config.get("distkv.channel", None) == "ucx" else None
+"""What clusters of tests speak: UCX where all engines do (``make test CHANNEL=ucx``), else Dask's default."""
 
 
 def engine_test(
@@ -32,7 +35,9 @@ def engine_test(
         nthreads: list[Any] = [("127.0.0.1", 1)] * workers
         nthreads += [("127.0.0.1", 1, {"resources": {"distkv-memory": 1}})] * memory
 
-        @gen_cluster(client=True, nthreads=nthreads, timeout=timeout, **options)
+        speaks = {} if PROTOCOL is None else {"scheduler_kwargs": {"protocol": PROTOCOL}}
+
+        @gen_cluster(client=True, nthreads=nthreads, timeout=timeout, **speaks, **options)
         async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
             await test(client, scheduler, *them)
             await assert_clean(scheduler, *them)

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams, WorkerLostError
+from tests._cluster import PROTOCOL
 from tests._models import model_dir, prompt_ids, reference_generate
 
 pytestmark = pytest.mark.slow
@@ -29,7 +31,7 @@ SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 def client() -> Iterator[Client]:
     """Client of three worker processes under nannies."""
     with (
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -104,6 +106,22 @@ def test_a_frozen_holder_is_noticed_by_the_receive_time_limit(client: Client) ->
             assert type(caught.value).__module__ == "distkv_dask.errors"
         finally:
             os.kill(process, signal.SIGCONT)
+        assert engine.submit(prompt_ids(10), SHORT).result(60).finish_reason == "length"
+
+
+def test_a_holder_that_freezes_between_windows_is_noticed_by_dasks_own_limit() -> None:
+    with (
+        dask.config.set({"distributed.scheduler.worker-ttl": "5s"}),
+        LocalCluster(n_workers=2, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", block_tokens=8) as engine,
+    ):
+        first = engine.submit(prompt_ids(900), SHORT).result(60)
+        holder = first.placement[0].worker
+        process = pid(client, holder)
+        os.kill(process, signal.SIGSTOP)
+        with pytest.raises(WorkerLostError, match=holder):
+            engine.submit(prompt_ids(900), SHORT).result(120)  # distkv.timeouts.start is five minutes
         assert engine.submit(prompt_ids(10), SHORT).result(60).finish_reason == "length"
 
 

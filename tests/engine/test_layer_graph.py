@@ -25,7 +25,7 @@ from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
 from distkv_dask.worker import layer_tasks
 from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.paused import PausedForward
-from tests._cluster import engine_test
+from tests._cluster import PROTOCOL, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
@@ -196,7 +196,7 @@ def test_a_killed_worker_fails_its_request_within_seconds_and_the_engine_goes_on
     prompt = prompt_ids(20, seed=9)
     expected = reference_generate(model_dir("llama-gqa"), [prompt], NEW)[0].tokens
     with (
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
         Client(cluster) as client,
         tiny(client, kv_memory="2 MiB", window_steps=4) as engine,
     ):

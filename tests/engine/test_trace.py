@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 from distkv_dask import DistKVError, Engine, SamplingParams
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Ring
-from tests._cluster import engine_test
+from tests._cluster import PROTOCOL, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
@@ -149,7 +149,7 @@ def test_a_gang_that_fails_leaves_a_trace_of_how_far_it_came(tmp_path: Path, mon
 def test_a_trace_keeps_what_a_killed_worker_did(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
         Client(cluster) as client,
         tiny(client, file, kv_memory="2 MiB", window_steps=4) as engine,
     ):

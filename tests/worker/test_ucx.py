@@ -41,14 +41,22 @@ threading.Event().wait()
 """
 
 
+def sockets() -> int:
+    return len(psutil.Process().net_connections("all"))
+
+
 class Elsewhere:
     """A holder lane in another process, as far as homes see it."""
 
-    def __init__(self, port: int) -> None:
-        self._endpoint = Endpoint("w1", "127.0.0.1", 9, ucx=port)
+    def __init__(self, port: int, dialer: Dialer | None = None) -> None:
+        self._port = port
+        self._dialer = dialer or Dialer("ucx", None)
+
+    def by(self, dialer: Dialer) -> Elsewhere:
+        return Elsewhere(self._port, dialer)
 
     def open(self):
-        return UCX.open(self._endpoint)
+        return self._dialer.connect(Endpoint("w1", "127.0.0.1", 9, ucx=self._port), 10.0)
 
 
 @contextmanager
@@ -80,6 +88,26 @@ def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(how: sign
         assert time.monotonic() - began < 10
         assert not home.idle() or how is signal.SIGSTOP
         home.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGCONT], ids=["dies", "wakes up"])
+def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: signal.Signals) -> None:
+    skip_without(UCX)
+    dialer, before = Dialer("ucx", None), sockets()
+    with holder_process() as (process, holder):
+        home = connect(holder.by(dialer))  # type: ignore[arg-type]
+        begin(home)
+        home.recv_into(Header(Kind.READY, 1, 1))
+        os.kill(process.pid, signal.SIGSTOP)
+        home.limit(0.5)
+        with pytest.raises(ChannelTimeoutError, match="w1 did not take"):
+            home.send(Header(Kind.ATTEND, 1, 1, length=1 << 20), bytes(1 << 20))
+        home.close()
+        os.kill(process.pid, how)
+        deadline = time.monotonic() + 10
+        while sockets() > before and time.monotonic() < deadline:
+            holder.by(dialer).open().close()
+        assert sockets() <= before
 
 
 @over_ucx
@@ -117,13 +145,13 @@ def test_strangers_on_the_sockets_of_ucx_disturb_nobody(lane: Holder, way: Way) 
 @over_ucx
 def test_homes_that_come_and_go_leave_no_sockets_at_the_holder(lane: Holder, way: Way) -> None:
     assert serves(lane, 1)
-    before = len(psutil.Process().net_connections("all"))
+    before = sockets()
     for number in range(2, 12):
         assert serves(lane, number)
     deadline = time.monotonic() + 5
-    while len(psutil.Process().net_connections("all")) > before and time.monotonic() < deadline:
+    while sockets() > before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(psutil.Process().net_connections("all")) <= before
+    assert sockets() <= before
 
 
 def test_ucx_is_refused_on_a_cluster_with_certificates_unless_the_user_says_so() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distkv_dask.errors import MissingProgramError
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.channels.ucx import UcxChannel
+    from distkv_dask.worker.channels.ucx import Left, UcxChannel
     from distkv_dask.worker.channels.ucx_inlet import UcxListener
 
 _MISSING = (
@@ -35,11 +35,15 @@ def ucx_listener(maximum: int) -> UcxListener:
 class UcxHome:
     """Opens channels for one engine's home; its UCX context is made for the first."""
 
+    def __init__(self) -> None:
+        self._left: Left = []
+
     def open(self, host: str, port: int, peer: str, seconds: float) -> UcxChannel:
         """Begin to connect; see :meth:`distkv_dask.worker.channels.ucx.UcxChannel.open`."""
-        from distkv_dask.worker.channels.ucx import UcxChannel
+        from distkv_dask.worker.channels.ucx import UcxChannel, close_left
 
-        return UcxChannel.open(host, port, peer, seconds, self._context)
+        close_left(self._left)
+        return UcxChannel.open(host, port, peer, seconds, self._context, self._left)
 
     @cached_property
     def _context(self) -> Any:

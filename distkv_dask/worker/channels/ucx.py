@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 LINGER_SECONDS = 0.2
 """How long what was sent is given to arrive: closing a UCX endpoint can overtake it."""
 
+Left = list[tuple[Any, UcxLine]]
+"""UCX workers and connections on which something is still being sent, to holders that are frozen or cut off."""
+
+
+def close_left(left: Left) -> None:
+    """Close the connections whose holders have taken what was sent, or are gone."""
+    for worker, line in left:
+        work(worker)
+        if not line.busy:
+            line.close()
+    left[:] = [(worker, line) for worker, line in left if line.alive]
+
 
 class UcxChannel:
     """Home's end over UCX; see :class:`distkv_dask.worker.channels.base.Channel`.
@@ -37,10 +49,11 @@ class UcxChannel:
     keeps for it along when it is closed.
     """
 
-    def __init__(self, worker: Any, line: UcxLine, address: str, seconds: float) -> None:
+    def __init__(self, worker: Any, line: UcxLine, address: str, seconds: float, left: Left) -> None:
         self.peer = line.peer
         self._worker = worker
         self._line = line
+        self._left = left
         self._address = address
         self._seconds = seconds
         self._greeted = False
@@ -53,8 +66,13 @@ class UcxChannel:
         self._events.register(self._ready, select.EPOLLIN)
 
     @classmethod
-    def open(cls, host: str, port: int, peer: str, seconds: float, context: Any) -> Self:
+    def open(cls, host: str, port: int, peer: str, seconds: float, context: Any, left: Left) -> Self:
         """Begin to connect to a holder's listener; whether it answers is known with the first frame.
+
+        Parameters
+        ----------
+        left
+            Channels of the same thread that were closed too early for UCX: this one may join them.
 
         Raises
         ------
@@ -67,7 +85,7 @@ class UcxChannel:
             endpoint = worker.create_endpoint_from_hostname(host, port, True)
         except (libucxx.UCXError, RuntimeError, ValueError) as error:
             raise ChannelError(f"cannot open a UCX channel to {peer} ({address}): {error}") from error
-        return cls(worker, UcxLine(worker, endpoint, peer, accepted=False), address, seconds)
+        return cls(worker, UcxLine(worker, endpoint, peer, accepted=False), address, seconds, left)
 
     def limit(self, seconds: float) -> None:
         """Set the time limit of every later call."""
@@ -132,7 +150,10 @@ class UcxChannel:
         while self._line.busy and time.monotonic() < deadline:
             work(self._worker)
             select.select([self._worker.epoll_file_descriptor], [], [], LINGER_SECONDS / 10)
-        self._line.close()
+        if self._line.busy:
+            self._left.append((self._worker, self._line))
+        else:
+            self._line.close()
         self._events.close()
         os.close(self._ready)
         self._ready = -1

@@ -187,7 +187,7 @@ class UcxLine:
     def close(self) -> None:
         """Close; the peer may not see what was sent last. Can be called again.
 
-        While :attr:`busy`, ``ucxx`` leaks the sockets: its endpoint and the send refer to each other for ever.
+        Not while :attr:`busy`: ``ucxx`` would keep the sockets, its endpoint and the send refer to each other for ever.
         """
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
@@ -224,7 +224,10 @@ class UcxLine:
             array = Array(buffer)
             found = self._worker.tag_probe(tag, remove=True)
             self._receives.append((self._worker.tag_recv_with_handle(array, found), array))
-        return self._done(self._receives[at][0], at * HEADER_BYTES)
+        done = self._done(self._receives[at][0], at * HEADER_BYTES)
+        if not done and not self.alive:
+            raise self.closed(at * HEADER_BYTES)
+        return done
 
     def _done(self, request: Any, got: int = 0) -> bool:
         if not request.completed:

@@ -1,0 +1,143 @@
+"""Decode and prefill of a batch with every sequence's KV half and half on two workers, against all KV at its home.
+
+A model of SmolLM2-135M's shape with fewer layers and random weights, in bfloat16, on two workers of one thread; 8
+sequences of 2,048 tokens, 16K in all. Both ways each worker is home of four of them, so both do the same arithmetic;
+split, each worker also holds half of the KV of the other's four. One engine serves both ways in turns (local, split,
+split, local, ...); figures are medians, the ratio is of tokens per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _placement import place_by
+from _report import parser, report
+from distributed import Client, LocalCluster
+
+from distkv_dask import Engine, SamplingParams
+
+POLL_SECONDS = 0.1
+VOCABULARY = 49_152
+
+
+def save_model(layers: int, folder: Path) -> None:
+    """SmolLM2-135M but for its number of layers and its weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def prefill_rate(engine: Engine, prompts: Sequence[list[int]]) -> float:
+    """Prompt tokens per second, with one new token each."""
+    began = time.perf_counter()
+    engine.generate(prompts, SamplingParams(max_new_tokens=1, ignore_eos=True))
+    return sum(map(len, prompts)) / (time.perf_counter() - began)
+
+
+def decode_rate(engine: Engine, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    """New tokens per second while all sequences decode, and the share of the windows' time spent waiting."""
+    before = figures(engine)
+    running = [engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)) for prompt in prompts]
+    wanted = before["prefilled_tokens"] + sum(map(len, prompts))
+    while (full := figures(engine))["prefilled_tokens"] < wanted:
+        time.sleep(POLL_SECONDS)
+    last = full
+    while not any(one.done() for one in running):
+        last = figures(engine)
+        time.sleep(POLL_SECONDS)
+    for one in running:
+        one.result()
+    gained = {name: last[name] - full[name] for name in last}
+    return gained["generated_tokens"] / gained["clock"], gained["waiting_seconds"] / gained["decode_seconds"]
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """The engine's totals now, and the clock."""
+    names = "prefilled_tokens", "generated_tokens", "waiting_seconds", "decode_seconds"
+    totals = engine.status()["totals"]
+    return {"clock": time.perf_counter()} | {name: totals.get(name, 0.0) for name in names}
+
+
+def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[str, list[float]]], str]:
+    """Rates of every turn, by whether KV is split, and the kind of channel."""
+    way, homes = {"split": False}, itertools.cycle((0, 1))
+
+    def choose(tokens: int) -> list[tuple[int, int | None]]:
+        home = next(homes)
+        return [(1 - home, tokens // 2), (home, None)] if way["split"] else [(home, None)]
+
+    place_by(choose)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(VOCABULARY) for _ in range(options.tokens)] for _ in range(options.batch)]
+    found: dict[bool, dict[str, list[float]]] = {
+        split: {"prefill": [], "decode": [], "waiting": []} for split in (False, True)
+    }
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        Engine(client, folder, dtype="bfloat16", kv_memory="160 MiB", channel=options.channel) as engine,
+    ):
+        for way["split"] in (False, True):
+            engine.generate([prompt[:64] for prompt in prompts[:2]], SamplingParams(max_new_tokens=4))  # warm
+        for number in range(options.repeat):
+            for split in (False, True) if number % 2 == 0 else (True, False):
+                way["split"] = split
+                found[split]["prefill"].append(prefill_rate(engine, prompts))
+                rate, waiting = decode_rate(engine, prompts, options.new)
+                found[split]["decode"].append(rate)
+                found[split]["waiting"].append(waiting)
+        workers: Any = engine.status()["workers"]
+    return found, next(iter(workers.values()))["channels"]
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=8, help="of the model")
+    arguments.add_argument("--tokens", type=int, default=2048, help="of a sequence")
+    arguments.add_argument("--batch", type=int, default=8, help="sequences")
+    arguments.add_argument("--new", type=int, default=192, help="new tokens of each, when decoding is measured")
+    arguments.add_argument("--repeat", type=int, default=2, help="turns")
+    arguments.add_argument("--channel", choices=["auto", "tcp", "unix", "ucx"], default="auto", help="kind of channel")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(options.layers, Path(folder))
+        found, channel = measure(options, folder)
+    medians = {split: {name: statistics.median(values) for name, values in of.items()} for split, of in found.items()}
+    local, remote = medians[False], medians[True]
+    report(
+        {
+            "channel": channel,
+            "local_prefill_tokens_per_second": local["prefill"],
+            "split_prefill_tokens_per_second": remote["prefill"],
+            "prefill_ratio": remote["prefill"] / local["prefill"],
+            "local_decode_tokens_per_second": local["decode"],
+            "split_decode_tokens_per_second": remote["decode"],
+            "decode_ratio": remote["decode"] / local["decode"],
+            "split_waiting_share": remote["waiting"],
+            "turns": {"split" if split else "local": of for split, of in found.items()},
+        },
+        {name: getattr(options, name) for name in ("layers", "tokens", "batch", "new", "repeat")},
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
