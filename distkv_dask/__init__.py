@@ -5,6 +5,7 @@ memory.
 """
 
 from distkv_dask.client.batch import BatchSummary
+from distkv_dask.client.document import Chat, Document
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import (
     CapacityError,
@@ -30,10 +31,12 @@ __all__ = [
     "CapacityError",
     "ChannelError",
     "ChannelTimeoutError",
+    "Chat",
     "ClusterError",
     "Completion",
     "ConfigError",
     "DistKVError",
+    "Document",
     "Engine",
     "EngineClosedError",
     "GangAbortedError",

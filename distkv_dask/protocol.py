@@ -6,13 +6,14 @@ queries and partials do not appear here: they travel on channels (:mod:`distkv_d
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
-from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, Timings
+from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, SamplingParams, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
@@ -146,6 +147,21 @@ class EngineSpec:
     config: Config
 
 
+class Submission(NamedTuple):
+    """A request as it travels to the gManager.
+
+    ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
+    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one: nothing is generated.
+    """
+
+    number: int
+    prompt: array[int]
+    sampling: SamplingParams | None
+    streamed: bool = False
+    document: int | None = None
+    keeps: bool = False
+
+
 class Ready(TypedDict):
     """Facts that a worker reports once an engine is open there."""
 
@@ -167,3 +183,4 @@ class Delivery:
     error: Exception | None = None
     timings: Timings | None = None
     placement: Placement = ()
+    reused: int = 0

@@ -10,12 +10,15 @@ import secrets
 from array import array
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 from distributed import Client, get_client
 
 from distkv_dask.client.batch import process
+from distkv_dask.client.document import Document, Ingestion
+from distkv_dask.client.document_prompts import prompts_of
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.request import Request
 from distkv_dask.client.tokenizer import Tokenizer
@@ -90,8 +93,10 @@ class Engine:
         self._closed = False
         self._broken: DistKVError | None = None
         self._numbers = itertools.count()
-        self._requests: dict[int, Request] = {}
-        self._outgoing: list[Request] = []
+        self._requests: dict[int, Request | Ingestion] = {}
+        self._outgoing: list[Request | Ingestion] = []
+        self._flushing: asyncio.Task[None] | None = None
+        self._documents: dict[str, Document] = {}
         self._trace: TraceFetcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         if not self.client.asynchronous:
@@ -200,7 +205,15 @@ class Engine:
             When the engine is closed.
         """
         self._check_open()
-        several = _several(prompts)
+        return self._answer(_several(prompts), sampling, self.submit)
+
+    def _answer(
+        self,
+        several: list[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        submit: Callable[[Any, SamplingParams | None], Generation],
+    ) -> Any:
+        """Submit prompts, or questions on a document, and wait for all of them."""
         params = (
             [sampling] * len(several) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
         )
@@ -211,7 +224,7 @@ class Engine:
         accepted: list[Generation | Completion] = []
         for prompt, one in zip(several, params, strict=True):
             try:
-                accepted.append(self.submit(prompt, one))
+                accepted.append(submit(prompt, one))
             except InvalidRequestError as error:
                 accepted.append(_failed(error))
         return self.client.sync(self._gather, accepted)
@@ -263,12 +276,22 @@ class Engine:
         self, prompt: Prompt, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
     ) -> Request:
         self._check_open()
+        return self._submit_ids(self.tokenizer.encode(prompt), sampling, on_text)
+
+    def _submit_ids(
+        self,
+        ids: list[int],
+        sampling: SamplingParams | None,
+        on_text: Callable[[str], None] | None = None,
+        document: int | None = None,
+        keeps: bool = False,
+    ) -> Request:
+        self._check_open()
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
         if sampling.seed is None and sampling.temperature > 0:
             sampling = _seeded(sampling)
-        ids = self.tokenizer.encode(prompt)
         if len(ids) + sampling.max_new_tokens > self._facts["max_positions"]:
             raise InvalidRequestError(
                 f"a prompt of {len(ids)} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
@@ -276,23 +299,23 @@ class Engine:
             )
         number = next(self._numbers)
         generation = Generation(lambda: self._cancel(number))
-        request = Request(number, array("i", ids), sampling, self.tokenizer, generation, on_text)
+        request = Request(
+            number, array("i", ids), sampling, self.tokenizer, generation, on_text, document=document, keeps=keeps
+        )
         self._requests[number] = request
         self._loop.call_soon_threadsafe(self._send, request)
         return request
 
-    def _send(self, request: Request) -> None:
+    def _send(self, request: Request | Ingestion) -> None:
         """On the event loop: requests that arrive together travel together, in order."""
         self._outgoing.append(request)
         if len(self._outgoing) == 1:
-            self._spawn(self._flush())
+            self._flushing = self._spawn(self._flush())
 
     async def _flush(self) -> None:
         await asyncio.sleep(0)
         requests, self._outgoing = self._outgoing, []
-        payload = [
-            (one.number, one.prompt, one.sampling, one.streamed) for one in requests if not one.generation.cancelled()
-        ]
+        payload = [one.submission() for one in requests if not one.generation.cancelled()]
         try:
             refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
         except Exception as failure:
@@ -303,6 +326,76 @@ class Engine:
         for request in requests:
             if request.generation.cancelled():  # perhaps before the cluster knew of it
                 self._stop(request.number, "cancelled")
+
+    # Documents
+
+    def ingest(self, source: Prompt | Path, name: str | None = None) -> Any:
+        """Compute the KV cache of a document once, to ask many questions about it; returns when it is stored.
+
+        Parameters
+        ----------
+        source
+            A text, a :class:`~pathlib.Path` of a file (.txt, .md, .html, .pdf), a list of token ids, or a list of chat
+            messages. Questions follow a text after an empty line, in the same chat message where the model has a chat
+            template.
+        name
+            Its key in :meth:`documents`; None is ``"document-0"`` and so on.
+
+        Returns
+        -------
+        Document
+            Its KV stays until it is released, or the engine closed. Where memory is short, it may be given up and
+            computed anew when it is asked next.
+
+        Raises
+        ------
+        InvalidRequestError, SourceError
+            When the document cannot be served as it is, or its file not be read.
+        CapacityError
+            When it is larger than the memory of all workers.
+        """
+        self._check_open()
+        return self.client.sync(self._ingest, source, name)
+
+    async def _ingest(self, source: Prompt | Path, name: str | None) -> Document:
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(None, prompts_of, source, self.tokenizer)
+        ids = await loop.run_in_executor(None, prompts.prefix)
+        if len(ids) >= self._facts["max_positions"]:
+            raise InvalidRequestError(
+                f"a document of {len(ids)} tokens leaves no room for a question in the model's window of "
+                f"{self._facts['max_positions']} tokens: shorten it"
+            )
+        number = next(self._numbers)
+        name = f"document-{number}" if name is None else name
+        if name in self._documents:
+            raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
+        generation = Generation(lambda: self._cancel(number))
+        self._documents[name] = document = Document(self, name, number, prompts, ids)
+        self._requests[number] = ingestion = Ingestion(number, ids, generation)
+        self._send(ingestion)
+        try:
+            await generation
+        except BaseException:
+            self._documents.pop(name, None)
+            generation.cancel()
+            raise
+        return document
+
+    def documents(self) -> dict[str, Document]:
+        """The documents that have not been released, by name."""
+        self._check_open()
+        return dict(self._documents)
+
+    async def _release_documents(self, *numbers: int) -> None:
+        """Tell the gManager that documents are needed no more, after the questions that are on their way there."""
+        self._documents = {name: one for name, one in self._documents.items() if one.number not in numbers}
+        if self._closed:
+            return
+        if self._flushing is not None:
+            await asyncio.wait([self._flushing])
+        for number in numbers:
+            await self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason="cancelled")
 
     def _cancel(self, number: int) -> None:
         self._loop.call_soon_threadsafe(self._send_cancel, number)
@@ -436,10 +529,11 @@ class Engine:
         with contextlib.suppress(EngineClosedError, OSError):
             await self._call(call, **arguments)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

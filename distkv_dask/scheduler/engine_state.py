@@ -162,8 +162,8 @@ class EngineState:
         """Put tokens or an end into the outbox."""
         self._outbox.append(delivery)
         self.figures.generated(len(delivery.tokens))
-        if delivery.reason is not None:
-            live = self.lifecycle.live.get(delivery.sequence)
+        live = self.lifecycle.live.get(delivery.sequence)
+        if delivery.reason is not None and not (live is not None and live.is_document):
             generated = len(live.generated) if live is not None else 0
             self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
         self._news.set()

@@ -154,14 +154,19 @@ class GManager(SchedulerPlugin):
             self._send(worker, ToWorker.OPEN, (engine.spec, geometry))
 
     def submit(self, engine: str, requests: Any) -> Any:
-        """Take requests (packed: number, prompt, sampling, streamed); returns the refused ones with their reasons."""
+        """Take requests (packed :class:`Submission`); returns the refused ones with their reasons."""
         state = self._engine(engine)
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
         refused: dict[int, Exception] = {}
-        for number, prompt, sampling, streamed in unpack(requests):
+        for number, prompt, sampling, *how in unpack(requests):
+            life, now = state.lifecycle, monotonic()
             try:
-                self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic(), streamed))
+                asked = sampling is not None
+                self._run(
+                    state,
+                    life.submit(number, prompt, sampling, now, *how) if asked else life.ingest(number, prompt, now),
+                )
             except DistKVError as error:
                 refused[number] = error
         return pack(refused)
@@ -253,8 +258,9 @@ class GManager(SchedulerPlugin):
             case FromWorker.CLOSED:
                 state.closed(worker)
             case FromWorker.CHUNK_DONE:
-                state.prefilled(*payload)
-                self._run(state, life.chunk_done(*payload))
+                sequence, gang = payload
+                state.prefilled(sequence, gang)
+                self._run(state, life.chunk_done(sequence, gang, now))
             case FromWorker.PREFILLED:
                 sequence, gang, token, reason = payload
                 state.prefilled(sequence, gang)

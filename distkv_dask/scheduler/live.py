@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.types import Placement, PrefillChunk, SamplingParams, SequenceState, Timings
+from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 
 @dataclass(slots=True)
@@ -17,6 +17,12 @@ class Live:
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
     compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``stuck_since``
     the time since which no set of workers could ever serve it.
+
+    A document is such a request too, without an answer; one whose answer is kept (``keeps``) becomes one. ``document``
+    is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without. Of a document,
+    ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents`` are the requests
+    that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored; ``used`` is when
+    it was last needed.
     """
 
     sequence: int
@@ -24,7 +30,10 @@ class Live:
     sampling: SamplingParams
     submitted: float
     streamed: bool = False
-    state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
+    document: int | None = None
+    is_document: bool = False
+    keeps: bool = False
+    state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped"] = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
@@ -33,10 +42,20 @@ class Live:
     retiring: set[str] = field(default_factory=set)
     forwards_ended: bool = False
     stuck_since: float | None = None
+    reused: int = 0
+    alone: bool = False
+    ended: FinishReason | None = None
+    announced: bool = False
+    released: bool = False
+    dependents: set[int] = field(default_factory=set)
+    awaited: dict[int, float] = field(default_factory=dict)
+    used: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Tokens whose KV may have to be stored: the last generated token's never is."""
+        if self.is_document:
+            return len(self.prompt)
         return len(self.prompt) + self.sampling.max_new_tokens - 1
 
     @property
