@@ -167,11 +167,12 @@ class Ledger:
         Raises
         ------
         ValueError
-            When nothing of the sequence is to be kept, or blocks of it are being moved.
+            When nothing of the sequence is to be kept, or blocks of it are being moved or shared.
         """
         account = self.sequences[sequence]
-        if account.moves or not 0 < tokens <= account.length or tokens % self.block_tokens:
+        if account.moves or account.sharers or not 0 < tokens <= account.length or tokens % self.block_tokens:
             raise ValueError(f"sequence {sequence}: {tokens} tokens of {account} cannot be kept")
+        before = account.documents
         self._count(sequence, -1)
         rest = [replace(span, start=max(span.start, tokens)) for span in account.own if span.stop > tokens]
         account.placement = tuple(
@@ -179,6 +180,8 @@ class Ledger:
         )
         account.length, account.prompt, account.idle = tokens, tokens, True
         self._count(sequence, +1)
+        for document in before - account.documents:
+            self.sequences[document].sharers.discard(sequence)
         return [span for span in rest if span.worker not in account.lost]
 
     def release(self, sequence: int) -> list[str]:

@@ -108,7 +108,7 @@ async def test_the_blocks_of_a_document_are_there_once_and_freed_with_its_last_q
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
     settings = SMALL | {"window_steps": 4}
-    async with Engine(client, str(model_dir("llama-gqa")), kv_memory="8 MiB", **settings) as engine:
+    async with Engine(client, str(model_dir("llama-gqa")), kv_memory="16 MiB", **settings) as engine:
         document = await engine.ingest(DOCUMENT, name="a hundred")
         assert engine.documents() == {"a hundred": document}
         assert used_blocks(await engine.status()) == pools(engine, *workers) == 12
