@@ -75,7 +75,8 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
 
 def _plain(prompt: list[int], dropped: int = 0) -> Plan:
     (done,) = yield [prompt]
-    return Answer(done.text, done.finish_reason, done.prompt_tokens, len(done.token_ids), 1, dropped, done.reused_tokens)
+    new, reused = len(done.token_ids), done.reused_tokens
+    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused)
 
 
 def _map_reduce(
