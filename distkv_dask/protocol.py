@@ -72,6 +72,8 @@ class ToWorker(StrEnum):
     SEND = "distkv-send"
     RELOCATE = "distkv-relocate"
     FREE = "distkv-free"
+    STORE = "distkv-store"
+    FETCH = "distkv-fetch"
     ABORT = "distkv-abort"
 
 
@@ -91,6 +93,8 @@ class FromWorker(StrEnum):
     EXPECTED = "expected"
     SENT = "sent"
     RELOCATED = "relocated"
+    STORED = "stored"
+    FETCHED = "fetched"
 
 
 class ToPeer(StrEnum):
@@ -147,11 +151,34 @@ class EngineSpec:
     config: Config
 
 
+class SavedFile(NamedTuple):
+    """A file with the blocks of tokens ``[start, stop)`` of a document.
+
+    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32.
+    """
+
+    name: str
+    start: int
+    stop: int
+    bytes: int
+    checksum: int
+
+
+class Saved(NamedTuple):
+    """Where the blocks of a document are saved: a folder that all workers reach, and the files in it."""
+
+    place: str
+    files: tuple[SavedFile, ...] = ()
+    tag: str = ""
+    """Part of the names of files that are to be written."""
+
+
 class Submission(NamedTuple):
     """A request as it travels to the gManager.
 
     ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
-    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one: nothing is generated.
+    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
+    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there.
     """
 
     number: int
@@ -160,6 +187,7 @@ class Submission(NamedTuple):
     streamed: bool = False
     document: int | None = None
     keeps: bool = False
+    saved: Saved | None = None
 
 
 class Ready(TypedDict):
@@ -171,6 +199,7 @@ class Ready(TypedDict):
     capacity_blocks: int
     block_bytes: int
     geometry: Geometry
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +213,4 @@ class Delivery:
     timings: Timings | None = None
     placement: Placement = ()
     reused: int = 0
+    files: tuple[SavedFile, ...] = ()

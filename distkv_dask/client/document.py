@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
+import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn, common_length
 from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.saved_document import SavedDocument, plain_source, prepare, write_metadata
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
-from distkv_dask.protocol import Delivery, Submission
+from distkv_dask.protocol import Saved
 from distkv_dask.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -32,11 +34,20 @@ class Document:
         The token ids that every prompt on it begins with.
     """
 
-    def __init__(self, engine: Engine, name: str, number: int, prompts: DocumentPrompts, ids: list[int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        number: int,
+        source: str | Sequence[Any],
+        prompts: DocumentPrompts,
+        ids: list[int],
+    ) -> None:
         self.engine = engine
         self.name = name
         self.number = number
         self.ids = ids
+        self._source = source
         self._prompts = prompts
         self._released = False
 
@@ -103,6 +114,35 @@ class Document:
     def release(self) -> Any:
         """Need it no more: its KV is freed once the questions under way have ended."""
         return self.engine.client.sync(self._release)
+
+    def save(self, place: str | Path) -> Any:
+        """Save its KV, so that an engine of the same model can load it; returns when all is written.
+
+        The workers that hold it write at the same time. What was there before is replaced in one step, at the end.
+
+        Parameters
+        ----------
+        place
+            A folder that all workers reach: a path, or a URI that pyarrow or fsspec knows (``s3://bucket/report``).
+
+        Raises
+        ------
+        SavedDocumentError
+            It cannot be written there.
+        """
+        return self.engine.client.sync(self._save, str(place))
+
+    async def _save(self, place: str) -> None:
+        self._check()
+        engine, facts = self.engine, self.engine.facts
+        plain = plain_source(self._source)
+        place = await asyncio.to_thread(prepare, place)
+        done = await engine._save_document(self.number, Saved(place, tag=secrets.token_hex(4)))
+        saved = SavedDocument(
+            self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
+            facts["block_bytes"], plain, tuple(self.ids), done.files,
+        )  # fmt: skip
+        await asyncio.to_thread(write_metadata, place, saved)
 
     async def _release(self) -> None:
         if not self._released:
@@ -207,49 +247,6 @@ class Chat:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._close()
-
-
-class Ingestion:
-    """A document on its way to the cluster; stands where requests do until it is stored.
-
-    Parameters
-    ----------
-    number
-        The document's number within its engine.
-    ids
-        Its token ids.
-    """
-
-    def __init__(self, number: int, ids: Sequence[int], generation: Generation) -> None:
-        self.number = number
-        self.generation = generation
-        self._ids = array("i", ids)
-
-    def submission(self) -> Submission:
-        """What the gManager has to know."""
-        return Submission(self.number, self._ids, None)
-
-    def receive(self, delivery: Delivery) -> bool:
-        """Take the news that it is stored, or is not going to be; True since nothing follows."""
-        if delivery.error is not None:
-            self.fail(delivery.error)
-        elif delivery.reason == "cancelled":
-            self.fail(EngineClosedError("the engine was closed before the document was ingested"))
-        elif not self.generation.done():
-            timings = delivery.timings or Completion("", (), 0, "stop").timings
-            self.generation.set_result(
-                Completion("", (), len(self._ids), "stop", timings=timings, placement=delivery.placement)
-            )
-        return True
-
-    def wants_stop(self) -> bool:
-        """Nothing is generated, so nothing can be stopped early."""
-        return False
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        if not self.generation.done():
-            self.generation.set_exception(error)
 
 
 async def _result(generation: Generation) -> Completion:

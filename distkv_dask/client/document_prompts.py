@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from distkv_dask.client.batch.extract import EXTRACTORS, plain_text
+from distkv_dask.client.batch.extract import EXTRACTORS, check_pdf_support, plain_text
 from distkv_dask.client.batch.spec import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, SourceError
@@ -104,13 +104,13 @@ class TokenPrompts:
         return ids + self._tokenizer.encode_more(question)
 
 
-def prompts_of(source: Prompt | Path, tokenizer: Tokenizer) -> DocumentPrompts:
+def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:
     """Choose how questions on a document are asked.
 
     Parameters
     ----------
     source
-        A text, the path of a file (.txt, .md, .html, .pdf; others are read as text), token ids, or chat messages.
+        A text, token ids, or chat messages.
     tokenizer
         The model's.
 
@@ -118,11 +118,7 @@ def prompts_of(source: Prompt | Path, tokenizer: Tokenizer) -> DocumentPrompts:
     ------
     InvalidRequestError
         When it is empty, of another type, or needs a tokenizer or chat template that the model does not have.
-    SourceError
-        When a file cannot be read.
     """
-    if isinstance(source, Path):
-        source = read_text(source)
     if isinstance(source, str):
         if not source.strip():
             raise InvalidRequestError("the document is empty: give a text with something in it")
@@ -135,14 +131,17 @@ def prompts_of(source: Prompt | Path, tokenizer: Tokenizer) -> DocumentPrompts:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """The text of a file: .txt, .md, .html or .pdf; others are read as plain text.
 
     Raises
     ------
     SourceError
         It cannot be read.
     """
-    extract: Any = EXTRACTORS.get(path.suffix.lower(), plain_text)
+    suffix = path.suffix.lower()
+    if suffix == ".pdf":
+        check_pdf_support()
+    extract: Any = EXTRACTORS.get(suffix, plain_text)
     try:
         text: str = extract(path.read_bytes())
     except OSError as error:

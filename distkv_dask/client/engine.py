@@ -17,18 +17,20 @@ from typing import Any, Self
 from distributed import Client, get_client
 
 from distkv_dask.client.batch import process
-from distkv_dask.client.document import Document, Ingestion
-from distkv_dask.client.document_prompts import prompts_of
+from distkv_dask.client.document import Document
+from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
+from distkv_dask.client.errand import Errand
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.request import Request
+from distkv_dask.client.saved_document import read_metadata
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
-from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError, SavedDocumentError
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
+from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, Saved, Submission, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -93,8 +95,8 @@ class Engine:
         self._closed = False
         self._broken: DistKVError | None = None
         self._numbers = itertools.count()
-        self._requests: dict[int, Request | Ingestion] = {}
-        self._outgoing: list[Request | Ingestion] = []
+        self._requests: dict[int, Request | Errand] = {}
+        self._outgoing: list[Request | Errand] = []
         self._flushing: asyncio.Task[None] | None = None
         self._documents: dict[str, Document] = {}
         self._trace: TraceFetcher | None = None
@@ -306,7 +308,7 @@ class Engine:
         self._loop.call_soon_threadsafe(self._send, request)
         return request
 
-    def _send(self, request: Request | Ingestion) -> None:
+    def _send(self, request: Request | Errand) -> None:
         """On the event loop: requests that arrive together travel together, in order."""
         self._outgoing.append(request)
         if len(self._outgoing) == 1:
@@ -357,30 +359,83 @@ class Engine:
         self._check_open()
         return self.client.sync(self._ingest, source, name)
 
+    def load(self, place: str | Path, name: str | None = None) -> Any:
+        """Load a document that :meth:`Document.save` saved, on whatever workers there are now; nothing is computed.
+
+        Parameters
+        ----------
+        place
+            The folder, as a path or URI; all workers have to reach it.
+        name
+            Its key in :meth:`documents`; None is the one that it was saved with.
+
+        Returns
+        -------
+        Document
+            As :meth:`ingest` gives.
+
+        Raises
+        ------
+        SavedDocumentError
+            There is no whole document, it is of another model, dtype or block size, or a file is damaged.
+        CapacityError
+            When it is larger than the memory of all workers.
+        """
+        self._check_open()
+        return self.client.sync(self._load, str(place), name)
+
     async def _ingest(self, source: Prompt | Path, name: str | None) -> Document:
-        loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(None, prompts_of, source, self.tokenizer)
-        ids = await loop.run_in_executor(None, prompts.prefix)
+        known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
+        prompts = await asyncio.to_thread(prompts_of, known, self.tokenizer)
+        ids = await asyncio.to_thread(prompts.prefix)
         if len(ids) >= self._facts["max_positions"]:
             raise InvalidRequestError(
                 f"a document of {len(ids)} tokens leaves no room for a question in the model's window of "
                 f"{self._facts['max_positions']} tokens: shorten it"
             )
+        return await self._hand_in(known, name, prompts, ids, None)
+
+    async def _load(self, place: str, name: str | None) -> Document:
+        saved = await asyncio.to_thread(read_metadata, place)
+        saved.check(place, self._facts, self.config.block_tokens)
+        prompts = await asyncio.to_thread(prompts_of, saved.source, self.tokenizer)
+        ids = await asyncio.to_thread(prompts.prefix)
+        if tuple(ids) != saved.ids:
+            raise SavedDocumentError(
+                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it anew"
+            )
+        where = Saved(place if "://" in place else str(Path(place).expanduser().absolute()), saved.files)
+        return await self._hand_in(saved.source, saved.name if name is None else name, prompts, ids, where)
+
+    async def _hand_in(
+        self, source: Prompt, name: str | None, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
+    ) -> Document:
         number = next(self._numbers)
         name = f"document-{number}" if name is None else name
         if name in self._documents:
             raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
-        generation = Generation(lambda: self._cancel(number))
-        self._documents[name] = document = Document(self, name, number, prompts, ids)
-        self._requests[number] = ingestion = Ingestion(number, ids, generation)
-        self._send(ingestion)
+        self._documents[name] = document = Document(self, name, number, source, prompts, ids)
         try:
-            await generation
+            await self._run_errand(Submission(number, array("i", ids), None, saved=saved))
         except BaseException:
             self._documents.pop(name, None)
-            generation.cancel()
             raise
         return document
+
+    async def _save_document(self, document: int, saved: Saved) -> Delivery:
+        return await self._run_errand(
+            Submission(next(self._numbers), array("i"), None, document=document, saved=saved)
+        )  # fmt: skip
+
+    async def _run_errand(self, submission: Submission) -> Delivery:
+        self._check_open()
+        self._requests[submission.number] = errand = Errand(submission, self._cancel)
+        self._send(errand)
+        try:
+            return await errand
+        except asyncio.CancelledError:
+            errand.cancel()
+            raise
 
     def documents(self) -> dict[str, Document]:
         """The documents that have not been released, by name."""

@@ -66,7 +66,8 @@ class Admission:
             placement = place(self.ledger, self.policy, ask, ahead) if can else None
             if placement is not None:
                 self.withdraw(ask.sequence)
-                self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt)
+                idle = ask.is_document or not ask.tokens
+                self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
                 self.ledger.commit(ask.sequence, ask.shared)
                 return ask, placement
             ahead = ahead or ask

@@ -73,7 +73,9 @@ class Documents:
         live.reused = 0
         if document is not None:
             document.used = now
-            prompt = live.prompt[: len(live.prompt) - 1]  # its last token has to be computed
+            if live.saves:
+                live.prompt = document.prompt
+            prompt = live.prompt if live.saves else live.prompt[: len(live.prompt) - 1]  # the last has to be computed
             live.reused = common_tokens(prompt, document.prompt, self._ledger.block_tokens)
         ask = Ask(
             live.sequence,
@@ -182,6 +184,8 @@ class Documents:
         smallest = next(self._ledger.room.smallest_batches(), None)
         if smallest is None or smallest.homed >= self._ledger.room.batch:
             return None  # it waits for a place in a batch
+        if head.document is not None and not self.ready(head.document):
+            return None
         accounts = self._ledger.sequences
         resting = {number for number in accounts if self._rests(number)}
         needed = {one for number in accounts.keys() - resting for one in accounts[number].documents}

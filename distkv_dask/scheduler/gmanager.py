@@ -159,16 +159,11 @@ class GManager(SchedulerPlugin):
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
         refused: dict[int, Exception] = {}
-        for number, prompt, sampling, *how in unpack(requests):
-            life, now = state.lifecycle, monotonic()
+        for one in unpack(requests):
             try:
-                asked = sampling is not None
-                self._run(
-                    state,
-                    life.submit(number, prompt, sampling, now, *how) if asked else life.ingest(number, prompt, now),
-                )
+                self._run(state, state.lifecycle.accept(one, monotonic()))
             except DistKVError as error:
-                refused[number] = error
+                refused[one.number] = error
         return pack(refused)
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:
@@ -283,6 +278,12 @@ class GManager(SchedulerPlugin):
             case FromWorker.SENT:
                 number, failure = payload
                 self._run(state, life.move_sent(number, failure, now))
+            case FromWorker.STORED:
+                number, files, error = payload
+                self._run(state, life.saved(number, worker, files, error, now))
+            case FromWorker.FETCHED:
+                number, error = payload
+                self._run(state, life.fetched(number, worker, error, now))
             case FromWorker.RELOCATED:
                 self._run(state, life.relocated(payload, now))
 
@@ -386,6 +387,10 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.RELOCATE, (state.spec.engine, number, sequence, placement, holders))
                 case do.Free(worker, sequence, start, stop):
                     self._send(worker, ToWorker.FREE, (state.spec.engine, sequence, start, stop))
+                case do.Store(worker, number, document, ranges, saved):
+                    self._send(worker, ToWorker.STORE, (state.spec.engine, number, document, ranges, saved))
+                case do.Fetch(worker, document, ranges, saved):
+                    self._send(worker, ToWorker.FETCH, (state.spec.engine, document, ranges, saved))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
                 case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":

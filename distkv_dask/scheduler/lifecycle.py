@@ -13,7 +13,7 @@ from functools import partial
 
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, InvalidRequestError, WorkerLostError
-from distkv_dask.protocol import Delivery
+from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
 from distkv_dask.scheduler.admission import Admission, prefill_slots
 from distkv_dask.scheduler.commands import (
     Abort,
@@ -33,6 +33,7 @@ from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.scheduler.saving import Saving
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
@@ -94,6 +95,7 @@ class Lifecycle:
         self._leaving: set[str] = set()
         self._numbers = gang_numbers
         self._ordinals: dict[str, int] = {}
+        self._saving = Saving(self.ledger, self.live, self.documents, self._end)
         self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
 
     # Events: workers
@@ -149,7 +151,8 @@ class Lifecycle:
                 f"finished: submit it again. If the worker ran out of memory, lower kv_memory."
             )
             yield from self._end(live.sequence, "error", now, error)
-        elif live.state == "prefill":
+        elif live.state in ("prefill", "fetching"):
+            live.answering.discard(worker)
             yield from self._stop_prefill(live, "a worker with blocks of the document is gone", now)
         elif not self.ledger.sequences[live.sequence].sharers:  # else with the last of them
             yield from self.documents.drop(live, now)
@@ -230,8 +233,32 @@ class Lifecycle:
         )  # fmt: skip
         return self._accept(live, now)
 
-    def ingest(self, sequence: int, prompt: array[int], now: float) -> Iterator[Command]:
-        """A client hands in a document: whole blocks of it are computed and kept until it is stopped.
+    def accept(self, one: Submission, now: float) -> Iterator[Command]:
+        """Take a request of any kind; raises as :meth:`submit` does."""
+        if one.sampling is not None:
+            return self.submit(one.number, one.prompt, one.sampling, now, one.streamed, one.document, one.keeps)
+        if one.document is not None and one.saved is not None:
+            return self.save(one.number, one.document, one.saved, now)
+        return self.ingest(one.number, one.prompt, now, one.saved)
+
+    def save(self, number: int, document: int, saved: Saved, now: float) -> Iterator[Command]:
+        """A client wants a document in files.
+
+        Raises
+        ------
+        InvalidRequestError
+            The document was released.
+        """
+        live = Live(
+            number, array("i"), SamplingParams(), submitted=now, document=document, saves=True, saved=saved
+        )  # fmt: skip
+        of = self.live.get(document)
+        if of is not None and of.state == "document" and not of.prompt:
+            return iter([Delivery(number, (), "stop")])  # it is shorter than a block
+        return self._accept(live, now)
+
+    def ingest(self, sequence: int, prompt: array[int], now: float, saved: Saved | None = None) -> Iterator[Command]:
+        """A client hands in a document: whole blocks of it are computed, or read, and kept until it is stopped.
 
         Raises
         ------
@@ -239,11 +266,28 @@ class Lifecycle:
             As for :meth:`submit`.
         """
         whole = prompt[: len(prompt) // self.config.block_tokens * self.config.block_tokens]
-        live = Live(sequence, whole, SamplingParams(), submitted=now, is_document=True)
+        live = Live(sequence, whole, SamplingParams(), submitted=now, is_document=True, saved=saved)
         if not whole:
             self.live[sequence] = live
             return self.documents.stored(live, now)
         return self._accept(live, now)
+
+    def saved(
+        self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
+    ) -> Iterator[Command]:
+        """A worker wrote its part of a document, or could not."""
+        yield from self._saving.stored(number, worker, files, error, now)
+        yield from self._go_on(now)
+
+    def fetched(self, number: int, worker: str, error: Exception | None, now: float) -> Iterator[Command]:
+        """A worker read its part of a document, or could not."""
+        live = self.live.get(number)
+        if live is not None and live.state == "retiring" and worker in live.answering:
+            live.answering.discard(worker)
+            yield from self.retired(number, worker, now)
+            return
+        yield from self._saving.fetched(number, worker, error, now)
+        yield from self._go_on(now)
 
     def _accept(self, live: Live, now: float) -> Iterator[Command]:
         if self.ledger.blocks(live.tokens) > self._largest_blocks:
@@ -418,10 +462,13 @@ class Lifecycle:
             ask, placement = admitted
             live = self.live[ask.sequence]
             live.state, live.admitted = "prefill", now
-            self._prefilling.add(live.sequence)
             for span in placement:
                 if span.document is None:
                     yield Reserve(span.worker, live.sequence, span.start, span.stop)
+            if live.saved is not None:
+                yield from self._saving.begin(live)
+                continue
+            self._prefilling.add(live.sequence)
             yield self._prefill(live, ask.shared)
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
@@ -522,7 +569,8 @@ class Lifecycle:
         yield from self._abandon_chunks(live, f"the request ended: {error or reason}")
         if account.home in self.chains:
             self.chains[account.home].leave(sequence)
-        if settled:
+        if settled or live.saves:
+            self._saving.forget(sequence)
             yield from self._release(sequence, now)
             yield from self._admit(now)
             return
@@ -543,7 +591,7 @@ class Lifecycle:
             if live.sequence in self._queue:
                 self._queue.withdraw(live.sequence)
             live.state = "dropped"
-        if live.state == "prefill":
+        if live.state in ("prefill", "fetching"):
             yield from self._stop_prefill(live, f"the document ended: {error or 'released'}", now)
         elif live.sequence in self.live:
             yield from self.documents.unneeded(live, now)
@@ -552,8 +600,12 @@ class Lifecycle:
     def _stop_prefill(self, live: Live, reason: str, now: float) -> Iterator[Command]:
         """Compute no more on a document; its blocks are freed once nobody does."""
         yield from self._abandon_chunks(live, reason)
+        fetching = live.state == "fetching"
         live.state = "retiring"
-        yield from self._retire(live, {*self.ledger.sequences[live.sequence].workers()})
+        if fetching:  # who still reads files says so by FETCHED
+            live.retiring, live.forwards_ended = set(live.answering), True
+        else:
+            yield from self._retire(live, {*self.ledger.sequences[live.sequence].workers()})
         if not live.retiring:
             yield from self.retired(live.sequence, "", now)
 

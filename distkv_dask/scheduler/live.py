@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distkv_dask.protocol import Saved
 from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 
@@ -22,7 +23,9 @@ class Live:
     is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without. Of a document,
     ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents`` are the requests
     that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored; ``used`` is when
-    it was last needed.
+    it was last needed, ``saved`` where its blocks are in files, too. A request that ``saves`` its document there
+    generates nothing; ``answering`` are the workers that write or read files for it, ``failure`` the first that went
+    wrong.
     """
 
     sequence: int
@@ -33,7 +36,7 @@ class Live:
     document: int | None = None
     is_document: bool = False
     keeps: bool = False
-    state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped"] = "waiting"
+    state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "fetching"] = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
@@ -50,11 +53,15 @@ class Live:
     dependents: set[int] = field(default_factory=set)
     awaited: dict[int, float] = field(default_factory=dict)
     used: float = 0.0
+    saved: Saved | None = None
+    saves: bool = False
+    answering: set[str] = field(default_factory=set)
+    failure: Exception | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens whose KV may have to be stored: the last generated token's never is."""
-        if self.is_document:
+        if self.is_document or self.saves:
             return len(self.prompt)
         return len(self.prompt) + self.sampling.max_new_tokens - 1
 

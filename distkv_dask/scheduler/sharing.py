@@ -17,6 +17,8 @@ HEADROOM = 512
 
 def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) -> Placement | None:
     """Choose where a document, a question on one, or any other request lies; None while there is no room."""
+    if ask.document is not None and not ask.tokens:
+        return shared(ledger.sequences[ask.document].placement, ask.document, ask.shared)
     if ask.document is not None:
         own = _near(ledger, ask) if ahead is None else None
         own = own or policy.place(ledger, ask, ahead)

@@ -23,6 +23,7 @@ from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.types import Geometry
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.fingerprint import fingerprint
 from distkv_dask.worker.probe import probe
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
@@ -50,6 +51,11 @@ class LoadedModel:
         self._model = model
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the model from others."""
+        return fingerprint(self._model)
 
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
