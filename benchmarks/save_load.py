@@ -1,6 +1,6 @@
 """Save and load a document: bytes per second, beside what the disk does with the same bytes in the same run.
 
-The KV is that of SmolLM2-135M in bfloat16. ``load`` reads, checks and copies into the pools of two workers; ``load_cold``
+The KV is that of SmolLM2-135M in bfloat16. ``load`` reads, checks and copies into two workers' pools; ``load_cold``
 does so after the files were dropped from the page cache (where the system lets us), as the plain read of the same files
 beside it, ``disk_cold``, does with one thread.
 """
