@@ -137,7 +137,7 @@ class Document:
         engine, facts = self.engine, self.engine.facts
         plain = plain_source(self._source)
         place = await asyncio.to_thread(prepare, place)
-        done = await engine._save_document(self.number, Saved(place, tag=secrets.token_hex(4)))
+        done = await engine._library.save(self.number, Saved(place, tag=secrets.token_hex(4)))
         saved = SavedDocument(
             self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
             facts["block_bytes"], plain, tuple(self.ids), done.files,
@@ -147,7 +147,7 @@ class Document:
     async def _release(self) -> None:
         if not self._released:
             self._released = True
-            await self.engine._release_documents(self.number)
+            await self.engine._library.release(self.number)
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +234,7 @@ class Chat:
     async def _close(self) -> None:
         numbers, self._numbers = self._numbers, []
         if numbers:
-            await self.document.engine._release_documents(*numbers)
+            await self.document.engine._library.release(*numbers)
 
     def __enter__(self) -> Self:
         return self

@@ -18,19 +18,18 @@ from distributed import Client, get_client
 
 from distkv_dask.client.batch import process
 from distkv_dask.client.document import Document
-from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
 from distkv_dask.client.errand import Errand
 from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.library import Library
 from distkv_dask.client.request import Request
-from distkv_dask.client.saved_document import read_metadata
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
-from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError, SavedDocumentError
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, Saved, Submission, pack, unpack
+from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -98,7 +97,7 @@ class Engine:
         self._requests: dict[int, Request | Errand] = {}
         self._outgoing: list[Request | Errand] = []
         self._flushing: asyncio.Task[None] | None = None
-        self._documents: dict[str, Document] = {}
+        self._library = Library(self, self._numbers, self._send_errand, self._flushed, self._give_up)
         self._trace: TraceFetcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         if not self.client.asynchronous:
@@ -357,7 +356,7 @@ class Engine:
             When it is larger than the memory of all workers.
         """
         self._check_open()
-        return self.client.sync(self._ingest, source, name)
+        return self.client.sync(self._library.ingest, source, name)
 
     def load(self, place: str | Path, name: str | None = None) -> Any:
         """Load a document that :meth:`Document.save` saved, on whatever workers there are now; nothing is computed.
@@ -382,75 +381,26 @@ class Engine:
             When it is larger than the memory of all workers.
         """
         self._check_open()
-        return self.client.sync(self._load, str(place), name)
-
-    async def _ingest(self, source: Prompt | Path, name: str | None) -> Document:
-        known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
-        prompts = await asyncio.to_thread(prompts_of, known, self.tokenizer)
-        ids = await asyncio.to_thread(prompts.prefix)
-        if len(ids) >= self._facts["max_positions"]:
-            raise InvalidRequestError(
-                f"a document of {len(ids)} tokens leaves no room for a question in the model's window of "
-                f"{self._facts['max_positions']} tokens: shorten it"
-            )
-        return await self._hand_in(known, name, prompts, ids, None)
-
-    async def _load(self, place: str, name: str | None) -> Document:
-        saved = await asyncio.to_thread(read_metadata, place)
-        saved.check(place, self._facts, self.config.block_tokens)
-        prompts = await asyncio.to_thread(prompts_of, saved.source, self.tokenizer)
-        ids = await asyncio.to_thread(prompts.prefix)
-        if tuple(ids) != saved.ids:
-            raise SavedDocumentError(
-                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it anew"
-            )
-        where = Saved(place if "://" in place else str(Path(place).expanduser().absolute()), saved.files)
-        return await self._hand_in(saved.source, saved.name if name is None else name, prompts, ids, where)
-
-    async def _hand_in(
-        self, source: Prompt, name: str | None, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
-    ) -> Document:
-        number = next(self._numbers)
-        name = f"document-{number}" if name is None else name
-        if name in self._documents:
-            raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
-        self._documents[name] = document = Document(self, name, number, source, prompts, ids)
-        try:
-            await self._run_errand(Submission(number, array("i", ids), None, saved=saved))
-        except BaseException:
-            self._documents.pop(name, None)
-            raise
-        return document
-
-    async def _save_document(self, document: int, saved: Saved) -> Delivery:
-        return await self._run_errand(
-            Submission(next(self._numbers), array("i"), None, document=document, saved=saved)
-        )  # fmt: skip
-
-    async def _run_errand(self, submission: Submission) -> Delivery:
-        self._check_open()
-        self._requests[submission.number] = errand = Errand(submission, self._cancel)
-        self._send(errand)
-        try:
-            return await errand
-        except asyncio.CancelledError:
-            errand.cancel()
-            raise
+        return self.client.sync(self._library.load, str(place), name)
 
     def documents(self) -> dict[str, Document]:
         """The documents that have not been released, by name."""
         self._check_open()
-        return dict(self._documents)
+        return dict(self._library.documents)
 
-    async def _release_documents(self, *numbers: int) -> None:
-        """Tell the gManager that documents are needed no more, after the questions that are on their way there."""
-        self._documents = {name: one for name, one in self._documents.items() if one.number not in numbers}
-        if self._closed:
-            return
+    async def _flushed(self) -> None:
+        """Wait until the requests so far have arrived at the gManager."""
         if self._flushing is not None:
             await asyncio.wait([self._flushing])
-        for number in numbers:
+
+    async def _give_up(self, number: int) -> None:
+        if not self._closed:
             await self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason="cancelled")
+
+    def _send_errand(self, errand: Errand) -> None:
+        self._check_open()
+        self._requests[errand.number] = errand
+        self._send(errand)
 
     def _cancel(self, number: int) -> None:
         self._loop.call_soon_threadsafe(self._send_cancel, number)
