@@ -18,6 +18,7 @@ from distkv_dask.scheduler.commands import Command, Free, Release
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.prefixes import PrefixIndex
 from distkv_dask.scheduler.sharing import common_tokens
 
 
@@ -39,17 +40,22 @@ class Documents:
         self._live = live
         self._queue = queue
         self._end_moves = end_moves
+        self._index = PrefixIndex(ledger.block_tokens)
 
     # Requests that come
 
     def attach(self, live: Live) -> None:
-        """A request depends on its document from now on.
+        """A request depends on its document from now on; one that names none on whichever begins like it.
 
         Raises
         ------
         InvalidRequestError
             There is no such document (any more).
         """
+        if live.document is None and not live.is_document:
+            found = self._index.find(live.prompt[: len(live.prompt) - 1])
+            if found is not None and not self._live[found].released:
+                live.document, live.borrows = found, True
         if live.document is None:
             return
         document = self._live.get(live.document)
@@ -102,6 +108,7 @@ class Documents:
         live.state, live.used, live.retries = "document", now, 0
         if live.prompt:
             self._ledger.keep(live.sequence, len(live.prompt))
+            self._index.add(live.sequence, live.prompt)
         if not live.announced:
             live.announced = True
             account = self._ledger.sequences.get(live.sequence)
@@ -119,6 +126,7 @@ class Documents:
         if account.lost or account.moves or not tokens:
             yield from self.drop(live, now)
             return
+        self._index.add(live.sequence, live.prompt)
         for span in self._ledger.keep(live.sequence, tokens):
             yield Free(span.worker, live.sequence, span.start, span.stop)
         self._wake(live, now)
@@ -134,8 +142,15 @@ class Documents:
 
     def drop(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
+        self._index.drop(live.sequence, live.prompt)
         for ask in [ask for ask in self._queue if ask.document == live.sequence]:
-            live.awaited[ask.sequence] = self._queue.withdraw(ask.sequence).submitted
+            self._queue.withdraw(ask.sequence)
+            if (waiting := self._live[ask.sequence]).borrows:
+                waiting.document, waiting.borrows = None, False
+                live.dependents.discard(ask.sequence)
+                self.enqueue(waiting, now)
+            else:
+                live.awaited[ask.sequence] = ask.submitted
         live.state = "dropped"
         yield from self._free(live, now)
         if not live.prompt:
@@ -152,6 +167,7 @@ class Documents:
 
     def forget(self, live: Live, now: float) -> Iterator[Command]:
         """A request, or a document that nobody needs, is over: free its blocks, and what only it needed."""
+        self._index.drop(live.sequence, live.prompt if live.is_document else array("i"))
         yield from self._free(live, now)
         del self._live[live.sequence]
         document = self._live.get(live.document) if live.document is not None else None

@@ -20,7 +20,8 @@ class Live:
     the time since which no set of workers could ever serve it.
 
     A document is such a request too, without an answer; one whose answer is kept (``keeps``) becomes one. ``document``
-    is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without. Of a document,
+    is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without, ``borrows`` if
+    the client did not name it. Of a document,
     ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents`` are the requests
     that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored; ``used`` is when
     it was last needed, ``saved`` where its blocks are in files, too. A request that ``saves`` its document there
@@ -47,6 +48,7 @@ class Live:
     stuck_since: float | None = None
     reused: int = 0
     alone: bool = False
+    borrows: bool = False
     ended: FinishReason | None = None
     announced: bool = False
     released: bool = False

@@ -149,6 +149,25 @@ def test_blocks_of_a_document_at_rest_leave_a_worker_that_is_drained() -> None:
     assert cluster.reused[1] == 16
 
 
+def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits_for_it() -> None:
+    cluster = stored([12])
+    sampling = SamplingParams(max_new_tokens=5)
+    cluster.run(cluster.life.submit(1, prompt(0, 13, 7, 7, 7, 7, 7), sampling, cluster.now))
+    finish(cluster)
+    assert cluster.reused[1] == 12
+    assert cluster.tokens[1] == expected(1, 5)
+    large = SamplingParams(max_new_tokens=25)
+    cluster.run(cluster.life.submit(2, prompt(8, 20), large, cluster.now))  # fits only without the document
+    cluster.run(cluster.life.submit(3, prompt(0, 17), sampling, cluster.now))
+    assert cluster.life.live[0].state == "dropped"
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    finish(cluster)
+    assert cluster.reused[3] == 0
+    assert cluster.tokens[3] == expected(3, 5)
+    assert not cluster.life.live
+    assert not any(cluster.pools.values())
+
+
 asked = st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 40), st.booleans())
 events = st.one_of(
     mishaps.filter(bool).map(lambda some: some[0]), st.just("step"), st.just("step"), asked, st.integers(0, 3)
@@ -209,8 +228,9 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
         case (document, tokens, new, keeps):
             number = 10 + len(wanted)
             names = [*held, *(one for one, live in life.live.items() if live.keeps)]
-            name = cluster.rng.choice(names) if names and document else None
-            beginning = life.live[name].prompt if name in life.live else array("i")
+            like = cluster.rng.choice(names) if names else None
+            name = like if document else None
+            beginning = life.live[like].prompt if like in life.live else array("i")
             try:
                 cluster.run(
                     life.submit(
