@@ -5,6 +5,7 @@ memory.
 """
 
 from distkv_dask.client.batch import BatchSummary
+from distkv_dask.client.document import Chat, Document
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import (
     CapacityError,
@@ -18,6 +19,7 @@ from distkv_dask.errors import (
     InvalidRequestError,
     ModelError,
     OutputError,
+    SavedDocumentError,
     SourceError,
     TooManyErrorsError,
     UnsupportedModelError,
@@ -30,10 +32,12 @@ __all__ = [
     "CapacityError",
     "ChannelError",
     "ChannelTimeoutError",
+    "Chat",
     "ClusterError",
     "Completion",
     "ConfigError",
     "DistKVError",
+    "Document",
     "Engine",
     "EngineClosedError",
     "GangAbortedError",
@@ -41,6 +45,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "SamplingParams",
+    "SavedDocumentError",
     "SourceError",
     "Span",
     "Timings",

@@ -56,6 +56,10 @@ class EngineClosedError(DistKVError):
     """The engine was closed, or its scheduler is gone."""
 
 
+class SavedDocumentError(DistKVError, ValueError):
+    """A document cannot be saved there, or what is saved there cannot be loaded: another model, or damaged files."""
+
+
 class SourceError(DistKVError, ValueError):
     """A batch cannot be read as it was named: no such file, column or format."""
 

@@ -6,6 +6,7 @@ queries and partials do not appear here: they travel on channels (:mod:`distkv_d
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
-from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, Timings
+from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, SamplingParams, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
@@ -73,6 +74,8 @@ class ToWorker(StrEnum):
     SEND = "distkv-send"
     RELOCATE = "distkv-relocate"
     FREE = "distkv-free"
+    STORE = "distkv-store"
+    FETCH = "distkv-fetch"
     ABORT = "distkv-abort"
 
 
@@ -92,6 +95,8 @@ class FromWorker(StrEnum):
     EXPECTED = "expected"
     SENT = "sent"
     RELOCATED = "relocated"
+    STORED = "stored"
+    FETCHED = "fetched"
 
 
 class ToPeer(StrEnum):
@@ -157,6 +162,45 @@ class EngineSpec:
     span: DaskSpan | None = None
 
 
+class SavedFile(NamedTuple):
+    """A file with the blocks of tokens ``[start, stop)`` of a document.
+
+    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32.
+    """
+
+    name: str
+    start: int
+    stop: int
+    bytes: int
+    checksum: int
+
+
+class Saved(NamedTuple):
+    """Where the blocks of a document are saved: a folder that all workers reach, and the files in it."""
+
+    place: str
+    files: tuple[SavedFile, ...] = ()
+    tag: str = ""
+    """Part of the names of files that are to be written."""
+
+
+class Submission(NamedTuple):
+    """A request as it travels to the gManager.
+
+    ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
+    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
+    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there.
+    """
+
+    number: int
+    prompt: array[int]
+    sampling: SamplingParams | None
+    streamed: bool = False
+    document: int | None = None
+    keeps: bool = False
+    saved: Saved | None = None
+
+
 class Ready(TypedDict):
     """Facts that a worker reports once an engine is open there."""
 
@@ -166,6 +210,7 @@ class Ready(TypedDict):
     capacity_blocks: int
     block_bytes: int
     geometry: Geometry
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +223,5 @@ class Delivery:
     error: Exception | None = None
     timings: Timings | None = None
     placement: Placement = ()
+    reused: int = 0
+    files: tuple[SavedFile, ...] = ()

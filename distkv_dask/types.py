@@ -86,11 +86,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Contiguous token range ``[start, stop)`` of a sequence held by one worker (its reserved room, filled or not)."""
+    """Contiguous token range ``[start, stop)`` of a sequence held by one worker (its reserved room, filled or not).
+
+    The blocks of a span that names a ``document`` belong to that sequence, not to the one whose placement it stands in:
+    they are only read.
+    """
 
     worker: str
     start: int
     stop: int
+    document: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -106,7 +111,7 @@ Placement = tuple[Span, ...]
 """Ordered, gapless spans of one sequence, from token 0; adjacent spans lie on different workers.
 
 A worker may hold several spans; borders between spans are multiples of the block's tokens. Only the last span grows:
-its worker is the sequence's home.
+its worker is the sequence's home. Spans that it shares with documents come first.
 """
 
 
@@ -248,7 +253,8 @@ class Completion:
     """The answer to one prompt.
 
     ``token_ids`` are the generated ids (without the end-of-sequence token that ended them), ``placement`` says where
-    the sequence's KV lay, ``error`` is the error's text when ``finish_reason`` is ``"error"``.
+    the sequence's KV lay, ``error`` is the error's text when ``finish_reason`` is ``"error"``. ``reused_tokens`` of the
+    prompt were not computed: their KV was a document's.
     """
 
     text: str
@@ -258,6 +264,7 @@ class Completion:
     error: str | None = None
     timings: Timings = field(default_factory=Timings)
     placement: Placement = ()
+    reused_tokens: int = 0
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:

@@ -10,6 +10,7 @@ import click
 COMMANDS = {
     "run": ("distkv_dask.client.commands.run:command", "Ask about every row of a table or file of a folder."),
     "ask": ("distkv_dask.client.commands.ask:command", "Ask one question, about a document or none."),
+    "ingest": ("distkv_dask.client.commands.ingest:command", "Save a document's KV cache, to ask about it later."),
     "status": ("distkv_dask.client.commands.status:command", "Show what a cluster is doing."),
     "cluster": ("distkv_dask.client.commands.cluster:command", "Start a Dask cluster on this machine."),
     "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a cluster that does not exist."),

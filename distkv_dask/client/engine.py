@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -18,7 +19,10 @@ from dask.base import get_annotations
 from distributed import Client, get_client, span
 
 from distkv_dask.client.batch import process
+from distkv_dask.client.document import Document
+from distkv_dask.client.errand import Errand
 from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.library import Library
 from distkv_dask.client.request import Request
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
@@ -98,8 +102,10 @@ class Engine:
         self._closed = False
         self._broken: DistKVError | None = None
         self._numbers = itertools.count()
-        self._requests: dict[int, Request] = {}
-        self._outgoing: list[Request] = []
+        self._requests: dict[int, Request | Errand] = {}
+        self._outgoing: list[Request | Errand] = []
+        self._flushing: asyncio.Task[None] | None = None
+        self._library = Library(self, self._numbers, self._send_errand, self._flushed, self._give_up)
         self._trace: TraceFetcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         if not self.client.asynchronous:
@@ -209,7 +215,15 @@ class Engine:
             When the engine is closed.
         """
         self._check_open()
-        several = _several(prompts)
+        return self._answer(_several(prompts), sampling, self.submit)
+
+    def _answer(
+        self,
+        several: list[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        submit: Callable[[Any, SamplingParams | None], Generation],
+    ) -> Any:
+        """Submit prompts, or questions on a document, and wait for all of them."""
         params = (
             [sampling] * len(several) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
         )
@@ -220,7 +234,7 @@ class Engine:
         accepted: list[Generation | Completion] = []
         for prompt, one in zip(several, params, strict=True):
             try:
-                accepted.append(self.submit(prompt, one))
+                accepted.append(submit(prompt, one))
             except InvalidRequestError as error:
                 accepted.append(_failed(error))
         return self.client.sync(self._gather, accepted)
@@ -289,6 +303,17 @@ class Engine:
         self, prompt: Prompt, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
     ) -> Request:
         self._check_open()
+        return self._submit_ids(self.tokenizer.encode(prompt), sampling, on_text)
+
+    def _submit_ids(
+        self,
+        ids: list[int],
+        sampling: SamplingParams | None,
+        on_text: Callable[[str], None] | None = None,
+        document: int | None = None,
+        keeps: bool = False,
+    ) -> Request:
+        self._check_open()
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
@@ -296,7 +321,6 @@ class Engine:
             sampling = _seeded(sampling)
         if sampling.schema is not None:
             grammar_of(str(sampling.schema))
-        ids = self.tokenizer.encode(prompt)
         if len(ids) + sampling.max_new_tokens > self._facts["max_positions"]:
             raise InvalidRequestError(
                 f"a prompt of {len(ids)} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
@@ -304,23 +328,23 @@ class Engine:
             )
         number = next(self._numbers)
         generation = Generation(lambda: self._cancel(number))
-        request = Request(number, array("i", ids), sampling, self.tokenizer, generation, on_text)
+        request = Request(
+            number, array("i", ids), sampling, self.tokenizer, generation, on_text, document=document, keeps=keeps
+        )
         self._requests[number] = request
         self._loop.call_soon_threadsafe(self._send, request)
         return request
 
-    def _send(self, request: Request) -> None:
+    def _send(self, request: Request | Errand) -> None:
         """On the event loop: requests that arrive together travel together, in order."""
         self._outgoing.append(request)
         if len(self._outgoing) == 1:
-            self._spawn(self._flush())
+            self._flushing = self._spawn(self._flush())
 
     async def _flush(self) -> None:
         await asyncio.sleep(0)
         requests, self._outgoing = self._outgoing, []
-        payload = [
-            (one.number, one.prompt, one.sampling, one.streamed) for one in requests if not one.generation.cancelled()
-        ]
+        payload = [one.submission() for one in requests if not one.generation.cancelled()]
         try:
             refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
         except Exception as failure:
@@ -331,6 +355,80 @@ class Engine:
         for request in requests:
             if request.generation.cancelled():  # perhaps before the cluster knew of it
                 self._stop(request.number, "cancelled")
+
+    # Documents
+
+    def ingest(self, source: Prompt | Path, name: str | None = None) -> Any:
+        """Compute the KV cache of a document once, to ask many questions about it; returns when it is stored.
+
+        Parameters
+        ----------
+        source
+            A text, a :class:`~pathlib.Path` of a file (.txt, .md, .html, .pdf), a list of token ids, or a list of chat
+            messages. Questions follow a text after an empty line, in the same chat message where the model has a chat
+            template.
+        name
+            Its key in :meth:`documents`; None is ``"document-0"`` and so on.
+
+        Returns
+        -------
+        Document
+            Its KV stays until it is released, or the engine closed. Where memory is short, it may be given up and
+            computed anew when it is asked next.
+
+        Raises
+        ------
+        InvalidRequestError, SourceError
+            When the document cannot be served as it is, or its file not be read.
+        CapacityError
+            When it is larger than the memory of all workers.
+        """
+        self._check_open()
+        return self.client.sync(self._library.ingest, source, name)
+
+    def load(self, place: str | Path, name: str | None = None) -> Any:
+        """Load a document that :meth:`Document.save` saved, on whatever workers there are now; nothing is computed.
+
+        Parameters
+        ----------
+        place
+            The folder, as a path or URI; all workers have to reach it.
+        name
+            Its key in :meth:`documents`; None is the one that it was saved with.
+
+        Returns
+        -------
+        Document
+            As :meth:`ingest` gives.
+
+        Raises
+        ------
+        SavedDocumentError
+            There is no whole document, it is of another model, dtype or block size, or a file is damaged.
+        CapacityError
+            When it is larger than the memory of all workers.
+        """
+        self._check_open()
+        return self.client.sync(self._library.load, str(place), name)
+
+    def documents(self) -> dict[str, Document]:
+        """The documents that have not been released, by name."""
+        self._check_open()
+        return dict(self._library.documents)
+
+    async def _flushed(self) -> None:
+        """Wait until the requests so far have arrived at the gManager."""
+        if self._flushing is not None:
+            await asyncio.wait([self._flushing])
+
+    async def _give_up(self, number: int) -> None:
+        if not self._closed:
+            await self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason="cancelled")
+
+    def _send_errand(self, errand: Errand) -> None:
+        self._check_open()
+        self._requests[errand.number] = errand
+        self._send(errand)
 
     def _cancel(self, number: int) -> None:
         self._loop.call_soon_threadsafe(self._send_cancel, number)
@@ -464,10 +562,11 @@ class Engine:
         with contextlib.suppress(EngineClosedError, OSError):
             await self._call(call, **arguments)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

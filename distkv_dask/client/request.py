@@ -10,7 +10,7 @@ from concurrent.futures import InvalidStateError
 from distkv_dask.client.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.protocol import Delivery
+from distkv_dask.protocol import Delivery, Submission
 from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
 
 
@@ -29,6 +29,8 @@ class Request:
         The user's future.
     on_text
         Called with each piece of text.
+    document, keeps
+        The document that it is asked about, and whether prompt and answer become one.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Request:
         tokenizer: Tokenizer,
         generation: Generation,
         on_text: Callable[[str], None] | None = None,
+        document: int | None = None,
+        keeps: bool = False,
     ) -> None:
         self.number = number
         self.prompt = prompt
@@ -46,8 +50,14 @@ class Request:
         self.generation = generation
         self.streamed = on_text is not None
         self._on_text = on_text
+        self._document = document
+        self._keeps = keeps
         self._stream = tokenizer.stream(sampling.stop)
         self._told = False
+
+    def submission(self) -> Submission:
+        """What the gManager has to know."""
+        return Submission(self.number, self.prompt, self.sampling, self.streamed, self._document, self._keeps)
 
     def receive(self, delivery: Delivery) -> bool:
         """Take tokens or the end; returns True when the request is over."""
@@ -81,6 +91,7 @@ class Request:
             finish_reason=reason,
             timings=delivery.timings or Timings(),
             placement=delivery.placement,
+            reused_tokens=delivery.reused,
         )
         with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             self.generation.set_result(completion)

@@ -57,6 +57,23 @@ class Tokenizer:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         return ids
 
+    def encode_more(self, text: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a text that follows others, without special tokens; or of ids as given.
+
+        Raises
+        ------
+        InvalidRequestError
+            When it is empty, out of the vocabulary, or needs a tokenizer that the model does not have.
+        """
+        if not isinstance(text, str):
+            return self.encode(text)
+        if self._loaded is None:
+            raise InvalidRequestError("the model has no tokenizer: give token ids instead of a text")
+        ids = list(self._loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not ids:
+            raise InvalidRequestError("the question is empty")
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens; empty when the model has no tokenizer."""
         if self._loaded is None:

@@ -85,7 +85,8 @@ class SequenceAccount:
     """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
 
     ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
-    blocks of it.
+    blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch. ``sharers`` are
+    the sequences in whose placements spans of it stand.
     """
 
     placement: Placement
@@ -93,6 +94,18 @@ class SequenceAccount:
     length: int = 0
     moves: list[Move] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    idle: bool = False
+    sharers: set[int] = field(default_factory=set)
+
+    @property
+    def own(self) -> Placement:
+        """The spans whose blocks are its own."""
+        return tuple(span for span in self.placement if span.document is None)
+
+    @property
+    def documents(self) -> set[int]:
+        """The documents that it shares spans of."""
+        return {span.document for span in self.placement if span.document is not None}
 
     @property
     def pending(self) -> int:

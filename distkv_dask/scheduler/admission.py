@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from sortedcontainers import SortedList
 
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.sharing import place
 from distkv_dask.types import Placement
 
 
@@ -21,16 +22,22 @@ class Admission:
         Where admitted requests are reserved.
     policy
         Decides order and place.
+    ready
+        Whether a document can be shared now.
     """
 
-    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, policy: Policy, ready: Callable[[int], bool] = lambda _: True) -> None:
         self.ledger = ledger
         self.policy = policy
+        self._ready = ready
         self._order: SortedList = SortedList()
         self._asks: dict[int, tuple[float, Ask]] = {}
 
     def __len__(self) -> int:
         return len(self._asks)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._asks
 
     def __iter__(self) -> Iterator[Ask]:
         """The waiting requests, in order."""
@@ -42,10 +49,11 @@ class Admission:
         self._asks[ask.sequence] = rank, ask
         self._order.add((rank, ask.sequence))
 
-    def withdraw(self, sequence: int) -> None:
+    def withdraw(self, sequence: int) -> Ask:
         """A request waits no more."""
-        rank, _ = self._asks.pop(sequence)
+        rank, ask = self._asks.pop(sequence)
         self._order.remove((rank, sequence))
+        return ask
 
     def admit(self) -> tuple[Ask, Placement] | None:
         """Reserve room for the next request that gets it, or return None.
@@ -54,10 +62,13 @@ class Admission:
         """
         ahead = None
         for ask in islice(self, 1 + self.policy.look_ahead):
-            placement = self.policy.place(self.ledger, ask, ahead)
+            can = ask.document is None or self._ready(ask.document)
+            placement = place(self.ledger, self.policy, ask, ahead) if can else None
             if placement is not None:
                 self.withdraw(ask.sequence)
-                self.ledger.reserve(ask.sequence, placement, ask.prompt)
+                idle = ask.is_document or not ask.tokens
+                self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
+                self.ledger.commit(ask.sequence, ask.shared)
                 return ask, placement
             ahead = ahead or ask
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distkv_dask.protocol import Delivery
+from distkv_dask.protocol import Delivery, Saved
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement, PrefillChunk, SequenceState
 
 
@@ -130,6 +130,27 @@ class Free:
 
 
 @dataclass(frozen=True, slots=True)
+class Store:
+    """Save these token ranges of a document, for request ``number`` (the worker answers STORED)."""
+
+    worker: str
+    number: int
+    document: int
+    ranges: tuple[tuple[int, int], ...]
+    saved: Saved
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Fill the blocks of these token ranges of a document from where it is saved (the worker answers FETCHED)."""
+
+    worker: str
+    document: int
+    ranges: tuple[tuple[int, int], ...]
+    saved: Saved
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """End a worker's part in a gang; without an error where the gang went on without needing it (``unused``)."""
 
@@ -160,6 +181,8 @@ Command = (
     | Send
     | Relocate
     | Free
+    | Store
+    | Fetch
     | Abort
     | Forget
     | Delivery

@@ -27,7 +27,7 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) ->
     for sequence, tokens in full.items():
         account = ledger.sequences[sequence]
         for span in account.placement:
-            if span.worker != worker or not span.tokens:
+            if span.worker != worker or not span.tokens or span.document is not None:
                 continue
             stop = min(span.stop, tokens)
             if stop > span.start:

@@ -164,8 +164,8 @@ class EngineState:
         """Put tokens or an end into the outbox."""
         self._outbox.append(delivery)
         self.figures.generated(len(delivery.tokens))
-        if delivery.reason is not None:
-            live = self.lifecycle.live.get(delivery.sequence)
+        live = self.lifecycle.live.get(delivery.sequence)
+        if delivery.reason is not None and (live is None or not (live.is_document or live.saves)):
             generated = len(live.generated) if live is not None else 0
             self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
         self._news.set()
@@ -204,6 +204,7 @@ class EngineState:
             "vocab_size": one["geometry"].vocab_size,
             "block_bytes": one["block_bytes"],
             "dtype": one["geometry"].dtype,
+            "fingerprint": max(facts["fingerprint"] for facts in self.facts.values()),
             "workers": len(self.facts),
         }
 

@@ -156,16 +156,16 @@ class GManager(SchedulerPlugin):
             self._send(worker, ToWorker.OPEN, (engine.spec, geometry))
 
     def submit(self, engine: str, requests: Any) -> Any:
-        """Take requests (packed: number, prompt, sampling, streamed); returns the refused ones with their reasons."""
+        """Take requests (packed :class:`Submission`); returns the refused ones with their reasons."""
         state = self._engine(engine)
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
         refused: dict[int, Exception] = {}
-        for number, prompt, sampling, streamed in unpack(requests):
+        for one in unpack(requests):
             try:
-                self._run(state, state.lifecycle.submit(number, prompt, sampling, monotonic(), streamed))
+                self._run(state, state.lifecycle.accept(one, monotonic()))
             except DistKVError as error:
-                refused[number] = error
+                refused[one.number] = error
         return pack(refused)
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:
@@ -260,8 +260,9 @@ class GManager(SchedulerPlugin):
             case FromWorker.CLOSED:
                 state.closed(worker)
             case FromWorker.CHUNK_DONE:
-                state.prefilled(*payload)
-                self._run(state, life.chunk_done(*payload))
+                sequence, gang = payload
+                state.prefilled(sequence, gang)
+                self._run(state, life.chunk_done(sequence, gang, now))
             case FromWorker.PREFILLED:
                 sequence, gang, token, reason = payload
                 state.prefilled(sequence, gang)
@@ -284,6 +285,12 @@ class GManager(SchedulerPlugin):
             case FromWorker.SENT:
                 number, failure = payload
                 self._run(state, life.move_sent(number, failure, now))
+            case FromWorker.STORED:
+                number, files, error = payload
+                self._run(state, life.saved(number, worker, files, error, now))
+            case FromWorker.FETCHED:
+                number, error = payload
+                self._run(state, life.fetched(number, worker, error, now))
             case FromWorker.RELOCATED:
                 self._run(state, life.relocated(payload, now))
 
@@ -387,6 +394,10 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.RELOCATE, (state.spec.engine, number, sequence, placement, holders))
                 case do.Free(worker, sequence, start, stop):
                     self._send(worker, ToWorker.FREE, (state.spec.engine, sequence, start, stop))
+                case do.Store(worker, number, document, ranges, saved):
+                    self._send(worker, ToWorker.STORE, (state.spec.engine, number, document, ranges, saved))
+                case do.Fetch(worker, document, ranges, saved):
+                    self._send(worker, ToWorker.FETCH, (state.spec.engine, document, ranges, saved))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
                 case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":

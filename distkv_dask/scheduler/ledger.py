@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.placements import blocks_of, moved, span_around
 from distkv_dask.scheduler.room import Room
-from distkv_dask.types import Endpoint, Move, Placement
+from distkv_dask.types import Endpoint, Move, Placement, Span
 
 NO_LIMIT = 2**40
 """More blocks, or sequences, than any worker ever has."""
@@ -118,23 +119,41 @@ class Ledger:
 
     # Sequences
 
-    def reserve(self, sequence: int, placement: Placement, prompt: int = 0) -> None:
+    def reserve(self, sequence: int, placement: Placement, prompt: int = 0, *, idle: bool = False) -> None:
         """Reserve the blocks of a placement that the policy chose from this very ledger, for a prompt so long.
+
+        Nothing will be decoded of an ``idle`` one.
+
+        Spans of documents are shared: they take no blocks, and cannot be freed or moved before the sequence is
+        released.
 
         Raises
         ------
         ValueError
-            When a worker is unknown or has too little room: the policy saw another ledger.
+            When a worker is unknown or has too little room, or a document's spans are not where the placement says: the
+            policy saw another ledger.
         """
         wanted: Counter[str] = Counter()
         for span in placement:
-            wanted[span.worker] += self.blocks(span.tokens)
+            if span.document is None:
+                wanted[span.worker] += self.blocks(span.tokens)
+            elif not self._holds(span):
+                raise ValueError(f"sequence {sequence}: {span} is not part of its document")
         for worker, blocks in wanted.items():
             account = self.workers.get(worker)
             if account is None or account.free < blocks:
                 raise ValueError(f"sequence {sequence}: {blocks} blocks on {worker} do not fit the ledger")
-        self.sequences[sequence] = SequenceAccount(placement, prompt)
+        self.sequences[sequence] = SequenceAccount(placement, prompt, idle=idle)
+        for document in self.sequences[sequence].documents:
+            self.sequences[document].sharers.add(sequence)
         self._count(sequence, +1)
+
+    def _holds(self, span: Span) -> bool:
+        """Whether a shared span lies where its document does, stored, and stays there."""
+        account = self.sequences.get(-1 if span.document is None else span.document)
+        if account is None or account.moves or span.worker in account.lost or span.stop > account.length:
+            return False
+        return any(one.worker == span.worker and one.start <= span.start < span.stop <= one.stop for one in account.own)
 
     def commit(self, sequence: int, length: int) -> None:
         """Record that the KV of the first ``length`` tokens of a sequence exists."""
@@ -144,9 +163,42 @@ class Ledger:
         if account.home not in account.lost:
             self.workers[account.home].pending += account.pending - before
 
-    def release(self, sequence: int) -> list[str]:
-        """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it."""
+    def keep(self, sequence: int, tokens: int) -> list[Span]:
+        """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of its other room.
+
+        Raises
+        ------
+        ValueError
+            When nothing of the sequence is to be kept, or blocks of it are being moved or shared.
+        """
         account = self.sequences[sequence]
+        if account.moves or account.sharers or not 0 < tokens <= account.length or tokens % self.block_tokens:
+            raise ValueError(f"sequence {sequence}: {tokens} tokens of {account} cannot be kept")
+        before = account.documents
+        self._count(sequence, -1)
+        rest = [replace(span, start=max(span.start, tokens)) for span in account.own if span.stop > tokens]
+        account.placement = tuple(
+            replace(span, stop=min(span.stop, tokens)) for span in account.placement if span.start < tokens
+        )
+        account.length, account.prompt, account.idle = tokens, tokens, True
+        self._count(sequence, +1)
+        for document in before - account.documents:
+            self.sequences[document].sharers.discard(sequence)
+        return [span for span in rest if span.worker not in account.lost]
+
+    def release(self, sequence: int) -> list[str]:
+        """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it.
+
+        Raises
+        ------
+        ValueError
+            When others share its blocks.
+        """
+        account = self.sequences[sequence]
+        if account.sharers:
+            raise ValueError(f"sequence {sequence}: its blocks are shared by {sorted(account.sharers)}")
+        for document in account.documents:
+            self.sequences[document].sharers.discard(sequence)
         workers = list(account.workers())
         self._count(sequence, -1)
         for move in account.moves:
@@ -161,6 +213,8 @@ class Ledger:
         account, target = self.sequences.get(move.sequence), self.workers.get(move.target)
         if account is None or target is None or move.source not in self.workers:
             return "the sequence or a worker is gone"
+        if account.sharers:
+            return "others share the sequence's blocks"
         around = span_around(account.placement, move, self.block_tokens)
         if around is None or move.source in account.lost or move.source == move.target:
             return "the source does not hold these tokens in whole blocks of one span"
@@ -264,7 +318,7 @@ class Ledger:
         account = self.sequences[sequence]
         home = account.home
         wanted: Counter[str] = Counter()
-        for span in account.placement:
+        for span in account.own:
             blocks = self.blocks(span.tokens)
             wanted[span.worker] += blocks
             if span.worker != home and blocks:
@@ -281,7 +335,7 @@ class Ledger:
                 entry.homes.pop(sequence, None)
             else:
                 entry.held[sequence] = wanted[worker]
-                if worker == home:
+                if worker == home and not account.idle:
                     entry.homes[sequence] = None
             self.room.enter(entry)
 
@@ -298,8 +352,8 @@ class Ledger:
     def check(self) -> None:
         """Assert the ledger's invariants by counting everything anew.
 
-        Spans are gapless and end on whole blocks where they are joined, blocks are conserved, no worker is above its
-        capacity, debts are the spans away from home.
+        Spans are gapless and end on whole blocks where they are joined, blocks are conserved, shared ones counted once,
+        no worker is above its capacity, debts are the spans away from home.
         """
         held: dict[str, Counter[int]] = {worker: Counter() for worker in self.workers}
         owed: Counter[tuple[str, str]] = Counter()
@@ -309,13 +363,20 @@ class Ledger:
             for span in account.placement:
                 assert span.start == end <= span.stop, account
                 end = span.stop
-                blocks = self.blocks(span.tokens)
+                blocks = self.blocks(span.tokens) * (span.document is None)
+                if span.document is not None:
+                    document = self.sequences[span.document]
+                    assert number in document.sharers, (number, span)
+                    assert span.start % self.block_tokens == span.stop % self.block_tokens == 0, span
+                    assert any(s.worker == span.worker and s.start <= span.start < span.stop <= s.stop
+                               for s in document.own), (number, span, document)  # fmt: skip
                 if span.worker not in account.lost:
                     held[span.worker][number] += blocks
                 if span.worker != account.home:
                     owed[account.home, span.worker] += blocks
                     borrowed[account.home] += blocks * (account.home not in account.lost)
             assert 0 <= account.length <= end, account
+            assert all(number in self.sequences[other].documents for other in account.sharers), account
             for move in account.moves:
                 assert move in self.moves, move
                 held[move.target][number] += self.blocks(move.tokens)
@@ -325,7 +386,7 @@ class Ledger:
             homes = {n for n in held[worker] if self.sequences[n].home == worker}
             guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
             assert entry.held == held[worker], (worker, entry)
-            assert entry.homes.keys() == homes, (worker, entry)
+            assert entry.homes.keys() == {n for n in homes if not self.sequences[n].idle}, (worker, entry)
             assert entry.used == sum(held[worker].values()) <= entry.capacity, (worker, entry)
             assert entry.lent == sum(guests.values()), (worker, entry)
             assert entry.pending == sum(self.sequences[n].pending for n in homes), (worker, entry)

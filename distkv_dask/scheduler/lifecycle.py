@@ -12,28 +12,28 @@ from collections.abc import Iterator
 from functools import partial
 
 from distkv_dask.config import Config
-from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, WorkerLostError
-from distkv_dask.protocol import Delivery
+from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, InvalidRequestError, WorkerLostError
+from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
 from distkv_dask.scheduler.admission import Admission, prefill_slots
 from distkv_dask.scheduler.commands import (
     Abort,
     Command,
     Forget,
     Join,
-    Release,
     Reserve,
     Retire,
     SubmitPrefill,
 )
 from distkv_dask.scheduler.decoding import WindowChain
+from distkv_dask.scheduler.documents import Documents
 from distkv_dask.scheduler.draining import moves_away
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live, cut_prompt
 from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.policies import policy_named
-from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.scheduler.saving import Saving
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
@@ -87,13 +87,15 @@ class Lifecycle:
         self.policy = policy_named(config.policy, PRESETS["cpu-smollm2"].model)
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
-        self._queue = Admission(self.ledger, self.policy)
+        self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
+        self.documents = Documents(self.ledger, self.live, self._queue, lambda number: self.moving.forget(number))
         self._prefilling: set[int] = set()
         self._largest_blocks = 0
         self._ending = False
         self._leaving: set[str] = set()
         self._numbers = gang_numbers
         self._ordinals: dict[str, int] = {}
+        self._saving = Saving(self.ledger, self.live, self.documents, self._end)
         self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
 
     # Events: workers
@@ -132,14 +134,28 @@ class Lifecycle:
             if any(holder.worker == worker for holder in other.holders()):
                 yield from self._restart_chain(other, f"holder {worker} is gone", but=lost, now=now)
         for sequence in lost:
+            if sequence in self.ledger.sequences:
+                yield from self._sequence_lost(self.live[sequence], worker, now)
+        for sequence, live in list(self.live.items()):
+            if live.state == "retiring":
+                yield from self.retired(sequence, worker, now)
+        yield from self._go_on(now)
+
+    def _sequence_lost(self, live: Live, worker: str, now: float) -> Iterator[Command]:
+        """A sequence lost blocks: documents are computed anew when they are next asked, others fail."""
+        if live.state == "retiring":
+            return
+        if not live.is_document:
             error = WorkerLostError(
                 f"worker {worker}, which held part of the request's KV cache, died or left. The request was not "
                 f"finished: submit it again. If the worker ran out of memory, lower kv_memory."
             )
-            yield from self._end(sequence, "error", now, error)
-        for sequence, live in list(self.live.items()):
-            if live.state == "retiring":
-                yield from self.retired(sequence, worker, now)
+            yield from self._end(live.sequence, "error", now, error)
+        elif live.state in ("prefill", "fetching"):
+            live.answering.discard(worker)
+            yield from self._stop_prefill(live, "a worker with blocks of the document is gone", now)
+        elif not self.ledger.sequences[live.sequence].sharers:  # else with the last of them
+            yield from self.documents.drop(live, now)
 
     def drain(self, worker: str, leaving: bool, now: float) -> Iterator[Command]:
         """A worker is about to leave: move its blocks away and place nothing on it (or it stays after all)."""
@@ -180,7 +196,7 @@ class Lifecycle:
                 yield from self.moving.start(move, now)
 
     def _move_away(self, worker: str, now: float) -> Iterator[Command]:
-        held = [number for number in self.ledger.workers[worker].held if self.live[number].state == "decode"]
+        held = [n for n in self.ledger.workers[worker].held if self.live[n].state in ("decode", "document")]
         full = {number: self.moving.full_tokens(number) for number in held}
         for move, pause in moves_away(self.ledger, worker, full, self.config.window_batch):
             if self.moving.can_start(move, pause=pause):
@@ -190,27 +206,106 @@ class Lifecycle:
     # Events: requests
 
     def submit(
-        self, sequence: int, prompt: array[int], sampling: SamplingParams, now: float, streamed: bool = False
+        self,
+        sequence: int,
+        prompt: array[int],
+        sampling: SamplingParams,
+        now: float,
+        streamed: bool = False,
+        document: int | None = None,
+        keeps: bool = False,
     ) -> Iterator[Command]:
         """A client asks for a completion; ``streamed`` when somebody reads along.
+
+        What the prompt begins with is taken from ``document``, if one is named. With ``keeps`` prompt and answer become
+        a document.
 
         Raises
         ------
         CapacityError
             When the request is larger than the pools of all workers together ever were. (If workers are missing just
             now, it waits for them, but not for ever: :meth:`expire`.)
+        InvalidRequestError
+            The document was released.
         """
-        live = Live(sequence, prompt, sampling, submitted=now, streamed=streamed)
+        live = Live(
+            sequence, prompt, sampling, submitted=now, streamed=streamed, document=document, keeps=keeps
+        )  # fmt: skip
+        return self._accept(live, now)
+
+    def accept(self, one: Submission, now: float) -> Iterator[Command]:
+        """Take a request of any kind; raises as :meth:`submit` does."""
+        if one.sampling is not None:
+            return self.submit(one.number, one.prompt, one.sampling, now, one.streamed, one.document, one.keeps)
+        if one.document is not None and one.saved is not None:
+            return self.save(one.number, one.document, one.saved, now)
+        return self.ingest(one.number, one.prompt, now, one.saved)
+
+    def save(self, number: int, document: int, saved: Saved, now: float) -> Iterator[Command]:
+        """A client wants a document in files.
+
+        Raises
+        ------
+        InvalidRequestError
+            The document was released.
+        """
+        live = Live(
+            number, array("i"), SamplingParams(), submitted=now, document=document, saves=True, saved=saved
+        )  # fmt: skip
+        of = self.live.get(document)
+        if of is not None and of.state == "document" and not of.prompt:
+            return iter([Delivery(number, (), "stop")])  # it is shorter than a block
+        return self._accept(live, now)
+
+    def ingest(self, sequence: int, prompt: array[int], now: float, saved: Saved | None = None) -> Iterator[Command]:
+        """A client hands in a document: whole blocks of it are computed, or read, and kept until it is stopped.
+
+        Raises
+        ------
+        CapacityError
+            As for :meth:`submit`.
+        """
+        whole = prompt[: len(prompt) // self.config.block_tokens * self.config.block_tokens]
+        live = Live(sequence, whole, SamplingParams(), submitted=now, is_document=True, saved=saved)
+        if not whole:
+            self.live[sequence] = live
+            return self.documents.stored(live, now)
+        return self._accept(live, now)
+
+    def saved(
+        self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
+    ) -> Iterator[Command]:
+        """A worker wrote its part of a document, or could not."""
+        yield from self._saving.stored(number, worker, files, error, now)
+        yield from self._go_on(now)
+
+    def fetched(self, number: int, worker: str, error: Exception | None, now: float) -> Iterator[Command]:
+        """A worker read its part of a document, or could not."""
+        live = self.live.get(number)
+        if live is not None and live.state == "retiring" and worker in live.answering:
+            live.answering.discard(worker)
+            yield from self.retired(number, worker, now)
+            return
+        yield from self._saving.fetched(number, worker, error, now)
+        yield from self._go_on(now)
+
+    def _accept(self, live: Live, now: float) -> Iterator[Command]:
         if self.ledger.blocks(live.tokens) > self._largest_blocks:
             raise self._too_large(live)
-        self.live[sequence] = live
-        self._queue.wait(Ask(sequence, len(prompt), live.tokens, now))
+        self.documents.attach(live)
+        self.live[live.sequence] = live
+        self.documents.enqueue(live, now)
         return self._admit(now)
 
     def stop(self, sequence: int, reason: FinishReason, now: float) -> Iterator[Command]:
         """The client wants no more of a request: cancelled, or at a stop string (no error if it ended meanwhile)."""
         live = self.live.get(sequence)
-        if live is not None and live.state != "retiring":
+        if live is None:
+            return
+        live.released |= reason == "cancelled"
+        if live.is_document and not live.dependents:
+            yield from self._end_document(live, now)
+        elif not live.is_document and live.state != "retiring":
             yield from self._end(sequence, reason, now)
 
     def stop_all(self, now: float) -> Iterator[Command]:
@@ -246,8 +341,8 @@ class Lifecycle:
 
     # Events: gangs
 
-    def chunk_done(self, sequence: int, gang: int) -> Iterator[Command]:
-        """A worker finished a chunk that was not its prompt's last."""
+    def chunk_done(self, sequence: int, gang: int, now: float) -> Iterator[Command]:
+        """A worker finished a chunk after which no token was drawn."""
         live = self.live.get(sequence)
         if live is None or gang not in live.chunks:
             return
@@ -255,6 +350,10 @@ class Lifecycle:
         self.ledger.commit(sequence, chunk.start + len(chunk.tokens))
         self._pacer.prefilled(1 + len(chunk.gang.holders))
         yield Forget(chunk.gang, finished=True)
+        if live.is_document and not live.chunks:
+            self._prefilling.discard(sequence)
+            yield from self.documents.stored(live, now)
+            yield from self._go_on(now)
 
     def prefilled(
         self, sequence: int, gang: int, token: int, reason: FinishReason | None, now: float
@@ -263,7 +362,7 @@ class Lifecycle:
         live = self.live.get(sequence)
         if live is None or gang not in live.chunks:
             return
-        yield from self.chunk_done(sequence, gang)
+        yield from self.chunk_done(sequence, gang, now)
         self._prefilling.discard(sequence)
         live.decoding = now
         live.retries = 0
@@ -341,7 +440,7 @@ class Lifecycle:
             live.forwards_ended = True
             yield from self._retire(live, {*self.ledger.sequences[sequence].workers()})
         if not live.retiring:
-            yield from self._release(sequence)
+            yield from self._release(sequence, now)
             yield from self._go_on(now)
 
     def _retire(self, live: Live, workers: set[str]) -> Iterator[Command]:
@@ -355,14 +454,22 @@ class Lifecycle:
         while self._queue and not self._ending and len(self._prefilling) < prefill_slots(self.ledger):
             admitted = self._queue.admit()
             if admitted is None:
-                return
+                evicted = self.documents.evict(now)
+                if evicted is None:
+                    return
+                yield from evicted
+                continue
             ask, placement = admitted
             live = self.live[ask.sequence]
             live.state, live.admitted = "prefill", now
-            self._prefilling.add(live.sequence)
             for span in placement:
-                yield Reserve(span.worker, live.sequence, span.start, span.stop)
-            yield self._prefill(live, 0)
+                if span.document is None:
+                    yield Reserve(span.worker, live.sequence, span.start, span.stop)
+            if live.saved is not None:
+                yield from self._saving.begin(live)
+                continue
+            self._prefilling.add(live.sequence)
+            yield self._prefill(live, ask.shared)
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
         """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
@@ -381,8 +488,8 @@ class Lifecycle:
                     placement,
                     first,
                     tuple(live.prompt[first:last]),
-                    live.sampling if final else None,
-                    live.history if final else (),
+                    live.sampling if final and not live.is_document else None,
+                    live.history if final and not live.is_document else (),
                 )
             )
         live.chunks = {chunk.gang.number: chunk for chunk in chunks}
@@ -445,23 +552,26 @@ class Lifecycle:
     ) -> Iterator[Command]:
         """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else later."""
         live = self.live[sequence]
+        if live.is_document:
+            yield from self._end_document(live, now, error)
+            return
         account = self.ledger.sequences.get(sequence)
         placement = account.placement if account is not None else ()
-        yield Delivery(sequence, (), reason, error, live.timings(now), placement)
+        yield Delivery(sequence, (), reason, error, live.timings(now), placement, live.reused)
         self.moving.forget(sequence)
+        live.ended = reason
         if account is None:
-            self._queue.withdraw(sequence)
-            del self.live[sequence]
+            if sequence in self._queue:
+                self._queue.withdraw(sequence)
+            yield from self._forget(live, now, error)
             yield from self._admit(now)
             return
-        for chunk in live.chunks.values():
-            yield from self._abandon(chunk.gang, f"the request ended: {error or reason}")
-        live.chunks.clear()
-        self._prefilling.discard(sequence)
+        yield from self._abandon_chunks(live, f"the request ended: {error or reason}")
         if account.home in self.chains:
             self.chains[account.home].leave(sequence)
-        if settled:
-            yield from self._release(sequence)
+        if settled or live.saves:
+            self._saving.forget(sequence)
+            yield from self._release(sequence, now)
             yield from self._admit(now)
             return
         computing = {account.home} if live.state == "decode" else {*account.workers()}
@@ -470,10 +580,61 @@ class Lifecycle:
         if not live.retiring:
             yield from self.retired(sequence, "", now)
 
-    def _release(self, sequence: int) -> Iterator[Command]:
-        del self.live[sequence]
-        for worker in self.ledger.release(sequence):
-            yield Release(worker, sequence)
+    def _end_document(self, live: Live, now: float, error: Exception | None = None) -> Iterator[Command]:
+        """A document is needed no more, or could not be computed: then who waits for it fails with it."""
+        if not live.announced:
+            yield Delivery(live.sequence, (), "cancelled" if error is None else "error", error, live.timings(now))
+            live.announced = live.released = True
+        if error is not None:
+            yield from self._fail_awaited(live, now, error)
+        if live.state == "waiting":
+            if live.sequence in self._queue:
+                self._queue.withdraw(live.sequence)
+            live.state = "dropped"
+        if live.state in ("prefill", "fetching"):
+            yield from self._stop_prefill(live, f"the document ended: {error or 'released'}", now)
+        elif live.sequence in self.live:
+            yield from self.documents.unneeded(live, now)
+        yield from self._admit(now)
+
+    def _stop_prefill(self, live: Live, reason: str, now: float) -> Iterator[Command]:
+        """Compute no more on a document; its blocks are freed once nobody does."""
+        yield from self._abandon_chunks(live, reason)
+        fetching = live.state == "fetching"
+        live.state = "retiring"
+        if fetching:  # who still reads files says so by FETCHED
+            live.retiring, live.forwards_ended = set(live.answering), True
+        else:
+            yield from self._retire(live, {*self.ledger.sequences[live.sequence].workers()})
+        if not live.retiring:
+            yield from self.retired(live.sequence, "", now)
+
+    def _release(self, sequence: int, now: float) -> Iterator[Command]:
+        """Nothing computes on a sequence any more: free its blocks, or keep what is a document from now on."""
+        live = self.live[sequence]
+        if live.is_document:
+            live.forwards_ended, live.retries = False, 0
+            yield from self.documents.drop(live, now)
+        elif live.keeps and live.ended in ("stop", "length"):
+            yield from self.documents.kept(live, now)
+        else:
+            yield from self._forget(live, now)
+
+    def _forget(self, live: Live, now: float, error: Exception | None = None) -> Iterator[Command]:
+        """A request is over, and nothing is kept of it."""
+        lost = InvalidRequestError("the answer that this question builds on was not finished: ask that one again")
+        yield from self._fail_awaited(live, now, error or lost)
+        yield from self.documents.forget(live, now)
+
+    def _fail_awaited(self, live: Live, now: float, error: Exception) -> Iterator[Command]:
+        for sequence in tuple(live.awaited):
+            yield from self._end(sequence, "error", now, error)
+
+    def _abandon_chunks(self, live: Live, reason: str) -> Iterator[Command]:
+        for chunk in live.chunks.values():
+            yield from self._abandon(chunk.gang, reason)
+        live.chunks.clear()
+        self._prefilling.discard(live.sequence)
 
     def _abandon(self, gang: Gang, reason: str) -> Iterator[Command]:
         for worker in (gang.home, *(holder.worker for holder in gang.holders)):
@@ -492,8 +653,9 @@ class Lifecycle:
 
     def _too_large(self, live: Live) -> DistKVError:
         need, have = self.ledger.blocks(live.tokens), self.policy.limit(self.ledger)
+        what = f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens}"
         return CapacityError(
-            f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens} needs "
+            f"{f'a document of {len(live.prompt)} tokens' if live.is_document else what} needs "
             f"{need * self.block_bytes} bytes of KV memory; the {len(self.ledger.workers)} workers of the engine have "
             f"{have * self.block_bytes} bytes for one request (distkv.policy: {self.policy.name}). Raise kv_memory "
             f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens."

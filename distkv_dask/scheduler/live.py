@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.types import Placement, PrefillChunk, SamplingParams, SequenceState, Timings
+from distkv_dask.protocol import Saved
+from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 
 @dataclass(slots=True)
@@ -17,6 +18,15 @@ class Live:
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
     compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``stuck_since``
     the time since which no set of workers could ever serve it.
+
+    A document is such a request too, without an answer; one whose answer is kept (``keeps``) becomes one. ``document``
+    is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without, ``borrows`` if
+    the client did not name it. Of a document,
+    ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents`` are the requests
+    that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored; ``used`` is when
+    it was last needed, ``saved`` where its blocks are in files, too. A request that ``saves`` its document there
+    generates nothing; ``answering`` are the workers that write or read files for it, ``failure`` the first that went
+    wrong.
     """
 
     sequence: int
@@ -24,7 +34,10 @@ class Live:
     sampling: SamplingParams
     submitted: float
     streamed: bool = False
-    state: Literal["waiting", "prefill", "decode", "retiring"] = "waiting"
+    document: int | None = None
+    is_document: bool = False
+    keeps: bool = False
+    state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "fetching"] = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
@@ -33,10 +46,25 @@ class Live:
     retiring: set[str] = field(default_factory=set)
     forwards_ended: bool = False
     stuck_since: float | None = None
+    reused: int = 0
+    alone: bool = False
+    borrows: bool = False
+    ended: FinishReason | None = None
+    announced: bool = False
+    released: bool = False
+    dependents: set[int] = field(default_factory=set)
+    awaited: dict[int, float] = field(default_factory=dict)
+    used: float = 0.0
+    saved: Saved | None = None
+    saves: bool = False
+    answering: set[str] = field(default_factory=set)
+    failure: Exception | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens whose KV may have to be stored: the last generated token's never is."""
+        if self.is_document or self.saves:
+            return len(self.prompt)
         return len(self.prompt) + self.sampling.max_new_tokens - 1
 
     @property

@@ -79,7 +79,9 @@ class Moving:
     def can_start(self, move: Move, *, pause: bool = False) -> bool:
         """Whether a move can start now, without a pause or with one: its proposer may have seen another state."""
         live = self._live.get(move.sequence)
-        if live is None or live.state != "decode" or any(map(self.busy, (move.source, move.target))):
+        if live is None or live.state not in ("decode", "document"):
+            return False
+        if any(map(self.busy, (move.source, move.target))):
             return False
         if any(one.move.sequence == move.sequence for one in self._moves.values()):
             return False
@@ -88,6 +90,8 @@ class Moving:
     def full_tokens(self, sequence: int) -> int:
         """Tokens of a sequence that lie in full, committed blocks, which never change; the tail's last block is not."""
         account, size = self._ledger.sequences[sequence], self._ledger.block_tokens
+        if account.idle:
+            return account.length
         return min(account.length, account.stop - 1) // size * size
 
     def busy(self, worker: str) -> bool:
@@ -149,6 +153,8 @@ class Moving:
             return
         if failure:
             yield from self._give_up(one)
+        elif self._ledger.sequences[one.move.sequence].idle:
+            yield from self._finish(one)
         elif one.pauses:
             yield from self._finish(one)
             yield from self._join(self._live[one.move.sequence])

@@ -13,12 +13,34 @@ def blocks_of(tokens: int, block_tokens: int) -> int:
 
 
 def span_around(placement: Placement, move: Move, block_tokens: int) -> Span | None:
-    """The span of the move's source that holds all of the move's tokens in whole blocks, if there is one."""
+    """The sequence's own span at the move's source that holds all of its tokens in whole blocks, if there is one."""
     for span in placement:
+        if span.document is not None:
+            continue
         if span.worker == move.source and span.start <= move.start < move.stop <= span.stop:
             whole = (move.start - span.start) % block_tokens == 0
             return span if whole and (move.stop == span.stop or move.tokens % block_tokens == 0) else None
     return None
+
+
+def shared(placement: Placement, document: int, tokens: int) -> Placement:
+    """The first ``tokens`` tokens of a document, as spans of a sequence that shares them.
+
+    Examples
+    --------
+    >>> shared((Span("a", 0, 8, document=3), Span("b", 8, 16)), 7, 12)[1]
+    Span(worker='b', start=8, stop=12, document=7)
+    """
+    return tuple(
+        Span(span.worker, span.start, min(span.stop, tokens), document if span.document is None else span.document)
+        for span in placement
+        if span.start < tokens
+    )
+
+
+def shifted(placement: Placement, tokens: int) -> Placement:
+    """A placement that begins ``tokens`` tokens later."""
+    return tuple(Span(span.worker, span.start + tokens, span.stop + tokens, span.document) for span in placement)
 
 
 def moved(placement: Placement, move: Move, block_tokens: int) -> Placement:
@@ -26,8 +48,8 @@ def moved(placement: Placement, move: Move, block_tokens: int) -> Placement:
 
     Examples
     --------
-    >>> moved((Span("a", 0, 12),), Move(0, 4, 8, "a", "b"), 4)
-    (Span(worker='a', start=0, stop=4), Span(worker='b', start=4, stop=8), Span(worker='a', start=8, stop=12))
+    >>> [(span.worker, span.start, span.stop) for span in moved((Span("a", 0, 12),), Move(0, 4, 8, "a", "b"), 4)]
+    [('a', 0, 4), ('b', 4, 8), ('a', 8, 12)]
     """
     return tuple(_joined(_cut(placement, move, block_tokens), block_tokens))
 
@@ -46,10 +68,11 @@ def _cut(placement: Placement, move: Move, block_tokens: int) -> Iterator[Span]:
 
 
 def _joined(spans: Iterator[Span], block_tokens: int) -> Iterator[Span]:
-    """Adjacent spans of one worker as one, where the first ends with a whole block."""
+    """Adjacent spans of one worker as one, where the first ends with a whole block and neither is a document's."""
     before = next(spans)
     for span in spans:
-        if span.worker == before.worker and before.tokens % block_tokens == 0:
+        own = span.document is before.document is None
+        if own and span.worker == before.worker and before.tokens % block_tokens == 0:
             before = Span(before.worker, before.start, span.stop)
         else:
             yield before

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from distkv_dask.kernels import PreparedMerge
-from distkv_dask.worker.exchange import Asking, Exchange, indices
+from distkv_dask.worker.exchange import Asking, Exchange, indices, merging
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part
@@ -93,6 +92,9 @@ class DistAttention:
         exchange = self._exchange
         if exchange is not None:
             exchange.ask(layer, self.step, q, k, v, scale)
+        elif not self._sees_all:  # a token has several partials here
+            self._out.zero_()
+            self._lse.fill_(-torch.inf)
         if self._local is not None:
             self._attend_locally(self._local, layer, q, k, v, scale)
         if exchange is not None:
@@ -128,11 +130,12 @@ class Local:
         self.shard = Shard(pool, part.rows, heads)
         self.index, appended = indices(part, tokens)
         self._appended = None if len(appended) == tokens else appended
-        self._merge: PreparedMerge | None = None
+        self._part = part
+        self._merge: Callable[[], None] | None = None
 
     def merges_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Have :meth:`attend` merge its result into these; without, it stays with the shard."""
-        self._merge = PreparedMerge(out, lse, self.shard.out, self.shard.lse, self.index)
+        self._merge = merging(self._part, out, lse, self.shard.out, self.shard.lse, self.index)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Append and attend."""

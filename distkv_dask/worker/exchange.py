@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import selectors
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,7 +131,7 @@ class Remote:
         tokens, heads, d = asking.out.shape
         self._index, appended = indices(part, tokens)
         self._appended = None if len(appended) == tokens else appended
-        queries = sum(row.queries for row in part.rows)
+        queries = len(part.tokens)
         kv_shape = (2, len(appended), pool.kv_heads, d)
         question = torch.empty(queries * heads * d + math.prod(kv_shape), dtype=pool.dtype)
         self._q = question[: queries * heads * d].view(queries, heads, d)
@@ -142,7 +142,7 @@ class Remote:
         self._answer = bytes_of(answer)
         out = answer[: queries * heads * d].view(queries, heads, d)
         lse = answer[queries * heads * d :].view(queries, heads)
-        self.merge = PreparedMerge(asking.out, asking.lse, out, lse, self._index)
+        self.merge = merging(part, asking.out, asking.lse, out, lse, self._index)
         """Merges the received partial."""
 
     @property
@@ -172,12 +172,33 @@ class Remote:
 
 
 def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Tokens of the batch that a part sees (None: all), and those that it appends; int64."""
-    if part.rows[0].queries == tokens:  # the only sequence
-        return None, torch.arange(tokens if part.rows[0].appends else 0)
-    index = None if len(part.places) == tokens else torch.tensor(part.places)
-    places = [place for place, row in zip(part.places, part.rows, strict=True) if row.appends]
-    return index, torch.tensor(places, dtype=torch.int64)
+    """Tokens of the step that a part sees (None: all, each once), and those that it appends; int64."""
+    index = None if part.tokens == tuple(range(tokens)) else torch.tensor(part.tokens, dtype=torch.int64)
+    appended: list[int] = []
+    first = 0
+    for row in part.rows:
+        appended += part.tokens[first : first + row.queries] if row.appends else ()
+        first += row.queries
+    return index, torch.tensor(appended, dtype=torch.int64)
+
+
+def merging(
+    part: Part, out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor,
+    index: torch.Tensor | None,
+) -> Callable[[], None]:  # fmt: skip
+    """What merges a part's partials into ``out`` and ``lse``: in several rounds where a token has several."""
+    if index is None:
+        return PreparedMerge(out, lse, part_out, part_lse)
+    merges = [
+        PreparedMerge(out, lse, part_out[start:stop], part_lse[start:stop], index[start:stop])
+        for start, stop in part.rounds()
+    ]
+
+    def merge_rounds() -> None:
+        for merge in merges:
+            merge()
+
+    return merges[0] if len(merges) == 1 else merge_rounds
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

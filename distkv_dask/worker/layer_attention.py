@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
 
 def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append the KV that belongs here, and attend, sequence by sequence.
+    """Append the KV that belongs here, and attend, row by row.
 
     Parameters
     ----------
@@ -48,8 +48,10 @@ def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor,
     q, k, v = question.tensors
     layer, scale, _ = question.about
     partials = []
-    for place, row in zip(part.places, part.rows, strict=True):
-        new = slice(place * row.queries, (place + 1) * row.queries)
+    first = 0
+    for row in part.rows:
+        new = list(part.tokens[first : first + row.queries])
+        first += row.queries
         visible, table = row.length, pool.find(row.sequence, row.spans)
         if row.appends:
             visible += row.queries
@@ -66,12 +68,6 @@ def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor,
 
 def _int32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def _tokens(part: Part) -> torch.Tensor:
-    """Tokens of the step that a part's sequences own, int64."""
-    rows = zip(part.places, part.rows, strict=True)
-    return torch.tensor([place * row.queries + at for place, row in rows for at in range(row.queries)])
 
 
 class LayerAttention:
@@ -117,7 +113,8 @@ class LayerAttention:
         out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
         for worker, part in self._parts.items():
             part_out, part_lse = answers[worker]
-            merge_into(out, lse, part_out, part_lse, _tokens(part))
+            for start, stop in part.rounds():
+                merge_into(out, lse, part_out[start:stop], part_lse[start:stop], torch.tensor(part.tokens[start:stop]))
         return out.to(q.dtype)
 
     def advance(self) -> None:

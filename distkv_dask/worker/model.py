@@ -23,6 +23,7 @@ from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.types import Geometry, SamplingParams
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.fingerprint import fingerprint
 from distkv_dask.worker.probe import probe
 from distkv_dask.worker.structured import Follower, Grammars
 
@@ -64,6 +65,11 @@ class LoadedModel:
     def follower(self, sampling: SamplingParams, generated: Iterable[int] = ()) -> Follower | None:
         """Follow the schema of an answer, if it has one, from after the tokens ``generated``."""
         return None if sampling.schema is None else self._grammars.follow(str(sampling.schema), generated)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the model from others."""
+        return fingerprint(self._model)
 
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.

@@ -38,7 +38,8 @@ class _Holder(ctypes.Structure):
         ("answer_bytes", ctypes.c_int64),
         ("part_lse", ctypes.c_void_p),
         ("merge_index", ctypes.c_void_p),
-        ("merged", ctypes.c_int64),
+        ("rounds", ctypes.c_void_p),
+        ("round_count", ctypes.c_int64),
         ("ask", HeaderBytes),
         ("expected", HeaderBytes),
         ("got", HeaderBytes),
@@ -117,16 +118,17 @@ class NativeExchange:
         tokens, heads, d = self._asking.out.shape
         size = pool.dtype.itemsize
         index, appended = indices(part, tokens)
-        queries = sum(row.queries for row in part.rows)
+        queries = len(part.tokens)
+        rounds = torch.tensor([stop for _, stop in part.rounds()])
         picked = 0 if index is None else queries * heads * d
         picked += 0 if len(appended) == tokens else 2 * len(appended) * pool.kv_heads * d
         packed = torch.empty(picked, dtype=pool.dtype)
         answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
-        self._kept += [index, appended, packed, answer]
+        self._kept += [index, appended, rounds, packed, answer]
         self._answers.append(bytes_of(answer))
         holder.fd = channel.fileno()
         holder.q_index = holder.merge_index = None if index is None else index.data_ptr()
-        holder.queries = holder.merged = queries
+        holder.queries, holder.rounds, holder.round_count = queries, rounds.data_ptr(), len(rounds)
         holder.q_bytes, holder.kv_bytes = heads * d * size, pool.kv_heads * d * size
         holder.kv_index = None if len(appended) == tokens else appended.data_ptr()
         holder.appended = len(appended)

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError
-from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
+from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready, Saved, SavedFile
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
@@ -35,6 +35,7 @@ from distkv_dask.worker.layer_tasks import LayerTasks
 from distkv_dask.worker.metering import computing, metered, metered_session
 from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
+from distkv_dask.worker.storage import read_blocks, write_blocks
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model import LoadedModel
@@ -98,6 +99,7 @@ class OpenEngine:
             capacity_blocks=pool.capacity_blocks,
             block_bytes=pool.storage[0].nbytes,
             geometry=self.geometry,
+            fingerprint="" if self.model is None else self.model.fingerprint,
         )
 
     def close(self) -> None:
@@ -196,6 +198,28 @@ class OpenEngine:
         self.runtime.pool.free(sequence, start, stop)
         with self._lock:
             self._retired.discard(sequence)
+
+    def store(self, number: int, document: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
+        """Save the blocks of token ranges of a document, which nobody changes; blocks."""
+        files: list[SavedFile] = []
+        error: DistKVError | None = None
+        try:
+            for start, stop in ranges:
+                name = f"blocks-{saved.tag}-{start}-{stop}.arrow"
+                files.append(write_blocks(self.runtime.pool, document, start, stop, saved.place, name))
+        except Exception as failure:
+            error = self._ours(failure, f"saving document {document}")
+        self._tell(FromWorker.STORED, self.spec.engine, (number, tuple(files), error))
+
+    def fetch(self, document: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
+        """Fill the blocks of token ranges of a document from where it is saved; blocks."""
+        error: DistKVError | None = None
+        try:
+            for start, stop in ranges:
+                read_blocks(self.runtime.pool, document, start, stop, saved.place, saved.files)
+        except Exception as failure:
+            error = self._ours(failure, f"loading document {document}")
+        self._tell(FromWorker.FETCHED, self.spec.engine, (document, error))
 
     def reset(self, epoch: int) -> None:
         """Forget all sequences; windows of an older epoch, running ones included, commit nothing."""
@@ -328,6 +352,10 @@ class OpenEngine:
         with self._lock:
             if gang.number in self._aborted:
                 return
-        if not isinstance(error, DistKVError):  # others' errors may not survive the journey to the client
-            error = DistKVError(f"{type(error).__name__} on worker {self.worker} in {gang.name}: {error}")
-        self._tell(FromWorker.GANG_FAILED, self.spec.engine, (gang.number, error))
+        self._tell(FromWorker.GANG_FAILED, self.spec.engine, (gang.number, self._ours(error, gang.name)))
+
+    def _ours(self, error: Exception, where: str) -> DistKVError:
+        """Others' errors may not survive the journey to the client."""
+        if isinstance(error, DistKVError):
+            return error
+        return DistKVError(f"{type(error).__name__} on worker {self.worker} in {where}: {error}")

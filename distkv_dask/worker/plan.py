@@ -19,14 +19,37 @@ class Stored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One worker's part of a step: rows, and the places in the batch of the sequences that they belong to."""
+    """One worker's part of a step: rows, and which of the step's tokens their queries are, row after row.
+
+    A token may stand there several times: once for what its sequence shares with a document, once for its own KV.
+    """
 
     rows: tuple[Row, ...]
-    places: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def rounds(self) -> list[tuple[int, int]]:
+        """Cut the queries so that no token stands twice in a round: its partials are merged one after the other.
+
+        Examples
+        --------
+        >>> Part((), (0, 1, 2, 0, 1)).rounds()
+        [(0, 3), (3, 5)]
+        """
+        rounds: list[tuple[int, int]] = []
+        start, seen = 0, set[int]()
+        for at, token in enumerate(self.tokens):
+            if token in seen:
+                rounds.append((start, at))
+                start, seen = at, set()
+            seen.add(token)
+        return [*rounds, (start, len(self.tokens))]
 
 
 def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
     """Parts of a step by worker; workers with nothing to see are left out.
+
+    Sequences that share the same spans of a document are one row there, with the queries of all: a shared-prefix group,
+    whose blocks are read once.
 
     Parameters
     ----------
@@ -40,20 +63,29 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
     CapacityError
         A sequence has no room for its new tokens.
     """
-    parts: dict[str, tuple[list[Row], list[int]]] = {}
+    shared: dict[str, dict[Row, list[int]]] = {}
+    own: dict[str, dict[Row, list[int]]] = {}
     for place, (sequence, placement, length) in enumerate(batch):
         tail = tail_of(sequence, placement, length)
-        held: dict[str, list[Span]] = {}
+        held: dict[tuple[str, int | None], list[Span]] = {}
         for span in placement:
             if span.filled(length) or span is tail:
-                held.setdefault(span.worker, []).append(span)
-        for worker, spans in held.items():
-            rows, places = parts.setdefault(worker, ([], []))
+                held.setdefault((span.worker, span.document), []).append(span)
+        for (worker, document), spans in held.items():
             stored = sum(span.filled(length) for span in spans)
             ranges = tuple((span.start, span.stop) for span in spans)
-            rows.append(Row(sequence, stored, queries, spans[-1] is tail, ranges))
-            places.append(place)
-    return {worker: Part(tuple(rows), tuple(places)) for worker, (rows, places) in parts.items()}
+            table = sequence if document is None else document
+            row = Row(table, stored, queries, spans[-1] is tail, ranges)
+            rows = (own if document is None else shared).setdefault(worker, {})
+            rows.setdefault(row, []).extend(range(place * queries, (place + 1) * queries))
+    return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
+
+
+def _part(*rows: dict[Row, list[int]]) -> Part:
+    """Rows with the tokens that they serve, one after the other."""
+    both = [(row, tokens) for some in rows for row, tokens in some.items()]
+    tokens = tuple(token for _, tokens in both for token in tokens)
+    return Part(tuple(row._replace(queries=len(tokens)) for row, tokens in both), tokens)
 
 
 def tail_of(sequence: int, placement: Placement, length: int) -> Span:

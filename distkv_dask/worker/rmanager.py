@@ -27,6 +27,7 @@ from distkv_dask.protocol import (
     EngineSpec,
     FromWorker,
     Piece,
+    Saved,
     ToPeer,
     ToWorker,
     pack,
@@ -70,6 +71,8 @@ class RManager(WorkerPlugin):
             ToWorker.SEND: self._send_blocks,
             ToWorker.RELOCATE: self._relocate,
             ToWorker.FREE: self._free,
+            ToWorker.STORE: self._store,
+            ToWorker.FETCH: self._fetch,
             ToWorker.ABORT: self._abort,
         }
         worker.handlers[ToPeer.BLOCKS] = self._take_blocks
@@ -170,6 +173,16 @@ class RManager(WorkerPlugin):
         engine, sequence, start, stop = payload
         if engine in self.engines:
             self.engines[engine].free(sequence, start, stop)
+
+    def _store(self, payload: tuple[str, int, int, tuple[tuple[int, int], ...], Saved]) -> None:
+        engine, number, document, ranges, saved = payload
+        if engine in self.engines:
+            self._spawn(asyncio.to_thread(self.engines[engine].store, number, document, ranges, saved))
+
+    def _fetch(self, payload: tuple[str, int, tuple[tuple[int, int], ...], Saved]) -> None:
+        engine, document, ranges, saved = payload
+        if engine in self.engines:
+            self._spawn(asyncio.to_thread(self.engines[engine].fetch, document, ranges, saved))
 
     def _abort(self, payload: tuple[str, int, str, bool]) -> None:
         engine, gang, reason, unused = payload

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.placements import shared
 from distkv_dask.types import Endpoint, Move, Placement, Span
 
 BLOCK = 16
@@ -40,6 +41,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(BLOCK, batch=4)
         self.blocks: dict[int, list[str]] = {}
         self.tokens: dict[int, int] = {}
+        self.shared: dict[int, tuple[int, int]] = {}
         self.moves: list[Move] = []
         self.beats: Counter[str] = Counter()
         self.next = 0
@@ -60,8 +62,9 @@ class LedgerMachine(RuleBasedStateMachine):
         lost = self.ledger.remove_worker(name)
         assert lost == sorted(expected)
         self.moves = [move for move in self.moves if move not in moves_to]
-        for number in lost if settle else ():
-            self.forget(number)
+        for number in reversed(lost) if settle else ():  # who shares came later
+            if not self.ledger.sequences[number].sharers:
+                self.forget(number)
 
     @precondition(lambda self: self.ledger.workers)
     @rule(data=st.data(), retiring=st.booleans())
@@ -84,10 +87,58 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.commit(number, tokens)
         self.blocks[number], self.tokens[number] = blocks, tokens
 
+    @precondition(lambda self: self.blocks and self.ledger.workers)
+    @rule(data=st.data(), own=st.integers(1, 3 * BLOCK))
+    def share(self, data: st.DataObject, own: int) -> None:
+        """A sequence that begins with whole blocks of another one, or of what that one shares itself."""
+        document = data.draw(st.sampled_from(sorted(self.blocks)))
+        most = self.ledger.sequences[document].length // BLOCK
+        if not most:
+            return
+        tokens = data.draw(st.integers(1, most)) * BLOCK
+        prefix = shared(self.ledger.sequences[document].placement, document, tokens)
+        name = data.draw(st.sampled_from(sorted(self.ledger.workers)))
+        number, self.next = self.next, self.next + 1
+        placement = (*prefix, Span(name, tokens, tokens + own))
+        there = [self.ledger.sequences[span.document] for span in prefix if span.document is not None]
+        whole = not any(account.moves or account.lost for account in there)
+        if whole and self.ledger.workers[name].free >= -(-own // BLOCK):
+            self.ledger.reserve(number, placement)
+            self.ledger.commit(number, tokens + own)
+            self.shared[number] = tokens, document
+            self.blocks[number] = self.blocks[document][: tokens // BLOCK] + [name] * -(-own // BLOCK)
+            self.tokens[number] = tokens + own
+        elif whole:
+            with pytest.raises(ValueError, match="do not fit"):
+                self.ledger.reserve(number, placement)
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        """A sequence becomes a document of its first blocks."""
+        number = data.draw(st.sampled_from(sorted(self.blocks)))
+        account = self.ledger.sequences[number]
+        most = account.length // BLOCK
+        if account.moves or account.sharers or not most:
+            with pytest.raises(ValueError, match="cannot be kept"):
+                self.ledger.keep(number, max(1, most) * BLOCK)
+            return
+        count = data.draw(st.integers(1, most))
+        before = sum(worker.used for worker in self.ledger.workers.values())
+        freed = self.ledger.keep(number, count * BLOCK)
+        gone = sum(self.ledger.blocks(span.tokens) for span in freed)
+        assert sum(worker.used for worker in self.ledger.workers.values()) == before - gone
+        self.blocks[number], self.tokens[number] = self.blocks[number][:count], count * BLOCK
+
     @precondition(lambda self: self.blocks)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.forget(data.draw(st.sampled_from(sorted(self.blocks))))
+        number = data.draw(st.sampled_from(sorted(self.blocks)))
+        if self.ledger.sequences[number].sharers:
+            with pytest.raises(ValueError, match="shared by"):
+                self.ledger.release(number)
+        else:
+            self.forget(number)
 
     def forget(self, number: int) -> None:
         account = self.ledger.sequences[number]
@@ -129,7 +180,7 @@ class LedgerMachine(RuleBasedStateMachine):
             placement = self.ledger.finish_move(move)
             first, last = move.start // BLOCK, -(-move.stop // BLOCK)
             self.blocks[move.sequence][first:last] = [move.target] * (last - first)
-            assert placement == spans_of(self.blocks[move.sequence], self.tokens[move.sequence])
+            assert placement == self.ledger.sequences[move.sequence].placement
             assert self.ledger.epoch == epoch + 1
             self.moves.remove(move)
         else:
@@ -162,10 +213,16 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.sequences.keys() == self.blocks.keys()
         assert set(self.ledger.moves) == set(self.moves)
         for number, account in self.ledger.sequences.items():
-            assert account.placement == spans_of(self.blocks[number], self.tokens[number])
+            own = self.shared.get(number, (0, 0))[0]
+            lies = [
+                (s.worker, block) for s in account.placement for block in range(s.start // BLOCK, -(-s.stop // BLOCK))
+            ]
+            assert lies == [(worker, block) for block, worker in enumerate(self.blocks[number])]
+            assert all((span.document is None) == (span.start >= own) for span in account.placement)
+            assert own or account.placement == spans_of(self.blocks[number], self.tokens[number])
 
     def teardown(self) -> None:
-        for number in list(self.blocks):
+        for number in sorted(self.blocks, reverse=True):
             self.forget(number)
         self.ledger.check()
         assert not self.ledger.debts()

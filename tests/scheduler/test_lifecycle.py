@@ -63,6 +63,7 @@ class Simulated:
     retirements: list[tuple[str, int]] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
+    reused: dict[int, int] = field(default_factory=dict)
     now: float = 0.0
     allocated: set[int] = field(default_factory=set)
     step_seconds: float = 0.05
@@ -131,6 +132,7 @@ class Simulated:
                     self.windows[gang.home] = [w for w in self.windows[gang.home] if w.gang.number != gang.number]
             case Delivery(sequence, tokens, reason, error):
                 assert sequence not in self.ends, "news after the end"
+                self.reused[sequence] = command.reused
                 self.tokens[sequence].extend(tokens)
                 if reason is not None:
                     self.ends[sequence] = (reason, error)
@@ -145,9 +147,11 @@ class Simulated:
     def store(self, sequence: int, placement: Placement, start: int, stop: int) -> None:
         """Compute the KV of some tokens: all before them has to be where the placement says."""
         for span in placement:
+            owner = sequence if span.document is None else span.document
             for block in blocks(span.start, min(span.stop, start)):
-                assert self.pools[span.worker][sequence][block], "KV is not where the home looks for it"
+                assert self.pools[span.worker][owner][block], "KV is not where the home looks for it"
             for block in blocks(max(span.start, start), min(span.stop, stop)):
+                assert owner == sequence, "written into a document's blocks"
                 self.pools[span.worker][sequence][block] = True
 
     def go_on(self, message: do.Expect | do.Send | do.Relocate) -> None:
@@ -200,7 +204,7 @@ class Simulated:
     def move_something(self) -> None:
         """Move random blocks of a random sequence, if that is possible just now."""
         ledger, moving = self.life.ledger, self.life.moving
-        numbers = [number for number, live in self.life.live.items() if live.state == "decode"]
+        numbers = [number for number in ledger.sequences if self.life.live[number].state in ("decode", "document")]
         if not numbers:
             return
         number = self.rng.choice(numbers)
@@ -245,7 +249,7 @@ class Simulated:
             if chain and chain[0] is chunk:
                 chain.pop(0)
         if chunk.sampling is None:
-            self.run(self.life.chunk_done(sequence, gang.number))
+            self.run(self.life.chunk_done(sequence, gang.number, self.now))
         else:
             reason: FinishReason | None = "length" if chunk.sampling.max_new_tokens == 1 else None
             self.run(self.life.prefilled(sequence, gang.number, token(sequence, 0), reason, self.now))

@@ -18,7 +18,10 @@ from distkv_dask.types import Completion
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What comes of a row: ``parts`` of its document were asked, ``dropped_tokens`` of it were left out."""
+    """What comes of a row: ``parts`` of its document were asked, ``dropped_tokens`` of it were left out.
+
+    ``reused_tokens`` of all prompts were not computed.
+    """
 
     text: str
     finish_reason: str
@@ -26,6 +29,7 @@ class Answer:
     new_tokens: int
     parts: int = 1
     dropped_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
 
 def _plain(prompt: list[int], dropped: int = 0) -> Plan:
     (done,) = yield Round([prompt])
-    return Answer(done.text, done.finish_reason, done.prompt_tokens, len(done.token_ids), 1, dropped)
+    new, reused = len(done.token_ids), done.reused_tokens
+    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused)
 
 
 def _map_reduce(
@@ -97,7 +102,8 @@ def _map_reduce(
         answers = [next(combined).text.strip() if size > 1 else answers[-1] for size, _ in groups]
     last = asked[-1]
     prompt_tokens, new_tokens = (sum(one.prompt_tokens for one in asked), sum(len(one.token_ids) for one in asked))
-    return Answer(answers[0], last.finish_reason, prompt_tokens, new_tokens, len(parts))
+    reused = sum(one.reused_tokens for one in asked)
+    return Answer(answers[0], last.finish_reason, prompt_tokens, new_tokens, len(parts), reused_tokens=reused)
 
 
 def _groups(

@@ -177,7 +177,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
         "error": outcome.error,
         "prompt_tokens": answer.prompt_tokens if answer else None,
         "new_tokens": answer.new_tokens if answer else None,
-        "reused_tokens": 0 if answer else None,
+        "reused_tokens": answer.reused_tokens if answer else None,
         "parts": answer.parts if answer else None,
         "dropped_tokens": answer.dropped_tokens if answer else None,
         "seconds": outcome.seconds,

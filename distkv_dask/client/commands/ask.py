@@ -9,10 +9,16 @@ from typing import Any
 
 import click
 
+from distkv_dask.client.batch.extract import plain_text
 from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
 from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
-from distkv_dask.errors import SourceError
+from distkv_dask.client.document import Document
+from distkv_dask.client.document_prompts import read_text
+from distkv_dask.client.engine import Engine
+from distkv_dask.client.generation import TextPieces
+from distkv_dask.client.saved_document import FILE
+from distkv_dask.types import SamplingParams
 
 
 @click.command("ask")
@@ -32,35 +38,33 @@ def command(question: str, document: Path | None, schema: Path | None, **options
     \b
         distkv ask "What are the risks?" report.pdf
 
+    DOCUMENT may be a folder in which `distkv ingest` saved one: then the answer begins without reading it again.
+
     The answer goes to standard output as it is generated.
     """  # noqa: D301
     with engine_of(options) as (engine, sampling):
-        text = question
-        if document is not None:
-            text = BatchSpec(questions=(question,)).render({"text": _text(document)}, question)
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
-        with engine.stream(prompt_ids(text, engine.tokenizer), sampling) as pieces:
+        with _pieces(engine, question, document, sampling) as pieces:
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()
         done = pieces.completion
         if done is not None:
-            workers = len(done.placement)
+            workers = len({span.worker for span in done.placement})
             note(
-                f"{done.prompt_tokens} tokens on {workers} worker{'s' * (workers > 1)}, {len(done.token_ids)} new ones"
+                f"{done.prompt_tokens} tokens ({done.reused_tokens} reused) on {workers} worker{'s' * (workers > 1)}, "
+                f"{len(done.token_ids)} new ones"
             )
 
 
-def _text(document: Path) -> str:
-    from distkv_dask.client.batch.extract import EXTRACTORS, check_pdf_support, plain_text
-
-    if str(document) == "-":
-        return plain_text(sys.stdin.buffer.read())
-    suffix = document.suffix.lower()
-    if suffix == ".pdf":
-        check_pdf_support()
-    try:
-        return EXTRACTORS[suffix if suffix in EXTRACTORS else ".txt"](document.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{document} cannot be read: {error}") from error
+def _pieces(engine: Engine, question: str, document: Path | None, sampling: SamplingParams) -> TextPieces:
+    """The answer as it is generated."""
+    if document is not None and (document / FILE).exists():
+        saved: Document = engine.load(document)
+        return saved.stream(question, sampling)
+    text = question
+    if document is not None:
+        read = plain_text(sys.stdin.buffer.read()) if str(document) == "-" else read_text(document)
+        text = BatchSpec(questions=(question,)).render({"text": read}, question)
+    return engine.stream(prompt_ids(text, engine.tokenizer), sampling)

@@ -28,11 +28,16 @@ class Ask:
     sequence
         Its number.
     prompt, tokens
-        Tokens of the prompt, and tokens that need room: the prompt and the longest possible answer.
+        Tokens of the prompt, and tokens that need room: the prompt and the longest possible answer. Those that it
+        shares with a document are not among them.
     submitted
         When it came, in seconds.
     priority
         Higher runs earlier.
+    document, shared
+        The document whose first ``shared`` tokens it begins with; policies place the rest.
+    is_document
+        It will be kept, for others to share.
     """
 
     sequence: int
@@ -40,6 +45,9 @@ class Ask:
     tokens: int
     submitted: float = 0.0
     priority: int = 0
+    document: int | None = None
+    shared: int = 0
+    is_document: bool = False
 
 
 @dataclass(frozen=True, slots=True)

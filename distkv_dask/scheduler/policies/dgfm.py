@@ -69,7 +69,7 @@ def recalls(ledger: Ledger, debtor: str, creditor: str, blocks: int) -> Iterator
         for span in account.placement:
             if blocks <= 0:
                 return
-            if span.worker == creditor and not account.moves:
+            if span.worker == creditor and span.document is None and not account.moves:
                 share = min(blocks, ledger.blocks(span.tokens))
                 stop = min(span.stop, span.start + share * ledger.block_tokens)
                 blocks -= share

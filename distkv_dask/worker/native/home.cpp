@@ -22,8 +22,9 @@ struct Holder {
   float* answer;
   int64_t answer_bytes;
   float* part_lse;             // within the answer
-  const int64_t* merge_index;  // as distkv_merge takes it
-  int64_t merged;
+  const int64_t* merge_index;  // as distkv_merge takes it, but a token may come again in a later round
+  const int64_t* rounds;       // [round_count] number of partials up to a round's end
+  int64_t round_count;
   Header ask, expected, got;
   int64_t received;
 };
@@ -93,6 +94,19 @@ bool receive(Home& home, Holder& holder, Status& status) {
   return status == kDone && holder.received == kHeaderBytes + holder.answer_bytes;
 }
 
+bool merge(Home& home, const Holder& holder) {
+  int64_t first = 0;
+  for (int64_t round = 0; round < holder.round_count; ++round) {
+    const int64_t count = holder.rounds[round] - first;
+    const int64_t* index = holder.merge_index ? holder.merge_index + first : nullptr;
+    if (home.merge(home.out, home.lse, holder.answer + first * home.heads * home.d,
+                   holder.part_lse + first * home.heads, index, count, home.tokens, home.heads, home.d))
+      return false;
+    first += count;
+  }
+  return true;
+}
+
 Status gather(Home& home, double seconds) {
   thread_local std::vector<pollfd> waiting;
   thread_local std::vector<int64_t> whose;
@@ -121,9 +135,7 @@ Status gather(Home& home, double seconds) {
       Status status = kDone;
       Holder& holder = home.holders[home.culprit = whose[at]];
       if (receive(home, holder, status)) {
-        if (home.merge(home.out, home.lse, holder.answer, holder.part_lse, holder.merge_index, holder.merged,
-                       home.tokens, home.heads, home.d))
-          return kBadIndex;
+        if (!merge(home, holder)) return kBadIndex;
         waiting[at] = waiting.back();
         whose[at] = whose.back();
         waiting.pop_back();

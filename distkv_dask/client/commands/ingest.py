@@ -1,0 +1,33 @@
+"""``distkv ingest``: a document's KV cache computed once and saved, to be asked any time later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
+
+
+@click.command("ingest")
+@click.argument("document", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("folder")
+@model_options
+@scheduler_option
+@size_options
+def command(document: Path, folder: str, **options: Any) -> None:
+    """Compute the KV cache of DOCUMENT (.txt, .md, .html, .pdf) and save it in FOLDER.
+
+    \b
+        distkv ingest report.pdf saved/report
+        distkv ask "What are the risks?" saved/report
+
+    FOLDER is a path or a URI such as s3://bucket/report, which all workers reach. Questions on it then begin at once,
+    on any number of workers, with the same --model, --dtype and block size.
+    """  # noqa: D301
+    with engine_of(options) as (engine, _):
+        note(f"Computing {document} ...")
+        with engine.ingest(document, name=document.name) as handle:
+            handle.save(folder)
+            click.echo(f"{handle.tokens} tokens saved in {folder}")

@@ -1,0 +1,266 @@
+"""Documents as their user holds them: ingested once, asked often, released in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn, common_length
+from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.saved_document import SavedDocument, plain_source, prepare, write_metadata
+from distkv_dask.errors import EngineClosedError, InvalidRequestError
+from distkv_dask.protocol import Saved
+from distkv_dask.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from distkv_dask.client.engine import Engine
+
+
+class Document:
+    """A text whose KV cache stays on the cluster, shared by all questions on it; made by ``Engine.ingest``.
+
+    It is a context manager (``async with`` for asynchronous clients) that releases it at the end.
+
+    Attributes
+    ----------
+    name
+        Its name within the engine.
+    number
+        Its number in ``engine.status()["sequences"]``.
+    ids
+        The token ids that every prompt on it begins with.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        number: int,
+        source: str | Sequence[Any],
+        prompts: DocumentPrompts,
+        ids: list[int],
+    ) -> None:
+        self.engine = engine
+        self.name = name
+        self.number = number
+        self.ids = ids
+        self._source = source
+        self._prompts = prompts
+        self._released = False
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that every prompt on it begins with."""
+        return len(self.ids)
+
+    def prompt(self, question: Question) -> list[int]:
+        """Token ids of the whole prompt of a question; ``engine.generate`` answers them alike, but computes them all.
+
+        Raises
+        ------
+        InvalidRequestError
+            When the question is empty or of another type, or its prompt does not begin with the document.
+        """
+        return self._prompt(question, ())
+
+    def ask(
+        self, question: Question | Sequence[Question], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Any:
+        """Answer one question, or several together.
+
+        Parameters
+        ----------
+        question
+            A text, or token ids for a document of token ids; or a list of such questions.
+        sampling
+            One for all questions or one for each; None is ``SamplingParams()``.
+
+        Returns
+        -------
+        Completion or list of Completion
+            As many as questions. Of several, one that fails does not stop the others: its ``finish_reason`` is
+            ``"error"`` and ``error`` says why.
+
+        Raises
+        ------
+        InvalidRequestError, DistKVError
+            What is wrong with a single question, or became of it.
+        EngineClosedError
+            When the document was released or its engine closed.
+        """
+        if _is_one(question):
+            if sampling is not None and not isinstance(sampling, SamplingParams):
+                raise InvalidRequestError("one question takes one SamplingParams, not a list")
+            return self.engine.client.sync(_result, self.submit(cast(Question, question), sampling))
+        return self.engine._answer([*question], sampling, self.submit)
+
+    def submit(self, question: Question, sampling: SamplingParams | None = None) -> Generation:
+        """Ask a question and return at once, as ``Engine.submit`` does."""
+        return self._submit(question, sampling)
+
+    def stream(self, question: Question, sampling: SamplingParams | None = None) -> TextPieces:
+        """Ask a question and iterate over its answer's text, as ``Engine.stream`` does."""
+        pieces = TextPieces()
+        return pieces.follow(self._submit(question, sampling, pieces.put))
+
+    def chat(self) -> Chat:
+        """Begin a conversation about the document, of which every turn's KV is kept."""
+        self._check()
+        return Chat(self)
+
+    def release(self) -> Any:
+        """Need it no more: its KV is freed once the questions under way have ended."""
+        return self.engine.client.sync(self._release)
+
+    def save(self, place: str | Path) -> Any:
+        """Save its KV, so that an engine of the same model can load it; returns when all is written.
+
+        The workers that hold it write at the same time. What was there before is replaced in one step, at the end.
+
+        Parameters
+        ----------
+        place
+            A folder that all workers reach: a path, or a URI that pyarrow or fsspec knows (``s3://bucket/report``).
+
+        Raises
+        ------
+        SavedDocumentError
+            It cannot be written there.
+        """
+        return self.engine.client.sync(self._save, str(place))
+
+    async def _save(self, place: str) -> None:
+        self._check()
+        engine, facts = self.engine, self.engine.facts
+        plain = plain_source(self._source)
+        place = await asyncio.to_thread(prepare, place)
+        done = await engine._library.save(self.number, Saved(place, tag=secrets.token_hex(4)))
+        saved = SavedDocument(
+            self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
+            facts["block_bytes"], plain, tuple(self.ids), done.files,
+        )  # fmt: skip
+        await asyncio.to_thread(write_metadata, place, saved)
+
+    async def _release(self) -> None:
+        if not self._released:
+            self._released = True
+            await self.engine._library.release(self.number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._release()
+
+    def __repr__(self) -> str:
+        return f"<Document {self.name!r} of {self.tokens} tokens{', released' if self._released else ''}>"
+
+    def _check(self) -> None:
+        if self._released:
+            raise EngineClosedError(f"document {self.name!r} was released: ingest it again")
+
+    def _prompt(self, question: Question, turns: Sequence[Turn]) -> list[int]:
+        ids = self._prompts.prompt(question, turns)
+        same = common_length(ids, self.ids)
+        if same <= len(self.ids) - self.engine.config.block_tokens:
+            raise InvalidRequestError(
+                f"the prompt of this question does not begin with the document: only {same} of its {len(self.ids)} "
+                "tokens are the same. The model's chat template puts something before it, or changes it, for this "
+                "question; ask it with engine.generate"
+            )
+        return ids
+
+    def _submit(
+        self, question: Question, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
+    ) -> Generation:
+        self._check()
+        return self.engine._submit_ids(self.prompt(question), sampling, on_text, self.number).generation
+
+
+class Chat:
+    """A conversation about a document: each turn's KV is kept and shared by the next one.
+
+    A context manager; the end of it frees the turns, and leaves the document as it is.
+    """
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.turns: list[Turn] = []
+        """Questions and answers so far."""
+        self._numbers: list[int] = []
+        self._asking = False
+
+    def ask(self, question: Question, sampling: SamplingParams | None = None) -> Any:
+        """Ask the next question; returns the :class:`Completion`. One that fails is no turn, and can be asked again.
+
+        Raises
+        ------
+        InvalidRequestError
+            When the question cannot be served, or the last one has not been answered yet.
+        DistKVError
+            What became of it.
+        """
+        self.document._check()
+        if self._asking:
+            raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
+        engine, last = self.document.engine, self._numbers[-1] if self._numbers else self.document.number
+        ids = self.document._prompt(question, self.turns)
+        request = engine._submit_ids(ids, sampling, None, last, keeps=True)
+        self._asking = True
+        return engine.client.sync(self._take, question, request.number, request.generation)
+
+    async def _take(self, question: Question, number: int, generation: Generation) -> Completion:
+        try:
+            done = await generation
+        finally:
+            self._asking = False
+        self._numbers.append(number)
+        self.turns.append((question, done.text, done.token_ids))
+        return done
+
+    def close(self) -> Any:
+        """Free the turns."""
+        return self.document.engine.client.sync(self._close)
+
+    async def _close(self) -> None:
+        numbers, self._numbers = self._numbers, []
+        if numbers:
+            await self.document.engine._library.release(*numbers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._close()
+
+
+async def _result(generation: Generation) -> Completion:
+    try:
+        return await generation
+    except asyncio.CancelledError:
+        generation.cancel()
+        raise
+
+
+def _is_one(question: Any) -> bool:
+    """Whether this is a single question: a text, or token ids."""
+    if isinstance(question, str):
+        return True
+    if not isinstance(question, Sequence):
+        raise InvalidRequestError(f"a question is a text or a list of token ids, not {type(question).__name__}")
+    return bool(question) and all(isinstance(one, int) for one in question)

@@ -1,0 +1,173 @@
+"""How a document and a question become a prompt, and which tokens all prompts on one document begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from distkv_dask.client.batch.extract import EXTRACTORS, check_pdf_support, plain_text
+from distkv_dask.client.batch.spec import prompt_ids
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.errors import InvalidRequestError, SourceError
+from distkv_dask.types import Message, Prompt
+
+Question = str | Sequence[int]
+Turn = tuple[Question, str, tuple[int, ...]]
+"""A question of a chat, and its answer as text and as token ids."""
+PROBES = "What is it about?", "Is there more?"
+"""Two questions without a common beginning or end: what their prompts begin with, all prompts do."""
+
+
+class DocumentPrompts(Protocol):
+    """Prompts on one document."""
+
+    def prefix(self) -> list[int]:
+        """The tokens that every prompt begins with."""
+
+    def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
+        """The prompt of a question, after earlier turns of a chat.
+
+        Raises
+        ------
+        InvalidRequestError
+            When the question is empty or of another type, or the model's chat template refuses it.
+        """
+
+
+class MessagePrompts:
+    """A document within chat messages; or a text, which stands above the first question in one message.
+
+    Parameters
+    ----------
+    messages
+        Chat messages before the question, or the text.
+    tokenizer
+        The model's, with a chat template.
+    """
+
+    def __init__(self, messages: str | Sequence[Message], tokenizer: Tokenizer) -> None:
+        self._text = messages if isinstance(messages, str) else None
+        self._messages = [] if isinstance(messages, str) else list(messages)
+        self._tokenizer = tokenizer
+
+    def prefix(self) -> list[int]:
+        """The tokens that every prompt begins with."""
+        one, other = map(self.prompt, PROBES)
+        return one[: common_length(one, other)]
+
+    def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
+        """The chat template over messages, turns and question."""
+        texts = [_text(one) for one in (*(asked for asked, _, _ in turns), question)]
+        if self._text is not None:
+            texts[0] = f"{self._text}\n\n{texts[0]}"
+        messages = list(self._messages)
+        for text, (_, answer, _) in zip(texts, turns, strict=False):
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return self._tokenizer.encode([*messages, {"role": "user", "content": texts[-1]}])
+
+
+class TextPrompts:
+    """A text with the question below it, for models without a chat template."""
+
+    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+        self._text = text
+        self._tokenizer = tokenizer
+
+    def prefix(self) -> list[int]:
+        """The tokens that every prompt begins with."""
+        one, other = map(self.prompt, PROBES)
+        return one[: common_length(one, other)]
+
+    def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
+        """Text, turns and question, with an empty line between them."""
+        said = [piece for asked, answer, _ in turns for piece in (_text(asked), answer)]
+        return prompt_ids("\n\n".join([self._text, *said, _text(question)]), self._tokenizer)
+
+
+class TokenPrompts:
+    """Token ids with those of the question behind them."""
+
+    def __init__(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        self._ids = list(ids)
+        self._tokenizer = tokenizer
+
+    def prefix(self) -> list[int]:
+        """The document's ids."""
+        return self._ids
+
+    def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
+        """Ids of document, turns and question in a row."""
+        ids = list(self._ids)
+        for asked, _, answer in turns:
+            ids += [*self._tokenizer.encode_more(asked), *answer]
+        return ids + self._tokenizer.encode_more(question)
+
+
+def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:
+    """Choose how questions on a document are asked.
+
+    Parameters
+    ----------
+    source
+        A text, token ids, or chat messages.
+    tokenizer
+        The model's.
+
+    Raises
+    ------
+    InvalidRequestError
+        When it is empty, of another type, or needs a tokenizer or chat template that the model does not have.
+    """
+    if isinstance(source, str):
+        if not source.strip():
+            raise InvalidRequestError("the document is empty: give a text with something in it")
+        chats = tokenizer.has_chat_template
+        return MessagePrompts(source, tokenizer) if chats else TextPrompts(source, tokenizer)
+    ids = tokenizer.encode(source)  # says what is wrong with it, if anything
+    if any(isinstance(one, Mapping) for one in source):
+        return MessagePrompts(source, tokenizer)  # type: ignore[arg-type]
+    return TokenPrompts(ids, tokenizer)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file: .txt, .md, .html or .pdf; others are read as plain text.
+
+    Raises
+    ------
+    SourceError
+        It cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".pdf":
+        check_pdf_support()
+    extract: Any = EXTRACTORS.get(suffix, plain_text)
+    try:
+        text: str = extract(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    return text
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with.
+
+    Examples
+    --------
+    >>> common_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    for at, (mine, its) in enumerate(zip(one, other, strict=False)):
+        if mine != its:
+            return at
+    return min(len(one), len(other))
+
+
+def _text(question: Question) -> str:
+    if not isinstance(question, str):
+        raise InvalidRequestError(
+            "this document is a text, and so are questions on it; ingest token ids to ask with ids"
+        )
+    if not question.strip():
+        raise InvalidRequestError("the question is empty")
+    return question

@@ -1,0 +1,68 @@
+"""What an engine asks of the cluster beside answers: a document to be computed, saved or loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator
+from typing import Any
+
+from distkv_dask.errors import EngineClosedError
+from distkv_dask.protocol import Delivery, Submission
+
+
+class Errand(concurrent.futures.Future[Delivery]):
+    """Future of the one delivery that ends it; stands where requests do. It can be awaited.
+
+    Parameters
+    ----------
+    submission
+        What the gManager has to know.
+    cancel
+        Stops it.
+    """
+
+    def __init__(self, submission: Submission, cancel: Callable[[int], None]) -> None:
+        super().__init__()
+        self.number = submission.number
+        self._submission = submission
+        self._cancel = cancel
+
+    @property
+    def generation(self) -> Errand:
+        """The future, as requests call theirs."""
+        return self
+
+    def submission(self) -> Submission:
+        """What the gManager has to know."""
+        return self._submission
+
+    def receive(self, delivery: Delivery) -> bool:
+        """Take the news that it is done, or is not going to be; True since nothing follows."""
+        if delivery.error is not None:
+            self.fail(delivery.error)
+        elif delivery.reason == "cancelled":
+            self.fail(EngineClosedError("the engine was closed before this was done"))
+        elif not self.done():
+            self.set_result(delivery)
+        return True
+
+    def wants_stop(self) -> bool:
+        """Nothing is generated, so nothing can be stopped early."""
+        return False
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        if not self.done():
+            self.set_exception(error)
+
+    def cancel(self) -> bool:
+        """Stop it; True unless it had ended."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._cancel(self.number)
+        return cancelled
+
+    def __await__(self) -> Generator[Any, None, Delivery]:
+        """Wait for it in a coroutine."""
+        return asyncio.wrap_future(self).__await__()

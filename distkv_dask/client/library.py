@@ -1,0 +1,120 @@
+"""The documents of one engine: handed in, loaded, saved and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from array import array
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distkv_dask.client.document import Document
+from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
+from distkv_dask.client.errand import Errand
+from distkv_dask.client.saved_document import read_metadata
+from distkv_dask.errors import InvalidRequestError, SavedDocumentError
+from distkv_dask.protocol import Delivery, Saved, Submission
+from distkv_dask.types import Prompt
+
+if TYPE_CHECKING:
+    from distkv_dask.client.engine import Engine
+
+
+class Library:
+    """Documents by name; used on the engine's event loop, but for :attr:`documents`.
+
+    Parameters
+    ----------
+    engine
+        The engine.
+    numbers
+        Gives requests and documents their numbers.
+    send
+        Sends a request on its way, and knows it from then on.
+    flushed
+        Waits until all requests so far have arrived.
+    stop
+        Tells the gManager that a request, or a document, is needed no more.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        numbers: Iterator[int],
+        send: Callable[[Errand], None],
+        flushed: Callable[[], Awaitable[None]],
+        stop: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self.documents: dict[str, Document] = {}
+        self._engine = engine
+        self._numbers = numbers
+        self._unnamed = itertools.count()
+        self._send = send
+        self._flushed = flushed
+        self._stop = stop
+
+    async def ingest(self, source: Prompt | Path, name: str | None) -> Document:
+        """See :meth:`distkv_dask.Engine.ingest`."""
+        known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
+        prompts = await asyncio.to_thread(prompts_of, known, self._engine.tokenizer)
+        ids = await asyncio.to_thread(prompts.prefix)
+        window = self._engine.facts["max_positions"]
+        if len(ids) >= window:
+            raise InvalidRequestError(
+                f"a document of {len(ids)} tokens leaves no room for a question in the model's window of {window} "
+                "tokens: shorten it"
+            )
+        return await self._hand_in(known, name, prompts, ids, None)
+
+    async def load(self, place: str, name: str | None) -> Document:
+        """See :meth:`distkv_dask.Engine.load`."""
+        saved = await asyncio.to_thread(read_metadata, place)
+        saved.check(place, self._engine.facts, self._engine.config.block_tokens)
+        prompts = await asyncio.to_thread(prompts_of, saved.source, self._engine.tokenizer)
+        ids = await asyncio.to_thread(prompts.prefix)
+        if tuple(ids) != saved.ids:
+            raise SavedDocumentError(
+                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it anew"
+            )
+        where = Saved(place if "://" in place else str(Path(place).expanduser().absolute()), saved.files)
+        return await self._hand_in(saved.source, saved.name if name is None else name, prompts, ids, where)
+
+    async def _hand_in(
+        self, source: Prompt, name: str | None, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
+    ) -> Document:
+        number = next(self._numbers)
+        if name is None:
+            free = (f"document-{at}" for at in self._unnamed)
+            name = next(one for one in free if one not in self.documents)
+        if name in self.documents:
+            raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
+        self.documents[name] = document = Document(self._engine, name, number, source, prompts, ids)
+        try:
+            await self._run(Submission(number, array("i", ids), None, saved=saved))
+        except BaseException:
+            self.documents.pop(name, None)
+            raise
+        return document
+
+    async def save(self, document: int, saved: Saved) -> Delivery:
+        """Have a document's blocks written; the delivery names the files."""
+        number = next(self._numbers)
+        return await self._run(Submission(number, array("i"), None, document=document, saved=saved))
+
+    async def _run(self, submission: Submission) -> Delivery:
+        errand = Errand(submission, self._engine._cancel)
+        self._send(errand)
+        try:
+            return await errand
+        except asyncio.CancelledError:
+            errand.cancel()
+            raise
+
+    async def release(self, *numbers: int) -> None:
+        """Need documents no more, after the questions that are on their way to them."""
+        for name in [name for name, one in self.documents.items() if one.number in numbers]:
+            del self.documents[name]
+        await self._flushed()
+        for number in numbers:
+            await self._stop(number)

@@ -1,0 +1,24 @@
+"""What tells one model from another: KV of one means nothing to the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+SAMPLES = 64
+"""Elements of each weight that are looked at."""
+IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of a transformers model's configuration, and of some elements of every weight."""
+    config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_" and name not in IGNORED}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    with torch.inference_mode():
+        for name, weight in sorted(model.named_parameters()):
+            some = weight.reshape(-1)[:: max(1, weight.numel() // SAMPLES)].float().cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,266 @@
+"""Documents in the lifecycle: shared, evicted, lost and released in any order, and nothing is left of them."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_lifecycle import BLOCK, Simulated, cluster_of, expected, finish, mishaps
+
+from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError
+from distkv_dask.types import SamplingParams
+
+
+def prompt(document: int, tokens: int, *more: int) -> array[int]:
+    return array("i", [*range(100 * document, 100 * document + tokens), *more])
+
+
+def stored(capacities: list[int], tokens: int = 18) -> Simulated:
+    """A cluster that holds document 0."""
+    cluster = cluster_of(0, *capacities)
+    cluster.run(cluster.life.ingest(0, prompt(0, tokens), 0.0))
+    finish(cluster)
+    assert cluster.ends.pop(0) == ("stop", None)
+    return cluster
+
+
+def ask(
+    cluster: Simulated, number: int, document: int = 0, tokens: int = 18, new: int = 5, keeps: bool = False
+) -> None:
+    sampling = SamplingParams(max_new_tokens=new)
+    asked = prompt(document, tokens, 7, number)
+    cluster.run(cluster.life.submit(number, asked, sampling, cluster.now, False, document, keeps))
+
+
+def used(cluster: Simulated) -> int:
+    return sum(account.used for account in cluster.life.ledger.workers.values())
+
+
+def test_questions_share_the_documents_blocks_and_compute_only_what_is_theirs() -> None:
+    cluster = stored([20, 20])
+    assert used(cluster) == 4  # whole blocks: 16 of 18 tokens
+    for number in (1, 2, 3):
+        ask(cluster, number)
+    spans = [span for chain in cluster.chunks for chunk in chain for span in chunk.placement]
+    assert used(cluster) == 4 + 2 * sum(span.document is None for span in spans)
+    finish(cluster)
+    assert [cluster.tokens[number] for number in (1, 2, 3)] == [expected(number, 5) for number in (1, 2, 3)]
+    assert [cluster.reused[number] for number in (1, 2, 3)] == [16] * 3
+    assert used(cluster) == 4
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    assert used(cluster) == 0
+    assert not any(cluster.pools.values())
+
+
+def test_a_document_that_is_released_early_is_freed_with_its_last_question() -> None:
+    cluster = stored([20])
+    ask(cluster, 1)
+    ask(cluster, 2, new=20)
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    with pytest.raises(InvalidRequestError, match="released"):
+        ask(cluster, 3)
+    finish(cluster)
+    assert cluster.tokens[2] == expected(2, 20)
+    assert not cluster.life.live
+    assert not any(cluster.pools.values())
+
+
+def test_questions_of_one_document_decode_at_one_home() -> None:
+    cluster = stored([60, 60, 60])
+    for number in range(1, 4):
+        ask(cluster, number, new=30)
+    homes = set()
+    while cluster.step():
+        homes |= {home for home, batch in cluster.batches.items() if batch}
+    assert len(homes) == 1
+
+
+def test_the_least_recently_used_document_makes_room_and_comes_back_when_it_is_asked() -> None:
+    cluster = stored([20])
+    for number in (1, 2):
+        cluster.run(cluster.life.ingest(number, prompt(number, 20), cluster.now))
+        finish(cluster)
+        cluster.ends.pop(number)
+    ask(cluster, 3, document=0)
+    finish(cluster)
+    cluster.run(cluster.life.submit(4, prompt(9, 20), SamplingParams(max_new_tokens=9), cluster.now))
+    finish(cluster)
+    states = {number: cluster.life.live[number].state for number in range(3)}
+    assert states == {0: "document", 1: "dropped", 2: "document"}
+    ask(cluster, 5, document=1)
+    finish(cluster)
+    assert cluster.tokens[5] == expected(5, 5)
+    assert cluster.reused[5] == 16  # 18 of its 20 tokens were asked with
+    assert cluster.life.live[1].state == "document"
+
+
+def test_a_question_whose_document_leaves_no_room_for_it_is_answered_without_sharing() -> None:
+    cluster = cluster_of(0, 5)
+    cluster.run(cluster.life.ingest(0, prompt(0, 20), 0.0))
+    finish(cluster)
+    cluster.ends.pop(0)
+    sampling = SamplingParams(max_new_tokens=1)
+    cluster.run(cluster.life.submit(1, prompt(0, 18, 1), sampling, cluster.now, False, 0))
+    finish(cluster)
+    assert cluster.ends[1] == ("length", None)
+
+
+def test_a_document_that_lost_blocks_is_computed_anew_for_who_asks_next() -> None:
+    cluster = stored([4, 4, 9], tokens=40)
+    cluster.lose_worker()
+    assert cluster.life.live[0].state in ("document", "dropped")
+    cluster.add_worker(9)
+    ask(cluster, 1, tokens=40)
+    finish(cluster)
+    assert cluster.tokens[1] == expected(1, 5)
+    assert cluster.reused[1] == 40
+
+
+def test_a_turn_of_a_chat_shares_the_blocks_of_the_turn_before() -> None:
+    cluster = stored([40])
+    ask(cluster, 1, keeps=True, new=9)
+    finish(cluster)
+    assert cluster.ends.pop(1) == ("length", None)
+    said = cluster.life.live[1].prompt
+    assert list(said) == [*prompt(0, 18, 7, 1), *expected(1, 9)][: 28 // BLOCK * BLOCK]
+    assert used(cluster) == 7
+    sampling = SamplingParams(max_new_tokens=5)
+    cluster.run(cluster.life.submit(2, said + array("i", [5, 6]), sampling, cluster.now, False, 1, True))
+    finish(cluster)
+    assert cluster.reused[2] == 28
+    assert cluster.tokens[2] == expected(2, 5)
+    for number in (0, 1, 2):  # the oldest first: its blocks are needed by the others
+        assert used(cluster) == 8
+        cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
+    assert not cluster.life.live
+    assert not any(cluster.pools.values())
+
+
+def test_blocks_of_a_document_at_rest_leave_a_worker_that_is_drained() -> None:
+    cluster = stored([20, 20])
+    (holder,) = {span.worker for span in cluster.life.ledger.sequences[0].placement}
+    cluster.run(cluster.life.drain(holder, True, cluster.now))
+    ask(cluster, 1)  # waits until the document is at rest again
+    finish(cluster)
+    assert cluster.life.is_drained(holder)
+    assert cluster.tokens[1] == expected(1, 5)
+    assert cluster.reused[1] == 16
+
+
+def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits_for_it() -> None:
+    cluster = stored([12])
+    sampling = SamplingParams(max_new_tokens=5)
+    cluster.run(cluster.life.submit(1, prompt(0, 13, 7, 7, 7, 7, 7), sampling, cluster.now))
+    finish(cluster)
+    assert cluster.reused[1] == 12
+    assert cluster.tokens[1] == expected(1, 5)
+    large = SamplingParams(max_new_tokens=25)
+    cluster.run(cluster.life.submit(2, prompt(8, 20), large, cluster.now))  # fits only without the document
+    cluster.run(cluster.life.submit(3, prompt(0, 17), sampling, cluster.now))
+    assert cluster.life.live[0].state == "dropped"
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    finish(cluster)
+    assert cluster.reused[3] == 0
+    assert cluster.tokens[3] == expected(3, 5)
+    assert not cluster.life.live
+    assert not any(cluster.pools.values())
+
+
+asked = st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 40), st.booleans())
+events = st.one_of(
+    mishaps.filter(bool).map(lambda some: some[0]), st.just("step"), st.just("step"), asked, st.integers(0, 3)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.integers(8, 20), min_size=1, max_size=4),
+    st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    st.lists(events, max_size=100),
+)
+def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_documents(
+    seed: int, sizes: list[int], documents: list[int], happenings: list[object]
+) -> None:
+    cluster = cluster_of(seed, *sizes)
+    cluster.refusing = True
+    wanted: dict[int, int] = {}
+    held: set[int] = set()
+    for number, tokens in enumerate(documents):
+        try:
+            cluster.run(cluster.life.ingest(number, prompt(number, tokens), cluster.now))
+            held.add(number)
+        except CapacityError:
+            pass
+    for happening in happenings:
+        happen(cluster, happening, held, wanted)
+    for worker in list(cluster.pools):
+        cluster.run(cluster.life.drain(worker, False, cluster.now))
+    settle(cluster)
+    for number, new in wanted.items():
+        reason, error = cluster.ends[number]
+        right = expected(number, new)
+        assert cluster.tokens[number] == right[: len(cluster.tokens[number])]
+        if reason in ("stop", "length"):
+            assert cluster.tokens[number] == right
+        assert (reason == "error") == (error is not None)
+    for number in sorted(cluster.life.live, key=lambda number: cluster.rng.random()):
+        assert number not in cluster.life.live or cluster.life.live[number].is_document
+        cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
+    settle(cluster)
+    assert not cluster.life.live
+    assert not cluster.life.ledger.sequences
+    assert not any(cluster.pools.values())
+
+
+def settle(cluster: Simulated) -> None:
+    for wait in (0.0, 1e6, 1e6):  # what comes back to waiting is seen to be stuck one round later
+        cluster.now += wait
+        cluster.run(cluster.life.expire(cluster.now))
+        finish(cluster)
+
+
+def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[int, int]) -> None:
+    life = cluster.life
+    match happening:
+        case (document, tokens, new, keeps):
+            number = 10 + len(wanted)
+            names = [*held, *(one for one, live in life.live.items() if live.keeps)]
+            like = cluster.rng.choice(names) if names else None
+            name = like if document else None
+            beginning = life.live[like].prompt if like in life.live else array("i")
+            try:
+                cluster.run(
+                    life.submit(
+                        number, beginning[:tokens] + array("i", [number]), SamplingParams(max_new_tokens=new),
+                        cluster.now, False, name, keeps,
+                    )
+                )  # fmt: skip
+                wanted[number] = new
+            except (CapacityError, InvalidRequestError):
+                pass
+        case int():
+            if happening in held:
+                held.discard(happening)
+                cluster.run(life.stop(happening, "cancelled", cluster.now))
+        case "lose":
+            cluster.lose_worker()
+        case "join":
+            cluster.add_worker(12)
+        case "fail":
+            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+        case "fault":
+            cluster.fail_some_gang(ValueError("a fault"))
+        case "cancel":
+            if wanted:
+                cluster.run(life.stop(cluster.rng.choice(sorted(wanted)), "cancelled", cluster.now))
+        case "move":
+            cluster.move_something()
+        case "drain" | "stay":
+            cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), happening == "drain", cluster.now))
+        case "late":
+            cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
+        case _:
+            cluster.step()
