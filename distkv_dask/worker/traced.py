@@ -86,6 +86,7 @@ class TracedModel:
         self._ring = ring
         self.geometry = model.geometry
         self.eos_token_ids = model.eos_token_ids
+        self.follower = model.follower
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | int = 1

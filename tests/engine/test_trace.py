@@ -65,7 +65,7 @@ def test_every_layer_of_every_step_is_there_on_home_and_holders(
 
     @engine_test(workers=force_split(SPLITS[split], monkeypatch))
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
-        async with tiny(client, file) as engine:
+        async with tiny(client, file, window_seconds=60) as engine:  # one window, however slow the machine
             done = (await engine.generate([prompt_ids(PROMPT, seed=4)], GREEDY))[0]
             assert list(done.token_ids) == expected
             homes.append(done.placement[-1].worker)
