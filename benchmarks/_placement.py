@@ -14,7 +14,7 @@ from distkv_dask.types import Placement, Span
 def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:
     """Place a sequence of so many tokens in spans of (worker, room; None is the rest); the last one is the home's."""
 
-    def place(policy: Policy, ledger: Ledger, ask: Ask) -> Placement:
+    def place(policy: Policy, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)
         for worker, room in choose(ask.tokens):
             stop = ask.tokens if room is None else start + room

@@ -27,7 +27,7 @@ from distributed import Client, LocalCluster
 from distkv_dask import Engine, SamplingParams
 
 POLL_SECONDS = 0.1
-VOCABULARY = 49_152
+VOCABULARY, BLOCK = 49_152, 64
 
 
 def save_model(layers: int, folder: Path) -> None:
@@ -82,7 +82,8 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
 
     def choose(tokens: int) -> list[tuple[int, int | None]]:
         home = next(homes)
-        return [(1 - home, tokens // 2), (home, None)] if way["split"] else [(home, None)]
+        half = tokens // 2 // BLOCK * BLOCK
+        return [(1 - home, half), (home, None)] if way["split"] else [(home, None)]
 
     place_by(choose)
     draw = random.Random(0)
@@ -90,13 +91,14 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
     found: dict[bool, dict[str, list[float]]] = {
         split: {"prefill": [], "decode": [], "waiting": []} for split in (False, True)
     }
+    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": "160 MiB", "block_tokens": BLOCK}
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        Engine(client, folder, dtype="bfloat16", kv_memory="160 MiB", channel=options.channel) as engine,
+        Engine(client, folder, channel=options.channel, **settings) as engine,
     ):
         for way["split"] in (False, True):
-            engine.generate([prompt[:64] for prompt in prompts[:2]], SamplingParams(max_new_tokens=4))  # warm
+            engine.generate([prompt[:256] for prompt in prompts[:2]], SamplingParams(max_new_tokens=4))  # warm
         for number in range(options.repeat):
             for split in (False, True) if number % 2 == 0 else (True, False):
                 way["split"] = split
