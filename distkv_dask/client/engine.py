@@ -468,7 +468,8 @@ class Engine:
 
         ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
         channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``;
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``, documents
+        among them (``"document"``, or ``"dropped"`` while their KV is given up for others);
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
         ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """
