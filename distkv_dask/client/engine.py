@@ -29,7 +29,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, InvalidRequestError
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, pack, unpack
+from distkv_dask.protocol import PLUGIN, ClientCall, Delivery, EngineSpec, Submission, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -396,6 +396,19 @@ class Engine:
     async def _give_up(self, number: int) -> None:
         if not self._closed:
             await self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason="cancelled")
+
+    def _begin_document(self, ids: list[int]) -> int:
+        """Hand in tokens that many prompts begin with, from any thread, and return the document's number at once."""
+        self._check_open()
+        number = next(self._numbers)
+        self._requests[number] = errand = Errand(Submission(number, array("i", ids), None), self._cancel)
+        self._loop.call_soon_threadsafe(self._send, errand)
+        return number
+
+    def _end_document(self, number: int) -> None:
+        """Need such a document no more, from any thread."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(lambda: self._spawn(self._library.release(number)))
 
     def _send_errand(self, errand: Errand) -> None:
         self._check_open()
