@@ -39,7 +39,7 @@ def ours(options: Any) -> tuple[dict[str, float], list[int], list[list[int]]]:
     """Seconds with and without sharing, in one cluster."""
     sampling = SamplingParams(max_new_tokens=options.new, ignore_eos=True)
     with (
-        LocalCluster(n_workers=options.workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=options.workers, threads_per_worker=options.threads, dashboard_address=None) as cluster,
         Client(cluster) as client,
         Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory) as engine,
     ):
@@ -69,7 +69,7 @@ def ours(options: Any) -> tuple[dict[str, float], list[int], list[list[int]]]:
 
 def peer(document: list[int], questions: list[list[int]], options: Any) -> tuple[float, float]:
     """Seconds of plain transformers for all questions: each from the beginning, and each from a copied cache."""
-    torch.set_num_threads(options.workers)
+    torch.set_num_threads(options.workers * options.threads)
     folder = converted_weights(Path(resolve_model("smollm2-135m").location), "bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     whole = torch.tensor([document])
@@ -99,7 +99,8 @@ def main() -> None:
     arguments.add_argument("--peer", type=int, default=1, help="questions that the peer is measured with; 0 is none")
     arguments.add_argument("--tokens", type=int, default=6000)
     arguments.add_argument("--new", type=int, default=32)
-    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument("--workers", type=int, default=1, help="a document is computed by one at a time")
+    arguments.add_argument("--threads", type=int, default=2, help="of each worker")
     arguments.add_argument("--kv-memory", default="512 MiB", help="per worker")
     options = arguments.parse_args()
     figures, document, questions = ours(options)
@@ -109,7 +110,7 @@ def main() -> None:
         found["peer_separate_seconds"], found["peer_shared_seconds"] = peer(document, questions, options)
         found["times_faster_than_transformers"] = found["peer_separate_seconds"] / figures["seconds_shared"]
         found["times_faster_than_transformers_sharing"] = found["peer_shared_seconds"] / figures["seconds_shared"]
-    names = ("questions", "separate", "peer", "tokens", "new", "workers", "kv_memory")
+    names = ("questions", "separate", "peer", "tokens", "new", "workers", "threads", "kv_memory")
     report(found, {name: getattr(options, name) for name in names}, options.json)
 
 

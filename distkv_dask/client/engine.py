@@ -32,7 +32,7 @@ from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, Inv
 from distkv_dask.json_schema import grammar_of
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, Delivery, EngineSpec, pack, unpack
+from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, Delivery, EngineSpec, Submission, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -425,6 +425,19 @@ class Engine:
         if not self._closed:
             await self._call_quietly(ClientCall.STOP, engine=self.id, request=number, reason="cancelled")
 
+    def _begin_document(self, ids: list[int]) -> int:
+        """Hand in tokens that many prompts begin with, from any thread, and return the document's number at once."""
+        self._check_open()
+        number = next(self._numbers)
+        self._requests[number] = errand = Errand(Submission(number, array("i", ids), None), self._cancel)
+        self._loop.call_soon_threadsafe(self._send, errand)
+        return number
+
+    def _end_document(self, number: int) -> None:
+        """Need such a document no more, from any thread."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(lambda: self._spawn(self._library.release(number)))
+
     def _send_errand(self, errand: Errand) -> None:
         self._check_open()
         self._requests[errand.number] = errand
@@ -496,7 +509,8 @@ class Engine:
 
         ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
         channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``;
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``, documents
+        among them (``"document"``, or ``"dropped"`` while their KV is given up for others);
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
         ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """

@@ -43,8 +43,8 @@ class SavedDocument:
     def check(self, place: str, facts: Mapping[str, Any], block_tokens: int) -> None:
         """Raise :class:`SavedDocumentError` if an engine cannot use it; ``facts`` are the engine's."""
         wanted = {
-            "model": (self.fingerprint, facts["fingerprint"], f"is of model {self.model!r}, or other weights of it"),
             "dtype": (self.dtype, facts["dtype"], f"is in {self.dtype}: open the engine with dtype={self.dtype!r}"),
+            "model": (self.fingerprint, facts["fingerprint"], f"is of model {self.model!r}, or other weights of it"),
             "blocks": (
                 (self.block_tokens, self.block_bytes),
                 (block_tokens, facts["block_bytes"]),

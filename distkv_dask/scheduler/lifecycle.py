@@ -451,7 +451,7 @@ class Lifecycle:
     # Admission and prefill
 
     def _admit(self, now: float) -> Iterator[Command]:
-        while self._queue and not self._ending and len(self._prefilling) < prefill_slots(self.ledger):
+        while self._queue and not self._ending and self._long_prompts() < prefill_slots(self.ledger):
             admitted = self._queue.admit()
             if admitted is None:
                 evicted = self.documents.evict(now)
@@ -470,6 +470,12 @@ class Lifecycle:
                 continue
             self._prefilling.add(live.sequence)
             yield self._prefill(live, ask.shared)
+
+    def _long_prompts(self) -> int:
+        """Prompts in prefill, but for questions with a chunk of their own at most: those run together, then decode."""
+        step = self.config.prefill_chunk_tokens
+        prompts = [self.live[sequence] for sequence in self._prefilling]
+        return sum(not one.reused or len(one.prompt) - one.reused > step for one in prompts)
 
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
         """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""

@@ -14,7 +14,7 @@ IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of a transformers model's configuration, and of some elements of every weight."""
+    """SHA-256 of a transformers model's configuration, and of some elements of every weight as it was loaded."""
     config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_" and name not in IGNORED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     with torch.inference_mode():

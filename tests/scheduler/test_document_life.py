@@ -77,6 +77,17 @@ def test_questions_of_one_document_decode_at_one_home() -> None:
     assert len(homes) == 1
 
 
+def test_questions_of_one_document_are_computed_together_before_they_decode() -> None:
+    cluster = stored([60])
+    for number in range(1, 5):
+        ask(cluster, number, new=10)
+    assert len(cluster.chunks) == 4
+    for chain in list(cluster.chunks):
+        cluster.run_chunk(chain[0])
+    assert len(cluster.windows["w0"]) == 1
+    assert len(cluster.batches["w0"]) == 4
+
+
 def test_the_least_recently_used_document_makes_room_and_comes_back_when_it_is_asked() -> None:
     cluster = stored([20])
     for number in (1, 2):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distkv_dask.client.batch.answering import Answer, Plan, plan_answer
+from distkv_dask.client.batch.row_documents import RowDocument, RowDocuments
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.errors import (
@@ -63,6 +64,7 @@ class _Work:
     question: str | None
     began: float
     sampling: SamplingParams
+    document: RowDocument | None = None
     plan: Plan | None = None
     waiting: int = 0
     done: list[Completion | None] = field(default_factory=list)
@@ -97,6 +99,7 @@ class Runner:
         self._engine = engine
         self._spec = spec
         self._in_flight = in_flight
+        self._documents = RowDocuments(engine, spec)
         self._ready: deque[_Ask] = deque()
         self._suspects: deque[_Ask] = deque()
         self._running: dict[Generation, _Ask] = {}
@@ -123,6 +126,7 @@ class Runner:
         finally:
             for generation in list(self._running):
                 generation.cancel()
+            self._documents.close()
 
     def _fill(self, todo: Iterator[tuple[Row, str | None]]) -> None:
         """Submit as much as may be in flight."""
@@ -136,6 +140,7 @@ class Runner:
             elif (next_one := next(todo, None)) is not None:
                 self._begin(*next_one)
             else:
+                self._documents.finish()
                 return
 
     def _begin(self, row: Row, question: str | None) -> None:
@@ -147,6 +152,7 @@ class Runner:
             return
         work.sampling = content.sampling or work.sampling
         facts = self._engine.facts
+        work.document = self._documents.begin(row, content)
         work.plan = plan_answer(content, question, self._spec, self._engine.tokenizer, facts["max_positions"])
         self._advance(work, None)
 
@@ -167,6 +173,7 @@ class Runner:
     def _end(self, work: _Work, answer: Answer | None = None, error: BaseException | None = None) -> None:
         if not work.over:
             work.over = True
+            self._documents.ended(work.document)
             text = None if error is None else str(error)
             seconds = time.monotonic() - work.began
             self._outcomes.append(Outcome(work.row, work.question, seconds, answer, text))
@@ -175,7 +182,12 @@ class Runner:
         if ask.work.over:  # another part of the document has failed
             return
         try:
-            generation = self._engine.submit(ask.prompt, ask.sampling)
+            shared = None if ask.failures else ask.work.document  # what failed is tried on its own
+            if shared is None:
+                generation = self._engine.submit(ask.prompt, ask.sampling)
+            else:
+                request = self._engine._submit_ids(ask.prompt, ask.sampling, document=shared.number)
+                generation = request.generation
         except InvalidRequestError as error:
             self._end(ask.work, error=error)
             return

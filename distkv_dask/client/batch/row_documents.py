@@ -1,0 +1,93 @@
+"""Several questions about each row: what their prompts begin with is computed once, and kept until all are answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distkv_dask.client.batch.rows import Content, Row
+from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
+from distkv_dask.client.document_prompts import common_length
+from distkv_dask.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from distkv_dask.client.engine import Engine
+
+
+@dataclass(slots=True, eq=False)
+class RowDocument:
+    """A row's document: its number at the engine, and how many of its questions are open (``more`` may come)."""
+
+    number: int
+    open: int = 0
+    more: bool = True
+
+
+class RowDocuments:
+    """Documents of the rows that are being answered; questions of one row come one after the other.
+
+    Parameters
+    ----------
+    engine, spec
+        The batch's.
+    """
+
+    def __init__(self, engine: Engine, spec: BatchSpec) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._row: Row | None = None
+        self._last: RowDocument | None = None
+        self._held: set[RowDocument] = set()
+
+    def begin(self, row: Row, content: Content) -> RowDocument | None:
+        """A question about a row begins; the document that it shares with the others, if there is one."""
+        if len(self._spec.questions) < 2 or content.prompt is not None:
+            return None
+        if self._row is not row:
+            self.finish()
+            ids = self._prefix(content)
+            self._row = row
+            if len(ids) >= self._engine.config.block_tokens:
+                self._last = RowDocument(self._engine._begin_document(ids))
+                self._held.add(self._last)
+        if self._last is not None:
+            self._last.open += 1
+        return self._last
+
+    def ended(self, document: RowDocument | None) -> None:
+        """A question that began so has ended."""
+        if document is not None:
+            document.open -= 1
+            self._release(document)
+
+    def finish(self) -> None:
+        """No more questions about the last row come."""
+        if self._last is not None:
+            self._last.more = False
+            self._release(self._last)
+        self._row = self._last = None
+
+    def close(self) -> None:
+        """Give back all documents, also those with open questions."""
+        for document in list(self._held):
+            document.open, document.more = 0, False
+            self._release(document)
+
+    def _release(self, document: RowDocument) -> None:
+        if not document.open and not document.more and document in self._held:
+            self._held.discard(document)
+            self._engine._end_document(document.number)
+
+    def _prefix(self, content: Content) -> list[int]:
+        """What the prompts of all questions begin with; nothing where they are too long for the model's window."""
+        if not str(content.values[self._spec.text_column] or "").strip():
+            return []
+        try:
+            one, other = (
+                prompt_ids(self._spec.render(content.values, question), self._engine.tokenizer)
+                for question in self._spec.questions[:2]
+            )
+        except InvalidRequestError:  # each question will say so
+            return []
+        fits = max(len(one), len(other)) + self._spec.sampling.max_new_tokens <= self._engine.facts["max_positions"]
+        return one[: common_length(one, other)] if fits else []
