@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
-from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, Timings
+from distkv_dask.types import Endpoint, FinishReason, Geometry, Measurement, Placement, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
@@ -155,6 +155,7 @@ class Ready(TypedDict):
     capacity_blocks: int
     block_bytes: int
     geometry: Geometry
+    measured: Measurement | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,28 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """Short timings of one worker, in seconds, which the performance model is fitted to.
+
+    Parameters
+    ----------
+    decode
+        (sequences, tokens of KV of all of them together, seconds of a step).
+    prompt
+        (tokens of a prompt's chunk, tokens of KV before them, seconds).
+    attention
+        (tokens of KV, seconds of one query's attention over them in all layers): of workers without a model.
+    exchange
+        Seconds that it adds to a step to ask a holder on the same machine; None where that was not measured.
+    """
+
+    decode: tuple[tuple[int, int, float], ...] = ()
+    prompt: tuple[tuple[int, int, float], ...] = ()
+    attention: tuple[tuple[int, float], ...] = ()
+    exchange: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a worker's holder lane listens for channels.
 

@@ -51,6 +51,11 @@ class LoadedModel:
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return int(self._model.num_parameters())
+
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
 

@@ -25,6 +25,7 @@ from distkv_dask.types import (
     FinishReason,
     Gang,
     Geometry,
+    Measurement,
     Placement,
     PrefillChunk,
     SequenceState,
@@ -58,6 +59,8 @@ class OpenEngine:
         What computes.
     tell
         Sends an event to the gManager.
+    measured
+        How fast the worker is, if that was timed.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class OpenEngine:
         runtime: Runtime,
         lanes: Lanes,
         tell: Callable[[FromWorker, str, Any], None],
+        measured: Measurement | None = None,
     ) -> None:
         self.spec = spec
         self.worker = worker
@@ -78,6 +82,7 @@ class OpenEngine:
         self.lanes = lanes
         self.by_layer = LayerTasks(self)
         self._tell = tell
+        self._measured = measured
         self._lock = threading.Lock()
         self._epoch = 0
         self._decoded_until = 0.0
@@ -97,6 +102,7 @@ class OpenEngine:
             capacity_blocks=pool.capacity_blocks,
             block_bytes=pool.storage[0].nbytes,
             geometry=self.geometry,
+            measured=self._measured,
         )
 
     def close(self) -> None:

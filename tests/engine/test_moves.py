@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from distkv_dask import Engine, SamplingParams
+from distkv_dask import CapacityError, Engine, SamplingParams
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
@@ -133,5 +133,27 @@ def test_memory_workers_hold_a_context_three_times_as_large_as_the_homes_memory(
             assert list(done[0].token_ids) == expected
             assert len({span.worker for span in done[0].placement}) == 4
             assert done[0].placement[-1].worker == workers[0].address
+
+    run()
+
+
+@pytest.mark.parametrize("policy", ["overflow", "best"])
+def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str) -> None:
+    prompts, new = [prompt_ids(250), prompt_ids(40, seed=1), prompt_ids(90, seed=2)], 30
+    expected = [one.tokens for one in reference_generate(model_dir("llama-gqa"), prompts, new)]
+    block = 8 * 3 * 2 * 2 * 64 * 4
+    room = [5, 11, 23, 2, 9]  # blocks
+
+    @engine_test(workers=3, memory=2, own_kv=[blocks * block for blocks in room])
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), policy=policy, **SMALL) as engine:
+            status = (await engine.status())["workers"]
+            assert [status[worker.address]["capacity_blocks"] for worker in workers] == room
+            sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
+            done = await engine.generate(prompts, sampling)
+            assert [list(one.token_ids) for one in done] == expected
+            assert len({span.worker for span in done[0].placement}) > 1, "35 blocks fit on no worker"
+            with pytest.raises(CapacityError, match=r"distkv\.policy"):
+                await engine.submit(prompt_ids(sum(room) * 8), sampling)
 
     run()

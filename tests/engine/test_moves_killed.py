@@ -1,4 +1,4 @@
-"""Real processes killed while blocks of a running request move: an answer that is right, or a clear error, and no rest."""
+"""Real processes killed while blocks of a running request move: the right answer or a clear error, and no rest."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_a_worker_killed_in_mid_move_costs_only_requests_with_blocks_on_it(
     wanted: list[Move] = []
     propose(monkeypatch, wanted)
     sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-    wide_tokens, short_tokens = (
-        one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW)
-    )
+    wide_tokens, short_tokens = (one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW))
     with Client(cluster) as client, Engine(client, str(model_dir("llama-gqa")), **SLOW) as engine:
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
         life: Lifecycle = state.lifecycle
