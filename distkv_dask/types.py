@@ -21,7 +21,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are drawn, and how soon.
 
     Parameters
     ----------
@@ -40,6 +40,9 @@ class SamplingParams:
         Strings at which generation ends; the text ends before the first of them.
     ignore_eos
         Go on after the model's end-of-sequence token.
+    priority
+        From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
+        minute earlier, for each step of it. So nobody waits for ever.
 
     Raises
     ------
@@ -56,6 +59,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -69,6 +73,7 @@ class SamplingParams:
         if self.seed is not None:
             put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
         put("stop", _strings("stop", self.stop))
+        put("priority", _whole("priority", self.priority, low=-100, high=100))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
 

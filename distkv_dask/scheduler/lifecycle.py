@@ -213,7 +213,7 @@ class Lifecycle:
         if self.ledger.blocks(live.tokens) > self._largest_blocks:
             raise self._too_large(live)
         self.live[sequence] = live
-        self._queue.wait(Ask(sequence, len(prompt), live.tokens, now))
+        self._queue.wait(Ask(sequence, len(prompt), live.tokens, now, sampling.priority))
         return self._admit(now)
 
     def stop(self, sequence: int, reason: FinishReason, now: float) -> Iterator[Command]:

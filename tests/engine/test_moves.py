@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,5 +156,29 @@ def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str
             assert len({span.worker for span in done[0].placement}) > 1, "35 blocks fit on no worker"
             with pytest.raises(CapacityError, match=r"distkv\.policy"):
                 await engine.submit(prompt_ids(sum(room) * 8), sampling)
+
+    run()
+
+
+def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_unchanged() -> None:
+    prompt, new = prompt_ids(400), 300
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        settings = SMALL | {"kv_memory": "4 MiB", "window_steps": 4, "move_tokens_per_step": 64}
+        async with Engine(client, str(model_dir("llama-gqa")), performance="preset", **settings) as engine:
+            (state,) = scheduler.plugins["distkv"].engines.values()
+            running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
+            await decoding(engine)
+            async with Worker(scheduler.address, nthreads=1) as joined:
+                await client.wait_for_workers(2)
+                model = state.lifecycle.policy.model
+                slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
+                state.lifecycle.know_costs(replace(model, curve=slow, curves={}))
+                assert list((await running).token_ids) == expected
+                assert (await engine.status())["totals"]["moved_blocks"] >= 20
+                assert (await running).placement[0].worker == joined.address
+                await client.retire_workers([joined.address])
 
     run()
