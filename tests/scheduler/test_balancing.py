@@ -19,8 +19,8 @@ from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.types import Endpoint, Move, SamplingParams, Span
 
-BLOCK = 16
-CURVE = Curve(step=0.01, row=0.001, token=1e-4, prompt=0.001, pair=0.0)
+BLOCK = 512
+CURVE = Curve(step=0.01, row=0.001, token=3e-6, prompt=0.001, pair=0.0)
 NEAR = PerformanceModel(PRESETS["a100-7b"].model.shape, CURVE, Link(1e-6, 1e9), Link(1.0, 1e9))
 """Attention is slow, links inside a host cost next to nothing, those between hosts two seconds a layer."""
 

@@ -17,8 +17,12 @@ from distkv_dask.types import Move
 
 CREDITORS = 4
 """Creditors that one decision looks at: those with most room."""
+SEQUENCES = 256
+"""Sequences of one worker that one decision looks at: those that came first."""
 GAIN = 0.1
 """Part of a decode step that a share for an idle worker has to save."""
+LEAST = 1024
+"""Tokens of the smallest share: what fewer would save is less than what timings are sure of."""
 WORTH = 8
 """A token is moved for this many tokens that may still be generated, at most."""
 
@@ -44,7 +48,7 @@ def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
 def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move]:
     """Moves home of ``blocks`` blocks that a creditor has lent, or of as many as can move."""
     room: dict[str, int] = {}
-    for sequence in creditor.held:
+    for sequence in islice(creditor.held, SEQUENCES):
         account = ledger.sequences[sequence]
         debtor = ledger.workers.get(account.home)
         if debtor is None or debtor is creditor or debtor.retiring or account.moves or account.lost:
@@ -69,7 +73,7 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     idle, full = next(ledger.room.creditors(), None), next(ledger.room.fullest(), None)
     if idle is None or full is None or idle.held:
         return []
-    movable = ((number, ledger.sequences[number]) for number in full.held)
+    movable = ((number, ledger.sequences[number]) for number in islice(full.held, SEQUENCES))
     spans = [
         (stop - start, start, number, account)
         for number, account in movable
@@ -81,7 +85,7 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     tokens, start, number, account = max(spans, key=lambda span: span[:3])
     blocks = min(ledger.blocks(tokens) // 2, idle.lendable)
     moved = blocks * ledger.block_tokens
-    if not blocks or (account.stop - account.length) * WORTH < moved:
+    if moved < LEAST or (account.stop - account.length) * WORTH < moved:
         return []
     home = ledger.workers[account.home]
     link = model.link(home.endpoint.host, idle.endpoint.host)
