@@ -147,7 +147,7 @@ class Measurement:
     prompt
         (tokens of a prompt's chunk, tokens of KV before them, seconds).
     attention
-        (tokens of KV, seconds of one query's attention over them in all layers): of workers without a model.
+        (tokens of KV, seconds of one query over them in all layers): the only ones of a worker without a model.
     exchange
         Seconds that it adds to a step to ask a holder on the same machine; None where that was not measured.
     """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 
 from distkv_dask.scheduler.performance import Curve, Link, PerformanceModel, Shape, fit_decode
 from distkv_dask.types import Geometry, Measurement
@@ -30,13 +30,17 @@ def fit_model(
 
 def fit_curve(measured: Measurement, preset: Curve) -> Curve:
     """One worker's curve."""
-    curve = preset
-    if measured.decode:
+    curve = replace(preset, step=0.0, row=0.0) if measured.attention and not measured.decode else preset
+    if measured.attention:  # timed by itself, since in a step of a small model it drowns in noise
+        (few, short), (many, long) = measured.attention[0], measured.attention[-1]
+        curve = replace(curve, token=max(0.0, (long - short) / max(1, many - few)))
+    if measured.decode and measured.attention:
+        bare = [(batch, max(seconds - tokens * curve.token, 0.0)) for batch, tokens, seconds in measured.decode]
+        step, row = _line(bare)
+        curve = replace(curve, step=step, row=row)
+    elif measured.decode:
         step, row, token = fit_decode(measured.decode)
         curve = replace(curve, step=step, row=row, token=token)
-    if measured.attention:
-        (few, short), (many, long) = measured.attention[0], measured.attention[-1]
-        curve = replace(curve, step=0.0, row=0.0, token=max(0.0, (long - short) / max(1, many - few)))
     if measured.prompt:
         tokens, _, seconds = measured.prompt[0]
         pair = curve.pair
@@ -45,6 +49,14 @@ def fit_curve(measured: Measurement, preset: Curve) -> Curve:
             pair = max(0.0, (longer - seconds) / (more * before))
         curve = replace(curve, prompt=max(0.0, seconds / tokens - pair * tokens / 2), pair=pair)
     return curve
+
+
+def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Intercept and slope, none of them negative, of (batch, seconds)."""
+    small, large = min(batch for batch, _ in samples), max(batch for batch, _ in samples)
+    one, many = (fmean(seconds for batch, seconds in samples if batch == size) for size in (small, large))
+    row = min(max(0.0, (many - one) / max(1, large - small)), one / small)
+    return one - small * row, row
 
 
 def shape_of(geometry: Geometry) -> Shape:

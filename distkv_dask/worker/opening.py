@@ -14,7 +14,7 @@ from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
 from distkv_dask.types import Geometry
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.measured import hardware, measured
-from distkv_dask.worker.measuring import BATCH, LONGEST, measure
+from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.open_engine import OpenEngine
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.runtime import Runtime
@@ -87,6 +87,7 @@ def build_engine(
     )
     runtime = Runtime(spec, model, pool, lanes)
     key = {
+        "form": FORM,
         **asdict(one),
         "role": "memory" if model is None else "instance",
         "weights": 0 if model is None else model.parameters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -17,11 +18,12 @@ SLOW = Curve(step=0.04, row=0.002, token=3e-6, prompt=0.001, pair=2e-7)
 FAST = Curve(step=0.01, row=0.001, token=1e-6, prompt=0.0005, pair=1e-7)
 
 
-def timed(curve: Curve, exchange: float | None = None) -> Measurement:
-    """What a worker of this speed would measure."""
+def timed(curve: Curve, exchange: float | None = None, noise: float = 0.0) -> Measurement:
+    """What a worker of this speed would measure, with some noise in the longest step."""
     return Measurement(
-        tuple((b, t, curve.decode(b, t)) for b, t in ((1, 64), (8, 512), (1, 4096), (8, 4096))),
+        tuple((b, t, curve.decode(b, t) - noise * (t > 512)) for b, t in ((1, 64), (8, 512), (1, 4096), (8, 4096))),
         ((128, 0, curve.prefill(128)), (128, 4096, curve.prefill(128, 4096))),
+        tuple((tokens, 1e-4 + tokens * curve.token) for tokens in (64, 4096)),
         exchange=exchange,
     )
 
@@ -33,6 +35,16 @@ def close_to(curve: Curve, other: Curve) -> bool:
 
 def test_a_curve_is_found_again_from_what_it_gives() -> None:
     assert close_to(fit_curve(timed(SLOW), PRESET.curve), SLOW)
+
+
+def test_attention_is_known_also_where_a_step_was_timed_when_the_machine_happened_to_be_fast() -> None:
+    found = fit_curve(timed(FAST, noise=4096 * FAST.token), PRESET.curve)
+    assert found.token == pytest.approx(FAST.token)
+    assert found.decode(8, 4096) == pytest.approx(FAST.decode(8, 4096), rel=0.15)
+
+
+def test_a_curve_is_fitted_to_steps_alone_where_attention_was_not_timed() -> None:
+    assert close_to(fit_curve(replace(timed(SLOW), attention=()), PRESET.curve), SLOW)
 
 
 def test_unequal_workers_have_their_own_curves_and_memory_workers_attend_only() -> None:

@@ -33,6 +33,7 @@ def test_a_worker_times_steps_prompts_and_an_exchange_and_its_pool_is_as_before(
         assert found.exchange is not None
         assert found.exchange >= 0
         assert member.pool.used_blocks == 0
+        assert [tokens for tokens, _ in found.attention] == [8, 640]
         memory = measure("engine", model.geometry, member.runtime, member.lanes, has_model=False)
         assert memory is not None
         assert [tokens for tokens, _ in memory.attention] == [8, 640]
