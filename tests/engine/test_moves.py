@@ -161,7 +161,7 @@ def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str
 
 
 def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_unchanged() -> None:
-    prompt, new = prompt_ids(2200), 400
+    prompt, new = prompt_ids(2200), 1200
     expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
 
     @engine_test(workers=1)
@@ -177,7 +177,8 @@ def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_u
             running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
             await decoding(engine)
             async with Worker(scheduler.address, nthreads=1) as joined:
-                await client.wait_for_workers(2)
+                while len((await engine.status())["workers"]) < 2:
+                    await asyncio.sleep(0.01)
                 model = state.lifecycle.policy.model
                 slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
                 state.lifecycle.know_costs(replace(model, curve=slow, curves={}))
