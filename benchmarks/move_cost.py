@@ -48,8 +48,8 @@ def decode(engine: Engine, prompt: int, new: int) -> tuple[float, int]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--prompt", type=int, default=2048)
-    arguments.add_argument("--new", type=int, default=128, help="decode steps of one turn")
-    arguments.add_argument("--repeat", type=int, default=3, help="turns")
+    arguments.add_argument("--new", type=int, default=96, help="decode steps of one turn")
+    arguments.add_argument("--repeat", type=int, default=5, help="turns")
     options = arguments.parse_args()
     rates = (0, 16, 32)
     memory = (options.prompt + options.new) // BLOCK // 4 * 3 * BLOCK * 23_040  # three quarters of the context
@@ -59,7 +59,7 @@ def main() -> None:
         Client(cluster) as client,
     ):
         engines = [
-            Engine(client, "smollm2-135m", kv_memory=memory, window_steps=16, move_tokens_per_step=rate or 1)
+            Engine(client, "smollm2-135m", kv_memory=memory, window_steps=4, move_tokens_per_step=rate or 1)
             for rate in rates
         ]
         for at, rate in enumerate(rates):

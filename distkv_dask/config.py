@@ -75,6 +75,9 @@ class Config:
         Whether ``"ucx"``, which cannot be encrypted, is allowed on a cluster with certificates.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
+    performance
+        Whether workers are timed when an engine opens: ``"auto"`` (once for each model and hardware), ``"measure"``
+        (anew) or ``"preset"`` (not at all).
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
     window_seconds, window_stream_seconds
@@ -104,6 +107,7 @@ class Config:
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     policy: str = _key("policy")
+    performance: str = _key("performance")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_seconds: float = _key("window.seconds")
     window_stream_seconds: float = _key("window.stream-seconds")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
-from distkv_dask.types import Endpoint, FinishReason, Geometry, Placement, SamplingParams, Timings
+from distkv_dask.types import Endpoint, FinishReason, Geometry, Measurement, Placement, SamplingParams, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
@@ -211,6 +211,7 @@ class Ready(TypedDict):
     block_bytes: int
     geometry: Geometry
     fingerprint: str
+    measured: Measurement | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are drawn, and how soon.
 
     Parameters
     ----------
@@ -44,6 +44,9 @@ class SamplingParams:
     schema
         A JSON schema (a dict, or its JSON): the answer is JSON that follows it, whatever the model would rather say,
         unless ``max_new_tokens`` cuts it. Needs the extra ``schema``. It is kept as JSON.
+    priority
+        From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
+        minute earlier, for each step of it. So nobody waits for ever.
 
     Raises
     ------
@@ -61,6 +64,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     schema: str | Mapping[str, Any] | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -74,6 +78,7 @@ class SamplingParams:
         if self.seed is not None:
             put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
         put("stop", _strings("stop", self.stop))
+        put("priority", _whole("priority", self.priority, low=-100, high=100))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
         if self.schema is not None:
@@ -145,6 +150,28 @@ class Geometry:
     vocab_size: int
     max_positions: int
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Short timings of one worker, in seconds, which the performance model is fitted to.
+
+    Parameters
+    ----------
+    decode
+        (sequences, tokens of KV of all of them together, seconds of a step).
+    prompt
+        (tokens of a prompt's chunk, tokens of KV before them, seconds).
+    attention
+        (tokens of KV, seconds of one query over them in all layers): the only ones of a worker without a model.
+    exchange
+        Seconds that it adds to a step to ask a holder on the same machine; None where that was not measured.
+    """
+
+    decode: tuple[tuple[int, int, float], ...] = ()
+    prompt: tuple[tuple[int, int, float], ...] = ()
+    attention: tuple[tuple[int, float], ...] = ()
+    exchange: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

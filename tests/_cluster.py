@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import dask.config
@@ -24,16 +24,18 @@ PROTOCOL = "ucx" if dask.config.get("distkv.channel", None) == "ucx" else None
 
 
 def engine_test(
-    workers: int = 3, timeout: float = 120, memory: int = 0, **options: Any
+    workers: int = 3, timeout: float = 120, memory: int = 0, own_kv: Sequence[int] = (), **options: Any
 ) -> Callable[[Test], Callable[[], None]]:
     """Run ``test(client, scheduler, *workers)`` on an in-process cluster, and check that it leaves nothing behind.
 
-    ``memory`` workers without a model come last.
+    ``memory`` workers without a model come last. The first ones have ``own_kv`` bytes of KV memory each.
     """
 
     def decorate(test: Test) -> Callable[[], None]:
-        nthreads: list[Any] = [("127.0.0.1", 1)] * workers
-        nthreads += [("127.0.0.1", 1, {"resources": {"distkv-memory": 1}})] * memory
+        resources: list[dict[str, float]] = [{}] * workers + [{"distkv-memory": 1}] * memory
+        for at, size in enumerate(own_kv):
+            resources[at] = resources[at] | {"distkv-kv-memory": size}
+        nthreads: list[Any] = [("127.0.0.1", 1, {"resources": one} if one else {}) for one in resources]
 
         speaks = {} if PROTOCOL is None else {"scheduler_kwargs": {"protocol": PROTOCOL}}
 

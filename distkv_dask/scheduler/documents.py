@@ -88,6 +88,7 @@ class Documents:
             len(live.prompt) - live.reused,
             live.tokens - live.reused,
             submitted,
+            live.sampling.priority,
             document=live.document if live.reused else None,
             shared=live.reused,
             is_document=live.is_document,

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from distkv_dask.errors import ClusterError
 from distkv_dask.protocol import Delivery, EngineSpec, Ready
 from distkv_dask.scheduler.draining import fits_elsewhere
 from distkv_dask.scheduler.figures import Figures
-from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.fitting import fit_model
+from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
 from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.types import Geometry, Timings
 
@@ -70,6 +72,8 @@ class EngineState:
         self.facts[worker] = facts
         self.lifecycle.block_bytes = facts["block_bytes"]
         self.geometry = facts["geometry"]
+        measured = {name: one["measured"] for name, one in self.facts.items()}
+        self.lifecycle.know_costs(fit_model(self.geometry, measured, PRESET))
         self._answered(worker)
 
     def open_failed(self, worker: str, error: Exception) -> None:
@@ -208,6 +212,9 @@ class EngineState:
             "workers": len(self.facts),
         }
 
+    def _is_measured(self, worker: str) -> bool:
+        return worker in self.facts and self.facts[worker]["measured"] is not None
+
     def status(self) -> dict[str, Any]:
         """Workers, sequences, debts (blocks by debtor and creditor), epoch and totals, as plain values."""
         life = self.lifecycle
@@ -222,6 +229,7 @@ class EngineState:
                 "sequences": account.homed,
                 "channels": self.facts[worker]["channels"] if worker in self.facts else "",
                 "window_seconds": life.chains[worker].seconds,
+                "performance": asdict(life.policy.model.of(worker)) | {"measured": self._is_measured(worker)},
             }
             for worker, account in life.ledger.workers.items()
         }
@@ -243,6 +251,7 @@ class EngineState:
             "epoch": life.ledger.epoch,
             "block_tokens": life.ledger.block_tokens,
             "scheduler": self._pacer.status(),
+            "exchange_seconds": life.policy.model.exchange(life.policy.model.inside, 1),
             "totals": {
                 **self.figures.totals,
                 **{f"finished_{why}": n for why, n in self.figures.finished.items()},

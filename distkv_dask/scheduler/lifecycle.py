@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from distkv_dask.config import Config
@@ -31,6 +32,7 @@ from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live, cut_prompt
 from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
+from distkv_dask.scheduler.performance import PerformanceModel
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.scheduler.saving import Saving
@@ -42,6 +44,9 @@ from distkv_dask.types import (
     SamplingParams,
     WindowResult,
 )
+
+PRESET = PRESETS["cpu-smollm2"].model
+"""Costs of workers that were not timed."""
 
 MAX_RETRIES = 2
 """How often a gang that failed without losing a worker is tried again before its requests fail."""
@@ -84,7 +89,7 @@ class Lifecycle:
             share=config.window_scheduler_share,
         )
         self.ledger = Ledger(config.block_tokens, config.window_batch)
-        self.policy = policy_named(config.policy, PRESETS["cpu-smollm2"].model)
+        self.policy = policy_named(config.policy, PRESET)
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
@@ -97,6 +102,10 @@ class Lifecycle:
         self._ordinals: dict[str, int] = {}
         self._saving = Saving(self.ledger, self.live, self.documents, self._end)
         self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
+
+    def know_costs(self, model: PerformanceModel) -> None:
+        """Let the policy decide by this model from now on."""
+        self.policy = self._queue.policy = replace(self.policy, model=model)
 
     # Events: workers
 

@@ -127,6 +127,17 @@ class PerformanceModel:
         shape = self.shape
         return shape.layers * (2 * link.latency + rows * (shape.query_bytes + shape.partial_bytes) / link.bandwidth)
 
+    def step(self, home: str, batch: int, tokens: float, remote: Mapping[str, tuple[int, float]]) -> float:
+        """A decode step of ``batch`` sequences of a home that holds ``tokens`` tokens of their KV itself.
+
+        ``remote`` says of each holder, on the same host, for how many sequences it holds how many tokens. Holders and
+        home attend at the same time; queries go out and partials come in one after the other.
+        """
+        attention = max((count * self.of(holder).token for holder, (_, count) in remote.items()), default=0.0)
+        exchanges = sum(self.exchange(self.inside, rows) for rows, _ in remote.values())
+        curve = self.of(home)
+        return curve.decode(batch, 0) + max(tokens * curve.token, attention) + exchanges
+
     def transfer(self, link: Link, tokens: int) -> float:
         """Moving the KV of ``tokens`` tokens."""
         return link.seconds(tokens * self.shape.kv_bytes)

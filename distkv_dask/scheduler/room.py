@@ -22,6 +22,7 @@ class _Entry(NamedTuple):
     lendable: int
     home: tuple[int, int, str] | None
     batch: tuple[int, str] | None
+    load: tuple[int, str] | None
 
 
 class Room:
@@ -43,6 +44,7 @@ class Room:
         self._homes: SortedList = SortedList()
         self._creditors: SortedList = SortedList()
         self._batches: SortedList = SortedList()
+        self._loads: SortedList = SortedList()
         self._hosts: dict[str, dict[str, WorkerAccount]] = {}
         self._host_room: dict[str, int] = {}
         self._roomy: SortedList = SortedList()
@@ -58,7 +60,8 @@ class Room:
         decodes = account.can_decode and not account.retiring
         home = (free, -account.homed, worker) if decodes and free > 0 and account.homed < self.batch else None
         batch = (account.homed, worker) if decodes else None
-        entry = _Entry(account, account.capacity, account.endpoint.host, lendable, home, batch)
+        load = (account.used, worker) if account.used else None
+        entry = _Entry(account, account.capacity, account.endpoint.host, lendable, home, batch, load)
         old = self._entries.get(worker)
         if old is not None and old[2:] == entry[2:]:
             return
@@ -72,6 +75,8 @@ class Room:
             self._homes.add(home)
         if batch:
             self._batches.add(batch)
+        if load:
+            self._loads.add(load)
 
     def forget(self, worker: str) -> None:
         """Drop a worker that is gone."""
@@ -88,6 +93,8 @@ class Room:
             self._homes.remove(old.home)
         if old.batch:
             self._batches.remove(old.batch)
+        if old.load:
+            self._loads.remove(old.load)
 
     def _lend(self, entry: _Entry, sign: int) -> None:
         """Count what a worker can lend in (1) or out (-1), for itself and for its host."""
@@ -118,6 +125,10 @@ class Room:
     def smallest_batches(self) -> Iterator[WorkerAccount]:
         """Workers with weights: those that are home of fewest sequences first."""
         return (self._entries[worker].account for _, worker in self._batches)
+
+    def fullest(self) -> Iterator[WorkerAccount]:
+        """Workers that hold something: those with most reserved blocks first."""
+        return (self._entries[worker].account for _, worker in reversed(self._loads))
 
     def hosts(self) -> Iterator[tuple[int, str]]:
         """Blocks that the workers of a host can lend together, and the host: those that can lend most first."""

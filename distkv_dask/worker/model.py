@@ -71,6 +71,11 @@ class LoadedModel:
         """What tells the model from others."""
         return fingerprint(self._model)
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return int(self._model.num_parameters())
+
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
 

@@ -25,6 +25,7 @@ from distkv_dask.types import (
     FinishReason,
     Gang,
     Geometry,
+    Measurement,
     Placement,
     PrefillChunk,
     SequenceState,
@@ -60,6 +61,8 @@ class OpenEngine:
         What computes.
     tell
         Sends an event to the gManager.
+    measured
+        How fast the worker is, if that was timed.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class OpenEngine:
         runtime: Runtime,
         lanes: Lanes,
         tell: Callable[[FromWorker, str, Any], None],
+        measured: Measurement | None = None,
     ) -> None:
         self.spec = spec
         self.worker = worker
@@ -80,6 +84,7 @@ class OpenEngine:
         self.lanes = lanes
         self.by_layer = LayerTasks(self)
         self._tell = tell
+        self._measured = measured
         self._lock = threading.Lock()
         self._epoch = 0
         self._decoded_until = 0.0
@@ -100,6 +105,7 @@ class OpenEngine:
             block_bytes=pool.storage[0].nbytes,
             geometry=self.geometry,
             fingerprint="" if self.model is None else self.model.fingerprint,
+            measured=self._measured,
         )
 
     def close(self) -> None:

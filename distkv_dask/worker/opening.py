@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -12,6 +14,8 @@ from distkv_dask.kernels import make_ready
 from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
 from distkv_dask.types import Geometry
 from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.measured import hardware, measured
+from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.open_engine import OpenEngine
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.runtime import Runtime
@@ -84,4 +88,17 @@ def build_engine(
     )
     make_ready(pool.keys(0))
     runtime = Runtime(spec, model, pool, lanes)
-    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, tell)
+    key = {
+        "form": FORM,
+        **asdict(one),
+        "role": "memory" if model is None else "instance",
+        "weights": 0 if model is None else model.parameters,
+        "threads": lanes.threads,
+        "block_tokens": block_tokens,
+        "blocks": min(pool.capacity_blocks, LONGEST // block_tokens + 2 * BATCH),  # more change nothing
+        "channel": runtime.dialer.explain(),
+        **hardware(),
+    }
+    timing = partial(measure, spec.engine, one, runtime, lanes, has_model=model is not None)
+    timings = measured(key, spec.config.performance, timing)
+    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, tell, timings)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from distkv_dask import Engine, SamplingParams
+from distkv_dask import CapacityError, Engine, SamplingParams
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
@@ -133,5 +134,57 @@ def test_memory_workers_hold_a_context_three_times_as_large_as_the_homes_memory(
             assert list(done[0].token_ids) == expected
             assert len({span.worker for span in done[0].placement}) == 4
             assert done[0].placement[-1].worker == workers[0].address
+
+    run()
+
+
+@pytest.mark.parametrize("policy", ["overflow", "best"])
+def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str) -> None:
+    prompts, new = [prompt_ids(250), prompt_ids(40, seed=1), prompt_ids(90, seed=2)], 30
+    expected = [one.tokens for one in reference_generate(model_dir("llama-gqa"), prompts, new)]
+    block = 8 * 3 * 2 * 2 * 64 * 4
+    room = [5, 11, 23, 2, 9]  # blocks
+
+    @engine_test(workers=3, memory=2, own_kv=[blocks * block for blocks in room])
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), policy=policy, **SMALL) as engine:
+            status = (await engine.status())["workers"]
+            assert [status[worker.address]["capacity_blocks"] for worker in workers] == room
+            sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
+            done = await engine.generate(prompts, sampling)
+            assert [list(one.token_ids) for one in done] == expected
+            assert len({span.worker for span in done[0].placement}) > 1, "35 blocks fit on no worker"
+            with pytest.raises(CapacityError, match=r"distkv\.policy"):
+                await engine.submit(prompt_ids(sum(room) * 8), sampling)
+
+    run()
+
+
+def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_unchanged() -> None:
+    prompt, new = prompt_ids(2200), 1200
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        settings = SMALL | {
+            "kv_memory": "12 MiB",
+            "window_steps": 4,
+            "move_tokens_per_step": 256,
+            "prefill_chunk_tokens": 512,
+        }
+        async with Engine(client, str(model_dir("llama-gqa")), performance="preset", **settings) as engine:
+            (state,) = scheduler.plugins["distkv"].engines.values()
+            running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
+            await decoding(engine)
+            async with Worker(scheduler.address, nthreads=1) as joined:
+                while len((await engine.status())["workers"]) < 2:
+                    await asyncio.sleep(0.01)
+                model = state.lifecycle.policy.model
+                slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
+                state.lifecycle.know_costs(replace(model, curve=slow, curves={}))
+                assert list((await running).token_ids) == expected
+                assert (await engine.status())["totals"]["moved_blocks"] >= 128
+                assert (await running).placement[0].worker == joined.address
+                await client.retire_workers([joined.address])
 
     run()

@@ -16,15 +16,16 @@ What it does beyond the paper's greedy:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
 from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.laying import borrow, lay, overflow
-from distkv_dask.types import Placement, Span
+from distkv_dask.types import Move, Placement, Span
 
 CANDIDATES = 16
 """Workers among which a home is chosen: those with most room."""
@@ -55,6 +56,10 @@ class Best(Policy):
         on_one = first is not None and need <= _potential(ledger, first)
         placement = self._spread(ledger, self._hosts(ledger, need, on_one), ask.tokens)
         return placement or (None if on_one else overflow(ledger, ask.tokens))
+
+    def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
+        """Recalls, else a share for an idle worker."""
+        return recalls(ledger, waiting) or share_with_idle(ledger, self.model)
 
     def rank(self, ask: Ask) -> float:
         """Longest prefill first, or shortest first among those with a priority."""

@@ -1,20 +1,29 @@
-"""Borrowing (paper v1): home first, and what does not fit there overflows to the workers with most room."""
+"""Borrowing (paper v1): home first, and what does not fit there overflows to the workers with most room.
+
+Lent blocks are recalled where a request waits for their room, and idle workers get a share of long sequences.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.laying import overflow
-from distkv_dask.types import Placement
+from distkv_dask.types import Move, Placement
 
 
 class Overflow(Policy):
-    """Borrow when full; nothing moves."""
+    """Borrow when full."""
 
     name: ClassVar[str] = "overflow"
 
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         """Place what fits at home there, the rest on as few creditors as possible."""
         return overflow(ledger, ask.tokens)
+
+    def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
+        """Recalls, else a share for an idle worker."""
+        return recalls(ledger, waiting) or share_with_idle(ledger, self.model)

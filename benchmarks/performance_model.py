@@ -1,0 +1,106 @@
+"""How well does the performance model, fitted when an engine opens, predict measured decode steps on this machine?
+
+Two workers; batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step by the
+model alone, measured are the steps of the engine's own windows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from _report import parser, report
+from distributed import Client, LocalCluster
+
+from distkv_dask import Engine, SamplingParams
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.types import Placement, Span
+
+BLOCK = 64
+NEW = 64
+LOCAL = ((1, 256), (1, 2048), (1, 6144), (4, 512), (4, 1536), (8, 256), (8, 768))
+HALVED = ((1, 2048), (1, 6144), (4, 1536), (8, 768))
+CASES = [
+    *((batch, context, 0.0) for batch, context in LOCAL),
+    *((batch, context, 0.5) for batch, context in HALVED),
+    (1, 6144, 0.25),
+    (1, 6144, 0.75),
+]
+"""Sequences, tokens of each, and the share of them that lies at the holder."""
+
+
+class Fixed(Policy):
+    """One home, and a share of every sequence at the other worker."""
+
+    name: ClassVar[str] = "fixed"
+    share: ClassVar[float] = 0.0
+
+    def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
+        home, holder = sorted(ledger.workers)
+        away = int(ask.prompt * self.share) // BLOCK * BLOCK
+        return (*([Span(holder, 0, away)] if away else []), Span(home, away, ask.tokens))
+
+
+def measure(engine: Engine, batch: int, context: int) -> tuple[float, float]:
+    """Seconds of a decode step with all sequences, and their mean length."""
+    before = engine.status()["totals"]
+    sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+    engine.generate([[1] * context] * batch, sampling)
+    after = engine.status()["totals"]
+    steps = after["decode_steps"] - before.get("decode_steps", 0)
+    seconds = after["decode_seconds"] - before.get("decode_seconds", 0.0)
+    return seconds / steps, steps
+
+
+def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
+    home, holder = sorted(life.ledger.workers)
+    life.policy = life._queue.policy = Fixed(life.policy.model)
+    for batch, context, share in CASES:
+        if context > options.longest:
+            continue
+        Fixed.share = share
+        engine.generate([[1] * 64], SamplingParams(max_new_tokens=8, ignore_eos=True))  # both lanes awake
+        measured, steps = measure(engine, batch, context)
+        mean = batch * (NEW - 1) / steps  # sequences that decode together, on average
+        length = context + NEW / 2
+        away = int(context * share) // BLOCK * BLOCK
+        remote = {holder: (batch, mean * away)} if away else {}
+        model = life.policy.model
+        curve = model.of(home)
+        fitted = model.step(home, 1, mean * (length - away), remote) + (mean - 1) * curve.row
+        yield {
+            "batch": batch, "context": context, "share_away": share, "mean_batch": mean,
+            "measured_ms": measured * 1e3, "predicted_ms": fitted * 1e3, "error": fitted / measured - 1,
+        }  # fmt: skip
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--longest", type=int, default=6144, help="leave out longer contexts")
+    options = arguments.parse_args()
+    memory = 8 * (768 + NEW + 2 * BLOCK) * 23_040
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        Engine(client, "smollm2-135m", kv_memory=max(memory, (6144 + 512) * 23_040), performance="measure") as engine,
+    ):
+        (state,) = cluster.scheduler.plugins["distkv"].engines.values()
+        curves = {worker: one["performance"] for worker, one in engine.status()["workers"].items()}
+        exchange = engine.status()["exchange_seconds"]
+        rows = []
+        for row in cases(options, state.lifecycle, engine):
+            rows.append(row)
+            print({name: round(value, 3) for name, value in row.items()}, flush=True)
+    errors = [abs(row["error"]) for row in rows]
+    figures = {
+        "curves": list(curves.values()), "exchange_ms": exchange * 1e3, "cases": rows,
+        "error_median": statistics.median(errors), "error_worst": max(errors),
+        "within_15_percent": sum(error <= 0.15 for error in errors) / len(errors),
+    }  # fmt: skip
+    report(figures, {"new": NEW, "block_tokens": BLOCK}, options.json)
+
+
+if __name__ == "__main__":
+    main()

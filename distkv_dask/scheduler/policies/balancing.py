@@ -1,0 +1,110 @@
+"""Moves that pay under any policy that borrows: lent blocks recalled, and a share for a worker that has just joined.
+
+Both end by themselves: a recall only happens while a request waits that the creditor would then have room for, and a
+share only goes to a worker that holds nothing at all, which it does not after that. So nothing moves to and fro.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.types import Move
+
+CREDITORS = 4
+"""Creditors that one decision looks at: those with most room."""
+SEQUENCES = 256
+"""Sequences of one worker that one decision looks at: those that came first."""
+GAIN = 0.1
+"""Part of a decode step that a share for an idle worker has to save."""
+LEAST = 1024
+"""Tokens of the smallest share: what fewer would save is less than what timings are sure of."""
+WORTH = 8
+"""A token is moved for this many tokens that may still be generated, at most."""
+
+
+def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
+    """Moves home of lent blocks, in whose room the first waiting request would fit on their creditor.
+
+    Blocks go to their sequences' homes only, where those have room: what one creditor takes back, no other has to lend.
+    """
+    ask = next(iter(waiting), None)
+    roomiest = next(ledger.room.homes(), None)
+    if ask is None or roomiest is None or roomiest.free >= ledger.blocks(ask.tokens):
+        return []
+    need = ledger.blocks(ask.tokens)
+    for creditor in islice(ledger.room.homes(), CREDITORS):
+        if creditor.lent and creditor.free + creditor.lent >= need:
+            found = list(_home(ledger, creditor, need - creditor.free))
+            if sum(ledger.blocks(move.tokens) for move in found) >= need - creditor.free:
+                return found
+    return []
+
+
+def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move]:
+    """Moves home of ``blocks`` blocks that a creditor has lent, or of as many as can move."""
+    room: dict[str, int] = {}
+    for sequence in islice(creditor.held, SEQUENCES):
+        account = ledger.sequences[sequence]
+        debtor = ledger.workers.get(account.home)
+        if debtor is None or debtor is creditor or debtor.retiring or account.moves or account.lost:
+            continue
+        free = room.setdefault(debtor.worker, debtor.free)
+        for start, stop in _full(ledger, account, creditor.worker):
+            share = min(blocks, free, ledger.blocks(stop - start))
+            if share > 0:
+                room[debtor.worker] -= share
+                blocks -= share
+                yield Move(sequence, start, start + share * ledger.block_tokens, creditor.worker, debtor.worker)
+                break
+        if blocks <= 0:
+            return
+
+
+def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
+    """Half of the longest sequence's part on the fullest worker for a worker that holds nothing, where that is faster.
+
+    Half of the attention is computed there at the same time then; what an exchange costs more must be less than that.
+    """
+    idle, full = next(ledger.room.creditors(), None), next(ledger.room.fullest(), None)
+    if idle is None or full is None or idle.held:
+        return []
+    movable = ((number, ledger.sequences[number]) for number in islice(full.held, SEQUENCES))
+    spans = [
+        (stop - start, start, number, account)
+        for number, account in movable
+        if not account.moves and not account.lost
+        for start, stop in _full(ledger, account, full.worker)
+    ]
+    if not spans:
+        return []
+    tokens, start, number, account = max(spans, key=lambda span: span[:3])
+    blocks = min(ledger.blocks(tokens) // 2, idle.lendable)
+    moved = blocks * ledger.block_tokens
+    if moved < LEAST or (account.stop - account.length) * WORTH < moved:
+        return []
+    home = ledger.workers[account.home]
+    link = model.link(home.endpoint.host, idle.endpoint.host)
+    there, here = model.of(idle.worker).token, model.of(full.worker).token
+    saved = tokens * here - max((tokens - moved) * here, moved * there) - model.exchange(link, 1)
+    on_home = sum(_filled(ledger.sequences[other], home.worker) for other in home.homes)
+    if saved < GAIN * model.of(home.worker).decode(home.homed, on_home):
+        return []
+    return [Move(number, start, start + moved, full.worker, idle.worker)]
+
+
+def _filled(account: SequenceAccount, worker: str) -> int:
+    """Tokens of a sequence whose KV is on a worker."""
+    return sum(span.filled(account.length) for span in account.placement if span.worker == worker)
+
+
+def _full(ledger: Ledger, account: SequenceAccount, worker: str) -> Iterator[tuple[int, int]]:
+    """Ranges of a sequence's full, committed blocks on a worker."""
+    end = min(account.length, account.stop - 1) // ledger.block_tokens * ledger.block_tokens
+    for span in account.placement:
+        if span.document is None and span.worker == worker and min(span.stop, end) > span.start:
+            yield span.start, min(span.stop, end)

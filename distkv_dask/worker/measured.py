@@ -1,0 +1,87 @@
+"""A worker's measurements, kept in the user's cache directory by model and hardware."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from distkv_dask.types import Measurement
+
+logger = logging.getLogger("distributed.distkv.measuring")
+
+
+def measured(key: dict[str, object], setting: str, measure: Callable[[], Measurement | None]) -> Measurement | None:
+    """The measurement that ``key`` names: from the cache (``setting`` "auto"), or taken now and put there.
+
+    None with the setting "preset", and where nothing could be measured. A cache that cannot be read or written costs
+    time and nothing else.
+    """
+    if setting == "preset":
+        return None
+    file = cache_home() / f"{_digest(key)}.json"
+    if setting == "auto" and (known := _read(file)) is not None:
+        return known
+    fresh = measure()
+    if fresh is not None:
+        _write(file, key, fresh)
+    return fresh
+
+
+def cache_home() -> Path:
+    """Where measurements are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / "performance"
+
+
+def hardware() -> dict[str, object]:
+    """What makes this machine as fast as it is, as far as one can tell without timing it."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), processor)
+    versions = {name: version(name) for name in ("distkv-dask", "torch", "transformers")}
+    return {"host": platform.node(), "processor": processor, "cores": os.cpu_count(), **versions}
+
+
+def _digest(key: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _read(file: Path) -> Measurement | None:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))["measured"]
+        return Measurement(
+            tuple((int(batch), int(tokens), float(seconds)) for batch, tokens, seconds in kept["decode"]),
+            tuple((int(tokens), int(before), float(seconds)) for tokens, before, seconds in kept["prompt"]),
+            tuple((int(tokens), float(seconds)) for tokens, seconds in kept["attention"]),
+            None if kept["exchange"] is None else float(kept["exchange"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("measurements in %s cannot be read and are taken anew: %r", file, error)
+        return None
+
+
+def _write(file: Path, key: dict[str, object], fresh: Measurement) -> None:
+    """Put a measurement there whole or not at all: other workers of the machine read and write it too."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                json.dump({"key": key, "measured": asdict(fresh)}, out, indent=1)
+            os.replace(scratch, file)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        logger.warning("measurements cannot be kept in %s: %s", file, error)

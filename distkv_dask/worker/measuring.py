@@ -1,0 +1,193 @@
+"""Short timings of this worker, by which the performance model (paper v2) knows how fast it is.
+
+Everything is timed as it will run: decode windows and prompt chunks of made-up sequences on the home lane, and for the
+exchange a gang whose holder is this worker's own holder lane. KV contents do not matter. It happens before the engine
+is open here, so the pool and both lanes are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from distkv_dask.errors import DistKVError
+from distkv_dask.types import (
+    DecodeWindow,
+    Endpoint,
+    Gang,
+    Geometry,
+    Measurement,
+    Placement,
+    PrefillChunk,
+    SamplingParams,
+    SequenceState,
+    Span,
+)
+from distkv_dask.worker.lanes import Lanes
+from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.runtime import Runtime
+from distkv_dask.worker.shard import Shard
+from distkv_dask.worker.wire import Row
+
+logger = logging.getLogger("distributed.distkv.measuring")
+
+FORM = 2
+"""Grows when something else is measured: what older versions have kept is not read then."""
+BATCH = 8
+"""Sequences of the larger batch."""
+LONGEST = 4096
+"""Tokens of KV of the longer contexts, all sequences together."""
+CASE_SECONDS = 0.15
+"""Time for one case, but at least ``REPEATS`` steps."""
+REPEATS = 3
+CHUNKS = (32, 64, 128, 256)
+"""Tokens of prompt chunks: the largest that is expected to take ``CASE_SECONDS`` is timed."""
+_GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)
+_FIRST_GANG = 1 << 60
+"""Far beyond the numbers that the gManager gives to gangs."""
+
+
+def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, has_model: bool) -> Measurement | None:
+    """Time this worker; None where its pool is too small, or where something failed (which is logged).
+
+    Not to be called on a lane; it takes about a second.
+    """
+    pool = runtime.pool
+    if pool.capacity_blocks < 4 * BATCH:
+        return None
+    try:
+        attention = tuple(lanes.home.submit(_attention, pool, geometry.heads).result())
+        if not has_model:
+            return Measurement(attention=attention)
+        return replace(_Timing(engine, geometry, runtime, lanes).run(), attention=attention)
+    except DistKVError:
+        logger.exception("this worker could not be timed; a preset stands in for its speed")
+        return None
+    finally:
+        if runtime.tracer is not None:
+            runtime.tracer.take()  # a trace shows what requests caused
+
+
+def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
+    """One query's attention in all layers over few and over many tokens."""
+    q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype)
+    nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype)
+    found = []
+    for tokens in (pool.block_tokens, _most(pool)):
+        with _reserved(pool, 0, tokens), torch.inference_mode():
+            shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),))], heads)
+            seconds: list[float] = []
+            while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS:
+                began = time.perf_counter()
+                for layer in range(pool.layers):
+                    shard.attend(layer, q, nothing, nothing, 1.0)
+                seconds.append(time.perf_counter() - began)
+            found.append((tokens, statistics.median(seconds[1:])))
+    return found
+
+
+def _most(pool: Pool) -> int:
+    """Tokens of a long context, whole blocks for each of a batch with room left for new tokens."""
+    blocks = min(LONGEST // pool.block_tokens, pool.capacity_blocks - 2 * BATCH)
+    return max(1, blocks // BATCH) * BATCH * pool.block_tokens
+
+
+@contextmanager
+def _reserved(pool: Pool, sequence: int, tokens: int) -> Iterator[None]:
+    """Blocks that have been written to: reading memory that never was would be too fast."""
+    pool.reserve(sequence, 0, tokens)
+    for block in pool.table(sequence):
+        pool.bytes[block] = 0
+    try:
+        yield
+    finally:
+        pool.release(sequence)
+
+
+class _Timing:
+    """Timings of a worker with a model."""
+
+    def __init__(self, engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes) -> None:
+        self._engine = engine
+        self._runtime = runtime
+        self._lanes = lanes
+        self._pool = runtime.pool
+        self._numbers = count(_FIRST_GANG)
+        limit = geometry.max_positions or LONGEST
+        self._most = min(_most(self._pool), limit // 2 // self._pool.block_tokens * self._pool.block_tokens)
+
+    def run(self) -> Measurement:
+        size = self._pool.block_tokens
+        small, large = size, max(size, self._most // BATCH // size * size)
+        decode = [
+            (batch, batch * tokens, self._decode(batch, tokens))
+            for batch, tokens in ((1, small), (BATCH, small), (1, max(small + size, self._most)), (BATCH, large))
+        ]
+        endpoint = self._lanes.endpoint
+        own = replace(endpoint, worker=f"{endpoint.worker}#holder")
+        exchange = None
+        if not self._runtime.dialer.uses_ucx:  # a small difference of two large times: they are taken in turns
+            more = [self._decode(1, 2 * size, own) - self._decode(1, 2 * size) for _ in range(REPEATS)]
+            exchange = max(0.0, statistics.median(more))
+        return Measurement(tuple(decode), tuple(self._prompt()), exchange=exchange)
+
+    def _decode(self, batch: int, tokens: int, holder: Endpoint | None = None) -> float:
+        """Seconds of a decode step: the median of a few windows; a ``holder`` has the first half of each context."""
+        home, pool = self._lanes.endpoint.worker, self._pool
+        steps = min(8, pool.block_tokens)
+        room = tokens + steps
+        split: Placement = (Span(home, 0, room),)
+        if holder is not None:
+            split = (Span(holder.worker, 0, tokens // 2), Span(home, tokens // 2, room))
+        states = [SequenceState(at, split, tokens, 1, 1 << 30, _GREEDY) for at in range(batch)]
+        for state in states:
+            pool.reserve(state.sequence, 0, room)
+            for block in pool.table(state.sequence):
+                pool.bytes[block] = 0
+        seconds: list[float] = []
+        try:
+            while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS / steps:
+                window = DecodeWindow(self._gang(home, holder), 0, steps, CASE_SECONDS / REPEATS)
+                result = self._lanes.home.submit(self._runtime.decode, window, states).result()
+                seconds.append(result.seconds / result.steps)
+        finally:
+            for state in states:
+                pool.release(state.sequence)
+        return statistics.median(seconds[1:])
+
+    def _prompt(self) -> Iterator[tuple[int, int, float]]:
+        """A chunk at a prompt's beginning, and one behind as many tokens as there is room for."""
+        tokens = CHUNKS[0]
+        seconds = self._chunk(tokens, 0)
+        for tokens in CHUNKS[1:]:
+            if 2 * seconds > CASE_SECONDS or 2 * tokens > self._most:
+                tokens //= 2
+                break
+            seconds = self._chunk(tokens, 0)
+        yield tokens, 0, self._chunk(tokens, 0)
+        before = max(0, self._most - tokens) // self._pool.block_tokens * self._pool.block_tokens
+        if before > 0:
+            yield tokens, before, self._chunk(tokens, before)
+
+    def _chunk(self, tokens: int, before: int) -> float:
+        home = self._lanes.endpoint.worker
+        placement = (Span(home, 0, before + tokens),)
+        with _reserved(self._pool, 0, before + tokens):
+            chunk = PrefillChunk(self._gang(home, None), 0, placement, before, (1,) * tokens)
+            began = time.perf_counter()
+            self._lanes.home.submit(self._runtime.prefill, chunk).result()
+            return time.perf_counter() - began
+
+    def _gang(self, home: str, holder: Endpoint | None) -> Gang:
+        number = next(self._numbers)
+        gang = Gang(self._engine, number, f"measure-{number}", 0, home, () if holder is None else (holder,))
+        if holder is not None:
+            self._runtime.open_session(gang)
+        return gang

@@ -1,0 +1,109 @@
+"""Real processes killed while blocks of a running request move: the right answer or a clear error, and no rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster, Worker
+
+from distkv_dask import Engine, SamplingParams, WorkerLostError
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.policies.base import Policy
+from distkv_dask.scheduler.policies.overflow import Overflow
+from distkv_dask.types import Move
+from tests._models import model_dir, prompt_ids, reference_generate
+
+pytestmark = pytest.mark.slow
+
+NEW = 900
+WIDE = prompt_ids(700)  # with the room for its answer 1600 tokens, on two workers of 1365
+SHORT = prompt_ids(20, seed=9)
+SLOW: dict[str, Any] = {
+    "dtype": "float32",
+    "kv_memory": "4 MiB",
+    "block_tokens": 8,
+    "prefill_chunk_tokens": 32,
+    "window_steps": 4,
+    "move_tokens_per_step": 1,  # hundreds of steps for a move: it is seen under way on any machine
+}
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    """Three worker processes under nannies; their scheduler is in this process."""
+    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.005)
+    raise AssertionError(f"it did not happen within {seconds:g} s: {what}")
+
+
+def propose(monkeypatch: pytest.MonkeyPatch, wanted: list[Move]) -> None:
+    """Have the policy propose these moves and no others."""
+
+    def moves(policy: Policy, ledger: Ledger, waiting: object) -> list[Move]:
+        return [wanted.pop()] if wanted else []
+
+    monkeypatch.setattr(Overflow, "moves", moves)
+
+
+def used_blocks(dask_worker: Worker) -> int:
+    engines = dask_worker.plugins["distkv"].engines.values()
+    return sum(engine.runtime.pool.used_blocks for engine in engines)
+
+
+def assert_nothing_is_left(client: Client, life: Lifecycle) -> None:
+    """Ledger and pools are as empty as before the first request, on all three workers and their replacements."""
+    wait_for(lambda: len(life.ledger.workers) == 3)
+    wait_for(lambda: not life.live)
+    assert not life.ledger.sequences
+    assert not life.ledger.moves
+    assert not life.ledger.owes
+    assert not any(map(life.moving.busy, life.ledger.workers))
+    assert [account.used for account in life.ledger.workers.values()] == [0] * 3
+    life.ledger.check()
+    wait_for(lambda: not any(client.run(used_blocks).values()))
+
+
+@pytest.mark.parametrize("victim", ["source", "target", "home"])
+def test_a_worker_killed_in_mid_move_costs_only_requests_with_blocks_on_it(
+    cluster: LocalCluster, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[Move] = []
+    propose(monkeypatch, wanted)
+    sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+    wide_tokens, short_tokens = (one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW))
+    with Client(cluster) as client, Engine(client, str(model_dir("llama-gqa")), **SLOW) as engine:
+        (state,) = cluster.scheduler.plugins["distkv"].engines.values()
+        life: Lifecycle = state.lifecycle
+        wide, short = engine.submit(WIDE, sampling), engine.submit(SHORT, sampling)
+        wait_for(lambda: len(life.live) == 2 and all(len(one.generated) > 1 for one in life.live.values()))
+        source, home = (span.worker for span in life.ledger.sequences[0].placement)
+        target = life.ledger.sequences[1].home
+        assert len({source, target, home}) == 3
+        pids = client.run(os.getpid)
+        span = life.ledger.sequences[0].placement[0]
+        wanted.append(Move(0, span.start, span.stop, source, target))
+        wait_for(lambda: any(one.state == "sending" for one in list(life.moving._moves.values())))
+        os.kill(pids[{"source": source, "target": target, "home": home}[victim]], signal.SIGKILL)
+        lost, kept, tokens = (short, wide, wide_tokens) if victim == "target" else (wide, short, short_tokens)
+        with pytest.raises(WorkerLostError, match="submit it again"):
+            lost.result(30)
+        assert list(kept.result(60).token_ids) == tokens
+        assert life.moving.moved_blocks == 0, "the move was over before the kill"
+        assert_nothing_is_left(client, life)
+        again = engine.generate([WIDE, SHORT], SamplingParams(max_new_tokens=20, ignore_eos=True))
+        assert [list(one.token_ids) for one in again] == [wide_tokens[:20], short_tokens[:20]]
+        assert_nothing_is_left(client, life)

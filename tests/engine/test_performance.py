@@ -1,0 +1,43 @@
+"""An open engine knows how fast each of its workers is, and its policy decides by that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed import Client, Scheduler, Worker
+
+from distkv_dask import Engine, SamplingParams
+from tests._cluster import engine_test
+from tests._models import model_dir
+
+SMALL = {"dtype": "float32", "kv_memory": "2 MiB", "block_tokens": 8, "policy": "best"}
+
+
+@pytest.mark.parametrize("setting", ["auto", "preset"])
+def test_status_shows_each_workers_curve_timed_when_the_engine_opened(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    @engine_test(workers=2, memory=1)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), performance=setting, **SMALL) as engine:
+            status = await engine.status()
+            curves = [status["workers"][worker.address]["performance"] for worker in workers]
+            assert [one["measured"] for one in curves] == [setting == "auto"] * 3
+            (state,) = scheduler.plugins["distkv"].engines.values()
+            model = state.lifecycle.policy.model
+            assert [model.of(worker.address).step for worker in workers] == [one["step"] for one in curves]
+            assert model.shape.kv_bytes == 3 * 2 * 2 * 64 * 4
+            if setting == "auto":
+                assert curves[0]["step"] > 0
+                assert curves[2]["step"] == 0, "a memory worker runs no steps"
+                assert status["exchange_seconds"] >= 0
+            done = await engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
+            assert done[0].error is None
+            assert all(one["used_blocks"] == 0 for one in (await engine.status())["workers"].values())
+        kept = list((tmp_path / "distkv-dask").rglob("*.json"))
+        assert bool(kept) == (setting == "auto")
+
+    run()

@@ -1,0 +1,121 @@
+"""Moves that happen by default: lent blocks come back when their creditor needs the room, idle workers get a share."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from distkv_dask.config import Config
+from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.performance import Curve, Link, PerformanceModel
+from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.types import Endpoint, Move, SamplingParams, Span
+
+BLOCK = 512
+CURVE = Curve(step=0.01, row=0.001, token=3e-6, prompt=0.001, pair=0.0)
+NEAR = PerformanceModel(PRESETS["a100-7b"].model.shape, CURVE, Link(1e-6, 1e9), Link(1.0, 1e9))
+"""Attention is slow, links inside a host cost next to nothing, those between hosts two seconds a layer."""
+
+
+def ledger_of(*capacities: int, hosts: str = "") -> Ledger:
+    ledger = Ledger(BLOCK)
+    for number, capacity in enumerate(capacities):
+        host = hosts[number] if hosts else "host"
+        ledger.add_worker(Endpoint(f"w{number}", host, number), capacity)
+    return ledger
+
+
+def apply(ledger: Ledger, moves: list[Move]) -> None:
+    for move in moves:
+        assert not ledger.objection(move)
+        ledger.start_move(move)
+        ledger.finish_move(move)
+    ledger.check()
+
+
+def lent() -> Ledger:
+    """w0 lends 8 of its 10 blocks to a sequence whose home w1 has had room again since then."""
+    ledger = ledger_of(10, 14)
+    ledger.reserve(0, (Span("w0", 0, 8 * BLOCK), Span("w1", 8 * BLOCK, 12 * BLOCK)))
+    ledger.commit(0, 9 * BLOCK)
+    return ledger
+
+
+def test_a_creditor_gets_as_many_blocks_back_as_a_waiting_request_needs_and_no_more() -> None:
+    ledger = lent()
+    ledger.reserve(1, (Span("w1", 0, 5 * BLOCK),))
+    assert ledger.workers["w1"].free == 5
+    assert recalls(ledger, [Ask(2, 1, 6 * BLOCK)]) == [Move(0, 0, 4 * BLOCK, "w0", "w1")]
+    apply(ledger, recalls(ledger, [Ask(2, 1, 6 * BLOCK)]))
+    assert ledger.workers["w0"].free == 6
+    assert recalls(ledger, [Ask(2, 1, 6 * BLOCK)]) == []
+
+
+@pytest.mark.parametrize("tokens", [2 * BLOCK, 10 * BLOCK, 11 * BLOCK], ids=["fits", "fits elsewhere", "never fits"])
+def test_nothing_is_recalled_for_a_request_that_has_room_or_that_no_recall_would_make_room_for(tokens: int) -> None:
+    ledger = lent()
+    assert recalls(ledger, []) == []
+    if tokens > 10 * BLOCK:
+        ledger.reserve(1, (Span("w1", 0, 9 * BLOCK),))  # the debtor has one block for the eight
+    assert recalls(ledger, [Ask(2, 1, tokens)]) == []
+
+
+def test_a_worker_that_joins_takes_half_of_the_longest_sequences_part_once() -> None:
+    ledger = ledger_of(100, 100)
+    ledger.reserve(0, (Span("w0", 0, 40 * BLOCK),))
+    ledger.reserve(1, (Span("w1", 0, 10 * BLOCK),))
+    for sequence, blocks in ((0, 21), (1, 9)):
+        ledger.commit(sequence, blocks * BLOCK)
+    assert share_with_idle(ledger, NEAR) == []
+    ledger.add_worker(Endpoint("w2", "host", 2), 100)
+    moves = share_with_idle(ledger, NEAR)
+    assert moves == [Move(0, 0, 10 * BLOCK, "w0", "w2")]
+    apply(ledger, moves)
+    for _ in range(5):
+        assert share_with_idle(ledger, NEAR) == [], "it comes to rest"
+
+
+@pytest.mark.parametrize("why", ["far", "slow", "short", "ending"])
+def test_an_idle_worker_gets_nothing_where_that_would_not_be_faster(why: str) -> None:
+    ledger = ledger_of(100, 100, hosts="ab" if why == "far" else "aa")
+    blocks = 2 if why == "short" else 40
+    ledger.reserve(0, (Span("w0", 0, blocks * BLOCK),))
+    ledger.commit(0, blocks * BLOCK - (1 if why == "ending" else BLOCK))
+    curves = {"w1": replace(CURVE, token=10 * CURVE.token)} if why == "slow" else {}
+    assert share_with_idle(ledger, replace(NEAR, curves=curves)) == []
+
+
+@pytest.mark.parametrize("name", ["overflow", "best"])
+def test_policies_that_borrow_recall_and_share(name: str) -> None:
+    policy = policy_named(name, NEAR)
+    ledger = lent()
+    ledger.reserve(1, (Span("w1", 0, 5 * BLOCK),))
+    ledger.commit(1, 4 * BLOCK)
+    assert policy.moves(ledger, [Ask(2, 1, 6 * BLOCK)])
+    ledger.add_worker(Endpoint("w2", "host", 2), 100)
+    assert policy.moves(ledger, [])
+
+
+def test_a_request_with_a_higher_priority_gets_room_before_those_that_came_earlier() -> None:
+    life = Lifecycle("engine", Config.load(block_tokens=16, policy="overflow"), itertools.count(1))
+    list(life.worker_ready(Endpoint("w0", "host", 0), 4, 0.0))
+    started: list[int] = []
+    for number, priority in enumerate((0, 0, 0, 2)):
+        sampling = SamplingParams(max_new_tokens=10, priority=priority)
+        commands = life.submit(number, array("i", range(50)), sampling, float(number))
+        started += [one.sequence for one in commands if isinstance(one, do.Reserve)]
+    while len(started) < 4:
+        commands = list(life.stop(started[-1], "cancelled", 9.0))
+        for command in commands:
+            if isinstance(command, do.Retire):
+                commands += life.retired(command.sequence, command.worker, 9.0)
+        started += [one.sequence for one in commands if isinstance(one, do.Reserve)]
+    assert started == [0, 3, 1, 2]
