@@ -112,7 +112,6 @@ def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: si
 
 @over_ucx
 def test_a_killed_home_ends_its_session_at_once(lane: Holder, way: Way) -> None:
-    session = lane.open_session("engine", gang())
     code = f"""
 import sys, os, signal
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -123,13 +122,18 @@ from distkv_dask.worker.channels.frames import Header, Kind
 class There:
     open = lambda self: UCX.open(Endpoint("w1", "127.0.0.1", 9, ucx={lane.ucx}))
 home = connect(There())
+print("welcome", flush=True)
 begin(home)
 home.recv_into(Header(Kind.READY, 1, 1))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", code], check=False)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("welcome" in line for line in process.stdout)
+        session = lane.open_session("engine", gang())
+        process.wait(60)
     with pytest.raises(ChannelError, match="w0 closed the channel"):
-        session.wait(5)
+        session.wait(10)
     assert serves(lane, 2)
 
 
