@@ -13,6 +13,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from distkv_dask import pictures
 from distkv_dask.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -265,6 +266,18 @@ class Completion:
     timings: Timings = field(default_factory=Timings)
     placement: Placement = ()
     reused_tokens: int = 0
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the answer, its times, and a picture of where the KV lay."""
+        times = self.timings
+        reused = f" ({self.reused_tokens:,} reused)" if self.reused_tokens else ""
+        return pictures.card(
+            f"Completion: {self.finish_reason}",
+            pictures.text(self.text if self.error is None else self.error),
+            f"{self.prompt_tokens:,} prompt tokens{reused}, {len(self.token_ids):,} new ones; "
+            f"{times.queued:.2f} s in the queue, {times.prefill:.2f} s of prefill, {times.decode:.2f} s of decode",
+            pictures.spans([pictures.Piece(s.worker, s.start, s.stop, s.document is not None) for s in self.placement]),
+        )
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:

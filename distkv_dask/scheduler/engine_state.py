@@ -232,6 +232,7 @@ class EngineState:
                 "state": live.state,
                 "prompt_tokens": len(live.prompt),
                 "generated_tokens": len(live.generated),
+                "questions": sum(not life.live[one].is_document for one in live.dependents),
                 "kv_tokens": account.length if account else 0,
                 "home": account.home if account else None,
                 "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],
