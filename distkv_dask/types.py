@@ -225,18 +225,39 @@ class DecodeWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a home exchanged with its holders over channels.
+
+    Seconds it spent sending queries (and KV of tails that lie elsewhere) and waiting for partials, and payload bytes.
+    """
+
+    sending: float = 0.0
+    waiting: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: Exchanged) -> Exchanged:
+        return Exchanged(
+            self.sending + other.sending,
+            self.waiting + other.waiting,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class WindowResult:
     """What a window generated: new token ids by sequence, and why those that ended did.
 
-    ``seconds`` is the window's length, ``waiting`` the part of it spent waiting for partials, and ``gap`` the time from
-    the end of the home's window before to the start of this one, when the home had sequences to decode all the while.
+    ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
+    this one, when the home had sequences to decode all the while.
     """
 
     tokens: dict[int, list[int]]
     finished: dict[int, FinishReason]
     steps: int
     seconds: float
-    waiting: float
+    exchanged: Exchanged = Exchanged()
     gap: float = 0.0
 
 

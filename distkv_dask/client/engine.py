@@ -498,10 +498,11 @@ class Engine:
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
 
-        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
-        channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, questions`` (under way, of a document),
-        ``kv_tokens, home, placement``;
+        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks``, ``blocks`` (the capacity in
+        parts: ``own, lent, documents, free``), ``block_bytes, sequences``, ``channels`` (which kind it opens to whom,
+        and why) and ``window_seconds`` (length of its latest decode window);
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``,
+        ``document`` (whether it is one), its ``name``, and ``questions`` (under way, about it);
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
         ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """

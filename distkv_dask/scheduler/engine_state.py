@@ -14,7 +14,7 @@ from distkv_dask.scheduler.draining import fits_elsewhere
 from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.lifecycle import Lifecycle
 from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.types import Geometry, Timings
+from distkv_dask.types import Exchanged, Geometry, Timings
 
 
 class EngineState:
@@ -190,8 +190,9 @@ class EngineState:
 
     # Figures
 
-    def prefilled(self, sequence: int, gang: int) -> None:
-        """Count the tokens of a chunk of a prompt that is done, before the lifecycle drops it."""
+    def prefilled(self, sequence: int, gang: int, exchanged: Exchanged) -> None:
+        """Count a chunk of a prompt that is done, before the lifecycle drops it."""
+        self.figures.exchanged(exchanged)
         live = self.lifecycle.live.get(sequence)
         if live is not None and gang in live.chunks:
             self.figures.prefilled(len(live.chunks[gang].tokens))
@@ -218,6 +219,7 @@ class EngineState:
                 "capacity_blocks": account.capacity,
                 "used_blocks": account.used,
                 "lent_blocks": lent[worker],
+                "blocks": account.parts(),
                 "block_bytes": life.block_bytes,
                 "sequences": account.homed,
                 "channels": self.facts[worker]["channels"] if worker in self.facts else "",
@@ -230,6 +232,8 @@ class EngineState:
             account = life.ledger.sequences.get(number)
             sequences[number] = {
                 "state": live.state,
+                "document": live.is_document,
+                "name": live.name,
                 "prompt_tokens": len(live.prompt),
                 "generated_tokens": len(live.generated),
                 "questions": sum(not life.live[one].is_document for one in live.dependents),

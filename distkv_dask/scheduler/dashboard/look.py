@@ -8,8 +8,8 @@ from typing import Any
 from bokeh.models import ColumnDataSource
 from bokeh.plotting import figure
 
-OWN, LENT, FREE = "#0072B2", "#E69F00", "#BDBDBD"
-COMPUTE, WAITING, GAP = "#0072B2", "#E69F00", "#999999"
+OWN, LENT, DOCUMENTS, FREE = "#0072B2", "#E69F00", "#009E73", "#BDBDBD"
+COMPUTE, SENDING, WAITING, GAP = "#0072B2", "#56B4E9", "#E69F00", "#999999"
 PREFILL, DECODE = "#D55E00", "#0072B2"
 
 TEXT = "#767676"
