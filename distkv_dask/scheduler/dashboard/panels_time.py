@@ -100,7 +100,7 @@ class AnatomyPanel:
             color=[COMPUTE, SENDING, WAITING, GAP],
             line_color=None,
             source=self.source,
-            legend_label=["computing", "sending queries", "waiting for partials", "between windows"],
+            legend_label=["computing", "sending", "waiting", "between windows"],
         )
         self.root.add_tools(
             HoverTool(
