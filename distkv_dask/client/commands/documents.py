@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from distkv_dask.client.commands.connect import running_option
-from distkv_dask.client.commands.running import engines_of, running
+from distkv_dask.client.commands.running import look, running
 
 STATES = {"document": "stored", "dropped": "given up; computed anew when it is next asked"}
 """What people call a document's states that have other names inside."""
@@ -21,7 +21,8 @@ STATES = {"document": "stored", "dropped": "given up; computed anew when it is n
 def command(scheduler: str, as_json: bool) -> None:
     """List the documents of a cluster's engines: tokens, questions under way, and where their KV lies."""
     with running(scheduler) as client:
-        found = [_row(engine, one) for engine, status in engines_of(client).items() for one in _documents(status)]
+        _, engines = look(client)
+    found = [_row(engine, one) for engine, status in engines.items() for one in _documents(status)]
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -1,4 +1,4 @@
-"""What commands ask of the engines of a running cluster, whoever opened them."""
+"""What commands ask of a running cluster and its engines, whoever opened them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import click
 from distkv_dask.client.commands.connect import client_of, failing_clearly
 from distkv_dask.protocol import ClientCall
 
-LIMIT = 30.0
+LIMIT = 10.0
 """Seconds that a scheduler may take to answer."""
+
+Engines = dict[str, dict[str, Any]]
 
 
 @contextmanager
@@ -21,16 +23,24 @@ def running(scheduler: str) -> Iterator[Any]:
     with failing_clearly(), client_of(scheduler) as client:
         try:
             yield client
-        except (TimeoutError, OSError) as error:
-            raise click.ClickException(
-                f"the Dask scheduler at {scheduler} does not answer any more: {error}"
-            ) from error
+        except OSError as error:
+            raise click.ClickException(f"the Dask scheduler at {scheduler} is silent: {error}") from error
 
 
-def engines_of(client: Any) -> dict[str, dict[str, Any]]:
-    """Status by engine; none where no engine was ever opened."""
-    return client.sync(_engines, client, callback_timeout=LIMIT) or {}
+def look(client: Any) -> tuple[int, Engines]:
+    """Number of workers, and status by engine (none where no engine was ever opened).
+
+    Raises
+    ------
+    OSError
+        The scheduler does not answer in time.
+    """
+    found: tuple[int, Engines] = client.sync(_look, client, callback_timeout=LIMIT)
+    return found
 
 
-async def _engines(client: Any) -> Any:
-    return await getattr(client.scheduler, ClientCall.ENGINES)()
+async def _look(client: Any) -> tuple[int, Engines]:
+    if client.scheduler is None:
+        raise OSError("the connection is closed")
+    identity = await client.scheduler.identity(n_workers=-1)
+    return len(identity["workers"]), await getattr(client.scheduler, ClientCall.ENGINES)() or {}

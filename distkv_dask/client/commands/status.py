@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distkv_dask.client.commands.connect import running_option
-from distkv_dask.client.commands.running import engines_of, running
+from distkv_dask.client.commands.running import Engines, look, running
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,31 +31,30 @@ def command(scheduler: str, as_json: bool, watch: bool) -> None:
         if watch:
             _watch(client)
             return
-        engines = engines_of(client)
-        if as_json:
-            click.echo(json.dumps(engines, indent=1))
-            return
-        from rich.console import Console
+        workers, engines = look(client)
+    if as_json:
+        click.echo(json.dumps(engines, indent=1))
+        return
+    from rich.console import Console
 
-        Console().print(_shown(client, engines))
+    Console().print(_shown(workers, engines))
 
 
 def _watch(client: Any) -> None:
     from rich.live import Live
 
     try:
-        with Live(_shown(client, engines_of(client)), auto_refresh=False) as live:
+        with Live(_shown(*look(client)), auto_refresh=False) as live:
             while True:
                 sleep(INTERVAL)
-                live.update(_shown(client, engines_of(client)), refresh=True)
+                live.update(_shown(*look(client)), refresh=True)
     except KeyboardInterrupt:
         return
 
 
-def _shown(client: Any, engines: dict[str, Any]) -> RenderableType:
+def _shown(workers: int, engines: Engines) -> RenderableType:
     from rich.console import Group
 
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
     return Group(f"{workers} workers, {len(engines)} engines", *(_table(name, one) for name, one in engines.items()))
 
 
