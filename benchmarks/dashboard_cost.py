@@ -26,7 +26,7 @@ from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.dashboard.view import states_of, view_of
 from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.types import Endpoint, SamplingParams, Timings, WindowResult
+from distkv_dask.types import Endpoint, Exchanged, SamplingParams, Timings, WindowResult
 
 
 def crowd(workers: int, sequences: int) -> tuple[Lifecycle, Figures]:
@@ -51,7 +51,7 @@ def crowd(workers: int, sequences: int) -> tuple[Lifecycle, Figures]:
         figures.ended("length", Timings(0.1 * at, 1.0, 2.0), 50)
         figures.happened(float(at), "move", "16 blocks of sequence 3 from a to b")
     for worker in life.ledger.workers:
-        figures.window(worker, WindowResult({}, {}, 10, 1.0, 0.1, 0.01))
+        figures.window(worker, WindowResult({}, {}, 10, 1.0, Exchanged(0.02, 0.1), 0.01))
     for at in range(600):
         figures.sample(float(at), states_of(life))
     return life, figures

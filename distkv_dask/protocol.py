@@ -189,7 +189,7 @@ class Submission(NamedTuple):
 
     ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
     ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
-    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there.
+    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there. ``name`` is a document's.
     """
 
     number: int
@@ -199,6 +199,7 @@ class Submission(NamedTuple):
     document: int | None = None
     keeps: bool = False
     saved: Saved | None = None
+    name: str = ""
 
 
 class Ready(TypedDict):

@@ -13,6 +13,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from distkv_dask import pictures
 from distkv_dask.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -251,18 +252,39 @@ class DecodeWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a home exchanged with its holders over channels.
+
+    Seconds it spent sending queries (and KV of tails that lie elsewhere) and waiting for partials, and payload bytes.
+    """
+
+    sending: float = 0.0
+    waiting: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: Exchanged) -> Exchanged:
+        return Exchanged(
+            self.sending + other.sending,
+            self.waiting + other.waiting,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class WindowResult:
     """What a window generated: new token ids by sequence, and why those that ended did.
 
-    ``seconds`` is the window's length, ``waiting`` the part of it spent waiting for partials, and ``gap`` the time from
-    the end of the home's window before to the start of this one, when the home had sequences to decode all the while.
+    ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
+    this one, when the home had sequences to decode all the while.
     """
 
     tokens: dict[int, list[int]]
     finished: dict[int, FinishReason]
     steps: int
     seconds: float
-    waiting: float
+    exchanged: Exchanged = Exchanged()
     gap: float = 0.0
 
 
@@ -292,6 +314,18 @@ class Completion:
     timings: Timings = field(default_factory=Timings)
     placement: Placement = ()
     reused_tokens: int = 0
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the answer, its times, and a picture of where the KV lay."""
+        times = self.timings
+        reused = f" ({self.reused_tokens:,} reused)" if self.reused_tokens else ""
+        return pictures.card(
+            f"Completion: {self.finish_reason}",
+            pictures.text(self.text if self.error is None else self.error),
+            f"{self.prompt_tokens:,} prompt tokens{reused}, {len(self.token_ids):,} new ones; "
+            f"{times.queued:.2f} s in the queue, {times.prefill:.2f} s of prefill, {times.decode:.2f} s of decode",
+            pictures.spans([pictures.Piece(s.worker, s.start, s.stop, s.document is not None) for s in self.placement]),
+        )
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:

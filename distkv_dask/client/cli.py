@@ -12,6 +12,8 @@ COMMANDS = {
     "ask": ("distkv_dask.client.commands.ask:command", "Ask one question, about a document or none."),
     "ingest": ("distkv_dask.client.commands.ingest:command", "Save a document's KV cache, to ask about it later."),
     "status": ("distkv_dask.client.commands.status:command", "Show what a cluster is doing."),
+    "documents": ("distkv_dask.client.commands.documents:command", "List the documents that a cluster keeps."),
+    "bench": ("distkv_dask.client.commands.bench:command", "Measure a cluster and a model, in a minute."),
     "cluster": ("distkv_dask.client.commands.cluster:command", "Start a Dask cluster on this machine."),
     "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a cluster that does not exist."),
 }
@@ -46,7 +48,7 @@ class LazyGroup(click.Group):
 def main(**_: Any) -> None:
     """Answers about documents that are too long for one machine, from a language model on a Dask cluster.
 
-    Without --scheduler, commands start a cluster on this machine for as long as they run.
+    Without --scheduler, run, ask, ingest and bench start a cluster on this machine for as long as they run.
     """
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn, common_length
 from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.pictures import document_html
 from distkv_dask.client.saved_document import SavedDocument, plain_source, prepare, write_metadata
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.protocol import Saved
-from distkv_dask.types import Completion, SamplingParams
+from distkv_dask.types import Completion, Placement, SamplingParams
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
@@ -32,6 +33,8 @@ class Document:
         Its number in ``engine.status()["sequences"]``.
     ids
         The token ids that every prompt on it begins with.
+    placement
+        Where its KV lay when it was stored; it may have been moved since then.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Document:
         self.name = name
         self.number = number
         self.ids = ids
+        self.placement: Placement = ()
         self._source = source
         self._prompts = prompts
         self._released = False
@@ -160,6 +164,14 @@ class Document:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._release()
+
+    @property
+    def is_released(self) -> bool:
+        """Whether its KV was given back."""
+        return self._released
+
+    def _repr_html_(self) -> str:
+        return document_html(self)
 
     def __repr__(self) -> str:
         return f"<Document {self.name!r} of {self.tokens} tokens{', released' if self._released else ''}>"

@@ -23,6 +23,7 @@ from distkv_dask.client.document import Document
 from distkv_dask.client.errand import Errand
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.library import Library
+from distkv_dask.client.pictures import engine_html
 from distkv_dask.client.request import Request
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
@@ -34,7 +35,7 @@ from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, Delivery, EngineSpec, Submission, pack, unpack
 from distkv_dask.scheduler.gmanager import GManager
-from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams
+from distkv_dask.types import Completion, FinishReason, Prompt, SamplingParams, Timings
 
 logger = logging.getLogger("distributed.distkv.engine")
 
@@ -243,10 +244,13 @@ class Engine:
         done: list[Completion] = []
         try:
             for one in accepted:
+                if isinstance(one, Completion):
+                    done.append(one)
+                    continue
                 try:
-                    done.append(one if isinstance(one, Completion) else await one)
+                    done.append(await one)
                 except DistKVError as error:
-                    done.append(_failed(error))
+                    done.append(_failed(error, one.timings))
                 except asyncio.CancelledError:
                     task = asyncio.current_task()
                     if task is not None and task.cancelling():
@@ -507,10 +511,12 @@ class Engine:
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
 
-        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks, block_bytes, sequences,
-        channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``, documents
-        among them (``"document"``, or ``"dropped"`` while their KV is given up for others);
+        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks``, ``blocks`` (the capacity in
+        parts: ``own, lent, documents, free``), ``block_bytes, sequences``, ``channels`` (which kind it opens to whom,
+        and why) and ``window_seconds`` (length of its latest decode window);
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``,
+        ``document`` (whether it is one: its state is ``"document"``, or ``"dropped"`` while its KV is given up for
+        others), its ``name``, and ``questions`` (under way, about it);
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
         ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """
@@ -541,6 +547,14 @@ class Engine:
         chosen = Config.load(granularity=granularity or self.config.granularity).granularity
         tokens = len(self.tokenizer.encode(prompt)) + (sampling or SamplingParams()).max_new_tokens - 1
         return self.client.sync(self._call, ClientCall.GRAPH, engine=self.id, tokens=tokens, granularity=chosen)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be asked."""
+        return bool(self._facts) and not self._closed and self._broken is None
+
+    def _repr_html_(self) -> str:
+        return engine_html(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._facts else "opening"
@@ -602,8 +616,8 @@ def _ours(error: Exception) -> DistKVError:
     return EngineClosedError(f"the Dask scheduler does not answer as it should: {error!r}")
 
 
-def _failed(error: DistKVError) -> Completion:
-    return Completion("", (), 0, "error", str(error))
+def _failed(error: DistKVError, timings: Timings | None = None) -> Completion:
+    return Completion("", (), 0, "error", str(error), timings or Timings())
 
 
 def _dask_span(*tags: str) -> DaskSpan:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Self
 
-from distkv_dask.types import Completion
+from distkv_dask.types import Completion, Timings
 
 
 class Generation(concurrent.futures.Future[Completion]):
@@ -20,6 +20,8 @@ class Generation(concurrent.futures.Future[Completion]):
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         super().__init__()
+        self.timings = Timings()
+        """Of a request that failed: how far it had come."""
         self._cancel_request = cancel
 
     def cancel(self) -> bool:

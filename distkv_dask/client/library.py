@@ -91,10 +91,11 @@ class Library:
             raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
         self.documents[name] = document = Document(self._engine, name, number, source, prompts, ids)
         try:
-            await self._run(Submission(number, array("i", ids), None, saved=saved))
+            stored = await self._run(Submission(number, array("i", ids), None, saved=saved, name=name))
         except BaseException:
             self.documents.pop(name, None)
             raise
+        document.placement = stored.placement
         return document
 
     async def save(self, document: int, saved: Saved) -> Delivery:

@@ -62,6 +62,7 @@ class Request:
     def receive(self, delivery: Delivery) -> bool:
         """Take tokens or the end; returns True when the request is over."""
         if delivery.error is not None:
+            self.generation.timings = delivery.timings or Timings()
             self.fail(delivery.error)
             return True
         if delivery.reason == "cancelled":  # nobody here asked for it

@@ -32,6 +32,8 @@ class WorkerAccount:
         Blocks that others hold for sequences whose home it is.
     pending
         Tokens of prompts that are not computed yet, of sequences whose home it is.
+    documents, documents_lent
+        Those of ``used``, and of ``lent``, that are documents', which no running request owns.
     held
         Reserved blocks by sequence.
     homes
@@ -49,6 +51,8 @@ class WorkerAccount:
     lent: int = 0
     borrowed: int = 0
     pending: int = 0
+    documents: int = 0
+    documents_lent: int = 0
     held: dict[int, int] = field(default_factory=dict)
     homes: dict[int, None] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
@@ -63,6 +67,16 @@ class WorkerAccount:
     def free(self) -> int:
         """Blocks that nobody has reserved."""
         return self.capacity - self.used
+
+    def parts(self) -> dict[str, int]:
+        """The capacity in parts: of running requests at home here, of others', of documents, and free."""
+        lent = self.lent - self.documents_lent
+        return {
+            "own": self.used - self.documents - lent,
+            "lent": lent,
+            "documents": self.documents,
+            "free": self.free,
+        }
 
     @property
     def homed(self) -> int:

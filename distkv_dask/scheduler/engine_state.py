@@ -16,7 +16,7 @@ from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.fitting import fit_model
 from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
 from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.types import Geometry, Timings
+from distkv_dask.types import Exchanged, Geometry, Timings
 
 
 class EngineState:
@@ -194,8 +194,9 @@ class EngineState:
 
     # Figures
 
-    def prefilled(self, sequence: int, gang: int) -> None:
-        """Count the tokens of a chunk of a prompt that is done, before the lifecycle drops it."""
+    def prefilled(self, sequence: int, gang: int, exchanged: Exchanged) -> None:
+        """Count a chunk of a prompt that is done, before the lifecycle drops it."""
+        self.figures.exchanged(exchanged)
         live = self.lifecycle.live.get(sequence)
         if live is not None and gang in live.chunks:
             self.figures.prefilled(len(live.chunks[gang].tokens))
@@ -225,6 +226,7 @@ class EngineState:
                 "capacity_blocks": account.capacity,
                 "used_blocks": account.used,
                 "lent_blocks": lent[worker],
+                "blocks": account.parts(),
                 "block_bytes": life.block_bytes,
                 "sequences": account.homed,
                 "channels": self.facts[worker]["channels"] if worker in self.facts else "",
@@ -238,8 +240,11 @@ class EngineState:
             account = life.ledger.sequences.get(number)
             sequences[number] = {
                 "state": live.state,
+                "document": live.is_document,
+                "name": live.name,
                 "prompt_tokens": len(live.prompt),
                 "generated_tokens": len(live.generated),
+                "questions": sum(not life.live[one].is_document for one in live.dependents),
                 "kv_tokens": account.length if account else 0,
                 "home": account.home if account else None,
                 "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],

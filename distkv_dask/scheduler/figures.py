@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from distkv_dask.types import FinishReason, Timings, WindowResult
+from distkv_dask.types import Exchanged, FinishReason, Timings, WindowResult
 
 HISTORY = 600
 """Samples of the history that are kept: ten minutes at one a second."""
@@ -56,11 +56,12 @@ class Latency:
 class Anatomy:
     """Where the decode time of one home went: steps, and the seconds of its windows and of the gaps between them.
 
-    ``waiting`` is the part of ``seconds`` in which it waited for partials.
+    ``sending`` and ``waiting`` are the parts of ``seconds`` in which it sent queries and waited for partials.
     """
 
     steps: int = 0
     seconds: float = 0.0
+    sending: float = 0.0
     waiting: float = 0.0
     gap: float = 0.0
 
@@ -103,21 +104,29 @@ class Figures:
 
     def window(self, home: str, result: WindowResult) -> None:
         """A home finished a decode window."""
+        self.exchanged(result.exchanged)
         if not result.steps:
             return
         for name, value in (
             ("windows", 1),
             ("decode_steps", result.steps),
             ("decode_seconds", result.seconds),
-            ("waiting_seconds", result.waiting),
+            ("sending_seconds", result.exchanged.sending),
+            ("waiting_seconds", result.exchanged.waiting),
             ("gap_seconds", result.gap),
         ):
             self.totals[name] += value
         one = self.anatomy[home]
         one.steps += result.steps
         one.seconds += result.seconds
-        one.waiting += result.waiting
+        one.sending += result.exchanged.sending
+        one.waiting += result.exchanged.waiting
         one.gap += result.gap
+
+    def exchanged(self, one: Exchanged) -> None:
+        """Count the bytes that a window or chunk exchanged with holders."""
+        self.totals["bytes_to_holders"] += one.sent_bytes
+        self.totals["bytes_to_homes"] += one.received_bytes
 
     def generated(self, tokens: int) -> None:
         """So many tokens went to the client."""

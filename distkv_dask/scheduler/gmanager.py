@@ -260,12 +260,12 @@ class GManager(SchedulerPlugin):
             case FromWorker.CLOSED:
                 state.closed(worker)
             case FromWorker.CHUNK_DONE:
-                sequence, gang = payload
-                state.prefilled(sequence, gang)
+                sequence, gang, exchanged = payload
+                state.prefilled(sequence, gang, exchanged)
                 self._run(state, life.chunk_done(sequence, gang, now))
             case FromWorker.PREFILLED:
-                sequence, gang, token, reason = payload
-                state.prefilled(sequence, gang)
+                sequence, gang, token, reason, exchanged = payload
+                state.prefilled(sequence, gang, exchanged)
                 self._run(state, life.prefilled(sequence, gang, token, reason, now))
             case FromWorker.WINDOW_STARTED:
                 self._run(state, life.window_started(worker, payload))

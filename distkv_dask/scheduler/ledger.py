@@ -329,6 +329,9 @@ class Ledger:
             entry = self.workers[worker]
             entry.used += sign * wanted[worker]
             entry.lent += sign * wanted[worker] * (worker != home)
+            if account.idle:
+                entry.documents += sign * wanted[worker]
+                entry.documents_lent += sign * wanted[worker] * (worker != home)
             entry.pending += sign * account.pending * (worker == home)
             if sign < 0:
                 del entry.held[sequence]
@@ -389,6 +392,8 @@ class Ledger:
             assert entry.homes.keys() == {n for n in homes if not self.sequences[n].idle}, (worker, entry)
             assert entry.used == sum(held[worker].values()) <= entry.capacity, (worker, entry)
             assert entry.lent == sum(guests.values()), (worker, entry)
+            assert entry.documents == sum(held[worker][n] for n in held[worker] if self.sequences[n].idle), entry
+            assert entry.documents_lent == sum(guests[n] for n in guests if self.sequences[n].idle), entry
             assert entry.pending == sum(self.sequences[n].pending for n in homes), (worker, entry)
             assert entry.borrowed == borrowed[worker], (worker, entry)
         self.room.check(self.workers)

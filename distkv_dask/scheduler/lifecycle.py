@@ -248,7 +248,7 @@ class Lifecycle:
             return self.submit(one.number, one.prompt, one.sampling, now, one.streamed, one.document, one.keeps)
         if one.document is not None and one.saved is not None:
             return self.save(one.number, one.document, one.saved, now)
-        return self.ingest(one.number, one.prompt, now, one.saved)
+        return self.ingest(one.number, one.prompt, now, one.saved, one.name)
 
     def save(self, number: int, document: int, saved: Saved, now: float) -> Iterator[Command]:
         """A client wants a document in files.
@@ -266,7 +266,9 @@ class Lifecycle:
             return iter([Delivery(number, (), "stop")])  # it is shorter than a block
         return self._accept(live, now)
 
-    def ingest(self, sequence: int, prompt: array[int], now: float, saved: Saved | None = None) -> Iterator[Command]:
+    def ingest(
+        self, sequence: int, prompt: array[int], now: float, saved: Saved | None = None, name: str = ""
+    ) -> Iterator[Command]:
         """A client hands in a document: whole blocks of it are computed, or read, and kept until it is stopped.
 
         Raises
@@ -275,7 +277,7 @@ class Lifecycle:
             As for :meth:`submit`.
         """
         whole = prompt[: len(prompt) // self.config.block_tokens * self.config.block_tokens]
-        live = Live(sequence, whole, SamplingParams(), submitted=now, is_document=True, saved=saved)
+        live = Live(sequence, whole, SamplingParams(), submitted=now, is_document=True, saved=saved, name=name)
         if not whole:
             self.live[sequence] = live
             return self.documents.stored(live, now)

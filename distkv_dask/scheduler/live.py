@@ -19,14 +19,13 @@ class Live:
     compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``stuck_since``
     the time since which no set of workers could ever serve it.
 
-    A document is such a request too, without an answer; one whose answer is kept (``keeps``) becomes one. ``document``
-    is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do without, ``borrows`` if
-    the client did not name it. Of a document,
-    ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents`` are the requests
-    that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored; ``used`` is when
-    it was last needed, ``saved`` where its blocks are in files, too. A request that ``saves`` its document there
-    generates nothing; ``answering`` are the workers that write or read files for it, ``failure`` the first that went
-    wrong.
+    A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
+    becomes one. ``document`` is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do
+    without, ``borrows`` if the client did not name it. Of a document, ``announced`` says that its client knows it,
+    ``released`` that it needs it no more; ``dependents`` are the requests that name it, of which those ``awaited``
+    (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
+    blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
+    workers that write or read files for it, ``failure`` the first that went wrong.
     """
 
     sequence: int
@@ -36,6 +35,7 @@ class Live:
     streamed: bool = False
     document: int | None = None
     is_document: bool = False
+    name: str = ""
     keeps: bool = False
     state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "fetching"] = "waiting"
     admitted: float = 0.0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from distkv_dask.types import Exchanged
 from distkv_dask.worker.exchange import Asking, Exchange, indices, merging
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.native_exchange import new_exchange
@@ -61,9 +62,9 @@ class DistAttention:
             local.merges_into(self._out, self._lse)
 
     @property
-    def waiting(self) -> float:
-        """Seconds spent waiting for partials."""
-        return 0.0 if self._exchange is None else self._exchange.waiting
+    def exchanged(self) -> Exchanged:
+        """What was exchanged with holders so far."""
+        return Exchanged() if self._exchange is None else self._exchange.exchanged
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of one layer over everything stored and the new tokens, whose KV is appended to the tails.

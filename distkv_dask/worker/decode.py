@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distkv_dask.types import DecodeWindow, FinishReason, SequenceState, WindowResult
+from distkv_dask.types import DecodeWindow, Exchanged, FinishReason, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.layer_attention import LayerAttention
@@ -89,7 +89,7 @@ class DecodeLoop:
         self._attention: Attention | None = None
         self._steps_left_as_is = 0
         self._steps = 0
-        self._waiting = 0.0
+        self._exchanged = Exchanged()
 
     def run(self, window: DecodeWindow) -> WindowResult:
         """Run steps until the window is over or all sequences have stopped."""
@@ -106,7 +106,7 @@ class DecodeLoop:
             self._close_attention()
         tokens = {one.state.sequence: one.tokens for one in self._all}
         finished = {one.state.sequence: one.finished for one in self._all if one.finished is not None}
-        return WindowResult(tokens, finished, self._steps, time.perf_counter() - began, self._waiting)
+        return WindowResult(tokens, finished, self._steps, time.perf_counter() - began, self._exchanged)
 
     def _step(self) -> None:
         if self._steps_left_as_is == 0:
@@ -147,6 +147,6 @@ class DecodeLoop:
 
     def _close_attention(self) -> None:
         if self._attention is not None:
-            self._waiting += self._attention.waiting
+            self._exchanged += self._attention.exchanged
             self._attention.close()
             self._attention = None

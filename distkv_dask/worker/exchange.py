@@ -13,7 +13,7 @@ import torch
 
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.kernels import PreparedMerge
-from distkv_dask.types import Gang
+from distkv_dask.types import Exchanged, Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.plan import Part
@@ -41,8 +41,8 @@ class Exchange(Protocol):
     """One way to do it; see :class:`PythonExchange`."""
 
     @property
-    def waiting(self) -> float:
-        """Seconds spent waiting for partials."""
+    def exchanged(self) -> Exchanged:
+        """What was exchanged so far."""
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries [tokens, heads, head_dim], and the KV [tokens, kv_heads, head_dim] of tails elsewhere."""
@@ -58,7 +58,8 @@ class PythonExchange:
     """Over any channels."""
 
     def __init__(self, asking: Asking) -> None:
-        self.waiting = 0.0
+        self._sending = self._waiting = 0.0
+        self._layers = 0
         self._asking = asking
         self._remotes = [Remote(channel, asking, part) for channel, part in asking.holders]
         self._selector = selectors.DefaultSelector() if len(self._remotes) > 1 else None
@@ -66,10 +67,20 @@ class PythonExchange:
             for remote in self._remotes:
                 self._selector.register(remote.channel, selectors.EVENT_READ, remote)
 
+    @property
+    def exchanged(self) -> Exchanged:
+        """What was exchanged so far."""
+        asked = sum(remote.asked_bytes for remote in self._remotes)
+        answered = sum(remote.answer_bytes for remote in self._remotes)
+        return Exchanged(self._sending, self._waiting, self._layers * asked, self._layers * answered)
+
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
+        began = time.perf_counter()
         for remote in self._remotes:
             self._ask(remote, layer, step, q, k, v, scale)
+        self._sending += time.perf_counter() - began
+        self._layers += 1
         if self._asking.clears:
             self._asking.out.zero_()
             self._asking.lse.fill_(-torch.inf)
@@ -110,13 +121,13 @@ class PythonExchange:
     ) -> list[tuple[selectors.SelectorKey, int]]:
         began = time.perf_counter()
         events = selector.select(self._asking.limit)
-        self.waiting += time.perf_counter() - began
+        self._waiting += time.perf_counter() - began
         return events
 
     def _wait(self, remote: Remote, layer: int, step: int) -> None:
         began = time.perf_counter()
         remote.receive(layer, step)
-        self.waiting += time.perf_counter() - began
+        self._waiting += time.perf_counter() - began
 
     def _merge(self, remote: Remote, layer: int, step: int) -> None:
         remote.merge()

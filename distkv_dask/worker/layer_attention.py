@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distkv_dask.kernels import merge_into, micro_attention
+from distkv_dask.types import Exchanged
 from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part
@@ -84,8 +85,7 @@ class LayerAttention:
     """
 
     def __init__(self, forward: PausedForward, parts: Mapping[str, Part], pool: Pool) -> None:
-        self.waiting = 0.0
-        """Seconds spent waiting for partials."""
+        self._waiting = 0.0
         self._forward = forward
         self._parts = dict(parts)
         self._remote = {worker: part for worker, part in parts.items() if worker != forward.gang.home}
@@ -109,13 +109,18 @@ class LayerAttention:
             answers[home] = attend_part(self._pool, self._parts[home], question)
         began = time.perf_counter()
         answers |= {parcel.about: parcel.tensors for parcel in self._forward.take(layer)}
-        self.waiting += time.perf_counter() - began
+        self._waiting += time.perf_counter() - began
         out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
         for worker, part in self._parts.items():
             part_out, part_lse = answers[worker]
             for start, stop in part.rounds():
                 merge_into(out, lse, part_out[start:stop], part_lse[start:stop], torch.tensor(part.tokens[start:stop]))
         return out.to(q.dtype)
+
+    @property
+    def exchanged(self) -> Exchanged:
+        """What was exchanged so far: bytes travel with Dask's tasks, on no channel."""
+        return Exchanged(waiting=self._waiting)
 
     def advance(self) -> None:
         """Nothing: each layer is planned anew, and a window is one step long."""

@@ -11,9 +11,10 @@ from time import perf_counter
 
 from distributed.metrics import context_meter
 
+from distkv_dask.types import Exchanged
 from distkv_dask.worker.session import SessionStats
 
-COMPUTE, WAIT = "distkv compute", "distkv wait for partials"
+COMPUTE, SEND, WAIT = "distkv compute", "distkv send queries", "distkv wait for partials"
 
 
 @contextmanager
@@ -31,12 +32,13 @@ def metered() -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def computing(parts: dict[str, float], waited: Callable[[], float]) -> Iterator[None]:
-    """Measure a forward on the home lane, of which ``waited`` tells the seconds that it waited for partials."""
+def computing(parts: dict[str, float], exchanged: Callable[[], Exchanged]) -> Iterator[None]:
+    """Measure a forward on the home lane, of which ``exchanged`` tells how long it dealt with holders."""
     began = perf_counter()
     yield
-    parts[WAIT] = waited()
-    parts[COMPUTE] = perf_counter() - began - parts[WAIT]
+    done = exchanged()
+    parts[SEND], parts[WAIT] = done.sending, done.waiting
+    parts[COMPUTE] = perf_counter() - began - done.sending - done.waiting
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from distkv_dask.errors import ChannelError
 from distkv_dask.kernels import native_kernel
+from distkv_dask.types import Exchanged
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel
@@ -60,6 +61,7 @@ class _Home(ctypes.Structure):
         ("heads", ctypes.c_int64),
         ("d", ctypes.c_int64),
         ("clears", ctypes.c_int64),
+        ("sent", ctypes.c_double),
         ("waited", ctypes.c_double),
         ("culprit", ctypes.c_int64),
         ("error", ctypes.c_int64),
@@ -75,6 +77,7 @@ class NativeExchange:
         self._channels: list[StreamChannel] = []
         self._answers: list[memoryview] = []
         self._kept: list[Any] = []
+        self._layers = 0
         holders = (_Holder * len(asking.holders))()
         for holder, (channel, part) in zip(holders, asking.holders, strict=True):
             assert isinstance(channel, StreamChannel)
@@ -89,10 +92,11 @@ class NativeExchange:
         self._at = ctypes.addressof(self._home)
 
     @property
-    def waiting(self) -> float:
-        """Seconds spent waiting for partials."""
-        waited: float = self._home.waited
-        return waited
+    def exchanged(self) -> Exchanged:
+        """What was exchanged so far."""
+        home = self._home
+        asked = sum(map(self._length, range(len(self._holders))))
+        return Exchanged(home.sent, home.waited, self._layers * asked, self._layers * sum(map(len, self._answers)))
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
@@ -105,6 +109,7 @@ class NativeExchange:
 
     def gather(self, layer: int, step: int) -> None:
         """Wait for the partials of all holders and merge them as they come."""
+        self._layers += 1
         status = self._gather(self._at, self._asking.limit)
         if status:
             self._fail(status, layer, step)

@@ -259,10 +259,11 @@ class OpenEngine:
         self.check(chunk.gang)
         if chunk.sequence in self._retired:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
-        with computing(parts, lambda: self.runtime.waited):
+        with computing(parts, lambda: self.runtime.exchanged):
             token = self.runtime.prefill(chunk)
         if chunk.sampling is None or token is None:
-            self._tell(FromWorker.CHUNK_DONE, self.spec.engine, (chunk.sequence, chunk.gang.number))
+            done = chunk.sequence, chunk.gang.number, self.runtime.exchanged
+            self._tell(FromWorker.CHUNK_DONE, self.spec.engine, done)
             return len(chunk.tokens)
         reason: FinishReason | None = None
         assert self.model is not None
@@ -270,7 +271,8 @@ class OpenEngine:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
-        self._tell(FromWorker.PREFILLED, self.spec.engine, (chunk.sequence, chunk.gang.number, token, reason))
+        payload = (chunk.sequence, chunk.gang.number, token, reason, self.runtime.exchanged)
+        self._tell(FromWorker.PREFILLED, self.spec.engine, payload)
         return len(chunk.tokens)
 
     def decode(self, window: DecodeWindow) -> int:
@@ -291,10 +293,10 @@ class OpenEngine:
             holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
         self._tell(FromWorker.WINDOW_STARTED, self.spec.engine, window.window)
         used = tuple(holders.values())
-        result = WindowResult({}, {}, 0, 0.0, 0.0)
+        result = WindowResult({}, {}, 0, 0.0)
         if batch:
             gap = time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
-            with computing(parts, lambda: self.runtime.waited):
+            with computing(parts, lambda: self.runtime.exchanged):
                 result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=used)), batch)
             result = replace(result, gap=gap)
         with self._lock:

@@ -13,7 +13,7 @@ import torch
 
 from distkv_dask.errors import EngineClosedError, ModelError
 from distkv_dask.protocol import EngineSpec
-from distkv_dask.types import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.types import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.decode import DecodeLoop
@@ -80,8 +80,8 @@ class Runtime:
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
-        self.waited = 0.0
-        """Seconds that the last chunk or window waited for partials."""
+        self.exchanged = Exchanged()
+        """What the last chunk or window exchanged with holders."""
         limits = config.timeout_start, config.timeout_receive
         ring = None if self.tracer is None else self.tracer.holder
         lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))
@@ -130,7 +130,7 @@ class Runtime:
         model, logits = self._loaded(), None
         tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
-            step, self.waited = 0, 0.0
+            step, self.exchanged = 0, Exchanged()
             parts: dict[str, Part] = {}
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
@@ -141,7 +141,7 @@ class Runtime:
                     ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
                     logits = model.forward(ids, torch.arange(position, position + count), attention, 1)
                 finally:
-                    self.waited += attention.waiting
+                    self.exchanged += attention.exchanged
                     attention.close()
                 position, step = position + count, step + 1
         if chunk.sampling is None or logits is None:
@@ -164,7 +164,7 @@ class Runtime:
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
             loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang)
             result = (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
-            self.waited = result.waiting
+            self.exchanged = result.exchanged
             return result
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from selenium.webdriver.chrome.service import Service
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.scheduler.dashboard.look import TEXT
 from distkv_dask.scheduler.dashboard.page import PANELS
+from distkv_dask.scheduler.placements import blocks_of
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids
 
@@ -92,15 +93,18 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
             await asyncio.to_thread(browser.get, f"{address}/distkv")
             await until(lambda: data("memory")["label"])
             await long
+            document = await engine.ingest(prompt_ids(90, 5))
             keep = engine.submit(prompt_ids(200), SamplingParams(max_new_tokens=3800, ignore_eos=True))
             await until(lambda: data("sequences")["state"] == ["decode"] and data("throughput")["ago"])
             for panel in ("memory", "sequences", "throughput", "requests", "step", "latencies"):
                 assert all(await asyncio.to_thread(lambda panel=panel: list(data(panel).values()))), panel
             status = await engine.status()
             bars = await asyncio.to_thread(data, "memory")
-            for label, own, lent, free in zip(bars["label"], bars["own"], bars["lent"], bars["free"], strict=True):
+            assert sum(bars["documents"]) == blocks_of(document.tokens, 8)
+            for at, label in enumerate(bars["label"]):
                 facts = status["workers"][scheduler.workers[workers[int(label)].address].address]
-                assert own + lent + free == facts["capacity_blocks"]
+                assert sum(facts["blocks"].values()) == facts["capacity_blocks"]
+                assert {part: bars[part][at] for part in facts["blocks"]} == facts["blocks"]
             debts = await asyncio.to_thread(data, "debts")
             assert sum(debts["blocks"]) == sum(blocks for _, _, blocks in status["debts"]) > 0
             keep.cancel()

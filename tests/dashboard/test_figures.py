@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.scheduler.dashboard.panels_time import OVER, rates
 from distkv_dask.scheduler.figures import HISTORY, Figures, Latency, Sample
-from distkv_dask.types import Timings, WindowResult
+from distkv_dask.types import Exchanged, Timings, WindowResult
 
 times = st.lists(st.floats(0, 1e4, allow_nan=False), min_size=1, max_size=200)
 
@@ -44,12 +44,14 @@ def test_no_requests_have_no_percentiles() -> None:
 
 def test_a_window_adds_to_the_totals_and_to_its_homes_anatomy() -> None:
     figures = Figures()
-    figures.window("a", WindowResult({}, {}, 10, 2.0, 0.5, gap=0.1))
-    figures.window("a", WindowResult({}, {}, 30, 4.0, 0.5, gap=0.1))
-    figures.window("b", WindowResult({}, {}, 0, 0.0, 0.0))
+    figures.window("a", WindowResult({}, {}, 10, 2.0, Exchanged(0.2, 0.5, 100, 400), gap=0.1))
+    figures.window("a", WindowResult({}, {}, 30, 4.0, Exchanged(0.2, 0.5, 300, 1200), gap=0.1))
+    figures.window("b", WindowResult({}, {}, 0, 0.0))
     assert figures.totals["windows"] == 2
     assert figures.totals["decode_steps"] == 40
     assert figures.anatomy["a"].seconds == 6.0
+    assert (figures.anatomy["a"].sending, figures.anatomy["a"].waiting) == (0.4, 1.0)
+    assert (figures.totals["bytes_to_holders"], figures.totals["bytes_to_homes"]) == (400, 1600)
     assert "b" not in figures.anatomy
 
 

@@ -58,12 +58,17 @@ async def test_metrics_agree_with_the_engine_and_outlive_it_as_counters(
     async with tiny(client) as other:
         async with tiny(client) as engine:
             await engine.generate([prompt_ids(40), prompt_ids(50)], SHORT)
+            document = await engine.ingest(prompt_ids(24, 9))
             seen = await metrics(scheduler)
             status = await engine.status()
             assert value(seen["distkv_engines"]) == 2
             for address, facts in status["workers"].items():
                 assert value(seen["distkv_blocks"], worker=address) == 2 * facts["capacity_blocks"]
-            assert value(seen["distkv_prompt_tokens"]) == 90
+                parts = {one: value(seen["distkv_blocks"], worker=address, state=one) for one in facts["blocks"]}
+                own = (await other.status())["workers"][address]["blocks"]
+                assert parts == {one: facts["blocks"][one] + own[one] for one in own}
+            assert sum(facts["blocks"]["documents"] for facts in status["workers"].values()) == 3
+            assert value(seen["distkv_prompt_tokens"]) == 90 + document.tokens
             assert value(seen["distkv_generated_tokens"]) == 12 == status["totals"]["generated_tokens"]
             assert value(seen["distkv_requests_finished"], reason="length") == 2
             counts = [one for one in seen["distkv_first_token_seconds"] if one.name.endswith("_count")]

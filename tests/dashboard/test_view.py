@@ -34,6 +34,23 @@ def test_bars_add_up_to_the_ledger_and_nothing_is_left_out() -> None:
     assert sum(shown.states.values()) == 12
 
 
+def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
+    life = crowd(workers=3, sequences=1, blocks=9)
+    for number in (7, 8):  # the second needs more than one worker
+        list(life.ingest(number, array("i", [number] * (100 if number == 7 else 200)), 0.0))
+    life.ledger.check()
+    shown = view_of(life, Figures(), "m", str, 1.0)
+    documents = {number for number in (7, 8) if number in life.ledger.sequences}
+    assert documents == {7, 8}
+    blocks = sum(life.ledger.blocks(span.tokens) for number in documents for span in life.ledger.sequences[number].own)
+    assert sum(bar.documents for bar in shown.workers) == blocks > 0
+    requests = sum(life.ledger.blocks(span.tokens) for span in life.ledger.sequences[0].own)
+    assert sum(bar.own + bar.lent for bar in shown.workers) == requests > 0
+    for bar in shown.workers:
+        assert bar.own + bar.lent + bar.documents + bar.free == 9
+        assert min(bar.own, bar.lent, bar.documents, bar.free) >= 0
+
+
 def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_out() -> None:
     life = crowd(workers=200, sequences=1000)
     shown = view_of(life, Figures(), "m", str, 1.0)
@@ -42,7 +59,7 @@ def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_
     assert shown.workers[-1].label == "160 others"
     assert len(shown.sequences) == SEQUENCES
     assert shown.more_sequences == 1000 - SEQUENCES
-    total = sum(bar.own + bar.lent + bar.free for bar in shown.workers)
+    total = sum(bar.own + bar.lent + bar.documents + bar.free for bar in shown.workers)
     assert total == life.ledger.capacity_blocks
 
 

@@ -287,7 +287,7 @@ class Simulated:
                 home,
                 window.window,
                 self.epochs[home],
-                WindowResult(tokens, finished, 1, self.step_seconds, 0),
+                WindowResult(tokens, finished, 1, self.step_seconds),
                 (),
                 self.now,
             )
@@ -447,7 +447,7 @@ def test_a_request_that_joins_waits_for_one_window_at_most() -> None:
     decode(cluster, 1, 40)  # another one, whose prompt is done while the window runs
     assert len(cluster.windows[home]) == 2, "no third window, which it would have to wait for"
     cluster.windows[home].remove(running)
-    nothing = WindowResult({}, {}, 0, 0, 0)
+    nothing = WindowResult({}, {}, 0, 0)
     cluster.run(cluster.life.window_done(home, running.window, 0, nothing, (), cluster.now))
     cluster.run_window(cluster.windows[home][0])
     assert len(cluster.tokens[1]) > 1, "the window that was queued before it joined took it along"

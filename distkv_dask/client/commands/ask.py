@@ -12,7 +12,15 @@ import click
 from distkv_dask.client.batch.extract import plain_text
 from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
-from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
+from distkv_dask.client.commands.connect import (
+    engine_of,
+    model_options,
+    note,
+    sampling_of,
+    sampling_options,
+    scheduler_option,
+    size_options,
+)
 from distkv_dask.client.document import Document
 from distkv_dask.client.document_prompts import read_text
 from distkv_dask.client.engine import Engine
@@ -29,6 +37,7 @@ from distkv_dask.types import SamplingParams
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File with a JSON schema: the answer is JSON that follows it.",
 )
+@sampling_options
 @model_options
 @scheduler_option
 @size_options
@@ -42,7 +51,8 @@ def command(question: str, document: Path | None, schema: Path | None, **options
 
     The answer goes to standard output as it is generated.
     """  # noqa: D301
-    with engine_of(options) as (engine, sampling):
+    sampling = sampling_of(options)
+    with engine_of(options) as engine:
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
         with _pieces(engine, question, document, sampling) as pieces:

@@ -24,13 +24,24 @@ SOME_ROWS_FAILED = 3
 
 
 def scheduler_option(command: Command) -> Command:
-    """Add ``--scheduler``."""
+    """Add ``--scheduler`` to a command that starts a cluster without it."""
     return click.option(
         "--scheduler",
         metavar="ADDRESS",
         envvar="DASK_SCHEDULER_ADDRESS",
         help="Dask scheduler of a running cluster, such as tcp://10.0.0.1:8786. Without it, a cluster is "
         "started on this machine.",
+    )(command)
+
+
+def running_option(command: Command) -> Command:
+    """Add ``--scheduler`` to a command that looks at a running cluster."""
+    return click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        envvar="DASK_SCHEDULER_ADDRESS",
+        required=True,
+        help="Dask scheduler of the cluster, such as tcp://10.0.0.1:8786; or set DASK_SCHEDULER_ADDRESS.",
     )(command)
 
 
@@ -47,8 +58,8 @@ def size_options(command: Command) -> Command:
     return command
 
 
-def model_options(command: Command) -> Command:
-    """Add the options that say which model answers, and how."""
+def sampling_options(command: Command) -> Command:
+    """Add the options that say how answers are drawn."""
     for option in (
         click.option("--stop", multiple=True, metavar="TEXT", help="Text at which an answer ends; may be repeated."),
         click.option("--seed", type=int, help="Makes draws repeatable."),
@@ -57,6 +68,14 @@ def model_options(command: Command) -> Command:
         ),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
         click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say which model it is, and how much memory its KV cache has."""
+    for option in (
         click.option(
             "--kv-memory",
             metavar="BYTES",
@@ -117,19 +136,23 @@ def client_of(
         yield client
 
 
+def sampling_of(options: dict[str, Any]) -> SamplingParams:
+    """What a command's options say about sampling; takes them out of ``options``."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+    with failing_clearly():
+        return SamplingParams(**{name: options.pop(name) for name in names})
+
+
 @contextmanager
-def engine_of(options: dict[str, Any]) -> Iterator[tuple[Engine, SamplingParams]]:
+def engine_of(options: dict[str, Any]) -> Iterator[Engine]:
     """Open the engine that a command's options ask for; takes these options out of ``options``."""
     with failing_clearly():
-        sampling = SamplingParams(
-            **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
-        )
         cluster = {name: options.pop(name) for name in ("scheduler", "workers", "threads", "memory_limit")}
         model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory", "rope_scaling")}
         with client_of(**cluster) as client:
             note(f"Loading {model['model']} on every worker ...")
             with Engine(client, **model) as engine:
-                yield engine, sampling
+                yield engine
 
 
 @contextmanager

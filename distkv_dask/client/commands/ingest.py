@@ -26,7 +26,7 @@ def command(document: Path, folder: str, **options: Any) -> None:
     FOLDER is a path or a URI such as s3://bucket/report, which all workers reach. Questions on it then begin at once,
     on any number of workers, with the same --model, --dtype and block size.
     """  # noqa: D301
-    with engine_of(options) as (engine, _):
+    with engine_of(options) as engine:
         note(f"Computing {document} ...")
         with engine.ingest(document, name=document.name) as handle:
             handle.save(folder)

@@ -13,6 +13,8 @@ from distkv_dask.client.commands.connect import (
     SOME_ROWS_FAILED,
     engine_of,
     model_options,
+    sampling_of,
+    sampling_options,
     scheduler_option,
     size_options,
 )
@@ -46,6 +48,7 @@ from distkv_dask.client.commands.connect import (
 @click.option("--max-errors", type=click.IntRange(0), help="Stop when more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Do the rows again that had errors in earlier runs.")
 @click.option("--in-flight", type=click.IntRange(1), help="Requests that the cluster has at once.")
+@sampling_options
 @model_options
 @scheduler_option
 @size_options
@@ -64,7 +67,8 @@ def command(source: Path, questions: tuple[str, ...], out: Path, keep: tuple[str
     Exit status: 0 if every row has an answer, 3 if some rows have errors, 1 if the batch could not be done (what is
     answered so far is kept), 2 if the command line is wrong.
     """  # noqa: D301
-    with engine_of(options) as (engine, sampling):
+    sampling = sampling_of(options)
+    with engine_of(options) as engine:
         done = engine.process(
             source,
             questions=questions or None,

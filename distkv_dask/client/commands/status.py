@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from time import sleep
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from distkv_dask.client.commands.connect import client_of, failing_clearly, scheduler_option
-from distkv_dask.protocol import ClientCall
+from distkv_dask.client.commands.connect import running_option
+from distkv_dask.client.commands.running import Engines, look, running
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+INTERVAL = 1.0
+"""Seconds between looks with ``--watch``."""
 
 
 @click.command("status")
-@scheduler_option
+@running_option
 @click.option("--json", "as_json", is_flag=True, help="Everything there is to know, as JSON.")
-def command(scheduler: str | None, as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+def command(scheduler: str, as_json: bool, watch: bool) -> None:
     """Show the engines of a cluster: their model, requests, and the KV memory of each worker."""
-    if scheduler is None:
-        raise click.UsageError("--scheduler ADDRESS says which cluster")
-    with failing_clearly(), client_of(scheduler) as client:
-        engines: dict[str, Any] = client.sync(_engines, client) or {}
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    if as_json and watch:
+        raise click.UsageError("--json shows one moment: leave out --watch, or repeat the command")
+    with running(scheduler) as client:
+        if watch:
+            _watch(client)
+            return
+        workers, engines = look(client)
     if as_json:
         click.echo(json.dumps(engines, indent=1))
         return
-    click.echo(f"{workers} workers, {len(engines)} engines")
-    for name, engine in engines.items():
-        _show(name, engine)
-
-
-async def _engines(client: Any) -> Any:
-    return await getattr(client.scheduler, ClientCall.ENGINES)()
-
-
-def _show(name: str, engine: dict[str, Any]) -> None:
     from rich.console import Console
+
+    Console().print(_shown(workers, engines))
+
+
+def _watch(client: Any) -> None:
+    from rich.live import Live
+
+    try:
+        with Live(_shown(*look(client)), auto_refresh=False) as live:
+            while True:
+                sleep(INTERVAL)
+                live.update(_shown(*look(client)), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _shown(workers: int, engines: Engines) -> RenderableType:
+    from rich.console import Group
+
+    return Group(f"{workers} workers, {len(engines)} engines", *(_table(name, one) for name, one in engines.items()))
+
+
+def _table(name: str, engine: dict[str, Any]) -> RenderableType:
+    from rich.markup import escape
     from rich.table import Table
 
     states = Counter(one["state"] for one in engine["sequences"].values())
@@ -43,14 +67,14 @@ def _show(name: str, engine: dict[str, Any]) -> None:
     totals = engine["totals"]
     finished = sum(int(count) for total, count in totals.items() if total.startswith("finished_"))
     title = (
-        f"Engine {name}: {engine['model']}\n{requests}; {finished} finished, {totals.get('generated_tokens', 0)} tokens"
+        f"Engine {name}: {escape(engine['model'])}\n"
+        f"{requests}; {finished} finished, {totals.get('generated_tokens', 0)} tokens"
     )
     table = Table("worker", title=title, title_justify="left")
-    for column in ("KV used", "KV room", "lent to others", "home of"):
+    for column in ("KV used", "KV room", "lent to others", "documents", "home of"):
         table.add_column(column, justify="right")
     for worker, one in engine["workers"].items():
-        room, used, lent = (
-            one[key] * engine["block_tokens"] for key in ("capacity_blocks", "used_blocks", "lent_blocks")
-        )
-        table.add_row(worker, f"{used} tokens", f"{room} tokens", f"{lent} tokens", str(one["sequences"]))
-    Console().print(table)
+        size, parts = engine["block_tokens"], one["blocks"]
+        counts = one["used_blocks"], one["capacity_blocks"], parts["lent"], parts["documents"]
+        table.add_row(worker, *(f"{count * size:,} tokens" for count in counts), str(one["sequences"]))
+    return table

@@ -8,11 +8,9 @@ from typing import Any
 from bokeh.models import ColumnDataSource
 from bokeh.plotting import figure
 
-OWN, LENT, FREE = "#0072B2", "#E69F00", "#BDBDBD"
-COMPUTE, WAITING, GAP = "#0072B2", "#E69F00", "#999999"
+OWN, LENT, DOCUMENTS, FREE = "#0072B2", "#E69F00", "#009E73", "#BDBDBD"
+COMPUTE, SENDING, WAITING, GAP = "#0072B2", "#56B4E9", "#E69F00", "#999999"
 PREFILL, DECODE = "#D55E00", "#0072B2"
-WORKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito's palette; workers beyond the eighth begin anew."""
 
 TEXT = "#767676"
 """A grey with a contrast of 4.5 to 1 on white and on black alike."""

@@ -7,14 +7,14 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from dask.utils import format_bytes
 
-from distkv_dask.scheduler.dashboard.look import FREE, LENT, OWN, TEXT, legend, panel, source
+from distkv_dask.scheduler.dashboard.look import DOCUMENTS, FREE, LENT, OWN, TEXT, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
 
-PARTS = ("own", "lent", "free")
+PARTS = ("own", "lent", "documents", "free")
 
 
 class MemoryPanel:
-    """A bar for each worker's pool: blocks of its own sequences, blocks that it holds for others, and free ones."""
+    """A bar for each worker's pool: blocks of its own sequences, of others', of documents, and free ones."""
 
     name = "memory"
 
@@ -27,11 +27,11 @@ class MemoryPanel:
             list(PARTS),
             y="label",
             height=0.8,
-            color=[OWN, LENT, FREE],
-            fill_alpha=[0.9, 0.9, 0.35],
+            color=[OWN, LENT, DOCUMENTS, FREE],
+            fill_alpha=[0.9, 0.9, 0.9, 0.35],
             line_color=None,
             source=self.source,
-            legend_label=["own sequences", "lent to others", "free"],
+            legend_label=["own sequences", "lent to others", "documents", "free"],
         )
         self.root.text(
             x=0, y="label", text="bytes", x_offset=4, text_baseline="middle", text_font_size="8pt", source=self.source,
@@ -43,6 +43,7 @@ class MemoryPanel:
                     ("worker", "@label (@role)"),
                     ("own", "@own blocks of @homes sequences"),
                     ("lent to others", "@lent blocks"),
+                    ("documents", "@documents blocks"),
                     ("borrowed from others", "@borrowed blocks"),
                     ("free", "@free blocks"),
                 ]
@@ -56,14 +57,15 @@ class MemoryPanel:
         bars = view.workers if view is not None else ()
         size = view.block_bytes if view is not None else 0
         data = {name: [getattr(bar, name) for bar in bars] for name in ("label", *PARTS, "borrowed", "homes", "role")}
+        rooms = [sum(getattr(bar, part) for part in PARTS) for bar in bars]
         data["bytes"] = [
-            f"{format_bytes((bar.own + bar.lent) * size)} of {format_bytes((bar.own + bar.lent + bar.free) * size)}"
-            for bar in bars
+            f"{format_bytes((room - bar.free) * size)} of {format_bytes(room * size)}"
+            for bar, room in zip(bars, rooms, strict=True)
         ]
         labels = data["label"][::-1]
         if self.root.y_range.factors != labels:
             self.root.y_range.factors = labels
-        self.root.x_range.end = max((bar.own + bar.lent + bar.free for bar in bars), default=1) or 1
+        self.root.x_range.end = max(rooms, default=1) or 1
         self.source.data = data
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from bokeh.models import DataTable, HTMLTemplateFormatter, TableColumn
 
-from distkv_dask.scheduler.dashboard.look import WORKERS, source
+from distkv_dask.pictures import PALETTE
+from distkv_dask.scheduler.dashboard.look import source
 from distkv_dask.scheduler.dashboard.view import SequenceRow, View
 
 MARKUP = "<%= value %>"
@@ -73,7 +74,7 @@ class SequencesPanel(_Table):
 
     def rows(self, view: View) -> list[tuple[str, ...]]:
         """Cells by row."""
-        colours = {bar.label: WORKERS[at % len(WORKERS)] for at, bar in enumerate(view.workers)}
+        colours = {bar.label: PALETTE[at % len(PALETTE)] for at, bar in enumerate(view.workers)}
         rows: list[tuple[str, ...]] = [
             (
                 str(row.number),
@@ -94,7 +95,7 @@ class SequencesPanel(_Table):
 def swatch(worker: str, colours: dict[str, str]) -> str:
     """A worker's colour as a small square."""
     style = (
-        f"display:inline-block;width:10px;height:10px;margin-right:5px;background:{colours.get(worker, WORKERS[-1])}"
+        f"display:inline-block;width:10px;height:10px;margin-right:5px;background:{colours.get(worker, PALETTE[-1])}"
     )
     return f'<span style="{style}"></span>'
 
@@ -106,7 +107,7 @@ def strip(row: SequenceRow, colours: dict[str, str]) -> str:
     for worker, tokens in row.strip:
         if tokens:
             size = f"height:14px;width:{100 * tokens / whole:.2f}%"
-            style = f"display:inline-block;{size};background:{colours.get(worker, WORKERS[-1])}"
+            style = f"display:inline-block;{size};background:{colours.get(worker, PALETTE[-1])}"
             pieces.append(f'<span title="{escape(worker)}: {tokens:,} tokens" style="{style}"></span>')
     box = "width:100%;height:14px;line-height:0;font-size:0;white-space:nowrap;background:#8883;margin-top:3px"
     return f'<div style="{box}">{"".join(pieces)}</div>'

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from bokeh.models import FactorRange, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
-from distkv_dask.scheduler.dashboard.look import COMPUTE, DECODE, GAP, PREFILL, WAITING, legend, panel, source
+from distkv_dask.scheduler.dashboard.look import COMPUTE, DECODE, GAP, PREFILL, SENDING, WAITING, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
 from distkv_dask.scheduler.figures import Sample
 
@@ -78,32 +78,36 @@ class RequestsPanel:
         self.source.data = data
 
 
+STEP = ("compute", "sending", "waiting", "gap")
+
+
 class AnatomyPanel:
-    """Milliseconds of an average decode step of each home: computing, waiting for partials, between windows."""
+    """Milliseconds of an average decode step of each home: computing, sending, waiting, between windows."""
 
     name = "step"
 
     def __init__(self) -> None:
-        self.source = source(self.name, ("label", "compute", "waiting", "gap"))
+        self.source = source(self.name, ("label", *STEP))
         self.root: figure = panel(
             "A decode step, by home",
             y_range=FactorRange(),
             x_axis_label="milliseconds per step, since the engine opened",
         )
         self.root.hbar_stack(
-            ["compute", "waiting", "gap"],
+            list(STEP),
             y="label",
             height=0.8,
-            color=[COMPUTE, WAITING, GAP],
+            color=[COMPUTE, SENDING, WAITING, GAP],
             line_color=None,
             source=self.source,
-            legend_label=["computing", "waiting for partials", "between windows"],
+            legend_label=["computing", "sending", "waiting", "between windows"],
         )
         self.root.add_tools(
             HoverTool(
                 tooltips=[
                     ("home", "@label"),
                     ("computing", "@compute{0.0} ms"),
+                    ("sending queries", "@sending{0.00} ms"),
                     ("waiting for partials", "@waiting{0.0} ms"),
                     ("between windows", "@gap{0.00} ms"),
                 ]
@@ -118,7 +122,5 @@ class AnatomyPanel:
         labels = [row.label for row in rows][::-1]
         if self.root.y_range.factors != labels:
             self.root.y_range.factors = labels
-        self.root.x_range.end = 1.05 * max((row.compute + row.waiting + row.gap for row in rows), default=1)
-        self.source.data = {
-            name: [getattr(row, name) for row in rows] for name in ("label", "compute", "waiting", "gap")
-        }
+        self.root.x_range.end = 1.05 * max((sum(getattr(row, part) for part in STEP) for row in rows), default=1)
+        self.source.data = {name: [getattr(row, name) for row in rows] for name in ("label", *STEP)}

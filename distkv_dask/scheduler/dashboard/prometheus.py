@@ -27,6 +27,7 @@ COUNTERS = {
     "windows": ("distkv_windows", "Decode windows", ""),
     "decode_steps": ("distkv_decode_steps", "Decode steps", ""),
     "decode_seconds": ("distkv_decode_seconds", "Time that homes spent in decode windows", "seconds"),
+    "sending_seconds": ("distkv_sending_seconds", "Part of it that they spent sending queries", "seconds"),
     "waiting_seconds": ("distkv_waiting_seconds", "Part of it that they waited for partials", "seconds"),
     "gap_seconds": ("distkv_gap_seconds", "Time between decode windows", "seconds"),
 }
@@ -72,6 +73,12 @@ class Collector(CollectorBase):
         yield ended
         for total, (name, text, unit) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=sum(one.totals[total] for one in figures), unit=unit)
+        sent = CounterMetricFamily(
+            "distkv_channel_bytes", "Queries and partials that went over channels", labels=["direction"], unit="bytes"
+        )
+        for direction in ("to_holders", "to_homes"):
+            sent.add_metric([direction], sum(one.totals[f"bytes_{direction}"] for one in figures))
+        yield sent
         events = CounterMetricFamily("distkv_events", "Moves, recalls, repairs, refusals and others", labels=["kind"])
         kinds = sorted({name for one in figures for name in one.totals if name.endswith("_events")})
         for kind in kinds:
@@ -87,8 +94,7 @@ class Collector(CollectorBase):
         sizes: Counter[tuple[str, str]] = Counter()
         for engine in self._board.engines.values():
             for worker, account in engine.lifecycle.ledger.workers.items():
-                parts = {"own": account.used - account.lent, "lent": account.lent, "free": account.free}
-                for state, number in parts.items():
+                for state, number in account.parts().items():
                     counts[worker, state] += number
                     sizes[worker, state] += number * engine.lifecycle.block_bytes
         for key, number in counts.items():

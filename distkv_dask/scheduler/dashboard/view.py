@@ -27,15 +27,19 @@ STATES = ("waiting", "prefill", "decode", "retiring")
 
 @dataclass(frozen=True, slots=True)
 class WorkerBar:
-    """One worker's pool in blocks, or several workers' together; the four parts add up to the capacity."""
+    """One worker's pool in blocks, or several workers' together; own, lent, documents and free make up the capacity."""
 
     label: str
     role: str
     own: int
     lent: int
+    documents: int
     free: int
     borrowed: int
     homes: int
+
+
+SUMS = ("own", "lent", "documents", "free", "borrowed", "homes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,11 @@ class SequenceRow:
 
 @dataclass(frozen=True, slots=True)
 class AnatomyRow:
-    """Milliseconds of an average decode step of a home: computing, waiting for partials, and between windows."""
+    """Milliseconds of an average decode step of a home: computing, sending, waiting for partials, between windows."""
 
     label: str
     compute: float
+    sending: float
     waiting: float
     gap: float
 
@@ -145,9 +150,7 @@ def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
     return WorkerBar(
         label=label(account.worker),
         role="instance" if account.can_decode else "memory",
-        own=account.used - account.lent,
-        lent=account.lent,
-        free=account.free,
+        **account.parts(),
         borrowed=account.borrowed,
         homes=account.homed,
     )
@@ -155,7 +158,7 @@ def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
 
 def _together(accounts: list[WorkerAccount]) -> WorkerBar:
     bars = [_bar(account, str) for account in accounts]
-    total = {name: sum(getattr(bar, name) for bar in bars) for name in ("own", "lent", "free", "borrowed", "homes")}
+    total = {name: sum(getattr(bar, name) for bar in bars) for name in SUMS}
     return WorkerBar(label=f"{len(bars)} others", role="", **total)
 
 
@@ -180,6 +183,6 @@ def _anatomy(figures: Figures, shown: set[str], label: Callable[[str], str]) -> 
     for worker, one in figures.anatomy.items():
         if worker in shown and one.steps:
             scale = 1000 / one.steps
-            compute = max(0.0, one.seconds - one.waiting)
-            rows.append(AnatomyRow(label(worker), compute * scale, one.waiting * scale, one.gap * scale))
+            parts = max(0.0, one.seconds - one.sending - one.waiting), one.sending, one.waiting, one.gap
+            rows.append(AnatomyRow(label(worker), *(part * scale for part in parts)))
     return tuple(sorted(rows, key=lambda row: row.label))

@@ -37,7 +37,8 @@ struct Home {
   float* lse;
   int64_t tokens, heads, d;
   int64_t clears;   // whether out and lse begin with nothing
-  double waited;    // seconds, all layers together
+  double sent;      // seconds spent sending, all layers together
+  double waited;    // seconds spent waiting, likewise
   int64_t culprit;  // holder that a status other than kDone is about
   int64_t error;    // errno, or 0
 };
@@ -153,6 +154,7 @@ Status gather(Home& home, double seconds) {
 // Sends a layer's queries, and the KV of tails that lie elsewhere, to every holder. Returns a distkv::Status.
 DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, const void* v, int64_t layer,
                              int64_t step, double scale) {
+  const double began = distkv::seconds_now();
   for (int64_t i = 0; i < home->count; ++i) {
     distkv::Holder& holder = home->holders[i];
     for (distkv::Header* header : {&holder.ask, &holder.expected}) {
@@ -167,6 +169,7 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
       return status;
     }
   }
+  home->sent += distkv::seconds_now() - began;
   if (home->clears) {
     std::memset(home->out, 0, home->tokens * home->heads * home->d * sizeof(float));
     for (int64_t i = 0; i < home->tokens * home->heads; ++i) home->lse[i] = -INFINITY;

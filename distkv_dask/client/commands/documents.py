@@ -1,0 +1,60 @@
+"""``distkv documents``: the documents that the engines of a running cluster keep."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import click
+
+from distkv_dask.client.commands.connect import running_option
+from distkv_dask.client.commands.running import look, running
+
+STATES = {"document": "stored", "dropped": "given up; computed anew when it is next asked"}
+"""What people call a document's states that have other names inside."""
+
+
+@click.command("documents")
+@running_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def command(scheduler: str, as_json: bool) -> None:
+    """List the documents of a cluster's engines: tokens, questions under way, and where their KV lies."""
+    with running(scheduler) as client:
+        _, engines = look(client)
+    found = [_row(engine, one) for engine, status in engines.items() for one in _documents(status)]
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("engine", "document", title=f"{len(found)} documents", title_justify="left")
+    table.add_column("tokens", justify="right")
+    table.add_column("questions", justify="right")
+    table.add_column("state")
+    table.add_column("tokens by worker")
+    for one in found:
+        where = "\n".join(f"{worker}: {tokens:,}" for worker, tokens in one["workers"].items())
+        cells = one["engine"], escape(one["name"]), f"{one['tokens']:,}", str(one["questions"]), one["state"], where
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _documents(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in status["sequences"].values() if one["document"]]
+
+
+def _row(engine: str, document: dict[str, Any]) -> dict[str, Any]:
+    workers: Counter[str] = Counter()
+    for worker, start, stop in document["placement"]:
+        workers[worker] += stop - start
+    return {
+        "engine": engine,
+        "name": document["name"] or "a turn of a chat",
+        "tokens": document["prompt_tokens"],
+        "questions": document["questions"],
+        "state": STATES.get(document["state"], document["state"]),
+        "workers": dict(workers),
+    }

@@ -1,0 +1,46 @@
+"""What commands ask of a running cluster and its engines, whoever opened them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from distkv_dask.client.commands.connect import client_of, failing_clearly
+from distkv_dask.protocol import ClientCall
+
+LIMIT = 10.0
+"""Seconds that a scheduler may take to answer."""
+
+Engines = dict[str, dict[str, Any]]
+
+
+@contextmanager
+def running(scheduler: str) -> Iterator[Any]:
+    """A Dask client of a running cluster; one that stops answering is an error on one line."""
+    with failing_clearly(), client_of(scheduler) as client:
+        try:
+            yield client
+        except OSError as error:
+            raise click.ClickException(f"the Dask scheduler at {scheduler} is silent: {error}") from error
+
+
+def look(client: Any) -> tuple[int, Engines]:
+    """Number of workers, and status by engine (none where no engine was ever opened).
+
+    Raises
+    ------
+    OSError
+        The scheduler does not answer in time.
+    """
+    found: tuple[int, Engines] = client.sync(_look, client, callback_timeout=LIMIT)
+    return found
+
+
+async def _look(client: Any) -> tuple[int, Engines]:
+    if client.scheduler is None:
+        raise OSError("the connection is closed")
+    identity = await client.scheduler.identity(n_workers=-1)
+    return len(identity["workers"]), await getattr(client.scheduler, ClientCall.ENGINES)() or {}

@@ -1,0 +1,120 @@
+"""What notebooks show of an engine and of a document. The engine is asked where it can be without awaiting anything.
+
+An engine of an asynchronous client shows what its client knows by itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from dask.utils import format_bytes
+
+from distkv_dask import pictures
+from distkv_dask.errors import DistKVError
+from distkv_dask.pictures import Piece
+from distkv_dask.protocol import ClientCall
+
+if TYPE_CHECKING:
+    from distkv_dask.client.document import Document
+    from distkv_dask.client.engine import Engine
+
+PATIENCE = 3.0
+"""Seconds that a notebook waits for an engine's answer before it shows what is known without."""
+
+WORKERS = 16
+"""Workers that are shown one by one: those with most in use."""
+
+SEQUENCES = 12
+"""Documents and requests that are shown one by one: the longest."""
+
+ASYNCHRONOUS = "With an asynchronous client, <code>await engine.status()</code> says where the KV lies."
+
+
+def engine_html(engine: Engine) -> str:
+    """The engine: its model, its workers' pools, and where the longest sequences lie."""
+    title = f"Engine {engine.id}: {engine.model.name}"
+    if not engine.is_open:
+        return pictures.card(title, "closed, or not open yet")
+    facts = engine.facts
+    about = f"{facts['dtype']}, {facts['workers']} workers, {len(engine.documents())} documents"
+    lines = [escape(about), _link(engine)]
+    if (status := _status(engine)) is None:
+        return pictures.card(title, *lines, ASYNCHRONOUS if engine.client.asynchronous else "The cluster is silent.")
+    colour = pictures.colours(sorted(status["workers"]))
+    return pictures.card(title, *lines, _pools(status, colour), _sequences(engine, status, colour))
+
+
+def document_html(document: Document) -> str:
+    """The document: its name and size, and where its KV lies, or lay when it was stored."""
+    title = f"Document {document.name}"
+    size = f"{document.tokens:,} tokens"
+    if document.is_released:
+        return pictures.card(title, f"{size}, released")
+    status = _status(document.engine) if document.engine.is_open else None
+    if status is None:
+        pieces = [Piece(span.worker, span.start, span.stop) for span in document.placement]
+        return pictures.card(title, f"{size}; where its KV lay when it was stored:", pictures.spans(pieces))
+    found = status["sequences"].get(document.number)
+    if found is None or not found["placement"]:
+        return pictures.card(title, f"{size}; its KV was given up, and is computed anew when it is next asked")
+    asked = found["questions"]
+    running = f"; {asked} question{'s' * (asked != 1)} under way" if asked else ""
+    colour = pictures.colours(sorted(status["workers"]))
+    return pictures.card(title, f"{size}{running}", pictures.spans(_pieces(found, colour), colour))
+
+
+def _link(engine: Engine) -> str:
+    try:
+        dashboard = engine.client.dashboard_link
+    except KeyError:  # the scheduler has none
+        return ""
+    page = f"{(dashboard or '').rpartition('/')[0]}/distkv"
+    return f'<a href="{escape(page)}" target="_blank">{escape(page)}</a>' if dashboard else ""
+
+
+def _status(engine: Engine) -> Any:
+    """What the engine says, unless that has to be awaited or takes too long."""
+    if engine.client.asynchronous:
+        return None
+    try:
+        return engine.client.sync(engine._call, ClientCall.STATUS, engine=engine.id, callback_timeout=PATIENCE)
+    except (DistKVError, OSError, RuntimeError):  # the last: the client's event loop is closed
+        return None
+
+
+def _pools(status: dict[str, Any], colour: dict[str, str]) -> str:
+    workers = status["workers"]
+    most = heapq.nlargest(WORKERS, workers, key=lambda name: (workers[name]["used_blocks"], name))
+    rows = []
+    for name in sorted(most):
+        one = workers[name]
+        used, room, size = one["used_blocks"], one["capacity_blocks"], one["block_bytes"]
+        words = f"{format_bytes(used * size)} of {format_bytes(room * size)}"
+        rows.append((name, pictures.meter(used, room, colour.get(name, pictures.PALETTE[0]), words), words))
+    more = len(workers) - len(rows)
+    return pictures.table(rows) + (f"and {more} more workers" if more else "")
+
+
+def _sequences(engine: Engine, status: dict[str, Any], colour: dict[str, str]) -> str:
+    names = {document.number: name for name, document in engine.documents().items()}
+    placed = {number: one for number, one in status["sequences"].items() if one["placement"]}
+    longest = heapq.nlargest(SEQUENCES, placed, key=lambda number: placed[number]["kv_tokens"])
+    scale = max((one["placement"][-1][2] for one in placed.values()), default=1)
+    rows = []
+    for number in sorted(longest):
+        one = placed[number]
+        words = f"{one['kv_tokens']:,} tokens, {one['state']}"
+        picture = pictures.strip(_pieces(one, colour), colour, scale)
+        rows.append((names.get(number, f"request {number}"), picture, words))
+    more = len(status["sequences"]) - len(rows)
+    return pictures.table(rows) + (f"and {more} more requests" if more else "")
+
+
+def _pieces(sequence: dict[str, Any], colour: dict[str, str]) -> list[Piece]:
+    """Spans of a sequence; workers that were lost meanwhile get a colour, too."""
+    pieces = [Piece(worker, start, stop) for worker, start, stop in sequence["placement"]]
+    for piece in pieces:
+        colour.setdefault(piece.worker, pictures.PALETTE[-1])
+    return pieces
