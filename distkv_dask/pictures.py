@@ -34,7 +34,7 @@ def colours(workers: Iterable[str]) -> dict[str, str]:
 
 
 def strip(pieces: Sequence[Piece], colour: Mapping[str, str], scale: int | None = None) -> str:
-    """A bar of a sequence's tokens, coloured by worker; shared ones are pale. Hovering tells the positions.
+    """A bar of a sequence's tokens, coloured by worker; shared ones are faint. Hovering tells the positions.
 
     Parameters
     ----------
