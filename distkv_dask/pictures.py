@@ -34,7 +34,7 @@ def colours(workers: Iterable[str]) -> dict[str, str]:
 
 
 def strip(pieces: Sequence[Piece], colour: Mapping[str, str], scale: int | None = None) -> str:
-    """A bar of a sequence's tokens, coloured by worker; shared ones are pale. Hovering tells the positions.
+    """A bar of a sequence's tokens, coloured by worker; shared ones are faint. Hovering tells the positions.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def strip(pieces: Sequence[Piece], colour: Mapping[str, str], scale: int | None 
             f'fill="{colour[piece.worker]}" fill-opacity="{0.55 if piece.shared else 1}">'
             f"<title>{escape(title)}</title></rect>"
         )
-    return _svg(parts, f"{end:,} tokens on {len({piece.worker for piece in pieces})} workers")
+    return _svg(parts, f"{end:,} tokens on {counted(len({piece.worker for piece in pieces}), 'worker')}")
 
 
 def meter(used: int, room: int, colour: str, title: str) -> str:
@@ -82,7 +82,7 @@ def legend(tokens: Mapping[str, int], colour: Mapping[str, str]) -> str:
         for worker in most[:LEGEND]
     ]
     if len(most) > LEGEND:
-        parts.append(f"and {len(most) - LEGEND} more workers")
+        parts.append(f"and {counted(len(most) - LEGEND, 'more worker')}")
     return f'<div style="font-size:smaller">{" ".join(parts)}</div>'
 
 
@@ -109,12 +109,19 @@ def text(words: str) -> str:
 
 def table(rows: Iterable[tuple[str, str, str]]) -> str:
     """Rows of a name, a picture (HTML) and what it says; names and words are escaped."""
-    cell = '<td style="text-align:left;padding:2px 8px 2px 0">'
+    cell = "text-align:left;padding:2px 8px 2px 0"
     body = "".join(
-        f"<tr>{cell}{escape(name)}</td>{cell}{picture}</td>{cell}{escape(words)}</td></tr>"
+        f'<tr><td style="{cell};min-width:12em">{escape(name)}</td><td style="{cell}">{picture}</td>'
+        f'<td style="{cell}">{escape(words)}</td></tr>'
         for name, picture, words in rows
     )
-    return f'<table style="border:none">{body}</table>' if body else ""
+    look = "border:none;margin:0;color:inherit;font-size:inherit"  # which not every page hands on to tables
+    return f'<table style="{look}">{body}</table>' if body else ""
+
+
+def counted(number: int, thing: str) -> str:
+    """Number and noun, in the plural but for one."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def card(title: str, *lines: str) -> str:

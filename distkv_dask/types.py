@@ -318,7 +318,7 @@ class Completion:
     def _repr_html_(self) -> str:
         """What notebooks show: the answer, its times, and a picture of where the KV lay."""
         times = self.timings
-        reused = f" ({self.reused_tokens:,} reused)" if self.reused_tokens else ""
+        reused = f" ({self.reused_tokens:,} reused, faint below)" if self.reused_tokens else ""
         return pictures.card(
             f"Completion: {self.finish_reason}",
             pictures.text(self.text if self.error is None else self.error),

@@ -13,7 +13,7 @@ from dask.utils import format_bytes
 
 from distkv_dask import pictures
 from distkv_dask.errors import DistKVError
-from distkv_dask.pictures import Piece
+from distkv_dask.pictures import Piece, counted
 from distkv_dask.protocol import ClientCall
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def engine_html(engine: Engine) -> str:
     if not engine.is_open:
         return pictures.card(title, "closed, or not open yet")
     facts = engine.facts
-    about = f"{facts['dtype']}, {facts['workers']} workers, {len(engine.documents())} documents"
+    workers, documents = counted(facts["workers"], "worker"), counted(len(engine.documents()), "document")
+    about = f"{facts['dtype']}, {workers}, {documents}"
     lines = [escape(about), _link(engine)]
     if (status := _status(engine)) is None:
         return pictures.card(title, *lines, ASYNCHRONOUS if engine.client.asynchronous else "The cluster is silent.")
@@ -60,7 +61,7 @@ def document_html(document: Document) -> str:
     if found is None or not found["placement"]:
         return pictures.card(title, f"{size}; its KV was given up, and is computed anew when it is next asked")
     asked = found["questions"]
-    running = f"; {asked} question{'s' * (asked != 1)} under way" if asked else ""
+    running = f"; {counted(asked, 'question')} under way" if asked else ""
     colour = pictures.colours(sorted(status["workers"]))
     return pictures.card(title, f"{size}{running}", pictures.spans(_pieces(found, colour), colour))
 
@@ -94,7 +95,7 @@ def _pools(status: dict[str, Any], colour: dict[str, str]) -> str:
         words = f"{format_bytes(used * size)} of {format_bytes(room * size)}"
         rows.append((name, pictures.meter(used, room, colour.get(name, pictures.PALETTE[0]), words), words))
     more = len(workers) - len(rows)
-    return pictures.table(rows) + (f"and {more} more workers" if more else "")
+    return pictures.table(rows) + (f"and {counted(more, 'more worker')}" if more else "")
 
 
 def _sequences(engine: Engine, status: dict[str, Any], colour: dict[str, str]) -> str:
@@ -109,7 +110,7 @@ def _sequences(engine: Engine, status: dict[str, Any], colour: dict[str, str]) -
         picture = pictures.strip(_pieces(one, colour), colour, scale)
         rows.append((names.get(number, f"request {number}"), picture, words))
     more = len(status["sequences"]) - len(rows)
-    return pictures.table(rows) + (f"and {more} more requests" if more else "")
+    return pictures.table(rows) + (f"and {counted(more, 'more request')}" if more else "")
 
 
 def _pieces(sequence: dict[str, Any], colour: dict[str, str]) -> list[Piece]:

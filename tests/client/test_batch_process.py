@@ -257,6 +257,7 @@ async def test_what_does_not_go_together_is_refused_before_anything_runs(
             ({"template": "{text.x}"}, "only names of columns"),
             ({"template": "{text"}, "cannot be read"),
             ({"template": "nothing"}, r"\{text\}"),
+            ({"questions": "Who?"}, "give a list"),
             ({"too_long": "shorten"}, "must be one of"),
             ({"too_long": "map-reduce"}, "needs a question"),
             ({"text_column": "body"}, "no column 'body'"),

@@ -66,7 +66,8 @@ def test_a_strip_stays_within_its_width_whatever_the_placement(spans: list[tuple
 def test_nothing_is_fetched_from_anywhere_and_text_has_the_notebooks_own_colour() -> None:
     html = Completion("yes", (1,), 5, "stop", placement=(Span("a", 0, 6),))._repr_html_()
     assert not re.search(r"(src|href|@import|url\()", html.replace('xmlns="http://www.w3.org/2000/svg"', ""))
-    assert not re.search(r"[^-]color:", html)
+    html += pictures.table([("a", "", "b")])
+    assert set(re.findall(r"[;\"]color:([^;\"]*)", html)) == {"inherit"}
 
 
 def test_engine_and_document_show_where_their_kv_lies_until_they_are_closed() -> None:

@@ -112,6 +112,8 @@ def process(
     """
     if question is not None and questions is not None:
         raise InvalidRequestError("give either question or questions")
+    if isinstance(questions, str):
+        raise InvalidRequestError(f"questions is the text {questions!r:.100}: give a list, or question=... for one")
     from distkv_dask.client.batch.job import Job
 
     sampling = sampling or SamplingParams()
