@@ -93,6 +93,7 @@ class GManager(SchedulerPlugin):
         }
         scheduler.handlers.update(self._handlers)
         scheduler.stream_handlers[WORKER_EVENT] = self.worker_event
+        scheduler.set_metadata([PLUGIN], True)  # who only looks asks this first: Dask logs calls that nobody handles
         replies = await scheduler.register_worker_plugin(None, pickle.dumps(RManager()), name=PLUGIN, idempotent=False)
         failed = {worker: reply for worker, reply in replies.items() if reply["status"] != "OK"}
         self.started.set()
@@ -111,6 +112,7 @@ class GManager(SchedulerPlugin):
 
     async def _uninstall(self) -> None:
         del self.scheduler.extensions[PLUGIN]
+        self.scheduler.set_metadata([PLUGIN], False)
         for name in self._handlers:
             self.scheduler.handlers.pop(name, None)
         self.scheduler.handlers["retire_workers"] = self.scheduler.retire_workers

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from distkv_dask.client.commands.connect import client_of, failing_clearly
-from distkv_dask.protocol import ClientCall
+from distkv_dask.protocol import PLUGIN, ClientCall
 
 LIMIT = 10.0
 """Seconds that a scheduler may take to answer."""
@@ -43,4 +43,6 @@ async def _look(client: Any) -> tuple[int, Engines]:
     if client.scheduler is None:
         raise OSError("the connection is closed")
     identity = await client.scheduler.identity(n_workers=-1)
+    if not await client.get_metadata([PLUGIN], default=False):
+        return len(identity["workers"]), {}
     return len(identity["workers"]), await getattr(client.scheduler, ClientCall.ENGINES)() or {}

@@ -1,0 +1,20 @@
+"""Many documents on a Slurm cluster, through dask-jobqueue (`pip install dask-jobqueue`).
+
+Not run by our tests: needs Slurm. PBS, LSF, SGE and the others have a class each that takes the same arguments.
+"""
+
+from dask_jobqueue import SLURMCluster
+from distributed import Client
+
+from distkv_dask import Engine
+
+if __name__ == "__main__":
+    with (
+        SLURMCluster(cores=1, processes=1, memory="32 GB", walltime="08:00:00") as cluster,
+        Client(cluster) as client,
+    ):
+        cluster.scale(jobs=16)
+        client.wait_for_workers(4)  # the others become part of the engine when they come
+        with Engine(client, model="Qwen/Qwen3-0.6B", kv_memory="20 GiB") as engine:
+            done = engine.process("reports", question="What is this report about?", out="answers.parquet")
+            print(done.rows, "rows,", done.errors, "errors")
