@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
+        client.run(gc.freeze)  # or ending takes Python longer, on a busy machine, than Dask waits for it
 
 
 def pid(client: Client, worker: str) -> int:
