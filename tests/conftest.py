@@ -7,6 +7,8 @@ import os
 # Read when torch and huggingface_hub are first imported, hence before all imports; worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Timing every worker when an engine opens is for the tests of that: they ask for it.
+os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
 
 import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
