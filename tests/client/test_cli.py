@@ -70,7 +70,8 @@ def test_a_folder_and_a_parquet_file_give_the_answers_of_generate(tmp_path: Path
 
         done = call("ask", "Who?", tmp_path / "docs" / "03.txt", *common)
         assert (done.exit_code, done.output) == (0, expected[3] + "\n")
-        done = call("ingest", tmp_path / "docs" / "03.txt", tmp_path / "saved", *common)
+        saving = [*model, "--scheduler", cluster.scheduler_address]
+        done = call("ingest", tmp_path / "docs" / "03.txt", tmp_path / "saved", *saving)
         assert (done.exit_code, "tokens saved" in done.output) == (0, True), done.output
         done = call("ask", "Who?", tmp_path / "saved", *common)
         assert (done.exit_code, done.output) == (0, expected[3] + "\n")
