@@ -72,7 +72,7 @@ def _link(engine: Engine) -> str:
     except KeyError:  # the scheduler has none
         return ""
     page = f"{(dashboard or '').rpartition('/')[0]}/distkv"
-    return f'<a href="{escape(page)}" target="_blank">{escape(page)}</a>' if dashboard else ""
+    return f'<a href="{escape(page)}" target="_blank" style="color:inherit">{escape(page)}</a>' if dashboard else ""
 
 
 def _status(engine: Engine) -> Any:
