@@ -340,14 +340,21 @@ class Engine:
         return request
 
     def _send(self, request: Request | Errand) -> None:
-        """On the event loop: requests that arrive together travel together, in order."""
+        """On the event loop: requests that arrive together travel together, and all of them in order.
+
+        One call is under way at a time: two could overtake each other, and a question the document that it is about.
+        """
         self._outgoing.append(request)
-        if len(self._outgoing) == 1:
+        if self._flushing is None or self._flushing.done():
             self._flushing = self._spawn(self._flush())
 
     async def _flush(self) -> None:
         await asyncio.sleep(0)
-        requests, self._outgoing = self._outgoing, []
+        while self._outgoing:
+            requests, self._outgoing = self._outgoing, []
+            await self._submit_all(requests)
+
+    async def _submit_all(self, requests: list[Request | Errand]) -> None:
         payload = [one.submission() for one in requests if not one.generation.cancelled()]
         try:
             refused = await self._call(ClientCall.SUBMIT, engine=self.id, requests=pack(payload))
