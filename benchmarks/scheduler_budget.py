@@ -43,7 +43,7 @@ class SleepingModel(LoadedModel):
         return torch.zeros(len(token_ids), VOCAB)
 
 
-def _load(name: str, dtype: str, threads: int) -> SleepingModel:
+def _load(name: str, dtype: str, threads: int, *_: Any) -> SleepingModel:
     real = load_model(name, dtype, threads)
     return SleepingModel(real._model, real.geometry, frozenset())
 

@@ -48,6 +48,7 @@ class Recorder:
     def __init__(self, model: Any) -> None:
         self.geometry = model.geometry
         self.eos_token_ids = model.eos_token_ids
+        self.follower = model.follower
         self.logits: list[Tensor] = []
         self._model = model
 
