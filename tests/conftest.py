@@ -10,9 +10,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Timing every worker when an engine opens is for the tests of that: they ask for it.
 os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
 
+import pytest
 import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
 
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 
 __all__ = ["cleanup", "loop", "loop_in_thread"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests over UCX three tries: ucxx misses their time limits now and then on a busy machine."""
+    for item in items:
+        if "ucx" in item.nodeid:
+            item.add_marker(pytest.mark.flaky(reruns=2))
