@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -147,19 +147,14 @@ class _Timing:
         if holder is not None:
             split = (Span(holder.worker, 0, tokens // 2), Span(home, tokens // 2, room))
         states = [SequenceState(at, split, tokens, 1, 1 << 30, _GREEDY) for at in range(batch)]
-        for state in states:
-            pool.reserve(state.sequence, 0, room)
-            for block in pool.table(state.sequence):
-                pool.bytes[block] = 0
         seconds: list[float] = []
-        try:
+        with ExitStack() as reserved:
+            for state in states:
+                reserved.enter_context(_reserved(pool, state.sequence, room))
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS / steps:
                 window = DecodeWindow(self._gang(home, holder), 0, steps, CASE_SECONDS / REPEATS)
                 result = self._lanes.home.submit(self._runtime.decode, window, states).result()
                 seconds.append(result.seconds / result.steps)
-        finally:
-            for state in states:
-                pool.release(state.sequence)
         return statistics.median(seconds[1:])
 
     def _prompt(self) -> Iterator[tuple[int, int, float]]:
