@@ -26,8 +26,9 @@ from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
 
-POLL_SECONDS = 0.1
+RESULT_SECONDS = 300.0
 VOCABULARY, BLOCK = 49_152, 64
+QUESTION = [1, 2, 3]
 
 
 def save_model(layers: int, folder: Path) -> None:
@@ -53,27 +54,22 @@ def prefill_rate(engine: Engine, prompts: Sequence[list[int]]) -> float:
 
 
 def decode_rate(engine: Engine, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
-    """New tokens per second while all sequences decode, and the share of the windows' time spent waiting."""
-    before = figures(engine)
-    running = [engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)) for prompt in prompts]
-    wanted = before["prefilled_tokens"] + sum(map(len, prompts))
-    while (full := figures(engine))["prefilled_tokens"] < wanted:
-        time.sleep(POLL_SECONDS)
-    last = full
-    while not any(one.done() for one in running):
-        last = figures(engine)
-        time.sleep(POLL_SECONDS)
-    for one in running:
-        one.result()
-    gained = {name: last[name] - full[name] for name in last}
-    return gained["generated_tokens"] / gained["clock"], gained["waiting_seconds"] / gained["decode_seconds"]
+    """New tokens per second while all sequences decode, and the share of the windows' time spent waiting.
 
-
-def figures(engine: Engine) -> dict[str, float]:
-    """The engine's totals now, and the clock."""
-    names = "prefilled_tokens", "generated_tokens", "waiting_seconds", "decode_seconds"
-    totals = engine.status()["totals"]
-    return {"clock": time.perf_counter()} | {name: totals.get(name, 0.0) for name in names}
+    The prompts are ingested first, so that all sequences begin to decode at once.
+    """
+    documents = [engine.ingest(prompt) for prompt in prompts]
+    before = engine.status()["totals"]
+    began = time.perf_counter()
+    running = [one.submit(QUESTION, SamplingParams(max_new_tokens=new, ignore_eos=True)) for one in documents]
+    done = [one.result(RESULT_SECONDS) for one in running]
+    seconds = time.perf_counter() - began
+    after = engine.status()["totals"]
+    for document in documents:
+        document.release()
+    assert all(len(one.token_ids) == new for one in done), done
+    waiting, decoding = (after[name] - before.get(name, 0.0) for name in ("waiting_seconds", "decode_seconds"))
+    return len(prompts) * new / seconds, waiting / decoding
 
 
 def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[str, list[float]]], str]:
@@ -82,7 +78,7 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
 
     def choose(tokens: int) -> list[tuple[int, int | None]]:
         home = next(homes)
-        half = tokens // 2 // BLOCK * BLOCK
+        half = min(tokens, options.tokens) // 2 // BLOCK * BLOCK
         return [(1 - home, half), (home, None)] if way["split"] else [(home, None)]
 
     place_by(choose)
@@ -116,7 +112,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     arguments.add_argument("--batch", type=int, default=8, help="sequences")
     arguments.add_argument("--new", type=int, default=192, help="new tokens of each, when decoding is measured")
-    arguments.add_argument("--repeat", type=int, default=2, help="turns")
+    arguments.add_argument("--repeat", type=int, default=4, help="turns")
     arguments.add_argument("--channel", choices=["auto", "tcp", "unix", "ucx"], default="auto", help="kind of channel")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
