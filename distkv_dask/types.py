@@ -290,7 +290,10 @@ class WindowResult:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds a request spent waiting for room, in prefill (to its first token), and in decode."""
+    """Seconds a request spent waiting for room, in prefill (to its first token), and in decode.
+
+    Where a worker was lost, the one that was interrupted goes on until the KV cache is computed anew.
+    """
 
     queued: float = 0.0
     prefill: float = 0.0

@@ -302,7 +302,15 @@ class GManager(SchedulerPlugin):
             if worker in state.facts:
                 state.figures.happened(monotonic(), "loss", f"worker {worker} died or left")
             state.worker_lost(worker)
-            self._run(state, state.lifecycle.worker_lost(worker, monotonic()))
+            life = state.lifecycle
+            before = {number: len(live.lost) for number, live in life.live.items()}
+            self._run(state, life.worker_lost(worker, monotonic()))
+            for number, live in life.live.items():
+                if len(live.lost) > before[number] and live.ended is None:
+                    tokens = len(live.known)
+                    text = f"request {number} lost blocks with worker {worker}: {tokens} tokens are computed anew"
+                    state.figures.happened(monotonic(), "repair", text)
+                    logger.warning(text)
         self.submitter.worker_lost(worker)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:

@@ -51,6 +51,9 @@ PRESET = PRESETS["cpu-smollm2"].model
 MAX_RETRIES = 2
 """How often a gang that failed without losing a worker is tried again before its requests fail."""
 
+MAX_LOSSES = 3
+"""How many workers a request may lose blocks with before it fails, as Dask's allowed-failures: it may be the cause."""
+
 
 class Lifecycle:
     """All requests of one engine.
@@ -130,7 +133,7 @@ class Lifecycle:
         yield from self._go_on(now)
 
     def worker_lost(self, worker: str, now: float) -> Iterator[Command]:
-        """A worker died or left: requests with blocks on it fail, the others go on from their last commit."""
+        """A worker died or left: what lay on it is computed anew, and all requests go on from their last commit."""
         if worker not in self.ledger.workers:
             return
         lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
@@ -151,20 +154,40 @@ class Lifecycle:
         yield from self._go_on(now)
 
     def _sequence_lost(self, live: Live, worker: str, now: float) -> Iterator[Command]:
-        """A sequence lost blocks: documents are computed anew when they are next asked, others fail."""
+        """A sequence lost blocks: it is computed anew, a document when it is next asked."""
         if live.state == "retiring":
             return
         if not live.is_document:
-            error = WorkerLostError(
-                f"worker {worker}, which held part of the request's KV cache, died or left. The request was not "
-                f"finished: submit it again. If the worker ran out of memory, lower kv_memory."
-            )
-            yield from self._end(live.sequence, "error", now, error)
+            live.lost.append(worker)
+            if live.saves or len(live.lost) > MAX_LOSSES:
+                yield from self._end(live.sequence, "error", now, self._lost(live))
+            else:
+                yield from self._compute_again(live, now)
         elif live.state in ("prefill", "fetching"):
             live.answering.discard(worker)
             yield from self._stop_prefill(live, "a worker with blocks of the document is gone", now)
         elif not self.ledger.sequences[live.sequence].sharers:  # else with the last of them
             yield from self.documents.drop(live, now)
+
+    def _compute_again(self, live: Live, now: float) -> Iterator[Command]:
+        """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
+        self.moving.forget(live.sequence)
+        yield from self._abandon_chunks(live, f"a worker with blocks of the request is gone: {live.lost[-1]}")
+        live.again = True
+        yield from self._retire_computing(live, now)
+
+    def _lost(self, live: Live) -> DistKVError:
+        """Why a request that lost blocks is not tried again."""
+        if live.saves:
+            return WorkerLostError(
+                f"worker {live.lost[-1]}, which held part of the document, died or left while it was saved: save it "
+                f"again; the document is computed anew for that"
+            )
+        return WorkerLostError(
+            f"{len(live.lost)} workers died or left while they held part of the request's KV cache, the last was "
+            f"{live.lost[-1]}. The request was not finished: submit it again. If the workers ran out of memory, lower "
+            f"kv_memory."
+        )
 
     def drain(self, worker: str, leaving: bool, now: float) -> Iterator[Command]:
         """A worker is about to leave: move its blocks away and place nothing on it (or it stays after all)."""
@@ -316,7 +339,7 @@ class Lifecycle:
         live.released |= reason == "cancelled"
         if live.is_document and not live.dependents:
             yield from self._end_document(live, now)
-        elif not live.is_document and live.state != "retiring":
+        elif not live.is_document and (live.state != "retiring" or live.again):
             yield from self._end(sequence, reason, now)
 
     def stop_all(self, now: float) -> Iterator[Command]:
@@ -361,10 +384,15 @@ class Lifecycle:
         self.ledger.commit(sequence, chunk.start + len(chunk.tokens))
         self._pacer.prefilled(1 + len(chunk.gang.holders))
         yield Forget(chunk.gang, finished=True)
-        if live.is_document and not live.chunks:
-            self._prefilling.discard(sequence)
+        if live.chunks or not (live.is_document or live.generated):
+            return
+        self._prefilling.discard(sequence)
+        if live.is_document:
             yield from self.documents.stored(live, now)
-            yield from self._go_on(now)
+        else:  # it lost blocks while it decoded
+            live.retries, live.state = 0, "decode"
+            yield from self._join(live)
+        yield from self._go_on(now)
 
     def prefilled(
         self, sequence: int, gang: int, token: int, reason: FinishReason | None, now: float
@@ -472,7 +500,7 @@ class Lifecycle:
                 continue
             ask, placement = admitted
             live = self.live[ask.sequence]
-            live.state, live.admitted = "prefill", now
+            live.state, live.admitted = "prefill", live.admitted or now
             for span in placement:
                 if span.document is None:
                     yield Reserve(span.worker, live.sequence, span.start, span.stop)
@@ -491,22 +519,23 @@ class Lifecycle:
     def _prefill(self, live: Live, start: int) -> SubmitPrefill:
         """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
         account, step = self.ledger.sequences[live.sequence], self.config.prefill_chunk_tokens
-        placement = account.placement
+        placement, known = account.placement, live.known
+        draws = not live.is_document and not live.generated
         chunks: list[PrefillChunk] = []
-        for holder, first, last in cut_prompt(placement, start, len(live.prompt), step):
+        for holder, first, last in cut_prompt(placement, start, len(known), step):
             worker = holder if self.ledger.workers[holder].can_decode else account.home
             holders = tuple(self.ledger.holders(placement, last, but=worker))
             gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, worker, holders)
-            final = last == len(live.prompt)
+            draws_here = draws and last == len(known)
             chunks.append(
                 PrefillChunk(
                     gang,
                     live.sequence,
                     placement,
                     first,
-                    tuple(live.prompt[first:last]),
-                    live.sampling if final and not live.is_document else None,
-                    live.history if final and not live.is_document else (),
+                    tuple(known[first:last]),
+                    live.sampling if draws_here else None,
+                    live.history if draws_here else (),
                 )
             )
         live.chunks = {chunk.gang.number: chunk for chunk in chunks}
@@ -577,6 +606,9 @@ class Lifecycle:
         yield Delivery(sequence, (), reason, error, live.timings(now), placement, live.reused)
         self.moving.forget(sequence)
         live.ended = reason
+        if live.again:  # it retires already
+            live.again = False
+            return
         if account is None:
             if sequence in self._queue:
                 self._queue.withdraw(sequence)
@@ -591,11 +623,16 @@ class Lifecycle:
             yield from self._release(sequence, now)
             yield from self._admit(now)
             return
+        yield from self._retire_computing(live, now)
+
+    def _retire_computing(self, live: Live, now: float) -> Iterator[Command]:
+        """Let the workers that run forwards of a sequence, then its holders, say that they compute on it no more."""
+        account = self.ledger.sequences[live.sequence]
         computing = {account.home} if live.state == "decode" else {*account.workers()}
-        live.state = "retiring"
+        live.state, live.forwards_ended = "retiring", False
         yield from self._retire(live, computing)
         if not live.retiring:
-            yield from self.retired(sequence, "", now)
+            yield from self.retired(live.sequence, "", now)
 
     def _end_document(self, live: Live, now: float, error: Exception | None = None) -> Iterator[Command]:
         """A document is needed no more, or could not be computed: then who waits for it fails with it."""
@@ -632,6 +669,9 @@ class Lifecycle:
         if live.is_document:
             live.forwards_ended, live.retries = False, 0
             yield from self.documents.drop(live, now)
+        elif live.again:
+            live.again = False
+            yield from self.documents.give_back(live, now)
         elif live.keeps and live.ended in ("stop", "length"):
             yield from self.documents.kept(live, now)
         else:
@@ -670,10 +710,13 @@ class Lifecycle:
 
     def _too_large(self, live: Live) -> DistKVError:
         need, have = self.ledger.blocks(live.tokens), self.policy.limit(self.ledger)
+        lost = ""
+        if live.lost:
+            lost = f" It lost blocks with worker {live.lost[-1]}, which died or left, and no replacement came in time."
         what = f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens}"
         return CapacityError(
             f"{f'a document of {len(live.prompt)} tokens' if live.is_document else what} needs "
             f"{need * self.block_bytes} bytes of KV memory; the {len(self.ledger.workers)} workers of the engine have "
             f"{have * self.block_bytes} bytes for one request (distkv.policy: {self.policy.name}). Raise kv_memory "
-            f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens."
+            f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens.{lost}"
         )

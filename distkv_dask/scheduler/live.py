@@ -26,6 +26,9 @@ class Live:
     (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
     workers that write or read files for it, ``failure`` the first that went wrong.
+
+    A request that loses blocks with a worker (all those are in ``lost``) retires to be computed anew (``again``): it
+    waits once more, and goes on from its known tokens.
     """
 
     sequence: int
@@ -43,6 +46,8 @@ class Live:
     generated: list[int] = field(default_factory=list)
     chunks: dict[int, PrefillChunk] = field(default_factory=dict)
     retries: int = 0
+    again: bool = False
+    lost: list[str] = field(default_factory=list)
     retiring: set[str] = field(default_factory=set)
     forwards_ended: bool = False
     stuck_since: float | None = None
@@ -66,6 +71,14 @@ class Live:
         if self.is_document or self.saves:
             return len(self.prompt)
         return len(self.prompt) + self.sampling.max_new_tokens - 1
+
+    @property
+    def known(self) -> array[int]:
+        """Tokens whose KV has to be there before the next one is drawn: the prompt, and what was generated so far.
+
+        Not the last one generated: its forward draws the next.
+        """
+        return self.prompt + array("i", self.generated[:-1])
 
     @property
     def remaining(self) -> int:

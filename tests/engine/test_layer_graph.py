@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
-from distkv_dask import DistKVError, Engine, SamplingParams, WorkerLostError
+from distkv_dask import DistKVError, Engine, SamplingParams
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, ConfigError, GangAbortedError, MissingProgramError
 from distkv_dask.graphs.build import window_graph
@@ -192,25 +192,22 @@ async def test_cancelling_and_closing_in_the_middle_leave_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["home", "holder"])
-def test_a_killed_worker_fails_its_request_within_seconds_and_the_engine_goes_on(victim: str) -> None:
-    prompt = prompt_ids(20, seed=9)
-    expected = reference_generate(model_dir("llama-gqa"), [prompt], NEW)[0].tokens
+def test_a_killed_worker_costs_a_request_no_token(victim: str) -> None:
+    prompt, new = prompt_ids(700), 40  # on two of three workers of 680 tokens
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
     with (
         LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
         Client(cluster) as client,
         tiny(client, kv_memory="2 MiB", window_steps=4) as engine,
     ):
-        wide = engine.submit(prompt_ids(300), LONG)
+        wide = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
         while not (sequences := engine.status()["sequences"]) or sequences[0]["generated_tokens"] < 3:
             assert not wide.done()
             time.sleep(0.05)
         worker = sequences[0]["placement"][-1 if victim == "home" else 0][0]
         os.kill(client.run(os.getpid, workers=[worker])[worker], signal.SIGKILL)
-        killed = time.monotonic()
-        with pytest.raises(WorkerLostError, match=worker):
-            wide.result(30)
-        assert time.monotonic() - killed < 5
-        assert list(engine.submit(prompt, GREEDY).result(60).token_ids) == expected
+        assert list(wide.result(120).token_ids) == expected
+        assert engine.status()["totals"]["repair_events"] == 1
         assert all(one["used_blocks"] == 0 for one in engine.status()["workers"].values())
 
 

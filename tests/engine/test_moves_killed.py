@@ -1,4 +1,4 @@
-"""Real processes killed while blocks of a running request move: the right answer or a clear error, and no rest."""
+"""Real processes killed while blocks of a running request move: the right answer, and no rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster, Worker
 
-from distkv_dask import Engine, SamplingParams, WorkerLostError
+from distkv_dask import Engine, SamplingParams
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.lifecycle import Lifecycle
 from distkv_dask.scheduler.policies.base import Policy
@@ -81,7 +81,7 @@ def assert_nothing_is_left(client: Client, life: Lifecycle) -> None:
 
 
 @pytest.mark.parametrize("victim", ["source", "target", "home"])
-def test_a_worker_killed_in_mid_move_costs_only_requests_with_blocks_on_it(
+def test_a_worker_killed_in_mid_move_costs_no_token(
     cluster: LocalCluster, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted: list[Move] = []
@@ -101,11 +101,10 @@ def test_a_worker_killed_in_mid_move_costs_only_requests_with_blocks_on_it(
         wanted.append(Move(0, span.start, span.stop, source, target))
         wait_for(lambda: any(one.state == "sending" for one in list(life.moving._moves.values())))
         os.kill(pids[{"source": source, "target": target, "home": home}[victim]], signal.SIGKILL)
-        lost, kept, tokens = (short, wide, wide_tokens) if victim == "target" else (wide, short, short_tokens)
-        with pytest.raises(WorkerLostError, match="submit it again"):
-            lost.result(30)
-        assert list(kept.result(60).token_ids) == tokens
+        wait_for(lambda: len(life.ledger.workers) == 2)
         assert life.moving.moved_blocks == 0, "the move was over before the kill"
+        assert [list(one.result(120).token_ids) for one in (wide, short)] == [wide_tokens, short_tokens]
+        assert engine.status()["totals"]["repair_events"] == 1
         assert_nothing_is_left(client, life)
         again = engine.generate([WIDE, SHORT], SamplingParams(max_new_tokens=20, ignore_eos=True))
         assert [list(one.token_ids) for one in again] == [wide_tokens[:20], short_tokens[:20]]

@@ -7,9 +7,10 @@ from array import array
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import BLOCK, Simulated, cluster_of, expected, finish, mishaps
+from test_lifecycle import BLOCK, Simulated, cluster_of, expected, finish, mishaps, settle
 
-from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError
+from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError, WorkerLostError
+from distkv_dask.scheduler.lifecycle import MAX_LOSSES
 from distkv_dask.types import SamplingParams
 
 
@@ -217,6 +218,7 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
         if reason in ("stop", "length"):
             assert cluster.tokens[number] == right
         assert (reason == "error") == (error is not None)
+        assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
     for number in sorted(cluster.life.live, key=lambda number: cluster.rng.random()):
         assert number not in cluster.life.live or cluster.life.live[number].is_document
         cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
@@ -224,13 +226,6 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
     assert not cluster.life.live
     assert not cluster.life.ledger.sequences
     assert not any(cluster.pools.values())
-
-
-def settle(cluster: Simulated) -> None:
-    for wait in (0.0, 1e6, 1e6):  # what comes back to waiting is seen to be stuck one round later
-        cluster.now += wait
-        cluster.run(cluster.life.expire(cluster.now))
-        finish(cluster)
 
 
 def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[int, int]) -> None:

@@ -16,7 +16,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, GangAbortedError, WorkerLostError
 from distkv_dask.protocol import Delivery
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.lifecycle import MAX_LOSSES, Lifecycle
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
@@ -190,9 +190,9 @@ class Simulated:
 
     names: itertools.count[int] = field(default_factory=itertools.count)
 
-    def lose_worker(self) -> None:
+    def lose_worker(self, worker: str | None = None) -> None:
         if len(self.pools) > 1:
-            worker = self.rng.choice(sorted(self.pools))
+            worker = worker or self.rng.choice(sorted(self.pools))
             del self.pools[worker], self.batches[worker]
             self.windows.pop(worker, None)
             self.retirements = [one for one in self.retirements if one[0] != worker]
@@ -359,13 +359,7 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
             cluster.step()
     for worker in list(cluster.pools):
         cluster.run(life.drain(worker, False, cluster.now))
-    cluster.run(life.expire(cluster.now))
-    while cluster.step():
-        pass
-    cluster.now += 1e6
-    cluster.run(life.expire(cluster.now))
-    while cluster.step():
-        pass
+    settle(cluster)
     assert set(cluster.ends) == set(accepted)
     for number in accepted:
         reason, error = cluster.ends[number]
@@ -375,6 +369,7 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
             assert cluster.tokens[number] == right
             assert reason == ("length" if wanted[number][1] <= EOS_EVERY else "stop")
         assert (reason == "error") == (error is not None)
+        assert not isinstance(error, WorkerLostError) or events.count("lose") > MAX_LOSSES
         assert (reason == "cancelled") == (number in cancelled)
     assert not life.live
     assert not life.ledger.sequences
@@ -384,6 +379,14 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
 def finish(cluster: Simulated) -> None:
     while cluster.step():
         pass
+
+
+def settle(cluster: Simulated) -> None:
+    """Finish, and end what waits for workers that do not come."""
+    for wait in (0.0, 1e6, 1e6):  # what comes back to waiting is seen to be stuck one round later
+        cluster.now += wait
+        cluster.run(cluster.life.expire(cluster.now))
+        finish(cluster)
 
 
 def test_a_burst_larger_than_the_cluster_finishes_in_turn() -> None:
@@ -402,20 +405,81 @@ def test_what_can_never_fit_is_refused_with_needed_and_available_bytes_and_the_s
         cluster.life.submit(0, array("i", range(80)), SamplingParams(max_new_tokens=2), 0.0)
 
 
-def test_a_lost_worker_fails_its_requests_and_spares_the_others() -> None:
+def decoding(cluster: Simulated) -> None:
+    """Run until every request decodes."""
+    while not all(live.state == "decode" and len(live.generated) > 1 for live in cluster.life.live.values()):
+        assert cluster.step()
+
+
+def test_requests_with_blocks_on_a_lost_worker_are_computed_anew_and_go_on_where_they_were() -> None:
     cluster = cluster_of(3, 12, 12)
     for number in range(2):  # one on each worker
         cluster.run(cluster.life.submit(number, array("i", range(20)), SamplingParams(max_new_tokens=20), 0.0))
-    while not all(live.state == "decode" for live in cluster.life.live.values()):
-        cluster.step()
-    lost = cluster.life.ledger.sequences[0].home
-    cluster.pools.pop(lost), cluster.batches.pop(lost), cluster.windows.pop(lost)
-    cluster.run(cluster.life.worker_lost(lost, 0.0))
+    decoding(cluster)
+    told = len(cluster.tokens[0])
+    cluster.lose_worker(cluster.life.ledger.sequences[0].home)
+    assert cluster.life.live[0].state == "waiting", "the other worker has no room beside its own request"
     finish(cluster)
-    assert isinstance(cluster.ends[0][1], WorkerLostError)
-    assert lost in str(cluster.ends[0][1])
-    assert cluster.ends[1][0] == "length"
-    assert cluster.tokens[1] == expected(1, 20)
+    assert cluster.tokens == {number: expected(number, 20) for number in range(2)}
+    assert cluster.ends == {1: ("length", None), 0: ("length", None)}
+    assert 1 < told < 20
+
+
+@pytest.mark.parametrize("part", [0, -1], ids=["holder", "home"])
+def test_a_request_that_loses_its_holder_or_home_waits_for_a_replacement(part: int) -> None:
+    cluster = cluster_of(3, 8, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    decoding(cluster)
+    cluster.lose_worker(cluster.life.ledger.sequences[0].placement[part].worker)
+    finish(cluster)
+    assert not cluster.ends
+    cluster.add_worker(8)
+    finish(cluster)
+    assert cluster.ends == {0: ("length", None)}
+    assert cluster.tokens[0] == expected(0, 16)
+
+
+def test_without_a_replacement_the_request_fails_and_says_which_worker_it_lost() -> None:
+    cluster = cluster_of(3, 8, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    decoding(cluster)
+    lost = cluster.life.ledger.sequences[0].home
+    cluster.lose_worker(lost)
+    finish(cluster)
+    cluster.run(cluster.life.expire(cluster.now))
+    cluster.run(cluster.life.expire(cluster.now + cluster.life.config.timeout_open + 1))
+    reason, error = cluster.ends[0]
+    assert reason == "error"
+    assert isinstance(error, CapacityError)
+    assert f"lost blocks with worker {lost}" in str(error)
+
+
+def test_a_request_that_loses_one_worker_after_the_other_fails_in_the_end() -> None:
+    cluster = cluster_of(3, 16)
+    cluster.run(cluster.life.submit(0, array("i", range(20)), SamplingParams(max_new_tokens=22), 0.0))
+    for loss in range(MAX_LOSSES + 1):
+        assert 0 not in cluster.ends, f"after {loss} losses"
+        cluster.add_worker(16)
+        decoding(cluster)
+        cluster.lose_worker(cluster.life.ledger.sequences[0].home)
+    reason, error = cluster.ends[0]
+    assert reason == "error"
+    assert isinstance(error, WorkerLostError)
+    assert f"{MAX_LOSSES + 1} workers died" in str(error)
+    assert cluster.tokens[0] == expected(0, 22)[: len(cluster.tokens[0])]
+
+
+def test_a_request_can_be_cancelled_while_the_rest_of_it_retires_to_be_computed_anew() -> None:
+    cluster = cluster_of(3, 8, 8, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    decoding(cluster)
+    cluster.lose_worker(cluster.life.ledger.sequences[0].home)
+    assert cluster.life.live[0].state == "retiring"
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    assert cluster.ends == {0: ("cancelled", None)}
+    finish(cluster)
+    assert not cluster.life.live
+    assert not any(cluster.pools.values())
 
 
 def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever() -> None:
