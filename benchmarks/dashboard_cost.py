@@ -45,7 +45,7 @@ def crowd(workers: int, sequences: int) -> tuple[Lifecycle, Figures]:
             )
         )
         for live in list(life.live.values())[-1:]:
-            life._prefilling.discard(live.sequence)  # the next one may begin
+            life.prefilling.ended(live.sequence)  # the next one may begin
     figures = Figures()
     for at in range(1000):
         figures.ended("length", Timings(0.1 * at, 1.0, 2.0), 50)

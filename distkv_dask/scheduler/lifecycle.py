@@ -13,34 +13,34 @@ from dataclasses import replace
 from functools import partial
 
 from distkv_dask.config import Config
-from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, InvalidRequestError, WorkerLostError
+from distkv_dask.errors import DistKVError, GangAbortedError, InvalidRequestError
 from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
-from distkv_dask.scheduler.admission import Admission, prefill_slots
+from distkv_dask.scheduler.admission import Admission
 from distkv_dask.scheduler.commands import (
-    Abort,
     Command,
     Forget,
     Join,
     Reserve,
     Retire,
-    SubmitPrefill,
 )
 from distkv_dask.scheduler.decoding import WindowChain
 from distkv_dask.scheduler.documents import Documents
 from distkv_dask.scheduler.draining import moves_away
+from distkv_dask.scheduler.gangs import Gangs
 from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.live import Live, cut_prompt
+from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.performance import PerformanceModel
 from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.scheduler.refusals import too_large, workers_lost
 from distkv_dask.scheduler.saving import Saving
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
     Gang,
-    PrefillChunk,
     SamplingParams,
     WindowResult,
 )
@@ -97,11 +97,11 @@ class Lifecycle:
         self.chains: dict[str, WindowChain] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
         self.documents = Documents(self.ledger, self.live, self._queue, lambda number: self.moving.forget(number))
-        self._prefilling: set[int] = set()
+        self._gangs = Gangs(engine, gang_numbers, self.ledger)
+        self.prefilling = Prefilling(self.ledger, self.live, self._gangs, config.prefill_chunk_tokens)
         self._largest_blocks = 0
         self._ending = False
         self._leaving: set[str] = set()
-        self._numbers = gang_numbers
         self._ordinals: dict[str, int] = {}
         self._saving = Saving(self.ledger, self.live, self.documents, self._end)
         self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
@@ -140,7 +140,7 @@ class Lifecycle:
         self._leaving.discard(worker)
         chain = self.chains.pop(worker)
         for gang in chain.gangs():
-            yield from self._abandon(gang, f"home {worker} is gone")
+            yield from self._gangs.abandon(gang, f"home {worker} is gone")
         yield from self.moving.worker_lost(worker, lost)
         for other in self.chains.values():
             if any(holder.worker == worker for holder in other.holders()):
@@ -160,7 +160,7 @@ class Lifecycle:
         if not live.is_document:
             live.lost.append(worker)
             if live.saves or len(live.lost) > MAX_LOSSES:
-                yield from self._end(live.sequence, "error", now, self._lost(live))
+                yield from self._end(live.sequence, "error", now, workers_lost(live))
             else:
                 yield from self._compute_again(live, now)
         elif live.state in ("prefill", "fetching"):
@@ -172,22 +172,9 @@ class Lifecycle:
     def _compute_again(self, live: Live, now: float) -> Iterator[Command]:
         """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
         self.moving.forget(live.sequence)
-        yield from self._abandon_chunks(live, f"a worker with blocks of the request is gone: {live.lost[-1]}")
+        yield from self.prefilling.stop(live, f"a worker with blocks of the request is gone: {live.lost[-1]}")
         live.again = True
         yield from self._retire_computing(live, now)
-
-    def _lost(self, live: Live) -> DistKVError:
-        """Why a request that lost blocks is not tried again."""
-        if live.saves:
-            return WorkerLostError(
-                f"worker {live.lost[-1]}, which held part of the document, died or left while it was saved: save it "
-                f"again; the document is computed anew for that"
-            )
-        return WorkerLostError(
-            f"{len(live.lost)} workers died or left while they held part of the request's KV cache, the last was "
-            f"{live.lost[-1]}. The request was not finished: submit it again. If the workers ran out of memory, lower "
-            f"kv_memory."
-        )
 
     def drain(self, worker: str, leaving: bool, now: float) -> Iterator[Command]:
         """A worker is about to leave: move its blocks away and place nothing on it (or it stays after all)."""
@@ -386,7 +373,7 @@ class Lifecycle:
         yield Forget(chunk.gang, finished=True)
         if live.chunks or not (live.is_document or live.generated):
             return
-        self._prefilling.discard(sequence)
+        self.prefilling.ended(sequence)
         if live.is_document:
             yield from self.documents.stored(live, now)
         else:  # it lost blocks while it decoded
@@ -402,7 +389,7 @@ class Lifecycle:
         if live is None or gang not in live.chunks:
             return
         yield from self.chunk_done(sequence, gang, now)
-        self._prefilling.discard(sequence)
+        self.prefilling.ended(sequence)
         live.decoding = now
         live.retries = 0
         if reason != "stop":
@@ -449,7 +436,7 @@ class Lifecycle:
         again = isinstance(error, (GangAbortedError, ConnectionError))
         for live in self.live.values():
             if gang in live.chunks:
-                yield from self._prefill_failed(live, gang, error, again, now)
+                yield from self._prefill_failed(live, error, again, now)
                 return
         for chain in self.chains.values():
             if any(one.number == gang for one in chain.gangs()):
@@ -490,7 +477,7 @@ class Lifecycle:
     # Admission and prefill
 
     def _admit(self, now: float) -> Iterator[Command]:
-        while self._queue and not self._ending and self._long_prompts() < prefill_slots(self.ledger):
+        while self._queue and not self._ending and self.prefilling.has_room:
             admitted = self._queue.admit()
             if admitted is None:
                 evicted = self.documents.evict(now)
@@ -507,48 +494,14 @@ class Lifecycle:
             if live.saved is not None:
                 yield from self._saving.begin(live)
                 continue
-            self._prefilling.add(live.sequence)
-            yield self._prefill(live, ask.shared)
+            yield self.prefilling.begin(live, ask.shared)
 
-    def _long_prompts(self) -> int:
-        """Prompts in prefill, but for questions with a chunk of their own at most: those run together, then decode."""
-        step = self.config.prefill_chunk_tokens
-        prompts = [self.live[sequence] for sequence in self._prefilling]
-        return sum(not one.reused or len(one.prompt) - one.reused > step for one in prompts)
-
-    def _prefill(self, live: Live, start: int) -> SubmitPrefill:
-        """Plan the chunks of a prompt from a position on: each is computed by the worker that will hold it."""
-        account, step = self.ledger.sequences[live.sequence], self.config.prefill_chunk_tokens
-        placement, known = account.placement, live.known
-        draws = not live.is_document and not live.generated
-        chunks: list[PrefillChunk] = []
-        for holder, first, last in cut_prompt(placement, start, len(known), step):
-            worker = holder if self.ledger.workers[holder].can_decode else account.home
-            holders = tuple(self.ledger.holders(placement, last, but=worker))
-            gang = self._gang("prefill", live.sequence, first // step, self.ledger.epoch, worker, holders)
-            draws_here = draws and last == len(known)
-            chunks.append(
-                PrefillChunk(
-                    gang,
-                    live.sequence,
-                    placement,
-                    first,
-                    tuple(known[first:last]),
-                    live.sampling if draws_here else None,
-                    live.history if draws_here else (),
-                )
-            )
-        live.chunks = {chunk.gang.number: chunk for chunk in chunks}
-        return SubmitPrefill(tuple(chunks))
-
-    def _prefill_failed(self, live: Live, gang: int, error: Exception, again: bool, now: float) -> Iterator[Command]:
+    def _prefill_failed(self, live: Live, error: Exception, again: bool, now: float) -> Iterator[Command]:
         if not again or live.retries >= MAX_RETRIES:
             yield from self._end(live.sequence, "error", now, error)
             return
         live.retries += 1
-        for chunk in live.chunks.values():
-            yield from self._abandon(chunk.gang, str(error))
-        yield self._prefill(live, self.ledger.sequences[live.sequence].length)
+        yield from self.prefilling.again(live, str(error))
 
     # Decode
 
@@ -565,18 +518,13 @@ class Lifecycle:
         watched = (
             bool(self._queue)  # for room, which sequences that stop will free
             or any(self.live[sequence].streamed for sequence in self.chains[home].sequences)
-            or any(self._awaits(self.live[sequence], home) for sequence in self._prefilling)
+            or self.prefilling.awaited_by(home)
         )
         return self._pacer.window_seconds(self._pace, watched)
 
     def _count_tasks(self) -> None:
         """Tell the pacer how many tasks one window of each home takes now."""
         self._pacer.rounds[self.engine] = sum(chain.tasks for chain in self.chains.values())
-
-    def _awaits(self, live: Live, home: str) -> bool:
-        """Whether a prompt is about to join a home, or needs its lane next."""
-        chunk = next(iter(live.chunks.values()), None)
-        return self.ledger.sequences[live.sequence].home == home or (chunk is not None and chunk.gang.home == home)
 
     def _restart_chain(self, chain: WindowChain, reason: str, but: list[int], now: float) -> Iterator[Command]:
         """Abort a home's windows and begin a new chain with the committed state of its sequences (but some)."""
@@ -615,7 +563,7 @@ class Lifecycle:
             yield from self._forget(live, now, error)
             yield from self._admit(now)
             return
-        yield from self._abandon_chunks(live, f"the request ended: {error or reason}")
+        yield from self.prefilling.stop(live, f"the request ended: {error or reason}")
         if account.home in self.chains:
             self.chains[account.home].leave(sequence)
         if settled or live.saves:
@@ -653,7 +601,7 @@ class Lifecycle:
 
     def _stop_prefill(self, live: Live, reason: str, now: float) -> Iterator[Command]:
         """Compute no more on a document; its blocks are freed once nobody does."""
-        yield from self._abandon_chunks(live, reason)
+        yield from self.prefilling.stop(live, reason)
         fetching = live.state == "fetching"
         live.state = "retiring"
         if fetching:  # who still reads files says so by FETCHED
@@ -687,36 +635,8 @@ class Lifecycle:
         for sequence in tuple(live.awaited):
             yield from self._end(sequence, "error", now, error)
 
-    def _abandon_chunks(self, live: Live, reason: str) -> Iterator[Command]:
-        for chunk in live.chunks.values():
-            yield from self._abandon(chunk.gang, reason)
-        live.chunks.clear()
-        self._prefilling.discard(live.sequence)
-
-    def _abandon(self, gang: Gang, reason: str) -> Iterator[Command]:
-        for worker in (gang.home, *(holder.worker for holder in gang.holders)):
-            if worker in self.ledger.workers:
-                yield Abort(worker, gang.number, reason)
-        yield Forget(gang, finished=False)
-
-    # Gangs
-
-    def _gang(self, kind: str, owner: int, part: int, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:
-        number = next(self._numbers)
-        return Gang(self.engine, number, f"{kind}-{self.engine}-{owner}-{part}-{number}", epoch, home, holders)
-
     def _decode_gang(self, home: str, ordinal: int, window: int, epoch: int, holders: tuple[Endpoint, ...]) -> Gang:
-        return self._gang("decode", ordinal, window, epoch, home, holders)
+        return self._gangs.new("decode", ordinal, window, epoch, home, holders)
 
     def _too_large(self, live: Live) -> DistKVError:
-        need, have = self.ledger.blocks(live.tokens), self.policy.limit(self.ledger)
-        lost = ""
-        if live.lost:
-            lost = f" It lost blocks with worker {live.lost[-1]}, which died or left, and no replacement came in time."
-        what = f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens}"
-        return CapacityError(
-            f"{f'a document of {len(live.prompt)} tokens' if live.is_document else what} needs "
-            f"{need * self.block_bytes} bytes of KV memory; the {len(self.ledger.workers)} workers of the engine have "
-            f"{have * self.block_bytes} bytes for one request (distkv.policy: {self.policy.name}). Raise kv_memory "
-            f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens.{lost}"
-        )
+        return too_large(live, self.ledger, self.policy, self.block_bytes)
