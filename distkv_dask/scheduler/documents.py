@@ -85,7 +85,7 @@ class Documents:
             live.reused = common_tokens(prompt, document.prompt, self._ledger.block_tokens)
         ask = Ask(
             live.sequence,
-            len(live.known) - live.reused,
+            live.known_tokens - live.reused,
             live.tokens - live.reused,
             submitted,
             live.sampling.priority,
@@ -105,7 +105,7 @@ class Documents:
     def give_back(self, live: Live, now: float) -> Iterator[Command]:
         """A request that lost blocks gives back the others, and waits for room in its turn."""
         yield from self._free(live, now)
-        live.forwards_ended, live.retries = False, 0
+        live.retries = 0
         self.enqueue(live, now)
 
     # Documents that are stored

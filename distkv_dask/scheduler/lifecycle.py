@@ -423,7 +423,7 @@ class Lifecycle:
             if live is None or live.state != "decode":
                 continue
             live.generated.extend(tokens)
-            self.ledger.commit(sequence, len(live.prompt) + max(0, len(live.generated) - 1))
+            self.ledger.commit(sequence, live.known_tokens)
             if tokens:
                 yield Delivery(sequence, tuple(tokens))
             if sequence in result.finished:

@@ -81,6 +81,11 @@ class Live:
         return self.prompt + array("i", self.generated[:-1])
 
     @property
+    def known_tokens(self) -> int:
+        """How many those are, without a copy of them."""
+        return len(self.prompt) + max(0, len(self.generated) - 1)
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return self.sampling.max_new_tokens - len(self.generated)

@@ -71,8 +71,7 @@ class Prefilling:
 
     def again(self, live: Live, reason: str) -> Iterator[Command]:
         """Give up the chunks that are not done, and submit them anew."""
-        for chunk in live.chunks.values():
-            yield from self._gangs.abandon(chunk.gang, reason)
+        yield from self.stop(live, reason)
         yield self.begin(live, self._ledger.sequences[live.sequence].length)
 
     def stop(self, live: Live, reason: str) -> Iterator[Command]:
