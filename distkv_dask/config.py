@@ -93,6 +93,8 @@ class Config:
         records nothing.
     lend_limit
         Part of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes at most.
+    spill
+        Bytes of its own disk that a worker fills with KV at most: of idle documents and preempted requests.
     move_tokens_per_step
         Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
     timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close
@@ -117,6 +119,7 @@ class Config:
     window_batch: int = _key("window.batch")
     trace: str | None = _key("trace")
     lend_limit: float = _key("lend-limit")
+    spill: int = _key("spill")
     move_tokens_per_step: int = _key("move.tokens-per-step")
     timeout_open: float = _key("timeouts.open")
     timeout_start: float = _key("timeouts.start")

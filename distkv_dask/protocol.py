@@ -31,6 +31,9 @@ KV_MEMORY_RESOURCE = "distkv-kv-memory"
 WORKER_EVENT = "distkv-worker-event"
 """Stream operation of all messages from rManagers to the gManager."""
 
+OWN_DISK = ""
+"""The place of blocks that were spilled: a folder of each worker's own."""
+
 TAKE_TRACE = "distkv_take_trace"
 """The gManager's one call of a worker (rpc): spans by lane that an engine's lanes recorded since the last call."""
 
@@ -76,6 +79,7 @@ class ToWorker(StrEnum):
     FREE = "distkv-free"
     STORE = "distkv-store"
     FETCH = "distkv-fetch"
+    DISCARD = "distkv-discard"
     ABORT = "distkv-abort"
 
 
@@ -103,6 +107,7 @@ class ToPeer(StrEnum):
     """RManager to rManager, rpc."""
 
     BLOCKS = "distkv_blocks"
+    SPILLED = "distkv_spilled"
 
 
 class Piece(NamedTuple):
@@ -163,9 +168,10 @@ class EngineSpec:
 
 
 class SavedFile(NamedTuple):
-    """A file with the blocks of tokens ``[start, stop)`` of a document.
+    """A file with the blocks of tokens ``[start, stop)`` of a sequence.
 
-    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32.
+    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32; ``worker`` is the one on whose own disk it is,
+    if it is not in a folder that all workers reach.
     """
 
     name: str
@@ -173,10 +179,14 @@ class SavedFile(NamedTuple):
     stop: int
     bytes: int
     checksum: int
+    worker: str = ""
 
 
 class Saved(NamedTuple):
-    """Where the blocks of a document are saved: a folder that all workers reach, and the files in it."""
+    """Where the blocks of a sequence are saved: a folder that all workers reach, and the files in it.
+
+    ``place`` is :data:`OWN_DISK` for files that each worker has on its own disk.
+    """
 
     place: str
     files: tuple[SavedFile, ...] = ()
@@ -210,6 +220,7 @@ class Ready(TypedDict):
     channels: str
     capacity_blocks: int
     block_bytes: int
+    spill_bytes: int
     geometry: Geometry
     fingerprint: str
     measured: Measurement | None

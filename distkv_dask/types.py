@@ -47,7 +47,8 @@ class SamplingParams:
         unless ``max_new_tokens`` cuts it. Needs the extra ``schema``. It is kept as JSON.
     priority
         From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
-        minute earlier, for each step of it. So nobody waits for ever.
+        minute earlier, for each step of it. Requests that run already make way for it in the same order, and go on
+        later. So nobody waits for ever.
 
     Raises
     ------

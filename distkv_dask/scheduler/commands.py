@@ -131,23 +131,31 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Save these token ranges of a document, for request ``number`` (the worker answers STORED)."""
+    """Save these token ranges of a sequence, for request ``number`` (the worker answers STORED)."""
 
     worker: str
     number: int
-    document: int
+    sequence: int
     ranges: tuple[tuple[int, int], ...]
     saved: Saved
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Fill the blocks of these token ranges of a document from where it is saved (the worker answers FETCHED)."""
+    """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers FETCHED)."""
 
     worker: str
-    document: int
+    sequence: int
     ranges: tuple[tuple[int, int], ...]
     saved: Saved
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Delete files of spilled blocks, once what was asked for before is done with them."""
+
+    worker: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,7 @@ Command = (
     | Free
     | Store
     | Fetch
+    | Discard
     | Abort
     | Forget
     | Delivery

@@ -20,6 +20,7 @@ from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.prefixes import PrefixIndex
 from distkv_dask.scheduler.sharing import common_tokens
+from distkv_dask.scheduler.spilling import Spilling
 
 
 class Documents:
@@ -27,18 +28,24 @@ class Documents:
 
     Parameters
     ----------
-    ledger, live, queue
+    ledger, live, queue, spilling
         The lifecycle's.
     end_moves
         Told of a sequence whose blocks are about to be freed.
     """
 
     def __init__(
-        self, ledger: Ledger, live: MutableMapping[int, Live], queue: Admission, end_moves: Callable[[int], None]
+        self,
+        ledger: Ledger,
+        live: MutableMapping[int, Live],
+        queue: Admission,
+        spilling: Spilling,
+        end_moves: Callable[[int], None],
     ) -> None:
         self._ledger = ledger
         self._live = live
         self._queue = queue
+        self._spilling = spilling
         self._end_moves = end_moves
         self._index = PrefixIndex(ledger.block_tokens)
 
@@ -149,6 +156,18 @@ class Documents:
 
     def drop(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
+        self._put_off(live, now)
+        live.state = "dropped"
+        yield from self._free(live, now)
+        if not live.prompt:
+            live.state = "document"
+            self._wake(live, now)
+        yield from self.unneeded(live, now)
+        if live.state == "dropped" and live.sequence in self._live and (live.awaited or not live.announced):
+            self.enqueue(live, now, min(live.awaited.values(), default=None))
+
+    def _put_off(self, live: Live, now: float) -> None:
+        """Who waits for room next to a document waits for that document first, or does without it."""
         self._index.drop(live.sequence, live.prompt)
         for ask in [ask for ask in self._queue if ask.document == live.sequence]:
             self._queue.withdraw(ask.sequence)
@@ -158,14 +177,14 @@ class Documents:
                 self.enqueue(waiting, now)
             else:
                 live.awaited[ask.sequence] = ask.submitted
-        live.state = "dropped"
-        yield from self._free(live, now)
-        if not live.prompt:
-            live.state = "document"
-            self._wake(live, now)
-        yield from self.unneeded(live, now)
-        if live.state == "dropped" and live.sequence in self._live and (live.awaited or not live.announced):
-            self.enqueue(live, now, min(live.awaited.values(), default=None))
+
+    def _give_up(self, live: Live, now: float) -> Iterator[Command]:
+        """Free a document's blocks, and keep them in files before that where they come back sooner from there."""
+        if live.saved is None and not live.released and self._spilling.pays(live, self._queue.policy.model):
+            self._put_off(live, now)
+            yield from self._spilling.begin(live, now)
+        else:
+            yield from self.drop(live, now)
 
     def unneeded(self, live: Live, now: float) -> Iterator[Command]:
         """Forget a document that was released, if nobody depends on it and nothing computes it."""
@@ -176,6 +195,7 @@ class Documents:
         """A request, or a document that nobody needs, is over: free its blocks, and what only it needed."""
         self._index.drop(live.sequence, live.prompt if live.is_document else array("i"))
         yield from self._free(live, now)
+        yield from self._spilling.forget(live)
         del self._live[live.sequence]
         document = self._live.get(live.document) if live.document is not None else None
         if document is not None:
@@ -209,21 +229,29 @@ class Documents:
             return None  # it waits for a place in a batch
         if head.document is not None and not self.ready(head.document):
             return None
+        going = self.going()
+        if going and self._room_with(going) >= self._ledger.blocks(head.tokens):
+            return None  # it waits for blocks that are being written to disk
         accounts = self._ledger.sequences
         resting = {number for number in accounts if self._rests(number)}
         needed = {one for number in accounts.keys() - resting for one in accounts[number].documents}
         if head.document in accounts:
             needed |= {head.document, *accounts[head.document].documents}
         idle = resting - needed
-        if idle and self._room_with(idle) >= self._ledger.blocks(head.tokens):
+        if idle and self._room_with(idle | going) >= self._ledger.blocks(head.tokens):
             last = (number for number in idle if not accounts[number].sharers)
-            return list(self.drop(self._live[min(last, key=lambda number: (self._live[number].used, number))], now))
+            return list(self._give_up(self._live[min(last, key=lambda number: (self._live[number].used, number))], now))
         if head.document is None or len(resting) < len(accounts):
             return None
         self._queue.withdraw(head.sequence)
         self._live[head.sequence].alone = True
         self.enqueue(self._live[head.sequence], now, head.submitted)
         return []
+
+    def going(self) -> set[int]:
+        """Sequences that are about to give up their blocks."""
+        again = (number for number in self._ledger.sequences if self._live[number].again)
+        return {*again, *self._spilling.under_way}
 
     def _rests(self, number: int) -> bool:
         """Whether a sequence is a stored document that nothing is done with."""

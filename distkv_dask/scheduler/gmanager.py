@@ -23,6 +23,7 @@ from distributed import SchedulerPlugin
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
 from distkv_dask.protocol import (
     MEMORY_RESOURCE,
+    OWN_DISK,
     PLUGIN,
     TAKE_TRACE,
     WORKER_EVENT,
@@ -255,7 +256,8 @@ class GManager(SchedulerPlugin):
                 endpoint: Endpoint = payload["endpoint"]
                 state.ready(worker, payload)
                 can_decode = payload["role"] == "instance"
-                self._run(state, life.worker_ready(endpoint, payload["capacity_blocks"], now, can_decode=can_decode))
+                capacity, disk = payload["capacity_blocks"], payload["spill_bytes"]
+                self._run(state, life.worker_ready(endpoint, capacity, now, can_decode=can_decode, spill_bytes=disk))
             case FromWorker.OPEN_FAILED:
                 logger.error("engine %s cannot open on %s: %s", engine, worker, payload)
                 state.open_failed(worker, payload)
@@ -403,10 +405,24 @@ class GManager(SchedulerPlugin):
                     self._send(home, ToWorker.RELOCATE, (state.spec.engine, number, sequence, placement, holders))
                 case do.Free(worker, sequence, start, stop):
                     self._send(worker, ToWorker.FREE, (state.spec.engine, sequence, start, stop))
-                case do.Store(worker, number, document, ranges, saved):
-                    self._send(worker, ToWorker.STORE, (state.spec.engine, number, document, ranges, saved))
-                case do.Fetch(worker, document, ranges, saved):
-                    self._send(worker, ToWorker.FETCH, (state.spec.engine, document, ranges, saved))
+                case do.Store(worker, number, sequence, ranges, saved):
+                    if saved.place == OWN_DISK:
+                        state.figures.happened(
+                            monotonic(),
+                            "spill",
+                            f"tokens {_words(ranges)} of sequence {sequence} to the disk of {worker}",
+                        )
+                    self._send(worker, ToWorker.STORE, (state.spec.engine, number, sequence, ranges, saved))
+                case do.Fetch(worker, sequence, ranges, saved):
+                    if saved.place == OWN_DISK:
+                        state.figures.happened(
+                            monotonic(),
+                            "restore",
+                            f"tokens {_words(ranges)} of sequence {sequence} from disk to {worker}",
+                        )
+                    self._send(worker, ToWorker.FETCH, (state.spec.engine, sequence, ranges, saved))
+                case do.Discard(worker, names):
+                    self._send(worker, ToWorker.DISCARD, (state.spec.engine, names))
                 case do.Abort(worker, gang, reason, unused):
                     self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
                 case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
@@ -451,3 +467,14 @@ class GManager(SchedulerPlugin):
             return self.engines[engine]
         except KeyError:
             raise EngineClosedError(f"engine {engine} is closed") from None
+
+
+def _words(ranges: Iterable[tuple[int, int]]) -> str:
+    """Token ranges in words.
+
+    Examples
+    --------
+    >>> _words([(0, 8), (12, 14)])
+    '0 to 8, 12 to 14'
+    """
+    return ", ".join(f"{start} to {stop}" for start, stop in ranges)

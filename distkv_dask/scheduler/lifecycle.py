@@ -33,10 +33,12 @@ from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.performance import PerformanceModel
 from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.preemption import victims
 from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.scheduler.refusals import too_large, workers_lost
 from distkv_dask.scheduler.saving import Saving
+from distkv_dask.scheduler.spilling import Spilling
 from distkv_dask.types import (
     Endpoint,
     FinishReason,
@@ -96,14 +98,26 @@ class Lifecycle:
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
-        self.documents = Documents(self.ledger, self.live, self._queue, lambda number: self.moving.forget(number))
+        self.spilling = Spilling(self.ledger, self.live, lambda: self.block_bytes)
+        self.documents = Documents(
+            self.ledger, self.live, self._queue, self.spilling, lambda number: self.moving.forget(number)
+        )
         self._gangs = Gangs(engine, gang_numbers, self.ledger)
         self.prefilling = Prefilling(self.ledger, self.live, self._gangs, config.prefill_chunk_tokens)
         self._largest_blocks = 0
         self._ending = False
         self._leaving: set[str] = set()
         self._ordinals: dict[str, int] = {}
-        self._saving = Saving(self.ledger, self.live, self.documents, self._end)
+        self._saving = Saving(
+            self.ledger,
+            self.live,
+            self.documents,
+            self.spilling,
+            self.prefilling,
+            self._end,
+            self._forget,
+            self._join,
+        )
         self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
 
     def know_costs(self, model: PerformanceModel) -> None:
@@ -113,12 +127,16 @@ class Lifecycle:
     # Events: workers
 
     def worker_ready(
-        self, endpoint: Endpoint, capacity: int, now: float, *, can_decode: bool = True
+        self, endpoint: Endpoint, capacity: int, now: float, *, can_decode: bool = True, spill_bytes: int = 0
     ) -> Iterator[Command]:
-        """A worker allocated a pool of ``capacity`` blocks and loaded the model, if it is no memory worker."""
+        """A worker allocated a pool of ``capacity`` blocks and loaded the model, if it is no memory worker.
+
+        It has ``spill_bytes`` bytes of disk for blocks that make room.
+        """
         worker = endpoint.worker
         if worker in self.ledger.workers:
             return
+        self.spilling.worker_ready(worker, spill_bytes)
         lends = int(capacity * self.config.lend_limit) if can_decode else capacity
         self.ledger.add_worker(endpoint, capacity, lend_limit=lends, can_decode=can_decode)
         self._largest_blocks = max(self._largest_blocks, self.policy.limit(self.ledger))
@@ -142,6 +160,7 @@ class Lifecycle:
         for gang in chain.gangs():
             yield from self._gangs.abandon(gang, f"home {worker} is gone")
         yield from self.moving.worker_lost(worker, lost)
+        yield from self.spilling.worker_lost(worker)
         for other in self.chains.values():
             if any(holder.worker == worker for holder in other.holders()):
                 yield from self._restart_chain(other, f"holder {worker} is gone", but=lost, now=now)
@@ -157,8 +176,11 @@ class Lifecycle:
         """A sequence lost blocks: it is computed anew, a document when it is next asked."""
         if live.state == "retiring":
             return
-        if not live.is_document:
+        if live.state == "spilling":
+            yield from self._saving.lost(live, worker, now)
+        elif not live.is_document:
             live.lost.append(worker)
+            live.answering.discard(worker)
             if live.saves or len(live.lost) > MAX_LOSSES:
                 yield from self._end(live.sequence, "error", now, workers_lost(live))
             else:
@@ -296,12 +318,12 @@ class Lifecycle:
     def saved(
         self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
     ) -> Iterator[Command]:
-        """A worker wrote its part of a document, or could not."""
+        """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
         yield from self._saving.stored(number, worker, files, error, now)
         yield from self._go_on(now)
 
     def fetched(self, number: int, worker: str, error: Exception | None, now: float) -> Iterator[Command]:
-        """A worker read its part of a document, or could not."""
+        """A worker read its part of a sequence, or could not."""
         live = self.live.get(number)
         if live is not None and live.state == "retiring" and worker in live.answering:
             live.answering.discard(worker)
@@ -326,7 +348,7 @@ class Lifecycle:
         live.released |= reason == "cancelled"
         if live.is_document and not live.dependents:
             yield from self._end_document(live, now)
-        elif not live.is_document and (live.state != "retiring" or live.again):
+        elif not live.is_document and live.ended is None:
             yield from self._end(sequence, reason, now)
 
     def stop_all(self, now: float) -> Iterator[Command]:
@@ -349,6 +371,7 @@ class Lifecycle:
                 hint = "(distkv.timeouts.start): Dask paused it for its memory, or it is busy with other tasks"
                 yield from self.gang_failed(late.number, GangAbortedError(f"{text} {hint}"), now)
         yield from self.moving.expire(now)
+        yield from self._saving.expire(now, self.config.timeout_start)
         yield from self._go_on(now)
         limit = self.policy.limit(self.ledger)
         for ask in list(self._queue):
@@ -482,6 +505,8 @@ class Lifecycle:
             if admitted is None:
                 evicted = self.documents.evict(now)
                 if evicted is None:
+                    evicted = self._preempt(now)
+                if evicted is None:
                     return
                 yield from evicted
                 continue
@@ -495,6 +520,20 @@ class Lifecycle:
                 yield from self._saving.begin(live)
                 continue
             yield self.prefilling.begin(live, ask.shared)
+
+    def _preempt(self, now: float) -> list[Command] | None:
+        """Let running requests make way for the one whose turn it is, if it is more urgent and that helps."""
+        head = next(iter(self._queue))
+        if head.document is not None and not self.documents.ready(head.document):
+            return None
+        chosen = victims(self.ledger, self.live, head, self.documents.going())
+        commands: list[Command] = []
+        for number in chosen:
+            live = self.live[number]
+            self.chains[self.ledger.sequences[number].home].leave(number)
+            live.again = True
+            commands += self._retire_computing(live, now)
+        return commands if chosen else None
 
     def _prefill_failed(self, live: Live, error: Exception, again: bool, now: float) -> Iterator[Command]:
         if not again or live.retries >= MAX_RETRIES:
@@ -575,10 +614,13 @@ class Lifecycle:
 
     def _retire_computing(self, live: Live, now: float) -> Iterator[Command]:
         """Let the workers that run forwards of a sequence, then its holders, say that they compute on it no more."""
-        account = self.ledger.sequences[live.sequence]
+        account, fetching = self.ledger.sequences[live.sequence], live.state == "fetching"
         computing = {account.home} if live.state == "decode" else {*account.workers()}
-        live.state, live.forwards_ended = "retiring", False
-        yield from self._retire(live, computing)
+        live.state, live.forwards_ended = "retiring", fetching
+        if fetching:  # who still reads files says so by FETCHED
+            live.retiring = set(live.answering)
+        else:
+            yield from self._retire(live, computing)
         if not live.retiring:
             yield from self.retired(live.sequence, "", now)
 
@@ -602,14 +644,7 @@ class Lifecycle:
     def _stop_prefill(self, live: Live, reason: str, now: float) -> Iterator[Command]:
         """Compute no more on a document; its blocks are freed once nobody does."""
         yield from self.prefilling.stop(live, reason)
-        fetching = live.state == "fetching"
-        live.state = "retiring"
-        if fetching:  # who still reads files says so by FETCHED
-            live.retiring, live.forwards_ended = set(live.answering), True
-        else:
-            yield from self._retire(live, {*self.ledger.sequences[live.sequence].workers()})
-        if not live.retiring:
-            yield from self.retired(live.sequence, "", now)
+        yield from self._retire_computing(live, now)
 
     def _release(self, sequence: int, now: float) -> Iterator[Command]:
         """Nothing computes on a sequence any more: free its blocks, or keep what is a document from now on."""
@@ -617,6 +652,8 @@ class Lifecycle:
         if live.is_document:
             live.forwards_ended, live.retries = False, 0
             yield from self.documents.drop(live, now)
+        elif live.again and self.spilling.pays(live, self.policy.model):
+            yield from self.spilling.begin(live, now)
         elif live.again:
             live.again = False
             yield from self.documents.give_back(live, now)

@@ -27,8 +27,9 @@ class Live:
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
     workers that write or read files for it, ``failure`` the first that went wrong.
 
-    A request that loses blocks with a worker (all those are in ``lost``) retires to be computed anew (``again``): it
-    waits once more, and goes on from its known tokens.
+    A request that loses blocks with a worker (all those are in ``lost``), or makes way for one of higher priority,
+    retires to go on later (``again``): it waits once more, and goes on from its known tokens, whose KV is computed
+    anew or comes back from disk.
     """
 
     sequence: int
@@ -40,7 +41,9 @@ class Live:
     is_document: bool = False
     name: str = ""
     keeps: bool = False
-    state: Literal["waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "fetching"] = "waiting"
+    state: Literal[
+        "waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "spilling", "fetching"
+    ] = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)

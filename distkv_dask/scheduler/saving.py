@@ -1,4 +1,4 @@
-"""Documents that are written to files by the workers that hold them, and read from files instead of computed.
+"""Blocks that go to files and come back: documents that users save and load, and sequences that are spilled.
 
 Saving is a request of its own, which shares the whole document and generates nothing: so the document is there, and its
 blocks stay where they are, until all workers have written theirs. Pure: events go in, commands come out.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from distkv_dask.errors import GangAbortedError
 from distkv_dask.protocol import Delivery, Saved, SavedFile
 from distkv_dask.scheduler.commands import Command, Fetch, Store
 from distkv_dask.scheduler.documents import Documents
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
-from distkv_dask.types import FinishReason, Placement
+from distkv_dask.scheduler.prefilling import Prefilling
+from distkv_dask.scheduler.spilling import Spilling, ranges_of
+from distkv_dask.types import FinishReason
 
 End = Callable[[int, FinishReason, float, Exception | None], Iterator[Command]]
 
@@ -23,24 +26,42 @@ class Saving:
 
     Parameters
     ----------
-    ledger, live, documents
+    ledger, live, documents, spilling, prefilling
         The lifecycle's.
     end
         Ends a request, or a document that could not be had.
+    forget
+        Forgets a request that has ended.
+    join
+        Hands a request whose blocks are there to its home.
     """
 
-    def __init__(self, ledger: Ledger, live: Mapping[int, Live], documents: Documents, end: End) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        live: Mapping[int, Live],
+        documents: Documents,
+        spilling: Spilling,
+        prefilling: Prefilling,
+        end: End,
+        forget: Callable[[Live, float], Iterator[Command]],
+        join: Callable[[Live], Iterator[Command]],
+    ) -> None:
         self._ledger = ledger
         self._live = live
         self._documents = documents
+        self._spilling = spilling
+        self._prefilling = prefilling
         self._end = end
+        self._forget_request = forget
+        self._join = join
         self._files: dict[int, list[SavedFile]] = {}
 
     def begin(self, live: Live) -> Iterator[Command]:
-        """A request to save has its document, or a document that is saved somewhere has room."""
-        placement = self._ledger.sequences[live.sequence].placement
+        """A request to save has its document, or a sequence that is saved somewhere has room."""
+        account = self._ledger.sequences[live.sequence]
         assert live.saved is not None
-        ranges = _ranges(placement)
+        ranges = ranges_of(account.placement if live.saves else account.own, live.known_tokens)
         live.answering = set(ranges)
         for worker, some in ranges.items():
             if live.saves:
@@ -51,10 +72,17 @@ class Saving:
         live.state = "saving" if live.saves else "fetching"
         self._files[live.sequence] = []
 
+    # Written
+
     def stored(
         self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
     ) -> Iterator[Command]:
-        """A worker wrote its part of a document, or could not."""
+        """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
+        if number < 0:
+            spilled = self._spilling.sequence_of(number)
+            yield from self._spilling.stored(number, worker, files, error, now)
+            yield from self._spilled(spilled, now)
+            return
         live = self._live.get(number)
         if live is None or live.state != "saving":
             return
@@ -67,12 +95,39 @@ class Saving:
             assert live.saved is not None
             saved = Saved(live.saved.place, tuple(sorted(self._files.pop(number), key=lambda file: file.start)))
             if live.document is not None and live.document in self._live:
+                yield from self._spilling.forget(self._live[live.document])
                 self._live[live.document].saved = saved
             yield Delivery(number, (), "stop", None, live.timings(now), files=saved.files)
             yield from self._documents.forget(live, now)
 
+    def lost(self, live: Live, worker: str, now: float) -> Iterator[Command]:
+        """A worker died that was writing a part of a sequence that is spilled."""
+        yield from self._spilling.lost(live, worker, GangAbortedError(f"worker {worker} is gone"))
+        yield from self._spilled(live, now)
+
+    def expire(self, now: float, limit: float) -> Iterator[Command]:
+        """Wait no more for disks that need longer than ``limit`` seconds: what they hold is computed anew."""
+        for live in self._spilling.late(now, limit):
+            for worker in tuple(live.answering):
+                yield from self._spilling.lost(live, worker, TimeoutError(f"the disk of {worker} is too slow"))
+            yield from self._spilled(live, now)
+
+    def _spilled(self, live: Live | None, now: float) -> Iterator[Command]:
+        """All workers wrote their parts of a sequence, or did not: it gives up its blocks."""
+        if live is None or live.answering:
+            return
+        if live.is_document:
+            yield from self._documents.drop(live, now)
+        elif live.again:
+            live.again = False
+            yield from self._documents.give_back(live, now)
+        else:  # it ended meanwhile
+            yield from self._forget_request(live, now)
+
+    # Read
+
     def fetched(self, number: int, worker: str, error: Exception | None, now: float) -> Iterator[Command]:
-        """A worker read its part of a document, or could not: then it is computed, if it was there once."""
+        """A worker read its part of a sequence, or could not: then it is computed, if it was there once."""
         live = self._live.get(number)
         if live is None or live.state != "fetching":
             return
@@ -82,11 +137,19 @@ class Saving:
             return
         failure, live.failure = live.failure, None
         if failure is None:
-            self._ledger.commit(number, len(live.prompt))
+            self._ledger.commit(number, live.known_tokens)
+        if failure is not None or not live.is_document:
+            yield from self._spilling.forget(live)
+            live.saved = None
+        if failure is None and live.is_document:
             yield from self._documents.stored(live, now)
-            return
-        live.saved = None
-        if live.announced:
+        elif failure is None:
+            live.state = "decode"
+            yield from self._join(live)
+        elif not live.is_document:
+            live.state = "prefill"
+            yield self._prefilling.begin(live, live.reused)
+        elif live.announced:
             yield from self._documents.drop(live, now)
         else:
             yield from self._end(number, "error", now, failure)
@@ -94,11 +157,3 @@ class Saving:
     def forget(self, number: int) -> None:
         """A request is over."""
         self._files.pop(number, None)
-
-
-def _ranges(placement: Placement) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Token ranges by worker."""
-    ranges: dict[str, tuple[tuple[int, int], ...]] = {}
-    for span in placement:
-        ranges[span.worker] = (*ranges.get(span.worker, ()), (span.start, span.stop))
-    return ranges

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError
-from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready, Saved, SavedFile
+from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
@@ -31,12 +31,12 @@ from distkv_dask.types import (
     SequenceState,
     WindowResult,
 )
+from distkv_dask.worker.block_files import BlockFiles
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.layer_tasks import LayerTasks
 from distkv_dask.worker.metering import computing, metered, metered_session
 from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
-from distkv_dask.worker.storage import read_blocks, write_blocks
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model import LoadedModel
@@ -59,6 +59,8 @@ class OpenEngine:
         Sizes of the model.
     runtime, lanes
         What computes.
+    files
+        What is saved and spilled here.
     tell
         Sends an event to the gManager.
     measured
@@ -73,6 +75,7 @@ class OpenEngine:
         geometry: Geometry,
         runtime: Runtime,
         lanes: Lanes,
+        files: BlockFiles,
         tell: Callable[[FromWorker, str, Any], None],
         measured: Measurement | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class OpenEngine:
         self.geometry = geometry
         self.runtime = runtime
         self.lanes = lanes
+        self.files = files
         self.by_layer = LayerTasks(self)
         self._tell = tell
         self._measured = measured
@@ -103,14 +107,16 @@ class OpenEngine:
             channels=self.runtime.dialer.explain(),
             capacity_blocks=pool.capacity_blocks,
             block_bytes=pool.storage[0].nbytes,
+            spill_bytes=self.files.capacity,
             geometry=self.geometry,
             fingerprint="" if self.model is None else self.model.fingerprint,
             measured=self._measured,
         )
 
     def close(self) -> None:
-        """End everything and free the pool and the model; blocks until no thread uses them."""
+        """End everything and free the pool, the model and the disk; blocks until no thread uses them."""
         self.runtime.close()
+        self.files.close()
 
     # Messages of the gManager
 
@@ -204,28 +210,6 @@ class OpenEngine:
         self.runtime.pool.free(sequence, start, stop)
         with self._lock:
             self._retired.discard(sequence)
-
-    def store(self, number: int, document: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
-        """Save the blocks of token ranges of a document, which nobody changes; blocks."""
-        files: list[SavedFile] = []
-        error: DistKVError | None = None
-        try:
-            for start, stop in ranges:
-                name = f"blocks-{saved.tag}-{start}-{stop}.arrow"
-                files.append(write_blocks(self.runtime.pool, document, start, stop, saved.place, name))
-        except Exception as failure:
-            error = self._ours(failure, f"saving document {document}")
-        self._tell(FromWorker.STORED, self.spec.engine, (number, tuple(files), error))
-
-    def fetch(self, document: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
-        """Fill the blocks of token ranges of a document from where it is saved; blocks."""
-        error: DistKVError | None = None
-        try:
-            for start, stop in ranges:
-                read_blocks(self.runtime.pool, document, start, stop, saved.place, saved.files)
-        except Exception as failure:
-            error = self._ours(failure, f"loading document {document}")
-        self._tell(FromWorker.FETCHED, self.spec.engine, (document, error))
 
     def reset(self, epoch: int) -> None:
         """Forget all sequences; windows of an older epoch, running ones included, commit nothing."""

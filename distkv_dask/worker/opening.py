@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -13,6 +14,7 @@ from distkv_dask.errors import CapacityError, ConfigError
 from distkv_dask.kernels import make_ready
 from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
 from distkv_dask.types import Geometry
+from distkv_dask.worker.block_files import BlockFiles
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.measured import hardware, measured
 from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
@@ -101,4 +103,11 @@ def build_engine(
     }
     timing = partial(measure, spec.engine, one, runtime, lanes, has_model=model is not None)
     timings = measured(key, spec.config.performance, timing)
-    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, tell, timings)
+    folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
+    told = partial(_tell, tell, spec.engine)
+    files = BlockFiles(pool, worker.address, folder, spec.config.spill, spec.config.timeout_receive, told)
+    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, tell, timings)
+
+
+def _tell(tell: Callable[[FromWorker, str, Any], None], engine: str, event: FromWorker, payload: Any) -> None:
+    tell(event, engine, payload)

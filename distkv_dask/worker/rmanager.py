@@ -28,6 +28,7 @@ from distkv_dask.protocol import (
     FromWorker,
     Piece,
     Saved,
+    SavedFile,
     ToPeer,
     ToWorker,
     pack,
@@ -73,9 +74,11 @@ class RManager(WorkerPlugin):
             ToWorker.FREE: self._free,
             ToWorker.STORE: self._store,
             ToWorker.FETCH: self._fetch,
+            ToWorker.DISCARD: self._discard,
             ToWorker.ABORT: self._abort,
         }
         worker.handlers[ToPeer.BLOCKS] = self._take_blocks
+        worker.handlers[ToPeer.SPILLED] = self._read_spilled
         for call, handler in self._handlers.items():
             worker.stream_handlers[call] = partial(_unpacked, handler)
         worker.handlers[TAKE_TRACE] = self.take_trace
@@ -89,7 +92,8 @@ class RManager(WorkerPlugin):
         for call in self._handlers:
             worker.stream_handlers.pop(call, None)
         worker.handlers.pop(TAKE_TRACE, None)
-        worker.handlers.pop(ToPeer.BLOCKS, None)
+        for peer in ToPeer:
+            worker.handlers.pop(peer, None)
         for name in list(self.engines):
             await self._close_engine(name)
 
@@ -175,14 +179,20 @@ class RManager(WorkerPlugin):
             self.engines[engine].free(sequence, start, stop)
 
     def _store(self, payload: tuple[str, int, int, tuple[tuple[int, int], ...], Saved]) -> None:
-        engine, number, document, ranges, saved = payload
+        engine, number, sequence, ranges, saved = payload
         if engine in self.engines:
-            self._spawn(asyncio.to_thread(self.engines[engine].store, number, document, ranges, saved))
+            self._spawn(self.engines[engine].files.store(number, sequence, ranges, saved))
 
     def _fetch(self, payload: tuple[str, int, tuple[tuple[int, int], ...], Saved]) -> None:
-        engine, document, ranges, saved = payload
+        engine, sequence, ranges, saved = payload
         if engine in self.engines:
-            self._spawn(asyncio.to_thread(self.engines[engine].fetch, document, ranges, saved))
+            peer = partial(self._ask_spilled, engine)
+            self._spawn(self.engines[engine].files.fetch(peer, sequence, ranges, saved))
+
+    def _discard(self, payload: tuple[str, tuple[str, ...]]) -> None:
+        engine, names = payload
+        if engine in self.engines:
+            self.engines[engine].files.discard(names)
 
     def _abort(self, payload: tuple[str, int, str, bool]) -> None:
         engine, gang, reason, unused = payload
@@ -223,6 +233,21 @@ class RManager(WorkerPlugin):
             return f"engine {engine} is not open on worker {self.worker.address}"
         take = partial(self.engines[engine].take, Piece(*piece), data)
         return await asyncio.get_running_loop().run_in_executor(None, take)
+
+    async def _ask_spilled(self, engine: str, file: SavedFile, first: int, count: int) -> np.ndarray | str:
+        answer: dict[str, Any] = await self.worker.rpc(file.worker).distkv_spilled(
+            engine=engine, file=tuple(file), first=first, count=count
+        )
+        return answer["rows"] if "rows" in answer else str(answer["refusal"])
+
+    async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> dict[str, Any]:
+        """Another worker wants blocks that are on this one's disk: ``rows``, uint8 [count, bytes], or a ``refusal``."""
+        if engine not in self.engines:
+            return {"refusal": f"engine {engine} is not open on worker {self.worker.address}"}
+        try:
+            return {"rows": to_serialize(await self.engines[engine].files.rows(SavedFile(*file), first, count))}
+        except DistKVError as error:
+            return {"refusal": str(error)}
 
     # Opening and closing
 

@@ -7,13 +7,13 @@ read, others are streamed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
 
-from distkv_dask.errors import DistKVError, SavedDocumentError
+from distkv_dask.errors import SavedDocumentError
 from distkv_dask.filesystems import folder_at, is_local
 from distkv_dask.protocol import SavedFile
 from distkv_dask.worker.pool import Pool
@@ -52,33 +52,60 @@ def write_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, n
     return SavedFile(name, start, stop, written, checksum)
 
 
-def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, files: Sequence[SavedFile]) -> None:
-    """Fill the blocks of tokens ``[start, stop)`` of a sequence from the files of a folder that hold them.
+def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, file: SavedFile) -> None:
+    """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of a folder holds them.
 
     Raises
     ------
     SavedDocumentError
-        A file is not there, truncated or damaged; the message says which and what is wrong.
+        The file is not there, truncated or damaged; the message says which and what is wrong.
     """
-    blocks = pool.find(sequence, [(start, stop)])
+    into, first = blocks_within(pool, sequence, start, stop, file)
+    for block, data in zip(into, read_rows(place, file, pool.bytes.shape[1], first, len(into)), strict=True):
+        pool.bytes[block] = data
+
+
+def blocks_within(pool: Pool, sequence: int, start: int, stop: int, file: SavedFile) -> tuple[list[int], int]:
+    """Blocks of the pool for the tokens that are in ``[start, stop)`` and in a file; and their first row there."""
+    first, last = max(start, file.start), min(stop, file.stop)
+    if first >= last:
+        return [], 0
     size = pool.block_tokens
-    for file in files:
-        first, last = max(start, file.start), min(stop, file.stop)
-        if first < last:
-            at = (first - file.start) // size
-            into = blocks[(first - start) // size : (last - start) // size]
-            try:
-                _read_file(pool, into, at, place, file)
-            except DistKVError:
-                raise
-            except (OSError, pa.ArrowException) as error:
-                raise SavedDocumentError(f"{file.name} in {place} cannot be read: {error}") from error
+    blocks = pool.find(sequence, [(start, stop)])
+    return blocks[(first - start) // size : -(-(last - start) // size)], (first - file.start) // size
 
 
-def _read_file(pool: Pool, into: list[int], skip: int, place: str, file: SavedFile) -> None:
-    """Read as many blocks as there are places for them, after the first ``skip``."""
+def uncovered(start: int, stop: int, files: Iterable[SavedFile]) -> int:
+    """The first of the tokens ``[start, stop)`` that is in none of the files; ``stop`` if there is none.
+
+    Examples
+    --------
+    >>> uncovered(4, 20, [SavedFile("b", 12, 16, 0, 0), SavedFile("a", 0, 12, 0, 0)])
+    16
+    """
+    for file in sorted(files, key=lambda file: file.start):
+        if file.start <= start < file.stop:
+            start = file.stop
+    return min(start, stop)
+
+
+def read_rows(place: str, file: SavedFile, size: int, first: int, count: int) -> Iterator[np.ndarray]:
+    """Blocks ``first`` to ``first + count`` of a file, uint8 [size] each, checked.
+
+    Raises
+    ------
+    SavedDocumentError
+        The file is not there, cannot be read, is truncated or damaged; the message says which and what is wrong.
+    """
+    try:
+        yield from _rows(place, file, size, first, count)
+    except (OSError, pa.ArrowException) as error:
+        raise SavedDocumentError(f"{file.name} in {place} cannot be read: {error}") from error
+
+
+def _rows(place: str, file: SavedFile, size: int, first: int, count: int) -> Iterator[np.ndarray]:
     filesystem, folder = folder_at(place)
-    path, size = f"{folder}/{file.name}", pool.bytes.shape[1]
+    path = f"{folder}/{file.name}"
     found = filesystem.get_file_info(path)
     if not found.is_file:
         raise SavedDocumentError(f"{file.name} is not in {place}, or not for this worker: all have to reach the folder")
@@ -100,12 +127,12 @@ def _read_file(pool: Pool, into: list[int], skip: int, place: str, file: SavedFi
         for batch, expected in zip(batches, sums, strict=True):
             data = np.frombuffer(batch.column(0).buffers()[1], np.uint8)[: len(batch) * size].reshape(-1, size)
             for block, right in zip(data, expected, strict=True):
-                if skip <= at < skip + len(into):
+                if first <= at < first + count:
                     if zlib.crc32(block.data) != right:
                         raise SavedDocumentError(f"{file.name} in {place} is damaged: block {at} has another checksum")
-                    pool.bytes[into[at - skip]] = block
+                    yield block
                 at += 1
-    if at < skip + len(into):
+    if at < first + count:
         raise SavedDocumentError(f"{file.name} in {place} holds {at} blocks, fewer than the document says")
 
 

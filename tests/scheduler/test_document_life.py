@@ -171,7 +171,7 @@ def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits
     large = SamplingParams(max_new_tokens=25)
     cluster.run(cluster.life.submit(2, prompt(8, 20), large, cluster.now))  # fits only without the document
     cluster.run(cluster.life.submit(3, prompt(0, 17), sampling, cluster.now))
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.live[0].state == "spilling"
     cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
     finish(cluster)
     assert cluster.reused[3] == 0
@@ -181,8 +181,9 @@ def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits
 
 
 asked = st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 40), st.booleans())
+crowd = st.tuples(st.just(0), st.just(0), st.integers(30, 60), st.just(False))  # takes the room of documents
 events = st.one_of(
-    mishaps.filter(bool).map(lambda some: some[0]), st.just("step"), st.just("step"), asked, st.integers(0, 3)
+    mishaps.filter(bool).map(lambda some: some[0]), st.just("step"), st.just("step"), asked, crowd, st.integers(0, 3)
 )
 
 
@@ -226,6 +227,8 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
     assert not cluster.life.live
     assert not cluster.life.ledger.sequences
     assert not any(cluster.pools.values())
+    assert not any(cluster.disks.values())
+    assert not cluster.life.spilling.used
 
 
 def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[int, int]) -> None:
@@ -240,8 +243,8 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
             try:
                 cluster.run(
                     life.submit(
-                        number, beginning[:tokens] + array("i", [number]), SamplingParams(max_new_tokens=new),
-                        cluster.now, False, name, keeps,
+                        number, beginning[:tokens] + array("i", [number]),
+                        SamplingParams(max_new_tokens=new, priority=new % 3), cluster.now, False, name, keeps,
                     )
                 )  # fmt: skip
                 wanted[number] = new
@@ -266,6 +269,8 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
             cluster.move_something()
         case "drain" | "stay":
             cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), happening == "drain", cluster.now))
+        case "rot":
+            cluster.lose_file()
         case "late":
             cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
         case _:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, GangAbortedError, WorkerLostError
-from distkv_dask.protocol import Delivery
+from distkv_dask.protocol import Delivery, SavedFile
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle import MAX_LOSSES, Lifecycle
 from distkv_dask.types import (
@@ -64,6 +64,8 @@ class Simulated:
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
     reused: dict[int, int] = field(default_factory=dict)
+    disks: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: list[do.Store | do.Fetch] = field(default_factory=list)
     now: float = 0.0
     allocated: set[int] = field(default_factory=set)
     step_seconds: float = 0.05
@@ -119,6 +121,15 @@ class Simulated:
                         self.pools[worker].get(sequence, {}).pop(block, None)
                     if not self.pools[worker].get(sequence, True):
                         del self.pools[worker][sequence]
+            case do.Store(worker, _, sequence):
+                assert (worker, sequence) not in self.retirements
+                assert sequence not in self.batches[worker]
+                self.files.append(command)
+            case do.Fetch():
+                self.files.append(command)
+            case do.Discard(worker, names):
+                for name in names:
+                    self.disks.get(worker, {}).pop(name, None)
             case do.Reset(home, epoch):
                 self.batches[home].clear()
                 self.epochs[home] = epoch
@@ -175,6 +186,35 @@ class Simulated:
                 if home in self.pools:
                     self.run(life.relocated(number, self.now))
 
+    def use_disk(self, message: do.Store | do.Fetch) -> None:
+        """A worker writes blocks to its disk, or fills them from its own and others' disks."""
+        worker, life = message.worker, self.life
+        if worker not in self.pools:
+            return
+        table, failure = self.pools[worker].get(message.sequence, {}), None
+        if isinstance(message, do.Store):
+            files = []
+            for start, stop in message.ranges:
+                # one that was given up meanwhile is written all the same, and of no use
+                useful = all(table.get(block, False) for block in blocks(start, stop))
+                name = f"{message.saved.tag}-{start}"
+                files.append(SavedFile(name, start, stop, int(useful), 0, worker))
+            if self.refusing and self.rng.random() < 0.2:
+                files, failure = [], OSError("the disk is full")
+            self.disks[worker].update({file.name: file.bytes for file in files})
+            self.run(life.saved(message.number, worker, tuple(files), failure, self.now))
+            return
+        for start, stop in message.ranges:
+            for block in blocks(start, stop):
+                held = [file for file in message.saved.files if block in blocks(file.start, file.stop)]
+                if not held or held[0].name not in self.disks.get(held[0].worker, {}):
+                    failure = OSError("not on any disk")
+                    continue
+                assert held[0].bytes, "a copy is used that was not whole"
+                assert block in table, "read into somebody else's blocks"
+                table[block] = True
+        self.run(life.fetched(message.sequence, worker, failure, self.now))
+
     def attend(self, gang: Gang, holders: tuple[Endpoint, ...]) -> None:
         for holder in holders:
             assert holder.worker in self.pools
@@ -186,20 +226,29 @@ class Simulated:
     def add_worker(self, capacity: int) -> None:
         worker = f"w{next(self.names)}"
         self.pools[worker], self.batches[worker], self.epochs[worker] = {}, {}, 0
-        self.run(self.life.worker_ready(Endpoint(worker, "127.0.0.1", 1), capacity, self.now))
+        self.disks[worker] = {}
+        endpoint = Endpoint(worker, "127.0.0.1", 1)
+        self.run(self.life.worker_ready(endpoint, capacity, self.now, spill_bytes=self.life.config.spill))
 
     names: itertools.count[int] = field(default_factory=itertools.count)
 
     def lose_worker(self, worker: str | None = None) -> None:
         if len(self.pools) > 1:
             worker = worker or self.rng.choice(sorted(self.pools))
-            del self.pools[worker], self.batches[worker]
+            del self.pools[worker], self.batches[worker], self.disks[worker]
             self.windows.pop(worker, None)
             self.retirements = [one for one in self.retirements if one[0] != worker]
             for chain in self.chunks:
                 if any(chunk.gang.home == worker for chunk in chain):
                     chain.clear()
             self.run(self.life.worker_lost(worker, self.now))
+
+    def lose_file(self) -> None:
+        """A file vanishes from a disk."""
+        files = [(worker, name) for worker, names in self.disks.items() for name in names]
+        if files:
+            worker, name = self.rng.choice(files)
+            del self.disks[worker][name]
 
     def move_something(self) -> None:
         """Move random blocks of a random sequence, if that is possible just now."""
@@ -221,7 +270,7 @@ class Simulated:
         """Run one task or answer one retirement; False when there is nothing to do."""
         self.chunks = [chain for chain in self.chunks if chain]
         busy = [home for home, queue in self.windows.items() if queue and home in self.pools]
-        choices = [*self.chunks, *busy, *self.retirements, *self.moves]
+        choices = [*self.chunks, *busy, *self.retirements, *self.moves, *self.files]
         if not choices:
             return False
         match choice := self.rng.choice(choices):
@@ -230,6 +279,9 @@ class Simulated:
             case do.Expect() | do.Send() | do.Relocate():
                 self.moves.remove(choice)
                 self.go_on(choice)
+            case do.Store() | do.Fetch():
+                self.files.remove(choice)
+                self.use_disk(choice)
             case list():
                 self.run_chunk(choice[0])
             case tuple():
@@ -301,7 +353,7 @@ class Simulated:
 
 
 def cluster_of(seed: int, *capacities: int, **config: float) -> Simulated:
-    settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4} | config
+    settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4, "spill": 1500} | config
     life = Lifecycle("engine", Config.load(**settings), itertools.count(1), block_bytes=100)
     simulated = Simulated(life, random.Random(seed))
     for capacity in capacities:
@@ -313,9 +365,11 @@ def expected(sequence: int, new: int) -> list[int]:
     return [token(sequence, index) for index in range(min(new, EOS_EVERY))]
 
 
-requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
+requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=12)
 mishaps = st.lists(
-    st.sampled_from(["lose", "join", "fail", "fault", "cancel", "drain", "stay", "late", *["move"] * 3, *["step"] * 6]),
+    st.sampled_from(
+        ["lose", "join", "fail", "fault", "cancel", "drain", "stay", "late", "rot", *["move"] * 3, *["step"] * 6]
+    ),
     max_size=80,
 )
 
@@ -323,14 +377,17 @@ mishaps = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(8, 20), min_size=1, max_size=4), requests, mishaps)
 def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
-    seed: int, sizes: list[int], wanted: list[tuple[int, int]], events: list[str]
+    seed: int, sizes: list[int], wanted: list[tuple[int, int, int]], events: list[str]
 ) -> None:
     cluster, accepted = cluster_of(seed, *sizes), []
     cluster.refusing = True
     life = cluster.life
-    for number, (prompt, new) in enumerate(wanted):
+    for number, (prompt, new, priority) in enumerate(wanted):
+        for _ in range(cluster.rng.randint(0, 3)):
+            cluster.step()
         try:
-            cluster.run(life.submit(number, array("i", range(prompt)), SamplingParams(max_new_tokens=new), cluster.now))
+            sampling = SamplingParams(max_new_tokens=new, priority=priority)
+            cluster.run(life.submit(number, array("i", range(prompt)), sampling, cluster.now))
             accepted.append(number)
         except CapacityError:
             pass
@@ -353,6 +410,8 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
             cluster.move_something()
         elif event in ("drain", "stay"):
             cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), event == "drain", cluster.now))
+        elif event == "rot":
+            cluster.lose_file()
         elif event == "late":
             cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
         else:
@@ -374,6 +433,8 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
     assert not life.live
     assert not life.ledger.sequences
     assert not any(cluster.pools.values())
+    assert not any(cluster.disks.values())
+    assert not life.spilling.used
 
 
 def finish(cluster: Simulated) -> None:

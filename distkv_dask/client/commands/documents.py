@@ -14,6 +14,9 @@ from distkv_dask.client.commands.running import look, running
 STATES = {"document": "stored", "dropped": "given up; computed anew when it is next asked"}
 """What people call a document's states that have other names inside."""
 
+SAVED = "in files; read when it is next asked"
+"""What they call one that was given up and saved or spilled."""
+
 
 @click.command("documents")
 @running_option
@@ -50,11 +53,12 @@ def _row(engine: str, document: dict[str, Any]) -> dict[str, Any]:
     workers: Counter[str] = Counter()
     for worker, start, stop in document["placement"]:
         workers[worker] += stop - start
+    state = STATES.get(document["state"], document["state"])
     return {
         "engine": engine,
         "name": document["name"] or "a turn of a chat",
         "tokens": document["prompt_tokens"],
         "questions": document["questions"],
-        "state": STATES.get(document["state"], document["state"]),
+        "state": SAVED if (document["state"], document["saved"]) == ("dropped", True) else state,
         "workers": dict(workers),
     }

@@ -90,18 +90,24 @@ class Collector(CollectorBase):
     def _pools(self) -> Iterator[Metric]:
         blocks = GaugeMetricFamily("distkv_blocks", "Blocks of a worker's pools", labels=["worker", "state"])
         memory = GaugeMetricFamily("distkv_kv_bytes", "KV memory of a worker", labels=["worker", "state"], unit="bytes")
+        disk = GaugeMetricFamily("distkv_disk_bytes", "KV on a worker's disk", labels=["worker"], unit="bytes")
+        on_disk: Counter[str] = Counter()
         counts: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for engine in self._board.engines.values():
             for worker, account in engine.lifecycle.ledger.workers.items():
+                on_disk[worker] += engine.lifecycle.spilling.used[worker]
                 for state, number in account.parts().items():
                     counts[worker, state] += number
                     sizes[worker, state] += number * engine.lifecycle.block_bytes
         for key, number in counts.items():
             blocks.add_metric(list(key), number)
             memory.add_metric(list(key), sizes[key])
+        for worker, size in on_disk.items():
+            disk.add_metric([worker], size)
         yield blocks
         yield memory
+        yield disk
 
 
 def _histogram(name: str, text: str, parts: list[Latency]) -> HistogramMetricFamily:

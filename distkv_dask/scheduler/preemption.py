@@ -1,0 +1,55 @@
+"""Preemption: which running requests make way for a waiting one of higher priority. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.live import Live
+from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
+
+
+def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, going: Collection[int]) -> list[int]:
+    """Requests that should make way, the latest and least urgent first; none if it would be in vain.
+
+    A request only makes way for one of higher priority that it would have waited for, had both been waiting: so nobody
+    is passed by those who come for ever after.
+
+    Parameters
+    ----------
+    ledger, live
+        The lifecycle's.
+    head
+        The request whose turn it is, and that does not fit.
+    going
+        Sequences that are about to give up their blocks.
+    """
+    need = ledger.blocks(head.tokens) - sum(account.free for account in ledger.workers.values())
+    need -= sum(_blocks(ledger, number) for number in going)
+    if need <= 0 and going:
+        return []  # one at a time where it does not fit for another reason
+    rank = head.submitted - head.priority * PRIORITY_SECONDS
+    running = (live[number] for number in ledger.sequences)
+    below = [(_rank(one), one.sequence) for one in running if _may_wait(ledger, one, head) and _rank(one) > rank]
+    chosen: list[int] = []
+    for _, number in sorted(below, reverse=True):
+        chosen.append(number)
+        need -= _blocks(ledger, number)
+        if need <= 0:
+            return chosen
+    return []
+
+
+def _blocks(ledger: Ledger, number: int) -> int:
+    return sum(ledger.blocks(span.tokens) for span in ledger.sequences[number].own)
+
+
+def _rank(live: Live) -> float:
+    return live.submitted - live.sampling.priority * PRIORITY_SECONDS
+
+
+def _may_wait(ledger: Ledger, live: Live, head: Ask) -> bool:
+    if live.state != "decode" or live.sampling.priority >= head.priority:
+        return False
+    account = ledger.sequences[live.sequence]
+    return not (account.moves or account.sharers or account.lost)
