@@ -1,7 +1,8 @@
 """One long request among many short ones on the real engine: how long do they take together, by policy?
 
 Two mixes on three workers: a long request that just fits on one worker, and one that fits on none, which `local-only`
-has to refuse. All requests come at once, the long one in the middle. Policies take turns on one cluster.
+has to refuse. All requests come at once, the long one in the middle; there are more than fit at a time, and of many
+lengths. Policies take turns on one cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ POLICIES = ("local-only", "single", "overflow", "best")
 def mix(options: Any, long: int) -> list[tuple[list[int], SamplingParams]]:
     """Prompts of random tokens, and how many tokens each is answered with."""
     rng = random.Random(0)
-    lengths = [(options.short, options.short_new)] * options.shorts
+    lengths = [
+        (rng.randint(options.short // 2, options.short * 3 // 2), rng.randint(8, 2 * options.short_new - 8))
+        for _ in range(options.shorts)
+    ]
     lengths.insert(options.shorts // 2, (long, options.long_new))
     return [
         ([rng.randrange(1000, 40_000) for _ in range(prompt)], SamplingParams(max_new_tokens=new, ignore_eos=True))
@@ -56,9 +60,9 @@ def serve(client: Client, policy: str, memory: int, requests: list[Any]) -> dict
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--blocks", type=int, default=40, help="KV blocks of 64 tokens on each worker")
-    arguments.add_argument("--shorts", type=int, default=24, help="how many short requests")
-    arguments.add_argument("--short", type=int, default=192)
-    arguments.add_argument("--short-new", type=int, default=48)
+    arguments.add_argument("--shorts", type=int, default=60, help="how many short requests")
+    arguments.add_argument("--short", type=int, default=192, help="tokens of a short prompt, on the average")
+    arguments.add_argument("--short-new", type=int, default=48, help="tokens of its answer, on the average")
     arguments.add_argument("--long-new", type=int, default=64)
     arguments.add_argument("--repeat", type=int, default=1)
     arguments.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
