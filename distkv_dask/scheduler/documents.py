@@ -8,6 +8,7 @@ Pure: the lifecycle calls, commands come out.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 
@@ -17,7 +18,7 @@ from distkv_dask.scheduler.admission import Admission
 from distkv_dask.scheduler.commands import Command, Free, Release
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
-from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
 from distkv_dask.scheduler.prefixes import PrefixIndex
 from distkv_dask.scheduler.sharing import common_tokens
 from distkv_dask.scheduler.spilling import Spilling
@@ -32,6 +33,8 @@ class Documents:
         The lifecycle's.
     end_moves
         Told of a sequence whose blocks are about to be freed.
+    mend
+        Sees to a document that lost blocks, and that nobody shares any more.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class Documents:
         queue: Admission,
         spilling: Spilling,
         end_moves: Callable[[int], None],
+        mend: Callable[[Live, float], Iterator[Command]],
     ) -> None:
         self._ledger = ledger
         self._live = live
         self._queue = queue
         self._spilling = spilling
         self._end_moves = end_moves
+        self._mend = mend
         self._index = PrefixIndex(ledger.block_tokens)
 
     # Requests that come
@@ -70,18 +75,32 @@ class Documents:
             raise InvalidRequestError("the document was released: ingest it again to ask more questions")
         document.dependents.add(live.sequence)
 
-    def enqueue(self, live: Live, now: float, submitted: float | None = None) -> None:
+    def enqueue(
+        self,
+        live: Live,
+        now: float,
+        submitted: float | None = None,
+        *,
+        rank: float | None = None,
+        latest: float = math.inf,
+    ) -> None:
         """Let a request wait for room, or for its document to be stored.
 
-        ``submitted`` is when the question came that a dropped document is needed for: it has that one's turn.
+        ``submitted`` is when it is taken to have come, if that is not when it did. ``rank`` is its place in the queue
+        if it had one before; ``latest`` that of its document, which has come for it and must not make way for others
+        meanwhile. A document that somebody waits for has the turn of the first of those.
         """
         live.state = "waiting"
         submitted = live.submitted if submitted is None else submitted
+        priority = live.sampling.priority
+        if live.awaited:
+            turns = [(since, self._live[one].sampling.priority) for one, since in live.awaited.items()]
+            submitted, priority = min(turns, key=lambda turn: turn[0] - turn[1] * PRIORITY_SECONDS)
         document = None if live.document is None or live.alone else self._live[live.document]
         if document is not None and document.state != "document":
             document.awaited[live.sequence] = submitted
             if document.state == "dropped":
-                self.enqueue(document, now, submitted)
+                self.enqueue(document, now)
             return
         live.reused = 0
         if document is not None:
@@ -95,12 +114,12 @@ class Documents:
             live.known_tokens - live.reused,
             live.tokens - live.reused,
             submitted,
-            live.sampling.priority,
+            priority,
             document=live.document if live.reused else None,
             shared=live.reused,
             is_document=live.is_document,
         )
-        self._queue.wait(ask)
+        live.rank = self._queue.wait(ask, min(self._queue.policy.rank(ask) if rank is None else rank, latest))
 
     def ready(self, document: int) -> bool:
         """Whether a stored document can be shared now: whole, at rest, and not on a worker that leaves."""
@@ -113,7 +132,7 @@ class Documents:
         """A request that lost blocks gives back the others, and waits for room in its turn."""
         yield from self._free(live, now)
         live.retries = 0
-        self.enqueue(live, now)
+        self.enqueue(live, now, rank=live.rank)
 
     # Documents that are stored
 
@@ -150,13 +169,13 @@ class Documents:
         """A document is stored: what waited for that waits for room now."""
         awaited, live.awaited = live.awaited, {}
         for sequence, submitted in awaited.items():
-            self.enqueue(self._live[sequence], now, submitted)
+            self.enqueue(self._live[sequence], now, submitted, latest=live.rank)
 
     # Documents that go
 
     def drop(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
-        self._put_off(live, now)
+        self.put_off(live, now)
         live.state = "dropped"
         yield from self._free(live, now)
         if not live.prompt:
@@ -164,9 +183,9 @@ class Documents:
             self._wake(live, now)
         yield from self.unneeded(live, now)
         if live.state == "dropped" and live.sequence in self._live and (live.awaited or not live.announced):
-            self.enqueue(live, now, min(live.awaited.values(), default=None))
+            self.enqueue(live, now)
 
-    def _put_off(self, live: Live, now: float) -> None:
+    def put_off(self, live: Live, now: float) -> None:
         """Who waits for room next to a document waits for that document first, or does without it."""
         self._index.drop(live.sequence, live.prompt)
         for ask in [ask for ask in self._queue if ask.document == live.sequence]:
@@ -181,7 +200,7 @@ class Documents:
     def _give_up(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, and keep them in files before that where they come back sooner from there."""
         if live.saved is None and not live.released and self._spilling.pays(live, self._queue.policy.model):
-            self._put_off(live, now)
+            self.put_off(live, now)
             yield from self._spilling.begin(live, now)
         else:
             yield from self.drop(live, now)
@@ -214,7 +233,7 @@ class Documents:
         for number in account.documents:
             document = self._ledger.sequences[number]
             if document.lost and not document.sharers:
-                yield from self.drop(self._live[number], now)
+                yield from self._mend(self._live[number], now)
 
     # Room
 

@@ -309,7 +309,7 @@ class GManager(SchedulerPlugin):
             self._run(state, life.worker_lost(worker, monotonic()))
             for number, live in life.live.items():
                 if len(live.lost) > before[number] and live.ended is None:
-                    text = f"request {number} lost blocks with {worker}: {live.known_tokens} tokens are computed anew"
+                    text = f"request {number} lost blocks with {worker}: they are computed anew"
                     state.figures.happened(monotonic(), "repair", text)
                     logger.warning(text)
         self.submitter.worker_lost(worker)

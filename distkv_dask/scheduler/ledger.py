@@ -186,6 +186,22 @@ class Ledger:
             self.sequences[document].sharers.discard(sequence)
         return [span for span in rest if span.worker not in account.lost]
 
+    def mend(self, sequence: int, placement: Placement) -> None:
+        """Lay what a sequence lost elsewhere, as the policy chose from this very ledger; the rest stays as it is.
+
+        Raises
+        ------
+        ValueError
+            When others share its blocks, or blocks of it are being moved.
+        """
+        account = self.sequences[sequence]
+        if account.moves or account.sharers:
+            raise ValueError(f"sequence {sequence}: {account} cannot be mended")
+        self.epoch += 1
+        self._count(sequence, -1)
+        account.placement, account.lost = placement, set()
+        self._count(sequence, +1)
+
     def release(self, sequence: int) -> list[str]:
         """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it.
 

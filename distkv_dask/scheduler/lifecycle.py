@@ -29,6 +29,7 @@ from distkv_dask.scheduler.draining import moves_away
 from distkv_dask.scheduler.gangs import Gangs
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
+from distkv_dask.scheduler.mending import mended
 from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.performance import PerformanceModel
@@ -100,7 +101,12 @@ class Lifecycle:
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
         self.spilling = Spilling(self.ledger, self.live, lambda: self.block_bytes)
         self.documents = Documents(
-            self.ledger, self.live, self._queue, self.spilling, lambda number: self.moving.forget(number)
+            self.ledger,
+            self.live,
+            self._queue,
+            self.spilling,
+            lambda number: self.moving.forget(number),
+            self._document_lost,
         )
         self._gangs = Gangs(engine, gang_numbers, self.ledger)
         self.prefilling = Prefilling(self.ledger, self.live, self._gangs, config.prefill_chunk_tokens)
@@ -189,7 +195,36 @@ class Lifecycle:
             live.answering.discard(worker)
             yield from self._stop_prefill(live, "a worker with blocks of the document is gone", now)
         elif not self.ledger.sequences[live.sequence].sharers:  # else with the last of them
-            yield from self.documents.drop(live, now)
+            yield from self._document_lost(live, now)
+
+    def _document_lost(self, live: Live, now: float) -> Iterator[Command]:
+        """A document at rest lost blocks: they are computed now if there is room, else all of it when it is asked."""
+        self.documents.put_off(live, now)
+        yield from self._mend(live) or self.documents.drop(live, now)
+
+    def _mend(self, live: Live) -> list[Command]:
+        """Compute just what a sequence lost, elsewhere; nothing if there is no room for that now, or files have it."""
+        if live.released or live.saved is not None or not self.ledger.sequences[live.sequence].lost:
+            return []
+        placement = mended(self.ledger, self.policy, live)
+        if placement is None:
+            return []
+        account, number = self.ledger.sequences[live.sequence], live.sequence
+        gone, length = account.lost, account.length
+        spans = [(one.start, min(one.stop, length)) for one in account.placement if one.worker in gone]
+        lost = [(start, stop) for start, stop in spans if start < stop]
+        self.ledger.commit(number, min([length, *(start for start, _ in lost)]))
+        self.ledger.mend(number, placement)
+        commands: list[Command] = [
+            Reserve(span.worker, number, span.start, span.stop) for span in account.own if span.tokens
+        ]
+        if lost or length < live.known_tokens:
+            live.state, live.retries = "prefill", 0
+            commands.append(self.prefilling.begin(live, length, lost))
+        else:  # only room was lost
+            live.state = "decode"
+            commands += self._join(live)
+        return commands
 
     def _compute_again(self, live: Live, now: float) -> Iterator[Command]:
         """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
@@ -391,7 +426,7 @@ class Lifecycle:
         if live is None or gang not in live.chunks:
             return
         chunk = live.chunks.pop(gang)
-        self.ledger.commit(sequence, chunk.start + len(chunk.tokens))
+        self.ledger.commit(sequence, chunk.start + len(chunk.tokens) if live.chunks else live.known_tokens)
         self._pacer.prefilled(1 + len(chunk.gang.holders))
         yield Forget(chunk.gang, finished=True)
         if live.chunks or not (live.is_document or live.generated):
@@ -526,7 +561,8 @@ class Lifecycle:
         head = next(iter(self._queue))
         if head.document is not None and not self.documents.ready(head.document):
             return None
-        chosen = victims(self.ledger, self.live, head, self.documents.going())
+        rank = self._queue.rank(head.sequence)
+        chosen = victims(self.ledger, self.live, head, rank, self.documents.going())
         commands: list[Command] = []
         for number in chosen:
             live = self.live[number]
@@ -651,7 +687,10 @@ class Lifecycle:
         live = self.live[sequence]
         if live.is_document:
             live.forwards_ended, live.retries = False, 0
-            yield from self.documents.drop(live, now)
+            yield from self._mend(live) or self.documents.drop(live, now)
+        elif live.again and (commands := self._mend(live)):
+            live.again = False
+            yield from commands
         elif live.again and self.spilling.pays(live, self.policy.model):
             yield from self.spilling.begin(live, now)
         elif live.again:

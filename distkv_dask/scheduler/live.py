@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ class Live:
     ``released`` that it needs it no more; ``dependents`` are the requests that name it, of which those ``awaited``
     (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
-    workers that write or read files for it, ``failure`` the first that went wrong.
+    workers that write or read files for it, ``failure`` the first that went wrong. ``rank`` is its place when it last
+    waited for room.
 
     A request that loses blocks with a worker (all those are in ``lost``), or makes way for one of higher priority,
     retires to go on later (``again``): it waits once more, and goes on from its known tokens, whose KV is computed
@@ -62,6 +64,7 @@ class Live:
     released: bool = False
     dependents: set[int] = field(default_factory=set)
     awaited: dict[int, float] = field(default_factory=dict)
+    rank: float = math.inf
     used: float = 0.0
     saved: Saved | None = None
     saves: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from distkv_dask.types import Move, Placement, Span
 
@@ -52,6 +52,31 @@ def moved(placement: Placement, move: Move, block_tokens: int) -> Placement:
     [('a', 0, 4), ('b', 4, 8), ('a', 8, 12)]
     """
     return tuple(_joined(_cut(placement, move, block_tokens), block_tokens))
+
+
+def relaid(placement: Placement, lost: Collection[str], laid: Placement, block_tokens: int) -> Placement:
+    """A placement in which the spans of ``lost`` workers are replaced, in order, by those of ``laid``.
+
+    Examples
+    --------
+    >>> whole = (Span("a", 0, 8), Span("b", 8, 16), Span("a", 16, 21))
+    >>> [(span.worker, span.start, span.stop) for span in relaid(whole, {"a"}, (Span("c", 0, 4), Span("b", 4, 13)), 4)]
+    [('c', 0, 4), ('b', 4, 21)]
+    """
+    return tuple(_joined(_replace(placement, lost, laid), block_tokens))
+
+
+def _replace(placement: Placement, lost: Collection[str], laid: Placement) -> Iterator[Span]:
+    before = 0  # lost tokens so far
+    for span in placement:
+        if span.worker not in lost:
+            yield span
+            continue
+        for new in laid:
+            start, stop = max(new.start, before), min(new.stop, before + span.tokens)
+            if start < stop:
+                yield Span(new.worker, span.start + start - before, span.start + stop - before)
+        before += span.tokens
 
 
 def _cut(placement: Placement, move: Move, block_tokens: int) -> Iterator[Span]:

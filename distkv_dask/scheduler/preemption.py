@@ -6,21 +6,21 @@ from collections.abc import Collection, Mapping
 
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
-from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
+from distkv_dask.scheduler.policies.base import Ask
 
 
-def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, going: Collection[int]) -> list[int]:
+def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, rank: float, going: Collection[int]) -> list[int]:
     """Requests that should make way, the latest and least urgent first; none if it would be in vain.
 
-    A request only makes way for one of higher priority that it would have waited for, had both been waiting: so nobody
-    is passed by those who come for ever after.
+    A request only makes way for one of higher priority that is before it in the queue's order, too: so nobody is passed
+    by all who come after, for ever, and the one that waits gets the room.
 
     Parameters
     ----------
     ledger, live
         The lifecycle's.
-    head
-        The request whose turn it is, and that does not fit.
+    head, rank
+        The request whose turn it is, and that does not fit; its place in the queue.
     going
         Sequences that are about to give up their blocks.
     """
@@ -28,9 +28,8 @@ def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, going: Collecti
     need -= sum(_blocks(ledger, number) for number in going)
     if need <= 0 and going:
         return []  # one at a time where it does not fit for another reason
-    rank = head.submitted - head.priority * PRIORITY_SECONDS
     running = (live[number] for number in ledger.sequences)
-    below = [(_rank(one), one.sequence) for one in running if _may_wait(ledger, one, head) and _rank(one) > rank]
+    below = [(one.rank, one.sequence) for one in running if one.rank > rank and _may_wait(ledger, one, head)]
     chosen: list[int] = []
     for _, number in sorted(below, reverse=True):
         chosen.append(number)
@@ -42,10 +41,6 @@ def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, going: Collecti
 
 def _blocks(ledger: Ledger, number: int) -> int:
     return sum(ledger.blocks(span.tokens) for span in ledger.sequences[number].own)
-
-
-def _rank(live: Live) -> float:
-    return live.submitted - live.sampling.priority * PRIORITY_SECONDS
 
 
 def _may_wait(ledger: Ledger, live: Live, head: Ask) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from distkv_dask.scheduler.admission import prefill_slots
 from distkv_dask.scheduler.commands import Command, SubmitPrefill
@@ -40,8 +40,8 @@ class Prefilling:
         long = sum(not one.reused or len(one.prompt) - one.reused > self._chunk_tokens for one in prompts)
         return long < prefill_slots(self._ledger)
 
-    def begin(self, live: Live, start: int) -> SubmitPrefill:
-        """Compute what is known of a sequence, from a position on.
+    def begin(self, live: Live, start: int, lost: Sequence[tuple[int, int]] = ()) -> SubmitPrefill:
+        """Compute what is known of a sequence, from a position on, and before that what it ``lost``.
 
         Its last chunk draws the first token, unless it is a document or its tokens so far are only computed anew.
         """
@@ -50,7 +50,9 @@ class Prefilling:
         placement, known = account.placement, live.known
         draws = not live.is_document and not live.generated
         chunks: list[PrefillChunk] = []
-        for holder, first, last in cut_prompt(placement, start, len(known), step):
+        ranges = [*lost, (start, len(known))]
+        pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
+        for holder, first, last in pieces:
             worker = holder if self._ledger.workers[holder].can_decode else account.home
             holders = tuple(self._ledger.holders(placement, last, but=worker))
             gang = self._gangs.new("prefill", live.sequence, first // step, self._ledger.epoch, worker, holders)

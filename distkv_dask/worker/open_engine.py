@@ -121,7 +121,9 @@ class OpenEngine:
     # Messages of the gManager
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
-        """Allocate blocks; the ledger made sure that they are free."""
+        """Allocate blocks that are not there yet; the ledger made sure that they are free. Work may begin (again)."""
+        with self._lock:
+            self._retired.discard(sequence)
         self.runtime.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:

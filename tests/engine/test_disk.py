@@ -104,16 +104,12 @@ def test_a_document_comes_back_to_another_worker_than_it_left(monkeypatch: pytes
                 Path(worker.local_directory) for worker in workers if worker.address == left
             }
             before = (await engine.status())["totals"]["prefilled_tokens"]
-            others = [
-                engine.submit(prompt_ids(9, seed=at), SamplingParams(max_new_tokens=120, ignore_eos=True))
-                for at in range(2)
-            ]
+            scheduler.plugins["distkv"].engines[engine.id].lifecycle.ledger.retire_worker(
+                left
+            )  # nothing new goes there
             done = await document.ask(QUESTION, GREEDY)
             assert list(done.token_ids) == expected
-            moved = (await engine.status())["totals"]
-            assert moved["prefilled_tokens"] - before < 40, "it was not computed"
-            for one in others:
-                assert len((await one).token_ids) == 120
+            assert (await engine.status())["totals"]["prefilled_tokens"] - before == 9, "only the question was computed"
 
     run()
     assert sum(asked) > 0, "blocks were asked of the worker that has them"
