@@ -16,6 +16,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError, GangAbortedError, InvalidRequestError
 from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
 from distkv_dask.scheduler.admission import Admission
+from distkv_dask.scheduler.cache import PrefixCache
 from distkv_dask.scheduler.commands import (
     Command,
     Forget,
@@ -36,6 +37,7 @@ from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.scheduler.refusals import too_large, workers_lost
+from distkv_dask.scheduler.reuse import Reuse
 from distkv_dask.scheduler.saving import Saving
 from distkv_dask.types import (
     Endpoint,
@@ -96,7 +98,13 @@ class Lifecycle:
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
-        self.documents = Documents(self.ledger, self.live, self._queue, lambda number: self.moving.forget(number))
+        self.cache = PrefixCache(
+            self.ledger, self.live, lambda document: self.documents.ready(document), config.prefix_cache
+        )
+        self._reuse = Reuse(self.cache, self.ledger, self.live, self._queue)
+        self.documents = Documents(
+            self.ledger, self.live, self._queue, self.cache, lambda number: self.moving.forget(number)
+        )
         self._gangs = Gangs(engine, gang_numbers, self.ledger)
         self.prefilling = Prefilling(self.ledger, self.live, self._gangs, config.prefill_chunk_tokens)
         self._largest_blocks = 0
@@ -104,7 +112,9 @@ class Lifecycle:
         self._leaving: set[str] = set()
         self._ordinals: dict[str, int] = {}
         self._saving = Saving(self.ledger, self.live, self.documents, self._end)
-        self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
+        self.moving = Moving(
+            self.ledger, self.live, self.chains, config, self._join, self.cache.make_room, gang_numbers
+        )
 
     def know_costs(self, model: PerformanceModel) -> None:
         """Let the policy decide by this model from now on."""
@@ -137,6 +147,7 @@ class Lifecycle:
         if worker not in self.ledger.workers:
             return
         lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
+        yield from self.cache.worker_lost(worker)
         self._leaving.discard(worker)
         chain = self.chains.pop(worker)
         for gang in chain.gangs():
@@ -181,6 +192,7 @@ class Lifecycle:
         if worker in self.ledger.workers:
             (self._leaving.add if leaving else self._leaving.discard)(worker)
             self.ledger.retire_worker(worker, leaving)
+            yield from self.cache.drain(worker)
             yield from self._go_on(now)
 
     def is_drained(self, worker: str) -> bool:
@@ -215,7 +227,8 @@ class Lifecycle:
                 yield from self.moving.start(move, now)
 
     def _move_away(self, worker: str, now: float) -> Iterator[Command]:
-        held = [n for n in self.ledger.workers[worker].held if self.live[n].state in ("decode", "document")]
+        whole = (n for n in self.ledger.workers[worker].held if not self.ledger.sequences[n].lost)
+        held = [n for n in whole if self.live[n].state in ("decode", "document")]
         full = {number: self.moving.full_tokens(number) for number in held}
         for move, pause in moves_away(self.ledger, worker, full, self.config.window_batch):
             if self.moving.can_start(move, pause=pause):
@@ -332,6 +345,7 @@ class Lifecycle:
     def stop_all(self, now: float) -> Iterator[Command]:
         """The engine closes: end every request and admit no more."""
         self._ending = True
+        yield from self.cache.close()
         for sequence in list(self.live):
             yield from self.stop(sequence, "cancelled", now)
 
@@ -487,9 +501,11 @@ class Lifecycle:
                 continue
             ask, placement = admitted
             live = self.live[ask.sequence]
+            ask, placement = self._reuse.share(live, ask, placement, now)
             live.state, live.admitted = "prefill", live.admitted or now
             for span in placement:
                 if span.document is None:
+                    yield from self.cache.make_room(span.worker)
                     yield Reserve(span.worker, live.sequence, span.start, span.stop)
             if live.saved is not None:
                 yield from self._saving.begin(live)
