@@ -87,7 +87,12 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
     found: dict[bool, dict[str, list[float]]] = {
         split: {"prefill": [], "decode": [], "waiting": []} for split in (False, True)
     }
-    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": "160 MiB", "block_tokens": BLOCK}
+    settings: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "kv_memory": "160 MiB",
+        "block_tokens": BLOCK,
+        "prefix_cache": False,
+    }
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,

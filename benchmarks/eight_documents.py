@@ -58,7 +58,7 @@ def main() -> None:
     with (
         LocalCluster(n_workers=options.workers, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory) as engine,
+        Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory, prefix_cache=False) as engine,
     ):
         prompts = documents(engine, options.documents)
         engine.generate([prompts[0][:100]], SamplingParams(max_new_tokens=2))  # warm

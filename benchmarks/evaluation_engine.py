@@ -37,7 +37,7 @@ def mix(options: Any, long: int) -> list[tuple[list[int], SamplingParams]]:
 
 def serve(client: Client, policy: str, memory: int, requests: list[Any]) -> dict[str, Any]:
     """Wall time of all requests, and what became of them."""
-    with Engine(client, "smollm2-135m", kv_memory=memory, policy=policy) as engine:
+    with Engine(client, "smollm2-135m", kv_memory=memory, policy=policy, prefix_cache=False) as engine:
         engine.generate([[1] * 64] * 3, SamplingParams(max_new_tokens=4, ignore_eos=True))  # all awake
         began = time.perf_counter()
         done = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])

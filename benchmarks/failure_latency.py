@@ -128,7 +128,12 @@ def main() -> None:
     ):
         save_model(LAYERS, Path(folder))
         with Engine(
-            client, folder, kv_memory="32 MiB", timeout_receive=options.receive, timeout_start=options.start
+            client,
+            folder,
+            kv_memory="32 MiB",
+            prefix_cache=False,
+            timeout_receive=options.receive,
+            timeout_start=options.start,
         ) as engine:
             trouble = Trouble(client)
             for name, cause in (("garbage", trouble.garble), ("frozen", trouble.freeze), ("killed", trouble.kill)):

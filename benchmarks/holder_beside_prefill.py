@@ -43,7 +43,9 @@ def main() -> None:
         Client(cluster) as client,
     ):
         file = Path(folder) / "trace.json"
-        with Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory="256 MiB", trace=str(file)) as engine:
+        with Engine(
+            client, "smollm2-135m", dtype="bfloat16", kv_memory="256 MiB", trace=str(file), prefix_cache=False
+        ) as engine:
             ids = engine.tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
             decoding = engine.submit(ids[: options.tokens], SamplingParams(max_new_tokens=options.new, ignore_eos=True))
             while not any(one["generated_tokens"] > options.new // 4 for one in engine.status()["sequences"].values()):

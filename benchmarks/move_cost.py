@@ -59,7 +59,14 @@ def main() -> None:
         Client(cluster) as client,
     ):
         engines = [
-            Engine(client, "smollm2-135m", kv_memory=memory, window_steps=4, move_tokens_per_step=rate or 1)
+            Engine(
+                client,
+                "smollm2-135m",
+                kv_memory=memory,
+                prefix_cache=False,
+                window_steps=4,
+                move_tokens_per_step=rate or 1,
+            )
             for rate in rates
         ]
         for at, rate in enumerate(rates):

@@ -84,7 +84,13 @@ def main() -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        Engine(client, "smollm2-135m", kv_memory=max(memory, (6144 + 512) * 23_040), performance="measure") as engine,
+        Engine(
+            client,
+            "smollm2-135m",
+            kv_memory=max(memory, (6144 + 512) * 23_040),
+            performance="measure",
+            prefix_cache=False,
+        ) as engine,
     ):
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
         curves = {worker: one["performance"] for worker, one in engine.status()["workers"].items()}

@@ -41,7 +41,7 @@ def ours(options: Any) -> tuple[dict[str, float], list[int], list[list[int]]]:
     with (
         LocalCluster(n_workers=options.workers, threads_per_worker=options.threads, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory) as engine,
+        Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory, prefix_cache=False) as engine,
     ):
         document, questions = prompts(engine, options.tokens, options.questions)
         engine.generate([document[:100]] * options.workers, SamplingParams(max_new_tokens=2))  # warm

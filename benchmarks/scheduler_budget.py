@@ -94,7 +94,13 @@ def measure(client: Client, scheduler: psutil.Process, model: str, workers: int,
     if mode == "fixed":
         windows["window_max_seconds"] = asked
     with Engine(
-        client, model, kv_memory=BLOCKS * BLOCK_BYTES, block_tokens=BLOCK, prefill_chunk_tokens=8192, **windows
+        client,
+        model,
+        kv_memory=BLOCKS * BLOCK_BYTES,
+        block_tokens=BLOCK,
+        prefill_chunk_tokens=8192,
+        prefix_cache=False,
+        **windows,
     ) as engine:
         for _ in range(int(workers / 1.2)):
             engine.stream([1] * PROMPT, SamplingParams(max_new_tokens=NEW, ignore_eos=True))

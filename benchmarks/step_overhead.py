@@ -212,7 +212,8 @@ def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[s
     """Turns of an engine with all KV at home and one with a block elsewhere; the floor; a step as a Dask graph."""
     block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
     common: dict[str, Any] = {
-        "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel
+        "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel,
+        "prefix_cache": False,
     }  # fmt: skip
     blocks = CONTEXT // BLOCK
     with (

@@ -54,7 +54,7 @@ def main() -> None:
     arguments.add_argument("--trace", type=Path, metavar="FILE", help="keep the trace")
     options = arguments.parse_args()
     place_by(lambda tokens: [(1, options.tokens // 2), (0, None)])
-    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": "128 MiB"}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": "128 MiB", "prefix_cache": False}
     with (
         tempfile.TemporaryDirectory() as folder,
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,

@@ -73,6 +73,8 @@ class Config:
         How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     unencrypted_channels
         Whether ``"ucx"``, which cannot be encrypted, is allowed on a cluster with certificates.
+    prefix_cache
+        Whether blocks of requests that ended stay, until their room is needed, for requests that begin alike.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance
@@ -108,6 +110,7 @@ class Config:
     granularity: str = _key("granularity")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
+    prefix_cache: bool = _key("prefix-cache")
     policy: str = _key("policy")
     performance: str = _key("performance")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")

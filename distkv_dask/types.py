@@ -307,7 +307,7 @@ class Completion:
 
     ``token_ids`` are the generated ids (without the end-of-sequence token that ended them), ``placement`` says where
     the sequence's KV lay, ``error`` is the error's text when ``finish_reason`` is ``"error"``. ``reused_tokens`` of the
-    prompt were not computed: their KV was a document's.
+    prompt were not computed: their KV was a document's, or still there from a request that began alike.
     """
 
     text: str

@@ -519,8 +519,9 @@ class Engine:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
 
         ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks``, ``blocks`` (the capacity in
-        parts: ``own, lent, documents, free``), ``block_bytes``, ``disk_bytes`` (of KV on its disk), ``sequences``,
-        ``channels`` (which kind it opens to whom, and why) and ``window_seconds`` (length of its latest decode window);
+        parts: ``own, lent, documents``, and of what is free ``cached``, which may be used again, and ``free``),
+        ``block_bytes``, ``disk_bytes`` (of KV on its disk), ``sequences``, ``channels`` (which kind it opens to whom,
+        and why) and ``window_seconds`` (length of its latest decode window);
         ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``,
         ``document`` (whether it is one: its state is ``"document"``, or ``"dropped"`` while its KV is given up for
         others), its ``name``, whether its KV is ``saved`` in files, too, and ``questions`` (under way, about it);

@@ -33,7 +33,9 @@ class WorkerAccount:
     pending
         Tokens of prompts that are not computed yet, of sequences whose home it is.
     documents, documents_lent
-        Those of ``used``, and of ``lent``, that are documents', which no running request owns.
+        Those of ``used``, and of ``lent``, that are documents', or shared of requests that ended: no running request's.
+    cached
+        Free blocks in which the KV of requests that ended still stands (:mod:`~distkv_dask.scheduler.cache`).
     held
         Reserved blocks by sequence.
     homes
@@ -53,6 +55,7 @@ class WorkerAccount:
     pending: int = 0
     documents: int = 0
     documents_lent: int = 0
+    cached: int = 0
     held: dict[int, int] = field(default_factory=dict)
     homes: dict[int, None] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
@@ -69,13 +72,14 @@ class WorkerAccount:
         return self.capacity - self.used
 
     def parts(self) -> dict[str, int]:
-        """The capacity in parts: of running requests at home here, of others', of documents, and free."""
+        """The capacity in parts: of running requests at home here, of others', of documents, cached, and free."""
         lent = self.lent - self.documents_lent
         return {
             "own": self.used - self.documents - lent,
             "lent": lent,
             "documents": self.documents,
-            "free": self.free,
+            "cached": self.cached,
+            "free": self.free - self.cached,
         }
 
     @property

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.protocol import Delivery
 from distkv_dask.scheduler.admission import Admission
-from distkv_dask.scheduler.commands import Command, Free, Release
+from distkv_dask.scheduler.cache import PrefixCache
+from distkv_dask.scheduler.commands import Command, Free
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
@@ -29,7 +30,7 @@ class Documents:
 
     Parameters
     ----------
-    ledger, live, queue, spilling
+    ledger, live, queue, spilling, cache
         The lifecycle's.
     end_moves
         Told of a sequence whose blocks are about to be freed.
@@ -43,6 +44,7 @@ class Documents:
         live: MutableMapping[int, Live],
         queue: Admission,
         spilling: Spilling,
+        cache: PrefixCache,
         end_moves: Callable[[int], None],
         mend: Callable[[Live, float], Iterator[Command]],
     ) -> None:
@@ -50,6 +52,7 @@ class Documents:
         self._live = live
         self._queue = queue
         self._spilling = spilling
+        self._cache = cache
         self._end_moves = end_moves
         self._mend = mend
         self._index = PrefixIndex(ledger.block_tokens)
@@ -131,6 +134,9 @@ class Documents:
     def give_back(self, live: Live, now: float) -> Iterator[Command]:
         """A request that lost blocks gives back the others, and waits for room in its turn."""
         yield from self._free(live, now)
+        if live.document is not None and self._live[live.document].cached:
+            yield from self._leave(live, now)
+            live.document, live.borrows = None, False
         live.retries = 0
         self.enqueue(live, now, rank=live.rank)
 
@@ -216,11 +222,16 @@ class Documents:
         yield from self._free(live, now)
         yield from self._spilling.forget(live)
         del self._live[live.sequence]
+        yield from self._leave(live, now)
+
+    def _leave(self, live: Live, now: float) -> Iterator[Command]:
+        """A request depends on its document no more."""
         document = self._live.get(live.document) if live.document is not None else None
         if document is not None:
             document.dependents.discard(live.sequence)
             document.awaited.pop(live.sequence, None)
             document.used = now
+            yield from self._cache.left(document.sequence, live.sequence)
             yield from self.unneeded(document, now)
 
     def _free(self, live: Live, now: float) -> Iterator[Command]:
@@ -228,11 +239,10 @@ class Documents:
         if account is None:
             return
         self._end_moves(live.sequence)
-        for worker in self._ledger.release(live.sequence):
-            yield Release(worker, live.sequence)
+        yield from self._cache.free(live)
         for number in account.documents:
-            document = self._ledger.sequences[number]
-            if document.lost and not document.sharers:
+            document = self._ledger.sequences.get(number)  # None: it went with one that shared it
+            if document is not None and document.lost and not document.sharers:
                 yield from self._mend(self._live[number], now)
 
     # Room

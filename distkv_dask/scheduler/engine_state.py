@@ -238,6 +238,8 @@ class EngineState:
         }
         sequences: dict[int, dict[str, Any]] = {}
         for number, live in life.live.items():
+            if live.cached:  # nobody's, but part of what others lie on
+                continue
             account = life.ledger.sequences.get(number)
             sequences[number] = {
                 "state": live.state,

@@ -308,7 +308,7 @@ class GManager(SchedulerPlugin):
             before = {number: len(live.lost) for number, live in life.live.items()}
             self._run(state, life.worker_lost(worker, monotonic()))
             for number, live in life.live.items():
-                if len(live.lost) > before[number] and live.ended is None:
+                if len(live.lost) > before.get(number, 0) and live.ended is None:
                     text = f"request {number} lost blocks with {worker}: they are computed anew"
                     state.figures.happened(monotonic(), "repair", text)
                     logger.warning(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
@@ -201,6 +201,24 @@ class Ledger:
         self._count(sequence, -1)
         account.placement, account.lost = placement, set()
         self._count(sequence, +1)
+
+    def resize(self, sequence: int, own: Iterable[Span]) -> None:
+        """Let a stored document have other spans of its own, more or fewer; who shares it shares none of those that go.
+
+        Raises
+        ------
+        ValueError
+            When there is no room for more.
+        """
+        account = self.sequences[sequence]
+        before = account.placement
+        self._count(sequence, -1)
+        account.placement = (*(span for span in before if span.document is not None), *own)
+        account.length = account.prompt = account.stop
+        self._count(sequence, +1)
+        if any(self.workers[worker].free < 0 for worker in account.workers()):
+            self.resize(sequence, (span for span in before if span.document is None))
+            raise ValueError(f"sequence {sequence}: no room for more of it")
 
     def release(self, sequence: int) -> list[str]:
         """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it.
@@ -406,7 +424,8 @@ class Ledger:
             guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
             assert entry.held == held[worker], (worker, entry)
             assert entry.homes.keys() == {n for n in homes if not self.sequences[n].idle}, (worker, entry)
-            assert entry.used == sum(held[worker].values()) <= entry.capacity, (worker, entry)
+            assert entry.used == sum(held[worker].values()) <= entry.capacity - entry.cached, (worker, entry)
+            assert entry.cached >= 0, (worker, entry)
             assert entry.lent == sum(guests.values()), (worker, entry)
             assert entry.documents == sum(held[worker][n] for n in held[worker] if self.sequences[n].idle), entry
             assert entry.documents_lent == sum(guests[n] for n in guests if self.sequences[n].idle), entry

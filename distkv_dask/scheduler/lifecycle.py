@@ -16,6 +16,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError, GangAbortedError, InvalidRequestError
 from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
 from distkv_dask.scheduler.admission import Admission
+from distkv_dask.scheduler.cache import PrefixCache
 from distkv_dask.scheduler.commands import (
     Command,
     Forget,
@@ -38,6 +39,7 @@ from distkv_dask.scheduler.preemption import victims
 from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.scheduler.refusals import too_large, workers_lost
+from distkv_dask.scheduler.reuse import Reuse
 from distkv_dask.scheduler.saving import Saving
 from distkv_dask.scheduler.spilling import Spilling
 from distkv_dask.types import (
@@ -99,12 +101,17 @@ class Lifecycle:
         self.live: dict[int, Live] = {}
         self.chains: dict[str, WindowChain] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
+        self.cache = PrefixCache(
+            self.ledger, self.live, lambda document: self.documents.ready(document), config.prefix_cache
+        )
+        self._reuse = Reuse(self.cache, self.ledger, self.live, self._queue)
         self.spilling = Spilling(self.ledger, self.live, lambda: self.block_bytes)
         self.documents = Documents(
             self.ledger,
             self.live,
             self._queue,
             self.spilling,
+            self.cache,
             lambda number: self.moving.forget(number),
             self._document_lost,
         )
@@ -124,7 +131,9 @@ class Lifecycle:
             self._forget,
             self._join,
         )
-        self.moving = Moving(self.ledger, self.live, self.chains, config, self._join, gang_numbers)
+        self.moving = Moving(
+            self.ledger, self.live, self.chains, config, self._join, self.cache.make_room, gang_numbers
+        )
 
     def know_costs(self, model: PerformanceModel) -> None:
         """Let the policy decide by this model from now on."""
@@ -161,6 +170,7 @@ class Lifecycle:
         if worker not in self.ledger.workers:
             return
         lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
+        yield from self.cache.worker_lost(worker)
         self._leaving.discard(worker)
         chain = self.chains.pop(worker)
         for gang in chain.gangs():
@@ -215,9 +225,11 @@ class Lifecycle:
         lost = [(start, stop) for start, stop in spans if start < stop]
         self.ledger.commit(number, min([length, *(start for start, _ in lost)]))
         self.ledger.mend(number, placement)
-        commands: list[Command] = [
-            Reserve(span.worker, number, span.start, span.stop) for span in account.own if span.tokens
-        ]
+        commands: list[Command] = []
+        for span in account.own:
+            if span.tokens:
+                commands += self.cache.make_room(span.worker)
+                commands.append(Reserve(span.worker, number, span.start, span.stop))
         if lost or length < live.known_tokens:
             live.state, live.retries = "prefill", 0
             commands.append(self.prefilling.begin(live, length, lost))
@@ -238,6 +250,7 @@ class Lifecycle:
         if worker in self.ledger.workers:
             (self._leaving.add if leaving else self._leaving.discard)(worker)
             self.ledger.retire_worker(worker, leaving)
+            yield from self.cache.drain(worker)
             yield from self._go_on(now)
 
     def is_drained(self, worker: str) -> bool:
@@ -272,7 +285,8 @@ class Lifecycle:
                 yield from self.moving.start(move, now)
 
     def _move_away(self, worker: str, now: float) -> Iterator[Command]:
-        held = [n for n in self.ledger.workers[worker].held if self.live[n].state in ("decode", "document")]
+        whole = (n for n in self.ledger.workers[worker].held if not self.ledger.sequences[n].lost)
+        held = [n for n in whole if self.live[n].state in ("decode", "document")]
         full = {number: self.moving.full_tokens(number) for number in held}
         for move, pause in moves_away(self.ledger, worker, full, self.config.window_batch):
             if self.moving.can_start(move, pause=pause):
@@ -389,6 +403,7 @@ class Lifecycle:
     def stop_all(self, now: float) -> Iterator[Command]:
         """The engine closes: end every request and admit no more."""
         self._ending = True
+        yield from self.cache.close()
         for sequence in list(self.live):
             yield from self.stop(sequence, "cancelled", now)
 
@@ -547,9 +562,11 @@ class Lifecycle:
                 continue
             ask, placement = admitted
             live = self.live[ask.sequence]
+            ask, placement = self._reuse.share(live, ask, placement, now)
             live.state, live.admitted = "prefill", live.admitted or now
             for span in placement:
                 if span.document is None:
+                    yield from self.cache.make_room(span.worker)
                     yield Reserve(span.worker, live.sequence, span.start, span.stop)
             if live.saved is not None:
                 yield from self._saving.begin(live)

@@ -22,7 +22,8 @@ class Live:
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one. ``document`` is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do
-    without, ``borrows`` if the client did not name it. Of a document, ``announced`` says that its client knows it,
+    without, ``borrows`` if the client did not name it; a ``cached`` one is what requests share just now of one that
+    ended (:mod:`~distkv_dask.scheduler.cache`). Of a document, ``announced`` says that its client knows it,
     ``released`` that it needs it no more; ``dependents`` are the requests that name it, of which those ``awaited``
     (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
@@ -59,6 +60,7 @@ class Live:
     reused: int = 0
     alone: bool = False
     borrows: bool = False
+    cached: bool = False
     ended: FinishReason | None = None
     announced: bool = False
     released: bool = False
@@ -70,6 +72,13 @@ class Live:
     saves: bool = False
     answering: set[str] = field(default_factory=set)
     failure: Exception | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a request whose client has not named what it shares, and does not keep it."""
+        if self.is_document or self.saves or self.keeps or self.alone:
+            return False
+        return self.document is None or self.borrows
 
     @property
     def tokens(self) -> int:

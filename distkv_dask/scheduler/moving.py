@@ -50,6 +50,8 @@ class Moving:
         Pace and limits in time.
     join
         Hands a sequence to its home (again).
+    make_room
+        Makes sure that a worker's pool has the room that the ledger reserved there.
     numbers
         Gives each move a number that no other has.
     """
@@ -61,6 +63,7 @@ class Moving:
         chains: Mapping[str, WindowChain],
         config: Config,
         join: Callable[[Live], Iterator[Command]],
+        make_room: Callable[[str], Iterator[Command]],
         numbers: Iterator[int],
     ) -> None:
         self._ledger = ledger
@@ -68,6 +71,7 @@ class Moving:
         self._chains = chains
         self._config = config
         self._join = join
+        self._make_room = make_room
         self._numbers = numbers
         self._moves: dict[int, _UnderWay] = {}
         self._step_seconds: dict[str, float] = {}
@@ -113,6 +117,7 @@ class Moving:
         self._ledger.start_move(move)
         number, pauses = next(self._numbers), move.stop > self.full_tokens(move.sequence)
         self._moves[number] = _UnderWay(number, move, pauses, now + self._config.timeout_receive)
+        yield from self._make_room(move.target)
         yield Expect(move.target, number, move.sequence, move.start, move.stop)
 
     def expected(self, number: int, refusal: str, now: float) -> Iterator[Command]:

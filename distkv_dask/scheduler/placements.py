@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 
 from distkv_dask.types import Move, Placement, Span
 
@@ -41,6 +42,20 @@ def shared(placement: Placement, document: int, tokens: int) -> Placement:
 def shifted(placement: Placement, tokens: int) -> Placement:
     """A placement that begins ``tokens`` tokens later."""
     return tuple(Span(span.worker, span.start + tokens, span.stop + tokens, span.document) for span in placement)
+
+
+def clipped(placement: Iterable[Span], start: int, stop: int) -> Iterator[Span]:
+    """What of a placement lies within tokens ``[start, stop)``.
+
+    Examples
+    --------
+    >>> [(span.worker, span.start, span.stop) for span in clipped((Span("a", 0, 8), Span("b", 8, 16)), 4, 8)]
+    [('a', 4, 8)]
+    """
+    for span in placement:
+        first, last = max(span.start, start), min(span.stop, stop)
+        if first < last:
+            yield replace(span, start=first, stop=last)
 
 
 def moved(placement: Placement, move: Move, block_tokens: int) -> Placement:

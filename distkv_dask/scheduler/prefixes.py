@@ -32,12 +32,12 @@ class PrefixIndex:
 
     def add(self, document: int, tokens: array[int]) -> None:
         """A document is stored."""
-        for key in self._chain(tokens):
+        for key in chain(tokens, self._size):
             self._documents.setdefault(key, {})[document] = None
 
     def drop(self, document: int, tokens: array[int]) -> None:
         """A document is stored no more (no error if it was not)."""
-        for key in self._chain(tokens):
+        for key in chain(tokens, self._size):
             if (documents := self._documents.get(key)) is not None:
                 documents.pop(document, None)
                 if not documents:
@@ -46,14 +46,16 @@ class PrefixIndex:
     def find(self, tokens: array[int]) -> int | None:
         """The document, of those that have most blocks in common with a prompt, that was stored first."""
         found = None
-        for key in self._chain(tokens):
+        for key in chain(tokens, self._size):
             if key not in self._documents:
                 break
             found = next(iter(self._documents[key]))
         return found
 
-    def _chain(self, tokens: array[int]) -> Iterator[int]:
-        before = 0
-        for at in range(0, len(tokens) // self._size * self._size, self._size):
-            before = hash((before, tokens[at : at + self._size].tobytes()))
-            yield before
+
+def chain(tokens: array[int], block_tokens: int) -> Iterator[int]:
+    """The hash of each whole block, which covers all tokens before it, too."""
+    before = 0
+    for at in range(0, len(tokens) // block_tokens * block_tokens, block_tokens):
+        before = hash((before, tokens[at : at + block_tokens].tobytes()))
+        yield before

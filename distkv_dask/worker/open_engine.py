@@ -310,6 +310,7 @@ class OpenEngine:
             return
         if state.sequence in result.finished:
             del self._batch[state.sequence]
+            self._holders.pop(state.sequence, None)
             return
         self._batch[state.sequence] = replace(
             present,

@@ -94,7 +94,7 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
             await until(lambda: data("memory")["label"])
             await long
             document = await engine.ingest(prompt_ids(88, 5))
-            keep = engine.submit(prompt_ids(200), SamplingParams(max_new_tokens=3600, ignore_eos=True))
+            keep = engine.submit(prompt_ids(200, 6), SamplingParams(max_new_tokens=3600, ignore_eos=True))
             await until(lambda: data("sequences")["state"] == ["document", "decode"] and data("throughput")["ago"])
             for panel in ("memory", "sequences", "throughput", "requests", "step", "latencies"):
                 assert all(await asyncio.to_thread(lambda panel=panel: list(data(panel).values()))), panel

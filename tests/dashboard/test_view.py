@@ -28,7 +28,7 @@ def test_bars_add_up_to_the_ledger_and_nothing_is_left_out() -> None:
     shown = view_of(life, Figures(), "m", str, 1.0)
     for bar in shown.workers:
         account = life.ledger.workers[bar.label]
-        assert (bar.own + bar.lent, bar.free) == (account.used, account.free)
+        assert (bar.own + bar.lent, bar.cached + bar.free) == (account.used, account.free)
     assert sum(bar.lent for bar in shown.workers) == sum(blocks for _, _, blocks in shown.debts)
     assert sum(bar.borrowed for bar in shown.workers) == sum(blocks for _, _, blocks in shown.debts)
     assert sum(shown.states.values()) == 12
@@ -47,8 +47,8 @@ def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
     requests = sum(life.ledger.blocks(span.tokens) for span in life.ledger.sequences[0].own)
     assert sum(bar.own + bar.lent for bar in shown.workers) == requests > 0
     for bar in shown.workers:
-        assert bar.own + bar.lent + bar.documents + bar.free == 9
-        assert min(bar.own, bar.lent, bar.documents, bar.free) >= 0
+        assert bar.own + bar.lent + bar.documents + bar.cached + bar.free == 9
+        assert min(bar.own, bar.lent, bar.documents, bar.cached, bar.free) >= 0
 
 
 def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_out() -> None:
@@ -59,7 +59,7 @@ def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_
     assert shown.workers[-1].label == "160 others"
     assert len(shown.sequences) == SEQUENCES
     assert shown.more_sequences == 1000 - SEQUENCES
-    total = sum(bar.own + bar.lent + bar.documents + bar.free for bar in shown.workers)
+    total = sum(bar.own + bar.lent + bar.documents + bar.cached + bar.free for bar in shown.workers)
     assert total == life.ledger.capacity_blocks
 
 

@@ -94,13 +94,15 @@ async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool for worker in workers]
         for _ in range(200):  # the ledger knows first, the pools when the message comes
             status = await engine.status()
-            ledger = [one["used_blocks"] for one in status["workers"].values()]
-            if not any(ledger) and not any(pool.used_blocks for pool in pools):
+            ledger = [status["workers"][worker.address] for worker in workers]
+            left = [pool.used_blocks - one["blocks"]["cached"] for pool, one in zip(pools, ledger, strict=True)]
+            if not any(left) and not any(one["used_blocks"] for one in ledger):
                 break
             await asyncio.sleep(0.05)
         assert status["sequences"] == {}
-        assert not any(ledger)
-        assert not any(pool.used_blocks for pool in pools)
+        assert not any(one["used_blocks"] for one in ledger)
+        assert not any(left)
+        assert sum(one["blocks"]["cached"] for one in ledger) == (30 + 39) // 8, "of the one that was not cancelled"
 
 
 @engine_test()
@@ -220,6 +222,8 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
 
         def resources() -> tuple[int, int, int]:
             tables = sum(worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers)
+            ledger = scheduler.plugins["distkv"].engines[engine.id].lifecycle.ledger
+            tables -= sum(account.cached for account in ledger.workers.values())
             threads = [one for one in threading.enumerate() if not one.name.startswith(POOLS)]
             return tables, len(threads), len(psutil.Process().net_connections("all"))
 

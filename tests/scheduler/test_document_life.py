@@ -7,7 +7,7 @@ from array import array
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import BLOCK, Simulated, cluster_of, expected, finish, mishaps, settle
+from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, mishaps, settle
 
 from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError, WorkerLostError
 from distkv_dask.scheduler.lifecycle import MAX_LOSSES
@@ -64,8 +64,7 @@ def test_a_document_that_is_released_early_is_freed_with_its_last_question() -> 
         ask(cluster, 3)
     finish(cluster)
     assert cluster.tokens[2] == expected(2, 20)
-    assert not cluster.life.live
-    assert not any(cluster.pools.values())
+    assert_nothing_left(cluster)
 
 
 def test_questions_of_one_document_decode_at_one_home() -> None:
@@ -146,8 +145,7 @@ def test_a_turn_of_a_chat_shares_the_blocks_of_the_turn_before() -> None:
     for number in (0, 1, 2):  # the oldest first: its blocks are needed by the others
         assert used(cluster) == 8
         cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
-    assert not cluster.life.live
-    assert not any(cluster.pools.values())
+    assert_nothing_left(cluster)
 
 
 def test_blocks_of_a_document_at_rest_leave_a_worker_that_is_drained() -> None:
@@ -176,8 +174,7 @@ def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits
     finish(cluster)
     assert cluster.reused[3] == 0
     assert cluster.tokens[3] == expected(3, 5)
-    assert not cluster.life.live
-    assert not any(cluster.pools.values())
+    assert_nothing_left(cluster)
 
 
 asked = st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 40), st.booleans())
@@ -224,11 +221,7 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
         assert number not in cluster.life.live or cluster.life.live[number].is_document
         cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
     settle(cluster)
-    assert not cluster.life.live
-    assert not cluster.life.ledger.sequences
-    assert not any(cluster.pools.values())
-    assert not any(cluster.disks.values())
-    assert not cluster.life.spilling.used
+    assert_nothing_left(cluster)
 
 
 def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[int, int]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -46,12 +47,12 @@ def token(sequence: int, index: int) -> int:
 class Simulated:
     """Workers that enact commands: pools by sequence, batches by home, and a bag of runnable tasks.
 
-    A pool has for each sequence its logical blocks, and of each whether it holds the KV that belongs there.
+    A pool has for each sequence its logical blocks, and of each the tokens whose KV it holds.
     """
 
     life: Lifecycle
     rng: random.Random
-    pools: dict[str, dict[int, dict[int, bool]]] = field(default_factory=dict)
+    pools: dict[str, dict[int, dict[int, tuple[int, ...]]]] = field(default_factory=dict)
     placements: dict[int, Placement] = field(default_factory=dict)
     moves: list[do.Expect | do.Send | do.Relocate] = field(default_factory=list)
     refusing: bool = False
@@ -64,7 +65,7 @@ class Simulated:
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
     reused: dict[int, int] = field(default_factory=dict)
-    disks: dict[str, dict[str, int]] = field(default_factory=dict)
+    disks: dict[str, dict[str, dict[int, tuple[int, ...]]]] = field(default_factory=dict)
     files: list[do.Store | do.Fetch] = field(default_factory=list)
     now: float = 0.0
     allocated: set[int] = field(default_factory=set)
@@ -75,6 +76,8 @@ class Simulated:
         for command in commands:  # type: ignore[attr-defined]
             self.enact(command)
         self.life.ledger.check()
+        for worker, account in self.life.ledger.workers.items():
+            assert sum(map(len, self.pools[worker].values())) <= account.used + account.cached
         self.now += 0.01
 
     def enact(self, command: do.Command) -> None:
@@ -151,18 +154,25 @@ class Simulated:
     def reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
         table = self.pools[worker].setdefault(sequence, {})
         for block in blocks(start, stop):
-            table.setdefault(block, False)  # a sequence that is mended keeps what it has
+            table.setdefault(block, ())  # a sequence that is mended keeps what it has
         assert sum(map(len, self.pools[worker].values())) <= self.life.ledger.workers[worker].capacity
 
-    def store(self, sequence: int, placement: Placement, start: int, stop: int) -> None:
-        """Compute the KV of some tokens: all before them has to be where the placement says."""
+    def store(self, sequence: int, placement: Placement, start: int, stop: int, more: Sequence[int] = ()) -> None:
+        """Compute the KV of some tokens: all before them has to be where the placement says.
+
+        ``more`` is what was generated since the last commit.
+        """
+        live = self.life.live[sequence]
+        text = [*live.prompt, *live.generated, *more]
         for span in placement:
             owner = sequence if span.document is None else span.document
             for block in blocks(span.start, min(span.stop, start)):
-                assert self.pools[span.worker][owner][block], "KV is not where the home looks for it"
+                there = self.pools[span.worker][owner][block]
+                wanted = text[block * BLOCK : min(start, (block + 1) * BLOCK)]
+                assert [*there[: len(wanted)]] == wanted, "KV is not where the home looks for it"
             for block in blocks(max(span.start, start), min(span.stop, stop)):
                 assert owner == sequence, "written into a document's blocks"
-                self.pools[span.worker][sequence][block] = True
+                self.pools[span.worker][sequence][block] = tuple(text[block * BLOCK : min(stop, (block + 1) * BLOCK)])
 
     def go_on(self, message: do.Expect | do.Send | do.Relocate) -> None:
         """A worker works on one message of a move, and answers."""
@@ -194,13 +204,14 @@ class Simulated:
         if isinstance(message, do.Store):
             files = []
             for start, stop in message.ranges:
-                # one that was given up meanwhile is written all the same, and of no use
-                useful = all(table.get(block, False) for block in blocks(start, stop))
                 name = f"{message.saved.tag}-{start}"
-                files.append(SavedFile(name, start, stop, int(useful), 0, worker))
+                files.append(SavedFile(name, start, stop, 0, 0, worker))
+                # a sequence that was given up meanwhile is written all the same, and of no use
+                self.disks[worker][name] = {block: table[block] for block in blocks(start, stop) if block in table}
             if self.refusing and self.rng.random() < 0.2:
+                for file in files:
+                    del self.disks[worker][file.name]
                 files, failure = [], OSError("the disk is full")
-            self.disks[worker].update({file.name: file.bytes for file in files})
             self.run(life.saved(message.number, worker, tuple(files), failure, self.now))
             return
         for start, stop in message.ranges:
@@ -209,9 +220,8 @@ class Simulated:
                 if not held or held[0].name not in self.disks.get(held[0].worker, {}):
                     failure = OSError("not on any disk")
                     continue
-                assert held[0].bytes, "a copy is used that was not whole"
                 assert block in table, "read into somebody else's blocks"
-                table[block] = True
+                table[block] = self.disks[held[0].worker][held[0].name][block]
         self.run(life.fetched(message.sequence, worker, failure, self.now))
 
     def attend(self, gang: Gang, holders: tuple[Endpoint, ...]) -> None:
@@ -324,7 +334,7 @@ class Simulated:
                     finished[sequence] = "stop"
                     break
                 tokens[sequence].append(token(sequence, index))
-                self.store(sequence, placement, length, length + 1)
+                self.store(sequence, placement, length, length + 1, tokens[sequence])
                 length, remaining, index = length + 1, remaining - 1, index + 1
             if not remaining:
                 finished[sequence] = "length"
@@ -349,6 +359,21 @@ class Simulated:
         gangs += [chain[0].gang for chain in self.chunks if chain]
         if gangs:
             self.run(self.life.gang_failed(self.rng.choice(gangs).number, error, self.now))
+
+
+def assert_nothing_left(cluster: Simulated) -> None:
+    """No request, and no block but cached ones; those go when the engine closes."""
+    life = cluster.life
+    assert not life.live
+    assert not life.ledger.sequences
+    for worker, account in life.ledger.workers.items():
+        assert account.used == 0
+        assert sum(map(len, cluster.pools[worker].values())) == account.cached
+    assert not any(cluster.disks.values())
+    assert not life.spilling.used
+    cluster.run(life.stop_all(cluster.now))
+    assert len(life.cache) == 0
+    assert not any(cluster.pools.values())
 
 
 def cluster_of(seed: int, *capacities: int, **config: float) -> Simulated:
@@ -429,11 +454,7 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
         assert (reason == "error") == (error is not None)
         assert not isinstance(error, WorkerLostError) or events.count("lose") > MAX_LOSSES
         assert (reason == "cancelled") == (number in cancelled)
-    assert not life.live
-    assert not life.ledger.sequences
-    assert not any(cluster.pools.values())
-    assert not any(cluster.disks.values())
-    assert not life.spilling.used
+    assert_nothing_left(cluster)
 
 
 def finish(cluster: Simulated) -> None:
@@ -540,8 +561,7 @@ def test_a_request_can_be_cancelled_while_the_rest_of_it_retires_to_be_computed_
     cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
     assert cluster.ends == {0: ("cancelled", None)}
     finish(cluster)
-    assert not cluster.life.live
-    assert not any(cluster.pools.values())
+    assert_nothing_left(cluster)
 
 
 def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever() -> None:

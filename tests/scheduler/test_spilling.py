@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from test_document_life import ask, prompt, stored, used
-from test_lifecycle import Simulated, cluster_of, expected, finish
+from test_lifecycle import Simulated, assert_nothing_left, cluster_of, expected, finish
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.types import SamplingParams
@@ -181,9 +181,7 @@ def test_a_preempted_request_can_be_cancelled_on_its_way_to_disk_and_back() -> N
         finish(cluster)
         assert cluster.ends[1] == ("cancelled", None)
         assert cluster.ends[2] == ("length", None)
-        assert not cluster.life.live
-        assert not any(cluster.pools.values())
-        assert not any(cluster.disks.values())
+        assert_nothing_left(cluster)
 
 
 def test_a_preempted_request_survives_the_loss_of_a_worker_on_its_way_to_disk() -> None:

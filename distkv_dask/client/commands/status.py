@@ -72,11 +72,11 @@ def _table(name: str, engine: dict[str, Any]) -> RenderableType:
         f"{requests}; {finished} finished, {totals.get('generated_tokens', 0)} tokens"
     )
     table = Table("worker", title=title, title_justify="left")
-    for column in ("KV used", "KV room", "lent to others", "documents", "on disk", "home of"):
+    for column in ("KV used", "KV room", "lent to others", "documents", "cached", "on disk", "home of"):
         table.add_column(column, justify="right")
     for worker, one in engine["workers"].items():
         size, parts = engine["block_tokens"], one["blocks"]
-        counts = one["used_blocks"], one["capacity_blocks"], parts["lent"], parts["documents"]
+        counts = one["used_blocks"], one["capacity_blocks"], parts["lent"], parts["documents"], parts["cached"]
         tokens = (f"{count * size:,} tokens" for count in counts)
         table.add_row(worker, *tokens, format_bytes(one["disk_bytes"]), str(one["sequences"]))
     return table

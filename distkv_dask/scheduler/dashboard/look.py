@@ -8,7 +8,7 @@ from typing import Any
 from bokeh.models import ColumnDataSource
 from bokeh.plotting import figure
 
-OWN, LENT, DOCUMENTS, FREE = "#0072B2", "#E69F00", "#009E73", "#BDBDBD"
+OWN, LENT, DOCUMENTS, CACHED, FREE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#BDBDBD"
 COMPUTE, SENDING, WAITING, GAP = "#0072B2", "#56B4E9", "#E69F00", "#999999"
 PREFILL, DECODE = "#D55E00", "#0072B2"
 

@@ -7,14 +7,14 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from dask.utils import format_bytes
 
-from distkv_dask.scheduler.dashboard.look import DOCUMENTS, FREE, LENT, OWN, TEXT, legend, panel, source
+from distkv_dask.scheduler.dashboard.look import CACHED, DOCUMENTS, FREE, LENT, OWN, TEXT, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
 
-PARTS = ("own", "lent", "documents", "free")
+PARTS = ("own", "lent", "documents", "cached", "free")
 
 
 class MemoryPanel:
-    """A bar for each worker's pool: blocks of its own sequences, of others', of documents, and free ones."""
+    """A bar for each worker's pool: blocks of its own sequences, of others', of documents, cached and free ones."""
 
     name = "memory"
 
@@ -27,11 +27,11 @@ class MemoryPanel:
             list(PARTS),
             y="label",
             height=0.8,
-            color=[OWN, LENT, DOCUMENTS, FREE],
-            fill_alpha=[0.9, 0.9, 0.9, 0.35],
+            color=[OWN, LENT, DOCUMENTS, CACHED, FREE],
+            fill_alpha=[0.9, 0.9, 0.9, 0.5, 0.35],
             line_color=None,
             source=self.source,
-            legend_label=["own sequences", "lent to others", "documents", "free"],
+            legend_label=["own sequences", "lent to others", "documents", "cached", "free"],
         )
         self.root.text(
             x=0, y="label", text="bytes", x_offset=4, text_baseline="middle", text_font_size="8pt", source=self.source,
@@ -44,8 +44,9 @@ class MemoryPanel:
                     ("own", "@own blocks of @homes sequences"),
                     ("lent to others", "@lent blocks"),
                     ("documents", "@documents blocks"),
+                    ("cached, and free", "@cached blocks"),
                     ("borrowed from others", "@borrowed blocks"),
-                    ("free", "@free blocks"),
+                    ("empty", "@free blocks"),
                 ]
             )
         )
@@ -59,7 +60,7 @@ class MemoryPanel:
         data = {name: [getattr(bar, name) for bar in bars] for name in ("label", *PARTS, "borrowed", "homes", "role")}
         rooms = [sum(getattr(bar, part) for part in PARTS) for bar in bars]
         data["bytes"] = [
-            f"{format_bytes((room - bar.free) * size)} of {format_bytes(room * size)}"
+            f"{format_bytes((room - bar.cached - bar.free) * size)} of {format_bytes(room * size)}"
             for bar, room in zip(bars, rooms, strict=True)
         ]
         labels = data["label"][::-1]

@@ -27,19 +27,20 @@ STATES = ("waiting", "prefill", "decode", "retiring")
 
 @dataclass(frozen=True, slots=True)
 class WorkerBar:
-    """One worker's pool in blocks, or several workers' together; own, lent, documents and free make up the capacity."""
+    """One worker's pool in blocks, or several workers' together; all parts up to free make up the capacity."""
 
     label: str
     role: str
     own: int
     lent: int
     documents: int
+    cached: int
     free: int
     borrowed: int
     homes: int
 
 
-SUMS = ("own", "lent", "documents", "free", "borrowed", "homes")
+SUMS = ("own", "lent", "documents", "cached", "free", "borrowed", "homes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,9 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
     others = [account for account in ledger.workers.values() if account.worker not in shown]
     if others:
         bars.append(_together(others))
-    largest = [
-        life.live[number]
-        for _, number in heapq.nlargest(SEQUENCES, ((one.stop, number) for number, one in ledger.sequences.items()))
-    ]
+    placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.live[number].cached)
+    largest = [life.live[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
+    states = states_of(life)
     debts = heapq.nlargest(WORKERS, ledger.debts().items(), key=lambda item: item[1])
     return View(
         time=now,
@@ -123,12 +123,12 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
         block_bytes=life.block_bytes,
         block_tokens=ledger.block_tokens,
         epoch=ledger.epoch,
-        states=states_of(life),
+        states=states,
         workers=tuple(bars),
         more_workers=len(others),
         debts=tuple((label(debtor), label(creditor), blocks) for (debtor, creditor), blocks in debts),
         sequences=tuple(_row(life, live, label, now) for live in sorted(largest, key=lambda live: live.sequence)),
-        more_sequences=len(life.live) - len(largest),
+        more_sequences=states.total() - len(largest),
         anatomy=_anatomy(figures, shown, label),
         latencies={
             "in the queue": figures.queue.percentiles(),
@@ -143,7 +143,7 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
 
 def states_of(life: Lifecycle) -> Counter[str]:
     """How many live requests are in which state."""
-    return Counter(str(live.state) for live in life.live.values())
+    return Counter(str(live.state) for live in life.live.values() if not live.cached)
 
 
 def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
