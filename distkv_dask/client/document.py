@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -12,6 +13,7 @@ from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn,
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.pictures import document_html
 from distkv_dask.client.saved_document import SavedDocument, plain_source, prepare, write_metadata
+from distkv_dask.client.together import submit_all, wait_for_all
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.protocol import Saved
 from distkv_dask.types import Completion, Placement, SamplingParams
@@ -20,7 +22,29 @@ if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
 
 
-class Document:
+class _Kept(ABC):
+    """What stays on the cluster until its user needs it no more: the end of a ``with`` block (or ``async with``)."""
+
+    engine: Engine
+
+    @abstractmethod
+    async def _end(self) -> None:
+        """Need it no more."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.engine.client.sync(self._end)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._end()
+
+
+class Document(_Kept):
     """A text whose KV cache stays on the cluster, shared by all questions on it; made by ``Engine.ingest``.
 
     It is a context manager (``async with`` for asynchronous clients) that releases it at the end.
@@ -99,7 +123,7 @@ class Document:
             if sampling is not None and not isinstance(sampling, SamplingParams):
                 raise InvalidRequestError("one question takes one SamplingParams, not a list")
             return self.engine.client.sync(_result, self.submit(cast(Question, question), sampling))
-        return self.engine._answer([*question], sampling, self.submit)
+        return self.engine.client.sync(wait_for_all, submit_all([*question], sampling, self.submit))
 
     def submit(self, question: Question, sampling: SamplingParams | None = None) -> Generation:
         """Ask a question and return at once, as ``Engine.submit`` does."""
@@ -117,7 +141,7 @@ class Document:
 
     def release(self) -> Any:
         """Need it no more: its KV is freed once the questions under way have ended."""
-        return self.engine.client.sync(self._release)
+        return self.engine.client.sync(self._end)
 
     def save(self, place: str | Path) -> Any:
         """Save its KV, so that an engine of the same model can load it; returns when all is written.
@@ -148,22 +172,10 @@ class Document:
         )  # fmt: skip
         await asyncio.to_thread(write_metadata, place, saved)
 
-    async def _release(self) -> None:
+    async def _end(self) -> None:
         if not self._released:
             self._released = True
             await self.engine._library.release(self.number)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._release()
 
     @property
     def is_released(self) -> bool:
@@ -198,13 +210,14 @@ class Document:
         return self.engine._submit_ids(self.prompt(question), sampling, on_text, self.number).generation
 
 
-class Chat:
+class Chat(_Kept):
     """A conversation about a document: each turn's KV is kept and shared by the next one.
 
     A context manager; the end of it frees the turns, and leaves the document as it is.
     """
 
     def __init__(self, document: Document) -> None:
+        self.engine = document.engine
         self.document = document
         self.turns: list[Turn] = []
         """Questions and answers so far."""
@@ -224,11 +237,11 @@ class Chat:
         self.document._check()
         if self._asking:
             raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
-        engine, last = self.document.engine, self._numbers[-1] if self._numbers else self.document.number
+        last = self._numbers[-1] if self._numbers else self.document.number
         ids = self.document._prompt(question, self.turns)
-        request = engine._submit_ids(ids, sampling, None, last, keeps=True)
+        request = self.engine._submit_ids(ids, sampling, None, last, keeps=True)
         self._asking = True
-        return engine.client.sync(self._take, question, request.number, request.generation)
+        return self.engine.client.sync(self._take, question, request.number, request.generation)
 
     async def _take(self, question: Question, number: int, generation: Generation) -> Completion:
         try:
@@ -241,24 +254,12 @@ class Chat:
 
     def close(self) -> Any:
         """Free the turns."""
-        return self.document.engine.client.sync(self._close)
+        return self.engine.client.sync(self._end)
 
-    async def _close(self) -> None:
+    async def _end(self) -> None:
         numbers, self._numbers = self._numbers, []
         if numbers:
-            await self.document.engine._library.release(*numbers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._close()
+            await self.engine._library.release(*numbers)
 
 
 async def _result(generation: Generation) -> Completion:

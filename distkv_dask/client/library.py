@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distkv_dask.client.conversation import Conversation
 from distkv_dask.client.document import Document
 from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
 from distkv_dask.client.errand import Errand
@@ -26,33 +26,15 @@ class Library:
 
     Parameters
     ----------
-    engine
-        The engine.
-    numbers
-        Gives requests and documents their numbers.
-    send
-        Sends a request on its way, and knows it from then on.
-    flushed
-        Waits until all requests so far have arrived.
-    stop
-        Tells the gManager that a request, or a document, is needed no more.
+    engine, conversation
+        The engine, and its conversation with the gManager.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        numbers: Iterator[int],
-        send: Callable[[Errand], None],
-        flushed: Callable[[], Awaitable[None]],
-        stop: Callable[[int], Awaitable[None]],
-    ) -> None:
+    def __init__(self, engine: Engine, conversation: Conversation) -> None:
         self.documents: dict[str, Document] = {}
         self._engine = engine
-        self._numbers = numbers
+        self._conversation = conversation
         self._unnamed = itertools.count()
-        self._send = send
-        self._flushed = flushed
-        self._stop = stop
 
     async def ingest(self, source: Prompt | Path, name: str | None) -> Document:
         """See :meth:`distkv_dask.Engine.ingest`."""
@@ -83,7 +65,7 @@ class Library:
     async def _hand_in(
         self, source: Prompt, name: str | None, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
     ) -> Document:
-        number = next(self._numbers)
+        number = self._conversation.number()
         if name is None:
             free = (f"document-{at}" for at in self._unnamed)
             name = next(one for one in free if one not in self.documents)
@@ -100,12 +82,12 @@ class Library:
 
     async def save(self, document: int, saved: Saved) -> Delivery:
         """Have a document's blocks written; the delivery names the files."""
-        number = next(self._numbers)
+        number = self._conversation.number()
         return await self._run(Submission(number, array("i"), None, document=document, saved=saved))
 
     async def _run(self, submission: Submission) -> Delivery:
-        errand = Errand(submission, self._engine._cancel)
-        self._send(errand)
+        errand = Errand(submission, self._conversation.cancel)
+        self._conversation.submit(errand)
         try:
             return await errand
         except asyncio.CancelledError:
@@ -116,6 +98,16 @@ class Library:
         """Need documents no more, after the questions that are on their way to them."""
         for name in [name for name, one in self.documents.items() if one.number in numbers]:
             del self.documents[name]
-        await self._flushed()
+        await self._conversation.flushed()
         for number in numbers:
-            await self._stop(number)
+            await self._conversation.give_up(number)
+
+    def begin(self, ids: list[int]) -> int:
+        """Hand in tokens that many prompts begin with, from any thread, and return the document's number at once."""
+        number = self._conversation.number()
+        self._conversation.submit(Errand(Submission(number, array("i", ids), None), self._conversation.cancel))
+        return number
+
+    def end(self, number: int) -> None:
+        """Need such a document no more, from any thread."""
+        self._conversation.release(number)

@@ -80,7 +80,7 @@ def _status(engine: Engine) -> Any:
     if engine.client.asynchronous:
         return None
     try:
-        return engine.client.sync(engine._call, ClientCall.STATUS, engine=engine.id, callback_timeout=PATIENCE)
+        return engine.client.sync(engine._conversation.ask, ClientCall.STATUS, callback_timeout=PATIENCE)
     except (DistKVError, OSError, RuntimeError):  # the last: the client's event loop is closed
         return None
 

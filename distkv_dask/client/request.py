@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from array import array
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
+from dataclasses import replace
 
 from distkv_dask.client.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
-from distkv_dask.errors import EngineClosedError
+from distkv_dask.errors import EngineClosedError, InvalidRequestError
+from distkv_dask.json_schema import grammar_of
 from distkv_dask.protocol import Delivery, Submission
 from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
 
@@ -101,3 +104,27 @@ class Request:
         """End the request with an error."""
         with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             self.generation.set_exception(error)
+
+
+def checked(sampling: SamplingParams | None, tokens: int, window: float) -> SamplingParams:
+    """Sampling parameters as a prompt of so many tokens can be served, with a seed where they need one.
+
+    Raises
+    ------
+    InvalidRequestError
+        When they are of another type, their schema cannot be followed, or prompt and answer do not fit into the model's
+        ``window`` of tokens.
+    """
+    sampling = SamplingParams() if sampling is None else sampling
+    if not isinstance(sampling, SamplingParams):
+        raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
+    if sampling.schema is not None:
+        grammar_of(str(sampling.schema))
+    if tokens + sampling.max_new_tokens > window:
+        raise InvalidRequestError(
+            f"a prompt of {tokens} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
+            f"model's window of {window} tokens: shorten the prompt or lower max_new_tokens"
+        )
+    if sampling.seed is None and sampling.temperature > 0:
+        return replace(sampling, seed=secrets.randbits(62))
+    return sampling

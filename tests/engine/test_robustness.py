@@ -96,7 +96,7 @@ async def test_a_tokenizer_that_fails_fails_its_request_alone(
 ) -> None:
     async with tiny(client) as engine:
         good, bad = engine.submit(prompt_ids(20), TWO), engine.submit(prompt_ids(20), LONG)
-        engine._requests[1]._stream.add = lambda tokens: [][0]  # type: ignore[method-assign]
+        engine._conversation._requests[1]._stream.add = lambda tokens: [][0]  # type: ignore[method-assign]
         with pytest.raises(DistKVError, match="index"):
             await bad
         assert (await good).finish_reason == "length"

@@ -48,7 +48,7 @@ class RowDocuments:
             ids = self._prefix(content)
             self._row = row
             if len(ids) >= self._engine.config.block_tokens:
-                self._last = RowDocument(self._engine._begin_document(ids))
+                self._last = RowDocument(self._engine._library.begin(ids))
                 self._held.add(self._last)
         if self._last is not None:
             self._last.open += 1
@@ -76,7 +76,7 @@ class RowDocuments:
     def _release(self, document: RowDocument) -> None:
         if not document.open and not document.more and document in self._held:
             self._held.discard(document)
-            self._engine._end_document(document.number)
+            self._engine._library.end(document.number)
 
     def _prefix(self, content: Content) -> list[int]:
         """What the prompts of all questions begin with; nothing where they are too long for the model's window."""

@@ -1,0 +1,257 @@
+"""What an engine at the client and the gManager say to each other: requests out, news in, and calls in between.
+
+All of it happens on the event loop of the Dask client; what other threads may call says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from distributed import Client
+
+from distkv_dask.client.errand import Errand
+from distkv_dask.client.request import Request
+from distkv_dask.errors import DistKVError, EngineClosedError
+from distkv_dask.protocol import ClientCall, Delivery, pack, unpack
+from distkv_dask.types import FinishReason
+
+logger = logging.getLogger("distributed.distkv.engine")
+
+PATIENCE = 10.0
+"""Seconds that the answer to a call for news may be late before the scheduler counts as gone."""
+
+POLL = 10.0
+"""Seconds that a call for news waits at the gManager."""
+
+
+class Conversation:
+    """Knows every request from its submission to its end.
+
+    Parameters
+    ----------
+    client
+        Dask client.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.is_closed = False
+        """Whether the user has had enough of it."""
+        self._engine = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._broken: DistKVError | None = None
+        self._numbers = itertools.count()
+        self._requests: dict[int, Request | Errand] = {}
+        self._outgoing: list[Request | Errand] = []
+        self._flushing: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    # Its beginning and end
+
+    def begin(self, engine: str) -> None:
+        """The engine of this id is open: listen to what the gManager says of it."""
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._spawn(self._listen())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be submitted."""
+        return self._loop is not None and not self.is_closed and self._broken is None
+
+    def check_open(self) -> None:
+        """Raise :class:`EngineClosedError` if no requests can be submitted; from any thread."""
+        if self.is_closed:
+            raise EngineClosedError("the engine is closed: make a new one")
+        if self._broken is not None:
+            raise EngineClosedError(f"the engine broke: {self._broken}")
+        if self._loop is None:
+            raise EngineClosedError("the engine is not open yet: await it, or use `async with`")
+
+    def end(self) -> None:
+        """Cancel all requests, and listen no more. Calls can still be made."""
+        self.is_closed = True
+        for request in list(self._requests.values()):
+            request.generation.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+
+    # Requests
+
+    def number(self) -> int:
+        """A number for a new request or document; from any thread."""
+        return next(self._numbers)
+
+    def submit(self, request: Request | Errand) -> None:
+        """Send a request on its way, after those before it; from any thread.
+
+        Raises
+        ------
+        EngineClosedError
+            When the engine is closed.
+        """
+        self.check_open()
+        self._requests[request.number] = request
+        self._soon(self._send, request)
+
+    def cancel(self, number: int) -> None:
+        """Tell the gManager that nobody waits for a request any more; from any thread."""
+        self._soon(self._send_cancel, number)
+
+    def release(self, number: int) -> None:
+        """Need a document no more, after the requests so far; from any thread."""
+        if not self.is_closed:
+            self._soon(lambda: self._spawn(self._release(number)))
+
+    async def flushed(self) -> None:
+        """Wait until the requests so far have arrived at the gManager."""
+        await asyncio.sleep(0)  # those of this moment are about to be sent
+        if self._flushing is not None:
+            await asyncio.wait([self._flushing])
+
+    async def give_up(self, number: int) -> None:
+        """Tell the gManager that a request, or a document, is needed no more."""
+        if not self.is_closed:
+            await self.ask_quietly(ClientCall.STOP, request=number, reason="cancelled")
+
+    async def _release(self, number: int) -> None:
+        await self.flushed()
+        await self.give_up(number)
+
+    def _soon(self, call: Any, *arguments: Any) -> None:
+        assert self._loop is not None  # it was checked when the request was submitted
+        self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _send(self, request: Request | Errand) -> None:
+        """Requests that arrive together travel together, and all of them in order.
+
+        One call is under way at a time: two could overtake each other, and a question the document that it is about.
+        """
+        self._outgoing.append(request)
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._spawn(self._flush())
+
+    async def _flush(self) -> None:
+        await asyncio.sleep(0)
+        while self._outgoing:
+            requests, self._outgoing = self._outgoing, []
+            await self._submit_all(requests)
+
+    async def _submit_all(self, requests: list[Request | Errand]) -> None:
+        payload = [one.submission() for one in requests if not one.generation.cancelled()]
+        try:
+            refused = await self.ask(ClientCall.SUBMIT, requests=pack(payload))
+        except Exception as failure:
+            refused = {number: _ours(failure) for number, *_ in payload}
+        for number, error in refused.items():
+            if (refusal := self._requests.pop(number, None)) is not None:
+                refusal.fail(error)
+        for request in requests:
+            if request.generation.cancelled():  # perhaps before the cluster knew of it
+                self._stop(request.number, "cancelled")
+
+    def _send_cancel(self, number: int) -> None:
+        if self._requests.pop(number, None) is not None and not self.is_closed:
+            self._stop(number, "cancelled")
+
+    def _stop(self, number: int, reason: FinishReason) -> None:
+        self._spawn(self.ask_quietly(ClientCall.STOP, request=number, reason=reason))
+
+    # News
+
+    async def _listen(self) -> None:
+        """Take news from the gManager until the engine closes or the scheduler is gone."""
+        heard, failures = 0, 0
+        while not self.is_closed:
+            wait = 0.0 if failures else POLL
+            try:
+                news = await asyncio.wait_for(self.ask(ClientCall.EVENTS, heard=heard, wait=wait), wait + PATIENCE)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures == 1 and not isinstance(error, DistKVError):
+                    continue  # once more: the gManager keeps what was not heard
+                self._break(_ours(error))
+                return
+            heard += len(news)
+            for delivery in news:
+                self._hear(delivery)
+
+    def _hear(self, delivery: Delivery) -> None:
+        if (request := self._requests.get(delivery.sequence)) is None:
+            return
+        try:
+            over = request.receive(delivery)
+        except Exception as error:  # a tokenizer that cannot decode what its model says, for instance
+            logger.exception("request %d of engine %s", delivery.sequence, self._engine)
+            request.fail(_ours(error))
+            over = True
+            self._stop(delivery.sequence, "error")
+        if over:
+            self._requests.pop(delivery.sequence, None)
+        elif request.wants_stop():
+            self._stop(delivery.sequence, "stop")
+
+    def _break(self, error: DistKVError) -> None:
+        """Nothing can be heard of the cluster any more: end all requests."""
+        self._broken = error
+        for number in list(self._requests):
+            self._requests.pop(number).fail(error)
+
+    # Calls
+
+    async def call(self, call: ClientCall, **arguments: Any) -> Any:
+        """Call the gManager.
+
+        Raises
+        ------
+        EngineClosedError
+            The scheduler is gone.
+        DistKVError
+            What the gManager says.
+        """
+        if self.client.scheduler is None:
+            raise EngineClosedError("the Dask client is closed")
+        try:
+            return unpack(await getattr(self.client.scheduler, call)(**arguments))
+        except DistKVError:
+            raise
+        except OSError as error:
+            if self.client.status == "running":
+                raise
+            raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
+
+    async def ask(self, call: ClientCall, **arguments: Any) -> Any:
+        """Call the gManager about the engine; raises as :meth:`call` does."""
+        return await self.call(call, engine=self._engine, **arguments)
+
+    async def ask_quietly(self, call: ClientCall, **arguments: Any) -> None:
+        """Call the gManager about the engine, which may be gone."""
+        with contextlib.suppress(EngineClosedError, OSError):
+            await self.ask(call, **arguments)
+
+    def ask_soon(self, call: ClientCall, **arguments: Any) -> None:
+        """Call the gManager about the engine, which may be gone, and do not wait; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and the engine with it
+            self._soon(lambda: self._spawn(self.ask_quietly(call, **arguments)))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _ours(error: Exception) -> DistKVError:
+    if isinstance(error, DistKVError):
+        return error
+    return EngineClosedError(f"the Dask scheduler does not answer as it should: {error!r}")

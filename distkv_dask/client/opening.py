@@ -1,0 +1,93 @@
+"""How an engine comes to be on a cluster, and how it ends: the gManager installed, the model checked and loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from functools import partial
+from typing import Any
+
+from dask.base import get_annotations
+from distributed import Client, span
+
+from distkv_dask.client.conversation import Conversation
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.client.trace_fetcher import TraceFetcher
+from distkv_dask.client.trace_file import TraceFile
+from distkv_dask.config import Config
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
+from distkv_dask.model_source import ModelSource
+from distkv_dask.model_support import check_supported
+from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, EngineSpec, pack
+from distkv_dask.scheduler.gmanager import GManager
+
+
+class Opening:
+    """Opens a new engine, which ends with its client; follows it with a trace if one is wanted.
+
+    Parameters
+    ----------
+    model, dtype, config
+        What the workers are to load, and how.
+    """
+
+    def __init__(self, model: ModelSource, dtype: str, config: Config) -> None:
+        self.model = model
+        engine, token = secrets.token_hex(4), secrets.token_hex(32)
+        span = dask_span("distkv", f"{model.name.rsplit('/', 1)[-1]} {engine}")
+        self.spec = EngineSpec(engine, model.name, dtype, token, config, model.rope_scaling, span)
+        self._trace: TraceFetcher | None = None
+
+    async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+        """Open it; returns what the workers said, and the model's tokenizer."""
+        engine, client, loop = self.spec.engine, conversation.client, asyncio.get_running_loop()
+        if self.spec.config.trace:
+            fetch = partial(conversation.ask, ClientCall.TRACE)
+            self._trace = TraceFetcher(TraceFile(self.spec.config.trace, engine), fetch)
+        await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
+        await _install(client)
+        loading = loop.run_in_executor(None, self.model.tokenizer)
+        try:
+            facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id)
+            if not facts:  # Dask answers nothing to calls that nobody handles
+                raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
+            tokenizer = Tokenizer(await loading, facts["vocab_size"])
+        except BaseException:  # interrupted ones too: no worker may be left with a model that nobody uses
+            loading.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
+            await asyncio.shield(self._close(conversation))
+            raise
+        conversation.begin(engine)
+        if self._trace is not None:
+            self._trace.start()
+        return facts, tokenizer
+
+    async def end(self, conversation: Conversation) -> None:
+        """Free everything on the cluster."""
+        if self._trace is not None:
+            await self._trace.close()
+        await self._close(conversation)
+
+    async def _close(self, conversation: Conversation) -> None:
+        with contextlib.suppress(EngineClosedError, OSError):
+            await conversation.call(ClientCall.CLOSE, engine=self.spec.engine)
+
+
+def dask_span(*tags: str) -> DaskSpan:
+    """A Dask span within the one that the caller is in."""
+    with span(*tags):
+        found: DaskSpan = get_annotations()["span"]
+        return found
+
+
+async def _install(client: Client) -> None:
+    """Install the gManager, once per cluster."""
+    try:
+        await client.register_plugin(GManager(), name=PLUGIN)
+    except DistKVError:
+        raise
+    except Exception as error:
+        raise ClusterError(
+            f"the gManager could not be installed in the scheduler: {error!r}. Scheduler and workers need the same "
+            f"distkv-dask as this process; see the scheduler's log."
+        ) from error
