@@ -230,8 +230,8 @@ class Engine:
         Returns
         -------
         Document
-            Its KV stays until it is released, or the engine closed. Where memory is short, it goes to disk and comes back
-            when it is asked next (``distkv.spill``).
+            Its KV stays until it is released, or the engine closed. Where memory is short, it goes to disk and comes
+            back when it is asked next (``distkv.spill``).
 
         Raises
         ------
