@@ -226,6 +226,9 @@ class Conversation:
         except DistKVError:
             raise
         except OSError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # for Dask's UCX comm that is a connection that was closed
+                raise asyncio.CancelledError from error
             if self.client.status == "running":
                 raise
             raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
