@@ -36,6 +36,16 @@ const plain = found instanceof Map ? Object.fromEntries(found) : found;
 return Object.fromEntries(Object.entries(plain).map(([name, column]) => [name, Array.from(column)]));
 """
 
+DRAWN = """
+const cells = [];
+const walk = (root) => root.querySelectorAll("*").forEach((one) => {
+  if (one.classList.contains("slick-cell")) cells.push(one.textContent);
+  if (one.shadowRoot) walk(one.shadowRoot);
+});
+walk(document);
+return cells;
+"""
+
 
 @pytest.fixture
 def browser() -> Iterator[webdriver.Chrome]:
@@ -98,6 +108,10 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
             await until(lambda: data("sequences")["state"] == ["document", "decode"] and data("throughput")["ago"])
             for panel in ("memory", "sequences", "throughput", "requests", "step", "latencies"):
                 assert all(await asyncio.to_thread(lambda panel=panel: list(data(panel).values()))), panel
+            seen = await asyncio.to_thread(lambda: data("sequences")["generated"][1])
+            await until(
+                lambda: (row := data("sequences")["generated"][1]) != seen and row in browser.execute_script(DRAWN)
+            )
             status = await engine.status()
             bars = await asyncio.to_thread(data, "memory")
             assert sum(bars["documents"]) == blocks_of(document.tokens, 8)

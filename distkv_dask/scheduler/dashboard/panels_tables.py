@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import ClassVar
 
-from bokeh.models import DataTable, HTMLTemplateFormatter, TableColumn
+from bokeh.models import CustomJS, DataTable, HTMLTemplateFormatter, TableColumn
 
 from distkv_dask.pictures import PALETTE
 from distkv_dask.scheduler.dashboard.look import source
@@ -45,6 +45,9 @@ class _Table:
             selectable=False,
             reorderable=False,
         )
+        # Bokeh 3.9 draws a table anew only when the number of its rows changes
+        redraw = CustomJS(args={"view": self.root.view}, code="view.change.emit()")
+        self.source.js_on_change("data", redraw)
 
     def update(self, view: View | None) -> None:
         """Show a view; nothing where there is none."""
