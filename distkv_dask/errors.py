@@ -74,3 +74,8 @@ class TooManyErrorsError(DistKVError):
 
 class MissingProgramError(DistKVError, ImportError):
     """Something optional that is not installed was asked for; the message says how to install it."""
+
+
+def portable(error: Exception, where: str) -> DistKVError:
+    """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey."""
+    return error if isinstance(error, DistKVError) else DistKVError(f"{type(error).__name__} on {where}: {error}")

@@ -63,14 +63,15 @@ class Saving:
         assert live.saved is not None
         ranges = ranges_of(account.placement if live.saves else account.own, live.known_tokens)
         live.answering = set(ranges)
+        live.state = "saving" if live.saves else "fetching"
+        if live.saves:
+            self._files[live.sequence] = []
         for worker, some in ranges.items():
             if live.saves:
                 assert live.document is not None
                 yield Store(worker, live.sequence, live.document, some, live.saved)
             else:
                 yield Fetch(worker, live.sequence, some, live.saved)
-        live.state = "saving" if live.saves else "fetching"
-        self._files[live.sequence] = []
 
     # Written
 

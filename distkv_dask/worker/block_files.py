@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from distkv_dask.errors import DistKVError, SavedDocumentError
+from distkv_dask.errors import DistKVError, SavedDocumentError, portable
 from distkv_dask.protocol import OWN_DISK, FromWorker, Saved, SavedFile
 from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.storage import blocks_within, read_blocks, read_rows, uncovered, write_blocks
+from distkv_dask.worker.storage import blocks_within, overlapping, read_blocks, read_rows, uncovered, write_blocks
 
 FREE_PART = 0.5
 """Part of the free disk that is filled at most."""
@@ -48,7 +48,7 @@ class BlockFiles:
     silence
         Seconds that another worker may take for an answer.
     tell
-        Sends an event to the gManager.
+        Sends an event of the engine to the gManager.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class BlockFiles:
             disk = self._disk if saved.place == OWN_DISK else None
             files = await self._run(disk, self._write, sequence, ranges, saved)
         except Exception as failure:
-            error = self._ours(failure, f"saving sequence {sequence}")
+            error = portable(failure, f"worker {self._worker} in saving sequence {sequence}")
         self._tell(FromWorker.STORED, (number, files, error))
 
     async def fetch(self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
@@ -91,13 +91,13 @@ class BlockFiles:
             for start, stop in ranges:
                 if (gap := uncovered(start, stop, saved.files)) < stop:
                     raise SavedDocumentError(f"tokens {gap} to {stop} of sequence {sequence} are in none of its files")
-                for file in saved.files:
+                for file in overlapping(start, stop, saved.files):
                     if file.worker in ("", self._worker):
                         await self._run(None, self._read, sequence, start, stop, saved, file)
                     else:
                         await self._ask(peer, sequence, start, stop, file)
         except Exception as failure:
-            error = self._ours(failure, f"loading sequence {sequence}")
+            error = portable(failure, f"worker {self._worker} in loading sequence {sequence}")
         self._tell(FromWorker.FETCHED, (sequence, error))
 
     async def rows(self, file: SavedFile, first: int, count: int) -> np.ndarray:
@@ -164,9 +164,3 @@ class BlockFiles:
 
     def _place(self, saved: Saved) -> str:
         return str(self._folder) if saved.place == OWN_DISK else saved.place
-
-    def _ours(self, error: Exception, what: str) -> DistKVError:
-        """Others' errors may not survive the journey to the client."""
-        if isinstance(error, DistKVError):
-            return error
-        return DistKVError(f"{type(error).__name__} on worker {self._worker} in {what}: {error}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError
+from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, portable
 from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
 from distkv_dask.types import (
     DecodeWindow,
@@ -347,10 +347,8 @@ class OpenEngine:
         with self._lock:
             if gang.number in self._aborted:
                 return
-        self._tell(FromWorker.GANG_FAILED, self.spec.engine, (gang.number, self._ours(error, gang.name)))
-
-    def _ours(self, error: Exception, where: str) -> DistKVError:
-        """Others' errors may not survive the journey to the client."""
-        if isinstance(error, DistKVError):
-            return error
-        return DistKVError(f"{type(error).__name__} on worker {self.worker} in {where}: {error}")
+        self._tell(
+            FromWorker.GANG_FAILED,
+            self.spec.engine,
+            (gang.number, portable(error, f"worker {self.worker} in {gang.name}")),
+        )

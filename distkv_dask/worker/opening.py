@@ -104,10 +104,12 @@ def build_engine(
     timing = partial(measure, spec.engine, one, runtime, lanes, has_model=model is not None)
     timings = measured(key, spec.config.performance, timing)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
-    told = partial(_tell, tell, spec.engine)
-    files = BlockFiles(pool, worker.address, folder, spec.config.spill, spec.config.timeout_receive, told)
+    files = BlockFiles(
+        pool,
+        worker.address,
+        folder,
+        spec.config.spill,
+        spec.config.timeout_receive,
+        lambda event, payload: tell(event, spec.engine, payload),
+    )
     return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, tell, timings)
-
-
-def _tell(tell: Callable[[FromWorker, str, Any], None], engine: str, event: FromWorker, payload: Any) -> None:
-    tell(event, engine, payload)

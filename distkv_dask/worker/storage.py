@@ -53,7 +53,7 @@ def write_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, n
 
 
 def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, file: SavedFile) -> None:
-    """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of a folder holds them.
+    """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of a folder holds them (some).
 
     Raises
     ------
@@ -68,11 +68,14 @@ def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, fi
 def blocks_within(pool: Pool, sequence: int, start: int, stop: int, file: SavedFile) -> tuple[list[int], int]:
     """Blocks of the pool for the tokens that are in ``[start, stop)`` and in a file; and their first row there."""
     first, last = max(start, file.start), min(stop, file.stop)
-    if first >= last:
-        return [], 0
     size = pool.block_tokens
     blocks = pool.find(sequence, [(start, stop)])
     return blocks[(first - start) // size : -(-(last - start) // size)], (first - file.start) // size
+
+
+def overlapping(start: int, stop: int, files: Iterable[SavedFile]) -> list[SavedFile]:
+    """The files that hold some of the tokens ``[start, stop)``: no other needs to be opened."""
+    return [file for file in files if file.start < stop and start < file.stop]
 
 
 def uncovered(start: int, stop: int, files: Iterable[SavedFile]) -> int:

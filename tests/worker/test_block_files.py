@@ -1,0 +1,53 @@
+"""Blocks read from files: only those that are needed are opened, and nothing is missing unseen."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distkv_dask.errors import SavedDocumentError
+from distkv_dask.protocol import FromWorker, Saved, SavedFile
+from distkv_dask.worker.block_files import BlockFiles
+from distkv_dask.worker.pool import Pool
+
+BLOCK = 4
+
+
+def pool_of(blocks: int) -> Pool:
+    return Pool(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=BLOCK, blocks=blocks)
+
+
+async def no_peer(file: SavedFile, first: int, count: int) -> Any:
+    raise AssertionError("another worker was asked")
+
+
+def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
+    told: list[tuple[FromWorker, Any]] = []
+    files = BlockFiles(
+        pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, lambda event, payload: told.append((event, payload))
+    )
+    pool.reserve(1, 0, 16)
+    pool.storage.copy_(torch.rand(pool.storage.shape))
+    before = pool.storage[list(pool.table(1))].clone()
+
+    async def run() -> None:
+        await files.store(1, 1, [(0, 8), (8, 16)], Saved(str(tmp_path)))
+        _, (_, written, error) = told.pop()
+        assert error is None
+        (tmp_path / written[1].name).unlink()  # of no use to who holds the first half
+        pool.storage[list(pool.table(1))] = 0
+        await files.fetch(no_peer, 1, [(0, 8)], Saved(str(tmp_path), written))
+        assert told.pop() == (FromWorker.FETCHED, (1, None))
+        await files.fetch(no_peer, 1, [(0, 16)], Saved(str(tmp_path), written))
+        _, (_, missing) = told.pop()
+        assert isinstance(missing, SavedDocumentError)
+        await files.fetch(no_peer, 1, [(0, 16)], Saved(str(tmp_path), written[:1]))
+        _, (_, missing) = told.pop()
+        assert "tokens 8 to 16" in str(missing)
+
+    asyncio.run(run())
+    files.close()
+    assert torch.equal(pool.storage[list(pool.table(1))][:2], before[:2])
