@@ -43,16 +43,11 @@ class Admission:
         """The waiting requests, in order."""
         return (self._asks[sequence][1] for _, sequence in self._order)
 
-    def wait(self, ask: Ask, rank: float | None = None) -> float:
-        """A request waits from now on; returns its rank (the policy's, if none is given): the lowest is first."""
+    def wait(self, ask: Ask, rank: float | None = None) -> None:
+        """A request waits from now on; the lowest ``rank`` is first (the policy's, if none is given)."""
         rank = self.policy.rank(ask) if rank is None else rank
         self._asks[ask.sequence] = rank, ask
         self._order.add((rank, ask.sequence))
-        return rank
-
-    def rank(self, sequence: int) -> float:
-        """A waiting request's place."""
-        return self._asks[sequence][0]
 
     def withdraw(self, sequence: int) -> Ask:
         """A request waits no more."""

@@ -122,7 +122,8 @@ class Documents:
             shared=live.reused,
             is_document=live.is_document,
         )
-        live.rank = self._queue.wait(ask, min(self._queue.policy.rank(ask) if rank is None else rank, latest))
+        live.rank = min(self._queue.policy.rank(ask) if rank is None else rank, latest)
+        self._queue.wait(ask, live.rank)
 
     def ready(self, document: int) -> bool:
         """Whether a stored document can be shared now: whole, at rest, and not on a worker that leaves."""
@@ -259,7 +260,7 @@ class Documents:
         if head.document is not None and not self.ready(head.document):
             return None
         going = self.going()
-        if going and self._room_with(going) >= self._ledger.blocks(head.tokens):
+        if going and self.room_with(going) >= self._ledger.blocks(head.tokens):
             return None  # it waits for blocks that are being written to disk
         accounts = self._ledger.sequences
         resting = {number for number in accounts if self._rests(number)}
@@ -267,7 +268,7 @@ class Documents:
         if head.document in accounts:
             needed |= {head.document, *accounts[head.document].documents}
         idle = resting - needed
-        if idle and self._room_with(idle | going) >= self._ledger.blocks(head.tokens):
+        if idle and self.room_with(idle | going) >= self._ledger.blocks(head.tokens):
             last = (number for number in idle if not accounts[number].sharers)
             return list(self._give_up(self._live[min(last, key=lambda number: (self._live[number].used, number))], now))
         if head.document is None or len(resting) < len(accounts):
@@ -286,7 +287,7 @@ class Documents:
         """Whether a sequence is a stored document that nothing is done with."""
         return self._live[number].state == "document" and not self._ledger.sequences[number].moves
 
-    def _room_with(self, documents: Iterable[int]) -> int:
-        """Blocks that would be free without these documents."""
-        owned = sum(self._ledger.blocks(span.tokens) for n in documents for span in self._ledger.sequences[n].own)
+    def room_with(self, sequences: Iterable[int]) -> int:
+        """Blocks that would be free without these sequences."""
+        owned = sum(map(self._ledger.own_blocks, sequences))
         return owned + sum(account.free for account in self._ledger.workers.values())

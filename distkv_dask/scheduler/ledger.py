@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
-from distkv_dask.scheduler.placements import blocks_of, moved, span_around
+from distkv_dask.scheduler.placements import blocks_of, clipped, moved, span_around
 from distkv_dask.scheduler.room import Room
 from distkv_dask.types import Endpoint, Move, Placement, Span
 
@@ -55,6 +54,10 @@ class Ledger:
     def blocks(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens of one span occupy."""
         return blocks_of(tokens, self.block_tokens)
+
+    def own_blocks(self, sequence: int) -> int:
+        """Blocks that are reserved for a sequence itself."""
+        return sum(self.blocks(span.tokens) for span in self.sequences[sequence].own)
 
     @property
     def capacity_blocks(self) -> int:
@@ -176,10 +179,8 @@ class Ledger:
             raise ValueError(f"sequence {sequence}: {tokens} tokens of {account} cannot be kept")
         before = account.documents
         self._count(sequence, -1)
-        rest = [replace(span, start=max(span.start, tokens)) for span in account.own if span.stop > tokens]
-        account.placement = tuple(
-            replace(span, stop=min(span.stop, tokens)) for span in account.placement if span.start < tokens
-        )
+        rest = list(clipped(account.own, tokens, account.stop))
+        account.placement = tuple(clipped(account.placement, 0, tokens))
         account.length, account.prompt, account.idle = tokens, tokens, True
         self._count(sequence, +1)
         for document in before - account.documents:

@@ -7,6 +7,7 @@ any more (`Retire`), so that a late write never lands in somebody else's block.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ from distkv_dask.scheduler.mending import mended
 from distkv_dask.scheduler.moving import Moving
 from distkv_dask.scheduler.pacing import Pace, Pacer
 from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.placements import clipped
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.preemption import victims
 from distkv_dask.scheduler.prefilling import Prefilling
@@ -118,6 +120,7 @@ class Lifecycle:
         self._gangs = Gangs(engine, gang_numbers, self.ledger)
         self.prefilling = Prefilling(self.ledger, self.live, self._gangs, config.prefill_chunk_tokens)
         self._largest_blocks = 0
+        self._lowest_priority = math.inf
         self._ending = False
         self._leaving: set[str] = set()
         self._ordinals: dict[str, int] = {}
@@ -220,16 +223,12 @@ class Lifecycle:
         if placement is None:
             return []
         account, number = self.ledger.sequences[live.sequence], live.sequence
-        gone, length = account.lost, account.length
-        spans = [(one.start, min(one.stop, length)) for one in account.placement if one.worker in gone]
-        lost = [(start, stop) for start, stop in spans if start < stop]
+        length = account.length
+        computed = clipped(account.placement, 0, length)
+        lost = [(span.start, span.stop) for span in computed if span.worker in account.lost]
         self.ledger.commit(number, min([length, *(start for start, _ in lost)]))
         self.ledger.mend(number, placement)
-        commands: list[Command] = []
-        for span in account.own:
-            if span.tokens:
-                commands += self.cache.make_room(span.worker)
-                commands.append(Reserve(span.worker, number, span.start, span.stop))
+        commands = list(self._reserve(number))
         if lost or length < live.known_tokens:
             live.state, live.retries = "prefill", 0
             commands.append(self.prefilling.begin(live, length, lost))
@@ -386,6 +385,7 @@ class Lifecycle:
             raise self._too_large(live)
         self.documents.attach(live)
         self.live[live.sequence] = live
+        self._lowest_priority = min(self._lowest_priority, live.sampling.priority)
         self.documents.enqueue(live, now)
         return self._admit(now)
 
@@ -562,24 +562,32 @@ class Lifecycle:
                 continue
             ask, placement = admitted
             live = self.live[ask.sequence]
-            ask, placement = self._reuse.share(live, ask, placement, now)
+            ask = self._reuse.share(live, ask, placement, now)
             live.state, live.admitted = "prefill", live.admitted or now
-            for span in placement:
-                if span.document is None:
-                    yield from self.cache.make_room(span.worker)
-                    yield Reserve(span.worker, live.sequence, span.start, span.stop)
+            yield from self._reserve(live.sequence)
             if live.saved is not None:
                 yield from self._saving.begin(live)
                 continue
             yield self.prefilling.begin(live, ask.shared)
 
+    def _reserve(self, sequence: int) -> Iterator[Command]:
+        """Let the workers allocate what the ledger reserved for a sequence; cached blocks go first."""
+        for span in self.ledger.sequences[sequence].own:
+            yield from self.cache.make_room(span.worker)
+            yield Reserve(span.worker, sequence, span.start, span.stop)
+
     def _preempt(self, now: float) -> list[Command] | None:
         """Let running requests make way for the one whose turn it is, if it is more urgent and that helps."""
         head = next(iter(self._queue))
+        if head.priority <= self._lowest_priority:
+            return None  # as always where nobody uses priorities
         if head.document is not None and not self.documents.ready(head.document):
             return None
-        rank = self._queue.rank(head.sequence)
-        chosen = victims(self.ledger, self.live, head, rank, self.documents.going())
+        going = self.documents.going()
+        need = self.ledger.blocks(head.tokens) - self.documents.room_with(going)
+        if need <= 0 and going:
+            return None  # one at a time where it does not fit for another reason
+        chosen = victims(self.ledger, self.live, head, need)
         commands: list[Command] = []
         for number in chosen:
             live = self.live[number]

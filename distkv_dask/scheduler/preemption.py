@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.policies.base import Ask
 
 
-def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, rank: float, going: Collection[int]) -> list[int]:
+def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, need: int) -> list[int]:
     """Requests that should make way, the latest and least urgent first; none if it would be in vain.
 
     A request only makes way for one of higher priority that is before it in the queue's order, too: so nobody is passed
@@ -19,28 +19,21 @@ def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, rank: float, go
     ----------
     ledger, live
         The lifecycle's.
-    head, rank
-        The request whose turn it is, and that does not fit; its place in the queue.
-    going
-        Sequences that are about to give up their blocks.
+    head
+        The request whose turn it is, and that does not fit.
+    need
+        Blocks that it lacks; one has to make way where it lacks none, and still does not fit.
     """
-    need = ledger.blocks(head.tokens) - sum(account.free for account in ledger.workers.values())
-    need -= sum(_blocks(ledger, number) for number in going)
-    if need <= 0 and going:
-        return []  # one at a time where it does not fit for another reason
+    rank = live[head.sequence].rank
     running = (live[number] for number in ledger.sequences)
     below = [(one.rank, one.sequence) for one in running if one.rank > rank and _may_wait(ledger, one, head)]
     chosen: list[int] = []
     for _, number in sorted(below, reverse=True):
         chosen.append(number)
-        need -= _blocks(ledger, number)
+        need -= ledger.own_blocks(number)
         if need <= 0:
             return chosen
     return []
-
-
-def _blocks(ledger: Ledger, number: int) -> int:
-    return sum(ledger.blocks(span.tokens) for span in ledger.sequences[number].own)
 
 
 def _may_wait(ledger: Ledger, live: Live, head: Ask) -> bool:

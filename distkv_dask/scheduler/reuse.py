@@ -35,14 +35,17 @@ class Reuse:
         self._live = live
         self._queue = queue
 
-    def share(self, live: Live, ask: Ask, placement: Placement, now: float) -> tuple[Ask, Placement]:
-        """What a request that was just admitted computes, and where: with a cached beginning, if that takes less."""
-        if not live.is_plain or (live.document is not None and self._live[live.document].released):
-            return ask, placement
+    def share(self, live: Live, ask: Ask, placement: Placement, now: float) -> Ask:
+        """What a request that was just admitted computes: with a cached beginning, if that takes less time.
+
+        Then it lies elsewhere than at the ``placement`` that it got.
+        """
+        if not self._cache or not live.is_plain or (live.document is not None and self._live[live.document].released):
+            return ask
         known = live.known
         found = self._cache.find(known[: len(known) - 1], placement[-1].worker)  # the last one has to be computed
         if found is None or found[1] <= ask.shared or not self._cache.can_be_shared(found[0]):
-            return ask, placement
+            return ask
         self._ledger.release(live.sequence)
         better = self._better(live, ask, placement, *found)
         if better is not None:
@@ -53,7 +56,7 @@ class Reuse:
             ask, placement = better
         self._ledger.reserve(live.sequence, placement, ask.shared + ask.prompt)
         self._ledger.commit(live.sequence, ask.shared)
-        return ask, placement
+        return ask
 
     def _better(
         self, live: Live, ask: Ask, placement: Placement, document: int, tokens: int

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.placements import shared, shifted
+from distkv_dask.scheduler.placements import clipped, shared, shifted
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.types import Placement, Span
 
@@ -27,9 +27,9 @@ def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) ->
         ) + shifted(own, ask.shared)  # fmt: skip
     if ask.is_document:
         roomy = policy.place(ledger, replace(ask, tokens=ask.tokens + HEADROOM), ahead)
-        kept = [replace(span, stop=min(span.stop, ask.tokens)) for span in roomy or () if span.start < ask.tokens]
+        kept = tuple(clipped(roomy or (), 0, ask.tokens))
         if kept and ledger.workers[kept[-1].worker].can_decode:
-            return tuple(kept)
+            return kept
     return policy.place(ledger, ask, ahead)
 
 

@@ -17,6 +17,7 @@ from distkv_dask.scheduler.commands import Command, Discard, Store
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.placements import clipped
 from distkv_dask.types import Placement
 
 BYTES_PER_SECOND = 0.5e9
@@ -183,9 +184,8 @@ def ranges_of(placement: Placement, tokens: int) -> dict[str, tuple[tuple[int, i
     {'a': ((0, 8), (12, 14)), 'b': ((8, 12),)}
     """
     ranges: dict[str, tuple[tuple[int, int], ...]] = {}
-    for span in placement:
-        if span.start < min(span.stop, tokens):
-            ranges[span.worker] = (*ranges.get(span.worker, ()), (span.start, min(span.stop, tokens)))
+    for span in clipped(placement, 0, tokens):
+        ranges[span.worker] = (*ranges.get(span.worker, ()), (span.start, span.stop))
     return ranges
 
 
