@@ -53,6 +53,13 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 }
 """Name of a tiny model -> its configuration."""
 
+
+def block_bytes(family: str, tokens: int = 8) -> int:
+    """Bytes of a block of so many tokens of a tiny model's KV in float32."""
+    config = FAMILIES[family]()
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * tokens * 4
+
+
 _SEEDS = {"llama-mqa": 9, "qwen2": 7, "qwen3": 9, "phi3": 9, "qwen3-moe": 10, "mixtral": 7}
 """Seeds of the weights (8 for the others) that give varied tokens, each well ahead of the second best."""
 

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.worker.block_files import BlockFiles
 from tests._cluster import PROTOCOL, engine_test
-from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 
 SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -24,13 +24,10 @@ DOCUMENTS = [prompt_ids(100, seed=4), prompt_ids(120, seed=1)]
 QUESTION = prompt_ids(5, seed=5)
 
 
-def block_bytes() -> int:
-    config = FAMILIES["llama-gqa"]()
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 8 * 4
-
-
 def engine_of(client: Client, blocks: int, **settings: Any) -> Engine:
-    return Engine(client, str(model_dir("llama-gqa")), kv_memory=blocks * block_bytes(), **(SMALL | settings))
+    return Engine(
+        client, str(model_dir("llama-gqa")), kv_memory=blocks * block_bytes("llama-gqa"), **(SMALL | settings)
+    )
 
 
 def reference(prompt: list[int], new: int) -> list[int]:

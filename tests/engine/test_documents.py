@@ -19,7 +19,7 @@ from distkv_dask import (
     SourceError,
 )
 from tests._cluster import engine_test
-from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
@@ -34,11 +34,6 @@ SPLITS: dict[str, list[tuple[int, int | None]]] = {
     "a worker has two spans": [(1, 24), (0, 32), (1, 16), (0, None)],
     "the end elsewhere": [(0, 24), (2, 24), (1, None)],
 }
-
-
-def block_bytes(family: str) -> int:
-    config = FAMILIES[family]()
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 8 * 4
 
 
 def wanted(model: str = "llama-gqa", questions: list[list[int]] = QUESTIONS, new: int = NEW) -> list[list[int]]:

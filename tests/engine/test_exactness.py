@@ -13,17 +13,12 @@ from distkv_dask import Completion, Engine, ModelError, SamplingParams
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import resolve_model
 from tests._cluster import engine_test
-from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._models import FAMILIES, block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
 NEW = 12
 GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
-
-
-def block_bytes(family: str, tokens: int = 8) -> int:
-    config = FAMILIES[family]()
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * tokens * 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from distributed import Client, Scheduler, Worker
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.types import Completion
 from tests._cluster import engine_test
-from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 
 BLOCK = 8
 SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": BLOCK, "prefill_chunk_tokens": 32}
@@ -20,9 +20,7 @@ TWELVE = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 def small(client: Client, blocks: int, **settings: Any) -> Engine:
     """An engine whose workers have room for so many blocks each."""
-    config = FAMILIES["llama-gqa"]()
-    size = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * BLOCK * 4
-    return Engine(client, str(model_dir("llama-gqa")), kv_memory=blocks * size, **SMALL | settings)
+    return Engine(client, str(model_dir("llama-gqa")), kv_memory=blocks * block_bytes("llama-gqa"), **SMALL | settings)
 
 
 def right(prompt: list[int], done: Completion) -> bool:

@@ -12,17 +12,12 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams, SavedDocumentError
 from tests._cluster import engine_test
-from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
+from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
 DOCUMENT = prompt_ids(100, seed=4)
 QUESTIONS = [prompt_ids(length, seed=length) for length in (1, 5, 30)]
-
-
-def block_bytes(family: str) -> int:
-    config = FAMILIES[family]()
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 8 * 4
 
 
 def engine_of(client: Client, blocks: int, **settings: Any) -> Engine:

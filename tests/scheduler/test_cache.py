@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, settle
 
-from distkv_dask.errors import CapacityError, GangAbortedError
+from distkv_dask.errors import CapacityError
 from distkv_dask.scheduler import cache
 from distkv_dask.scheduler import commands as do
 from distkv_dask.types import SamplingParams
@@ -294,7 +294,7 @@ def test_requests_with_nothing_in_common_lie_and_end_as_without_a_cache(
     assert run(True) == run(False)
 
 
-MISHAPS = ("lose", "join", "fail", "fault", "cancel", "move", "move", "drain", "stay", "late")
+MISHAPS = ("lose", "join", "fail", "fault", "cancel", "move", "move", "drain", "stay", "late", "rot")
 
 
 def happenings(seed: int, rate: float) -> list[object]:
@@ -353,23 +353,11 @@ def happen(cluster: Simulated, happening: object, texts: list[tuple[int, array[i
                 return
             texts.append((number, prompt))
             wanted[number] = new
-        case "lose":
-            cluster.lose_worker()
-        case "join":
-            cluster.add_worker(12)
-        case "fail":
-            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
-        case "fault":
-            cluster.fail_some_gang(ValueError("a fault"))
         case "cancel":
             if wanted:
                 cluster.run(life.stop(cluster.rng.choice(sorted(wanted)), "cancelled", cluster.now))
-        case "move":
-            cluster.move_something()
-        case "drain" | "stay":
-            cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), happening == "drain", cluster.now))
-        case "late":
-            cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
-        case _:
+        case "step":
             for _ in range(3):
                 cluster.step()
+        case str():
+            cluster.happen(happening)

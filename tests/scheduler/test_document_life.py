@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, mishaps, settle
 
-from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError, WorkerLostError
+from distkv_dask.errors import CapacityError, InvalidRequestError, WorkerLostError
 from distkv_dask.scheduler.lifecycle import MAX_LOSSES
 from distkv_dask.types import SamplingParams
 
@@ -247,24 +247,8 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
             if happening in held:
                 held.discard(happening)
                 cluster.run(life.stop(happening, "cancelled", cluster.now))
-        case "lose":
-            cluster.lose_worker()
-        case "join":
-            cluster.add_worker(12)
-        case "fail":
-            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
-        case "fault":
-            cluster.fail_some_gang(ValueError("a fault"))
         case "cancel":
             if wanted:
                 cluster.run(life.stop(cluster.rng.choice(sorted(wanted)), "cancelled", cluster.now))
-        case "move":
-            cluster.move_something()
-        case "drain" | "stay":
-            cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), happening == "drain", cluster.now))
-        case "rot":
-            cluster.lose_file()
-        case "late":
-            cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
-        case _:
-            cluster.step()
+        case str():
+            cluster.happen(happening)

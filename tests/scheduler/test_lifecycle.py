@@ -252,6 +252,28 @@ class Simulated:
                     chain.clear()
             self.run(self.life.worker_lost(worker, self.now))
 
+    def happen(self, mishap: str) -> None:
+        """One of :data:`mishaps` to workers, gangs, moves and files; anything else is a step."""
+        match mishap:
+            case "lose":
+                self.lose_worker()
+            case "join":
+                self.add_worker(12)
+            case "fail":
+                self.fail_some_gang(GangAbortedError("a peer was silent"))
+            case "fault":
+                self.fail_some_gang(ValueError("a fault"))
+            case "move":
+                self.move_something()
+            case "drain" | "stay":
+                self.run(self.life.drain(self.rng.choice(sorted(self.pools)), mishap == "drain", self.now))
+            case "rot":
+                self.lose_file()
+            case "late":
+                self.run(self.life.expire(self.now + self.life.config.timeout_receive + 1))
+            case _:
+                self.step()
+
     def lose_file(self) -> None:
         """A file vanishes from a disk."""
         files = [(worker, name) for worker, names in self.disks.items() for name in names]
@@ -417,29 +439,13 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
             pass
     cancelled = set()
     for event in events:
-        if event == "lose":
-            cluster.lose_worker()
-        elif event == "join":
-            cluster.add_worker(12)
-        elif event == "fail":
-            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
-        elif event == "fault":
-            cluster.fail_some_gang(ValueError("a fault"))
-        elif event == "cancel" and life.live:
+        if event == "cancel" and life.live:
             number = cluster.rng.choice(sorted(life.live))
             if number not in cluster.ends:
                 cancelled.add(number)
             cluster.run(life.stop(number, "cancelled", cluster.now))
-        elif event == "move":
-            cluster.move_something()
-        elif event in ("drain", "stay"):
-            cluster.run(life.drain(cluster.rng.choice(sorted(cluster.pools)), event == "drain", cluster.now))
-        elif event == "rot":
-            cluster.lose_file()
-        elif event == "late":
-            cluster.run(life.expire(cluster.now + life.config.timeout_receive + 1))
         else:
-            cluster.step()
+            cluster.happen(event)
     for worker in list(cluster.pools):
         cluster.run(life.drain(worker, False, cluster.now))
     settle(cluster)
