@@ -65,7 +65,8 @@ def main() -> None:
         said = {}
         for name, room, spill in (("disk", 1.3, "8 GiB"), ("anew", 1.3, 0), ("memory", 1.3 * options.documents, 0)):
             memory = int(room * options.tokens * 23040 / options.workers)
-            with Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=memory, spill=spill) as engine:
+            settings = {"dtype": "bfloat16", "kv_memory": memory, "spill": spill, "prefix_cache": False}
+            with Engine(client, "smollm2-135m", **settings) as engine:
                 ids = engine.tokenizer.encode("\n".join(topics[one] for one in sorted(topics)))
                 texts = [ids[at * options.tokens :][: options.tokens] for at in range(options.documents)]
                 ingest, ask, said[name] = in_turn(engine, texts, ids[:20], options.turns)
