@@ -186,7 +186,9 @@ class UcxChannel:
                 if done():
                     return
             except ChannelError as error:
-                raise self._explained(error) from error
+                if self._greeted:
+                    raise
+                raise ChannelError(f"cannot open a UCX channel to {self.peer} ({self._address}): {error}") from error
             left = deadline - time.monotonic()
             if left <= 0:
                 raise timed_out(self.peer, verb, header, self._seconds)
@@ -230,9 +232,3 @@ class UcxChannel:
                     self._wait(lambda: self._line.receive(memoryview(reason)), "send", header)
             self._reason = reason.decode(errors="replace")
         return GangAbortedError(f"{self.peer} failed: {self._reason}")
-
-    def _explained(self, error: ChannelError) -> ChannelError:
-        """Where the connection never came about, the address belongs to the error."""
-        if self._greeted:
-            return error
-        return ChannelError(f"cannot open a UCX channel to {self.peer} ({self._address}): {error}")
