@@ -13,12 +13,15 @@ from distkv_dask.client.document import Document
 from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
 from distkv_dask.client.errand import Errand
 from distkv_dask.client.saved_document import read_metadata
-from distkv_dask.errors import InvalidRequestError, SavedDocumentError
+from distkv_dask.errors import InvalidRequestError, SavedDocumentError, WorkerLostError
 from distkv_dask.protocol import Delivery, Saved, Submission
 from distkv_dask.types import Prompt
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
+
+SAVE_TRIES = 3
+"""How often saving a document is tried, where workers die meanwhile."""
 
 
 class Library:
@@ -81,9 +84,20 @@ class Library:
         return document
 
     async def save(self, document: int, saved: Saved) -> Delivery:
-        """Have a document's blocks written; the delivery names the files."""
-        number = self._conversation.number()
-        return await self._run(Submission(number, array("i"), None, document=document, saved=saved))
+        """Have a document's blocks written; the delivery names the files.
+
+        Once more, where a worker that was writing died: the document is whole again when its turn comes.
+        """
+        for attempt in range(SAVE_TRIES):
+            number, tag = self._conversation.number(), f"{saved.tag}{attempt or ''}"
+            try:
+                return await self._run(
+                    Submission(number, array("i"), None, document=document, saved=saved._replace(tag=tag))
+                )
+            except WorkerLostError:
+                if attempt == SAVE_TRIES - 1:
+                    raise
+        raise AssertionError("not reached")
 
     async def _run(self, submission: Submission) -> Delivery:
         errand = Errand(submission, self._conversation.cancel)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Scheduler, Worker
+from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams, SavedDocumentError
-from tests._cluster import engine_test
+from tests._cluster import PROTOCOL, engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
@@ -174,3 +179,29 @@ def test_what_is_damaged_or_of_another_model_is_refused_with_the_reason(tmp_path
                 await document.save(tmp_path / "a file")
 
     run()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_it_saves_costs_the_document_nothing(tmp_path: Path) -> None:
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        engine_of(client, 9) as engine,
+    ):
+        client.run(gc.freeze)
+        document = engine.ingest(DOCUMENT, name="hundred")
+        victim = document.placement[0].worker
+        process = client.run(os.getpid, workers=[victim])[victim]
+        os.kill(process, signal.SIGSTOP)  # so that it dies with its part unwritten
+        with ThreadPoolExecutor(1) as pool:
+            saving = pool.submit(document.save, tmp_path / "saved")
+            deadline = time.monotonic() + 60
+            while not any(one["state"] == "saving" for one in engine.status()["sequences"].values()):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.kill(process, signal.SIGKILL)
+            saving.result(120)
+        assert engine.status()["totals"]["loss_events"] == 1
+        document.release()
+        loaded = engine.load(tmp_path / "saved")
+        assert [list(loaded.ask(question, GREEDY).token_ids) for question in QUESTIONS] == wanted()
