@@ -31,6 +31,9 @@ KV_MEMORY_RESOURCE = "distkv-kv-memory"
 WORKER_EVENT = "distkv-worker-event"
 """Stream operation of all messages from rManagers to the gManager."""
 
+HANDLE_NUMBERS = 10**9
+"""Requests and documents of handle ``h`` of an engine are numbered from ``h * HANDLE_NUMBERS``; the owner's is 0."""
+
 OWN_DISK = ""
 """The place of blocks that were spilled: a folder of each worker's own."""
 
@@ -52,6 +55,8 @@ class ClientCall(StrEnum):
     """Client to gManager, rpc."""
 
     OPEN = "distkv_open"
+    ATTACH = "distkv_attach"
+    DETACH = "distkv_detach"
     SUBMIT = "distkv_submit"
     STOP = "distkv_stop"
     EVENTS = "distkv_events"
@@ -165,6 +170,14 @@ class EngineSpec:
     config: Config
     rope_scaling: Mapping[str, Any] | None = None
     span: DaskSpan | None = None
+
+
+class Attached(NamedTuple):
+    """A new handle on an open engine: what its owner asked for (without the token), and what its workers said."""
+
+    spec: EngineSpec
+    facts: Mapping[str, Any]
+    handle: int
 
 
 class SavedFile(NamedTuple):

@@ -17,7 +17,7 @@ from distributed import Client
 from distkv_dask.client.errand import Errand
 from distkv_dask.client.request import Request
 from distkv_dask.errors import DistKVError, EngineClosedError
-from distkv_dask.protocol import ClientCall, Delivery, pack, unpack
+from distkv_dask.protocol import HANDLE_NUMBERS, ClientCall, Delivery, pack, unpack
 from distkv_dask.types import FinishReason
 
 logger = logging.getLogger("distributed.distkv.engine")
@@ -43,6 +43,7 @@ class Conversation:
         self.is_closed = False
         """Whether the user has had enough of it."""
         self._engine = ""
+        self._handle = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken: DistKVError | None = None
         self._numbers = itertools.count()
@@ -57,9 +58,10 @@ class Conversation:
 
     # Its beginning and end
 
-    def begin(self, engine: str) -> None:
-        """The engine of this id is open: listen to what the gManager says of it."""
-        self._engine = engine
+    def begin(self, engine: str, handle: int = 0) -> None:
+        """The engine of this id is open: listen to what the gManager says to this handle."""
+        self._engine, self._handle = engine, handle
+        self._numbers = itertools.count(handle * HANDLE_NUMBERS)
         self._loop = asyncio.get_running_loop()
         self._spawn(self._listen())
 
@@ -174,7 +176,8 @@ class Conversation:
         while not self.is_closed:
             wait = 0.0 if failures else POLL
             try:
-                news = await asyncio.wait_for(self.ask(ClientCall.EVENTS, heard=heard, wait=wait), wait + PATIENCE)
+                asked = self.ask(ClientCall.EVENTS, handle=self._handle, heard=heard, wait=wait)
+                news = await asyncio.wait_for(asked, wait + PATIENCE)
                 failures = 0
             except Exception as error:
                 failures += 1

@@ -7,10 +7,11 @@ from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from distributed import Client, get_client
 
+from distkv_dask.client.attaching import Attaching
 from distkv_dask.client.batch import process
 from distkv_dask.client.conversation import Conversation
 from distkv_dask.client.document import Document
@@ -22,7 +23,7 @@ from distkv_dask.client.request import Request, checked
 from distkv_dask.client.together import several, submit_all, wait_for_all
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.model_source import resolve_model
+from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.protocol import ClientCall, DaskSpan
 from distkv_dask.types import Prompt, SamplingParams
 
@@ -74,17 +75,77 @@ class Engine:
         rope_scaling: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        config = Config.load(kv_memory=kv_memory, **settings)
+        self._begin(client, Opening(resolve_model(model, rope_scaling), dtype, config))
+
+    @classmethod
+    def attach(cls, engine: str | None = None, client: Client | None = None) -> Self:
+        r"""Use an engine that is open already: from a task, another notebook or another program.
+
+        Nothing is loaded. What is asked, ingested and released through this handle is its own; closing it ends its
+        requests and releases its documents, and leaves the engine as it is. It ends with the engine, which ends with
+        its owner. Handles cannot be sent to tasks: send ``engine.id``, and attach there.
+
+        Parameters
+        ----------
+        engine
+            The engine's ``id``; None is the only one of the cluster.
+        client
+            Dask client; None takes the current one, in a task the one of its worker. With an asynchronous client,
+            ``await`` the engine or use ``async with``.
+
+        Raises
+        ------
+        ClusterError
+            No engine is open, or several are and ``engine`` does not say which.
+        EngineClosedError
+            There is no engine of this id any more.
+
+        Examples
+        --------
+        >>> def title(text, engine_id):  # doctest: +SKIP
+        ...     distributed.secede()  # the engine needs the worker's threads while this waits
+        ...     with Engine.attach(engine_id) as engine:
+        ...         return engine.generate([f"{text}\n\nA title:"])[0].text
+        >>> client.submit(title, text, engine.id)  # doctest: +SKIP
+        """
+        self = cls.__new__(cls)
+        self._begin(client, Attaching(engine or ""))
+        return self
+
+    def _begin(self, client: Client | None, opening: Opening | Attaching) -> None:
         self.client = client if client is not None else get_client()
-        self.config = Config.load(kv_memory=kv_memory, **settings)
-        self.model = resolve_model(model, rope_scaling)
-        self.dtype = dtype
-        self._opening = Opening(self.model, dtype, self.config)
-        self.id = self._opening.spec.engine
+        self._opening = opening
         self._facts: dict[str, Any] = {}
         self._conversation = Conversation(self.client)
         self._library = Library(self, self._conversation)
         if not self.client.asynchronous:
             self.client.sync(self._open)
+
+    # What it is
+
+    @property
+    def id(self) -> str:
+        """Names it in the cluster: :meth:`attach`, ``distkv status`` and the dashboard."""
+        return self._opening.spec.engine
+
+    @property
+    def config(self) -> Config:
+        """Its settings."""
+        return self._opening.spec.config
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV cache, as asked for."""
+        return self._opening.spec.dtype
+
+    @property
+    def model(self) -> ModelSource:
+        """Where the model comes from."""
+        return self._opening.model
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an engine cannot be sent to a task: send its id, and use Engine.attach(id) there")
 
     # Opening and closing
 
@@ -94,7 +155,10 @@ class Engine:
         return self
 
     def close(self) -> Any:
-        """End all requests (their futures are cancelled) and free everything on the cluster; returns when done."""
+        """End all requests (their futures are cancelled) and free everything on the cluster; returns when done.
+
+        One that was attached ends its own requests and documents only.
+        """
         if self.client.status == "closed":  # and its engines with it
             self._conversation.is_closed = True
             return None
@@ -114,7 +178,7 @@ class Engine:
         self.close()
 
     def __await__(self) -> Generator[Any, None, Self]:
-        """Open the engine (asynchronous clients)."""
+        """Open the engine, or attach to it (asynchronous clients)."""
         return self._open().__await__()
 
     async def __aenter__(self) -> Self:
@@ -333,5 +397,7 @@ class Engine:
         return engine_html(self)
 
     def __repr__(self) -> str:
+        if not hasattr(self._opening, "spec"):
+            return "<Engine attaching>"
         state = "closed" if self._conversation.is_closed else "open" if self._facts else "opening"
         return f"<Engine {self.id} {self.model.name!r} {state}, {len(self._conversation)} requests>"

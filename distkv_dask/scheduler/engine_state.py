@@ -1,33 +1,34 @@
-"""One engine as the gManager sees it: where it is open, its lifecycle, and what its client has yet to hear."""
+"""One engine as the gManager sees it: where it is open, its lifecycle, and the handles through which it is used."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from distkv_dask.errors import ClusterError
-from distkv_dask.protocol import Delivery, EngineSpec, Ready
+from distkv_dask.errors import ClusterError, EngineClosedError
+from distkv_dask.protocol import HANDLE_NUMBERS, Attached, Delivery, EngineSpec, Ready
 from distkv_dask.scheduler.draining import fits_elsewhere
 from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.fitting import fit_model
 from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
+from distkv_dask.scheduler.outbox import Outbox
 from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.types import Exchanged, Geometry, Timings
 
 
 class EngineState:
-    """Opening, closing, the outbox and counters of one engine.
+    """Opening, closing, the handles and counters of one engine.
 
     Parameters
     ----------
     spec
         What the client asked for.
     client
-        Id of the Dask client that owns the engine.
+        Id of the Dask client that owns the engine; it has the first handle.
     gang_numbers
         Numbers unique over all engines of the gManager.
     pacer
@@ -50,9 +51,9 @@ class EngineState:
         self._failure: Exception | None = None
         self._lost = ""
         self._changed = asyncio.Event()
-        self._outbox: list[Delivery] = []
-        self._heard = 0
-        self._news = asyncio.Event()
+        self._handle_numbers = itertools.count(1)
+        self.handles = {0: Outbox(client)}
+        """Who uses the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
 
     @property
     def layers(self) -> int:
@@ -151,7 +152,8 @@ class EngineState:
     def closing(self) -> None:
         """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
         self.is_closing = True
-        self._news.set()
+        for outbox in self.handles.values():
+            outbox.close()
         self._pending |= set(self.facts)
 
     def open_on(self) -> list[str]:
@@ -162,35 +164,50 @@ class EngineState:
         """Wait for all workers to close the engine, but not longer than ``limit`` seconds."""
         await self._settled(limit)
 
-    # The client's news
+    # Handles and their news
+
+    def attach(self, client: str) -> Attached:
+        """Give a Dask client a handle; it hears of its own requests only."""
+        handle = next(self._handle_numbers)
+        self.handles[handle] = Outbox(client)
+        return Attached(replace(self.spec, token=""), self.summary(), handle)
+
+    def detach(self, handle: int) -> list[int]:
+        """Take a handle back; returns the requests and documents that nobody waits for any more."""
+        if (outbox := self.handles.pop(handle, None)) is not None:
+            outbox.close()
+        return [number for number in self.lifecycle.live if number // HANDLE_NUMBERS == handle]
+
+    def handles_of(self, client: str) -> list[int]:
+        """Handles that a Dask client has, beside the owner's own one."""
+        return [handle for handle, outbox in self.handles.items() if handle and outbox.client == client]
 
     def deliver(self, delivery: Delivery) -> None:
-        """Put tokens or an end into the outbox."""
-        self._outbox.append(delivery)
+        """Tell whose request it is of tokens or an end."""
+        if (outbox := self.handles.get(delivery.sequence // HANDLE_NUMBERS)) is not None:
+            outbox.put(delivery)
         self.figures.generated(len(delivery.tokens))
         live = self.lifecycle.live.get(delivery.sequence)
         if delivery.reason is not None and (live is None or not (live.is_document or live.saves)):
             generated = len(live.generated) if live is not None else 0
             self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
-        self._news.set()
 
     def fail(self, error: Exception) -> None:
         """End every request with an error."""
         for sequence in self.lifecycle.live:
             self.deliver(Delivery(sequence, (), "error", error))
 
-    async def take_events(self, heard: int, wait: float) -> list[Delivery]:
-        """What a client that heard ``heard`` items has yet to hear; waits up to ``wait`` seconds for something.
+    async def take_events(self, handle: int, heard: int, wait: float) -> list[Delivery]:
+        """What a handle has yet to hear, as :meth:`Outbox.take` gives it.
 
-        Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.
+        Raises
+        ------
+        EngineClosedError
+            The handle was taken back.
         """
-        del self._outbox[: heard - self._heard]
-        self._heard = heard
-        if not self._outbox and not self.is_closing:
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait)
-        return list(self._outbox)
+        if handle not in self.handles:
+            raise EngineClosedError("the scheduler lost this handle of the engine: attach again")
+        return await self.handles[handle].take(heard, wait)
 
     # Figures
 

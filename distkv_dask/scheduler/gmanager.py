@@ -81,6 +81,8 @@ class GManager(SchedulerPlugin):
         self._closing: set[asyncio.Task[None]] = set()
         self._handlers: dict[str, Callable[..., Any]] = {
             ClientCall.OPEN: self.open,
+            ClientCall.ATTACH: self.attach,
+            ClientCall.DETACH: self.detach,
             ClientCall.SUBMIT: self.submit,
             ClientCall.STOP: self.stop,
             ClientCall.EVENTS: self.events,
@@ -147,6 +149,28 @@ class GManager(SchedulerPlugin):
         self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
         return engine.summary()
 
+    async def attach(self, engine: str, client: str) -> Any:
+        """Give a client a handle (packed :class:`Attached`) on an engine; ``""`` is the only one that is open."""
+        if not engine:
+            names = [name for name, state in self.engines.items() if not state.is_closing]
+            if not names:
+                raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
+            if len(names) > 1:
+                raise ClusterError(f"several engines are open ({', '.join(names)}): say which one")
+            (engine,) = names
+        state = self._engine(engine)
+        if not state.facts:
+            await state.wait_open(state.spec.config.timeout_open)
+        if state.is_closing:
+            raise EngineClosedError(f"engine {engine} is closing")
+        return pack(state.attach(client))
+
+    def detach(self, engine: str, handle: int) -> None:
+        """Take a handle back: its requests end, its documents are released."""
+        if (state := self.engines.get(engine)) is not None and not state.is_closing:
+            for number in state.detach(handle):
+                self._run(state, state.lifecycle.stop(number, "cancelled", monotonic()))
+
     def _is_memory(self, worker: str) -> bool:
         state = self.scheduler.workers.get(worker)
         return state is not None and MEMORY_RESOURCE in state.resources
@@ -176,9 +200,9 @@ class GManager(SchedulerPlugin):
         state = self._engine(engine)
         self._run(state, state.lifecycle.stop(request, reason, monotonic()))
 
-    async def events(self, engine: str, heard: int, wait: float) -> Any:
+    async def events(self, engine: str, handle: int, heard: int, wait: float) -> Any:
         """New tokens and ends but for the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
-        return pack(await self._engine(engine).take_events(heard, wait))
+        return pack(await self._engine(engine).take_events(handle, heard, wait))
 
     def status(self, engine: str) -> dict[str, Any]:
         """What ``Engine.status`` shows."""
@@ -353,11 +377,14 @@ class GManager(SchedulerPlugin):
             await asyncio.sleep(DRAIN_INTERVAL)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        """Dask hook: a client died or left; its engines go with it."""
+        """Dask hook: a client died or left; its engines, and its handles on others, go with it."""
         for name, state in list(self.engines.items()):
             if state.client == client and not state.is_closing:
                 logger.info("client %s is gone: closing its engine %s", client, name)
                 self._close_soon(name)
+            else:
+                for handle in state.handles_of(client):
+                    self.detach(name, handle)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Dask hook: lets the submitter forget finished tasks and see those that failed outside our code."""

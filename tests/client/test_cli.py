@@ -36,6 +36,8 @@ def test_a_wrong_command_line_is_status_2_and_a_job_that_cannot_be_done_status_1
         (["status"], 2, "--scheduler"),
         (["run", tmp_path, "--out", tmp_path, "--scheduler", "tcp://x:1", "--workers", 2], 2, "started here"),
         (["ask", "Who?", "--max-new-tokens", 0], 1, "max_new_tokens"),
+        (["ask", "Who?", "--engine", "auto"], 2, "--scheduler"),
+        (["ask", "Who?", "--engine", "auto", "--scheduler", "tcp://x:1", "--model", "m"], 2, "has its own"),
     ]:
         done = call(*arguments)
         assert (done.exit_code, words in done.output) == (status, True), (arguments, done.output)
@@ -70,6 +72,10 @@ def test_a_folder_and_a_parquet_file_give_the_answers_of_generate(tmp_path: Path
 
         done = call("ask", "Who?", tmp_path / "docs" / "03.txt", *common)
         assert (done.exit_code, done.output) == (0, expected[3] + "\n")
+        for name in (engine.id, "auto"):
+            attached = ["--max-new-tokens", 6, "--scheduler", cluster.scheduler_address, "--engine", name]
+            done = call("ask", "Who?", tmp_path / "docs" / "03.txt", *attached)
+            assert (done.exit_code, done.output) == (0, expected[3] + "\n")
         saving = [*model, "--scheduler", cluster.scheduler_address]
         done = call("ingest", tmp_path / "docs" / "03.txt", tmp_path / "saved", *saving)
         assert (done.exit_code, "tokens saved" in done.output) == (0, True), done.output
@@ -78,4 +84,4 @@ def test_a_folder_and_a_parquet_file_give_the_answers_of_generate(tmp_path: Path
         done = call("status", "--scheduler", cluster.scheduler_address)
         assert engine.id in done.output, done.output
         found = json.loads(call("status", "--json", "--scheduler", cluster.scheduler_address).output)
-        assert found[engine.id]["totals"]["finished_length"] == 20
+        assert found[engine.id]["totals"]["finished_length"] == 22

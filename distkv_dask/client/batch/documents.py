@@ -45,9 +45,9 @@ class DocumentSource:
         """Number of files."""
         return len(self._paths)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, start: int = 0) -> Iterator[Row]:
         """Read one file after the other."""
-        for path in self._paths:
+        for path in self._paths[start:]:
             name = os.fsencode(path.relative_to(self._base).as_posix()).decode("utf-8", "replace")
             try:
                 data = path.read_bytes()

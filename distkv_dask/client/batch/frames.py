@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -55,8 +55,12 @@ def bag_chunks(bag: Any, columns: Columns, schema: pa.Schema, client: Client) ->
 
 
 def _bag_records(bag: Any, text_column: str, client: Client) -> Iterator[Mapping[str, Any]]:
-    for item in itertools.chain.from_iterable(_computed(bag, client)):
-        yield item if isinstance(item, Mapping) else {text_column: item}
+    return as_records(itertools.chain.from_iterable(_computed(bag, client)), text_column)
+
+
+def as_records(items: Iterable[Any], text_column: str) -> Iterator[Mapping[str, Any]]:
+    """Texts or records as records."""
+    return (item if isinstance(item, Mapping) else {text_column: item} for item in items)
 
 
 def _computed(collection: Any, client: Client) -> Iterator[Any]:

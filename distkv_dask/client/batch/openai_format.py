@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -42,9 +43,9 @@ class OpenAIBatchSource:
         """Number of lines."""
         return count_lines(self._path)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, start: int = 0) -> Iterator[Row]:
         """Read line by line."""
-        for number, record in enumerate(jsonl_records(self._path)):
+        for number, record in itertools.islice(enumerate(jsonl_records(self._path)), start, None):
             known = {} if isinstance(record, str) else record
             names = {name: known.get(name) for name in self.kept.names}
             kept = {name: value if isinstance(value, str) else None for name, value in names.items()}

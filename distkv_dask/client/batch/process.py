@@ -1,4 +1,4 @@
-"""``engine.process``: a table or folder of documents goes in, a table of answers comes out."""
+"""``engine.process``: a table or folder of documents goes in, a table of answers comes out, in files or as a frame."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def process(
     question: str | None = None,
     questions: Sequence[str] | None = None,
     template: str | None = None,
-    out: str | PathLike[str] | None,
+    out: str | PathLike[str] | None = None,
     text_column: str = "text",
     keep: Sequence[str] | None = None,
     sampling: SamplingParams | None = None,
@@ -49,10 +49,12 @@ def process(
     in_flight: int | None = None,
     progress: bool | None = None,
 ) -> Any:
-    """Ask questions about every row of a table or file of a folder, and write a table of answers that survives crashes.
+    """Ask questions about every row of a table or file of a folder.
 
-    The same call again continues where it was: rows that are answered are not computed again, whatever was killed. Rows
-    and files that the source has got meanwhile are answered; one that was changed stops the batch.
+    With ``out``, a table of answers is written that survives crashes. Without, the answers are a lazy Dask DataFrame.
+
+    The same call with ``out`` again continues where it was: rows that are answered are not computed again, whatever
+    was killed. Rows and files that the source has got meanwhile are answered; one that was changed stops the batch.
 
     Parameters
     ----------
@@ -68,7 +70,10 @@ def process(
         Folder of Parquet files, readable at any time: ``pyarrow.parquet.read_table(out)``. Rows are in the order in
         which they finished; ``row`` (or ``path``) names them. A name that ends in ``.jsonl`` is for OpenAI batch files:
         answers are written there in OpenAI's format at the end, beside a folder of that name with ``.parquet`` added.
-        None returns an iterator of answers (dicts) instead, computed as it is advanced.
+        None returns a Dask DataFrame instead, of which nothing is computed yet. Its tasks attach to the engine
+        (:meth:`Engine.attach`), which has to stay open meanwhile; files are read where they run. Rows are in the order
+        of the source, a row for each question. Frames and Arrow tables keep their index, Dask collections their
+        partitions.
     text_column
         The column that holds the text.
     keep
@@ -86,18 +91,19 @@ def process(
         Map-reduce: tokens that neighbouring parts share, and the combining question, with ``{answers}`` and
         ``{question}``.
     max_errors
-        Stop when more rows than this have errors; None never does.
+        Stop when more rows than this have errors; None never does. Each partition of a Dask DataFrame counts its own.
     retry_errors
         Do the rows again that have errors from earlier runs.
     in_flight
-        Requests that the cluster has at once; None is twice what all workers can decode together.
+        Requests that the cluster has at once; None is twice what all workers can decode together. Of a Dask DataFrame,
+        those of each partition; None is what one worker can decode together.
     progress
         Show a progress bar on standard error; None does so where somebody can see it.
 
     Returns
     -------
     BatchSummary
-        An awaitable of it with an asynchronous client; with ``out=None`` an iterator of dicts.
+        With ``out=None`` a ``dask.dataframe.DataFrame``. With an asynchronous client, an awaitable of either.
 
     Raises
     ------
@@ -114,8 +120,8 @@ def process(
         raise InvalidRequestError("give either question or questions")
     if isinstance(questions, str):
         raise InvalidRequestError(f"questions is the text {questions!r:.100}: give a list, or question=... for one")
-    from distkv_dask.client.batch.job import Job
-
+    if out is None and retry_errors:
+        raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
     sampling = sampling or SamplingParams()
     spec = BatchSpec(
         questions=(question,) if questions is None else tuple(questions),
@@ -126,12 +132,19 @@ def process(
         overlap=overlap,
         combine=combine,
     )
-    job = Job(engine, source, spec, keep, max_errors, in_flight)
-    if out is None:
-        return job.answers()
-    if engine.client.asynchronous:
-        return asyncio.to_thread(job.write, Path(out), retry_errors, progress)
-    return job.write(Path(out), retry_errors, progress)
+
+    def work() -> Any:
+        if out is None:
+            from distkv_dask.client.batch.lazy import answers_frame
+
+            return answers_frame(engine, source, spec, keep, max_errors, in_flight)
+        from distkv_dask.client.batch.job import Job
+        from distkv_dask.client.batch.sources import source_for
+
+        opened = source_for(source, spec, keep, engine.client)
+        return Job(engine, opened, spec, max_errors, in_flight).write(Path(out), retry_errors, progress)
+
+    return asyncio.to_thread(work) if engine.client.asynchronous else work()
 
 
 def read_schema(schema: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:

@@ -67,8 +67,8 @@ class Source(Protocol):
     def fields(self) -> tuple[str, ...]:
         """Names that a template may use."""
 
-    def rows(self) -> Iterator[Row]:
-        """Every row, from the first one."""
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """Every row, from number ``start`` on."""
 
     def count(self) -> int | None:
         """Number of rows, or None where that is not known before all are read."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -16,14 +16,45 @@ from distkv_dask.client.batch.documents import DocumentSource, files_in
 from distkv_dask.client.batch.extract import EXTRACTORS
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, is_openai_batch
 from distkv_dask.client.batch.rows import Source
+from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.tables import Columns, TableSource
-from distkv_dask.errors import SourceError
+from distkv_dask.errors import InvalidRequestError, SourceError
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _PARQUET = (".parquet", ".pq")
 _JSONL = (".jsonl", ".ndjson")
+
+
+def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client) -> Source:
+    """Open a source of which questions are asked; raises as :func:`open_source` and :func:`checked` do."""
+    return checked(open_source(source, columns_of(spec, keep), client), spec)
+
+
+def columns_of(spec: BatchSpec, keep: Sequence[str] | None) -> Columns:
+    """Which columns are looked at."""
+    return Columns(spec.text_column, keep, spec.columns)
+
+
+def checked(opened: Source, spec: BatchSpec) -> Source:
+    """Return a source of which may be asked what is asked.
+
+    Raises
+    ------
+    InvalidRequestError
+        When the template uses columns that the source has not, or its rows are whole prompts already.
+    """
+    if isinstance(opened, OpenAIBatchSource):
+        if spec.questions != (None,) or spec.template is not None:
+            raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
+        return opened
+    for name in spec.columns:
+        if name not in opened.fields:
+            raise InvalidRequestError(
+                f"the template uses {{{name}}}, but the source has only: {', '.join(opened.fields)}"
+            )
+    return opened
 
 
 def open_source(source: Any, columns: Columns, client: Client) -> Source:
@@ -46,29 +77,54 @@ def open_source(source: Any, columns: Columns, client: Client) -> Source:
     MissingProgramError
         When it holds PDFs and pypdf is not installed.
     """
-    if isinstance(source, str | PathLike):
-        return _open_path(Path(source), columns)
-    if isinstance(source, pa.Table):
-        return TableSource(_arrow(source.to_batches, columns), columns, source.schema, lambda: source.num_rows)
-    match type(source).__module__.split(".")[:2], type(source).__name__:
-        case ["pandas", *_], "DataFrame":
+    match kind_of(source):
+        case "path":
+            return _open_path(Path(source), columns)
+        case "arrow":
+            return TableSource(_arrow(source.to_batches, columns), columns, source.schema, lambda: source.num_rows)
+        case "pandas":
             schema = frames.frame_schema(source, columns.text)
             return TableSource(
                 lambda: frames.frame_chunks(source, columns, schema), columns, schema, lambda: len(source)
             )
-        case ["dask", "dataframe"], "DataFrame":
+        case "dask":
             schema = frames.frame_schema(source._meta_nonempty, columns.text)
             return TableSource(
                 lambda: frames.dask_frame_chunks(source, columns, schema, client), columns, schema, lambda: None
             )
-        case ["dask", "bag"], "Bag":
+        case "bag":
             schema = frames.bag_schema(source, columns.text, client)
             return TableSource(
                 lambda: frames.bag_chunks(source, columns, schema, client), columns, schema, lambda: None
             )
+
+
+def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
+    """What a source is, without importing what it may not be; raises SourceError for what cannot be one."""
+    if isinstance(source, str | PathLike):
+        return "path"
+    if isinstance(source, pa.Table):
+        return "arrow"
+    match type(source).__module__.split(".")[:2], type(source).__name__:
+        case ["pandas", *_], "DataFrame":
+            return "pandas"
+        case ["dask", "dataframe"], "DataFrame":
+            return "dask"
+        case ["dask", "bag"], "Bag":
+            return "bag"
     raise SourceError(
         f"a source is a path, a pandas or Dask DataFrame, a Dask Bag or a pyarrow table, not {type(source).__name__}"
     )
+
+
+def records_source(
+    records: Callable[[], Iterable[Mapping[str, Any] | str]],
+    columns: Columns,
+    schema: pa.Schema,
+    count: Callable[[], int | None],
+) -> Source:
+    """Records whose types are known; one that is a text says what is wrong with it."""
+    return TableSource(lambda: tables.record_chunks(records(), columns, schema), columns, schema, count)
 
 
 def _open_path(path: Path, columns: Columns) -> Source:
@@ -123,5 +179,4 @@ def _arrow(batches: Callable[[], Iterable[pa.RecordBatch]], columns: Columns) ->
 def _records(
     records: Callable[[], Iterable[Mapping[str, Any] | str]], columns: Columns, count: Callable[[], int]
 ) -> Source:
-    schema = tables.inferred(records(), columns.text)
-    return TableSource(lambda: tables.record_chunks(records(), columns, schema), columns, schema, count)
+    return records_source(records, columns, tables.inferred(records(), columns.text), count)

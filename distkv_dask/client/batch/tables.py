@@ -73,13 +73,16 @@ class TableSource:
         self._chunks = chunks
         self._text = columns.text
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, start: int = 0) -> Iterator[Row]:
         """Read chunk by chunk."""
-        numbers = itertools.count()
+        number = -1
         for chunk in self._chunks():
             for at, values in enumerate(chunk.values):
+                number += 1
+                if number < start:
+                    continue
                 yield Row(
-                    next(numbers),
+                    number,
                     fingerprint(values if isinstance(values, str) else repr(sorted(values.items()))),
                     chunk.kept.slice(at, 1),
                     partial(_content, values, self._text),

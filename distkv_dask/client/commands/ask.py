@@ -14,6 +14,7 @@ from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
 from distkv_dask.client.commands.connect import (
     engine_of,
+    engine_option,
     model_options,
     note,
     sampling_of,
@@ -40,6 +41,7 @@ from distkv_dask.types import SamplingParams
 @sampling_options
 @model_options
 @scheduler_option
+@engine_option
 @size_options
 def command(question: str, document: Path | None, schema: Path | None, **options: Any) -> None:
     """Ask QUESTION about DOCUMENT (.txt, .md, .html, .pdf, or - for standard input), or about nothing.

@@ -14,7 +14,14 @@ import click
 
 from distkv_dask.client.bench import SHORT, Decode, Prefill, decodes, prefills, room
 from distkv_dask.client.bench_plot import plot as draw
-from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
+from distkv_dask.client.commands.connect import (
+    engine_of,
+    engine_option,
+    model_options,
+    note,
+    scheduler_option,
+    size_options,
+)
 
 Point = TypeVar("Point", Prefill, Decode)
 
@@ -50,6 +57,7 @@ Point = TypeVar("Point", Prefill, Decode)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
 @model_options
 @scheduler_option
+@engine_option
 @size_options
 def command(
     lengths: tuple[int, ...],

@@ -1,13 +1,15 @@
-"""``distkv cluster``: a Dask cluster on this machine that other commands and programs connect to."""
+"""``distkv cluster``: a Dask cluster on this machine, with a model if wanted, that others connect to."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import local_cluster, size_options
+from distkv_dask.client.commands.connect import failing_clearly, local_cluster, model_options, size_options
+from distkv_dask.client.engine import Engine
 
 
 @click.command("cluster")
@@ -17,8 +19,17 @@ from distkv_dask.client.commands.connect import local_cluster, size_options
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8786, show_default=True, help="0 takes any free one.")
 @click.option("--dashboard-port", type=click.IntRange(0, 65535), default=8787, show_default=True)
+@click.option("--load", is_flag=True, help="Load --model, for commands with --engine auto.")
+@model_options
 def command(
-    workers: int | None, threads: int | None, memory_limit: str | None, host: str, port: int, dashboard_port: int
+    workers: int | None,
+    threads: int | None,
+    memory_limit: str | None,
+    host: str,
+    port: int,
+    dashboard_port: int,
+    load: bool,
+    **model: Any,
 ) -> None:
     """Start a Dask cluster on this machine and keep it until Ctrl-C.
 
@@ -26,7 +37,11 @@ def command(
         distkv cluster &
         distkv run reports/ --question "Who signed?" --out answers.parquet --scheduler tcp://127.0.0.1:8786
 
-    The first line of output is the scheduler's address.
+    The first line of output is the scheduler's address. Each command loads its model, unless the cluster has it:
+
+    \b
+        distkv cluster --load --model smollm2-135m &
+        distkv ask "Who was Ada Lovelace?" --scheduler tcp://127.0.0.1:8786 --engine auto
     """  # noqa: D301
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -35,4 +50,11 @@ def command(
     with local_cluster(workers, threads, memory_limit, **settings) as cluster:
         click.echo(cluster.scheduler_address)
         click.echo(f"{len(cluster.workers)} workers, dashboard {cluster.dashboard_link}")
-        over.wait()
+        if not load:
+            over.wait()
+            return
+        from distributed import Client
+
+        with failing_clearly(), Client(cluster) as client, Engine(client, **model) as engine:
+            click.echo(f"engine {engine.id}: {engine.model.name}")
+            over.wait()

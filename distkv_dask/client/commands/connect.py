@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import DistKVError
@@ -42,6 +43,16 @@ def running_option(command: Command) -> Command:
         envvar="DASK_SCHEDULER_ADDRESS",
         required=True,
         help="Dask scheduler of the cluster, such as tcp://10.0.0.1:8786; or set DASK_SCHEDULER_ADDRESS.",
+    )(command)
+
+
+def engine_option(command: Command) -> Command:
+    """Add ``--engine`` to a command that opens one without it."""
+    return click.option(
+        "--engine",
+        metavar="ID",
+        help="Ask an engine that is open on the cluster already, with the model that it has: its id, which distkv "
+        "status shows, or auto where there is only one.",
     )(command)
 
 
@@ -149,10 +160,26 @@ def engine_of(options: dict[str, Any]) -> Iterator[Engine]:
     with failing_clearly():
         cluster = {name: options.pop(name) for name in ("scheduler", "workers", "threads", "memory_limit")}
         model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory", "rope_scaling")}
+        attached: str | None = options.pop("engine")
+        if attached is not None:
+            _check_attached(cluster["scheduler"], model)
         with client_of(**cluster) as client:
+            if attached is not None:
+                with Engine.attach(None if attached == "auto" else attached, client) as engine:
+                    yield engine
+                return
             note(f"Loading {model['model']} on every worker ...")
             with Engine(client, **model) as engine:
                 yield engine
+
+
+def _check_attached(scheduler: str | None, model: Iterable[str]) -> None:
+    if scheduler is None:
+        raise click.UsageError("--engine is one of a running cluster: name its --scheduler")
+    source = click.get_current_context().get_parameter_source
+    if given := [name for name in model if source(name) is ParameterSource.COMMANDLINE]:
+        option = given[0].replace("_", "-")
+        raise click.UsageError(f"--{option} is for an engine that is opened here: one that is open already has its own")
 
 
 @contextmanager

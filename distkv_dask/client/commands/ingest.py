@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import engine_of, model_options, note, scheduler_option, size_options
+from distkv_dask.client.commands.connect import (
+    engine_of,
+    engine_option,
+    model_options,
+    note,
+    scheduler_option,
+    size_options,
+)
 
 
 @click.command("ingest")
@@ -15,6 +22,7 @@ from distkv_dask.client.commands.connect import engine_of, model_options, note, 
 @click.argument("folder")
 @model_options
 @scheduler_option
+@engine_option
 @size_options
 def command(document: Path, folder: str, **options: Any) -> None:
     """Compute the KV cache of DOCUMENT (.txt, .md, .html, .pdf) and save it in FOLDER.

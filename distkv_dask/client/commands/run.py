@@ -12,6 +12,7 @@ from distkv_dask.client.batch.spec import COMBINE, TooLong
 from distkv_dask.client.commands.connect import (
     SOME_ROWS_FAILED,
     engine_of,
+    engine_option,
     model_options,
     sampling_of,
     sampling_options,
@@ -51,6 +52,7 @@ from distkv_dask.client.commands.connect import (
 @sampling_options
 @model_options
 @scheduler_option
+@engine_option
 @size_options
 def command(source: Path, questions: tuple[str, ...], out: Path, keep: tuple[str, ...], **options: Any) -> None:
     """Ask questions about every row of SOURCE and write a table of answers.

@@ -1,0 +1,56 @@
+"""How one comes to use an engine that somebody else opened, from any process that has a Dask client, and leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from distkv_dask.client.conversation import Conversation
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.errors import ClusterError, EngineClosedError
+from distkv_dask.model_source import ModelSource, resolve_model
+from distkv_dask.protocol import PLUGIN, Attached, ClientCall, EngineSpec
+
+
+class Attaching:
+    """Takes a handle on an open engine, which the engine survives.
+
+    Parameters
+    ----------
+    engine
+        The engine's id; ``""`` is the only one that is open.
+
+    Attributes
+    ----------
+    spec, model
+        What the engine's owner asked for, once it is attached.
+    """
+
+    spec: EngineSpec
+    model: ModelSource
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._handle = 0
+
+    async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+        """Attach; returns what the workers said, and the model's tokenizer."""
+        client = conversation.client
+        if not await client.get_metadata([PLUGIN], default=False):
+            raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
+        attached: Attached = await conversation.call(ClientCall.ATTACH, engine=self._engine, client=client.id)
+        self.spec, facts, self._handle = attached
+        try:
+            self.model = await asyncio.to_thread(resolve_model, self.spec.model, self.spec.rope_scaling)
+            tokenizer = Tokenizer(await asyncio.to_thread(self.model.tokenizer), facts["vocab_size"])
+        except BaseException:
+            await asyncio.shield(self.end(conversation))
+            raise
+        conversation.begin(self.spec.engine, self._handle)
+        return dict(facts), tokenizer
+
+    async def end(self, conversation: Conversation) -> None:
+        """Give the handle back: its requests end, its documents are released, the engine goes on."""
+        with contextlib.suppress(EngineClosedError, OSError):
+            await conversation.call(ClientCall.DETACH, engine=self.spec.engine, handle=self._handle)

@@ -1,0 +1,112 @@
+"""Tasks of a lazy batch: each answers one partition with the engine that it attaches to, and returns a pandas frame."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import pyarrow as pa
+from distributed import Client, Reschedule, Worker, get_worker, secede
+
+from distkv_dask.client.batch.frames import as_records
+from distkv_dask.client.batch.job import Job
+from distkv_dask.client.batch.rows import Source
+from distkv_dask.client.batch.sources import columns_of, records_source, source_for
+from distkv_dask.client.batch.spec import BatchSpec
+
+AT_ONCE = 2
+"""Partitions that a worker has answered at the same time: one more is ready when one ends with its longest answers."""
+
+TICK = 1.0
+"""Seconds after which a partition that waits for its turn looks whether it is still wanted."""
+
+_turns: WeakKeyDictionary[Worker, threading.BoundedSemaphore] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of every row, and of which engine (its id)."""
+
+    engine: str
+    spec: BatchSpec
+    max_errors: int | None
+    in_flight: int
+
+
+def answer_frame(part: pd.DataFrame, kept: Sequence[Any], asked: Asked) -> pd.DataFrame:
+    """Answer the rows of a pandas frame; the columns ``kept`` and the index are repeated for each question."""
+    table = _answer(lambda client: source_for(part, asked.spec, (), client), asked)
+    left = part[list(kept)].iloc[table.column("row").to_pylist()]
+    right = as_pandas(table, label=False)
+    right.index = left.index
+    return pd.concat([left, right], axis=1)
+
+
+def answer_rows(rows: tuple[int, int], path: str, keep: Sequence[str] | None, asked: Asked) -> pd.DataFrame:
+    """Answer some rows of a file or folder that workers can read."""
+    return as_pandas(_answer(lambda client: source_for(path, asked.spec, keep, client), asked, *rows), label=True)
+
+
+def answer_records(part: Iterable[Any], keep: Sequence[str] | None, schema: pa.Schema, asked: Asked) -> pd.DataFrame:
+    """Answer a partition of a Bag of texts or records."""
+    records = list(as_records(part, asked.spec.text_column))
+    source = records_source(lambda: records, columns_of(asked.spec, keep), schema, lambda: len(records))
+    return as_pandas(_answer(lambda _: source, asked), label=False)
+
+
+def as_pandas(table: pa.Table, label: bool) -> pd.DataFrame:
+    """A table of answers with pandas' nullable types, or Arrow's where it has none; ``label`` keeps rows' labels."""
+    dropped = ["fingerprint"] if label else [table.schema.names[0], "fingerprint"]
+    return table.drop_columns(dropped).to_pandas(types_mapper=_dtype)
+
+
+def _dtype(kind: pa.DataType) -> Any:
+    if pa.types.is_string(kind):
+        return pd.StringDtype("pyarrow")
+    if pa.types.is_int64(kind):
+        return pd.Int64Dtype()
+    if pa.types.is_float64(kind):
+        return pd.Float64Dtype()
+    return pd.BooleanDtype() if pa.types.is_boolean(kind) else pd.ArrowDtype(kind)
+
+
+def _answer(open_source: Callable[[Client], Source], asked: Asked, start: int = 0, stop: int | None = None) -> pa.Table:
+    from distkv_dask.client.engine import Engine
+
+    with _turn() as on_tick, Engine.attach(asked.engine) as engine:
+        job = Job(engine, open_source(engine.client), asked.spec, asked.max_errors, asked.in_flight)
+        return job.table(start, stop, on_tick)
+
+
+@contextmanager
+def _turn() -> Iterator[Callable[[], None]]:
+    """Leave the worker's threads to the engine, and wait for a turn; gives what looks whether it is still wanted."""
+    try:
+        worker = get_worker()
+    except ValueError:  # computed by threads of the client's process
+        yield lambda: None
+        return
+    wanted = partial(_check_wanted, worker, worker.get_current_task())
+    secede()
+    with _turns_lock:
+        turns = _turns.setdefault(worker, threading.BoundedSemaphore(AT_ONCE))
+    while not turns.acquire(timeout=TICK):
+        wanted()
+    try:
+        yield wanted
+    finally:
+        turns.release()
+
+
+def _check_wanted(worker: Worker, key: Any) -> None:
+    """End a task whose future was cancelled; Dask begins it again should somebody want it after all."""
+    task = worker.state.tasks.get(key)
+    if task is None or task.state == "cancelled":
+        raise Reschedule

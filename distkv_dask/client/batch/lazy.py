@@ -1,0 +1,70 @@
+"""Answers as a Dask DataFrame: every partition is a task that attaches to the engine and asks; nothing runs before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pyarrow as pa
+
+from distkv_dask.client.batch.asking import Asked, answer_frame, answer_records, answer_rows, as_pandas
+from distkv_dask.client.batch.frames import bag_schema
+from distkv_dask.client.batch.job import answer_schema, output_schema
+from distkv_dask.client.batch.rows import Source
+from distkv_dask.client.batch.sources import checked, columns_of, kind_of, records_source, source_for
+from distkv_dask.client.batch.spec import BatchSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distkv_dask.client.engine import Engine
+
+PARTS = 4
+"""Partitions for each worker, of sources that have none."""
+
+
+def answers_frame(
+    engine: Engine,
+    source: Any,
+    spec: BatchSpec,
+    keep: Sequence[str] | None,
+    max_errors: int | None,
+    in_flight: int | None,
+) -> Any:
+    """Make the Dask DataFrame; :func:`distkv_dask.client.batch.process.process` says what the parameters are."""
+    import dask.dataframe as dd
+    from dask.delayed import delayed
+
+    kind = kind_of(source)
+    if kind == "bag":
+        schema = bag_schema(source, spec.text_column, engine.client)
+        opened = checked(records_source(list, columns_of(spec, keep), schema, lambda: None), spec)
+    else:
+        opened = source_for(source, spec, keep, engine.client)
+    asked = Asked(engine.id, spec, max_errors, in_flight or engine.config.window_batch)
+    parts = PARTS * engine.facts["workers"]
+    if kind == "path":
+        path, rows = str(Path(source).absolute()), opened.count() or 0
+        cuts = [cut for cut in pairwise(rows * at // parts for at in range(parts + 1)) if cut[0] < cut[1]]
+        return dd.from_map(
+            answer_rows, cuts or [(0, 0)], path=path, keep=keep, asked=asked, meta=_meta(opened, spec, label=True)
+        )
+    meta = _meta(opened, spec, label=False)
+    if kind == "bag":
+        answers = [delayed(answer_records)(part, keep, schema, asked) for part in source.to_delayed()]
+        return dd.from_delayed(answers, meta=meta, verify_meta=False)
+    if kind == "arrow":
+        source = source.to_pandas(types_mapper=pd.ArrowDtype)
+    if kind != "dask":
+        source = dd.from_pandas(source, npartitions=max(1, min(parts, len(source))), sort=False)
+    kept = [name for wanted in opened.kept.names for name in source.columns if str(name) == wanted]
+    meta = pd.concat([source._meta[kept], meta.drop(columns=opened.kept.names).set_axis(source._meta.index)], axis=1)
+    return source.map_partitions(answer_frame, kept, asked, meta=meta)
+
+
+def _meta(source: Source, spec: BatchSpec, label: bool) -> pd.DataFrame:
+    """No rows of the answers of a source."""
+    schema: pa.Schema = output_schema(source, answer_schema(spec))
+    return as_pandas(schema.empty_table(), label)

@@ -1,0 +1,48 @@
+"""What one handle of an engine has yet to hear: kept until it says that it has heard it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from distkv_dask.protocol import Delivery
+
+
+class Outbox:
+    """Items in order, for one reader.
+
+    Parameters
+    ----------
+    client
+        Id of the Dask client that reads them.
+    """
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self._items: list[Delivery] = []
+        self._heard = 0
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def put(self, delivery: Delivery) -> None:
+        """Add tokens or an end."""
+        self._items.append(delivery)
+        self._news.set()
+
+    def close(self) -> None:
+        """Nobody waits for news any more; what is there can still be heard."""
+        self._closed = True
+        self._news.set()
+
+    async def take(self, heard: int, wait: float) -> list[Delivery]:
+        """What somebody who heard ``heard`` items has yet to hear; waits up to ``wait`` seconds for something.
+
+        Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.
+        """
+        del self._items[: heard - self._heard]
+        self._heard = heard
+        if not self._items and not self._closed:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), wait)
+        return list(self._items)
