@@ -32,6 +32,8 @@ class WorkerAccount:
         Blocks that others hold for sequences whose home it is.
     pending
         Tokens of prompts that are not computed yet, of sequences whose home it is.
+    due
+        Tokens that sequences whose home it is may still generate.
     documents, documents_lent
         Those of ``used``, and of ``lent``, that are documents', or shared of requests that ended: no running request's.
     cached
@@ -53,6 +55,7 @@ class WorkerAccount:
     lent: int = 0
     borrowed: int = 0
     pending: int = 0
+    due: int = 0
     documents: int = 0
     documents_lent: int = 0
     cached: int = 0
@@ -129,6 +132,11 @@ class SequenceAccount:
     def pending(self) -> int:
         """Tokens of the prompt that are not computed yet."""
         return max(0, self.prompt - self.length)
+
+    @property
+    def due(self) -> int:
+        """Tokens that may still be generated."""
+        return 0 if self.idle else self.stop - max(self.length, self.prompt)
 
     @property
     def home(self) -> str:

@@ -45,7 +45,7 @@ class Admission:
 
     def wait(self, ask: Ask, rank: float | None = None) -> None:
         """A request waits from now on; the lowest ``rank`` is first (the policy's, if none is given)."""
-        rank = self.policy.rank(ask) if rank is None else rank
+        rank = self.policy.rank(self.ledger, ask) if rank is None else rank
         self._asks[ask.sequence] = rank, ask
         self._order.add((rank, ask.sequence))
 

@@ -122,7 +122,7 @@ class Documents:
             shared=live.reused,
             is_document=live.is_document,
         )
-        live.rank = min(self._queue.policy.rank(ask) if rank is None else rank, latest)
+        live.rank = min(self._queue.policy.rank(self._ledger, ask) if rank is None else rank, latest)
         self._queue.wait(ask, live.rank)
 
     def ready(self, document: int) -> bool:

@@ -183,16 +183,22 @@ class GManager(SchedulerPlugin):
             self._send(worker, ToWorker.OPEN, (engine.spec, geometry))
 
     def submit(self, engine: str, requests: Any) -> Any:
-        """Take requests (packed :class:`Submission`); returns the refused ones with their reasons."""
+        """Take requests (packed :class:`Submission`); returns the refused ones with their reasons.
+
+        All of them are in the queue before one is admitted: the policy says who is first, not their order here.
+        """
         state = self._engine(engine)
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
+        accepted: list[Iterable[do.Command]] = []
         refused: dict[int, Exception] = {}
         for one in unpack(requests):
             try:
-                self._run(state, state.lifecycle.accept(one, monotonic()))
+                accepted.append(state.lifecycle.accept(one, monotonic()))
             except DistKVError as error:
                 refused[one.number] = error
+        for commands in accepted:
+            self._run(state, commands)
         return pack(refused)
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:

@@ -161,10 +161,12 @@ class Ledger:
     def commit(self, sequence: int, length: int) -> None:
         """Record that the KV of the first ``length`` tokens of a sequence exists."""
         account = self.sequences[sequence]
-        before = account.pending
+        pending, due = account.pending, account.due
         account.length = length
         if account.home not in account.lost:
-            self.workers[account.home].pending += account.pending - before
+            home = self.workers[account.home]
+            home.pending += account.pending - pending
+            home.due += account.due - due
 
     def keep(self, sequence: int, tokens: int) -> list[Span]:
         """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of its other room.
@@ -367,7 +369,9 @@ class Ledger:
             if account.idle:
                 entry.documents += sign * wanted[worker]
                 entry.documents_lent += sign * wanted[worker] * (worker != home)
-            entry.pending += sign * account.pending * (worker == home)
+            if worker == home:
+                entry.pending += sign * account.pending
+                entry.due += sign * account.due
             if sign < 0:
                 del entry.held[sequence]
                 entry.homes.pop(sequence, None)
@@ -431,5 +435,6 @@ class Ledger:
             assert entry.documents == sum(held[worker][n] for n in held[worker] if self.sequences[n].idle), entry
             assert entry.documents_lent == sum(guests[n] for n in guests if self.sequences[n].idle), entry
             assert entry.pending == sum(self.sequences[n].pending for n in homes), (worker, entry)
+            assert entry.due == sum(self.sequences[n].due for n in homes), (worker, entry)
             assert entry.borrowed == borrowed[worker], (worker, entry)
         self.room.check(self.workers)

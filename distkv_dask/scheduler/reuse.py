@@ -81,7 +81,8 @@ class Reuse:
         anyway = tuple(clipped(placement, less.shared, placement[-1].stop))
         behind = (Span(prefix[-1].worker, less.shared, placement[-1].stop),)
         ahead = next(iter(self._queue), None)
-        passes = ahead is not None and self._queue.policy.rank(ahead) < self._queue.policy.rank(ask)
+        rank = self._queue.policy.rank
+        passes = ahead is not None and rank(self._ledger, ahead) < rank(self._ledger, ask)
         beside = self._beside(less, missing, prefix[-1].worker, ahead if passes else None)
         for rest in dict.fromkeys((anyway, behind, beside)):
             workers = missing.keys() | {span.worker for span in rest}

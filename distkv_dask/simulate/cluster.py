@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
 from distkv_dask.scheduler.admission import Admission, prefill_slots
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.performance import PerformanceModel
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.presets import Preset
@@ -41,6 +42,11 @@ class Outcome:
     """Times, and what share of its pool each worker uses then."""
 
 
+def without_prefill(model: PerformanceModel) -> PerformanceModel:
+    """The same model where prompts cost nothing."""
+    return replace(model, curve=replace(model.curve, prompt=0.0, pair=0.0))
+
+
 class Simulation:
     """A cluster of equal workers that serves a trace.
 
@@ -61,7 +67,8 @@ class Simulation:
         self.preset = as_one(preset, workers) if policy == "single" else preset
         self.outcome = Outcome(policy, workers)
         self.ledger = Ledger(BLOCK_TOKENS, BATCH)
-        self.policy = policy_named(policy, self.preset.model)
+        known = self.preset.model if prefill else without_prefill(self.preset.model)
+        self.policy = policy_named(policy, known)
         self.admission = Admission(self.ledger, self.policy)
         self.lanes: dict[str, Lane] = {}
         for number in range(1 if policy == "single" else workers):
@@ -98,7 +105,7 @@ class Simulation:
     def _arrive(self, number: int, arrival: Arrival) -> None:
         self.runs[number] = Run(number, arrival, left=arrival.output)
         self.admission.wait(Ask(number, arrival.prompt, arrival.tokens, self.now))
-        self._admit()
+        self._at(self.now, self._admit)  # once all that come at this time are in the queue
 
     def _admit(self) -> None:
         while self.admission and self.prefilling < prefill_slots(self.ledger):

@@ -1,6 +1,7 @@
 """Many documents on a Slurm cluster, through dask-jobqueue (`pip install dask-jobqueue`).
 
-Not run by our tests: needs Slurm. PBS, LSF, SGE and the others have a class each that takes the same arguments.
+Not run by our tests: needs Slurm. PBS, LSF, SGE and the others have a class each that takes the same arguments. By
+hand, batches ran on dask-jobqueue's own cluster of local processes.
 """
 
 from dask_jobqueue import SLURMCluster

@@ -41,3 +41,16 @@ def test_status_shows_each_workers_curve_timed_when_the_engine_opened(
         assert bool(kept) == (setting == "auto")
 
     run()
+
+
+def test_of_requests_that_come_together_the_policy_says_who_is_first() -> None:
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), performance="preset", **SMALL) as engine:
+            prompts = [[number] * tokens for number, tokens in enumerate((360, 400, 440), 1)]  # two never fit
+            done = await engine.generate(prompts, SamplingParams(max_new_tokens=4))
+            assert not any(one.error for one in done)
+            queued = [one.timings.queued for one in done]
+            assert queued == sorted(queued, reverse=True), "the policy is best: what takes longest is first"
+
+    run()

@@ -83,12 +83,20 @@ def test_a_worker_that_joins_takes_half_of_the_longest_sequences_part_once() -> 
         assert share_with_idle(ledger, NEAR) == [], "it comes to rest"
 
 
-@pytest.mark.parametrize("why", ["far", "slow", "short", "ending"])
+def test_a_share_goes_to_an_idle_worker_of_the_same_host_and_is_worth_what_is_still_to_be_generated() -> None:
+    ledger = ledger_of(100, 60, 100, hosts="aab")
+    ledger.reserve(0, (Span("w0", 0, 41 * BLOCK),))
+    ledger.commit(0, 40 * BLOCK)
+    assert share_with_idle(ledger, NEAR) == [Move(0, 0, 8 * BLOCK, "w0", "w1")], "eight tokens for each of 512"
+
+
+@pytest.mark.parametrize("why", ["far", "slow", "short", "ending", "prompt"])
 def test_an_idle_worker_gets_nothing_where_that_would_not_be_faster(why: str) -> None:
     ledger = ledger_of(100, 100, hosts="ab" if why == "far" else "aa")
     blocks = 2 if why == "short" else 40
-    ledger.reserve(0, (Span("w0", 0, blocks * BLOCK),))
-    ledger.commit(0, blocks * BLOCK - (1 if why == "ending" else BLOCK))
+    prompt = (blocks - 1) * BLOCK
+    ledger.reserve(0, (Span("w0", 0, blocks * BLOCK),), prompt)
+    ledger.commit(0, blocks * BLOCK - 1 if why == "ending" else prompt - (why == "prompt"))
     curves = {"w1": replace(CURVE, token=10 * CURVE.token)} if why == "slow" else {}
     assert share_with_idle(ledger, replace(NEAR, curves=curves)) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from distkv_dask.scheduler.performance import fit_decode
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.dgfm import find_cycle
-from distkv_dask.scheduler.presets import PRESETS
+from distkv_dask.scheduler.presets import LINKS, PRESETS
 from distkv_dask.types import Endpoint, Span
 
 BLOCK = 16
@@ -81,9 +83,10 @@ def test_nothing_is_placed_on_a_worker_that_is_drained_or_has_no_weights_to_deco
 
 
 def test_a_request_with_priority_comes_first_but_not_for_ever(policy: Policy) -> None:
+    ledger = ledger_of(9, 9)
     late_and_urgent, early = Ask(1, 100, 100, 30.0, priority=1), Ask(0, 100, 100, 0.0)
-    assert policy.rank(late_and_urgent) < policy.rank(early)
-    assert policy.rank(Ask(2, 100, 100, 3600.0, priority=1)) > policy.rank(early)
+    assert policy.rank(ledger, late_and_urgent) < policy.rank(ledger, early)
+    assert policy.rank(ledger, Ask(2, 100, 100, 3600.0, priority=1)) > policy.rank(ledger, early)
 
 
 def test_local_only_refuses_what_borrowing_serves() -> None:
@@ -132,6 +135,57 @@ def test_best_keeps_a_request_on_one_host_and_lets_others_pass_without_delaying_
     passing = best.place(ledger, Ask(4, 2 * BLOCK, 2 * BLOCK), ahead)
     assert passing is not None
     assert passing[0].worker in {"w2", "w3"}
+
+
+def test_best_lays_a_request_on_as_few_hosts_as_possible_and_rather_waits_where_links_are_slow() -> None:
+    ledger = ledger_of(8, 8, 8, 8, 8, 8)  # three hosts
+    slow, fast = (policy_named("best", replace(MODEL, between=LINKS[link])) for link in ("1gbe", "nvlink"))
+    for number, worker in enumerate(("w0", "w2", "w4")):
+        ledger.reserve(number, (Span(worker, 0, 6 * BLOCK),), 6 * BLOCK)
+    large = Ask(3, 25 * BLOCK, 25 * BLOCK)  # more than one host ever holds, less than there is room for now
+    assert slow.place(ledger, large) is None
+    spread = fast.place(ledger, large)
+    assert spread is not None
+    assert len({ledger.workers[span.worker].endpoint.host for span in spread}) == 3
+    ledger.release(0)
+    placement = slow.place(ledger, large)
+    assert placement is not None
+    assert len({ledger.workers[span.worker].endpoint.host for span in placement}) == 2
+
+
+def test_best_does_not_wait_for_room_that_documents_keep() -> None:
+    ledger, best = ledger_of(8, 8, 8, 8), policy_named("best", MODEL)
+    for number, worker in enumerate(("w0", "w2")):
+        ledger.reserve(number, (Span(worker, 0, 4 * BLOCK),), 4 * BLOCK, idle=True)
+        ledger.commit(number, 4 * BLOCK)
+    assert best.place(ledger, Ask(2, 14 * BLOCK, 14 * BLOCK)) is not None, "on both hosts, since none can be emptied"
+    ledger.release(0)
+    placement = best.place(ledger, Ask(2, 14 * BLOCK, 14 * BLOCK))
+    assert {span.worker for span in placement or ()} == {"w0", "w1"}
+
+
+def test_best_starts_what_takes_longest_first_with_its_answer_counted() -> None:
+    ledger, best = ledger_of(8, 8), policy_named("best", MODEL)
+    prompt = [best.rank(ledger, Ask(0, tokens, tokens + 8)) for tokens in (8, 80, 800)]
+    answer = [best.rank(ledger, Ask(0, 8, 8 + tokens)) for tokens in (8, 80, 800)]
+    urgent = [best.rank(ledger, Ask(0, 8, 8 + tokens, priority=1)) for tokens in (8, 80, 800)]
+    assert prompt == sorted(prompt, reverse=True)
+    assert answer == sorted(answer, reverse=True)
+    assert urgent == sorted(urgent)
+    assert answer[2] < prompt[2], "a token that is decoded takes longer than one of a prompt"
+
+
+def test_best_gives_a_request_to_the_worker_that_would_be_done_first() -> None:
+    ledger, best = ledger_of(30, 31, 32), policy_named("best", MODEL)
+    ledger.reserve(0, (Span("w2", 0, 12 * BLOCK),), BLOCK)  # eleven blocks of answer are to come
+    ledger.reserve(1, (Span("w1", 0, 12 * BLOCK),), 11 * BLOCK)
+    ledger.reserve(2, (Span("w0", 0, 12 * BLOCK),), 11 * BLOCK)
+    for number, tokens in ((0, BLOCK), (1, 11 * BLOCK), (2, 0)):
+        ledger.commit(number, tokens)  # the last one's prompt is still to be computed
+    ask = Ask(3, BLOCK, 2 * BLOCK)
+    assert best.place(ledger, ask) == (Span("w1", 0, 2 * BLOCK),)
+    ledger.retire_worker("w1")
+    assert best.place(ledger, ask) == (Span("w0", 0, 2 * BLOCK),), "a short prompt is over sooner than a long answer"
 
 
 def test_the_performance_model_recovers_the_machine_that_was_measured() -> None:

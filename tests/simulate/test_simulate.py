@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_one_request_alone_takes_what_the_model_says() -> None:
     assert run.first == pytest.approx(curve.prefill(prompt), rel=1e-6)
     low, high = (curve.decode(1, tokens) for tokens in (prompt, prompt + output))
     assert (output - 1) * low <= end - run.first <= (output - 1) * high
+
+
+def test_of_requests_that_come_together_the_one_that_takes_longest_is_first_whatever_their_order() -> None:
+    prompts = [7_000, 9_000, 11_000]
+    one = replace(A100, kv_tokens=12_000)  # room for one at a time
+    for arrivals in itertools.permutations(Arrival(0.0, prompt, 5) for prompt in prompts):
+        outcome = Simulation(one, 1, "best").run(arrivals)
+        assert [run.arrival.prompt for run, _ in outcome.finished] == sorted(prompts, reverse=True)
+
+
+def test_where_prompts_come_with_their_kv_the_policy_counts_answers_only() -> None:
+    one = replace(A100, kv_tokens=12_000)
+    arrivals = [Arrival(0.0, 11_000, 5), Arrival(0.0, 7_000, 20)]
+    first = {
+        prefill: Simulation(one, 1, "best", prefill=prefill).run(arrivals).finished[0][0].arrival.prompt
+        for prefill in (True, False)
+    }
+    assert first == {True: 11_000, False: 7_000}
 
 
 def test_a_context_larger_than_a_worker_is_served_by_borrowing_only() -> None:

@@ -24,7 +24,7 @@ GAIN = 0.1
 LEAST = 1024
 """Tokens of the smallest share: what fewer would save is less than what timings are sure of."""
 WORTH = 8
-"""A token is moved for this many tokens that may still be generated, at most."""
+"""So many tokens are moved, at most, for each that may still be generated."""
 
 
 def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
@@ -68,7 +68,9 @@ def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move
 def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     """Half of the longest sequence's part on the fullest worker for a worker that holds nothing, where that is faster.
 
-    Half of the attention is computed there at the same time then; what an exchange costs more must be less than that.
+    Half of the attention is computed there at the same time then; what an exchange costs more must be less than that,
+    and the move must be over before half of the sequence's time is. A prompt that is still computed stays where it is:
+    each of its tokens would cost an exchange.
     """
     idle, full = next(ledger.room.creditors(), None), next(ledger.room.fullest(), None)
     if idle is None or full is None or idle.held:
@@ -77,22 +79,23 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     spans = [
         (stop - start, start, number, account)
         for number, account in movable
-        if not account.moves and not account.lost
+        if account.due and not account.moves and not account.lost and not account.pending
         for start, stop in _full(ledger, account, full.worker)
     ]
     if not spans:
         return []
     tokens, start, number, account = max(spans, key=lambda span: span[:3])
-    blocks = min(ledger.blocks(tokens) // 2, idle.lendable)
-    moved = blocks * ledger.block_tokens
-    if moved < LEAST or (account.stop - account.length) * WORTH < moved:
-        return []
     home = ledger.workers[account.home]
+    near = ledger.room.on_host(home.endpoint.host)
+    idle = next((one for one in near if one.lendable and not one.held), idle)
+    blocks = min(ledger.blocks(tokens) // 2, idle.lendable, account.due * WORTH // ledger.block_tokens)
+    moved = blocks * ledger.block_tokens
     link = model.link(home.endpoint.host, idle.endpoint.host)
     there, here = model.of(idle.worker).token, model.of(full.worker).token
     saved = tokens * here - max((tokens - moved) * here, moved * there) - model.exchange(link, 1)
     on_home = sum(_filled(ledger.sequences[other], home.worker) for other in home.homes)
-    if saved < GAIN * model.of(home.worker).decode(home.homed, on_home):
+    step = model.of(home.worker).decode(home.homed, on_home)
+    if moved < LEAST or saved < GAIN * step or 2 * model.transfer(link, moved) > account.due * step:
         return []
     return [Move(number, start, start + moved, full.worker, idle.worker)]
 

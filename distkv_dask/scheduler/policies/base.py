@@ -83,10 +83,10 @@ class Policy(ABC):
         """Propose moves of blocks, best first. All of them can start together, as the ledger is now."""
         return []
 
-    def rank(self, ask: Ask) -> float:
+    def rank(self, ledger: Ledger, ask: Ask) -> float:
         """Requests with a lower rank are placed first.
 
-        A rank never changes while a request waits: all that wait grow older alike. It is in seconds, so a request can
+        It is asked for once, when a request comes: all that wait grow older alike. It is in seconds, so a request can
         be overtaken only by those that came within a bounded time after it.
         """
         return ask.submitted - ask.priority * PRIORITY_SECONDS

@@ -6,10 +6,10 @@ What it does beyond the paper's greedy:
   larger goes over the network between hosts. It rather waits than lies across a slow link for all its life.
 * While it waits, the workers that it will get are kept free for it and later requests take the others: nobody
   starves, and little room is idle.
-* Long prompts start first, so that short ones fill the room between them and a batch ends without a tail of one long
-  request on an idle cluster. Requests with a priority want latency: among them, short ones start first. Both are
-  bounded by a lead in seconds, so all grow old enough to be next.
-* The home is, of the workers with room, the one with least work before it, by the performance model.
+* What takes longest, prompt and answer, starts first, so that short requests fill the room between long ones and a
+  batch ends without a tail of one long request on an idle cluster. Requests with a priority want latency: among them,
+  short ones start first. Both are bounded by a lead in seconds, so all grow old enough to be next.
+* The home is, of the workers with room, the one that would be done first, by the performance model.
 * On a host, blocks are spread so that all workers keep equal room: attention to a long request is computed by all of
   them at a time, and no worker becomes a bottleneck.
 """
@@ -48,27 +48,31 @@ class Best(Policy):
         homes = (account for account in ledger.room.homes() if account.worker not in kept)
         fitting = [account for account in islice(homes, CANDIDATES) if account.free >= need]
         if fitting:
-            home = min(fitting, key=self._work)
+            home = min(fitting, key=lambda account: (self._done(ledger, account, ask), account.worker))
             return (Span(home.worker, 0, ask.tokens),)
-        if kept:
-            return None
-        first = next((host for _, host in ledger.room.hosts()), None)
-        on_one = first is not None and need <= _potential(ledger, first)
-        placement = self._spread(ledger, self._hosts(ledger, need, on_one), ask.tokens)
-        return placement or (None if on_one else overflow(ledger, ask.tokens))
+        return None if kept else self._on_hosts(ledger, ask.tokens)
 
     def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
         """Recalls, else a share for an idle worker."""
         return recalls(ledger, waiting) or share_with_idle(ledger, self.model)
 
-    def rank(self, ask: Ask) -> float:
-        """Longest prefill first, or shortest first among those with a priority."""
-        lead = min(LEAD, self.model.curve.prefill(ask.prompt))
-        return super().rank(ask) + (lead if ask.priority > 0 else -lead)
+    def rank(self, ledger: Ledger, ask: Ask) -> float:
+        """What takes longest first, or what takes least among those with a priority."""
+        curve = self.model.curve
+        pool = ledger.capacity_blocks * ledger.block_tokens // max(1, len(ledger.workers))
+        step = curve.decode(1, min(ask.tokens, pool))  # what is larger than a pool is attended to by several workers
+        lead = min(LEAD, curve.prefill(ask.prompt) + (ask.tokens - ask.prompt) * step)
+        return Policy.rank(self, ledger, ask) + (lead if ask.priority > 0 else -lead)
 
-    def _work(self, account: WorkerAccount) -> tuple[float, int, str]:
-        """Seconds of prefill that a new request would wait for, then sequences with which it would share steps."""
-        return self.model.of(account.worker).prefill(account.pending), account.homed, account.worker
+    def _done(self, ledger: Ledger, account: WorkerAccount, ask: Ask) -> float:
+        """Seconds until a worker would be done with what it has and one more request: its prompts, then its steps.
+
+        It decodes for as many steps as its sequences have tokens left in the mean, and each step reads all its KV.
+        """
+        curve, batch = self.model.of(account.worker), account.homed + 1
+        steps = (account.due + ask.tokens - ask.prompt) / batch
+        tokens = account.used * ledger.block_tokens + ask.tokens
+        return curve.prefill(account.pending) + steps * curve.decode(batch, tokens)
 
     def _kept(self, ledger: Ledger, need: int) -> frozenset[str]:
         """Workers that are kept free for a request that waits: the roomiest of those that could serve it."""
@@ -84,40 +88,68 @@ class Best(Policy):
             kept += [account.worker for account in accounts]
         return frozenset(kept)
 
-    def _hosts(self, ledger: Ledger, need: int, on_one: bool) -> list[str]:
-        """Hosts with most room that together have enough; one, where that can do (``on_one``) and links are slow."""
-        near = self.model.exchange(self.model.between, 1) < SLOW * self.model.curve.step
-        hosts: list[str] = []
-        left = need
-        for room, host in ledger.room.hosts():
-            if left <= 0 or (hosts and on_one and not near):
-                break
-            left -= room
-            hosts.append(host)
-        return hosts
-
-    def _spread(self, ledger: Ledger, hosts: list[str], tokens: int) -> Placement | None:
-        """All workers of the first host down to equal room, and as few workers of the other hosts as possible."""
+    def _on_hosts(self, ledger: Ledger, tokens: int) -> Placement | None:
+        """Place a request on the hosts with most room; where links are slow, on no more of them than it has to be."""
         need = ledger.blocks(tokens)
+        slow = self.model.exchange(self.model.between, 1) >= SLOW * self.model.curve.step
+        most = _fewest(ledger, need) if slow else len(ledger.workers)
+        hosts = _roomiest(ledger, need, most)
         own = ledger.room.on_host(hosts[0]) if hosts else []
         homes = [a for a in own if a.can_decode and not a.retiring and a.free and a.homed < ledger.room.batch]
-        if not homes:
-            return None
-        home = max(homes, key=lambda account: (account.free - account.lendable, account.free, account.worker))
+        if homes:
+            home = max(homes, key=lambda account: (account.free - account.lendable, account.free, account.worker))
+            placement = self._spread(ledger, home, own, hosts[1:], tokens)
+            if placement is not None or any(islice(ledger.room.hosts(), most, None)):
+                return placement
+        return overflow(ledger, tokens)  # those are all hosts: maybe with another home
+
+    def _spread(
+        self, ledger: Ledger, home: WorkerAccount, own: list[WorkerAccount], others: list[str], tokens: int
+    ) -> Placement | None:
+        """All workers of the home's host (``own``) down to equal room, and few workers of the other hosts."""
+        need = ledger.blocks(tokens)
         far = sorted(
-            (account for host in hosts[1:] for account in ledger.room.on_host(host)),
-            key=lambda account: (hosts.index(account.endpoint.host), -account.lendable),
+            (account for host in others for account in ledger.room.on_host(host)),
+            key=lambda account: (others.index(account.endpoint.host), -account.lendable),
         )
         here = min(need, home.free + sum(account.lendable for account in own if account is not home))
         shares = [*borrow(far, need - here), *_level(home, own, here)]
         return lay(ledger, home.worker, shares, tokens) if sum(n for _, n in shares) + home.free >= need else None
 
 
-def _potential(ledger: Ledger, host: str) -> int:
-    """Blocks of the largest request that would fit on a host if it were empty."""
-    accounts = ledger.room.on_host(host)
-    own = max((account.capacity - account.lends for account in accounts if account.can_decode), default=None)
-    return 0 if own is None else own + sum(account.lends for account in accounts)
+def _roomiest(ledger: Ledger, need: int, most: int) -> list[str]:
+    """Hosts with most room that together have enough, ``most`` of them at most."""
+    hosts: list[str] = []
+    for room, host in islice(ledger.room.hosts(), most):
+        if need <= 0:
+            break
+        need -= room
+        hosts.append(host)
+    return hosts
+
+
+def _fewest(ledger: Ledger, need: int) -> int:
+    """How many hosts a request of ``need`` blocks would lie on if nothing but documents were there."""
+    hosts = 0
+    for _, host in ledger.room.hosts():
+        if need <= 0:
+            break
+        accounts = [account for account in ledger.room.on_host(host) if not account.retiring]
+        if not hosts:  # the home lends nothing: all its room is its own
+            need -= max((_own(account) - _lends(account) for account in accounts if account.can_decode), default=0)
+        need -= sum(_lends(account) for account in accounts)
+        hosts += 1
+    return hosts
+
+
+def _own(account: WorkerAccount) -> int:
+    """Blocks that requests at home on a worker may have, if it is empty but for documents."""
+    return account.capacity - account.documents
+
+
+def _lends(account: WorkerAccount) -> int:
+    """Blocks that it lends then."""
+    return max(0, min(_own(account), account.lend_limit - account.documents_lent))
 
 
 def _level(home: WorkerAccount, own: list[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:
