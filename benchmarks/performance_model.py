@@ -1,7 +1,9 @@
 """How well does the performance model, fitted when an engine opens, predict measured decode steps on this machine?
 
-Two workers; batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step by the
-model alone, measured are the steps of the engine's own windows.
+Two workers, both home of as many sequences, since all were timed at the same time: the model describes a cluster that
+is busy. Batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step by the model
+alone, with the attention that a worker of one thread computes for the other one's sequences in the same time; measured
+are the steps of the engine's own windows.
 """
 
 from __future__ import annotations
@@ -28,26 +30,26 @@ CASES = [
     (1, 6144, 0.25),
     (1, 6144, 0.75),
 ]
-"""Sequences, tokens of each, and the share of them that lies at the holder."""
+"""Sequences of each home, tokens of each, and the share of them that lies at the other worker."""
 
 
 class Fixed(Policy):
-    """One home, and a share of every sequence at the other worker."""
+    """Homes by turns, and a share of every sequence at the other worker."""
 
     name: ClassVar[str] = "fixed"
     share: ClassVar[float] = 0.0
 
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
-        home, holder = sorted(ledger.workers)
+        home, holder = sorted(ledger.workers, reverse=ask.sequence % 2 == 1)
         away = int(ask.prompt * self.share) // BLOCK * BLOCK
         return (*([Span(holder, 0, away)] if away else []), Span(home, away, ask.tokens))
 
 
 def measure(engine: Engine, batch: int, context: int) -> tuple[float, float]:
-    """Seconds of a decode step with all sequences, and their mean length."""
+    """Seconds of a decode step, and the number of steps of both homes."""
     before = engine.status()["totals"]
     sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-    engine.generate([[1] * context] * batch, sampling)
+    engine.generate([[1] * context] * 2 * batch, sampling)
     after = engine.status()["totals"]
     steps = after["decode_steps"] - before.get("decode_steps", 0)
     seconds = after["decode_seconds"] - before.get("decode_seconds", 0.0)
@@ -61,15 +63,16 @@ def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
         if context > options.longest:
             continue
         Fixed.share = share
-        engine.generate([[1] * 64], SamplingParams(max_new_tokens=8, ignore_eos=True))  # both lanes awake
+        engine.generate([[1] * 64] * 2, SamplingParams(max_new_tokens=8, ignore_eos=True))  # all lanes awake
         measured, steps = measure(engine, batch, context)
-        mean = batch * (NEW - 1) / steps  # sequences that decode together, on average
+        mean = 2 * batch * (NEW - 1) / steps  # sequences that decode together, on average
         length = context + NEW / 2
         away = int(context * share) // BLOCK * BLOCK
         remote = {holder: (batch, mean * away)} if away else {}
         model = life.policy.model
         curve = model.of(home)
-        fitted = model.step(home, 1, mean * (length - away), remote) + (mean - 1) * curve.row
+        guests = mean * away * curve.token
+        fitted = model.step(home, 1, mean * (length - away), remote) + (mean - 1) * curve.row + guests
         yield {
             "batch": batch, "context": context, "share_away": share, "mean_batch": mean,
             "measured_ms": measured * 1e3, "predicted_ms": fitted * 1e3, "error": fitted / measured - 1,

@@ -11,6 +11,11 @@ from typing import Literal
 from distkv_dask.protocol import Saved
 from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
+State = Literal[
+    "waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "spilling", "fetching"
+]  # fmt: skip
+"""A ``document`` is stored, a ``dropped`` one was given up and is computed when it is next asked; all else is work."""
+
 
 @dataclass(slots=True)
 class Live:
@@ -44,9 +49,7 @@ class Live:
     is_document: bool = False
     name: str = ""
     keeps: bool = False
-    state: Literal[
-        "waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "spilling", "fetching"
-    ] = "waiting"
+    state: State = "waiting"
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)

@@ -10,11 +10,12 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.figures import Event, Figures, Sample
 from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.scheduler.live import Live
+from distkv_dask.scheduler.live import Live, State
 
 WORKERS = 40
 """Workers that are shown one by one: those with most blocks in use."""
@@ -22,7 +23,8 @@ WORKERS = 40
 SEQUENCES = 30
 """Sequences that are shown one by one: those with most tokens that have a place."""
 
-STATES = ("waiting", "prefill", "decode", "retiring")
+STATES = tuple(state for state in get_args(State) if state not in ("document", "dropped"))
+"""States of requests that are under way."""
 
 
 @dataclass(frozen=True, slots=True)
