@@ -20,7 +20,7 @@ from itertools import islice
 from sortedcontainers import SortedList
 
 from distkv_dask.scheduler.accounts import SequenceAccount
-from distkv_dask.scheduler.commands import Command, Free, Release
+from distkv_dask.scheduler.commands import Command, Free, Release, Reserve
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.placements import clipped, shared
@@ -251,6 +251,12 @@ class PrefixCache:
         while (more := account.used + account.cached - account.capacity) > 0:
             kept = self._kept[next(iter(self._recent[worker]))]
             yield from self._cut(kept, self._without(kept, worker, more))
+
+    def reserve(self, sequence: int) -> Iterator[Command]:
+        """Let the workers allocate what the ledger reserved for a sequence; cached blocks go first."""
+        for span in self._ledger.sequences[sequence].own:
+            yield from self.make_room(span.worker)
+            yield Reserve(span.worker, sequence, span.start, span.stop)
 
     def _without(self, kept: Cached, worker: str, blocks: int) -> int:
         """The position from which on a sequence has so many cached blocks on a worker, or all that it has there."""

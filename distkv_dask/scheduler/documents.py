@@ -35,7 +35,7 @@ class Documents:
     end_moves
         Told of a sequence whose blocks are about to be freed.
     mend
-        Sees to a document that lost blocks, and that nobody shares any more.
+        Computes just what a sequence lost; nothing if there is no room for that now.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Documents:
         spilling: Spilling,
         cache: PrefixCache,
         end_moves: Callable[[int], None],
-        mend: Callable[[Live, float], Iterator[Command]],
+        mend: Callable[[Live], list[Command]],
     ) -> None:
         self._ledger = ledger
         self._live = live
@@ -182,7 +182,7 @@ class Documents:
 
     def drop(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
-        self.put_off(live, now)
+        self._put_off(live, now)
         live.state = "dropped"
         yield from self._free(live, now)
         if not live.prompt:
@@ -192,7 +192,12 @@ class Documents:
         if live.state == "dropped" and live.sequence in self._live and (live.awaited or not live.announced):
             self.enqueue(live, now)
 
-    def put_off(self, live: Live, now: float) -> None:
+    def lost(self, live: Live, now: float) -> Iterator[Command]:
+        """A document at rest lost blocks: they are computed now if there is room, else all of it when it is asked."""
+        self._put_off(live, now)
+        yield from self._mend(live) or self.drop(live, now)
+
+    def _put_off(self, live: Live, now: float) -> None:
         """Who waits for room next to a document waits for that document first, or does without it."""
         self._index.drop(live.sequence, live.prompt)
         for ask in [ask for ask in self._queue if ask.document == live.sequence]:
@@ -207,7 +212,7 @@ class Documents:
     def _give_up(self, live: Live, now: float) -> Iterator[Command]:
         """Free a document's blocks, and keep them in files before that where they come back sooner from there."""
         if live.saved is None and not live.released and self._spilling.pays(live, self._queue.policy.model):
-            self.put_off(live, now)
+            self._put_off(live, now)
             yield from self._spilling.begin(live, now)
         else:
             yield from self.drop(live, now)
@@ -244,7 +249,7 @@ class Documents:
         for number in account.documents:
             document = self._ledger.sequences.get(number)  # None: it went with one that shared it
             if document is not None and document.lost and not document.sharers:
-                yield from self._mend(self._live[number], now)
+                yield from self.lost(self._live[number], now)
 
     # Room
 

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.live import Live
+from distkv_dask.scheduler.moving import Moving
 from distkv_dask.types import Move, Span
+
+
+class Draining:
+    """The workers of one engine that are about to leave.
+
+    Parameters
+    ----------
+    ledger, live, moving
+        The lifecycle's.
+    batch
+        Sequences that one worker is home of at most.
+    """
+
+    def __init__(self, ledger: Ledger, live: Mapping[int, Live], moving: Moving, batch: int) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._moving = moving
+        self._batch = batch
+        self._leaving: set[str] = set()
+
+    def drain(self, worker: str, leaving: bool) -> None:
+        """A worker is about to leave, and nothing is placed on it; or it stays after all."""
+        (self._leaving.add if leaving else self._leaving.discard)(worker)
+        self._ledger.retire_worker(worker, leaving)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker is gone."""
+        self._leaving.discard(worker)
+
+    def start_moves(self, now: float) -> Iterator[Command]:
+        """Begin one move from each worker that leaves, has blocks and takes part in no move."""
+        for worker in sorted(self._leaving):
+            if not self._moving.busy(worker):
+                yield from self._move_away(worker, now)
+
+    def _move_away(self, worker: str, now: float) -> Iterator[Command]:
+        whole = (n for n in self._ledger.workers[worker].held if not self._ledger.sequences[n].lost)
+        held = [n for n in whole if self._live[n].state in ("decode", "document")]
+        full = {number: self._moving.full_tokens(number) for number in held}
+        for move, pause in moves_away(self._ledger, worker, full, self._batch):
+            if self._moving.can_start(move, pause=pause):
+                yield from self._moving.start(move, now)
+                return
 
 
 def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) -> Iterator[tuple[Move, bool]]:

@@ -4,11 +4,57 @@ from __future__ import annotations
 
 from collections import Counter
 
+from distkv_dask.scheduler.admission import Admission
+from distkv_dask.scheduler.cache import PrefixCache
+from distkv_dask.scheduler.commands import Command
+from distkv_dask.scheduler.homes import Homes
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
-from distkv_dask.scheduler.placements import relaid
+from distkv_dask.scheduler.placements import clipped, relaid
 from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.types import Placement
+
+
+class Mending:
+    """Mends sequences of one engine.
+
+    Parameters
+    ----------
+    ledger, queue, cache, prefilling, homes
+        The lifecycle's.
+    """
+
+    def __init__(
+        self, ledger: Ledger, queue: Admission, cache: PrefixCache, prefilling: Prefilling, homes: Homes
+    ) -> None:
+        self._ledger = ledger
+        self._queue = queue
+        self._cache = cache
+        self._prefilling = prefilling
+        self._homes = homes
+
+    def mend(self, live: Live) -> list[Command]:
+        """Compute just what a sequence lost, elsewhere; nothing if there is no room for that now, or files have it."""
+        if live.released or live.saved is not None or not self._ledger.sequences[live.sequence].lost:
+            return []
+        placement = mended(self._ledger, self._queue.policy, live)
+        if placement is None:
+            return []
+        account, number = self._ledger.sequences[live.sequence], live.sequence
+        length = account.length
+        computed = clipped(account.placement, 0, length)
+        lost = [(span.start, span.stop) for span in computed if span.worker in account.lost]
+        self._ledger.commit(number, min([length, *(start for start, _ in lost)]))
+        self._ledger.mend(number, placement)
+        commands = list(self._cache.reserve(number))
+        if lost or length < live.known_tokens:
+            live.state, live.retries = "prefill", 0
+            commands.append(self._prefilling.begin(live, length, lost))
+        else:  # only room was lost
+            live.state = "decode"
+            commands += self._homes.join(live)
+        return commands
 
 
 def mended(ledger: Ledger, policy: Policy, live: Live) -> Placement | None:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from distkv_dask.config import Config
 from distkv_dask.scheduler.commands import Command, Expect, Free, Relocate, Retire, Send
-from distkv_dask.scheduler.decoding import WindowChain
+from distkv_dask.scheduler.homes import Homes
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.placements import moved
@@ -44,12 +44,10 @@ class Moving:
 
     Parameters
     ----------
-    ledger, live, chains
+    ledger, live, homes
         The lifecycle's.
     config
         Pace and limits in time.
-    join
-        Hands a sequence to its home (again).
     make_room
         Makes sure that a worker's pool has the room that the ledger reserved there.
     numbers
@@ -60,17 +58,15 @@ class Moving:
         self,
         ledger: Ledger,
         live: Mapping[int, Live],
-        chains: Mapping[str, WindowChain],
+        homes: Homes,
         config: Config,
-        join: Callable[[Live], Iterator[Command]],
         make_room: Callable[[str], Iterator[Command]],
         numbers: Iterator[int],
     ) -> None:
         self._ledger = ledger
         self._live = live
-        self._chains = chains
+        self._homes = homes
         self._config = config
-        self._join = join
         self._make_room = make_room
         self._numbers = numbers
         self._moves: dict[int, _UnderWay] = {}
@@ -131,7 +127,7 @@ class Moving:
             home = self._ledger.sequences[one.move.sequence].home
             one.state = "pausing"
             one.computing = list(dict.fromkeys((home, one.move.source)))
-            self._chains[home].leave(one.move.sequence)
+            self._homes.leave(one.move.sequence)
             yield Retire(home, one.move.sequence)
         else:
             yield self._send(one, now)
@@ -145,7 +141,7 @@ class Moving:
                 del one.computing[0]
             if one.state == "resuming":
                 del self._moves[one.number]
-                yield from self._join(self._live[sequence])
+                yield from self._homes.join(self._live[sequence])
             elif one.computing:
                 yield Retire(one.computing[0], sequence)
             else:
@@ -162,14 +158,14 @@ class Moving:
             yield from self._finish(one)
         elif one.pauses:
             yield from self._finish(one)
-            yield from self._join(self._live[one.move.sequence])
+            yield from self._homes.join(self._live[one.move.sequence])
         else:
             one.state = "switching"
             move, home = one.move, self._ledger.sequences[one.move.sequence].home
             placement = self.placement(move.sequence)
             holders = tuple(self._ledger.holders(placement, but=home))
             yield Relocate(home, number, move.sequence, placement, holders)
-            yield from self._chains[home].join(move.sequence, holders)
+            yield from self._homes.chains[home].join(move.sequence, holders)
 
     def relocated(self, number: int) -> Iterator[Command]:
         """No window of the home uses the old placement any more."""
@@ -190,7 +186,7 @@ class Moving:
                 continue
             del self._moves[one.number]
             if one.pauses and one.state == "sending" and one.move.sequence not in lost:
-                yield from self._join(self._live[one.move.sequence])
+                yield from self._homes.join(self._live[one.move.sequence])
 
     def expire(self, now: float) -> Iterator[Command]:
         """Give up moves that take too long; a switch is never given up, since the home may have made it."""
@@ -204,8 +200,9 @@ class Moving:
     def _send(self, one: _UnderWay, now: float) -> Send:
         """Copy what is filled of the blocks, at a pace that hides under the steps of all who take part."""
         move, account = one.move, self._ledger.sequences[one.move.sequence]
-        homes = {move.source, move.target, account.home} & self._chains.keys()
-        steps = [self._step_seconds.get(home, 0.0) for home in homes if self._chains[home].sequences]
+        chains = self._homes.chains
+        homes = {move.source, move.target, account.home} & chains.keys()
+        steps = [self._step_seconds.get(home, 0.0) for home in homes if chains[home].sequences]
         pace = 0.0 if one.pauses else max(steps, default=0.0)
         stop = max(move.start, min(move.stop, account.length))
         one.state = "sending"
@@ -226,4 +223,4 @@ class Moving:
         self._ledger.cancel_move(move)
         yield Free(move.target, move.sequence, move.start, move.stop)
         if paused:
-            yield from self._join(self._live[move.sequence])
+            yield from self._homes.join(self._live[move.sequence])

@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+from distkv_dask.scheduler.admission import Admission
+from distkv_dask.scheduler.commands import Command
+from distkv_dask.scheduler.documents import Documents
+from distkv_dask.scheduler.homes import Homes
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.retiring import Retiring
+
+
+class Preemption:
+    """Lets requests of one engine make way.
+
+    Parameters
+    ----------
+    ledger, live, queue, documents, homes, retiring
+        The lifecycle's.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        live: Mapping[int, Live],
+        queue: Admission,
+        documents: Documents,
+        homes: Homes,
+        retiring: Retiring,
+    ) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._queue = queue
+        self._documents = documents
+        self._homes = homes
+        self._retiring = retiring
+        self._lowest_priority = math.inf
+
+    def accepted(self, priority: int) -> None:
+        """A request of this priority came."""
+        self._lowest_priority = min(self._lowest_priority, priority)
+
+    def make_way(self, now: float) -> list[Command] | None:
+        """Let running requests make way for the one whose turn it is, if it is more urgent and that helps.
+
+        None if none does.
+        """
+        head = next(iter(self._queue))
+        if head.priority <= self._lowest_priority:
+            return None  # as always where nobody uses priorities
+        if head.document is not None and not self._documents.ready(head.document):
+            return None
+        going = self._documents.going()
+        need = self._ledger.blocks(head.tokens) - self._documents.room_with(going)
+        if need <= 0 and going:
+            return None  # one at a time where it does not fit for another reason
+        chosen = victims(self._ledger, self._live, head, need)
+        commands: list[Command] = []
+        for number in chosen:
+            live = self._live[number]
+            self._homes.leave(number)
+            live.again = True
+            commands += self._retiring.begin(live, now)
+        return commands if chosen else None
 
 
 def victims(ledger: Ledger, live: Mapping[int, Live], head: Ask, need: int) -> list[int]:

@@ -6,19 +6,18 @@ blocks stay where they are, until all workers have written theirs. Pure: events 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.protocol import Delivery, Saved, SavedFile
 from distkv_dask.scheduler.commands import Command, Fetch, Store
 from distkv_dask.scheduler.documents import Documents
+from distkv_dask.scheduler.ending import Ending
+from distkv_dask.scheduler.homes import Homes
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
 from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.spilling import Spilling, ranges_of
-from distkv_dask.types import FinishReason
-
-End = Callable[[int, FinishReason, float, Exception | None], Iterator[Command]]
 
 
 class Saving:
@@ -26,14 +25,8 @@ class Saving:
 
     Parameters
     ----------
-    ledger, live, documents, spilling, prefilling
+    ledger, live, documents, spilling, prefilling, homes, ending
         The lifecycle's.
-    end
-        Ends a request, or a document that could not be had.
-    forget
-        Forgets a request that has ended.
-    join
-        Hands a request whose blocks are there to its home.
     """
 
     def __init__(
@@ -43,18 +36,16 @@ class Saving:
         documents: Documents,
         spilling: Spilling,
         prefilling: Prefilling,
-        end: End,
-        forget: Callable[[Live, float], Iterator[Command]],
-        join: Callable[[Live], Iterator[Command]],
+        homes: Homes,
+        ending: Ending,
     ) -> None:
         self._ledger = ledger
         self._live = live
         self._documents = documents
         self._spilling = spilling
         self._prefilling = prefilling
-        self._end = end
-        self._forget_request = forget
-        self._join = join
+        self._homes = homes
+        self._ending = ending
         self._files: dict[int, list[SavedFile]] = {}
 
     def begin(self, live: Live) -> Iterator[Command]:
@@ -88,7 +79,7 @@ class Saving:
         if live is None or live.state != "saving":
             return
         if error is not None:
-            yield from self._end(number, "error", now, error)
+            yield from self._ending.end(number, "error", now, error)
             return
         self._files[number] += files
         live.answering.discard(worker)
@@ -123,7 +114,7 @@ class Saving:
             live.again = False
             yield from self._documents.give_back(live, now)
         else:  # it ended meanwhile
-            yield from self._forget_request(live, now)
+            yield from self._ending.forget(live, now)
 
     # Read
 
@@ -146,14 +137,14 @@ class Saving:
             yield from self._documents.stored(live, now)
         elif failure is None:
             live.state = "decode"
-            yield from self._join(live)
+            yield from self._homes.join(live)
         elif not live.is_document:
             live.state = "prefill"
             yield self._prefilling.begin(live, live.reused)
         elif live.announced:
             yield from self._documents.drop(live, now)
         else:
-            yield from self._end(number, "error", now, failure)
+            yield from self._ending.end(number, "error", now, failure)
 
     def forget(self, number: int) -> None:
         """A request is over."""
