@@ -123,6 +123,8 @@ class Documents:
             is_document=live.is_document,
         )
         live.rank = min(self._queue.policy.rank(self._ledger, ask) if rank is None else rank, latest)
+        if live.rank <= live.behind:
+            live.rank = math.nextafter(live.behind, math.inf)
         self._queue.wait(ask, live.rank)
 
     def ready(self, document: int) -> bool:
@@ -274,8 +276,10 @@ class Documents:
             needed |= {head.document, *accounts[head.document].documents}
         idle = resting - needed
         if idle and self.room_with(idle | going) >= self._ledger.blocks(head.tokens):
-            last = (number for number in idle if not accounts[number].sharers)
-            return list(self._give_up(self._live[min(last, key=lambda number: (self._live[number].used, number))], now))
+            last = (self._live[number] for number in idle if not accounts[number].sharers)
+            oldest = min(last, key=lambda live: (live.used, live.sequence))
+            oldest.behind = self._live[head.sequence].rank
+            return list(self._give_up(oldest, now))
         if head.document is None or len(resting) < len(accounts):
             return None
         self._queue.withdraw(head.sequence)

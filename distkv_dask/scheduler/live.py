@@ -33,7 +33,7 @@ class Live:
     (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
     workers that write or read files for it, ``failure`` the first that went wrong. ``rank`` is its place when it last
-    waited for room.
+    waited for room; ``behind`` that of the request that a document made way for: it may not come back before that.
 
     A request that loses blocks with a worker (all those are in ``lost``), or makes way for one of higher priority,
     retires to go on later (``again``): it waits once more, and goes on from its known tokens, whose KV is computed
@@ -70,6 +70,7 @@ class Live:
     dependents: set[int] = field(default_factory=set)
     awaited: dict[int, float] = field(default_factory=dict)
     rank: float = math.inf
+    behind: float = -math.inf
     used: float = 0.0
     saved: Saved | None = None
     saves: bool = False

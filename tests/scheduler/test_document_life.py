@@ -107,6 +107,22 @@ def test_the_least_recently_used_document_makes_room_and_comes_back_when_it_is_a
     assert cluster.life.live[1].state == "document"
 
 
+def test_a_document_that_made_way_comes_back_only_after_the_one_that_it_made_way_for() -> None:
+    cluster = stored([10])
+    cluster.run(cluster.life.ingest(1, prompt(1, 18), cluster.now))
+    finish(cluster)
+    sampling = SamplingParams(max_new_tokens=12)
+    asked = [
+        cluster.life.submit(2 + document, prompt(document, 18, 7), sampling, cluster.now, False, document)
+        for document in (0, 1)
+    ]  # at the same time: neither fits as long as both documents are there
+    for commands in asked:
+        cluster.run(commands)
+    finish(cluster)
+    assert [cluster.tokens[number] for number in (2, 3)] == [expected(number, 12) for number in (2, 3)]
+    assert [cluster.reused[number] for number in (2, 3)] == [16, 16]
+
+
 def test_a_question_whose_document_leaves_no_room_for_it_is_answered_without_sharing() -> None:
     cluster = cluster_of(0, 5)
     cluster.run(cluster.life.ingest(0, prompt(0, 20), 0.0))
