@@ -2,7 +2,7 @@
 
 Settings: prompts computed by the cluster or elsewhere (the paper's performance model knows decode only), hosts linked
 by 1 Gb/s Ethernet (the paper's cluster) or 200 Gb/s InfiniBand. ``static`` is local-only with requests dealt out round
-robin when they arrive, each instance with a queue of its own.
+robin when they arrive, each instance with a queue of its own; ``tensor parallel`` is ``single`` without a pipeline.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def main() -> None:
                     for policy in POLICIES:
                         outcome = Simulation(preset, given.workers, policy, prefill=prefill).run(arrivals)
                         found.setdefault(policy, []).append(figures(outcome))
+                    outcome = Simulation(preset, given.workers, "single", prefill=prefill, pipeline=False).run(arrivals)
+                    found.setdefault("tensor parallel", []).append(figures(outcome))
                 row = {
                     policy: {
                         "throughput_tps": geometric(one["throughput_tps"] for one in all_seeds),

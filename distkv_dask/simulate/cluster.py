@@ -60,11 +60,15 @@ class Simulation:
         A policy's name; ``single`` makes one worker of them all.
     prefill
         False where prompts come with their KV, computed by others.
+    pipeline
+        False where ``single`` is tensor parallel over all hosts.
     """
 
-    def __init__(self, preset: Preset, workers: int, policy: str, *, prefill: bool = True) -> None:
+    def __init__(
+        self, preset: Preset, workers: int, policy: str, *, prefill: bool = True, pipeline: bool = True
+    ) -> None:
         self.prefill = prefill
-        self.preset = as_one(preset, workers) if policy == "single" else preset
+        self.preset = as_one(preset, workers, pipeline=pipeline) if policy == "single" else preset
         self.outcome = Outcome(policy, workers)
         self.ledger = Ledger(BLOCK_TOKENS, BATCH)
         known = self.preset.model if prefill else without_prefill(self.preset.model)

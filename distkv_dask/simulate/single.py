@@ -8,10 +8,11 @@ from distkv_dask.scheduler.performance import Curve
 from distkv_dask.scheduler.presets import Preset
 
 
-def one_instance(preset: Preset, workers: int) -> Curve:
+def one_instance(preset: Preset, workers: int, *, pipeline: bool = True) -> Curve:
     """Costs of ``workers`` GPUs as one instance: tensor parallel inside a host, a pipeline from host to host.
 
-    This is the best that is known to work over a slow network; tensor parallelism over it would be far slower.
+    This is the best that is known to work over a slow network. Without ``pipeline`` all GPUs are tensor parallel, as
+    engines had it in early 2024: of each all-reduce a host's share crosses the network, to and fro.
     Attention and arithmetic are divided by all GPUs. In each turn of the pipeline every stage reads its weights once
     for each microbatch (as many as stages), all layers pay two all-reduces, and a token's hidden state crosses the
     network at the link's rate; rows and prompt tokens cost what is slower, that or the arithmetic.
@@ -23,6 +24,10 @@ def one_instance(preset: Preset, workers: int) -> Curve:
     reduce_latency = 0.0 if width == 1 else 2 * shape.layers * 2 * inside.latency
     reduce_token = 0.0 if width == 1 else 2 * shape.layers * 2 * hidden / inside.bandwidth
     hop = hidden / between.bandwidth if workers > width else 0.0
+    if not pipeline and workers > width:
+        reduce_latency += 2 * shape.layers * 2 * between.latency
+        reduce_token += 2 * shape.layers * 2 * hidden / between.bandwidth
+        width, hop = workers, 0.0
     return Curve(
         step=preset.launch + (curve.step - preset.launch) / width + reduce_latency,
         row=max(curve.row + reduce_token, hop),
@@ -32,11 +37,11 @@ def one_instance(preset: Preset, workers: int) -> Curve:
     )
 
 
-def as_one(preset: Preset, workers: int) -> Preset:
+def as_one(preset: Preset, workers: int, *, pipeline: bool = True) -> Preset:
     """The preset of a cluster whose only worker has the memory of ``workers`` workers.
 
     Each GPU keeps its share of the weights only, so that the instance has more room for KV than the workers together.
     """
-    model = replace(preset.model, curve=one_instance(preset, workers))
+    model = replace(preset.model, curve=one_instance(preset, workers, pipeline=pipeline))
     spare = preset.weight_tokens * (workers - 1)
     return replace(preset, model=model, kv_tokens=preset.kv_tokens * workers + spare, per_host=1)

@@ -82,6 +82,16 @@ def test_the_longest_sequence_fits_that_all_workers_hold_together() -> None:
         assert len(Simulation(A100, 4, policy, prefill=False).run([Arrival(0.0, tokens - 9, 10)]).finished) == 1
 
 
+@pytest.mark.parametrize("prefill", [True, False])
+def test_one_instance_is_slower_as_tensor_parallel_over_a_slow_network_and_the_same_on_one_host(prefill: bool) -> None:
+    def seconds(workers: int, pipeline: bool) -> float:
+        arrivals = WORKLOADS["v2-short-1"].generate(20)
+        return Simulation(A100, workers, "single", prefill=prefill, pipeline=pipeline).run(arrivals).seconds
+
+    assert seconds(16, pipeline=False) > 2 * seconds(16, pipeline=True)
+    assert seconds(8, pipeline=False) == seconds(8, pipeline=True)
+
+
 def test_traces_are_read_as_published(tmp_path: Path) -> None:
     (tmp_path / "azure.csv").write_text(AZURE)
     (tmp_path / "mooncake.jsonl").write_text(MOONCAKE)
