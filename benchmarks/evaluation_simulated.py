@@ -60,7 +60,7 @@ def main() -> None:
         for prefill in (False, True):
             setting = f"{link}, {'with' if prefill else 'without'} prefill"
             ratios: dict[str, float] = {}
-            single: dict[str, float] = {}
+            by_run: dict[str, float] = {}
             for name, workload in WORKLOADS.items():
                 found: dict[str, list[Any]] = {}
                 for seed in seeds:
@@ -81,19 +81,19 @@ def main() -> None:
                 }
                 ratios[name] = row["best"]["throughput_tps"] / row["greedy"]["throughput_tps"]
                 for seed, ours, theirs in zip(seeds, found["best"], found["greedy"], strict=True):
-                    single[f"{name}, seed {seed}"] = ours["throughput_tps"] / theirs["throughput_tps"]
+                    by_run[f"{name}, seed {seed}"] = ours["throughput_tps"] / theirs["throughput_tps"]
                 rows[f"{setting}: {name}"] = row
                 speeds = "  ".join(f"{policy} {row[policy]['throughput_tps']:.1f}" for policy in row)
                 print(f"{setting}: {name}: {speeds}", flush=True)
-            worst, worst_run = min(ratios, key=lambda name: ratios[name]), min(single, key=lambda name: single[name])
+            worst, worst_run = min(ratios, key=lambda name: ratios[name]), min(by_run, key=lambda name: by_run[name])
             rows[f"{setting}: best over greedy"] = {
                 "geometric_mean": geometric(ratios.values()),
                 "worst": ratios[worst],
                 "worst_workload": worst,
                 "worst_run": worst_run,
-                "worst_of_runs": single[worst_run],
-                "runs_below_98_percent": sum(ratio < 0.98 for ratio in single.values()),
-                "runs": len(single),
+                "worst_of_runs": by_run[worst_run],
+                "runs_below_98_percent": sum(ratio < 0.98 for ratio in by_run.values()),
+                "runs": len(by_run),
             }
             print(setting, rows[f"{setting}: best over greedy"], flush=True)
     setup = {"workers": given.workers, "seeds": given.seeds, "first_seed": given.first_seed}
