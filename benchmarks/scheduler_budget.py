@@ -37,7 +37,7 @@ MODES = ("fixed", "budget")
 class SleepingModel(LoadedModel):
     """A model whose forward takes as long as a real one and computes nothing."""
 
-    def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None) -> torch.Tensor:
         """Logits [n, vocab] of n tokens, after a while."""
         time.sleep(float(os.environ["STEP_SECONDS"]))
         return torch.zeros(len(token_ids), VOCAB)

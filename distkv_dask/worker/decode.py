@@ -117,7 +117,6 @@ class DecodeLoop:
             torch.tensor([one.last_token for one in live]),
             torch.tensor([one.length for one in live]),
             self._attention,
-            0,
         )
         self._attention.advance()
         self._steps += 1

@@ -38,7 +38,7 @@ from distkv_dask.worker.wire import Row
 
 logger = logging.getLogger("distributed.distkv.measuring")
 
-FORM = 2
+FORM = 3
 """Grows when something else is measured: what older versions have kept is not read then."""
 BATCH = 8
 """Sequences of the larger batch."""

@@ -76,7 +76,7 @@ class LoadedModel:
         """Number of weights."""
         return int(self._model.num_parameters())
 
-    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | int = 1) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | None = None) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
 
         Parameters
@@ -86,17 +86,19 @@ class LoadedModel:
         step
             Attends in each layer; it alone knows which token belongs to which sequence.
         keep
-            Whose logits are computed: those of the last ``keep`` tokens (0: of all), or of the flattened tokens at the
-            int64 indices [n].
+            Whose logits are computed: those of the flattened tokens at the int64 indices [n], of which there may be
+            none; without it, of all.
 
         Returns
         -------
         Tensor
             float32 [n, vocab].
         """
+        # never a number n: transformers takes the last n rows as a view, for which torch 2.13 copies the whole lm_head
+        some: Tensor | int = 0 if keep is None else keep
         with torch.inference_mode(), attending_with(step):
             output = self._model(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=some
             )
             return cast(Tensor, output.logits[0].float())
 

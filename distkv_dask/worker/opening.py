@@ -15,6 +15,7 @@ from distkv_dask.kernels import make_ready
 from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
 from distkv_dask.types import Geometry
 from distkv_dask.worker.block_files import BlockFiles
+from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.measured import hardware, measured
 from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
@@ -89,6 +90,7 @@ def build_engine(
         blocks=kv_memory // block_bytes,
     )
     make_ready(pool.keys(0))
+    keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     key = {
         "form": FORM,

@@ -35,6 +35,7 @@ from distkv_dask.protocol import (
     unpack,
 )
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, Geometry, Placement, PrefillChunk, SequenceState
+from distkv_dask.worker.heap import give_back_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -290,6 +291,7 @@ class RManager(WorkerPlugin):
             try:
                 if engine is not None:
                     await asyncio.get_running_loop().run_in_executor(None, engine.close)
+                del engine
                 if not self.engines:
                     await self._close_lanes()
             finally:
@@ -298,7 +300,12 @@ class RManager(WorkerPlugin):
     async def _close_lanes(self) -> None:
         lanes, self.lanes = self.lanes, None
         if lanes is not None:
-            await asyncio.get_running_loop().run_in_executor(None, lanes.close)
+            await asyncio.get_running_loop().run_in_executor(None, self._end, lanes)
+
+    def _end(self, lanes: Lanes) -> None:
+        """In a thread: close the lanes of a worker without engines, and be like any other of Dask's workers again."""
+        lanes.close()
+        give_back_freed_memory()
 
 
 def _unpacked(handler: Callable[[Any], None], payload: Any) -> None:

@@ -89,7 +89,7 @@ class TracedModel:
         self.follower = model.follower
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | int = 1
+        self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run the model."""
         if not isinstance(step, TracedAttention):
