@@ -1,27 +1,33 @@
 """How well does the performance model, fitted when an engine opens, predict measured decode steps on this machine?
 
 Two workers, both home of as many sequences, since all were timed at the same time: the model describes a cluster that
-is busy. Batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step by the model
-alone, with the attention that a worker of one thread computes for the other one's sequences in the same time; measured
-are the steps of the engine's own windows.
+is busy. Batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step before the case
+begins, by what the model knew then, with the attention that a worker of one thread computes for the other one's
+sequences in the same time; measured are the steps of the engine's own windows. ``windows`` are the errors for each
+window by itself, predicted when it began: that is what policies decide by. ``noise`` is how much two windows in a row
+at one home differ beyond what the model expects, which no model can know.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from _report import parser, report
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.scheduler.calibration import Calibration
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.types import Placement, Span
+from distkv_dask.types import Placement, Span, WindowResult
 
 BLOCK = 64
 NEW = 64
+WARM = 32
+"""Steps before each case, by which the model learns how fast the machine is at that time."""
 LOCAL = ((1, 256), (1, 2048), (1, 6144), (4, 512), (4, 1536), (8, 256), (8, 768))
 HALVED = ((1, 2048), (1, 6144), (4, 1536), (8, 768))
 CASES = [
@@ -56,6 +62,25 @@ def measure(engine: Engine, batch: int, context: int) -> tuple[float, float]:
     return seconds / steps, steps
 
 
+def watch(calibration: Calibration) -> tuple[list[float], list[float]]:
+    """Errors of the steps of all windows from now on, predicted by what was known before each; and their noise."""
+    errors: list[float] = []
+    noise: list[float] = []
+    last: dict[str, float] = {}
+    observe = calibration.observe
+
+    def compare(home: str, result: WindowResult) -> None:
+        if expected := calibration.expected(home, result):
+            ratio = expected / (result.seconds / result.steps)
+            errors.append(calibration.slower(home) * ratio - 1)
+            noise.append(last.get(home, ratio) / ratio - 1)
+            last[home] = ratio
+        observe(home, result)
+
+    calibration.observe = compare  # type: ignore[method-assign]
+    return errors, noise
+
+
 def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
     home, holder = sorted(life.ledger.workers)
     life.policy = life._queue.policy = Fixed(life.policy.model)
@@ -63,16 +88,16 @@ def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
         if context > options.longest:
             continue
         Fixed.share = share
-        engine.generate([[1] * 64] * 2, SamplingParams(max_new_tokens=8, ignore_eos=True))  # all lanes awake
+        engine.generate([[1] * 64] * 2, SamplingParams(max_new_tokens=WARM, ignore_eos=True))
+        model = replace(life.policy.model, curves=dict(life.policy.model.curves))  # as it is before
         measured, steps = measure(engine, batch, context)
         mean = 2 * batch * (NEW - 1) / steps  # sequences that decode together, on average
         length = context + NEW / 2
         away = int(context * share) // BLOCK * BLOCK
         remote = {holder: (batch, mean * away)} if away else {}
-        model = life.policy.model
         curve = model.of(home)
         guests = mean * away * curve.token
-        fitted = model.step(home, 1, mean * (length - away), remote) + (mean - 1) * curve.row + guests
+        fitted = model.step(home, mean, mean * (length - away), remote) + guests
         yield {
             "batch": batch, "context": context, "share_away": share, "mean_batch": mean,
             "measured_ms": measured * 1e3, "predicted_ms": fitted * 1e3, "error": fitted / measured - 1,
@@ -98,6 +123,7 @@ def main() -> None:
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
         curves = {worker: one["performance"] for worker, one in engine.status()["workers"].items()}
         exchange = engine.status()["exchange_seconds"]
+        windows, noise = watch(state.lifecycle.calibration)
         rows = []
         for row in cases(options, state.lifecycle, engine):
             rows.append(row)
@@ -107,6 +133,9 @@ def main() -> None:
         "curves": list(curves.values()), "exchange_ms": exchange * 1e3, "cases": rows,
         "error_median": statistics.median(errors), "error_worst": max(errors),
         "within_15_percent": sum(error <= 0.15 for error in errors) / len(errors),
+        "windows": len(windows), "windows_error_median": statistics.median(map(abs, windows)),
+        "windows_error_mean": statistics.fmean(windows), "noise_median": statistics.median(map(abs, noise)),
+        "windows_within_15_percent": sum(abs(error) <= 0.15 for error in windows) / len(windows),
     }  # fmt: skip
     report(figures, {"new": NEW, "block_tokens": BLOCK}, options.json)
 

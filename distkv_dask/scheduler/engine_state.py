@@ -249,7 +249,8 @@ class EngineState:
                 "sequences": account.homed,
                 "channels": self.facts[worker]["channels"] if worker in self.facts else "",
                 "window_seconds": life.chains[worker].seconds,
-                "performance": asdict(life.policy.model.of(worker)) | {"measured": self._is_measured(worker)},
+                "performance": asdict(life.policy.model.of(worker))
+                | {"measured": self._is_measured(worker), "slower": life.calibration.slower(worker)},
             }
             for worker, account in life.ledger.workers.items()
         }

@@ -15,6 +15,7 @@ from distkv_dask.errors import DistKVError
 from distkv_dask.protocol import Delivery, Saved, SavedFile, Submission
 from distkv_dask.scheduler.admission import Admission
 from distkv_dask.scheduler.cache import PrefixCache
+from distkv_dask.scheduler.calibration import Calibration
 from distkv_dask.scheduler.commands import Command, Forget
 from distkv_dask.scheduler.documents import Documents
 from distkv_dask.scheduler.draining import Draining
@@ -77,6 +78,7 @@ class Lifecycle:
         self._closing = False
         self.ledger = Ledger(config.block_tokens, config.window_batch)
         self.policy = policy_named(config.policy, PRESET)
+        self.calibration = Calibration(self.ledger)
         self.live: dict[int, Live] = {}
         self._queue = Admission(self.ledger, self.policy, lambda document: self.documents.ready(document))
         self.cache = PrefixCache(
@@ -135,8 +137,8 @@ class Lifecycle:
         )
 
     def know_costs(self, model: PerformanceModel) -> None:
-        """Let the policy decide by this model from now on."""
-        self.policy = self._queue.policy = replace(self.policy, model=model)
+        """Let the policy decide by this model from now on, calibrated by what windows take."""
+        self.policy = self._queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
     # Events: workers
 
@@ -163,6 +165,7 @@ class Lifecycle:
             return
         lost = [number for number in self.ledger.remove_worker(worker) if self.live[number].state != "retiring"]
         yield from self.cache.worker_lost(worker)
+        self.calibration.forget(worker)
         self._draining.worker_lost(worker)
         yield from self._homes.remove(worker)
         yield from self.moving.worker_lost(worker, lost)
@@ -407,6 +410,7 @@ class Lifecycle:
         yield from settled
         if result.steps:
             self.moving.stepped(home, result.seconds / result.steps)
+            self.calibration.observe(home, result)
         for sequence, tokens in result.tokens.items():
             live = self.live.get(sequence)
             if live is None or live.state != "decode":

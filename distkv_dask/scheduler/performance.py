@@ -36,7 +36,7 @@ class Curve:
     prompt: float
     pair: float
 
-    def decode(self, batch: int, tokens: float) -> float:
+    def decode(self, batch: float, tokens: float) -> float:
         """One decode step of ``batch`` sequences whose KV on the worker is ``tokens`` tokens."""
         return self.step + batch * self.row + tokens * self.token if batch else 0.0
 
@@ -105,7 +105,7 @@ class PerformanceModel:
     inside, between
         Links of two workers on one host, and on two hosts.
     curves
-        By worker, where workers differ.
+        By worker, where workers differ. Whoever gave them may change them (:mod:`~distkv_dask.scheduler.calibration`).
     """
 
     shape: Shape
@@ -122,13 +122,13 @@ class PerformanceModel:
         """The link of two hosts."""
         return self.inside if host == other else self.between
 
-    def exchange(self, link: Link, rows: int) -> float:
+    def exchange(self, link: Link, rows: float) -> float:
         """Queries of ``rows`` tokens to a holder and partials back, in every layer."""
         shape = self.shape
         return shape.layers * (2 * link.latency + rows * (shape.query_bytes + shape.partial_bytes) / link.bandwidth)
 
-    def step(self, home: str, batch: int, tokens: float, remote: Mapping[str, tuple[int, float]]) -> float:
-        """A decode step of ``batch`` sequences of a home that holds ``tokens`` tokens of their KV itself.
+    def step(self, home: str, batch: float, tokens: float, remote: Mapping[str, tuple[float, float]]) -> float:
+        """A decode step of ``batch`` sequences (on average) of a home that holds ``tokens`` tokens of their KV itself.
 
         ``remote`` says of each holder, on the same host, for how many sequences it holds how many tokens. Holders and
         home attend at the same time; queries go out and partials come in one after the other.

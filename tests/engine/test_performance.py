@@ -36,7 +36,10 @@ def test_status_shows_each_workers_curve_timed_when_the_engine_opened(
                 assert status["exchange_seconds"] >= 0
             done = await engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
             assert done[0].error is None
-            assert all(one["used_blocks"] == 0 for one in (await engine.status())["workers"].values())
+            status = await engine.status()
+            assert all(one["used_blocks"] == 0 for one in status["workers"].values())
+            followed = [one["performance"]["slower"] != 1 for one in status["workers"].values()]
+            assert sum(followed) == (setting == "auto"), "only the home of the request, and only if it was timed"
         kept = list((tmp_path / "distkv-dask").rglob("*.json"))
         assert bool(kept) == (setting == "auto")
 

@@ -71,7 +71,7 @@ def test_policies_decide_by_what_was_measured(policy: str) -> None:
     life = Lifecycle("engine", Config.load(policy=policy), itertools.count(1))
     model = fit_model(GEOMETRY, {"w0": timed(SLOW)}, PRESET)
     life.know_costs(model)
-    assert life.policy.model is model
+    assert life.policy.model == model
     assert life._queue.policy is life.policy
 
 
