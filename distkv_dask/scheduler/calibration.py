@@ -1,7 +1,7 @@
 """How much slower than when it was timed a worker is just now: every decode window says so.
 
-A machine is timed once, when an engine opens on it, and often that is years ago (timings are kept). What else runs
-there, and how warm it is, changes within seconds. Pure.
+A machine is timed once, when the first engine opens on it, and that may be weeks ago: timings are kept. What else runs
+there changes within seconds. Pure.
 """
 
 from __future__ import annotations
