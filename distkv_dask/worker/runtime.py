@@ -128,7 +128,6 @@ class Runtime:
             The placement has no room for the chunk.
         """
         model, logits = self._loaded(), None
-        nothing = torch.empty(0, dtype=torch.int64)
         tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
             step, self.exchanged = 0, Exchanged()
@@ -140,8 +139,8 @@ class Runtime:
                 attention = self._attention(gang, parts, count, step)
                 try:
                     ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
-                    asked = chunk.sampling is not None and position + count == stop
-                    keep = torch.tensor([count - 1]) if asked else nothing
+                    last = chunk.sampling is not None and position + count == stop
+                    keep = torch.tensor([count - 1] if last else [], dtype=torch.int64)
                     logits = model.forward(ids, torch.arange(position, position + count), attention, keep)
                 finally:
                     self.exchanged += attention.exchanged
