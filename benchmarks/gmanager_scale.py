@@ -1,7 +1,7 @@
 """What does the gManager's bookkeeping cost with 32, 1,000 and 10,000 workers and 100,000 live requests?
 
-A decision is one request admitted: policy, reservation, all indices. Beside it: a heartbeat of 8 changed entries, a
-release, one question what should move, and the memory of ledger and requests.
+A decision is one request admitted: policy, reservation, all indices. Beside it: a release, one question what should
+move, and the memory of ledger and requests.
 """
 
 from __future__ import annotations
@@ -41,26 +41,22 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
         ledger.commit(admitted[0].sequence, admitted[0].prompt)
     memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    seconds: dict[str, list[float]] = {"decision": [], "release": [], "heartbeat": [], "moves": []}
-    numbers, names = list(ledger.sequences), list(ledger.workers)
+    seconds: dict[str, list[float]] = {"decision": [], "release": [], "moves": []}
+    numbers = list(ledger.sequences)
     gc.freeze()
-    for beat in range(rounds):
+    for _ in range(rounds):
         at = rng.randrange(len(numbers))
         numbers[at], numbers[-1] = numbers[-1], numbers[at]
         released, ask = numbers.pop(), next(asks)
-        entries = dict.fromkeys(rng.sample(numbers, 8), 3)
-        name = rng.choice(names)
         admission.wait(ask)
         clock = [time.perf_counter()]
         ledger.release(released)
         clock.append(time.perf_counter())
         admitted = admission.admit()
         clock.append(time.perf_counter())
-        ledger.heartbeat(name, beat, entries)
-        clock.append(time.perf_counter())
         admission.policy.moves(ledger, [])
         clock.append(time.perf_counter())
-        for kind, start, end in zip(("release", "decision", "heartbeat", "moves"), clock, clock[1:], strict=False):
+        for kind, start, end in zip(("release", "decision", "moves"), clock, clock[1:], strict=False):
             seconds[kind].append(end - start)
         if admitted is not None:
             numbers.append(admitted[0].sequence)

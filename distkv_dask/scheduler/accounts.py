@@ -42,8 +42,6 @@ class WorkerAccount:
         Reserved blocks by sequence.
     homes
         The sequences that call it home, in the order in which they came (the values mean nothing).
-    reported
-        Blocks by sequence as the worker itself said in its heartbeats, of which ``beat`` is the last one's number.
     """
 
     endpoint: Endpoint
@@ -61,8 +59,6 @@ class WorkerAccount:
     cached: int = 0
     held: dict[int, int] = field(default_factory=dict)
     homes: dict[int, None] = field(default_factory=dict)
-    reported: dict[int, int] = field(default_factory=dict)
-    beat: int = -1
 
     @property
     def worker(self) -> str:

@@ -7,9 +7,8 @@ spans of the sequences it is about, and never by the number of workers or sequen
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.placements import blocks_of, clipped, moved, span_around
@@ -33,7 +32,7 @@ class Ledger:
     Notes
     -----
     ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
-    reserved at the target and not yet free at the source; the value is the time at which an unconfirmed one expires.
+    reserved at the target and not yet free at the source.
     ``owes`` is the debt graph: blocks by debtor (a sequence's home) and creditor (who holds blocks for it).
     """
 
@@ -42,7 +41,7 @@ class Ledger:
         self.epoch = 0
         self.workers: dict[str, WorkerAccount] = {}
         self.sequences: dict[int, SequenceAccount] = {}
-        self.moves: dict[Move, float] = {}
+        self.moves: dict[Move, None] = {}
         self.room = Room(batch)
         self.owes: dict[str, Counter[str]] = {}
 
@@ -99,26 +98,6 @@ class Ledger:
             if lost.lies_on(worker):
                 lost.lost.add(worker)
         return sorted(sequence for sequence in account.held if worker in self.sequences[sequence].lost)
-
-    def heartbeat(self, worker: str, beat: int, entries: Mapping[int, int]) -> list[int]:
-        """A worker says which sequences' blocks changed in its pool since its heartbeat before (0: none are left).
-
-        Returns
-        -------
-        list of int
-            Sequences that hold blocks there and that the ledger does not place there. Usually their release is on its
-            way; one that stays should be released again. A late heartbeat, and one of an unknown worker, say nothing.
-        """
-        account = self.workers.get(worker)
-        if account is None or beat <= account.beat:
-            return []
-        account.beat = beat
-        for sequence, blocks in entries.items():
-            if blocks:
-                account.reported[sequence] = blocks
-            else:
-                account.reported.pop(sequence, None)
-        return [sequence for sequence, blocks in entries.items() if blocks and sequence not in account.held]
 
     # Sequences
 
@@ -267,8 +246,8 @@ class Ledger:
             return "the tail goes with its home, and the target has no weights"
         return ""
 
-    def start_move(self, move: Move, expires: float = math.inf) -> None:
-        """Reserve a move's blocks at its target, which has until the time ``expires`` to confirm them.
+    def start_move(self, move: Move) -> None:
+        """Reserve a move's blocks at its target.
 
         Who comes first is served first: what a move has reserved, no later one can.
 
@@ -283,18 +262,7 @@ class Ledger:
         self._count(move.sequence, -1)
         self.sequences[move.sequence].moves.append(move)
         self._count(move.sequence, +1)
-        self.moves[move] = expires
-
-    def confirm_move(self, move: Move) -> None:
-        """The target took the reservation: it does not expire any more.
-
-        Raises
-        ------
-        ValueError
-            When the move is not under way (any more).
-        """
-        self._under_way(move)
-        self.moves[move] = math.inf
+        self.moves[move] = None
 
     def finish_move(self, move: Move) -> Placement:
         """The target has the blocks: switch the placement, free the source's blocks, and return the new placement.
@@ -322,13 +290,6 @@ class Ledger:
             self.sequences[move.sequence].moves.remove(move)
             self._count(move.sequence, +1)
             del self.moves[move]
-
-    def expire_moves(self, now: float) -> list[Move]:
-        """Cancel the moves that their targets did not confirm in time, and return them."""
-        late = [move for move, expires in self.moves.items() if expires < now]
-        for move in late:
-            self.cancel_move(move)
-        return late
 
     def _under_way(self, move: Move) -> SequenceAccount:
         if move not in self.moves:

@@ -134,10 +134,6 @@ class Room:
         """Blocks that the workers of a host can lend together, and the host: those that can lend most first."""
         return iter(reversed(self._roomy))
 
-    def lendable_on(self, host: str) -> int:
-        """Blocks that the workers of a host can lend together."""
-        return self._host_room.get(host, 0)
-
     def on_host(self, host: str) -> list[WorkerAccount]:
         """The workers of a host."""
         return list(self._hosts.get(host, {}).values())

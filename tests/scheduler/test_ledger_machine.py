@@ -1,12 +1,10 @@
-"""The ledger under any order of reservations, moves, heartbeats, drains, deaths and joins.
+"""The ledger under any order of reservations, moves, drains, deaths and joins.
 
 The model beside it knows one thing: on which worker each block of each sequence lies. Everything that the ledger counts
 has to follow from that.
 """
 
 from __future__ import annotations
-
-from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -43,9 +41,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.tokens: dict[int, int] = {}
         self.shared: dict[int, tuple[int, int]] = {}
         self.moves: list[Move] = []
-        self.beats: Counter[str] = Counter()
         self.next = 0
-        self.now = 0.0
 
     @rule(name=st.sampled_from(NAMES), capacity=st.integers(0, 12), limit=st.integers(0, 12), weights=st.booleans())
     def join(self, name: str, capacity: int, limit: int, weights: bool) -> None:
@@ -148,8 +144,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.moves = [move for move in self.moves if move.sequence != number]
 
     @precondition(lambda self: self.blocks and self.ledger.workers)
-    @rule(data=st.data(), expires=st.sampled_from([float("inf"), 1.0, 5.0]))
-    def start(self, data: st.DataObject, expires: float) -> None:
+    @rule(data=st.data())
+    def start(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.blocks)))
         span = data.draw(st.sampled_from(self.ledger.sequences[number].placement))
         first = data.draw(st.integers(span.start // BLOCK, (span.stop - 1) // BLOCK))
@@ -162,7 +158,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.ledger.start_move(move)
             assert used == {n: a.used for n, a in self.ledger.workers.items()}
         else:
-            self.ledger.start_move(move, self.now + expires)
+            self.ledger.start_move(move)
             self.moves.append(move)
             account = self.ledger.workers[target]
             assert account.used == used[target] + last - first
@@ -170,12 +166,10 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not lends or account.lent <= account.lend_limit
 
     @precondition(lambda self: self.moves)
-    @rule(data=st.data(), how=st.sampled_from(["finish", "finish", "confirm", "cancel"]))
+    @rule(data=st.data(), how=st.sampled_from(["finish", "finish", "cancel"]))
     def go_on(self, data: st.DataObject, how: str) -> None:
         move = data.draw(st.sampled_from(self.moves))
-        if how == "confirm":
-            self.ledger.confirm_move(move)
-        elif how == "finish" and move.source not in self.ledger.sequences[move.sequence].lost:
+        if how == "finish" and move.source not in self.ledger.sequences[move.sequence].lost:
             epoch = self.ledger.epoch
             placement = self.ledger.finish_move(move)
             first, last = move.start // BLOCK, -(-move.stop // BLOCK)
@@ -186,26 +180,6 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             self.ledger.cancel_move(move)
             self.moves.remove(move)
-
-    @rule(seconds=st.floats(0, 4))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        for move in self.ledger.expire_moves(self.now):
-            self.moves.remove(move)
-
-    @precondition(lambda self: self.ledger.workers)
-    @rule(data=st.data(), late=st.booleans())
-    def heartbeat(self, data: st.DataObject, late: bool) -> None:
-        name = data.draw(st.sampled_from(NAMES))
-        entries = data.draw(st.dictionaries(st.integers(0, self.next), st.integers(0, 3), max_size=3))
-        self.beats[name] += 1
-        account = self.ledger.workers.get(name)
-        strays = self.ledger.heartbeat(name, -1 if late else self.beats[name], entries)
-        if account is None or late:
-            assert strays == []
-        else:
-            assert strays == [n for n, blocks in entries.items() if blocks and n not in account.held]
-            assert all(account.reported.get(n, 0) == blocks for n, blocks in entries.items())
 
     @invariant()
     def everything_is_where_the_map_says(self) -> None:
