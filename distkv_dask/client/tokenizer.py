@@ -7,6 +7,7 @@ from itertools import pairwise
 from operator import index
 from typing import Any
 
+from distkv_dask.client.messages import plain_messages
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.types import Prompt
 
@@ -105,13 +106,11 @@ class Tokenizer:
             raise InvalidRequestError(
                 "the model has no chat template: give a text or token ids instead of chat messages"
             )
-        for at, message in enumerate(messages):
-            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
-                raise InvalidRequestError(f"chat message {at} needs the keys 'role' and 'content': {message!r:.200}")
+        plain = plain_messages(messages)
         from jinja2 import TemplateError
 
         try:
-            text = self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._loaded.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
         return list(self._loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
