@@ -9,7 +9,7 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -28,8 +28,11 @@ lint: $(VENV)/.installed-dev  ## Check style and types
 bench: $(VENV)/.installed  ## Run the benchmarks, one after the other
 	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
+docs: $(VENV)/.installed-docs  ## Build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f kernels/*.so distkv_dask/worker/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -51,6 +54,10 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 EXTRA := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' dev)
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' docs)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

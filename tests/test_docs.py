@@ -1,4 +1,4 @@
-"""What the documents refer to exists: tests of the failure matrix, files."""
+"""What the documents refer to exists: tests of the failure matrix, pictures, links; and they build as a site."""
 
 from __future__ import annotations
 
@@ -23,7 +23,31 @@ def test_every_test_that_a_document_names_exists(document: Path) -> None:
         assert not test or f"def {test}(" in found[0].read_text(), f"{document.name} names {module}::{test}"
 
 
+def anchors(document: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub and mkdocs make them."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_picture_that_a_document_shows_exists(document: Path) -> None:
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", document.read_text()):
-        assert (document.parent / picture).exists(), f"{document.name} shows {picture}"
+def test_every_link_and_picture_of_a_document_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{document.name} leads to {target}"
+        assert not anchor or anchor in anchors(file), f"{document.name} leads to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
+    for name in re.findall(
+        r"`((?:benchmarks|docs|examples|kernels|graphs)/[\w./-]+\.\w+)(?:::?\w+)?`", document.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_the_site_has_every_page() -> None:
+    listed = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

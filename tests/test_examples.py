@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def run(script: str, folder: Path) -> str:
 def test_an_example_runs_and_prints_an_answer(script: str, tmp_path: Path) -> None:
     assert len(run(script, tmp_path).split()) > 10
     assert len((ROOT / "examples" / script).read_text().splitlines()) < 40
+
+
+def test_the_readme_shows_an_example_that_runs() -> None:
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (ROOT / "examples" / "02_three_workers.py").read_text().endswith(f'"""\n\n{shown}')
 
 
 def test_the_demo_answers_about_documents_that_fit_on_no_worker(tmp_path: Path) -> None:

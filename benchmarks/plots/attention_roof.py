@@ -1,6 +1,6 @@
 """Draw the ratio of decode speed to the read roof against context length, from the results of micro_attention.py.
 
-python benchmarks/plots/attention_roof.py results.json benchmarks/plots/attention_roof.svg
+python benchmarks/plots/attention_roof.py results.json docs/attention_roof.svg
 """
 
 from __future__ import annotations
