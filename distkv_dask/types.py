@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from distkv_dask import pictures
-from distkv_dask.errors import InvalidRequestError
+from distkv_dask.errors import DistKVError, InvalidRequestError
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
@@ -212,17 +212,17 @@ class SequenceState:
 
     ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
     ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, ``generated``
-    the latter when a schema does, else nothing.
+    the latter when a schema does, else nothing. What users wrote is left out of its ``repr``, and so of logs.
     """
 
     sequence: int
     placement: Placement
     length: int
-    last_token: int
+    last_token: int = field(repr=False)
     remaining: int
-    sampling: SamplingParams
-    history: tuple[int, ...] = ()
-    generated: tuple[int, ...] = ()
+    sampling: SamplingParams = field(repr=False)
+    history: tuple[int, ...] = field(default=(), repr=False)
+    generated: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,16 +230,17 @@ class PrefillChunk:
     """One chunk of one prompt: ``tokens`` are computed by ``gang.home``, whose span holds their KV.
 
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
-    carries the first generated token.
+    carries the first generated token. Dask logs tasks that fail with their arguments: no text of users is in its
+    ``repr``.
     """
 
     gang: Gang
     sequence: int
     placement: Placement
     start: int
-    tokens: tuple[int, ...]
-    sampling: SamplingParams | None = None
-    history: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams | None = field(default=None, repr=False)
+    history: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,15 +279,17 @@ class WindowResult:
     """What a window generated: new token ids by sequence, and why those that ended did.
 
     ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
-    this one, when the home had sequences to decode all the while.
+    this one, when the home had sequences to decode all the while. ``errors`` has those of the sequences that ended with
+    ``"error"``: each failed alone, with the tokens that it had before.
     """
 
-    tokens: dict[int, list[int]]
+    tokens: dict[int, list[int]] = field(repr=False)
     finished: dict[int, FinishReason]
     steps: int
     seconds: float
     exchanged: Exchanged = Exchanged()
     gap: float = 0.0
+    errors: dict[int, DistKVError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

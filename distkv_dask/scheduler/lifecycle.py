@@ -420,7 +420,8 @@ class Lifecycle:
             if tokens:
                 yield Delivery(sequence, tuple(tokens))
             if sequence in result.finished:
-                yield from self._ending.end(sequence, result.finished[sequence], now, settled=True)
+                error = result.errors.get(sequence)
+                yield from self._ending.end(sequence, result.finished[sequence], now, error, settled=True)
         yield from chain.pump()
         yield from self._go_on(now)
 

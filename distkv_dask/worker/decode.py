@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from distkv_dask.errors import DistKVError, portable
 from distkv_dask.types import DecodeWindow, Exchanged, FinishReason, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.layer_attention import LayerAttention
 from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
-from distkv_dask.worker.sampling import sample_batch
+from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.structured import Follower
 
 if TYPE_CHECKING:
@@ -24,16 +26,41 @@ Attention = DistAttention | LayerAttention
 
 
 class Progress:
-    """A sequence in a window: its committed state, and what the window added."""
+    """A sequence in a window: its committed state, and what the window added.
 
-    def __init__(self, state: SequenceState, follower: Follower | None) -> None:
+    What goes wrong with it alone ends it alone, with an ``error``: :meth:`guard` is around all that is done for it.
+    """
+
+    def __init__(self, state: SequenceState) -> None:
         self.state = state
-        self.follower = follower
+        self.follower: Follower | None = None
         self.length = state.length
         self.last_token = state.last_token
         self.tokens: list[int] = []
         self.history = list(state.history)
         self.finished: FinishReason | None = None
+        self.error: DistKVError | None = None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """End this sequence with an exception that is raised inside, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(portable(error, f"sequence {self.state.sequence}"))
+
+    def fail(self, error: DistKVError) -> None:
+        """End with an error."""
+        self.error, self.finished = error, "error"
+
+    def follow(self, model: LoadedModel) -> None:
+        """Go on with the schema, if there is one, from the committed tokens."""
+        self.follower = model.follower(self.state.sampling, self.state.generated)
+
+    @property
+    def draw(self) -> Draw:
+        """How its next token is chosen."""
+        return Draw(self.state.sampling, self.length + 1, self.history, self.follower)
 
     def take(self, token: int, eos_token_ids: frozenset[int]) -> None:
         """Count a step, at whose end ``token`` was drawn."""
@@ -49,6 +76,10 @@ class Progress:
             self.history.append(token)
         if len(self.tokens) == self.state.remaining:
             self.finished = "length"
+
+    def check_room(self) -> None:
+        """Raise CapacityError when its next token has no place."""
+        tail_of(self.state.sequence, self.state.placement, self.length)
 
     @property
     def steps_in_span(self) -> int:
@@ -83,8 +114,12 @@ class DecodeLoop:
         self._gang = gang
         self._model = model
         self._new_attention = attention
-        self._all = [Progress(state, model.follower(state.sampling, state.generated)) for state in batch]
+        self._all = [Progress(state) for state in batch]
+        for one in self._all:
+            with one.guard():
+                one.follow(model)
         self._live = list(self._all)
+        self._drop_finished()
         self._parts: dict[str, Part] = {}
         self._attention: Attention | None = None
         self._steps_left_as_is = 0
@@ -106,13 +141,17 @@ class DecodeLoop:
             self._close_attention()
         tokens = {one.state.sequence: one.tokens for one in self._all}
         finished = {one.state.sequence: one.finished for one in self._all if one.finished is not None}
-        return WindowResult(tokens, finished, self._steps, time.perf_counter() - began, self._exchanged)
+        errors = {one.state.sequence: one.error for one in self._all if one.error is not None}
+        seconds = time.perf_counter() - began
+        return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, errors=errors)
 
     def _step(self) -> None:
         if self._steps_left_as_is == 0:
             self._cut()
-        assert self._attention is not None
         live = self._live
+        if not live:
+            return
+        assert self._attention is not None
         logits = self._model.forward(
             torch.tensor([one.last_token for one in live]),
             torch.tensor([one.length for one in live]),
@@ -121,28 +160,37 @@ class DecodeLoop:
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
-        for at, one in enumerate(live):
-            if one.follower is not None:
-                one.follower.restrict(logits[at])
-        rows = [(one.state.sampling, one.length + 1, one.history) for one in live]
-        for one, token in zip(live, sample_batch(logits, rows), strict=True):
-            one.take(token, self._model.eos_token_ids)
-        self._live = [one for one in live if one.finished is None]
+        for one, drawn in zip(live, sample_batch(logits, [one.draw for one in live]), strict=True):
+            if isinstance(drawn, DistKVError):
+                one.fail(drawn)
+                continue
+            with one.guard():
+                one.take(drawn, self._model.eos_token_ids)
+        self._drop_finished()
         if len(self._live) < len(live):
             self._steps_left_as_is = 0
 
     def _cut(self) -> None:
         """Cut the batch anew: it begins, or lost sequences, or a tail moves on to the next span."""
         self._close_attention()
+        for one in self._live:
+            with one.guard():
+                one.check_room()
+        self._drop_finished()
         live = self._live
         parts = cut([Stored(one.state.sequence, one.state.placement, one.length) for one in live])
         if self._steps == 0:
             self._gang.begin(parts)
         else:
             self._gang.change(self._steps, self._parts, parts)
+        if not live:
+            return
         self._attention = self._new_attention(parts, len(live), self._steps)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)
+
+    def _drop_finished(self) -> None:
+        self._live = [one for one in self._live if one.finished is None]
 
     def _close_attention(self) -> None:
         if self._attention is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distkv_dask.errors import EngineClosedError, ModelError
+from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.protocol import EngineSpec
 from distkv_dask.types import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
@@ -23,7 +23,7 @@ from distkv_dask.worker.layer_attention import LayerAttention
 from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
 from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.sampling import sample
+from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Tracer
@@ -126,6 +126,8 @@ class Runtime:
             A holder failed, or the gang was aborted.
         CapacityError
             The placement has no room for the chunk.
+        InvalidRequestError, ModelError
+            No first token can be drawn.
         """
         model, logits = self._loaded(), None
         tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
@@ -148,9 +150,11 @@ class Runtime:
                 position, step = position + count, step + 1
         if chunk.sampling is None or logits is None:
             return None
-        if (follower := model.follower(chunk.sampling)) is not None:
-            follower.restrict(logits[-1])
-        return sample(logits[-1], chunk.sampling, stop, chunk.history)
+        draw = Draw(chunk.sampling, stop, chunk.history, model.follower(chunk.sampling))
+        (token,) = sample_batch(logits[-1:], [draw])
+        if isinstance(token, DistKVError):
+            raise token
+        return token
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
         """Run a decode window over a batch, on the home lane's thread.

@@ -5,15 +5,16 @@ A follower is made anew from the committed tokens in each window, so a retried w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distkv_dask.errors import DistKVError, InvalidRequestError
+from distkv_dask.errors import InvalidRequestError
 from distkv_dask.json_schema import grammar_of
 
 if TYPE_CHECKING:
@@ -43,23 +44,45 @@ class Follower:
         ----------
         logits
             float32 [vocab], written to.
+
+        Raises
+        ------
+        InvalidRequestError
+            The schema cannot be followed any further: it takes llguidance too long, or the model has no token for it.
         """
-        allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
-        self._check()
+        allowed = np.unpackbits(np.frombuffer(self._ask(self._matcher.compute_bitmask), np.uint8), bitorder="little")
         vocab = logits.shape[0]
         forbidden = torch.ones(vocab, dtype=torch.bool)
         forbidden[: len(allowed)] = torch.from_numpy(allowed[:vocab] == 0)
         with torch.inference_mode():  # in which the logits were made
             logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+        if forbidden.all():
+            raise InvalidRequestError("the JSON schema cannot be followed any further: no token of the model fits it")
 
     def take(self, token: int) -> None:
         """Go on with the token that was drawn."""
-        self._matcher.consume_token(token)
-        self._check()
+        self._ask(partial(self._matcher.consume_token, token))
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise DistKVError(f"the JSON schema cannot be followed any further: {self._matcher.get_error()}")
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """Ask the matcher; its own words of what went wrong would quote the schema and the answer."""
+        with _no_panic():
+            answer = question()
+            if not self._matcher.is_error():
+                return answer
+            reason = str(self._matcher.stop_reason())
+        hint = "make it simpler: fewer properties or alternatives" if "TooComplex" in reason else "simplify it"
+        raise InvalidRequestError(f"the JSON schema cannot be followed any further ({reason}); {hint}")
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Make a panic of llguidance, which is no ``Exception``, an error of the one schema that it is about."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequestError("the JSON schema cannot be followed: llguidance gave up on it; simplify it") from None
 
 
 class Grammars:
@@ -100,9 +123,11 @@ class Grammars:
 
         if self._tokenizer is None:
             self._tokenizer = self._read_tokenizer()
-        matcher = LLMatcher(self._tokenizer, grammar)
-        if matcher.is_error():
-            raise InvalidRequestError(f"the JSON schema cannot be followed: {matcher.get_error()}")
+        with _no_panic():
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            if matcher.is_error():
+                reason = matcher.get_error().partition("\n")[0]  # what follows quotes the whole schema
+                raise InvalidRequestError(f"the JSON schema cannot be followed: {reason}")
         return matcher
 
     def _read_tokenizer(self) -> LLTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import jsonschema
@@ -18,7 +19,7 @@ from llguidance.hf import from_tokenizer
 
 from distkv_dask import Engine, InvalidRequestError, SamplingParams
 from tests._cluster import engine_test
-from tests._models import VOCAB, prompt_ids, text_model_dir
+from tests._models import VOCAB, prompt_ids, reference_generate, text_model_dir
 
 END = VOCAB - 1
 YEAR = {"type": "integer", "minimum": 1900, "maximum": 2100}
@@ -71,3 +72,48 @@ def test_answers_are_those_of_one_process_and_follow_the_schema(steps: int) -> N
                 engine.submit(prompts[0], SamplingParams(schema={"type": "string", "format": "nonsense"}))
 
     run()
+
+
+MANY = {"type": "object", "properties": {f"secret{at}": {"type": "string"} for at in range(5000)}}
+CHOICES = {"anyOf": [{"type": "object", "properties": {f"secret{at}": YEAR}} for at in range(300)]}
+
+
+class Log(logging.Handler):
+    """All that is logged, in one text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += self.format(record)
+
+
+@pytest.mark.parametrize("granularity", ["window", "layer"])
+def test_a_schema_that_takes_too_long_and_an_odd_temperature_harm_no_neighbour(granularity: str) -> None:
+    prompt, tiny = prompt_ids(20, seed=5), SamplingParams(max_new_tokens=8, temperature=1e-40, ignore_eos=True)
+    plain = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    (expected,) = reference_generate(text_model_dir(end=True), [prompt], 8)
+    log = Log()
+
+    @engine_test()
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(text_model_dir(end=True)), granularity=granularity, **TINY) as engine:
+            bad = [SamplingParams(8, schema=MANY), SamplingParams(8, schema=CHOICES)]
+            params = [plain, bad[0], tiny, bad[1], plain]
+            done = await engine.generate([prompt] * 5, params)
+            for at in (0, 2, 4):
+                assert list(done[at].token_ids) == expected.tokens, done[at]
+            for at in (1, 3):
+                assert done[at].finish_reason == "error"
+                assert "schema" in (done[at].error or "")
+                assert "secret" not in (done[at].error or "")
+
+    logger = logging.getLogger("distributed")
+    logger.addHandler(log)
+    try:
+        run()
+    finally:
+        logger.removeHandler(log)
+    assert "secret" not in log.text
+    assert str(prompt[3:6])[1:-1] not in log.text, "a prompt's tokens"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.config import Config
-from distkv_dask.errors import CapacityError, GangAbortedError, WorkerLostError
+from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, InvalidRequestError, WorkerLostError
 from distkv_dask.protocol import Delivery, SavedFile
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle import Lifecycle
@@ -68,6 +68,7 @@ class Simulated:
     reused: dict[int, int] = field(default_factory=dict)
     disks: dict[str, dict[str, dict[int, tuple[int, ...]]]] = field(default_factory=dict)
     files: list[do.Store | do.Fetch] = field(default_factory=list)
+    poisoned: set[int] = field(default_factory=set)
     now: float = 0.0
     allocated: set[int] = field(default_factory=set)
     step_seconds: float = 0.05
@@ -264,6 +265,8 @@ class Simulated:
                 self.fail_some_gang(GangAbortedError("a peer was silent"))
             case "fault":
                 self.fail_some_gang(ValueError("a fault"))
+            case "poison" if self.life.live:  # its next window cannot draw a token of it
+                self.poisoned.add(self.rng.choice(sorted(self.life.live)))
             case "move":
                 self.move_something()
             case "drain" | "stay":
@@ -344,6 +347,7 @@ class Simulated:
         batch = dict(self.batches[home])
         tokens: dict[int, list[int]] = {}
         finished: dict[int, FinishReason] = {}
+        errors: dict[int, DistKVError] = {}
         for sequence, (length, last, remaining) in batch.items():
             assert sequence in self.pools[home]
             placement = self.placements[sequence]
@@ -363,6 +367,9 @@ class Simulated:
                 finished[sequence] = "length"
             if sequence in finished:
                 del self.batches[home][sequence]
+            elif sequence in self.poisoned:
+                finished[sequence], errors[sequence] = "error", InvalidRequestError(f"{sequence} is to blame")
+                del self.batches[home][sequence]
             else:
                 self.batches[home][sequence] = (length, tokens[sequence][-1], remaining)
         self.windows[home].remove(window)
@@ -371,7 +378,7 @@ class Simulated:
                 home,
                 window.window,
                 self.epochs[home],
-                WindowResult(tokens, finished, 1, self.step_seconds),
+                WindowResult(tokens, finished, 1, self.step_seconds, errors=errors),
                 (),
                 self.now,
             )
@@ -415,7 +422,9 @@ def expected(sequence: int, new: int) -> list[int]:
 requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=12)
 mishaps = st.lists(
     st.sampled_from(
-        ["lose", "join", "fail", "fault", "cancel", "drain", "stay", "late", "rot", *["move"] * 3, *["step"] * 6]
+        ["lose", "join", "fail", "fault", "poison", "cancel", "drain", "stay", "late", "rot"]
+        + ["move"] * 3
+        + ["step"] * 6
     ),
     max_size=80,
 )
@@ -461,6 +470,9 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
         assert (reason == "error") == (error is not None)
         assert not isinstance(error, WorkerLostError) or events.count("lose") > MAX_LOSSES
         assert (reason == "cancelled") == (number in cancelled)
+        if isinstance(error, InvalidRequestError):
+            assert number in cluster.poisoned
+            assert str(error) == f"{number} is to blame"
     assert_nothing_left(cluster)
 
 

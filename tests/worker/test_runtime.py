@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from _channels import Way
 from _fakes import GREEDY, NEW, PROMPT, ROOM, Recorder, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 
-from distkv_dask.types import DecodeWindow, PrefillChunk, SamplingParams, SequenceState
+from distkv_dask import ModelError
+from distkv_dask.types import DecodeWindow, Gang, PrefillChunk, SamplingParams, SequenceState, WindowResult
 
 FAMILIES = ["llama-mha", "llama-gqa", "llama-mqa", "qwen3"]  # head dims 64, 64, 80, 128
 
@@ -171,3 +174,98 @@ def test_a_window_that_is_run_again_draws_the_same_tokens() -> None:
         halves = halves + made.decode("w0", [rest], NEW)[0].tokens[1]
         assert results[0] == results[1] == results[2] == {1: halves}
         assert len(set(halves)) > 3
+
+
+class Poisoned(Recorder):
+    """A model whose logits, or schemas, of some sequences are broken: by the last token that they were given."""
+
+    def __init__(self, model: Any, logits: dict[int, float], schema: str = "") -> None:
+        super().__init__(model)
+        self._poison, self._schema = logits, schema
+        self.follower = self._follow
+
+    def _follow(self, sampling: SamplingParams, generated: Sequence[int] = ()) -> Any:
+        return None if sampling.schema is None else Broken(self._schema)
+
+    def forward(self, token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        logits = super().forward(token_ids, *rest)
+        for row, token in enumerate(token_ids[-len(logits) :].tolist()):
+            if token in self._poison:
+                logits[row, 3] = self._poison[token]
+        return logits
+
+
+class Broken:
+    """A follower that fails when it is made, asked, or told a token."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._fail("made")
+
+    def _fail(self, where: str) -> None:
+        if where == self._where:
+            raise RuntimeError(f"broken when {where}")
+
+    def restrict(self, logits: torch.Tensor) -> None:
+        self._fail("asked")
+
+    def take(self, token: int) -> None:
+        self._fail("told")
+
+
+CULPRITS: dict[str, tuple[dict[str, Any], dict[int, float], str]] = {
+    "nan": ({}, {7: float("nan")}, "not finite"),
+    "inf, drawn": ({"temperature": 1.0, "seed": 1}, {7: float("inf")}, "not finite"),
+    "no seed": ({"temperature": 1e-40, "seed": None}, {}, "needs SamplingParams.seed"),
+    "schema made": ({"schema": "{}", "ignore_eos": False}, {}, "broken when made"),
+    "schema asked": ({"schema": "{}", "ignore_eos": False}, {}, "broken when asked"),
+    "schema told": ({"schema": "{}", "ignore_eos": False}, {}, "broken when told"),
+    "no room": ({}, {}, "room reserved"),
+}
+
+
+@pytest.mark.parametrize("name", CULPRITS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_one_sequence_does_wrong_ends_it_alone(name: str, place: int) -> None:
+    sampling, logits, words = CULPRITS[name]
+    right = reference("llama-gqa").tokens
+    assert 7 not in right[:-1]
+    model = Poisoned(loaded("llama-gqa"), logits, name.removeprefix("schema "))
+    with fleet(model, 2) as made:
+        placement = made.place(1, ("w1", 40), ("w0", ROOM))
+        made.prefill(1, placement, prompt_ids(PROMPT))
+        others = [replace(state(1, placement, PROMPT, right[0], NEW - 1))]
+        twin = made.place(2, ("w0", ROOM))
+        made.prefill(2, twin, prompt_ids(PROMPT))
+        others.append(state(2, twin, PROMPT, right[0], NEW - 1))
+        room = PROMPT if name == "no room" else ROOM
+        bad = made.place(3, ("w1", 40), ("w0", room - 40))
+        made.prefill(3, bad, prompt_ids(PROMPT))
+        others.insert(place, state(3, bad, PROMPT, 7, NEW - 1, **sampling))
+        result, _ = made.decode("w0", others, 100)
+        assert result.finished == {1: "length", 2: "length", 3: "error"}
+        assert {1: right[1:], 2: right[1:], 3: []} == result.tokens
+        assert list(result.errors) == [3]
+        assert words in str(result.errors[3])
+        again, _ = made.decode("w0", [others[place]], 100)  # alone, and nobody is left
+        assert (again.finished, again.tokens) == ({3: "error"}, {3: []})
+
+
+def test_a_first_token_that_cannot_be_drawn_is_the_error_of_its_chunk() -> None:
+    model = Poisoned(loaded("llama-gqa"), {prompt_ids(PROMPT)[-1]: float("nan")})
+    with fleet(model, 2) as made:
+        placement = made.place(1, ("w1", 40), ("w0", ROOM))
+        with pytest.raises(ModelError, match=f"position {PROMPT} are not finite"):
+            made.prefill(1, placement, prompt_ids(PROMPT))
+
+
+def test_what_users_wrote_is_in_no_repr_of_what_tasks_and_messages_carry() -> None:
+    sampling = SamplingParams(schema='{"const": "secret"}')
+    carried = [
+        PrefillChunk(Gang("e", 1, "n", 0, "w", ()), 1, (), 0, (4711,), sampling, (4711,)),
+        SequenceState(1, (), 5, 4711, 9, sampling, (4711,), (4711,)),
+        WindowResult({1: [4711]}, {}, 1, 0.0),
+    ]
+    for one in carried:
+        assert "4711" not in repr(one)
+        assert "secret" not in repr(one)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import math
 from itertools import product
 
 import pytest
@@ -13,10 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig
 
+from distkv_dask import ModelError
+from distkv_dask.errors import DistKVError
 from distkv_dask.types import SamplingParams
-from distkv_dask.worker.sampling import _filters, _uniform, sample, sample_batch
+from distkv_dask.worker.sampling import Draw, _uniform, probabilities, sample_batch
 
 HISTORY = tuple(prompt_ids(40))
+
+
+def sample(logits: Tensor, *draw: object) -> int:
+    (token,) = sample_batch(logits[None], [Draw(*draw)])
+    if isinstance(token, DistKVError):
+        raise token
+    return token
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +49,10 @@ SETTINGS = [
 def test_filters_are_those_that_generate_builds(plain: transformers.PreTrainedModel, settings: dict) -> None:
     config = GenerationConfig(do_sample=True, **(settings | {"min_p": settings["min_p"] or None}))
     generates = plain._get_logits_processor(config, input_ids_seq_length=len(HISTORY))
-    ids, scores = torch.tensor([HISTORY]), logits_of(3)[None]
-    ours = _filters(SamplingParams(**settings, seed=1))(ids, scores.clone())
-    torch.testing.assert_close(ours, generates(ids, scores.clone()), rtol=0, atol=0)
+    logits = logits_of(3)
+    ours = probabilities(logits, SamplingParams(**settings, seed=1), HISTORY)
+    theirs = generates(torch.tensor([HISTORY]), logits.double()[None])[0].softmax(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def test_greedy_with_repetition_penalty_equals_generate(plain: transformers.PreTrainedModel) -> None:
@@ -70,8 +82,8 @@ def test_batch_gives_each_row_what_it_gets_alone() -> None:
         SamplingParams(),
     ]
     logits = torch.stack([logits_of(at) for at in range(5)])
-    rows = [(one, 40 + at, HISTORY if one.repetition_penalty != 1 else ()) for at, one in enumerate(params)]
-    alone = [sample(row, *arguments) for row, arguments in zip(logits, rows, strict=True)]
+    rows = [Draw(one, 40 + at, HISTORY if one.repetition_penalty != 1 else ()) for at, one in enumerate(params)]
+    alone = [sample(row, *draw) for row, draw in zip(logits, rows, strict=True)]
     assert sample_batch(logits, rows) == alone
     assert sample_batch(logits.flip(0), rows[::-1]) == alone[::-1]
 
@@ -106,5 +118,114 @@ def test_tokens_of_probability_zero_are_never_drawn(position: int, allowed: set[
 
 
 def test_draw_without_a_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(DistKVError, match="seed"):
         sample(logits_of(0), SamplingParams(temperature=1), 0)
+
+
+EXTREMES = [
+    {"temperature": 1e-40},
+    {"temperature": 5e-324},
+    {"temperature": 1e-300, "repetition_penalty": 1e30},
+    {"temperature": 1.0, "top_p": 1e-300},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1e38, "top_k": 1},
+    {"temperature": 1e308, "top_p": 1e-300},
+    {"temperature": 1.0, "top_p": 5e-324, "top_k": 10**30},
+]
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e37])
+def test_parameters_that_leave_one_token_draw_the_greedy_one(settings: dict, scale: float) -> None:
+    logits = torch.randn(49152, generator=torch.Generator().manual_seed(1)) * scale
+    for seed in range(20):
+        assert sample(logits, SamplingParams(**settings, seed=seed), seed) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e300, 1.7e308])
+def test_a_huge_temperature_draws_evenly_from_what_is_allowed(temperature: float) -> None:
+    logits = torch.tensor([0.0, -torch.inf, 80.0, -3.0, 2.0])
+    even = torch.tensor([0.25, 0, 0.25, 0.25, 0.25], dtype=torch.float64)
+    found = probabilities(logits, SamplingParams(temperature=temperature, seed=0))
+    torch.testing.assert_close(found, even, rtol=0, atol=1e-12)
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize(("penalty", "right"), [(1e30, 3), (1e300, 3), (1.7e308, 3), (1e-30, 1), (5e-324, 1)])
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_an_extreme_penalty_forbids_or_forces_what_was_there(penalty: float, right: int, temperature: float) -> None:
+    logits = torch.tensor([-9.0, 7.0, 5.0, 4.0])
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=3)
+    assert [sample(logits, params, at, (0, 1, 2)) for at in range(10)] == [right] * 10
+
+
+FINITE = st.floats(-(2.0**120), 2.0**120, width=32)
+ANY = st.one_of(st.floats(5e-324, 1.7e308), st.sampled_from([5e-324, 1e-300, 1e-40, 1e-5, 1.0, 1e38, 1.7e308]))
+
+
+@given(
+    st.lists(st.one_of(FINITE, st.floats(-20, 20, width=32), st.just(-math.inf)), min_size=1, max_size=12).filter(
+        lambda logits: max(logits) > -math.inf
+    ),
+    st.one_of(st.just(0.0), ANY),
+    st.one_of(st.just(1.0), ANY),
+    st.floats(5e-324, 1.0),
+    st.floats(0.0, 1.0),
+    st.integers(0, 2**70),
+    st.integers(0, 2**63 - 1),
+)
+def test_any_parameters_draw_a_token_that_the_model_allows(
+    logits: list[float], temperature: float, penalty: float, top_p: float, min_p: float, top_k: int, seed: int
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed
+    )
+    token = sample(torch.tensor(logits), params, seed % 1000, (0,))
+    assert logits[token] > -math.inf
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=6),
+    st.one_of(st.floats(1e-30, 1e30), st.sampled_from([1e-40, 1e-3, 1.0, 1e38])),
+    st.sampled_from([1e-30, 0.5, 1.0, 2.0, 1e30]),
+)
+def test_probabilities_are_those_of_exact_arithmetic(logits: list[float], temperature: float, penalty: float) -> None:
+    context = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)
+    exact = [decimal.Decimal(logit) for logit in logits]
+    factor = decimal.Decimal(penalty)
+    exact[0] = context.multiply(exact[0], factor) if exact[0] < 0 else context.divide(exact[0], factor)
+    top = max(exact)
+    weights = [context.exp(context.divide(context.subtract(one, top), decimal.Decimal(temperature))) for one in exact]
+    right = [float(weight / sum(weights)) for weight in weights]
+    found = probabilities(
+        torch.tensor(logits), SamplingParams(temperature=temperature, repetition_penalty=penalty), (0,)
+    )
+    torch.testing.assert_close(found, torch.tensor(right, dtype=torch.float64), rtol=1e-9, atol=1e-300)
+
+
+BROKEN = [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3, [math.nan] * 3, [math.inf, -math.inf, math.nan]]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_fail_their_row_alone(broken: list[float], temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=1)
+    logits = torch.tensor([[0.0, 5.0, 1.0], broken, [2.0, 0.0, -math.inf]])
+    first, failed, last = sample_batch(logits, [Draw(params, 4), Draw(params, 9), Draw(SamplingParams(), 4)])
+    assert first in range(3)
+    assert last == 0
+    assert isinstance(failed, ModelError)
+    assert "position 9" in str(failed)
+    assert "float32" in str(failed)
+
+
+def test_whatever_a_row_raises_is_the_error_of_that_row() -> None:
+    class Broken:
+        def restrict(self, logits: Tensor) -> None:
+            raise RuntimeError("fuel")
+
+    draws = [Draw(SamplingParams(), 0), Draw(SamplingParams(), 0, (), Broken()), Draw(SamplingParams(temperature=1), 0)]
+    draws.append(Draw(SamplingParams(repetition_penalty=2), 0, (-7,)))
+    right, *failed = sample_batch(torch.arange(4.0).repeat(4, 1), draws)
+    assert right == 3
+    assert all(isinstance(one, DistKVError) for one in failed)
