@@ -1,0 +1,138 @@
+"""What is left behind: blocks, sequences, tasks, sockets, threads, files and processes that nobody needs any more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from distributed import Client, Scheduler, Worker
+from distributed.core import Status
+
+from distkv_dask.scheduler.engine_state import EngineState
+
+SETTLE = 30.0
+"""Seconds that what is under way has to end by itself."""
+
+OURS = ("prefill-", "decode-", "attend-", "layer-")
+"""How the keys of the engine's tasks begin."""
+
+
+def settled(look: Callable[[], list[str]], seconds: float = SETTLE) -> list[str]:
+    """What is left when ``seconds`` have passed, or nothing as soon as nothing is."""
+    deadline = time.monotonic() + seconds
+    while (left := look()) and time.monotonic() < deadline:
+        time.sleep(0.25)
+    return left
+
+
+def engine_leaks(client: Client, state: EngineState) -> list[str]:
+    """What an engine without requests and documents still has: in the ledger, and in the workers' pools."""
+    life = state.lifecycle
+    ledger = life.ledger
+    left = [f"sequence {number} is {one.state}" for number, one in list(life.live.items())]
+    left += [f"the ledger has sequence {number}" for number in list(ledger.sequences)]
+    left += [f"the ledger has a move of {move}" for move in list(ledger.moves)]
+    accounts = dict(ledger.workers)
+    left += [f"{worker} has {account.used} used blocks" for worker, account in accounts.items() if account.used]
+    left += [f"{worker} has {size} bytes on its disk" for worker, size in life.spilling.used.items() if size]
+    try:
+        pools = client.run(_used_blocks, state.spec.engine)
+    except Exception as error:  # a worker that died just now
+        return [f"workers do not say what they hold: {error!r}"]
+    for worker, account in accounts.items():
+        if pools.get(worker) != account.cached:
+            left.append(f"{worker} holds {pools.get(worker)} blocks, the ledger knows {account.cached} cached ones")
+    return left
+
+
+def _used_blocks(engine: str, dask_worker: Worker) -> int | None:
+    plugin: Any = dask_worker.plugins["distkv"]
+    engines = plugin.engines
+    return int(engines[engine].runtime.pool.used_blocks) if engine in engines else None
+
+
+def cluster_leaks(client: Client, scheduler: Scheduler, known: Iterable[str]) -> list[str]:
+    """What is left on scheduler and workers after the last engine was closed.
+
+    ``known`` are addresses of Dask's own servers: connections to them are no leaks.
+    """
+    manager: Any = scheduler.plugins["distkv"]
+    left = [f"engine {name} is open" for name in manager.engines]
+    left += [f"task {key}" for key in list(scheduler.tasks) if str(key).startswith(OURS)]
+    left += [f"the submitter has task {key}" for key in list(manager.submitter._tasks)]
+    try:
+        workers = client.run(_left_on, frozenset(known))
+    except Exception as error:
+        return [f"workers do not say what they have: {error!r}"]
+    return left + [f"{worker}: {what}" for worker, several in workers.items() for what in several]
+
+
+def _left_on(known: frozenset[str], dask_worker: Worker) -> list[str]:
+    """On a worker: what the engine left."""
+    plugin: Any = dask_worker.plugins["distkv"]
+    left = [f"engine {name} is open" for name in plugin.engines]
+    left += [f"lanes {plugin.lanes}"] if plugin.lanes is not None else []
+    left += [f"asyncio task {task}" for task in plugin._tasks]
+    names = [thread.name for thread in threading.enumerate()]
+    left += [f"thread {name}" for name in names if name.startswith("distkv")]
+    busy = [name for name in names if name.startswith("Dask-Default-Threads")]
+    left += [f"threads {busy}"] if len(busy) > 1 + dask_worker.state.nthreads else []
+    left += [f"socket {one}" for one in _sockets(dask_worker.address, known)]
+    files = Path(dask_worker.local_directory).glob("distkv-*/**/*")
+    return left + [f"file {path}" for path in files if path.is_file()]
+
+
+def _sockets(own: str, known: frozenset[str]) -> list[str]:
+    """Sockets of this process that are neither Dask's nor a pair within it."""
+    left = []
+    for one in psutil.Process().net_connections("all"):
+        if isinstance(one.laddr, str):  # a Unix socket
+            left += [f"unix {one.laddr!r}"] if "distkv" in one.laddr else []
+            continue
+        here = f"tcp://{one.laddr.ip}:{one.laddr.port}" if one.laddr else ""
+        there = f"tcp://{one.raddr.ip}:{one.raddr.port}" if one.raddr else ""
+        dasks = here == own or here.startswith("tcp://0.0.0.0:")  # its HTTP server listens on all networks
+        if not dasks and here not in known and there not in known:
+            left.append(f"{one.status} {here} {there}")
+    return left
+
+
+def file_leaks(folder: Path) -> list[str]:
+    """Unfinished files of saved documents, and spilled blocks of workers that have ended."""
+    unfinished = [*folder.rglob("*.unfinished"), *folder.glob("scratch/**/distkv-*/*")]
+    return [f"file {path}" for path in unfinished]
+
+
+def own_leaks() -> list[str]:
+    """What is left in this process after everything was closed."""
+    left = [f"thread {one.name}" for one in threading.enumerate() if one.name.startswith("distkv")]
+    inet = psutil.Process().net_connections("inet")
+    return left + [f"socket of the client: {one.laddr} {one.raddr}" for one in inet if one.status != "CLOSE_WAIT"]
+
+
+class Addresses:
+    """Every address at which one of Dask's servers was ever reached.
+
+    Parameters
+    ----------
+    scheduler
+        In this process.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.known = {scheduler.address}
+
+    def look(self) -> None:
+        """Add those of now."""
+        for address, worker in dict(self._scheduler.workers).items():
+            self.known |= {address, worker.nanny or address}
+
+
+def running(scheduler: Scheduler) -> int:
+    """Workers that take part."""
+    return sum(worker.status == Status.running for worker in dict(scheduler.workers).values())

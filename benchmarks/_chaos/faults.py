@@ -1,0 +1,208 @@
+"""Faults, carried out on whatever is there when their time comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import psutil
+from distributed import Client
+
+from _chaos.load import Load
+from _chaos.machines import Machine, Machines
+from _chaos.schedule import Fault, picked
+from distkv_dask.scheduler.engine_state import EngineState
+from distkv_dask.types import Move
+
+FEWEST, MOST = 3, 6
+"""Workers below which nobody is retired, and above which nobody joins."""
+
+
+class Faults:
+    """What is done to a cluster and its engine.
+
+    Parameters
+    ----------
+    machines, client, scheduler
+        The cluster; the scheduler runs in this process.
+    state
+        The engine as the scheduler sees it.
+    load
+        Its users.
+    cuttable
+        Whether links can be cut; elsewhere workers are frozen instead.
+    """
+
+    def __init__(
+        self,
+        machines: Machines,
+        client: Client,
+        scheduler: Any,
+        state: EngineState,
+        load: Load,
+        cuttable: bool,
+    ) -> None:
+        self._machines = machines
+        self._client = client
+        self._scheduler = scheduler
+        self._state = state
+        self._users = load
+        self._cuttable = cuttable
+        self._lasting: list[threading.Thread] = []
+        self.done: list[dict[str, Any]] = []
+        """What was done, when, and to whom."""
+        self.count: Counter[str] = Counter()
+
+    def carry_out(self, fault: Fault) -> None:
+        """Do it now; what lasts is undone later."""
+        at = self._users.records.now()
+        try:
+            what = getattr(self, "_" + fault.kind.replace("-", "_"))(fault)
+        except (OSError, psutil.Error) as error:  # it had gone already
+            what = f"nothing: {error!r}"
+        if not what.startswith("nothing"):
+            self.count[fault.kind] += 1
+        self.done.append({"at": round(at, 2), "kind": fault.kind, "what": what})
+
+    def heal(self, limit: float) -> None:
+        """Wait until everything that lasts is undone and there are enough workers again."""
+        deadline = time.monotonic() + limit
+        for thread in self._lasting:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        while sum(one.workers for one in self._machines.up()) < FEWEST:
+            self._machines.start()
+
+    def _later(self, seconds: float, undo: Callable[[], object]) -> None:
+        def wait() -> None:
+            time.sleep(seconds)
+            with contextlib.suppress(OSError, psutil.Error):
+                undo()
+
+        self._beside(wait)
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._lasting.append(thread)
+        thread.start()
+
+    # Processes
+
+    def _some(self, fault: Fault, many: int = 1) -> list[tuple[Machine, psutil.Process]]:
+        workers = self._machines.workers()
+        Random(fault.pick).shuffle(workers)
+        return workers[:many]
+
+    def _kill(self, fault: Fault, many: int = 1) -> str:
+        victims = self._some(fault, many)
+        for _, process in victims:
+            process.kill()
+        return _names(victims)
+
+    def _kill_several(self, fault: Fault) -> str:
+        return self._kill(fault, 2)
+
+    def _kill_machine(self, fault: Fault) -> str:
+        machines = self._machines.up()
+        if len(machines) < 2:
+            return "nothing: it is the only machine"
+        machine = picked(machines, fault.pick)
+        machine.kill()
+        self._later(min(fault.seconds, 5.0), self._machines.start)
+        return machine.name
+
+    def _freeze(self, fault: Fault, many: int = 1) -> str:
+        victims = self._some(fault, many)
+        for _, process in victims:
+            process.send_signal(signal.SIGSTOP)
+            self._later(fault.seconds, lambda one=process: one.send_signal(signal.SIGCONT))  # type: ignore[misc]
+        return f"{_names(victims)} for {fault.seconds:.1f} s"
+
+    def _freeze_several(self, fault: Fault) -> str:
+        return self._freeze(fault, 2)
+
+    # Networks
+
+    def _cut(self, fault: Fault) -> str:
+        if not self._cuttable:
+            return self._freeze(fault)
+        machine = picked(self._machines.up(), fault.pick)
+        machine.link.cut(True)
+        self._later(fault.seconds, lambda: machine.link.cut(False))
+        return f"{machine.name} for {fault.seconds:.1f} s"
+
+    def _cut_peers(self, fault: Fault) -> str:
+        if not self._cuttable:
+            return self._freeze(fault)
+        machines = self._machines.up()
+        for machine in machines:
+            machine.link.isolate(True)
+            self._later(fault.seconds, lambda one=machine: one.link.isolate(False))  # type: ignore[misc]
+        return f"{', '.join(one.name for one in machines)} for {fault.seconds:.1f} s"
+
+    # Joins and retirements
+
+    def _join(self, fault: Fault, many: int = 1) -> str:
+        if sum(one.workers for one in self._machines.up()) + many > MOST:
+            return "nothing: there are enough workers"
+        return ", ".join(self._machines.start().name for _ in range(many))
+
+    def _scale_up(self, fault: Fault) -> str:
+        return self._join(fault, 2)
+
+    def _retire(self, fault: Fault, many: int = 1) -> str:
+        there = sorted(self._scheduler.workers)
+        if len(there) - many < FEWEST:
+            return "nothing: there are too few workers"
+        Random(fault.pick).shuffle(there)
+        leaving = there[:many]
+        self._beside(lambda: self._client.retire_workers(leaving, close_workers=True))
+        return ", ".join(leaving)
+
+    def _scale_down(self, fault: Fault) -> str:
+        return self._retire(fault, 2)
+
+    # The engine
+
+    def _move(self, fault: Fault) -> str:
+        async def start() -> str:
+            moving, manager = self._state.lifecycle.moving, self._scheduler.plugins["distkv"]
+            moves = list(self._moves())
+            Random(fault.pick).shuffle(moves)
+            for move in filter(moving.can_start, moves):
+                manager._run(self._state, moving.start(move, time.monotonic()))
+                return f"tokens {move.start} to {move.stop} of {move.sequence}, {move.source} to {move.target}"
+            return "nothing: no block can move"
+
+        return asyncio.run_coroutine_threadsafe(start(), self._scheduler.loop.asyncio_loop).result(30)
+
+    def _moves(self) -> Iterator[Move]:
+        life = self._state.lifecycle
+        for number, account in life.ledger.sequences.items():
+            full = life.moving.full_tokens(number)
+            for span, target in itertools.product(account.own, life.ledger.workers):
+                if target != span.worker and span.start < full:
+                    yield Move(number, span.start, min(span.stop, full), span.worker, target)
+
+    def _save(self, fault: Fault) -> str:
+        return self._users.save(fault.pick)
+
+    def _load(self, fault: Fault) -> str:
+        return self._users.load(fault.pick)
+
+    def _squeeze(self, fault: Fault) -> str:
+        return self._users.squeeze(fault.pick)
+
+    def _cancel(self, fault: Fault) -> str:
+        return self._users.cancel(fault.pick)
+
+
+def _names(victims: list[tuple[Machine, psutil.Process]]) -> str:
+    return ", ".join(f"process {process.pid} of {machine.name}" for machine, process in victims) or "nothing"

@@ -1,0 +1,158 @@
+"""Machines of the cluster: a nanny, or two, with worker processes, each machine at an address of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from _chaos.network import Link, Loopback
+
+MARK = "DISTKV_CHAOS"
+"""In the environment of every process of a run."""
+
+HOME = Path(__file__).resolve().parent.parent
+"""Where workers find this package, to be looked at."""
+
+PRELOAD = Path(__file__).with_name("preload.py")
+WORKER_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",
+}
+
+
+class Machine:
+    """One machine.
+
+    Parameters
+    ----------
+    name, link
+        What it is called, and where it is.
+    scheduler
+        Address.
+    workers
+        How many.
+    folder
+        Where its logs and its workers' files go.
+    """
+
+    def __init__(self, name: str, link: Link, scheduler: str, workers: int, folder: Path) -> None:
+        self.name = name
+        self.link = link
+        self.workers = workers
+        self.log = folder / "logs" / f"{name}.log"
+        self._scratch = folder / "scratch" / name
+        self._scratch.mkdir(parents=True)
+        command = [
+            sys.executable, "-m", "dask", "worker", scheduler, "--host", link.host, "--name", name, "--nthreads", "1",
+            "--nworkers", str(workers), "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60",
+            "--local-directory", str(self._scratch), "--preload-nanny", str(PRELOAD),
+        ]  # fmt: skip
+        own = WORKER_SETTINGS | {MARK: str(folder), "TMPDIR": str(self._scratch), "PYTHONPATH": str(HOME)}
+        with self.log.open("wb") as log:
+            self._process = link.launch(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | WORKER_SETTINGS | own
+            )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def processes(self) -> list[psutil.Process]:
+        """Its worker processes: children of the process that they are forked from."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            nanny = psutil.Process(self._process.pid)
+            helpers = nanny.children()
+            below = [child for helper in helpers for child in helper.children()]
+            return sorted((one for one in below if _is_alive(one)), key=lambda one: one.pid)
+        return []
+
+    def kill(self) -> None:
+        """Lose power, and the disk."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            nanny = psutil.Process(self._process.pid)
+            for one in [nanny, *nanny.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        self._process.wait(30)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End in order, or be killed."""
+        if self.is_up:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+                return
+        self.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+class Machines:
+    """All machines of a run.
+
+    Parameters
+    ----------
+    scheduler
+        Address.
+    folder
+        Where their logs and files go.
+    cuttable
+        Whether they are in a network of namespaces.
+    """
+
+    def __init__(self, scheduler: str, folder: Path, cuttable: bool) -> None:
+        self._scheduler = scheduler
+        self._folder = folder
+        self._kind = Link if cuttable else Loopback
+        self._numbers = itertools.count(2)
+        self._all: list[Machine] = []
+        self._lock = threading.Lock()
+
+    def start(self, workers: int = 1) -> Machine:
+        """Let another machine join."""
+        with self._lock:
+            number = next(self._numbers)
+            machine = Machine(f"m{number}", self._kind(number), self._scheduler, workers, self._folder)
+            self._all.append(machine)
+            return machine
+
+    def up(self) -> list[Machine]:
+        """Those that run."""
+        return [one for one in list(self._all) if one.is_up]
+
+    def workers(self) -> list[tuple[Machine, psutil.Process]]:
+        """Worker processes that are alive, frozen ones too."""
+        return [(machine, process) for machine in self.up() for process in machine.processes()]
+
+    def stop(self) -> list[psutil.Process]:
+        """End all; those processes of the run that are left."""
+        for machine in list(self._all):
+            machine.stop()
+        deadline = time.monotonic() + 10
+        while (left := list(self._marked())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def _marked(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(MARK) == str(self._folder):
+                    yield process

@@ -1,0 +1,10 @@
+"""What a nanny does first: workers are forked from a process that has imported everything, so they start in no time."""
+
+import multiprocessing
+
+from distributed.utils import get_mp_context
+
+get_mp_context()  # or Dask sets its own list later
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["distributed", "distkv_dask.worker.opening", "transformers.models.llama.modeling_llama"]
+)

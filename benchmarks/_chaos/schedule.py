@@ -1,0 +1,83 @@
+"""What happens when: faults and load as pure functions of a seed, so that a run can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+WEIGHTS = {
+    "kill": 5,  # a worker's process; its nanny starts another one
+    "kill-several": 2,  # two at the same moment
+    "kill-machine": 1,  # a nanny with its workers; another machine comes later
+    "freeze": 4,  # SIGSTOP, and SIGCONT later
+    "freeze-several": 1,
+    "cut": 3,  # a machine's link loses everything, and nobody is told
+    "cut-peers": 1,  # workers do not reach each other, but the scheduler reaches all
+    "join": 2,
+    "retire": 2,
+    "scale-up": 1,  # two machines join
+    "scale-down": 1,  # two workers are retired together
+    "move": 4,  # blocks of a running request or of a document
+    "save": 3,
+    "load": 3,
+    "squeeze": 3,  # an urgent request for much memory: documents go to disk, other requests make way
+    "cancel": 4,
+}
+"""Kinds of faults and how often each is drawn."""
+
+SHORTEST, LONGEST = 2.0, 20.0
+"""Seconds that something stays frozen or cut off."""
+
+LOAD = {
+    "plain": 5,
+    "sampled": 4,
+    "stream": 4,
+    "wide": 2,  # larger than any worker's memory
+    "shared": 4,  # several questions on a document that many ask
+    "document": 3,  # several questions on a document of one's own
+    "chat": 2,
+    "schema": 3,
+    "too-large": 1,  # must be refused
+}
+"""Kinds of requests and how often each is drawn."""
+
+
+class Fault(NamedTuple):
+    """One fault: ``at`` so many seconds, on whatever ``pick`` (0 to 1) hits then, for ``seconds`` where it lasts."""
+
+    at: float
+    kind: str
+    pick: float
+    seconds: float
+
+
+class Errand(NamedTuple):
+    """What a user does next; ``pick`` (0 to 1) says which prompt."""
+
+    kind: str
+    pick: float
+
+
+def plan_faults(seed: int, seconds: float, every: float, kinds: Sequence[str] = tuple(WEIGHTS)) -> list[Fault]:
+    """Faults of a run of so many ``seconds``, one ``every`` so many in the mean."""
+    draw, at, faults = Random(f"faults {seed}"), 0.0, list[Fault]()
+    while (at := at + draw.uniform(0.2, 1.8) * every) < seconds:
+        (kind,) = draw.choices(kinds, [WEIGHTS[one] for one in kinds])
+        faults.append(Fault(round(at, 3), kind, draw.random(), round(draw.uniform(SHORTEST, LONGEST), 3)))
+    return faults
+
+
+def errands(seed: int, user: int) -> Iterator[Errand]:
+    """What one of the users does, one after the other and without end."""
+    draw = Random(f"user {user} of {seed}")
+    while True:
+        (kind,) = draw.choices(list(LOAD), [*LOAD.values()])
+        yield Errand(kind, draw.random())
+
+
+def picked(things: Sequence[T], pick: float) -> T:
+    """The one of some things that a number from 0 to 1 hits."""
+    return things[min(int(pick * len(things)), len(things) - 1)]
