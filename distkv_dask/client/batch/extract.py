@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from distkv_dask.errors import InvalidRequestError, MissingProgramError
+from distkv_dask.texts import well_formed
 
 _BLOCKS = re.compile(
     "address|article|aside|blockquote|br|d[dlt]|div|fieldset|figcaption|figure|footer|form|h[1-6]|header|hr|li|main|nav|"
@@ -42,7 +43,7 @@ def pdf_text(data: bytes) -> str:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
     except Exception as error:  # of a damaged file: pypdf raises whatever its parser stumbles over
         raise InvalidRequestError(f"the PDF cannot be read: {error!r:.200}") from error
-    text = "\n\n".join(pages)
+    text = well_formed("\n\n".join(pages))
     if not text.strip():
         raise InvalidRequestError("the PDF holds no text: scanned pages need character recognition first")
     return text
