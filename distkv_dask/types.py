@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from distkv_dask import pictures
 from distkv_dask.errors import DistKVError, InvalidRequestError
-from distkv_dask.texts import checked_text
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
@@ -364,7 +363,7 @@ def _schema(value: object) -> str:
         read = json.loads(value) if isinstance(value, str) else value
         if isinstance(read, Mapping):
             return json.dumps(dict(read))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
     raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
 
@@ -372,5 +371,5 @@ def _schema(value: object) -> str:
 def _strings(name: str, value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings):
-        return tuple(checked_text(string, name) for string in strings)
+        return tuple(strings)
     raise _refusal(name, value, "a string that is not empty, or a list of such strings")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from distkv_dask.client.batch.extract import EXTRACTORS, check_pdf_support, plain_text
+from distkv_dask.client.batch.extract import TextReader, check_support, read_file
 from distkv_dask.client.batch.spec import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, SourceError
@@ -139,14 +139,11 @@ def read_text(path: Path) -> str:
         It cannot be read.
     """
     suffix = path.suffix.lower()
-    if suffix == ".pdf":
-        check_pdf_support()
-    extract: Any = EXTRACTORS.get(suffix, plain_text)
+    check_support([suffix])
     try:
-        text: str = extract(path.read_bytes())
+        return TextReader().text(suffix, read_file(path))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
-    return text
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,96 +1,162 @@
-"""The text of a document file: plain text, Markdown, HTML or PDF."""
+"""The text of a document file: plain text and Markdown here, HTML and PDF by a process that may be ended."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
-from html.parser import HTMLParser
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 
+from distkv_dask.client.batch.files import open_file
 from distkv_dask.errors import InvalidRequestError, MissingProgramError
-from distkv_dask.texts import well_formed
 
-_BLOCKS = re.compile(
-    "address|article|aside|blockquote|br|d[dlt]|div|fieldset|figcaption|figure|footer|form|h[1-6]|header|hr|li|main|nav|"
-    "[ou]l|p|pre|section|table|tbody|t[dhr]|tfoot|thead"
-)
-_HIDDEN = frozenset(("script", "style", "template", "noscript"))
-_CHARSET = re.compile(rb"""<meta[^>]+charset=["']?([\w-]+)""", re.IGNORECASE)
+DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf")
+"""Endings of documents' names."""
+
+LARGEST = 1 << 29
+"""Bytes of a document file, at most."""
+
+SECONDS = 10.0, 20.0
+"""How long the text of an HTML or PDF file may take: so long, and so long for each MiB of it."""
+
+_PROGRAM = Path(__file__).with_name("extractor.py")
+_NEEDED = {
+    ".html": ("HTML", "selectolax", "html"),
+    ".htm": ("HTML", "selectolax", "html"),
+    ".pdf": ("PDF", "pypdf", "pdf"),
+}
+"""Endings of files that another process reads -> what they are, the module that reads them, the extra that has it."""
+
+_GRACE = 5.0
+
+
+def read_file(path: Path) -> bytes:
+    """Read a document file.
+
+    Raises
+    ------
+    OSError, InvalidRequestError
+        When it cannot be read; when it is larger than :data:`LARGEST`.
+    """
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise InvalidRequestError(f"it has {size:,} bytes, more than {LARGEST:,}: cut it into several files")
+        return file.read()
 
 
 def plain_text(data: bytes) -> str:
-    """Text of a UTF-8 file."""
-    return _decoded(data, "utf-8-sig")
+    """Text of a file in UTF-8, or in the UTF-16 or -32 that its first bytes show.
 
-
-def html_text(data: bytes) -> str:
-    """What a reader of a web page sees, a line for each block."""
-    declared = _CHARSET.search(data[:4096])
-    page = _Page()
-    page.feed(_decoded(data, declared.group(1).decode("ascii") if declared else "utf-8-sig"))
-    page.close()
-    lines = (re.sub(r"\s+", " ", line).strip() for line in "".join(page.pieces).split("\0"))
-    return "\n".join(line for line in lines if line)
-
-
-def pdf_text(data: bytes) -> str:
-    """Text of all pages of a PDF."""
-    from pypdf import PdfReader
-
-    try:
-        pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
-    except Exception as error:  # of a damaged file: pypdf raises whatever its parser stumbles over
-        raise InvalidRequestError(f"the PDF cannot be read: {error!r:.200}") from error
-    text = well_formed("\n\n".join(pages))
-    if not text.strip():
-        raise InvalidRequestError("the PDF holds no text: scanned pages need character recognition first")
-    return text
-
-
-EXTRACTORS: dict[str, Callable[[bytes], str]] = {
-    ".txt": plain_text,
-    ".md": plain_text,
-    ".html": html_text,
-    ".htm": html_text,
-    ".pdf": pdf_text,
-}
-"""Ending of a file's name -> bytes to text; raises InvalidRequestError for a file that cannot be read as such."""
-
-
-def check_pdf_support() -> None:
-    """Raise :class:`~distkv_dask.errors.MissingProgramError` where PDFs cannot be read."""
-    if find_spec("pypdf") is None:
-        raise MissingProgramError("PDF files need pypdf: pip install 'distkv-dask[pdf]'")
-
-
-def _decoded(data: bytes, encoding: str) -> str:
+    Raises
+    ------
+    InvalidRequestError
+        When it is no text.
+    """
+    encoding = json.detect_encoding(data[:4])
     try:
         return data.decode(encoding)
-    except (UnicodeDecodeError, LookupError) as error:
-        raise InvalidRequestError(f"the file is not text in {encoding.removesuffix('-sig')}: {error}") from error
+    except UnicodeDecodeError as error:
+        shown = "" if encoding.startswith("utf-8") else f", nor in the {encoding} that its first bytes show"
+        raise InvalidRequestError(f"the file is not text in utf-8{shown}: {error}") from error
 
 
-class _Page(HTMLParser):
-    """Collects the text of a page; a NUL stands where a block begins or ends."""
+def check_support(suffixes: Iterable[str]) -> None:
+    """Raise :class:`~distkv_dask.errors.MissingProgramError` where files of these endings cannot be read."""
+    for what, module, extra in sorted({_NEEDED[suffix] for suffix in suffixes if suffix in _NEEDED}):
+        if find_spec(module) is None:
+            raise MissingProgramError(f"{what} files need {module}: pip install 'distkv-dask[{extra}]'")
+
+
+class TextReader:
+    """Gives the texts of files.
+
+    HTML and PDF are read by a process of its own, which is started when it is needed, may use a bounded amount of time
+    and memory for a file, and ends with this object.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.pieces: list[str] = []
-        self._hidden = 0
+        self._process: _Process | None = None
+        self._lock = threading.Lock()
 
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self._hidden += tag in _HIDDEN
-        if _BLOCKS.fullmatch(tag):
-            self.pieces.append("\0")
+    def text(self, suffix: str, data: bytes) -> str:
+        """Return the text of a file, given the ending of its name and its bytes.
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag in _HIDDEN:
-            self._hidden = max(0, self._hidden - 1)
-        if _BLOCKS.fullmatch(tag):
-            self.pieces.append("\0")
+        Raises
+        ------
+        InvalidRequestError
+            When the file cannot be read as what its name says, or takes too much time or memory.
+        """
+        if suffix not in _NEEDED:
+            return plain_text(data)
+        with self._lock:
+            self._process = process = self._process or _Process()
+            try:
+                return process.text(suffix, data)
+            except EOFError:
+                raise InvalidRequestError(
+                    f"the file takes more than {_limit(data):.0f} s to read"
+                    if process.timed_out()
+                    else "reading the file ended the process that did it: the file is damaged, or needs too much memory"
+                ) from None
+            finally:
+                if process.busy:
+                    process.end()
+                    self._process = None
 
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.pieces.append(data.replace("\0", ""))
+
+class _Process:
+    """A process that runs ``extractor.py``."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        self.busy = False
+        self.end = weakref.finalize(self, _end, self._process, self._connection)
+
+    def text(self, suffix: str, data: bytes) -> str:
+        """Have a file read; raises EOFError when the process has ended instead."""
+        limit = _limit(data)
+        self.busy = True
+        try:
+            self._connection.send_bytes(json.dumps([suffix, limit]).encode())
+            self._connection.send_bytes(data)
+            if not self._connection.poll(limit + _GRACE):
+                self._process.send_signal(signal.SIGALRM)
+                raise EOFError
+            answer = json.loads(self._connection.recv_bytes())
+        except OSError as error:
+            raise EOFError from error
+        self.busy = False
+        if "error" in answer:
+            raise InvalidRequestError(answer["error"])
+        return str(answer["text"])
+
+    def timed_out(self) -> bool:
+        """Whether an alarm ended the process, which is over."""
+        self.end()
+        return self._process.returncode == -signal.SIGALRM
+
+
+def _limit(data: bytes) -> float:
+    return SECONDS[0] + SECONDS[1] * len(data) / 2**20
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.wait()

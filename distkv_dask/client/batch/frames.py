@@ -10,57 +10,128 @@ from typing import Any
 import pyarrow as pa
 from distributed import Client
 
-from distkv_dask.client.batch.tables import CHUNK, Chunk, Columns, arrow_chunks, inferred, record_chunks
+from distkv_dask.client.batch.column_types import SAMPLE, ColumnType, fitted, is_json, json_field, parquet_refuses
+from distkv_dask.client.batch.tables import CHUNK, Chunk, Columns, Record, chunk_of, inferred, record_chunks
+from distkv_dask.errors import SourceError
 
 
 def frame_schema(frame: Any, text_column: str) -> pa.Schema:
-    """Types of a pandas frame's columns; those of mixed values, or of which nothing is known, become text."""
-    fields = []
-    for name in frame.columns:
-        try:
-            kind = pa.array(frame[name], from_pandas=True).type
-        except (pa.ArrowException, TypeError, ValueError):
-            kind = pa.string()
-        text = name == text_column or pa.types.is_null(kind) or pa.types.is_large_string(kind)
-        fields.append((str(name), pa.string() if text else kind))
-    return pa.schema(fields)
+    """Types of a pandas frame's columns; objects of several kinds become JSON texts."""
+    return pa.schema(
+        [_field(frame.iloc[:, at], str(name), text_column, whole=True) for at, name in enumerate(frame.columns)]
+    )
 
 
-def frame_chunks(frame: Any, columns: Columns, schema: pa.Schema) -> Iterator[Chunk]:
-    """Cut a pandas frame into chunks; one that does not fit Arrow as it is goes record by record."""
+def dask_frame_schema(frame: Any, text_column: str) -> pa.Schema:
+    """Types of a Dask DataFrame's columns, as its metadata has them: columns of objects become JSON texts."""
+    meta = frame._meta_nonempty
+    return pa.schema(
+        [_field(meta.iloc[:, at], str(name), text_column, whole=False) for at, name in enumerate(meta.columns)]
+    )
+
+
+def frame_chunks(frame: Any, columns: Columns, kept: pa.Schema) -> Iterator[Chunk]:
+    """Cut a pandas frame into chunks.
+
+    Raises
+    ------
+    SourceError
+        When it lacks a column that is needed.
+    """
+    places = {str(name): at for at, name in enumerate(frame.columns)}
+    fields = {field.name: field for field in kept}
+    for name in fields.keys() | {columns.text}:
+        if name not in places:
+            raise SourceError(f"a partition has no column {name!r}. Its columns are: {', '.join(places)}")
+    names = [name for name in fields.keys() | set(columns.template) if name in places]
     for start in range(0, len(frame), CHUNK):
         part = frame.iloc[start : start + CHUNK]
-        try:
-            table = pa.Table.from_pandas(part, schema, preserve_index=False)
-        except (pa.ArrowException, TypeError, ValueError):
-            yield from record_chunks(part.to_dict("records"), columns, schema)
-        else:
-            yield from arrow_chunks(table.combine_chunks().to_batches(), columns)
+        wanted = {name: _column(part.iloc[:, places[name]], fields.get(name)) for name in names}
+        yield chunk_of(wanted, len(part), columns, kept)
 
 
-def dask_frame_chunks(frame: Any, columns: Columns, schema: pa.Schema, client: Client) -> Iterator[Chunk]:
+def dask_frame_chunks(frame: Any, columns: Columns, kept: pa.Schema, client: Client) -> Iterator[Chunk]:
     """Compute the partitions of a Dask DataFrame in turn, and cut each into chunks."""
     for partition in _computed(frame, client):
-        yield from frame_chunks(partition, columns, schema)
+        yield from frame_chunks(partition, columns, kept)
 
 
 def bag_schema(bag: Any, text_column: str, client: Client) -> pa.Schema:
     """Types of the first items of a Bag."""
-    return inferred(_bag_records(bag, text_column, client), text_column)
+    return inferred(itertools.islice(_bag_records(bag, text_column, client), SAMPLE), text_column)[0]
 
 
-def bag_chunks(bag: Any, columns: Columns, schema: pa.Schema, client: Client) -> Iterator[Chunk]:
+def bag_chunks(bag: Any, columns: Columns, schema: pa.Schema, kept: pa.Schema, client: Client) -> Iterator[Chunk]:
     """Compute the partitions of a Dask Bag of texts or records in turn, and cut each into chunks."""
-    return record_chunks(_bag_records(bag, columns.text, client), columns, schema)
+    return record_chunks(_bag_records(bag, columns.text, client), columns, kept, schema.names)
 
 
-def _bag_records(bag: Any, text_column: str, client: Client) -> Iterator[Mapping[str, Any]]:
+def _bag_records(bag: Any, text_column: str, client: Client) -> Iterator[Record]:
     return as_records(itertools.chain.from_iterable(_computed(bag, client)), text_column)
 
 
-def as_records(items: Iterable[Any], text_column: str) -> Iterator[Mapping[str, Any]]:
-    """Texts or records as records."""
-    return (item if isinstance(item, Mapping) else {text_column: item} for item in items)
+def as_records(items: Iterable[Any], text_column: str) -> Iterator[Record]:
+    """Texts or records as records, whose keys are texts."""
+    for item in items:
+        if not isinstance(item, Mapping):
+            yield {text_column: item}
+        elif all(isinstance(name, str) and name.isascii() for name in item):
+            yield item
+        else:
+            yield _named(item)
+
+
+def _named(item: Mapping[Any, Any]) -> Record:
+    named = {str(name): value for name, value in item.items()}
+    if len(named) < len(item):
+        return f"two keys of the record are the same text: {sorted(map(str, item))!r:.200}"
+    try:
+        "".join(named).encode()
+    except UnicodeEncodeError:
+        return f"a key of the record is not text: {list(named)!r:.200}"
+    return named
+
+
+def _field(series: Any, name: str, text_column: str, whole: bool) -> pa.Field:
+    """The type of a pandas column; ``whole`` says that all its values are there."""
+    if name == text_column:
+        return pa.field(name, pa.string())
+    try:
+        if series.dtype == object:
+            return _objects_field(_values(series), name) if whole else json_field(name)
+        kind = pa.array(series, from_pandas=True).type
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return json_field(name)
+    return pa.field(name, pa.string() if pa.types.is_null(kind) or pa.types.is_large_string(kind) else kind)
+
+
+def _objects_field(values: list[Any], name: str) -> pa.Field:
+    try:
+        field = pa.field(name, pa.array(values).type)
+        if not pa.types.is_null(field.type) and not fitted(values, field)[1] and parquet_refuses(field) is None:
+            return field
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        pass
+    column = ColumnType()
+    for value in values:
+        column.add(value)
+    return column.field(name)
+
+
+def _column(series: Any, field: pa.Field | None) -> pa.Array | list[Any]:
+    """A pandas column as Arrow has it; objects, and what becomes JSON text, as Python values."""
+    if series.dtype == object or (field is not None and is_json(field)):
+        return _values(series)
+    try:
+        return pa.array(series, from_pandas=True)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return _values(series)
+
+
+def _values(series: Any) -> list[Any]:
+    """The values of a pandas column as Python has them, None for all that pandas calls missing."""
+    values: list[Any] = [None if no else one for one, no in zip(series.tolist(), series.isna(), strict=True)]
+    return [one.tolist() if hasattr(one, "tolist") else one for one in values]
 
 
 def _computed(collection: Any, client: Client) -> Iterator[Any]:

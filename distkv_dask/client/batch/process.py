@@ -59,8 +59,9 @@ def process(
     Parameters
     ----------
     source
-        A path (Parquet file or folder, CSV, JSONL, OpenAI batch file, a folder of .txt, .md, .html and .pdf files), a
-        pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. It is read as the batch proceeds.
+        A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html and .pdf
+        files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. It is read as the batch
+        proceeds.
     question, questions
         What is asked about each row; several questions make several rows of output. None: the text is the prompt.
     template

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 
-from distkv_dask.client.batch import frames, tables, text_tables
-from distkv_dask.client.batch.documents import DocumentSource, files_in
-from distkv_dask.client.batch.extract import EXTRACTORS
+from distkv_dask.client.batch import frames, parquet, tables, text_tables
+from distkv_dask.client.batch.documents import DocumentSource
+from distkv_dask.client.batch.extract import DOCUMENTS
+from distkv_dask.client.batch.files import look_into, open_file
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, is_openai_batch
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.spec import BatchSpec
-from distkv_dask.client.batch.tables import Columns, TableSource
+from distkv_dask.client.batch.tables import Columns, Record, TableSource
+from distkv_dask.client.batch.text_folders import csv_source, jsonl_source
 from distkv_dask.errors import InvalidRequestError, SourceError
 
 if TYPE_CHECKING:
     from distributed import Client
 
-_PARQUET = (".parquet", ".pq")
-_JSONL = (".jsonl", ".ndjson")
+_KINDS = {
+    "Parquet": parquet.SUFFIXES,
+    "CSV": text_tables.endings(text_tables.CSV),
+    "JSONL": text_tables.endings(text_tables.JSONL),
+    "documents": DOCUMENTS,
+}
+"""What files hold, by the endings of their names."""
 
 
 def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client) -> Source:
@@ -63,8 +69,8 @@ def open_source(source: Any, columns: Columns, client: Client) -> Source:
     Parameters
     ----------
     source
-        A path (Parquet file or folder, CSV, JSONL, a document or a folder of them), a pandas or Dask DataFrame, a Dask
-        Bag, or a pyarrow table.
+        A path (Parquet, CSV, JSONL, a document, a folder of one kind of them), a pandas or Dask DataFrame, a Dask Bag,
+        or a pyarrow table.
     columns
         Which columns are looked at.
     client
@@ -75,27 +81,32 @@ def open_source(source: Any, columns: Columns, client: Client) -> Source:
     SourceError
         When it cannot be read, or lacks a column.
     MissingProgramError
-        When it holds PDFs and pypdf is not installed.
+        When it holds PDFs or HTML and what reads them is not installed.
     """
     match kind_of(source):
         case "path":
             return _open_path(Path(source), columns)
         case "arrow":
-            return TableSource(_arrow(source.to_batches, columns), columns, source.schema, lambda: source.num_rows)
+            return TableSource(
+                lambda kept: tables.arrow_chunks(source.to_batches(), columns, kept),
+                columns,
+                source.schema,
+                lambda: source.num_rows,
+            )
         case "pandas":
             schema = frames.frame_schema(source, columns.text)
             return TableSource(
-                lambda: frames.frame_chunks(source, columns, schema), columns, schema, lambda: len(source)
+                lambda kept: frames.frame_chunks(source, columns, kept), columns, schema, lambda: len(source)
             )
         case "dask":
-            schema = frames.frame_schema(source._meta_nonempty, columns.text)
+            schema = frames.dask_frame_schema(source, columns.text)
             return TableSource(
-                lambda: frames.dask_frame_chunks(source, columns, schema, client), columns, schema, lambda: None
+                lambda kept: frames.dask_frame_chunks(source, columns, kept, client), columns, schema, lambda: None
             )
         case "bag":
             schema = frames.bag_schema(source, columns.text, client)
             return TableSource(
-                lambda: frames.bag_chunks(source, columns, schema, client), columns, schema, lambda: None
+                lambda kept: frames.bag_chunks(source, columns, schema, kept, client), columns, schema, lambda: None
             )
 
 
@@ -118,65 +129,48 @@ def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
 
 
 def records_source(
-    records: Callable[[], Iterable[Mapping[str, Any] | str]],
-    columns: Columns,
-    schema: pa.Schema,
-    count: Callable[[], int | None],
+    records: Callable[[], Iterable[Record]], columns: Columns, schema: pa.Schema, count: Callable[[], int | None]
 ) -> Source:
     """Records whose types are known; one that is a text says what is wrong with it."""
-    return TableSource(lambda: tables.record_chunks(records(), columns, schema), columns, schema, count)
+    return TableSource(
+        lambda kept: tables.record_chunks(records(), columns, kept, schema.names), columns, schema, count
+    )
 
 
 def _open_path(path: Path, columns: Columns) -> Source:
-    if not path.exists():
-        raise SourceError(f"{path} does not exist")
-    suffix = path.suffix.lower()
     if path.is_dir():
         return _open_folder(path, columns)
-    if suffix in _PARQUET:
-        return _parquet(path, [str(path)], columns)
-    if suffix == ".csv":
-        csv = partial(text_tables.csv_records, path)
-        return _records(lambda: text_tables.csv_records(path), columns, lambda: sum(1 for _ in csv()))
-    if suffix in _JSONL:
-        if is_openai_batch(path):
-            return OpenAIBatchSource(path)
-        return _records(lambda: text_tables.jsonl_records(path), columns, lambda: text_tables.count_lines(path))
-    if suffix in EXTRACTORS:
+    try:
+        open_file(path).close()
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    kind = next((kind for kind, ends in _KINDS.items() if path.name.lower().endswith(ends)), None)
+    if kind is None:
+        raise SourceError(f"{path} is of no kind that can be read: {', '.join(itertools.chain(*_KINDS.values()))}")
+    if kind == "documents":
         return DocumentSource(path, columns.text)
-    raise SourceError(f"{path} is of no kind that can be read: {', '.join((*_PARQUET, '.csv', *_JSONL, *EXTRACTORS))}")
+    if kind == "JSONL" and is_openai_batch(path):
+        return OpenAIBatchSource(path)
+    return _open_table(kind, path, [path], columns)
 
 
 def _open_folder(path: Path, columns: Columns) -> Source:
-    tables_there = files_in(path, _PARQUET, hidden=(".", "_"))  # as everything that reads Parquet folders does
-    documents = files_in(path, EXTRACTORS)
-    if tables_there and documents:
-        raise SourceError(f"{path} holds both Parquet files and documents ({documents[0].name}, ...): separate them")
-    if tables_there:
-        return _parquet(path, [str(file) for file in tables_there], columns)
-    return DocumentSource(path, columns.text)
-
-
-def _parquet(path: Path, files: list[str], columns: Columns) -> Source:
-    try:
-        data = ds.dataset(files, format="parquet")
-        needed = columns.kept(data.schema).names + [name for name in columns.template if name in data.schema.names]
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path} cannot be read as Parquet: {error}") from error
-
-    def batches() -> Iterable[pa.RecordBatch]:
-        return data.to_batches(  # type: ignore[no-any-return]
-            columns=list(dict.fromkeys(needed)), batch_size=tables.CHUNK, batch_readahead=1, fragment_readahead=1
+    folder = look_into(path)
+    found = {
+        kind: folder.ending_in(ends, (".",) if kind == "documents" else (".", "_")) for kind, ends in _KINDS.items()
+    }
+    kinds = [kind for kind, files in found.items() if set(files) - set(folder.unreadable)]
+    if len(kinds) > 1:
+        raise SourceError(
+            f"{path} holds {' and '.join(f'{kind} ({found[kind][0].name}, ...)' for kind in kinds)}: separate them"
         )
-
-    return TableSource(_arrow(batches, columns), columns, data.schema, data.count_rows)
-
-
-def _arrow(batches: Callable[[], Iterable[pa.RecordBatch]], columns: Columns) -> Callable[[], Iterable[tables.Chunk]]:
-    return lambda: tables.arrow_chunks(batches(), columns)
+    if kinds in ([], ["documents"]):
+        return DocumentSource(path, columns.text, found["documents"])
+    return _open_table(kinds[0], path, found[kinds[0]], columns)
 
 
-def _records(
-    records: Callable[[], Iterable[Mapping[str, Any] | str]], columns: Columns, count: Callable[[], int]
-) -> Source:
-    return records_source(records, columns, tables.inferred(records(), columns.text), count)
+def _open_table(kind: str, root: Path, paths: list[Path], columns: Columns) -> Source:
+    opener = {"Parquet": parquet.parquet_source, "CSV": csv_source, "JSONL": jsonl_source}[kind]
+    return opener(root, paths, columns)

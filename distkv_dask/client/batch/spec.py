@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -83,9 +83,28 @@ class BatchSpec:
         return plain
 
     def render(self, values: Mapping[str, Any], question: str | None) -> str:
-        """The text of a prompt."""
+        """The text of a prompt.
+
+        Raises
+        ------
+        InvalidRequestError
+            When a value does not go with the template's format for it.
+        """
         known = {name: "" if value is None else value for name, value in values.items()}
-        return self.full_template.format(**known | {"text": known[self.text_column], "question": question})
+        known |= {"text": known[self.text_column], "question": question}
+        try:
+            return _Names().vformat(self.full_template, (), known)
+        except Exception as error:  # of a value's own format method
+            raise InvalidRequestError(
+                f"the template cannot be filled with this row's values: {error!r:.200}"
+            ) from error
+
+
+class _Names(string.Formatter):
+    """Fields are names, also those that are digits: columns of pandas frames may be called so."""
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[str(key)]
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import itertools
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from distkv_dask.client.batch.column_types import (
+    SAMPLE,
+    ColumnType,
+    decoded,
+    exactly,
+    fitted,
+    parquet_refuses,
+)
 from distkv_dask.client.batch.rows import Content, Row, fingerprint
 from distkv_dask.errors import InvalidRequestError, SourceError
 
 CHUNK = 64
 """Rows that are in memory at once, beside those in flight."""
 
-SAMPLE = 1000
-"""Records from which the types of columns are inferred where nothing declares them."""
+MOST_COLUMNS = 10_000
+"""Columns of records, at most: keys that differ from record to record are no columns."""
+
+_UNREADABLE = (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError)
+
+Record = Mapping[str, Any] | str
+"""A row by column; a text says what is wrong with it."""
 
 
 class Columns(NamedTuple):
@@ -28,19 +41,33 @@ class Columns(NamedTuple):
     template: Sequence[str]
 
     def kept(self, schema: pa.Schema) -> pa.Schema:
-        """Return the part of ``schema`` that goes to the output; raises SourceError for a column that is not there."""
+        """Return the part of ``schema`` that goes to the output.
+
+        Raises
+        ------
+        SourceError
+            When a column is not there, is there twice, or has a type that Parquet has not.
+        """
         for name in dict.fromkeys((self.text, *(self.keep or ()))):
             if name not in schema.names:
                 raise SourceError(f"the source has no column {name!r}. Its columns are: {', '.join(schema.names)}")
         names = [name for name in schema.names if name != self.text] if self.keep is None else self.keep
-        return pa.schema([_decoded(schema.field(name)) for name in names])
+        counts = Counter(schema.names)
+        for name in (*names, *self.template):
+            if counts[name] > 1:
+                raise SourceError(
+                    f"the source has {counts[name]} columns called {name!r}: rename them, or leave them out by naming "
+                    f"those to keep (keep=...)"
+                )
+        fields = [schema.field(name) for name in names]
+        return pa.schema([_writable(field.with_type(decoded(field.type)).with_nullable(True)) for field in fields])
 
 
 class Chunk(NamedTuple):
     """Some rows: what is kept of them, and for each the fields of the template, or what is wrong with it."""
 
     kept: pa.RecordBatch
-    values: Sequence[Mapping[str, Any] | str]
+    values: Sequence[Record]
 
 
 class TableSource:
@@ -49,7 +76,7 @@ class TableSource:
     Parameters
     ----------
     chunks
-        Begins a pass over the table.
+        Begins a pass over the table; gets the columns that are kept.
     columns
         Which columns are looked at.
     schema
@@ -62,7 +89,7 @@ class TableSource:
 
     def __init__(
         self,
-        chunks: Callable[[], Iterable[Chunk]],
+        chunks: Callable[[pa.Schema], Iterable[Chunk]],
         columns: Columns,
         schema: pa.Schema,
         count: Callable[[], int | None],
@@ -76,7 +103,7 @@ class TableSource:
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Read chunk by chunk."""
         number = -1
-        for chunk in self._chunks():
+        for chunk in self._chunks(self.kept):
             for at, values in enumerate(chunk.values):
                 number += 1
                 if number < start:
@@ -89,45 +116,79 @@ class TableSource:
                 )
 
 
-def arrow_chunks(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterator[Chunk]:
+def arrow_chunks(batches: Iterable[pa.RecordBatch], columns: Columns, kept: pa.Schema) -> Iterator[Chunk]:
     """Cut Arrow batches into chunks."""
+    names = {*kept.names, *columns.template}
     for batch in batches:
         for start in range(0, batch.num_rows, CHUNK):
             part = batch.slice(start, CHUNK)
-            kept = columns.kept(part.schema)
-            arrays = [part.column(field.name).cast(field.type) for field in kept]
-            yield Chunk(
-                pa.RecordBatch.from_struct_array(pa.StructArray.from_arrays(arrays, fields=list(kept)))
-                if arrays
-                else _nothing(part.num_rows),
-                [_arrow_values(part, at, columns) for at in range(part.num_rows)],
-            )
+            wanted = {name: part.column(name) for name in names.intersection(part.schema.names)}
+            yield chunk_of(wanted, part.num_rows, columns, kept)
 
 
-def record_chunks(records: Iterable[Mapping[str, Any] | str], columns: Columns, schema: pa.Schema) -> Iterator[Chunk]:
-    """Cut Python records into chunks; a record that is a text says what is wrong with it."""
-    kept, stream = columns.kept(schema), iter(records)
+def record_chunks(
+    records: Iterable[Record], columns: Columns, kept: pa.Schema, names: Iterable[str]
+) -> Iterator[Chunk]:
+    """Cut Python records into chunks; ``names`` are the columns that are known."""
+    stream, known = iter(records), frozenset(names)
     while some := list(itertools.islice(stream, CHUNK)):
-        values = [one if isinstance(one, str) else {name: one.get(name) for name in columns.template} for one in some]
-        arrays = []
-        for field in kept:
-            array, wrong = _fitted([None if isinstance(one, str) else one.get(field.name) for one in some], field.type)
-            arrays.append(array)
-            for at in wrong:
-                values[at] = f"column {field.name!r} should be {field.type}: {some[at][field.name]!r:.100}"
-        yield Chunk(pa.RecordBatch.from_arrays(arrays, schema=kept) if arrays else _nothing(len(some)), values)
+        wanted = {
+            name: [None if isinstance(one, str) else one.get(name) for one in some]
+            for name in (*kept.names, *columns.template)
+        }
+        chunk = chunk_of(wanted, len(some), columns, kept)
+        wrong = [_wrong(one, known if columns.keep is None else None) for one in some]
+        yield chunk._replace(values=[one or other for one, other in zip(wrong, chunk.values, strict=True)])
 
 
-def inferred(records: Iterable[Mapping[str, Any] | str], text_column: str) -> pa.Schema:
-    """Types of columns from the first :data:`SAMPLE` records; texts, nested and mixed values become text."""
-    columns: dict[str, list[Any]] = {}
-    for record in itertools.islice(records, SAMPLE):
+def chunk_of(wanted: Mapping[str, pa.Array | list[Any]], rows: int, columns: Columns, kept: pa.Schema) -> Chunk:
+    """Make a chunk of columns, of Arrow or of Python values; those that are not there are null.
+
+    What a kept column does not hold unchanged is an error of its row.
+    """
+    values = [_values(wanted, at, columns) for at in range(rows)]
+    arrays = []
+    for field in kept:
+        found = wanted.get(field.name, pa.nulls(rows))
+        array, wrong = fitted(found, field) if isinstance(found, list) else exactly(found, field.type)
+        arrays.append(array)
+        for at in wrong:
+            values[at] = f"column {field.name!r} should be {field.type}: {_shown(found, at)}"
+    return Chunk(_batch(arrays, kept, rows), values)
+
+
+def errors_chunk(message: str, rows: int, kept: pa.Schema) -> Chunk:
+    """Rows of which nothing is known but what is wrong with them."""
+    return Chunk(_batch([pa.nulls(rows, field.type) for field in kept], kept, rows), [message] * rows)
+
+
+def inferred(records: Iterable[Record], text_column: str) -> tuple[pa.Schema, int]:
+    """Find the types of the columns of records, and their number.
+
+    Raises
+    ------
+    SourceError
+        When there are more than :data:`MOST_COLUMNS` columns.
+    """
+    found: dict[str, ColumnType] = {}
+    count = 0
+    for record in records:
+        count += 1
         for name, value in () if isinstance(record, str) else record.items():
-            columns.setdefault(name, []).append(value)
-    return pa.schema([(name, pa.string() if name == text_column else _type(found)) for name, found in columns.items()])
+            column = found.get(name)
+            if column is None:
+                column = found[name] = ColumnType()
+                if len(found) > MOST_COLUMNS:
+                    raise SourceError(
+                        f"the records have more than {MOST_COLUMNS:,} different keys, too many for columns of a table: "
+                        f"give each record the same keys, or put what differs into one of them"
+                    )
+            if name != text_column:
+                column.add(value)
+    return pa.schema([column.field(name) for name, column in found.items()]), count
 
 
-def _content(values: Mapping[str, Any] | str, text_column: str) -> Content:
+def _content(values: Record, text_column: str) -> Content:
     if isinstance(values, str):
         raise InvalidRequestError(values)
     text = values.get(text_column)
@@ -136,65 +197,54 @@ def _content(values: Mapping[str, Any] | str, text_column: str) -> Content:
             text = text.decode()
         except UnicodeDecodeError as error:
             raise InvalidRequestError(f"column {text_column!r} is not UTF-8 text: {error}") from error
-    if _missing(text):
+    if text is None or (isinstance(text, float) and text != text):
         raise InvalidRequestError(f"column {text_column!r} is empty (null)")
     if not isinstance(text, str):
         raise InvalidRequestError(f"column {text_column!r} should be text: {text!r:.100}")
     return Content({**values, text_column: text})
 
 
-def _arrow_values(part: pa.RecordBatch, at: int, columns: Columns) -> Mapping[str, Any] | str:
+def _values(wanted: Mapping[str, pa.Array | list[Any]], at: int, columns: Columns) -> Record:
+    """The fields of the template in a row."""
     try:
-        return {name: part.column(name)[at].as_py() for name in columns.template}
-    except (UnicodeDecodeError, pa.ArrowException, ValueError) as error:
+        found = {name: wanted[name][at] if name in wanted else None for name in columns.template}
+        return {name: one.as_py() if isinstance(one, pa.Scalar) else one for name, one in found.items()}
+    except _UNREADABLE as error:
         return f"the row cannot be decoded: {error}"
 
 
-def _decoded(field: pa.Field) -> pa.Field:
-    """Dictionaries differ from batch to batch: their values are kept instead."""
-    return field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-
-
-def _missing(value: Any) -> bool:
-    """None, or NaN, which is what pandas has for it."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _nothing(rows: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_struct_array(pa.array([{}] * rows, pa.struct([])))
-
-
-def _fitted(values: list[Any], kind: pa.DataType) -> tuple[pa.Array, list[int]]:
-    """Return values as an array of a type, null in the places (returned too) of those that do not fit."""
-    if pa.types.is_string(kind):
-        values = [value if isinstance(value, str) or _missing(value) else _as_text(value) for value in values]
+def _shown(found: pa.Array | list[Any], at: int) -> str:
     try:
-        return pa.array(values, kind, from_pandas=True), []
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        wrong = [at for at, value in enumerate(values) if not _fits(value, kind)]
-        return pa.array(
-            [None if at in wrong else value for at, value in enumerate(values)], kind, from_pandas=True
-        ), wrong
+        return f"{found[at].as_py() if isinstance(found, pa.Array) else found[at]!r:.100}"
+    except _UNREADABLE as error:
+        return str(error)
 
 
-def _fits(value: Any, kind: pa.DataType) -> bool:
-    try:
-        pa.array([value], kind, from_pandas=True)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        return False
-    return True
+def _wrong(record: Record, known: frozenset[str] | None) -> str | None:
+    """What is wrong with a record: what it says itself, or a column that is not known and not null."""
+    if isinstance(record, str) or known is None:
+        return record if isinstance(record, str) else None
+    new = next((name for name in record.keys() - known if record[name] is not None), None)
+    return (
+        None
+        if new is None
+        else (
+            f"column {new!r} is not among those of the first {SAMPLE:,} records, which make the output's columns: name "
+            f"those to keep (keep=...)"
+        )
+    )
 
 
-def _type(values: list[Any]) -> pa.DataType:
-    try:
-        kind = pa.array(values, from_pandas=True).type
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        return pa.string()
-    return pa.string() if pa.types.is_nested(kind) or pa.types.is_null(kind) else kind
+def _batch(arrays: list[pa.Array], kept: pa.Schema, rows: int) -> pa.RecordBatch:
+    if not arrays:
+        return pa.RecordBatch.from_struct_array(pa.array([{}] * rows, pa.struct([])))
+    return pa.RecordBatch.from_arrays(arrays, schema=kept)
 
 
-def _as_text(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        return str(value)
+def _writable(field: pa.Field) -> pa.Field:
+    if (error := parquet_refuses(field)) is not None:
+        raise SourceError(
+            f"column {field.name!r} of type {field.type} cannot go to the output ({error}): leave it out by naming "
+            f"those to keep (keep=...)"
+        )
+    return field
