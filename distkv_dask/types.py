@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from distkv_dask import pictures
 from distkv_dask.errors import DistKVError, InvalidRequestError
+from distkv_dask.texts import checked_text
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
@@ -363,7 +364,7 @@ def _schema(value: object) -> str:
         read = json.loads(value) if isinstance(value, str) else value
         if isinstance(read, Mapping):
             return json.dumps(dict(read))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
     raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
 
@@ -371,5 +372,5 @@ def _schema(value: object) -> str:
 def _strings(name: str, value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings):
-        return tuple(strings)
+        return tuple(checked_text(string, name) for string in strings)
     raise _refusal(name, value, "a string that is not empty, or a list of such strings")

@@ -204,14 +204,15 @@ class Engine:
         Returns
         -------
         list[Completion]
-            A request that fails does not stop the others: its ``finish_reason`` is ``"error"`` and ``error`` says why.
+            A request that fails, or cannot be submitted, does not stop the others: its ``finish_reason`` is
+            ``"error"`` and ``error`` says why.
 
         Raises
         ------
         InvalidRequestError
             When ``prompts`` is not a list of prompts, or ``sampling`` has another length.
         EngineClosedError
-            When the engine is closed.
+            When the engine is closed. Requests submitted already are cancelled.
         """
         self._conversation.check_open()
         return self.client.sync(wait_for_all, submit_all(several(prompts), sampling, self.submit))

@@ -15,6 +15,7 @@ from distkv_dask.client.errand import Errand
 from distkv_dask.client.saved_document import read_metadata
 from distkv_dask.errors import InvalidRequestError, SavedDocumentError, WorkerLostError
 from distkv_dask.protocol import Delivery, Saved, Submission
+from distkv_dask.texts import checked_name
 from distkv_dask.types import Prompt
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Library:
 
     async def ingest(self, source: Prompt | Path, name: str | None) -> Document:
         """See :meth:`distkv_dask.Engine.ingest`."""
+        name = self._name(name)
         known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
         prompts = await asyncio.to_thread(prompts_of, known, self._engine.tokenizer)
         ids = await asyncio.to_thread(prompts.prefix)
@@ -55,6 +57,7 @@ class Library:
     async def load(self, place: str, name: str | None) -> Document:
         """See :meth:`distkv_dask.Engine.load`."""
         saved = await asyncio.to_thread(read_metadata, place)
+        name = self._name(saved.name if name is None else name)
         saved.check(place, self._engine.facts, self._engine.config.block_tokens)
         prompts = await asyncio.to_thread(prompts_of, saved.source, self._engine.tokenizer)
         ids = await asyncio.to_thread(prompts.prefix)
@@ -63,15 +66,18 @@ class Library:
                 f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it anew"
             )
         where = Saved(place if "://" in place else str(Path(place).expanduser().absolute()), saved.files)
-        return await self._hand_in(saved.source, saved.name if name is None else name, prompts, ids, where)
+        return await self._hand_in(saved.source, name, prompts, ids, where)
+
+    def _name(self, given: str | None) -> str:
+        if given is not None:
+            return checked_name(given, "the document's name")
+        free = (f"document-{at}" for at in self._unnamed)
+        return next(one for one in free if one not in self.documents)
 
     async def _hand_in(
-        self, source: Prompt, name: str | None, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
+        self, source: Prompt, name: str, prompts: DocumentPrompts, ids: list[int], saved: Saved | None
     ) -> Document:
         number = self._conversation.number()
-        if name is None:
-            free = (f"document-{at}" for at in self._unnamed)
-            name = next(one for one in free if one not in self.documents)
         if name in self.documents:
             raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
         self.documents[name] = document = Document(self._engine, name, number, source, prompts, ids)

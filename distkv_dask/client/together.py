@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distkv_dask.client.generation import Generation
-from distkv_dask.errors import DistKVError, InvalidRequestError
+from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError, MissingProgramError
 from distkv_dask.types import Completion, Prompt, SamplingParams, Timings
 
 Submitted = list[Generation | Completion]
@@ -21,21 +21,42 @@ def submit_all(
 ) -> Submitted:
     """Submit prompts, or questions on a document; ``sampling`` is one for all of them or one for each.
 
+    A prompt that cannot be submitted, for whatever reason, becomes a completion that says so. What concerns all of them
+    ends them all: those submitted already are cancelled.
+
     Raises
     ------
     InvalidRequestError
         When there are not as many sampling parameters as prompts.
+    EngineClosedError, MissingProgramError
+        When no prompt can be submitted.
     """
-    params = [sampling] * len(prompts) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
-    if len(params) != len(prompts):
-        raise InvalidRequestError(f"{len(prompts)} prompts, but {len(params)} sampling parameters: give one or as many")
+    params = _one_for_each(sampling, len(prompts))
     submitted: Submitted = []
-    for prompt, one in zip(prompts, params, strict=True):
-        try:
-            submitted.append(submit(prompt, one))
-        except InvalidRequestError as error:
-            submitted.append(_failed(error))
+    try:
+        for prompt, one in zip(prompts, params, strict=True):
+            try:
+                submitted.append(submit(prompt, one))
+            except (EngineClosedError, MissingProgramError):
+                raise
+            except Exception as error:  # of a prompt with code of its own, for instance: the others are answered
+                submitted.append(_failed(error))
+    except BaseException:
+        _cancel(submitted)
+        raise
     return submitted
+
+
+def _one_for_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, prompts: int
+) -> Sequence[SamplingParams | None]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling] * prompts
+    if not isinstance(sampling, list | tuple):
+        raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...) or a list of them")
+    if len(sampling) != prompts:
+        raise InvalidRequestError(f"{prompts} prompts, but {len(sampling)} sampling parameters: give one or as many")
+    return sampling
 
 
 async def wait_for_all(submitted: Submitted) -> list[Completion]:
@@ -56,9 +77,7 @@ async def wait_for_all(submitted: Submitted) -> list[Completion]:
                     raise
                 done.append(Completion("", (), 0, "cancelled"))  # the request was, not who waits for it
     except asyncio.CancelledError:
-        for one in submitted:
-            if isinstance(one, Generation):
-                one.cancel()
+        _cancel(submitted)
         raise
     return done
 
@@ -82,5 +101,12 @@ def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return found  # type: ignore[return-value]
 
 
-def _failed(error: DistKVError, timings: Timings | None = None) -> Completion:
-    return Completion("", (), 0, "error", str(error), timings or Timings())
+def _cancel(submitted: Submitted) -> None:
+    for one in submitted:
+        if isinstance(one, Generation):
+            one.cancel()
+
+
+def _failed(error: Exception, timings: Timings | None = None) -> Completion:
+    words = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
+    return Completion("", (), 0, "error", words, timings or Timings())

@@ -7,8 +7,10 @@ from itertools import pairwise
 from operator import index
 from typing import Any
 
+from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.texts import checked_text
 from distkv_dask.types import Prompt
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -17,6 +19,10 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 class Tokenizer:
     """A model's tokenizer, or the lack of one: token ids then still work as prompts, and texts are empty.
+
+    All texts of users come through here. What looks like a control token in one (``<|im_start|>``) is encoded as the
+    text that it is; only a chat template's own are tokens (:mod:`distkv_dask.client.control_tokens`). Whoever wants
+    others gives token ids, which are taken as they are.
 
     Parameters
     ----------
@@ -29,6 +35,7 @@ class Tokenizer:
     def __init__(self, loaded: Any | None, vocab_size: int) -> None:
         self._loaded = loaded
         self._vocab_size = vocab_size
+        self._control = None if loaded is None else ControlTokens(loaded)
 
     @property
     def has_chat_template(self) -> bool:
@@ -41,8 +48,8 @@ class Tokenizer:
         Raises
         ------
         InvalidRequestError
-            When the prompt is empty, of another type, out of the vocabulary, or needs a tokenizer or chat template
-            that the model does not have.
+            When the prompt is empty, of another type, out of the vocabulary, holds half a surrogate pair, or needs a
+            tokenizer or chat template that the model does not have.
         """
         if isinstance(prompt, str):
             ids = self._encode_text(prompt)
@@ -64,13 +71,12 @@ class Tokenizer:
         Raises
         ------
         InvalidRequestError
-            When it is empty, out of the vocabulary, or needs a tokenizer that the model does not have.
+            When it is empty, out of the vocabulary, holds half a surrogate pair, or needs a tokenizer that the model
+            does not have.
         """
         if not isinstance(text, str):
             return self.encode(text)
-        if self._loaded is None:
-            raise InvalidRequestError("the model has no tokenizer: give token ids instead of a text")
-        ids = list(self._loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = self._with_tokenizer().encode(checked_text(text, "the question"), add_special_tokens=False)
         if not ids:
             raise InvalidRequestError("the question is empty")
         return ids
@@ -94,26 +100,58 @@ class Tokenizer:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none: leave them out")
         return TextStream(self, stop)
 
-    def _encode_text(self, text: str) -> list[int]:
-        if self._loaded is None:
+    def _with_tokenizer(self) -> ControlTokens:
+        if self._control is None:
             raise InvalidRequestError("the model has no tokenizer: give token ids instead of a text")
+        return self._control
+
+    def _encode_text(self, text: str) -> list[int]:
+        control = self._with_tokenizer()
         if not text:
             raise InvalidRequestError("the prompt is empty: give a text of at least one character")
-        return list(self._loaded(text, verbose=False)["input_ids"])
+        return control.encode(checked_text(text, "the prompt"), add_special_tokens=True)
 
     def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
-        if self._loaded is None or not self.has_chat_template:
+        if self._control is None or not self.has_chat_template:
             raise InvalidRequestError(
                 "the model has no chat template: give a text or token ids instead of chat messages"
             )
         plain = plain_messages(messages)
+        for at, message in enumerate(plain):
+            for key, value in message.items():
+                checked_text(value, f"the {checked_text(key, 'a key')!r:.100} of chat message {at}")
+        return self._control.encode_rendered(lambda hidden: self._render_safely(plain, hidden))
+
+    def _render_safely(self, messages: Sequence[Mapping[str, str]], hidden: Hidden) -> str:
+        """Render messages whose control tokens are hidden.
+
+        Templates cut an assistant's reasoning off where they find ``</think>``. So an assistant's own are shown to the
+        template, as long as none of them is left in what it makes of them.
+        """
+        assert self._control is not None
+        shown = {at: dict(one) for at, one in enumerate(messages) if one["role"] == "assistant"}
+        others = [
+            {key: value if key == "role" else hidden.hide(value) for key, value in one.items()} for one in messages
+        ]
+        if any(self._control.count(value) for one in shown.values() for value in one.values()):
+            bare = {at: {key: self._control.without(value) for key, value in one.items()} for at, one in shown.items()}
+            cut, fewest = (self._render([some.get(at, one) for at, one in enumerate(others)]) for some in (shown, bare))
+            least = self._control.count(fewest)
+            if all(times <= least.get(name, 0) for name, times in self._control.count(cut).items()):
+                return cut
+        return self._render(others)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
 
+        assert self._loaded is not None
         try:
-            text = self._loaded.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            text: str = self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
-        return list(self._loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except Exception as error:  # a template is a program of its own
+            raise InvalidRequestError(f"the model's chat template fails on these messages: {error!r:.200}") from error
+        return text
 
     def _token_id(self, item: Any, at: int) -> int:
         try:

@@ -77,12 +77,30 @@ def test_token_ids_are_taken_as_given(prompt: list[int]) -> None:
         ([{"role": "user"}], "chat message 0"),
         ([*CHAT, 5], "chat message 1"),
         ([{"role": "robot", "content": "x"}], "no such role"),
+        ("the \ud83d dog", r"the prompt holds half a surrogate pair \(U\+D83D\) at character 4"),
+        ([{"role": "user", "content": "\udc00"}], r"'content' of chat message 0 holds half .* at character 0"),
+        ([{"role": "user", "content": "x", "name": "\udc00"}], "'name' of chat message 0 holds half"),
     ],
     ids=repr,
 )
 def test_prompt_that_cannot_be_served_is_refused(prompt: object, named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named):
         Tokenizer(LOADED, 320).encode(prompt)  # type: ignore[arg-type]
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs"]), min_size=1, max_size=30))
+def test_any_text_at_all_is_encoded_or_refused(text: str) -> None:
+    whole = not any("\ud800" <= character <= "\udfff" for character in text)
+    for encode in (
+        TOKENIZER.encode,
+        TOKENIZER.encode_more,
+        lambda one: TOKENIZER.encode([{**CHAT[0], "content": one}]),
+    ):
+        if whole:
+            assert text in TOKENIZER.decode(encode(text))
+        else:
+            with pytest.raises(InvalidRequestError, match="surrogate"):
+                encode(text)
 
 
 def test_chat_without_a_template_says_what_to_give_instead() -> None:

@@ -22,7 +22,7 @@ from distkv_dask import (
     UnsupportedModelError,
 )
 from tests._cluster import engine_test, gen_cluster
-from tests._models import VOCAB, model_dir, prompt_ids
+from tests._models import VOCAB, model_dir, prompt_ids, text_model_dir
 
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
 TWO = SamplingParams(max_new_tokens=2, ignore_eos=True)
@@ -54,6 +54,34 @@ async def test_bad_prompts_are_refused_and_good_ones_beside_them_are_served(
         assert [one.finish_reason for one in done] == ["error", "length", "error"]
         assert "empty" in (done[0].error or "")
         assert len(done[1].token_ids) == 2
+
+
+@engine_test()
+async def test_half_a_surrogate_pair_is_that_prompts_error_and_nothing_stays_behind(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    half = "half \ud83d"
+    async with Engine(client, str(text_model_dir()), **TINY) as engine:
+        done = await engine.generate(["whole", half, [{"role": "user", "content": half}], "whole"], TWO)
+        assert [one.finish_reason for one in done] == ["length", "error", "error", "length"]
+        assert "character 5" in (done[1].error or "")
+        for refused in (
+            lambda: engine.submit(half),
+            lambda: engine.stream(half),
+            lambda: engine.submit("x", SamplingParams(stop=half)),
+        ):
+            with pytest.raises(InvalidRequestError, match="surrogate"):
+                refused()
+        for source, name in ((half, None), ("whole", half), ("whole", "a\nb"), ("whole", "")):
+            with pytest.raises(InvalidRequestError, match=r"surrogate|name"):
+                await engine.ingest(source, name)
+        async with await engine.ingest("whole") as document:
+            answers = await document.ask(["more?", half], TWO)
+            assert [one.finish_reason for one in answers] == ["length", "error"]
+            async with document.chat() as chat:
+                with pytest.raises(InvalidRequestError, match="surrogate"):
+                    await chat.ask(half, TWO)
+                assert (await chat.ask("more?", TWO)).finish_reason == "length"
 
 
 @engine_test()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distkv_dask.client.batch.files import open_file
 from distkv_dask.errors import InvalidRequestError, MissingProgramError
+from distkv_dask.texts import well_formed
 
 DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf")
 """Endings of documents' names."""
@@ -144,7 +145,7 @@ class _Process:
         self.busy = False
         if "error" in answer:
             raise InvalidRequestError(answer["error"])
-        return str(answer["text"])
+        return well_formed(answer["text"])
 
     def timed_out(self) -> bool:
         """Whether an alarm ended the process, which is over."""
