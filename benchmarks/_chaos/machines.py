@@ -59,7 +59,8 @@ class Machine:
             "--nworkers", str(workers), "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60",
             "--local-directory", str(self._scratch), "--preload-nanny", str(PRELOAD),
         ]  # fmt: skip
-        own = WORKER_SETTINGS | {MARK: str(folder), "TMPDIR": str(self._scratch), "PYTHONPATH": str(HOME)}
+        path = os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH"))))
+        own = WORKER_SETTINGS | {MARK: str(folder), "TMPDIR": str(self._scratch), "PYTHONPATH": path}
         with self.log.open("wb") as log:
             self._process = link.launch(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | WORKER_SETTINGS | own

@@ -17,7 +17,7 @@ from torch import Tensor
 from distkv_dask import SamplingParams
 from distkv_dask.client.document_prompts import DocumentPrompts, Turn, prompts_of
 from distkv_dask.client.tokenizer import Tokenizer
-from distkv_dask.worker.sampling import sample
+from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.structured import Follower, Grammars
 
 SHAKE = 3e-4
@@ -62,14 +62,12 @@ class _Draw(transformers.LogitsProcessor):
         self.steady = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits, position = scores[0].float(), input_ids.shape[1]
-        if self._follower is not None:
-            self._follower.restrict(logits)
-        token = sample(logits, self._sampling, position, input_ids[0].tolist())
-        for _ in range(2):
-            shaken = logits + SHAKE * torch.randn(logits.shape, generator=self._noise)
-            self.steady &= sample(shaken, self._sampling, position, input_ids[0].tolist()) == token
-        if self._follower is not None and token != len(logits) - 1:  # the last token ends answers
+        draw = Draw(self._sampling, input_ids.shape[1], input_ids[0].tolist(), self._follower)
+        (token,) = sample_batch(scores.float(), [draw])
+        assert isinstance(token, int), token
+        shaken = scores + SHAKE * torch.randn((2, scores.shape[1]), generator=self._noise)
+        self.steady &= sample_batch(shaken, [draw, draw]) == [token, token]
+        if self._follower is not None and token != scores.shape[1] - 1:  # the last token ends answers
             self._follower.take(token)
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
 
