@@ -60,6 +60,10 @@ class WindowChain:
         self.home = home
         self.epoch = 0
         self.failures = 0
+        """How many windows have failed since the last that did not, and since when."""
+        self.failing_since = 0.0
+        self.rests_until: float | None = None
+        """Time before which no window is submitted; whoever sets it pumps when it is over."""
         self.sequences: dict[int, tuple[Endpoint, ...]] = {}
         self.seconds = 0.0
         """Length of the latest window, as planned."""
@@ -96,6 +100,7 @@ class WindowChain:
         """Keep one window queued behind the running one while there are sequences."""
         while (
             self.sequences
+            and self.rests_until is None
             and len(self._outstanding) < OUTSTANDING
             and all(entry.started and not self._ends_all(entry) for entry in self._outstanding.values())
         ):

@@ -131,7 +131,9 @@ class Lifecycle:
         self._saving = Saving(
             self.ledger, self.live, self.documents, self.spilling, self.prefilling, self._homes, self._ending
         )
-        self._retrying = Retrying(self.live, self._homes, self.prefilling, self._ending)
+        self._retrying = Retrying(
+            self.ledger, self.live, self._homes, self.prefilling, self._ending, config.timeout_receive
+        )
         self._losses = Losses(
             self.ledger, self.documents, self._saving, self.prefilling, self.moving, self._retiring, self._ending
         )
@@ -339,6 +341,7 @@ class Lifecycle:
         self._homes.count_tasks()
         for gang, error in self._homes.late(now):
             yield from self.gang_failed(gang.number, error, now)
+        yield from self._retrying.wake(now)
         yield from self.moving.expire(now)
         yield from self._saving.expire(now, self.config.timeout_start)
         yield from self._go_on(now)
@@ -360,6 +363,7 @@ class Lifecycle:
         if live is None or gang not in live.chunks:
             return
         chunk = live.chunks.pop(gang)
+        live.retries = 0
         self.ledger.commit(sequence, chunk.start + len(chunk.tokens) if live.chunks else live.known_tokens)
         self._pacer.prefilled(1 + len(chunk.gang.holders))
         yield Forget(chunk.gang, finished=True)

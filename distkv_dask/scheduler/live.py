@@ -22,7 +22,8 @@ class Live:
     """One request: what was asked, how far it is, and when it got there (seconds of the gManager's clock).
 
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
-    compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``stuck_since``
+    compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``retries`` says
+    how often a chunk failed since the last that did not, and ``failing_since`` since when; ``stuck_since``
     the time since which no set of workers could ever serve it.
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
@@ -55,6 +56,7 @@ class Live:
     generated: list[int] = field(default_factory=list)
     chunks: dict[int, PrefillChunk] = field(default_factory=dict)
     retries: int = 0
+    failing_since: float = 0.0
     again: bool = False
     lost: list[str] = field(default_factory=list)
     retiring: set[str] = field(default_factory=set)

@@ -583,14 +583,79 @@ def test_a_request_can_be_cancelled_while_the_rest_of_it_retires_to_be_computed_
     assert_nothing_left(cluster)
 
 
-def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever() -> None:
-    cluster = cluster_of(4, 12)
-    cluster.run(cluster.life.submit(0, array("i", range(20)), SamplingParams(max_new_tokens=5), 0.0))
-    for _ in range(3):
-        cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+def keep_failing(cluster: Simulated, seconds: float) -> int:
+    """Fail every gang for a while, in which the clock goes on; how many there were."""
+    failed, until = 0, cluster.now + seconds
+    while cluster.now < until:
+        while any(cluster.windows.values()) or any(cluster.chunks):
+            cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+            failed += 1
+        cluster.now += 0.5
+        cluster.run(cluster.life.expire(cluster.now))
+    return failed
+
+
+@pytest.mark.parametrize("state", ["prefill", "decode"])
+def test_a_request_survives_a_network_that_is_cut_for_less_than_a_peer_may_be_silent(state: str) -> None:
+    cluster = cluster_of(4, 8, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    if state == "decode":
+        decoding(cluster)
+    failed = keep_failing(cluster, cluster.life.config.timeout_receive - 2)
+    assert cluster.life.live[0].state == state
+    assert 10 < failed < 40, "it is tried all the time, and with pauses"
     finish(cluster)
+    settle(cluster)
+    assert cluster.ends == {0: ("length", None)}
+    assert cluster.tokens[0] == expected(0, 16)
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("state", ["prefill", "decode"])
+def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever(state: str) -> None:
+    cluster = cluster_of(4, 8, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    if state == "decode":
+        decoding(cluster)
+    keep_failing(cluster, cluster.life.config.timeout_receive + 3)
     assert cluster.ends[0][0] == "error"
     assert "silent" in str(cluster.ends[0][1])
+    finish(cluster)
+    assert_nothing_left(cluster)
+
+
+def test_a_holder_that_cannot_be_reached_does_not_fail_requests_that_do_without_it() -> None:
+    cluster = cluster_of(4, 30, 8)
+    cluster.run(cluster.life.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=20), 0.0))
+    decoding(cluster)
+    home = cluster.life.ledger.sequences[0].home
+    (holder,) = cluster.pools.keys() - {home}
+    cluster.run(cluster.life.moving.start(Move(0, 0, 4 * BLOCK, home, holder), cluster.now))
+    while len(cluster.life.ledger.sequences[0].placement) < 2:
+        cluster.step()
+    assert decode(cluster, 1, 6) == home
+    while 0 not in cluster.ends:
+        keep_failing(cluster, 1)
+    assert cluster.ends.keys() == {0}
+    finish(cluster)
+    assert cluster.ends[1] == ("length", None)
+    assert cluster.tokens[1] == expected(1, 6)
+
+
+def test_a_request_that_rests_can_be_cancelled_or_lose_a_worker() -> None:
+    cluster = cluster_of(4, 12, 12, 12)
+    for number in range(2):
+        cluster.run(cluster.life.submit(number, array("i", range(40)), SamplingParams(max_new_tokens=16), 0.0))
+    keep_failing(cluster, 5)
+    while any(cluster.chunks):
+        cluster.fail_some_gang(GangAbortedError("a peer was silent"))
+    assert not any(live.chunks for live in cluster.life.live.values()), "both rest"
+    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    cluster.lose_worker(cluster.life.ledger.sequences[1].home)
+    settle(cluster)
+    assert cluster.ends == {0: ("cancelled", None), 1: ("length", None)}
+    assert cluster.tokens[1] == expected(1, 16)
+    assert_nothing_left(cluster)
 
 
 def decode(cluster: Simulated, number: int, tokens: int, streamed: bool = False) -> str:
