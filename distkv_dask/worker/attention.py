@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
+from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Exchanged
 from distkv_dask.worker.exchange import Asking, Exchange, indices, merging
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.native_exchange import new_exchange
-from distkv_dask.worker.plan import Part
+from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
 
@@ -42,24 +43,35 @@ class DistAttention:
     ) -> None:
         self.step = step
         """Number of the next step, as the holders count."""
+        self._pool = pool
         home = gang.gang.home
         shape = (tokens, heads, pool.head_dim)
         self._local = local = Local(parts[home], tokens, pool, heads) if home in parts else None
-        self._sees_all = local is not None and local.index is None
-        if local is not None and self._sees_all:
-            self._out, self._lse = local.shard.out, local.shard.lse
+        self._exchange: Exchange | None = None
+        self._merges: list[tuple[str, PreparedMerge]] = []
+        if local is not None and local.index is None and len(parts) == 1:
+            self._out = local.shard.out
         else:
-            self._out, self._lse = torch.empty(shape, dtype=torch.float32), torch.empty(shape[:2], dtype=torch.float32)
+            self._out = torch.empty(shape, dtype=torch.float32)
+            self._lse = torch.empty(shape[:2], dtype=torch.float32)
+            self._begin_merging(gang, parts)
         self._result = self._out if pool.dtype == torch.float32 else torch.empty(shape, dtype=pool.dtype)
+
+    def _begin_merging(self, gang: HomeGang, parts: Mapping[str, Part]) -> None:
+        """Make what merges the partials, in an order that neither time nor the rest of the batch changes."""
+        home, order = gang.gang.home, merge_order(parts)
+        local = None if self._local is None else (self._local.shard.out, self._local.shard.lse)
         holders = [
-            (gang.channels[worker], part)
+            (worker, gang.channels[worker], part)
             for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
             if worker != home
         ]
-        asking = Asking(gang.gang, holders, pool, self._out, self._lse, not self._sees_all, gang.timeout_receive)
-        self._exchange = self._new_exchange(asking) if holders else None
-        if local is not None and not self._sees_all:
-            local.merges_into(self._out, self._lse)
+        if holders:
+            limit = gang.timeout_receive
+            asking = Asking(gang.gang, holders, self._pool, self._out, self._lse, order, local, limit)
+            self._exchange = self._new_exchange(asking)
+        elif local is not None:
+            self._merges = merging(order, self._out, self._lse, {home: local})
 
     @property
     def exchanged(self) -> Exchanged:
@@ -93,13 +105,15 @@ class DistAttention:
         exchange = self._exchange
         if exchange is not None:
             exchange.ask(layer, self.step, q, k, v, scale)
-        elif not self._sees_all:  # a token has several partials here
+        elif self._merges:  # a token has several partials here
             self._out.zero_()
             self._lse.fill_(-torch.inf)
         if self._local is not None:
             self._attend_locally(self._local, layer, q, k, v, scale)
         if exchange is not None:
             exchange.gather(layer, self.step)
+        for _, merge in self._merges:
+            merge()
         return self._result if self._result is self._out else self._result.copy_(self._out)
 
     def advance(self) -> None:
@@ -131,23 +145,15 @@ class Local:
         self.shard = Shard(pool, part.rows, heads)
         self.index, appended = indices(part, tokens)
         self._appended = None if len(appended) == tokens else appended
-        self._part = part
-        self._merge: Callable[[], None] | None = None
-
-    def merges_into(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Have :meth:`attend` merge its result into these; without, it stays with the shard."""
-        self._merge = merging(self._part, out, lse, self.shard.out, self.shard.lse, self.index)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        """Append and attend."""
+        """Append and attend; the partials are the shard's."""
         shard, appended = self.shard, self._appended
         if self.index is not None:
             q = q[self.index]
         if appended is not None:
             k, v = k[appended], v[appended]
         shard.attend(layer, q, k, v, scale)
-        if self._merge is not None:
-            self._merge()
 
 
 def _work(part: tuple[str, Part]) -> int:

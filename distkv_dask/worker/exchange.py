@@ -1,11 +1,11 @@
-"""A step's exchange with its holders, layer by layer: queries out, partials in as they come, merged."""
+"""A step's exchange with its holders, layer by layer: queries out, partials in as they come, merged in order."""
 
 from __future__ import annotations
 
 import math
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Exchanged, Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.plan import Part
+from distkv_dask.worker.plan import Part, Run
 from distkv_dask.worker.pool import Pool
 
 
@@ -24,16 +24,18 @@ from distkv_dask.worker.pool import Pool
 class Asking:
     """What a step asks of its holders, and where their partials are merged.
 
-    ``out`` [tokens, heads, head_dim] and ``lse`` [tokens, heads] are float32; with ``clears`` they begin with nothing
-    in each layer, else with what the home wrote there. ``limit`` is the time limit for partials in seconds.
+    ``out`` [tokens, heads, head_dim] and ``lse`` [tokens, heads] are float32; they begin with nothing in each layer.
+    ``order`` says what is merged after what, by worker; ``local`` are the home's own partials, if it has any: float32
+    [queries, heads, head_dim] and [queries, heads]. ``limit`` is the time limit for partials in seconds.
     """
 
     gang: Gang
-    holders: Sequence[tuple[Channel, Part]]
+    holders: Sequence[tuple[str, Channel, Part]]
     pool: Pool
     out: torch.Tensor
     lse: torch.Tensor
-    clears: bool
+    order: Sequence[Run]
+    local: tuple[torch.Tensor, torch.Tensor] | None
     limit: float
 
 
@@ -48,7 +50,10 @@ class Exchange(Protocol):
         """Send the queries [tokens, heads, head_dim], and the KV [tokens, kv_heads, head_dim] of tails elsewhere."""
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders and merge them as they come."""
+        """Wait for the partials of all holders, and merge each as soon as those before it in order are there.
+
+        The home's own are there already.
+        """
 
     def close(self) -> None:
         """Forget the channels (they stay open)."""
@@ -61,7 +66,13 @@ class PythonExchange:
         self._sending = self._waiting = 0.0
         self._layers = 0
         self._asking = asking
-        self._remotes = [Remote(channel, asking, part) for channel, part in asking.holders]
+        remotes = {worker: Remote(channel, asking, part) for worker, channel, part in asking.holders}
+        self._remotes = list(remotes.values())
+        partials = {worker: remote.partials for worker, remote in remotes.items()}
+        if asking.local is not None:
+            partials[asking.gang.home] = asking.local
+        merges = merging(asking.order, asking.out, asking.lse, partials)
+        self._merges = [(remotes.get(worker), merge) for worker, merge in merges]
         self._selector = selectors.DefaultSelector() if len(self._remotes) > 1 else None
         if self._selector is not None:
             for remote in self._remotes:
@@ -81,33 +92,34 @@ class PythonExchange:
             self._ask(remote, layer, step, q, k, v, scale)
         self._sending += time.perf_counter() - began
         self._layers += 1
-        if self._asking.clears:
-            self._asking.out.zero_()
-            self._asking.lse.fill_(-torch.inf)
+        self._asking.out.zero_()
+        self._asking.lse.fill_(-torch.inf)
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders and merge them as they come."""
+        """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
+        there: set[Remote | None] = {None}  # the home's own
+        merged = 0
+        while len(there) <= len(self._remotes):
+            for remote in self._arrived(there, layer, step):
+                self._wait(remote, layer, step)
+                there.add(remote)
+            while merged < len(self._merges) and self._merges[merged][0] in there:
+                self._merge(*self._merges[merged], layer, step)
+                merged += 1
+
+    def _arrived(self, there: set[Remote | None], layer: int, step: int) -> list[Remote]:
+        """Holders whose partials are on their way in."""
         if self._selector is None:
-            for remote in self._remotes:
-                self._receive(remote, layer, step)
-            return
-        missing = {remote.channel.peer for remote in self._remotes}
-        while missing:
-            events = self._select(self._selector, layer, step)
-            if not events:
-                raise late(missing, self._asking.limit)
-            for key, _ in events:
-                self._receive(key.data, layer, step)
-                missing.discard(key.data.channel.peer)
+            return self._remotes
+        events = self._select(self._selector, layer, step)
+        if not events:
+            raise late({one.channel.peer for one in self._remotes if one not in there}, self._asking.limit)
+        return [key.data for key, _ in events]
 
     def close(self) -> None:
         """Forget the channels."""
         if self._selector is not None:
             self._selector.close()
-
-    def _receive(self, remote: Remote, layer: int, step: int) -> None:
-        self._wait(remote, layer, step)
-        self._merge(remote, layer, step)
 
     # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.traced`)
 
@@ -129,8 +141,8 @@ class PythonExchange:
         remote.receive(layer, step)
         self._waiting += time.perf_counter() - began
 
-    def _merge(self, remote: Remote, layer: int, step: int) -> None:
-        remote.merge()
+    def _merge(self, remote: Remote | None, merge: PreparedMerge, layer: int, step: int) -> None:
+        merge()
 
 
 class Remote:
@@ -152,9 +164,8 @@ class Remote:
         answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
         self._answer = bytes_of(answer)
         out = answer[: queries * heads * d].view(queries, heads, d)
-        lse = answer[queries * heads * d :].view(queries, heads)
-        self.merge = merging(part, asking.out, asking.lse, out, lse, self._index)
-        """Merges the received partial."""
+        self.partials = out, answer[queries * heads * d :].view(queries, heads)
+        """What was received: float32 [queries, heads, head_dim] and [queries, heads]."""
 
     @property
     def asked_bytes(self) -> int:
@@ -194,22 +205,16 @@ def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]
 
 
 def merging(
-    part: Part, out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor,
-    index: torch.Tensor | None,
-) -> Callable[[], None]:  # fmt: skip
-    """What merges a part's partials into ``out`` and ``lse``: in several rounds where a token has several."""
-    if index is None:
-        return PreparedMerge(out, lse, part_out, part_lse)
-    merges = [
-        PreparedMerge(out, lse, part_out[start:stop], part_lse[start:stop], index[start:stop])
-        for start, stop in part.rounds()
-    ]
-
-    def merge_rounds() -> None:
-        for merge in merges:
-            merge()
-
-    return merges[0] if len(merges) == 1 else merge_rounds
+    order: Sequence[Run], out: torch.Tensor, lse: torch.Tensor,
+    partials: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> list[tuple[str, PreparedMerge]]:  # fmt: skip
+    """What merges partials into ``out`` and ``lse``, in order, each with the worker whose they are."""
+    merges = []
+    for worker, query, token, count in order:
+        into, of = slice(token, token + count), slice(query, query + count)
+        part_out, part_lse = partials[worker]
+        merges.append((worker, PreparedMerge(out[into], lse[into], part_out[of], part_lse[of])))
+    return merges
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -17,7 +17,7 @@ from distkv_dask.kernels import merge_into, micro_attention
 from distkv_dask.types import Exchanged
 from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.paused import PausedForward
-from distkv_dask.worker.plan import Part
+from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.pool import Pool
 
 
@@ -88,6 +88,7 @@ class LayerAttention:
         self._waiting = 0.0
         self._forward = forward
         self._parts = dict(parts)
+        self._order = merge_order(parts)
         self._remote = {worker: part for worker, part in parts.items() if worker != forward.gang.home}
         self._pool = pool
 
@@ -111,10 +112,10 @@ class LayerAttention:
         answers |= {parcel.about: parcel.tensors for parcel in self._forward.take(layer)}
         self._waiting += time.perf_counter() - began
         out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
-        for worker, part in self._parts.items():
+        for worker, query, token, count in self._order:
+            into, of = slice(token, token + count), slice(query, query + count)
             part_out, part_lse = answers[worker]
-            for start, stop in part.rounds():
-                merge_into(out, lse, part_out[start:stop], part_lse[start:stop], torch.tensor(part.tokens[start:stop]))
+            merge_into(out[into], lse[into], part_out[of], part_lse[of])
         return out.to(q.dtype)
 
     @property

@@ -20,7 +20,8 @@ from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, bytes_
 from distkv_dask.worker.native_wire import HeaderBytes, wire
 from distkv_dask.worker.plan import Part
 
-_LATE, _BAD_INDEX = 2, 4  # distkv::Status in native/home.cpp
+_LATE = 2  # distkv::Status in native/home.cpp
+_LOCAL = -1  # distkv::Run's holder, for the home's own partials
 
 
 class _Holder(ctypes.Structure):
@@ -38,9 +39,6 @@ class _Holder(ctypes.Structure):
         ("answer", ctypes.c_void_p),
         ("answer_bytes", ctypes.c_int64),
         ("part_lse", ctypes.c_void_p),
-        ("merge_index", ctypes.c_void_p),
-        ("rounds", ctypes.c_void_p),
-        ("round_count", ctypes.c_int64),
         ("ask", HeaderBytes),
         ("expected", HeaderBytes),
         ("got", HeaderBytes),
@@ -60,7 +58,10 @@ class _Home(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("d", ctypes.c_int64),
-        ("clears", ctypes.c_int64),
+        ("local_out", ctypes.c_void_p),
+        ("local_lse", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("run_count", ctypes.c_int64),
         ("sent", ctypes.c_double),
         ("waited", ctypes.c_double),
         ("culprit", ctypes.c_int64),
@@ -79,16 +80,20 @@ class NativeExchange:
         self._kept: list[Any] = []
         self._layers = 0
         holders = (_Holder * len(asking.holders))()
-        for holder, (channel, part) in zip(holders, asking.holders, strict=True):
+        for holder, (_, channel, part) in zip(holders, asking.holders, strict=True):
             assert isinstance(channel, StreamChannel)
             self._channels.append(channel)
             self._fill(holder, channel, part)
-        out, lse = asking.out, asking.lse
-        merge = native_kernel.address("distkv_merge")
+        out, lse, local = asking.out, asking.lse, asking.local
+        number = {worker: at for at, (worker, _, _) in enumerate(asking.holders)} | {asking.gang.home: _LOCAL}
+        runs = torch.tensor([(number[worker], *run) for worker, *run in asking.order], dtype=torch.int64)
+        self._kept += [local, runs]
         self._holders = holders
         self._home = _Home(
-            ctypes.addressof(holders), len(holders), merge, out.data_ptr(), lse.data_ptr(), *out.shape, asking.clears
-        )
+            ctypes.addressof(holders), len(holders), native_kernel.address("distkv_merge"), out.data_ptr(),
+            lse.data_ptr(), *out.shape, *((0, 0) if local is None else (part.data_ptr() for part in local)),
+            runs.data_ptr(), len(runs),
+        )  # fmt: skip
         self._at = ctypes.addressof(self._home)
 
     @property
@@ -108,7 +113,7 @@ class NativeExchange:
             raise self._channels[home.culprit].not_sent(asked, error) from error
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders and merge them as they come."""
+        """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
         self._layers += 1
         status = self._gather(self._at, self._asking.limit)
         if status:
@@ -124,16 +129,14 @@ class NativeExchange:
         size = pool.dtype.itemsize
         index, appended = indices(part, tokens)
         queries = len(part.tokens)
-        rounds = torch.tensor([stop for _, stop in part.rounds()])
         picked = 0 if index is None else queries * heads * d
         picked += 0 if len(appended) == tokens else 2 * len(appended) * pool.kv_heads * d
         packed = torch.empty(picked, dtype=pool.dtype)
         answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
-        self._kept += [index, appended, rounds, packed, answer]
+        self._kept += [index, appended, packed, answer]
         self._answers.append(bytes_of(answer))
         holder.fd = channel.fileno()
-        holder.q_index = holder.merge_index = None if index is None else index.data_ptr()
-        holder.queries, holder.rounds, holder.round_count = queries, rounds.data_ptr(), len(rounds)
+        holder.q_index, holder.queries = None if index is None else index.data_ptr(), queries
         holder.q_bytes, holder.kv_bytes = heads * d * size, pool.kv_heads * d * size
         holder.kv_index = None if len(appended) == tokens else appended.data_ptr()
         holder.appended = len(appended)
@@ -155,7 +158,6 @@ class NativeExchange:
     def _fail(self, status: int, layer: int, step: int) -> None:
         """Raise for a status of the last call; a channel that broke finds the reason itself, by reading on."""
         home = self._home
-        assert status != _BAD_INDEX
         if status == _LATE and len(self._channels) > 1:
             whole = zip(self._channels, self._holders, strict=True)
             missing = {channel.peer for channel, one in whole if one.received < HEADER_BYTES + one.answer_bytes}
@@ -170,7 +172,7 @@ class NativeExchange:
 def new_exchange(asking: Asking) -> Exchange:
     """In C++ where all channels are plain sockets and the library is there, else in Python."""
     library = wire()
-    plain = all(type(channel) in (TcpChannel, UnixChannel) for channel, _ in asking.holders)
+    plain = all(type(channel) in (TcpChannel, UnixChannel) for _, channel, _ in asking.holders)
     if library is None or not plain or asking.out.device.type != "cpu":
         return PythonExchange(asking)
     return NativeExchange(asking, library)

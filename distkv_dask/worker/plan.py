@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from distkv_dask.errors import CapacityError
 from distkv_dask.types import Placement, Span
@@ -27,22 +29,14 @@ class Part(NamedTuple):
     rows: tuple[Row, ...]
     tokens: tuple[int, ...]
 
-    def rounds(self) -> list[tuple[int, int]]:
-        """Cut the queries so that no token stands twice in a round: its partials are merged one after the other.
 
-        Examples
-        --------
-        >>> Part((), (0, 1, 2, 0, 1)).rounds()
-        [(0, 3), (3, 5)]
-        """
-        rounds: list[tuple[int, int]] = []
-        start, seen = 0, set[int]()
-        for at, token in enumerate(self.tokens):
-            if token in seen:
-                rounds.append((start, at))
-                start, seen = at, set()
-            seen.add(token)
-        return [*rounds, (start, len(self.tokens))]
+class Run(NamedTuple):
+    """Partials merged together: ``queries`` of a worker's from ``query`` on, for the tokens from ``token`` on."""
+
+    worker: str
+    query: int
+    token: int
+    queries: int
 
 
 def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
@@ -79,6 +73,41 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
             rows = (own if document is None else shared).setdefault(worker, {})
             rows.setdefault(row, []).extend(range(place * queries, (place + 1) * queries))
     return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
+
+
+def merge_order(parts: Mapping[str, Part]) -> list[Run]:
+    """In which order the partials of a step are merged: each token's by the first position that they are about.
+
+    Rounding depends on that order, so it must not depend on when partials arrive, on who holds what, or on the rest of
+    the batch.
+
+    Examples
+    --------
+    >>> whole, rest = Row(1, 8, 2, False, ((0, 8),)), Row(1, 0, 2, True, ((8, 16),))
+    >>> merge_order({"home": Part((rest,), (0, 1)), "holder": Part((whole,), (0, 1))})
+    [Run(worker='holder', query=0, token=0, queries=2), Run(worker='home', query=0, token=0, queries=2)]
+    """
+    workers = list(parts)
+    columns = [
+        (worker, query, token, start)
+        for worker, part in enumerate(parts.values())
+        for (query, token), start in zip(
+            enumerate(part.tokens), (row.spans[0][0] for row in part.rows for _ in range(row.queries)), strict=True
+        )
+    ]
+    worker, query, token, start = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+    by_token = np.lexsort((start, token))
+    rank = np.empty_like(token)
+    rank[by_token] = np.arange(len(token)) - np.searchsorted(token[by_token], token[by_token])
+    by_rank = np.lexsort((query, worker, rank))
+    table = np.stack((rank, worker, query, token))[:, by_rank]
+    goes_on = (np.diff(table) == np.array([[0], [0], [1], [1]])).all(0)
+    firsts = np.flatnonzero(np.concatenate(([True], ~goes_on)))[: len(token)]
+    counts = np.diff(firsts, append=len(token))
+    return [
+        Run(workers[worker], query, token, count)
+        for (_, worker, query, token), count in zip(table[:, firsts].T.tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def _part(*rows: dict[Row, list[int]]) -> Part:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Gang
 from distkv_dask.worker.attention import DistAttention, Local
 from distkv_dask.worker.channels.base import Inlet
@@ -166,10 +167,11 @@ class TracedExchange(PythonExchange):
         finally:
             self._ring.put("wait", began, self._number, step, layer, remote.channel.peer, remote.answer_bytes)
 
-    def _merge(self, remote: Remote, layer: int, step: int) -> None:
+    def _merge(self, remote: Remote | None, merge: PreparedMerge, layer: int, step: int) -> None:
         began = perf_counter_ns()
-        super()._merge(remote, layer, step)
-        self._ring.put("merge", began, self._number, step, layer, remote.channel.peer)
+        super()._merge(remote, merge, layer, step)
+        if remote is not None:
+            self._ring.put("merge", began, self._number, step, layer, remote.channel.peer)
 
 
 # Holder lane

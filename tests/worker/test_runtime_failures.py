@@ -232,8 +232,10 @@ def test_a_placement_without_room_is_an_error_of_ours(way: Way) -> None:
     with fleet(loaded("llama-gqa"), 1, way) as made:
         placement = made.place(1, ("w0", PROMPT + 2))
         first = made.prefill(1, placement, prompt_ids(PROMPT))
-        with pytest.raises(CapacityError, match="room reserved for 72"):
-            made.decode("w0", [state(1, placement, PROMPT, first, 9)], 9)
+        result, _ = made.decode("w0", [state(1, placement, PROMPT, first, 9)], 9)
+        assert (result.finished, len(result.tokens[1])) == ({1: "error"}, 2)
+        assert isinstance(result.errors[1], CapacityError)
+        assert "room reserved for 72" in str(result.errors[1])
         with pytest.raises(CapacityError, match="kv-memory"):
             made.place(2, ("w0", 10**6))
 
@@ -244,8 +246,8 @@ def test_holders_are_told_of_a_plan_that_fails_before_it_begins(way: Way) -> Non
         gang = made.gang("w0", ["w1", "w2"])
         sessions = [made.members[worker].runtime.open_session(gang) for worker in ("w1", "w2")]
         home = made.members["w0"]
-        batch = [state(1, placement, PROMPT, 1, 5)]
-        future = home.lanes.home.submit(home.runtime.decode, DecodeWindow(gang, 0, 5, 60.0), batch)
+        chunk = PrefillChunk(gang, 1, placement, PROMPT, (1, 2, 3))
+        future = home.lanes.home.submit(home.runtime.prefill, chunk)
         with pytest.raises(CapacityError, match="room reserved for 70"):
             future.result(5)
         for session in sessions:

@@ -1,4 +1,4 @@
-// The home's side of one layer: queries to all holders, then their partials as they come, merged at once.
+// The home's side of one layer: queries to all holders, then their partials, merged in a fixed order as they come.
 #include <poll.h>
 
 #include <algorithm>
@@ -21,12 +21,15 @@ struct Holder {
   char* packed;  // room for everything that is picked by an index
   float* answer;
   int64_t answer_bytes;
-  float* part_lse;             // within the answer
-  const int64_t* merge_index;  // as distkv_merge takes it, but a token may come again in a later round
-  const int64_t* rounds;       // [round_count] number of partials up to a round's end
-  int64_t round_count;
+  float* part_lse;  // within the answer
   Header ask, expected, got;
   int64_t received;
+};
+
+// Partials that are merged together: `count` of a holder's answer from `query` on, for the tokens from `token` on.
+struct Run {
+  int64_t holder;  // -1: the home's own
+  int64_t query, token, count;
 };
 
 struct Home {
@@ -36,14 +39,17 @@ struct Home {
   float* out;
   float* lse;
   int64_t tokens, heads, d;
-  int64_t clears;   // whether out and lse begin with nothing
+  const float* local_out;  // the home's own partials, there before distkv_gather; null: it has none
+  const float* local_lse;
+  const Run* runs;  // [run_count] what is merged after what, whenever it arrives
+  int64_t run_count;
   double sent;      // seconds spent sending, all layers together
   double waited;    // seconds spent waiting, likewise
   int64_t culprit;  // holder that a status other than kDone is about
   int64_t error;    // errno, or 0
 };
 
-enum Status : int { kDone = 0, kBroken = 1, kLate = 2, kUnexpected = 3, kBadIndex = 4 };
+enum Status : int { kDone = 0, kBroken = 1, kLate = 2, kUnexpected = 3 };
 
 namespace {
 
@@ -79,6 +85,8 @@ Status send(Holder& holder, const void* q, const void* k, const void* v) {
   return kDone;
 }
 
+bool is_whole(const Holder& holder) { return holder.received == kHeaderBytes + holder.answer_bytes; }
+
 // Reads what is there; whether the whole partial is.
 bool receive(Home& home, Holder& holder, Status& status) {
   const iovec whole[2] = {{&holder.got, sizeof(Header)}, {holder.answer, static_cast<size_t>(holder.answer_bytes)}};
@@ -92,20 +100,25 @@ bool receive(Home& home, Holder& holder, Status& status) {
   holder.received += count;
   if (holder.received < kHeaderBytes) return false;
   if (std::memcmp(&holder.got, &holder.expected, sizeof(Header)) != 0) status = kUnexpected;
-  return status == kDone && holder.received == kHeaderBytes + holder.answer_bytes;
+  return status == kDone && is_whole(holder);
 }
 
-bool merge(Home& home, const Holder& holder) {
-  int64_t first = 0;
-  for (int64_t round = 0; round < holder.round_count; ++round) {
-    const int64_t count = holder.rounds[round] - first;
-    const int64_t* index = holder.merge_index ? holder.merge_index + first : nullptr;
-    if (home.merge(home.out, home.lse, holder.answer + first * home.heads * home.d,
-                   holder.part_lse + first * home.heads, index, count, home.tokens, home.heads, home.d))
-      return false;
-    first += count;
+// Merges what is next in order and has arrived, from run `next` on; returns the first run that has to wait.
+int64_t merge(const Home& home, int64_t next) {
+  for (; next < home.run_count; ++next) {
+    const Run& run = home.runs[next];
+    const float *out = home.local_out, *lse = home.local_lse;
+    if (run.holder >= 0) {
+      const Holder& holder = home.holders[run.holder];
+      if (!is_whole(holder)) break;
+      out = holder.answer;
+      lse = holder.part_lse;
+    }
+    const int64_t to = run.token * home.heads, from = run.query * home.heads;
+    home.merge(home.out + to * home.d, home.lse + to, out + from * home.d, lse + from, nullptr, run.count, run.count,
+               home.heads, home.d);
   }
-  return true;
+  return next;
 }
 
 Status gather(Home& home, double seconds) {
@@ -117,6 +130,7 @@ Status gather(Home& home, double seconds) {
     waiting.push_back({static_cast<int>(home.holders[i].fd), POLLIN, 0});
     whose.push_back(i);
   }
+  int64_t next = 0;
   double began = seconds_now();
   const double deadline = began + seconds;
   while (!waiting.empty()) {
@@ -136,7 +150,6 @@ Status gather(Home& home, double seconds) {
       Status status = kDone;
       Holder& holder = home.holders[home.culprit = whose[at]];
       if (receive(home, holder, status)) {
-        if (!merge(home, holder)) return kBadIndex;
         waiting[at] = waiting.back();
         whose[at] = whose.back();
         waiting.pop_back();
@@ -144,6 +157,7 @@ Status gather(Home& home, double seconds) {
       }
       if (status != kDone) return status;
     }
+    next = merge(home, next);
   }
   return kDone;
 }
@@ -170,10 +184,8 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
     }
   }
   home->sent += distkv::seconds_now() - began;
-  if (home->clears) {
-    std::memset(home->out, 0, home->tokens * home->heads * home->d * sizeof(float));
-    for (int64_t i = 0; i < home->tokens * home->heads; ++i) home->lse[i] = -INFINITY;
-  }
+  std::memset(home->out, 0, home->tokens * home->heads * home->d * sizeof(float));
+  for (int64_t i = 0; i < home->tokens * home->heads; ++i) home->lse[i] = -INFINITY;
   return distkv::kDone;
 }
 
