@@ -95,6 +95,7 @@ class FromWorker(StrEnum):
     READY = "ready"
     OPEN_FAILED = "open-failed"
     CLOSED = "closed"
+    LOST = "lost"
     CHUNK_DONE = "chunk-done"
     PREFILLED = "prefilled"
     WINDOW_STARTED = "window-started"

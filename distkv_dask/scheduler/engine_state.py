@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +19,9 @@ from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
 from distkv_dask.scheduler.outbox import Outbox
 from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.types import Exchanged, Geometry, Timings
+
+MAX_REOPENINGS = 3
+"""How many times a worker opens an engine again that it lost: what ends its lanes again and again must not go on so."""
 
 
 class EngineState:
@@ -50,6 +54,7 @@ class EngineState:
         self._pending: set[str] = set()
         self._failure: Exception | None = None
         self._lost = ""
+        self._openings: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._handle_numbers = itertools.count(1)
         self.handles = {0: Outbox(client)}
@@ -94,6 +99,11 @@ class EngineState:
         if worker in self._pending:
             self._lost = worker
         self._answered(worker)
+
+    def may_open_again(self, worker: str) -> bool:
+        """Whether a worker that lost the engine, but lives, is to open it once more; counts that."""
+        self._openings[worker] += 1
+        return self._openings[worker] <= MAX_REOPENINGS
 
     def knows(self, worker: str) -> bool:
         """Whether the engine is open on a worker, or being opened there."""

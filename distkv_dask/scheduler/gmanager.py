@@ -293,6 +293,8 @@ class GManager(SchedulerPlugin):
                 state.open_failed(worker, payload)
             case FromWorker.CLOSED:
                 state.closed(worker)
+            case FromWorker.LOST:
+                self._engine_lost(state, worker, payload)
             case FromWorker.CHUNK_DONE:
                 sequence, gang, exchanged = payload
                 state.prefilled(sequence, gang, exchanged)
@@ -331,18 +333,32 @@ class GManager(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Dask hook: a worker died or left."""
         for state in list(self.engines.values()):
-            if worker in state.facts:
-                state.figures.happened(monotonic(), "loss", f"worker {worker} died or left")
-            state.worker_lost(worker)
-            life = state.lifecycle
-            before = {number: len(live.lost) for number, live in life.live.items()}
-            self._run(state, life.worker_lost(worker, monotonic()))
-            for number, live in life.live.items():
-                if len(live.lost) > before.get(number, 0) and live.ended is None:
-                    text = f"request {number} lost blocks with {worker}: they are computed anew"
-                    state.figures.happened(monotonic(), "repair", text)
-                    logger.warning(text)
+            self._lose(state, worker, "died or left")
         self.submitter.worker_lost(worker)
+
+    def _lose(self, state: EngineState, worker: str, how: str) -> None:
+        """An engine lost a worker: what lay there is computed anew."""
+        if worker in state.facts:
+            state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
+        state.worker_lost(worker)
+        life = state.lifecycle
+        before = {number: len(live.lost) for number, live in life.live.items()}
+        self._run(state, life.worker_lost(worker, monotonic()))
+        for number, live in life.live.items():
+            if len(live.lost) > before.get(number, 0) and live.ended is None:
+                text = f"request {number} lost blocks with {worker}: they are computed anew"
+                state.figures.happened(monotonic(), "repair", text)
+                logger.warning(text)
+
+    def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
+        """A worker lives, but lost all it had of an engine, since ``reason``: it opens the engine again."""
+        if state.is_closing:
+            return
+        logger.error("engine %s was lost on %s: %s", state.spec.engine, worker, reason)
+        self._lose(state, worker, f"lost the engine: {reason}")
+        self.submitter.worker_lost(worker, state.spec.engine)
+        if state.may_open_again(worker):
+            self._open_on(worker, state)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
         """Dask hook: workers that an engine needs just now are not taken away by scaling down."""

@@ -151,9 +151,10 @@ class Submitter:
             if not finished or (state is not None and state.state in ("memory", "erred")):
                 self._drop(key)
 
-    def worker_lost(self, worker: str) -> None:
-        """Drop the tasks of a worker that is gone: pinned as they are, they could never run."""
-        self._forget([key for key, task in self._tasks.items() if task.worker == worker], finished=False)
+    def worker_lost(self, worker: str, engine: str | None = None) -> None:
+        """Drop the tasks of a worker that is gone, or of just one engine that is gone from there."""
+        lost = [key for key, task in self._tasks.items() if task.worker == worker and engine in (None, task.engine)]
+        self._forget(lost, finished=False)
 
     async def drained(self, engine: str, limit: float) -> None:
         """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""

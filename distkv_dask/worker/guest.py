@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import logging
 import time
 from collections.abc import Mapping
 
@@ -16,7 +15,6 @@ from distkv_dask.worker.session import Session
 from distkv_dask.worker.traced import traced_receive
 from distkv_dask.worker.wire import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows
 
-logger = logging.getLogger(__name__)
 HELLO_BYTES = 4096
 """Longest HELLO; nothing longer is read from somebody who has not shown a token."""
 HELLO_SECONDS = 5.0
@@ -38,6 +36,8 @@ class Guest:
 
     def __init__(self, inlet: Inlet, services: Mapping[str, Service]) -> None:
         self.inlet = inlet
+        self.host = inlet.peer.rpartition(":")[0] or inlet.peer
+        """Where it comes from, as far as that is known of a stranger."""
         self.service: Service | None = None
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._services = services
@@ -96,8 +96,18 @@ class Guest:
         self._set_batch(session, *self._begun)
         self.inlet.send(Header(Kind.READY, gang, epoch))
 
-    def late(self) -> Exception:
-        """Error for a home whose deadline has passed."""
+    def look_at_clock(self, now: float) -> None:
+        """Raise an error if the home's deadline has passed.
+
+        Raises
+        ------
+        ChannelTimeoutError
+            The home must be dismissed with :meth:`leave`.
+        """
+        if now > self.deadline:
+            raise self._late()
+
+    def _late(self) -> ChannelTimeoutError:
         if self.service is None:
             return ChannelTimeoutError(f"{self.inlet.peer} showed no token within {HELLO_SECONDS:g} s")
         if self._session is None:
@@ -111,12 +121,14 @@ class Guest:
     def leave(self, error: Exception) -> None:
         """Tell the home why and close its channel; its gang fails here too. Strangers are told nothing."""
         if self.service is None:
-            logger.warning("dropped a connection from %s: %s", self.inlet.peer, error)
             self.inlet.close()
             return
-        self.inlet.fail(*(self._gang or (0, 0)), str(error))
-        if self._gang is not None:
-            self._end(error)
+        gang = self._gang
+        try:
+            if gang is not None:
+                self._end(error)
+        finally:
+            self.inlet.fail(*(gang or (0, 0)), str(error))
 
     @property
     def _own_service(self) -> Service:

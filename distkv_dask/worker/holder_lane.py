@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import selectors
 import socket
 import threading
 import time
@@ -16,20 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from distkv_dask.errors import DistKVError, EngineClosedError, GangAbortedError
+from distkv_dask.errors import EngineClosedError, GangAbortedError
 from distkv_dask.types import Gang
 from distkv_dask.worker.channels.base import Listener
 from distkv_dask.worker.channels.optional_ucx import ucx_listener
 from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import Certificates, TlsListener
 from distkv_dask.worker.channels.unix import UnixListener, machine
-from distkv_dask.worker.guest import HELLO_BYTES, Guest
-from distkv_dask.worker.native_session import serve
+from distkv_dask.worker.guard import attempt, logger, run_lane
+from distkv_dask.worker.guest import HELLO_BYTES
+from distkv_dask.worker.guests import Guests
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 TICK = 0.2
 """Seconds between looks at the time limits."""
 
@@ -46,10 +44,19 @@ class HolderLane:
         torch threads of an operation.
     certificates
         Where they are given, homes that come over TCP speak TLS.
+    on_end
+        Called with the reason, on the lane's thread, when the lane ends without :meth:`close`.
     """
 
-    def __init__(self, host: str, threads: int, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        threads: int,
+        certificates: Certificates | None = None,
+        on_end: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self._threads = threads
+        self._on_end = on_end
         tcp = (
             TcpListener(host, 0, HELLO_BYTES)
             if certificates is None
@@ -57,22 +64,25 @@ class HolderLane:
         )
         unix = UnixListener(HELLO_BYTES) if machine() else None
         self.port, self.unix, self.ucx = tcp.port, "" if unix is None else unix.name, 0
-        self._listeners: list[Listener] = [tcp] if unix is None else [tcp, unix]
         self._services: dict[str, Service] = {}
-        self._guests: set[Guest] = set()
+        self._guests = Guests(self._services)
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._poller: int = self._selector.fileno() if hasattr(self._selector, "fileno") else -1
-        for listener in self._listeners:
-            self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
-        self._selector.register(self._woken, selectors.EVENT_READ, self._work_off)
+        listeners: list[Listener] = [tcp] if unix is None else [tcp, unix]
+        for listener in listeners:
+            self._guests.listen(listener)
+        self._guests.watch(self._woken, self._work_off)
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="distkv-holder-lane", daemon=True)
         self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lane was closed or has ended by itself."""
+        return self._closed
 
     def offer_ucx(self) -> None:
         """Serve homes that come over UCX too, on port :attr:`ucx` (0 before). Can be called again.
@@ -89,8 +99,7 @@ class HolderLane:
         listener = ucx_listener(HELLO_BYTES)
 
         def listen() -> None:
-            self._listeners.append(listener)
-            self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+            self._guests.listen(listener)
             self.ucx = listener.port
 
         try:
@@ -117,8 +126,8 @@ class HolderLane:
             if service is not None:
                 error = GangAbortedError("the engine was closed on this worker")
                 service.fail_all(error)
-                for guest in [guest for guest in self._guests if guest.service is service]:
-                    self._dismiss(guest, error)
+                for guest in self._guests.of(service):
+                    self._guests.dismiss(guest, error)
 
         with contextlib.suppress(EngineClosedError):
             self.submit(drop).result()
@@ -200,33 +209,37 @@ class HolderLane:
             self._wake.send(b"c")
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        look = 0.0
         try:
-            with torch.inference_mode():
-                while not self._closed:
-                    for key, _ in self._selector.select(0 if self._serve_natively() else TICK):
-                        key.data()
-                    if (now := time.monotonic()) > look:
-                        look = now + TICK
-                        self._look_at_clock(now)
+            run_lane("holder lane", self._work, self._end)
         finally:
             self._shut()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)
+        look = 0.0
+        with torch.inference_mode():
+            while not self._closed:
+                self._guests.wait(TICK)
+                if (now := time.monotonic()) > look:
+                    look = now + TICK
+                    self._look_at_clock(now)
+
+    def _end(self, reason: str) -> None:
+        """The lane ends by itself: say so before its sessions fail, so that nobody tries them here again."""
+        with self._lock:
+            self._closed = True
+        self._on_end(reason)
 
     def _shut(self) -> None:
         with self._lock:
             self._closed = True
-        self._work_off()
         error = GangAbortedError("the worker's holder lane was closed")
-        for service in self._services.values():
-            service.fail_all(error)
-        for guest in list(self._guests):
-            self._dismiss(guest, error)
-        self._selector.close()
-        for listener in self._listeners:
-            listener.close()
-        for closable in (self._wake, self._woken):
-            closable.close()
+        ends = [partial(service.fail_all, error) for service in self._services.values()]
+        last = partial(self._guests.close, error), self._wake.close, self._woken.close
+        steps: list[Callable[[], None]] = [self._work_off, *ends, *last]
+        for step in steps:
+            if (failure := attempt(step)) is not None:
+                logger.error("the holder lane did not close as it should", exc_info=failure)
 
     def _work_off(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -234,57 +247,31 @@ class HolderLane:
         while self._commands:
             future, command = self._commands.popleft()
             try:
-                future.set_result(command())
+                result = command()
             except Exception as error:
                 future.set_exception(error)
-
-    def _accept(self, listener: Listener) -> None:
-        while (inlet := listener.accept()) is not None:
-            guest = Guest(inlet, self._services)
-            self._guests.add(guest)
-            self._selector.register(inlet, inlet.events, partial(self._serve, guest, guest.serve))
-
-    def _serve_natively(self) -> bool:
-        """Answer sessions in C++ until Python has something to do; False where there is no such session."""
-        given = [(guest, turns) for guest in self._guests if (turns := guest.give()) is not None]
-        if given:
-            serve(self._poller, [turns for _, turns in given], TICK)
-            for guest, _ in given:
-                self._serve(guest, guest.take)
-        return bool(given)
-
-    def _serve(self, guest: Guest, work: Callable[[], None]) -> None:
-        """Do a home's work; whatever goes wrong ends this home's channel and nothing else."""
-        if guest not in self._guests:
-            return
-        inlet = guest.inlet
-        try:
-            before = inlet.events
-            work()
-            if inlet.events != before:
-                self._selector.modify(inlet, inlet.events, self._selector.get_key(inlet).data)
-        except Exception as error:
-            if not isinstance(error, DistKVError):
-                logger.exception("MicroAttention for %s failed", inlet.peer)
-            self._dismiss(guest, error)
-
-    def _dismiss(self, guest: Guest, error: Exception) -> None:
-        self._guests.discard(guest)
-        self._selector.unregister(guest.inlet)
-        guest.leave(error)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            else:
+                future.set_result(result)
 
     def _open(self, service: Service, session: Session) -> None:
-        guest = service.open(session)
+        try:
+            guest = service.open(session)
+        except Exception as error:  # nobody looks at what became of this command: the session's waiter does
+            session.fail(error)
+            raise
         if guest is not None:
-            self._serve(guest, lambda: guest.begin(session))
+            self._guests.serve(guest, lambda: guest.begin(session))
 
     def _abort(self, service: Service, gang: int, error: GangAbortedError) -> None:
         guest = service.abort(gang, error)
         if guest is not None:
-            self._dismiss(guest, error)
+            self._guests.dismiss(guest, error)
 
     def _look_at_clock(self, now: float) -> None:
-        for guest in [guest for guest in self._guests if now > guest.deadline]:
-            self._dismiss(guest, guest.late())
+        self._guests.look_at_clock(now)
         for service in self._services.values():
-            service.drop_late(now)
+            if (failure := attempt(partial(service.drop_late, now))) is not None:
+                logger.error("late sessions of engine %s were not ended", service.engine, exc_info=failure)

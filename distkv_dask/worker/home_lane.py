@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from distkv_dask.errors import EngineClosedError
+from distkv_dask.worker.guard import run_lane
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,15 +38,23 @@ class HomeLane:
     ----------
     threads
         torch threads of an operation.
+    on_end
+        Called with the reason, on the lane's thread, when the lane ends without :meth:`close`.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, on_end: Callable[[str], None] = lambda reason: None) -> None:
         self._threads = threads
+        self._on_end = on_end
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="distkv-home-lane", daemon=True)
         self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lane was closed or has ended by itself."""
+        return self._closed
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``call`` after everything that was submitted before.
@@ -92,6 +101,12 @@ class HomeLane:
             raise TimeoutError(f"the home lane is still at work after {timeout:g} s; abort its gang first")
 
     def _run(self) -> None:
+        try:
+            run_lane("home lane", self._work, self._end)
+        finally:
+            self._shut()
+
+    def _work(self) -> None:
         torch.set_num_threads(self._threads)
         _step_back()
         while (item := self._take()) is not None:
@@ -99,17 +114,39 @@ class HomeLane:
             if self._closed:
                 future.cancel()
             if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:
-                    future.set_exception(error)
+                _complete(future, call)
             del item, future, call
+
+    def _end(self, reason: str) -> None:
+        """The lane ends by itself: say so before its calls fail, so that nobody tries them here again."""
+        with self._wake:
+            self._closed = True
+        self._on_end(reason)
+
+    def _shut(self) -> None:
+        with self._wake:
+            self._closed = True
+            left = [future for future, _ in self._calls]
+            self._calls.clear()
+        for future in left:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineClosedError("this worker's home lane has ended"))
 
     def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next call, as soon as there is one; None when the lane is closed and none is left."""
         with self._wake:
             self._wake.wait_for(lambda: self._calls or self._closed)
             return self._calls.popleft() if self._calls else None
+
+
+def _complete(future: Future[Any], call: Callable[[], Any]) -> None:
+    """Call, and give a future what comes of it, be it an error."""
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def _step_back() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distkv_dask.types import Endpoint
 from distkv_dask.worker.channels.tls import Certificates
 from distkv_dask.worker.holder_lane import HolderLane
@@ -21,14 +23,28 @@ class Lanes:
         torch threads of each lane.
     certificates
         The worker's, where the cluster has any: TCP channels go with TLS then.
+    on_end
+        Called with the reason, in any thread, when a lane ends without :meth:`close`: neither is of use any more.
     """
 
-    def __init__(self, worker: str, host: str, threads: int, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self,
+        worker: str,
+        host: str,
+        threads: int,
+        certificates: Certificates | None = None,
+        on_end: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self.threads = threads
         self.certificates = certificates
-        self.home = HomeLane(threads)
-        self.holder = HolderLane(host, threads, certificates)
+        self.home = HomeLane(threads, on_end)
+        self.holder = HolderLane(host, threads, certificates, on_end)
         self._address = worker, host
+
+    @property
+    def closed(self) -> bool:
+        """Whether a lane was closed or has ended by itself."""
+        return self.home.closed or self.holder.closed
 
     @property
     def endpoint(self) -> Endpoint:

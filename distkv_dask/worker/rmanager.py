@@ -207,10 +207,10 @@ class RManager(WorkerPlugin):
 
     def tell(self, event: FromWorker, engine: str = "", payload: Any = None) -> None:
         """Send an event to the gManager, from any thread; events of one thread arrive in order."""
-        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": pack(payload)}
-        self.worker.loop.add_callback(self._send, message)
+        self.worker.loop.add_callback(self._send, event, engine, payload)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, event: FromWorker, engine: str, payload: Any) -> None:
+        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": pack(payload)}
         with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
             self.worker.batched_stream.send(message)
 
@@ -258,6 +258,8 @@ class RManager(WorkerPlugin):
                 return
             try:
                 engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry)
+            except EngineClosedError as error:  # a lane ended meanwhile
+                self.tell(FromWorker.LOST, spec.engine, str(error))
             except DistKVError as error:
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
             except Exception as error:
@@ -276,18 +278,48 @@ class RManager(WorkerPlugin):
         from distkv_dask.worker.lanes import Lanes
         from distkv_dask.worker.opening import build_engine
 
-        if self.lanes is None:
+        if (lanes := self.lanes) is None:
             address = self.worker.address
             host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
             threads = spec.config.threads or self.worker.state.nthreads
-            self.lanes = Lanes(address, host, threads, Certificates.of(self.worker.security))
-        return build_engine(spec, geometry, self.lanes, self.worker, self.tell)
+            certificates = Certificates.of(self.worker.security)
+            self.lanes = lanes = Lanes(address, host, threads, certificates, self._lane_ended)
+        engine = build_engine(spec, geometry, lanes, self.worker, self.tell)
+        if lanes.closed:
+            engine.close()
+            raise EngineClosedError("a compute thread of this worker ended while it opened the engine")
+        return engine
+
+    def _lane_ended(self, reason: str) -> None:
+        """In the thread that ends."""
+        self.worker.loop.add_callback(self._give_up, reason)
+
+    def _give_up(self, reason: str) -> None:
+        """Be to every engine like a worker that died; the gManager opens them here again.
+
+        They are gone from here before it hears of that: what it had sent until then is for what was lost.
+        """
+        lanes = self.lanes
+        if lanes is None or not lanes.closed or self._leaving:
+            return
+        lost, self.engines, self.lanes = self.engines, {}, None
+        for name in lost:
+            self._send(FromWorker.LOST, name, reason)  # before the failures that its end causes
+        self._spawn(self._drop(lost, lanes))
+
+    async def _drop(self, lost: dict[str, OpenEngine], lanes: Lanes) -> None:
+        async with self._changing:
+            while lost:
+                name, engine = lost.popitem()
+                self._stop_sending(name)
+                await asyncio.get_running_loop().run_in_executor(None, engine.close)
+                del engine
+            await asyncio.get_running_loop().run_in_executor(None, self._end, lanes)
 
     async def _close_engine(self, name: str) -> None:
         async with self._changing:
             engine = self.engines.pop(name, None)
-            for task in self._sending.pop(name, ()):
-                task.cancel()
+            self._stop_sending(name)
             try:
                 if engine is not None:
                     await asyncio.get_running_loop().run_in_executor(None, engine.close)
@@ -296,6 +328,10 @@ class RManager(WorkerPlugin):
                     await self._close_lanes()
             finally:
                 self.tell(FromWorker.CLOSED, name)
+
+    def _stop_sending(self, engine: str) -> None:
+        for task in self._sending.pop(engine, ()):
+            task.cancel()
 
     async def _close_lanes(self) -> None:
         lanes, self.lanes = self.lanes, None

@@ -127,7 +127,13 @@ class Listener(Protocol):
     """Where homes connect."""
 
     def accept(self) -> Inlet | None:
-        """Next connection, or None when there is none just now."""
+        """Next connection, or None when there is none just now.
+
+        Raises
+        ------
+        ChannelError
+            One connection was refused; there may be more.
+        """
 
     def fileno(self) -> int:
         """Descriptor that becomes readable when somebody connects."""

@@ -86,7 +86,7 @@ MESSAGE_BYTES = 4096
 
 def failure_frame(gang: int, epoch: int, message: str) -> tuple[bytes, bytes]:
     """Header and payload of a failure frame."""
-    reason = message.encode()[:MESSAGE_BYTES]
+    reason = message.encode(errors="replace")[:MESSAGE_BYTES]
     return Header(Kind.FAIL, gang, epoch, length=len(reason)).pack(), reason
 
 

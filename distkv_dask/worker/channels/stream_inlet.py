@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import selectors
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -22,6 +24,9 @@ from distkv_dask.worker.channels.frames import (
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+_USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class StreamInlet:
@@ -153,29 +158,55 @@ class StreamInlet:
 
 
 class StreamListener:
-    """Listening socket; see :class:`distkv_dask.worker.channels.base.Listener`."""
+    """Listening socket; see :class:`distkv_dask.worker.channels.base.Listener`.
+
+    It keeps a spare file descriptor. Where the process has no other left, a connection is taken with it and closed:
+    left where it is, it would wake the lane without end.
+    """
 
     def __init__(self, sock: socket.socket, maximum: int) -> None:
         self._sock = sock
         self._maximum = maximum
+        self._spare = _spare()
         sock.setblocking(False)
 
     def accept(self) -> StreamInlet | None:
         """Next connection, or None; the peer has no name but its address until it says hello."""
         try:
             sock, address = self._sock.accept()
-        except OSError:
-            return None
-        return self._inlet(sock, address)
+        except OSError as error:
+            if error.errno not in _USED_UP:
+                return None
+            self._turn_away()
+            raise ChannelError(f"this process cannot open more connections ({error}): raise ulimit -n") from error
+        try:
+            return self._inlet(sock, address)
+        except BaseException:
+            sock.close()
+            raise
 
     def fileno(self) -> int:
         """Descriptor that becomes readable when somebody connects."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. Can be called again."""
         self._sock.close()
+        self._spare.close()
 
-    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet | None:
-        """The holder's end of a connection; None refuses it."""
+    def _turn_away(self) -> None:
+        """Take a connection and close it; raises OSError where the spare descriptor is lost to another thread."""
+        self._spare.close()
+        try:
+            self._sock.accept()[0].close()
+        finally:
+            self._spare = _spare()
+
+    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet:
+        """The holder's end of a connection; ChannelError refuses it."""
         raise NotImplementedError
+
+
+def _spare() -> BinaryIO:
+    """A file that can be closed for the sake of its descriptor."""
+    return open(os.devnull, "rb", buffering=0)

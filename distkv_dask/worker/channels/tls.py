@@ -93,15 +93,28 @@ class TlsChannel(StreamChannel):
 
 
 class TlsInlet(StreamInlet):
-    """Holder's end over TLS; see :class:`distkv_dask.worker.channels.base.Inlet`. Its first reads are the handshake."""
+    """Holder's end over TLS; see :class:`distkv_dask.worker.channels.base.Inlet`. Its first reads are the handshake.
+
+    TLS begins with the first read and not before: it fails for whoever has hung up already, and to accept somebody must
+    not depend on that.
+    """
 
     _sock: ssl.SSLSocket
+    _context: ssl.SSLContext | None
+
+    def __init__(self, sock: socket.socket, peer: str, maximum: int, context: ssl.SSLContext) -> None:
+        super().__init__(sock, peer, maximum)
+        self._context = context
 
     def consume(self, header: Header) -> bool:
         """Drop the current frame; True when bytes of a next one are there already, here or decrypted."""
         return super().consume(header) or self._sock.pending() > 0
 
     def _read(self, view: memoryview) -> int:
+        if self._context is not None:
+            self._sock.getpeername()  # OSError: wrap_socket would leave a socket behind whose peer is gone
+            self._sock = self._context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+            self._context = None
         try:
             return self._sock.recv_into(view)
         except ssl.SSLWantReadError as error:
@@ -136,6 +149,4 @@ class TlsListener(TcpListener):
         self._context = context
 
     def _end(self, sock: socket.socket, peer: str) -> StreamInlet:
-        sock.setblocking(False)
-        wrapped = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return TlsInlet(wrapped, peer, self._maximum)
+        return TlsInlet(sock, peer, self._maximum, self._context)

@@ -190,11 +190,13 @@ class UcxListener:
         self.work()
         if not self._new:
             return None
-        inlet = UcxInlet(
-            self,
-            UcxLine(self._worker, self._new.pop(0), f"a peer at UCX port {self.port}", accepted=True),
-            self._maximum,
-        )
+        endpoint, peer = self._new.pop(0), f"a peer at UCX port {self.port}"
+        try:
+            inlet = UcxInlet(self, UcxLine(self._worker, endpoint, peer, accepted=True), self._maximum)
+        except (OSError, libucxx.UCXError) as error:
+            with contextlib.suppress(libucxx.UCXError):
+                endpoint.close_blocking()
+            raise ChannelError(f"{peer} was not let in: {error}") from error
         self._inlets.add(inlet)
         self.work()
         return inlet

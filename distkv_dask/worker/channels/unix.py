@@ -6,7 +6,6 @@ containers that share one reach each other. The kernel tells each end who the ot
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -18,7 +17,6 @@ from distkv_dask.errors import ChannelError
 from distkv_dask.worker.channels.stream import StreamChannel, connected
 from distkv_dask.worker.channels.stream_inlet import StreamInlet, StreamListener
 
-logger = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("iII")
 
 
@@ -77,12 +75,10 @@ class UnixListener(StreamListener):
         sock.listen(256)
         super().__init__(sock, maximum)
 
-    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet | None:
+    def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet:
         process, user = _peer(sock)
         if user != os.geteuid():
-            logger.warning("dropped a connection from process %d of user %d, who is not this worker's", process, user)
-            sock.close()
-            return None
+            raise ChannelError(f"it is process {process} of user {user}, who is not this worker's")
         return StreamInlet(sock, f"process {process} of this machine", self._maximum)
 
 

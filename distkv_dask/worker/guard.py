@@ -1,0 +1,38 @@
+"""What keeps a lane's thread alive, and what is said when it ends nevertheless."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+logger = logging.getLogger("distributed.distkv.lanes")
+
+
+def attempt(call: Callable[[], object]) -> Exception | None:
+    """Call, and return what went wrong instead of raising it: no peer, and no one call, may end a lane."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def run_lane(name: str, work: Callable[[], None], on_end: Callable[[str], None]) -> None:
+    """Do a lane's work; an exception that ends it is reported, since nobody waits for the thread.
+
+    Parameters
+    ----------
+    name
+        The lane's name, for people.
+    work
+        Returns when the lane was closed.
+    on_end
+        Called with the reason when ``work`` raised.
+    """
+    try:
+        work()
+    except BaseException as error:
+        logger.critical("the %s of this worker ended", name, exc_info=error)
+        if (failure := attempt(partial(on_end, f"its {name} ended: {type(error).__name__}: {error}"))) is not None:
+            logger.error("nobody could be told that the %s ended", name, exc_info=failure)

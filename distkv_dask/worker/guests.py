@@ -1,0 +1,168 @@
+"""Everybody who is connected to a holder lane: let in, served, dismissed; few of them before they show a token."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import ChannelError, DistKVError
+from distkv_dask.worker.channels.base import Inlet, Listener
+from distkv_dask.worker.guard import attempt
+from distkv_dask.worker.guest import Guest
+from distkv_dask.worker.native_session import serve
+from distkv_dask.worker.service import Service
+from distkv_dask.worker.stranger_log import StrangerLog
+
+if TYPE_CHECKING:
+    import socket
+
+logger = logging.getLogger(__name__)
+STRANGERS = 128
+"""Connections of one listener that have shown no token; a home shows its own with its first bytes."""
+ACCEPTS = 256
+"""Connections taken in one turn, so that a flood of them does not keep the lane from its homes."""
+
+
+class Guests:
+    """Listeners and connections of one holder lane; used by the lane's thread only, but for :attr:`poller`.
+
+    Whatever goes wrong with a connection ends that connection and nothing else.
+
+    Parameters
+    ----------
+    services
+        Engines served here, by name.
+    """
+
+    def __init__(self, services: Mapping[str, Service]) -> None:
+        self._services = services
+        self._guests: dict[Guest, Listener] = {}
+        self._listeners: list[Listener] = []
+        self._resting: set[Listener] = set()
+        self._log = StrangerLog()
+        self._selector = selectors.DefaultSelector()
+        self._poller: int = self._selector.fileno() if hasattr(self._selector, "fileno") else -1
+
+    def watch(self, sock: socket.socket, call: Callable[[], None]) -> None:
+        """Call when a socket of the lane's own is readable."""
+        self._selector.register(sock, selectors.EVENT_READ, call)
+
+    def listen(self, listener: Listener) -> None:
+        """Let guests in through a listener."""
+        self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
+        self._listeners.append(listener)
+
+    def wait(self, seconds: float) -> None:
+        """Serve whoever has something; wait for that, at most so many seconds, if nobody has."""
+        for key, _ in self._selector.select(0 if self._serve_natively(seconds) else seconds):
+            key.data()
+
+    def of(self, service: Service) -> list[Guest]:
+        """Guests of an engine."""
+        return [guest for guest in self._guests if guest.service is service]
+
+    def serve(self, guest: Guest, work: Callable[[], None]) -> None:
+        """Do a guest's work; every call of theirs is made here, and one that fails ends this guest's channel."""
+        if guest not in self._guests:
+            return
+        inlet = guest.inlet
+        try:
+            before = inlet.events
+            work()
+            if inlet.events != before:
+                self._selector.modify(inlet, inlet.events, self._selector.get_key(inlet).data)
+        except Exception as error:
+            self.dismiss(guest, error)
+
+    def dismiss(self, guest: Guest, error: Exception) -> None:
+        """End a guest's channel, saying why; never raises."""
+        if self._guests.pop(guest, None) is None:
+            return
+        inlet = guest.inlet
+        if guest.service is None:
+            self._log.dropped(guest.host, inlet.peer, error, time.monotonic())
+        elif not isinstance(error, DistKVError):
+            logger.error("MicroAttention for %s failed", inlet.peer, exc_info=error)
+        for step in (partial(self._selector.unregister, inlet), partial(guest.leave, error), inlet.close):
+            if (failure := attempt(step)) is not None:
+                logger.error("the channel of %s did not end as it should", inlet.peer, exc_info=failure)
+
+    def look_at_clock(self, now: float) -> None:
+        """Dismiss who is late, and listen again where that had failed."""
+        for guest in list(self._guests):
+            self.serve(guest, partial(guest.look_at_clock, now))
+        for listener in self._listeners:
+            if listener in self._resting:
+                self._resting.discard(listener)
+                self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
+            self._let_in(listener)  # over UCX somebody may have come while others were served, and says so once
+        self._log.look(now)
+
+    def close(self, error: Exception) -> None:
+        """Dismiss everybody and stop listening."""
+        for guest in list(self._guests):
+            self.dismiss(guest, error)
+        closables: tuple[selectors.BaseSelector | Listener, ...] = (self._selector, *self._listeners)
+        for closable in closables:
+            if (failure := attempt(closable.close)) is not None:
+                logger.error("the holder lane left something open", exc_info=failure)
+
+    def _let_in(self, listener: Listener) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                inlet = listener.accept()
+            except ChannelError as error:  # one connection was refused
+                self._log.dropped(type(listener).__name__, "somebody", error, time.monotonic())
+                continue
+            except Exception as error:
+                self._rest(listener, error)
+                return
+            if inlet is None:
+                return
+            if (failure := attempt(partial(self._add, inlet, listener))) is not None:
+                self._log.dropped(type(listener).__name__, inlet.peer, failure, time.monotonic())
+                attempt(inlet.close)
+            self._make_room(listener)
+
+    def _add(self, inlet: Inlet, listener: Listener) -> None:
+        guest = Guest(inlet, self._services)
+        self._selector.register(inlet, inlet.events, partial(self.serve, guest, guest.serve))
+        self._guests[guest] = listener
+
+    def _make_room(self, listener: Listener) -> None:
+        """Drop a stranger if there are too many, unless its token has come: the oldest from where most of them are."""
+        strangers = [one for one, where in self._guests.items() if where is listener and one.service is None]
+        if len(strangers) <= STRANGERS:
+            return
+        host = Counter(guest.host for guest in strangers).most_common(1)[0][0]
+        oldest = next(guest for guest in strangers if guest.host == host)
+        self.serve(oldest, oldest.serve)
+        if oldest.service is None:
+            self.dismiss(oldest, ChannelError(f"more than {STRANGERS} connections show no token; it was the oldest"))
+
+    def _rest(self, listener: Listener, error: Exception) -> None:
+        """Listen again after the next look at the clock: what failed would fail again at once, again and again."""
+        self._log.dropped(type(listener).__name__, "a listener, which rests for a moment", error, time.monotonic())
+        self._resting.add(listener)
+        if (failure := attempt(partial(self._selector.unregister, listener))) is not None:
+            logger.error("a listener of the holder lane is lost", exc_info=failure)
+
+    def _serve_natively(self, seconds: float) -> bool:
+        """Answer sessions in C++ until Python has something to do; False where there is no such session."""
+        given = []
+        for guest in list(self._guests):
+            try:
+                if (turns := guest.give()) is not None:
+                    given.append((guest, turns))
+            except Exception as error:
+                self.dismiss(guest, error)
+        if given:
+            serve(self._poller, [turns for _, turns in given], seconds)
+            for guest, _ in given:
+                self.serve(guest, guest.take)
+        return bool(given)
