@@ -33,10 +33,13 @@ def grammar_of(schema: str) -> str:
     from llguidance import LLMatcher
 
     # On one line, as Python writes JSON: with free white space, small models write line breaks without an end.
-    grammar: str = LLMatcher.grammar_from_json_schema(
-        schema, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    )
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(
+            schema, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        )
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    except ValueError as error:  # nested too deeply, for instance
+        raise InvalidRequestError(f"the JSON schema cannot be followed: {error}") from error
     if failed:
         raise InvalidRequestError(f"the JSON schema cannot be followed: {messages[0]}")
     return grammar

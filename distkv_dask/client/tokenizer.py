@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from inspect import signature
 from itertools import pairwise
 from operator import index
-from typing import Any
+from typing import Any, Self
 
 from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
@@ -36,6 +38,7 @@ class Tokenizer:
         self._loaded = loaded
         self._vocab_size = vocab_size
         self._control = None if loaded is None else ControlTokens(loaded)
+        self._variables: Mapping[str, Any] = {}
 
     @property
     def has_chat_template(self) -> bool:
@@ -64,6 +67,24 @@ class Tokenizer:
         if not ids:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         return ids
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Self:
+        """The same tokenizer with variables for its chat template, such as ``{"enable_thinking": False}``.
+
+        Raises
+        ------
+        InvalidRequestError
+            When one is no variable of a template: it would change what the template is, or what is made of it.
+        """
+        taken = {"messages"}
+        if self._loaded is not None:
+            taken |= {*signature(self._loaded.apply_chat_template).parameters, *self._loaded.special_tokens_map}
+        for name in variables:
+            if not name.isidentifier() or name in taken:
+                raise InvalidRequestError(f"{name!r:.100} is no variable that a chat template may be given")
+        other = copy(self)
+        other._variables = dict(variables)
+        return other
 
     def encode_more(self, text: str | Sequence[int]) -> list[int]:
         """Return the token ids of a text that follows others, without special tokens; or of ids as given.
@@ -146,7 +167,9 @@ class Tokenizer:
 
         assert self._loaded is not None
         try:
-            text: str = self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self._loaded.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._variables
+            )
         except TemplateError as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
         except Exception as error:  # a template is a program of its own

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distkv_dask.client.batch import output as module
 from distkv_dask.client.batch.output import JOURNAL, RESULT, Output
@@ -141,3 +145,167 @@ def test_rows_with_errors_are_dropped_when_they_are_to_be_done_again(tmp_path: P
         assert again.errors == 0
         assert sorted(label for label, _ in again.done) == [1, 2]
         assert labels(tmp_path) == [1, 2]
+
+
+NEVER = (1e9, 1.0)
+WANTED = {label: f"answer {label}" for label in range(8)}
+
+
+def numbered(*labels: int) -> pa.RecordBatch:
+    common = {"question": "What?", "fingerprint": "f"}
+    found = [{"row": label, "id": str(label), "answer": WANTED[label], **common} for label in labels]
+    return pa.RecordBatch.from_pylist(found, SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What lies in an output folder when its machine crashes: three Parquet files, a journal of five rows, and more."""
+    path = tmp_path_factory.mktemp("crashed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PART_AGE", NEVER)
+        output = Output(path, SCHEMA, PARAMETERS)
+        for some in ([0, 1], [2]):
+            output.append(numbered(*some))
+            output.rotate(now=True)
+        for label in range(3, 8):
+            output.append(numbered(label))
+        abandon(output)
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+DAMAGES: dict[str, Callable[[bytes, int, bytes], bytes | None]] = {
+    "cut": lambda data, at, _: data[:at],
+    "flip": lambda data, at, noise: data[:at] + bytes([data[at] ^ (noise[0] or 1)]) + data[at + 1 :] if data else b"x",
+    "zero the rest": lambda data, at, _: data[:at] + bytes(len(data) - at),
+    "garbage for the rest": lambda data, at, noise: data[:at] + (noise * len(data))[: len(data) - at],
+    "insert": lambda data, at, noise: data[:at] + noise + data[at:],
+    "append": lambda data, _, noise: data + noise,
+    "missing": lambda *_: None,
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(
+        sorted(["_distkv.json", "_digests", "_journal-000003", "_lock", *(f"part-{n:06}.parquet" for n in range(3))])
+    ),
+    st.sampled_from(sorted(DAMAGES)),
+    st.floats(0, 1, exclude_max=True),
+    st.binary(min_size=1, max_size=20),
+)
+def test_whatever_a_crash_made_of_a_file_no_row_is_lost_doubled_or_changed_or_the_file_is_named(
+    tmp_path_factory: pytest.TempPathFactory, crashed: dict[str, bytes], name: str, how: str, where: float, noise: bytes
+) -> None:
+    assert set(crashed) == {
+        "_distkv.json",
+        "_digests",
+        "_journal-000003",
+        "_lock",
+        *(f"part-{n:06}.parquet" for n in range(3)),
+    }
+    path = tmp_path_factory.mktemp("damaged")
+    for other, data in crashed.items():
+        (path / other).write_bytes(data)
+    damaged = DAMAGES[how](crashed[name], int(where * len(crashed[name])), noise)
+    if damaged is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(damaged)
+    refused = ""
+    try:
+        Output(path, SCHEMA, PARAMETERS).close()
+    except OutputError as error:
+        refused = str(error)
+    if refused:
+        assert name in refused
+        assert "delete it" in refused
+        (path / name).unlink()
+    with Output(path, SCHEMA, PARAMETERS) as output:
+        for label in WANTED:
+            if (label, "What?") not in output.done:
+                output.append(numbered(label))
+    found = pq.read_table(path).sort_by("row")
+    assert dict(zip(found["row"].to_pylist(), found["answer"].to_pylist(), strict=True)) == WANTED
+    assert found.num_rows == len(WANTED)
+
+
+def test_a_damaged_file_is_made_anew_from_its_journal_while_that_is_there(
+    tmp_path: Path, crashed: dict[str, bytes]
+) -> None:
+    for name, data in crashed.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "part-000003.parquet").write_bytes(crashed["part-000001.parquet"][:500])
+    with Output(tmp_path, SCHEMA, PARAMETERS):
+        assert labels(tmp_path) == list(range(8))
+
+
+@pytest.mark.usefixtures("never_due")
+def test_damage_within_a_journal_costs_the_rows_that_it_hit_and_is_told(
+    tmp_path: Path, crashed: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, data in crashed.items():
+        (tmp_path / name).write_bytes(data)
+    journal = crashed["_journal-000003"]
+    at = journal.index(b"answer 5")
+    (tmp_path / "_journal-000003").write_bytes(journal[:at] + b"ANSWER" + journal[at + 6 :])
+    with Output(tmp_path, SCHEMA, PARAMETERS) as output:
+        assert sorted(label for label, _ in output.done) == [0, 1, 2, 3, 4, 6, 7]
+    assert "_journal-000003 ends within a row or is damaged: 4 rows" in caplog.text
+
+
+def test_a_lost_manifest_is_written_again_and_still_refuses_other_parameters(
+    tmp_path: Path, crashed: dict[str, bytes]
+) -> None:
+    for name, data in crashed.items():
+        (tmp_path / name).write_bytes(data)
+    for damaged in (b"", b"{}", b"[" * 100_000, crashed["_distkv.json"].replace(b'"m"', b'"n"')):
+        (tmp_path / "_distkv.json").write_bytes(damaged)
+        with pytest.raises(OutputError, match="model was 'm', is 'n'"):
+            Output(tmp_path, SCHEMA, PARAMETERS | {"model": "n"})
+        Output(tmp_path, SCHEMA, PARAMETERS).close()
+        assert (tmp_path / "_distkv.json").read_bytes() == crashed["_distkv.json"]
+
+
+def test_a_copy_of_a_file_does_not_double_its_rows(tmp_path: Path) -> None:
+    with Output(tmp_path, SCHEMA, PARAMETERS) as output:
+        output.append(rows(1, 2))
+    (tmp_path / "part-000007.parquet").write_bytes((tmp_path / "part-000001.parquet").read_bytes())
+    with pytest.raises(OutputError, match=r"part-000007.parquet holds rows twice"):
+        Output(tmp_path, SCHEMA, PARAMETERS)
+
+
+@pytest.mark.usefixtures("never_due")
+@pytest.mark.parametrize("call", ["fsync", "replace", "write_table"])
+def test_a_disk_that_fills_up_keeps_what_was_answered_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    output = Output(tmp_path, SCHEMA, PARAMETERS)
+    output.append(rows(1, 2))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *{"fsync": (os, "fsync"), "replace": (Path, "replace"), "write_table": (pq, "write_table")}[call], full
+        )
+        with pytest.raises(OutputError, match="No space left"):
+            output.append(rows(3)) if call == "fsync" else output.rotate(now=True)
+        output.close()
+    assert not list(tmp_path.glob("_unfinished*"))
+    with Output(tmp_path, SCHEMA, PARAMETERS) as again:
+        assert {1, 2} <= {label for label, _ in again.done}
+
+
+def test_what_a_journal_promises_is_on_disk_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    with Output(tmp_path / "out", SCHEMA, PARAMETERS) as output:
+        monkeypatch.setattr(os, "fsync", noted)
+        output.append(rows(1))
+        assert synced[:2] == ["out", "_journal-000001"]

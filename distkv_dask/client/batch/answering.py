@@ -61,7 +61,8 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
         While it runs, when the row cannot be answered.
     """
     if content.prompt is not None:
-        return (yield from _plain(tokenizer.encode(content.prompt)))
+        asked = tokenizer.with_variables(content.template) if content.template else tokenizer
+        return (yield from _plain(asked.encode(content.prompt)))
     text = str(content.values[spec.text_column])
     if not text.strip():
         raise InvalidRequestError("the text is empty")
@@ -113,7 +114,7 @@ def _groups(
 
     def prompt(start: int, size: int) -> list[int]:
         joined = "\n\n".join(answers[start : start + size])
-        return prompt_ids(spec.combine.format(answers=joined, question=question), tokenizer)
+        return prompt_ids(spec.combined(joined, question), tokenizer)
 
     groups: list[tuple[int, list[int]]] = []
     start = 0

@@ -34,7 +34,7 @@ def schema_values(schema: Mapping[str, Any], text: str) -> dict[str, Any]:
     Raises
     ------
     InvalidRequestError
-        When the answer is no JSON (it was cut), or a value is larger than its column's type can hold.
+        When the answer is no JSON (it was cut) or no object, or a value is larger than its column's type can hold.
     """
     try:
         answer = json.loads(text)
@@ -43,6 +43,11 @@ def schema_values(schema: Mapping[str, Any], text: str) -> dict[str, Any]:
             f"the answer is no complete JSON ({error}): raise max_new_tokens, or bound texts and lists in the schema "
             f"(maxLength, maxItems)"
         ) from error
+    if not isinstance(answer, dict) and schema.get("properties"):
+        raise InvalidRequestError(
+            f"the answer is no object ({type(answer).__name__}), and has none of the schema's properties: add "
+            f'"type": "object" to the schema'
+        )
     values = {}
     for name, one in schema.get("properties", {}).items():
         value = answer.get(name)

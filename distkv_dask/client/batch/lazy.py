@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import pyarrow as pa
 
 from distkv_dask.client.batch.asking import Asked, answer_frame, answer_records, answer_rows, as_pandas
 from distkv_dask.client.batch.frames import bag_schema
-from distkv_dask.client.batch.job import answer_schema, output_schema
+from distkv_dask.client.batch.results import Results
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import checked, columns_of, kind_of, records_source, source_for
 from distkv_dask.client.batch.spec import BatchSpec
@@ -66,5 +65,4 @@ def answers_frame(
 
 def _meta(source: Source, spec: BatchSpec, label: bool) -> pd.DataFrame:
     """No rows of the answers of a source."""
-    schema: pa.Schema = output_schema(source, answer_schema(spec))
-    return as_pandas(schema.empty_table(), label)
+    return as_pandas(Results(source, spec).schema.empty_table(), label)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from distkv_dask.client.batch.openai_request import CHAT, content_of
 from distkv_dask.client.batch.rows import Content, Row, fingerprint
-from distkv_dask.client.batch.text_tables import count_lines, jsonl_records
+from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.batch.text_tables import JSONL, count_lines, endings, jsonl_records
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import Prompt, SamplingParams
+from distkv_dask.types import SamplingParams
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+DEFAULTS = SamplingParams(temperature=1.0)
+"""Sampling of requests where neither they nor the batch say another: OpenAI draws at a temperature of 1."""
 
-_SAMPLING = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
-             "top_p": "top_p", "seed": "seed", "stop": "stop"}  # fmt: skip
-_IGNORED = {"model", "messages", "prompt", "user", "metadata", "store", "response_format"}
-_DEFAULTS = {"n": 1, "stream": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
-"""What else a body may say, as long as it says what is done anyway."""
+SAMPLE = 1000
+"""Lines by which a file is told from other JSONL files."""
 
 
 class OpenAIBatchSource:
     """Requests of an OpenAI batch file; ``custom_id`` and ``url`` go to the output.
 
     The engine's model answers, whatever model a request names. A request that asks for something that the engine
-    does not do (tools, several choices, ...) is an error row.
+    does not do (tools, several choices, ...) is an error row, and so is one whose ``custom_id`` is no text or was there
+    before; the output has as JSON what is no text.
     """
 
     label = "row"
@@ -45,22 +48,79 @@ class OpenAIBatchSource:
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Read line by line."""
-        for number, record in itertools.islice(enumerate(jsonl_records(self._path)), start, None):
-            known = {} if isinstance(record, str) else record
-            names = {name: known.get(name) for name in self.kept.names}
-            kept = {name: value if isinstance(value, str) else None for name, value in names.items()}
-            yield Row(
-                number,
-                fingerprint(record if isinstance(record, str) else json.dumps(record, sort_keys=True)),
-                pa.RecordBatch.from_pylist([kept], self.kept),
-                lambda record=record: _content(record),  # type: ignore[misc]
-            )
+        seen: dict[bytes, int] = {}
+        for number, record in enumerate(jsonl_records(self._path)):
+            earlier = None
+            if isinstance(record, Mapping) and isinstance(name := record.get("custom_id"), str):
+                key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                if (found := seen.setdefault(key, number)) != number:
+                    earlier = found
+            if number >= start:
+                yield _row(number, record, earlier)
 
 
 def is_openai_batch(path: Path) -> bool:
-    """Whether a JSONL file's first line is a request in OpenAI's format."""
-    first = next(jsonl_records(path), "")
-    return isinstance(first, Mapping) and {"custom_id", "url", "body"} <= first.keys()
+    """Whether at least half of the first lines of a JSONL file that can be read are requests in OpenAI's format."""
+    records = itertools.islice(jsonl_records(path), SAMPLE)
+    found = [_is_request(record) for record in records if isinstance(record, Mapping)]
+    return any(found) and 2 * sum(found) >= len(found)
+
+
+def default_sampling(source: Any) -> SamplingParams:
+    """Sampling of a batch for which nobody says another."""
+    path = Path(source) if isinstance(source, str | PathLike) else None
+    lines = path is not None and path.name.lower().endswith(endings(JSONL)) and path.is_file()
+    return DEFAULTS if lines and is_openai_batch(Path(source)) else SamplingParams()
+
+
+def check_spec(spec: BatchSpec, keep: Any) -> None:
+    """Raise :class:`InvalidRequestError` if a batch asks for more of an OpenAI batch file than answers and sampling."""
+    plain = BatchSpec(sampling=spec.sampling)
+    if spec.questions != (None,) or spec.template is not None:
+        raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
+    for name in ("text_column", "too_long", "overlap", "combine"):
+        if getattr(spec, name) != getattr(plain, name):
+            raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
+    if keep is not None:
+        raise InvalidRequestError("of an OpenAI batch file, custom_id and url are kept: leave out keep")
+    if spec.sampling.schema is not None:
+        raise InvalidRequestError("requests of an OpenAI batch file have their own response_format: leave out schema")
+
+
+def _is_request(record: Mapping[str, Any]) -> bool:
+    url = record.get("url")
+    return (isinstance(url, str) and url.startswith("/v1/")) or (
+        "custom_id" in record and isinstance(record.get("body"), Mapping)
+    )
+
+
+def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None) -> Row:
+    known = {} if isinstance(record, str) else record
+    kept = {name: None if known.get(name) is None else _text(known[name]) for name in OpenAIBatchSource.kept.names}
+    try:
+        mark = fingerprint(record if isinstance(record, str) else json.dumps(record, sort_keys=True))
+    except (RecursionError, ValueError) as error:  # nested more deeply than it can be written
+        record = f"the request cannot be read: {error}"
+        mark = fingerprint(record)
+
+    def read() -> Content:
+        if isinstance(record, str):
+            raise InvalidRequestError(record)
+        if earlier is not None:
+            raise InvalidRequestError(f"custom_id {kept['custom_id']} is that of row {earlier} already: rename one")
+        return content_of(record)
+
+    return Row(number, mark, pa.RecordBatch.from_pylist([kept], OpenAIBatchSource.kept), read)
+
+
+def _text(value: Any) -> str | None:
+    """A text as it is, anything else as JSON."""
+    try:
+        # Half of a surrogate pair is no text.
+        whole = isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
+        return value if whole else json.dumps(value)
+    except (RecursionError, ValueError):
+        return None
 
 
 def write_openai_answers(table: pa.Table, model: str, file: Any) -> None:
@@ -77,48 +137,6 @@ def write_openai_answers(table: pa.Table, model: str, file: Any) -> None:
     """
     for row in table.sort_by("row").to_pylist():
         file.write(json.dumps(_answer(row, model), ensure_ascii=False).encode() + b"\n")
-
-
-def _content(record: Mapping[str, Any] | str) -> Content:
-    if isinstance(record, str):
-        raise InvalidRequestError(record)
-    body, url = record.get("body"), record.get("url")
-    if not isinstance(body, Mapping) or not isinstance(record.get("custom_id"), str):
-        raise InvalidRequestError("a request needs a custom_id (text) and a body (object)")
-    if url not in (CHAT, COMPLETIONS):
-        raise InvalidRequestError(f"url is {url!r:.100}, but only {CHAT} and {COMPLETIONS} are answered")
-    for name, value in body.items():
-        if name in _SAMPLING or name in _IGNORED or value is None or _DEFAULTS.get(name, ()) == value:
-            continue
-        raise InvalidRequestError(f"{name}={value!r:.100} is not supported")
-    schema = _schema(body.get("response_format"))
-    chosen = {ours: body[name] for name, ours in _SAMPLING.items() if body.get(name) is not None}
-    # OpenAI's own default: 1; SamplingParams' is 0.
-    sampling = SamplingParams(**{"temperature": 1.0} | chosen, schema=schema)
-    return Content({}, _prompt(body, url), sampling)
-
-
-def _schema(response_format: Any) -> Mapping[str, Any] | None:
-    """Read a request's ``response_format``."""
-    match response_format:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return schema
-        case {"type": "json_object"}:
-            return {"type": "object"}
-    raise InvalidRequestError(f"response_format={response_format!r:.100} is not supported")
-
-
-def _prompt(body: Mapping[str, Any], url: str) -> Prompt:
-    if url == COMPLETIONS:
-        if not isinstance(prompt := body.get("prompt"), str):
-            raise InvalidRequestError(f"prompt should be text: {prompt!r:.100}")
-        return prompt
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequestError(f"messages should be a list of chat messages: {messages!r:.100}")
-    return messages
 
 
 def _answer(row: Mapping[str, Any], model: str) -> dict[str, Any]:

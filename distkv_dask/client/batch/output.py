@@ -1,17 +1,18 @@
 """A batch's output: a folder of Parquet files that can be read at any time and that survives any crash.
 
-Rows that are answered go to a journal at once (an Arrow IPC stream, synced to disk). From time to time the journal
-becomes a Parquet file: written under a hidden name, synced, renamed. A journal that a crash left behind becomes one
-when the output is opened again; if its Parquet file is there already, it is thrown away. Names that begin with ``_``
-are skipped by everything that reads Parquet folders.
+Rows that are answered go to a journal at once (:mod:`distkv_dask.client.batch.journal`), which is synced to disk. From
+time to time the journal becomes a Parquet file: written under a hidden name, synced, renamed. A journal that a crash
+left behind becomes one when the output is opened again; if its Parquet file is there already, it is thrown away. All
+that is written has a digest, so that damaged files are found; what a batch was begun with stands in the manifest and in
+every Parquet file. Names that begin with ``_`` are skipped by everything that reads Parquet folders.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +20,14 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distkv_dask.client.batch.rows import Row
+from distkv_dask.client.batch.journal import Journal, recovered
+from distkv_dask.client.batch.manifest import begin_or_check, begun_with, manifest
+from distkv_dask.client.batch.parts import BEGUN, LOCK, UNFINISHED, Parts
 from distkv_dask.errors import OutputError
 
-MANIFEST, LOCK, JOURNAL, UNFINISHED = "_distkv.json", "_lock", "_journal-", "_unfinished-"
+logger = logging.getLogger("distributed.distkv.batch")
+
+JOURNAL = "_journal-"
 
 RESULT = pa.schema(
     [
@@ -65,7 +70,8 @@ class Output:
     Raises
     ------
     OutputError
-        When the folder is something else, belongs to a job with other parameters, or is being written to.
+        When the folder is something else, cannot be written, is damaged, belongs to a job with other parameters, or is
+        being written to.
     """
 
     def __init__(
@@ -76,49 +82,55 @@ class Output:
         """(label, question) -> fingerprint of all rows that are there."""
         self.errors = 0
         """How many of them have errors."""
-        self._schema = schema
-        self._sink: Any = None
-        self._writer: Any = None
-        self._rows = 0
+        self._journal: Journal | None = None
         self._opened = time.monotonic()
-        self._lock = _locked(path)
+        begun = begun_with(schema, parameters)
+        self._schema = schema.with_metadata({BEGUN: manifest(begun)})
+        with self._writing():
+            self._lock = locked(path)
         try:
-            self._check(parameters)
-            self._repair()
-            self._look(retry_errors)
+            with self._writing():
+                self._parts = Parts(path)
+                begin_or_check(path, begun)
+                self._repair()
+                self._look(retry_errors)
         except BaseException:
             self._lock.release()
             raise
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Add rows; they survive a crash when this returns."""
-        if self._writer is None:
-            self._sink = (self.path / f"{JOURNAL}{self._number:06}").open("wb")
-            self._writer = pa.ipc.new_stream(self._sink, self._schema)
-            self._rows, self._began = 0, time.monotonic()
-        self._writer.write_batch(batch)
-        self._sink.flush()
-        os.fsync(self._sink.fileno())
-        self._rows += batch.num_rows
-        self.rotate()
+        """Add rows; they survive a crash when this returns.
+
+        Raises
+        ------
+        OutputError
+            They cannot be written: the disk is full, for instance. What was there before stays.
+        """
+        with self._writing():
+            if self._journal is None:
+                self._journal = Journal(self._journal_path(self._number), self._schema)
+            self._journal.append(batch)
+            self.rotate()
 
     def rotate(self, now: bool = False) -> None:
-        """Make the journal a Parquet file if it is time."""
-        if self._writer is None:
+        """Make the journal a Parquet file if it is time; raises as :meth:`append` does."""
+        if (journal := self._journal) is None:
             return
         clock = time.monotonic()
-        due = clock - self._began >= max(PART_AGE[0], PART_AGE[1] * (clock - self._opened))
-        if now or due or self._rows >= PART_ROWS:
-            self._writer.close()
-            self._sink.close()
-            self._writer = None
-            self._publish(self.path / f"{JOURNAL}{self._number:06}")
-            self._number += 1
+        due = clock - journal.began >= max(PART_AGE[0], PART_AGE[1] * (clock - self._opened))
+        if now or due or journal.rows >= PART_ROWS:
+            with self._writing():
+                journal.close()
+                self._publish(journal.path, self._number)
+                self._journal = None
+                self._number += 1
 
     def close(self) -> None:
-        """Make everything readable and let others write."""
-        self.rotate(now=True)
-        self._lock.release()
+        """Make everything readable and let others write; raises as :meth:`append` does."""
+        try:
+            self.rotate(now=True)
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -126,72 +138,78 @@ class Output:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, parameters: Mapping[str, Any]) -> None:
-        """Compare with the manifest, or write it."""
-        manifest = self.path / MANIFEST
-        wanted = {**parameters, "columns": {field.name: str(field.type) for field in self._schema}}
-        if manifest.exists():
-            found = json.loads(manifest.read_text())["parameters"]
-            if changed := _differences(found, wanted):
-                raise OutputError(
-                    f"{self.path} was begun with other parameters ({'; '.join(changed)}). Repeat the command as it was "
-                    f"to continue, or choose another output."
-                )
-            return
-        if others := sorted(p.name for p in self.path.iterdir() if not p.name.startswith((LOCK, UNFINISHED))):
-            raise OutputError(f"{self.path} is no output of distkv (it holds {others[0]}): choose another one")
-        _write_file(manifest, json.dumps({"distkv": 1, "parameters": wanted}, indent=1).encode())
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what could not be written; a journal that may be torn is left to who opens the output next."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            if self._journal is not None:
+                self._journal.abandon()
+                self._journal = None
+            raise OutputError(
+                f"{self.path} cannot be written: {error}. What was answered so far is kept; repeat the command when "
+                f"there is room and permission, or choose another output."
+            ) from error
+
+    def _journal_path(self, number: int) -> Path:
+        return self.path / f"{JOURNAL}{number:06}"
 
     def _repair(self) -> None:
         """Bring what a crash may have left behind into order."""
         for left in self.path.glob(f"{UNFINISHED}*"):
             left.unlink()
         for journal in sorted(self.path.glob(f"{JOURNAL}*")):
-            self._publish(journal)
-        self._number = max((int(part.stem.removeprefix("part-")) for part in self._parts()), default=-1) + 1
+            if (number := journal.name.removeprefix(JOURNAL)).isdecimal():
+                self._publish(journal, int(number))
+        self._parts.check()
+        self._number = self._parts.next_number()
         if not self._number:  # an empty one, so that there is something to read from the first moment
-            self._write(self._schema.empty_table(), self.path / "part-000000.parquet")
+            self._parts.write(self._schema.empty_table(), self._parts.path(0))
             self._number = 1
 
     def _look(self, retry_errors: bool) -> None:
         """Learn which rows are there."""
-        for part in self._parts():
+        for part in self._parts:
             columns = [self._schema[0].name, "question", "fingerprint", "error"]
-            table = pq.read_table(part, columns=columns)
+            table = pq.read_table(part, columns=columns, partitioning=None)
             failed = table.num_rows - table.column("error").null_count
             if failed and retry_errors:
-                whole = pq.read_table(part)
-                self._write(whole.filter(whole.column("error").is_null()), part)
+                whole = pq.read_table(part, partitioning=None)
+                self._parts.write(whole.filter(whole.column("error").is_null()), part)
                 table, failed = table.filter(table.column("error").is_null()), 0
             self.errors += failed
             labels, questions, prints = (table.column(name).to_pylist() for name in columns[:3])
+            before = len(self.done)
             self.done.update(zip(zip(labels, questions, strict=True), prints, strict=True))
+            if len(self.done) < before + table.num_rows:
+                raise OutputError(f"{part} holds rows twice, or some that other files hold too: delete one of them")
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"))
-
-    def _publish(self, journal: Path) -> None:
-        part = self.path / f"part-{journal.name.removeprefix(JOURNAL)}.parquet"
-        if not part.exists() and (batches := _recovered(journal)):
-            self._write(pa.Table.from_batches(batches, self._schema), part)
+    def _publish(self, journal: Path, number: int) -> None:
+        part = self._parts.path(number)
+        if not part.exists() or not self._parts.is_whole(part):
+            batches, whole = recovered(journal, self._schema)
+            if not whole:
+                logger.warning(
+                    "%s ends within a row or is damaged: %d rows of it are whole, others are answered again",
+                    journal,
+                    sum(batch.num_rows for batch in batches),
+                )
+            if batches:
+                self._parts.write(pa.Table.from_batches(batches, self._schema), part)
         journal.unlink()
 
-    def _write(self, table: pa.Table, part: Path) -> None:
-        unfinished = part.with_name(UNFINISHED + part.name)
-        pq.write_table(table, unfinished)
-        _put(unfinished, part)
 
+def locked(path: Path) -> filelock.FileLock:
+    """Make the folder of an output and lock it.
 
-def result_batch(schema: pa.Schema, rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> pa.RecordBatch:
-    """Return finished rows as one batch of ``schema``; the mappings give its columns from :data:`RESULT` on."""
-    kept = [pa.concat_arrays([row.kept.column(at) for row, _ in rows]) for at in range(rows[0][0].kept.num_columns)]
-    labels = pa.array([row.label for row, _ in rows], schema[0].type)
-    added = [schema.field(at) for at in range(1 + len(kept), len(schema))]
-    results = [pa.array([result.get(field.name) for _, result in rows], field.type) for field in added]
-    return pa.RecordBatch.from_arrays([labels, *kept, *results], schema=schema)
-
-
-def _locked(path: Path) -> filelock.FileLock:
+    Raises
+    ------
+    OutputError
+        It is a file, or somebody else has locked it.
+    OSError
+        It cannot be made.
+    """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, but an output is a folder of Parquet files: choose another path")
     path.mkdir(parents=True, exist_ok=True)
@@ -200,43 +218,6 @@ def _locked(path: Path) -> filelock.FileLock:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise OutputError(f"{path} is being written to by another process: wait for it, or end it first") from None
+    except NotImplementedError as error:
+        raise OutputError(f"the file system of {path} knows no locks: choose an output on another one") from error
     return lock
-
-
-def _recovered(journal: Path) -> list[pa.RecordBatch]:
-    """Return all batches that were written whole; what a crash cut off is lost."""
-    batches: list[pa.RecordBatch] = []
-    try:
-        with pa.ipc.open_stream(journal.read_bytes()) as stream:
-            batches.extend(stream)
-    except (pa.ArrowException, OSError, EOFError):
-        pass  # the end of what was written
-    return batches
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(UNFINISHED + path.name)
-    unfinished.write_bytes(data)
-    _put(unfinished, path)
-
-
-def _put(unfinished: Path, path: Path) -> None:
-    """Give a file that was written its name, in an order that no crash of the machine can turn around."""
-    for synced, then in ((unfinished, lambda: unfinished.replace(path)), (path.parent, lambda: None)):
-        descriptor = os.open(synced, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        then()
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
-    changed = []
-    for name in {**found, **wanted}:
-        then, now = found.get(name), wanted.get(name)
-        if isinstance(then, dict) and isinstance(now, dict):
-            changed += _differences(then, now, f"{path}{name}.")
-        elif then != now:
-            changed.append(f"{path}{name} was {then!r:.100}, is {now!r:.100}")
-    return changed

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
 from distkv_dask.client.batch.spec import COMBINE, BatchSpec, TooLong
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.types import SamplingParams
@@ -80,7 +81,8 @@ def process(
     keep
         Columns that go to the output; None keeps all but the text.
     sampling
-        For all rows; None is ``SamplingParams()``.
+        For all rows; None is ``SamplingParams()``. Of OpenAI batch files, it says what requests leave open; None is
+        OpenAI's own temperature of 1 there.
     schema
         A JSON schema, or the name of a file that holds one: answers are JSON that follows it (map-reduce: the combined
         ones), and the output has a column for each property. What ``max_new_tokens`` cuts is an error row.
@@ -119,16 +121,14 @@ def process(
     """
     if question is not None and questions is not None:
         raise InvalidRequestError("give either question or questions")
-    if isinstance(questions, str):
-        raise InvalidRequestError(f"questions is the text {questions!r:.100}: give a list, or question=... for one")
     if out is None and retry_errors:
         raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
-    sampling = sampling or SamplingParams()
-    spec = BatchSpec(
-        questions=(question,) if questions is None else tuple(questions),
+    spec = spec_of(
+        questions=questions if question is None else [question],
         template=template,
         text_column=text_column,
-        sampling=sampling if schema is None else replace(sampling, schema=read_schema(schema)),
+        sampling=default_sampling(source) if sampling is None else sampling,
+        schema=schema,
         too_long=too_long,
         overlap=overlap,
         combine=combine,
@@ -141,11 +141,27 @@ def process(
             return answers_frame(engine, source, spec, keep, max_errors, in_flight)
         from distkv_dask.client.batch.job import Job
         from distkv_dask.client.batch.sources import source_for
+        from distkv_dask.client.batch.target import target_of
 
         opened = source_for(source, spec, keep, engine.client)
-        return Job(engine, opened, spec, max_errors, in_flight).write(Path(out), retry_errors, progress)
+        target = target_of(out, source, isinstance(opened, OpenAIBatchSource))
+        return Job(engine, opened, spec, max_errors, in_flight).write(target, retry_errors, progress)
 
     return asyncio.to_thread(work) if engine.client.asynchronous else work()
+
+
+def spec_of(
+    questions: Sequence[str] | None,
+    sampling: SamplingParams,
+    schema: Mapping[str, Any] | str | PathLike[str] | None,
+    **options: Any,
+) -> BatchSpec:
+    """What is asked of every row; raises as :func:`read_schema` and :class:`BatchSpec` do."""
+    if isinstance(questions, str):
+        raise InvalidRequestError(f"questions is the text {questions!r:.100}: give a list, or question=... for one")
+    if schema is not None:
+        sampling = replace(sampling, schema=read_schema(schema))
+    return BatchSpec(questions=(None,) if questions is None else tuple(questions), sampling=sampling, **options)
 
 
 def read_schema(schema: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:

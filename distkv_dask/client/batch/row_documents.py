@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
 from distkv_dask.client.document_prompts import common_length
-from distkv_dask.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
@@ -80,14 +79,15 @@ class RowDocuments:
 
     def _prefix(self, content: Content) -> list[int]:
         """What the prompts of all questions begin with; nothing where they are too long for the model's window."""
-        if not str(content.values[self._spec.text_column] or "").strip():
-            return []
+        window = self._engine.facts["max_positions"]
         try:
+            if not str(content.values[self._spec.text_column] or "").strip():
+                return []
             one, other = (
                 prompt_ids(self._spec.render(content.values, question), self._engine.tokenizer)
                 for question in self._spec.questions[:2]
             )
-        except InvalidRequestError:  # each question will say so
+        except Exception:  # each question will say so
             return []
-        fits = max(len(one), len(other)) + self._spec.sampling.max_new_tokens <= self._engine.facts["max_positions"]
+        fits = max(len(one), len(other)) + self._spec.sampling.max_new_tokens <= window
         return one[: common_length(one, other)] if fits else []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distkv_dask.types import Prompt, SamplingParams
+from distkv_dask.types import Prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,13 +21,19 @@ class Content:
     ----------
     values
         Fields for the template, by name.
-    prompt, sampling
-        A whole prompt with its own sampling, where the source has those (OpenAI batch files); no template is used then.
+    prompt
+        A whole prompt, where the source has those (OpenAI batch files); no template is used then.
+    sampling
+        What the row itself says about sampling, by the names of :class:`~distkv_dask.types.SamplingParams`; the batch's
+        own sampling says the rest.
+    template
+        Variables for the model's chat template, if the prompt is chat messages.
     """
 
     values: Mapping[str, Any]
     prompt: Prompt | None = None
-    sampling: SamplingParams | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""Rows in, answers out, as they finish: a bounded number of requests in flight, and retries where workers were lost."""
+"""Rows in, answers out, as they finish: a bounded number of requests in flight, and retries where workers were lost.
+
+Whatever goes wrong with one row is the error of that row (:meth:`Runner._row`). What ends the batch concerns all rows:
+the engine is gone, or the source cannot be read any further. Rows that are answered by then are handed on first.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.errors import (
     ChannelError,
+    DistKVError,
     EngineClosedError,
     GangAbortedError,
-    InvalidRequestError,
+    SourceError,
     WorkerLostError,
 )
 from distkv_dask.types import Completion, SamplingParams
@@ -105,28 +110,54 @@ class Runner:
         self._running: dict[Generation, _Ask] = {}
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outcomes: list[Outcome] = []
+        self._broken: DistKVError | None = None
 
     def run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[list[Outcome]]:
         """Answer everything; yields what has finished at least every :data:`TICK` seconds, which may be nothing.
 
+        Closing the iterator cancels what is in flight.
+
         Raises
         ------
         EngineClosedError
-            When the engine is closed or its scheduler is gone. Closing the iterator cancels what is in flight.
+            When the engine is closed or its scheduler is gone.
+        SourceError
+            When ``todo`` raises it or anything that is not ours, once what was begun has been answered.
         """
         try:
             while True:
-                self._fill(todo)
-                if self._running:
-                    self._collect()
-                elif not self._outcomes:
-                    return
+                ended: DistKVError | None = None
+                try:
+                    self._fill(todo)
+                    if self._running:
+                        self._collect()
+                    elif not self._outcomes:
+                        ended = self._broken
+                        if ended is None:
+                            return
+                except DistKVError as error:
+                    ended = error
+                except Exception as error:
+                    ended = DistKVError(f"the batch cannot go on: {said(error)}")
+                    ended.__cause__ = error
                 finished, self._outcomes = self._outcomes, []
                 yield finished
+                if ended is not None:
+                    raise ended
         finally:
             for generation in list(self._running):
                 generation.cancel()
             self._documents.close()
+
+    @contextlib.contextmanager
+    def _row(self, work: _Work) -> Iterator[None]:
+        """All that is done for one row is done in here: what goes wrong is its error, and no other row's."""
+        try:
+            yield
+        except EngineClosedError:
+            raise
+        except Exception as error:
+            self._end(work, error=error)
 
     def _fill(self, todo: Iterator[tuple[Row, str | None]]) -> None:
         """Submit as much as may be in flight."""
@@ -137,24 +168,34 @@ class Runner:
                 return
             if self._ready:
                 self._submit(self._ready.popleft())
-            elif (next_one := next(todo, None)) is not None:
+            elif (next_one := self._next(todo)) is not None:
                 self._begin(*next_one)
             else:
                 self._documents.finish()
                 return
 
+    def _next(self, todo: Iterator[tuple[Row, str | None]]) -> tuple[Row, str | None] | None:
+        """The next question; None after the last one, and after what cannot be read any further."""
+        if self._broken is not None:
+            return None
+        try:
+            return next(todo, None)
+        except DistKVError as error:
+            self._broken = error
+        except Exception as error:
+            self._broken = SourceError(f"the source cannot be read any further: {said(error)}")
+            self._broken.__cause__ = error
+        return None
+
     def _begin(self, row: Row, question: str | None) -> None:
         work = _Work(row, question, time.monotonic(), self._spec.sampling)
-        try:
+        with self._row(work):
             content: Content = row.read()
-        except InvalidRequestError as error:
-            self._end(work, error=error)
-            return
-        work.sampling = content.sampling or work.sampling
-        facts = self._engine.facts
-        work.document = self._documents.begin(row, content)
-        work.plan = plan_answer(content, question, self._spec, self._engine.tokenizer, facts["max_positions"])
-        self._advance(work, None)
+            work.sampling = replace(work.sampling, **content.sampling)
+            work.document = self._documents.begin(row, content)
+            window = self._engine.facts["max_positions"]
+            work.plan = plan_answer(content, question, self._spec, self._engine.tokenizer, window)
+            self._advance(work, None)
 
     def _advance(self, work: _Work, done: list[Completion] | None) -> None:
         """Let a work go on with the completions that it waited for."""
@@ -163,8 +204,6 @@ class Runner:
             asked = next(work.plan) if done is None else work.plan.send(done)
         except StopIteration as stop:
             self._end(work, answer=stop.value)
-        except InvalidRequestError as error:
-            self._end(work, error=error)
         else:
             work.done, work.waiting = [None] * len(asked.prompts), len(asked.prompts)
             sampling = work.sampling if asked.last else replace(work.sampling, schema=None)
@@ -174,25 +213,22 @@ class Runner:
         if not work.over:
             work.over = True
             self._documents.ended(work.document)
-            text = None if error is None else str(error)
+            text = None if error is None else said(error)
             seconds = time.monotonic() - work.began
             self._outcomes.append(Outcome(work.row, work.question, seconds, answer, text))
 
     def _submit(self, ask: _Ask) -> None:
         if ask.work.over:  # another part of the document has failed
             return
-        try:
+        with self._row(ask.work):
             shared = None if ask.failures else ask.work.document  # what failed is tried on its own
             if shared is None:
                 generation = self._engine.submit(ask.prompt, ask.sampling)
             else:
                 request = self._engine._submit_ids(ask.prompt, ask.sampling, document=shared.number)
                 generation = request.generation
-        except InvalidRequestError as error:
-            self._end(ask.work, error=error)
-            return
-        self._running[generation] = ask
-        generation.add_done_callback(self._ended.put)
+            self._running[generation] = ask
+            generation.add_done_callback(self._ended.put)
 
     def _collect(self) -> None:
         """Wait for a request to end, and take all that have."""
@@ -211,7 +247,8 @@ class Runner:
             work.done[ask.place] = generation.result()
             work.waiting -= 1
             if not work.waiting and not work.over:
-                self._advance(work, [one for one in work.done if one is not None])
+                with self._row(work):
+                    self._advance(work, [one for one in work.done if one is not None])
         elif isinstance(error, EngineClosedError):
             raise error
         elif isinstance(error, LOST) and ask.failures <= RETRIES:
@@ -219,3 +256,12 @@ class Runner:
             (self._ready if ask.failures <= RETRIES else self._suspects).append(ask)
         else:
             self._end(ask.work, error=error)
+
+
+def said(error: BaseException) -> str:
+    """What an error says, as a text that any file can hold."""
+    try:
+        text = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
+    except Exception:  # of somebody else's class
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()

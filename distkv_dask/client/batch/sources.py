@@ -14,7 +14,7 @@ from distkv_dask.client.batch import frames, parquet, tables, text_tables
 from distkv_dask.client.batch.documents import DocumentSource
 from distkv_dask.client.batch.extract import DOCUMENTS
 from distkv_dask.client.batch.files import look_into, open_file
-from distkv_dask.client.batch.openai_format import OpenAIBatchSource, is_openai_batch
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource, check_spec, is_openai_batch
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.tables import Columns, Record, TableSource
@@ -33,9 +33,13 @@ _KINDS = {
 """What files hold, by the endings of their names."""
 
 
-def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client) -> Source:
+def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client | None) -> Source:
     """Open a source of which questions are asked; raises as :func:`open_source` and :func:`checked` do."""
-    return checked(open_source(source, columns_of(spec, keep), client), spec)
+    opened = open_source(source, columns_of(spec, keep), client)
+    if isinstance(opened, OpenAIBatchSource):
+        check_spec(spec, keep)
+        return opened
+    return checked(opened, spec)
 
 
 def columns_of(spec: BatchSpec, keep: Sequence[str] | None) -> Columns:
@@ -49,12 +53,8 @@ def checked(opened: Source, spec: BatchSpec) -> Source:
     Raises
     ------
     InvalidRequestError
-        When the template uses columns that the source has not, or its rows are whole prompts already.
+        When the template uses columns that the source has not.
     """
-    if isinstance(opened, OpenAIBatchSource):
-        if spec.questions != (None,) or spec.template is not None:
-            raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
-        return opened
     for name in spec.columns:
         if name not in opened.fields:
             raise InvalidRequestError(
@@ -63,7 +63,7 @@ def checked(opened: Source, spec: BatchSpec) -> Source:
     return opened
 
 
-def open_source(source: Any, columns: Columns, client: Client) -> Source:
+def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
     """Open a source.
 
     Parameters
@@ -74,7 +74,7 @@ def open_source(source: Any, columns: Columns, client: Client) -> Source:
     columns
         Which columns are looked at.
     client
-        Computes the partitions of Dask collections.
+        Computes the partitions of Dask collections; other sources need none.
 
     Raises
     ------
@@ -99,11 +99,13 @@ def open_source(source: Any, columns: Columns, client: Client) -> Source:
                 lambda kept: frames.frame_chunks(source, columns, kept), columns, schema, lambda: len(source)
             )
         case "dask":
+            assert client is not None
             schema = frames.dask_frame_schema(source, columns.text)
             return TableSource(
                 lambda kept: frames.dask_frame_chunks(source, columns, kept, client), columns, schema, lambda: None
             )
         case "bag":
+            assert client is not None
             schema = frames.bag_schema(source, columns.text, client)
             return TableSource(
                 lambda kept: frames.bag_chunks(source, columns, schema, kept, client), columns, schema, lambda: None

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.json_schema import grammar_of
+from distkv_dask.texts import checked_text
 from distkv_dask.types import SamplingParams
 
 TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
@@ -41,7 +43,7 @@ class BatchSpec:
     combine: str = COMBINE
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the source is known."""
+        """Check what can be checked before the source is known: what is wrong here is wrong for every row."""
         if not self.questions or not all(one is None or (isinstance(one, str) and one) for one in self.questions):
             raise InvalidRequestError(f"questions should be texts that are not empty: {self.questions!r:.200}")
         if len(set(self.questions)) < len(self.questions):
@@ -63,6 +65,12 @@ class BatchSpec:
         if asks != ("question" in fields):
             what = "use {question} in the template" if asks else "give a question for the template's {question}"
             raise InvalidRequestError(what)
+        for text in (*self.questions, self.full_template, self.text_column, self.combine):
+            checked_text(text or "", "a question or template")
+        _check_formats(self.full_template, ("text", "question", self.text_column))
+        _check_formats(self.combine, ("answers", "question"))
+        if self.sampling.schema is not None:
+            _check_schema(str(self.sampling.schema))
 
     @property
     def full_template(self) -> str:
@@ -91,13 +99,11 @@ class BatchSpec:
             When a value does not go with the template's format for it.
         """
         known = {name: "" if value is None else value for name, value in values.items()}
-        known |= {"text": known[self.text_column], "question": question}
-        try:
-            return _Names().vformat(self.full_template, (), known)
-        except Exception as error:  # of a value's own format method
-            raise InvalidRequestError(
-                f"the template cannot be filled with this row's values: {error!r:.200}"
-            ) from error
+        return _filled(self.full_template, known | {"text": known[self.text_column], "question": question})
+
+    def combined(self, answers: str, question: str | None) -> str:
+        """The text of a prompt that combines answers about parts."""
+        return _filled(self.combine, {"answers": answers, "question": question})
 
 
 class _Names(string.Formatter):
@@ -112,6 +118,36 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
 
 
+def _check_schema(schema: str) -> None:
+    """Refuse a schema that no answer can follow, or of whose answers no columns can be made."""
+    grammar_of(schema)
+    read = json.loads(schema)
+    checked_text(json.dumps(read, ensure_ascii=False), "the JSON schema")
+    kind = read.get("type", "object")
+    if read.get("properties") and "object" not in (kind if isinstance(kind, list) else [kind]):
+        raise InvalidRequestError(f"the JSON schema has properties, but its type is {kind!r:.100}, not 'object'")
+
+
+def _filled(template: str, values: Mapping[str, Any]) -> str:
+    parsed = string.Formatter().parse(template)
+    return "".join(text + ("" if name is None else _field(name, how, as_, values)) for text, name, how, as_ in parsed)
+
+
+def _check_formats(template: str, texts: Sequence[str]) -> None:
+    """Refuse formats that can never be filled in; of columns that may hold anything, only the conversion is known."""
+    for _, name, how, as_ in string.Formatter().parse(template):
+        if name is not None:
+            _field(name, how if name in texts else "", as_, {name: "x"})
+
+
+def _field(name: str, how: str | None, as_: str | None, values: Mapping[str, Any]) -> str:
+    field = f"{{{name}{f'!{as_}' if as_ else ''}{f':{how}' if how else ''}}}"
+    try:
+        return _Names().vformat(field, (), values)
+    except Exception as error:  # of whatever class the value is
+        raise InvalidRequestError(f"the template's {field} cannot be filled in: {error}") from error
+
+
 def _fields(template: str) -> list[str]:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
@@ -120,4 +156,6 @@ def _fields(template: str) -> list[str]:
     for name in names:
         if not name or not set(name).isdisjoint(".["):
             raise InvalidRequestError(f"the template uses {{{name}}}: only names of columns may stand in braces")
+    if any("{" in (how or "") for _, _, how, _ in string.Formatter().parse(template)):
+        raise InvalidRequestError("the template has braces within braces: formats may not depend on other columns")
     return names

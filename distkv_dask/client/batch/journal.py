@@ -1,0 +1,129 @@
+"""The journal of a batch's output: rows that were appended are on disk, and can be told from what a crash made of them.
+
+It is an Arrow IPC stream. Each batch of rows is followed by one without rows, whose metadata hold a digest of the bytes
+before it: what a crash of the machine left half written, empty or as garbage is not taken for rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+DIGEST = b"blake2b"
+
+
+class Journal:
+    """A new journal.
+
+    Parameters
+    ----------
+    path
+        Its file; written anew.
+    schema
+        Of the rows.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.rows = 0
+        self.began = time.monotonic()
+        self._file = _Digested(path.open("wb"))
+        try:
+            self._writer = pa.ipc.new_stream(self._file, schema)
+            self._nothing = pa.RecordBatch.from_pylist([], schema)
+            sync(path.parent)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Add rows; they survive a crash when this returns."""
+        self._writer.write_batch(batch)
+        self._writer.write_batch(self._nothing, custom_metadata={DIGEST: self._file.digest()})
+        self._file.digest()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += batch.num_rows
+
+    def close(self) -> None:
+        """End it."""
+        self._writer.close()
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Leave it as it is, for :func:`recovered`."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def recovered(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], bool]:
+    """Return all batches that are on disk as they were appended, and whether that is the whole journal.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    data = path.read_bytes()
+    source, whole, begin = pa.BufferReader(data), [], 0
+    rows: pa.RecordBatch | None = None
+    sound = True
+    try:
+        stream = pa.ipc.open_stream(source)
+        if not stream.schema.equals(schema):
+            return [], False
+        while True:
+            end = source.tell()
+            batch, metadata = stream.read_next_batch_with_custom_metadata()
+            if metadata is None or DIGEST not in metadata:
+                rows = batch
+                continue
+            same = metadata[DIGEST] == _digest(data[begin:end])
+            if same and rows is not None:
+                whole.append(rows)
+            sound, rows, begin = sound and same, None, source.tell()
+    except StopIteration:
+        return whole, sound and rows is None and source.tell() == len(data)
+    except (pa.ArrowException, OSError, EOFError, ValueError):
+        return whole, False
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Digested:
+    """A file that knows the digest of what was written to it since it was last asked for."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.blake2b(digest_size=16)
+        self.flush, self.fileno = file.flush, file.fileno
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def digest(self) -> bytes:
+        found, self._hash = self._hash.hexdigest().encode(), hashlib.blake2b(digest_size=16)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).hexdigest().encode()

@@ -1,0 +1,116 @@
+"""What a batch was begun with: all that its answers depend on, kept in the manifest and in each of its files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distkv_dask.client.batch.journal import sync
+from distkv_dask.client.batch.parts import BEGUN, DIGESTS, LOCK, UNFINISHED, Parts
+from distkv_dask.errors import OutputError
+
+MANIFEST = "_distkv.json"
+
+VERSION = 2
+"""Of what lies in an output's folder."""
+
+
+def begun_with(schema: pa.Schema, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the rows of an output depend on: its columns, and the batch's parameters."""
+    return {**parameters, "columns": {field.name: str(field.type) for field in schema}}
+
+
+def begin_or_check(path: Path, begun: Mapping[str, Any]) -> None:
+    """Begin an output in a folder that holds nothing, or check that the one in it was begun with the same parameters.
+
+    A manifest that is damaged is written again.
+
+    Raises
+    ------
+    OutputError
+        The folder holds something else, or an output that was begun with other parameters.
+    OSError
+        The manifest cannot be read or written.
+    """
+    check_begun(path, begun)
+    if _read(path / MANIFEST) is None:
+        unfinished = path / (UNFINISHED + MANIFEST)
+        unfinished.write_bytes(manifest(begun))
+        sync(unfinished)
+        unfinished.replace(path / MANIFEST)
+        sync(path)
+        sync(path.absolute().parent)
+
+
+def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
+    """Check what :func:`begin_or_check` does, and write nothing; None are parameters that are not known yet."""
+    found = _read(path / MANIFEST) or _restored(path)
+    if found is None:
+        ours = (LOCK, UNFINISHED, MANIFEST, DIGESTS)
+        if others := sorted(one.name for one in path.iterdir() if not one.name.startswith(ours)):
+            raise OutputError(
+                f"{path} is no output of distkv (it holds {others[0]}), or one of which {MANIFEST} and all Parquet "
+                f"files are damaged: choose another one"
+            )
+    elif begun is not None and (changed := _differences(found, json.loads(json.dumps(begun)))):
+        raise OutputError(
+            f"{path} was begun with other parameters ({'; '.join(changed)}). Repeat the command as it was to continue, "
+            f"or choose another output."
+        )
+
+
+def manifest(begun: Mapping[str, Any]) -> bytes:
+    """The parameters as they are kept."""
+    body = {"distkv": VERSION, "parameters": begun}
+    return json.dumps({"digest": _digest(body), **body}, indent=1).encode()
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    """What the manifest says; None if there is none, or a damaged one."""
+    return _parameters(path.read_bytes(), path) if path.exists() else None
+
+
+def _restored(path: Path) -> Mapping[str, Any] | None:
+    """What a whole Parquet file says that the output was begun with; None if no file does."""
+    parts = Parts(path)
+    for part in parts:
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError):
+            said = (pq.read_schema(part).metadata or {}).get(BEGUN)
+            if said is not None and parts.is_whole(part) and (found := _parameters(said, part)) is not None:
+                return found
+    return None
+
+
+def _parameters(said: bytes, where: Path) -> Mapping[str, Any] | None:
+    try:
+        body = json.loads(said)
+        if body.pop("digest") != _digest(body):
+            return None
+        version, parameters = body["distkv"], body["parameters"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if version != VERSION:
+        raise OutputError(f"{where} was written by another version of distkv ({version}): choose another output")
+    return parameters  # type: ignore[no-any-return]
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
+    changed = []
+    for name in {**found, **wanted}:
+        then, now = found.get(name), wanted.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            changed += _differences(then, now, f"{path}{name}.")
+        elif then != now:
+            changed.append(f"{path}{name} was {then!r:.100}, is {now!r:.100}")
+    return changed

@@ -1,0 +1,117 @@
+"""One request in OpenAI's format: what it asks, in our terms; what we do not do is refused by name, never left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distkv_dask.client.batch.rows import Content
+from distkv_dask.client.messages import plain_messages
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.types import Prompt
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+_SAMPLING = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
+    "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "seed": "seed",
+    "stop": "stop", "ignore_eos": "ignore_eos",
+}  # fmt: skip
+"""Fields of OpenAI's API, and of vLLM's beyond it -> ours."""
+
+_READ = {"messages", "prompt", "response_format", "chat_template_kwargs"}
+
+_WITHOUT_EFFECT = {
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "parallel_tool_calls", "prediction", "stream_options",
+}  # fmt: skip
+"""Fields that change nothing in an answer."""
+
+
+def _is(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: any(type(value) is type(one) and value == one for one in allowed)
+
+
+def _zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+_HARMLESS: Mapping[str, Callable[[Any], bool]] = {
+    "n": _is(1), "best_of": _is(1), "stream": _is(False), "logprobs": _is(False), "echo": _is(False),
+    "top_logprobs": _zero, "frequency_penalty": _zero, "presence_penalty": _zero, "min_tokens": _zero,
+    "logit_bias": _is({}), "tools": _is([]), "functions": _is([]), "suffix": _is(""), "modalities": _is(["text"]),
+    "tool_choice": _is("none", "auto"), "function_call": _is("none", "auto"), "use_beam_search": _is(False),
+    "skip_special_tokens": _is(True), "add_generation_prompt": _is(True), "length_penalty": _is(1, 1.0),
+}  # fmt: skip
+"""Fields that may be there as long as they say what is done anyway: without tools, "auto" calls none."""
+
+
+def content_of(record: Mapping[str, Any]) -> Content:
+    """What a line of a batch file asks.
+
+    Raises
+    ------
+    InvalidRequestError
+        When it is no request, or asks for something that is not done; the message names it.
+    """
+    body, url, method = record.get("body"), record.get("url"), record.get("method")
+    if not isinstance(name := record.get("custom_id"), str):
+        raise InvalidRequestError(f"custom_id is {name!r:.100}, but a request needs a text there")
+    if not isinstance(body, Mapping):
+        raise InvalidRequestError(f"a request needs a body (object), not {type(body).__name__}")
+    if url not in (CHAT, COMPLETIONS):
+        raise InvalidRequestError(f"url is {url!r:.100}, but only {CHAT} and {COMPLETIONS} are answered")
+    if method is not None and not (isinstance(method, str) and method.upper() == "POST"):
+        raise InvalidRequestError(f"method is {method!r:.100}, but requests are POST")
+    for field, value in body.items():
+        if value is None or field in _SAMPLING or field in _READ or field in _WITHOUT_EFFECT:
+            continue
+        if field not in _HARMLESS or not _HARMLESS[field](value):
+            raise InvalidRequestError(f"{field}={value!r:.100} is not supported")
+    return Content({}, _prompt(body, url), _sampling(body), _template(body, url))
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    sampling: dict[str, Any] = {}
+    for field, ours in _SAMPLING.items():
+        if (value := body.get(field)) is None:
+            continue
+        if field == "top_k" and _is(-1)(value):  # "all" is -1 for others, 0 for us
+            value = 0
+        if ours in sampling and sampling[ours] != value:
+            raise InvalidRequestError("max_tokens and max_completion_tokens differ: give one of them")
+        sampling[ours] = value
+    match body.get("response_format"):
+        case None | {"type": "text"}:
+            pass
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            sampling["schema"] = schema
+        case {"type": "json_object"}:
+            sampling["schema"] = {"type": "object"}
+        case other:
+            raise InvalidRequestError(f"response_format={other!r:.100} is not supported")
+    return sampling
+
+
+def _prompt(body: Mapping[str, Any], url: str) -> Prompt:
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if url == CHAT:
+        if prompt is not None:
+            raise InvalidRequestError("a chat has messages, no prompt")
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequestError(f"messages should be a list of chat messages, not {type(messages).__name__}")
+        return plain_messages(messages)
+    if messages is not None:
+        raise InvalidRequestError("a completion has a prompt, no messages")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+        return prompt
+    raise InvalidRequestError("prompt should be one text, or a list of token ids")
+
+
+def _template(body: Mapping[str, Any], url: str) -> Mapping[str, Any]:
+    given = body.get("chat_template_kwargs") or {}
+    if not isinstance(given, Mapping) or (given and url != CHAT):
+        raise InvalidRequestError("chat_template_kwargs should be an object, and are for chats")
+    return given

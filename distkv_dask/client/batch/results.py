@@ -1,0 +1,133 @@
+"""Rows of the output: what comes of a row is written into the output's columns, or is an error of that row alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distkv_dask.client.batch.columns import schema_fields, schema_values
+from distkv_dask.client.batch.output import RESULT
+from distkv_dask.client.batch.rows import Source
+from distkv_dask.client.batch.runner import Outcome, said
+from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.errors import SourceError
+
+
+class Lot(NamedTuple):
+    """Rows that are done with: as what came of them, and as rows of the output."""
+
+    outcomes: Sequence[Outcome]
+    batch: pa.RecordBatch
+
+    @property
+    def errors(self) -> list[str]:
+        """What is wrong with those that have errors."""
+        return [one.error for one in self.outcomes if one.error is not None]
+
+
+class Results:
+    """Makes rows of the output.
+
+    Parameters
+    ----------
+    source, spec
+        The batch's.
+
+    Raises
+    ------
+    SourceError
+        When two columns of the output have the same name.
+    """
+
+    def __init__(self, source: Source, spec: BatchSpec) -> None:
+        text = spec.sampling.schema
+        self._kept = source.kept
+        self._answers: Mapping[str, Any] = {} if text is None else json.loads(str(text))
+        self.schema = _columns(source, schema_fields(self._answers))
+        """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and the answers' properties."""
+
+    def lot(self, outcomes: Sequence[Outcome]) -> Lot:
+        """Rows of the output; one that cannot be written there as it is has an error, and no other has it."""
+        read = [self._read(one) for one in outcomes]
+        try:
+            return Lot(read, self._written(read))
+        except Exception:
+            alone = [self._alone(one) for one in read]
+            return Lot([one.outcomes[0] for one in alone], pa.concat_batches([one.batch for one in alone]))
+
+    def _read(self, outcome: Outcome) -> Outcome:
+        """Read an answer that follows a JSON schema into the columns of its properties."""
+        if outcome.answer is None or not self._answers:
+            return outcome
+        try:
+            return replace(outcome, values=schema_values(self._answers, outcome.answer.text))
+        except Exception as error:
+            return replace(outcome, error=said(error))
+
+    def _alone(self, outcome: Outcome) -> Lot:
+        """One row: without what the answer's properties are, or without what is kept of the source, if need be."""
+        try:
+            return Lot([outcome], self._written([outcome]))
+        except Exception as error:
+            outcome = replace(outcome, error=f"the row cannot be written to the output: {said(error)}", values={})
+        try:
+            return Lot([outcome], self._written([outcome]))
+        except Exception:
+            nothing = pa.RecordBatch.from_pylist([{}], self._kept)
+            outcome = replace(outcome, row=replace(outcome.row, kept=nothing))
+        return Lot([outcome], self._written([outcome]))
+
+    def _written(self, outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+        schema, columns = self.schema, len(self._kept)
+        kept = [pa.concat_arrays([one.row.kept.column(at) for one in outcomes]) for at in range(columns)]
+        labels = pa.array([one.row.label for one in outcomes], schema[0].type)
+        results = [_result(one) for one in outcomes]
+        added = [schema.field(at) for at in range(1 + columns, len(schema))]
+        filled = [pa.array([one.get(field.name) for one in results], field.type) for field in added]
+        batch = pa.RecordBatch.from_arrays([labels, *kept, *filled], schema=schema)
+        # Values that Parquet has no room for (seconds beyond those that fit as milliseconds) should fail now.
+        pq.write_table(pa.Table.from_batches([batch]), pa.MockOutputStream())
+        return batch
+
+
+def _columns(source: Source, properties: Sequence[pa.Field]) -> pa.Schema:
+    known = [source.label, *RESULT.names]
+    for what, names, hint in (
+        ("source's column", source.kept.names, "leave it out by naming those to keep (keep=...)"),
+        ("answers' property", [field.name for field in properties], "rename it in the JSON schema"),
+    ):
+        if taken := [name for name in names if name in known]:
+            raise SourceError(f"the {what} {taken[0]!r} has the name of another column of the output: {hint}")
+        known += names
+    label = pa.field(source.label, pa.int64() if source.label == "row" else pa.string())
+    schema = pa.schema([label, *source.kept, *RESULT, *properties])
+    for field in schema:
+        try:
+            pq.write_table(pa.schema([field]).empty_table(), pa.MockOutputStream())
+        except pa.ArrowException as error:
+            hint = "leave it out by naming those to keep (keep=...)"
+            raise SourceError(f"column {field.name!r} cannot be written to a Parquet file: {error}; {hint}") from error
+    return schema
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    answer = outcome.answer
+    return {
+        "question": outcome.question,
+        "answer": answer.text if answer else None,
+        "finish_reason": answer.finish_reason if answer else "error",
+        "error": outcome.error,
+        "prompt_tokens": answer.prompt_tokens if answer else None,
+        "new_tokens": answer.new_tokens if answer else None,
+        "reused_tokens": answer.reused_tokens if answer else None,
+        "parts": answer.parts if answer else None,
+        "dropped_tokens": answer.dropped_tokens if answer else None,
+        "seconds": outcome.seconds,
+        "fingerprint": outcome.row.fingerprint,
+        **outcome.values,
+    }

@@ -1,0 +1,117 @@
+"""Where the answers of a batch go: a folder of this machine, checked before anything is started for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from distkv_dask.client.batch.manifest import MANIFEST, check_begun
+from distkv_dask.client.batch.output import locked
+from distkv_dask.client.batch.parts import LOCK
+from distkv_dask.errors import OutputError
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class Target(NamedTuple):
+    """The folder of Parquet files, and the JSONL file that is written from it in the end, if one is wanted."""
+
+    folder: Path
+    lines: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.lines or self.folder
+
+
+def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
+    """Read what a user named as the output.
+
+    Parameters
+    ----------
+    out
+        A path of this machine; also as ``file:///...``.
+    source
+        The batch's source: a path, or anything else.
+    requests
+        Whether the source is an OpenAI batch file, of which answers may be JSONL.
+
+    Raises
+    ------
+    OutputError
+        When it is a place of another kind, the source itself, or within the source's folder.
+    """
+    path = _local(os.fspath(out))
+    lines = path if path.suffix == ".jsonl" else None
+    if lines is not None and not requests:
+        raise OutputError(f"{path}: only answers to an OpenAI batch file are written as JSONL; name a folder")
+    target = Target(path if lines is None else path.with_name(path.name + ".parquet"), lines)
+    if isinstance(source, str | PathLike):
+        read = Path(source).resolve()
+        for one in (target.path, target.folder):
+            if read == one.resolve() or (read.is_dir() and read in one.resolve().parents):
+                raise OutputError(f"{one} is, or lies in, the source {source}: choose an output beside it")
+    if lines is not None and lines.exists() and not (target.folder / MANIFEST).exists():
+        raise OutputError(f"{lines} is there already, and of no batch that is known here: choose another output")
+    return target
+
+
+def check_target(target: Target, begun: Mapping[str, Any] | None) -> None:
+    """Raise :class:`OutputError` if an output cannot be begun or gone on with; nothing is left there that was not.
+
+    Parameters
+    ----------
+    target
+        Where it is to be.
+    begun
+        What it is begun with; None where that is not known yet.
+    """
+    folder = target.folder
+    try:
+        with _made(folder):
+            fresh = not (folder / LOCK).exists()
+            lock = locked(folder)
+            try:
+                check_begun(folder, begun)
+            finally:
+                if fresh:
+                    (folder / LOCK).unlink()
+                lock.release()
+    except OSError as error:
+        raise OutputError(
+            f"{target.path} cannot be written: {error}. Choose an output where you may write, and where there is room."
+        ) from error
+
+
+def _local(out: str) -> Path:
+    if not out or "\0" in out:
+        raise OutputError(f"the output is {out!r:.100}: name a folder")
+    if not _URI.match(out):
+        return Path(out).expanduser()
+    uri = urlsplit(out)
+    if uri.scheme.lower() != "file" or uri.netloc not in ("", "localhost"):
+        raise OutputError(
+            f"{out} is no folder of this machine: an output grows row by row, and is locked, renamed and synced to "
+            f"disk, which only local file systems do. Choose a local folder, and copy it when the batch is done."
+        )
+    return Path(url2pathname(uri.path))
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder for a moment, with those above it."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
