@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from distkv_dask.errors import SavedDocumentError
+from distkv_dask.errors import OutputError, SavedDocumentError
 
 
 def folder_at(place: str) -> tuple[fs.FileSystem, str]:
@@ -46,3 +46,15 @@ def write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
     with filesystem.open_output_stream(unfinished) as stream:
         stream.write(data)
     filesystem.move(unfinished, path)
+
+
+def check_file(path: Path) -> None:
+    """Raise :class:`OutputError` if a file cannot be written; nothing is left of the attempt, nor of a file changed."""
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error

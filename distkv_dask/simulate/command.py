@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from distkv_dask.errors import DistKVError
+from distkv_dask.filesystems import check_file
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.scheduler.presets import LINKS, PRESETS
 from distkv_dask.simulate.cluster import Simulation
@@ -16,6 +18,12 @@ from distkv_dask.simulate.plots import plot as draw
 from distkv_dask.simulate.report import figures
 from distkv_dask.simulate.traces import Arrival, read_trace
 from distkv_dask.simulate.workloads import WORKLOADS, workload_named
+
+
+def _positive(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"{value} is no number above 0")
+    return value
 
 
 @click.command()
@@ -26,10 +34,18 @@ from distkv_dask.simulate.workloads import WORKLOADS, workload_named
 @click.option("--preset", default="a100-7b", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--link", type=click.Choice(list(LINKS)), help="Between hosts, instead of the preset's.")
 @click.option("--requests", type=click.IntRange(1), help="How many requests (of a trace: the first ones).")
-@click.option("--rate", type=float, help="Requests a second of a workload; all come at once without it.")
-@click.option("--speedup", default=1.0, show_default=True, help="How many times as fast a trace's requests come.")
+@click.option(
+    "--rate", type=float, callback=_positive, help="Requests a second of a workload; all come at once without it."
+)
+@click.option(
+    "--speedup",
+    default=1.0,
+    show_default=True,
+    callback=_positive,
+    help="How many times as fast a trace's requests come.",
+)
 @click.option("--no-prefill", is_flag=True, help="Prompts come with their KV, computed elsewhere.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures, a list if several.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
 def simulate(
@@ -54,6 +70,9 @@ def simulate(
     if link is not None:
         chosen = replace(chosen, model=replace(chosen.model, between=LINKS[link]))
     try:
+        for path in (json_file, plot):
+            if path is not None:
+                check_file(path)
         arrivals: list[Arrival] = (
             read_trace(trace, speedup, requests)
             if trace is not None

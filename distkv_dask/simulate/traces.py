@@ -51,7 +51,7 @@ def read_trace(path: Path, speedup: float = 1.0, limit: int | None = None) -> li
             seconds, prompt, output = next(rows)
         except StopIteration:
             break
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError, csv.Error, OSError) as error:
             text = f"{path}, request {len(arrivals) + 1}: {error!r}. See distkv_dask.simulate.traces for the formats."
             raise InvalidRequestError(text) from error
         first = first if arrivals else seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import click
 from distkv_dask.client.batch.extract import plain_text
 from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
-from distkv_dask.client.commands.connect import (
-    engine_of,
+from distkv_dask.client.commands.connect import chosen_of
+from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.options import (
     engine_option,
     model_options,
-    note,
     sampling_of,
     sampling_options,
     scheduler_option,
@@ -26,13 +27,14 @@ from distkv_dask.client.document import Document
 from distkv_dask.client.document_prompts import read_text
 from distkv_dask.client.engine import Engine
 from distkv_dask.client.generation import TextPieces
-from distkv_dask.client.saved_document import FILE
+from distkv_dask.client.saved_document import FILE, read_metadata
+from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.types import SamplingParams
 
 
 @click.command("ask")
 @click.argument("question")
-@click.argument("document", type=click.Path(path_type=Path, allow_dash=True), required=False)
+@click.argument("document", required=False)
 @click.option(
     "--schema",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -43,21 +45,25 @@ from distkv_dask.types import SamplingParams
 @scheduler_option
 @engine_option
 @size_options
-def command(question: str, document: Path | None, schema: Path | None, **options: Any) -> None:
+def command(question: str, document: str | None, schema: Path | None, **options: Any) -> None:
     """Ask QUESTION about DOCUMENT (.txt, .md, .html, .pdf, or - for standard input), or about nothing.
 
     \b
         distkv ask "What are the risks?" report.pdf
 
-    DOCUMENT may be a folder in which `distkv ingest` saved one: then the answer begins without reading it again.
+    DOCUMENT may be a folder, or its URI, in which `distkv ingest` saved one: then the answer begins without reading it
+    again.
 
     The answer goes to standard output as it is generated.
     """  # noqa: D301
-    sampling = sampling_of(options)
-    with engine_of(options) as engine:
+    sampling, _ = sampling_of(options)
+    chosen = chosen_of(options)
+    with failing_clearly():
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
-        with _pieces(engine, question, document, sampling) as pieces:
+        begin = _question(question, document, sampling)
+    with chosen.engine() as engine:
+        with begin(engine) as pieces:
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()
@@ -70,13 +76,37 @@ def command(question: str, document: Path | None, schema: Path | None, **options
             )
 
 
-def _pieces(engine: Engine, question: str, document: Path | None, sampling: SamplingParams) -> TextPieces:
-    """The answer as it is generated."""
-    if document is not None and (document / FILE).exists():
-        saved: Document = engine.load(document)
-        return saved.stream(question, sampling)
+def _question(question: str, document: str | None, sampling: SamplingParams) -> Callable[[Engine], TextPieces]:
+    """Read what is asked about, and return what asks an engine and gives the answer as it is generated."""
+    spec = BatchSpec(questions=(question,), sampling=sampling)
+    if not question.strip():
+        raise InvalidRequestError("the question is empty")
+    if document is not None and document != "-" and ("://" in document or (Path(document) / FILE).exists()):
+        read_metadata(document)
+
+        def about_saved(engine: Engine) -> TextPieces:
+            saved: Document = engine.load(document)
+            return saved.stream(question, sampling)
+
+        return about_saved
     text = question
     if document is not None:
-        read = plain_text(sys.stdin.buffer.read()) if str(document) == "-" else read_text(document)
-        text = BatchSpec(questions=(question,)).render({"text": read}, question)
-    return engine.stream(prompt_ids(text, engine.tokenizer), sampling)
+        read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(Path(document))
+        text = spec.render({"text": read}, question)
+    return lambda engine: engine.stream(prompt_ids(text, engine.tokenizer), sampling)
+
+
+def document_text(path: Path) -> str:
+    """The text of a document.
+
+    Raises
+    ------
+    SourceError, InvalidRequestError
+        When it cannot be read, or there is nothing in it.
+    """
+    if path.is_dir():
+        raise SourceError(f"{path} is a folder in which no document was saved: name a file, or use distkv run")
+    text = read_text(path)
+    if not text.strip():
+        raise InvalidRequestError(f"{path} is empty")
+    return text

@@ -14,14 +14,10 @@ import click
 
 from distkv_dask.client.bench import SHORT, Decode, Prefill, decodes, prefills, room
 from distkv_dask.client.bench_plot import plot as draw
-from distkv_dask.client.commands.connect import (
-    engine_of,
-    engine_option,
-    model_options,
-    note,
-    scheduler_option,
-    size_options,
-)
+from distkv_dask.client.commands.connect import chosen_of
+from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.options import engine_option, model_options, scheduler_option, size_options
+from distkv_dask.filesystems import check_file
 
 Point = TypeVar("Point", Prefill, Decode)
 
@@ -77,7 +73,12 @@ def command(
     vary. A decode rate is that of all requests of the batch together.
     """  # noqa: D301
     model = options["model"]
-    with engine_of(options) as engine:
+    chosen = chosen_of(options)
+    with failing_clearly():
+        for path in (plot, json_file):
+            if path is not None:
+                check_file(path)
+    with chosen.engine(texts=False) as engine:
         facts = engine.facts
         title = f"{model}, {facts['dtype']}, {facts['workers']} workers"
         note(f"Measuring {title} ...")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import failing_clearly, local_cluster, model_options, size_options
+from distkv_dask.client.commands.connect import MODEL, check_cluster, check_model, local_cluster
+from distkv_dask.client.commands.failing import failing_clearly
+from distkv_dask.client.commands.options import model_options, size_options, was_given
 from distkv_dask.client.engine import Engine
+from distkv_dask.errors import ClusterError
+from distkv_dask.model_source import resolve_model
 
 
 @click.command("cluster")
@@ -43,6 +48,13 @@ def command(
         distkv cluster --load --model smollm2-135m &
         distkv ask "Who was Ada Lovelace?" --scheduler tcp://127.0.0.1:8786 --engine auto
     """  # noqa: D301
+    if not load and (given := [name for name in MODEL if was_given(name)]):
+        raise click.UsageError(f"--{given[0].replace('_', '-')} is of the model that --load loads: add it")
+    with failing_clearly():
+        check_cluster(None)
+        _check_free(host, port)
+        if load:
+            check_model(resolve_model(model["model"], model["rope_scaling"]), texts=False)
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
@@ -58,3 +70,14 @@ def command(
         with failing_clearly(), Client(cluster) as client, Engine(client, **model) as engine:
             click.echo(f"engine {engine.id}: {engine.model.name}")
             over.wait()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise :class:`ClusterError` if nothing can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ClusterError(f"nothing can listen at {host}:{port}: {error}; choose another --host or --port") from error

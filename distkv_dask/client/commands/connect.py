@@ -1,120 +1,26 @@
-"""What commands share: the options that choose cluster, model and sampling, and the engine that comes of them."""
+"""From a command's options to an engine: all that can be checked is checked before a cluster is started or asked."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import ssl
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.options import was_given
 from distkv_dask.client.engine import Engine
-from distkv_dask.errors import DistKVError
-from distkv_dask.rope_scaling import checked
-from distkv_dask.types import SamplingParams
+from distkv_dask.config import Config
+from distkv_dask.errors import ClusterError, ModelError
+from distkv_dask.model_source import ModelSource, resolve_model
+from distkv_dask.model_support import check_supported
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-FAILED = 1
-"""Exit status when a command could not do what was asked."""
-
-SOME_ROWS_FAILED = 3
-"""Exit status of a batch that was done, but has rows with errors."""
-
-
-def scheduler_option(command: Command) -> Command:
-    """Add ``--scheduler`` to a command that starts a cluster without it."""
-    return click.option(
-        "--scheduler",
-        metavar="ADDRESS",
-        envvar="DASK_SCHEDULER_ADDRESS",
-        help="Dask scheduler of a running cluster, such as tcp://10.0.0.1:8786. Without it, a cluster is "
-        "started on this machine.",
-    )(command)
-
-
-def running_option(command: Command) -> Command:
-    """Add ``--scheduler`` to a command that looks at a running cluster."""
-    return click.option(
-        "--scheduler",
-        metavar="ADDRESS",
-        envvar="DASK_SCHEDULER_ADDRESS",
-        required=True,
-        help="Dask scheduler of the cluster, such as tcp://10.0.0.1:8786; or set DASK_SCHEDULER_ADDRESS.",
-    )(command)
-
-
-def engine_option(command: Command) -> Command:
-    """Add ``--engine`` to a command that opens one without it."""
-    return click.option(
-        "--engine",
-        metavar="ID",
-        help="Ask an engine that is open on the cluster already, with the model that it has: its id, which distkv "
-        "status shows, or auto where there is only one.",
-    )(command)
-
-
-def size_options(command: Command) -> Command:
-    """Add the options that size a cluster on this machine."""
-    for option in (
-        click.option("--memory-limit", metavar="BYTES", help="Memory of each worker, such as '8 GiB'."),
-        click.option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
-        click.option(
-            "--workers", type=click.IntRange(1), help="Worker processes; all three suit the machine if not given."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def sampling_options(command: Command) -> Command:
-    """Add the options that say how answers are drawn."""
-    for option in (
-        click.option("--stop", multiple=True, metavar="TEXT", help="Text at which an answer ends; may be repeated."),
-        click.option("--seed", type=int, help="Makes draws repeatable."),
-        click.option(
-            "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
-        ),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
-        click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
-    ):
-        command = option(command)
-    return command
-
-
-def model_options(command: Command) -> Command:
-    """Add the options that say which model it is, and how much memory its KV cache has."""
-    for option in (
-        click.option(
-            "--kv-memory",
-            metavar="BYTES",
-            help="KV cache of each worker, such as '4 GiB'; half its memory if not given.",
-        ),
-        click.option(
-            "--rope-scaling",
-            metavar="KIND:FACTOR",
-            callback=_rope_scaling,
-            help="Sequences longer than the model was made for: yarn:4 or linear:2, for example.",
-        ),
-        click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16, float16 or float32."),
-        click.option(
-            "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _rope_scaling(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    kind, _colon, factor = text.partition(":")
-    try:
-        return checked({"rope_type": kind, "factor": float(factor)})
-    except (ValueError, DistKVError) as error:
-        raise click.BadParameter(f"{text!r} is not like yarn:4 ({error})") from error
+SIZES = ("workers", "threads", "memory_limit")
+MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
+"""Options of a cluster on this machine, and of an engine that is opened here."""
 
 
 def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Any:
@@ -122,76 +28,128 @@ def local_cluster(workers: int | None, threads: int | None, memory_limit: str | 
     from distributed import LocalCluster
 
     sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
-    return LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
+    try:
+        return LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise click.ClickException(f"no cluster could be started on this machine: {reason}") from error
 
 
 @contextmanager
-def client_of(
-    scheduler: str | None, workers: int | None = None, threads: int | None = None, memory_limit: str | None = None
-) -> Iterator[Any]:
+def client_of(scheduler: str | None, **sizes: Any) -> Iterator[Any]:
     """Connect to a scheduler, or start a cluster for the time being."""
     from distributed import Client
 
     with ExitStack() as stack:
         if scheduler is None:
-            cluster = stack.enter_context(local_cluster(workers, threads, memory_limit, dashboard_address=":0"))
+            cluster = stack.enter_context(local_cluster(**sizes, dashboard_address=":0"))
             note(f"Cluster on this machine: {len(cluster.workers)} workers, dashboard {cluster.dashboard_link}")
             yield stack.enter_context(Client(cluster))
             return
-        if workers or threads or memory_limit:
-            raise click.UsageError("--workers, --threads and --memory-limit are for a cluster that is started here")
         try:
             client = stack.enter_context(Client(scheduler, timeout="30s"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise click.ClickException(f"no Dask scheduler answers at {scheduler}: {error}") from error
         yield client
 
 
-def sampling_of(options: dict[str, Any]) -> SamplingParams:
-    """What a command's options say about sampling; takes them out of ``options``."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
-    with failing_clearly():
-        return SamplingParams(**{name: options.pop(name) for name in names})
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The cluster and the model that a command's options name, checked as far as that needs neither."""
 
+    scheduler: str | None
+    sizes: dict[str, Any]
+    model: dict[str, Any]
+    attached: str | None
+    source: ModelSource | None
 
-@contextmanager
-def engine_of(options: dict[str, Any]) -> Iterator[Engine]:
-    """Open the engine that a command's options ask for; takes these options out of ``options``."""
-    with failing_clearly():
-        cluster = {name: options.pop(name) for name in ("scheduler", "workers", "threads", "memory_limit")}
-        model = {name: options.pop(name) for name in ("model", "dtype", "kv_memory", "rope_scaling")}
-        attached: str | None = options.pop("engine")
-        if attached is not None:
-            _check_attached(cluster["scheduler"], model)
-        with client_of(**cluster) as client:
-            if attached is not None:
-                with Engine.attach(None if attached == "auto" else attached, client) as engine:
+    @contextmanager
+    def engine(self, texts: bool = True) -> Iterator[Engine]:
+        """Open the engine, after checking the model; ``texts`` says that it is to be asked with texts."""
+        with failing_clearly():
+            if self.source is not None:
+                check_model(self.source, texts)
+            with client_of(self.scheduler, **self.sizes) as client:
+                if self.attached is not None:
+                    with Engine.attach(None if self.attached == "auto" else self.attached, client) as engine:
+                        yield engine
+                    return
+                note(f"Loading {self.model['model']} on every worker ...")
+                with Engine(client, **self.model) as engine:
                     yield engine
-                return
-            note(f"Loading {model['model']} on every worker ...")
-            with Engine(client, **model) as engine:
-                yield engine
 
 
-def _check_attached(scheduler: str | None, model: Iterable[str]) -> None:
+def chosen_of(options: dict[str, Any]) -> Chosen:
+    """Read the options that choose cluster and model, and check them; takes them out of ``options``."""
+    scheduler, attached = options.pop("scheduler"), options.pop("engine")
+    sizes, model = ({name: options.pop(name) for name in names} for names in (SIZES, MODEL))
+    if scheduler is not None and any(sizes.values()):
+        raise click.UsageError("--workers, --threads and --memory-limit are for a cluster that is started here")
+    if attached is not None:
+        _check_attached(scheduler, attached)
+    with failing_clearly():
+        check_cluster(scheduler)
+        source = resolve_model(model["model"], model["rope_scaling"]) if attached is None else None
+    return Chosen(scheduler, sizes, model, attached, source)
+
+
+def check_cluster(scheduler: str | None) -> None:
+    """Check a scheduler's address (None: a cluster is started here), certificates and settings.
+
+    Raises
+    ------
+    ClusterError, ConfigError
+        When one of them is wrong.
+    """
+    Config.load()
+    if scheduler is not None:
+        _check_address(scheduler)
+    from distributed import Security
+
+    try:
+        security = Security()
+        roles = ("client",) if scheduler is not None else ("client", "scheduler", "worker")
+        secured = [security.get_connection_args(role) for role in roles]
+    except (OSError, ssl.SSLError, ValueError, TypeError) as error:
+        raise ClusterError(f"the certificates that distributed.comm.tls names cannot be used: {error}") from error
+    if scheduler is not None and scheduler.startswith("tls://") and secured[0].get("ssl_context") is None:
+        raise ClusterError(f"{scheduler} needs certificates: set distributed.comm.tls in Dask's configuration")
+
+
+def check_model(source: ModelSource, texts: bool) -> None:
+    """Check that a model is one that can be served, and asked with texts.
+
+    Raises
+    ------
+    ModelError, ConfigError
+        When it is not.
+    """
+    check_supported(source.config())
+    if texts and source.tokenizer() is None:
+        raise ModelError(f"model {source.name!r} has no tokenizer, without which it cannot be asked with texts")
+
+
+def _check_address(scheduler: str) -> None:
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.comm.registry import get_backend
+
+    try:
+        scheme, where = parse_address(scheduler)
+        get_backend(scheme)
+        if scheme == "inproc":  # of this process
+            return
+        host, port = parse_host_port(where)
+        if not host or not 0 < port < 65536:
+            raise ValueError("it has no host, or no port from 1 to 65535")
+    except ValueError as error:
+        raise ClusterError(f"{scheduler!r} is no scheduler's address such as tcp://10.0.0.1:8786: {error}") from error
+
+
+def _check_attached(scheduler: str | None, attached: str) -> None:
     if scheduler is None:
         raise click.UsageError("--engine is one of a running cluster: name its --scheduler")
-    source = click.get_current_context().get_parameter_source
-    if given := [name for name in model if source(name) is ParameterSource.COMMANDLINE]:
+    if not attached.isalnum():
+        raise click.UsageError(f"--engine is {attached!r}, but should be an id that distkv status shows, or auto")
+    if given := [name for name in MODEL if was_given(name)]:
         option = given[0].replace("_", "-")
         raise click.UsageError(f"--{option} is for an engine that is opened here: one that is open already has its own")
-
-
-@contextmanager
-def failing_clearly() -> Iterator[None]:
-    """Turn our errors into a line on standard error and exit status 1."""
-    try:
-        yield
-    except DistKVError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def note(text: str) -> None:
-    """Tell somebody who watches what is going on; nothing where standard error is piped."""
-    if sys.stderr.isatty():
-        click.echo(text, err=True)

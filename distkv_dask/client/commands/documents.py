@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import running_option
+from distkv_dask.client.commands.options import running_option
 from distkv_dask.client.commands.running import look, running
 
 STATES = {"document": "stored", "dropped": "given up; computed anew when it is next asked"}

@@ -7,14 +7,11 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import (
-    engine_of,
-    engine_option,
-    model_options,
-    note,
-    scheduler_option,
-    size_options,
-)
+from distkv_dask.client.commands.ask import document_text
+from distkv_dask.client.commands.connect import chosen_of
+from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.options import engine_option, model_options, scheduler_option, size_options
+from distkv_dask.client.saved_document import prepare
 
 
 @click.command("ingest")
@@ -34,8 +31,12 @@ def command(document: Path, folder: str, **options: Any) -> None:
     FOLDER is a path or a URI such as s3://bucket/report, which all workers reach. Questions on it then begin at once,
     on any number of workers, with the same --model, --dtype and block size.
     """  # noqa: D301
-    with engine_of(options) as engine:
+    chosen = chosen_of(options)
+    with failing_clearly():
+        text = document_text(document)
+        prepare(folder)
+    with chosen.engine() as engine:
         note(f"Computing {document} ...")
-        with engine.ingest(document, name=document.name) as handle:
+        with engine.ingest(text, name=document.name) as handle:
             handle.save(folder)
             click.echo(f"{handle.tokens} tokens saved in {folder}")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from distkv_dask.client.batch.job import Job, parameters_of
+from distkv_dask.client.batch.manifest import begun_with
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
+from distkv_dask.client.batch.process import BatchSummary, spec_of
+from distkv_dask.client.batch.results import Results
+from distkv_dask.client.batch.sources import source_for
 from distkv_dask.client.batch.spec import COMBINE, TooLong
-from distkv_dask.client.commands.connect import (
-    SOME_ROWS_FAILED,
-    engine_of,
+from distkv_dask.client.batch.target import check_target, target_of
+from distkv_dask.client.commands.connect import chosen_of
+from distkv_dask.client.commands.failing import SOME_ROWS_FAILED, failing_clearly
+from distkv_dask.client.commands.options import (
     engine_option,
     model_options,
     sampling_of,
@@ -22,10 +30,10 @@ from distkv_dask.client.commands.connect import (
 
 
 @click.command("run")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("-q", "--question", "questions", multiple=True, help="Asked about each row; may be repeated.")
 @click.option("--template", help="Text of a prompt, with {text}, {question} and columns in braces.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of Parquet files to write.")
+@click.option("-o", "--out", required=True, help="Folder of Parquet files to write.")
 @click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
 @click.option(
     "--keep", multiple=True, metavar="COLUMN", help="Column that goes to the output; all but the text if not given."
@@ -54,7 +62,7 @@ from distkv_dask.client.commands.connect import (
 @scheduler_option
 @engine_option
 @size_options
-def command(source: Path, questions: tuple[str, ...], out: Path, keep: tuple[str, ...], **options: Any) -> None:
+def command(out: str, **options: Any) -> None:
     """Ask questions about every row of SOURCE and write a table of answers.
 
     SOURCE is a Parquet file or folder, a CSV or JSONL file, an OpenAI batch file, a document, or a folder of documents
@@ -69,19 +77,32 @@ def command(source: Path, questions: tuple[str, ...], out: Path, keep: tuple[str
     Exit status: 0 if every row has an answer, 3 if some rows have errors, 1 if the batch could not be done (what is
     answered so far is kept), 2 if the command line is wrong.
     """  # noqa: D301
-    sampling = sampling_of(options)
-    with engine_of(options) as engine:
-        done = engine.process(
-            source,
-            questions=questions or None,
-            out=out,
-            keep=keep or None,
-            sampling=sampling,
-            **options,
-        )
+    done = _run(out, options)
     errors = f", {done.errors} with errors" if done.errors else ""
     click.echo(
         f"{done.rows} rows in {done.out}{errors}; {done.rows - done.earlier} of them new, in {done.seconds:.1f} s"
     )
     if done.errors:
         sys.exit(SOME_ROWS_FAILED)
+
+
+def _run(out: str, options: dict[str, Any]) -> BatchSummary:
+    """Check everything, and do it."""
+    sampling, said = sampling_of(options)
+    chosen = chosen_of(options)
+    max_errors, retry_errors, in_flight = (options.pop(name) for name in ("max_errors", "retry_errors", "in_flight"))
+    path, keep = options.pop("source"), options.pop("keep") or None
+    with failing_clearly():
+        # An OpenAI batch file has defaults of its own.
+        given = {name: getattr(sampling, name) for name in said}
+        questions = options.pop("questions") or None
+        spec = spec_of(questions, replace(default_sampling(path), **given), **options)
+        source = source_for(path, spec, keep, None)
+        requests = isinstance(source, OpenAIBatchSource)
+        target = target_of(out, path, requests)
+        begun = None
+        if chosen.source is not None:
+            begun = begun_with(Results(source, spec).schema, parameters_of(spec, chosen.source, chosen.model["dtype"]))
+        check_target(target, begun)
+    with chosen.engine(texts=not requests) as engine:
+        return Job(engine, source, spec, max_errors, in_flight).write(target, retry_errors, None)

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import client_of, failing_clearly
+from distkv_dask.client.commands.connect import check_cluster, client_of
+from distkv_dask.client.commands.failing import failing_clearly
 from distkv_dask.protocol import PLUGIN, ClientCall
 
 LIMIT = 10.0
@@ -20,6 +21,8 @@ Engines = dict[str, dict[str, Any]]
 @contextmanager
 def running(scheduler: str) -> Iterator[Any]:
     """A Dask client of a running cluster; one that stops answering is an error on one line."""
+    with failing_clearly():
+        check_cluster(scheduler)
     with failing_clearly(), client_of(scheduler) as client:
         try:
             yield client

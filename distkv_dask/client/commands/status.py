@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from dask.utils import format_bytes
 
-from distkv_dask.client.commands.connect import running_option
+from distkv_dask.client.commands.options import running_option
 from distkv_dask.client.commands.running import Engines, look, running
 
 if TYPE_CHECKING:

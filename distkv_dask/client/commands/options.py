@@ -1,0 +1,151 @@
+"""The options that commands share: which cluster, which model, and how answers are drawn; each is checked when read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+from dask.utils import parse_bytes
+
+from distkv_dask.client.commands.failing import failing_clearly
+from distkv_dask.config import Config
+from distkv_dask.errors import DistKVError
+from distkv_dask.rope_scaling import checked
+from distkv_dask.types import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def scheduler_option(command: Command) -> Command:
+    """Add ``--scheduler`` to a command that starts a cluster without it."""
+    return click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        envvar="DASK_SCHEDULER_ADDRESS",
+        help="Dask scheduler of a running cluster, such as tcp://10.0.0.1:8786. Without it, a cluster is "
+        "started on this machine.",
+    )(command)
+
+
+def running_option(command: Command) -> Command:
+    """Add ``--scheduler`` to a command that looks at a running cluster."""
+    return click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        envvar="DASK_SCHEDULER_ADDRESS",
+        required=True,
+        help="Dask scheduler of the cluster, such as tcp://10.0.0.1:8786; or set DASK_SCHEDULER_ADDRESS.",
+    )(command)
+
+
+def engine_option(command: Command) -> Command:
+    """Add ``--engine`` to a command that opens one without it."""
+    return click.option(
+        "--engine",
+        metavar="ID",
+        help="Ask an engine that is open on the cluster already, with the model that it has: its id, which distkv "
+        "status shows, or auto where there is only one.",
+    )(command)
+
+
+def size_options(command: Command) -> Command:
+    """Add the options that size a cluster on this machine."""
+    for option in (
+        click.option(
+            "--memory-limit", metavar="BYTES", callback=_memory_limit, help="Memory of each worker, such as '8 GiB'."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Worker processes; all three suit the machine if not given."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options that say how answers are drawn."""
+    for option in (
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text at which an answer ends; may be repeated."),
+        click.option("--seed", type=int, help="Makes draws repeatable."),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
+        ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say which model it is, and how much memory its KV cache has."""
+    for option in (
+        click.option(
+            "--kv-memory",
+            metavar="BYTES",
+            callback=_kv_memory,
+            help="KV cache of each worker, such as '4 GiB'; half its memory if not given.",
+        ),
+        click.option(
+            "--rope-scaling",
+            metavar="KIND:FACTOR",
+            callback=_rope_scaling,
+            help="Sequences longer than the model was made for: yarn:4 or linear:2, for example.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(("auto", "bfloat16", "float16", "float32")),
+            default="auto",
+            show_default=True,
+            help="Of weights and KV cache; auto is the checkpoint's.",
+        ),
+        click.option(
+            "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _rope_scaling(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    kind, _colon, factor = text.partition(":")
+    try:
+        return checked({"rope_type": kind, "factor": float(factor)})
+    except (ValueError, DistKVError) as error:
+        raise click.BadParameter(f"{text!r} is not like yarn:4 ({error})") from error
+
+
+def _kv_memory(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    try:
+        if text is not None:
+            Config.load(kv_memory=text)
+    except DistKVError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
+def _memory_limit(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    try:
+        if text not in (None, "auto") and parse_bytes(text) < 0:
+            raise ValueError("it is negative")
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(f"{text!r} is no amount of memory such as '8 GiB' ({error})") from error
+    return text
+
+
+def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
+    """What a command's options say about sampling, and that which was said; takes them out of ``options``."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+    given = {name: options.pop(name) for name in names}
+    with failing_clearly():
+        return SamplingParams(**given), {name: value for name, value in given.items() if was_given(name)}
+
+
+def was_given(name: str) -> bool:
+    """Whether an option of the current command was given."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
