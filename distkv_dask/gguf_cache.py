@@ -56,13 +56,16 @@ def _converted(file: Path, part: str, save: Callable[[Path, Path], None]) -> Pat
         with FileLock(home / f"{part}.lock"):
             if not done.is_dir():
                 scratch = Path(tempfile.mkdtemp(prefix=f"{part}.", dir=home))
+                alone = Path(tempfile.mkdtemp(prefix=f"{part}.", dir=home))  # transformers reads its neighbours, too
                 try:
-                    save(file, scratch)
+                    (alone / file.name).symlink_to(file.absolute())
+                    save(alone / file.name, scratch)
                     os.replace(scratch, done)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
+                    shutil.rmtree(alone)
         return done
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
         raise ModelError(
             f"GGUF file {str(file)!r} cannot be converted below {str(_cache_home())!r} (set XDG_CACHE_HOME for another "
             f"place): {error}"

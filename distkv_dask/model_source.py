@@ -7,13 +7,16 @@ or the tokenizer imports both.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from distkv_dask.errors import ModelError
 from distkv_dask.gguf_cache import converted_text
+from distkv_dask.model_files import check_sizes, check_tokenizer, check_weights, read_json, safe_config
 from distkv_dask.rope_scaling import checked, scale
 
 _HUB_TIMEOUT = 10.0
@@ -58,10 +61,16 @@ class ModelSource:
         """
         from transformers import AutoConfig
 
+        read = safe_config(read_json(self._config_file()), self.name)
         try:
-            config = AutoConfig.from_pretrained(self._text_location(), trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            with TemporaryDirectory(prefix="distkv-") as folder:
+                Path(folder, "config.json").write_text(json.dumps(read))
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                text = config.get_text_config()
+        except Exception as error:  # a configuration class raises whatever its values make it stumble over
             raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
+        config.name_or_path = self._text_location()
+        check_sizes(text, self.name)
         if self.rope_scaling is not None:
             scale(config, self.rope_scaling, self.name)
         return config
@@ -77,12 +86,37 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         location = self._text_location()
-        if self.kind != "hub" and not any(Path(location).glob("*token*")) and not any(Path(location).glob("vocab*")):
-            return None
+        if self.kind != "hub":
+            if not any(Path(location).glob("*token*")) and not any(Path(location).glob("vocab*")):
+                return None
+            check_tokenizer(Path(location))
         try:
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            return AutoTokenizer.from_pretrained(location, config=self.config(), trust_remote_code=False)
+        except ModelError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception
             raise ModelError(f"the tokenizer of model {self.name!r} cannot be read: {error}") from error
+
+    def check_weights(self, config: Any) -> None:
+        """Refuse weights that cannot be read, or not without running code; ``config`` is the model's.
+
+        Raises
+        ------
+        ModelError
+            Saying what is wrong with them.
+        """
+        if self.kind == "directory":
+            check_weights(Path(self.location), config.get_text_config())
+
+    def _config_file(self) -> Path:
+        if self.kind != "hub":
+            return Path(self._text_location()) / "config.json"
+        from transformers.utils.hub import cached_file
+
+        try:
+            return Path(str(cached_file(self.location, "config.json")))
+        except OSError as error:
+            raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
 
     def _text_location(self) -> str:
         return str(converted_text(Path(self.location))) if self.kind == "gguf" else self.location

@@ -82,7 +82,7 @@ def test_workers_that_load_a_gguf_file_at_once_convert_it_once(gguf: Path, monke
     conversions: list[Path] = []
 
     def save(file: Path, target: Path) -> None:
-        conversions.append(file)
+        conversions.append(file.resolve())
         sleep(0.05)
         (target / "config.json").write_text("{}")
 

@@ -129,26 +129,37 @@ def load_model(name: str, dtype: str, threads: int, rope_scaling: Mapping[str, A
     source = resolve_model(name, rope_scaling)
     torch.set_num_threads(threads)
     with _loading, _quiet():
-        check_supported(source.config())
-        model = _read_weights(source, dtype)
+        check_supported(config := source.config())
+        source.check_weights(config)
+        model = _read_weights(source, config, dtype)
         geometry = probe(model)
     return LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer)
 
 
-def _read_weights(source: ModelSource, dtype: str) -> Any:
+def _read_weights(source: ModelSource, config: Any, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     if source.kind == "gguf" and dtype == "auto":
         dtype = "bfloat16"
     location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
-    model: Any
-    scaled = {} if source.rope_scaling is None else {"config": source.config()}
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=False, **scaled
+        model, found = load(
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
         raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"model {source.name!r} has no weights for {missing[0]} and {len(missing) - 1} others, which would be "
+            "drawn at random: download it again"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -157,7 +168,12 @@ def _eos_token_ids(model: Any) -> frozenset[int]:
     for config in (model.generation_config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            several = ids if isinstance(ids, list | tuple) else [ids]
+            if not all(isinstance(one, int) for one in several):
+                raise ModelError(
+                    f"the model's eos_token_id is {ids!r:.100}, but must be one token id or a list of them"
+                )
+            return frozenset(several)
     return frozenset()
 
 

@@ -1,0 +1,275 @@
+"""What a model's folder says, checked before transformers reads it: folders come from strangers.
+
+Nothing in a folder has code run or something else fetched: keys of its configuration that name kernels, code or other
+places are left out, pickled weights are refused, and weights are read from the folder itself. What is damaged is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distkv_dask.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = "*.bin", "*.pt", "*.pth", "*.pkl", "*.bin.index.json", "*.distcp"
+
+LARGEST_JSON = 64 << 20
+"""Bytes of the largest configuration or index."""
+LARGEST_TEMPLATE = 1 << 20
+"""Bytes of the largest chat template."""
+DEEPEST = 32
+"""How deep values of a configuration may be nested."""
+
+_DROPPED = frozenset(
+    (
+        *("_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_flash_attn_2_enabled"),
+        *("_experts_implementation", "experts_implementation", "_experts_implementation_internal"),
+        *("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "allow_all_kernels"),
+        *("use_kernels", "kernel_config", "fusion_config", "distributed_config"),
+        *("configuration_files", "transformers_weights", "extra_files", "gguf_file", "adapter_kwargs"),
+        *("name_or_path", "_name_or_path", "_commit_hash", "use_pretrained_backbone"),
+    )
+)
+"""Keys that name code, kernels, or other files and places; what is computed here depends on none of them."""
+
+_FETCHING = frozenset(("eetq", "metal", "nvfp4", "fbgemm_fp8", "mxfp4", "fp8", "mxfp8", "gguf"))
+"""Quantisations whose kernels transformers fetches from the hub and runs."""
+
+_SIZES: Mapping[str, int] = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}
+"""Sizes that a model has, with the largest that is believed: ten times those of any model, or more."""
+
+
+def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+    """Read a JSON object of a model's folder.
+
+    Raises
+    ------
+    ModelError
+        When it is no file or no JSON object, or is larger than ``limit`` bytes or nested deeper than :data:`DEEPEST`.
+    """
+    try:
+        if not file.is_file():
+            raise ModelError(f"{file} is not a file: give a folder saved by save_pretrained")
+        if (size := file.stat().st_size) > limit:
+            raise ModelError(f"{file} has {size} bytes, more than {limit}: it is not what it is called")
+        read = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON, download the model again: {error!r:.200}") from error
+    if not isinstance(read, dict):
+        raise ModelError(f"{file} holds a {type(read).__name__}, not a JSON object: download the model again")
+    if _depth(read) > DEEPEST:
+        raise ModelError(f"{file} is nested deeper than {DEEPEST} levels, as no model's is: download the model again")
+    return read
+
+
+def safe_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A model's configuration without what would have code run or something fetched.
+
+    Parameters
+    ----------
+    config
+        As :func:`read_json` reads ``config.json``.
+    name
+        What messages call the model.
+
+    Raises
+    ------
+    ModelError
+        When it does not say what kind of model it is, or is quantised in a way that needs kernels from the hub.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise ModelError(
+            f"config.json of model {name!r} has the model_type {kind!r:.100}: it must name a kind of model"
+        )
+    for part in _objects(config):
+        quantised = part.get("quantization_config")
+        if quantised is None:
+            continue
+        if not isinstance(quantised, Mapping) or not isinstance(quantised.get("quant_method", ""), str):
+            raise ModelError(f"the quantization_config of model {name!r} is {quantised!r:.100}: it must be an object")
+        if quantised.get("quant_method") in _FETCHING:
+            raise ModelError(
+                f"model {name!r} is quantised with {quantised['quant_method']}, whose kernels would be fetched from "
+                "the hub and run: choose a GGUF file, or weights that are not quantised"
+            )
+    return {key: _without_dropped(value) for key, value in config.items() if key not in _DROPPED}
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Refuse a configuration whose sizes cannot be those of a model.
+
+    Parameters
+    ----------
+    config
+        The text part of a transformers configuration.
+    name
+        What messages call the model.
+
+    Raises
+    ------
+    ModelError
+        Naming the size.
+    """
+    if isinstance(config, Mapping):
+        raise ModelError(f"config.json of model {name!r} has parts that no model of its type has: download it again")
+    for key, largest in _SIZES.items():
+        value = getattr(config, key, None)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= largest):
+            raise ModelError(
+                f"config.json of model {name!r} has {key}={value!r:.100}, but must have a whole number from 1 to "
+                f"{largest}: download the model again"
+            )
+    heads, kv_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if heads and kv_heads and heads % kv_heads:
+        raise ModelError(f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads: not a multiple")
+
+
+def check_weights(folder: Path, config: Any) -> None:
+    """Refuse a folder whose weights are not whole safetensors files in it.
+
+    Parameters
+    ----------
+    folder
+        The model's.
+    config
+        The text part of its configuration.
+
+    Raises
+    ------
+    ModelError
+        When weights are pickled, lie elsewhere, are missing or damaged, belong to an adapter, or are far fewer than the
+        configuration says.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter, which names a model to be fetched: merge it into its model first (peft's "
+            "merge_and_unload), and give the folder of the result"
+        )
+    if (generation := folder / "generation_config.json").exists():
+        read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end
+    files = list(_weight_files(folder))
+    for file in files:
+        _check_tensors(file)
+    heads = config.num_hidden_layers * config.num_attention_heads  # memory for all that is missing would be taken
+    fewest = config.hidden_size * (config.vocab_size + heads * (getattr(config, "head_dim", None) or 1))
+    if fewest > 8 * sum(file.stat().st_size for file in files):
+        raise ModelError(
+            f"the configuration in {folder} is of a model with more than {fewest} weights, for which its files are too "
+            "small: download it again"
+        )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse tokenizer files that are none, and chat templates that are too long for one.
+
+    Raises
+    ------
+    ModelError
+        Naming the file.
+    """
+    if (file := folder / "tokenizer_config.json").exists():
+        template = read_json(file).get("chat_template")
+        if len(json.dumps(template)) > LARGEST_TEMPLATE:
+            raise ModelError(f"the chat template in {file} is longer than {LARGEST_TEMPLATE} bytes")
+    for file in (
+        *folder.glob("*token*"),
+        *folder.glob("vocab*"),
+        *folder.glob("*.jinja"),
+        *folder.glob("*templates/*"),
+    ):
+        if not file.is_file() and not file.is_dir():
+            raise ModelError(f"{file} is not a file: download the model again")
+        if file.suffix == ".jinja" and file.stat().st_size > LARGEST_TEMPLATE:
+            raise ModelError(f"the chat template {file} is longer than {LARGEST_TEMPLATE} bytes")
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+        yield _inside(folder, WEIGHTS)
+        return
+    if (folder / INDEX).exists():
+        yield from sorted({_inside(folder, name) for name in _indexed(folder / INDEX)})
+        return
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"the weights in {folder} are pickled ({pickled[0]}), and reading a pickle can run code: convert them "
+            "where you trust them (load the model with transformers and call save_pretrained, which writes "
+            "safetensors), or download a version with safetensors"
+        )
+    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give one saved by save_pretrained")
+
+
+def _indexed(index: Path) -> Iterator[str]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise ModelError(f"{index} has no weight_map from weights to files: download the model again")
+    yield from where.values()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The weights' file of this name in the folder itself."""
+    file = folder / name
+    if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+        raise ModelError(f"{folder / INDEX} names {name!r:.200}: weights are safetensors files in the folder itself")
+    if not file.is_file():
+        raise ModelError(f"{file} is missing, or is not a file: download the model again")
+    real, home = file.resolve(), folder.resolve()
+    cache = home.parent.parent / "blobs"  # where the hub's cache keeps what its folders link to
+    if home not in real.parents and cache not in real.parents:
+        raise ModelError(f"{file} is a link to {real}, outside of the folder: copy it there, or give that folder")
+    return file
+
+
+def _check_tensors(file: Path) -> None:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            names = list(opened.keys())
+    except Exception as error:  # safetensors has an error of its own that derives from no other
+        raise ModelError(f"{file} is damaged or cut short, download it again: {error}") from error
+    if not names:
+        raise ModelError(f"{file} holds no weights: download it again")
+
+
+def _without_dropped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_dropped(one) for key, one in value.items() if key not in _DROPPED}
+    return [_without_dropped(one) for one in value] if isinstance(value, list) else value
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        yield value
+    if isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _objects(one)
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            one
+            for outer in level
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
