@@ -355,7 +355,8 @@ class Engine:
         parts: ``own, lent, documents``, and of what is free ``cached``, which may be used again, and ``free``),
         ``block_bytes``, ``disk_bytes`` (of KV on its disk), ``sequences``, ``channels`` (which kind it opens to whom,
         and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``,
+        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``, ``aside``
+        (why it waits beside the queue, in state ``"aside"``: it cannot run on the workers that stay; else empty),
         ``document`` (whether it is one: its state is ``"document"``, or ``"dropped"`` while its KV is given up for
         others), its ``name``, whether its KV is ``saved`` in files, too, and ``questions`` (under way, about it);
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,

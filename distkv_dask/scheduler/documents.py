@@ -157,6 +157,7 @@ class Documents:
             placement = account.placement if account is not None else ()
             yield Delivery(live.sequence, (), "stop", None, live.timings(now), placement, live.reused)
         self._wake(live, now)
+        yield from self.unneeded(live, now)
 
     def kept(self, live: Live, now: float) -> Iterator[Command]:
         """A question has its answer, and both become a document: whole blocks of them."""
@@ -208,6 +209,9 @@ class Documents:
                 waiting.document, waiting.borrows = None, False
                 live.dependents.discard(ask.sequence)
                 self.enqueue(waiting, now)
+            elif self._ledger.blocks(ask.tokens) > self._queue.limit:
+                waiting.alone = True  # it cannot run beside the document either, which should not come back for it
+                self.enqueue(waiting, now, ask.submitted, rank=waiting.rank)
             else:
                 live.awaited[ask.sequence] = ask.submitted
 
@@ -218,6 +222,17 @@ class Documents:
             yield from self._spilling.begin(live, now)
         else:
             yield from self.drop(live, now)
+
+    def leave_queue(self, live: Live) -> None:
+        """Wait no more for room for a document that nobody waits for, nor for those that only it waits for."""
+        if live.state != "waiting" or live.awaited or not live.announced:
+            return
+        if live.sequence in self._queue:
+            self._queue.withdraw(live.sequence)
+        live.state = "dropped"
+        before = self._live.get(live.document) if live.document is not None else None
+        if before is not None and before.awaited.pop(live.sequence, None) is not None:
+            self.leave_queue(before)
 
     def unneeded(self, live: Live, now: float) -> Iterator[Command]:
         """Forget a document that was released, if nobody depends on it and nothing computes it."""
@@ -240,6 +255,7 @@ class Documents:
             document.awaited.pop(live.sequence, None)
             document.used = now
             yield from self._cache.left(document.sequence, live.sequence)
+            self.leave_queue(document)
             yield from self.unneeded(document, now)
 
     def _free(self, live: Live, now: float) -> Iterator[Command]:
@@ -260,12 +276,10 @@ class Documents:
 
         A question whose own document takes the room is answered without it, when nothing else is left to wait for.
         """
-        head = next(iter(self._queue))
+        head = next(self._queue.turns(), None)
         smallest = next(self._ledger.room.smallest_batches(), None)
-        if smallest is None or smallest.homed >= self._ledger.room.batch:
+        if head is None or smallest is None or smallest.homed >= self._ledger.room.batch:
             return None  # it waits for a place in a batch
-        if head.document is not None and not self.ready(head.document):
-            return None
         going = self.going()
         if going and self.room_with(going) >= self._ledger.blocks(head.tokens):
             return None  # it waits for blocks that are being written to disk

@@ -99,10 +99,7 @@ class Ending:
             live.announced = live.released = True
         if error is not None:
             yield from self._fail_awaited(live, now, error)
-        if live.state == "waiting":
-            if live.sequence in self._queue:
-                self._queue.withdraw(live.sequence)
-            live.state = "dropped"
+        self._documents.leave_queue(live)
         if live.state in ("prefill", "fetching"):
             yield from self._prefilling.stop(live, f"the document ended: {error or 'released'}")
             yield from self._retiring.begin(live, now)

@@ -16,6 +16,7 @@ from distkv_dask.scheduler.draining import fits_elsewhere
 from distkv_dask.scheduler.figures import Figures
 from distkv_dask.scheduler.fitting import fit_model
 from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
+from distkv_dask.scheduler.live import ASIDE
 from distkv_dask.scheduler.outbox import Outbox
 from distkv_dask.scheduler.pacing import Pacer
 from distkv_dask.types import Exchanged, Geometry, Timings
@@ -270,7 +271,8 @@ class EngineState:
                 continue
             account = life.ledger.sequences.get(number)
             sequences[number] = {
-                "state": live.state,
+                "state": ASIDE if (aside := life.aside(live)) else live.state,
+                "aside": aside,
                 "document": live.is_document,
                 "name": live.name,
                 "saved": live.saved is not None,

@@ -291,8 +291,10 @@ class GManager(SchedulerPlugin):
             case FromWorker.OPEN_FAILED:
                 logger.error("engine %s cannot open on %s: %s", engine, worker, payload)
                 state.open_failed(worker, payload)
-            case FromWorker.CLOSED:
+            case FromWorker.CLOSED if state.is_closing:
                 state.closed(worker)
+            case FromWorker.CLOSED:  # nobody asked for it: the worker is about to leave
+                self._lose(state, worker, "closes")
             case FromWorker.LOST:
                 self._engine_lost(state, worker, payload)
             case FromWorker.CHUNK_DONE:
@@ -312,7 +314,10 @@ class GManager(SchedulerPlugin):
                 self._run(state, life.window_done(worker, number, epoch, result, used, now))
             case FromWorker.GANG_FAILED:
                 gang, error = payload
-                self._gang_failed(state, gang, error)
+                if isinstance(error, EngineClosedError) and not state.is_closing:
+                    self._lose(state, worker, "closed the engine")
+                else:
+                    self._gang_failed(state, gang, error)
             case FromWorker.RETIRED:
                 self._run(state, life.retired(payload, worker, now))
             case FromWorker.EXPECTED:

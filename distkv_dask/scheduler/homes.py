@@ -137,7 +137,7 @@ class Homes:
         """Length of a home's next window."""
         self.count_tasks()
         watched = (
-            bool(self._queue)  # for room, which sequences that stop will free
+            next(self._queue.turns(), None) is not None  # for room, which sequences that stop will free
             or any(self._live[sequence].streamed for sequence in self.chains[home].sequences)
             or self._prefilling.awaited_by(home)
         )

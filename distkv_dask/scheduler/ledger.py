@@ -76,6 +76,7 @@ class Ledger:
 
     def retire_worker(self, worker: str, retiring: bool = True) -> None:
         """Place nothing new on a worker from now on, because its blocks are about to be moved away (or do again)."""
+        self.epoch += 1
         self.workers[worker].retiring = retiring
         self.room.enter(self.workers[worker])
 

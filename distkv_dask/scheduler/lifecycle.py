@@ -33,12 +33,13 @@ from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.preemption import Preemption
 from distkv_dask.scheduler.prefilling import Prefilling
 from distkv_dask.scheduler.presets import PRESETS
-from distkv_dask.scheduler.refusals import too_large
+from distkv_dask.scheduler.refusals import too_large, waited_in_vain
 from distkv_dask.scheduler.retiring import Retiring
 from distkv_dask.scheduler.retrying import Retrying
 from distkv_dask.scheduler.reuse import Reuse
 from distkv_dask.scheduler.saving import Saving
 from distkv_dask.scheduler.spilling import Spilling
+from distkv_dask.scheduler.stalls import held_blocks, waiting_in_vain
 from distkv_dask.types import Endpoint, FinishReason, SamplingParams, WindowResult
 
 PRESET = PRESETS["cpu-smollm2"].model
@@ -185,6 +186,7 @@ class Lifecycle:
         """A worker is about to leave: move its blocks away and place nothing on it (or it stays after all)."""
         if worker in self.ledger.workers:
             self._draining.drain(worker, leaving)
+            self._largest_blocks = max(self._largest_blocks, self.policy.limit(self.ledger))
             yield from self.cache.drain(worker)
             yield from self._go_on(now)
 
@@ -213,7 +215,7 @@ class Lifecycle:
         """Room or a worker has become free: admit requests, then move blocks."""
         yield from self._admit(now)
         yield from self._draining.start_moves(now)
-        for move in self.policy.moves(self.ledger, self._queue):
+        for move in self.policy.moves(self.ledger, self._queue.turns()):
             if self.moving.can_start(move):
                 yield from self.moving.start(move, now)
 
@@ -335,8 +337,8 @@ class Lifecycle:
     def expire(self, now: float) -> Iterator[Command]:
         """End what waits for something that does not come.
 
-        Waiting requests that no remaining worker could ever serve, once replacements had time to come; and windows that
-        Dask does not start, because their home is paused for its memory or busy with other tasks.
+        Requests that have been set aside, once replacements of lost workers had time to come; and windows that Dask
+        does not start, because their home is paused for its memory or busy with other tasks.
         """
         self._homes.count_tasks()
         for gang, error in self._homes.late(now):
@@ -344,16 +346,22 @@ class Lifecycle:
         yield from self._retrying.wake(now)
         yield from self.moving.expire(now)
         yield from self._saving.expire(now, self.config.timeout_start)
+        self._queue.hold(held_blocks(self.ledger, self.live, now, self.config.timeout_receive))
         yield from self._go_on(now)
-        limit = self.policy.limit(self.ledger)
-        for ask in list(self._queue):
-            sequence, live = ask.sequence, self.live[ask.sequence]
-            if self.ledger.blocks(live.tokens) <= limit:
-                live.stuck_since = None
-            elif live.stuck_since is None:
-                live.stuck_since = now
-            elif now - live.stuck_since > self.config.timeout_open:
-                yield from self._ending.end(sequence, "error", now, self._too_large(live))
+        limit = self.config.timeout_open
+        for live, reason in waiting_in_vain(self._queue, self.live, now, limit):
+            large = self.ledger.blocks(live.tokens) > self.policy.limit(self.ledger)
+            refusal = self._too_large(live) if large else waited_in_vain(live, reason, limit)
+            yield from self._ending.end(live.sequence, "error", now, refusal)
+
+    def aside(self, live: Live) -> str:
+        """Why a waiting request is set aside while others run (or its document is); empty if it is not."""
+        if live.sequence in self._queue:
+            return self._queue.aside(self._queue.ask(live.sequence))
+        document = self.live.get(live.document) if live.document is not None else None
+        if live.state != "waiting" or document is None:
+            return ""
+        return self.aside(document)
 
     # Events: gangs
 
@@ -436,6 +444,11 @@ class Lifecycle:
     def retired(self, sequence: int, worker: str, now: float) -> Iterator[Command]:
         """A worker computes on a sequence no more."""
         live = self.live.get(sequence)
+        if live is not None and live.retires[worker] > 1 and worker in self.ledger.workers:
+            live.retires[worker] -= 1  # it was asked again meanwhile, and answers that too
+            return
+        if live is not None:
+            live.retires.pop(worker, None)
         if live is None or live.state != "retiring":
             yield from self.moving.paused(sequence, worker, now)
         else:
@@ -460,7 +473,7 @@ class Lifecycle:
             live.state, live.admitted = "prefill", live.admitted or now
             yield from self.cache.reserve(live.sequence)
             if live.saved is not None:
-                yield from self._saving.begin(live)
+                yield from self._saving.begin(live, now)
                 continue
             yield self.prefilling.begin(live, ask.shared)
 

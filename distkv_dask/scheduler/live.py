@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,15 +17,18 @@ State = Literal[
 ]  # fmt: skip
 """A ``document`` is stored, a ``dropped`` one was given up and is computed when it is next asked; all else is work."""
 
+ASIDE = "aside"
+"""What is said of a request that waits, but not in the queue's order: it cannot run on the workers that stay."""
+
 
 @dataclass(slots=True)
 class Live:
     """One request: what was asked, how far it is, and when it got there (seconds of the gManager's clock).
 
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
-    compute on it after its end, of which those that run its forwards come first (``forwards_ended``); ``retries`` says
-    how often a chunk failed since the last that did not, and ``failing_since`` since when; ``stuck_since``
-    the time since which no set of workers could ever serve it.
+    compute on it after its end, of which those that run its forwards come first (``forwards_ended``), and ``retires``
+    how many of their answers are still to come; ``retries`` says how often a chunk failed since the last that did not,
+    and ``failing_since`` since when; ``stuck_since`` the time since which it is set aside in the queue.
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one. ``document`` is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do
@@ -33,8 +37,9 @@ class Live:
     ``released`` that it needs it no more; ``dependents`` are the requests that name it, of which those ``awaited``
     (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
     blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
-    workers that write or read files for it, ``failure`` the first that went wrong. ``rank`` is its place when it last
-    waited for room; ``behind`` that of the request that a document made way for: it may not come back before that.
+    workers that write or read files for it, ``asked`` when they began, ``failure`` the first that went wrong.
+    ``rank`` is its place when it last waited for room; ``behind`` that of the request that a document made way for:
+    it may not come back before that.
 
     A request that loses blocks with a worker (all those are in ``lost``), or makes way for one of higher priority,
     retires to go on later (``again``): it waits once more, and goes on from its known tokens, whose KV is computed
@@ -60,6 +65,7 @@ class Live:
     again: bool = False
     lost: list[str] = field(default_factory=list)
     retiring: set[str] = field(default_factory=set)
+    retires: Counter[str] = field(default_factory=Counter)
     forwards_ended: bool = False
     stuck_since: float | None = None
     reused: int = 0
@@ -77,6 +83,7 @@ class Live:
     saved: Saved | None = None
     saves: bool = False
     answering: set[str] = field(default_factory=set)
+    asked: float = 0.0
     failure: Exception | None = None
 
     @property

@@ -128,7 +128,7 @@ class Moving:
             one.state = "pausing"
             one.computing = list(dict.fromkeys((home, one.move.source)))
             self._homes.leave(one.move.sequence)
-            yield Retire(home, one.move.sequence)
+            yield self._retire(home, one.move.sequence)
         else:
             yield self._send(one, now)
 
@@ -143,7 +143,7 @@ class Moving:
                 del self._moves[one.number]
                 yield from self._homes.join(self._live[sequence])
             elif one.computing:
-                yield Retire(one.computing[0], sequence)
+                yield self._retire(one.computing[0], sequence)
             else:
                 yield self._send(one, now)
 
@@ -196,6 +196,10 @@ class Moving:
     def stepped(self, home: str, seconds: float) -> None:
         """A home's decode steps take so long."""
         self._step_seconds[home] = seconds
+
+    def _retire(self, worker: str, sequence: int) -> Retire:
+        self._live[sequence].retires[worker] += 1
+        return Retire(worker, sequence)
 
     def _send(self, one: _UnderWay, now: float) -> Send:
         """Copy what is filled of the blocks, at a pace that hides under the steps of all who take part."""

@@ -50,11 +50,9 @@ class Preemption:
 
         None if none does.
         """
-        head = next(iter(self._queue))
-        if head.priority <= self._lowest_priority:
+        head = next(self._queue.turns(), None)
+        if head is None or head.priority <= self._lowest_priority:
             return None  # as always where nobody uses priorities
-        if head.document is not None and not self._documents.ready(head.document):
-            return None
         going = self._documents.going()
         need = self._ledger.blocks(head.tokens) - self._documents.room_with(going)
         if need <= 0 and going:

@@ -24,6 +24,15 @@ def too_large(live: Live, ledger: Ledger, policy: Policy, block_bytes: int) -> D
     )
 
 
+def waited_in_vain(live: Live, reason: str, limit: float) -> DistKVError:
+    """It could not run for too long, for another reason than its size."""
+    what = "the document" if live.is_document else "the request"
+    return CapacityError(
+        f"{what} was set aside for more than {limit:g} s (distkv.timeouts.open): {reason}. Submit it again "
+        f"once that is over, or add workers; engine.status() says what they hold."
+    )
+
+
 def workers_lost(live: Live) -> DistKVError:
     """It lost blocks, and is not computed anew."""
     if live.saves:

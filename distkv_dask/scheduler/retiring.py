@@ -78,6 +78,7 @@ class Retiring:
     def _retire(self, live: Live, workers: set[str]) -> Iterator[Command]:
         live.retiring = {worker for worker in workers if worker in self._ledger.workers}
         for worker in tuple(live.retiring):
+            live.retires[worker] += 1
             yield Retire(worker, live.sequence)
 
     def release(self, live: Live, now: float) -> Iterator[Command]:

@@ -80,7 +80,7 @@ class Reuse:
             return
         anyway = tuple(clipped(placement, less.shared, placement[-1].stop))
         behind = (Span(prefix[-1].worker, less.shared, placement[-1].stop),)
-        ahead = next(iter(self._queue), None)
+        ahead = next(self._queue.turns(), None)
         rank = self._queue.policy.rank
         passes = ahead is not None and rank(self._ledger, ahead) < rank(self._ledger, ask)
         beside = self._beside(less, missing, prefix[-1].worker, ahead if passes else None)

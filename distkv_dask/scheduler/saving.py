@@ -48,12 +48,12 @@ class Saving:
         self._ending = ending
         self._files: dict[int, list[SavedFile]] = {}
 
-    def begin(self, live: Live) -> Iterator[Command]:
+    def begin(self, live: Live, now: float) -> Iterator[Command]:
         """A request to save has its document, or a sequence that is saved somewhere has room."""
         account = self._ledger.sequences[live.sequence]
         assert live.saved is not None
         ranges = ranges_of(account.placement if live.saves else account.own, live.known_tokens)
-        live.answering = set(ranges)
+        live.answering, live.asked = set(ranges), now
         live.state = "saving" if live.saves else "fetching"
         if live.saves:
             self._files[live.sequence] = []

@@ -95,6 +95,7 @@ class Spilling:
         account = self._ledger.sequences[live.sequence]
         ranges = ranges_of(account.own, account.length)
         live.state, live.answering, live.failure = "spilling", set(ranges), None
+        live.asked = now
         for worker, some in ranges.items():
             yield Store(worker, number, live.sequence, some, Saved(OWN_DISK, tag=f"{live.sequence}{number}"))
 

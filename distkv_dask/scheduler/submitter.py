@@ -173,6 +173,8 @@ class Submitter:
             return
         if finish == "memory" and task.forget:
             self._drop(key)
+        elif finish in ("forgotten", "erred") and task.worker not in self._scheduler.workers:
+            self._drop(key)  # its worker is gone: the gManager hears of that next, and sees to the whole gang
         elif finish == "forgotten" and not task.forget:
             self._drop(key)
             self._failed(task.engine, task.gang, GangAbortedError(f"task {key} was cancelled by somebody else"))

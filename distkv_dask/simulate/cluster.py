@@ -204,7 +204,7 @@ class Simulation:
         """Ask the policy what should move, and note how full the workers are."""
         accounts = self.ledger.workers.values()
         self.outcome.memory.append((self.now, [account.used / max(1, account.capacity) for account in accounts]))
-        for move in self.policy.moves(self.ledger, islice(self.admission, WATCHED)):
+        for move in self.policy.moves(self.ledger, islice(self.admission.turns(), WATCHED)):
             if not self.ledger.objection(move) and move.sequence in self.runs:
                 self.ledger.start_move(move)
                 link = self.preset.model.link(self.lanes[move.source].host, self.lanes[move.target].host)

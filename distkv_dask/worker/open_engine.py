@@ -11,13 +11,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, portable
+from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, portable
 from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
 from distkv_dask.types import (
     DecodeWindow,
@@ -343,10 +344,15 @@ class OpenEngine:
                 raise GangAbortedError(f"gang {gang.name} was aborted: {self._aborted[gang.number][0]}")
 
     def fail(self, gang: Gang, error: Exception) -> None:
-        """Tell the gManager that a gang failed here, unless it aborted it."""
+        """Tell the gManager that a gang failed here, unless it aborted it.
+
+        What a lane that closes still had to do is cancelled: this worker leaves.
+        """
         with self._lock:
             if gang.number in self._aborted:
                 return
+        if isinstance(error, CancelledError):
+            error = EngineClosedError(f"worker {self.worker} closed its lanes before it ran {gang.name}")
         self._tell(
             FromWorker.GANG_FAILED,
             self.spec.engine,

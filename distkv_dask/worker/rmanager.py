@@ -88,6 +88,8 @@ class RManager(WorkerPlugin):
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
         self._leaving = True
+        for name in self.engines:  # before anything fails for it: what runs here is a loss, to be repeated elsewhere
+            self.tell(FromWorker.CLOSED, name)
         async with self._changing:
             pass  # an engine that is being opened
         for call in self._handlers:

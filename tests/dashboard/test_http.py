@@ -72,7 +72,7 @@ async def test_metrics_agree_with_the_engine_and_outlive_it_as_counters(
             assert value(seen["distkv_generated_tokens"]) == 12 == status["totals"]["generated_tokens"]
             assert value(seen["distkv_requests_finished"], reason="length") == 2
             assert {one.labels["state"] for one in seen["distkv_requests"]} == {
-                "waiting", "prefill", "decode", "retiring", "saving", "spilling", "fetching"
+                "waiting", "aside", "prefill", "decode", "retiring", "saving", "spilling", "fetching"
             }  # fmt: skip
             counts = [one for one in seen["distkv_first_token_seconds"] if one.name.endswith("_count")]
             assert counts[0].value == 2

@@ -15,7 +15,7 @@ from typing import get_args
 from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.figures import Event, Figures, Sample
 from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.scheduler.live import Live, State
+from distkv_dask.scheduler.live import ASIDE, Live, State
 
 WORKERS = 40
 """Workers that are shown one by one: those with most blocks in use."""
@@ -23,7 +23,7 @@ WORKERS = 40
 SEQUENCES = 30
 """Sequences that are shown one by one: those with most tokens that have a place."""
 
-STATES = tuple(state for state in get_args(State) if state not in ("document", "dropped"))
+STATES = (*(state for state in get_args(State) if state not in ("document", "dropped")), ASIDE)
 """States of requests that are under way."""
 
 
@@ -145,7 +145,7 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
 
 def states_of(life: Lifecycle) -> Counter[str]:
     """How many live requests are in which state."""
-    return Counter(str(live.state) for live in life.live.values() if not live.cached)
+    return Counter(ASIDE if life.aside(live) else str(live.state) for live in life.live.values() if not live.cached)
 
 
 def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:

@@ -7,13 +7,16 @@ proposes, the manager carries out or vetoes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.performance import PerformanceModel
 from distkv_dask.types import Move, Placement
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 PRIORITY_SECONDS = 60.0
 """One step of priority is worth as much as this waiting time, so that no priority starves another."""
@@ -73,11 +76,18 @@ class Policy(ABC):
         is a request that waits for room and may be passed by those that do not delay it.
         """
 
-    def limit(self, ledger: Ledger) -> int:
-        """Blocks of the largest request that fits when there is no other: a home, and what all others lend."""
-        accounts = ledger.workers.values()
-        own = max((account.capacity - account.lends for account in accounts if account.can_decode), default=None)
-        return 0 if own is None else own + sum(account.lends for account in accounts)
+    def limit(self, ledger: Ledger, held: Mapping[str, int] = NOTHING) -> int:
+        """Blocks of the largest request that fits when there is no other: a home, and what all others lend.
+
+        Workers that are about to leave do not count, nor do the blocks by worker that are ``held``.
+        """
+        rooms = [
+            (account.capacity - held.get(account.worker, 0), account.lends - held.get(account.worker, 0), account)
+            for account in ledger.workers.values()
+            if not account.retiring
+        ]
+        own = max((room - max(0, lends) for room, lends, account in rooms if account.can_decode), default=None)
+        return 0 if own is None else own + sum(max(0, lends) for _, lends, _ in rooms)
 
     def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
         """Propose moves of blocks, best first. All of them can start together, as the ledger is now."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.policies.base import NOTHING, Ask, Policy
 from distkv_dask.types import Placement, Span
 
 
@@ -21,6 +22,7 @@ class LocalOnly(Policy):
             return None
         return (Span(home.worker, 0, ask.tokens),)
 
-    def limit(self, ledger: Ledger) -> int:
-        """Blocks of the largest worker with weights."""
-        return max((account.capacity for account in ledger.workers.values() if account.can_decode), default=0)
+    def limit(self, ledger: Ledger, held: Mapping[str, int] = NOTHING) -> int:
+        """Blocks of the largest worker with weights that stays."""
+        homes = (account for account in ledger.workers.values() if account.can_decode and not account.retiring)
+        return max((account.capacity - held.get(account.worker, 0) for account in homes), default=0)

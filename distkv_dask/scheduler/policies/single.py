@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from distkv_dask.scheduler.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.policies.base import NOTHING, Ask, Policy
 from distkv_dask.scheduler.policies.laying import lay
 from distkv_dask.types import Placement
 
@@ -33,12 +34,14 @@ class Single(Policy):
             left -= share
         return lay(ledger, home.worker, shares, ask.tokens)
 
-    def limit(self, ledger: Ledger) -> int:
-        """Blocks of the home, and what all others lend."""
+    def limit(self, ledger: Ledger, held: Mapping[str, int] = NOTHING) -> int:
+        """Blocks of the home, and what all others that stay lend."""
         home = _home(ledger)
         if home is None:
             return 0
-        return home.capacity + sum(account.lends for account in ledger.workers.values() if account is not home)
+        others = (account for account in ledger.workers.values() if account is not home and not account.retiring)
+        lent = sum(max(0, account.lends - held.get(account.worker, 0)) for account in others)
+        return home.capacity - held.get(home.worker, 0) + lent
 
 
 def _home(ledger: Ledger) -> WorkerAccount | None:
