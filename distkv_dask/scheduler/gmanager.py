@@ -314,7 +314,7 @@ class GManager(SchedulerPlugin):
                 self._run(state, life.window_done(worker, number, epoch, result, used, now))
             case FromWorker.GANG_FAILED:
                 gang, error = payload
-                if isinstance(error, EngineClosedError) and not state.is_closing:
+                if isinstance(error, EngineClosedError) and life.is_under_way(gang) and not state.is_closing:
                     self._lose(state, worker, "closed the engine")
                 else:
                     self._gang_failed(state, gang, error)

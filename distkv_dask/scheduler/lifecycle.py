@@ -437,6 +437,12 @@ class Lifecycle:
         yield from chain.pump()
         yield from self._go_on(now)
 
+    def is_under_way(self, gang: int) -> bool:
+        """Whether a chunk or window is still waited for."""
+        if any(gang in live.chunks for live in self.live.values()):
+            return True
+        return any(one.number == gang for chain in self.chains.values() for one in chain.gangs())
+
     def gang_failed(self, gang: int, error: Exception, now: float) -> Iterator[Command]:
         """A member of a gang failed while all its workers live: try again a few times, then fail its requests."""
         yield from self._retrying.failed(gang, error, now)
