@@ -8,17 +8,24 @@ INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/nat
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
+# Tests of one file share what they have started, so a file's tests run in one process.
+JOBS ?= 2
+PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-all lint bench docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed  ## Answer questions about documents that fit on no single worker
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-test  ## Run all tests (CHANNEL=tcp, unix or ucx: engines use that; ARGS=tests/engine: fewer)
-	$(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tcp or unix: engines use that; JOBS=1: one at a time)
+	$(PYTEST)
+
+test-all: $(VENV)/.installed-test  ## Run those over UCX, too, which takes another 250 MB (CHANNEL=ucx: engines use it)
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev  ## Check style and types
 	$(BIN)/ruff check
