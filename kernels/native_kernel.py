@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .contract import Call, lengths_message, offsets_message, tables_message
+from .native_layout import disagreement, layout_of
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _ARGS = struct.Struct("<25qd")  # distkv::Args in native/core.h
@@ -55,6 +56,9 @@ def _load() -> ctypes.CDLL | str:
                 core = ctypes.CDLL(str(path))
             except OSError as error:
                 return f"{path.name} does not load: {error}"
+            layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
+            if (reason := disagreement(core, layouts)) is not None:
+                return f"{path.name} is of another version, {reason}; build it again: pip install -e ."
             core.distkv_isa.restype = ctypes.c_char_p
             core.distkv_has_isa.argtypes = [ctypes.c_char_p]
             core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]

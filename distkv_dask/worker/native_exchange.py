@@ -17,56 +17,12 @@ from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.unix import UnixChannel
 from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, bytes_of, indices, late
-from distkv_dask.worker.native_wire import HeaderBytes, wire
+from distkv_dask.worker.native_structs import HeaderBytes, Holder, Home
+from distkv_dask.worker.native_wire import wire
 from distkv_dask.worker.plan import Part
 
 _LATE = 2  # distkv::Status in native/home.cpp
 _LOCAL = -1  # distkv::Run's holder, for the home's own partials
-
-
-class _Holder(ctypes.Structure):
-    """distkv::Holder in native/home.cpp."""
-
-    _fields_ = (
-        ("fd", ctypes.c_int64),
-        ("q_index", ctypes.c_void_p),
-        ("queries", ctypes.c_int64),
-        ("q_bytes", ctypes.c_int64),
-        ("kv_index", ctypes.c_void_p),
-        ("appended", ctypes.c_int64),
-        ("kv_bytes", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("answer", ctypes.c_void_p),
-        ("answer_bytes", ctypes.c_int64),
-        ("part_lse", ctypes.c_void_p),
-        ("ask", HeaderBytes),
-        ("expected", HeaderBytes),
-        ("got", HeaderBytes),
-        ("received", ctypes.c_int64),
-    )
-
-
-class _Home(ctypes.Structure):
-    """distkv::Home in native/home.cpp."""
-
-    _fields_ = (
-        ("holders", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("merge", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("d", ctypes.c_int64),
-        ("local_out", ctypes.c_void_p),
-        ("local_lse", ctypes.c_void_p),
-        ("runs", ctypes.c_void_p),
-        ("run_count", ctypes.c_int64),
-        ("sent", ctypes.c_double),
-        ("waited", ctypes.c_double),
-        ("culprit", ctypes.c_int64),
-        ("error", ctypes.c_int64),
-    )
 
 
 class NativeExchange:
@@ -79,7 +35,7 @@ class NativeExchange:
         self._answers: list[memoryview] = []
         self._kept: list[Any] = []
         self._layers = 0
-        holders = (_Holder * len(asking.holders))()
+        holders = (Holder * len(asking.holders))()
         for holder, (_, channel, part) in zip(holders, asking.holders, strict=True):
             assert isinstance(channel, StreamChannel)
             self._channels.append(channel)
@@ -89,7 +45,7 @@ class NativeExchange:
         runs = torch.tensor([(number[worker], *run) for worker, *run in asking.order], dtype=torch.int64)
         self._kept += [local, runs]
         self._holders = holders
-        self._home = _Home(
+        self._home = Home(
             ctypes.addressof(holders), len(holders), native_kernel.address("distkv_merge"), out.data_ptr(),
             lse.data_ptr(), *out.shape, *((0, 0) if local is None else (part.data_ptr() for part in local)),
             runs.data_ptr(), len(runs),
@@ -122,7 +78,7 @@ class NativeExchange:
     def close(self) -> None:
         """Forget the channels."""
 
-    def _fill(self, holder: _Holder, channel: StreamChannel, part: Part) -> None:
+    def _fill(self, holder: Holder, channel: StreamChannel, part: Part) -> None:
         """Describe a holder's part."""
         pool, gang = self._asking.pool, self._asking.gang
         tokens, heads, d = self._asking.out.shape

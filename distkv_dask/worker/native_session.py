@@ -10,35 +10,11 @@ import torch
 from distkv_dask.kernels import native_kernel
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header
 from distkv_dask.worker.channels.stream_inlet import StreamInlet
-from distkv_dask.worker.native_wire import HeaderBytes, wire
+from distkv_dask.worker.native_structs import HeaderBytes, Session
+from distkv_dask.worker.native_wire import wire
 from distkv_dask.worker.shard import Shard
 
 _PYTHON, _UNSENT, _BAD_BATCH = 2, 3, 4  # distkv::Turn in native/holder.cpp
-
-
-class _Session(ctypes.Structure):
-    """distkv::Session in native/holder.cpp."""
-
-    _fields_ = (
-        ("fd", ctypes.c_int64),
-        ("frame", ctypes.c_void_p),
-        ("filled", ctypes.c_int64),
-        ("frame_bytes", ctypes.c_int64),
-        ("batch", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("answer", ctypes.c_void_p),
-        ("answer_bytes", ctypes.c_int64),
-        ("layer", ctypes.c_int64),
-        ("layers", ctypes.c_int64),
-        ("expected", HeaderBytes),
-        ("reply", HeaderBytes),
-        ("answered", ctypes.c_int64),
-        ("busy", ctypes.c_double),
-        ("sent", ctypes.c_int64),
-        ("status", ctypes.c_int64),
-    )
 
 
 class NativeTurns:
@@ -64,7 +40,7 @@ class NativeTurns:
         self._inlet = inlet
         self._kept = shard, tensors
         self._reply = shard.result.view(torch.uint8).numpy().data
-        self._session = _Session(
+        self._session = Session(
             fd=inlet.fileno(),
             frame=inlet.data.data_ptr(),
             batch=ctypes.addressof(shard.native) if shard.native is not None else None,

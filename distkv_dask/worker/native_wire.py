@@ -7,34 +7,50 @@ library or the kernels' core is missing, and on channels that are no plain socke
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from distkv_dask.kernels import native_kernel
-from distkv_dask.worker.channels.frames import HEADER_BYTES
+from distkv_dask.kernels.native_layout import disagreement, layout_of
+from distkv_dask.worker.native_structs import Holder, Home, Session
 
-HeaderBytes = ctypes.c_uint8 * HEADER_BYTES
-"""A frame's header within a structure."""
+logger = logging.getLogger("distributed.distkv.wire")
+
+STRUCTURES = {"holder": Holder, "home": Home, "session": Session}
+"""Python's structures, by the names of the library's."""
 
 
 @lru_cache(maxsize=1)
 def wire() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or has no kernels to call."""
+    """The library, or None where it was not built, is of another version, or has no kernels to call."""
     if native_kernel.missing() is not None or sys.byteorder != "little":
         return None
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_wire{suffix}")
         if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:
+            library = _load(path)
+            if isinstance(library, str):
+                logger.warning("layers are exchanged in Python: %s %s", path.name, library)
                 return None
-            pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-            library.distkv_ask.argtypes = [pointer] * 4 + [whole, whole, real]
-            library.distkv_gather.argtypes = [pointer, real]
-            library.distkv_serve.argtypes = [whole, pointer, whole, pointer, real]
-            library.distkv_serve.restype = None
             return library
     return None
+
+
+def _load(path: Path) -> ctypes.CDLL | str:
+    """The library, or what is wrong with it."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"does not load: {error}"
+    reason = disagreement(library, {name: layout_of(one) for name, one in STRUCTURES.items()})
+    if reason is not None:
+        return f"is of another version, {reason}; build it again: pip install -e ."
+    pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    library.distkv_ask.argtypes = [pointer] * 4 + [whole, whole, real]
+    library.distkv_gather.argtypes = [pointer, real]
+    library.distkv_serve.argtypes = [whole, pointer, whole, pointer, real]
+    library.distkv_serve.restype = None
+    return library

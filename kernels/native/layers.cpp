@@ -56,3 +56,16 @@ DISTKV_EXPORT int distkv_layer(const distkv::Layers* batch, const void* q, const
   distkv::append(*batch, args.v, args.v_block, v);
   return distkv_attend(&args, "");
 }
+
+#define AT(field) DISTKV_AT(distkv::Args, field)
+DISTKV_LAYOUT(args, distkv::Args,
+              AT(q), AT(k), AT(v), AT(tables), AT(lengths), AT(offsets), AT(starts), AT(k_scales), AT(v_scales),
+              AT(out), AT(lse), AT(rows), AT(tokens), AT(heads), AT(kv_heads), AT(d), AT(block_tokens), AT(blocks),
+              AT(max_blocks), AT(table_stride), AT(k_block), AT(v_block), AT(q_dtype), AT(kv_dtype), AT(threads),
+              AT(scale))
+#undef AT
+
+#define AT(field) DISTKV_AT(distkv::Layers, field)
+DISTKV_LAYOUT(layers, distkv::Layers,
+              AT(args), AT(k), AT(v), AT(layers), AT(blocks), AT(offsets), AT(appended))
+#undef AT

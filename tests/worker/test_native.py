@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
+
 import pytest
 from _channels import TCP, WAYS, Way
 from _fakes import fleet, generate, loaded, reference
 
+from distkv_dask.kernels import native_kernel
 from distkv_dask.worker import attention, native_wire, session
 from distkv_dask.worker.native_exchange import NativeExchange
 from distkv_dask.worker.native_session import NativeTurns
@@ -43,3 +47,29 @@ def test_a_session_counts_what_was_answered_in_cpp() -> None:
     assert stats.requests > 0
     assert stats.bytes_out == stats.requests * model.heads * (model.head_dim + 1) * 4
     assert stats.busy_seconds > 0
+
+
+@pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")
+@pytest.mark.parametrize("name", native_wire.STRUCTURES)
+def test_a_library_that_lays_a_structure_out_differently_is_not_used(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer(native_wire.STRUCTURES[name]):
+        _fields_ = (("added", ctypes.c_int64),)
+
+    native_wire.wire.cache_clear()
+    monkeypatch.setitem(native_wire.STRUCTURES, name, Longer)
+    try:
+        assert native_wire.wire() is None
+    finally:
+        native_wire.wire.cache_clear()
+
+
+@pytest.mark.skipif(native_kernel.missing() is not None, reason="the C++ libraries were not built")
+def test_a_core_whose_arguments_have_another_order_or_size_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    native_kernel._load.cache_clear()
+    monkeypatch.setattr(native_kernel, "_ARGS", struct.Struct("<26qd"))
+    try:
+        assert "another version" in (native_kernel.missing() or "")
+    finally:
+        native_kernel._load.cache_clear()

@@ -115,3 +115,10 @@ DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int6
     }
   }
 }
+
+#define AT(field) DISTKV_AT(distkv::Session, field)
+DISTKV_LAYOUT(session, distkv::Session,
+              AT(fd), AT(frame), AT(filled), AT(frame_bytes), AT(batch), AT(q), AT(k), AT(v), AT(answer),
+              AT(answer_bytes), AT(layer), AT(layers), AT(expected), AT(reply), AT(answered), AT(busy), AT(sent),
+              AT(status))
+#undef AT

@@ -31,6 +31,7 @@ struct Run {
   int64_t holder;  // -1: the home's own
   int64_t query, token, count;
 };
+static_assert(sizeof(Run) == 4 * sizeof(int64_t), "Python packs runs as rows of four");
 
 struct Home {
   Holder* holders;
@@ -199,3 +200,15 @@ DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
     return distkv::kBroken;
   }
 }
+
+#define AT(field) DISTKV_AT(distkv::Holder, field)
+DISTKV_LAYOUT(holder, distkv::Holder,
+              AT(fd), AT(q_index), AT(queries), AT(q_bytes), AT(kv_index), AT(appended), AT(kv_bytes), AT(packed),
+              AT(answer), AT(answer_bytes), AT(part_lse), AT(ask), AT(expected), AT(got), AT(received))
+#undef AT
+
+#define AT(field) DISTKV_AT(distkv::Home, field)
+DISTKV_LAYOUT(home, distkv::Home,
+              AT(holders), AT(count), AT(merge), AT(out), AT(lse), AT(tokens), AT(heads), AT(d), AT(local_out),
+              AT(local_lse), AT(runs), AT(run_count), AT(sent), AT(waited), AT(culprit), AT(error))
+#undef AT

@@ -1,0 +1,80 @@
+"""The structures that the exchange's C++ reads and writes (worker/native), as Python lays them out."""
+
+from __future__ import annotations
+
+import ctypes
+
+from distkv_dask.worker.channels.frames import HEADER_BYTES
+
+HeaderBytes = ctypes.c_uint8 * HEADER_BYTES
+"""A frame's header within a structure."""
+
+
+class Holder(ctypes.Structure):
+    """distkv::Holder in native/home.cpp."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int64),
+        ("q_index", ctypes.c_void_p),
+        ("queries", ctypes.c_int64),
+        ("q_bytes", ctypes.c_int64),
+        ("kv_index", ctypes.c_void_p),
+        ("appended", ctypes.c_int64),
+        ("kv_bytes", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("answer", ctypes.c_void_p),
+        ("answer_bytes", ctypes.c_int64),
+        ("part_lse", ctypes.c_void_p),
+        ("ask", HeaderBytes),
+        ("expected", HeaderBytes),
+        ("got", HeaderBytes),
+        ("received", ctypes.c_int64),
+    )
+
+
+class Home(ctypes.Structure):
+    """distkv::Home in native/home.cpp."""
+
+    _fields_ = (
+        ("holders", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("merge", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("local_out", ctypes.c_void_p),
+        ("local_lse", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("run_count", ctypes.c_int64),
+        ("sent", ctypes.c_double),
+        ("waited", ctypes.c_double),
+        ("culprit", ctypes.c_int64),
+        ("error", ctypes.c_int64),
+    )
+
+
+class Session(ctypes.Structure):
+    """distkv::Session in native/holder.cpp."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int64),
+        ("frame", ctypes.c_void_p),
+        ("filled", ctypes.c_int64),
+        ("frame_bytes", ctypes.c_int64),
+        ("batch", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("answer", ctypes.c_void_p),
+        ("answer_bytes", ctypes.c_int64),
+        ("layer", ctypes.c_int64),
+        ("layers", ctypes.c_int64),
+        ("expected", HeaderBytes),
+        ("reply", HeaderBytes),
+        ("answered", ctypes.c_int64),
+        ("busy", ctypes.c_double),
+        ("sent", ctypes.c_int64),
+        ("status", ctypes.c_int64),
+    )

@@ -1,0 +1,52 @@
+"""Structures that Python and C++ share through ctypes: both say where each field lies, and have to agree.
+
+A field that moved on one side only would be memory corruption in the middle of an answer. So a library is refused when
+it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+Layout = Sequence[int]
+"""Bytes of a structure, then the offset of each field in order."""
+
+
+def layout_of(structure: type[ctypes.Structure]) -> Layout:
+    """Python's idea of a structure.
+
+    Examples
+    --------
+    >>> class Pair(ctypes.Structure):
+    ...     _fields_ = (("first", ctypes.c_int8), ("second", ctypes.c_int64))
+    >>> layout_of(Pair)
+    [16, 0, 8]
+    """
+    offsets = [int(getattr(structure, name).offset) for name, *_ in structure._fields_]
+    return [ctypes.sizeof(structure), *offsets]
+
+
+def disagreement(library: ctypes.CDLL, layouts: Mapping[str, Layout]) -> str | None:
+    """Name a structure of which a library has another idea, or return None.
+
+    Parameters
+    ----------
+    library
+        It exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in core.h and frames.h).
+    layouts
+        What Python believes.
+    """
+    for name, expected in layouts.items():
+        try:
+            export = getattr(library, f"distkv_layout_{name}")
+        except AttributeError:
+            return f"it says nothing of its structure {name!r}"
+        export.restype = ctypes.POINTER(ctypes.c_int64)
+        there = export()
+        found: list[int] = []
+        while there[len(found)] != -1:
+            found.append(there[len(found)])
+        if found != list(expected):
+            return f"its structure {name!r} has size and offsets {found}, and Python's {list(expected)}"
+    return None
