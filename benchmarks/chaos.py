@@ -17,6 +17,7 @@ from pathlib import Path
 
 from _chaos.network import enter
 from _chaos.run import ENGINE, Setting, run
+from _chaos.schedule import settings
 from _report import parser, report
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -37,7 +38,7 @@ def main() -> None:
     cuttable = enter()
     setting = Setting(options.seed, options.minutes * 60, options.every, options.users, cuttable, options.few)
     figures = run(text_model_dir(end=True), setting)
-    report(figures, asdict(setting) | ENGINE, options.json)
+    report(figures, asdict(setting) | ENGINE | settings(options.seed), options.json)
 
 
 if __name__ == "__main__":

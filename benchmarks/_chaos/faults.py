@@ -22,8 +22,8 @@ from _chaos.schedule import Fault, picked
 from distkv_dask.scheduler.engine_state import EngineState
 from distkv_dask.types import Move
 
-FEWEST, MOST = 3, 6
-"""Workers below which nobody is retired, and above which nobody joins."""
+FEWEST, MOST, ENOUGH = 2, 6, 4
+"""Workers below which nobody is retired, above which nobody joins, and that there are again in the end."""
 
 
 class Faults:
@@ -37,8 +37,6 @@ class Faults:
         The engine as the scheduler sees it.
     load
         Its users.
-    cuttable
-        Whether links can be cut; elsewhere workers are frozen instead.
     """
 
     def __init__(
@@ -48,14 +46,12 @@ class Faults:
         scheduler: Any,
         state: EngineState,
         load: Load,
-        cuttable: bool,
     ) -> None:
         self._machines = machines
         self._client = client
         self._scheduler = scheduler
         self._state = state
         self._users = load
-        self._cuttable = cuttable
         self._lasting: list[threading.Thread] = []
         self.done: list[dict[str, Any]] = []
         """What was done, when, and to whom."""
@@ -77,7 +73,8 @@ class Faults:
         deadline = time.monotonic() + limit
         for thread in self._lasting:
             thread.join(max(0.0, deadline - time.monotonic()))
-        while sum(one.workers for one in self._machines.up()) < FEWEST:
+        time.sleep(2)  # nannies start workers in place of those that were killed
+        for _ in range(ENOUGH - len(self._machines.workers())):
             self._machines.start()
 
     def _later(self, seconds: float, undo: Callable[[], object]) -> None:
@@ -115,7 +112,7 @@ class Faults:
             return "nothing: it is the only machine"
         machine = picked(machines, fault.pick)
         machine.kill()
-        self._later(min(fault.seconds, 5.0), self._machines.start)
+        self._later(fault.seconds, self._machines.start)
         return machine.name
 
     def _freeze(self, fault: Fault, many: int = 1) -> str:
@@ -131,16 +128,12 @@ class Faults:
     # Networks
 
     def _cut(self, fault: Fault) -> str:
-        if not self._cuttable:
-            return self._freeze(fault)
         machine = picked(self._machines.up(), fault.pick)
         machine.link.cut(True)
         self._later(fault.seconds, lambda: machine.link.cut(False))
         return f"{machine.name} for {fault.seconds:.1f} s"
 
     def _cut_peers(self, fault: Fault) -> str:
-        if not self._cuttable:
-            return self._freeze(fault)
         machines = self._machines.up()
         for machine in machines:
             machine.link.isolate(True)
@@ -150,7 +143,7 @@ class Faults:
     # Joins and retirements
 
     def _join(self, fault: Fault, many: int = 1) -> str:
-        if sum(one.workers for one in self._machines.up()) + many > MOST:
+        if len(self._machines.workers()) + many > MOST:
             return "nothing: there are enough workers"
         return ", ".join(self._machines.start().name for _ in range(many))
 

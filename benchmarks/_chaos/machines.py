@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from _chaos.network import Link, Loopback
+from _chaos.relay import Relays
 
 MARK = "DISTKV_CHAOS"
 """In the environment of every process of a run."""
@@ -122,7 +123,9 @@ class Machines:
     def __init__(self, scheduler: str, folder: Path, cuttable: bool) -> None:
         self._scheduler = scheduler
         self._folder = folder
-        self._kind = Link if cuttable else Loopback
+        self._cuttable = cuttable
+        self.relays: Relays | None = None
+        """What cuts links outside a network of namespaces."""
         self._numbers = itertools.count(2)
         self._all: list[Machine] = []
         self._lock = threading.Lock()
@@ -131,7 +134,8 @@ class Machines:
         """Let another machine join."""
         with self._lock:
             number = next(self._numbers)
-            machine = Machine(f"m{number}", self._kind(number), self._scheduler, workers, self._folder)
+            link = Link(number) if self._cuttable else Loopback(number, lambda: self.relays)
+            machine = Machine(f"m{number}", link, self._scheduler, workers, self._folder)
             self._all.append(machine)
             return machine
 

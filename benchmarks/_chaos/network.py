@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from _chaos.relay import Relays
 
 HERE = "10.77.0.1"
 """Where the scheduler and the client are."""
@@ -83,11 +85,19 @@ class Link:
 
 
 class Loopback(Link):
-    """An address of the loopback interface, where namespaces are not allowed: it cannot be cut."""
+    """An address of the loopback interface, where namespaces are not allowed; relays cut what can be cut there."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, relays: Callable[[], Relays | None]) -> None:
         super().__init__(number)
         self.host = f"127.0.0.{number}"
+        self._relays = relays
+
+    def cut(self, broken: bool) -> None:
+        """Lose what other workers send to the holder lanes here."""
+        if (relays := self._relays()) is not None:
+            relays.cut(self.host, broken)
+
+    isolate = cut
 
     def launch(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         """Start a command."""

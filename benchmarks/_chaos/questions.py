@@ -97,7 +97,7 @@ class Questions:
         self._grammars = Grammars(lambda: loaded, frozenset({self._vocab - 1}), self._vocab)
         many = 3 if few else 8
         self.plain = self._several("plain", many, lambda: (self._ids(10, room // 2), self._greedy(20, 160)))
-        self.wide = self._several("wide", many // 2, lambda: (self._ids(room, room * 2), self._greedy(30, 120)))
+        self.wide = self._several("wide", many // 2, lambda: (self._ids(room, room * 3), self._greedy(30, 120)))
         self.sampled = self._several("sampled", many, lambda: (self._ids(10, room // 2), self._drawn()))
         self.schema = self._several("schema", many // 2, lambda: (self._ids(10, 60), self._structured()))
         self.too_large = [

@@ -15,21 +15,21 @@ import dask.config
 from distributed import Client, LocalCluster
 
 from _chaos.audit import Addresses, cluster_leaks, engine_leaks, file_leaks, own_leaks, running, settled
-from _chaos.faults import FEWEST, Faults
+from _chaos.faults import ENOUGH, Faults
 from _chaos.load import Load
 from _chaos.machines import Machines
 from _chaos.network import HERE
 from _chaos.questions import Questions
 from _chaos.records import Record, Records
-from _chaos.schedule import Fault, plan_faults
+from _chaos.relay import Relays
+from _chaos.schedule import Fault, plan_faults, settings
 from distkv_dask import Engine
+from distkv_dask.scheduler.gmanager import GManager
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "kv_memory": "1536 KiB",
     "block_tokens": 8,
-    "prefill_chunk_tokens": 64,
-    "window_seconds": 0.5,
     "move_tokens_per_step": 4,
     "performance": "preset",
     "timeout_drain": 20,
@@ -54,7 +54,7 @@ class Setting:
     users
         Who ask at the same time.
     cuttable
-        Whether this process is in a network namespace of its own.
+        Whether this process is in a network namespace of its own; elsewhere relays cut what workers say to each other.
     few
         As few different prompts as a short run needs.
     """
@@ -131,12 +131,15 @@ class Chaos:
         for workers in (2, 1, 1):  # two on one machine share its network, and speak over a Unix socket
             self._machines.start(workers)
         self._client.wait_for_workers(4, timeout=120)
-        engine = Engine(self._client, str(model), **ENGINE)
+        if not self._setting.cuttable:
+            self._client.register_plugin(GManager())
+            self._machines.relays = Relays(self._scheduler)
+        engine = Engine(self._client, str(model), **ENGINE, **settings(self._setting.seed))
         state = self._scheduler.plugins["distkv"].engines[engine.id]
         records = Records()
         load = Load(engine, questions, records, self._folder / "saved")
         load.start(self._setting.seed, self._setting.users)
-        faults = Faults(self._machines, self._client, self._scheduler, state, load, self._setting.cuttable)
+        faults = Faults(self._machines, self._client, self._scheduler, state, load)
         records.began = time.monotonic()
         for fault in plan:
             self._sleep_until(fault.at, records)
@@ -158,6 +161,8 @@ class Chaos:
 
     def machines_left(self) -> None:
         """End all machines; processes that do not end are leaks."""
+        if self._machines.relays is not None:
+            self._machines.relays.close()
         self.leaked += [f"process {one.pid}: {' '.join(one.cmdline())[:100]}" for one in self._machines.stop()]
 
     def _sleep_until(self, at: float, records: Records) -> None:
@@ -167,7 +172,7 @@ class Chaos:
 
     def _wait(self, load: Load) -> None:
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and not (load.is_over() and running(self._scheduler) >= FEWEST):
+        while time.monotonic() < deadline and not (load.is_over() and running(self._scheduler) >= ENOUGH):
             time.sleep(0.2)
             self._addresses.look()
 

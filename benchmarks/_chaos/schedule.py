@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 WEIGHTS = {
     "kill": 5,  # a worker's process; its nanny starts another one
     "kill-several": 2,  # two at the same moment
-    "kill-machine": 1,  # a nanny with its workers; another machine comes later
+    "kill-machine": 2,  # a nanny with its workers; another machine comes later
     "freeze": 4,  # SIGSTOP, and SIGCONT later
     "freeze-several": 1,
     "cut": 3,  # a machine's link loses everything, and nobody is told
@@ -45,6 +45,16 @@ LOAD = {
 """Kinds of requests and how often each is drawn."""
 
 
+VARIED = {
+    "policy": ["overflow", "overflow", "best"],
+    "prefix_cache": [True, True, False],
+    "window_seconds": [0.25, 1.0],
+    "prefill_chunk_tokens": [32, 128],
+    "spill": ["16 GiB", "16 GiB", "4 MiB", 0],
+}
+"""Settings of the engine and what is drawn for each."""
+
+
 class Fault(NamedTuple):
     """One fault: ``at`` so many seconds, on whatever ``pick`` (0 to 1) hits then, for ``seconds`` where it lasts."""
 
@@ -68,6 +78,12 @@ def plan_faults(seed: int, seconds: float, every: float, kinds: Sequence[str] = 
         (kind,) = draw.choices(kinds, [WEIGHTS[one] for one in kinds])
         faults.append(Fault(round(at, 3), kind, draw.random(), round(draw.uniform(SHORTEST, LONGEST), 3)))
     return faults
+
+
+def settings(seed: int) -> dict[str, Any]:
+    """Settings of the engine that differ from run to run."""
+    draw = Random(f"settings {seed}")
+    return {name: draw.choice(values) for name, values in VARIED.items()}
 
 
 def errands(seed: int, user: int) -> Iterator[Errand]:
