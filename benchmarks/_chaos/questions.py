@@ -101,8 +101,8 @@ class Questions:
         self.sampled = self._several("sampled", many, lambda: (self._ids(10, room // 2), self._drawn()))
         self.schema = self._several("schema", many // 2, lambda: (self._ids(10, 60), self._structured()))
         self.too_large = [
-            Question(f"too-large-{n}", tuple(self._ids(3600, 3700)), SamplingParams(max_new_tokens=new), ())
-            for n, new in enumerate((100, 4000))  # larger than all memory, and than the model's window
+            Question(f"too-large-{n}", tuple(self._ids(3950, 3980)), SamplingParams(max_new_tokens=new), ())
+            for n, new in enumerate((100, 4000))  # larger than nine workers' memory, and than the model's window
         ]
         self.shared = [self._text(f"shared-{n}", room * 3 // 5) for n in range(2 if few else 3)]
         self.documents = [self._text(f"document-{n}", room // 2) for n in range(2 if few else 4)]

@@ -28,13 +28,13 @@ from distkv_dask.scheduler.gmanager import GManager
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
-    "kv_memory": "1536 KiB",
+    "kv_memory": "1280 KiB",
     "block_tokens": 8,
     "move_tokens_per_step": 4,
     "performance": "preset",
     "timeout_drain": 20,
 }
-ROOM = 512
+ROOM = 416
 """Tokens that a worker has memory for."""
 
 PATIENCE = 75.0
