@@ -25,7 +25,7 @@ MARK = "DISTKV_CHAOS"
 HOME = Path(__file__).resolve().parent.parent
 """Where workers find this package, to be looked at."""
 
-PRELOAD = Path(__file__).with_name("preload.py")
+PRELOAD, TRACEBACKS = (Path(__file__).with_name(name) for name in ("preload.py", "tracebacks.py"))
 WORKER_SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -59,6 +59,7 @@ class Machine:
             sys.executable, "-m", "dask", "worker", scheduler, "--host", link.host, "--name", name, "--nthreads", "1",
             "--nworkers", str(workers), "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60",
             "--local-directory", str(self._scratch), "--preload-nanny", str(PRELOAD),
+            "--preload", str(TRACEBACKS),
         ]  # fmt: skip
         path = os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH"))))
         own = WORKER_SETTINGS | {MARK: str(folder), "TMPDIR": str(self._scratch), "PYTHONPATH": path}
@@ -80,6 +81,12 @@ class Machine:
             below = [child for helper in helpers for child in helper.children()]
             return sorted((one for one in below if _is_alive(one)), key=lambda one: one.pid)
         return []
+
+    def tell(self) -> None:
+        """Let every worker write into the log where its threads are."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         """Lose power, and the disk."""

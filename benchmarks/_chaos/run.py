@@ -150,6 +150,9 @@ class Chaos:
         self._wait(load)
         unended = [self._judge(one, engine, state, records) for one in records.open()]
         snapshot = _snapshot(state) if unended else {}
+        if unended:
+            for machine in self._machines.up():
+                machine.tell()
         if not unended:
             load.release()
             self.leaked += settled(lambda: engine_leaks(self._client, state))
