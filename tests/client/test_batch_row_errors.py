@@ -256,6 +256,18 @@ def test_what_can_never_work_is_one_error_at_the_start() -> None:
             BatchSpec(**options)
 
 
+def test_a_batch_of_which_no_row_can_be_answered_is_one_error_at_the_start(tmp_path: Path) -> None:
+    from distkv_dask.client.tokenizer import Tokenizer
+
+    with pytest.raises(InvalidRequestError, match="leaves no room for a prompt"):
+        write(tmp_path / "out", Rows(texts("a")), BatchSpec(sampling=SamplingParams(max_new_tokens=10_000)))
+    engine = Engine()
+    engine.tokenizer = Tokenizer(None, 100)  # type: ignore[assignment]
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        write(tmp_path / "out", Rows(texts("a")), BatchSpec(), engine)
+    assert not (tmp_path / "out").exists()
+
+
 VALUES = (
     st.none()
     | st.integers()

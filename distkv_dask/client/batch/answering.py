@@ -43,6 +43,15 @@ class Round:
 Plan = Generator[Round, list[Completion], Answer]
 
 
+def check_servable(spec: BatchSpec, tokenizer: Tokenizer, window: float) -> None:
+    """Raise :class:`InvalidRequestError` if an engine can answer no row of a batch, whatever is in it."""
+    if len(prompt_ids("x", tokenizer)) + spec.sampling.max_new_tokens > window:
+        raise InvalidRequestError(
+            f"max_new_tokens={spec.sampling.max_new_tokens} leaves no room for a prompt in the model's window of "
+            f"{window} tokens: lower it"
+        )
+
+
 def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokenizer: Tokenizer, window: float) -> Plan:
     """Plan the answer to one question about one row.
 

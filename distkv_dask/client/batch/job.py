@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distkv_dask.client.batch.answering import check_servable
 from distkv_dask.client.batch.journal import sync
-from distkv_dask.client.batch.openai_format import write_openai_answers
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
 from distkv_dask.client.batch.process import BatchSummary
 from distkv_dask.client.batch.progress import progress_bar
@@ -45,6 +46,8 @@ class Job:
         self._spec = spec
         self._max_errors = max_errors
         self._in_flight = in_flight or 2 * engine.config.window_batch * engine.facts["workers"]
+        if not isinstance(source, OpenAIBatchSource):
+            check_servable(spec, engine.tokenizer, engine.facts["max_positions"])
         self._errors = 0
         self._results = Results(source, spec)
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from distkv_dask.client.batch.answering import check_servable
 from distkv_dask.client.batch.asking import Asked, answer_frame, answer_records, answer_rows, as_pandas
 from distkv_dask.client.batch.frames import bag_schema
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource
 from distkv_dask.client.batch.results import Results
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import checked, columns_of, kind_of, records_source, source_for
@@ -42,6 +44,8 @@ def answers_frame(
         opened = checked(records_source(list, columns_of(spec, keep), schema, lambda: None), spec)
     else:
         opened = source_for(source, spec, keep, engine.client)
+    if not isinstance(opened, OpenAIBatchSource):
+        check_servable(spec, engine.tokenizer, engine.facts["max_positions"])
     asked = Asked(engine.id, spec, max_errors, in_flight or engine.config.window_batch)
     parts = PARTS * engine.facts["workers"]
     if kind == "path":
