@@ -133,7 +133,7 @@ BAD = {
             "--model @/nowhere": "was not found|needs",
             "--model @/a.txt": "GGUF",
             "--model @/docs": "config.json",
-            "--model @/model": "cannot be read",
+            "--model @/model": "model_type|cannot be read",
             "--dtype float8": "float16",
             "--kv-memory much": "kv-memory",
             "--kv-memory -1": "kv-memory",
