@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
 import socket
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distkv_dask.client.batch import extract
 from distkv_dask.client.batch.extract import TextReader, plain_text
@@ -21,9 +24,12 @@ from distkv_dask.errors import InvalidRequestError, MissingProgramError, SourceE
 pytest.importorskip("selectolax")
 
 
-@pytest.fixture(scope="module")
+READER = TextReader()
+
+
+@pytest.fixture
 def reader() -> TextReader:
-    return TextReader()
+    return READER
 
 
 def documents(folder: Path) -> dict[str, str]:
@@ -130,6 +136,28 @@ def test_a_file_that_takes_too_long_is_given_up_and_the_next_one_is_read(monkeyp
         reader.text(".html", b"<div>" * 300_000)
     monkeypatch.undo()
     assert reader.text(".html", b"<p>after") == "after"
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1, max_size=6)
+LINES = st.lists(WORDS, min_size=1, max_size=4)
+JUNK = st.sampled_from(
+    ["", "<!-- a <p> -->", "<script>if (a < b) '<p>'</script>", "<style>p {}</style>", "<b></b>", "<img alt=x>"]
+)
+TAGS = st.sampled_from(["p", "div", "h2", "li", "blockquote", "section", "td", "pre", "article"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(TAGS, LINES, JUNK, st.booleans()), max_size=6))
+def test_any_page_gives_a_line_for_each_block(blocks: list[tuple[str, list[str], str, bool]]) -> None:
+    parts, expected = [], []
+    for tag, words, junk, closed in blocks:
+        inner = " \n\t".join(
+            f"<i>{html.escape(word)}</i>" if at % 2 else html.escape(word) for at, word in enumerate(words)
+        )
+        inner = f"<table><tr><td>{inner}</table>" if tag == "td" else f"<{tag}>{inner}{f'</{tag}>' if closed else ''}"
+        parts.append(inner + junk + "<hr>")
+        expected.append(" ".join(words))
+    assert READER.text(".html", "".join(parts).encode()) == "\n".join(expected)
 
 
 def test_a_reader_that_dies_costs_its_file_alone(reader: TextReader) -> None:

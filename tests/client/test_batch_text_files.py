@@ -79,7 +79,7 @@ def test_a_quote_that_is_not_closed_costs_its_row_alone(tmp_path: Path) -> None:
 def test_rows_without_end_are_errors_and_the_next_ones_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_tables, "LONGEST", 100)
+    monkeypatch.setattr(text_tables, "LONGEST_TEXT", 100)
     (tmp_path / "t.jsonl").write_text("\n".join(['{"text": "t"}', '{"text": "' + "x" * 350 + '"}', '{"text": "t"}']))
     assert [error is None for _, error in rows(tmp_path / "t.jsonl")] == [True, False, True]
     (tmp_path / "t.csv").write_text('text,n\nt,1\n"' + "x\n" * 60 + '",2\nt,3\n' + "y" * 350 + ",4\nt,5\n")

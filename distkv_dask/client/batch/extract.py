@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,8 +25,8 @@ DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf")
 LARGEST = 1 << 29
 """Bytes of a document file, at most."""
 
-SECONDS = 10.0, 20.0
-"""How long the text of an HTML or PDF file may take: so long, and so long for each MiB of it."""
+SECONDS = 15.0, 30.0
+"""Processor time that the text of an HTML or PDF file may take: so much, and so much for each MiB of it."""
 
 _PROGRAM = Path(__file__).with_name("extractor.py")
 _NEEDED = {
@@ -35,7 +36,8 @@ _NEEDED = {
 }
 """Endings of files that another process reads -> what they are, the module that reads them, the extra that has it."""
 
-_GRACE = 5.0
+_PATIENCE = 10
+"""Times the processor time that a file may take, until it is given up on a busy machine."""
 
 
 def read_file(path: Path) -> bytes:
@@ -47,9 +49,11 @@ def read_file(path: Path) -> bytes:
         When it cannot be read; when it is larger than :data:`LARGEST`.
     """
     with open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
-            raise InvalidRequestError(f"it has {size:,} bytes, more than {LARGEST:,}: cut it into several files")
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > LARGEST else file.read(LARGEST + 1)  # a size may grow, or be none
+    if max(size, len(data)) > LARGEST:
+        raise InvalidRequestError(f"it has more than {LARGEST:,} bytes: cut it into several files")
+    return data
 
 
 def plain_text(data: bytes) -> str:
@@ -103,7 +107,7 @@ class TextReader:
             except EOFError:
                 raise InvalidRequestError(
                     f"the file takes more than {_limit(data):.0f} s to read"
-                    if process.timed_out()
+                    if process.ended_by(signal.SIGPROF)
                     else "reading the file ended the process that did it: the file is damaged, or needs too much memory"
                 ) from None
             finally:
@@ -136,8 +140,8 @@ class _Process:
         try:
             self._connection.send_bytes(json.dumps([suffix, limit]).encode())
             self._connection.send_bytes(data)
-            if not self._connection.poll(limit + _GRACE):
-                self._process.send_signal(signal.SIGALRM)
+            if not self._connection.poll(limit * _PATIENCE):
+                self._process.send_signal(signal.SIGPROF)
                 raise EOFError
             answer = json.loads(self._connection.recv_bytes())
         except OSError as error:
@@ -147,10 +151,12 @@ class _Process:
             raise InvalidRequestError(answer["error"])
         return well_formed(answer["text"])
 
-    def timed_out(self) -> bool:
-        """Whether an alarm ended the process, which is over."""
+    def ended_by(self, number: int) -> bool:
+        """Whether a signal has ended the process; ends it otherwise."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
         self.end()
-        return self._process.returncode == -signal.SIGALRM
+        return self._process.returncode == -number
 
 
 def _limit(data: bytes) -> float:

@@ -1,14 +1,13 @@
 """A program of its own that gives the texts of HTML and PDF files; ``extract.py`` starts it, and ends it.
 
-It imports nothing of the package, so that it starts at once. A file that takes longer than it may ends the process by
-an alarm, which also works in the middle of a library's C code.
+It imports nothing of the package, so that it starts at once. A file that takes more processor time than it may ends the
+process by a signal, which also works in the middle of a library's C code.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import resource
 import signal
@@ -116,7 +115,7 @@ def _strictly(data: bytes, encoding: Any) -> str:
 def main() -> None:
     """Read files until nobody asks any more."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection = Connection(int(sys.argv[1]))
     while True:
         try:
@@ -124,7 +123,7 @@ def main() -> None:
             data = connection.recv_bytes()
         except EOFError:
             return
-        signal.alarm(math.ceil(seconds))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             text = (pdf_text if suffix == ".pdf" else html_text)(data)
             answer = (
@@ -136,7 +135,7 @@ def main() -> None:
             answer = {"error": f"reading the file needs more than {MEMORY >> 30} GiB of memory"}
         except Exception as error:  # of a library, about this file
             answer = {"error": f"the file cannot be read: {error!r:.200}"}
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(json.dumps(answer).encode())
 
 

@@ -11,8 +11,16 @@ import pyarrow as pa
 from distributed import Client
 
 from distkv_dask.client.batch.column_types import SAMPLE, ColumnType, fitted, is_json, json_field, parquet_refuses
-from distkv_dask.client.batch.tables import CHUNK, Chunk, Columns, Record, chunk_of, inferred, record_chunks
-from distkv_dask.errors import SourceError
+from distkv_dask.client.batch.tables import (
+    CHUNK,
+    Chunk,
+    Columns,
+    Record,
+    chunk_of,
+    errors_chunk,
+    inferred,
+    record_chunks,
+)
 
 
 def frame_schema(frame: Any, text_column: str) -> pa.Schema:
@@ -31,21 +39,16 @@ def dask_frame_schema(frame: Any, text_column: str) -> pa.Schema:
 
 
 def frame_chunks(frame: Any, columns: Columns, kept: pa.Schema) -> Iterator[Chunk]:
-    """Cut a pandas frame into chunks.
-
-    Raises
-    ------
-    SourceError
-        When it lacks a column that is needed.
-    """
+    """Cut a pandas frame into chunks; all its rows are errors where it lacks a column that others have."""
     places = {str(name): at for at, name in enumerate(frame.columns)}
     fields = {field.name: field for field in kept}
-    for name in fields.keys() | {columns.text}:
-        if name not in places:
-            raise SourceError(f"a partition has no column {name!r}. Its columns are: {', '.join(places)}")
+    missing = sorted(fields.keys() - places.keys())
     names = [name for name in fields.keys() | set(columns.template) if name in places]
     for start in range(0, len(frame), CHUNK):
         part = frame.iloc[start : start + CHUNK]
+        if missing:
+            yield errors_chunk(f"the row's partition has no column {missing[0]!r}", len(part), kept)
+            continue
         wanted = {name: _column(part.iloc[:, places[name]], fields.get(name)) for name in names}
         yield chunk_of(wanted, len(part), columns, kept)
 

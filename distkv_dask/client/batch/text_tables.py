@@ -17,20 +17,18 @@ import pyarrow as pa
 from distkv_dask.client.batch.files import label_of, open_file
 from distkv_dask.client.batch.tables import Record
 from distkv_dask.errors import SourceError
+from distkv_dask.texts import LONGEST_TEXT
 
 CSV = (".csv", ".tsv")
 JSONL = (".jsonl", ".ndjson")
 COMPRESSED = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Ending after those of tables -> what pyarrow calls it."""
 
-LONGEST = 1 << 26
-"""Characters of one row, at most."""
-
 _DELIMITERS = ",;\t|"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _UNREADABLE = (OSError, EOFError, UnicodeError, pa.ArrowException)
 _UNDECODABLE = "the row is not UTF-8 text"
-_TOO_LONG = f"the row has more than {LONGEST:,} characters"
+_TOO_LONG = f"the row has more than {LONGEST_TEXT:,} characters"
 
 
 def endings(suffixes: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,7 +162,7 @@ class _RowLines:
         if line is not None:
             self._row.append(line)
             self._characters += len(line)
-        if line is None or self._characters > LONGEST:
+        if line is None or self._characters > LONGEST_TEXT:
             raise OverflowError(_TOO_LONG)
         return line
 
@@ -173,12 +171,12 @@ def _lines(path: Path, newline: str) -> Iterator[str | Exception | None]:
     """Lines of a text file, None for one that is too long; an error ends them."""
     try:
         with _opened(path, newline) as file:
-            while line := file.readline(LONGEST + 1):
-                if len(line) <= LONGEST:
+            while line := file.readline(LONGEST_TEXT + 1):
+                if len(line) <= LONGEST_TEXT:
                     yield line
                     continue
                 while line and not line.endswith(("\n", "\r")):
-                    line = file.readline(LONGEST)
+                    line = file.readline(LONGEST_TEXT)
                 yield None
     except _UNREADABLE as error:
         yield error
