@@ -99,9 +99,9 @@ class Config:
         Bytes of its own disk that a worker fills with KV at most: of idle documents and preempted requests.
     move_tokens_per_step
         Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
-    timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close
+    timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close, timeout_files
         Time limits in seconds: opening an engine, starting a gang, silence of a peer, moving everything away from a
-        worker that is retired, closing an engine.
+        worker that is retired, closing an engine, standstill of a folder that documents are saved in.
     """
 
     kv_memory: int | None = _key("kv-memory")
@@ -129,6 +129,7 @@ class Config:
     timeout_receive: float = _key("timeouts.receive")
     timeout_drain: float = _key("timeouts.drain")
     timeout_close: float = _key("timeouts.close")
+    timeout_files: float = _key("timeouts.files")
 
     @classmethod
     def load(cls, **overrides: Any) -> Config:

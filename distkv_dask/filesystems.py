@@ -2,50 +2,128 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
-from distkv_dask.errors import OutputError, SavedDocumentError
+from distkv_dask.errors import DistKVError, OutputError, SavedDocumentError
+from distkv_dask.folder import Folder, Source, checked_file_name
+from distkv_dask.local_folder import LocalFolder
+from distkv_dask.watch import Watch
 
 
-def folder_at(place: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path in it.
+class RemoteFolder(Folder):
+    """A folder of an object store, or of anything else that pyarrow or fsspec reaches."""
+
+    def __init__(self, place: str, filesystem: fs.FileSystem, path: str) -> None:
+        self.place = place
+        self._filesystem = filesystem
+        self._path = path
+
+    def make(self) -> None:
+        """Make it, with what it is in."""
+        self._filesystem.create_dir(self._path, recursive=True)
+
+    @contextlib.contextmanager
+    def create(self, name: str, durable: bool = True) -> Iterator[Any]:
+        """Write a new file; when it is durable is the service's business."""
+        path = self._file(name)
+        try:
+            with self._filesystem.open_output_stream(path) as stream:
+                yield stream
+        except BaseException:
+            with contextlib.suppress(Exception):  # what went wrong first is what counts
+                self._filesystem.delete_file(path)
+            raise
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Source]:
+        """Read a file."""
+        found = self._filesystem.get_file_info(self._file(name))
+        if not found.is_file:
+            raise FileNotFoundError("it is not there")
+        with self._filesystem.open_input_file(self._file(name)) as file:
+            yield Source(found.size, file.read_at)
+
+    def names(self) -> list[str]:
+        """All files in it."""
+        found = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return [one.base_name for one in found if one.is_file]
+
+    def replace(self, name: str, by: str) -> None:
+        """Give file ``by`` the name of another one, which is gone."""
+        self._filesystem.move(self._file(by), self._file(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a file; nothing happens if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_file(self._file(name))
+
+    def lock(self, watch: Watch) -> AbstractContextManager[None]:
+        """No locks are known."""
+        return contextlib.nullcontext()
+
+    def hold(self, name: str) -> AbstractContextManager[None]:
+        """No locks are known."""
+        return contextlib.nullcontext()
+
+    def is_held(self, name: str) -> None:
+        """No locks are known."""
+
+    def _file(self, name: str) -> str:
+        return f"{self._path}/{checked_file_name(name)}"
+
+
+def folder_at(place: str | os.PathLike[str]) -> Folder:
+    """The folder of a path or URI.
 
     Raises
     ------
     SavedDocumentError
-        Nobody knows its kind.
+        It names none, or of a kind that nobody knows.
     """
-    if "://" not in place:
-        return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+    name: Any = os.fspath(place) if isinstance(place, str | os.PathLike) else None
+    if not isinstance(name, str):
+        raise SavedDocumentError(f"a folder is a path or a URI, not {type(place).__name__}")
+    if not name.strip() or "\0" in name:
+        raise SavedDocumentError(f"{name!r} names no folder: give a path, or a URI such as s3://bucket/report")
+    if not isinstance(place, str) and re.match(r"[a-z][a-z0-9+.-]+:/", name):
+        raise SavedDocumentError(f"{name} was a URI before it became a Path, which takes a slash away: give it as text")
+    if "://" not in name:
+        try:
+            return LocalFolder(Path(name).expanduser().absolute())
+        except (RuntimeError, OSError) as error:
+            raise SavedDocumentError(f"{name} names no folder: {error}") from error
     try:
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(place)
-        return found
+        return _known(name, *fs.FileSystem.from_uri(name))
     except (pa.ArrowInvalid, OSError) as error:
         reason: Exception = error
     try:
         from fsspec.core import url_to_fs
 
-        other, path = url_to_fs(place)
-        return fs.PyFileSystem(fs.FSSpecHandler(other)), path
+        other, path = url_to_fs(name)
+        return _known(name, fs.PyFileSystem(fs.FSSpecHandler(other)), path)
     except (ImportError, ValueError) as error:
         reason = error
-    raise SavedDocumentError(f"{place} is no place that pyarrow or fsspec can write to: {reason}")
+    raise SavedDocumentError(f"{name} is no place that pyarrow or fsspec can write to: {reason}")
 
 
-def is_local(filesystem: fs.FileSystem) -> bool:
-    """Whether files can be mapped into memory."""
-    return isinstance(filesystem, fs.LocalFileSystem)
-
-
-def write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all: under another name first."""
-    unfinished = f"{path}.unfinished"
-    with filesystem.open_output_stream(unfinished) as stream:
-        stream.write(data)
-    filesystem.move(unfinished, path)
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raise what goes wrong as :class:`SavedDocumentError` that begins with ``what``: drivers raise what they like."""
+    try:
+        yield
+    except DistKVError:
+        raise
+    except Exception as error:
+        raise SavedDocumentError(f"{what}: {error}") from error
 
 
 def check_file(path: Path) -> None:
@@ -58,3 +136,9 @@ def check_file(path: Path) -> None:
             path.unlink()
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _known(place: str, filesystem: fs.FileSystem, path: str) -> Folder:
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return LocalFolder(Path(path).absolute())
+    return RemoteFolder(place, filesystem, path)

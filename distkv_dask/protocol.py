@@ -184,8 +184,8 @@ class Attached(NamedTuple):
 class SavedFile(NamedTuple):
     """A file with the blocks of tokens ``[start, stop)`` of a sequence.
 
-    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32; ``worker`` is the one on whose own disk it is,
-    if it is not in a folder that all workers reach.
+    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32. Documents that anybody wrote consist of these,
+    so there is nothing in it that a worker would call or run.
     """
 
     name: str
@@ -193,7 +193,17 @@ class SavedFile(NamedTuple):
     stop: int
     bytes: int
     checksum: int
-    worker: str = ""
+
+
+class SpilledFile(NamedTuple):
+    """A :class:`SavedFile` on the own disk of ``worker``; only the gManager makes these, of what that worker told."""
+
+    name: str
+    start: int
+    stop: int
+    bytes: int
+    checksum: int
+    worker: str
 
 
 class Saved(NamedTuple):
@@ -203,7 +213,7 @@ class Saved(NamedTuple):
     """
 
     place: str
-    files: tuple[SavedFile, ...] = ()
+    files: tuple[SavedFile, ...] | tuple[SpilledFile, ...] = ()
     tag: str = ""
     """Part of the names of files that are to be written."""
 

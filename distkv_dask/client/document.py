@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn, common_length
 from distkv_dask.client.generation import Generation, TextPieces
 from distkv_dask.client.pictures import document_html
-from distkv_dask.client.saved_document import SavedDocument, plain_source, prepare, write_metadata
+from distkv_dask.client.save import Save
+from distkv_dask.client.saved_document import SavedDocument, plain_source
 from distkv_dask.client.together import submit_all, wait_for_all
-from distkv_dask.errors import EngineClosedError, InvalidRequestError
+from distkv_dask.errors import EngineClosedError, InvalidRequestError, SavedDocumentError
 from distkv_dask.protocol import Saved
 from distkv_dask.types import Completion, Placement, SamplingParams
+from distkv_dask.watch import watched
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
@@ -146,7 +148,9 @@ class Document(_Kept):
     def save(self, place: str | Path) -> Any:
         """Save its KV, so that an engine of the same model can load it; returns when all is written.
 
-        The workers that hold it write at the same time. What was there before is replaced in one step, at the end.
+        The workers that hold it write at the same time. What was there before is replaced in one step, at the end, when
+        all of it is safe on disk; of saves to one place at once the last to end is there whole. Files are for their
+        owner alone, as they hold the text.
 
         Parameters
         ----------
@@ -156,21 +160,26 @@ class Document(_Kept):
         Raises
         ------
         SavedDocumentError
-            It cannot be written there.
+            It cannot be written there, or that stood still for ``distkv.timeouts.files``. Nothing of it is left, and
+            what was there before is there still.
         """
-        return self.engine.client.sync(self._save, str(place))
+        return self.engine.client.sync(self._save, place)
 
-    async def _save(self, place: str) -> None:
+    async def _save(self, place: str | Path) -> None:
         self._check()
         engine, facts = self.engine, self.engine.facts
-        plain = plain_source(self._source)
-        place = await asyncio.to_thread(prepare, place)
-        done = await engine._library.save(self.number, Saved(place, tag=secrets.token_hex(4)))
-        saved = SavedDocument(
-            self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
-            facts["block_bytes"], plain, tuple(self.ids), done.files,
-        )  # fmt: skip
-        await asyncio.to_thread(write_metadata, place, saved)
+        plain, limit, what = plain_source(self._source), engine.config.timeout_files, f"saving in {place}"
+        save = await watched(limit, what, Save, place)
+        try:
+            done = await engine._library.save(self.number, Saved(save.place, tag=save.tag))
+            saved = SavedDocument(
+                self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
+                facts["block_bytes"], plain, tuple(self.ids), done.files,
+            )  # fmt: skip
+            await watched(limit, what, save.commit, saved)
+        finally:
+            with contextlib.suppress(SavedDocumentError):  # what could not be deleted goes with the next save there
+                await watched(limit, what, save.end)
 
     async def _end(self) -> None:
         if not self._released:

@@ -331,7 +331,7 @@ class Engine:
             When it is larger than the memory of all workers.
         """
         self._conversation.check_open()
-        return self.client.sync(self._library.load, str(place), name)
+        return self.client.sync(self._library.load, place, name)
 
     def documents(self) -> dict[str, Document]:
         """The documents that have not been released, by name."""

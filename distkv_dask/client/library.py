@@ -17,6 +17,7 @@ from distkv_dask.errors import InvalidRequestError, SavedDocumentError, WorkerLo
 from distkv_dask.protocol import Delivery, Saved, Submission
 from distkv_dask.texts import checked_name
 from distkv_dask.types import Prompt
+from distkv_dask.watch import watched
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
@@ -54,19 +55,19 @@ class Library:
             )
         return await self._hand_in(known, name, prompts, ids, None)
 
-    async def load(self, place: str, name: str | None) -> Document:
+    async def load(self, place: str | Path, name: str | None) -> Document:
         """See :meth:`distkv_dask.Engine.load`."""
-        saved = await asyncio.to_thread(read_metadata, place)
+        limit = self._engine.config.timeout_files
+        where, saved = await watched(limit, f"reading the document in {place}", read_metadata, place)
         name = self._name(saved.name if name is None else name)
-        saved.check(place, self._engine.facts, self._engine.config.block_tokens)
+        saved.check(where, self._engine.facts, self._engine.config.block_tokens)
         prompts = await asyncio.to_thread(prompts_of, saved.source, self._engine.tokenizer)
         ids = await asyncio.to_thread(prompts.prefix)
         if tuple(ids) != saved.ids:
             raise SavedDocumentError(
                 f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it anew"
             )
-        where = Saved(place if "://" in place else str(Path(place).expanduser().absolute()), saved.files)
-        return await self._hand_in(saved.source, name, prompts, ids, where)
+        return await self._hand_in(saved.source, name, prompts, ids, Saved(where, saved.files))
 
     def _name(self, given: str | None) -> str:
         if given is not None:

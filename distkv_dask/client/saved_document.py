@@ -1,25 +1,32 @@
 """What is saved of a document beside its blocks: which model they are of, its tokens, and how it is asked.
 
-``document.json`` is written last and under another name first, so a folder holds a whole document or none.
+A saved document may come from anybody. It is data: every field has a type and a range, there are no others, and none of
+them names anything but files of its own folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import pyarrow as pa
-from pyarrow import fs
-
 from distkv_dask.errors import SavedDocumentError
-from distkv_dask.filesystems import folder_at, write_whole
+from distkv_dask.filesystems import explained, folder_at
+from distkv_dask.folder import Folder
 from distkv_dask.protocol import SavedFile
+from distkv_dask.watch import Watch
 
 FILE = "document.json"
-VERSION = 1
+VERSION = 2
+MOST_BYTES = 256 << 20
+"""A ``document.json`` has this many bytes at most: 10 million tokens and their text need less."""
+
+BLOCKS_NAME = re.compile(r"blocks-[0-9a-f]+-[0-9]+-[0-9]+\.arrow")
+TOP = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,69 +61,63 @@ class SavedDocument:
         for what, (mine, its, words) in wanted.items():
             if mine != its:
                 raise SavedDocumentError(f"the document in {place} {words}; this engine has another {what}")
-        end = 0
-        for file in self.files:
-            if file.start != end or file.stop <= file.start:
-                raise SavedDocumentError(f"the document in {place} is damaged: its files do not follow each other")
-            end = file.stop
-        if end != len(self.ids) // self.block_tokens * self.block_tokens:
-            raise SavedDocumentError(f"the document in {place} is damaged: its files hold {end} of its tokens")
+        window = facts["max_positions"]
+        if len(self.ids) >= window:
+            raise SavedDocumentError(
+                f"the document in {place} has {len(self.ids)} tokens, which leave no room for a question in the "
+                f"model's window of {window} tokens"
+            )
+
+    def encoded(self) -> bytes:
+        """The content of ``document.json``.
+
+        Raises
+        ------
+        SavedDocumentError
+            It would be too large to be read again.
+        """
+        body = {"format": "distkv-document", "version": VERSION, **asdict(self)}
+        text = json.dumps({"checksum": _checksum(body), **body}).encode()
+        if len(text) > MOST_BYTES:
+            raise SavedDocumentError(f"{FILE} would have {len(text)} bytes, more than {MOST_BYTES}: save parts of it")
+        return text
 
 
-def prepare(place: str) -> str:
-    """Make a folder to save in, and return its absolute path or URI."""
-    filesystem, folder = folder_at(place)
-    try:
-        filesystem.create_dir(folder, recursive=True)
-    except (OSError, pa.ArrowException) as error:
-        raise SavedDocumentError(f"{place} cannot be made: {error}") from error
-    return place if "://" in place else folder
-
-
-def write_metadata(place: str, document: SavedDocument) -> None:
-    """Complete a save, and drop what an earlier one left in the folder."""
-    filesystem, folder = folder_at(place)
-    body = {"format": "distkv-document", "version": VERSION, **asdict(document)}
-    text = json.dumps({"checksum": _checksum(body), **body})
-    try:
-        write_whole(filesystem, f"{folder}/{FILE}", text.encode())
-        kept = {file.name for file in document.files}
-        for found in filesystem.get_file_info(fs.FileSelector(folder)):
-            if found.base_name.startswith("blocks-") and found.base_name not in kept:
-                filesystem.delete_file(found.path)
-    except (OSError, pa.ArrowException) as error:
-        raise SavedDocumentError(f"{FILE} could not be written to {place}: {error}") from error
-
-
-def read_metadata(place: str) -> SavedDocument:
-    """Read what is saved in a folder.
+def read_metadata(watch: Watch, place: str | os.PathLike[str]) -> tuple[str, SavedDocument]:
+    """Read what is saved in a folder; returns its absolute path or URI, too.
 
     Raises
     ------
     SavedDocumentError
         There is no document, or its metadata is damaged or of another version.
     """
-    filesystem, folder = folder_at(place)
-    try:
-        with filesystem.open_input_stream(f"{folder}/{FILE}") as stream:
-            text = stream.read()
-    except (OSError, pa.ArrowException) as error:
-        raise SavedDocumentError(f"there is no (whole) document in {place}: {error}") from error
+    folder = folder_at(place)
+    return folder.place, document_in(folder)
+
+
+def document_in(folder: Folder) -> SavedDocument:
+    """The document in a folder; raises as :func:`read_metadata` does."""
+    with explained(f"there is no (whole) document in {folder.place}"), folder.open(FILE) as source:
+        if source.size > MOST_BYTES:
+            raise SavedDocumentError(f"{FILE} in {folder.place} has {source.size} bytes, more than {MOST_BYTES}")
+        text = source.read(source.size, 0)
     try:
         body = json.loads(text)
+        canonical = json.dumps(body).encode() == text  # nothing is written twice, or in another way than ours
         checksum, kind, version = body.pop("checksum"), body.pop("format"), body.pop("version")
-        right = _checksum({"format": kind, "version": version, **body}) == checksum
+        right = canonical and _checksum({"format": kind, "version": version, **body}) == checksum
         if kind == "distkv-document" and version != VERSION:
-            raise SavedDocumentError(f"the document in {place} is of version {version}; this distkv reads {VERSION}")
-        body["ids"], body["files"] = tuple(body["ids"]), tuple(SavedFile(*file) for file in body["files"])
-        document = SavedDocument(**body)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SavedDocumentError(
+                f"the document in {folder.place} is of version {version!r:.20}; this distkv reads {VERSION}: ingest "
+                "its source again"
+            )
+        if not right or kind != "distkv-document":
+            raise ValueError("its checksum is another one")
+        return _checked(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SavedDocumentError):
             raise
-        raise SavedDocumentError(f"{FILE} in {place} is damaged: {error!r:.200}") from error
-    if not right:
-        raise SavedDocumentError(f"{FILE} in {place} is damaged: its checksum is another one")
-    return document
+        raise SavedDocumentError(f"{FILE} in {folder.place} is damaged: {error!r:.300}") from error
 
 
 def plain_source(source: Any) -> str | list[Any]:
@@ -133,6 +134,54 @@ def plain_source(source: Any) -> str | list[Any]:
     except (TypeError, ValueError) as error:
         raise SavedDocumentError(f"the document's chat messages cannot be saved as JSON: {error}") from error
     return same  # type: ignore[no-any-return]
+
+
+def _checked(body: dict[str, Any]) -> SavedDocument:
+    """A document of fields from a file; raises ValueError for what is none."""
+    names = [field.name for field in fields(SavedDocument)]
+    _require(sorted(body) == sorted(names), f"it has the fields {sorted(body)}")
+    for name in ("name", "model", "fingerprint", "dtype"):
+        _require(isinstance(body[name], str), f"{name} is no text")
+    for name in ("block_tokens", "block_bytes"):
+        _require(_is_number(body[name], 1, TOP), f"{name} is no number above 0")
+    _require(isinstance(body["source"], str | list), "its source is neither text nor list")
+    ids, files = body["ids"], body["files"]
+    _require(isinstance(ids, list) and all(_is_number(one, 0, 2**31) for one in ids), "its ids are no token ids")
+    _require(isinstance(files, list), "its files are no list")
+    body["ids"], body["files"] = tuple(ids), tuple(_checked_file(file) for file in files)
+    document = SavedDocument(**body)
+    _check_files(document)
+    return document
+
+
+def _checked_file(file: Any) -> SavedFile:
+    kept = len(SavedFile._fields)
+    _require(isinstance(file, list) and len(file) == kept, f"the entry of a file has not {kept} fields")
+    name, *numbers = file
+    _require(isinstance(name, str) and BLOCKS_NAME.fullmatch(name) is not None, f"a file is called {name!r:.100}")
+    _require(all(_is_number(one, 0, TOP) for one in numbers), f"an entry of {name} is no number")
+    return SavedFile(name, *numbers)
+
+
+def _check_files(document: SavedDocument) -> None:
+    """Whole blocks of all tokens, one file after the other, each once."""
+    size, end = document.block_tokens, 0
+    for file in document.files:
+        rows = (file.stop - file.start) // size
+        _require(file.start == end and rows > 0 and file.stop % size == 0, "its files do not follow each other")
+        _require(file.bytes >= rows * document.block_bytes, f"{file.name} is too small for its blocks")
+        end = file.stop
+    _require(end == len(document.ids) // size * size, f"its files hold {end} of its tokens")
+    _require(len({file.name for file in document.files}) == len(document.files), "a file is named twice")
+
+
+def _is_number(value: Any, least: int, top: int) -> bool:
+    return type(value) is int and least <= value < top
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
 
 
 def _checksum(body: Mapping[str, Any]) -> int:

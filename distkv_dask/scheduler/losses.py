@@ -55,7 +55,9 @@ class Losses:
         elif not live.is_document:
             live.lost.append(worker)
             live.answering.discard(worker)
-            if live.saves or len(live.lost) > MAX_LOSSES:
+            if live.saves:
+                yield from self._saving.stored(live.sequence, worker, (), workers_lost(live), now)
+            elif len(live.lost) > MAX_LOSSES:
                 yield from self._ending.end(live.sequence, "error", now, workers_lost(live))
             else:
                 yield from self._compute_again(live, now)

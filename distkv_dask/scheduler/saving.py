@@ -78,18 +78,20 @@ class Saving:
         live = self._live.get(number)
         if live is None or live.state != "saving":
             return
-        if error is not None:
-            yield from self._ending.end(number, "error", now, error)
-            return
+        live.failure = live.failure or error
         self._files[number] += files
         live.answering.discard(worker)
-        if not live.answering:
+        if live.answering:  # also those of a save that failed: then all that they wrote can be deleted
+            return
+        if live.failure is not None:
+            yield from self._ending.end(number, "error", now, live.failure)
+        else:
             assert live.saved is not None
-            saved = Saved(live.saved.place, tuple(sorted(self._files.pop(number), key=lambda file: file.start)))
+            written = tuple(sorted(self._files.pop(number), key=lambda file: file.start))
             if live.document is not None and live.document in self._live:
                 yield from self._spilling.forget(self._live[live.document])
-                self._live[live.document].saved = saved
-            yield Delivery(number, (), "stop", None, live.timings(now), files=saved.files)
+                self._live[live.document].saved = Saved(live.saved.place, written)
+            yield Delivery(number, (), "stop", None, live.timings(now), files=written)
             yield from self._documents.forget(live, now)
 
     def lost(self, live: Live, worker: str, now: float) -> Iterator[Command]:

@@ -9,10 +9,10 @@ Pure: the lifecycle calls, commands come out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from distkv_dask.protocol import OWN_DISK, Saved, SavedFile
+from distkv_dask.protocol import OWN_DISK, Saved, SavedFile, SpilledFile
 from distkv_dask.scheduler.commands import Command, Discard, Store
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
@@ -34,7 +34,7 @@ class _Copy:
     number: int
     bytes: Counter[str]
     began: float
-    files: list[SavedFile] = field(default_factory=list)
+    files: list[SpilledFile] = field(default_factory=list)
     whole: bool = False
 
 
@@ -107,12 +107,12 @@ class Spilling:
         self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
     ) -> Iterator[Command]:
         """A worker wrote its part, or could not. The sequence's ``answering`` is empty once all have."""
-        live = self.sequence_of(number)
+        live, spilled = self.sequence_of(number), [SpilledFile(*file, worker) for file in files]
         if live is None:
-            yield from _discard(files)
+            yield from _discard(spilled)
             return
         copy = self._copies[live.sequence]
-        copy.files += files
+        copy.files += spilled
         live.failure = live.failure or error
         if error is None and now > copy.began:
             self._rate = KEPT * self._rate + (1 - KEPT) * copy.bytes[worker] / (now - copy.began)
@@ -190,7 +190,7 @@ def ranges_of(placement: Placement, tokens: int) -> dict[str, tuple[tuple[int, i
     return ranges
 
 
-def _discard(files: Iterator[SavedFile] | tuple[SavedFile, ...]) -> Iterator[Command]:
+def _discard(files: Iterable[SpilledFile]) -> Iterator[Command]:
     names: dict[str, tuple[str, ...]] = {}
     for file in files:
         names[file.worker] = (*names.get(file.worker, ()), file.name)

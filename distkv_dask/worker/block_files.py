@@ -11,14 +11,17 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distkv_dask.errors import DistKVError, SavedDocumentError, portable
-from distkv_dask.protocol import OWN_DISK, FromWorker, Saved, SavedFile
+from distkv_dask.filesystems import folder_at
+from distkv_dask.folder import Folder
+from distkv_dask.local_folder import LocalFolder
+from distkv_dask.protocol import OWN_DISK, FromWorker, Saved, SavedFile, SpilledFile
+from distkv_dask.watch import Watch, watched
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.storage import blocks_within, overlapping, read_blocks, read_rows, uncovered, write_blocks
 
@@ -28,7 +31,7 @@ FREE_PART = 0.5
 PIECE_BYTES = 16 << 20
 """Bytes of blocks that are asked of another worker at once, at most (or one block)."""
 
-Peer = Callable[[SavedFile, int, int], Awaitable[Any]]
+Peer = Callable[[SpilledFile, int, int], Awaitable[Any]]
 """Asks the worker that has a file for blocks of it: the first row, and how many."""
 
 
@@ -47,6 +50,8 @@ class BlockFiles:
         Bytes of files there, at most; less where less is free on that disk.
     silence
         Seconds that another worker may take for an answer.
+    standstill
+        Seconds that a folder may take for a piece of what is read or written.
     tell
         Sends an event of the engine to the gManager.
 
@@ -63,13 +68,15 @@ class BlockFiles:
         folder: Path,
         limit: int,
         silence: float,
+        standstill: float,
         tell: Callable[[FromWorker, Any], None],
     ) -> None:
         self.capacity = min(limit, int(shutil.disk_usage(folder.parent).free * FREE_PART))
         self._pool = pool
         self._worker = worker
-        self._folder = folder
+        self._folder = LocalFolder(folder)
         self._silence = silence
+        self._standstill = standstill
         self._tell = tell
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 
@@ -78,8 +85,12 @@ class BlockFiles:
         files: tuple[SavedFile, ...] = ()
         error: DistKVError | None = None
         try:
-            disk = self._disk if saved.place == OWN_DISK else None
-            files = await self._run(disk, self._write, sequence, ranges, saved)
+            if saved.place == OWN_DISK:
+                loop = asyncio.get_running_loop()
+                files = await loop.run_in_executor(self._disk, self._write, Watch(), sequence, ranges, saved)
+            else:
+                what = f"saving in {saved.place}"
+                files = await watched(self._standstill, what, self._write, sequence, ranges, saved)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in saving sequence {sequence}")
         self._tell(FromWorker.STORED, (number, files, error))
@@ -92,15 +103,16 @@ class BlockFiles:
                 if (gap := uncovered(start, stop, saved.files)) < stop:
                     raise SavedDocumentError(f"tokens {gap} to {stop} of sequence {sequence} are in none of its files")
                 for file in overlapping(start, stop, saved.files):
-                    if file.worker in ("", self._worker):
-                        await self._run(None, self._read, sequence, start, stop, saved, file)
-                    else:
+                    if isinstance(file, SpilledFile) and file.worker != self._worker:
                         await self._ask(peer, sequence, start, stop, file)
+                    else:
+                        what = f"reading {file.name} in {saved.place or self._folder.place}"
+                        await watched(self._standstill, what, self._read, sequence, start, stop, saved, file)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in loading sequence {sequence}")
         self._tell(FromWorker.FETCHED, (sequence, error))
 
-    async def rows(self, file: SavedFile, first: int, count: int) -> np.ndarray:
+    async def rows(self, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file on the own disk, uint8 [count, bytes of a block], for another worker.
 
         Raises
@@ -108,8 +120,9 @@ class BlockFiles:
         SavedDocumentError
             It is not there or damaged.
         """
-        rows: np.ndarray = await self._run(None, self._rows, file, first, count)
-        return rows
+        return await watched(
+            self._standstill, f"reading {file.name} for another worker", self._rows, file, first, count
+        )
 
     def discard(self, names: Iterable[str]) -> None:
         """Delete files of the own disk, after all that it was asked for before."""
@@ -118,25 +131,31 @@ class BlockFiles:
     def close(self) -> None:
         """Wait for what is under way, and delete the own disk's files. Can be called again."""
         self._disk.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder.path, ignore_errors=True)
 
-    async def _run(self, disk: ThreadPoolExecutor | None, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(disk, partial(work, *arguments))
-
-    def _write(self, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> tuple[SavedFile, ...]:
-        own, files = saved.place == OWN_DISK, []
+    def _write(
+        self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved
+    ) -> tuple[SavedFile, ...]:
+        """Write a file for each range; none is left if one cannot be written."""
+        own, files, folder = saved.place == OWN_DISK, list[SavedFile](), self._at(saved)
         if own:
-            self._folder.mkdir(exist_ok=True)
-        for start, stop in ranges:
-            name = f"blocks-{saved.tag}-{start}-{stop}.arrow"
-            file = write_blocks(self._pool, sequence, start, stop, self._place(saved), name)
-            files.append(file._replace(worker=self._worker if own else ""))
+            folder.make()
+        try:
+            for start, stop in ranges:
+                name = f"blocks-{saved.tag}-{start}-{stop}.arrow"
+                files.append(write_blocks(self._pool, sequence, start, stop, folder, name, watch, durable=not own))
+        except BaseException:
+            for file in files:
+                folder.delete(file.name)
+            raise
         return tuple(files)
 
-    def _read(self, sequence: int, start: int, stop: int, saved: Saved, file: SavedFile) -> None:
-        read_blocks(self._pool, sequence, start, stop, self._place(saved), file)
+    def _read(
+        self, watch: Watch, sequence: int, start: int, stop: int, saved: Saved, file: SavedFile | SpilledFile
+    ) -> None:
+        read_blocks(self._pool, sequence, start, stop, self._at(saved), file, watch)
 
-    async def _ask(self, peer: Peer, sequence: int, start: int, stop: int, file: SavedFile) -> None:
+    async def _ask(self, peer: Peer, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill blocks from a file on another worker's disk."""
         into, first = blocks_within(self._pool, sequence, start, stop, file)
         step = max(1, PIECE_BYTES // self._pool.bytes.shape[1])
@@ -145,22 +164,19 @@ class BlockFiles:
             rows = await asyncio.wait_for(peer(file, first + at, len(some)), self._silence)
             if isinstance(rows, str):
                 raise SavedDocumentError(rows)
-            await self._run(None, self._fill, some, rows)
+            await asyncio.get_running_loop().run_in_executor(None, self._fill, some, rows)
 
     def _fill(self, blocks: list[int], rows: np.ndarray) -> None:
         for block, row in zip(blocks, rows, strict=True):
             self._pool.bytes[block] = row
 
-    def _rows(self, file: SavedFile, first: int, count: int) -> np.ndarray:
-        size = self._pool.bytes.shape[1]
-        rows = np.empty((count, size), np.uint8)
-        for at, row in enumerate(read_rows(str(self._folder), file, size, first, count)):
-            rows[at] = row
-        return rows
+    def _rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
+        size, tokens = self._pool.bytes.shape[1], self._pool.block_tokens
+        return np.stack(list(read_rows(self._folder, file, size, tokens, first, count, watch)))
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            (self._folder / name).unlink(missing_ok=True)
+            self._folder.delete(name)
 
-    def _place(self, saved: Saved) -> str:
-        return str(self._folder) if saved.place == OWN_DISK else saved.place
+    def _at(self, saved: Saved) -> Folder:
+        return self._folder if saved.place == OWN_DISK else folder_at(saved.place)

@@ -112,6 +112,7 @@ def build_engine(
         folder,
         spec.config.spill,
         spec.config.timeout_receive,
+        spec.config.timeout_files,
         lambda event, payload: tell(event, spec.engine, payload),
     )
     return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, tell, timings)

@@ -28,7 +28,7 @@ from distkv_dask.protocol import (
     FromWorker,
     Piece,
     Saved,
-    SavedFile,
+    SpilledFile,
     ToPeer,
     ToWorker,
     pack,
@@ -237,7 +237,7 @@ class RManager(WorkerPlugin):
         take = partial(self.engines[engine].take, Piece(*piece), data)
         return await asyncio.get_running_loop().run_in_executor(None, take)
 
-    async def _ask_spilled(self, engine: str, file: SavedFile, first: int, count: int) -> np.ndarray | str:
+    async def _ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
         answer: dict[str, Any] = await self.worker.rpc(file.worker).distkv_spilled(
             engine=engine, file=tuple(file), first=first, count=count
         )
@@ -248,7 +248,7 @@ class RManager(WorkerPlugin):
         if engine not in self.engines:
             return {"refusal": f"engine {engine} is not open on worker {self.worker.address}"}
         try:
-            return {"rows": to_serialize(await self.engines[engine].files.rows(SavedFile(*file), first, count))}
+            return {"rows": to_serialize(await self.engines[engine].files.rows(SpilledFile(*file), first, count))}
         except DistKVError as error:
             return {"refusal": str(error)}
 

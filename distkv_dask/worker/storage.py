@@ -1,58 +1,74 @@
 """KV blocks as Arrow files: a row for each block, its bytes as they lie in the pool and their checksum.
 
-Files are written under another name first and renamed once they are complete. Local ones are mapped into memory to be
-read, others are streamed.
+What a file holds is known before it is opened: so many blocks of so many bytes, in batches of so many rows. It is read
+by that alone. What the file says of itself (rows, sizes, compression) is for other readers of Arrow files; here nothing
+is allocated, unpacked or read by it, so a hostile or damaged file has wrong checksums at worst.
 """
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from distkv_dask.errors import SavedDocumentError
-from distkv_dask.filesystems import folder_at, is_local
-from distkv_dask.protocol import SavedFile
+from distkv_dask.filesystems import explained
+from distkv_dask.folder import Folder, Source
+from distkv_dask.protocol import SavedFile, SpilledFile
+from distkv_dask.watch import Watch
 from distkv_dask.worker.pool import Pool
 
 BATCH_BYTES = 64 << 20
-"""Bytes of blocks in one record batch, at most (or one block)."""
+"""Bytes of blocks in one record batch (or one block): all but the last of a file are as large. Part of the format."""
+
+PIECE_BYTES = 4 << 20
+"""Bytes of blocks that are read at once, at most (or one block)."""
+
+MAGIC = b"ARROW1\0\0"
+MESSAGE = struct.Struct("<Ii")
+"""What a message begins with: a mark, and the bytes of its metadata. One without metadata ends the stream."""
+
+CONTINUES = 0xFFFFFFFF
+METADATA_BYTES = 1 << 20
 
 
-def write_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, name: str) -> SavedFile:
-    """Save the blocks of tokens ``[start, stop)`` of a sequence, which nobody changes, as file ``name`` of a folder.
+def write_blocks(
+    pool: Pool, sequence: int, start: int, stop: int, folder: Folder, name: str, watch: Watch, durable: bool
+) -> SavedFile:
+    """Save the blocks of tokens ``[start, stop)`` of a sequence, which nobody changes, as a new file of a folder.
 
     Raises
     ------
     SavedDocumentError
-        The file cannot be written; the message says why.
+        The file cannot be written; the message says why, and nothing of it is left.
     CapacityError
         Not all of the blocks are here.
     """
     size = pool.bytes.shape[1]
+    blocks, rows = pool.find(sequence, [(start, stop)]), _batch_rows(size)
     schema = pa.schema([("block", pa.binary(size)), ("crc32", pa.uint32())])
     checksum = 0
-    try:
-        filesystem, folder = folder_at(place)
-        path = f"{folder}/{name}"
-        with filesystem.open_output_stream(f"{path}.unfinished") as stream, pa.ipc.new_file(stream, schema) as file:
-            for first, count in _runs(pool.find(sequence, [(start, stop)]), max(1, BATCH_BYTES // size)):
-                blocks = pool.bytes[first : first + count]
-                sums = np.array([zlib.crc32(block) for block in blocks], np.uint32)
+    with explained(f"{name} could not be written to {folder.place}"), folder.create(name, durable) as stream:
+        with pa.ipc.new_file(stream, schema) as file:
+            for at in range(0, len(blocks), rows):
+                watch.step()
+                data = _gathered(pool, blocks[at : at + rows])
+                sums = np.array([zlib.crc32(block) for block in data], np.uint32)
                 checksum = zlib.crc32(sums.tobytes(), checksum)
-                column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), count, [None, pa.py_buffer(blocks)])
+                column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(data), [None, pa.py_buffer(data)])
                 file.write_batch(pa.record_batch([column, pa.array(sums)], schema))
-        filesystem.move(f"{path}.unfinished", path)
-        written = filesystem.get_file_info(path).size
-    except (OSError, pa.ArrowException) as error:
-        raise SavedDocumentError(f"{name} could not be written to {place}: {error}") from error
+        written = stream.tell()
+        watch.step()
     return SavedFile(name, start, stop, written, checksum)
 
 
-def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, file: SavedFile) -> None:
+def read_blocks(
+    pool: Pool, sequence: int, start: int, stop: int, folder: Folder, file: SavedFile | SpilledFile, watch: Watch
+) -> None:
     """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of a folder holds them (some).
 
     Raises
@@ -61,11 +77,15 @@ def read_blocks(pool: Pool, sequence: int, start: int, stop: int, place: str, fi
         The file is not there, truncated or damaged; the message says which and what is wrong.
     """
     into, first = blocks_within(pool, sequence, start, stop, file)
-    for block, data in zip(into, read_rows(place, file, pool.bytes.shape[1], first, len(into)), strict=True):
-        pool.bytes[block] = data
+    rows = read_rows(folder, file, pool.bytes.shape[1], pool.block_tokens, first, len(into), watch)
+    for block, data in zip(into, rows, strict=True):
+        with watch.change():  # a read that was given up must not land in what is somebody else's block by now
+            pool.bytes[block] = data
 
 
-def blocks_within(pool: Pool, sequence: int, start: int, stop: int, file: SavedFile) -> tuple[list[int], int]:
+def blocks_within(
+    pool: Pool, sequence: int, start: int, stop: int, file: SavedFile | SpilledFile
+) -> tuple[list[int], int]:
     """Blocks of the pool for the tokens that are in ``[start, stop)`` and in a file; and their first row there."""
     first, last = max(start, file.start), min(stop, file.stop)
     size = pool.block_tokens
@@ -73,12 +93,12 @@ def blocks_within(pool: Pool, sequence: int, start: int, stop: int, file: SavedF
     return blocks[(first - start) // size : -(-(last - start) // size)], (first - file.start) // size
 
 
-def overlapping(start: int, stop: int, files: Iterable[SavedFile]) -> list[SavedFile]:
+def overlapping(start: int, stop: int, files: Iterable[Any]) -> list[Any]:
     """The files that hold some of the tokens ``[start, stop)``: no other needs to be opened."""
     return [file for file in files if file.start < stop and start < file.stop]
 
 
-def uncovered(start: int, stop: int, files: Iterable[SavedFile]) -> int:
+def uncovered(start: int, stop: int, files: Iterable[SavedFile | SpilledFile]) -> int:
     """The first of the tokens ``[start, stop)`` that is in none of the files; ``stop`` if there is none.
 
     Examples
@@ -92,7 +112,9 @@ def uncovered(start: int, stop: int, files: Iterable[SavedFile]) -> int:
     return min(start, stop)
 
 
-def read_rows(place: str, file: SavedFile, size: int, first: int, count: int) -> Iterator[np.ndarray]:
+def read_rows(
+    folder: Folder, file: SavedFile | SpilledFile, size: int, block_tokens: int, first: int, count: int, watch: Watch
+) -> Iterator[np.ndarray]:
     """Blocks ``first`` to ``first + count`` of a file, uint8 [size] each, checked.
 
     Raises
@@ -100,57 +122,97 @@ def read_rows(place: str, file: SavedFile, size: int, first: int, count: int) ->
     SavedDocumentError
         The file is not there, cannot be read, is truncated or damaged; the message says which and what is wrong.
     """
-    try:
-        yield from _rows(place, file, size, first, count)
-    except (OSError, pa.ArrowException) as error:
-        raise SavedDocumentError(f"{file.name} in {place} cannot be read: {error}") from error
-
-
-def _rows(place: str, file: SavedFile, size: int, first: int, count: int) -> Iterator[np.ndarray]:
-    filesystem, folder = folder_at(place)
-    path = f"{folder}/{file.name}"
-    found = filesystem.get_file_info(path)
-    if not found.is_file:
-        raise SavedDocumentError(f"{file.name} is not in {place}, or not for this worker: all have to reach the folder")
-    if found.size != file.bytes:
-        raise SavedDocumentError(f"{file.name} in {place} has {found.size} bytes instead of {file.bytes}: truncated")
-    with ExitStack() as stack:
-        source = pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path)
-        reader = pa.ipc.open_file(stack.enter_context(source))
-        if reader.schema.types != [pa.binary(size), pa.uint32()]:
-            raise SavedDocumentError(f"{file.name} in {place} holds {reader.schema}, not blocks of {size} bytes")
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        sums = [batch.column(1).to_numpy() for batch in batches]
-        checksum = 0
-        for some in sums:
-            checksum = zlib.crc32(some.tobytes(), checksum)
-        if checksum != file.checksum:
-            raise SavedDocumentError(f"{file.name} in {place} is damaged: its checksums are not those of the document")
-        at = 0
-        for batch, expected in zip(batches, sums, strict=True):
-            data = np.frombuffer(batch.column(0).buffers()[1], np.uint8)[: len(batch) * size].reshape(-1, size)
-            for block, right in zip(data, expected, strict=True):
-                if first <= at < first + count:
+    rows = -(-(file.stop - file.start) // block_tokens)
+    with explained(f"{file.name} in {folder.place} cannot be read"):
+        try:
+            with folder.open(file.name) as source:
+                bodies = _checked_bodies(source, file, rows, size, watch)
+                if first + count > rows:
+                    raise _Damaged(f"it holds {rows} blocks, of which {first} to {first + count} are wanted")
+                for at, block, right in _blocks(source, bodies, size, first, count, watch):
                     if zlib.crc32(block.data) != right:
-                        raise SavedDocumentError(f"{file.name} in {place} is damaged: block {at} has another checksum")
+                        raise _Damaged(f"block {at} has another checksum")
                     yield block
-                at += 1
-    if at < first + count:
-        raise SavedDocumentError(f"{file.name} in {place} holds {at} blocks, fewer than the document says")
+        except FileNotFoundError as error:
+            raise SavedDocumentError(
+                f"{file.name} is not in {folder.place}, or not for this worker: all have to reach the folder"
+            ) from error
+        except (EOFError, _Damaged) as error:
+            raise SavedDocumentError(f"{file.name} in {folder.place} is damaged: {error}") from error
 
 
-def _runs(blocks: list[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Consecutive blocks of the pool as first and count.
+class _Damaged(Exception):
+    """A file is not what it should be."""
 
-    Examples
-    --------
-    >>> list(_runs([4, 5, 6, 2, 3], 2))
-    [(4, 2), (6, 1), (2, 2)]
+
+def _checked_bodies(
+    source: Source, file: SavedFile | SpilledFile, rows: int, size: int, watch: Watch
+) -> list[tuple[int, np.ndarray]]:
+    """As :func:`_bodies`, if their checksums are those of the file."""
+    if source.size != file.bytes:
+        raise _Damaged(f"{source.size} bytes instead of {file.bytes}, so truncated or another file")
+    bodies, checksum = list(_bodies(source, rows, size, watch)), 0
+    for _, sums in bodies:
+        checksum = zlib.crc32(sums.tobytes(), checksum)
+    if checksum != file.checksum:
+        raise _Damaged("its checksums are not those of the document")
+    return bodies
+
+
+def _bodies(source: Source, rows: int, size: int, watch: Watch) -> Iterator[tuple[int, np.ndarray]]:
+    """Where the blocks of each batch begin, and their checksums, uint32 [rows of the batch].
+
+    Raises what says that there is something else than such batches.
     """
-    first, count = blocks[0], 0
-    for block in blocks:
-        if count and (block != first + count or count == longest):
-            yield first, count
-            first, count = block, 0
-        count += 1
-    yield first, count
+    if source.read(len(MAGIC), 0) != MAGIC:
+        raise _Damaged("it is no Arrow file")
+    at = _after_metadata(source, len(MAGIC))  # the schema
+    for done in range(0, rows, most := _batch_rows(size)):
+        watch.step()
+        count = min(most, rows - done)
+        at = _after_metadata(source, at)
+        sums = at + _padded(count * size)
+        yield at, np.frombuffer(source.read(4 * count, sums), np.uint32)
+        at = sums + _padded(4 * count)
+    if source.read(MESSAGE.size, at) != MESSAGE.pack(CONTINUES, 0):
+        raise _Damaged(f"it does not end after {rows} blocks of {size} bytes")
+
+
+def _after_metadata(source: Source, at: int) -> int:
+    mark, length = MESSAGE.unpack(source.read(MESSAGE.size, at))
+    if mark != CONTINUES or not 0 < length <= METADATA_BYTES:
+        raise _Damaged(f"it has no batch of blocks at byte {at}")
+    return at + MESSAGE.size + int(length)
+
+
+def _blocks(
+    source: Source, bodies: list[tuple[int, np.ndarray]], size: int, first: int, count: int, watch: Watch
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Number, bytes (uint8 [size]) and checksum of each of a file's blocks ``first`` to ``first + count``."""
+    begin, piece = 0, max(1, PIECE_BYTES // size)
+    for body, sums in bodies:
+        wanted = range(max(first - begin, 0), min(first + count - begin, len(sums)))
+        for at in wanted[::piece]:
+            some = min(piece, wanted.stop - at)
+            data = np.frombuffer(source.read(some * size, body + at * size), np.uint8).reshape(some, size)
+            watch.step()
+            for row, block in enumerate(data, at):
+                yield begin + row, block, int(sums[row])
+        begin += len(sums)
+
+
+def _batch_rows(size: int) -> int:
+    return max(1, BATCH_BYTES // size)
+
+
+def _padded(count: int) -> int:
+    """Bytes that a buffer of so many takes in a file."""
+    return -(-count // 8) * 8
+
+
+def _gathered(pool: Pool, blocks: list[int]) -> np.ndarray:
+    """Blocks of the pool as uint8 [blocks, size] in one piece: copied only if they are not so already."""
+    first = blocks[0]
+    if blocks == list(range(first, first + len(blocks))):
+        return pool.bytes[first : first + len(blocks)]
+    return pool.bytes[blocks]

@@ -66,6 +66,8 @@ def test_documents_take_turns_in_memory_and_answer_alike(damage: str) -> None:
             assert (anew > 6 * 12) == (damage != "none"), "documents come back from disk, if that is whole"
             assert status["totals"]["spill_events"] >= 2
             assert status["totals"]["restore_events"] >= 4
+            for file in files_on(workers):
+                assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
             disks = {worker: one["disk_bytes"] for worker, one in status["workers"].items()}
             for worker in workers:
                 size = sum(file.stat().st_size for file in files_on((worker,)))

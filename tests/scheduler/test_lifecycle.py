@@ -207,7 +207,7 @@ class Simulated:
             files = []
             for start, stop in message.ranges:
                 name = f"{message.saved.tag}-{start}"
-                files.append(SavedFile(name, start, stop, 0, 0, worker))
+                files.append(SavedFile(name, start, stop, 0, 0))
                 # a sequence that was given up meanwhile is written all the same, and of no use
                 self.disks[worker][name] = {block: table[block] for block in blocks(start, stop) if block in table}
             if self.refusing and self.rng.random() < 0.2:

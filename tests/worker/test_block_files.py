@@ -27,7 +27,7 @@ async def no_peer(file: SavedFile, first: int, count: int) -> Any:
 def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
     told: list[tuple[FromWorker, Any]] = []
     files = BlockFiles(
-        pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, lambda event, payload: told.append((event, payload))
+        pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, 60.0, lambda event, payload: told.append((event, payload))
     )
     pool.reserve(1, 0, 16)
     pool.storage.copy_(torch.rand(pool.storage.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,8 +29,10 @@ from distkv_dask.client.document_prompts import read_text
 from distkv_dask.client.engine import Engine
 from distkv_dask.client.generation import TextPieces
 from distkv_dask.client.saved_document import FILE, read_metadata
+from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.types import SamplingParams
+from distkv_dask.watch import watched
 
 
 @click.command("ask")
@@ -82,7 +85,8 @@ def _question(question: str, document: str | None, sampling: SamplingParams) -> 
     if not question.strip():
         raise InvalidRequestError("the question is empty")
     if document is not None and document != "-" and ("://" in document or (Path(document) / FILE).exists()):
-        read_metadata(document)
+        limit = Config.load().timeout_files
+        asyncio.run(watched(limit, f"reading the document in {document}", read_metadata, document))
 
         def about_saved(engine: Engine) -> TextPieces:
             saved: Document = engine.load(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from distkv_dask.client.commands.ask import document_text
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import failing_clearly, note
 from distkv_dask.client.commands.options import engine_option, model_options, scheduler_option, size_options
-from distkv_dask.client.saved_document import prepare
+from distkv_dask.client.save import try_place
+from distkv_dask.config import Config
+from distkv_dask.watch import watched
 
 
 @click.command("ingest")
@@ -34,7 +37,7 @@ def command(document: Path, folder: str, **options: Any) -> None:
     chosen = chosen_of(options)
     with failing_clearly():
         text = document_text(document)
-        prepare(folder)
+        asyncio.run(watched(Config.load().timeout_files, f"looking at {folder}", try_place, folder))
     with chosen.engine() as engine:
         note(f"Computing {document} ...")
         with engine.ingest(text, name=document.name) as handle:

@@ -1,0 +1,147 @@
+"""Folders of this machine, network disks included.
+
+New folders and files are for their owner alone whatever the umask says, and survive a crash of the machine once they
+are made. A file that could not be written whole is gone again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from distkv_dask.folder import Folder, Source, checked_file_name
+from distkv_dask.watch import Watch
+
+LOCK_POLL = 0.05
+"""Seconds between two tries to lock a folder."""
+
+
+class LocalFolder(Folder):
+    """A folder of this machine, or one that looks so (NFS)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.place = str(path)
+
+    def make(self) -> None:
+        """Make it, with what it is in, for its owner alone."""
+        missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # somebody else just did
+                folder.mkdir(0o700)
+                folder.chmod(0o700)  # whatever the umask took
+                _sync(folder.parent)
+        if not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is no folder")
+
+    @contextlib.contextmanager
+    def create(self, name: str, durable: bool = True) -> Iterator[IO[bytes]]:
+        """Write a new file for its owner alone."""
+        path = self._file(name)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                with contextlib.suppress(PermissionError):  # a filesystem without modes
+                    os.fchmod(descriptor, 0o600)
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(descriptor)
+            if durable:
+                _sync(self.path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Source]:
+        """Read a file, which is not mapped into memory: whoever cuts it off meanwhile must not end this process."""
+        descriptor = os.open(self._file(name), os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError("it is no plain file")
+            yield Source(facts.st_size, lambda count, offset: os.pread(descriptor, count, offset))
+        finally:
+            os.close(descriptor)
+
+    def names(self) -> list[str]:
+        """All files in it."""
+        with os.scandir(self.path) as entries:
+            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+
+    def replace(self, name: str, by: str) -> None:
+        """Give file ``by`` the name of another one; that is durable when this returns."""
+        self._file(by).replace(self._file(name))
+        _sync(self.path)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; nothing happens if it is not there."""
+        self._file(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, watch: Watch) -> Iterator[None]:
+        """Have it for oneself, once others are done."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            while _flock(descriptor) is False:
+                watch.check()
+                time.sleep(LOCK_POLL)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Hold a file until the block, or this process, ends."""
+        descriptor = os.open(self._file(name), os.O_RDWR)
+        try:
+            _flock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_held(self, name: str) -> bool | None:
+        """Whether somebody holds a file; None where locks are not known."""
+        try:
+            descriptor = os.open(self._file(name), os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError:  # gone, or somebody else's
+            return True
+        try:
+            free = _flock(descriptor)
+            return None if free is None else not free
+        finally:
+            os.close(descriptor)
+
+    def _file(self, name: str) -> Path:
+        return self.path / checked_file_name(name)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Lock an open file: False if somebody else has, None if that is not known here (some network disks)."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a filesystem that does not sync folders
+            raise
+    finally:
+        os.close(descriptor)

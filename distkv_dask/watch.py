@@ -1,0 +1,95 @@
+"""Blocking work on files that may hang (a network disk, an object store): watched, and given up when it stands still.
+
+A thread that hangs in the kernel cannot be ended. So such work gets a daemon thread of its own, which keeps no pool of
+threads busy and no process alive; it shows its progress, and learns before it changes anything that nobody waits any
+more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from distkv_dask.errors import SavedDocumentError
+
+Result = TypeVar("Result")
+
+
+class Watch:
+    """Between work and who waits for it; one that is never given up is what work without a limit gets."""
+
+    def __init__(self) -> None:
+        self.seen = time.monotonic()
+        """When the work last showed progress."""
+        self._given_up = False
+        self._lock = threading.Lock()
+
+    def step(self) -> None:
+        """Show progress; raises :class:`TimeoutError` if nobody waits any more."""
+        self.check()
+        self.seen = time.monotonic()
+
+    def check(self) -> None:
+        """Raise :class:`TimeoutError` if nobody waits any more."""
+        if self._given_up:
+            raise TimeoutError("it took too long, and nobody waits for it any more")
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Change what others own, in no time: not possible any more once the work was given up."""
+        with self._lock:
+            self.step()
+            yield
+
+    def give_up(self) -> None:
+        """Wait no more."""
+        with self._lock:
+            self._given_up = True
+
+
+async def watched(limit: float, what: str, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Do blocking ``work(watch, *arguments)`` in a thread of its own, and return its result.
+
+    Raises
+    ------
+    SavedDocumentError
+        It showed no progress for ``limit`` seconds; the message begins with ``what`` is done.
+    """
+    loop, watch = asyncio.get_running_loop(), Watch()
+    ended: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(result)
+        else:
+            ended.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work(watch, *arguments)
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, daemon=True, name="distkv-files").start()
+    try:
+        while not ended.done():
+            left = watch.seen + limit - time.monotonic()
+            if left <= 0:
+                raise SavedDocumentError(
+                    f"{what} stood still for {limit:g} s (distkv.timeouts.files): see whether that disk or service "
+                    "answers, or raise the limit if it is just slow"
+                )
+            await asyncio.wait([ended], timeout=left)
+        return ended.result()
+    finally:
+        watch.give_up()
+        ended.cancel()
