@@ -15,6 +15,7 @@ import math
 import numpy as np
 from numba import njit
 
+from .numba_kernel import MOST_PIECES, PIECE_TOKENS
 from .numba_simd import (
     exp2,
     fma,
@@ -39,7 +40,6 @@ ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING, LOWEST = np.float32(-np.inf), np.float32(-3e38)
 OK, BAD_LENGTHS, BAD_OFFSETS, BAD_TABLES = range(4)
 NO_LIMIT = 1 << 60
-ITEM_BYTES = 256 << 10  # KV that an item reads at least, before a row is split
 
 
 @njit(nogil=True)
@@ -141,7 +141,7 @@ def hide(s, n, first, last, group, limit):
 def attend_item(like, args, scale, item, partials, scratch):
     """Attention of one row's queries over tokens [first, last) of it; its first query sees tokens up to limit."""
     (q, k, v, tables, _, _, _, k_scales, v_scales, out, lse, _, _, heads, kv_heads, d, block_tokens, _, _,
-     table_stride, k_block, v_block, size, _) = args  # fmt: skip
+     table_stride, k_block, v_block, size) = args  # fmt: skip
     row, query, queries, first, last, limit, slot = item
     group, width = heads // kv_heads, (d + 15) // 16 * 16
     rows = queries * group
@@ -233,7 +233,7 @@ def attend_items(like, args, scale, items, count, partials, counter):
 def check_row(args, row, first):
     """(status, last query, length, token that the row's first query sees last)."""
     (_, _, _, tables, lengths, offsets, starts, _, _, _, _, _, tokens, _, _, _, block_tokens, blocks, max_blocks,
-     table_stride, _, _, _, _) = args  # fmt: skip
+     table_stride, _, _, _) = args  # fmt: skip
     length = integer(lengths, row)
     last = integer(offsets, row + 1) if offsets != 0 else row + 1
     limit = integer(starts, row) if starts != 0 else NO_LIMIT
@@ -251,30 +251,28 @@ def check_row(args, row, first):
 def plan(args, tile, items):
     """Check all values, and cut rows into items: by ``tile`` queries, or rows with fewer by tokens.
 
+    How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
+
     items int64 [n, 7]: row, first query, queries, first and last token, token that the first query sees last, and place
     among partial results (-1: the answer). Returns (status, items, floats of partial results).
     """
-    (_, _, _, _, _, offsets, _, _, _, _, _, rows, tokens, heads, kv_heads, d, block_tokens, _, _, _, _, _, size,
-     wanted) = args  # fmt: skip
-    token_bytes = 2 * kv_heads * d * size
+    _, _, _, _, _, offsets, _, _, _, _, _, rows, tokens, heads, _, d, block_tokens, _, _, _, _, _, _ = args
     if offsets != 0 and (integer(offsets, 0) != 0 or integer(offsets, rows) != tokens):
         return BAD_OFFSETS, 0, 0
-    first, read = 0, 0
+    count, floats, first = 0, 0, 0
     for row in range(rows):
         status, last, length, limit = check_row(args, row, first)
         if status != OK:
             return status, 0, 0
-        read += length * token_bytes
-        first = last
-    share = max(ITEM_BYTES, read // wanted)
-    count, floats, first = 0, 0, 0
-    for row in range(rows):
-        _, last, length, limit = check_row(args, row, first)
         for query in range(first, last, tile):
             queries, sees = min(tile, last - query), limit + query - first
             seen = max(0, min(length, sees + queries))
-            parts = max(1, (seen * token_bytes + share // 2) // share) if wanted > 1 and last - first <= tile else 1
-            piece = max(1, ((seen + parts - 1) // parts + block_tokens - 1) // block_tokens) * block_tokens
+            piece = max(1, seen)
+            if last - first <= tile:
+                piece = PIECE_TOKENS
+                while piece * MOST_PIECES < seen:
+                    piece *= 2
+            piece = (piece + block_tokens - 1) // block_tokens * block_tokens
             for begin in range(0, max(seen, 1), piece):
                 slot = floats if begin > 0 else -1
                 items[count] = (row, query, queries, begin, min(seen, begin + piece), sees, slot)

@@ -29,11 +29,12 @@ _LIKE = {
     torch.float32: (np.float32(0), 4),
     torch.int8: (np.int8(0), 1),
 }
-ITEMS_PER_THREAD = 4
-"""So many pieces of work even out threads of unequal speed."""
+PIECE_TOKENS = 1024
+"""Tokens of a piece of a row, doubled until it has no more pieces than :data:`MOST_PIECES`."""
+MOST_PIECES = 32
 MOST_THREADS = 256
 _ITEM_COLUMNS = 7
-_ARGUMENTS = 24
+_ARGUMENTS = 23
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +102,9 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q.float().contiguous()
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     threads = min(call.threads, MOST_THREADS)
-    wanted = 1 if threads == 1 else ITEMS_PER_THREAD * threads
-    arguments = _arguments(call, q, out, lse, size, wanted)
+    arguments = _arguments(call, q, out, lse, size)
     tile = max(1, TILE_ROWS * call.k_pool.shape[1] // q.shape[1])
-    # A row is cut into tiles of queries, or into as many pieces as its part of all bytes.
-    most = 3 * len(call.lengths) + 2 * wanted + len(q) // tile
+    most = (1 + MOST_PIECES) * len(call.lengths) + len(q) // tile  # a row is cut by queries or by tokens
     items = np.empty((most, _ITEM_COLUMNS), np.int64)
     status, count, floats = plan(arguments, tile, items)
     if status:
@@ -118,7 +117,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *numbers: int) -> tuple[int, ...]:
+def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, size: int) -> tuple[int, ...]:
     """What all functions of numba_jit.py take first."""
     k, v, tables = call.k_pool, call.v_pool, call.block_tables
     blocks, kv_heads, block_tokens, d = k.shape
@@ -130,7 +129,7 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ]  # fmt: skip
     return (
         *pointers, len(tables), q.shape[0], q.shape[1], kv_heads, d, block_tokens, blocks, tables.shape[1],
-        tables.stride(0), k.stride(0), v.stride(0), *numbers,
+        tables.stride(0), k.stride(0), v.stride(0), size,
     )  # fmt: skip
 
 

@@ -32,8 +32,10 @@ namespace {
 
 constexpr int64_t kStreamRows = 12;          // up to so many query rows per kv head, KV is streamed in place
 constexpr int64_t kTileRowsWanted = 192;     // query rows of a tile
-constexpr int64_t kItemBytes = 256 << 10;    // KV that an item reads at least, before a row is split
-constexpr int64_t kItemsPerThread = 4;       // so many items even out threads of unequal speed
+// How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
+constexpr int64_t kPieceTokens = 1024;       // of a piece, doubled until a row has no more pieces than kPieces
+constexpr int64_t kPieces = 32;
+constexpr int64_t kTileItems = 32;           // a row with fewer tiles is cut by tokens
 constexpr int64_t kTileSplitTokens = 1024;
 
 const Kernels* const kAll[] = {
@@ -104,6 +106,7 @@ struct Plan {
   }
 
   Status check_and_list_rows();
+  int64_t piece_tokens(const Row& row) const;
   void split_rows();
   void list_items(float* partials);
   void add_stream_item(const Row& row, int64_t r, int64_t part, float* out, float* lse);
@@ -138,21 +141,22 @@ int64_t Plan::tile_queries(const Row& row) const {
   return (queries + tiles - 1) / tiles;
 }
 
-void Plan::split_rows() {
-  int64_t bytes = 0, tiles = 0;
-  for (const Row& row : rows) {
-    if (streams(row)) bytes += row.seen * token_bytes();
-    else tiles += (row.last - row.first + tile_queries(row) - 1) / tile_queries(row) * a.kv_heads;
+int64_t Plan::piece_tokens(const Row& row) const {
+  const int64_t queries = row.last - row.first;
+  if (queries == 0) return row.seen;
+  if (streams(row)) {
+    int64_t tokens = kPieceTokens;
+    while (tokens * kPieces < row.seen) tokens *= 2;
+    return tokens;
   }
-  const int64_t wanted = a.threads * kItemsPerThread;
-  const int64_t share = a.threads == 1 ? INT64_MAX : std::max(kItemBytes, bytes / wanted);
-  const int64_t tile_parts = a.threads == 1 || !tiles ? 1 : (wanted + tiles - 1) / tiles;
+  const int64_t tiles = (queries + tile_queries(row) - 1) / tile_queries(row) * a.kv_heads;
+  const int64_t parts = std::min((kTileItems + tiles - 1) / tiles, row.seen / kTileSplitTokens);
+  return parts > 1 ? (row.seen + parts - 1) / parts : row.seen;
+}
+
+void Plan::split_rows() {
   for (Row& row : rows) {
-    int64_t parts = streams(row) ? (row.seen * token_bytes() + share / 2) / share
-                                 : std::min(tile_parts, row.seen / kTileSplitTokens);
-    parts = std::max<int64_t>(1, parts);
-    const int64_t piece = (row.seen + parts - 1) / parts;
-    row.piece = std::max<int64_t>(1, (piece + a.block_tokens - 1) / a.block_tokens) * a.block_tokens;
+    row.piece = std::max<int64_t>(1, (piece_tokens(row) + a.block_tokens - 1) / a.block_tokens) * a.block_tokens;
     row.parts = std::max<int64_t>(1, (row.seen + row.piece - 1) / row.piece);
     partial_floats += (row.parts - 1) * (row.last - row.first) * a.heads * (a.d + 1);
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FAST = [
     pytest.param("numba", marks=pytest.mark.skipif("numba" not in IMPLEMENTATIONS, reason="numba is not installed")),
 ]
 fast = pytest.mark.parametrize("implementation", FAST)
+SETS = [name for name in IMPLEMENTATIONS if name.startswith("native:")]
 WITHOUT_CORE = """
 import torch
 from pathlib import Path
@@ -56,6 +58,49 @@ def test_splitting_over_threads_does_not_change_the_answer(implementation: str, 
     expected = micro_attention(**arguments, implementation="reference")
     torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=2e-6)
+
+
+def ragged(rows: Sequence[tuple[int, int]], causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """A batch of rows of (tokens, queries); a row is the same whatever the others are."""
+    blocks = [-(-tokens // 16) for tokens, _ in rows]
+    parts = [torch.Generator().manual_seed(tokens) for tokens, _ in rows]
+    storage = torch.cat(
+        [torch.randn(n, 2, 2, 16, 64, generator=part) for n, part in zip(blocks, parts, strict=True)]
+    ).to(dtype)
+    tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
+    for row, ids in enumerate(torch.arange(sum(blocks), dtype=torch.int32).split(blocks)):
+        tables[row, : len(ids)] = ids
+    queries = torch.tensor([0, *(queries for _, queries in rows)])
+    return {
+        "q": torch.cat([torch.randn(n, 6, 64, generator=part) for (_, n), part in zip(rows, parts, strict=True)]).to(
+            dtype
+        ),
+        "k_pool": storage[:, 0],
+        "v_pool": storage[:, 1],
+        "block_tables": tables,
+        "lengths": torch.tensor([tokens for tokens, _ in rows], dtype=torch.int32),
+        "scale": 0.125,
+        "query_offsets": queries.cumsum(0).int(),
+        "causal": causal,
+        "q_start": torch.tensor([tokens - n for tokens, n in rows], dtype=torch.int32) if causal else None,
+    }
+
+
+ROWS = [(5000, 1), (70, 1), (2100, 3), (3000, 16), (4100, 100), (9000, 1), (1500, 400)]
+
+
+@pytest.mark.parametrize("implementation", [*FAST, *SETS, "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(
+    implementation: str, dtype: torch.dtype, causal: bool
+) -> None:
+    alone = [micro_attention(**ragged([row], causal, dtype), threads=1, implementation=implementation) for row in ROWS]
+    for threads, order in ((1, 1), (2, 1), (3, -1), (8, 1)):
+        rows, right = ROWS[::order], alone[::order]
+        out, lse = micro_attention(**ragged(rows, causal, dtype), threads=threads, implementation=implementation)
+        assert torch.equal(out, torch.cat([one for one, _ in right]))
+        assert torch.equal(lse, torch.cat([one for _, one in right]))
 
 
 @fast
