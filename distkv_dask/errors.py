@@ -79,3 +79,11 @@ class MissingProgramError(DistKVError, ImportError):
 def portable(error: Exception, where: str) -> DistKVError:
     """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey."""
     return error if isinstance(error, DistKVError) else DistKVError(f"{type(error).__name__} on {where}: {error}")
+
+
+def without_quotes(error: Exception) -> str:
+    """What logs, events and pages say of an error: words of others, and of a request's own, may quote a user's text."""
+    if type(error) is DistKVError:  # as portable() makes it
+        return str(error).partition(": ")[0]
+    ours = isinstance(error, DistKVError) and not isinstance(error, InvalidRequestError)
+    return str(error) if ours else type(error).__name__

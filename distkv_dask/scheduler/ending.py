@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from distkv_dask.errors import InvalidRequestError
+from distkv_dask.errors import InvalidRequestError, without_quotes
 from distkv_dask.protocol import Delivery
 from distkv_dask.scheduler.admission import Admission
 from distkv_dask.scheduler.commands import Command
@@ -83,7 +83,7 @@ class Ending:
             yield from self.forget(live, now, error)
             yield from self._admit(now)
             return
-        yield from self._prefilling.stop(live, f"the request ended: {error or reason}")
+        yield from self._prefilling.stop(live, f"the request ended: {without_quotes(error) if error else reason}")
         self._homes.leave(sequence)
         if settled or live.saves:
             self._forget_files(sequence)
@@ -101,7 +101,9 @@ class Ending:
             yield from self._fail_awaited(live, now, error)
         self._documents.leave_queue(live)
         if live.state in ("prefill", "fetching"):
-            yield from self._prefilling.stop(live, f"the document ended: {error or 'released'}")
+            yield from self._prefilling.stop(
+                live, f"the document ended: {without_quotes(error) if error else 'released'}"
+            )
             yield from self._retiring.begin(live, now)
         elif live.sequence in self._live:
             yield from self._documents.unneeded(live, now)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
 
-from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, without_quotes
 from distkv_dask.protocol import (
     MEMORY_RESOURCE,
     OWN_DISK,
@@ -494,10 +494,11 @@ class GManager(SchedulerPlugin):
             self.scheduler.worker_send(worker, {"op": str(call), "payload": pack(payload)})
 
     def _gang_failed(self, state: EngineState, gang: int, error: Exception) -> None:
+        told = without_quotes(error)
         self.scheduler.log_event(
-            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": gang, "error": str(error)}
+            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": gang, "error": told}
         )
-        state.figures.happened(monotonic(), "failure", str(error))
+        state.figures.happened(monotonic(), "failure", told)
         self._run(state, state.lifecycle.gang_failed(gang, error, monotonic()))
 
     def _task_failed(self, engine: str, gang: int, error: Exception) -> None:

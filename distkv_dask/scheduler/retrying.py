@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from distkv_dask.errors import GangAbortedError
+from distkv_dask.errors import GangAbortedError, without_quotes
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.decoding import WindowChain
 from distkv_dask.scheduler.ending import Ending
@@ -75,7 +75,7 @@ class Retrying:
             chain.failures = 0
         elif chain.failures > MAX_RETRIES:
             chain.rests_until = now + PAUSE
-        yield from self._homes.restart(chain, str(error), but=failed)
+        yield from self._homes.restart(chain, without_quotes(error), but=failed)
         for sequence in failed:
             yield from self._ending.end(sequence, "error", now, error)
 
@@ -85,10 +85,10 @@ class Retrying:
         if not again or self._is_hopeless(live.retries, live.failing_since, now):
             yield from self._ending.end(live.sequence, "error", now, error)
         elif live.retries > MAX_RETRIES:
-            yield from self._prefilling.stop(live, str(error))
+            yield from self._prefilling.stop(live, without_quotes(error))
             self._resting[live.sequence] = now + PAUSE
         else:
-            yield from self._prefilling.again(live, str(error))
+            yield from self._prefilling.again(live, without_quotes(error))
 
     def _is_hopeless(self, failures: int, since: float, now: float) -> bool:
         return failures > MAX_RETRIES and now - since >= self._patience
