@@ -136,8 +136,9 @@ class Faults:
     def _cut_peers(self, fault: Fault) -> str:
         machines = self._machines.up()
         for machine in machines:
-            machine.link.isolate(True)
-            self._later(fault.seconds, lambda one=machine: one.link.isolate(False))  # type: ignore[misc]
+            with contextlib.suppress(OSError):  # it went down just now
+                machine.link.isolate(True)
+                self._later(fault.seconds, lambda one=machine: one.link.isolate(False))  # type: ignore[misc]
         return f"{', '.join(one.name for one in machines)} for {fault.seconds:.1f} s"
 
     # Joins and retirements

@@ -26,7 +26,9 @@ _ENTER = 'read _; ip link set lo up; ip addr add "$0" dev eth0; ip link set eth0
 
 
 def _ip(*words: str, tool: str = "ip") -> None:
-    subprocess.run([tool, *words], check=True, capture_output=True, text=True)
+    done = subprocess.run([tool, *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{tool} {' '.join(words)}: {done.stderr.strip()}")
 
 
 def enter() -> bool:
