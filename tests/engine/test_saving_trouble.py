@@ -62,18 +62,18 @@ def hanging() -> Iterator[type[Hanging]]:
 def test_a_folder_that_hangs_ends_the_call_and_holds_up_nobody(hanging: type[Hanging]) -> None:
     @engine_test(workers=2)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
-        async with engine_of(client, timeout_files=0.5) as engine:
+        async with engine_of(client, timeout_files=3) as engine:
             document = await engine.ingest(DOCUMENTS[0])
             first = list((await document.ask(QUESTION, SamplingParams(max_new_tokens=5))).token_ids)
             await document.save("hanging://good")
             for kind in ("write blocks", "write document.json"):
                 hanging.calls.add(kind)
-                with pytest.raises(SavedDocumentError, match=r"0.5 s \(distkv.timeouts.files\)"):
+                with pytest.raises(SavedDocumentError, match=r"3 s \(distkv.timeouts.files\)"):
                     await document.save("hanging://good")
                 hanging.calls.clear()
             for kind in ("read blocks", "read document.json"):
                 hanging.calls.add(kind)
-                with pytest.raises(SavedDocumentError, match=r"0.5 s \(distkv.timeouts.files\)"):
+                with pytest.raises(SavedDocumentError, match=r"3 s \(distkv.timeouts.files\)"):
                     await engine.load("hanging://good", name="again")
                 hanging.calls.clear()
             assert list((await document.ask(QUESTION, SamplingParams(max_new_tokens=5))).token_ids) == first
