@@ -81,7 +81,9 @@ async def get(scheduler: Scheduler, path: str) -> str:
 
 async def everything(engine: Engine, scheduler: Scheduler) -> list[Any]:
     """What a running engine shows to whoever looks."""
-    shown = [await get(scheduler, path) for path in ("/distkv/status.json", "/metrics", "/distkv", "/info/logs.html")]
+    shown = [
+        await get(scheduler, path) for path in ("/distkv/status.json", "/metrics", "/distkv", "/info/main/logs.html")
+    ]
     events = [list(topic.events) for topic in scheduler._broker._topics.values()]
     graph = await engine.graph(CANARY, TWO)
     return [*shown, await engine.status(), events, repr(engine), graph, list(graph.tasks)]
