@@ -192,7 +192,7 @@ class Document(_Kept):
     @property
     def is_released(self) -> bool:
         """Whether its KV was given back."""
-        return self._released or self.engine.client.status == "closed"
+        return self._released
 
     def _repr_html_(self) -> str:
         return document_html(self)
