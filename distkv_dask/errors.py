@@ -76,32 +76,9 @@ class MissingProgramError(DistKVError, ImportError):
     """Something optional that is not installed was asked for; the message says how to install it."""
 
 
-class ResultTimeoutError(DistKVError, TimeoutError):
-    """A request was not answered within the time that its caller waits for it; it goes on."""
-
-
-def in_words(error: BaseException) -> str:
-    """What an error says, where it may say nothing.
-
-    Examples
-    --------
-    >>> in_words(TimeoutError())
-    'TimeoutError: no answer in time'
-    >>> in_words(OSError("the disk is full"))
-    'OSError: the disk is full'
-    """
-    return f"{type(error).__name__}: {_said(error)}"
-
-
-def _said(error: BaseException) -> str:
-    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else "it gives no reason")
-
-
 def portable(error: Exception, where: str) -> DistKVError:
     """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey."""
-    return (
-        error if isinstance(error, DistKVError) else DistKVError(f"{type(error).__name__} on {where}: {_said(error)}")
-    )
+    return error if isinstance(error, DistKVError) else DistKVError(f"{type(error).__name__} on {where}: {error}")
 
 
 def without_quotes(error: Exception) -> str:

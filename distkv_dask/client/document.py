@@ -33,14 +33,11 @@ class _Kept(ABC):
     async def _end(self) -> None:
         """Need it no more."""
 
-    def _leave(self) -> Any:
-        return self.engine._conversation.leave(self._end)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._leave()
+        self.engine.client.sync(self._end)
 
     async def __aenter__(self) -> Self:
         return self
@@ -146,7 +143,7 @@ class Document(_Kept):
 
     def release(self) -> Any:
         """Need it no more: its KV is freed once the questions under way have ended."""
-        return self._leave()
+        return self.engine.client.sync(self._end)
 
     def save(self, place: str | Path) -> Any:
         """Save its KV, so that an engine of the same model can load it; returns when all is written.
@@ -266,7 +263,7 @@ class Chat(_Kept):
 
     def close(self) -> Any:
         """Free the turns."""
-        return self._leave()
+        return self.engine.client.sync(self._end)
 
     async def _end(self) -> None:
         numbers, self._numbers = self._numbers, []

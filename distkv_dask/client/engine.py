@@ -16,11 +16,9 @@ from distkv_dask.client.batch import process
 from distkv_dask.client.conversation import Conversation
 from distkv_dask.client.document import Document
 from distkv_dask.client.generation import Generation, TextPieces
-from distkv_dask.client.in_task import check_seceded
 from distkv_dask.client.library import Library
 from distkv_dask.client.opening import Opening, dask_span
 from distkv_dask.client.pictures import engine_html
-from distkv_dask.client.reach import lost
 from distkv_dask.client.request import Request, checked
 from distkv_dask.client.together import several, submit_all, wait_for_all
 from distkv_dask.config import Config
@@ -99,8 +97,7 @@ class Engine:
         Raises
         ------
         ClusterError
-            No engine is open, or several are and ``engine`` does not say which; or this is a task that holds its
-            worker's thread.
+            No engine is open, or several are and ``engine`` does not say which.
         EngineClosedError
             There is no engine of this id any more.
 
@@ -117,15 +114,12 @@ class Engine:
         return self
 
     def _begin(self, client: Client | None, opening: Opening | Attaching) -> None:
-        check_seceded()
         self.client = client if client is not None else get_client()
         self._opening = opening
         self._facts: dict[str, Any] = {}
         self._conversation = Conversation(self.client)
         self._library = Library(self, self._conversation)
         if not self.client.asynchronous:
-            if why := lost(self.client):
-                raise EngineClosedError(why)
             self.client.sync(self._open)
 
     # What it is
@@ -165,9 +159,10 @@ class Engine:
 
         One that was attached ends its own requests and documents only.
         """
-        if self.client.status == "closed" and not self.client.asynchronous:  # and its engines with it
+        if self.client.status == "closed":  # and its engines with it
             self._conversation.is_closed = True
-        return self._conversation.leave(self._close)
+            return None
+        return self.client.sync(self._close)
 
     async def _close(self) -> None:
         if not self._conversation.is_closed:
