@@ -25,10 +25,10 @@ COLUMNS = Columns("text", None, ("text",))
 BASE = [{"text": "t", "n": number} for number in range(1001)]
 
 
-def rows(source: Any, columns: Columns = COLUMNS) -> list[tuple[dict[str, Any], str | None]]:
-    """What is kept of each row, and its error."""
+def rows(source: Any, columns: Columns = COLUMNS, *, client: Any = None) -> list[tuple[dict[str, Any], str | None]]:
+    """What is kept of each row, and its error; collections need a ``client``."""
     found: list[tuple[dict[str, Any], str | None]] = []
-    opened = open_source(source, columns, None)  # type: ignore[arg-type]
+    opened = open_source(source, columns, client)
     for row in opened.rows():
         try:
             row.read()
