@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distkv_dask.protocol import Saved
+from distkv_dask.scheduler.commands import Retire
 from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
 
 State = Literal[
@@ -122,6 +123,11 @@ class Live:
     def history(self) -> tuple[int, ...]:
         """Prompt and generated tokens where the repetition penalty needs them, else nothing."""
         return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
+
+    def retire(self, worker: str) -> Retire:
+        """Ask a worker to compute on it no more; the answer that is to come is counted."""
+        self.retires[worker] += 1
+        return Retire(worker, self.sequence)
 
     def state_at(self, placement: Placement, length: int) -> SequenceState:
         """Committed state, for a home to decode from."""

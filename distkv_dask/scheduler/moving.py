@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distkv_dask.config import Config
-from distkv_dask.scheduler.commands import Command, Expect, Free, Relocate, Retire, Send
+from distkv_dask.scheduler.commands import Command, Expect, Free, Relocate, Send
 from distkv_dask.scheduler.homes import Homes
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
@@ -128,7 +128,7 @@ class Moving:
             one.state = "pausing"
             one.computing = list(dict.fromkeys((home, one.move.source)))
             self._homes.leave(one.move.sequence)
-            yield self._retire(home, one.move.sequence)
+            yield self._live[one.move.sequence].retire(home)
         else:
             yield self._send(one, now)
 
@@ -143,7 +143,7 @@ class Moving:
                 del self._moves[one.number]
                 yield from self._homes.join(self._live[sequence])
             elif one.computing:
-                yield self._retire(one.computing[0], sequence)
+                yield self._live[sequence].retire(one.computing[0])
             else:
                 yield self._send(one, now)
 
@@ -196,10 +196,6 @@ class Moving:
     def stepped(self, home: str, seconds: float) -> None:
         """A home's decode steps take so long."""
         self._step_seconds[home] = seconds
-
-    def _retire(self, worker: str, sequence: int) -> Retire:
-        self._live[sequence].retires[worker] += 1
-        return Retire(worker, sequence)
 
     def _send(self, one: _UnderWay, now: float) -> Send:
         """Copy what is filled of the blocks, at a pace that hides under the steps of all who take part."""

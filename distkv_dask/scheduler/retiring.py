@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from distkv_dask.scheduler.admission import Admission
-from distkv_dask.scheduler.commands import Command, Retire
+from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.documents import Documents
 from distkv_dask.scheduler.ledger import Ledger
 from distkv_dask.scheduler.live import Live
@@ -78,8 +78,7 @@ class Retiring:
     def _retire(self, live: Live, workers: set[str]) -> Iterator[Command]:
         live.retiring = {worker for worker in workers if worker in self._ledger.workers}
         for worker in tuple(live.retiring):
-            live.retires[worker] += 1
-            yield Retire(worker, live.sequence)
+            yield live.retire(worker)
 
     def release(self, live: Live, now: float) -> Iterator[Command]:
         """Nothing computes on a sequence any more: free its blocks, or keep what is a document from now on."""
