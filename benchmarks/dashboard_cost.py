@@ -24,8 +24,8 @@ from distkv_dask.scheduler.dashboard.board import FRESH, SHARE
 from distkv_dask.scheduler.dashboard.page import PANELS
 from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.dashboard.view import states_of, view_of
-from distkv_dask.scheduler.figures import Figures
-from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.types import Endpoint, Exchanged, SamplingParams, Timings, WindowResult
 
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from _report import parser, report
 
-from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.local_only import LocalOnly
-from distkv_dask.scheduler.presets import LINKS, PRESETS
 from distkv_dask.simulate.cluster import Simulation
 from distkv_dask.simulate.report import figures
 from distkv_dask.simulate.workloads import WORKLOADS

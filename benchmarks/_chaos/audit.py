@@ -12,7 +12,7 @@ import psutil
 from distributed import Client, Scheduler, Worker
 from distributed.core import Status
 
-from distkv_dask.scheduler.engine_state import EngineState
+from distkv_dask.scheduler.engines.engine import EngineState
 
 SETTLE = 30.0
 """Seconds that what is under way has to end by itself."""

@@ -19,7 +19,7 @@ from distributed import Client
 from _chaos.load import Load
 from _chaos.machines import Machine, Machines
 from _chaos.schedule import Fault, picked
-from distkv_dask.scheduler.engine_state import EngineState
+from distkv_dask.scheduler.engines.engine import EngineState
 from distkv_dask.types import Move
 
 FEWEST, MOST, ENOUGH = 2, 6, 4

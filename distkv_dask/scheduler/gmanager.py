@@ -1,9 +1,9 @@
 """The gManager: a Dask scheduler plugin that owns placement, admission and epochs of all engines of a cluster.
 
-It only moves messages. What to do is decided by the pure :class:`~distkv_dask.scheduler.lifecycle.Lifecycle`; the
-commands that come out are sent to rManagers over Dask's scheduler-to-worker stream, or submitted as step graphs through
-a Dask client that lives in the scheduler process (:mod:`distkv_dask.scheduler.submitter`). Messages to a worker and
-tasks on it travel in order, so a task never runs before the blocks it needs are reserved.
+It only moves messages. What to do is decided by the pure :class:`~distkv_dask.scheduler.lifecycle.machine.Lifecycle`;
+the commands that come out are sent to rManagers over Dask's scheduler-to-worker stream, or submitted as step graphs
+through a Dask client that lives in the scheduler process (:mod:`distkv_dask.scheduler.tasks.submitter`). Messages to a
+worker and tasks on it travel in order, so a task never runs before the blocks it needs are reserved.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from distkv_dask.protocol import (
 )
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.dashboard.board import Board
-from distkv_dask.scheduler.engine_state import EngineState
-from distkv_dask.scheduler.lowering import lower, step_graph
-from distkv_dask.scheduler.pacing import Pacer
-from distkv_dask.scheduler.submitter import DRAIN_INTERVAL, Submitter
+from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.tasks.lowering import lower, step_graph
+from distkv_dask.scheduler.tasks.submitter import DRAIN_INTERVAL, Submitter
+from distkv_dask.scheduler.work.pacing import Pacer
 from distkv_dask.types import Endpoint, FinishReason
 from distkv_dask.worker.rmanager import RManager
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
-from distkv_dask.scheduler.admission import Admission, prefill_slots
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.costs.presets import Preset
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.scheduler.presets import Preset
+from distkv_dask.scheduler.policies.queue import Admission, prefill_slots
 from distkv_dask.simulate.lane import Costs, Lane, Run
 from distkv_dask.simulate.single import as_one
 from distkv_dask.simulate.traces import Arrival

@@ -11,8 +11,8 @@ import click
 
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import check_file
+from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
 from distkv_dask.scheduler.policies import POLICIES
-from distkv_dask.scheduler.presets import LINKS, PRESETS
 from distkv_dask.simulate.cluster import Simulation
 from distkv_dask.simulate.plots import plot as draw
 from distkv_dask.simulate.report import figures

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.simulate.traces import Arrival
 from distkv_dask.types import Placement
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from distkv_dask.scheduler.performance import Curve
-from distkv_dask.scheduler.presets import Preset
+from distkv_dask.scheduler.costs.model import Curve
+from distkv_dask.scheduler.costs.presets import Preset
 
 
 def one_instance(preset: Preset, workers: int, *, pipeline: bool = True) -> Curve:

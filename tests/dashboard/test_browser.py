@@ -16,7 +16,7 @@ from selenium.webdriver.chrome.service import Service
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.scheduler.dashboard.look import TEXT
 from distkv_dask.scheduler.dashboard.page import PANELS
-from distkv_dask.scheduler.placements import blocks_of
+from distkv_dask.scheduler.ledger.placements import blocks_of
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids
 

@@ -7,8 +7,8 @@ from array import array
 
 from distkv_dask.config import Config
 from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
-from distkv_dask.scheduler.figures import Figures
-from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.types import Endpoint, SamplingParams
 
 

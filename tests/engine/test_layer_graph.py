@@ -20,7 +20,7 @@ from distkv_dask.errors import CapacityError, ConfigError, GangAbortedError, Mis
 from distkv_dask.graphs.build import window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
 from distkv_dask.scheduler.commands import AddHolders
-from distkv_dask.scheduler.lowering import lower
+from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
 from distkv_dask.worker import layer_tasks
 from distkv_dask.worker.parcel import Parcel

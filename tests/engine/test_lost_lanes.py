@@ -12,7 +12,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.scheduler import engine_state
+from distkv_dask.scheduler.engines import engine as engine_state
 from distkv_dask.worker.lanes import Lanes
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate

@@ -12,7 +12,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import CapacityError, Engine, SamplingParams
-from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.types import Move

@@ -13,8 +13,8 @@ import pytest
 from distributed import Client, LocalCluster, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.lifecycle import Lifecycle
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.types import Move

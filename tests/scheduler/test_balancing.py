@@ -10,13 +10,13 @@ import pytest
 
 from distkv_dask.config import Config
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.scheduler.performance import Curve, Link, PerformanceModel
+from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel
+from distkv_dask.scheduler.costs.presets import PRESETS
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.types import Endpoint, Move, SamplingParams, Span
 
 BLOCK = 512

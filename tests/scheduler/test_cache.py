@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, settle
 
 from distkv_dask.errors import CapacityError
-from distkv_dask.scheduler import cache
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.kept.prefix_cache import DEEPEST
 from distkv_dask.types import SamplingParams
 
 
@@ -66,10 +66,14 @@ def test_each_turn_of_a_chat_reuses_the_turn_before() -> None:
 def test_a_chat_of_very_many_turns_is_computed_anew_once_in_a_while() -> None:
     cluster = cluster_of(0, 1000)
     prompt, reused = text(0, 10), []
-    for turn in range(1, 2 * cache.DEEPEST + 5):
+    for turn in range(1, 2 * DEEPEST + 5):
         reused.append(ask(cluster, turn, prompt, new=4))
         prompt = said(cluster, turn, prompt) + text(turn, 3)
-    assert [turn for turn, tokens in enumerate(reused) if not tokens] == [0, cache.DEEPEST, 2 * cache.DEEPEST]
+    assert [turn for turn, tokens in enumerate(reused) if not tokens] == [
+        0,
+        DEEPEST,
+        2 * DEEPEST,
+    ]
     assert_nothing_left(cluster)
 
 

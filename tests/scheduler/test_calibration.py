@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from distkv_dask.scheduler.calibration import MOST, Calibration
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import Curve, Link, PerformanceModel, Shape
+from distkv_dask.scheduler.costs.calibration import MOST, Calibration
+from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel, Shape
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.types import Endpoint, Placement, Span, WindowResult
 
 BLOCK = 16

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, mishaps, settle
 
 from distkv_dask.errors import CapacityError, InvalidRequestError, WorkerLostError
-from distkv_dask.scheduler.losses import MAX_LOSSES
+from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
 from distkv_dask.types import SamplingParams
 
 

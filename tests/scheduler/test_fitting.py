@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from distkv_dask.config import Config
-from distkv_dask.scheduler.fitting import fit_curve, fit_model
-from distkv_dask.scheduler.lifecycle import PRESET, Lifecycle
-from distkv_dask.scheduler.performance import Curve, PerformanceModel
+from distkv_dask.scheduler.costs.fitting import fit_curve, fit_model
+from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
+from distkv_dask.scheduler.lifecycle.machine import PRESET, Lifecycle
 from distkv_dask.types import Geometry, Measurement
 
 GEOMETRY = Geometry(10, 8, 2, 64, 1000, 4096, "bfloat16")

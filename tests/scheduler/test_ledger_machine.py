@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.placements import shared
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.ledger.placements import shared
 from distkv_dask.types import Endpoint, Move, Placement, Span
 
 BLOCK = 16

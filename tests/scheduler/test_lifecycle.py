@@ -17,8 +17,8 @@ from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, DistKVError, GangAbortedError, InvalidRequestError, WorkerLostError
 from distkv_dask.protocol import Delivery, SavedFile
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.scheduler.losses import MAX_LOSSES
+from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.scheduler.admission import Admission
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import fit_decode
+from distkv_dask.scheduler.costs.model import fit_decode
+from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.dgfm import find_cycle
-from distkv_dask.scheduler.presets import LINKS, PRESETS
+from distkv_dask.scheduler.policies.queue import Admission
 from distkv_dask.types import Endpoint, Span
 
 BLOCK = 16

@@ -11,8 +11,8 @@ from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, ex
 
 from distkv_dask.errors import CapacityError
 from distkv_dask.protocol import Saved
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.lifecycle import PRESET
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.machine import PRESET
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.types import Endpoint, SamplingParams

@@ -8,7 +8,7 @@ from typing import Any
 from distributed import Client, Scheduler, SchedulerPlugin, Worker
 
 from distkv_dask.graphs.build import StepGraph, gang_keys
-from distkv_dask.scheduler.submitter import Submitter
+from distkv_dask.scheduler.tasks.submitter import Submitter
 from distkv_dask.types import Endpoint, Gang
 from tests._cluster import gen_cluster
 

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from distkv_dask.client.cli import main
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.policies import POLICIES
-from distkv_dask.scheduler.presets import PRESETS
 from distkv_dask.simulate.cluster import Simulation
 from distkv_dask.simulate.traces import Arrival, read_trace
 from distkv_dask.simulate.workloads import WORKLOADS, workload_named

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from distkv_dask.scheduler.dashboard.install import Installation
 from distkv_dask.scheduler.dashboard.view import View, states_of, view_of
-from distkv_dask.scheduler.figures import Figures
+from distkv_dask.scheduler.engines.figures import Figures
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
-    from distkv_dask.scheduler.engine_state import EngineState
+    from distkv_dask.scheduler.engines.engine import EngineState
 
 FRESH = 0.4
 """Seconds for which a view serves everybody who looks, so that many open pages cost as much as one."""

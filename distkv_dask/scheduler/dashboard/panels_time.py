@@ -9,7 +9,7 @@ from bokeh.plotting import figure
 
 from distkv_dask.scheduler.dashboard.look import COMPUTE, DECODE, GAP, PREFILL, SENDING, WAITING, legend, panel, source
 from distkv_dask.scheduler.dashboard.view import View
-from distkv_dask.scheduler.figures import Sample
+from distkv_dask.scheduler.engines.figures import Sample
 
 OVER = 5
 """Samples that a rate is taken over."""

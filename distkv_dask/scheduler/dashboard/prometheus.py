@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from distkv_dask.scheduler.dashboard.board import Board
-    from distkv_dask.scheduler.figures import Latency
+    from distkv_dask.scheduler.engines.figures import Latency
 
 COUNTERS = {
     "prefilled_tokens": ("distkv_prompt_tokens", "Prompt tokens whose KV was computed", ""),

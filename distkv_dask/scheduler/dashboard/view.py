@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from distkv_dask.scheduler.accounts import WorkerAccount
-from distkv_dask.scheduler.figures import Event, Figures, Sample
-from distkv_dask.scheduler.lifecycle import Lifecycle
-from distkv_dask.scheduler.live import ASIDE, Live, State
+from distkv_dask.scheduler.engines.figures import Event, Figures, Sample
+from distkv_dask.scheduler.ledger.accounts import WorkerAccount
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.request import ASIDE, Live, State
 
 WORKERS = 40
 """Workers that are shown one by one: those with most blocks in use."""

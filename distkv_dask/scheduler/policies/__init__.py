@@ -1,8 +1,12 @@
-"""Policies by name: where KV goes, what moves, and which request is next."""
+"""Policies by name: where KV goes, what moves, and which request is next.
+
+May import: `ledger` and `costs`.
+May not touch: the ledger's accounts; policies propose, the lifecycle reserves.
+"""
 
 from __future__ import annotations
 
-from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.costs.model import PerformanceModel
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.best import Best
 from distkv_dask.scheduler.policies.dgfm import Dgfm

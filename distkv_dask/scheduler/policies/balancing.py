@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from distkv_dask.scheduler.accounts import SequenceAccount, WorkerAccount
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import PerformanceModel
+from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.types import Move
 

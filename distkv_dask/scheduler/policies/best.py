@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
-from distkv_dask.scheduler.accounts import WorkerAccount
-from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.ledger.accounts import WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.laying import borrow, lay, overflow

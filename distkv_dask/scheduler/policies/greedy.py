@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
-from distkv_dask.scheduler.accounts import WorkerAccount
-from distkv_dask.scheduler.ledger import Ledger
-from distkv_dask.scheduler.performance import Curve
+from distkv_dask.scheduler.costs.model import Curve
+from distkv_dask.scheduler.ledger.accounts import WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.types import Move

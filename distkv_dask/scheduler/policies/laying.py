@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from distkv_dask.scheduler.accounts import WorkerAccount
-from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.ledger.accounts import WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.types import Placement, Span
 
 

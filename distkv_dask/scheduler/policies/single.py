@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from distkv_dask.scheduler.accounts import WorkerAccount
-from distkv_dask.scheduler.ledger import Ledger
+from distkv_dask.scheduler.ledger.accounts import WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import NOTHING, Ask, Policy
 from distkv_dask.scheduler.policies.laying import lay
 from distkv_dask.types import Placement

@@ -1,0 +1,94 @@
+"""How much slower than when it was timed a worker is just now: every decode window says so.
+
+A machine is timed once, when the first engine opens on it, and that may be weeks ago: timings are kept. What else runs
+there changes within seconds. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.types import WindowResult
+
+SECONDS = 2.0
+"""Of decoding, until what was known before counts for 1 / e."""
+MOST = 3.0
+"""How many times slower or faster a worker can seem: one that seems slow gets less work, by which it is seen anew."""
+
+
+class Calibration:
+    """What the windows of an engine's homes say about a fitted model.
+
+    Only workers that were timed are followed: a preset says how workers compare, not how fast they are.
+
+    Parameters
+    ----------
+    ledger
+        Where the sequences lie.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._fitted: PerformanceModel | None = None
+        self._curves: dict[str, Curve] = {}
+        self._slower: dict[str, float] = {}
+
+    def follow(self, model: PerformanceModel) -> PerformanceModel:
+        """The same model, with curves of workers that change with every window from now on."""
+        self._fitted = model
+        self._curves = {worker: _scaled(curve, self.slower(worker)) for worker, curve in model.curves.items()}
+        return replace(model, curves=self._curves)
+
+    def slower(self, worker: str) -> float:
+        """How many times slower a worker is than when it was timed; 1 where nothing is known."""
+        return self._slower.get(worker, 1.0)
+
+    def expected(self, home: str, result: WindowResult) -> float:
+        """Seconds of a step of a window, by the model as it was fitted; 0 where that cannot be said."""
+        if not result.steps or self._fitted is None or home not in self._fitted.curves:
+            return 0.0
+        rows = tokens = 0.0
+        remote: dict[str, tuple[float, float]] = {}
+        read: set[tuple[int, int]] = set()
+        for sequence, new in result.tokens.items():
+            account = self._ledger.sequences.get(sequence)
+            if account is None:
+                continue
+            part = len(new) / result.steps
+            rows += part
+            length = account.length + len(new) / 2
+            for span in account.placement:
+                if span.start >= length:
+                    break
+                if span.document is not None:  # read once for all that share it
+                    if (span.document, span.start) in read:
+                        continue
+                    read.add((span.document, span.start))
+                held = part * (min(span.stop, length) - span.start)
+                if span.worker == home:
+                    tokens += held
+                else:
+                    there, more = remote.get(span.worker, (0.0, 0.0))
+                    remote[span.worker] = there + part, more + held
+        return self._fitted.step(home, rows, tokens, remote) if rows else 0.0
+
+    def observe(self, home: str, result: WindowResult) -> None:
+        """A home finished a window; to be called before the ledger knows."""
+        expected = self.expected(home, result)
+        if not expected or self._fitted is None:
+            return
+        ratio = min(MOST, max(1 / MOST, result.seconds / result.steps / expected))
+        before = math.exp(-result.seconds / SECONDS)
+        self._slower[home] = self.slower(home) ** before * ratio ** (1 - before)
+        self._curves[home] = _scaled(self._fitted.curves[home], self._slower[home])
+
+    def forget(self, worker: str) -> None:
+        """A worker is gone."""
+        self._slower.pop(worker, None)
+
+
+def _scaled(curve: Curve, times: float) -> Curve:
+    return Curve(curve.step * times, curve.row * times, curve.token * times, curve.prompt * times, curve.pair * times)

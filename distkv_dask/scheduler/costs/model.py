@@ -1,0 +1,144 @@
+"""The performance model (paper v2): what a step costs on a worker, and what an instance's throughput is. Pure.
+
+``T_layer = W(b) / f(b) + sum_r S_r / g(S)`` plus communication, here for all layers at once: the non-attention part is
+a straight line in the batch, attention is a straight line in the tokens that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds that one worker needs, all layers together.
+
+    Parameters
+    ----------
+    step
+        One decode step without any sequence: reading the weights, launching kernels.
+    row
+        More, for each sequence of the batch: ``W(b) / f(b)`` is ``step + b * row``.
+    token
+        Attention of one decoding sequence over one token of KV: ``1 / g``.
+    prompt
+        Prefill of one token, without attention.
+    pair
+        Prefill attention of one query over one token of KV.
+    """
+
+    step: float
+    row: float
+    token: float
+    prompt: float
+    pair: float
+
+    def decode(self, batch: float, tokens: float) -> float:
+        """One decode step of ``batch`` sequences whose KV on the worker is ``tokens`` tokens."""
+        return self.step + batch * self.row + tokens * self.token if batch else 0.0
+
+    def prefill(self, tokens: float, before: float = 0.0) -> float:
+        """A prompt's next ``tokens`` tokens, with ``before`` tokens of KV on the worker that they attend to as well."""
+        return tokens * self.prompt + tokens * (before + tokens / 2) * self.pair
+
+
+def fit_decode(samples: Iterable[tuple[int, float, float]]) -> tuple[float, float, float]:
+    """Least squares fit of (batch, tokens, seconds) samples of decode steps: ``step``, ``row`` and ``token``.
+
+    Relative errors are minimised, since short steps matter as much as long ones; none of the three is negative.
+
+    Raises
+    ------
+    ValueError
+        With fewer than three samples, or samples that all have the same batch or the same number of tokens.
+    """
+    measured = np.array(list(samples), dtype=float).reshape(-1, 3)
+    features = np.column_stack([np.ones(len(measured)), measured[:, :2]]) / measured[:, 2:]
+    if np.linalg.matrix_rank(features * measured[:, 2:]) < 3:
+        raise ValueError("the samples need at least two batch sizes and two numbers of tokens that vary independently")
+    kept = [0, 1, 2]
+    while True:  # drop what comes out negative and fit again: with three unknowns this is the whole of NNLS
+        found = np.linalg.lstsq(features[:, kept], np.ones(len(measured)), rcond=None)[0]
+        negative = [column for column, value in zip(kept, found, strict=True) if value < 0]
+        if not negative:
+            break
+        kept = [column for column in kept if column not in negative]
+    values = dict(zip(kept, found.tolist(), strict=True))
+    return values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A connection of two workers: seconds of latency one way, bytes per second."""
+
+    latency: float
+    bandwidth: float
+
+    def seconds(self, size: float) -> float:
+        """One way for ``size`` bytes."""
+        return self.latency + size / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model: layers, and bytes per token of KV (all layers), of a query and of a partial (one layer)."""
+
+    layers: int
+    kv_bytes: int
+    query_bytes: int
+    partial_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PerformanceModel:
+    """Costs of one model on one cluster.
+
+    Parameters
+    ----------
+    shape
+        The model's sizes.
+    curve
+        Of every worker that ``curves`` does not name.
+    inside, between
+        Links of two workers on one host, and on two hosts.
+    curves
+        By worker, where workers differ. Whoever gave them may change them
+        (:mod:`~distkv_dask.scheduler.costs.calibration`).
+    """
+
+    shape: Shape
+    curve: Curve
+    inside: Link
+    between: Link
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+    def of(self, worker: str) -> Curve:
+        """A worker's curve."""
+        return self.curves.get(worker, self.curve)
+
+    def link(self, host: str, other: str) -> Link:
+        """The link of two hosts."""
+        return self.inside if host == other else self.between
+
+    def exchange(self, link: Link, rows: float) -> float:
+        """Queries of ``rows`` tokens to a holder and partials back, in every layer."""
+        shape = self.shape
+        return shape.layers * (2 * link.latency + rows * (shape.query_bytes + shape.partial_bytes) / link.bandwidth)
+
+    def step(self, home: str, batch: float, tokens: float, remote: Mapping[str, tuple[float, float]]) -> float:
+        """A decode step of ``batch`` sequences (on average) of a home that holds ``tokens`` tokens of their KV itself.
+
+        ``remote`` says of each holder, on the same host, for how many sequences it holds how many tokens. Holders and
+        home attend at the same time; queries go out and partials come in one after the other.
+        """
+        attention = max((count * self.of(holder).token for holder, (_, count) in remote.items()), default=0.0)
+        exchanges = sum(self.exchange(self.inside, rows) for rows, _ in remote.values())
+        curve = self.of(home)
+        return curve.decode(batch, 0) + max(tokens * curve.token, attention) + exchanges
+
+    def transfer(self, link: Link, tokens: int) -> float:
+        """Moving the KV of ``tokens`` tokens."""
+        return link.seconds(tokens * self.shape.kv_bytes)

@@ -1,0 +1,299 @@
+"""One engine as the gManager sees it: where it is open, its lifecycle, and the handles through which it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from distkv_dask.errors import ClusterError, EngineClosedError
+from distkv_dask.protocol import HANDLE_NUMBERS, Attached, Delivery, EngineSpec, Ready
+from distkv_dask.scheduler.costs.fitting import fit_model
+from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.engines.outbox import Outbox
+from distkv_dask.scheduler.lifecycle.machine import PRESET, Lifecycle
+from distkv_dask.scheduler.lifecycle.request import ASIDE
+from distkv_dask.scheduler.moves.draining import fits_elsewhere
+from distkv_dask.scheduler.work.pacing import Pacer
+from distkv_dask.types import Exchanged, Geometry, Timings
+
+MAX_REOPENINGS = 3
+"""How many times a worker opens an engine again that it lost: what ends its lanes again and again must not go on so."""
+
+
+class EngineState:
+    """Opening, closing, the handles and counters of one engine.
+
+    Parameters
+    ----------
+    spec
+        What the client asked for.
+    client
+        Id of the Dask client that owns the engine; it has the first handle.
+    gang_numbers
+        Numbers unique over all engines of the gManager.
+    pacer
+        The scheduler's budget for all engines.
+    """
+
+    def __init__(self, spec: EngineSpec, client: str, gang_numbers: Iterator[int], pacer: Pacer) -> None:
+        self.spec = spec
+        self.client = client
+        self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers, pacer=pacer)
+        self.facts: dict[str, Ready] = {}
+        self.geometry: Geometry | None = None
+        """Sizes of the model, once a worker has loaded it; memory workers are told them."""
+        self.span = spec.span
+        """Dask span of the tasks that are submitted from now on; None: Dask's default one."""
+        self.figures = Figures()
+        self._pacer = pacer
+        self.is_closing = False
+        self._pending: set[str] = set()
+        self._failure: Exception | None = None
+        self._lost = ""
+        self._openings: Counter[str] = Counter()
+        self._changed = asyncio.Event()
+        self._handle_numbers = itertools.count(1)
+        self.handles = {0: Outbox(client)}
+        """Who uses the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model; 0 before a worker has loaded it."""
+        return 0 if self.geometry is None else self.geometry.layers
+
+    # Opening and closing
+
+    def expect(self, worker: str) -> None:
+        """OPEN was sent to a worker."""
+        self._pending.add(worker)
+
+    def ready(self, worker: str, facts: Ready) -> None:
+        """A worker opened the engine."""
+        if self.is_closing:
+            return  # CLOSE is on its way there
+        self.facts[worker] = facts
+        self.lifecycle.block_bytes = facts["block_bytes"]
+        self.geometry = facts["geometry"]
+        measured = {name: one["measured"] for name, one in self.facts.items()}
+        self.lifecycle.know_costs(fit_model(self.geometry, measured, PRESET))
+        self._answered(worker)
+
+    def open_failed(self, worker: str, error: Exception) -> None:
+        """A worker could not open the engine; it takes no part in it."""
+        if not self.is_closing:
+            self._failure = self._failure or error
+            self._answered(worker)
+
+    def closed(self, worker: str) -> None:
+        """A worker freed all it had for the engine."""
+        self.facts.pop(worker, None)
+        self._answered(worker)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker died or left."""
+        self.facts.pop(worker, None)
+        if worker in self._pending:
+            self._lost = worker
+        self._answered(worker)
+
+    def may_open_again(self, worker: str) -> bool:
+        """Whether a worker that lost the engine, but lives, is to open it once more; counts that."""
+        self._openings[worker] += 1
+        return self._openings[worker] <= MAX_REOPENINGS
+
+    def knows(self, worker: str) -> bool:
+        """Whether the engine is open on a worker, or being opened there."""
+        return worker in self._pending or worker in self.facts
+
+    def needs(self) -> set[str]:
+        """Workers that scaling down must leave alone: opening, waited for, or with blocks that fit nowhere else."""
+        if any(live.state == "waiting" for live in self.lifecycle.live.values()):
+            return self._pending | set(self.facts)
+        needed, leaving = set(self._pending), set[str]()
+        ledger = self.lifecycle.ledger
+        for worker in sorted(ledger.workers, key=lambda name: ledger.workers[name].used):
+            if fits_elsewhere(ledger, leaving | {worker}):
+                leaving.add(worker)
+            else:
+                needed.add(worker)
+        return needed
+
+    def _answered(self, worker: str) -> None:
+        self._pending.discard(worker)
+        self._changed.set()
+
+    async def _settled(self, limit: float) -> bool:
+        """Wait until all workers have answered; False when that takes longer than ``limit`` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
+        while self._pending:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
+            except TimeoutError:
+                return False
+        return True
+
+    async def wait_open(self, limit: float) -> None:
+        """Wait until every worker is ready.
+
+        Raises
+        ------
+        DistKVError
+            The first worker's error, or that workers did not answer in time.
+        """
+        settled = await self._settled(limit)
+        if self._failure is not None:
+            raise self._failure
+        if not settled:
+            raise ClusterError(
+                f"workers {sorted(self._pending)} did not open the engine within {limit:g} s (distkv.timeouts.open)"
+            )
+        if not self.facts:
+            raise ClusterError(
+                f"worker {self._lost} died while it opened the engine; see its log. If it ran out of memory, lower "
+                f"kv_memory or give workers a higher memory limit."
+            )
+
+    def closing(self) -> None:
+        """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
+        self.is_closing = True
+        for outbox in self.handles.values():
+            outbox.close()
+        self._pending |= set(self.facts)
+
+    def open_on(self) -> list[str]:
+        """Workers that have to be told to close."""
+        return sorted(self._pending)
+
+    async def wait_closed(self, limit: float) -> None:
+        """Wait for all workers to close the engine, but not longer than ``limit`` seconds."""
+        await self._settled(limit)
+
+    # Handles and their news
+
+    def attach(self, client: str) -> Attached:
+        """Give a Dask client a handle; it hears of its own requests only."""
+        handle = next(self._handle_numbers)
+        self.handles[handle] = Outbox(client)
+        return Attached(replace(self.spec, token=""), self.summary(), handle)
+
+    def detach(self, handle: int) -> list[int]:
+        """Take a handle back; returns the requests and documents that nobody waits for any more."""
+        if (outbox := self.handles.pop(handle, None)) is not None:
+            outbox.close()
+        return [number for number in self.lifecycle.live if number // HANDLE_NUMBERS == handle]
+
+    def handles_of(self, client: str) -> list[int]:
+        """Handles that a Dask client has, beside the owner's own one."""
+        return [handle for handle, outbox in self.handles.items() if handle and outbox.client == client]
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Tell whose request it is of tokens or an end."""
+        if (outbox := self.handles.get(delivery.sequence // HANDLE_NUMBERS)) is not None:
+            outbox.put(delivery)
+        self.figures.generated(len(delivery.tokens))
+        live = self.lifecycle.live.get(delivery.sequence)
+        if delivery.reason is not None and (live is None or not (live.is_document or live.saves)):
+            generated = len(live.generated) if live is not None else 0
+            self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
+
+    def fail(self, error: Exception) -> None:
+        """End every request with an error."""
+        for sequence in self.lifecycle.live:
+            self.deliver(Delivery(sequence, (), "error", error))
+
+    async def take_events(self, handle: int, heard: int, wait: float) -> list[Delivery]:
+        """What a handle has yet to hear, as :meth:`Outbox.take` gives it.
+
+        Raises
+        ------
+        EngineClosedError
+            The handle was taken back.
+        """
+        if handle not in self.handles:
+            raise EngineClosedError("the scheduler lost this handle of the engine: attach again")
+        return await self.handles[handle].take(heard, wait)
+
+    # Figures
+
+    def prefilled(self, sequence: int, gang: int, exchanged: Exchanged) -> None:
+        """Count a chunk of a prompt that is done, before the lifecycle drops it."""
+        self.figures.exchanged(exchanged)
+        live = self.lifecycle.live.get(sequence)
+        if live is not None and gang in live.chunks:
+            self.figures.prefilled(len(live.chunks[gang].tokens))
+
+    def summary(self) -> dict[str, Any]:
+        """What a client has to know about the open engine."""
+        one = next(iter(self.facts.values()))
+        return {
+            "max_positions": one["geometry"].max_positions or math.inf,
+            "vocab_size": one["geometry"].vocab_size,
+            "block_bytes": one["block_bytes"],
+            "dtype": one["geometry"].dtype,
+            "fingerprint": max(facts["fingerprint"] for facts in self.facts.values()),
+            "workers": len(self.facts),
+        }
+
+    def _is_measured(self, worker: str) -> bool:
+        return worker in self.facts and self.facts[worker]["measured"] is not None
+
+    def status(self) -> dict[str, Any]:
+        """Workers, sequences, debts (blocks by debtor and creditor), epoch and totals, as plain values."""
+        life = self.lifecycle
+        lent = life.ledger.lent()
+        workers = {
+            worker: {
+                "role": "instance" if account.can_decode else "memory",
+                "capacity_blocks": account.capacity,
+                "used_blocks": account.used,
+                "lent_blocks": lent[worker],
+                "blocks": account.parts(),
+                "block_bytes": life.block_bytes,
+                "disk_bytes": life.spilling.used[worker],
+                "sequences": account.homed,
+                "channels": self.facts[worker]["channels"] if worker in self.facts else "",
+                "window_seconds": life.chains[worker].seconds,
+                "performance": asdict(life.policy.model.of(worker))
+                | {"measured": self._is_measured(worker), "slower": life.calibration.slower(worker)},
+            }
+            for worker, account in life.ledger.workers.items()
+        }
+        sequences: dict[int, dict[str, Any]] = {}
+        for number, live in life.live.items():
+            if live.cached:  # nobody's, but part of what others lie on
+                continue
+            account = life.ledger.sequences.get(number)
+            sequences[number] = {
+                "state": ASIDE if (aside := life.aside(live)) else live.state,
+                "aside": aside,
+                "document": live.is_document,
+                "name": live.name,
+                "saved": live.saved is not None,
+                "prompt_tokens": len(live.prompt),
+                "generated_tokens": len(live.generated),
+                "questions": sum(not life.live[one].is_document for one in live.dependents),
+                "kv_tokens": account.length if account else 0,
+                "home": account.home if account else None,
+                "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],
+            }
+        return {
+            "workers": workers,
+            "sequences": sequences,
+            "debts": [(debtor, creditor, blocks) for (debtor, creditor), blocks in life.ledger.debts().items()],
+            "epoch": life.ledger.epoch,
+            "block_tokens": life.ledger.block_tokens,
+            "scheduler": self._pacer.status(),
+            "exchange_seconds": life.policy.model.exchange(life.policy.model.inside, 1),
+            "totals": {
+                **self.figures.totals,
+                **{f"finished_{why}": n for why, n in self.figures.finished.items()},
+                "moved_blocks": life.moving.moved_blocks,
+            },
+        }

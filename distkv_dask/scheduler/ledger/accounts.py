@@ -1,0 +1,155 @@
+"""Accounts of the debt ledger: one for each worker's pool, one for each live sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distkv_dask.types import Endpoint, Move, Placement
+
+
+@dataclass(slots=True)
+class WorkerAccount:
+    """One worker's pool, in blocks.
+
+    Parameters
+    ----------
+    endpoint
+        The worker.
+    capacity
+        Blocks of its pool.
+    lend_limit
+        Blocks that it lends at most.
+    can_decode
+        False for a memory worker: it has no weights, so it is nobody's home.
+    retiring
+        It is being drained: nothing new is placed on it.
+    used
+        Blocks that spans of sequences, or moves under way to it, have reserved.
+    lent
+        Those of them that are reserved for sequences with another home.
+    borrowed
+        Blocks that others hold for sequences whose home it is.
+    pending
+        Tokens of prompts that are not computed yet, of sequences whose home it is.
+    due
+        Tokens that sequences whose home it is may still generate.
+    documents, documents_lent
+        Those of ``used``, and of ``lent``, that are documents', or shared of requests that ended: no running request's.
+    cached
+        Free blocks in which the KV of requests that ended still stands
+        (:mod:`~distkv_dask.scheduler.kept.prefix_cache`).
+    held
+        Reserved blocks by sequence.
+    homes
+        The sequences that call it home, in the order in which they came (the values mean nothing).
+    """
+
+    endpoint: Endpoint
+    capacity: int
+    lend_limit: int
+    can_decode: bool = True
+    retiring: bool = False
+    used: int = 0
+    lent: int = 0
+    borrowed: int = 0
+    pending: int = 0
+    due: int = 0
+    documents: int = 0
+    documents_lent: int = 0
+    cached: int = 0
+    held: dict[int, int] = field(default_factory=dict)
+    homes: dict[int, None] = field(default_factory=dict)
+
+    @property
+    def worker(self) -> str:
+        """The worker's name."""
+        return self.endpoint.worker
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody has reserved."""
+        return self.capacity - self.used
+
+    def parts(self) -> dict[str, int]:
+        """The capacity in parts: of running requests at home here, of others', of documents, cached, and free."""
+        lent = self.lent - self.documents_lent
+        return {
+            "own": self.used - self.documents - lent,
+            "lent": lent,
+            "documents": self.documents,
+            "cached": self.cached,
+            "free": self.free - self.cached,
+        }
+
+    @property
+    def homed(self) -> int:
+        """How many sequences call it home."""
+        return len(self.homes)
+
+    @property
+    def lends(self) -> int:
+        """Blocks that it lends at most."""
+        return min(self.capacity, self.lend_limit)
+
+    @property
+    def lendable(self) -> int:
+        """Blocks that it can lend now."""
+        return 0 if self.retiring else max(0, min(self.free, self.lend_limit - self.lent))
+
+
+@dataclass(slots=True)
+class SequenceAccount:
+    """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
+
+    ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
+    blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch. ``sharers`` are
+    the sequences in whose placements spans of it stand.
+    """
+
+    placement: Placement
+    prompt: int = 0
+    length: int = 0
+    moves: list[Move] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+    idle: bool = False
+    sharers: set[int] = field(default_factory=set)
+
+    @property
+    def own(self) -> Placement:
+        """The spans whose blocks are its own."""
+        return tuple(span for span in self.placement if span.document is None)
+
+    @property
+    def documents(self) -> set[int]:
+        """The documents that it shares spans of."""
+        return {span.document for span in self.placement if span.document is not None}
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return max(0, self.prompt - self.length)
+
+    @property
+    def due(self) -> int:
+        """Tokens that may still be generated."""
+        return 0 if self.idle else self.stop - max(self.length, self.prompt)
+
+    @property
+    def home(self) -> str:
+        """The worker that decodes the sequence: the one that holds its tail."""
+        return self.placement[-1].worker
+
+    @property
+    def stop(self) -> int:
+        """Tokens that there is room for."""
+        return self.placement[-1].stop
+
+    def lies_on(self, worker: str) -> bool:
+        """Whether the worker holds a span of the sequence."""
+        return any(span.worker == worker for span in self.placement)
+
+    def workers(self) -> Iterator[str]:
+        """Live workers with blocks of the sequence, each once: its holders and the targets of moves under way."""
+        named = (*(span.worker for span in self.placement), *(move.target for move in self.moves))
+        return (worker for worker in dict.fromkeys(named) if worker not in self.lost)

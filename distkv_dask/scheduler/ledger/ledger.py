@@ -1,0 +1,402 @@
+"""The debt ledger: which worker holds how many blocks of which sequence, for whom.
+
+The facts of the paper's debt ledger (v1) and request placement map (v2), and the moves of blocks under way. Pure
+bookkeeping: no clock, no input or output, no torch. One ledger belongs to one engine. Every event costs time by the
+spans of the sequences it is about, and never by the number of workers or sequences.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger.indices import Room
+from distkv_dask.scheduler.ledger.placements import blocks_of, clipped, moved, span_around
+from distkv_dask.types import Endpoint, Move, Placement, Span
+
+NO_LIMIT = 2**40
+"""More blocks, or sequences, than any worker ever has."""
+
+
+class Ledger:
+    """Capacity, reservations, debts and moves of all workers of one engine.
+
+    Parameters
+    ----------
+    block_tokens
+        Tokens in one block.
+    batch
+        Sequences that one worker is home of at most.
+
+    Notes
+    -----
+    ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
+    reserved at the target and not yet free at the source.
+    ``owes`` is the debt graph: blocks by debtor (a sequence's home) and creditor (who holds blocks for it).
+    """
+
+    def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
+        self.block_tokens = block_tokens
+        self.epoch = 0
+        self.workers: dict[str, WorkerAccount] = {}
+        self.sequences: dict[int, SequenceAccount] = {}
+        self.moves: dict[Move, None] = {}
+        self.room = Room(batch)
+        self.owes: dict[str, Counter[str]] = {}
+
+    @property
+    def decoders(self) -> int:
+        """Number of workers with weights."""
+        return self.room.decoders
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens of one span occupy."""
+        return blocks_of(tokens, self.block_tokens)
+
+    def own_blocks(self, sequence: int) -> int:
+        """Blocks that are reserved for a sequence itself."""
+        return sum(self.blocks(span.tokens) for span in self.sequences[sequence].own)
+
+    @property
+    def capacity_blocks(self) -> int:
+        """Blocks of all workers together."""
+        return self.room.capacity
+
+    # Workers
+
+    def add_worker(
+        self, endpoint: Endpoint, capacity: int, *, lend_limit: int = NO_LIMIT, can_decode: bool = True
+    ) -> None:
+        """Open an account for a worker whose pool has ``capacity`` blocks, of which it lends ``lend_limit`` at most."""
+        self.epoch += 1
+        account = WorkerAccount(endpoint, capacity, lend_limit, can_decode)
+        self.workers[account.worker] = account
+        self.room.enter(account)
+
+    def retire_worker(self, worker: str, retiring: bool = True) -> None:
+        """Place nothing new on a worker from now on, because its blocks are about to be moved away (or do again)."""
+        self.epoch += 1
+        self.workers[worker].retiring = retiring
+        self.room.enter(self.workers[worker])
+
+    def remove_worker(self, worker: str) -> list[int]:
+        """Close a worker's account and return the sequences that lost blocks by it (still to be released).
+
+        Moves to the worker are over. Moves from it keep their reservation until they are cancelled or their sequence is
+        released, since something may still be written at their targets.
+        """
+        self.epoch += 1
+        account = self.workers.pop(worker, None)
+        if account is None:
+            return []
+        self.room.forget(worker)
+        for sequence in account.held:
+            lost = self.sequences[sequence]
+            for move in [move for move in lost.moves if move.target == worker]:
+                lost.moves.remove(move)
+                del self.moves[move]
+            if lost.lies_on(worker):
+                lost.lost.add(worker)
+        return sorted(sequence for sequence in account.held if worker in self.sequences[sequence].lost)
+
+    # Sequences
+
+    def reserve(self, sequence: int, placement: Placement, prompt: int = 0, *, idle: bool = False) -> None:
+        """Reserve the blocks of a placement that the policy chose from this very ledger, for a prompt so long.
+
+        Nothing will be decoded of an ``idle`` one.
+
+        Spans of documents are shared: they take no blocks, and cannot be freed or moved before the sequence is
+        released.
+
+        Raises
+        ------
+        ValueError
+            When a worker is unknown or has too little room, or a document's spans are not where the placement says: the
+            policy saw another ledger.
+        """
+        wanted: Counter[str] = Counter()
+        for span in placement:
+            if span.document is None:
+                wanted[span.worker] += self.blocks(span.tokens)
+            elif not self._holds(span):
+                raise ValueError(f"sequence {sequence}: {span} is not part of its document")
+        for worker, blocks in wanted.items():
+            account = self.workers.get(worker)
+            if account is None or account.free < blocks:
+                raise ValueError(f"sequence {sequence}: {blocks} blocks on {worker} do not fit the ledger")
+        self.sequences[sequence] = SequenceAccount(placement, prompt, idle=idle)
+        for document in self.sequences[sequence].documents:
+            self.sequences[document].sharers.add(sequence)
+        self._count(sequence, +1)
+
+    def _holds(self, span: Span) -> bool:
+        """Whether a shared span lies where its document does, stored, and stays there."""
+        account = self.sequences.get(-1 if span.document is None else span.document)
+        if account is None or account.moves or span.worker in account.lost or span.stop > account.length:
+            return False
+        return any(one.worker == span.worker and one.start <= span.start < span.stop <= one.stop for one in account.own)
+
+    def commit(self, sequence: int, length: int) -> None:
+        """Record that the KV of the first ``length`` tokens of a sequence exists."""
+        account = self.sequences[sequence]
+        pending, due = account.pending, account.due
+        account.length = length
+        if account.home not in account.lost:
+            home = self.workers[account.home]
+            home.pending += account.pending - pending
+            home.due += account.due - due
+
+    def keep(self, sequence: int, tokens: int) -> list[Span]:
+        """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of its other room.
+
+        Raises
+        ------
+        ValueError
+            When nothing of the sequence is to be kept, or blocks of it are being moved or shared.
+        """
+        account = self.sequences[sequence]
+        if account.moves or account.sharers or not 0 < tokens <= account.length or tokens % self.block_tokens:
+            raise ValueError(f"sequence {sequence}: {tokens} tokens of {account} cannot be kept")
+        before = account.documents
+        self._count(sequence, -1)
+        rest = list(clipped(account.own, tokens, account.stop))
+        account.placement = tuple(clipped(account.placement, 0, tokens))
+        account.length, account.prompt, account.idle = tokens, tokens, True
+        self._count(sequence, +1)
+        for document in before - account.documents:
+            self.sequences[document].sharers.discard(sequence)
+        return [span for span in rest if span.worker not in account.lost]
+
+    def mend(self, sequence: int, placement: Placement) -> None:
+        """Lay what a sequence lost elsewhere, as the policy chose from this very ledger; the rest stays as it is.
+
+        Raises
+        ------
+        ValueError
+            When others share its blocks, or blocks of it are being moved.
+        """
+        account = self.sequences[sequence]
+        if account.moves or account.sharers:
+            raise ValueError(f"sequence {sequence}: {account} cannot be mended")
+        self.epoch += 1
+        self._count(sequence, -1)
+        account.placement, account.lost = placement, set()
+        self._count(sequence, +1)
+
+    def resize(self, sequence: int, own: Iterable[Span]) -> None:
+        """Let a stored document have other spans of its own, more or fewer; who shares it shares none of those that go.
+
+        Raises
+        ------
+        ValueError
+            When there is no room for more.
+        """
+        account = self.sequences[sequence]
+        before = account.placement
+        self._count(sequence, -1)
+        account.placement = (*(span for span in before if span.document is not None), *own)
+        account.length = account.prompt = account.stop
+        self._count(sequence, +1)
+        if any(self.workers[worker].free < 0 for worker in account.workers()):
+            self.resize(sequence, (span for span in before if span.document is None))
+            raise ValueError(f"sequence {sequence}: no room for more of it")
+
+    def release(self, sequence: int) -> list[str]:
+        """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it.
+
+        Raises
+        ------
+        ValueError
+            When others share its blocks.
+        """
+        account = self.sequences[sequence]
+        if account.sharers:
+            raise ValueError(f"sequence {sequence}: its blocks are shared by {sorted(account.sharers)}")
+        for document in account.documents:
+            self.sequences[document].sharers.discard(sequence)
+        workers = list(account.workers())
+        self._count(sequence, -1)
+        for move in account.moves:
+            del self.moves[move]
+        del self.sequences[sequence]
+        return workers
+
+    # Moves
+
+    def objection(self, move: Move) -> str:
+        """Why a move cannot start now; empty when it can."""
+        account, target = self.sequences.get(move.sequence), self.workers.get(move.target)
+        if account is None or target is None or move.source not in self.workers:
+            return "the sequence or a worker is gone"
+        if account.sharers:
+            return "others share the sequence's blocks"
+        around = span_around(account.placement, move, self.block_tokens)
+        if around is None or move.source in account.lost or move.source == move.target:
+            return "the source does not hold these tokens in whole blocks of one span"
+        if any(move.start < other.stop and other.start < move.stop for other in account.moves):
+            return "some of these tokens are being moved already"
+        if move.target in account.lost:
+            return "the sequence lost blocks on an earlier worker of the target's name"
+        if target.retiring or target.free < self.blocks(move.tokens):
+            return f"the target has {target.free} free blocks or is being drained"
+        if move.target != account.home and move.stop < account.stop:
+            return "" if target.lendable >= self.blocks(move.tokens) else "the target lends no more"
+        if move.stop == account.stop and not target.can_decode:
+            return "the tail goes with its home, and the target has no weights"
+        return ""
+
+    def start_move(self, move: Move) -> None:
+        """Reserve a move's blocks at its target.
+
+        Who comes first is served first: what a move has reserved, no later one can.
+
+        Raises
+        ------
+        ValueError
+            When the move cannot start; the message is :meth:`objection`'s.
+        """
+        objection = self.objection(move)
+        if objection:
+            raise ValueError(f"{move}: {objection}")
+        self._count(move.sequence, -1)
+        self.sequences[move.sequence].moves.append(move)
+        self._count(move.sequence, +1)
+        self.moves[move] = None
+
+    def finish_move(self, move: Move) -> Placement:
+        """The target has the blocks: switch the placement, free the source's blocks, and return the new placement.
+
+        Raises
+        ------
+        ValueError
+            When the move is not under way (any more), or its source died.
+        """
+        account = self._under_way(move)
+        if move.source in account.lost:
+            raise ValueError(f"{move}: the source is gone")
+        self.epoch += 1
+        self._count(move.sequence, -1)
+        account.moves.remove(move)
+        account.placement = moved(account.placement, move, self.block_tokens)
+        self._count(move.sequence, +1)
+        del self.moves[move]
+        return account.placement
+
+    def cancel_move(self, move: Move) -> None:
+        """Give a move's reservation back; the placement stays as it is (no error if the move is over)."""
+        if move in self.moves:
+            self._count(move.sequence, -1)
+            self.sequences[move.sequence].moves.remove(move)
+            self._count(move.sequence, +1)
+            del self.moves[move]
+
+    def _under_way(self, move: Move) -> SequenceAccount:
+        if move not in self.moves:
+            raise ValueError(f"{move} is not under way")
+        return self.sequences[move.sequence]
+
+    # Debts
+
+    def debts(self) -> Counter[tuple[str, str]]:
+        """Blocks owed, by (debtor, creditor): the debtor is a sequence's home, the creditor holds blocks for it."""
+        return Counter({(debtor, creditor): n for debtor, owed in self.owes.items() for creditor, n in owed.items()})
+
+    def lent(self) -> Counter[str]:
+        """Blocks that each creditor holds for others."""
+        return sum(self.owes.values(), Counter())
+
+    def holders(self, placement: Placement, length: int | None = None, *, but: str = "") -> Iterator[Endpoint]:
+        """Endpoints of a placement's workers, ``but`` one; with ``length``, of those that hold tokens below it."""
+        named = (s.worker for s in placement if s.tokens and (length is None or s.start < length))
+        return (self.workers[worker].endpoint for worker in dict.fromkeys(named) if worker != but)
+
+    def _count(self, sequence: int, sign: int) -> None:
+        """Add all that a sequence reserves to the accounts (``sign`` 1), or take it out of them (-1)."""
+        account = self.sequences[sequence]
+        home = account.home
+        wanted: Counter[str] = Counter()
+        for span in account.own:
+            blocks = self.blocks(span.tokens)
+            wanted[span.worker] += blocks
+            if span.worker != home and blocks:
+                self._owe(home, span.worker, sign * blocks, account)
+        for move in account.moves:
+            wanted[move.target] += self.blocks(move.tokens)
+        for worker in account.workers():
+            entry = self.workers[worker]
+            entry.used += sign * wanted[worker]
+            entry.lent += sign * wanted[worker] * (worker != home)
+            if account.idle:
+                entry.documents += sign * wanted[worker]
+                entry.documents_lent += sign * wanted[worker] * (worker != home)
+            if worker == home:
+                entry.pending += sign * account.pending
+                entry.due += sign * account.due
+            if sign < 0:
+                del entry.held[sequence]
+                entry.homes.pop(sequence, None)
+            else:
+                entry.held[sequence] = wanted[worker]
+                if worker == home and not account.idle:
+                    entry.homes[sequence] = None
+            self.room.enter(entry)
+
+    def _owe(self, debtor: str, creditor: str, blocks: int, account: SequenceAccount) -> None:
+        owed = self.owes.setdefault(debtor, Counter())
+        owed[creditor] += blocks
+        if not owed[creditor]:
+            del owed[creditor]
+            if not owed:
+                del self.owes[debtor]
+        if debtor not in account.lost:
+            self.workers[debtor].borrowed += blocks
+
+    def check(self) -> None:
+        """Assert the ledger's invariants by counting everything anew.
+
+        Spans are gapless and end on whole blocks where they are joined, blocks are conserved, shared ones counted once,
+        no worker is above its capacity, debts are the spans away from home.
+        """
+        held: dict[str, Counter[int]] = {worker: Counter() for worker in self.workers}
+        owed: Counter[tuple[str, str]] = Counter()
+        borrowed: Counter[str] = Counter()
+        for number, account in self.sequences.items():
+            end = 0
+            for span in account.placement:
+                assert span.start == end <= span.stop, account
+                end = span.stop
+                blocks = self.blocks(span.tokens) * (span.document is None)
+                if span.document is not None:
+                    document = self.sequences[span.document]
+                    assert number in document.sharers, (number, span)
+                    assert span.start % self.block_tokens == span.stop % self.block_tokens == 0, span
+                    assert any(s.worker == span.worker and s.start <= span.start < span.stop <= s.stop
+                               for s in document.own), (number, span, document)  # fmt: skip
+                if span.worker not in account.lost:
+                    held[span.worker][number] += blocks
+                if span.worker != account.home:
+                    owed[account.home, span.worker] += blocks
+                    borrowed[account.home] += blocks * (account.home not in account.lost)
+            assert 0 <= account.length <= end, account
+            assert all(number in self.sequences[other].documents for other in account.sharers), account
+            for move in account.moves:
+                assert move in self.moves, move
+                held[move.target][number] += self.blocks(move.tokens)
+        assert len(self.moves) == sum(len(account.moves) for account in self.sequences.values())
+        assert self.debts() == +owed, (self.owes, owed)
+        for worker, entry in self.workers.items():
+            homes = {n for n in held[worker] if self.sequences[n].home == worker}
+            guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
+            assert entry.held == held[worker], (worker, entry)
+            assert entry.homes.keys() == {n for n in homes if not self.sequences[n].idle}, (worker, entry)
+            assert entry.used == sum(held[worker].values()) <= entry.capacity - entry.cached, (worker, entry)
+            assert entry.cached >= 0, (worker, entry)
+            assert entry.lent == sum(guests.values()), (worker, entry)
+            assert entry.documents == sum(held[worker][n] for n in held[worker] if self.sequences[n].idle), entry
+            assert entry.documents_lent == sum(guests[n] for n in guests if self.sequences[n].idle), entry
+            assert entry.pending == sum(self.sequences[n].pending for n in homes), (worker, entry)
+            assert entry.due == sum(self.sequences[n].due for n in homes), (worker, entry)
+            assert entry.borrowed == borrowed[worker], (worker, entry)
+        self.room.check(self.workers)

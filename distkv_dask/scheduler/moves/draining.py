@@ -1,0 +1,122 @@
+"""Which blocks of a worker that leaves go where, one move after the other. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from distkv_dask.scheduler.commands import Command
+from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.request import Live
+from distkv_dask.scheduler.moves.moving import Moving
+from distkv_dask.types import Move, Span
+
+
+class Draining:
+    """The workers of one engine that are about to leave.
+
+    Parameters
+    ----------
+    ledger, live, moving
+        The lifecycle's.
+    batch
+        Sequences that one worker is home of at most.
+    """
+
+    def __init__(self, ledger: Ledger, live: Mapping[int, Live], moving: Moving, batch: int) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._moving = moving
+        self._batch = batch
+        self._leaving: set[str] = set()
+
+    def drain(self, worker: str, leaving: bool) -> None:
+        """A worker is about to leave, and nothing is placed on it; or it stays after all."""
+        (self._leaving.add if leaving else self._leaving.discard)(worker)
+        self._ledger.retire_worker(worker, leaving)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker is gone."""
+        self._leaving.discard(worker)
+
+    def start_moves(self, now: float) -> Iterator[Command]:
+        """Begin one move from each worker that leaves, has blocks and takes part in no move."""
+        for worker in sorted(self._leaving):
+            if not self._moving.busy(worker):
+                yield from self._move_away(worker, now)
+
+    def _move_away(self, worker: str, now: float) -> Iterator[Command]:
+        whole = (n for n in self._ledger.workers[worker].held if not self._ledger.sequences[n].lost)
+        held = [n for n in whole if self._live[n].state in ("decode", "document")]
+        full = {number: self._moving.full_tokens(number) for number in held}
+        for move, pause in moves_away(self._ledger, worker, full, self._batch):
+            if self._moving.can_start(move, pause=pause):
+                yield from self._moving.start(move, now)
+                return
+
+
+def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) -> Iterator[tuple[Move, bool]]:
+    """Moves that would take blocks from a worker, the best first, and whether their sequence has to pause for it.
+
+    Parameters
+    ----------
+    ledger
+        Where everything lies.
+    worker
+        The worker that is to be left without blocks.
+    full
+        The sequences that can be moved, and how many of their tokens lie in full, committed blocks.
+    batch
+        Sequences that one worker is home of at most.
+    """
+    later: list[tuple[Move, bool]] = []
+    for sequence, tokens in full.items():
+        account = ledger.sequences[sequence]
+        for span in account.placement:
+            if span.worker != worker or not span.tokens or span.document is not None:
+                continue
+            stop = min(span.stop, tokens)
+            if stop > span.start:
+                for target, room in _holders(ledger, account, worker):
+                    yield _move(ledger, sequence, Span(worker, span.start, stop), target, room), False
+            elif span.stop < account.stop:
+                later.extend(
+                    (_move(ledger, sequence, span, target, room), True)
+                    for target, room in _holders(ledger, account, worker)
+                )
+            # a home leaves with all that is left of its last span, to where it all fits
+            if span.stop == account.stop:
+                later.extend(
+                    (Move(sequence, span.start, span.stop, worker, home.worker), True)
+                    for home in _by_room(ledger.workers.values())
+                    if home.can_decode and not home.retiring and home.homed < batch
+                    if home.free >= ledger.blocks(span.tokens)
+                )
+    yield from later
+
+
+def fits_elsewhere(ledger: Ledger, leaving: set[str]) -> bool:
+    """Whether the blocks on some workers would fit on the others, one of which can decode."""
+    stay = [account for worker, account in ledger.workers.items() if worker not in leaving and not account.retiring]
+    blocks = sum(ledger.workers[worker].used for worker in leaving)
+    return not blocks or (any(account.can_decode for account in stay) and sum(one.free for one in stay) >= blocks)
+
+
+def _holders(ledger: Ledger, account: SequenceAccount, worker: str) -> Iterator[tuple[str, int]]:
+    """Workers that could take blocks of a sequence, and how many: its home before others."""
+    home = ledger.workers[account.home]
+    if home.worker != worker and home.free and not home.retiring:
+        yield home.worker, home.free
+    for other in _by_room(ledger.workers.values()):
+        if other.worker not in (worker, home.worker) and other.lendable:
+            yield other.worker, other.lendable
+
+
+def _by_room(accounts: Iterable[WorkerAccount]) -> list[WorkerAccount]:
+    return sorted(accounts, key=lambda account: (-account.free, account.worker))
+
+
+def _move(ledger: Ledger, sequence: int, span: Span, target: str, room: int) -> Move:
+    """As much of a span as there is room for."""
+    stop = min(span.stop, span.start + room * ledger.block_tokens)
+    return Move(sequence, span.start, stop, span.worker, target)

@@ -1,0 +1,129 @@
+"""Admission: which waiting request gets room next. Pure: the lifecycle and the simulator drive the same code.
+
+A request that nobody's end would make room for is set aside: others go before it until it can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+from sortedcontainers import SortedList
+
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.policies.shared_prefix import place
+from distkv_dask.types import Placement
+
+
+class Admission:
+    """The requests that wait, in the policy's order.
+
+    Parameters
+    ----------
+    ledger
+        Where admitted requests are reserved.
+    policy
+        Decides order and place.
+    ready
+        Whether a document can be shared now.
+
+    Attributes
+    ----------
+    held
+        Blocks by worker that do not become free by themselves: a disk or folder does not answer.
+    """
+
+    def __init__(self, ledger: Ledger, policy: Policy, ready: Callable[[int], bool] = lambda _: True) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self._ready = ready
+        self._order: SortedList = SortedList()
+        self._asks: dict[int, tuple[float, Ask]] = {}
+        self._limit = (-1, 0)
+        self.held: Mapping[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._asks
+
+    def __iter__(self) -> Iterator[Ask]:
+        """The waiting requests, in order."""
+        return (self._asks[sequence][1] for _, sequence in self._order)
+
+    def ask(self, sequence: int) -> Ask:
+        """What a waiting request needs."""
+        return self._asks[sequence][1]
+
+    # Whose turn it is
+
+    def turns(self) -> Iterator[Ask]:
+        """The waiting requests that can run on the workers that stay, in order."""
+        return (ask for ask in self if not self.aside(ask))
+
+    def aside(self, ask: Ask) -> str:
+        """Why a waiting request is set aside; empty if its turn comes.
+
+        It needs more than the workers that stay have for one request, or its document cannot be shared now.
+        """
+        if ask.document is not None and not self._ready(ask.document):
+            return "its document is being moved, or lost blocks, or lies on a worker that is being retired"
+        need, limit = self.ledger.blocks(ask.tokens), self.limit
+        if need <= limit:
+            return ""
+        return f"it needs {need} blocks, and the workers that stay have {limit} for one request"
+
+    @property
+    def limit(self) -> int:
+        """Blocks of the largest request that can run; counted anew only when workers came, went or began to leave."""
+        epoch, limit = self._limit
+        if epoch != self.ledger.epoch:
+            limit = self.policy.limit(self.ledger, self.held)
+            self._limit = self.ledger.epoch, limit
+        return limit
+
+    def hold(self, held: Mapping[str, int]) -> None:
+        """Count on these blocks no more (those by worker that were ``held`` before count again)."""
+        if held != self.held:
+            self.held, self._limit = held, (-1, 0)
+
+    # Coming and going
+
+    def wait(self, ask: Ask, rank: float | None = None) -> None:
+        """A request waits from now on; the lowest ``rank`` is first (the policy's, if none is given)."""
+        rank = self.policy.rank(self.ledger, ask) if rank is None else rank
+        self._asks[ask.sequence] = rank, ask
+        self._order.add((rank, ask.sequence))
+
+    def withdraw(self, sequence: int) -> Ask:
+        """A request waits no more."""
+        rank, ask = self._asks.pop(sequence)
+        self._order.remove((rank, sequence))
+        return ask
+
+    def admit(self) -> tuple[Ask, Placement] | None:
+        """Reserve room for the next request that gets it, or return None.
+
+        The first request that does not fit may be passed by those that the policy finds room for without delaying it.
+        """
+        ahead = None
+        for ask in islice(self.turns(), 1 + self.policy.look_ahead):
+            placement = place(self.ledger, self.policy, ask, ahead)
+            if placement is not None:
+                self.withdraw(ask.sequence)
+                idle = ask.is_document or not ask.tokens
+                self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
+                self.ledger.commit(ask.sequence, ask.shared)
+                return ask, placement
+            ahead = ahead or ask
+        return None
+
+
+def prefill_slots(ledger: Ledger) -> int:
+    """How many prompts may be in prefill at once: one for each worker, so that every worker has a chunk to compute.
+
+    More would only delay everybody's first token: prefill is bound by compute, not by memory.
+    """
+    return max(1, sum(account.can_decode for account in ledger.workers.values()))
