@@ -385,14 +385,20 @@ class GManager(SchedulerPlugin):
         elif workers is None:
             wanted = set(map(str, names or ()))
             workers = [worker for worker, state in self.scheduler.workers.items() if str(state.name) in wanted]
-        await asyncio.gather(*(self._drain(state, workers) for state in list(self.engines.values())))
-        empty = [worker for worker in workers if all(one.lifecycle.is_drained(worker) for one in self.engines.values())]
-        retired = await self.scheduler.retire_workers(
-            workers=empty, close_workers=close_workers, remove=remove, stimulus_id=stimulus_id
-        )
-        for state in self.engines.values():
-            for worker in set(workers) - set(retired):
-                self._run(state, state.lifecycle.drain(worker, False, monotonic()))
+        retired: dict[str, Any] = {}
+        try:
+            await asyncio.gather(*(self._drain(state, workers) for state in list(self.engines.values())))
+            drained = [one.lifecycle.is_drained for one in self.engines.values()]
+            retired = await self.scheduler.retire_workers(
+                workers=[worker for worker in workers if all(is_drained(worker) for is_drained in drained)],
+                close_workers=close_workers,
+                remove=remove,
+                stimulus_id=stimulus_id,
+            )
+        finally:  # those that stay, for whatever reason, get work again
+            for state in self.engines.values():
+                for worker in set(workers) - set(retired):
+                    self._run(state, state.lifecycle.drain(worker, False, monotonic()))
         return retired
 
     async def _drain(self, state: EngineState, workers: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from distributed import Client, Scheduler, Worker
+from distributed.comm.core import CommClosedError
 
 from distkv_dask import CapacityError, Engine, SamplingParams
 from distkv_dask.scheduler.ledger.ledger import Ledger
@@ -114,6 +115,31 @@ async def test_a_worker_whose_blocks_fit_nowhere_else_is_not_retired(
         assert await client.retire_workers([leaving]) == {}
         assert (await running).finish_reason == "length"
         assert (await engine.generate([[1]], SamplingParams(max_new_tokens=2)))[0].error is None
+
+
+@pytest.mark.parametrize("how", ["dask fails", "the call is cancelled"])
+def test_a_worker_whose_retirement_fails_gets_work_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
+        async with Engine(client, str(model_dir("llama-gqa")), window_steps=4, **SMALL) as engine:
+            if how == "dask fails":
+
+                async def fail(**kwargs: Any) -> None:
+                    raise CommClosedError("a worker's stream closed just now")
+
+                monkeypatch.setattr(scheduler, "retire_workers", fail)
+                with pytest.raises(CommClosedError):
+                    await client.retire_workers([worker.address])
+            else:
+                running = engine.submit(prompt_ids(50), SamplingParams(max_new_tokens=600, ignore_eos=True))
+                await decoding(engine)
+                retiring = asyncio.create_task(scheduler.plugins["distkv"].retire_workers([worker.address]))
+                await asyncio.sleep(0.1)
+                assert retiring.cancel()
+                assert (await running).finish_reason == "length"
+            assert (await engine.generate([[1]], SamplingParams(max_new_tokens=2)))[0].error is None
+
+    run()
 
 
 def test_memory_workers_hold_a_context_three_times_as_large_as_the_homes_memory() -> None:
