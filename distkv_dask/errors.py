@@ -76,9 +76,40 @@ class MissingProgramError(DistKVError, ImportError):
     """Something optional that is not installed was asked for; the message says how to install it."""
 
 
+class ResultTimeoutError(DistKVError, TimeoutError):
+    """A request was not answered within the time that its caller waits for it; it goes on."""
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, as a text that any file can hold; others' errors may say nothing themselves.
+
+    Examples
+    --------
+    >>> in_words(TimeoutError())
+    'TimeoutError: no answer in time'
+    >>> in_words(OSError("the disk is full"))
+    'OSError: the disk is full'
+    >>> in_words(CapacityError("it needs 4 GiB"))
+    'it needs 4 GiB'
+    """
+    said = _text(error)
+    return said if isinstance(error, DistKVError) else f"{type(error).__name__}: {said}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # of somebody else's class
+        text = ""
+    text = text or ("no answer in time" if isinstance(error, TimeoutError) else "it gives no reason")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def portable(error: Exception, where: str) -> DistKVError:
     """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey."""
-    return error if isinstance(error, DistKVError) else DistKVError(f"{type(error).__name__} on {where}: {error}")
+    if isinstance(error, DistKVError):
+        return error
+    return DistKVError(f"{type(error).__name__} on {where}: {_text(error)}")
 
 
 def without_quotes(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from distkv_dask.errors import DistKVError, OutputError, SavedDocumentError
+from distkv_dask.errors import DistKVError, OutputError, SavedDocumentError, in_words
 from distkv_dask.folder import Folder, Source, checked_file_name
 from distkv_dask.local_folder import LocalFolder
 from distkv_dask.watch import Watch
@@ -112,7 +112,7 @@ def folder_at(place: str | os.PathLike[str]) -> Folder:
         return _known(name, fs.PyFileSystem(fs.FSSpecHandler(other)), path)
     except (ImportError, ValueError) as error:
         reason = error
-    raise SavedDocumentError(f"{name} is no place that pyarrow or fsspec can write to: {reason}")
+    raise SavedDocumentError(f"{name} is no place that pyarrow or fsspec can write to: {in_words(reason)}")
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def explained(what: str) -> Iterator[None]:
     except DistKVError:
         raise
     except Exception as error:
-        raise SavedDocumentError(f"{what}: {error}") from error
+        raise SavedDocumentError(f"{what}: {in_words(error)}") from error
 
 
 def check_file(path: Path) -> None:

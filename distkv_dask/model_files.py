@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distkv_dask.errors import ModelError
+from distkv_dask.errors import ModelError, in_words
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -67,7 +67,7 @@ def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
             raise ModelError(f"{file} has {size} bytes, more than {limit}: it is not what it is called")
         read = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON, download the model again: {error!r:.200}") from error
+        raise ModelError(f"{file} cannot be read as JSON, download the model again: {in_words(error):.200}") from error
     if not isinstance(read, dict):
         raise ModelError(f"{file} holds a {type(read).__name__}, not a JSON object: download the model again")
     if _depth(read) > DEEPEST:

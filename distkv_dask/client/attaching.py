@@ -7,6 +7,7 @@ import contextlib
 from typing import Any
 
 from distkv_dask.client.conversation import Conversation
+from distkv_dask.client.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.model_source import ModelSource, resolve_model
@@ -37,7 +38,7 @@ class Attaching:
     async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
         """Attach; returns what the workers said, and the model's tokenizer."""
         client = conversation.client
-        if not await client.get_metadata([PLUGIN], default=False):
+        if not await answered(client, client.get_metadata([PLUGIN], default=False)):
             raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
         attached: Attached = await conversation.call(ClientCall.ATTACH, engine=self._engine, client=client.id)
         self.spec, facts, self._handle = attached
@@ -52,5 +53,5 @@ class Attaching:
 
     async def end(self, conversation: Conversation) -> None:
         """Give the handle back: its requests end, its documents are released, the engine goes on."""
-        with contextlib.suppress(EngineClosedError, OSError):
+        with contextlib.suppress(EngineClosedError, ClusterError):
             await conversation.call(ClientCall.DETACH, engine=self.spec.engine, handle=self._handle)

@@ -9,24 +9,25 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from distributed import Client
 
 from distkv_dask.client.errand import Errand
+from distkv_dask.client.reach import AGAIN, answered, lost
 from distkv_dask.client.request import Request
-from distkv_dask.errors import DistKVError, EngineClosedError
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
 from distkv_dask.protocol import HANDLE_NUMBERS, ClientCall, Delivery, pack, unpack
 from distkv_dask.types import FinishReason
 
 logger = logging.getLogger("distributed.distkv.engine")
 
-PATIENCE = 10.0
-"""Seconds that the answer to a call for news may be late before the scheduler counts as gone."""
+POLL = 9.0
+"""Seconds that a call for news waits at the gManager: less than the scheduler may be silent."""
 
-POLL = 10.0
-"""Seconds that a call for news waits at the gManager."""
+ANSWERED = frozenset({ClientCall.ATTACH, ClientCall.SUBMIT, ClientCall.EVENTS, ClientCall.STATUS, ClientCall.GRAPH})
+"""Calls that a gManager always answers with something: a scheduler without one says nothing."""
 
 
 class Conversation:
@@ -68,7 +69,7 @@ class Conversation:
     @property
     def is_open(self) -> bool:
         """Whether requests can be submitted."""
-        return self._loop is not None and not self.is_closed and self._broken is None
+        return self._loop is not None and not self.is_closed and self._broken is None and not lost(self.client)
 
     def check_open(self) -> None:
         """Raise :class:`EngineClosedError` if no requests can be submitted; from any thread."""
@@ -78,6 +79,8 @@ class Conversation:
             raise EngineClosedError(f"the engine broke: {self._broken}")
         if self._loop is None:
             raise EngineClosedError("the engine is not open yet: await it, or use `async with`")
+        if why := lost(self.client):
+            raise EngineClosedError(why)
 
     def end(self) -> None:
         """Cancel all requests, and listen no more. Calls can still be made."""
@@ -86,6 +89,15 @@ class Conversation:
             request.generation.cancel()
         for task in list(self._tasks):
             task.cancel()
+
+    def leave(self, end: Callable[[], Awaitable[None]]) -> Any:
+        """Run ``end``, which gives something back to the cluster; with a synchronous client wait for it.
+
+        Where the Dask client is closed there is nobody to give it to.
+        """
+        if self.client.status == "closed" and not self.client.asynchronous:
+            return None
+        return self.client.sync(end)
 
     # Requests
 
@@ -103,7 +115,9 @@ class Conversation:
         """
         self.check_open()
         self._requests[request.number] = request
-        self._soon(self._send, request)
+        if not self._soon(self._send, request):
+            self._requests.pop(request.number, None)
+            raise EngineClosedError("the Dask client is closed, and its engines with it")
 
     def cancel(self, number: int) -> None:
         """Tell the gManager that nobody waits for a request any more; from any thread."""
@@ -117,21 +131,26 @@ class Conversation:
     async def flushed(self) -> None:
         """Wait until the requests so far have arrived at the gManager."""
         await asyncio.sleep(0)  # those of this moment are about to be sent
-        if self._flushing is not None:
+        if self._flushing is not None and not lost(self.client):
             await asyncio.wait([self._flushing])
 
     async def give_up(self, number: int) -> None:
-        """Tell the gManager that a request, or a document, is needed no more."""
-        if not self.is_closed:
+        """Tell the gManager that a request, or a document, is needed no more; one that is gone has nothing left."""
+        if not self.is_closed and self._broken is None:
             await self.ask_quietly(ClientCall.STOP, request=number, reason="cancelled")
 
     async def _release(self, number: int) -> None:
         await self.flushed()
         await self.give_up(number)
 
-    def _soon(self, call: Any, *arguments: Any) -> None:
+    def _soon(self, call: Any, *arguments: Any) -> bool:
+        """Call something on the event loop; False if that is closed."""
         assert self._loop is not None  # it was checked when the request was submitted
-        self._loop.call_soon_threadsafe(call, *arguments)
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            return False
+        return True
 
     def _send(self, request: Request | Errand) -> None:
         """Requests that arrive together travel together, and all of them in order.
@@ -176,12 +195,11 @@ class Conversation:
         while not self.is_closed:
             wait = 0.0 if failures else POLL
             try:
-                asked = self.ask(ClientCall.EVENTS, handle=self._handle, heard=heard, wait=wait)
-                news = await asyncio.wait_for(asked, wait + PATIENCE)
+                news = await self.ask(ClientCall.EVENTS, handle=self._handle, heard=heard, wait=wait)
                 failures = 0
             except Exception as error:
                 failures += 1
-                if failures == 1 and not isinstance(error, DistKVError):
+                if failures == 1 and not isinstance(error, EngineClosedError):
                     continue  # once more: the gManager keeps what was not heard
                 self._break(_ours(error))
                 return
@@ -218,23 +236,16 @@ class Conversation:
         Raises
         ------
         EngineClosedError
-            The scheduler is gone.
+            The scheduler is gone or silent, or another one than before.
         DistKVError
-            What the gManager says.
+            What the gManager says, or that the call did not reach it.
         """
-        if self.client.scheduler is None:
-            raise EngineClosedError("the Dask client is closed")
-        try:
-            return unpack(await getattr(self.client.scheduler, call)(**arguments))
-        except DistKVError:
-            raise
-        except OSError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # for Dask's UCX comm that is a connection that was closed
-                raise asyncio.CancelledError from error
-            if self.client.status == "running":
-                raise
-            raise EngineClosedError(f"the Dask scheduler does not answer: {error!r}") from error
+        if why := lost(self.client):
+            raise EngineClosedError(why)
+        answer = unpack(await answered(self.client, getattr(self.client.scheduler, call)(**arguments)))
+        if answer is None and call in ANSWERED:
+            raise EngineClosedError(f"the Dask scheduler was restarted, and knows nothing of the engine. {AGAIN}")
+        return answer
 
     async def ask(self, call: ClientCall, **arguments: Any) -> Any:
         """Call the gManager about the engine; raises as :meth:`call` does."""
@@ -242,13 +253,12 @@ class Conversation:
 
     async def ask_quietly(self, call: ClientCall, **arguments: Any) -> None:
         """Call the gManager about the engine, which may be gone."""
-        with contextlib.suppress(EngineClosedError, OSError):
+        with contextlib.suppress(EngineClosedError, ClusterError):
             await self.ask(call, **arguments)
 
     def ask_soon(self, call: ClientCall, **arguments: Any) -> None:
         """Call the gManager about the engine, which may be gone, and do not wait; from any thread."""
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, and the engine with it
-            self._soon(lambda: self._spawn(self.ask_quietly(call, **arguments)))
+        self._soon(lambda: self._spawn(self.ask_quietly(call, **arguments)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -260,4 +270,7 @@ class Conversation:
 def _ours(error: Exception) -> DistKVError:
     if isinstance(error, DistKVError):
         return error
-    return EngineClosedError(f"the Dask scheduler does not answer as it should: {error!r}")
+    return EngineClosedError(
+        f"the Dask scheduler answered what is no answer ({in_words(error)}): see its log, and whether it runs the same "
+        "distkv-dask as this process"
+    )

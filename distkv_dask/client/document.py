@@ -33,11 +33,14 @@ class _Kept(ABC):
     async def _end(self) -> None:
         """Need it no more."""
 
+    def _leave(self) -> Any:
+        return self.engine._conversation.leave(self._end)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.engine.client.sync(self._end)
+        self._leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,7 +146,7 @@ class Document(_Kept):
 
     def release(self) -> Any:
         """Need it no more: its KV is freed once the questions under way have ended."""
-        return self.engine.client.sync(self._end)
+        return self._leave()
 
     def save(self, place: str | Path) -> Any:
         """Save its KV, so that an engine of the same model can load it; returns when all is written.
@@ -263,7 +266,7 @@ class Chat(_Kept):
 
     def close(self) -> Any:
         """Free the turns."""
-        return self.engine.client.sync(self._end)
+        return self._leave()
 
     async def _end(self) -> None:
         numbers, self._numbers = self._numbers, []

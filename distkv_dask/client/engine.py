@@ -16,9 +16,11 @@ from distkv_dask.client.batch import process
 from distkv_dask.client.conversation import Conversation
 from distkv_dask.client.document import Document
 from distkv_dask.client.generation import Generation, TextPieces
+from distkv_dask.client.in_task import check_seceded
 from distkv_dask.client.library import Library
 from distkv_dask.client.opening import Opening, dask_span
 from distkv_dask.client.pictures import engine_html
+from distkv_dask.client.reach import connected, is_closed, lost
 from distkv_dask.client.request import Request, checked
 from distkv_dask.client.together import several, submit_all, wait_for_all
 from distkv_dask.config import Config
@@ -97,7 +99,8 @@ class Engine:
         Raises
         ------
         ClusterError
-            No engine is open, or several are and ``engine`` does not say which.
+            No engine is open, or several are and ``engine`` does not say which; or this is a task that holds its
+            worker's thread.
         EngineClosedError
             There is no engine of this id any more.
 
@@ -115,11 +118,14 @@ class Engine:
 
     def _begin(self, client: Client | None, opening: Opening | Attaching) -> None:
         self.client = client if client is not None else get_client()
+        check_seceded(self.client)
         self._opening = opening
         self._facts: dict[str, Any] = {}
         self._conversation = Conversation(self.client)
         self._library = Library(self, self._conversation)
         if not self.client.asynchronous:
+            if is_closed(self.client):
+                raise EngineClosedError(lost(self.client))
             self.client.sync(self._open)
 
     # What it is
@@ -151,6 +157,7 @@ class Engine:
 
     async def _open(self) -> Self:
         if not self._facts:
+            await connected(self.client)
             self._facts, self.tokenizer = await self._opening.begin(self._conversation)
         return self
 
@@ -159,10 +166,9 @@ class Engine:
 
         One that was attached ends its own requests and documents only.
         """
-        if self.client.status == "closed":  # and its engines with it
+        if self.client.status == "closed" and not self.client.asynchronous:  # and its engines with it
             self._conversation.is_closed = True
-            return None
-        return self.client.sync(self._close)
+        return self._conversation.leave(self._close)
 
     async def _close(self) -> None:
         if not self._conversation.is_closed:

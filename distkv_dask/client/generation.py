@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Self
 
+from distkv_dask.errors import ResultTimeoutError
 from distkv_dask.types import Completion, Timings
 
 
@@ -23,6 +24,37 @@ class Generation(concurrent.futures.Future[Completion]):
         self.timings = Timings()
         """Of a request that failed: how far it had come."""
         self._cancel_request = cancel
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the completion, but not longer than ``timeout`` seconds.
+
+        Raises
+        ------
+        ResultTimeoutError
+            It takes longer; the request goes on.
+        DistKVError
+            What became of the request.
+        """
+        try:
+            return super().result(timeout)
+        except TimeoutError:
+            self._check_ended(timeout)
+            raise
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for what went wrong, as :meth:`result` does; None if nothing did."""
+        try:
+            return super().exception(timeout)
+        except TimeoutError:
+            self._check_ended(timeout)
+            raise
+
+    def _check_ended(self, timeout: float | None) -> None:
+        if not self.done():
+            raise ResultTimeoutError(
+                f"the request was not answered within the {timeout:g} s of this call, and goes on: wait longer or "
+                "cancel() it; engine.status() says where it is"
+            ) from None
 
     def cancel(self) -> bool:
         """Stop the request; True unless it had ended."""

@@ -12,11 +12,12 @@ from dask.base import get_annotations
 from distributed import Client, span
 
 from distkv_dask.client.conversation import Conversation
+from distkv_dask.client.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
-from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
 from distkv_dask.model_source import ModelSource
 from distkv_dask.model_support import check_supported
 from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, EngineSpec, pack
@@ -69,7 +70,7 @@ class Opening:
         await self._close(conversation)
 
     async def _close(self, conversation: Conversation) -> None:
-        with contextlib.suppress(EngineClosedError, OSError):
+        with contextlib.suppress(EngineClosedError, ClusterError):
             await conversation.call(ClientCall.CLOSE, engine=self.spec.engine)
 
 
@@ -83,11 +84,11 @@ def dask_span(*tags: str) -> DaskSpan:
 async def _install(client: Client) -> None:
     """Install the gManager, once per cluster."""
     try:
-        await client.register_plugin(GManager(), name=PLUGIN)
+        await answered(client, client.register_plugin(GManager(), name=PLUGIN))
     except DistKVError:
         raise
     except Exception as error:
         raise ClusterError(
-            f"the gManager could not be installed in the scheduler: {error!r}. Scheduler and workers need the same "
-            f"distkv-dask as this process; see the scheduler's log."
+            f"the gManager could not be installed in the scheduler: {in_words(error)}. Scheduler and workers need the "
+            f"same distkv-dask as this process; see the scheduler's log."
         ) from error

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from distkv_dask.errors import SavedDocumentError
+from distkv_dask.errors import SavedDocumentError, in_words
 from distkv_dask.filesystems import explained, folder_at
 from distkv_dask.folder import Folder
 from distkv_dask.protocol import SavedFile
@@ -117,7 +117,7 @@ def document_in(folder: Folder) -> SavedDocument:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SavedDocumentError):
             raise
-        raise SavedDocumentError(f"{FILE} in {folder.place} is damaged: {error!r:.300}") from error
+        raise SavedDocumentError(f"{FILE} in {folder.place} is damaged: {in_words(error):.300}") from error
 
 
 def plain_source(source: Any) -> str | list[Any]:

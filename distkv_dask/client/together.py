@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distkv_dask.client.generation import Generation
-from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError, MissingProgramError
+from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError, MissingProgramError, in_words
 from distkv_dask.types import Completion, Prompt, SamplingParams, Timings
 
 Submitted = list[Generation | Completion]
@@ -108,5 +108,4 @@ def _cancel(submitted: Submitted) -> None:
 
 
 def _failed(error: Exception, timings: Timings | None = None) -> Completion:
-    words = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
-    return Completion("", (), 0, "error", words, timings or Timings())
+    return Completion("", (), 0, "error", in_words(error), timings or Timings())

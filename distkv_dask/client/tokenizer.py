@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
-from distkv_dask.errors import InvalidRequestError
+from distkv_dask.errors import InvalidRequestError, in_words
 from distkv_dask.texts import checked_text
 from distkv_dask.types import Prompt
 
@@ -173,7 +173,9 @@ class Tokenizer:
         except TemplateError as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
         except Exception as error:  # a template is a program of its own
-            raise InvalidRequestError(f"the model's chat template fails on these messages: {error!r:.200}") from error
+            raise InvalidRequestError(
+                f"the model's chat template fails on these messages: {in_words(error):.200}"
+            ) from error
         return text
 
     def _token_id(self, item: Any, at: int) -> int:

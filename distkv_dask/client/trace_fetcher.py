@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from distkv_dask.client.trace_file import TraceFile
-from distkv_dask.errors import EngineClosedError
+from distkv_dask.errors import ClusterError, EngineClosedError
 
 logger = logging.getLogger("distributed.distkv.trace")
 
@@ -57,5 +57,5 @@ class TraceFetcher:
             try:
                 spans = await self._fetch()
                 await asyncio.get_running_loop().run_in_executor(None, self._file.add, spans)
-            except OSError:  # no trace is worth a request
+            except (OSError, ClusterError):  # no trace is worth a request
                 logger.exception("a part of the trace is lost")

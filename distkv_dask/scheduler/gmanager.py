@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
 
-from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, without_quotes
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words, without_quotes
 from distkv_dask.protocol import (
     MEMORY_RESOURCE,
     OWN_DISK,
@@ -438,7 +438,7 @@ class GManager(SchedulerPlugin):
             raise
         except Exception as error:
             logger.exception("engine %s is broken and will be closed", state.spec.engine)
-            state.fail(EngineClosedError(f"the engine is broken, see the scheduler's log: {error!r}"))
+            state.fail(EngineClosedError(f"the engine is broken, see the scheduler's log: {in_words(error)}"))
             self._close_soon(state.spec.engine)
 
     def _enact(self, state: EngineState, commands: Iterable[do.Command]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from distkv_dask.errors import InvalidRequestError
+from distkv_dask.errors import InvalidRequestError, in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,10 @@ def read_trace(path: Path, speedup: float = 1.0, limit: int | None = None) -> li
         except StopIteration:
             break
         except (KeyError, ValueError, TypeError, OverflowError, RecursionError, csv.Error, OSError) as error:
-            text = f"{path}, request {len(arrivals) + 1}: {error!r}. See distkv_dask.simulate.traces for the formats."
-            raise InvalidRequestError(text) from error
+            raise InvalidRequestError(
+                f"{path}, request {len(arrivals) + 1}: {in_words(error)}. See distkv_dask.simulate.traces for the "
+                "formats."
+            ) from error
         first = first if arrivals else seconds
         arrivals.append(Arrival((seconds - first) / speedup, max(1, prompt), max(1, output)))
     if not arrivals:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
+from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError, in_words
 from distkv_dask.types import Endpoint, Gang
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
@@ -184,7 +184,7 @@ class HomeGang:
 
     def _tell(self, error: BaseException) -> None:
         """Let every holder know that the gang is over, those too that were not asked yet, where it can be reached."""
-        reason = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
+        reason = in_words(error)
         number, epoch = self.gang.number, self.gang.epoch
         for channel in self._take_channels().values():
             channel.fail(number, epoch, self._abort_reason or reason)

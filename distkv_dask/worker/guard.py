@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from distkv_dask.errors import in_words
+
 logger = logging.getLogger("distributed.distkv.lanes")
 
 
@@ -34,5 +36,5 @@ def run_lane(name: str, work: Callable[[], None], on_end: Callable[[str], None])
         work()
     except BaseException as error:
         logger.critical("the %s of this worker ended", name, exc_info=error)
-        if (failure := attempt(partial(on_end, f"its {name} ended: {type(error).__name__}: {error}"))) is not None:
+        if (failure := attempt(partial(on_end, f"its {name} ended: {in_words(error)}"))) is not None:
             logger.error("nobody could be told that the %s ended", name, exc_info=failure)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from distkv_dask.errors import ModelError
+from distkv_dask.errors import ModelError, in_words
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
@@ -154,7 +154,7 @@ def _read_weights(source: ModelSource, config: Any, dtype: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
-        raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
+        raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"model {source.name!r} has no weights for {missing[0]} and {len(missing) - 1} others, which would be "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, portable
+from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, in_words, portable
 from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
 from distkv_dask.types import (
     DecodeWindow,
@@ -204,7 +204,7 @@ class OpenEngine:
                 self.runtime.pool, number, sequence, tokens, send, self.spec.config.move_tokens_per_step, pace
             )
         except (DistKVError, OSError, TimeoutError) as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = in_words(error)
         self._tell(FromWorker.SENT, self.spec.engine, (number, failure))
 
     def free(self, sequence: int, start: int, stop: int) -> None:

@@ -19,7 +19,7 @@ from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import to_serialize
 
-from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
+from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
 from distkv_dask.protocol import (
     PLUGIN,
     TAKE_TRACE,
@@ -266,7 +266,9 @@ class RManager(WorkerPlugin):
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
             except Exception as error:
                 logger.exception("engine %s cannot be opened", spec.engine)
-                failure = ModelError(f"worker {self.worker.address} could not open the engine: {error!r}; see its log")
+                failure = ModelError(
+                    f"worker {self.worker.address} could not open the engine: {in_words(error)}; see its log"
+                )
                 self.tell(FromWorker.OPEN_FAILED, spec.engine, failure)
             else:
                 self.engines[spec.engine] = engine

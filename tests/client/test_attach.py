@@ -106,6 +106,32 @@ async def test_more_tasks_than_threads_ask_the_engine_of_their_workers(
         await settled(engine, 0)
 
 
+@engine_test(workers=1)
+async def test_a_client_that_is_still_being_connected_is_waited_for(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client) as engine:
+        another = Client(scheduler.address, asynchronous=True)  # as Dask hands a worker's client to its second task
+        async with Engine.attach(engine.id, another) as handle:
+            assert list((await handle.generate([PROMPT], FEW))[0].token_ids) == expected()
+        await another.close()
+
+
+def attach_at_once(engine_id: str) -> None:
+    """A task that keeps its worker's thread."""
+    Engine.attach(engine_id)
+
+
+@engine_test(workers=1)
+async def test_a_task_that_keeps_its_workers_thread_is_told_to_secede(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client) as engine:
+        with pytest.raises(ClusterError, match=r"distributed\.secede\(\)"):
+            await client.submit(attach_at_once, engine.id, pure=False)
+        await settled(engine, 0)
+
+
 STRANGER = """
 import sys, time
 from distributed import Client

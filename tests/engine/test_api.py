@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
-from distkv_dask import Completion, Engine, EngineClosedError, SamplingParams
+from distkv_dask import Completion, Engine, EngineClosedError, ResultTimeoutError, SamplingParams
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
@@ -32,6 +32,8 @@ def test_synchronous_use_from_a_plain_script() -> None:
     ):
         assert [one.token_ids for one in engine.generate([prompt, prompt], params)] == [expected] * 2
         assert engine.submit(prompt, params).result(60).token_ids == expected
+        with engine.stream(prompt, LONG) as unread, pytest.raises(ResultTimeoutError, match="goes on"):
+            unread._generation.result(0.01)
         pieces = engine.stream(prompt, params)
         assert list(pieces) == []  # the tiny model has no tokenizer: no text
         assert pieces.completion is not None

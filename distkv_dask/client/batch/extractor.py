@@ -57,7 +57,7 @@ def pdf_text(data: bytes) -> str:
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file: pypdf raises whatever its parser stumbles over
-        raise Unreadable(f"the PDF cannot be read: {error!r:.200}") from error
+        raise Unreadable(f"the PDF cannot be read: {_named(error):.200}") from error
     text = "\n\n".join(pages)
     if not text.strip():
         raise Unreadable("the PDF holds no text: scanned pages need character recognition first")
@@ -112,6 +112,11 @@ def _strictly(data: bytes, encoding: Any) -> str:
     return str(text)
 
 
+def _named(error: Exception) -> str:
+    """What an error says, which may be nothing."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 def main() -> None:
     """Read files until nobody asks any more."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -134,7 +139,7 @@ def main() -> None:
         except MemoryError:
             answer = {"error": f"reading the file needs more than {MEMORY >> 30} GiB of memory"}
         except Exception as error:  # of a library, about this file
-            answer = {"error": f"the file cannot be read: {error!r:.200}"}
+            answer = {"error": f"the file cannot be read: {_named(error):.200}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(json.dumps(answer).encode())
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from distkv_dask.client.batch.columns import schema_fields, schema_values
 from distkv_dask.client.batch.output import RESULT
 from distkv_dask.client.batch.rows import Source
-from distkv_dask.client.batch.runner import Outcome, said
+from distkv_dask.client.batch.runner import Outcome
 from distkv_dask.client.batch.spec import BatchSpec
-from distkv_dask.errors import SourceError
+from distkv_dask.errors import SourceError, in_words
 
 
 class Lot(NamedTuple):
@@ -67,14 +67,14 @@ class Results:
         try:
             return replace(outcome, values=schema_values(self._answers, outcome.answer.text))
         except Exception as error:
-            return replace(outcome, error=said(error))
+            return replace(outcome, error=in_words(error))
 
     def _alone(self, outcome: Outcome) -> Lot:
         """One row: without what the answer's properties are, or without what is kept of the source, if need be."""
         try:
             return Lot([outcome], self._written([outcome]))
         except Exception as error:
-            outcome = replace(outcome, error=f"the row cannot be written to the output: {said(error)}", values={})
+            outcome = replace(outcome, error=f"the row cannot be written to the output: {in_words(error)}", values={})
         try:
             return Lot([outcome], self._written([outcome]))
         except Exception:

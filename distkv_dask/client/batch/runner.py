@@ -25,6 +25,7 @@ from distkv_dask.errors import (
     GangAbortedError,
     SourceError,
     WorkerLostError,
+    in_words,
 )
 from distkv_dask.types import Completion, SamplingParams
 
@@ -138,7 +139,7 @@ class Runner:
                 except DistKVError as error:
                     ended = error
                 except Exception as error:
-                    ended = DistKVError(f"the batch cannot go on: {said(error)}")
+                    ended = DistKVError(f"the batch cannot go on: {in_words(error)}")
                     ended.__cause__ = error
                 finished, self._outcomes = self._outcomes, []
                 yield finished
@@ -183,7 +184,7 @@ class Runner:
         except DistKVError as error:
             self._broken = error
         except Exception as error:
-            self._broken = SourceError(f"the source cannot be read any further: {said(error)}")
+            self._broken = SourceError(f"the source cannot be read any further: {in_words(error)}")
             self._broken.__cause__ = error
         return None
 
@@ -213,7 +214,7 @@ class Runner:
         if not work.over:
             work.over = True
             self._documents.ended(work.document)
-            text = None if error is None else said(error)
+            text = None if error is None else in_words(error)
             seconds = time.monotonic() - work.began
             self._outcomes.append(Outcome(work.row, work.question, seconds, answer, text))
 
@@ -256,12 +257,3 @@ class Runner:
             (self._ready if ask.failures <= RETRIES else self._suspects).append(ask)
         else:
             self._end(ask.work, error=error)
-
-
-def said(error: BaseException) -> str:
-    """What an error says, as a text that any file can hold."""
-    try:
-        text = str(error) if isinstance(error, DistKVError) else f"{type(error).__name__}: {error}"
-    except Exception:  # of somebody else's class
-        text = type(error).__name__
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future, Security
 
-from distkv_dask.errors import ClusterError, GangAbortedError
+from distkv_dask.errors import ClusterError, GangAbortedError, in_words
 from distkv_dask.graphs.build import StepGraph, gang_keys
 from distkv_dask.protocol import DaskSpan
 from distkv_dask.types import Gang
@@ -82,7 +82,7 @@ class Submitter:
                     security=_as_client(self._scheduler.security),
                 )
             except (OSError, TypeError, ValueError) as error:
-                raise ClusterError(f"the gManager cannot connect to its own scheduler: {error!r}") from error
+                raise ClusterError(f"the gManager cannot connect to its own scheduler: {in_words(error)}") from error
 
     async def close(self) -> None:
         """Cancel what is left and disconnect."""

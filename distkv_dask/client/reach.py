@@ -1,0 +1,141 @@
+"""Calls of the Dask scheduler that end when it is gone or silent, not when Dask's client gives up much later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from distributed import Client
+
+from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
+
+T = TypeVar("T")
+
+LOOK = 0.25
+"""Seconds between looks at the connection to the scheduler."""
+
+PATIENCE = 10.0
+"""Seconds that a client may take to connect; that a scheduler may be silent before it is asked whether it is there; and
+that it may take to say so."""
+
+AGAIN = "Its engines ended with it: connect a client to a scheduler that runs, and open the engine there."
+
+
+def lost(client: Client) -> str:
+    """Why the scheduler of a client that was connected cannot be asked, and what to do; empty while it can.
+
+    From any thread.
+    """
+    comm = client.scheduler_comm
+    if client.status == "running" and comm is not None and not comm.closed():
+        return ""
+    if is_closed(client):
+        return (
+            "the Dask client is closed, by its user or since its scheduler was gone for too long, and its engines with "
+            "it: make a new client and a new engine"
+        )
+    return (
+        f"the connection to the Dask scheduler{_at(client)} is lost: it died, was restarted, or the network was cut. "
+        f"{AGAIN}"
+    )
+
+
+def is_closed(client: Client) -> bool:
+    """Whether a client was closed, or is being closed; from any thread."""
+    return client.status in ("closing", "closed")
+
+
+async def connected(client: Client) -> None:
+    """Wait for a client that is about to be connected.
+
+    Dask gives the client that the first task of a worker makes to the next task before it is connected, and a user's
+    client connects again where its scheduler was restarted.
+
+    Raises
+    ------
+    EngineClosedError
+        It is closed, or not connected after :data:`PATIENCE`.
+    """
+    for _ in range(_looks(PATIENCE)):
+        if not lost(client):
+            return
+        if is_closed(client):
+            break
+        await asyncio.sleep(LOOK)
+    _check(client)
+
+
+async def answered(client: Client, call: Awaitable[T]) -> T:
+    """What the scheduler answers.
+
+    Raises
+    ------
+    EngineClosedError
+        It is gone, or does not answer anything any more.
+    ClusterError
+        The call failed on its way, although the scheduler is there: it may be made again.
+    DistKVError
+        What the gManager says.
+    """
+    work, gone = asyncio.ensure_future(call), asyncio.ensure_future(_gone(client))
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise EngineClosedError(gone.result())
+        return work.result()
+    except DistKVError:
+        raise
+    except OSError as error:
+        for _ in range(_looks(1.0)):  # its end may be seen here before Dask's client sees it
+            _check(client)
+            await asyncio.sleep(LOOK)
+        raise ClusterError(f"the Dask scheduler{_at(client)} took no call ({in_words(error)}): try again") from error
+    finally:
+        for one in (work, gone):
+            _drop(one)
+
+
+async def _gone(client: Client) -> str:
+    """Wait until the scheduler is gone or silent; returns why it cannot be waited for any longer.
+
+    Looks are counted and not seconds: where this process itself stood still, nothing can be said of others.
+    """
+    quiet, greeting = 0, None
+    try:
+        while not (why := lost(client)):
+            if quiet == 2 * _looks(PATIENCE):
+                return (
+                    f"the Dask scheduler{_at(client)} has not answered for {2 * PATIENCE:g} s: it is frozen, "
+                    "overloaded or cut off. See its log and its machine; once it runs, connect a new client and open "
+                    "the engine again."
+                )
+            if quiet == _looks(PATIENCE) and client.scheduler is not None:
+                greeting = asyncio.ensure_future(client.scheduler.identity(n_workers=0))  # any scheduler can say this
+            await asyncio.sleep(LOOK)
+            quiet += 1
+            if greeting is not None and greeting.done() and greeting.exception() is None:
+                quiet, greeting = 0, None
+        return why
+    finally:
+        if greeting is not None:
+            _drop(greeting)
+
+
+def _drop(work: asyncio.Future[Any]) -> None:
+    """Wait for something no more, whatever comes of it."""
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+    work.cancel()
+
+
+def _looks(seconds: float) -> int:
+    return round(seconds / LOOK)
+
+
+def _check(client: Client) -> None:
+    if why := lost(client):
+        raise EngineClosedError(why)
+
+
+def _at(client: Client) -> str:
+    return "" if client.scheduler is None else f" at {client.scheduler.address}"

@@ -1,0 +1,177 @@
+"""The Dask scheduler's process is killed or frozen: every call of the client ends at once, or within its limit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from distkv_dask import Engine, EngineClosedError, SamplingParams
+from distkv_dask.client import reach
+from tests._models import text_model_dir
+
+pytestmark = pytest.mark.slow
+
+TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "8 MiB", "block_tokens": 8, "window_steps": 2}
+LONG = SamplingParams(max_new_tokens=900, ignore_eos=True)
+SECONDS = 10.0
+"""A call that ends later waits for Dask's own client, which gives up after 30 s."""
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker, each a process: the scheduler's file and process."""
+    where = str(folder / "scheduler.json")
+    local = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", where]
+    commands = [["scheduler", "--port", "0", *local], ["worker", "--nthreads", "1", "--no-nanny", *local]]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [subprocess.Popen([sys.executable, "-m", "dask", *command], **quiet) for command in commands]
+    try:
+        yield where, processes[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(30)
+
+
+def in_time(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns or raises, unless it takes too long."""
+    ended: list[Any] = []
+
+    def run() -> None:
+        try:
+            ended.append(call(*arguments))
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    assert ended, f"{call} still waits after {SECONDS} s"
+    return ended[0]
+
+
+def assert_refused(call: Callable[..., Any], *arguments: Any, words: Sequence[str] = ("lost", "closed")) -> None:
+    """A call ends in time with an error that says what happened and what to do."""
+    error = in_time(call, *arguments)
+    assert isinstance(error, EngineClosedError), repr(error)
+    assert "scheduler" in str(error)
+    assert any(word in str(error) for word in words), str(error)
+    assert "Error()" not in str(error)
+
+
+def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "PATIENCE", 2.0)  # a new engine waits for so long whether the client connects again
+    with cluster(tmp_path) as (where, scheduler):
+        client = Client(scheduler_file=where, timeout=60)
+        client.wait_for_workers(1, timeout=60)
+        engine = Engine(client, str(text_model_dir()), **TINY)
+        other = Engine.attach(engine.id, client)
+        documents = [engine.ingest("Gravity pulls. " * 20), other.ingest("Light bends. " * 20)]
+        chat = documents[0].chat()
+        chat.ask("Who?", SamplingParams(max_new_tokens=4))
+        running = engine.submit("Who?", LONG)
+        stream = iter(other.stream("What?", LONG))
+        next(stream)
+        scheduler.kill()
+        assert_refused(running.result)
+        assert_refused(list, stream)
+        for one in (engine, other):
+            assert_refused(one.generate, ["Why?"])
+            for call in (one.submit, one.stream, one.graph, one.ingest, one.load):
+                assert_refused(call, "Why?")
+            for call in (one.status, one.documents):
+                assert_refused(call)
+        assert not engine.is_open
+        for document in documents:
+            assert_refused(document.ask, "Why?")
+            assert_refused(document.save, tmp_path / "saved")
+        assert_refused(chat.ask, "Why?")
+        assert_refused(partial(Engine, client, str(text_model_dir()), **TINY))
+        assert_refused(Engine.attach, engine.id, client)
+        (tmp_path / "in.jsonl").write_text('{"text": "Gravity pulls."}')
+        assert_refused(partial(engine.process, tmp_path / "in.jsonl", question="Who?", out=tmp_path / "out"))
+        assert in_time(chat.close) is None
+        for document in documents:
+            assert in_time(document.release) is None
+            assert in_time(document.__exit__, None, None, None) is None
+        for one in (other, engine):
+            assert in_time(one.close) is None
+            assert in_time(one.close) is None
+        client.close(1)
+        assert in_time(chat.close) is None
+        assert in_time(documents[0].release) is None
+
+
+def test_asynchronous_calls_end_at_once_too(tmp_path: Path) -> None:
+    async def run(where: str, scheduler: subprocess.Popen[bytes]) -> None:
+        async with Client(scheduler_file=where, timeout=60, asynchronous=True) as client:
+            await client.wait_for_workers(1, timeout=60)
+            engine = await Engine(client, str(text_model_dir()), **TINY)
+            document = await engine.ingest("Gravity pulls. " * 20)
+            running = engine.submit("Who?", LONG)
+            asking = asyncio.ensure_future(document.ask(["Who?"] * 3, LONG))
+            await asyncio.sleep(0.5)
+            scheduler.kill()
+            with pytest.raises(EngineClosedError, match="lost"):
+                await asyncio.wait_for(running, SECONDS)
+            assert all("lost" in one.error for one in await asyncio.wait_for(asking, SECONDS))
+            with pytest.raises(EngineClosedError, match="lost"):
+                await asyncio.wait_for(engine.status(), SECONDS)
+            await asyncio.wait_for(document.release(), SECONDS)
+            await asyncio.wait_for(engine.close(), SECONDS)
+        await document.release()
+        await engine.close()
+
+    with cluster(tmp_path) as (where, scheduler):
+        asyncio.run(run(where, scheduler))
+
+
+def test_a_frozen_scheduler_is_given_up_within_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(tmp_path) as (where, scheduler):
+        client = Client(scheduler_file=where, timeout=60)
+        client.wait_for_workers(1, timeout=60)
+        engine = Engine(client, str(text_model_dir()), **TINY)
+        document = engine.ingest("Gravity pulls. " * 20)
+        running = engine.submit("Who?", LONG)
+        monkeypatch.setattr(reach, "PATIENCE", 1.0)
+        os.kill(scheduler.pid, signal.SIGSTOP)
+        try:
+            assert_refused(engine.status, words=["not answered"])
+            assert_refused(running.result, words=["not answered"])
+            assert_refused(document.ask, "Why?", words=["not answered"])
+            assert in_time(document.release) is None
+            assert in_time(engine.close) is None
+        finally:
+            os.kill(scheduler.pid, signal.SIGCONT)
+        client.close(1)
+
+
+def test_a_scheduler_that_was_restarted_is_another_one(tmp_path: Path) -> None:
+    with cluster(tmp_path) as (where, scheduler):
+        client = Client(scheduler_file=where, timeout=60)
+        client.wait_for_workers(1, timeout=60)
+        engine = Engine(client, str(text_model_dir()), **TINY)
+        running = engine.submit("Who?", LONG)
+        port = client.scheduler.address.rpartition(":")[2]
+        scheduler.kill()
+        again = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--no-dashboard", "--port", port]
+        with subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                assert_refused(running.result, words=["lost", "restarted"])
+                assert_refused(engine.status, words=["lost", "restarted"])
+                assert in_time(engine.close) is None
+                client.close(1)
+            finally:
+                process.kill()
