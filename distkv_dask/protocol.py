@@ -96,6 +96,7 @@ class FromWorker(StrEnum):
     OPEN_FAILED = "open-failed"
     CLOSED = "closed"
     LOST = "lost"
+    CHUNK_STARTED = "chunk-started"
     CHUNK_DONE = "chunk-done"
     PREFILLED = "prefilled"
     WINDOW_STARTED = "window-started"

@@ -19,6 +19,7 @@ from time import monotonic, process_time, thread_time
 from typing import TYPE_CHECKING, Any
 
 from distributed import SchedulerPlugin
+from distributed.core import Status
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words, without_quotes
 from distkv_dask.protocol import (
@@ -297,6 +298,8 @@ class GManager(SchedulerPlugin):
                 self._lose(state, worker, "closes")
             case FromWorker.LOST:
                 self._engine_lost(state, worker, payload)
+            case FromWorker.CHUNK_STARTED:
+                life.chunk_started(payload)
             case FromWorker.CHUNK_DONE:
                 sequence, gang, exchanged = payload
                 state.prefilled(sequence, gang, exchanged)
@@ -520,8 +523,10 @@ class GManager(SchedulerPlugin):
             await asyncio.sleep(EXPIRE_INTERVAL)
             tasks, others = (after - before for after, before in zip(self.submitter.ended, counted, strict=True))
             self.pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
-            for state in list(self.engines.values()):
-                self._run(state, state.lifecycle.expire(monotonic()))
+            paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
+            for engine in list(self.engines.values()):
+                self._run(engine, engine.lifecycle.pause(paused, monotonic()))
+                self._run(engine, engine.lifecycle.expire(monotonic()))
 
     def _engine(self, engine: str) -> EngineState:
         try:

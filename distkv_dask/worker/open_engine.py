@@ -246,6 +246,7 @@ class OpenEngine:
         self.check(chunk.gang)
         if chunk.sequence in self._retired:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
+        self._tell(FromWorker.CHUNK_STARTED, self.spec.engine, chunk.gang.number)
         with computing(parts, lambda: self.runtime.exchanged):
             token = self.runtime.prefill(chunk)
         if chunk.sampling is None or token is None:

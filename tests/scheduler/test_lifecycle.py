@@ -273,6 +273,9 @@ class Simulated:
                 self.run(self.life.drain(self.rng.choice(sorted(self.pools)), mishap == "drain", self.now))
             case "rot":
                 self.lose_file()
+            case "stall":  # no worker begins anything
+                for wait in (0, self.life.config.timeout_start + 1):
+                    self.run(self.life.expire(self.now + wait))
             case "late":
                 self.run(self.life.expire(self.now + self.life.config.timeout_receive + 1))
             case _:
@@ -326,6 +329,7 @@ class Simulated:
 
     def run_chunk(self, chunk: PrefillChunk) -> None:
         sequence, gang = chunk.sequence, chunk.gang
+        self.life.chunk_started(gang.number)
         assert sequence in self.pools[gang.home], "computed into blocks that are not its own"
         last = chunk.start + len(chunk.tokens)
         for span in chunk.placement:
@@ -422,7 +426,7 @@ def expected(sequence: int, new: int) -> list[int]:
 requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=12)
 mishaps = st.lists(
     st.sampled_from(
-        ["lose", "join", "fail", "fault", "poison", "cancel", "drain", "stay", "late", "rot"]
+        ["lose", "join", "fail", "fault", "poison", "cancel", "drain", "stay", "stall", "late", "rot"]
         + ["move"] * 3
         + ["step"] * 6
     ),

@@ -1,9 +1,10 @@
-"""Losses: what becomes of a sequence that lost blocks with a worker, whatever was being done with it. Pure."""
+"""Losses: what becomes of a sequence whose worker is gone or begins nothing, whatever was being done with it. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distkv_dask.errors import DistKVError, without_quotes
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.kept.documents import Documents
 from distkv_dask.scheduler.kept.files import Saving
@@ -12,6 +13,7 @@ from distkv_dask.scheduler.lifecycle.ends import Ending
 from distkv_dask.scheduler.lifecycle.refusals import workers_lost
 from distkv_dask.scheduler.lifecycle.request import Live
 from distkv_dask.scheduler.lifecycle.retirement import Retiring
+from distkv_dask.scheduler.lifecycle.retries import MAX_RETRIES
 from distkv_dask.scheduler.moves.moving import Moving
 from distkv_dask.scheduler.work.prefill import Prefilling
 
@@ -60,7 +62,7 @@ class Losses:
             elif len(live.lost) > MAX_LOSSES:
                 yield from self._ending.end(live.sequence, "error", now, workers_lost(live))
             else:
-                yield from self._compute_again(live, now)
+                yield from self._compute_again(live, now, f"a worker with blocks of the request is gone: {worker}")
         elif live.state in ("prefill", "fetching"):
             live.answering.discard(worker)
             yield from self._prefilling.stop(live, "a worker with blocks of the document is gone")
@@ -68,9 +70,17 @@ class Losses:
         elif not self._ledger.sequences[live.sequence].sharers:  # else with the last of them
             yield from self._documents.lost(live, now)
 
-    def _compute_again(self, live: Live, now: float) -> Iterator[Command]:
+    def stalled(self, live: Live, error: DistKVError, now: float) -> Iterator[Command]:
+        """A worker does not begin what a sequence waits for: a request is computed elsewhere, but not for ever."""
+        live.stalls += 1
+        if live.is_document or live.stalls > MAX_RETRIES:
+            yield from self._ending.end(live.sequence, "error", now, error)
+        else:
+            yield from self._compute_again(live, now, without_quotes(error))
+
+    def _compute_again(self, live: Live, now: float, reason: str) -> Iterator[Command]:
         """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
         self._moving.forget(live.sequence)
-        yield from self._prefilling.stop(live, f"a worker with blocks of the request is gone: {live.lost[-1]}")
+        yield from self._prefilling.stop(live, reason)
         live.again = True
         yield from self._retiring.begin(live, now)

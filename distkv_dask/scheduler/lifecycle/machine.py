@@ -7,7 +7,7 @@ prompts are computed, how homes decode, what ends and what is lost is each in a 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 
 from distkv_dask.config import Config
@@ -40,6 +40,7 @@ from distkv_dask.scheduler.work.gangs import Gangs
 from distkv_dask.scheduler.work.homes import Homes
 from distkv_dask.scheduler.work.pacing import Pacer
 from distkv_dask.scheduler.work.prefill import Prefilling
+from distkv_dask.scheduler.work.starts import Starts
 from distkv_dask.types import Endpoint, FinishReason, SamplingParams, WindowResult
 
 PRESET = PRESETS["cpu-smollm2"].model
@@ -89,6 +90,7 @@ class Lifecycle:
         self.spilling = Spilling(self.ledger, self.live, lambda: self.block_bytes)
         gangs = Gangs(engine, gang_numbers, self.ledger)
         self.prefilling = Prefilling(self.ledger, self.live, gangs, config.prefill_chunk_tokens)
+        self._starts = Starts(self.prefilling, config.timeout_start)
         self._homes = Homes(
             engine,
             config,
@@ -188,6 +190,11 @@ class Lifecycle:
             self._draining.drain(worker, leaving)
             self._largest_blocks = max(self._largest_blocks, self.policy.limit(self.ledger))
             yield from self.cache.drain(worker)
+            yield from self._go_on(now)
+
+    def pause(self, paused: Set[str], now: float) -> Iterator[Command]:
+        """Dask has paused these workers for their memory, and no others."""
+        if self._draining.pause(paused):
             yield from self._go_on(now)
 
     def is_drained(self, worker: str) -> bool:
@@ -337,12 +344,14 @@ class Lifecycle:
     def expire(self, now: float) -> Iterator[Command]:
         """End what waits for something that does not come.
 
-        Requests that have been set aside, once replacements of lost workers had time to come; and windows that Dask
-        does not start, because their home is paused for its memory or busy with other tasks.
+        Requests that have been set aside, once replacements of lost workers had time to come; windows and chunks that
+        Dask does not start, because their worker is paused for its memory or busy with other tasks.
         """
         self._homes.count_tasks()
         for gang, error in self._homes.late(now):
             yield from self.gang_failed(gang.number, error, now)
+        for chunk, error in self._starts.late(now):
+            yield from self._losses.stalled(self.live[chunk.sequence], error, now)
         yield from self._retrying.wake(now)
         yield from self.moving.expire(now)
         yield from self._saving.expire(now, self.config.timeout_start)
@@ -364,6 +373,10 @@ class Lifecycle:
         return self.aside(document)
 
     # Events: gangs
+
+    def chunk_started(self, gang: int) -> None:
+        """A worker began a chunk."""
+        self._starts.chunk_began(gang)
 
     def chunk_done(self, sequence: int, gang: int, now: float) -> Iterator[Command]:
         """A worker finished a chunk after which no token was drawn."""
@@ -408,6 +421,7 @@ class Lifecycle:
 
     def window_started(self, home: str, number: int) -> Iterator[Command]:
         """A home began a window."""
+        self._starts.window_began(home)
         if home in self.chains:
             yield from self.chains[home].started(number)
 

@@ -14,6 +14,11 @@ def too_large(live: Live, ledger: Ledger, policy: Policy, block_bytes: int) -> D
     lost = ""
     if live.lost:
         lost = f" It lost blocks with worker {live.lost[-1]}, which died or left, and no replacement came in time."
+    if any(account.retiring for account in ledger.workers.values()):
+        lost += (
+            " Workers that are being retired do not count, nor do those that Dask paused for their memory: give them a "
+            "larger memory limit, or lower kv_memory and add workers."
+        )
     what = f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens}"
     if live.is_document:
         what = f"a document of {len(live.prompt)} tokens"

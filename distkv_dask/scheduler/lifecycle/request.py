@@ -29,7 +29,8 @@ class Live:
     ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
     compute on it after its end, of which those that run its forwards come first (``forwards_ended``), and ``retires``
     how many of their answers are still to come; ``retries`` says how often a chunk failed since the last that did not,
-    and ``failing_since`` since when; ``stuck_since`` the time since which it is set aside in the queue.
+    and ``failing_since`` since when; ``stalls`` how often a worker did not begin one;
+    ``stuck_since`` the time since which it is set aside in the queue.
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one. ``document`` is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do
@@ -63,6 +64,7 @@ class Live:
     chunks: dict[int, PrefillChunk] = field(default_factory=dict)
     retries: int = 0
     failing_since: float = 0.0
+    stalls: int = 0
     again: bool = False
     lost: list[str] = field(default_factory=list)
     retiring: set[str] = field(default_factory=set)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
@@ -13,7 +13,7 @@ from distkv_dask.types import Move, Span
 
 
 class Draining:
-    """The workers of one engine that are about to leave.
+    """The workers of one engine on which nothing is placed: those that are about to leave, and those that are paused.
 
     Parameters
     ----------
@@ -29,11 +29,20 @@ class Draining:
         self._moving = moving
         self._batch = batch
         self._leaving: set[str] = set()
+        self._paused: set[str] = set()
 
     def drain(self, worker: str, leaving: bool) -> None:
         """A worker is about to leave, and nothing is placed on it; or it stays after all."""
         (self._leaving.add if leaving else self._leaving.discard)(worker)
-        self._ledger.retire_worker(worker, leaving)
+        self._ledger.retire_worker(worker, leaving or worker in self._paused)
+
+    def pause(self, paused: Set[str]) -> bool:
+        """Dask starts nothing on these workers, so nothing is placed on them either; whether others were before."""
+        known = paused & self._ledger.workers.keys()
+        changed, self._paused = self._paused ^ known, set(known)
+        for worker in changed & self._ledger.workers.keys():
+            self._ledger.retire_worker(worker, worker in self._paused or worker in self._leaving)
+        return bool(changed)
 
     def worker_lost(self, worker: str) -> None:
         """A worker is gone."""

@@ -18,6 +18,7 @@ from distkv_dask.scheduler.policies.queue import Admission
 from distkv_dask.scheduler.work.gangs import Gangs
 from distkv_dask.scheduler.work.pacing import Pace, Pacer
 from distkv_dask.scheduler.work.prefill import Prefilling
+from distkv_dask.scheduler.work.starts import not_started
 from distkv_dask.scheduler.work.windows import WindowChain
 from distkv_dask.types import Endpoint, Gang, Placement
 
@@ -125,9 +126,7 @@ class Homes:
         for chain in list(self.chains.values()):
             gang = chain.late(now, limit)
             if gang is not None:
-                text = f"home {chain.home} did not start window {gang.name} within {limit:g} s"
-                hint = "(distkv.timeouts.start): Dask paused it for its memory, or it is busy with other tasks"
-                yield gang, GangAbortedError(f"{text} {hint}")
+                yield gang, not_started(chain.home, f"window {gang.name}", limit)
 
     def count_tasks(self) -> None:
         """Tell the pacer how many tasks one window of each home takes now."""

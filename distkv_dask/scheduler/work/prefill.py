@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from distkv_dask.scheduler.commands import Command, SubmitPrefill
 from distkv_dask.scheduler.ledger.ledger import Ledger
@@ -89,8 +90,10 @@ class Prefilling:
 
     def awaited_by(self, home: str) -> bool:
         """Whether a prompt is about to join a home, or needs its lane next."""
+        joining = any(self._ledger.sequences[sequence].home == home for sequence in self._running)
+        return joining or any(chunk.gang.home == home for chunk in self.heads())
+
+    def heads(self) -> Iterator[PrefillChunk]:
+        """The chunk of each prompt that is computed now, or next."""
         for sequence in self._running:
-            chunk = next(iter(self._live[sequence].chunks.values()), None)
-            if self._ledger.sequences[sequence].home == home or (chunk is not None and chunk.gang.home == home):
-                return True
-        return False
+            yield from islice(self._live[sequence].chunks.values(), 1)
