@@ -23,7 +23,7 @@ from distributed import Client, LocalCluster
 from step_overhead import save_model
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 
 LAYERS, PROMPT, WORKERS = 4, 256, 3
 

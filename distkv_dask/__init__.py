@@ -5,7 +5,7 @@ memory.
 """
 
 from distkv_dask.client.batch import BatchSummary
-from distkv_dask.client.document import Chat, Document
+from distkv_dask.client.documents.document import Chat, Document
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import (
     CapacityError,

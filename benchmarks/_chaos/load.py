@@ -13,7 +13,7 @@ from _chaos.questions import Question, Questions, Text
 from _chaos.records import Record, Records
 from _chaos.schedule import Errand, errands, picked
 from distkv_dask import Completion, Document, Engine, SamplingParams
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 
 URGENT = 50
 """Priority of a request that squeezes others."""

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from distkv_dask import SamplingParams
-from distkv_dask.client.document_prompts import DocumentPrompts, Turn, prompts_of
+from distkv_dask.client.documents.prompts import DocumentPrompts, Turn, prompts_of
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.structured import Follower, Grammars

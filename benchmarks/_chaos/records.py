@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from _chaos.questions import Question
 from distkv_dask import CapacityError, Completion, DistKVError, InvalidRequestError
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 from distkv_dask.errors import WorkerLostError
 
 Outcome = Literal["completed", "cancelled", "wrong", "failed", "failed_legitimately", "lost", "hung"]

@@ -11,18 +11,18 @@ from typing import Any, NoReturn, Self
 
 from distributed import Client, get_client
 
-from distkv_dask.client.attaching import Attaching
 from distkv_dask.client.batch import process
-from distkv_dask.client.conversation import Conversation
-from distkv_dask.client.document import Document
-from distkv_dask.client.generation import Generation, TextPieces
-from distkv_dask.client.in_task import check_seceded
-from distkv_dask.client.library import Library
-from distkv_dask.client.opening import Opening, dask_span
-from distkv_dask.client.pictures import engine_html
-from distkv_dask.client.reach import connected, is_closed, lost
-from distkv_dask.client.request import Request, checked
-from distkv_dask.client.together import several, submit_all, wait_for_all
+from distkv_dask.client.documents.document import Document
+from distkv_dask.client.documents.library import Library
+from distkv_dask.client.notebook import engine_html
+from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.conversation import Conversation
+from distkv_dask.client.session.generate import several, submit_all, wait_for_all
+from distkv_dask.client.session.generation import Generation, TextPieces
+from distkv_dask.client.session.in_task import check_seceded
+from distkv_dask.client.session.opening import Opening, dask_span
+from distkv_dask.client.session.reach import connected, is_closed, lost
+from distkv_dask.client.session.request import Request, checked
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
 from distkv_dask.model_source import ModelSource, resolve_model

@@ -12,7 +12,7 @@ import pytest
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.runner import RETRIES, Outcome, Runner
 from distkv_dask.client.batch.spec import BatchSpec
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 from distkv_dask.errors import CapacityError, EngineClosedError, InvalidRequestError, WorkerLostError
 from distkv_dask.types import Completion, SamplingParams
 

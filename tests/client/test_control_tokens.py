@@ -10,7 +10,7 @@ from _tokenizers import CONTROL, KINDS, TEMPLATES, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.client.document_prompts import prompts_of
+from distkv_dask.client.documents.prompts import prompts_of
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_tokenizer import LOADED, byte_tokenizer
 
 from distkv_dask import InvalidRequestError, SourceError
-from distkv_dask.client.document_prompts import common_length, prompts_of, read_text
+from distkv_dask.client.documents.prompts import common_length, prompts_of, read_text
 from distkv_dask.client.tokenizer import Tokenizer
 
 PLAIN = byte_tokenizer(chat_template=None)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.client import save as saves
-from distkv_dask.client.save import Save
-from distkv_dask.client.saved_document import FILE, SavedDocument, document_in
+from distkv_dask.client.documents.save import Save
+from distkv_dask.client.documents.saved_document import FILE, SavedDocument, document_in
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.filesystems import folder_at
 from distkv_dask.local_folder import LocalFolder

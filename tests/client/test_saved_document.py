@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.client.saved_document import FILE, SavedDocument, read_metadata
+from distkv_dask.client.documents.saved_document import FILE, SavedDocument, read_metadata
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.protocol import SavedFile
 from distkv_dask.watch import Watch

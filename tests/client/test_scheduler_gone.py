@@ -18,7 +18,7 @@ import pytest
 from distributed import Client
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams
-from distkv_dask.client import reach
+from distkv_dask.client.session import reach
 from tests._models import text_model_dir
 
 pytestmark = pytest.mark.slow

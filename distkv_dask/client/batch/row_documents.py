@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
-from distkv_dask.client.document_prompts import common_length
+from distkv_dask.client.documents.prompts import common_length
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine

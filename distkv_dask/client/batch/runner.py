@@ -31,7 +31,7 @@ from distkv_dask.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine
-    from distkv_dask.client.generation import Generation
+    from distkv_dask.client.session.generation import Generation
 
 LOST = (WorkerLostError, GangAbortedError, ChannelError)
 """Errors that tell of the cluster and not of the row: the request is tried again."""

@@ -24,11 +24,11 @@ from distkv_dask.client.commands.options import (
     scheduler_option,
     size_options,
 )
-from distkv_dask.client.document import Document
-from distkv_dask.client.document_prompts import read_text
+from distkv_dask.client.documents.document import Document
+from distkv_dask.client.documents.prompts import read_text
+from distkv_dask.client.documents.saved_document import FILE, read_metadata
 from distkv_dask.client.engine import Engine
-from distkv_dask.client.generation import TextPieces
-from distkv_dask.client.saved_document import FILE, read_metadata
+from distkv_dask.client.session.generation import TextPieces
 from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.types import SamplingParams

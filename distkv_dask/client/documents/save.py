@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 
-from distkv_dask.client.saved_document import FILE, SavedDocument, document_in
+from distkv_dask.client.documents.saved_document import FILE, SavedDocument, document_in
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.filesystems import explained, folder_at
 from distkv_dask.folder import Folder

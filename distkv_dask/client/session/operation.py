@@ -11,7 +11,7 @@ from distkv_dask.errors import EngineClosedError
 from distkv_dask.protocol import Delivery, Submission
 
 
-class Errand(concurrent.futures.Future[Delivery]):
+class Operation(concurrent.futures.Future[Delivery]):
     """Future of the one delivery that ends it; stands where requests do. It can be awaited.
 
     Parameters
@@ -29,7 +29,7 @@ class Errand(concurrent.futures.Future[Delivery]):
         self._cancel = cancel
 
     @property
-    def generation(self) -> Errand:
+    def generation(self) -> Operation:
         """The future, as requests call theirs."""
         return self
 

@@ -11,8 +11,8 @@ from typing import Any
 from dask.base import get_annotations
 from distributed import Client, span
 
-from distkv_dask.client.conversation import Conversation
-from distkv_dask.client.reach import answered
+from distkv_dask.client.session.conversation import Conversation
+from distkv_dask.client.session.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile

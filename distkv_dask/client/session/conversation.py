@@ -14,9 +14,9 @@ from typing import Any
 
 from distributed import Client
 
-from distkv_dask.client.errand import Errand
-from distkv_dask.client.reach import AGAIN, answered, lost
-from distkv_dask.client.request import Request
+from distkv_dask.client.session.operation import Operation
+from distkv_dask.client.session.reach import AGAIN, answered, lost
+from distkv_dask.client.session.request import Request
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
 from distkv_dask.protocol import HANDLE_NUMBERS, ClientCall, Delivery, pack, unpack
 from distkv_dask.types import FinishReason
@@ -48,8 +48,8 @@ class Conversation:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken: DistKVError | None = None
         self._numbers = itertools.count()
-        self._requests: dict[int, Request | Errand] = {}
-        self._outgoing: list[Request | Errand] = []
+        self._requests: dict[int, Request | Operation] = {}
+        self._outgoing: list[Request | Operation] = []
         self._flushing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -105,7 +105,7 @@ class Conversation:
         """A number for a new request or document; from any thread."""
         return next(self._numbers)
 
-    def submit(self, request: Request | Errand) -> None:
+    def submit(self, request: Request | Operation) -> None:
         """Send a request on its way, after those before it; from any thread.
 
         Raises
@@ -152,7 +152,7 @@ class Conversation:
             return False
         return True
 
-    def _send(self, request: Request | Errand) -> None:
+    def _send(self, request: Request | Operation) -> None:
         """Requests that arrive together travel together, and all of them in order.
 
         One call is under way at a time: two could overtake each other, and a question the document that it is about.
@@ -167,7 +167,7 @@ class Conversation:
             requests, self._outgoing = self._outgoing, []
             await self._submit_all(requests)
 
-    async def _submit_all(self, requests: list[Request | Errand]) -> None:
+    async def _submit_all(self, requests: list[Request | Operation]) -> None:
         payload = [one.submission() for one in requests if not one.generation.cancelled()]
         try:
             refused = await self.ask(ClientCall.SUBMIT, requests=pack(payload))

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from distkv_dask.client.document_prompts import DocumentPrompts, Question, Turn, common_length
-from distkv_dask.client.generation import Generation, TextPieces
-from distkv_dask.client.pictures import document_html
-from distkv_dask.client.save import Save
-from distkv_dask.client.saved_document import SavedDocument, plain_source
-from distkv_dask.client.together import submit_all, wait_for_all
+from distkv_dask.client.documents.prompts import DocumentPrompts, Question, Turn, common_length
+from distkv_dask.client.documents.save import Save
+from distkv_dask.client.documents.saved_document import SavedDocument, plain_source
+from distkv_dask.client.notebook import document_html
+from distkv_dask.client.session.generate import submit_all, wait_for_all
+from distkv_dask.client.session.generation import Generation, TextPieces
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SavedDocumentError
 from distkv_dask.protocol import Saved
 from distkv_dask.types import Completion, Placement, SamplingParams

@@ -8,11 +8,11 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distkv_dask.client.conversation import Conversation
-from distkv_dask.client.document import Document
-from distkv_dask.client.document_prompts import DocumentPrompts, prompts_of, read_text
-from distkv_dask.client.errand import Errand
-from distkv_dask.client.saved_document import read_metadata
+from distkv_dask.client.documents.document import Document
+from distkv_dask.client.documents.prompts import DocumentPrompts, prompts_of, read_text
+from distkv_dask.client.documents.saved_document import read_metadata
+from distkv_dask.client.session.conversation import Conversation
+from distkv_dask.client.session.operation import Operation
 from distkv_dask.errors import InvalidRequestError, SavedDocumentError, WorkerLostError
 from distkv_dask.protocol import Delivery, Saved, Submission
 from distkv_dask.texts import checked_name
@@ -107,12 +107,12 @@ class Library:
         raise AssertionError("not reached")
 
     async def _run(self, submission: Submission) -> Delivery:
-        errand = Errand(submission, self._conversation.cancel)
-        self._conversation.submit(errand)
+        operation = Operation(submission, self._conversation.cancel)
+        self._conversation.submit(operation)
         try:
-            return await errand
+            return await operation
         except asyncio.CancelledError:
-            errand.cancel()
+            operation.cancel()
             raise
 
     async def release(self, *numbers: int) -> None:
@@ -126,7 +126,7 @@ class Library:
     def begin(self, ids: list[int]) -> int:
         """Hand in tokens that many prompts begin with, from any thread, and return the document's number at once."""
         number = self._conversation.number()
-        self._conversation.submit(Errand(Submission(number, array("i", ids), None), self._conversation.cancel))
+        self._conversation.submit(Operation(Submission(number, array("i", ids), None), self._conversation.cancel))
         return number
 
     def end(self, number: int) -> None:

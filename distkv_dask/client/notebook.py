@@ -17,7 +17,7 @@ from distkv_dask.pictures import Piece, counted
 from distkv_dask.protocol import ClientCall
 
 if TYPE_CHECKING:
-    from distkv_dask.client.document import Document
+    from distkv_dask.client.documents.document import Document
     from distkv_dask.client.engine import Engine
 
 PATIENCE = 3.0

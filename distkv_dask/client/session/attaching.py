@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from typing import Any
 
-from distkv_dask.client.conversation import Conversation
-from distkv_dask.client.reach import answered
+from distkv_dask.client.session.conversation import Conversation
+from distkv_dask.client.session.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.model_source import ModelSource, resolve_model

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError, MissingProgramError, in_words
 from distkv_dask.types import Completion, Prompt, SamplingParams, Timings
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from dataclasses import replace
 
-from distkv_dask.client.generation import Generation
+from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.json_schema import grammar_of

@@ -1,0 +1,5 @@
+"""Documents and chats as users hold them, their prompts, and how they are saved and loaded.
+
+Imports the ground, the session, and of the client what makes token ids of texts.
+It knows no engine, no batches and no commands.
+"""
