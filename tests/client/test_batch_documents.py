@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.client.batch import extract
-from distkv_dask.client.batch.extract import TextReader, plain_text
-from distkv_dask.client.batch.files import label_of
 from distkv_dask.client.batch.sources import open_source
 from distkv_dask.client.batch.tables import Columns
+from distkv_dask.client.documents.extract import TextReader, plain_text
 from distkv_dask.client.documents.prompts import read_text
+from distkv_dask.client.files import label_of
 from distkv_dask.errors import InvalidRequestError, MissingProgramError, SourceError
 
 pytest.importorskip("selectolax")

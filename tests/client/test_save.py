@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.client import save as saves
+from distkv_dask.client.documents import save as saves
 from distkv_dask.client.documents.save import Save
 from distkv_dask.client.documents.saved_document import FILE, SavedDocument, document_in
 from distkv_dask.errors import SavedDocumentError

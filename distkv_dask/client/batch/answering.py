@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from distkv_dask.client.batch.rows import Content
-from distkv_dask.client.batch.spec import BatchSpec, TooLong, prompt_ids
+from distkv_dask.client.batch.spec import BatchSpec, TooLong
+from distkv_dask.client.documents.prompts import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.types import Completion

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from distkv_dask.client.batch.extract import DOCUMENTS, TextReader, check_support, read_file
-from distkv_dask.client.batch.files import label_of
 from distkv_dask.client.batch.rows import Content, Row, fingerprint
+from distkv_dask.client.documents.extract import DOCUMENTS, TextReader, check_support, read_file
+from distkv_dask.client.files import label_of
 from distkv_dask.errors import InvalidRequestError, SourceError
 
 _NOTHING = pa.RecordBatch.from_struct_array(pa.array([{}], pa.struct([])))

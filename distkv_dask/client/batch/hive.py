@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
-from distkv_dask.client.batch.files import label_of
+from distkv_dask.client.files import label_of
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 

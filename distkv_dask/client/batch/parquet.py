@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.column_types import decoded, widened
-from distkv_dask.client.batch.files import label_of, open_file
 from distkv_dask.client.batch.hive import folder_columns
 from distkv_dask.client.batch.tables import CHUNK, Chunk, Columns, TableSource, arrow_chunks, errors_chunk
+from distkv_dask.client.files import label_of, open_file
 from distkv_dask.errors import SourceError
 
 SUFFIXES = (".parquet", ".pq")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distkv_dask.client.batch.rows import Content, Row
-from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
-from distkv_dask.client.documents.prompts import common_length
+from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.documents.prompts import common_length, prompt_ids
 
 if TYPE_CHECKING:
     from distkv_dask.client.engine import Engine

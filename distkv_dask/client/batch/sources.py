@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from distkv_dask.client.batch import frames, parquet, tables, text_tables
 from distkv_dask.client.batch.documents import DocumentSource
-from distkv_dask.client.batch.extract import DOCUMENTS
-from distkv_dask.client.batch.files import look_into, open_file
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, check_spec, is_openai_batch
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.tables import Columns, Record, TableSource
 from distkv_dask.client.batch.text_folders import csv_source, jsonl_source
+from distkv_dask.client.documents.extract import DOCUMENTS
+from distkv_dask.client.files import look_into, open_file
 from distkv_dask.errors import InvalidRequestError, SourceError
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.json_schema import grammar_of
 from distkv_dask.texts import checked_text
@@ -111,11 +110,6 @@ class _Names(string.Formatter):
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return kwargs[str(key)]
-
-
-def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a prompt: a user's message where the model has a chat template, the text as it is elsewhere."""
-    return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
 
 
 def _check_schema(schema: str) -> None:

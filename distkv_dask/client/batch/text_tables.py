@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from distkv_dask.client.batch.files import label_of, open_file
 from distkv_dask.client.batch.tables import Record
+from distkv_dask.client.files import label_of, open_file
 from distkv_dask.errors import SourceError
 from distkv_dask.texts import LONGEST_TEXT
 

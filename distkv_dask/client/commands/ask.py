@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.batch.extract import plain_text
 from distkv_dask.client.batch.process import read_schema
-from distkv_dask.client.batch.spec import BatchSpec, prompt_ids
+from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import failing_clearly, note
 from distkv_dask.client.commands.options import (
@@ -25,7 +24,8 @@ from distkv_dask.client.commands.options import (
     size_options,
 )
 from distkv_dask.client.documents.document import Document
-from distkv_dask.client.documents.prompts import read_text
+from distkv_dask.client.documents.extract import plain_text
+from distkv_dask.client.documents.prompts import prompt_ids, read_text
 from distkv_dask.client.documents.saved_document import FILE, read_metadata
 from distkv_dask.client.engine import Engine
 from distkv_dask.client.session.generation import TextPieces

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from distkv_dask.client.batch.extract import TextReader, check_support, read_file
-from distkv_dask.client.batch.spec import prompt_ids
+from distkv_dask.client.documents.extract import TextReader, check_support, read_file
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.types import Message, Prompt
@@ -128,6 +127,11 @@ def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:
     if any(isinstance(one, Mapping) for one in source):
         return MessagePrompts(source, tokenizer)  # type: ignore[arg-type]
     return TokenPrompts(ids, tokenizer)
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a prompt: a user's message where the model has a chat template, the text as it is elsewhere."""
+    return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
 
 
 def read_text(path: Path) -> str:

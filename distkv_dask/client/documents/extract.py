@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from distkv_dask.client.batch.files import open_file
+from distkv_dask.client.files import open_file
 from distkv_dask.errors import InvalidRequestError, MissingProgramError
 from distkv_dask.texts import well_formed
 
