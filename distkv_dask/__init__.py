@@ -4,7 +4,7 @@ The open implementation of *Infinite-LLM* (arXiv 2401.02669): one request's KV c
 memory.
 """
 
-from distkv_dask.client.batch import BatchSummary
+from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.documents.document import Chat, Document
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import (

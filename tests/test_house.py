@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,65 @@ def reprs_of_errors(tree: ast.Module) -> Iterator[int]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_message_shows_an_exception_as_python_writes_it(path: Path) -> None:
     assert list(reprs_of_errors(parsed(path))) == [], "say errors.in_words(error)"
+
+
+# What named tuples offer, and what Dask documents for those who write collections.
+PUBLIC = {"_fields", "_replace", "_meta", "_meta_nonempty"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module gives to its functions, classes, variables and attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Name(ctx=ast.Store()):
+                found.add(node.id)
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), ctx=ast.Store()):
+                found.add(node.attr)
+    return found
+
+
+def uses_of_others(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Private names of other modules that a module imports, or takes of other objects."""
+    own = defined(tree) | PUBLIC
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                continue
+            case ast.Attribute() if is_private(node.attr) and node.attr not in own:
+                yield node.lineno, ast.unparse(node)
+            case ast.ImportFrom():
+                yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nobody_uses_what_is_private_to_a_class_of_another_module(path: Path) -> None:
+    assert list(uses_of_others(parsed(path))) == [], "make it public, or ask for something else"
+
+
+def imports(node: ast.AST, modules: Collection[str]) -> Iterator[str]:
+    """Which of ``modules`` a module imports anywhere, but for what only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                yield from (name for other in child.orelse for name in imports(other, modules))
+            case ast.Import():
+                yield from (alias.name for alias in child.names if alias.name in modules)
+            case ast.ImportFrom(module=str() as base):
+                named = [f"{base}.{alias.name}" for alias in child.names]
+                yield from (name if name in modules else base for name in named if {name, base} & {*modules})
+            case _:
+                yield from imports(child, modules)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph = {name: set(imports(parsed(path), modules)) for name, path in modules.items()}
+    TopologicalSorter(graph).prepare()  # its CycleError names the circle

@@ -236,7 +236,7 @@ class Load:
 
     def _track(self, record: Record, generation: Generation) -> None:
         record.generation = generation
-        requests = dict(self._engine._conversation._requests)
+        requests = dict(self._engine._session.conversation._requests)
         record.number = next((n for n, one in requests.items() if one.generation is generation), None)
 
 

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
-from distributed import Client, get_client
+from distributed import Client
 
-from distkv_dask.client.batch import process
+from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.library import Library
 from distkv_dask.client.notebook import engine_html
 from distkv_dask.client.session.attaching import Attaching
-from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.generate import several, submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation, TextPieces
-from distkv_dask.client.session.in_task import check_seceded
-from distkv_dask.client.session.opening import Opening, dask_span
-from distkv_dask.client.session.reach import connected, is_closed, lost
-from distkv_dask.client.session.request import Request, checked
+from distkv_dask.client.session.opening import Opening
+from distkv_dask.client.session.session import Session
+from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.model_source import ModelSource, resolve_model
-from distkv_dask.protocol import ClientCall, DaskSpan
+from distkv_dask.model_source import ModelSource
 from distkv_dask.types import Prompt, SamplingParams
 
 
-class Engine:
+class Engine(Processing):
     """A model served by all workers of a Dask cluster, whose KV caches form one pool.
 
     Parameters
@@ -49,11 +44,6 @@ class Engine:
         multiplies its window by four. Answers lose some quality, more so with models not trained for it.
     **settings
         Any field of :class:`~distkv_dask.config.Config`.
-
-    Attributes
-    ----------
-    tokenizer
-        The model's :class:`~distkv_dask.client.tokenizer.Tokenizer`, once the engine is open.
 
     Raises
     ------
@@ -77,8 +67,8 @@ class Engine:
         rope_scaling: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        config = Config.load(kv_memory=kv_memory, **settings)
-        self._begin(client, Opening(resolve_model(model, rope_scaling), dtype, config))
+        opening = Opening.of(model, dtype, rope_scaling, kv_memory=kv_memory, **settings)
+        self._begin(Session(client, opening))
 
     @classmethod
     def attach(cls, engine: str | None = None, client: Client | None = None) -> Self:
@@ -113,52 +103,52 @@ class Engine:
         >>> client.submit(title, text, engine.id)  # doctest: +SKIP
         """
         self = cls.__new__(cls)
-        self._begin(client, Attaching(engine or ""))
+        self._begin(Session(client, Attaching(engine or "")))
         return self
 
-    def _begin(self, client: Client | None, opening: Opening | Attaching) -> None:
-        self.client = client if client is not None else get_client()
-        check_seceded(self.client)
-        self._opening = opening
-        self._facts: dict[str, Any] = {}
-        self._conversation = Conversation(self.client)
-        self._library = Library(self, self._conversation)
-        if not self.client.asynchronous:
-            if is_closed(self.client):
-                raise EngineClosedError(lost(self.client))
-            self.client.sync(self._open)
+    def _begin(self, session: Session) -> None:
+        self._session = session
+        self._library = Library(session)
 
     # What it is
 
     @property
+    def client(self) -> Client:
+        """The Dask client."""
+        return self._session.client
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, once the engine is open."""
+        return self._session.tokenizer
+
+    @property
     def id(self) -> str:
         """Names it in the cluster: :meth:`attach`, ``distkv status`` and the dashboard."""
-        return self._opening.spec.engine
+        return self._session.id
 
     @property
     def config(self) -> Config:
         """Its settings."""
-        return self._opening.spec.config
+        return self._session.config
 
     @property
     def dtype(self) -> str:
         """Of weights and KV cache, as asked for."""
-        return self._opening.spec.dtype
+        return self._session.dtype
 
     @property
     def model(self) -> ModelSource:
         """Where the model comes from."""
-        return self._opening.model
+        return self._session.model
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an engine cannot be sent to a task: send its id, and use Engine.attach(id) there")
 
     # Opening and closing
 
-    async def _open(self) -> Self:
-        if not self._facts:
-            await connected(self.client)
-            self._facts, self.tokenizer = await self._opening.begin(self._conversation)
+    async def _opened(self) -> Self:
+        await self._session.open()
         return self
 
     def close(self) -> Any:
@@ -166,17 +156,10 @@ class Engine:
 
         One that was attached ends its own requests and documents only.
         """
-        if self.client.status == "closed" and not self.client.asynchronous:  # and its engines with it
-            self._conversation.is_closed = True
-        return self._conversation.leave(self._close)
-
-    async def _close(self) -> None:
-        if not self._conversation.is_closed:
-            self._conversation.end()
-            await self._opening.end(self._conversation)
+        return self._session.close()
 
     def __enter__(self) -> Self:
-        if not self._facts:
+        if not self._session.was_opened:
             raise EngineClosedError("the engine is not open: with an asynchronous client, use `async with`")
         return self
 
@@ -185,13 +168,13 @@ class Engine:
 
     def __await__(self) -> Generator[Any, None, Self]:
         """Open the engine, or attach to it (asynchronous clients)."""
-        return self._open().__await__()
+        return self._opened().__await__()
 
     async def __aenter__(self) -> Self:
-        return await self._open()
+        return await self._opened()
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._close()
+        await self._session.end()
 
     # Requests
 
@@ -220,8 +203,8 @@ class Engine:
         EngineClosedError
             When the engine is closed. Requests submitted already are cancelled.
         """
-        self._conversation.check_open()
-        return self.client.sync(wait_for_all, submit_all(several(prompts), sampling, self.submit))
+        self._session.check_open()
+        return self.client.sync(wait_for_all, submit_all(several(prompts), sampling, self._session.submit))
 
     def submit(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Generation:
         """Ask for a completion and return at once.
@@ -239,50 +222,19 @@ class Engine:
         EngineClosedError
             When the engine is closed.
         """
-        return self._submit(prompt, sampling).generation
+        return self._session.submit(prompt, sampling)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> TextPieces:
         """Ask for a completion and iterate (``for`` or ``async for``) over its text as it is generated."""
         pieces = TextPieces()
-        return pieces.follow(self._submit(prompt, sampling, pieces.put).generation)
+        return pieces.follow(self._session.submit(prompt, sampling, pieces.put))
 
-    @contextlib.contextmanager
-    def in_span(self, *tags: str) -> Iterator[None]:
+    def in_span(self, *tags: str) -> AbstractContextManager[None]:
         """Let the engine's Dask tasks belong to a span of their own (``distributed.span``) for a while.
 
         Tasks serve many requests at once: those of other requests that run meanwhile are in the span too.
         """
-        self._enter(dask_span(*tags))
-        try:
-            yield
-        finally:
-            self._enter(self._opening.spec.span)
-
-    def _enter(self, span: DaskSpan | None) -> None:
-        self._conversation.ask_soon(ClientCall.SPAN, span=span)
-
-    def _submit(
-        self, prompt: Prompt, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
-    ) -> Request:
-        self._conversation.check_open()
-        return self._submit_ids(self.tokenizer.encode(prompt), sampling, on_text)
-
-    def _submit_ids(
-        self,
-        ids: list[int],
-        sampling: SamplingParams | None,
-        on_text: Callable[[str], None] | None = None,
-        document: int | None = None,
-        keeps: bool = False,
-    ) -> Request:
-        sampling = checked(sampling, len(ids), self._facts["max_positions"])
-        number = self._conversation.number()
-        generation = Generation(lambda: self._conversation.cancel(number))
-        request = Request(
-            number, array("i", ids), sampling, self.tokenizer, generation, on_text, document=document, keeps=keeps
-        )
-        self._conversation.submit(request)
-        return request
+        return self._session.in_span(*tags)
 
     # Documents
 
@@ -311,7 +263,7 @@ class Engine:
         CapacityError
             When it is larger than the memory of all workers.
         """
-        self._conversation.check_open()
+        self._session.check_open()
         return self.client.sync(self._library.ingest, source, name)
 
     def load(self, place: str | Path, name: str | None = None) -> Any:
@@ -336,23 +288,20 @@ class Engine:
         CapacityError
             When it is larger than the memory of all workers.
         """
-        self._conversation.check_open()
+        self._session.check_open()
         return self.client.sync(self._library.load, place, name)
 
     def documents(self) -> dict[str, Document]:
         """The documents that have not been released, by name."""
-        self._conversation.check_open()
-        return dict(self._library.documents)
-
-    process = process
+        self._session.check_open()
+        return self._library.documents
 
     # Status
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """What the workers said at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
-        self._conversation.check_open()
-        return MappingProxyType(self._facts)
+        return self._session.facts
 
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals (a dict of plain values).
@@ -368,8 +317,8 @@ class Engine:
         ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
         ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
         """
-        self._conversation.check_open()
-        return self.client.sync(self._conversation.ask, ClientCall.STATUS)
+        self._session.check_open()
+        return self.client.sync(self._session.status)
 
     def graph(self, prompt: Prompt, sampling: SamplingParams | None = None, granularity: str | None = None) -> Any:
         """The Dask graph of one decode step of a prompt, placed as it would be now; nothing is computed.
@@ -391,21 +340,21 @@ class Engine:
         InvalidRequestError, CapacityError, ConfigError
             When the prompt cannot be served, there is no room for it now, or the granularity is unknown.
         """
-        self._conversation.check_open()
+        self._session.check_open()
         chosen = Config.load(granularity=granularity or self.config.granularity).granularity
         tokens = len(self.tokenizer.encode(prompt)) + (sampling or SamplingParams()).max_new_tokens - 1
-        return self.client.sync(self._conversation.ask, ClientCall.GRAPH, tokens=tokens, granularity=chosen)
+        return self.client.sync(self._session.graph, tokens, chosen)
 
     @property
     def is_open(self) -> bool:
         """Whether it can be asked."""
-        return self._conversation.is_open
+        return self._session.is_open
 
     def _repr_html_(self) -> str:
-        return engine_html(self)
+        return engine_html(self._session, self._library.documents)
 
     def __repr__(self) -> str:
-        if not hasattr(self._opening, "spec"):
+        session = self._session
+        if session.state == "attaching":
             return "<Engine attaching>"
-        state = "closed" if self._conversation.is_closed else "open" if self._facts else "opening"
-        return f"<Engine {self.id} {self.model.name!r} {state}, {len(self._conversation)} requests>"
+        return f"<Engine {self.id} {self.model.name!r} {session.state}, {len(session.conversation)} requests>"

@@ -6,6 +6,7 @@ An engine of an asynchronous client shows what its client knows by itself.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,10 @@ from dask.utils import format_bytes
 from distkv_dask import pictures
 from distkv_dask.errors import DistKVError
 from distkv_dask.pictures import Piece, counted
-from distkv_dask.protocol import ClientCall
 
 if TYPE_CHECKING:
     from distkv_dask.client.documents.document import Document
-    from distkv_dask.client.engine import Engine
+    from distkv_dask.client.session.session import Session
 
 PATIENCE = 3.0
 """Seconds that a notebook waits for an engine's answer before it shows what is known without."""
@@ -32,28 +32,27 @@ SEQUENCES = 12
 ASYNCHRONOUS = "With an asynchronous client, <code>await engine.status()</code> says where the KV lies."
 
 
-def engine_html(engine: Engine) -> str:
+def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
     """The engine: its model, its workers' pools, and where the longest sequences lie."""
-    title = f"Engine {engine.id}: {engine.model.name}"
-    if not engine.is_open:
+    title = f"Engine {session.id}: {session.model.name}"
+    if not session.is_open:
         return pictures.card(title, "closed, or not open yet")
-    facts = engine.facts
-    workers, documents = counted(facts["workers"], "worker"), counted(len(engine.documents()), "document")
-    about = f"{facts['dtype']}, {workers}, {documents}"
-    lines = [escape(about), _link(engine)]
-    if (status := _status(engine)) is None:
-        return pictures.card(title, *lines, ASYNCHRONOUS if engine.client.asynchronous else "The cluster is silent.")
+    facts = session.facts
+    about = f"{facts['dtype']}, {counted(facts['workers'], 'worker')}, {counted(len(documents), 'document')}"
+    lines = [escape(about), _link(session)]
+    if (status := _status(session)) is None:
+        return pictures.card(title, *lines, ASYNCHRONOUS if session.client.asynchronous else "The cluster is silent.")
     colour = pictures.colours(sorted(status["workers"]))
-    return pictures.card(title, *lines, _pools(status, colour), _sequences(engine, status, colour))
+    return pictures.card(title, *lines, _pools(status, colour), _sequences(documents, status, colour))
 
 
-def document_html(document: Document) -> str:
+def document_html(document: Document, session: Session) -> str:
     """The document: its name and size, and where its KV lies, or lay when it was stored."""
     title = f"Document {document.name}"
     size = f"{document.tokens:,} tokens"
     if document.is_released:
         return pictures.card(title, f"{size}, released")
-    status = _status(document.engine) if document.engine.is_open else None
+    status = _status(session) if session.is_open else None
     if status is None:
         pieces = [Piece(span.worker, span.start, span.stop) for span in document.placement]
         return pictures.card(title, f"{size}; where its KV lay when it was stored:", pictures.spans(pieces))
@@ -66,21 +65,21 @@ def document_html(document: Document) -> str:
     return pictures.card(title, f"{size}{running}", pictures.spans(_pieces(found, colour), colour))
 
 
-def _link(engine: Engine) -> str:
+def _link(session: Session) -> str:
     try:
-        dashboard = engine.client.dashboard_link
+        dashboard = session.client.dashboard_link
     except KeyError:  # the scheduler has none
         return ""
     page = f"{(dashboard or '').rpartition('/')[0]}/distkv"
     return f'<a href="{escape(page)}" target="_blank" style="color:inherit">{escape(page)}</a>' if dashboard else ""
 
 
-def _status(engine: Engine) -> Any:
+def _status(session: Session) -> Any:
     """What the engine says, unless that has to be awaited or takes too long."""
-    if engine.client.asynchronous:
+    if session.client.asynchronous:
         return None
     try:
-        return engine.client.sync(engine._conversation.ask, ClientCall.STATUS, callback_timeout=PATIENCE)
+        return session.client.sync(session.status, callback_timeout=PATIENCE)
     except (DistKVError, OSError, RuntimeError):  # the last: the client's event loop is closed
         return None
 
@@ -98,8 +97,8 @@ def _pools(status: dict[str, Any], colour: dict[str, str]) -> str:
     return pictures.table(rows) + (f"and {counted(more, 'more worker')}" if more else "")
 
 
-def _sequences(engine: Engine, status: dict[str, Any], colour: dict[str, str]) -> str:
-    names = {document.number: name for name, document in engine.documents().items()}
+def _sequences(documents: Mapping[str, Document], status: dict[str, Any], colour: dict[str, str]) -> str:
+    names = {document.number: name for name, document in documents.items()}
     placed = {number: one for number, one in status["sequences"].items() if one["placement"]}
     longest = heapq.nlargest(SEQUENCES, placed, key=lambda number: placed[number]["kv_tokens"])
     scale = max((one["placement"][-1][2] for one in placed.values()), default=1)

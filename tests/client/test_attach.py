@@ -68,7 +68,7 @@ async def test_a_handle_answers_alike_and_its_end_is_nobody_elses(
         last = Engine.attach(engine.id, client)
         await last
         waiting = last.submit(PROMPT, LONG)
-        await last._conversation.flushed()
+        await last._session.conversation.flushed()
     with pytest.raises(EngineClosedError):
         await waiting
     await last.close()

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distkv_dask.client.batch import extract
 from distkv_dask.client.batch.sources import open_source
 from distkv_dask.client.batch.tables import Columns
+from distkv_dask.client.documents import extract
 from distkv_dask.client.documents.extract import TextReader, plain_text
 from distkv_dask.client.documents.prompts import read_text
 from distkv_dask.client.files import label_of

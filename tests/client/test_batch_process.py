@@ -45,13 +45,14 @@ def answers(path: Path, by: str = "row") -> list[dict[str, Any]]:
 def submissions(engine: Engine) -> list[Any]:
     """From now on, the prompts that are submitted."""
     seen: list[Any] = []
-    submit = engine.submit
+    session = engine._session
+    submit = session.submit
 
     def noted(prompt: Any, sampling: Any = None) -> Any:
         seen.append(prompt)
         return submit(prompt, sampling)
 
-    engine.submit = noted  # type: ignore[method-assign]
+    session.submit = noted  # type: ignore[assignment, method-assign]
     return seen
 
 

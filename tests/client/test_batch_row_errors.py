@@ -38,14 +38,14 @@ class Engine(FakeEngine):
     def __init__(self, answer: Callable[[str], str] = lambda text: f"re {text}") -> None:
         super().__init__(lambda *_: None)
         self.answer = answer
-        self._library = SimpleNamespace(begin=lambda ids: 7, end=lambda number: None)
+        self.store = SimpleNamespace(begin=lambda ids: SimpleNamespace(number=7), end=lambda number: None)
 
     def in_span(self, *tags: str) -> Any:
         import contextlib
 
         return contextlib.nullcontext()
 
-    def _submit_ids(self, ids: list[int], sampling: SamplingParams, document: int) -> Any:
+    def submit_ids(self, ids: list[int], sampling: SamplingParams, document: int) -> Any:
         return SimpleNamespace(generation=self.submit(ids, sampling))
 
     def submit(self, prompt: list[int], sampling: SamplingParams) -> Any:

@@ -47,7 +47,7 @@ async def test_the_first_two_engines_of_a_cluster_may_open_at_once(
 async def test_a_worker_that_joins_while_an_engine_opens_opens_it_once(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    opening = asyncio.ensure_future(tiny(client)._open())
+    opening = asyncio.ensure_future(tiny(client))
     async with Worker(scheduler.address, nthreads=1) as late:
         engine = await opening
         while len((await engine.status())["workers"]) < 2:
@@ -65,7 +65,7 @@ async def test_a_worker_that_joins_while_an_engine_opens_opens_it_once(
 async def test_an_engine_whose_opening_is_interrupted_is_closed_everywhere(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    opening = asyncio.ensure_future(tiny(client)._open())
+    opening = asyncio.ensure_future(tiny(client))
     while not (manager := scheduler.plugins.get("distkv")) or not manager.engines:
         await asyncio.sleep(0.005)
     opening.cancel()
@@ -96,7 +96,7 @@ async def test_a_tokenizer_that_fails_fails_its_request_alone(
 ) -> None:
     async with tiny(client) as engine:
         good, bad = engine.submit(prompt_ids(20), TWO), engine.submit(prompt_ids(20), LONG)
-        engine._conversation._requests[1]._stream.add = lambda tokens: [][0]  # type: ignore[method-assign]
+        engine._session.conversation._requests[1]._stream.add = lambda tokens: [][0]  # type: ignore[method-assign]
         with pytest.raises(DistKVError, match="index"):
             await bad
         assert (await good).finish_reason == "length"

@@ -1,5 +1,5 @@
-"""Batches: a table or folder of documents in, a table of answers out, and nothing lost on the way."""
+"""Batches: a table or folder of documents in, a table of answers out, and nothing lost on the way.
 
-from distkv_dask.client.batch.process import BatchSummary, process
-
-__all__ = ["BatchSummary", "process"]
+Imports the ground, the session, and of documents and the client what reads files and makes prompts.
+It knows no engine and no commands.
+"""

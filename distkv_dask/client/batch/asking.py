@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import columns_of, records_source, source_for
 from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.session import Session
 
 AT_ONCE = 2
 """Partitions that a worker has answered at the same time: one more is ready when one ends with its longest answers."""
@@ -78,10 +80,8 @@ def _dtype(kind: pa.DataType) -> Any:
 
 
 def _answer(open_source: Callable[[Client], Source], asked: Asked, start: int = 0, stop: int | None = None) -> pa.Table:
-    from distkv_dask.client.engine import Engine
-
-    with _turn() as on_tick, Engine.attach(asked.engine) as engine:
-        job = Job(engine, open_source(engine.client), asked.spec, asked.max_errors, asked.in_flight)
+    with _turn() as on_tick, closing(Session(None, Attaching(asked.engine))) as session:
+        job = Job(session, open_source(session.client), asked.spec, asked.max_errors, asked.in_flight)
         return job.table(start, stop, on_tick)
 
 

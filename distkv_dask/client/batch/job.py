@@ -16,17 +16,17 @@ from distkv_dask.client.batch.answering import check_servable
 from distkv_dask.client.batch.journal import sync
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
-from distkv_dask.client.batch.process import BatchSummary
 from distkv_dask.client.batch.progress import progress_bar
 from distkv_dask.client.batch.results import Lot, Results
 from distkv_dask.client.batch.rows import Row, Source
 from distkv_dask.client.batch.runner import Runner
 from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import Target
 from distkv_dask.errors import OutputError, SourceError, TooManyErrorsError
 
 if TYPE_CHECKING:
-    from distkv_dask.client.engine import Engine
+    from distkv_dask.client.session.session import Session
     from distkv_dask.model_source import ModelSource
 
 
@@ -35,19 +35,19 @@ class Job:
 
     def __init__(
         self,
-        engine: Engine,
+        session: Session,
         source: Source,
         spec: BatchSpec,
         max_errors: int | None = None,
         in_flight: int | None = None,
     ) -> None:
-        self._engine = engine
+        self._session = session
         self._source = source
         self._spec = spec
         self._max_errors = max_errors
-        self._in_flight = in_flight or 2 * engine.config.window_batch * engine.facts["workers"]
+        self._in_flight = in_flight or 2 * session.config.window_batch * session.facts["workers"]
         if not isinstance(source, OpenAIBatchSource):
-            check_servable(spec, engine.tokenizer, engine.facts["max_positions"])
+            check_servable(spec, session.tokenizer, session.facts["max_positions"])
         self._errors = 0
         self._results = Results(source, spec)
 
@@ -55,10 +55,10 @@ class Job:
         """Answer everything that is not in the output yet."""
         began = time.monotonic()
         source, folder = self._source, target.folder
-        parameters = parameters_of(self._spec, self._engine.model, self._engine.dtype)
+        parameters = parameters_of(self._spec, self._session.model, self._session.dtype)
         with (
             Output(folder, self._results.schema, parameters, retry_errors) as output,
-            self._engine.in_span("distkv", f"batch {folder.name}"),
+            self._session.in_span("distkv", f"batch {folder.name}"),
         ):
             earlier, self._errors = len(output.done), output.errors
             rows = earlier
@@ -75,7 +75,7 @@ class Job:
                     rows += len(lot.outcomes)
             output.rotate(now=True)
             if target.lines is not None:
-                _write_lines(folder, target.lines, self._engine.model.name)
+                _write_lines(folder, target.lines, self._session.model.name)
         return BatchSummary(target.path, rows, earlier, self._errors, time.monotonic() - began)
 
     def table(self, start: int = 0, stop: int | None = None, on_tick: Callable[[], None] | None = None) -> pa.Table:
@@ -97,7 +97,7 @@ class Job:
 
     def _run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[Lot | None]:
         """Answer rows; yields them as they finish, and None now and then."""
-        with contextlib.closing(Runner(self._engine, self._spec, self._in_flight).run(todo)) as runner:
+        with contextlib.closing(Runner(self._session, self._spec, self._in_flight).run(todo)) as runner:
             for ended in runner:
                 if not ended:
                     yield None

@@ -20,14 +20,14 @@ from distkv_dask.client.batch.spec import BatchSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from distkv_dask.client.engine import Engine
+    from distkv_dask.client.session.session import Session
 
 PARTS = 4
 """Partitions for each worker, of sources that have none."""
 
 
 def answers_frame(
-    engine: Engine,
+    session: Session,
     source: Any,
     spec: BatchSpec,
     keep: Sequence[str] | None,
@@ -40,14 +40,14 @@ def answers_frame(
 
     kind = kind_of(source)
     if kind == "bag":
-        schema = bag_schema(source, spec.text_column, engine.client)
+        schema = bag_schema(source, spec.text_column, session.client)
         opened = checked(records_source(list, columns_of(spec, keep), schema, lambda: None), spec)
     else:
-        opened = source_for(source, spec, keep, engine.client)
+        opened = source_for(source, spec, keep, session.client)
     if not isinstance(opened, OpenAIBatchSource):
-        check_servable(spec, engine.tokenizer, engine.facts["max_positions"])
-    asked = Asked(engine.id, spec, max_errors, in_flight or engine.config.window_batch)
-    parts = PARTS * engine.facts["workers"]
+        check_servable(spec, session.tokenizer, session.facts["max_positions"])
+    asked = Asked(session.id, spec, max_errors, in_flight or session.config.window_batch)
+    parts = PARTS * session.facts["workers"]
     if kind == "path":
         path, rows = str(Path(source).absolute()), opened.count() or 0
         cuts = [cut for cut in pairwise(rows * at // parts for at in range(parts + 1)) if cut[0] < cut[1]]

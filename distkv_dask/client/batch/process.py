@@ -5,149 +5,147 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
+from distkv_dask.client.batch.sources import source_for
 from distkv_dask.client.batch.spec import COMBINE, BatchSpec, TooLong
+from distkv_dask.client.batch.target import target_of
+from distkv_dask.client.session.session import Session
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.types import SamplingParams
 
 if TYPE_CHECKING:
-    from distkv_dask.client.engine import Engine
+    pass
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSummary:
-    """What a batch did: rows of the output, how many were there before, how many have errors, and seconds it took."""
+class Processing:
+    """What an engine does with whole tables and folders."""
 
-    out: Path
-    rows: int
-    earlier: int
-    errors: int
-    seconds: float
+    _session: Session
 
+    def process(
+        self,
+        source: Any,
+        *,
+        question: str | None = None,
+        questions: Sequence[str] | None = None,
+        template: str | None = None,
+        out: str | PathLike[str] | None = None,
+        text_column: str = "text",
+        keep: Sequence[str] | None = None,
+        sampling: SamplingParams | None = None,
+        schema: Mapping[str, Any] | str | PathLike[str] | None = None,
+        too_long: TooLong = "refuse",
+        overlap: int = 64,
+        combine: str = COMBINE,
+        max_errors: int | None = None,
+        retry_errors: bool = False,
+        in_flight: int | None = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """Ask questions about every row of a table or file of a folder.
 
-def process(
-    engine: Engine,
-    source: Any,
-    *,
-    question: str | None = None,
-    questions: Sequence[str] | None = None,
-    template: str | None = None,
-    out: str | PathLike[str] | None = None,
-    text_column: str = "text",
-    keep: Sequence[str] | None = None,
-    sampling: SamplingParams | None = None,
-    schema: Mapping[str, Any] | str | PathLike[str] | None = None,
-    too_long: TooLong = "refuse",
-    overlap: int = 64,
-    combine: str = COMBINE,
-    max_errors: int | None = None,
-    retry_errors: bool = False,
-    in_flight: int | None = None,
-    progress: bool | None = None,
-) -> Any:
-    """Ask questions about every row of a table or file of a folder.
+        With ``out``, a table of answers is written that survives crashes. Without, the answers are a lazy Dask
+        DataFrame.
 
-    With ``out``, a table of answers is written that survives crashes. Without, the answers are a lazy Dask DataFrame.
+        The same call with ``out`` again continues where it was: rows that are answered are not computed again, whatever
+        was killed. Rows and files that the source has got meanwhile are answered; one that was changed stops the batch.
 
-    The same call with ``out`` again continues where it was: rows that are answered are not computed again, whatever
-    was killed. Rows and files that the source has got meanwhile are answered; one that was changed stops the batch.
+        Parameters
+        ----------
+        source
+            A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html and
+            .pdf files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. It is read as
+            the batch proceeds.
+        question, questions
+            What is asked about each row; several questions make several rows of output. None: the text is the prompt.
+        template
+            Text of a prompt: ``{text}``, ``{question}`` and columns in braces; the default is the text, an empty line,
+            and the question. Where the model has a chat template, the prompt is a user's message.
+        out
+            Folder of Parquet files, readable at any time: ``pyarrow.parquet.read_table(out)``. Rows are in the order in
+            which they finished; ``row`` (or ``path``) names them. A name that ends in ``.jsonl`` is for OpenAI batch
+            files: answers are written there in OpenAI's format at the end, beside a folder of that name with
+            ``.parquet`` added. None returns a Dask DataFrame instead, of which nothing is computed yet. Its tasks
+            attach to the engine (:meth:`distkv_dask.Engine.attach`), which has to stay open meanwhile; files are read
+            where they run. Rows are in the order of the source, a row for each question. Frames and Arrow tables keep
+            their index, Dask collections their partitions.
+        text_column
+            The column that holds the text.
+        keep
+            Columns that go to the output; None keeps all but the text.
+        sampling
+            For all rows; None is ``SamplingParams()``. Of OpenAI batch files, it says what requests leave open; None is
+            OpenAI's own temperature of 1 there.
+        schema
+            A JSON schema, or the name of a file that holds one: answers are JSON that follows it (map-reduce: the
+            combined ones), and the output has a column for each property. What ``max_new_tokens`` cuts is an error row.
+        too_long
+            What happens to prompts longer than the model's window: ``"refuse"`` makes them error rows,
+            ``"truncate-head"`` (or ``-middle``, ``-tail``) leaves out that part of the document, ``"map-reduce"`` asks
+            each of several parts and combines the answers.
+        overlap, combine
+            Map-reduce: tokens that neighbouring parts share, and the combining question, with ``{answers}`` and
+            ``{question}``.
+        max_errors
+            Stop when more rows than this have errors; None never does. Each partition of a Dask DataFrame counts its
+            own.
+        retry_errors
+            Do the rows again that have errors from earlier runs.
+        in_flight
+            Requests that the cluster has at once; None is twice what all workers can decode together. Of a Dask
+            DataFrame, those of each partition; None is what one worker can decode together.
+        progress
+            Show a progress bar on standard error; None does so where somebody can see it.
 
-    Parameters
-    ----------
-    source
-        A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html and .pdf
-        files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. It is read as the batch
-        proceeds.
-    question, questions
-        What is asked about each row; several questions make several rows of output. None: the text is the prompt.
-    template
-        Text of a prompt: ``{text}``, ``{question}`` and columns in braces; the default is the text, an empty
-        line, and the question. Where the model has a chat template, the prompt is a user's message.
-    out
-        Folder of Parquet files, readable at any time: ``pyarrow.parquet.read_table(out)``. Rows are in the order in
-        which they finished; ``row`` (or ``path``) names them. A name that ends in ``.jsonl`` is for OpenAI batch files:
-        answers are written there in OpenAI's format at the end, beside a folder of that name with ``.parquet`` added.
-        None returns a Dask DataFrame instead, of which nothing is computed yet. Its tasks attach to the engine
-        (:meth:`Engine.attach`), which has to stay open meanwhile; files are read where they run. Rows are in the order
-        of the source, a row for each question. Frames and Arrow tables keep their index, Dask collections their
-        partitions.
-    text_column
-        The column that holds the text.
-    keep
-        Columns that go to the output; None keeps all but the text.
-    sampling
-        For all rows; None is ``SamplingParams()``. Of OpenAI batch files, it says what requests leave open; None is
-        OpenAI's own temperature of 1 there.
-    schema
-        A JSON schema, or the name of a file that holds one: answers are JSON that follows it (map-reduce: the combined
-        ones), and the output has a column for each property. What ``max_new_tokens`` cuts is an error row.
-    too_long
-        What happens to prompts longer than the model's window: ``"refuse"`` makes them error rows, ``"truncate-head"``
-        (or ``-middle``, ``-tail``) leaves out that part of the document, ``"map-reduce"`` asks each of several parts
-        and combines the answers.
-    overlap, combine
-        Map-reduce: tokens that neighbouring parts share, and the combining question, with ``{answers}`` and
-        ``{question}``.
-    max_errors
-        Stop when more rows than this have errors; None never does. Each partition of a Dask DataFrame counts its own.
-    retry_errors
-        Do the rows again that have errors from earlier runs.
-    in_flight
-        Requests that the cluster has at once; None is twice what all workers can decode together. Of a Dask DataFrame,
-        those of each partition; None is what one worker can decode together.
-    progress
-        Show a progress bar on standard error; None does so where somebody can see it.
+        Returns
+        -------
+        BatchSummary
+            With ``out=None`` a ``dask.dataframe.DataFrame``. With an asynchronous client, an awaitable of either.
 
-    Returns
-    -------
-    BatchSummary
-        With ``out=None`` a ``dask.dataframe.DataFrame``. With an asynchronous client, an awaitable of either.
+        Raises
+        ------
+        SourceError, InvalidRequestError, MissingProgramError
+            When the source cannot be read as it was named, or was changed; when what is asked does not go together.
+        OutputError
+            When ``out`` was begun with other parameters, or is being written to.
+        TooManyErrorsError
+            See ``max_errors``.
+        EngineClosedError
+            When the cluster is gone. Everything answered so far is in the output.
+        """
+        if question is not None and questions is not None:
+            raise InvalidRequestError("give either question or questions")
+        if out is None and retry_errors:
+            raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
+        spec = spec_of(
+            questions=questions if question is None else [question],
+            template=template,
+            text_column=text_column,
+            sampling=default_sampling(source) if sampling is None else sampling,
+            schema=schema,
+            too_long=too_long,
+            overlap=overlap,
+            combine=combine,
+        )
 
-    Raises
-    ------
-    SourceError, InvalidRequestError, MissingProgramError
-        When the source cannot be read as it was named, or was changed; when what is asked does not go together.
-    OutputError
-        When ``out`` was begun with other parameters, or is being written to.
-    TooManyErrorsError
-        See ``max_errors``.
-    EngineClosedError
-        When the cluster is gone. Everything answered so far is in the output.
-    """
-    if question is not None and questions is not None:
-        raise InvalidRequestError("give either question or questions")
-    if out is None and retry_errors:
-        raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
-    spec = spec_of(
-        questions=questions if question is None else [question],
-        template=template,
-        text_column=text_column,
-        sampling=default_sampling(source) if sampling is None else sampling,
-        schema=schema,
-        too_long=too_long,
-        overlap=overlap,
-        combine=combine,
-    )
+        session = self._session
 
-    def work() -> Any:
-        if out is None:
-            from distkv_dask.client.batch.lazy import answers_frame
+        def work() -> Any:
+            if out is None:
+                from distkv_dask.client.batch.lazy import answers_frame  # imports pandas, which few need
 
-            return answers_frame(engine, source, spec, keep, max_errors, in_flight)
-        from distkv_dask.client.batch.job import Job
-        from distkv_dask.client.batch.sources import source_for
-        from distkv_dask.client.batch.target import target_of
+                return answers_frame(session, source, spec, keep, max_errors, in_flight)
+            opened = source_for(source, spec, keep, session.client)
+            target = target_of(out, source, isinstance(opened, OpenAIBatchSource))
+            return Job(session, opened, spec, max_errors, in_flight).write(target, retry_errors, progress)
 
-        opened = source_for(source, spec, keep, engine.client)
-        target = target_of(out, source, isinstance(opened, OpenAIBatchSource))
-        return Job(engine, opened, spec, max_errors, in_flight).write(target, retry_errors, progress)
-
-    return asyncio.to_thread(work) if engine.client.asynchronous else work()
+        return asyncio.to_thread(work) if session.client.asynchronous else work()
 
 
 def spec_of(

@@ -10,7 +10,7 @@ from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.documents.prompts import common_length, prompt_ids
 
 if TYPE_CHECKING:
-    from distkv_dask.client.engine import Engine
+    from distkv_dask.client.session.session import Session
 
 
 @dataclass(slots=True, eq=False)
@@ -27,12 +27,12 @@ class RowDocuments:
 
     Parameters
     ----------
-    engine, spec
+    session, spec
         The batch's.
     """
 
-    def __init__(self, engine: Engine, spec: BatchSpec) -> None:
-        self._engine = engine
+    def __init__(self, session: Session, spec: BatchSpec) -> None:
+        self._session = session
         self._spec = spec
         self._row: Row | None = None
         self._last: RowDocument | None = None
@@ -46,8 +46,8 @@ class RowDocuments:
             self.finish()
             ids = self._prefix(content)
             self._row = row
-            if len(ids) >= self._engine.config.block_tokens:
-                self._last = RowDocument(self._engine._library.begin(ids))
+            if len(ids) >= self._session.config.block_tokens:
+                self._last = RowDocument(self._session.store.begin(ids).number)
                 self._held.add(self._last)
         if self._last is not None:
             self._last.open += 1
@@ -75,16 +75,16 @@ class RowDocuments:
     def _release(self, document: RowDocument) -> None:
         if not document.open and not document.more and document in self._held:
             self._held.discard(document)
-            self._engine._library.end(document.number)
+            self._session.store.end(document.number)
 
     def _prefix(self, content: Content) -> list[int]:
         """What the prompts of all questions begin with; nothing where they are too long for the model's window."""
-        window = self._engine.facts["max_positions"]
+        window = self._session.facts["max_positions"]
         try:
             if not str(content.values[self._spec.text_column] or "").strip():
                 return []
             one, other = (
-                prompt_ids(self._spec.render(content.values, question), self._engine.tokenizer)
+                prompt_ids(self._spec.render(content.values, question), self._session.tokenizer)
                 for question in self._spec.questions[:2]
             )
         except Exception:  # each question will say so

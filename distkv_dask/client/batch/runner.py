@@ -30,8 +30,8 @@ from distkv_dask.errors import (
 from distkv_dask.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from distkv_dask.client.engine import Engine
     from distkv_dask.client.session.generation import Generation
+    from distkv_dask.client.session.session import Session
 
 LOST = (WorkerLostError, GangAbortedError, ChannelError)
 """Errors that tell of the cluster and not of the row: the request is tried again."""
@@ -93,19 +93,19 @@ class Runner:
 
     Parameters
     ----------
-    engine
-        An open engine.
+    session
+        An open one.
     spec
         What is asked of each row.
     in_flight
         Requests that the engine has at once.
     """
 
-    def __init__(self, engine: Engine, spec: BatchSpec, in_flight: int) -> None:
-        self._engine = engine
+    def __init__(self, session: Session, spec: BatchSpec, in_flight: int) -> None:
+        self._session = session
         self._spec = spec
         self._in_flight = in_flight
-        self._documents = RowDocuments(engine, spec)
+        self._documents = RowDocuments(session, spec)
         self._ready: deque[_Ask] = deque()
         self._suspects: deque[_Ask] = deque()
         self._running: dict[Generation, _Ask] = {}
@@ -194,8 +194,8 @@ class Runner:
             content: Content = row.read()
             work.sampling = replace(work.sampling, **content.sampling)
             work.document = self._documents.begin(row, content)
-            window = self._engine.facts["max_positions"]
-            work.plan = plan_answer(content, question, self._spec, self._engine.tokenizer, window)
+            window = self._session.facts["max_positions"]
+            work.plan = plan_answer(content, question, self._spec, self._session.tokenizer, window)
             self._advance(work, None)
 
     def _advance(self, work: _Work, done: list[Completion] | None) -> None:
@@ -224,9 +224,9 @@ class Runner:
         with self._row(ask.work):
             shared = None if ask.failures else ask.work.document  # what failed is tried on its own
             if shared is None:
-                generation = self._engine.submit(ask.prompt, ask.sampling)
+                generation = self._session.submit(ask.prompt, ask.sampling)
             else:
-                request = self._engine._submit_ids(ask.prompt, ask.sampling, document=shared.number)
+                request = self._session.submit_ids(ask.prompt, ask.sampling, document=shared.number)
                 generation = request.generation
             self._running[generation] = ask
             generation.add_done_callback(self._ended.put)

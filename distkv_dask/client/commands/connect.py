@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ import click
 from distkv_dask.client.commands.failing import failing_clearly, note
 from distkv_dask.client.commands.options import was_given
 from distkv_dask.client.engine import Engine
+from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.opening import Opening
+from distkv_dask.client.session.session import Session
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, ModelError
 from distkv_dask.model_source import ModelSource, resolve_model
@@ -66,17 +69,32 @@ class Chosen:
     @contextmanager
     def engine(self, texts: bool = True) -> Iterator[Engine]:
         """Open the engine, after checking the model; ``texts`` says that it is to be asked with texts."""
+        with self._client(texts) as client:
+            attached, model = self.attached, self.model
+            with Engine(client, **model) if attached is None else Engine.attach(_id(attached), client) as engine:
+                yield engine
+
+    @contextmanager
+    def session(self, texts: bool = True) -> Iterator[Session]:
+        """As :meth:`engine`, for batches."""
+        with self._client(texts) as client:
+            opening = Opening.of(**self.model) if self.attached is None else Attaching(_id(self.attached) or "")
+            with closing(Session(client, opening)) as session:
+                yield session
+
+    @contextmanager
+    def _client(self, texts: bool) -> Iterator[Any]:
         with failing_clearly():
             if self.source is not None:
                 check_model(self.source, texts)
             with client_of(self.scheduler, **self.sizes) as client:
-                if self.attached is not None:
-                    with Engine.attach(None if self.attached == "auto" else self.attached, client) as engine:
-                        yield engine
-                    return
-                note(f"Loading {self.model['model']} on every worker ...")
-                with Engine(client, **self.model) as engine:
-                    yield engine
+                if self.attached is None:
+                    note(f"Loading {self.model['model']} on every worker ...")
+                yield client
+
+
+def _id(attached: str) -> str | None:
+    return None if attached == "auto" else attached
 
 
 def chosen_of(options: dict[str, Any]) -> Chosen:

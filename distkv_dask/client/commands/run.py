@@ -12,10 +12,11 @@ import click
 from distkv_dask.client.batch.job import Job, parameters_of
 from distkv_dask.client.batch.manifest import begun_with
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
-from distkv_dask.client.batch.process import BatchSummary, spec_of
+from distkv_dask.client.batch.process import spec_of
 from distkv_dask.client.batch.results import Results
 from distkv_dask.client.batch.sources import source_for
 from distkv_dask.client.batch.spec import COMBINE, TooLong
+from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import check_target, target_of
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import SOME_ROWS_FAILED, failing_clearly
@@ -104,5 +105,5 @@ def _run(out: str, options: dict[str, Any]) -> BatchSummary:
         if chosen.source is not None:
             begun = begun_with(Results(source, spec).schema, parameters_of(spec, chosen.source, chosen.model["dtype"]))
         check_target(target, begun)
-    with chosen.engine(texts=not requests) as engine:
-        return Job(engine, source, spec, max_errors, in_flight).write(target, retry_errors, None)
+    with chosen.session(texts=not requests) as session:
+        return Job(session, source, spec, max_errors, in_flight).write(target, retry_errors, None)

@@ -7,34 +7,32 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
-from distkv_dask.client.documents.prompts import DocumentPrompts, Question, Turn, common_length
+from distkv_dask.client.documents.prompts import DocumentText, Question, Turn, common_length
 from distkv_dask.client.documents.save import Save
 from distkv_dask.client.documents.saved_document import SavedDocument, plain_source
 from distkv_dask.client.notebook import document_html
 from distkv_dask.client.session.generate import submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation, TextPieces
+from distkv_dask.client.session.session import Session
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SavedDocumentError
 from distkv_dask.protocol import Saved
 from distkv_dask.types import Completion, Placement, SamplingParams
 from distkv_dask.watch import watched
 
-if TYPE_CHECKING:
-    from distkv_dask.client.engine import Engine
-
 
 class _Kept(ABC):
     """What stays on the cluster until its user needs it no more: the end of a ``with`` block (or ``async with``)."""
 
-    engine: Engine
+    _session: Session
 
     @abstractmethod
     async def _end(self) -> None:
         """Need it no more."""
 
     def _leave(self) -> Any:
-        return self.engine._conversation.leave(self._end)
+        return self._session.leave(self._end)
 
     def __enter__(self) -> Self:
         return self
@@ -66,22 +64,13 @@ class Document(_Kept):
         Where its KV lay when it was stored; it may have been moved since then.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        number: int,
-        source: str | Sequence[Any],
-        prompts: DocumentPrompts,
-        ids: list[int],
-    ) -> None:
-        self.engine = engine
+    def __init__(self, session: Session, name: str, number: int, text: DocumentText) -> None:
         self.name = name
         self.number = number
-        self.ids = ids
+        self.ids = text.ids
         self.placement: Placement = ()
-        self._source = source
-        self._prompts = prompts
+        self._session = session
+        self._text = text
         self._released = False
 
     @property
@@ -127,8 +116,8 @@ class Document(_Kept):
         if _is_one(question):
             if sampling is not None and not isinstance(sampling, SamplingParams):
                 raise InvalidRequestError("one question takes one SamplingParams, not a list")
-            return self.engine.client.sync(_result, self.submit(cast(Question, question), sampling))
-        return self.engine.client.sync(wait_for_all, submit_all([*question], sampling, self.submit))
+            return self._session.client.sync(_result, self.submit(cast(Question, question), sampling))
+        return self._session.client.sync(wait_for_all, submit_all([*question], sampling, self.submit))
 
     def submit(self, question: Question, sampling: SamplingParams | None = None) -> Generation:
         """Ask a question and return at once, as ``Engine.submit`` does."""
@@ -166,17 +155,17 @@ class Document(_Kept):
             It cannot be written there, or that stood still for ``distkv.timeouts.files``. Nothing of it is left, and
             what was there before is there still.
         """
-        return self.engine.client.sync(self._save, place)
+        return self._session.client.sync(self._save, place)
 
     async def _save(self, place: str | Path) -> None:
         self._check()
-        engine, facts = self.engine, self.engine.facts
-        plain, limit, what = plain_source(self._source), engine.config.timeout_files, f"saving in {place}"
+        session, facts = self._session, self._session.facts
+        plain, limit, what = plain_source(self._text.source), session.config.timeout_files, f"saving in {place}"
         save = await watched(limit, what, Save, place)
         try:
-            done = await engine._library.save(self.number, Saved(save.place, tag=save.tag))
+            done = await session.store.save(self.number, Saved(save.place, tag=save.tag))
             saved = SavedDocument(
-                self.name, engine.model.name, facts["fingerprint"], facts["dtype"], engine.config.block_tokens,
+                self.name, session.model.name, facts["fingerprint"], facts["dtype"], session.config.block_tokens,
                 facts["block_bytes"], plain, tuple(self.ids), done.files,
             )  # fmt: skip
             await watched(limit, what, save.commit, saved)
@@ -187,7 +176,7 @@ class Document(_Kept):
     async def _end(self) -> None:
         if not self._released:
             self._released = True
-            await self.engine._library.release(self.number)
+            await self._session.store.release(self.number)
 
     @property
     def is_released(self) -> bool:
@@ -195,7 +184,7 @@ class Document(_Kept):
         return self._released
 
     def _repr_html_(self) -> str:
-        return document_html(self)
+        return document_html(self, self._session)
 
     def __repr__(self) -> str:
         return f"<Document {self.name!r} of {self.tokens} tokens{', released' if self._released else ''}>"
@@ -205,9 +194,9 @@ class Document(_Kept):
             raise EngineClosedError(f"document {self.name!r} was released: ingest it again")
 
     def _prompt(self, question: Question, turns: Sequence[Turn]) -> list[int]:
-        ids = self._prompts.prompt(question, turns)
+        ids = self._text.prompts.prompt(question, turns)
         same = common_length(ids, self.ids)
-        if same <= len(self.ids) - self.engine.config.block_tokens:
+        if same <= len(self.ids) - self._session.config.block_tokens:
             raise InvalidRequestError(
                 f"the prompt of this question does not begin with the document: only {same} of its {len(self.ids)} "
                 "tokens are the same. The model's chat template puts something before it, or changes it, for this "
@@ -219,7 +208,7 @@ class Document(_Kept):
         self, question: Question, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
     ) -> Generation:
         self._check()
-        return self.engine._submit_ids(self.prompt(question), sampling, on_text, self.number).generation
+        return self._session.submit_ids(self.prompt(question), sampling, on_text, self.number).generation
 
 
 class Chat(_Kept):
@@ -229,8 +218,8 @@ class Chat(_Kept):
     """
 
     def __init__(self, document: Document) -> None:
-        self.engine = document.engine
         self.document = document
+        self._session = document._session
         self.turns: list[Turn] = []
         """Questions and answers so far."""
         self._numbers: list[int] = []
@@ -251,9 +240,9 @@ class Chat(_Kept):
             raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
         last = self._numbers[-1] if self._numbers else self.document.number
         ids = self.document._prompt(question, self.turns)
-        request = self.engine._submit_ids(ids, sampling, None, last, keeps=True)
+        request = self._session.submit_ids(ids, sampling, None, last, keeps=True)
         self._asking = True
-        return self.engine.client.sync(self._take, question, request.number, request.generation)
+        return self._session.client.sync(self._take, question, request.number, request.generation)
 
     async def _take(self, question: Question, number: int, generation: Generation) -> Completion:
         try:
@@ -271,7 +260,7 @@ class Chat(_Kept):
     async def _end(self) -> None:
         numbers, self._numbers = self._numbers, []
         if numbers:
-            await self.engine._library.release(*numbers)
+            await self._session.store.release(*numbers)
 
 
 async def _result(generation: Generation) -> Completion:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from distkv_dask.client.documents.extract import TextReader, check_support, read_file
 from distkv_dask.client.tokenizer import Tokenizer
@@ -101,6 +102,21 @@ class TokenPrompts:
         for asked, _, answer in turns:
             ids += [*self._tokenizer.encode_more(asked), *answer]
         return ids + self._tokenizer.encode_more(question)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentText:
+    """A document's source, how questions on it are asked, and the token ids that all their prompts begin with."""
+
+    source: Prompt
+    prompts: DocumentPrompts
+    ids: list[int]
+
+    @classmethod
+    def of(cls, source: Prompt, tokenizer: Tokenizer) -> Self:
+        """Read a source; takes a while for long ones. Raises as :func:`prompts_of` does."""
+        prompts = prompts_of(source, tokenizer)
+        return cls(source, prompts, prompts.prefix())
 
 
 def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:

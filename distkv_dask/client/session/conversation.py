@@ -168,7 +168,7 @@ class Conversation:
             await self._submit_all(requests)
 
     async def _submit_all(self, requests: list[Request | Operation]) -> None:
-        payload = [one.submission() for one in requests if not one.generation.cancelled()]
+        payload = [one.submission for one in requests if not one.generation.cancelled()]
         try:
             refused = await self.ask(ClientCall.SUBMIT, requests=pack(payload))
         except Exception as failure:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from dask.base import get_annotations
 from distributed import Client, span
@@ -18,7 +19,7 @@ from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
-from distkv_dask.model_source import ModelSource
+from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, EngineSpec, pack
 from distkv_dask.scheduler.gmanager import GManager
@@ -39,6 +40,11 @@ class Opening:
         span = dask_span("distkv", f"{model.name.rsplit('/', 1)[-1]} {engine}")
         self.spec = EngineSpec(engine, model.name, dtype, token, config, model.rope_scaling, span)
         self._trace: TraceFetcher | None = None
+
+    @classmethod
+    def of(cls, model: str, dtype: str, rope_scaling: Mapping[str, Any] | None, **settings: Any) -> Self:
+        """What a user asked for; raises :class:`ConfigError` or :class:`ModelError` where it is wrong."""
+        return cls(resolve_model(model, rope_scaling), dtype, Config.load(**settings))
 
     async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
         """Open it; returns what the workers said, and the model's tokenizer."""

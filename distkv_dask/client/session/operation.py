@@ -25,17 +25,13 @@ class Operation(concurrent.futures.Future[Delivery]):
     def __init__(self, submission: Submission, cancel: Callable[[int], None]) -> None:
         super().__init__()
         self.number = submission.number
-        self._submission = submission
+        self.submission = submission
         self._cancel = cancel
 
     @property
     def generation(self) -> Operation:
         """The future, as requests call theirs."""
         return self
-
-    def submission(self) -> Submission:
-        """What the gManager has to know."""
-        return self._submission
 
     def receive(self, delivery: Delivery) -> bool:
         """Take the news that it is done, or is not going to be; True since nothing follows."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from array import array
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from dataclasses import replace
 
 from distkv_dask.client.session.generation import Generation
-from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.json_schema import grammar_of
 from distkv_dask.protocol import Delivery, Submission
@@ -22,45 +21,29 @@ class Request:
 
     Parameters
     ----------
-    number
-        The request's number within its engine.
-    prompt
-        Token ids.
-    sampling, tokenizer
-        How tokens become text, and where it ends.
+    submission
+        What the gManager has to know.
+    stream
+        Makes text of its tokens, and knows where it ends.
     generation
         The user's future.
     on_text
         Called with each piece of text.
-    document, keeps
-        The document that it is asked about, and whether prompt and answer become one.
     """
 
     def __init__(
         self,
-        number: int,
-        prompt: array[int],
-        sampling: SamplingParams,
-        tokenizer: Tokenizer,
+        submission: Submission,
+        stream: TextStream,
         generation: Generation,
         on_text: Callable[[str], None] | None = None,
-        document: int | None = None,
-        keeps: bool = False,
     ) -> None:
-        self.number = number
-        self.prompt = prompt
-        self.sampling = sampling
+        self.number = submission.number
+        self.submission = submission
         self.generation = generation
-        self.streamed = on_text is not None
         self._on_text = on_text
-        self._document = document
-        self._keeps = keeps
-        self._stream = tokenizer.stream(sampling.stop)
+        self._stream = stream
         self._told = False
-
-    def submission(self) -> Submission:
-        """What the gManager has to know."""
-        return Submission(self.number, self.prompt, self.sampling, self.streamed, self._document, self._keeps)
 
     def receive(self, delivery: Delivery) -> bool:
         """Take tokens or the end; returns True when the request is over."""
@@ -91,7 +74,7 @@ class Request:
         completion = Completion(
             text=self._stream.text,
             token_ids=tuple(self._stream.token_ids),
-            prompt_tokens=len(self.prompt),
+            prompt_tokens=len(self.submission.prompt),
             finish_reason=reason,
             timings=delivery.timings or Timings(),
             placement=delivery.placement,

@@ -1,0 +1,202 @@
+"""A session: an engine as one client uses it, by token ids. Engine, Document and batch stand on it."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Self
+
+from distributed import Client, get_client
+
+from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.conversation import Conversation
+from distkv_dask.client.session.generation import Generation
+from distkv_dask.client.session.in_task import check_seceded
+from distkv_dask.client.session.opening import Opening, dask_span
+from distkv_dask.client.session.reach import connected, is_closed, lost
+from distkv_dask.client.session.request import Request, checked
+from distkv_dask.client.session.store import DocumentStore
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.config import Config
+from distkv_dask.errors import EngineClosedError
+from distkv_dask.model_source import ModelSource
+from distkv_dask.protocol import ClientCall, Submission
+from distkv_dask.types import Prompt, SamplingParams
+
+
+class Session:
+    """What is asked of an engine goes through here, and what it answers.
+
+    With a synchronous client it is open when it is made; with an asynchronous one, :meth:`open` it.
+
+    Parameters
+    ----------
+    client
+        Dask client; None takes the current one, in a task the one of its worker.
+    opening
+        How it begins and ends: with an engine of its own, or with a handle on another's.
+
+    Attributes
+    ----------
+    conversation
+        Requests out, news in.
+    store
+        Documents by number.
+    tokenizer
+        The model's, once it is open.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(self, client: Client | None, opening: Opening | Attaching) -> None:
+        self.client = client if client is not None else get_client()
+        check_seceded(self.client)
+        self.conversation = Conversation(self.client)
+        self.store = DocumentStore(self.conversation)
+        self._opening = opening
+        self._facts: dict[str, Any] = {}
+        if not self.client.asynchronous:
+            if is_closed(self.client):
+                raise EngineClosedError(lost(self.client))
+            self.client.sync(self.open)
+
+    # What it is
+
+    @property
+    def id(self) -> str:
+        """The engine's."""
+        return self._opening.spec.engine
+
+    @property
+    def config(self) -> Config:
+        """The engine's settings."""
+        return self._opening.spec.config
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV cache, as asked for."""
+        return self._opening.spec.dtype
+
+    @property
+    def model(self) -> ModelSource:
+        """Where the model comes from."""
+        return self._opening.model
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the workers said at opening; raises :class:`EngineClosedError` once it is closed."""
+        self.check_open()
+        return MappingProxyType(self._facts)
+
+    @property
+    def state(self) -> str:
+        """For people: ``attaching, opening, open`` or ``closed``."""
+        if self.conversation.is_closed:
+            return "closed"
+        if self._facts:
+            return "open"
+        return "opening" if isinstance(self._opening, Opening) else "attaching"
+
+    # Opening and closing
+
+    async def open(self) -> Self:
+        """Open the engine, or attach to it, unless that was done."""
+        if not self._facts:
+            await connected(self.client)
+            self._facts, self.tokenizer = await self._opening.begin(self.conversation)
+        return self
+
+    async def end(self) -> None:
+        """End all requests, and what this session began on the cluster."""
+        if not self.conversation.is_closed:
+            self.conversation.end()
+            await self._opening.end(self.conversation)
+
+    def close(self) -> Any:
+        """As :meth:`end`; with a synchronous client it has ended on return."""
+        if self.client.status == "closed" and not self.client.asynchronous:  # and its engines with it
+            self.conversation.is_closed = True
+        return self.leave(self.end)
+
+    def leave(self, end: Callable[[], Any]) -> Any:
+        """Run the coroutine function ``end``, which gives something back; with a synchronous client wait for it."""
+        return self.conversation.leave(end)
+
+    @property
+    def was_opened(self) -> bool:
+        """Whether the engine answered at opening."""
+        return bool(self._facts)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine can be asked."""
+        return self.conversation.is_open
+
+    def check_open(self) -> None:
+        """Raise :class:`EngineClosedError` if the engine cannot be asked; from any thread."""
+        self.conversation.check_open()
+
+    # Requests
+
+    def submit(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+    ) -> Generation:
+        """Ask for a completion and return at once; raises as :meth:`distkv_dask.Engine.submit` does.
+
+        Parameters
+        ----------
+        prompt, sampling
+            As there.
+        on_text
+            Called with each piece of text.
+        """
+        self.check_open()
+        return self.submit_ids(self.tokenizer.encode(prompt), sampling, on_text).generation
+
+    def submit_ids(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+        document: int | None = None,
+        keeps: bool = False,
+    ) -> Request:
+        """Ask with token ids.
+
+        Parameters
+        ----------
+        ids, sampling, on_text
+            As for :meth:`submit`.
+        document
+            Number of the document that the prompt begins with.
+        keeps
+            Whether prompt and answer become a document, which has the request's number.
+        """
+        sampling = checked(sampling, len(ids), self.facts["max_positions"])
+        number = self.conversation.number()
+        submission = Submission(number, array("i", ids), sampling, on_text is not None, document, keeps)
+        generation = Generation(lambda: self.conversation.cancel(number))
+        request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text)
+        self.conversation.submit(request)
+        return request
+
+    @contextlib.contextmanager
+    def in_span(self, *tags: str) -> Iterator[None]:
+        """Let the engine's Dask tasks belong to a span of their own for a while."""
+        self.conversation.ask_soon(ClientCall.SPAN, span=dask_span(*tags))
+        try:
+            yield
+        finally:
+            self.conversation.ask_soon(ClientCall.SPAN, span=self._opening.spec.span)
+
+    # Questions about the engine
+
+    async def status(self) -> Any:
+        """Where everything is, see :meth:`distkv_dask.Engine.status`."""
+        return await self.conversation.ask(ClientCall.STATUS)
+
+    async def graph(self, tokens: int, granularity: str) -> Any:
+        """The Dask graph of a decode step of a request of so many tokens."""
+        return await self.conversation.ask(ClientCall.GRAPH, tokens=tokens, granularity=granularity)
