@@ -2,7 +2,7 @@
 
 All errors derive from :class:`DistKVError`. Those caused by a wrong argument are also :class:`ValueError`, those caused
 by a limit in time also :class:`TimeoutError`, so that callers may catch the built-in class. Every error can be pickled
-(constructed from its message alone), because errors travel between workers, scheduler and client.
+(constructed from its arguments alone), because errors travel between workers, scheduler and client.
 """
 
 from __future__ import annotations
@@ -22,6 +22,25 @@ class InvalidRequestError(DistKVError, ValueError):
 
 class CapacityError(DistKVError):
     """KV memory is too small; the message gives needed and available bytes and the setting to change."""
+
+
+class PlanError(DistKVError):
+    """What was planned for a sequence does not fit what a worker holds of it: a fault of ours, please report it.
+
+    Parameters
+    ----------
+    message
+        What was planned, and what there is.
+    sequence
+        Whose plan it is, or the number of the document that it shares.
+    """
+
+    def __init__(self, message: str, sequence: int) -> None:
+        super().__init__(message, sequence)
+        self.sequence = sequence
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ModelError(DistKVError):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from distkv_dask.errors import DistKVError, portable
+from distkv_dask.errors import DistKVError, PlanError, portable
 from distkv_dask.types import DecodeWindow, Exchanged, FinishReason, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.gang import HomeGang
@@ -77,9 +77,16 @@ class Progress:
         if len(self.tokens) == self.state.remaining:
             self.finished = "length"
 
-    def check_room(self) -> None:
-        """Raise CapacityError when its next token has no place."""
-        tail_of(self.state.sequence, self.state.placement, self.length)
+    def check_plan(self, members: Collection[str]) -> None:
+        """Raise PlanError when its next token has no place, or what is stored lies on none of the ``members``."""
+        tail = tail_of(self.state.sequence, self.state.placement, self.length)
+        for span in self.state.placement:
+            if (span is tail or span.filled(self.length)) and span.worker not in members:
+                raise PlanError(
+                    f"tokens {span.start} to {span.stop} of sequence {self.state.sequence} were planned on "
+                    f"{span.worker}, which is not in its gang; this is a fault of the plan, please report it",
+                    self.state.sequence,
+                )
 
     @property
     def steps_in_span(self) -> int:
@@ -173,9 +180,11 @@ class DecodeLoop:
     def _cut(self) -> None:
         """Cut the batch anew: it begins, or lost sequences, or a tail moves on to the next span."""
         self._close_attention()
+        gang = self._gang.gang
+        members = {gang.home, *(holder.worker for holder in gang.holders)}
         for one in self._live:
             with one.guard():
-                one.check_room()
+                one.check_plan(members)
         self._drop_finished()
         live = self._live
         parts = cut([Stored(one.state.sequence, one.state.placement, one.length) for one in live])

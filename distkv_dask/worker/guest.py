@@ -6,9 +6,9 @@ import hmac
 import time
 from collections.abc import Mapping
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, DistKVError, PlanError
 from distkv_dask.worker.channels.base import Inlet
-from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.channels.frames import NOBODY, Header, Kind, failed
 from distkv_dask.worker.native_session import NativeTurns
 from distkv_dask.worker.service import Service
 from distkv_dask.worker.session import Session
@@ -128,7 +128,8 @@ class Guest:
             if gang is not None:
                 self._end(error)
         finally:
-            self.inlet.fail(*(gang or (0, 0)), str(error))
+            culprit = error.sequence if isinstance(error, PlanError) else NOBODY
+            self.inlet.fail(*(gang or (0, 0)), str(error), culprit)
 
     @property
     def _own_service(self) -> Service:
@@ -141,7 +142,7 @@ class Guest:
         if self.service is None:
             self._greet(header, payload)
         elif header.kind is Kind.FAIL:
-            self._fail(header, bytes(payload).decode(errors="replace"))
+            self._fail(header, failed(f"home {self.inlet.peer}", payload))
         elif header.kind is Kind.BEGIN and self._gang is None:
             session = self.service.claim(header.gang, self)
             self._gang = header.gang, header.epoch
@@ -188,9 +189,8 @@ class Guest:
         # before its next request the home may have to wait for other holders, or need this one only later
         self.deadline = time.monotonic() + service.timeout_start + service.silence
 
-    def _fail(self, header: Header, reason: str) -> None:
+    def _fail(self, header: Header, error: DistKVError) -> None:
         """The home failed: end the gang it names, also when its BEGIN never came."""
-        error = GangAbortedError(f"home {self.inlet.peer} failed: {reason}")
         self._own_service.finish(header.gang, error)
         raise error
 

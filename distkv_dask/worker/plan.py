@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distkv_dask.errors import CapacityError
+from distkv_dask.errors import PlanError
 from distkv_dask.types import Placement, Span
 from distkv_dask.worker.wire import Row
 
@@ -54,7 +54,7 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
 
     Raises
     ------
-    CapacityError
+    PlanError
         A sequence has no room for its new tokens.
     """
     shared: dict[str, dict[Row, list[int]]] = {}
@@ -122,14 +122,15 @@ def tail_of(sequence: int, placement: Placement, length: int) -> Span:
 
     Raises
     ------
-    CapacityError
+    PlanError
         There is none: the placement is full.
     """
     for span in placement:
         if span.start <= length < span.stop:
             return span
     room = placement[-1].stop if placement else 0
-    raise CapacityError(
+    raise PlanError(
         f"sequence {sequence} holds {length} tokens and has room reserved for {room}; this is a fault of the plan, "
-        "please report it"
+        "please report it",
+        sequence,
     )

@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from distkv_dask.errors import CapacityError
+from distkv_dask.errors import CapacityError, PlanError
 from distkv_dask.kernels import advise_huge_pages
 
 
@@ -117,16 +117,17 @@ class Pool:
 
         Raises
         ------
-        CapacityError
+        PlanError
             The sequence has no such blocks here.
         """
         table, spans = self._tables.get(sequence, {}), list(spans)
         borders = [end for span in spans for end in span][:-1]
         blocks = [table.get(at) for start, stop in spans for at in self._logical(start, stop)]
         if any(end % self.block_tokens for end in borders) or None in blocks:
-            raise CapacityError(
+            raise PlanError(
                 f"tokens {spans} of sequence {sequence} were planned on this worker, which has no blocks of "
-                f"{self.block_tokens} tokens for just these; this is a fault of the plan, please report it"
+                f"{self.block_tokens} tokens for just these; this is a fault of the plan, please report it",
+                sequence,
             )
         return cast(list[int], blocks)
 

@@ -124,7 +124,7 @@ class Runtime:
         ------
         ChannelError, GangAbortedError
             A holder failed, or the gang was aborted.
-        CapacityError
+        PlanError
             The placement has no room for the chunk.
         InvalidRequestError, ModelError
             No first token can be drawn.
@@ -163,7 +163,7 @@ class Runtime:
         ------
         ChannelError, GangAbortedError
             A holder failed, or the gang was aborted.
-        CapacityError
+        PlanError
             A placement has no room for its next token.
         """
         model = self._loaded()

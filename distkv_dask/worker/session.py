@@ -79,7 +79,7 @@ class Session:
 
         Raises
         ------
-        CapacityError
+        PlanError
             A row has no room here.
         ChannelError
             The batch came in the middle of a step.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distkv_dask.errors import CapacityError
+from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.wire import Row
@@ -26,8 +26,8 @@ class Shard:
 
     Raises
     ------
-    CapacityError
-        A row's tokens have no room in the pool.
+    PlanError
+        A row's tokens are not in the pool, or have no room there.
     """
 
     def __init__(self, pool: Pool, rows: Sequence[Row], heads: int) -> None:
@@ -85,7 +85,7 @@ class Shard:
 
         Raises
         ------
-        CapacityError
+        PlanError
             Steps so far have used up a row's room.
         """
         if self.full:
@@ -117,7 +117,8 @@ class Shard:
 
     def _check_room(self, row: Row, table: Sequence[int]) -> None:
         if row.length + row.queries * row.appends > (room := self._room(table)):
-            raise CapacityError(
+            raise PlanError(
                 f"sequence {row.sequence} has room for {room} tokens on this worker, but {row} was planned here; "
-                "this is a fault of the plan, please report it"
+                "this is a fault of the plan, please report it",
+                row.sequence,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import select
 import socket
 import threading
@@ -13,9 +14,9 @@ import pytest
 import torch
 from _channels import UCX, Bare, Way, stranger
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError, PlanError
 from distkv_dask.worker.channels.base import Channel, Inlet, Listener
-from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, failed, failure_frame
 
 ASK = Header(Kind.ATTEND, gang=2**40, epoch=7, layer=29, step=1000, length=6, scale=0.125)
 ANSWER = Header(Kind.PARTIAL, gang=2**40, epoch=7, layer=29, step=1000, length=4)
@@ -195,6 +196,20 @@ def test_a_failure_frame_of_the_holder_raises_its_reason(pair: Pair, reason: str
         pair.home.recv_into(ANSWER._replace(length=payload), memoryview(bytearray(payload)) if payload else None)
 
 
+@pytest.mark.parametrize("sequence", [0, 7, 2**40])
+def test_a_failure_frame_names_the_sequence_whose_plan_is_the_reason(pair: Pair, sequence: int) -> None:
+    pair.inlet.fail(2**40, 7, "no such blocks", sequence)
+    with pytest.raises(PlanError, match=r"w1 failed: no such blocks$") as caught:
+        pair.home.recv_into(ANSWER, memoryview(bytearray(ANSWER.length)))
+    assert pickle.loads(pickle.dumps(caught.value)).sequence == sequence
+
+
+@pytest.mark.parametrize("length", range(9))
+def test_a_failure_frame_that_was_cut_short_blames_nobody(length: int) -> None:
+    _, payload = failure_frame(1, 1, "x" * 10, 7)
+    assert isinstance(failed("w1", payload[:length]), GangAbortedError if length < 8 else PlanError)
+
+
 def test_a_failure_frame_is_found_by_a_home_that_still_sends(pair: Pair) -> None:
     pair.inlet.fail(2**40, 7, "no room")
     with pytest.raises(GangAbortedError, match="no room"):
@@ -204,8 +219,8 @@ def test_a_failure_frame_is_found_by_a_home_that_still_sends(pair: Pair) -> None
 def test_a_failure_frame_of_the_home_reaches_the_holder(pair: Pair) -> None:
     pair.home.fail(5, 7, "model error")
     header = pair.receive()
-    assert header == Header(Kind.FAIL, 5, 7, length=11)
-    assert bytes(pair.inlet.payload(header)) == b"model error"
+    assert header._replace(length=0) == Header(Kind.FAIL, 5, 7)
+    assert str(failed("w0", pair.inlet.payload(header))) == "w0 failed: model error"
     pair.inlet.consume(header)
     with pytest.raises(ChannelError, match="closed"):
         pair.receive()

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from distkv_dask.errors import CapacityError
+from distkv_dask.errors import CapacityError, PlanError
 from distkv_dask.worker.pool import Pool
 
 BLOCK = 4
@@ -130,5 +130,5 @@ def test_tokens_that_are_not_here_or_lie_across_a_blocks_border_are_never_read()
     pool.reserve(1, 4 * BLOCK, 6 * BLOCK)
     assert pool.find(1, [(0, 2 * BLOCK), (4 * BLOCK, 5 * BLOCK + 1)]) == list(pool.table(1))
     for spans in ([(0, 3 * BLOCK)], [(1, BLOCK)], [(0, BLOCK + 1), (4 * BLOCK, 6 * BLOCK)], [(9 * BLOCK, 10 * BLOCK)]):
-        with pytest.raises(CapacityError, match="fault of the plan"):
+        with pytest.raises(PlanError, match="fault of the plan"):
             pool.find(1, spans)

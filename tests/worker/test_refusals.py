@@ -11,9 +11,9 @@ from _fakes import TOKEN
 from _peers import HEAD_DIM, HEADS, HELLO, Holder, ask, begin, connect, gang, serves
 
 from distkv_dask.errors import (
-    CapacityError,
     ChannelError,
     GangAbortedError,
+    PlanError,
 )
 from distkv_dask.worker import guest
 from distkv_dask.worker.channels.base import Channel
@@ -83,10 +83,11 @@ def test_a_batch_that_makes_no_sense_is_refused(lane: Holder, home: Channel, bod
 def test_rows_without_room_are_refused_on_both_sides(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
     begin(home, rows=(Row(1, 48, 1, True, ((0, 40),)),))
-    with pytest.raises(GangAbortedError, match="has room for 48 tokens"):
+    with pytest.raises(PlanError, match=r"w1 failed: .* has room for 48 tokens") as told:
         home.recv_into(Header(Kind.READY, 1, 1))
-    with pytest.raises(CapacityError, match="has room for 48 tokens"):
+    with pytest.raises(PlanError, match="has room for 48 tokens") as seen:
         session.wait(5)
+    assert told.value.sequence == seen.value.sequence == 1
 
 
 @pytest.mark.parametrize("change", [{"epoch": 0}, {"gang": 9}, {"layer": 1}, {"step": 1}, {"length": 64}])

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from _channels import UCX, Bare, Way
-from _fakes import GREEDY, PROMPT, ROOM, Fleet, Recorder, fleet, generate, loaded, reference, state
+from _fakes import GREEDY, NEW, PROMPT, ROOM, Fleet, Recorder, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 from _peers import BadHolder
 
@@ -23,6 +23,7 @@ from distkv_dask.errors import (
     EngineClosedError,
     GangAbortedError,
     ModelError,
+    PlanError,
 )
 from distkv_dask.types import DecodeWindow, Endpoint, PrefillChunk
 from distkv_dask.worker import gang as home_gang
@@ -234,10 +235,48 @@ def test_a_placement_without_room_is_an_error_of_ours(way: Way) -> None:
         first = made.prefill(1, placement, prompt_ids(PROMPT))
         result, _ = made.decode("w0", [state(1, placement, PROMPT, first, 9)], 9)
         assert (result.finished, len(result.tokens[1])) == ({1: "error"}, 2)
-        assert isinstance(result.errors[1], CapacityError)
+        assert isinstance(result.errors[1], PlanError)
         assert "room reserved for 72" in str(result.errors[1])
         with pytest.raises(CapacityError, match="kv-memory"):
             made.place(2, ("w0", 10**6))
+
+
+@pytest.mark.parametrize("where", ["w0", "w1", "w2"])
+@pytest.mark.parametrize("gone", ["first", "last"])
+def test_blocks_that_are_not_there_are_an_error_that_names_their_sequence(way: Way, where: str, gone: str) -> None:
+    with fleet(loaded("llama-gqa"), 3, way) as made:
+        batch = []
+        for sequence in (1, 2, 3):
+            placement = made.place(sequence, ("w1", 24), ("w2", 24), ("w0", ROOM - 48))
+            first = made.prefill(sequence, placement, prompt_ids(PROMPT))
+            batch.append(state(sequence, placement, PROMPT, first, 9))
+        span = next(one for one in batch[1].placement if one.worker == where)
+        start = span.start if gone == "first" else span.stop - 1
+        made.members[where].pool.free(2, start, start + 1)
+        gang = made.gang("w0", ["w1", "w2"])
+        sessions = [made.members[one].runtime.open_session(gang) for one in ("w1", "w2")]
+        home = made.members["w0"]
+        window = DecodeWindow(gang, 0, 5, 60.0)
+        with pytest.raises(PlanError) as caught:
+            home.lanes.home.submit(home.runtime.decode, window, batch).result(10)
+        assert caught.value.sequence == 2
+        for session in sessions:
+            with pytest.raises((GangAbortedError, PlanError)):
+                session.wait(10)
+        made.decode("w0", [batch[0], batch[2]], 5)
+
+
+def test_a_plan_that_names_a_worker_outside_of_its_gang_ends_that_sequence_alone(way: Way) -> None:
+    with fleet(loaded("llama-gqa"), 3, way) as made:
+        placements = [made.place(1, ("w1", 40), ("w0", ROOM)), made.place(2, ("w2", 40), ("w0", ROOM))]
+        batch = []
+        for sequence, placement in enumerate(placements, 1):
+            first = made.prefill(sequence, placement, prompt_ids(PROMPT))
+            batch.append(state(sequence, placement, PROMPT, first, NEW - 1))
+        result, _ = made.decode("w0", batch, NEW, made.gang("w0", ["w1"]))
+        assert (result.finished, list(result.errors)) == ({1: "length", 2: "error"}, [2])
+        assert isinstance(result.errors[2], PlanError)
+        assert [batch[0].last_token, *result.tokens[1]] == reference("llama-gqa").tokens
 
 
 def test_holders_are_told_of_a_plan_that_fails_before_it_begins(way: Way) -> None:
@@ -248,7 +287,7 @@ def test_holders_are_told_of_a_plan_that_fails_before_it_begins(way: Way) -> Non
         home = made.members["w0"]
         chunk = PrefillChunk(gang, 1, placement, PROMPT, (1, 2, 3))
         future = home.lanes.home.submit(home.runtime.prefill, chunk)
-        with pytest.raises(CapacityError, match="room reserved for 70"):
+        with pytest.raises(PlanError, match="room reserved for 70"):
             future.result(5)
         for session in sessions:
             with pytest.raises(GangAbortedError, match="room reserved for 70"):

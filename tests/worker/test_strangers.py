@@ -310,7 +310,7 @@ def test_nothing_that_ucx_calls_can_end_a_lane(name: str, lane: Holder, monkeypa
 
 def test_a_reason_that_is_no_unicode_can_be_sent() -> None:
     header, reason = failure_frame(1, 1, "half a pair: \ud83d")
-    assert reason == b"half a pair: ?"
+    assert reason.endswith(b"half a pair: ?")
     assert len(header) == 64
 
 
@@ -331,7 +331,7 @@ def test_a_holder_lane_that_ends_says_so_and_ends_what_waits_for_it(pool: Pool) 
     with pytest.raises(GangAbortedError, match="holder lane was closed"):
         session.wait(5)
     assert lanes.closed
-    assert reasons == ["its holder lane ended: SystemExit: "]
+    assert reasons == ["its holder lane ended: SystemExit: it gives no reason"]
     with pytest.raises(EngineClosedError):
         lanes.holder.submit(time.monotonic)
     lanes.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from distkv_dask.errors import GangAbortedError, without_quotes
+from distkv_dask.errors import GangAbortedError, PlanError, without_quotes
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.ends import Ending
@@ -69,8 +69,10 @@ class Retrying:
         """Begin a home's windows anew, in a while if that did not help; fail those of its sequences that may be why."""
         chain.failing_since = chain.failing_since if chain.failures else now
         chain.failures += 1
-        failed: list[int] = []
-        if not again or self._is_hopeless(chain.failures, chain.failing_since, now):
+        failed = self._to_blame(chain, error)
+        if failed:
+            chain.failures -= 1
+        elif not (again or isinstance(error, PlanError)) or self._is_hopeless(chain.failures, chain.failing_since, now):
             failed = [sequence for sequence, holders in chain.sequences.items() if holders] or [*chain.sequences]
             chain.failures = 0
         elif chain.failures > MAX_RETRIES:
@@ -78,6 +80,12 @@ class Retrying:
         yield from self._homes.restart(chain, without_quotes(error), but=failed)
         for sequence in failed:
             yield from self._ending.end(sequence, "error", now, error)
+
+    def _to_blame(self, chain: WindowChain, error: Exception) -> list[int]:
+        """Sequences of a home whose own plan is the reason: those that decode with them go on without them."""
+        if not isinstance(error, PlanError):
+            return []
+        return [one for one in chain.sequences if error.sequence in (one, self._live[one].document)]
 
     def _prefill_failed(self, live: Live, error: Exception, again: bool, now: float) -> Iterator[Command]:
         live.failing_since = live.failing_since if live.retries else now

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from distkv_dask.worker.channels.frames import Header
+from distkv_dask.worker.channels.frames import NOBODY, Header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -113,8 +113,11 @@ class Inlet(Protocol):
     def flush(self) -> None:
         """Send more of what :meth:`send` could not."""
 
-    def fail(self, gang: int, epoch: int, message: str) -> None:
-        """Send a failure frame as far as possible without waiting, then close. Never raises."""
+    def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
+        """Send a failure frame as far as possible without waiting, then close. Never raises.
+
+        ``culprit`` is the sequence whose plan is the reason, if that is so.
+        """
 
     def close(self) -> None:
         """Close; can be called again."""

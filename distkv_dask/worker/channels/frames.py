@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError
+from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError, PlanError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,7 +41,7 @@ class Kind(IntEnum):
     END = 8
     """H: the gang is complete."""
     FAIL = 9
-    """Both: the sender's part of the gang failed, payload is the reason; the connection ends."""
+    """Both: the sender's part of the gang failed, payload is who is to blame and why; the connection ends."""
 
 
 class Header(NamedTuple):
@@ -84,10 +84,26 @@ MESSAGE_BYTES = 4096
 """Longest reason in a failure frame."""
 
 
-def failure_frame(gang: int, epoch: int, message: str) -> tuple[bytes, bytes]:
-    """Header and payload of a failure frame."""
-    reason = message.encode(errors="replace")[:MESSAGE_BYTES]
-    return Header(Kind.FAIL, gang, epoch, length=len(reason)).pack(), reason
+NOBODY = -1
+"""In a failure frame: no single sequence is the reason."""
+
+_CULPRIT = struct.Struct("<q")
+FAILURE_BYTES = _CULPRIT.size + MESSAGE_BYTES
+"""Longest payload of a failure frame."""
+
+
+def failure_frame(gang: int, epoch: int, message: str, culprit: int = NOBODY) -> tuple[bytes, bytes]:
+    """Header and payload of a failure frame, with the sequence whose plan is the reason."""
+    payload = _CULPRIT.pack(culprit) + message.encode(errors="replace")[:MESSAGE_BYTES]
+    return Header(Kind.FAIL, gang, epoch, length=len(payload)).pack(), payload
+
+
+def failed(peer: str, payload: Buffer) -> GangAbortedError | PlanError:
+    """Error for a peer that sent a failure frame; of a payload that was cut short, what is there."""
+    said = bytes(payload).ljust(_CULPRIT.size, b"\xff")
+    (culprit,) = _CULPRIT.unpack_from(said)
+    reason = f"{peer} failed: {said[_CULPRIT.size :].decode(errors='replace')}"
+    return GangAbortedError(reason) if culprit < 0 else PlanError(reason, culprit)
 
 
 def rest_of_frame(sent: int, header: Header, buffers: Sequence[Buffer]) -> list[memoryview]:

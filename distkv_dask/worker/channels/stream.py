@@ -9,12 +9,13 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.worker.channels.frames import (
+    FAILURE_BYTES,
     HEADER_BYTES,
-    MESSAGE_BYTES,
     Header,
     Kind,
+    failed,
     failure_frame,
     parse_header,
     rest_of_frame,
@@ -173,11 +174,10 @@ class StreamChannel:
         header = parse_header(self._head)
         if header is None or header.kind is not Kind.FAIL:
             return unexpected(self.peer, header, expected)
-        rest = memoryview(bytearray(max(0, min(header.length, MESSAGE_BYTES) - len(begun))))
+        rest = memoryview(bytearray(max(0, min(header.length, FAILURE_BYTES) - len(begun))))
         with contextlib.suppress(OSError):
             self._fill(rest, HEADER_BYTES)
-        reason = (begun + bytes(rest))[: header.length].decode(errors="replace")
-        return GangAbortedError(f"{self.peer} failed: {reason}")
+        return failed(self.peer, (begun + bytes(rest))[: header.length])
 
     def _failure_sent(self) -> Exception | None:
         """The peer's failure frame, when it sent one before it closed."""
@@ -186,8 +186,8 @@ class StreamChannel:
         except OSError:
             return None
         header = parse_header(self._head)
-        failed = header is not None and header.kind is Kind.FAIL
-        return self._unexpected(Header(Kind.READY), b"") if failed else None
+        has_failed = header is not None and header.kind is Kind.FAIL
+        return self._unexpected(Header(Kind.READY), b"") if has_failed else None
 
     def _broken(self, verb: str, header: Header, error: OSError) -> ChannelError:
         if self._aborted:

@@ -15,6 +15,7 @@ import torch
 from distkv_dask.errors import ChannelError
 from distkv_dask.worker.channels.frames import (
     HEADER_BYTES,
+    NOBODY,
     Header,
     checked,
     failure_frame,
@@ -130,11 +131,11 @@ class StreamInlet:
         except OSError as error:
             raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
 
-    def fail(self, gang: int, epoch: int, message: str) -> None:
+    def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
         """Send a failure frame as far as possible without waiting, then close."""
         with contextlib.suppress(OSError):
             if not self._unsent:
-                self._write(failure_frame(gang, epoch, message))
+                self._write(failure_frame(gang, epoch, message, culprit))
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
         self.close()
 

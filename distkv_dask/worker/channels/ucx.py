@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ucxx._lib import libucxx
 
-from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError
+from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.worker.channels.frames import (
-    MESSAGE_BYTES,
+    FAILURE_BYTES,
     Header,
     Kind,
+    failed,
     parse_header,
     timed_out,
     unexpected,
@@ -58,7 +59,7 @@ class UcxChannel:
         self._seconds = seconds
         self._greeted = False
         self._aborted = False
-        self._reason: str | None = None
+        self._failure: Exception | None = None
         """What the peer's failure frame said; it stays the current frame."""
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events = select.epoll()
@@ -225,10 +226,10 @@ class UcxChannel:
         header = parse_header(self._line.head)
         if header is None or header.kind is not Kind.FAIL:
             return unexpected(self.peer, header, expected)
-        if self._reason is None:
-            reason = bytearray(min(header.length, MESSAGE_BYTES))
-            if reason:
+        if self._failure is None:
+            said = bytearray(min(header.length, FAILURE_BYTES))
+            if said:
                 with contextlib.suppress(ChannelError):
-                    self._wait(lambda: self._line.receive(memoryview(reason)), "send", header)
-            self._reason = reason.decode(errors="replace")
-        return GangAbortedError(f"{self.peer} failed: {self._reason}")
+                    self._wait(lambda: self._line.receive(memoryview(said)), "send", header)
+            self._failure = failed(self.peer, said)
+        return self._failure

@@ -13,7 +13,7 @@ import torch
 from ucxx._lib import libucxx
 
 from distkv_dask.errors import ChannelError
-from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, checked, parse_header
+from distkv_dask.worker.channels.frames import HEADER_BYTES, NOBODY, Header, checked, parse_header
 from distkv_dask.worker.channels.ucx_line import UcxLine, new_context, new_worker, work
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ class UcxInlet:
         if self._line.sending:
             self._clear()
 
-    def fail(self, gang: int, epoch: int, message: str) -> None:
+    def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
         """Send a failure frame as far as possible without waiting; the listener closes when the home has."""
         if self._ready < 0:
             return
-        if self._line.fail(gang, epoch, message):
+        if self._line.fail(gang, epoch, message, culprit):
             self._listener.let_go(self, self._line)
             self._end()
         self.close()

@@ -22,7 +22,7 @@ from ucxx._lib import libucxx
 from ucxx._lib.arr import Array
 
 from distkv_dask.errors import ChannelError
-from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, failure_frame
+from distkv_dask.worker.channels.frames import HEADER_BYTES, NOBODY, Header, failure_frame
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -172,12 +172,12 @@ class UcxLine:
         except ChannelError:
             return
 
-    def fail(self, gang: int, epoch: int, message: str) -> bool:
+    def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> bool:
         """Send a failure frame, unless another frame is on its way or nothing can be sent; whether it was sent."""
         try:
             if self._tag is None or self.sending or not self.alive:
                 return False
-            for part in failure_frame(gang, epoch, message):
+            for part in failure_frame(gang, epoch, message, culprit):
                 if part:
                     self._post(part, self._tag)
         except ChannelError:
