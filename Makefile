@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize lint bench docs clean
+.PHONY: help demo test test-all nightly sanitize lint bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tc
 
 test-all: $(VENV)/.installed-test  ## Run those over UCX, too, which takes another 250 MB (CHANNEL=ucx: engines use it)
 	$(PYTEST)
+
+nightly: $(VENV)/.installed  ## Try the state machine, ledger and policies with 20 times as many random cases (takes minutes)
+	EXAMPLES=20 $(PYTEST) tests/scheduler
 
 # The copy of the package in build/sanitize goes before the one in .venv. Python itself is not built for AddressSanitizer, which
 # therefore comes first by LD_PRELOAD, with the C++ library whose exceptions it watches. Python frees little when it ends: leaks

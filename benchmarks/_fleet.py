@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from distkv_dask.config import Config
-from distkv_dask.protocol import EngineSpec
+from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import DecodeWindow, Gang, SamplingParams, SequenceState, Span, WindowResult
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model import LoadedModel, load_model

@@ -20,32 +20,31 @@ from _report import parser, report
 from prometheus_client import CollectorRegistry, generate_latest
 
 from distkv_dask.config import Config
+from distkv_dask.messages.client_calls import Submission
 from distkv_dask.scheduler.dashboard.board import FRESH, SHARE
 from distkv_dask.scheduler.dashboard.page import PANELS
 from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.dashboard.view import states_of, view_of
 from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.types import Endpoint, Exchanged, SamplingParams, Timings, WindowResult
 
 
-def crowd(workers: int, sequences: int) -> tuple[Lifecycle, Figures]:
+def crowd(workers: int, sequences: int) -> tuple[MachineState, Figures]:
     """A lifecycle with this many sequences, placed by the engine's own policy; one of 1,000 is larger than a worker."""
-    life = Lifecycle("engine", Config.load(block_tokens=16, window_batch=100_000), itertools.count(1), 1024)
+    config = Config.load(block_tokens=16, window_batch=100_000)
+    life = MachineState("engine", config, itertools.count(1), block_bytes=1024)
+    machine = Lifecycle(life)
     blocks = -(-sequences * 36 // workers)
     for at in range(workers):
-        list(life.worker_ready(Endpoint(f"tcp://10.0.{at // 250}.{at % 250}:40000", "127.0.0.1", at), blocks, 0.0))
+        endpoint = Endpoint(f"tcp://10.0.{at // 250}.{at % 250}:40000", "127.0.0.1", at)
+        machine.handle(WorkerReady(endpoint, blocks), 0.0)
     for number in range(sequences):
-        list(
-            life.submit(
-                number,
-                array("i", [1] * (100_000 if number % 1000 == 999 else 40 + number * 37 % 700)),
-                SamplingParams(max_new_tokens=8),
-                0.0,
-            )
-        )
-        for live in list(life.live.values())[-1:]:
-            life.prefilling.ended(live.sequence)  # the next one may begin
+        prompt = array("i", [1] * (100_000 if number % 1000 == 999 else 40 + number * 37 % 700))
+        machine.handle(Submit((Submission(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
+        life.in_prefill.clear()  # the next one may begin
     figures = Figures()
     for at in range(1000):
         figures.ended("length", Timings(0.1 * at, 1.0, 2.0), 50)
@@ -78,7 +77,7 @@ def main() -> None:
     look = lambda: view_of(life, figures, "model", str, 1.0)  # noqa: E731
     view, panels = look(), [kind() for kind in PANELS]
     registry = CollectorRegistry()
-    engine = SimpleNamespace(lifecycle=life, figures=figures)
+    engine = SimpleNamespace(life=life, figures=figures)
     registry.register(Collector(SimpleNamespace(engines={"engine": engine}, past=Figures())))
     cost = {
         "sample_ms": milliseconds(lambda: figures.sample(0.0, states_of(life)), options.repeat),

@@ -21,7 +21,7 @@ def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
     """On the scheduler: have an engine's policy propose to move remote blocks on to the next other worker."""
     from distkv_dask.types import Move
 
-    life = list(dask_scheduler.plugins["distkv"].engines.values())[engine].lifecycle
+    life = list(dask_scheduler.plugins["distkv"].engines.values())[engine].life
 
     class Shuttle(type(life.policy)):  # type: ignore[misc]
         def moves(self, ledger: Any, waiting: Any) -> list[Move]:
@@ -33,7 +33,7 @@ def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
             return found
 
     if moving:
-        life.policy = Shuttle(life.policy.model)
+        life.queue.policy = Shuttle(life.policy.model)
 
 
 def decode(engine: Engine, prompt: int, new: int) -> tuple[float, int]:

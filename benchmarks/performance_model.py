@@ -83,7 +83,7 @@ def watch(calibration: Calibration) -> tuple[list[float], list[float]]:
 
 def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
     home, holder = sorted(life.ledger.workers)
-    life.policy = life._queue.policy = Fixed(life.policy.model)
+    life.queue.policy = Fixed(life.policy.model)
     for batch, context, share in CASES:
         if context > options.longest:
             continue
@@ -123,9 +123,9 @@ def main() -> None:
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
         curves = {worker: one["performance"] for worker, one in engine.status()["workers"].items()}
         exchange = engine.status()["exchange_seconds"]
-        windows, noise = watch(state.lifecycle.calibration)
+        windows, noise = watch(state.life.calibration)
         rows = []
-        for row in cases(options, state.lifecycle, engine):
+        for row in cases(options, state.life, engine):
             rows.append(row)
             print({name: round(value, 3) for name, value in row.items()}, flush=True)
     errors = [abs(row["error"]) for row in rows]

@@ -28,6 +28,7 @@ from distkv_dask.errors import (
     WorkerLostError,
 )
 from distkv_dask.types import Completion, SamplingParams, Span, Timings
+from distkv_dask.version import VERSION as __version__
 
 __all__ = [
     "BatchSummary",
@@ -56,5 +57,5 @@ __all__ = [
     "TooManyErrorsError",
     "UnsupportedModelError",
     "WorkerLostError",
+    "__version__",
 ]
-__version__ = "0.1.0"

@@ -14,7 +14,7 @@ from _models import Reference, model_dir, prompt_ids, reference_generate
 from torch import Tensor
 
 from distkv_dask.config import Config
-from distkv_dask.protocol import EngineSpec
+from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import (
     DecodeWindow,
     Gang,

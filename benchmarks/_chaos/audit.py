@@ -31,14 +31,14 @@ def settled(look: Callable[[], list[str]], seconds: float = SETTLE) -> list[str]
 
 def engine_leaks(client: Client, state: EngineState) -> list[str]:
     """What an engine without requests and documents still has: in the ledger, and in the workers' pools."""
-    life = state.lifecycle
+    life = state.life
     ledger = life.ledger
-    left = [f"sequence {number} is {one.state}" for number, one in list(life.live.items())]
+    left = [f"sequence {number} is {one.state.label}" for number, one in list(life.requests.items())]
     left += [f"the ledger has sequence {number}" for number in list(ledger.sequences)]
     left += [f"the ledger has a move of {move}" for move in list(ledger.moves)]
     accounts = dict(ledger.workers)
     left += [f"{worker} has {account.used} used blocks" for worker, account in accounts.items() if account.used]
-    left += [f"{worker} has {size} bytes on its disk" for worker, size in life.spilling.used.items() if size]
+    left += [f"{worker} has {size} bytes on its disk" for worker, size in life.disks.used.items() if size]
     try:
         pools = client.run(_used_blocks, state.spec.engine)
     except Exception as error:  # a worker that died just now

@@ -20,6 +20,8 @@ from _chaos.load import Load
 from _chaos.machines import Machine, Machines
 from _chaos.schedule import Fault, picked
 from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.lifecycle.events import Tick
+from distkv_dask.scheduler.moves import moving
 from distkv_dask.types import Move
 
 FEWEST, MOST, ENOUGH = 2, 6, 4
@@ -167,20 +169,21 @@ class Faults:
 
     def _move(self, fault: Fault) -> str:
         async def start() -> str:
-            moving, manager = self._state.lifecycle.moving, self._scheduler.plugins["distkv"]
+            life, manager = self._state.life, self._scheduler.plugins["distkv"]
             moves = list(self._moves())
             Random(fault.pick).shuffle(moves)
-            for move in filter(moving.can_start, moves):
-                manager._run(self._state, moving.start(move, time.monotonic()))
+            for move in (move for move in moves if moving.can_start(life, move)):
+                moving.start(life, move)
+                manager._handle(self._state, Tick())  # which carries out what that asks for
                 return f"tokens {move.start} to {move.stop} of {move.sequence}, {move.source} to {move.target}"
             return "nothing: no block can move"
 
         return asyncio.run_coroutine_threadsafe(start(), self._scheduler.loop.asyncio_loop).result(30)
 
     def _moves(self) -> Iterator[Move]:
-        life = self._state.lifecycle
+        life = self._state.life
         for number, account in life.ledger.sequences.items():
-            full = life.moving.full_tokens(number)
+            full = moving.full_tokens(life, number)
             for span, target in itertools.product(account.own, life.ledger.workers):
                 if target != span.worker and span.start < full:
                     yield Move(number, span.start, min(span.stop, full), span.worker, target)

@@ -12,7 +12,8 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from distkv_dask.protocol import WORKER_EVENT, FromWorker, pack, unpack
+from distkv_dask.messages.from_worker import Opened
+from distkv_dask.messages.names import FROM_WORKER, pack, unpack
 from distkv_dask.types import Endpoint
 
 
@@ -58,8 +59,8 @@ class Relays:
         self._relays: list[tuple[str, Relay]] = []
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._handle = scheduler.stream_handlers[WORKER_EVENT]
-        scheduler.stream_handlers[WORKER_EVENT] = self._worker_event
+        self._handle = scheduler.stream_handlers[FROM_WORKER]
+        scheduler.stream_handlers[FROM_WORKER] = self._worker_event
 
     def cut(self, host: str, broken: bool) -> None:
         """Let the relays to a host fall silent, or speak again with all that they kept."""
@@ -72,12 +73,11 @@ class Relays:
             self._loop.call_soon_threadsafe(relay.server.result().close)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _worker_event(self, worker: str, event: str, engine: str = "", payload: Any = None) -> None:
+    def _worker_event(self, worker: str, version: str, engine: str = "", message: Any = None) -> None:
         """A worker says where its holder lane is: tell the gManager of the relay instead."""
-        if event == FromWorker.READY:
-            facts = unpack(payload)
-            holder: Endpoint = facts["endpoint"]
+        if isinstance(opened := unpack(message), Opened):
+            holder: Endpoint = opened.endpoint
             relay = Relay(holder, self._loop)
             self._relays.append((holder.host, relay))
-            payload = pack(facts | {"endpoint": replace(holder, host="127.0.0.1", port=relay.port, unix="")})
-        self._handle(worker, event, engine, payload)
+            message = pack(replace(opened, endpoint=replace(holder, host="127.0.0.1", port=relay.port, unix="")))
+        self._handle(worker, version, engine, message)

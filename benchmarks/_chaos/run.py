@@ -181,7 +181,7 @@ class Chaos:
 
     def _judge(self, record: Record, engine: Engine, state: Any, records: Records) -> Record:
         """A request that has not ended: hung if the engine knows it, lost if it does not."""
-        live = state.lifecycle.live.get(record.number) if record.number is not None else None
+        live = state.life.requests.get(record.number) if record.number is not None else None
         known = record.number is None or live is not None
         records.end(record, "hung" if known else "lost", f"live: {live}" if live is not None else "")
         return record
@@ -190,9 +190,9 @@ class Chaos:
 def _snapshot(state: Any) -> dict[str, Any]:
     """The engine's state when something hangs."""
     status = state.status()
-    live = {number: repr(one)[:2000] for number, one in state.lifecycle.live.items()}
-    queue = [repr(one) for one in state.lifecycle._queue]
-    chains = {home: repr(list(chain.gangs()))[:2000] for home, chain in state.lifecycle.chains.items()}
+    live = {number: repr(one)[:2000] for number, one in state.life.requests.items()}
+    queue = [repr(one) for one in state.life.queue]
+    chains = {home: repr(list(chain.gangs()))[:2000] for home, chain in state.life.chains.items()}
     return {"status": repr(status)[:20000], "live": live, "queue": queue, "chains": chains}
 
 

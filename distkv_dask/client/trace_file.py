@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distkv_dask.errors import ConfigError
-from distkv_dask.protocol import Span, Spans
+from distkv_dask.messages.names import Span, Spans
 
 logger = logging.getLogger("distributed.distkv.trace")
 

@@ -14,7 +14,7 @@ import itertools
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import monotonic, process_time, thread_time
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +22,38 @@ from distributed import SchedulerPlugin
 from distributed.core import Status
 
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words, without_quotes
-from distkv_dask.protocol import (
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages.client_calls import ClientCall, Delivery
+from distkv_dask.messages.names import (
+    FROM_WORKER,
     MEMORY_RESOURCE,
-    OWN_DISK,
     PLUGIN,
     TAKE_TRACE,
-    WORKER_EVENT,
-    ClientCall,
+    TO_WORKER,
     DaskSpan,
-    Delivery,
-    FromWorker,
-    ToWorker,
     pack,
     unpack,
 )
+from distkv_dask.messages.to_worker import Close, Open, ToWorker
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.lifecycle.events import (
+    Drain,
+    Event,
+    Pause,
+    Stop,
+    StopAll,
+    Submit,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
 from distkv_dask.scheduler.tasks.lowering import lower, step_graph
 from distkv_dask.scheduler.tasks.submitter import DRAIN_INTERVAL, Submitter
 from distkv_dask.scheduler.work.pacing import Pacer
-from distkv_dask.types import Endpoint, FinishReason
+from distkv_dask.types import FinishReason
+from distkv_dask.version import VERSION
 from distkv_dask.worker.rmanager import RManager
 
 if TYPE_CHECKING:
@@ -51,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.distkv.gmanager")
 
 EXPIRE_INTERVAL = 1.0
+ONE_VERSION = "install the same version for clients, scheduler and workers, and restart them"
 TRACE_SECONDS = 2.0
 """Time that a worker has to hand out its spans; a frozen one must not keep those of the others."""
 
@@ -59,7 +71,7 @@ class GManager(SchedulerPlugin):
     """Scheduler plugin; ``client.register_plugin(GManager())`` is the only installation step.
 
     ``start`` installs the rManager on all workers, those that join later included. Engines come and go by the calls in
-    :class:`~distkv_dask.protocol.ClientCall`.
+    :class:`~distkv_dask.messages.client_calls.ClientCall`.
     """
 
     name = PLUGIN
@@ -69,6 +81,7 @@ class GManager(SchedulerPlugin):
         """Register handlers, then the rManagers."""
         self.scheduler = scheduler
         self.started = asyncio.Event()
+        self.versions: dict[str, str] = {}
         owner = scheduler.extensions.setdefault(PLUGIN, self)
         if owner is not self:  # two engines are the first at the same time: Dask would start two gManagers
             await owner.started.wait()
@@ -96,7 +109,7 @@ class GManager(SchedulerPlugin):
             "retire_workers": self.retire_workers,
         }
         scheduler.handlers.update(self._handlers)
-        scheduler.stream_handlers[WORKER_EVENT] = self.worker_event
+        scheduler.stream_handlers[FROM_WORKER] = self.worker_event
         scheduler.set_metadata([PLUGIN], True)  # who only looks asks this first: Dask logs calls that nobody handles
         replies = await scheduler.register_worker_plugin(None, pickle.dumps(RManager()), name=PLUGIN, idempotent=False)
         failed = {worker: reply for worker, reply in replies.items() if reply["status"] != "OK"}
@@ -124,8 +137,9 @@ class GManager(SchedulerPlugin):
 
     # Calls of clients
 
-    async def open(self, spec: Any, client: str) -> dict[str, Any]:
+    async def open(self, spec: Any, client: str, version: str = "") -> dict[str, Any]:
         """Load an engine (a packed :class:`EngineSpec`) on all workers; returns facts, or raises what went wrong."""
+        _check_version(version)
         spec = unpack(spec)
         if all(map(self._is_memory, self.scheduler.workers)):
             raise ClusterError(
@@ -141,7 +155,7 @@ class GManager(SchedulerPlugin):
         try:
             for memory in (False, True):  # instances first: they know what memory workers have to be told
                 for worker in list(self.scheduler.stream_comms):
-                    if self._is_memory(worker) is memory and not engine.knows(worker):
+                    if self._is_memory(worker) is memory:
                         self._open_on(worker, engine)
                 await engine.wait_open(spec.config.timeout_open)
         except DistKVError:
@@ -150,8 +164,9 @@ class GManager(SchedulerPlugin):
         self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
         return engine.summary()
 
-    async def attach(self, engine: str, client: str) -> Any:
+    async def attach(self, engine: str, client: str, version: str = "") -> Any:
         """Give a client a handle (packed :class:`Attached`) on an engine; ``""`` is the only one that is open."""
+        _check_version(version)
         if not engine:
             names = [name for name, state in self.engines.items() if not state.is_closing]
             if not names:
@@ -170,18 +185,26 @@ class GManager(SchedulerPlugin):
         """Take a handle back: its requests end, its documents are released."""
         if (state := self.engines.get(engine)) is not None and not state.is_closing:
             for number in state.detach(handle):
-                self._run(state, state.lifecycle.stop(number, "cancelled", monotonic()))
+                self._handle(state, Stop(number, "cancelled"))
 
     def _is_memory(self, worker: str) -> bool:
         state = self.scheduler.workers.get(worker)
         return state is not None and MEMORY_RESOURCE in state.resources
 
     def _open_on(self, worker: str, engine: EngineState) -> None:
-        """Open an engine on a worker; on a memory worker only once the model's geometry is known."""
+        """Open an engine on a worker, once its version is known, and on a memory worker the model's geometry."""
         geometry = engine.geometry if self._is_memory(worker) else None
-        if geometry is not None or not self._is_memory(worker):
-            engine.expect(worker)
-            self._send(worker, ToWorker.OPEN, (engine.spec, geometry))
+        if engine.knows(worker) or (geometry is None and self._is_memory(worker)):
+            return
+        if (version := self.versions.get(worker)) is None:
+            engine.await_hello(worker)
+            return
+        engine.expect(worker)
+        if version == VERSION:
+            self._send(engine, Open(worker, engine.spec, geometry))
+        else:
+            text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
+            engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
 
     def submit(self, engine: str, requests: Any) -> Any:
         """Take requests (packed :class:`Submission`); returns the refused ones with their reasons.
@@ -191,21 +214,13 @@ class GManager(SchedulerPlugin):
         state = self._engine(engine)
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
-        accepted: list[Iterable[do.Command]] = []
-        refused: dict[int, Exception] = {}
-        for one in unpack(requests):
-            try:
-                accepted.append(state.lifecycle.accept(one, monotonic()))
-            except DistKVError as error:
-                refused[one.number] = error
-        for commands in accepted:
-            self._run(state, commands)
-        return pack(refused)
+        commands = self._handle(state, Submit(tuple(unpack(requests))))
+        return pack({one.sequence: one.error for one in commands if isinstance(one, do.Refuse)})
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:
         """End a request for the client's reason; unknown and finished ones are ignored."""
         state = self._engine(engine)
-        self._run(state, state.lifecycle.stop(request, reason, monotonic()))
+        self._handle(state, Stop(request, reason))
 
     async def events(self, engine: str, handle: int, heard: int, wait: float) -> Any:
         """New tokens and ends but for the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
@@ -230,7 +245,7 @@ class GManager(SchedulerPlugin):
     def graph(self, engine: str, tokens: int, granularity: str) -> Any:
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""
         state = self._engine(engine)
-        return pack(step_graph(state.lifecycle, tokens, granularity, state.layers))
+        return pack(step_graph(state.life, tokens, granularity, state.layers))
 
     async def trace(self, engine: str) -> Any:
         """What every worker's lanes recorded since the last call (packed); those that do not answer are left out."""
@@ -252,11 +267,11 @@ class GManager(SchedulerPlugin):
         if state.is_closing:
             return
         state.closing()
-        self._run(state, state.lifecycle.stop_all(monotonic()))
+        self._handle(state, StopAll())
         limit = state.spec.config.timeout_close
         await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
         for worker in state.open_on():
-            self._send(worker, ToWorker.CLOSE, engine)
+            self._send(state, Close(worker))
         await state.wait_closed(limit)
         self.pacer.rounds.pop(engine, None)
         self.board.past.absorb(self.engines.pop(engine).figures)
@@ -268,95 +283,64 @@ class GManager(SchedulerPlugin):
             await self.submitter.close()
         self.scheduler.log_event(PLUGIN, {"action": "close", "engine": engine})
 
-    # Events of workers
+    # Messages of workers
 
-    def worker_event(self, worker: str, event: str, engine: str = "", payload: Any = None) -> None:
-        """One message of an rManager (see :class:`~distkv_dask.protocol.FromWorker`)."""
-        if event == FromWorker.HELLO:
+    def worker_event(self, worker: str, version: str, engine: str = "", message: Any = None) -> None:
+        """One message of an rManager (a packed :class:`~distkv_dask.messages.from_worker.FromWorker`).
+
+        One without a message says that the worker is there, and which version of this package it runs.
+        """
+        if message is None:
+            self.versions[worker] = version
             for state in self.engines.values():
-                if not state.is_closing and not state.knows(worker):
+                if not state.is_closing:
                     self._open_on(worker, state)
-            return
-        if engine not in self.engines or worker not in self.scheduler.workers:
-            return
-        state = self.engines[engine]
-        life, now = state.lifecycle, monotonic()
-        payload = unpack(payload)
-        match event:
-            case FromWorker.READY:
-                endpoint: Endpoint = payload["endpoint"]
-                state.ready(worker, payload)
-                can_decode = payload["role"] == "instance"
-                capacity, disk = payload["capacity_blocks"], payload["spill_bytes"]
-                self._run(state, life.worker_ready(endpoint, capacity, now, can_decode=can_decode, spill_bytes=disk))
-            case FromWorker.OPEN_FAILED:
-                logger.error("engine %s cannot open on %s: %s", engine, worker, payload)
-                state.open_failed(worker, payload)
-            case FromWorker.CLOSED if state.is_closing:
+        elif engine in self.engines and worker in self.scheduler.workers:
+            self._take(self.engines[engine], unpack(message))
+
+    def _take(self, state: EngineState, message: did.FromWorker) -> None:
+        match message:
+            case did.Opened():
+                state.ready(message)
+                can_decode = message.role == "instance"
+                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, message.spill_bytes)
+                self._handle(state, ready)
+            case did.OpenFailed(worker, error):
+                logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
+                state.open_failed(worker, error)
+            case did.Closed(worker) if state.is_closing:
                 state.closed(worker)
-            case FromWorker.CLOSED:  # nobody asked for it: the worker is about to leave
+            case did.Closed(worker):  # nobody asked for it: the worker is about to leave
                 self._lose(state, worker, "closes")
-            case FromWorker.LOST:
-                self._engine_lost(state, worker, payload)
-            case FromWorker.CHUNK_STARTED:
-                life.chunk_started(payload)
-            case FromWorker.CHUNK_DONE:
-                sequence, gang, exchanged = payload
-                state.prefilled(sequence, gang, exchanged)
-                self._run(state, life.chunk_done(sequence, gang, now))
-            case FromWorker.PREFILLED:
-                sequence, gang, token, reason, exchanged = payload
-                state.prefilled(sequence, gang, exchanged)
-                self._run(state, life.prefilled(sequence, gang, token, reason, now))
-            case FromWorker.WINDOW_STARTED:
-                self._run(state, life.window_started(worker, payload))
-            case FromWorker.WINDOW_DONE:
-                number, epoch, result, used = payload
-                self.submitter.hurry(worker)
-                state.figures.window(worker, result)
-                self._run(state, life.window_done(worker, number, epoch, result, used, now))
-            case FromWorker.GANG_FAILED:
-                gang, error = payload
-                if isinstance(error, EngineClosedError) and life.is_under_way(gang) and not state.is_closing:
-                    self._lose(state, worker, "closed the engine")
-                else:
-                    self._gang_failed(state, gang, error)
-            case FromWorker.RETIRED:
-                self._run(state, life.retired(payload, worker, now))
-            case FromWorker.EXPECTED:
-                number, refusal = payload
-                self._run(state, life.move_expected(number, refusal, now))
-            case FromWorker.SENT:
-                number, failure = payload
-                self._run(state, life.move_sent(number, failure, now))
-            case FromWorker.STORED:
-                number, files, error = payload
-                self._run(state, life.saved(number, worker, files, error, now))
-            case FromWorker.FETCHED:
-                number, error = payload
-                self._run(state, life.fetched(number, worker, error, now))
-            case FromWorker.RELOCATED:
-                self._run(state, life.relocated(payload, now))
+            case did.Lost(worker, reason):
+                self._engine_lost(state, worker, reason)
+            case did.GangFailed(worker, gang, EngineClosedError()) if state.waits_for(gang):
+                self._lose(state, worker, "closed the engine")
+            case did.GangFailed():
+                self._gang_failed(state, message)
+            case did.ChunkDone() | did.Prefilled():
+                state.prefilled(message)
+                self._handle(state, message)
+            case did.WindowDone():
+                self.submitter.hurry(message.worker)
+                state.figures.window(message.worker, message.result)
+                self._handle(state, message)
+            case _:
+                self._handle(state, message)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Dask hook: a worker died or left."""
+        self.versions.pop(worker, None)
         for state in list(self.engines.values()):
             self._lose(state, worker, "died or left")
         self.submitter.worker_lost(worker)
 
     def _lose(self, state: EngineState, worker: str, how: str) -> None:
-        """An engine lost a worker: what lay there is computed anew."""
+        """An engine lost a worker: what lay there is recomputed."""
         if worker in state.facts:
             state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
         state.worker_lost(worker)
-        life = state.lifecycle
-        before = {number: len(live.lost) for number, live in life.live.items()}
-        self._run(state, life.worker_lost(worker, monotonic()))
-        for number, live in life.live.items():
-            if len(live.lost) > before.get(number, 0) and live.ended is None:
-                text = f"request {number} lost blocks with {worker}: they are computed anew"
-                state.figures.happened(monotonic(), "repair", text)
-                logger.warning(text)
+        self._handle(state, WorkerLost(worker))
 
     def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
         """A worker lives, but lost all it had of an engine, since ``reason``: it opens the engine again."""
@@ -391,7 +375,7 @@ class GManager(SchedulerPlugin):
         retired: dict[str, Any] = {}
         try:
             await asyncio.gather(*(self._drain(state, workers) for state in list(self.engines.values())))
-            drained = [one.lifecycle.is_drained for one in self.engines.values()]
+            drained = [one.is_drained for one in self.engines.values()]
             retired = await self.scheduler.retire_workers(
                 workers=[worker for worker in workers if all(is_drained(worker) for is_drained in drained)],
                 close_workers=close_workers,
@@ -401,15 +385,15 @@ class GManager(SchedulerPlugin):
         finally:  # those that stay, for whatever reason, get work again
             for state in self.engines.values():
                 for worker in set(workers) - set(retired):
-                    self._run(state, state.lifecycle.drain(worker, False, monotonic()))
+                    self._handle(state, Drain(worker, False))
         return retired
 
     async def _drain(self, state: EngineState, workers: list[str]) -> None:
         """Move an engine's blocks away from workers; gives up after ``distkv.timeouts.drain``."""
-        life, deadline = state.lifecycle, monotonic() + state.spec.config.timeout_drain
+        deadline = monotonic() + state.spec.config.timeout_drain
         for worker in workers:
-            self._run(state, life.drain(worker, True, monotonic()))
-        while not all(map(life.is_drained, workers)) and not state.is_closing and monotonic() < deadline:
+            self._handle(state, Drain(worker, True))
+        while not all(map(state.is_drained, workers)) and not state.is_closing and monotonic() < deadline:
             await asyncio.sleep(DRAIN_INTERVAL)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
@@ -433,87 +417,57 @@ class GManager(SchedulerPlugin):
 
     # Commands
 
-    def _run(self, state: EngineState, commands: Iterable[do.Command]) -> None:
-        """Enact what the lifecycle asks for. A fault in that ends the engine: half of a plan must not live on."""
+    def _handle(self, state: EngineState, event: Event) -> list[do.Command]:
+        """Let an engine's state machine see to an event, and do what it asks for.
+
+        A fault in that ends the engine: half of a plan must not live on.
+        """
         try:
-            self._enact(state, commands)
-        except DistKVError:
-            raise
+            commands = state.machine.handle(event, monotonic())
+            for command in commands:
+                self._enact(state, command)
+            return commands
         except Exception as error:
             logger.exception("engine %s is broken and will be closed", state.spec.engine)
             state.fail(EngineClosedError(f"the engine is broken, see the scheduler's log: {in_words(error)}"))
             self._close_soon(state.spec.engine)
+            return []
 
-    def _enact(self, state: EngineState, commands: Iterable[do.Command]) -> None:
-        for command in commands:
-            match command:
-                case do.Reserve(worker, sequence, start, stop):
-                    self._send(worker, ToWorker.RESERVE, (state.spec.engine, sequence, start, stop))
-                case do.Retire(worker, sequence):
-                    self._send(worker, ToWorker.RETIRE, (state.spec.engine, sequence))
-                case do.Release(worker, sequence):
-                    self._send(worker, ToWorker.RELEASE, (state.spec.engine, sequence))
-                case do.Join(home, sequence_state, holders):
-                    self._send(home, ToWorker.JOIN, (state.spec.engine, sequence_state, holders))
-                case do.Reset(home, epoch):
-                    self._send(home, ToWorker.RESET, (state.spec.engine, epoch))
-                case do.Expect(worker, number, sequence, start, stop):
-                    self._send(worker, ToWorker.EXPECT, (state.spec.engine, number, sequence, start, stop))
-                case do.Send(worker, number, sequence, start, stop, target, pace):
-                    moved = f"tokens {start} to {stop} of sequence {sequence} from {worker} to {target}"
-                    state.figures.happened(monotonic(), "move", moved)
-                    payload = (state.spec.engine, number, sequence, start, stop, target, pace)
-                    self._send(worker, ToWorker.SEND, payload)
-                case do.Relocate(home, number, sequence, placement, holders):
-                    self._send(home, ToWorker.RELOCATE, (state.spec.engine, number, sequence, placement, holders))
-                case do.Free(worker, sequence, start, stop):
-                    self._send(worker, ToWorker.FREE, (state.spec.engine, sequence, start, stop))
-                case do.Store(worker, number, sequence, ranges, saved):
-                    if saved.place == OWN_DISK:
-                        state.figures.happened(
-                            monotonic(),
-                            "spill",
-                            f"tokens {_words(ranges)} of sequence {sequence} to the disk of {worker}",
-                        )
-                    self._send(worker, ToWorker.STORE, (state.spec.engine, number, sequence, ranges, saved))
-                case do.Fetch(worker, sequence, ranges, saved):
-                    if saved.place == OWN_DISK:
-                        state.figures.happened(
-                            monotonic(),
-                            "restore",
-                            f"tokens {_words(ranges)} of sequence {sequence} from disk to {worker}",
-                        )
-                    self._send(worker, ToWorker.FETCH, (state.spec.engine, sequence, ranges, saved))
-                case do.Discard(worker, names):
-                    self._send(worker, ToWorker.DISCARD, (state.spec.engine, names))
-                case do.Abort(worker, gang, reason, unused):
-                    self._send(worker, ToWorker.ABORT, (state.spec.engine, gang, reason, unused))
-                case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
-                    self.submitter.submit(*lower(command, "window", state.layers), patience, state.span)
-                case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
-                    lowered = lower(command, state.spec.config.granularity, state.layers)
-                    self.submitter.submit(*lowered, span=state.span)
-                case do.Forget(gang, finished):
-                    self.submitter.forget(gang, finished)
-                case Delivery():
-                    state.deliver(command)
+    def _enact(self, state: EngineState, command: do.Command) -> None:
+        match command:
+            case ToWorker():
+                self._send(state, command)
+            case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
+                self.submitter.submit(*lower(command, "window", state.layers), patience, state.span)
+            case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
+                lowered = lower(command, state.spec.config.granularity, state.layers)
+                self.submitter.submit(*lowered, span=state.span)
+            case do.Forget(gang, finished):
+                self.submitter.forget(gang, finished)
+            case do.Note(kind, text):
+                state.figures.happened(monotonic(), kind, text)
+                if kind == "repair":
+                    logger.warning(text)
+            case Delivery():
+                state.deliver(command)
 
-    def _send(self, worker: str, call: ToWorker, payload: Any) -> None:
-        if worker in self.scheduler.stream_comms:  # else it is gone, and remove_worker is about to be called
-            self.scheduler.worker_send(worker, {"op": str(call), "payload": pack(payload)})
+    def _send(self, state: EngineState, message: ToWorker) -> None:
+        if message.worker in self.scheduler.stream_comms:  # else it is gone, and remove_worker is about to be called
+            packed = {"op": TO_WORKER, "engine": state.spec.engine, "message": pack(message)}
+            self.scheduler.worker_send(message.worker, packed)
 
-    def _gang_failed(self, state: EngineState, gang: int, error: Exception) -> None:
-        told = without_quotes(error)
+    def _gang_failed(self, state: EngineState, failed: did.GangFailed) -> None:
+        told = without_quotes(failed.error)
         self.scheduler.log_event(
-            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": gang, "error": told}
+            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": failed.gang, "error": told}
         )
         state.figures.happened(monotonic(), "failure", told)
-        self._run(state, state.lifecycle.gang_failed(gang, error, monotonic()))
+        self._handle(state, failed)
 
     def _task_failed(self, engine: str, gang: int, error: Exception) -> None:
         """A task failed without its rManager telling: it could not be unpickled, was cancelled by somebody, ..."""
         if engine in self.engines:
-            self._gang_failed(self.engines[engine], gang, error)
+            self._gang_failed(self.engines[engine], did.GangFailed("", gang, error))
 
     async def _expire(self) -> None:
         # a scheduler with a process of its own has its loop in the main thread; other threads are a user's elsewhere
@@ -525,8 +479,8 @@ class GManager(SchedulerPlugin):
             self.pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
             paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
             for engine in list(self.engines.values()):
-                self._run(engine, engine.lifecycle.pause(paused, monotonic()))
-                self._run(engine, engine.lifecycle.expire(monotonic()))
+                self._handle(engine, Pause(frozenset(paused)))
+                self._handle(engine, Tick())
 
     def _engine(self, engine: str) -> EngineState:
         try:
@@ -535,12 +489,8 @@ class GManager(SchedulerPlugin):
             raise EngineClosedError(f"engine {engine} is closed") from None
 
 
-def _words(ranges: Iterable[tuple[int, int]]) -> str:
-    """Token ranges in words.
-
-    Examples
-    --------
-    >>> _words([(0, 8), (12, 14)])
-    '0 to 8, 12 to 14'
-    """
-    return ", ".join(f"{start} to {stop}" for start, stop in ranges)
+def _check_version(version: str) -> None:
+    """Refuse a client that runs another version of the package."""
+    if version != VERSION:
+        text = f"this client runs distkv-dask {version or 'of an older version'}, the scheduler {VERSION}"
+        raise ClusterError(f"{text}: {ONE_VERSION}")

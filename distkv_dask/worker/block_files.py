@@ -20,7 +20,8 @@ from distkv_dask.errors import DistKVError, SavedDocumentError, portable
 from distkv_dask.filesystems import folder_at
 from distkv_dask.folder import Folder
 from distkv_dask.local_folder import LocalFolder
-from distkv_dask.protocol import OWN_DISK, FromWorker, Saved, SavedFile, SpilledFile
+from distkv_dask.messages.from_worker import Fetched, FromWorker, Stored
+from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile, SpilledFile
 from distkv_dask.watch import Watch, watched
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.storage import blocks_within, overlapping, read_blocks, read_rows, uncovered, write_blocks
@@ -69,7 +70,7 @@ class BlockFiles:
         limit: int,
         silence: float,
         standstill: float,
-        tell: Callable[[FromWorker, Any], None],
+        tell: Callable[[FromWorker], None],
     ) -> None:
         self.capacity = min(limit, int(shutil.disk_usage(folder.parent).free * FREE_PART))
         self._pool = pool
@@ -93,7 +94,7 @@ class BlockFiles:
                 files = await watched(self._standstill, what, self._write, sequence, ranges, saved)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in saving sequence {sequence}")
-        self._tell(FromWorker.STORED, (number, files, error))
+        self._tell(Stored(self._worker, number, files, error))
 
     async def fetch(self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
         """Fill the blocks of token ranges of a sequence from where they are saved; tell the end."""
@@ -110,7 +111,7 @@ class BlockFiles:
                         await watched(self._standstill, what, self._read, sequence, start, stop, saved, file)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in loading sequence {sequence}")
-        self._tell(FromWorker.FETCHED, (sequence, error))
+        self._tell(Fetched(self._worker, sequence, error))
 
     async def rows(self, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file on the own disk, uint8 [count, bytes of a block], for another worker.

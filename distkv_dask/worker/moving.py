@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.protocol import Piece
+from distkv_dask.messages.names import Piece
 from distkv_dask.worker.pool import Pool
 
 

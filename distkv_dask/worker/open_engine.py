@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, in_words, portable
-from distkv_dask.protocol import EngineSpec, FromWorker, Piece, Ready
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages.names import EngineSpec, Piece
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
@@ -77,7 +78,7 @@ class OpenEngine:
         runtime: Runtime,
         lanes: Lanes,
         files: BlockFiles,
-        tell: Callable[[FromWorker, str, Any], None],
+        tell: Callable[[did.FromWorker], None],
         measured: Measurement | None = None,
     ) -> None:
         self.spec = spec
@@ -99,10 +100,11 @@ class OpenEngine:
         self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
 
-    def facts(self) -> Ready:
+    def facts(self) -> did.Opened:
         """What the gManager has to know."""
         pool = self.runtime.pool
-        return Ready(
+        return did.Opened(
+            self.worker,
             endpoint=self.lanes.endpoint,
             role="memory" if self.model is None else "instance",
             channels=self.runtime.dialer.explain(),
@@ -146,7 +148,7 @@ class OpenEngine:
 
     def _retire_holding(self, sequence: int) -> None:
         """On the home lane, when its present call has ended: the same for the holder lane, then the answer."""
-        told = partial(self._tell, FromWorker.RETIRED, self.spec.engine, sequence)
+        told = partial(self._tell, did.Retired(self.worker, sequence))
         self.lanes.holder.retire(self.spec.engine, sequence).add_done_callback(lambda _: told())
 
     def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
@@ -162,7 +164,7 @@ class OpenEngine:
             if sequence in self._batch:
                 self._batch[sequence] = replace(self._batch[sequence], placement=placement)
                 self._holders[sequence] = holders
-        self.lanes.home.submit(self._tell, FromWorker.RELOCATED, self.spec.engine, number)
+        self.lanes.home.submit(self._tell, did.Relocated(self.worker, number))
 
     # Moves of blocks
 
@@ -173,7 +175,7 @@ class OpenEngine:
             self._arrivals.expect(number, sequence, start, stop)
         except CapacityError as error:
             refusal = str(error)
-        self._tell(FromWorker.EXPECTED, self.spec.engine, (number, refusal))
+        self._tell(did.Expected(self.worker, number, refusal))
 
     def take(self, piece: Piece, data: np.ndarray) -> str:
         """Store a piece of a block that came; the reason why not, if it is not wanted. May run in any thread."""
@@ -205,7 +207,7 @@ class OpenEngine:
             )
         except (DistKVError, OSError, TimeoutError) as error:
             failure = in_words(error)
-        self._tell(FromWorker.SENT, self.spec.engine, (number, failure))
+        self._tell(did.Sent(self.worker, number, failure))
 
     def free(self, sequence: int, start: int, stop: int) -> None:
         """Free blocks that moved away, or that a move was to bring."""
@@ -246,12 +248,11 @@ class OpenEngine:
         self.check(chunk.gang)
         if chunk.sequence in self._retired:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
-        self._tell(FromWorker.CHUNK_STARTED, self.spec.engine, chunk.gang.number)
+        self._tell(did.ChunkStarted(self.worker, chunk.gang.number))
         with computing(parts, lambda: self.runtime.exchanged):
             token = self.runtime.prefill(chunk)
         if chunk.sampling is None or token is None:
-            done = chunk.sequence, chunk.gang.number, self.runtime.exchanged
-            self._tell(FromWorker.CHUNK_DONE, self.spec.engine, done)
+            self._tell(did.ChunkDone(self.worker, chunk.sequence, chunk.gang.number, self.runtime.exchanged))
             return len(chunk.tokens)
         reason: FinishReason | None = None
         assert self.model is not None
@@ -259,8 +260,8 @@ class OpenEngine:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
-        payload = (chunk.sequence, chunk.gang.number, token, reason, self.runtime.exchanged)
-        self._tell(FromWorker.PREFILLED, self.spec.engine, payload)
+        gang, exchanged = chunk.gang.number, self.runtime.exchanged
+        self._tell(did.Prefilled(self.worker, chunk.sequence, gang, token, reason, exchanged))
         return len(chunk.tokens)
 
     def decode(self, window: DecodeWindow) -> int:
@@ -279,7 +280,7 @@ class OpenEngine:
             ready = [state for state in self._batch.values() if self._in_reach(state, window.gang)]
             batch = ready[: self.spec.config.window_batch] if self._current(window) else []
             holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
-        self._tell(FromWorker.WINDOW_STARTED, self.spec.engine, window.window)
+        self._tell(did.WindowStarted(self.worker, window.window))
         used = tuple(holders.values())
         result = WindowResult({}, {}, 0, 0.0)
         if batch:
@@ -293,8 +294,7 @@ class OpenEngine:
             for state in batch:
                 self._advance(state, result)
             self._decoded_until = time.perf_counter() if self._batch else 0.0
-        payload = (window.window, window.gang.epoch, result, tuple(holders))
-        self._tell(FromWorker.WINDOW_DONE, self.spec.engine, payload)
+        self._tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, tuple(holders)))
         return result.steps
 
     def _in_reach(self, state: SequenceState, gang: Gang) -> bool:
@@ -354,8 +354,5 @@ class OpenEngine:
                 return
         if isinstance(error, CancelledError):
             error = EngineClosedError(f"worker {self.worker} closed its lanes before it ran {gang.name}")
-        self._tell(
-            FromWorker.GANG_FAILED,
-            self.spec.engine,
-            (gang.number, portable(error, f"worker {self.worker} in {gang.name}")),
-        )
+        told = portable(error, f"worker {self.worker} in {gang.name}")
+        self._tell(did.GangFailed(self.worker, gang.number, told))

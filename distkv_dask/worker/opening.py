@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
 from distkv_dask.errors import CapacityError, ConfigError
 from distkv_dask.kernels import make_ready
-from distkv_dask.protocol import KV_MEMORY_RESOURCE, EngineSpec, FromWorker
+from distkv_dask.messages.from_worker import FromWorker
+from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.types import Geometry
 from distkv_dask.worker.block_files import BlockFiles
 from distkv_dask.worker.heap import keep_freed_memory
@@ -35,7 +36,7 @@ def build_engine(
     geometry: Geometry | None,
     lanes: Lanes,
     worker: Worker,
-    tell: Callable[[FromWorker, str, Any], None],
+    tell: Callable[[str, FromWorker], None],
 ) -> OpenEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
@@ -113,6 +114,7 @@ def build_engine(
         spec.config.spill,
         spec.config.timeout_receive,
         spec.config.timeout_files,
-        lambda event, payload: tell(event, spec.engine, payload),
+        partial(tell, spec.engine),
     )
-    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, tell, timings)
+    report = partial(tell, spec.engine)
+    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, report, timings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +20,22 @@ from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
-from distkv_dask.protocol import (
+from distkv_dask.messages import to_worker as do
+from distkv_dask.messages.from_worker import Closed, FromWorker, Lost, OpenFailed
+from distkv_dask.messages.names import (
+    FROM_WORKER,
     PLUGIN,
     TAKE_TRACE,
-    WORKER_EVENT,
+    TO_WORKER,
     EngineSpec,
-    FromWorker,
     Piece,
-    Saved,
     SpilledFile,
     ToPeer,
-    ToWorker,
     pack,
     unpack,
 )
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, Geometry, Placement, PrefillChunk, SequenceState
+from distkv_dask.types import DecodeWindow, Gang, Geometry, PrefillChunk
+from distkv_dask.version import VERSION
 from distkv_dask.worker.heap import give_back_freed_memory
 
 if TYPE_CHECKING:
@@ -61,39 +62,20 @@ class RManager(WorkerPlugin):
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: dict[str, set[asyncio.Task[None]]] = {}
-        self._handlers: dict[str, Callable[..., None]] = {
-            ToWorker.OPEN: self._open,
-            ToWorker.CLOSE: self._close,
-            ToWorker.RESERVE: self._reserve,
-            ToWorker.RETIRE: self._retire,
-            ToWorker.RELEASE: self._release,
-            ToWorker.JOIN: self._join,
-            ToWorker.RESET: self._reset,
-            ToWorker.EXPECT: self._expect,
-            ToWorker.SEND: self._send_blocks,
-            ToWorker.RELOCATE: self._relocate,
-            ToWorker.FREE: self._free,
-            ToWorker.STORE: self._store,
-            ToWorker.FETCH: self._fetch,
-            ToWorker.DISCARD: self._discard,
-            ToWorker.ABORT: self._abort,
-        }
+        worker.stream_handlers[TO_WORKER] = self.receive
         worker.handlers[ToPeer.BLOCKS] = self._take_blocks
         worker.handlers[ToPeer.SPILLED] = self._read_spilled
-        for call, handler in self._handlers.items():
-            worker.stream_handlers[call] = partial(_unpacked, handler)
         worker.handlers[TAKE_TRACE] = self.take_trace
-        self.tell(FromWorker.HELLO)
+        worker.loop.add_callback(self._send)
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
         self._leaving = True
         for name in self.engines:  # before anything fails for it: what runs here is a loss, to be repeated elsewhere
-            self.tell(FromWorker.CLOSED, name)
+            self.tell(name, Closed(self.worker.address))
         async with self._changing:
             pass  # an engine that is being opened
-        for call in self._handlers:
-            worker.stream_handlers.pop(call, None)
+        worker.stream_handlers.pop(TO_WORKER, None)
         worker.handlers.pop(TAKE_TRACE, None)
         for peer in ToPeer:
             worker.handlers.pop(peer, None)
@@ -126,95 +108,77 @@ class RManager(WorkerPlugin):
 
     # Messages of the gManager: these run on the worker's event loop and never block
 
-    def _open(self, payload: tuple[EngineSpec, Geometry | None]) -> None:
-        self._spawn(self._open_engine(*payload))
+    def receive(self, engine: str, message: Any) -> None:
+        """Do what a message (a packed :class:`~distkv_dask.messages.to_worker.ToWorker`) says, for one engine.
 
-    def _close(self, payload: str) -> None:
-        self._spawn(self._close_engine(payload))
+        An error must not leave this: Dask would close the worker, and others' data with it.
+        """
+        try:
+            self._do(engine, unpack(message))
+        except Exception:  # the gang that needs it will fail, and say why
+            logger.exception("a message of the gManager could not be taken")  # what it says may be a user's
 
-    def _reserve(self, payload: tuple[str, int, int, int]) -> None:
-        engine, sequence, start, stop = payload
-        if engine in self.engines:
-            self.engines[engine].reserve(sequence, start, stop)
+    def _do(self, name: str, message: do.ToWorker) -> None:
+        match message:
+            case do.Open(_, spec, geometry):
+                self._spawn(self._open_engine(spec, geometry))
+                return
+            case do.Close():
+                self._spawn(self._close_engine(name))
+                return
+        if (engine := self.engines.get(name)) is None:
+            return
+        match message:
+            case do.Reserve(_, sequence, start, stop):
+                engine.reserve(sequence, start, stop)
+            case do.Retire(_, sequence):
+                engine.retire(sequence)
+            case do.Release(_, sequence):
+                engine.release(sequence)
+            case do.Free(_, sequence, start, stop):
+                engine.free(sequence, start, stop)
+            case do.Join(_, state, holders):
+                engine.join(state, holders)
+            case do.Reset(_, epoch):
+                engine.reset(epoch)
+            case do.Expect(_, number, sequence, start, stop):
+                engine.expect(number, sequence, start, stop)
+            case do.Send():
+                self._send_blocks(name, engine, message)
+            case do.Relocate(_, number, sequence, placement, holders):
+                engine.relocate(number, sequence, placement, holders)
+            case do.Store(_, number, sequence, ranges, saved):
+                self._spawn(engine.files.store(number, sequence, ranges, saved))
+            case do.Fetch(_, sequence, ranges, saved):
+                self._spawn(engine.files.fetch(partial(self._ask_spilled, name), sequence, ranges, saved))
+            case do.Discard(_, names):
+                engine.files.discard(names)
+            case do.Abort(_, gang, reason, unused):
+                engine.abort(gang, reason, unused)
 
-    def _retire(self, payload: tuple[str, int]) -> None:
-        engine, sequence = payload
-        if engine in self.engines:
-            self.engines[engine].retire(sequence)
-
-    def _release(self, payload: tuple[str, int]) -> None:
-        engine, sequence = payload
-        if engine in self.engines:
-            self.engines[engine].release(sequence)
-
-    def _join(self, payload: tuple[str, SequenceState, tuple[Endpoint, ...]]) -> None:
-        engine, state, holders = payload
-        if engine in self.engines:
-            self.engines[engine].join(state, holders)
-
-    def _reset(self, payload: tuple[str, int]) -> None:
-        engine, epoch = payload
-        if engine in self.engines:
-            self.engines[engine].reset(epoch)
-
-    def _expect(self, payload: tuple[str, int, int, int, int]) -> None:
-        engine, number, sequence, start, stop = payload
-        if engine in self.engines:
-            self.engines[engine].expect(number, sequence, start, stop)
-
-    def _send_blocks(self, payload: tuple[str, int, int, int, int, str, float]) -> None:
-        engine, number, sequence, start, stop, target, pace = payload
-        if engine in self.engines:
-            peer = partial(self._send_piece, engine, target)
-            task = self._spawn(self.engines[engine].send(peer, number, sequence, range(start, stop), pace))
-            tasks = self._sending.setdefault(engine, set())
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
-    def _relocate(self, payload: tuple[str, int, int, Placement, tuple[Endpoint, ...]]) -> None:
-        engine, number, sequence, placement, holders = payload
-        if engine in self.engines:
-            self.engines[engine].relocate(number, sequence, placement, holders)
-
-    def _free(self, payload: tuple[str, int, int, int]) -> None:
-        engine, sequence, start, stop = payload
-        if engine in self.engines:
-            self.engines[engine].free(sequence, start, stop)
-
-    def _store(self, payload: tuple[str, int, int, tuple[tuple[int, int], ...], Saved]) -> None:
-        engine, number, sequence, ranges, saved = payload
-        if engine in self.engines:
-            self._spawn(self.engines[engine].files.store(number, sequence, ranges, saved))
-
-    def _fetch(self, payload: tuple[str, int, tuple[tuple[int, int], ...], Saved]) -> None:
-        engine, sequence, ranges, saved = payload
-        if engine in self.engines:
-            peer = partial(self._ask_spilled, engine)
-            self._spawn(self.engines[engine].files.fetch(peer, sequence, ranges, saved))
-
-    def _discard(self, payload: tuple[str, tuple[str, ...]]) -> None:
-        engine, names = payload
-        if engine in self.engines:
-            self.engines[engine].files.discard(names)
-
-    def _abort(self, payload: tuple[str, int, str, bool]) -> None:
-        engine, gang, reason, unused = payload
-        if engine in self.engines:
-            self.engines[engine].abort(gang, reason, unused)
+    def _send_blocks(self, name: str, engine: OpenEngine, send: do.Send) -> None:
+        peer = partial(self._send_piece, name, send.target)
+        task = self._spawn(engine.send(peer, send.number, send.sequence, range(send.start, send.stop), send.pace))
+        tasks = self._sending.setdefault(name, set())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     def take_trace(self, engine: str) -> Any:
         """What the lanes did for a traced engine since the last call (packed)."""
         tracer = self.engines[engine].runtime.tracer if engine in self.engines else None
         return pack({} if tracer is None else tracer.take())
 
-    def tell(self, event: FromWorker, engine: str = "", payload: Any = None) -> None:
-        """Send an event to the gManager, from any thread; events of one thread arrive in order."""
-        self.worker.loop.add_callback(self._send, event, engine, payload)
+    def tell(self, engine: str, message: FromWorker) -> None:
+        """Tell the gManager something, from any thread; messages of one thread arrive in order."""
+        self.worker.loop.add_callback(self._send, engine, message)
 
-    def _send(self, event: FromWorker, engine: str, payload: Any) -> None:
-        message = {"op": WORKER_EVENT, "event": str(event), "engine": engine, "payload": pack(payload)}
+    def _send(self, engine: str = "", message: FromWorker | None = None) -> None:
+        """Send a message; without one, say hello: plain values are read whatever version the other end has."""
+        told = {"op": FROM_WORKER, "version": VERSION, "engine": engine}
+        if message is not None:
+            told["message"] = pack(message)
         with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
-            self.worker.batched_stream.send(message)
+            self.worker.batched_stream.send(told)
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -261,18 +225,18 @@ class RManager(WorkerPlugin):
             try:
                 engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry)
             except EngineClosedError as error:  # a lane ended meanwhile
-                self.tell(FromWorker.LOST, spec.engine, str(error))
+                self.tell(spec.engine, Lost(self.worker.address, str(error)))
             except DistKVError as error:
-                self.tell(FromWorker.OPEN_FAILED, spec.engine, error)
+                self.tell(spec.engine, OpenFailed(self.worker.address, error))
             except Exception as error:
                 logger.exception("engine %s cannot be opened", spec.engine)
                 failure = ModelError(
                     f"worker {self.worker.address} could not open the engine: {in_words(error)}; see its log"
                 )
-                self.tell(FromWorker.OPEN_FAILED, spec.engine, failure)
+                self.tell(spec.engine, OpenFailed(self.worker.address, failure))
             else:
                 self.engines[spec.engine] = engine
-                self.tell(FromWorker.READY, spec.engine, engine.facts())
+                self.tell(spec.engine, engine.facts())
             if not self.engines:
                 await self._close_lanes()
 
@@ -308,7 +272,7 @@ class RManager(WorkerPlugin):
             return
         lost, self.engines, self.lanes = self.engines, {}, None
         for name in lost:
-            self._send(FromWorker.LOST, name, reason)  # before the failures that its end causes
+            self._send(name, Lost(self.worker.address, reason))  # before the failures that its end causes
         self._spawn(self._drop(lost, lanes))
 
     async def _drop(self, lost: dict[str, OpenEngine], lanes: Lanes) -> None:
@@ -331,7 +295,7 @@ class RManager(WorkerPlugin):
                 if not self.engines:
                     await self._close_lanes()
             finally:
-                self.tell(FromWorker.CLOSED, name)
+                self.tell(name, Closed(self.worker.address))
 
     def _stop_sending(self, engine: str) -> None:
         for task in self._sending.pop(engine, ()):
@@ -346,11 +310,3 @@ class RManager(WorkerPlugin):
         """In a thread: close the lanes of a worker without engines, and be like any other of Dask's workers again."""
         lanes.close()
         give_back_freed_memory()
-
-
-def _unpacked(handler: Callable[[Any], None], payload: Any) -> None:
-    """Call a handler. An error must not leave it: Dask would close the worker, and others' data with it."""
-    try:
-        handler(unpack(payload))
-    except Exception:  # the gang that needs it will fail, and say why
-        logger.exception("a message of the gManager could not be taken")  # what it says may be a user's

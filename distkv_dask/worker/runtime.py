@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
-from distkv_dask.protocol import EngineSpec
+from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.channels.dial import Dialer

@@ -18,7 +18,7 @@ import pyarrow as pa
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.filesystems import explained
 from distkv_dask.folder import Folder, Source
-from distkv_dask.protocol import SavedFile, SpilledFile
+from distkv_dask.messages.names import SavedFile, SpilledFile
 from distkv_dask.watch import Watch
 from distkv_dask.worker.pool import Pool
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from distkv_dask.protocol import Span, Spans
+from distkv_dask.messages.names import Span, Spans
 
 CAPACITY = 50_000
 """Spans that a lane keeps until the engine fetches them (about 12 MB); where it comes too late, the oldest are lost."""
@@ -28,7 +28,7 @@ class Ring:
     def put(
         self, name: str, began: int, gang: int, step: int = -1, layer: int = -1, peer: str = "", size: int = -1
     ) -> int:
-        """Record a span that ends now; see :class:`~distkv_dask.protocol.Span`, but for ``began``.
+        """Record a span that ends now; see :class:`~distkv_dask.messages.names.Span`, but for ``began``.
 
         Parameters
         ----------

@@ -22,7 +22,7 @@ from distkv_dask.client.documents.saved_document import FILE, SavedDocument, doc
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.filesystems import folder_at
 from distkv_dask.local_folder import LocalFolder
-from distkv_dask.protocol import SavedFile
+from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 
 PLACES = itertools.count()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.client.documents.saved_document import FILE, SavedDocument, read_metadata
 from distkv_dask.errors import SavedDocumentError
-from distkv_dask.protocol import SavedFile
+from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 
 DOCUMENT = SavedDocument(

@@ -12,7 +12,7 @@ import pytest
 from distkv_dask.client import trace_file
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.errors import ConfigError
-from distkv_dask.protocol import Span, Spans
+from distkv_dask.messages.names import Span, Spans
 from distkv_dask.worker.trace import CAPACITY, Ring
 
 

@@ -15,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from distkv_dask.config import Config
 from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.events import WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.types import Endpoint
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "distkv.json"
@@ -23,12 +25,12 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "distkv.json"
 
 def served() -> dict[str, set[str]]:
     """Names of all samples of a scheduler with one engine, and the labels that each has."""
-    life = Lifecycle("engine", Config.load(), itertools.count(1), 1024)
-    list(life.worker_ready(Endpoint("w0", "127.0.0.1", 1), 10, 0.0))
+    machine = Lifecycle(MachineState("engine", Config.load(), itertools.count(1), block_bytes=1024))
+    machine.handle(WorkerReady(Endpoint("w0", "127.0.0.1", 1), 10), 0.0)
     figures = Figures()
     figures.happened(0.0, "move", "")
     registry = CollectorRegistry()
-    engine = SimpleNamespace(lifecycle=life, figures=figures)
+    engine = SimpleNamespace(life=machine.state, figures=figures)
     registry.register(Collector(SimpleNamespace(engines={"engine": engine}, past=Figures())))
     families = text_string_to_metric_families(generate_latest(registry).decode())
     found: dict[str, set[str]] = {}

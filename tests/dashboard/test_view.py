@@ -6,25 +6,29 @@ import itertools
 from array import array
 
 from distkv_dask.config import Config
+from distkv_dask.messages.client_calls import Submission
 from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
 from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.types import Endpoint, SamplingParams
 
 
 def crowd(workers: int, sequences: int, blocks: int = 100) -> Lifecycle:
     """A lifecycle with sequences of 100 to 400 tokens waiting, in prefill, and placed."""
-    life = Lifecycle("engine", Config.load(block_tokens=16, window_batch=1000), itertools.count(1), 1024)
+    config = Config.load(block_tokens=16, window_batch=1000)
+    machine = Lifecycle(MachineState("engine", config, itertools.count(1), block_bytes=1024))
     for at in range(workers):
-        list(life.worker_ready(Endpoint(f"w{at}", "127.0.0.1", at), blocks, 0.0))
+        machine.handle(WorkerReady(Endpoint(f"w{at}", "127.0.0.1", at), blocks), 0.0)
     for number in range(sequences):
         prompt = array("i", [1] * (100 + number % 300))
-        list(life.submit(number, prompt, SamplingParams(max_new_tokens=8), 0.0))
-    return life
+        machine.handle(Submit((Submission(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
+    return machine
 
 
 def test_bars_add_up_to_the_ledger_and_nothing_is_left_out() -> None:
-    life = crowd(workers=5, sequences=12, blocks=9)
+    life = crowd(workers=5, sequences=12, blocks=9).state
     shown = view_of(life, Figures(), "m", str, 1.0)
     for bar in shown.workers:
         account = life.ledger.workers[bar.label]
@@ -35,9 +39,11 @@ def test_bars_add_up_to_the_ledger_and_nothing_is_left_out() -> None:
 
 
 def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
-    life = crowd(workers=3, sequences=1, blocks=9)
+    machine = crowd(workers=3, sequences=1, blocks=9)
+    life = machine.state
     for number in (7, 8):  # the second needs more than one worker
-        list(life.ingest(number, array("i", [number] * (100 if number == 7 else 200)), 0.0))
+        document = array("i", [number] * (100 if number == 7 else 200))
+        machine.handle(Submit((Submission(number, document, None),)), 0.0)
     life.ledger.check()
     shown = view_of(life, Figures(), "m", str, 1.0)
     documents = {number for number in (7, 8) if number in life.ledger.sequences}
@@ -52,7 +58,7 @@ def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
 
 
 def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_out() -> None:
-    life = crowd(workers=200, sequences=1000)
+    life = crowd(workers=200, sequences=1000).state
     shown = view_of(life, Figures(), "m", str, 1.0)
     assert len(shown.workers) == WORKERS + 1
     assert shown.more_workers == 200 - WORKERS
@@ -64,7 +70,7 @@ def test_a_large_cluster_is_cut_to_what_a_person_can_read_and_says_what_is_left_
 
 
 def test_a_strip_shows_each_spans_stored_tokens() -> None:
-    life = crowd(workers=3, sequences=1, blocks=4)
+    life = crowd(workers=3, sequences=1, blocks=4).state
     life.ledger.commit(0, 90)
     row = view_of(life, Figures(), "m", str, 1.0).sequences[0]
     assert row.stored == 90 == sum(tokens for _, tokens in row.strip)

@@ -224,7 +224,7 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
 
         def resources() -> tuple[int, int, int]:
             tables = sum(worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers)
-            ledger = scheduler.plugins["distkv"].engines[engine.id].lifecycle.ledger
+            ledger = scheduler.plugins["distkv"].engines[engine.id].life.ledger
             tables -= sum(account.cached for account in ledger.workers.values())
             threads = [one for one in threading.enumerate() if not one.name.startswith(POOLS)]
             return tables, len(threads), len(psutil.Process().net_connections("all"))

@@ -103,9 +103,7 @@ def test_a_document_comes_back_to_another_worker_than_it_left(monkeypatch: pytes
                 Path(worker.local_directory) for worker in workers if worker.address == left
             }
             before = (await engine.status())["totals"]["prefilled_tokens"]
-            scheduler.plugins["distkv"].engines[engine.id].lifecycle.ledger.retire_worker(
-                left
-            )  # nothing new goes there
+            scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # nothing new goes there
             done = await document.ask(QUESTION, GREEDY)
             assert list(done.token_ids) == expected
             assert (await engine.status())["totals"]["prefilled_tokens"] - before == 9, "only the question was computed"

@@ -60,9 +60,9 @@ def test_random_blocks_move_between_random_workers_all_the_time_and_tokens_stay(
             (state,) = scheduler.plugins["distkv"].engines.values()
             done = await engine.generate(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
             assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
-            assert state.lifecycle.moving.moved_blocks > 5
+            assert state.life.moves.moved_blocks > 5
             assert all(one["used_blocks"] == 0 for one in (await engine.status())["workers"].values())
-            cached = [state.lifecycle.ledger.workers[worker.address].cached for worker in workers]
+            cached = [state.life.ledger.workers[worker.address].cached for worker in workers]
             for _ in range(200):  # the last releases are on their way
                 pools = [one.runtime.pool.used_blocks for worker in workers for one in open_on(worker)]
                 if pools == cached:
@@ -207,9 +207,9 @@ def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_u
             async with Worker(scheduler.address, nthreads=1) as joined:
                 while len((await engine.status())["workers"]) < 2:
                     await asyncio.sleep(0.01)
-                model = state.lifecycle.policy.model
+                model = state.life.policy.model
                 slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
-                state.lifecycle.know_costs(replace(model, curve=slow, curves={}))
+                state.life.know_costs(replace(model, curve=slow, curves={}))
                 assert list((await running).token_ids) == expected
                 assert (await engine.status())["totals"]["moved_blocks"] >= 128
                 assert (await running).placement[0].worker == joined.address

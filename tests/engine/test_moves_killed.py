@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster, Worker
 
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.types import Move
@@ -67,14 +67,14 @@ def used_blocks(dask_worker: Worker) -> int:
     return sum(engine.runtime.pool.used_blocks for engine in engines)
 
 
-def assert_nothing_is_left(client: Client, life: Lifecycle) -> None:
+def assert_nothing_is_left(client: Client, life: MachineState) -> None:
     """Ledger and pools are empty but for cached blocks, on all three workers and their replacements."""
     wait_for(lambda: len(life.ledger.workers) == 3)
-    wait_for(lambda: not life.live)
+    wait_for(lambda: not life.requests)
     assert not life.ledger.sequences
     assert not life.ledger.moves
     assert not life.ledger.owes
-    assert not any(map(life.moving.busy, life.ledger.workers))
+    assert not any(map(life.moves.busy, life.ledger.workers))
     assert [account.used for account in life.ledger.workers.values()] == [0] * 3
     life.ledger.check()
     cached = {worker: account.cached for worker, account in life.ledger.workers.items()}
@@ -91,19 +91,19 @@ def test_a_worker_killed_in_mid_move_costs_no_token(
     wide_tokens, short_tokens = (one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW))
     with Client(cluster) as client, Engine(client, str(model_dir("llama-gqa")), **SLOW) as engine:
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
-        life: Lifecycle = state.lifecycle
+        life: MachineState = state.life
         wide, short = engine.submit(WIDE, sampling), engine.submit(SHORT, sampling)
-        wait_for(lambda: len(life.live) == 2 and all(len(one.generated) > 1 for one in life.live.values()))
+        wait_for(lambda: len(life.requests) == 2 and all(len(one.generated) > 1 for one in life.requests.values()))
         source, home = (span.worker for span in life.ledger.sequences[0].placement)
         target = life.ledger.sequences[1].home
         assert len({source, target, home}) == 3
         pids = client.run(os.getpid)
         span = life.ledger.sequences[0].placement[0]
         wanted.append(Move(0, span.start, span.stop, source, target))
-        wait_for(lambda: any(one.state == "sending" for one in list(life.moving._moves.values())))
+        wait_for(lambda: any(one.phase == "sending" for one in list(life.moves.under_way.values())))
         os.kill(pids[{"source": source, "target": target, "home": home}[victim]], signal.SIGKILL)
         wait_for(lambda: len(life.ledger.workers) == 2)
-        assert life.moving.moved_blocks == 0, "the move was over before the kill"
+        assert life.moves.moved_blocks == 0, "the move was over before the kill"
         assert [list(one.result(120).token_ids) for one in (wide, short)] == [wide_tokens, short_tokens]
         assert engine.status()["totals"]["repair_events"] == 1
         assert_nothing_is_left(client, life)

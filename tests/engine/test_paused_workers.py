@@ -56,7 +56,7 @@ def test_prompts_that_were_sent_to_a_paused_worker_are_answered_by_another(granu
             assert {span.worker for one in done for span in one.placement} == {b.address}
             await relieve(a, limit)
             await until(
-                lambda: not scheduler.plugins["distkv"].engines[engine.id].lifecycle.ledger.workers[a.address].retiring
+                lambda: not scheduler.plugins["distkv"].engines[engine.id].life.ledger.workers[a.address].retiring
             )
             both = await engine.generate(PROMPTS, SAMPLING)
             assert {span.worker for one in both for span in one.placement} == {a.address, b.address}

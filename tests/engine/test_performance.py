@@ -27,7 +27,7 @@ def test_status_shows_each_workers_curve_timed_when_the_engine_opened(
             curves = [status["workers"][worker.address]["performance"] for worker in workers]
             assert [one["measured"] for one in curves] == [setting == "auto"] * 3
             (state,) = scheduler.plugins["distkv"].engines.values()
-            model = state.lifecycle.policy.model
+            model = state.life.policy.model
             assert [model.of(worker.address).step for worker in workers] == [one["step"] for one in curves]
             assert model.shape.kv_bytes == 3 * 2 * 2 * 64 * 4
             if setting == "auto":

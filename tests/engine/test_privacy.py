@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from distributed import Client, Scheduler, Worker
@@ -17,6 +18,8 @@ from tornado.httpclient import AsyncHTTPClient
 from distkv_dask import DistKVError, Engine, InvalidRequestError, SamplingParams
 from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.errors import CapacityError, ChannelError, portable, without_quotes
+from distkv_dask.messages.names import pack
+from distkv_dask.messages.to_worker import Abort
 from distkv_dask.worker import decode, rmanager
 from distkv_dask.worker.model import LoadedModel
 from tests._cluster import engine_test
@@ -154,7 +157,10 @@ def test_no_text_of_a_request_is_told_to_anybody(
 
 
 def test_a_message_that_cannot_be_taken_is_logged_without_it(caplog: pytest.LogCaptureFixture) -> None:
-    rmanager._unpacked(raises, {"prompt": CANARY})
+    manager, engine = rmanager.RManager(), MagicMock()
+    engine.abort.side_effect = raises
+    manager.engines = {"engine": engine}
+    manager.receive("engine", pack(Abort("tcp://a", 1, CANARY)))
     assert "could not be taken" in caplog.text
     assert CANARY not in caplog.text
 

@@ -9,11 +9,15 @@ from dataclasses import replace
 import pytest
 
 from distkv_dask.config import Config
-from distkv_dask.scheduler import commands as do
+from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.from_worker import Retired
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.events import Stop, Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask
@@ -113,17 +117,18 @@ def test_policies_that_borrow_recall_and_share(name: str) -> None:
 
 
 def test_a_request_with_a_higher_priority_gets_room_before_those_that_came_earlier() -> None:
-    life = Lifecycle("engine", Config.load(block_tokens=16, policy="overflow"), itertools.count(1))
-    list(life.worker_ready(Endpoint("w0", "host", 0), 4, 0.0))
+    machine = Lifecycle(MachineState("engine", Config.load(block_tokens=16, policy="overflow"), itertools.count(1)))
+    machine.handle(WorkerReady(Endpoint("w0", "host", 0), 4), 0.0)
     started: list[int] = []
     for number, priority in enumerate((0, 0, 0, 2)):
         sampling = SamplingParams(max_new_tokens=10, priority=priority)
-        commands = life.submit(number, array("i", range(50)), sampling, float(number))
-        started += [one.sequence for one in commands if isinstance(one, do.Reserve)]
+        submission = Submission(number, array("i", range(50)), sampling)
+        commands = machine.handle(Submit((submission,)), float(number))
+        started += [one.sequence for one in commands if isinstance(one, to.Reserve)]
     while len(started) < 4:
-        commands = list(life.stop(started[-1], "cancelled", 9.0))
+        commands = machine.handle(Stop(started[-1], "cancelled"), 9.0)
         for command in commands:
-            if isinstance(command, do.Retire):
-                commands += life.retired(command.sequence, command.worker, 9.0)
-        started += [one.sequence for one in commands if isinstance(one, do.Reserve)]
+            if isinstance(command, to.Retire):
+                commands += machine.handle(Retired(command.worker, command.sequence), 9.0)
+        started += [one.sequence for one in commands if isinstance(one, to.Reserve)]
     assert started == [0, 3, 1, 2]

@@ -6,11 +6,13 @@ import random
 from array import array
 
 import pytest
+from _examples import examples
+from _simulated import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, settle
 
 from distkv_dask.errors import CapacityError
+from distkv_dask.messages import to_worker as to
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.kept.prefix_cache import DEEPEST
 from distkv_dask.types import SamplingParams
@@ -21,7 +23,7 @@ def text(seed: int, tokens: int) -> array[int]:
 
 
 def submit(cluster: Simulated, number: int, prompt: array[int], new: int = 5) -> None:
-    cluster.run(cluster.life.submit(number, prompt, SamplingParams(max_new_tokens=new), cluster.now))
+    cluster.submit(number, prompt, SamplingParams(max_new_tokens=new))
 
 
 def ask(cluster: Simulated, number: int, prompt: array[int], new: int = 5) -> int:
@@ -106,10 +108,10 @@ def test_blocks_go_only_when_their_room_is_needed_the_least_recently_used_first(
 def test_what_is_needed_is_released_before_it_is_reserved() -> None:
     cluster = cluster_of(0, 10)
     ask(cluster, 1, text(1, 36), new=4)
-    commands = list(cluster.life.submit(2, text(2, 36), SamplingParams(max_new_tokens=4), cluster.now))
-    cluster.run(commands)
-    order = [type(command) for command in commands if isinstance(command, (do.Release, do.Free, do.Reserve))]
-    assert order == [do.Release, do.Reserve]
+    commands = cluster.watch()
+    cluster.submit(2, text(2, 36), SamplingParams(max_new_tokens=4))
+    order = [type(command) for command in commands if isinstance(command, (to.Release, to.Free, to.Reserve))]
+    assert order == [to.Release, to.Reserve]
     finish(cluster)
     assert_nothing_left(cluster)
 
@@ -135,7 +137,7 @@ def test_a_large_request_is_not_kept_waiting_by_what_is_cached() -> None:
     cluster = cluster_of(0, 10, 10)
     ask(cluster, 1, text(1, 70))
     submit(cluster, 2, text(2, 70))
-    assert cluster.life.live[2].state == "prefill"
+    assert cluster.life.requests[2].state.label == "prefill"
     finish(cluster)
     assert_nothing_left(cluster)
 
@@ -156,7 +158,7 @@ def test_a_request_that_waited_finds_what_was_finished_meanwhile() -> None:
     cluster = cluster_of(0, 10)
     submit(cluster, 1, text(1, 30))
     submit(cluster, 2, text(1, 28) + text(2, 2))
-    assert cluster.life.live[2].state == "waiting"
+    assert cluster.life.requests[2].state.label == "waiting"
     finish(cluster)
     assert cluster.reused[2] == 28
     assert_nothing_left(cluster)
@@ -167,7 +169,7 @@ def test_requests_that_were_cancelled_failed_or_shorter_than_a_block_are_not_cac
     submit(cluster, 1, text(1, 18), new=20)
     while len(cluster.tokens[1]) < 3:
         cluster.step()
-    cluster.run(cluster.life.stop(1, "cancelled", cluster.now))
+    cluster.stop(1)
     finish(cluster)
     submit(cluster, 2, text(2, 18), new=20)
     cluster.fail_some_gang(ValueError("a fault"))
@@ -183,7 +185,7 @@ def test_a_request_that_its_client_ended_at_a_stop_string_is_cached() -> None:
     submit(cluster, 1, text(1, 18), new=20)
     while len(cluster.tokens[1]) < 8:
         cluster.step()
-    cluster.run(cluster.life.stop(1, "stop", cluster.now))
+    cluster.stop(1, "stop")
     finish(cluster)
     assert ask(cluster, 2, text(1, 18)) == 16
     assert_nothing_left(cluster)
@@ -200,13 +202,13 @@ def test_nothing_is_kept_where_the_cache_is_off() -> None:
 def test_a_worker_that_leaves_gives_up_what_is_cached_there_at_once() -> None:
     cluster = cluster_of(0, 10, 10)
     ask(cluster, 1, text(1, 60))
-    cluster.run(cluster.life.drain("w1", True, cluster.now))
+    cluster.drain("w1")
     assert not cluster.pools["w1"]
     assert cluster.life.is_drained("w1")
     submit(cluster, 2, text(1, 4))
     finish(cluster)
     assert not cluster.pools["w1"]
-    cluster.run(cluster.life.drain("w1", False, cluster.now))
+    cluster.drain("w1", False)
     assert_nothing_left(cluster)
 
 
@@ -245,45 +247,39 @@ def test_blocks_move_to_a_worker_whose_pool_is_full_of_cached_ones() -> None:
     while len(cluster.tokens[2]) < 3:
         cluster.step()
     home = cluster.life.ledger.sequences[2].home
-    cluster.run(cluster.life.drain(home, True, cluster.now))
+    cluster.drain(home)
     while not cluster.life.is_drained(home):
         assert cluster.step()
     finish(cluster)
     assert cluster.tokens[2] == expected(2, 20)
-    cluster.run(cluster.life.drain(home, False, cluster.now))
+    cluster.drain(home, False)
     assert_nothing_left(cluster)
 
 
 def test_what_builds_on_a_document_is_cached_until_the_document_goes() -> None:
     cluster = cluster_of(0, 40)
-    cluster.run(cluster.life.ingest(0, text(0, 20), 0.0))
+    cluster.ingest(0, text(0, 20))
     finish(cluster)
     cluster.ends.pop(0)
     prompt = text(0, 20) + text(1, 12)
     assert ask(cluster, 1, prompt) == 20
     assert ask(cluster, 2, prompt + text(2, 2)) == 32
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    cluster.stop(0)
     assert_nothing_left(cluster)
 
 
 @pytest.mark.parametrize("policy", ["overflow", "best", "dgfm", "greedy"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(6, 20), min_size=1, max_size=4),
        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 22)), min_size=1, max_size=15))  # fmt: skip
 def test_requests_with_nothing_in_common_lie_and_end_as_without_a_cache(
     policy: str, seed: int, sizes: list[int], wanted: list[tuple[int, int]]
 ) -> None:
+    left_out = (to.Release, to.Free, do.Refuse)
+
     def run(prefix_cache: bool) -> tuple[list[do.Command], list[int]]:
         cluster = cluster_of(seed, *sizes, policy=policy, prefix_cache=prefix_cache)
-        seen: list[do.Command] = []
-        enact = cluster.enact
-
-        def watched(command: do.Command) -> None:
-            if not isinstance(command, (do.Release, do.Free)):
-                seen.append(command)
-            enact(command)
-
-        cluster.enact = watched  # type: ignore[method-assign]
+        seen = cluster.watch()
         for number, (tokens, new) in enumerate(wanted):
             try:
                 submit(cluster, number, text(number, tokens), new)
@@ -293,7 +289,7 @@ def test_requests_with_nothing_in_common_lie_and_end_as_without_a_cache(
                 cluster.step()
         finish(cluster)
         assert_nothing_left(cluster)
-        return seen, list(cluster.ends)
+        return [command for command in seen if not isinstance(command, left_out)], list(cluster.ends)
 
     assert run(True) == run(False)
 
@@ -316,7 +312,7 @@ def happenings(seed: int, rate: float) -> list[object]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.integers(0, 2**32),
     st.lists(st.integers(8, 30), min_size=1, max_size=4),
@@ -332,7 +328,7 @@ def test_whatever_happens_answers_are_right_and_cached_blocks_are_never_in_the_w
     for happening in happenings(seed, rate):
         happen(cluster, happening, texts, wanted)
     for worker in list(cluster.pools):
-        cluster.run(cluster.life.drain(worker, False, cluster.now))
+        cluster.drain(worker, False)
     settle(cluster)
     for number, new in wanted.items():
         right = expected(number, new)
@@ -343,7 +339,6 @@ def test_whatever_happens_answers_are_right_and_cached_blocks_are_never_in_the_w
 
 
 def happen(cluster: Simulated, happening: object, texts: list[tuple[int, array[int]]], wanted: dict[int, int]) -> None:
-    life = cluster.life
     match happening:
         case (like, most, more, new):
             number = len(wanted)
@@ -359,7 +354,7 @@ def happen(cluster: Simulated, happening: object, texts: list[tuple[int, array[i
             wanted[number] = new
         case "cancel":
             if wanted:
-                cluster.run(life.stop(cluster.rng.choice(sorted(wanted)), "cancelled", cluster.now))
+                cluster.stop(cluster.rng.choice(sorted(wanted)))
         case "step":
             for _ in range(3):
                 cluster.step()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from array import array
 
 import pytest
+from _examples import examples
+from _simulated import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, mishaps, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, mishaps, settle
 
 from distkv_dask.errors import CapacityError, InvalidRequestError, WorkerLostError
+from distkv_dask.messages.client_calls import Submission
 from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
 from distkv_dask.types import SamplingParams
 
@@ -21,7 +23,7 @@ def prompt(document: int, tokens: int, *more: int) -> array[int]:
 def stored(capacities: list[int], tokens: int = 18) -> Simulated:
     """A cluster that holds document 0."""
     cluster = cluster_of(0, *capacities)
-    cluster.run(cluster.life.ingest(0, prompt(0, tokens), 0.0))
+    cluster.ingest(0, prompt(0, tokens))
     finish(cluster)
     assert cluster.ends.pop(0) == ("stop", None)
     return cluster
@@ -32,7 +34,7 @@ def ask(
 ) -> None:
     sampling = SamplingParams(max_new_tokens=new)
     asked = prompt(document, tokens, 7, number)
-    cluster.run(cluster.life.submit(number, asked, sampling, cluster.now, False, document, keeps))
+    cluster.submit(number, asked, sampling, document=document, keeps=keeps)
 
 
 def used(cluster: Simulated) -> int:
@@ -50,7 +52,7 @@ def test_questions_share_the_documents_blocks_and_compute_only_what_is_theirs() 
     assert [cluster.tokens[number] for number in (1, 2, 3)] == [expected(number, 5) for number in (1, 2, 3)]
     assert [cluster.reused[number] for number in (1, 2, 3)] == [16] * 3
     assert used(cluster) == 4
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    cluster.stop(0)
     assert used(cluster) == 0
     assert not any(cluster.pools.values())
 
@@ -59,7 +61,7 @@ def test_a_document_that_is_released_early_is_freed_with_its_last_question() -> 
     cluster = stored([20])
     ask(cluster, 1)
     ask(cluster, 2, new=20)
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    cluster.stop(0)
     with pytest.raises(InvalidRequestError, match="released"):
         ask(cluster, 3)
     finish(cluster)
@@ -91,33 +93,29 @@ def test_questions_of_one_document_are_computed_together_before_they_decode() ->
 def test_the_least_recently_used_document_makes_room_and_comes_back_when_it_is_asked() -> None:
     cluster = stored([20])
     for number in (1, 2):
-        cluster.run(cluster.life.ingest(number, prompt(number, 20), cluster.now))
+        cluster.ingest(number, prompt(number, 20))
         finish(cluster)
         cluster.ends.pop(number)
     ask(cluster, 3, document=0)
     finish(cluster)
-    cluster.run(cluster.life.submit(4, prompt(9, 20), SamplingParams(max_new_tokens=9), cluster.now))
+    cluster.submit(4, prompt(9, 20), SamplingParams(max_new_tokens=9))
     finish(cluster)
-    states = {number: cluster.life.live[number].state for number in range(3)}
+    states = {number: cluster.life.requests[number].state.label for number in range(3)}
     assert states == {0: "document", 1: "dropped", 2: "document"}
     ask(cluster, 5, document=1)
     finish(cluster)
     assert cluster.tokens[5] == expected(5, 5)
     assert cluster.reused[5] == 16  # 18 of its 20 tokens were asked with
-    assert cluster.life.live[1].state == "document"
+    assert cluster.life.requests[1].state.label == "document"
 
 
 def test_a_document_that_made_way_comes_back_only_after_the_one_that_it_made_way_for() -> None:
     cluster = stored([10])
-    cluster.run(cluster.life.ingest(1, prompt(1, 18), cluster.now))
+    cluster.ingest(1, prompt(1, 18))
     finish(cluster)
     sampling = SamplingParams(max_new_tokens=12)
-    asked = [
-        cluster.life.submit(2 + document, prompt(document, 18, 7), sampling, cluster.now, False, document)
-        for document in (0, 1)
-    ]  # at the same time: neither fits as long as both documents are there
-    for commands in asked:
-        cluster.run(commands)
+    asked = [Submission(2 + one, prompt(one, 18, 7), sampling, document=one) for one in (0, 1)]
+    cluster.send(*asked)  # at the same time: neither fits as long as both documents are there
     finish(cluster)
     assert [cluster.tokens[number] for number in (2, 3)] == [expected(number, 12) for number in (2, 3)]
     assert [cluster.reused[number] for number in (2, 3)] == [16, 16]
@@ -125,11 +123,11 @@ def test_a_document_that_made_way_comes_back_only_after_the_one_that_it_made_way
 
 def test_a_question_whose_document_leaves_no_room_for_it_is_answered_without_sharing() -> None:
     cluster = cluster_of(0, 5)
-    cluster.run(cluster.life.ingest(0, prompt(0, 20), 0.0))
+    cluster.ingest(0, prompt(0, 20))
     finish(cluster)
     cluster.ends.pop(0)
     sampling = SamplingParams(max_new_tokens=1)
-    cluster.run(cluster.life.submit(1, prompt(0, 18, 1), sampling, cluster.now, False, 0))
+    cluster.submit(1, prompt(0, 18, 1), sampling, document=0)
     finish(cluster)
     assert cluster.ends[1] == ("length", None)
 
@@ -137,7 +135,7 @@ def test_a_question_whose_document_leaves_no_room_for_it_is_answered_without_sha
 def test_a_document_that_lost_blocks_is_computed_anew_for_who_asks_next() -> None:
     cluster = stored([3, 4, 5], tokens=40)  # no room for what is lost, before a replacement comes
     cluster.lose_worker()
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.requests[0].state.label == "dropped"
     cluster.add_worker(9)
     ask(cluster, 1, tokens=40)
     finish(cluster)
@@ -150,24 +148,24 @@ def test_a_turn_of_a_chat_shares_the_blocks_of_the_turn_before() -> None:
     ask(cluster, 1, keeps=True, new=9)
     finish(cluster)
     assert cluster.ends.pop(1) == ("length", None)
-    said = cluster.life.live[1].prompt
+    said = cluster.life.requests[1].prompt
     assert list(said) == [*prompt(0, 18, 7, 1), *expected(1, 9)][: 28 // BLOCK * BLOCK]
     assert used(cluster) == 7
     sampling = SamplingParams(max_new_tokens=5)
-    cluster.run(cluster.life.submit(2, said + array("i", [5, 6]), sampling, cluster.now, False, 1, True))
+    cluster.submit(2, said + array("i", [5, 6]), sampling, document=1, keeps=True)
     finish(cluster)
     assert cluster.reused[2] == 28
     assert cluster.tokens[2] == expected(2, 5)
     for number in (0, 1, 2):  # the oldest first: its blocks are needed by the others
         assert used(cluster) == 8
-        cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
+        cluster.stop(number)
     assert_nothing_left(cluster)
 
 
 def test_blocks_of_a_document_at_rest_leave_a_worker_that_is_drained() -> None:
     cluster = stored([20, 20])
     (holder,) = {span.worker for span in cluster.life.ledger.sequences[0].placement}
-    cluster.run(cluster.life.drain(holder, True, cluster.now))
+    cluster.drain(holder)
     ask(cluster, 1)  # waits until the document is at rest again
     finish(cluster)
     assert cluster.life.is_drained(holder)
@@ -178,15 +176,15 @@ def test_blocks_of_a_document_at_rest_leave_a_worker_that_is_drained() -> None:
 def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits_for_it() -> None:
     cluster = stored([12])
     sampling = SamplingParams(max_new_tokens=5)
-    cluster.run(cluster.life.submit(1, prompt(0, 13, 7, 7, 7, 7, 7), sampling, cluster.now))
+    cluster.submit(1, prompt(0, 13, 7, 7, 7, 7, 7), sampling)
     finish(cluster)
     assert cluster.reused[1] == 12
     assert cluster.tokens[1] == expected(1, 5)
     large = SamplingParams(max_new_tokens=25)
-    cluster.run(cluster.life.submit(2, prompt(8, 20), large, cluster.now))  # fits only without the document
-    cluster.run(cluster.life.submit(3, prompt(0, 17), sampling, cluster.now))
-    assert cluster.life.live[0].state == "spilling"
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    cluster.submit(2, prompt(8, 20), large)  # fits only without the document
+    cluster.submit(3, prompt(0, 17), sampling)
+    assert cluster.life.requests[0].state.label == "spilling"
+    cluster.stop(0)
     finish(cluster)
     assert cluster.reused[3] == 0
     assert cluster.tokens[3] == expected(3, 5)
@@ -200,7 +198,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.integers(0, 2**32),
     st.lists(st.integers(8, 20), min_size=1, max_size=4),
@@ -216,14 +214,14 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
     held: set[int] = set()
     for number, tokens in enumerate(documents):
         try:
-            cluster.run(cluster.life.ingest(number, prompt(number, tokens), cluster.now))
+            cluster.ingest(number, prompt(number, tokens))
             held.add(number)
         except CapacityError:
             pass
     for happening in happenings:
         happen(cluster, happening, held, wanted)
     for worker in list(cluster.pools):
-        cluster.run(cluster.life.drain(worker, False, cluster.now))
+        cluster.drain(worker, False)
     settle(cluster)
     for number, new in wanted.items():
         reason, error = cluster.ends[number]
@@ -233,9 +231,9 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
             assert cluster.tokens[number] == right
         assert (reason == "error") == (error is not None)
         assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
-    for number in sorted(cluster.life.live, key=lambda number: cluster.rng.random()):
-        assert number not in cluster.life.live or cluster.life.live[number].is_document
-        cluster.run(cluster.life.stop(number, "cancelled", cluster.now))
+    for number in sorted(cluster.life.requests, key=lambda number: cluster.rng.random()):
+        assert number not in cluster.life.requests or cluster.life.requests[number].is_document
+        cluster.stop(number)
     settle(cluster)
     assert_nothing_left(cluster)
 
@@ -245,26 +243,23 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
     match happening:
         case (document, tokens, new, keeps):
             number = 10 + len(wanted)
-            names = [*held, *(one for one, live in life.live.items() if live.keeps)]
+            names = [*held, *(one for one, live in life.requests.items() if live.keeps)]
             like = cluster.rng.choice(names) if names else None
             name = like if document else None
-            beginning = life.live[like].prompt if like in life.live else array("i")
+            beginning = life.requests[like].prompt if like in life.requests else array("i")
             try:
-                cluster.run(
-                    life.submit(
-                        number, beginning[:tokens] + array("i", [number]),
-                        SamplingParams(max_new_tokens=new, priority=new % 3), cluster.now, False, name, keeps,
-                    )
-                )  # fmt: skip
+                sampling = SamplingParams(max_new_tokens=new, priority=new % 3)
+                asked = beginning[:tokens] + array("i", [number])
+                cluster.submit(number, asked, sampling, document=name, keeps=keeps)
                 wanted[number] = new
             except (CapacityError, InvalidRequestError):
                 pass
         case int():
             if happening in held:
                 held.discard(happening)
-                cluster.run(life.stop(happening, "cancelled", cluster.now))
+                cluster.stop(happening)
         case "cancel":
             if wanted:
-                cluster.run(life.stop(cluster.rng.choice(sorted(wanted)), "cancelled", cluster.now))
+                cluster.stop(cluster.rng.choice(sorted(wanted)))
         case str():
             cluster.happen(happening)

@@ -10,7 +10,8 @@ import pytest
 from distkv_dask.config import Config
 from distkv_dask.scheduler.costs.fitting import fit_curve, fit_model
 from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
-from distkv_dask.scheduler.lifecycle.machine import PRESET, Lifecycle
+from distkv_dask.scheduler.costs.presets import PRESET
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.types import Geometry, Measurement
 
 GEOMETRY = Geometry(10, 8, 2, 64, 1000, 4096, "bfloat16")
@@ -68,11 +69,10 @@ def test_without_any_measurement_the_preset_stays_but_for_the_models_sizes() -> 
 
 @pytest.mark.parametrize("policy", ["best", "greedy"])
 def test_policies_decide_by_what_was_measured(policy: str) -> None:
-    life = Lifecycle("engine", Config.load(policy=policy), itertools.count(1))
+    life = MachineState("engine", Config.load(policy=policy), itertools.count(1))
     model = fit_model(GEOMETRY, {"w0": timed(SLOW)}, PRESET)
     life.know_costs(model)
     assert life.policy.model == model
-    assert life._queue.policy is life.policy
 
 
 def test_a_split_context_takes_as_long_as_its_slowest_part() -> None:

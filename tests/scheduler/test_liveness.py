@@ -7,11 +7,15 @@ from array import array
 from dataclasses import dataclass, field
 
 import pytest
-from test_lifecycle import Simulated, assert_nothing_left, blocks, cluster_of, expected, finish
+from _examples import examples
+from _simulated import Simulated, assert_nothing_left, blocks, cluster_of, expected, finish
 
 from distkv_dask.errors import CapacityError, InvalidRequestError
-from distkv_dask.protocol import OWN_DISK, Saved, SavedFile
-from distkv_dask.scheduler import commands as do
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile
+from distkv_dask.scheduler.lifecycle.events import WorkerReady
+from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.types import Endpoint, SamplingParams
 
@@ -38,24 +42,23 @@ class Users:
     numbers: int = 0
 
     def do(self, what: str) -> None:
-        cluster, life = self.cluster, self.cluster.life
+        cluster = self.cluster
         try:
             match what:
                 case "submit" | "ask":
                     self.ask(what == "ask")
                 case "ingest":
                     prompt = array("i", range(self.rng.randrange(1000), 10**6))[: self.rng.randint(1, 70)]
-                    cluster.run(life.ingest(self.number(), prompt, cluster.now))
+                    cluster.ingest(self.number(), prompt)
                     self.documents.add(self.numbers)
                 case "load" if self.saved:
                     prompt, where = self.rng.choice(self.saved)
-                    cluster.run(life.ingest(self.number(), prompt, cluster.now, where))
+                    cluster.ingest(self.number(), prompt, saved=where)
                     self.documents.add(self.numbers)
                 case "save" if held := sorted(self.documents & {*self.held()}):
                     document = self.rng.choice(held)
-                    cluster.run(
-                        life.save(self.number(), document, Saved("folder", tag=f"s{self.numbers}"), cluster.now)
-                    )
+                    number = self.number()
+                    cluster.save(number, document, Saved("folder", tag=f"s{number}"))
                     self.saving[self.numbers] = document
                 case "cancel" if running := [n for n in (*self.wanted, *self.saving) if n not in cluster.ends]:
                     self.stop(self.rng.choice(running))
@@ -63,7 +66,7 @@ class Users:
                     self.stop(self.rng.choice(held))
                 case "tick":
                     cluster.now += 1
-                    cluster.run(life.expire(cluster.now))
+                    cluster.tick()
                 case "join":
                     add_worker(cluster, self.rng)
                 case "submit" | "ask" | "load" | "save" | "cancel" | "release":
@@ -88,26 +91,26 @@ class Users:
     def ask(self, about: bool) -> None:
         life, held = self.cluster.life, self.held()
         document = self.rng.choice(held) if about and held else None
-        beginning = life.live[document].prompt if document in life.live else array("i")
+        beginning = life.requests[document].prompt if document in life.requests else array("i")
         prompt = beginning[: self.rng.randint(1, 80)] + array("i", [self.numbers] * self.rng.randint(1, 40))
         new, keeps = self.rng.choice([1, 5, 20, 40]), self.rng.random() < 0.2
         sampling = SamplingParams(max_new_tokens=new, priority=self.rng.choice([0, 0, 0, 1, 2]))
         number = self.number()
-        self.cluster.run(life.submit(number, prompt, sampling, self.cluster.now, False, document, keeps))
+        self.cluster.submit(number, prompt, sampling, document=document, keeps=keeps)
         self.wanted[number] = new
         if keeps:
             self.keeping.add(number)
 
     def stop(self, number: int) -> None:
         self.stopped.add(number)
-        self.cluster.run(self.cluster.life.stop(number, "cancelled", self.cluster.now))
+        self.cluster.stop(number)
 
     def hear(self) -> None:
         """Who hears that a document is saved may load it."""
         for number, document in list(self.saving.items()):
             if number in self.cluster.ends:
                 del self.saving[number]
-                live = self.cluster.life.live.get(document)
+                live = self.cluster.life.requests.get(document)
                 where = live.saved if live is not None else None
                 if self.cluster.ends[number][0] == "stop" and where is not None and where.place != OWN_DISK:
                     self.saved.append((live.prompt, where))
@@ -123,26 +126,26 @@ class Shared(Simulated):
 
     folder: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
-    def use_disk(self, message: do.Store | do.Fetch) -> None:
+    def use_disk(self, message: to.Store | to.Fetch) -> None:
         if message.saved.place == OWN_DISK:
             super().use_disk(message)
             return
         if message.worker not in self.pools:
             return
-        table, files, failure = self.pools[message.worker].get(message.sequence, {}), [], None
-        if isinstance(message, do.Store):
+        table, files = self.pools[message.worker].get(message.sequence, {}), []
+        if isinstance(message, to.Store):
             for start, stop in message.ranges:
                 name = f"{message.saved.tag}-{start}"
                 files.append(SavedFile(name, start, stop, 0, 0))
                 self.folder[name] = {block: table[block] for block in blocks(start, stop) if block in table}
-            self.run(self.life.saved(message.number, message.worker, tuple(files), None, self.now))
+            self.handle(did.Stored(message.worker, message.number, tuple(files)))
             return
         for start, stop in message.ranges:
             for file in message.saved.files:
                 for block in set(blocks(file.start, file.stop)) & set(blocks(start, stop)):
                     if block in table:  # else it was given up meanwhile
                         table[block] = self.folder[file.name][block]
-        self.run(self.life.fetched(message.sequence, message.worker, failure, self.now))
+        self.handle(did.Fetched(message.worker, message.sequence))
 
 
 def add_worker(cluster: Simulated, rng: random.Random) -> None:
@@ -152,14 +155,12 @@ def add_worker(cluster: Simulated, rng: random.Random) -> None:
     endpoint = Endpoint(worker, rng.choice(["127.0.0.1", "127.0.0.2"]), 1)
     model = rng.random() < 0.8 or not any(one.can_decode for one in cluster.life.ledger.workers.values())
     spill = cluster.life.config.spill
-    cluster.run(
-        cluster.life.worker_ready(endpoint, rng.randint(6, 24), cluster.now, can_decode=model, spill_bytes=spill)
-    )
+    cluster.handle(WorkerReady(endpoint, rng.randint(6, 24), can_decode=model, spill_bytes=spill))
 
 
 def shared_cluster(seed: int, **settings: float) -> Shared:
     plain = cluster_of(seed, **settings)
-    return Shared(plain.life, plain.rng)
+    return Shared(plain.machine, plain.rng)
 
 
 def live_through(seed: int, events: int = 120) -> None:
@@ -175,7 +176,7 @@ def live_through(seed: int, events: int = 120) -> None:
         users.do(what)
     cluster.refusing = False
     for worker in list(cluster.pools):
-        cluster.run(cluster.life.drain(worker, False, cluster.now))
+        cluster.drain(worker, False)
     wait(cluster)
     users.hear()
     assert_all_that_fits_is_answered(users)
@@ -187,7 +188,7 @@ def live_through(seed: int, events: int = 120) -> None:
 def wait(cluster: Simulated, seconds: int = ROUNDS) -> None:
     for _ in range(seconds):
         cluster.now += 1
-        cluster.run(cluster.life.expire(cluster.now))
+        cluster.tick()
         finish(cluster)
 
 
@@ -196,28 +197,34 @@ def assert_all_that_fits_is_answered(users: Users) -> None:
     limit = life.policy.limit(life.ledger)
     for number, new in users.wanted.items():
         reason, error = users.cluster.ends.get(number, ("waiting", None))
-        assert reason != "waiting" or too_large(users.cluster, number, limit), f"{life.live[number]} was not answered"
+        assert reason != "waiting" or too_large(users.cluster, number, limit), (
+            f"{life.requests[number]} was not answered"
+        )
         assert (reason == "cancelled") <= (number in users.stopped)
         assert (reason == "error") == (error is not None)
         if reason in ("stop", "length"):
             assert users.cluster.tokens[number] == expected(number, new)
-    for number, live in life.live.items():
-        needed = [one for one in live.dependents if one in life.live]
+    for number, live in life.requests.items():
+        needed = [one for one in live.dependents if one in life.requests]
         assert users.want(number) or needed or live.cached, f"nobody waits for {live}"
-        if live.state == "waiting":
+        if live.state.label == "waiting":
             assert too_large(users.cluster, number, limit), live
-            assert life.aside(live), "it is said why it waits"
+            assert aside(life, live), "it is said why it waits"
             assert not live.is_document or live.awaited or not live.announced, f"nobody waits for {live}"
         else:
-            assert live.state in ("document", "dropped"), live
+            assert live.state.label in ("document", "dropped"), live
 
 
 def too_large(cluster: Simulated, number: int, limit: int) -> bool:
     """Whether a request, or a document that it waits for, is larger than all workers together."""
-    live = cluster.life.live[number]
+    live = cluster.life.requests[number]
     if cluster.life.ledger.blocks(live.tokens) > limit:
         return True
-    return live.document in cluster.life.live and live.state == "waiting" and too_large(cluster, live.document, limit)
+    return (
+        live.document in cluster.life.requests
+        and live.state.label == "waiting"
+        and too_large(cluster, live.document, limit)
+    )
 
 
 def give_everything_back(users: Users) -> None:
@@ -226,6 +233,6 @@ def give_everything_back(users: Users) -> None:
             users.stop(number)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(examples(100)))
 def test_once_faults_stop_what_fits_is_answered_and_nothing_waits_for_nobody(seed: int) -> None:
     live_through(seed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from _simulated import Simulated, cluster_of, expected, finish
 from test_document_life import ask, prompt, stored, used
-from test_lifecycle import Simulated, cluster_of, expected, finish
 
 from distkv_dask.types import SamplingParams
 
@@ -39,7 +39,7 @@ def test_a_document_computes_only_what_the_lost_worker_held(part: int) -> None:
 def test_a_decoding_request_computes_only_what_the_lost_worker_held(part: int) -> None:
     cluster = cluster_of(0, 4, 4, 4)
     sampling = SamplingParams(max_new_tokens=8)
-    cluster.run(cluster.life.submit(1, prompt(1, 40), sampling, cluster.now))
+    cluster.submit(1, prompt(1, 40), sampling)
     while not cluster.tokens[1]:
         cluster.step()
     cluster.add_worker(4)
@@ -56,13 +56,13 @@ def test_a_decoding_request_computes_only_what_the_lost_worker_held(part: int) -
 
 def test_a_prompt_that_loses_a_worker_goes_on_from_what_it_has() -> None:
     cluster = cluster_of(0, 4, 4, 4)
-    cluster.run(cluster.life.submit(1, prompt(1, 44), SamplingParams(max_new_tokens=4), cluster.now))
+    cluster.submit(1, prompt(1, 44), SamplingParams(max_new_tokens=4))
     while computed(cluster, 1) > 8:
         cluster.step()
     cluster.add_worker(4)
     first = cluster.life.ledger.sequences[1].placement[0].worker
     cluster.lose_worker(first)
-    while cluster.life.live[1].state == "retiring":
+    while cluster.life.requests[1].state.label == "retiring":
         cluster.step()
     assert computed(cluster, 1) <= 16 + 8
     finish(cluster)
@@ -71,7 +71,7 @@ def test_a_prompt_that_loses_a_worker_goes_on_from_what_it_has() -> None:
 
 def test_room_that_was_not_used_yet_is_replaced_without_computing() -> None:
     cluster = cluster_of(3, 10, 10)
-    cluster.run(cluster.life.submit(1, prompt(1, 8), SamplingParams(max_new_tokens=60), cluster.now))
+    cluster.submit(1, prompt(1, 8), SamplingParams(max_new_tokens=60))
     while not cluster.tokens[1]:
         cluster.step()
     account = cluster.life.ledger.sequences[1]
@@ -79,7 +79,7 @@ def test_room_that_was_not_used_yet_is_replaced_without_computing() -> None:
     assert account.length < account.placement[0].stop
     cluster.add_worker(10)
     cluster.lose_worker(account.home)
-    while cluster.life.live[1].state == "retiring":
+    while cluster.life.requests[1].state.label == "retiring":
         cluster.step()
     assert not computed(cluster, 1)
     finish(cluster)
@@ -91,7 +91,7 @@ def test_while_it_is_mended_a_document_shares_nothing_and_is_asked_for_after_tha
     cluster.add_worker(4)
     cluster.lose_worker(cluster.life.ledger.sequences[0].placement[0].worker)
     ask(cluster, 1, tokens=40)
-    cluster.run(cluster.life.submit(2, prompt(0, 20, 5), SamplingParams(max_new_tokens=3), cluster.now))
+    cluster.submit(2, prompt(0, 20, 5), SamplingParams(max_new_tokens=3))
     finish(cluster)
     assert cluster.tokens[1] == expected(1, 5)
     assert cluster.tokens[2] == expected(2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from _examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ asks = st.lists(st.integers(1, 300), min_size=1, max_size=20)
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(workers, asks, st.integers(0, 12), st.data())
 def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
     name: str, sizes: list[int], lengths: list[int], lend_limit: int, data: st.DataObject

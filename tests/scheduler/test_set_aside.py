@@ -5,14 +5,16 @@ from __future__ import annotations
 from array import array
 
 import pytest
+from _examples import examples
+from _simulated import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish
 
 from distkv_dask.errors import CapacityError
-from distkv_dask.protocol import Saved
+from distkv_dask.messages.names import Saved
+from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.machine import PRESET
+from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.types import Endpoint, SamplingParams
@@ -25,14 +27,14 @@ CAPACITIES = {"local-only": (96, 32, 32)}
 def submit(cluster: Simulated, number: int, tokens: int, new: int = 5, document: int | None = None) -> None:
     prompt = array("i", range(1000 * number, 1000 * number + tokens))
     if document is not None:
-        prompt = cluster.life.live[document].prompt + prompt
+        prompt = cluster.life.requests[document].prompt + prompt
     sampling = SamplingParams(max_new_tokens=new)
-    cluster.run(cluster.life.submit(number, prompt, sampling, cluster.now, False, document))
+    cluster.submit(number, prompt, sampling, document=document)
 
 
 def tick(cluster: Simulated, seconds: float = 1.0) -> None:
     cluster.now += seconds
-    cluster.run(cluster.life.expire(cluster.now))
+    cluster.tick()
     finish(cluster)
 
 
@@ -53,7 +55,7 @@ def test_a_request_too_large_for_the_workers_left_lets_others_pass_and_runs_when
     submit(cluster, 0, tokens - 10, 11)
     for number in SHORT:
         submit(cluster, number, 20)
-    assert "blocks" in cluster.life.aside(cluster.life.live[0])
+    assert "blocks" in aside(cluster.life, cluster.life.requests[0])
     finish(cluster)
     assert {number: cluster.tokens[number] for number in SHORT} == {number: expected(number, 5) for number in SHORT}
     assert 0 not in cluster.ends
@@ -68,7 +70,7 @@ def test_one_that_lost_its_room_lets_others_pass_and_is_refused_when_its_limit_e
     submit(cluster, 0, tokens - 20, 21)
     for number in SHORT:
         submit(cluster, number, 20)
-    while cluster.life.live[0].state != "decode":
+    while cluster.life.requests[0].state.label != "decode":
         assert cluster.step()
     cluster.lose_worker("w0")
     finish(cluster)
@@ -88,29 +90,29 @@ def test_one_that_lost_its_room_lets_others_pass_and_is_refused_when_its_limit_e
 
 def test_one_that_only_fits_with_a_worker_that_is_retired_lets_others_pass(cluster: Simulated) -> None:
     tokens = largest(cluster) - 3
-    cluster.run(cluster.life.drain("w0", True, 0.0))
+    cluster.drain("w0")
     submit(cluster, 0, tokens - 10, 11)
     for number in SHORT:
         submit(cluster, number, 20)
     finish(cluster)
     assert sorted(cluster.ends) == SHORT
-    cluster.run(cluster.life.drain("w0", False, cluster.now))
+    cluster.drain("w0", False)
     finish(cluster)
     assert cluster.tokens[0] == expected(0, 11)
 
 
 def test_a_question_whose_document_cannot_leave_a_retired_worker_lets_others_pass() -> None:
     cluster = cluster_of(3, 20, 10)
-    cluster.run(cluster.life.ingest(0, array("i", range(64)), 0.0))  # 16 blocks: no room for it on the other worker
+    cluster.ingest(0, array("i", range(64)))  # 16 blocks: no room for it on the other worker
     finish(cluster)
-    cluster.run(cluster.life.drain("w0", True, 0.0))
+    cluster.drain("w0")
     submit(cluster, 9, 5, document=0)
     for number in SHORT:
         submit(cluster, number, 20)
-    assert "document" in cluster.life.aside(cluster.life.live[9])
+    assert "document" in aside(cluster.life, cluster.life.requests[9])
     finish(cluster)
     assert sorted(cluster.ends) == [0, *SHORT]
-    cluster.run(cluster.life.drain("w0", False, cluster.now))
+    cluster.drain("w0", False)
     finish(cluster)
     assert cluster.tokens[9] == expected(9, 5)
     assert cluster.reused[9] == 64
@@ -118,9 +120,9 @@ def test_a_question_whose_document_cannot_leave_a_retired_worker_lets_others_pas
 
 def test_what_needs_room_that_a_silent_folder_holds_lets_others_pass_until_it_answers() -> None:
     cluster = cluster_of(3, 20)
-    cluster.run(cluster.life.ingest(0, array("i", range(60)), 0.0))
+    cluster.ingest(0, array("i", range(60)))
     finish(cluster)
-    cluster.run(cluster.life.save(8, 0, Saved("folder", tag="x"), cluster.now))
+    cluster.save(8, 0, Saved("folder", tag="x"))
     (store,) = cluster.files
     cluster.files = []
     submit(cluster, 9, 40)  # needs the document's room, and a save of it is under way
@@ -140,24 +142,24 @@ def test_what_needs_room_that_a_silent_folder_holds_lets_others_pass_until_it_an
 
 def test_a_document_that_nobody_waits_for_any_more_leaves_the_queue() -> None:
     cluster = cluster_of(3, 20, 20)
-    cluster.run(cluster.life.ingest(0, array("i", range(100)), 0.0))
+    cluster.ingest(0, array("i", range(100)))
     finish(cluster)
     cluster.lose_worker("w0")
     submit(cluster, 1, 5, document=0)
-    assert cluster.life.live[0].state == "waiting"
-    assert cluster.life.aside(cluster.life.live[1]), "so is who asks it"
-    cluster.run(cluster.life.stop(1, "cancelled", cluster.now))
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.requests[0].state.label == "waiting"
+    assert aside(cluster.life, cluster.life.requests[1]), "so is who asks it"
+    cluster.stop(1)
+    assert cluster.life.requests[0].state.label == "dropped"
     submit(cluster, 2, 5, document=0)
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
-    cluster.run(cluster.life.stop(2, "cancelled", cluster.now))
+    cluster.stop(0)
+    cluster.stop(2)
     assert_nothing_left(cluster)
 
 
 def test_two_documents_do_not_take_turns_for_questions_that_cannot_run() -> None:
     cluster = cluster_of(3, 20, 20)
     for document in (0, 1):
-        cluster.run(cluster.life.ingest(document, array("i", range(1000 * document, 1000 * document + 44)), 0.0))
+        cluster.ingest(document, array("i", range(1000 * document, 1000 * document + 44)))
     finish(cluster)
     cluster.lose_worker("w0")
     for number in (2, 3):
@@ -173,7 +175,7 @@ workers = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), workers, st.sampled_from([1.0, 0.5, 0.0]), st.integers(1, 100))
 def test_the_limit_is_what_a_policy_has_room_for_when_there_is_no_other_request(
     policy: str, sizes: list[tuple[int, str, bool, int]], lend_limit: float, blocks: int

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from _simulated import Simulated, assert_nothing_left, cluster_of, expected, finish
 from test_document_life import ask, prompt, stored, used
-from test_lifecycle import Simulated, assert_nothing_left, cluster_of, expected, finish
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.types import SamplingParams
@@ -13,7 +13,7 @@ from distkv_dask.types import SamplingParams
 def crowd(cluster: Simulated, number: int, tokens: int, new: int, priority: int = 0) -> None:
     """A request that has nothing in common with others."""
     sampling = SamplingParams(max_new_tokens=new, priority=priority)
-    cluster.run(cluster.life.submit(number, prompt(number, tokens), sampling, cluster.now))
+    cluster.submit(number, prompt(number, tokens), sampling)
 
 
 def computed(cluster: Simulated, number: int) -> int:
@@ -27,7 +27,7 @@ def spilled(capacities: list[int], tokens: int = 40) -> Simulated:
     crowd(cluster, 9, 4 * sum(capacities) - 12, 9)
     finish(cluster)
     assert cluster.ends.pop(9) == ("length", None)
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.requests[0].state.label == "dropped"
     return cluster
 
 
@@ -36,7 +36,7 @@ def test_a_document_comes_back_from_the_disks_of_all_workers_without_being_compu
     assert sum(map(len, cluster.disks.values())) >= 2
     ask(cluster, 1, tokens=40)
     assert not computed(cluster, 0)
-    while cluster.life.live[0].state != "document":
+    while cluster.life.requests[0].state.label != "document":
         assert cluster.step()
         assert not computed(cluster, 0)
     finish(cluster)
@@ -50,15 +50,15 @@ def test_a_document_that_is_on_disk_already_makes_room_at_once() -> None:
     finish(cluster)
     crowd(cluster, 2, 48, 9)
     assert not cluster.files
-    assert cluster.life.live[0].state == "dropped"
-    cluster.run(cluster.life.stop(0, "cancelled", cluster.now))
+    assert cluster.life.requests[0].state.label == "dropped"
+    cluster.stop(0)
     assert not any(cluster.disks.values()), "a released document leaves no files"
 
 
 def test_who_asks_while_a_document_goes_to_disk_is_answered() -> None:
     cluster = stored([15], 40)
     crowd(cluster, 9, 48, 9)
-    assert cluster.life.live[0].state == "spilling"
+    assert cluster.life.requests[0].state.label == "spilling"
     ask(cluster, 1, tokens=40)
     finish(cluster)
     assert cluster.tokens[1] == expected(1, 5)
@@ -82,8 +82,8 @@ def test_a_disk_that_is_too_slow_is_not_waited_for() -> None:
     crowd(cluster, 9, 48, 9)
     late = cluster.files.copy()
     cluster.files.clear()
-    cluster.run(cluster.life.expire(cluster.now + cluster.life.config.timeout_start + 1))
-    assert cluster.life.live[0].state == "dropped"
+    cluster.tick(cluster.life.config.timeout_start + 1)
+    assert cluster.life.requests[0].state.label == "dropped"
     cluster.files = late
     finish(cluster)
     assert cluster.ends[9] == ("length", None)
@@ -92,10 +92,10 @@ def test_a_disk_that_is_too_slow_is_not_waited_for() -> None:
 
 def test_without_disk_nothing_is_written() -> None:
     cluster = cluster_of(0, 15, spill=0)
-    cluster.run(cluster.life.ingest(0, prompt(0, 40), 0.0))
+    cluster.ingest(0, prompt(0, 40))
     finish(cluster)
     crowd(cluster, 9, 48, 9)
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.requests[0].state.label == "dropped"
     finish(cluster)
     assert cluster.ends[9] == ("length", None)
 
@@ -113,10 +113,10 @@ def running(priority: int = 0, capacity: int = 15) -> Simulated:
 def test_an_urgent_request_goes_first_and_the_other_goes_on_where_it_was(disk: str) -> None:
     cluster = running()
     if disk == "is full":
-        cluster.life.spilling.worker_ready("w0", 10)
+        cluster.life.disks.capacity["w0"] = 10
     before = list(cluster.tokens[1])
     crowd(cluster, 2, 20, 9, priority=1)
-    while cluster.life.live[1].state != "waiting":
+    while cluster.life.requests[1].state.label != "waiting":
         assert cluster.step()
     if disk == "loses the file":
         cluster.lose_file()
@@ -146,12 +146,12 @@ def test_one_request_makes_way_for_a_place_in_a_full_batch() -> None:
     cluster = cluster_of(3, 60)
     for number in range(1, 5):
         crowd(cluster, number, 8, 20)
-    while not all(live.state == "decode" for live in cluster.life.live.values()):
+    while not all(live.state.label == "decode" for live in cluster.life.requests.values()):
         assert cluster.step()
     crowd(cluster, 5, 8, 20, priority=1)
     making_way = 0
     while 5 not in cluster.ends:
-        making_way = max(making_way, sum(live.state != "decode" for live in cluster.life.live.values()) - 1)
+        making_way = max(making_way, sum(live.state.label != "decode" for live in cluster.life.requests.values()) - 1)
         assert cluster.step()
     finish(cluster)
     assert making_way <= 1
@@ -162,10 +162,10 @@ def test_nobody_makes_way_where_that_would_not_be_enough() -> None:
     cluster = cluster_of(3, 15, 15)
     crowd(cluster, 1, 50, 40, priority=1)
     crowd(cluster, 2, 10, 3)
-    while cluster.life.live[1].state != "decode" or not cluster.tokens[1]:
+    while cluster.life.requests[1].state.label != "decode" or not cluster.tokens[1]:
         cluster.step()
     crowd(cluster, 3, 60, 40, priority=1)
-    assert all(live.state != "retiring" for live in cluster.life.live.values())
+    assert all(live.state.label != "retiring" for live in cluster.life.requests.values())
     finish(cluster)
     assert {reason for reason, _ in cluster.ends.values()} <= {"length", "stop"}
 
@@ -174,10 +174,10 @@ def test_a_preempted_request_can_be_cancelled_on_its_way_to_disk_and_back() -> N
     for state in ("retiring", "spilling", "waiting", "fetching"):
         cluster = running()
         crowd(cluster, 2, 20, 3, priority=1)
-        while cluster.life.live[1].state != state:
+        while cluster.life.requests[1].state.label != state:
             assert cluster.step()
         for _ in range(2):
-            cluster.run(cluster.life.stop(1, "cancelled", cluster.now))
+            cluster.stop(1)
         finish(cluster)
         assert cluster.ends[1] == ("cancelled", None)
         assert cluster.ends[2] == ("length", None)
@@ -191,7 +191,7 @@ def test_a_preempted_request_survives_the_loss_of_a_worker_on_its_way_to_disk() 
         cluster.step()
     assert len({span.worker for span in cluster.life.ledger.sequences[1].placement}) == 2
     crowd(cluster, 2, 20, 3, priority=1)
-    while cluster.life.live[1].state != "spilling":
+    while cluster.life.requests[1].state.label != "spilling":
         assert cluster.step()
     cluster.lose_worker()
     cluster.add_worker(8)
@@ -214,17 +214,17 @@ def test_a_gang_that_fails_while_a_request_is_preempted_changes_nothing() -> Non
 def test_copies_that_are_needed_least_make_room_on_a_full_disk() -> None:
     cluster = cluster_of(0, 12, spill=1100)
     for number in (0, 1):
-        cluster.run(cluster.life.ingest(number, prompt(number, 20), cluster.now))
+        cluster.ingest(number, prompt(number, 20))
         finish(cluster)
         cluster.ends.pop(number)
         crowd(cluster, 10 + number, 40, 8)
         finish(cluster)
-    assert [len(cluster.life.live[number].saved or ()) > 0 for number in (0, 1)] == [True, True]
-    cluster.run(cluster.life.ingest(2, prompt(2, 20), cluster.now))
+    assert [len(cluster.life.requests[number].saved or ()) > 0 for number in (0, 1)] == [True, True]
+    cluster.ingest(2, prompt(2, 20))
     finish(cluster)
     crowd(cluster, 12, 40, 8)
     finish(cluster)
-    assert [cluster.life.live[number].saved is not None for number in (0, 1, 2)] == [False, True, True]
+    assert [cluster.life.requests[number].saved is not None for number in (0, 1, 2)] == [False, True, True]
     for number in (0, 1, 2):
         ask(cluster, 20 + number, document=number)
         finish(cluster)
@@ -234,7 +234,7 @@ def test_copies_that_are_needed_least_make_room_on_a_full_disk() -> None:
 def test_what_is_computed_as_fast_as_it_is_read_is_not_written() -> None:
     cluster = stored([15], 40)
     cluster.life.block_bytes = 10**9
-    cluster.life.spilling.worker_ready("w0", 10**12)
+    cluster.life.disks.capacity["w0"] = 10**12
     crowd(cluster, 9, 48, 9)
-    assert cluster.life.live[0].state == "dropped"
+    assert cluster.life.requests[0].state.label == "dropped"
     assert not cluster.files

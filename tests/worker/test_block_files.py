@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from distkv_dask.errors import SavedDocumentError
-from distkv_dask.protocol import FromWorker, Saved, SavedFile
+from distkv_dask.messages.from_worker import Fetched, Stored
+from distkv_dask.messages.names import Saved, SavedFile
 from distkv_dask.worker.block_files import BlockFiles
 from distkv_dask.worker.pool import Pool
 
@@ -25,27 +26,26 @@ async def no_peer(file: SavedFile, first: int, count: int) -> Any:
 
 
 def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
-    told: list[tuple[FromWorker, Any]] = []
-    files = BlockFiles(
-        pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, 60.0, lambda event, payload: told.append((event, payload))
-    )
+    told: list[Any] = []
+    files = BlockFiles(pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, 60.0, told.append)
     pool.reserve(1, 0, 16)
     pool.storage.copy_(torch.rand(pool.storage.shape))
     before = pool.storage[list(pool.table(1))].clone()
 
     async def run() -> None:
         await files.store(1, 1, [(0, 8), (8, 16)], Saved(str(tmp_path)))
-        _, (_, written, error) = told.pop()
-        assert error is None
+        stored = told.pop()
+        assert stored == Stored("here", 1, stored.files)
+        written = stored.files
         (tmp_path / written[1].name).unlink()  # of no use to who holds the first half
         pool.storage[list(pool.table(1))] = 0
         await files.fetch(no_peer, 1, [(0, 8)], Saved(str(tmp_path), written))
-        assert told.pop() == (FromWorker.FETCHED, (1, None))
+        assert told.pop() == Fetched("here", 1)
         await files.fetch(no_peer, 1, [(0, 16)], Saved(str(tmp_path), written))
-        _, (_, missing) = told.pop()
+        missing = told.pop().error
         assert isinstance(missing, SavedDocumentError)
         await files.fetch(no_peer, 1, [(0, 16)], Saved(str(tmp_path), written[:1]))
-        _, (_, missing) = told.pop()
+        missing = told.pop().error
         assert "tokens 8 to 16" in str(missing)
 
     asyncio.run(run())

@@ -10,7 +10,7 @@ from _channels import TCP, UNIX, Way
 from _fakes import Member, loaded
 
 from distkv_dask.config import Config
-from distkv_dask.protocol import EngineSpec
+from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import Measurement
 from distkv_dask.worker.measured import measured
 from distkv_dask.worker.measuring import measure

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.local_folder import LocalFolder
-from distkv_dask.protocol import SavedFile
+from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 from distkv_dask.worker import storage
 from distkv_dask.worker.pool import Pool

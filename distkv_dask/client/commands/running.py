@@ -10,7 +10,8 @@ import click
 
 from distkv_dask.client.commands.connect import check_cluster, client_of
 from distkv_dask.client.commands.failing import failing_clearly
-from distkv_dask.protocol import PLUGIN, ClientCall
+from distkv_dask.messages.client_calls import ClientCall
+from distkv_dask.messages.names import PLUGIN
 
 LIMIT = 10.0
 """Seconds that a scheduler may take to answer."""

@@ -12,7 +12,7 @@ from distkv_dask.client.documents.saved_document import read_metadata
 from distkv_dask.client.session.session import Session
 from distkv_dask.client.session.store import ended
 from distkv_dask.errors import InvalidRequestError, SavedDocumentError
-from distkv_dask.protocol import Saved
+from distkv_dask.messages.names import Saved
 from distkv_dask.texts import checked_name
 from distkv_dask.types import Prompt
 from distkv_dask.watch import watched

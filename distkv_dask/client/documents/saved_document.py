@@ -17,7 +17,7 @@ from typing import Any
 from distkv_dask.errors import SavedDocumentError, in_words
 from distkv_dask.filesystems import explained, folder_at
 from distkv_dask.folder import Folder
-from distkv_dask.protocol import SavedFile
+from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 
 FILE = "document.json"

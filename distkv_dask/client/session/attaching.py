@@ -10,8 +10,10 @@ from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import ClusterError, EngineClosedError
+from distkv_dask.messages.client_calls import Attached, ClientCall
+from distkv_dask.messages.names import PLUGIN, EngineSpec
 from distkv_dask.model_source import ModelSource, resolve_model
-from distkv_dask.protocol import PLUGIN, Attached, ClientCall, EngineSpec
+from distkv_dask.version import VERSION
 
 
 class Attaching:
@@ -40,7 +42,9 @@ class Attaching:
         client = conversation.client
         if not await answered(client, client.get_metadata([PLUGIN], default=False)):
             raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
-        attached: Attached = await conversation.call(ClientCall.ATTACH, engine=self._engine, client=client.id)
+        attached: Attached = await conversation.call(
+            ClientCall.ATTACH, engine=self._engine, client=client.id, version=VERSION
+        )
         self.spec, facts, self._handle = attached
         try:
             self.model = await asyncio.to_thread(resolve_model, self.spec.model, self.spec.rope_scaling)

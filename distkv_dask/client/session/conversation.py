@@ -18,7 +18,8 @@ from distkv_dask.client.session.operation import Operation
 from distkv_dask.client.session.reach import AGAIN, answered, lost
 from distkv_dask.client.session.request import Request
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
-from distkv_dask.protocol import HANDLE_NUMBERS, ClientCall, Delivery, pack, unpack
+from distkv_dask.messages.client_calls import ClientCall, Delivery
+from distkv_dask.messages.names import HANDLE_NUMBERS, pack, unpack
 from distkv_dask.types import FinishReason
 
 logger = logging.getLogger("distributed.distkv.engine")

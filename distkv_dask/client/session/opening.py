@@ -19,10 +19,12 @@ from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
+from distkv_dask.messages.client_calls import ClientCall
+from distkv_dask.messages.names import PLUGIN, DaskSpan, EngineSpec, pack
 from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.protocol import PLUGIN, ClientCall, DaskSpan, EngineSpec, pack
 from distkv_dask.scheduler.gmanager import GManager
+from distkv_dask.version import VERSION
 
 
 class Opening:
@@ -56,7 +58,7 @@ class Opening:
         await _install(client)
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:
-            facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id)
+            facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id, version=VERSION)
             if not facts:  # Dask answers nothing to calls that nobody handles
                 raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
             tokenizer = Tokenizer(await loading, facts["vocab_size"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.protocol import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Submission
 
 
 class Operation(concurrent.futures.Future[Delivery]):

@@ -12,7 +12,7 @@ from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.json_schema import grammar_of
-from distkv_dask.protocol import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
 
 

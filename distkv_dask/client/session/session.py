@@ -21,8 +21,8 @@ from distkv_dask.client.session.store import DocumentStore
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
+from distkv_dask.messages.client_calls import ClientCall, Submission
 from distkv_dask.model_source import ModelSource
-from distkv_dask.protocol import ClientCall, Submission
 from distkv_dask.types import Prompt, SamplingParams
 
 

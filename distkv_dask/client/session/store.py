@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.operation import Operation
 from distkv_dask.errors import WorkerLostError
-from distkv_dask.protocol import Delivery, Saved, Submission
+from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.names import Saved
 
 SAVE_TRIES = 3
 """How often saving a document is tried, where workers die meanwhile."""

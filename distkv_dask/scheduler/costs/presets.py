@@ -74,3 +74,6 @@ def _cpu_smollm2() -> Preset:
 
 
 PRESETS = {"a100-7b": _a100_7b(), "cpu-smollm2": _cpu_smollm2()}
+
+PRESET = PRESETS["cpu-smollm2"].model
+"""Costs of workers that were not timed."""

@@ -68,7 +68,7 @@ class Board:
         now = monotonic()
         if now > self._stale:
             self._views = {
-                name: view_of(state.lifecycle, state.figures, state.spec.model, self.label, now)
+                name: view_of(state.life, state.figures, state.spec.model, self.label, now)
                 for name, state in self.engines.items()
             }
             self._stale = now + max(FRESH, (monotonic() - now) / SHARE)
@@ -87,5 +87,5 @@ class Board:
     async def _sample(self) -> None:
         while True:
             for state in self.engines.values():
-                state.figures.sample(monotonic(), states_of(state.lifecycle))
+                state.figures.sample(monotonic(), states_of(state.life))
             await asyncio.sleep(SAMPLE)

@@ -14,7 +14,7 @@ from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.dashboard.core import BokehApplication
 from distributed.dashboard.scheduler import template_variables
 
-from distkv_dask.protocol import PLUGIN
+from distkv_dask.messages.names import PLUGIN
 from distkv_dask.scheduler.dashboard.look import TEXT
 from distkv_dask.scheduler.dashboard.panels_memory import DebtPanel, MemoryPanel
 from distkv_dask.scheduler.dashboard.panels_tables import EventsPanel, LatencyPanel, SequencesPanel

@@ -61,7 +61,7 @@ class Collector(CollectorBase):
         engines = list(self._board.engines.values())
         yield GaugeMetricFamily("distkv_engines", "Engines that are open", value=len(engines))
         yield from self._pools()
-        states = sum((states_of(engine.lifecycle) for engine in engines), Counter[str]())
+        states = sum((states_of(engine.life) for engine in engines), Counter[str]())
         requests = GaugeMetricFamily("distkv_requests", "Requests under way", labels=["state"])
         for state in STATES:
             requests.add_metric([state], states[state])
@@ -95,11 +95,11 @@ class Collector(CollectorBase):
         counts: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for engine in self._board.engines.values():
-            for worker, account in engine.lifecycle.ledger.workers.items():
-                on_disk[worker] += engine.lifecycle.spilling.used[worker]
+            for worker, account in engine.life.ledger.workers.items():
+                on_disk[worker] += engine.life.disks.used[worker]
                 for state, number in account.parts().items():
                     counts[worker, state] += number
-                    sizes[worker, state] += number * engine.lifecycle.block_bytes
+                    sizes[worker, state] += number * engine.life.block_bytes
         for key, number in counts.items():
             blocks.add_metric(list(key), number)
             memory.add_metric(list(key), sizes[key])

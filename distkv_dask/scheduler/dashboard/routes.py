@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distributed.http.utils import RequestHandler
 
-from distkv_dask.protocol import PLUGIN
+from distkv_dask.messages.names import PLUGIN
 
 if TYPE_CHECKING:
     from typing import Any

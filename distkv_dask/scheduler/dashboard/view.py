@@ -10,12 +10,12 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import get_args
 
 from distkv_dask.scheduler.engines.figures import Event, Figures, Sample
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
-from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.request import ASIDE, Live, State
+from distkv_dask.scheduler.lifecycle.request import ASIDE, UNDER_WAY, Request
+from distkv_dask.scheduler.lifecycle.stalls import aside
+from distkv_dask.scheduler.lifecycle.state import MachineState
 
 WORKERS = 40
 """Workers that are shown one by one: those with most blocks in use."""
@@ -23,7 +23,7 @@ WORKERS = 40
 SEQUENCES = 30
 """Sequences that are shown one by one: those with most tokens that have a place."""
 
-STATES = (*(state for state in get_args(State) if state not in ("document", "dropped")), ASIDE)
+STATES = (*(state.label for state in UNDER_WAY), ASIDE)
 """States of requests that are under way."""
 
 
@@ -93,7 +93,7 @@ class View:
     finished: Mapping[str, int] = field(default_factory=dict)
 
 
-def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str], str], now: float) -> View:
+def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[str], str], now: float) -> View:
     """Look at an engine.
 
     Parameters
@@ -114,8 +114,8 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
     others = [account for account in ledger.workers.values() if account.worker not in shown]
     if others:
         bars.append(_together(others))
-    placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.live[number].cached)
-    largest = [life.live[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
+    placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.requests[number].cached)
+    largest = [life.requests[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
     states = states_of(life)
     debts = heapq.nlargest(WORKERS, ledger.debts().items(), key=lambda item: item[1])
     return View(
@@ -143,9 +143,11 @@ def view_of(life: Lifecycle, figures: Figures, model: str, label: Callable[[str]
     )
 
 
-def states_of(life: Lifecycle) -> Counter[str]:
+def states_of(life: MachineState) -> Counter[str]:
     """How many live requests are in which state."""
-    return Counter(ASIDE if life.aside(live) else str(live.state) for live in life.live.values() if not live.cached)
+    return Counter(
+        ASIDE if aside(life, live) else live.state.label for live in life.requests.values() if not live.cached
+    )
 
 
 def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
@@ -164,13 +166,13 @@ def _together(accounts: list[WorkerAccount]) -> WorkerBar:
     return WorkerBar(label=f"{len(bars)} others", role="", **total)
 
 
-def _row(life: Lifecycle, live: Live, label: Callable[[str], str], now: float) -> SequenceRow:
+def _row(life: MachineState, live: Request, label: Callable[[str], str], now: float) -> SequenceRow:
     account = life.ledger.sequences[live.sequence]
     strip = tuple((label(span.worker), span.filled(account.length)) for span in account.placement)
     seconds = now - live.decoding if live.decoding else 0.0
     return SequenceRow(
         number=live.sequence,
-        state=live.state,
+        state=live.state.label,
         prompt=len(live.prompt),
         generated=len(live.generated),
         stored=account.length,

@@ -11,15 +11,21 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from distkv_dask.errors import ClusterError, EngineClosedError
-from distkv_dask.protocol import HANDLE_NUMBERS, Attached, Delivery, EngineSpec, Ready
+from distkv_dask.messages.client_calls import Attached, Delivery
+from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
+from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.scheduler.costs.fitting import fit_model
+from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.outbox import Outbox
-from distkv_dask.scheduler.lifecycle.machine import PRESET, Lifecycle
-from distkv_dask.scheduler.lifecycle.request import ASIDE
+from distkv_dask.scheduler.lifecycle import retries
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.request import ASIDE, Prefill, Waiting
+from distkv_dask.scheduler.lifecycle.stalls import aside
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.moves.draining import fits_elsewhere
 from distkv_dask.scheduler.work.pacing import Pacer
-from distkv_dask.types import Exchanged, Geometry, Timings
+from distkv_dask.types import Geometry, Timings
 
 MAX_REOPENINGS = 3
 """How many times a worker opens an engine again that it lost: what ends its lanes again and again must not go on so."""
@@ -43,8 +49,8 @@ class EngineState:
     def __init__(self, spec: EngineSpec, client: str, gang_numbers: Iterator[int], pacer: Pacer) -> None:
         self.spec = spec
         self.client = client
-        self.lifecycle = Lifecycle(spec.engine, spec.config, gang_numbers, pacer=pacer)
-        self.facts: dict[str, Ready] = {}
+        self.machine = Lifecycle(MachineState(spec.engine, spec.config, gang_numbers, pacer))
+        self.facts: dict[str, Opened] = {}
         self.geometry: Geometry | None = None
         """Sizes of the model, once a worker has loaded it; memory workers are told them."""
         self.span = spec.span
@@ -53,6 +59,7 @@ class EngineState:
         self._pacer = pacer
         self.is_closing = False
         self._pending: set[str] = set()
+        self._silent: set[str] = set()
         self._failure: Exception | None = None
         self._lost = ""
         self._openings: Counter[str] = Counter()
@@ -62,6 +69,11 @@ class EngineState:
         """Who uses the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
 
     @property
+    def life(self) -> MachineState:
+        """What its state machine knows."""
+        return self.machine.state
+
+    @property
     def layers(self) -> int:
         """Layers of the model; 0 before a worker has loaded it."""
         return 0 if self.geometry is None else self.geometry.layers
@@ -69,19 +81,25 @@ class EngineState:
     # Opening and closing
 
     def expect(self, worker: str) -> None:
-        """OPEN was sent to a worker."""
+        """A worker is asked to open the engine."""
         self._pending.add(worker)
+        self._silent.discard(worker)
 
-    def ready(self, worker: str, facts: Ready) -> None:
+    def await_hello(self, worker: str) -> None:
+        """A worker will be asked once it has said which version it runs."""
+        self._pending.add(worker)
+        self._silent.add(worker)
+
+    def ready(self, facts: Opened) -> None:
         """A worker opened the engine."""
         if self.is_closing:
             return  # CLOSE is on its way there
-        self.facts[worker] = facts
-        self.lifecycle.block_bytes = facts["block_bytes"]
-        self.geometry = facts["geometry"]
-        measured = {name: one["measured"] for name, one in self.facts.items()}
-        self.lifecycle.know_costs(fit_model(self.geometry, measured, PRESET))
-        self._answered(worker)
+        self.facts[facts.worker] = facts
+        self.life.block_bytes = facts.block_bytes
+        self.geometry = facts.geometry
+        measured = {name: one.measured for name, one in self.facts.items()}
+        self.life.know_costs(fit_model(self.geometry, measured, PRESET))
+        self._answered(facts.worker)
 
     def open_failed(self, worker: str, error: Exception) -> None:
         """A worker could not open the engine; it takes no part in it."""
@@ -108,14 +126,23 @@ class EngineState:
 
     def knows(self, worker: str) -> bool:
         """Whether the engine is open on a worker, or being opened there."""
-        return worker in self._pending or worker in self.facts
+        return (worker in self._pending and worker not in self._silent) or worker in self.facts
+
+    def waits_for(self, gang: int) -> bool:
+        """Whether a chunk or window is still waited for, in an engine that goes on."""
+        return not self.is_closing and retries.owner(self.life, gang) is not None
+
+    def is_drained(self, worker: str) -> bool:
+        """Whether a worker has no blocks (any more)."""
+        return self.life.is_drained(worker)
 
     def needs(self) -> set[str]:
         """Workers that scaling down must leave alone: opening, waited for, or with blocks that fit nowhere else."""
-        if any(live.state == "waiting" for live in self.lifecycle.live.values()):
+        life = self.life
+        if any(isinstance(request.state, Waiting) for request in life.requests.values()):
             return self._pending | set(self.facts)
         needed, leaving = set(self._pending), set[str]()
-        ledger = self.lifecycle.ledger
+        ledger = life.ledger
         for worker in sorted(ledger.workers, key=lambda name: ledger.workers[name].used):
             if fits_elsewhere(ledger, leaving | {worker}):
                 leaving.add(worker)
@@ -125,6 +152,7 @@ class EngineState:
 
     def _answered(self, worker: str) -> None:
         self._pending.discard(worker)
+        self._silent.discard(worker)
         self._changed.set()
 
     async def _settled(self, limit: float) -> bool:
@@ -187,7 +215,7 @@ class EngineState:
         """Take a handle back; returns the requests and documents that nobody waits for any more."""
         if (outbox := self.handles.pop(handle, None)) is not None:
             outbox.close()
-        return [number for number in self.lifecycle.live if number // HANDLE_NUMBERS == handle]
+        return [number for number in self.life.requests if number // HANDLE_NUMBERS == handle]
 
     def handles_of(self, client: str) -> list[int]:
         """Handles that a Dask client has, beside the owner's own one."""
@@ -198,14 +226,12 @@ class EngineState:
         if (outbox := self.handles.get(delivery.sequence // HANDLE_NUMBERS)) is not None:
             outbox.put(delivery)
         self.figures.generated(len(delivery.tokens))
-        live = self.lifecycle.live.get(delivery.sequence)
-        if delivery.reason is not None and (live is None or not (live.is_document or live.saves)):
-            generated = len(live.generated) if live is not None else 0
-            self.figures.ended(delivery.reason, delivery.timings or Timings(), generated)
+        if delivery.reason is not None and delivery.generated is not None:
+            self.figures.ended(delivery.reason, delivery.timings or Timings(), delivery.generated)
 
     def fail(self, error: Exception) -> None:
         """End every request with an error."""
-        for sequence in self.lifecycle.live:
+        for sequence in self.life.requests:
             self.deliver(Delivery(sequence, (), "error", error))
 
     async def take_events(self, handle: int, heard: int, wait: float) -> list[Delivery]:
@@ -222,31 +248,31 @@ class EngineState:
 
     # Figures
 
-    def prefilled(self, sequence: int, gang: int, exchanged: Exchanged) -> None:
-        """Count a chunk of a prompt that is done, before the lifecycle drops it."""
-        self.figures.exchanged(exchanged)
-        live = self.lifecycle.live.get(sequence)
-        if live is not None and gang in live.chunks:
-            self.figures.prefilled(len(live.chunks[gang].tokens))
+    def prefilled(self, done: ChunkDone | Prefilled) -> None:
+        """Count a chunk of a prompt that is done, before the state machine drops it."""
+        self.figures.exchanged(done.exchanged)
+        request = self.life.requests.get(done.sequence)
+        if request is not None and isinstance(request.state, Prefill) and done.gang in request.state.chunks:
+            self.figures.prefilled(len(request.state.chunks[done.gang].tokens))
 
     def summary(self) -> dict[str, Any]:
         """What a client has to know about the open engine."""
         one = next(iter(self.facts.values()))
         return {
-            "max_positions": one["geometry"].max_positions or math.inf,
-            "vocab_size": one["geometry"].vocab_size,
-            "block_bytes": one["block_bytes"],
-            "dtype": one["geometry"].dtype,
-            "fingerprint": max(facts["fingerprint"] for facts in self.facts.values()),
+            "max_positions": one.geometry.max_positions or math.inf,
+            "vocab_size": one.geometry.vocab_size,
+            "block_bytes": one.block_bytes,
+            "dtype": one.geometry.dtype,
+            "fingerprint": max(facts.fingerprint for facts in self.facts.values()),
             "workers": len(self.facts),
         }
 
     def _is_measured(self, worker: str) -> bool:
-        return worker in self.facts and self.facts[worker]["measured"] is not None
+        return worker in self.facts and self.facts[worker].measured is not None
 
     def status(self) -> dict[str, Any]:
         """Workers, sequences, debts (blocks by debtor and creditor), epoch and totals, as plain values."""
-        life = self.lifecycle
+        life = self.life
         lent = life.ledger.lent()
         workers = {
             worker: {
@@ -256,9 +282,9 @@ class EngineState:
                 "lent_blocks": lent[worker],
                 "blocks": account.parts(),
                 "block_bytes": life.block_bytes,
-                "disk_bytes": life.spilling.used[worker],
+                "disk_bytes": life.disks.used[worker],
                 "sequences": account.homed,
-                "channels": self.facts[worker]["channels"] if worker in self.facts else "",
+                "channels": self.facts[worker].channels if worker in self.facts else "",
                 "window_seconds": life.chains[worker].seconds,
                 "performance": asdict(life.policy.model.of(worker))
                 | {"measured": self._is_measured(worker), "slower": life.calibration.slower(worker)},
@@ -266,19 +292,19 @@ class EngineState:
             for worker, account in life.ledger.workers.items()
         }
         sequences: dict[int, dict[str, Any]] = {}
-        for number, live in life.live.items():
-            if live.cached:  # nobody's, but part of what others lie on
+        for number, request in life.requests.items():
+            if request.cached:  # nobody's, but part of what others lie on
                 continue
             account = life.ledger.sequences.get(number)
             sequences[number] = {
-                "state": ASIDE if (aside := life.aside(live)) else live.state,
-                "aside": aside,
-                "document": live.is_document,
-                "name": live.name,
-                "saved": live.saved is not None,
-                "prompt_tokens": len(live.prompt),
-                "generated_tokens": len(live.generated),
-                "questions": sum(not life.live[one].is_document for one in live.dependents),
+                "state": ASIDE if (why := aside(life, request)) else request.state.label,
+                "aside": why,
+                "document": request.is_document,
+                "name": request.name,
+                "saved": request.saved is not None,
+                "prompt_tokens": len(request.prompt),
+                "generated_tokens": len(request.generated),
+                "questions": sum(not life.requests[one].is_document for one in request.dependents),
                 "kv_tokens": account.length if account else 0,
                 "home": account.home if account else None,
                 "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],
@@ -294,6 +320,6 @@ class EngineState:
             "totals": {
                 **self.figures.totals,
                 **{f"finished_{why}": n for why, n in self.figures.finished.items()},
-                "moved_blocks": life.moving.moved_blocks,
+                "moved_blocks": life.moves.moved_blocks,
             },
         }

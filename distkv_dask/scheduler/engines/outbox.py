@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from distkv_dask.protocol import Delivery
+from distkv_dask.messages.client_calls import Delivery
 
 
 class Outbox:

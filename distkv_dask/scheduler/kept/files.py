@@ -1,153 +1,130 @@
 """Blocks that go to files and come back: documents that users save and load, and sequences that are spilled.
 
 Saving is a request of its own, which shares the whole document and generates nothing: so the document is there, and its
-blocks stay where they are, until all workers have written theirs. Pure: events go in, commands come out.
+blocks stay where they are, until all workers have written theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.protocol import Delivery, Saved, SavedFile
-from distkv_dask.scheduler.commands import Command, Fetch, Store
-from distkv_dask.scheduler.kept.disk import Spilling, ranges_of
-from distkv_dask.scheduler.kept.documents import Documents
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.ends import Ending
-from distkv_dask.scheduler.lifecycle.request import Live
-from distkv_dask.scheduler.work.homes import Homes
-from distkv_dask.scheduler.work.prefill import Prefilling
+from distkv_dask.messages.client_calls import Delivery
+from distkv_dask.messages.from_worker import Fetched, Stored
+from distkv_dask.messages.names import OWN_DISK, Saved
+from distkv_dask.messages.to_worker import Fetch, Store
+from distkv_dask.scheduler.commands import Note
+from distkv_dask.scheduler.kept import disk
+from distkv_dask.scheduler.lifecycle import request as states
+from distkv_dask.scheduler.lifecycle.ends import end
+from distkv_dask.scheduler.lifecycle.request import (
+    Decode,
+    Dropped,
+    Fetching,
+    FilesUnderWay,
+    Gone,
+    Prefill,
+    Request,
+    Saving,
+    Spilling,
+    State,
+    Waiting,
+)
+from distkv_dask.scheduler.lifecycle.state import MachineState
 
 
-class Saving:
-    """Files under way of one engine.
+def begin(life: MachineState, request: Request, before: State) -> None:
+    """A request to save has its document, or a sequence that is saved somewhere has room."""
+    account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
+    assert saved is not None
+    assert isinstance(state, FilesUnderWay)
+    ranges = disk.ranges_of(account.placement if request.saves else account.own, request.known_tokens)
+    state.answering, state.asked = set(ranges), life.now
+    for worker, some in ranges.items():
+        if request.saves:
+            assert request.document is not None
+            life.command(Store(worker, request.sequence, request.document, some, saved))
+            continue
+        if saved.place == OWN_DISK:
+            text = f"tokens {disk.in_words(some)} of sequence {request.sequence} from disk to {worker}"
+            life.command(Note("restore", text))
+        life.command(Fetch(worker, request.sequence, some, saved))
 
-    Parameters
-    ----------
-    ledger, live, documents, spilling, prefilling, homes, ending
-        The lifecycle's.
-    """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        live: Mapping[int, Live],
-        documents: Documents,
-        spilling: Spilling,
-        prefilling: Prefilling,
-        homes: Homes,
-        ending: Ending,
-    ) -> None:
-        self._ledger = ledger
-        self._live = live
-        self._documents = documents
-        self._spilling = spilling
-        self._prefilling = prefilling
-        self._homes = homes
-        self._ending = ending
-        self._files: dict[int, list[SavedFile]] = {}
+# Written
 
-    def begin(self, live: Live, now: float) -> Iterator[Command]:
-        """A request to save has its document, or a sequence that is saved somewhere has room."""
-        account = self._ledger.sequences[live.sequence]
-        assert live.saved is not None
-        ranges = ranges_of(account.placement if live.saves else account.own, live.known_tokens)
-        live.answering, live.asked = set(ranges), now
-        live.state = "saving" if live.saves else "fetching"
-        if live.saves:
-            self._files[live.sequence] = []
-        for worker, some in ranges.items():
-            if live.saves:
-                assert live.document is not None
-                yield Store(worker, live.sequence, live.document, some, live.saved)
-            else:
-                yield Fetch(worker, live.sequence, some, live.saved)
 
-    # Written
+def stored(life: MachineState, event: Stored) -> None:
+    """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
+    if event.number < 0:
+        if (request := disk.stored(life, event)) is not None:
+            _spilled(life, request)
+        return
+    request = life.requests.get(event.number)
+    if request is None or not isinstance(state := request.state, Saving):
+        return
+    state.failure = state.failure or event.error
+    state.files += event.files
+    state.answering.discard(event.worker)
+    if state.answering:  # also those of a save that failed: then all that they wrote can be deleted
+        return
+    if state.failure is not None:
+        end(life, request, "error", state.failure)
+        return
+    assert request.saved is not None
+    written = tuple(sorted(state.files, key=lambda file: file.start))
+    if request.document is not None and request.document in life.requests:
+        disk.forget(life, life.requests[request.document])
+        life.requests[request.document].saved = Saved(request.saved.place, written)
+    life.command(Delivery(request.sequence, (), "stop", None, request.timings(life.now), files=written))
+    life.recommend(request, Gone())
 
-    def stored(
-        self, number: int, worker: str, files: tuple[SavedFile, ...], error: Exception | None, now: float
-    ) -> Iterator[Command]:
-        """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
-        if number < 0:
-            spilled = self._spilling.sequence_of(number)
-            yield from self._spilling.stored(number, worker, files, error, now)
-            yield from self._spilled(spilled, now)
-            return
-        live = self._live.get(number)
-        if live is None or live.state != "saving":
-            return
-        live.failure = live.failure or error
-        self._files[number] += files
-        live.answering.discard(worker)
-        if live.answering:  # also those of a save that failed: then all that they wrote can be deleted
-            return
-        if live.failure is not None:
-            yield from self._ending.end(number, "error", now, live.failure)
-        else:
-            assert live.saved is not None
-            written = tuple(sorted(self._files.pop(number), key=lambda file: file.start))
-            if live.document is not None and live.document in self._live:
-                yield from self._spilling.forget(self._live[live.document])
-                self._live[live.document].saved = Saved(live.saved.place, written)
-            yield Delivery(number, (), "stop", None, live.timings(now), files=written)
-            yield from self._documents.forget(live, now)
 
-    def lost(self, live: Live, worker: str, now: float) -> Iterator[Command]:
-        """A worker died that was writing a part of a sequence that is spilled."""
-        yield from self._spilling.lost(live, worker, GangAbortedError(f"worker {worker} is gone"))
-        yield from self._spilled(live, now)
+def lost(life: MachineState, request: Request, worker: str) -> None:
+    """A worker died that was writing a part of a sequence that is spilled."""
+    if disk.answered(life, request, worker, GangAbortedError(f"worker {worker} is gone")) is not None:
+        _spilled(life, request)
 
-    def expire(self, now: float, limit: float) -> Iterator[Command]:
-        """Wait no more for disks that need longer than ``limit`` seconds: what they hold is computed anew."""
-        for live in self._spilling.late(now, limit):
-            for worker in tuple(live.answering):
-                yield from self._spilling.lost(live, worker, TimeoutError(f"the disk of {worker} is too slow"))
-            yield from self._spilled(live, now)
 
-    def _spilled(self, live: Live | None, now: float) -> Iterator[Command]:
-        """All workers wrote their parts of a sequence, or did not: it gives up its blocks."""
-        if live is None or live.answering:
-            return
-        if live.is_document:
-            yield from self._documents.drop(live, now)
-        elif live.again:
-            live.again = False
-            yield from self._documents.give_back(live, now)
-        else:  # it ended meanwhile
-            yield from self._ending.forget(live, now)
+def expire(life: MachineState) -> None:
+    """Wait no more for disks that are too slow: what they hold is recomputed."""
+    for request in disk.late(life, life.config.timeout_start):
+        assert isinstance(request.state, Spilling)
+        for worker in tuple(request.state.answering):
+            disk.answered(life, request, worker, TimeoutError(f"the disk of {worker} is too slow"))
+        _spilled(life, request)
 
-    # Read
 
-    def fetched(self, number: int, worker: str, error: Exception | None, now: float) -> Iterator[Command]:
-        """A worker read its part of a sequence, or could not: then it is computed, if it was there once."""
-        live = self._live.get(number)
-        if live is None or live.state != "fetching":
-            return
-        live.failure = live.failure or error
-        live.answering.discard(worker)
-        if live.answering:
-            return
-        failure, live.failure = live.failure, None
-        if failure is None:
-            self._ledger.commit(number, live.known_tokens)
-        if failure is not None or not live.is_document:
-            yield from self._spilling.forget(live)
-            live.saved = None
-        if failure is None and live.is_document:
-            yield from self._documents.stored(live, now)
-        elif failure is None:
-            live.state = "decode"
-            yield from self._homes.join(live)
-        elif not live.is_document:
-            live.state = "prefill"
-            yield self._prefilling.begin(live, live.reused)
-        elif live.announced:
-            yield from self._documents.drop(live, now)
-        else:
-            yield from self._ending.end(number, "error", now, failure)
+def _spilled(life: MachineState, request: Request) -> None:
+    """All workers wrote their parts of a sequence, or did not: it gives up its blocks."""
+    if request.is_document:
+        life.recommend(request, Dropped())
+    elif request.goes_on_later:
+        life.recommend(request, Waiting(rank=request.rank))
+    else:  # it ended meanwhile
+        life.recommend(request, Gone())
 
-    def forget(self, number: int) -> None:
-        """A request is over."""
-        self._files.pop(number, None)
+
+# Read
+
+
+def fetched(life: MachineState, event: Fetched) -> None:
+    """A worker read its part of a sequence, or could not: then it is computed, if it was there once."""
+    request = life.requests.get(event.sequence)
+    if request is None or not isinstance(state := request.state, Fetching):
+        return
+    state.failure = state.failure or event.error
+    state.answering.discard(event.worker)
+    if state.answering:
+        return
+    if state.failure is None:
+        life.ledger.commit(request.sequence, request.known_tokens)
+    if state.failure is not None or not request.is_document:
+        disk.forget(life, request)
+        request.saved = None
+    if state.failure is None:
+        life.recommend(request, states.Stored() if request.is_document else Decode())
+    elif not request.is_document:
+        life.recommend(request, Prefill(request.reused))
+    elif request.announced:
+        life.recommend(request, Dropped())
+    else:
+        end(life, request, "error", state.failure)

@@ -1,4 +1,4 @@
-"""The prefix cache: blocks of requests that ended stay until somebody needs their room. Pure: commands come out.
+"""The prefix cache: blocks of requests that ended stay until somebody needs their room.
 
 As in vLLM's automatic prefix caching, cached blocks count as free: the ledger does not know them, so they delay, split
 and move nothing. The pools still have them, under the number of the request that computed them. When the ledger gives
@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from sortedcontainers import SortedList
 
-from distkv_dask.scheduler.commands import Command, Free, Release, Reserve
+from distkv_dask.messages.to_worker import Free, Release, Reserve
+from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.kept.prefix_index import chain
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import clipped, shared
-from distkv_dask.scheduler.lifecycle.request import Live
+from distkv_dask.scheduler.lifecycle.request import Request, Stored
 from distkv_dask.types import Placement, SamplingParams
 
 DEEPEST = 64
@@ -64,20 +65,20 @@ class PrefixCache:
 
     Parameters
     ----------
-    ledger, live
-        The lifecycle's.
-    ready
-        Whether a stored document can be shared now.
+    ledger, requests
+        The engine's.
+    commands
+        Where it adds what workers are to do.
     enabled
         Whether anything is kept at all.
     """
 
     def __init__(
-        self, ledger: Ledger, live: MutableMapping[int, Live], ready: Callable[[int], bool], enabled: bool
+        self, ledger: Ledger, requests: MutableMapping[int, Request], commands: list[Command], enabled: bool
     ) -> None:
         self._ledger = ledger
-        self._live = live
-        self._ready = ready
+        self._requests = requests
+        self._commands = commands
         self._enabled = enabled
         self._kept: dict[int, Cached] = {}
         self._children: dict[int, SortedList] = {}
@@ -113,7 +114,7 @@ class PrefixCache:
         while number is not None:
             kept = self._kept.get(number)
             if kept is None:
-                return self._live[number].prompt[:length] == tokens[:length]
+                return self._requests[number].prompt[:length] == tokens[:length]
             if kept.tokens[: length - kept.start] != tokens[kept.start : length]:
                 return False
             number, length = kept.parent, kept.start
@@ -147,7 +148,7 @@ class PrefixCache:
             at, depth = kept.parent, depth + 1
             if kept.closed or depth == DEEPEST:
                 return False
-        return at is None or self._ready(at)
+        return at is None or self._ledger.is_shareable(at)
 
     # Use
 
@@ -158,7 +159,7 @@ class PrefixCache:
             kept.users[user] = tokens
             kept.lengths.add(tokens)
             held = max(kept.held, tokens)
-            if number in self._live:
+            if number in self._requests:
                 self._become(kept, held, kept.stop)
                 self._ledger.resize(number, clipped(kept.spans, kept.start, held))
             else:
@@ -168,13 +169,13 @@ class PrefixCache:
                 placement = (*self._before(kept), *clipped(kept.spans, kept.start, held))
                 self._ledger.reserve(number, placement, held, idle=True)
                 self._ledger.commit(number, held)
-                self._live[number] = Live(
+                self._requests[number] = Request(
                     number, array("i"), SamplingParams(), now, document=kept.parent, is_document=True, cached=True,
-                    state="document", announced=True, released=True,
+                    state=Stored(), announced=True, released=True,
                 )  # fmt: skip
-        self._live[number].dependents.add(user)
+        self._requests[number].dependents.add(user)
 
-    def left(self, number: int, user: int) -> Iterator[Command]:
+    def left(self, number: int, user: int) -> None:
         """Somebody does not share a sequence any more: what nobody else shares is cached again.
 
         (Where nobody is left, :meth:`free` is called next.)
@@ -186,48 +187,55 @@ class PrefixCache:
         if kept.lengths and kept.lengths[-1] < kept.held and not kept.closed:
             self._ledger.resize(number, clipped(kept.spans, kept.start, kept.lengths[-1]))
             self._become(kept, kept.lengths[-1], kept.stop)
-            yield from self._leave_draining(kept)
+            self._leave_draining(kept)
 
     # Sequences that end
 
-    def free(self, live: Live) -> Iterator[Command]:
+    def free(self, request: Request) -> None:
         """Nothing computes on a sequence any more: free its blocks in the ledger, and keep or release them."""
-        account = self._ledger.sequences[live.sequence]
-        workers = self._ledger.release(live.sequence)
-        kept = self._kept.get(live.sequence)
-        if kept is None and (kept := self._worth_keeping(live, account)) is not None:
-            yield from self._keep(kept, account, workers)
+        account = self._ledger.sequences[request.sequence]
+        workers = self._ledger.release(request.sequence)
+        kept = self._kept.get(request.sequence)
+        if kept is None and (kept := self._worth_keeping(request, account)) is not None:
+            self._keep(kept, account, workers)
         elif kept is not None:
             kept.closed |= bool(account.lost) or not self._enabled
             self._become(kept, kept.start, kept.stop)
-            yield from self._cut(kept, kept.start) if kept.closed else self._leave_draining(kept)
+            if kept.closed:
+                self._cut(kept, kept.start)
+            else:
+                self._leave_draining(kept)
         else:
-            for child in self._beyond(live.sequence, 0):
-                yield from self._cut(child, child.start)
+            for child in self._beyond(request.sequence, 0):
+                self._cut(child, child.start)
             for worker in workers:
-                yield Release(worker, live.sequence)
+                self._commands.append(Release(worker, request.sequence))
 
-    def _worth_keeping(self, live: Live, account: SequenceAccount) -> Cached | None:
+    def _worth_keeping(self, request: Request, account: SequenceAccount) -> Cached | None:
         """What would be cached of a sequence that ended, if it is a plain request that went well."""
-        if not (self._enabled and live.is_plain and live.ended in ("stop", "length")) or account.lost or account.moves:
+        if (
+            not (self._enabled and request.is_plain and request.ended in ("stop", "length"))
+            or account.lost
+            or account.moves
+        ):
             return None
         size, start = self._ledger.block_tokens, account.own[0].start
         leaving = (span.start for span in account.own if self._ledger.workers[span.worker].retiring)
         stop = min([account.length // size * size, *leaving])
         if stop <= start:
             return None
-        parent = live.document if start else None
+        parent = request.document if start else None
         if parent is not None and parent in self._kept and self._kept[parent].closed:
             return None
-        tokens = live.known[:stop]
+        tokens = request.known[:stop]
         keys = list(chain(tokens, size))[start // size :]
         if start and keys[-1] in self._index:  # the one whose beginning it shared went on just like that
             self._touch(next(iter(self._index[keys[-1]])))
             return None
         spans = tuple(clipped(account.own, start, stop))
-        return Cached(live.sequence, start, tokens[start:], keys, spans, parent, held=stop)
+        return Cached(request.sequence, start, tokens[start:], keys, spans, parent, held=stop)
 
-    def _keep(self, kept: Cached, account: SequenceAccount, workers: list[str]) -> Iterator[Command]:
+    def _keep(self, kept: Cached, account: SequenceAccount, workers: list[str]) -> None:
         """Keep a sequence's whole blocks, and free the room that it did not need."""
         self._kept[kept.number] = kept
         for key in kept.keys:
@@ -238,25 +246,25 @@ class PrefixCache:
         there = {span.worker for span in kept.spans}
         for worker in workers:
             if worker not in there:
-                yield Release(worker, kept.number)
+                self._commands.append(Release(worker, kept.number))
         for span in clipped(account.own, kept.stop, account.stop):
             if span.worker in there:
-                yield Free(span.worker, kept.number, span.start, span.stop)
+                self._commands.append(Free(span.worker, kept.number, span.start, span.stop))
 
     # Room
 
-    def make_room(self, worker: str) -> Iterator[Command]:
+    def make_room(self, worker: str) -> None:
         """Release as many cached blocks as the ledger has given to others on a worker."""
         account = self._ledger.workers[worker]
         while (more := account.used + account.cached - account.capacity) > 0:
             kept = self._kept[next(iter(self._recent[worker]))]
-            yield from self._cut(kept, self._without(kept, worker, more))
+            self._cut(kept, self._without(kept, worker, more))
 
-    def reserve(self, sequence: int) -> Iterator[Command]:
+    def reserve(self, sequence: int) -> None:
         """Let the workers allocate what the ledger reserved for a sequence; cached blocks go first."""
         for span in self._ledger.sequences[sequence].own:
-            yield from self.make_room(span.worker)
-            yield Reserve(span.worker, sequence, span.start, span.stop)
+            self.make_room(span.worker)
+            self._commands.append(Reserve(span.worker, sequence, span.start, span.stop))
 
     def _without(self, kept: Cached, worker: str, blocks: int) -> int:
         """The position from which on a sequence has so many cached blocks on a worker, or all that it has there."""
@@ -268,57 +276,57 @@ class PrefixCache:
                 stop = span.stop - fewer * self._ledger.block_tokens
         return stop
 
-    def drain(self, worker: str) -> Iterator[Command]:
+    def drain(self, worker: str) -> None:
         """Blocks leave a worker: cached ones are given up."""
         for number in list(self._recent.get(worker, ())):
             if number in self._kept:
-                yield from self._leave_draining(self._kept[number])
+                self._leave_draining(self._kept[number])
 
-    def _leave_draining(self, kept: Cached) -> Iterator[Command]:
+    def _leave_draining(self, kept: Cached) -> None:
         cached = clipped(kept.spans, kept.held, kept.stop)
         leaving = [span.start for span in cached if self._ledger.workers[span.worker].retiring]
         if leaving:
-            yield from self._cut(kept, leaving[0])
+            self._cut(kept, leaving[0])
 
-    def worker_lost(self, worker: str) -> Iterator[Command]:
+    def worker_lost(self, worker: str) -> None:
         """A worker is gone, in the ledger already, and all that lay behind its blocks is of no use."""
         self._recent.pop(worker, None)
         for kept in list(self._kept.values()):
             lost = [span.start for span in kept.spans if span.worker == worker]
             if lost and kept.number in self._kept:
-                yield from self._break(kept, lost[0])
+                self._break(kept, lost[0])
 
-    def _break(self, kept: Cached, position: int) -> Iterator[Command]:
+    def _break(self, kept: Cached, position: int) -> None:
         """What a sequence has from a position on is lost; what is shared of that goes with the last who shares it."""
         for child in self._beyond(kept.number, position):
-            yield from self._break(child, child.start)
+            self._break(child, child.start)
         if kept.held > position:
             kept.closed = True
             self._unindex(kept, 0)
-        yield from self._cut(kept, max(position, kept.held))
+        self._cut(kept, max(position, kept.held))
 
-    def close(self) -> Iterator[Command]:
+    def close(self) -> None:
         """Keep nothing any more."""
         self._enabled = False
         for kept in list(self._kept.values()):
             if kept.number in self._kept:
-                yield from self._cut(kept, kept.held)
+                self._cut(kept, kept.held)
 
     # Bookkeeping
 
-    def _cut(self, kept: Cached, stop: int) -> Iterator[Command]:
+    def _cut(self, kept: Cached, stop: int) -> None:
         """Give up the cached blocks of a sequence from a position on, and all that builds on them."""
         for child in self._beyond(kept.number, stop):
-            yield from self._cut(child, child.start)
+            self._cut(child, child.start)
         gone = list(clipped(kept.spans, stop, kept.stop))
         self._become(kept, kept.held, stop)
         there = {span.worker for span in kept.spans}
         for worker in dict.fromkeys(span.worker for span in gone if span.worker in self._ledger.workers):
             if worker not in there:
-                yield Release(worker, kept.number)
+                self._commands.append(Release(worker, kept.number))
         for span in gone:
             if span.worker in there:
-                yield Free(span.worker, kept.number, span.start, span.stop)
+                self._commands.append(Free(span.worker, kept.number, span.start, span.stop))
         if kept.stop == kept.start:
             del self._kept[kept.number]
             if kept.parent is not None:

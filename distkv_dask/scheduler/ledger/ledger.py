@@ -138,6 +138,13 @@ class Ledger:
             return False
         return any(one.worker == span.worker and one.start <= span.start < span.stop <= one.stop for one in account.own)
 
+    def is_shareable(self, document: int) -> bool:
+        """Whether a stored document can be shared now: whole, at rest, and not on a worker that leaves."""
+        account = self.sequences.get(document)
+        if account is None or account.lost or account.moves:
+            return False
+        return not any(self.workers[worker].retiring for worker in account.workers())
+
     def commit(self, sequence: int, length: int) -> None:
         """Record that the KV of the first ``length`` tokens of a sequence exists."""
         account = self.sequences[sequence]

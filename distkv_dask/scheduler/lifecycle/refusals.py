@@ -1,27 +1,27 @@
-"""Why a request is not served: errors that say what it needed, what there is, and what to do. Pure."""
+"""Why a request is not served: errors that say what it needed, what there is, and what to do."""
 
 from __future__ import annotations
 
 from distkv_dask.errors import CapacityError, DistKVError, WorkerLostError
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Live
+from distkv_dask.scheduler.lifecycle.request import Request
 from distkv_dask.scheduler.policies.base import Policy
 
 
-def too_large(live: Live, ledger: Ledger, policy: Policy, block_bytes: int) -> DistKVError:
+def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int) -> DistKVError:
     """All workers together have too little room."""
-    need, have = ledger.blocks(live.tokens), policy.limit(ledger)
+    need, have = ledger.blocks(request.tokens), policy.limit(ledger)
     lost = ""
-    if live.lost:
-        lost = f" It lost blocks with worker {live.lost[-1]}, which died or left, and no replacement came in time."
+    if request.lost:
+        lost = f" It lost blocks with worker {request.lost[-1]}, which died or left, and no replacement came in time."
     if any(account.retiring for account in ledger.workers.values()):
         lost += (
             " Workers that are being retired do not count, nor do those that Dask paused for their memory: give them a "
             "larger memory limit, or lower kv_memory and add workers."
         )
-    what = f"a prompt of {len(live.prompt)} tokens with max_new_tokens={live.sampling.max_new_tokens}"
-    if live.is_document:
-        what = f"a document of {len(live.prompt)} tokens"
+    what = f"a prompt of {len(request.prompt)} tokens with max_new_tokens={request.sampling.max_new_tokens}"
+    if request.is_document:
+        what = f"a document of {len(request.prompt)} tokens"
     return CapacityError(
         f"{what} needs {need * block_bytes} bytes of KV memory; the {len(ledger.workers)} workers of the engine have "
         f"{have * block_bytes} bytes for one request (distkv.policy: {policy.name}). Raise kv_memory "
@@ -29,24 +29,24 @@ def too_large(live: Live, ledger: Ledger, policy: Policy, block_bytes: int) -> D
     )
 
 
-def waited_in_vain(live: Live, reason: str, limit: float) -> DistKVError:
+def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
     """It could not run for too long, for another reason than its size."""
-    what = "the document" if live.is_document else "the request"
+    what = "the document" if request.is_document else "the request"
     return CapacityError(
         f"{what} was set aside for more than {limit:g} s (distkv.timeouts.open): {reason}. Submit it again "
         f"once that is over, or add workers; engine.status() says what they hold."
     )
 
 
-def workers_lost(live: Live) -> DistKVError:
-    """It lost blocks, and is not computed anew."""
-    if live.saves:
+def workers_lost(request: Request) -> DistKVError:
+    """It lost blocks, and is not recomputed."""
+    if request.saves:
         return WorkerLostError(
-            f"worker {live.lost[-1]}, which held part of the document, died or left while it was saved: save it "
-            f"again; the document is computed anew for that"
+            f"worker {request.lost[-1]}, which held part of the document, died or left while it was saved: save it "
+            f"again; the document is recomputed for that"
         )
     return WorkerLostError(
-        f"{len(live.lost)} workers died or left while they held part of the request's KV cache, the last was "
-        f"{live.lost[-1]}. The request was not finished: submit it again. If the workers ran out of memory, lower "
+        f"{len(request.lost)} workers died or left while they held part of the request's KV cache, the last was "
+        f"{request.lost[-1]}. The request was not finished: submit it again. If the workers ran out of memory, lower "
         f"kv_memory."
     )

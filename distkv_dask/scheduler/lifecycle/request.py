@@ -1,51 +1,163 @@
-"""A request as the gManager sees it, from submission until its blocks are free again."""
+"""A request as the gManager sees it: what was asked, how far it is, and the state that it is in.
+
+Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state.
+"""
 
 from __future__ import annotations
 
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar
 
-from distkv_dask.protocol import Saved
-from distkv_dask.scheduler.commands import Retire
+from distkv_dask.messages.names import Saved, SavedFile
+from distkv_dask.messages.to_worker import Retire
 from distkv_dask.types import FinishReason, Placement, PrefillChunk, SamplingParams, SequenceState, Timings
-
-State = Literal[
-    "waiting", "prefill", "decode", "retiring", "document", "dropped", "saving", "spilling", "fetching"
-]  # fmt: skip
-"""A ``document`` is stored, a ``dropped`` one was given up and is computed when it is next asked; all else is work."""
 
 ASIDE = "aside"
 """What is said of a request that waits, but not in the queue's order: it cannot run on the workers that stay."""
 
 
 @dataclass(slots=True)
-class Live:
-    """One request: what was asked, how far it is, and when it got there (seconds of the gManager's clock).
+class State:
+    """Base of all states; ``label`` is what users read of it."""
 
-    ``chunks`` are the prompt's chunks that are not done yet, by gang number; ``retiring`` the workers that may still
-    compute on it after its end, of which those that run its forwards come first (``forwards_ended``), and ``retires``
-    how many of their answers are still to come; ``retries`` says how often a chunk failed since the last that did not,
-    and ``failing_since`` since when; ``stalls`` how often a worker did not begin one;
-    ``stuck_since`` the time since which it is set aside in the queue.
+    label: ClassVar[str] = ""
+
+
+@dataclass(slots=True)
+class Waiting(State):
+    """It waits for room, or for its document to be stored.
+
+    ``submitted`` is when it is taken to have come, if that is not when it did; ``rank`` its place in the queue, if it
+    had one before; ``latest`` that of its document, which has come for it and must not make way for others meanwhile.
+    """
+
+    label: ClassVar[str] = "waiting"
+    submitted: float | None = None
+    rank: float | None = None
+    latest: float = math.inf
+
+
+@dataclass(slots=True)
+class Prefill(State):
+    """Its prompt, or what it lost, is computed: tokens from ``start`` on, and before that the ranges that it ``lost``.
+
+    ``chunks`` are those that are not done yet, by gang number. ``failures`` says how often a chunk failed since the
+    last that did not, ``failing_since`` since when, and ``rests_until`` when it is tried again.
+    """
+
+    label: ClassVar[str] = "prefill"
+    start: int
+    lost: tuple[tuple[int, int], ...] = ()
+    chunks: dict[int, PrefillChunk] = field(default_factory=dict)
+    failures: int = 0
+    failing_since: float = 0.0
+    rests_until: float | None = None
+
+
+@dataclass(slots=True)
+class Decode(State):
+    """Its home decodes it."""
+
+    label: ClassVar[str] = "decode"
+
+
+@dataclass(slots=True)
+class Retiring(State):
+    """It stops in the middle of something: workers say that they compute on it no more, and only then it goes on.
+
+    First those are waited for that run its forwards, then all its holders, so that none has a frame left to answer
+    (``forwards_ended``); ``workers`` have not answered yet. One whose files are being read (``reading``) waits for
+    those that read. With ``settled`` nothing computes on it, so nobody is asked. It goes on later if it does not end
+    for good (``again``): it lost blocks, or made way for one of higher priority.
+    """
+
+    label: ClassVar[str] = "retiring"
+    again: bool = False
+    settled: bool = False
+    workers: set[str] = field(default_factory=set)
+    forwards_ended: bool = False
+    reading: bool = False
+
+
+@dataclass(slots=True)
+class Stored(State):
+    """A document whose blocks are there, for others to share."""
+
+    label: ClassVar[str] = "document"
+
+
+@dataclass(slots=True)
+class Dropped(State):
+    """A document that was given up; it is recomputed from its tokens when it is next asked."""
+
+    label: ClassVar[str] = "dropped"
+
+
+@dataclass(slots=True)
+class FilesUnderWay(State):
+    """Workers write or read its blocks: those that are ``answering`` have not said yet that they are done.
+
+    ``asked`` is when they began, ``failure`` the first that went wrong.
+    """
+
+    answering: set[str] = field(default_factory=set)
+    asked: float = 0.0
+    failure: Exception | None = None
+
+
+@dataclass(slots=True)
+class Saving(FilesUnderWay):
+    """A request to save a document: its blocks are written into a user's folder. ``files`` are there already."""
+
+    label: ClassVar[str] = "saving"
+    files: list[SavedFile] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Spilling(FilesUnderWay):
+    """Its blocks go to the workers' disks; with ``again`` it waits for room after that, else it is a document."""
+
+    label: ClassVar[str] = "spilling"
+    again: bool = False
+
+
+@dataclass(slots=True)
+class Fetching(FilesUnderWay):
+    """Its blocks come back from files."""
+
+    label: ClassVar[str] = "fetching"
+
+
+@dataclass(slots=True)
+class Gone(State):
+    """It is over, and nothing is kept of it. Who waits for it fails with the ``error``."""
+
+    error: Exception | None = None
+
+
+UNDER_WAY: tuple[type[State], ...] = (Waiting, Prefill, Decode, Retiring, Saving, Spilling, Fetching)
+"""States in which something is being done, or waited for."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, document or save: what was asked, and when it got how far (seconds of the gManager's clock).
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
-    becomes one. ``document`` is the one whose blocks it shares, ``reused`` of its tokens; ``alone`` if it has to do
-    without, ``borrows`` if the client did not name it; a ``cached`` one is what requests share just now of one that
-    ended (:mod:`~distkv_dask.scheduler.kept.prefix_cache`). Of a document, ``announced`` says that its client knows it,
-    ``released`` that it needs it no more; ``dependents`` are the requests that name it, of which those ``awaited``
-    (since when they were submitted) wait until it is stored; ``used`` is when it was last needed, ``saved`` where its
-    blocks are in files, too. A request that ``saves`` its document there generates nothing; ``answering`` are the
-    workers that write or read files for it, ``asked`` when they began, ``failure`` the first that went wrong.
-    ``rank`` is its place when it last waited for room; ``behind`` that of the request that a document made way for:
-    it may not come back before that.
+    becomes one; one that ``saves`` its document generates nothing. ``document`` is the one whose blocks it shares,
+    ``reused`` of its tokens; ``alone`` if it has to do without, ``borrows`` if the client did not name it; a ``cached``
+    one is what requests share just now of one that ended (:mod:`~distkv_dask.scheduler.kept.prefix_cache`).
 
-    A request that loses blocks with a worker (all those are in ``lost``), or makes way for one of higher priority,
-    retires to go on later (``again``): it waits once more, and goes on from its known tokens, whose KV is computed
-    anew or comes back from disk.
+    Of a document, ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents``
+    are the requests that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored;
+    ``used`` is when it was last needed, ``saved`` where its blocks are in files, too.
+
+    ``rank`` is its place when it last waited for room; ``behind`` that of the request that a document made way for: it
+    may not come back before that. ``lost`` are the workers with which it lost blocks; ``retires`` counts the answers of
+    workers that are still to come after they were asked to compute on it no more.
     """
 
     sequence: int
@@ -57,25 +169,19 @@ class Live:
     is_document: bool = False
     name: str = ""
     keeps: bool = False
-    state: State = "waiting"
+    saves: bool = False
+    saved: Saved | None = None
+    state: State = field(default_factory=Waiting)
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
-    chunks: dict[int, PrefillChunk] = field(default_factory=dict)
-    retries: int = 0
-    failing_since: float = 0.0
-    stalls: int = 0
-    again: bool = False
+    ended: FinishReason | None = None
     lost: list[str] = field(default_factory=list)
-    retiring: set[str] = field(default_factory=set)
     retires: Counter[str] = field(default_factory=Counter)
-    forwards_ended: bool = False
-    stuck_since: float | None = None
     reused: int = 0
     alone: bool = False
     borrows: bool = False
     cached: bool = False
-    ended: FinishReason | None = None
     announced: bool = False
     released: bool = False
     dependents: set[int] = field(default_factory=set)
@@ -83,11 +189,10 @@ class Live:
     rank: float = math.inf
     behind: float = -math.inf
     used: float = 0.0
-    saved: Saved | None = None
-    saves: bool = False
-    answering: set[str] = field(default_factory=set)
-    asked: float = 0.0
-    failure: Exception | None = None
+    stalls: int = 0
+    """How often a worker did not begin a chunk of it."""
+    stuck_since: float | None = None
+    """The time since which it is set aside in the queue."""
 
     @property
     def is_plain(self) -> bool:
@@ -95,6 +200,11 @@ class Live:
         if self.is_document or self.saves or self.keeps or self.alone:
             return False
         return self.document is None or self.borrows
+
+    @property
+    def goes_on_later(self) -> bool:
+        """Whether it gives up its blocks now, to wait for room once more."""
+        return isinstance(self.state, Retiring | Spilling) and self.state.again
 
     @property
     def tokens(self) -> int:
@@ -151,17 +261,3 @@ class Live:
             prefill=(self.decoding or now) - self.admitted if self.admitted else 0.0,
             decode=now - self.decoding if self.decoding else 0.0,
         )
-
-
-def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterator[tuple[str, int, int]]:
-    """Cut tokens ``start`` to ``end`` at span borders and every ``step`` tokens of a span.
-
-    Examples
-    --------
-    >>> from distkv_dask.types import Span
-    >>> list(cut_prompt((Span("a", 0, 5), Span("b", 5, 20)), 0, 12, 4))
-    [('a', 0, 4), ('a', 4, 5), ('b', 5, 9), ('b', 9, 12)]
-    """
-    for span in placement:
-        for first in range(max(span.start, start), min(span.stop, end), step):
-            yield span.worker, first, min(first + step, span.stop, end)

@@ -1,22 +1,17 @@
-"""Retrying: a gang failed while all its workers live, as far as the scheduler knows, so it is tried again.
+"""Retries: a gang failed while all its workers live, as far as the scheduler knows, so it is tried again.
 
 A few times at once, then with pauses for as long as a peer may be silent: a network that is cut comes back, and of a
-worker that died while it was cut off, the scheduler hears later than those who try to reach it. Pure: commands come
-out.
+worker that died while it was cut off, the scheduler hears later than those who try to reach it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from distkv_dask.errors import GangAbortedError, PlanError, without_quotes
-from distkv_dask.scheduler.commands import Command
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.ends import Ending
-from distkv_dask.scheduler.lifecycle.request import Live
-from distkv_dask.scheduler.work.homes import Homes
-from distkv_dask.scheduler.work.prefill import Prefilling
-from distkv_dask.scheduler.work.windows import WindowChain
+from distkv_dask.scheduler.lifecycle.ends import end
+from distkv_dask.scheduler.lifecycle.request import Prefill, Request
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.work import homes, prefill
+from distkv_dask.scheduler.work.chain import WindowChain
 
 MAX_RETRIES = 2
 """How often a gang that failed without losing a worker is tried again at once, and before its requests may fail."""
@@ -25,90 +20,76 @@ PAUSE = 1.0
 """Seconds before it is tried again after that."""
 
 
-class Retrying:
-    """Sees to one engine's gangs.
+def owner(life: MachineState, gang: int) -> Request | WindowChain | None:
+    """Whose gang it is, if its chunk or window is still waited for."""
+    for sequence in life.in_prefill:
+        request = life.requests[sequence]
+        if isinstance(request.state, Prefill) and gang in request.state.chunks:
+            return request
+    chains = (chain for chain in life.chains.values() if any(one.number == gang for one in chain.gangs()))
+    return next(chains, None)
 
-    Parameters
-    ----------
-    ledger, live, homes, prefilling, ending
-        The lifecycle's.
-    patience
-        Seconds in which gangs are tried again.
-    """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        live: Mapping[int, Live],
-        homes: Homes,
-        prefilling: Prefilling,
-        ending: Ending,
-        patience: float,
-    ) -> None:
-        self._ledger = ledger
-        self._live = live
-        self._homes = homes
-        self._prefilling = prefilling
-        self._ending = ending
-        self._patience = patience
-        self._resting: dict[int, float] = {}
+def failed(life: MachineState, gang: int, error: Exception) -> None:
+    """A member of a gang failed: its chunk or its home's windows begin anew, or its requests fail with it."""
+    again = isinstance(error, GangAbortedError | ConnectionError)
+    match owner(life, gang):
+        case Request() as request:
+            _prefill_failed(life, request, error, again)
+        case WindowChain() as chain:
+            _window_failed(life, chain, error, again)
 
-    def failed(self, gang: int, error: Exception, now: float) -> Iterator[Command]:
-        """A member of a gang failed: its chunk or its home's windows begin anew, or its requests fail with it."""
-        again = isinstance(error, (GangAbortedError, ConnectionError))
-        for live in self._live.values():
-            if gang in live.chunks:
-                yield from self._prefill_failed(live, error, again, now)
-                return
-        for chain in self._homes.chains.values():
-            if any(one.number == gang for one in chain.gangs()):
-                yield from self._window_failed(chain, error, again, now)
-                return
 
-    def _window_failed(self, chain: WindowChain, error: Exception, again: bool, now: float) -> Iterator[Command]:
-        """Begin a home's windows anew, in a while if that did not help; fail those of its sequences that may be why."""
-        chain.failing_since = chain.failing_since if chain.failures else now
-        chain.failures += 1
-        failed = self._to_blame(chain, error)
-        if failed:
-            chain.failures -= 1
-        elif not (again or isinstance(error, PlanError)) or self._is_hopeless(chain.failures, chain.failing_since, now):
-            failed = [sequence for sequence, holders in chain.sequences.items() if holders] or [*chain.sequences]
-            chain.failures = 0
-        elif chain.failures > MAX_RETRIES:
-            chain.rests_until = now + PAUSE
-        yield from self._homes.restart(chain, without_quotes(error), but=failed)
-        for sequence in failed:
-            yield from self._ending.end(sequence, "error", now, error)
+def _window_failed(life: MachineState, chain: WindowChain, error: Exception, again: bool) -> None:
+    """Begin a home's windows anew, in a while if that did not help; fail those of its sequences that may be why."""
+    chain.failing_since = chain.failing_since if chain.failures else life.now
+    chain.failures += 1
+    blamed = _to_blame(life, chain, error)
+    if blamed:
+        chain.failures -= 1
+    elif not (again or isinstance(error, PlanError)) or _is_hopeless(life, chain.failures, chain.failing_since):
+        blamed = [sequence for sequence, holders in chain.sequences.items() if holders] or [*chain.sequences]
+        chain.failures = 0
+    elif chain.failures > MAX_RETRIES:
+        chain.rests_until = life.now + PAUSE
+    homes.restart(life, chain, without_quotes(error), but=blamed)
+    for sequence in blamed:
+        end(life, life.requests[sequence], "error", error)
 
-    def _to_blame(self, chain: WindowChain, error: Exception) -> list[int]:
-        """Sequences of a home whose own plan is the reason: those that decode with them go on without them."""
-        if not isinstance(error, PlanError):
-            return []
-        return [one for one in chain.sequences if error.sequence in (one, self._live[one].document)]
 
-    def _prefill_failed(self, live: Live, error: Exception, again: bool, now: float) -> Iterator[Command]:
-        live.failing_since = live.failing_since if live.retries else now
-        live.retries += 1
-        if not again or self._is_hopeless(live.retries, live.failing_since, now):
-            yield from self._ending.end(live.sequence, "error", now, error)
-        elif live.retries > MAX_RETRIES:
-            yield from self._prefilling.stop(live, without_quotes(error))
-            self._resting[live.sequence] = now + PAUSE
-        else:
-            yield from self._prefilling.again(live, without_quotes(error))
+def _to_blame(life: MachineState, chain: WindowChain, error: Exception) -> list[int]:
+    """Sequences of a home whose own plan is the reason: those that decode with them go on without them."""
+    if not isinstance(error, PlanError):
+        return []
+    return [one for one in chain.sequences if error.sequence in (one, life.requests[one].document)]
 
-    def _is_hopeless(self, failures: int, since: float, now: float) -> bool:
-        return failures > MAX_RETRIES and now - since >= self._patience
 
-    def wake(self, now: float) -> Iterator[Command]:
-        """Try again what has rested."""
-        for chain in self._homes.chains.values():
-            if chain.rests_until is not None and chain.rests_until <= now:
-                chain.rests_until = None
-                yield from chain.pump()
-        for sequence in [one for one, until in self._resting.items() if until <= now]:
-            del self._resting[sequence]
-            live = self._live.get(sequence)
-            if live is not None and live.state == "prefill" and not live.chunks:  # else it ended, or lost a worker
-                yield self._prefilling.begin(live, self._ledger.sequences[sequence].length)
+def _prefill_failed(life: MachineState, request: Request, error: Exception, again: bool) -> None:
+    state = request.state
+    assert isinstance(state, Prefill)
+    state.failing_since = state.failing_since if state.failures else life.now
+    state.failures += 1
+    if not again or _is_hopeless(life, state.failures, state.failing_since):
+        end(life, request, "error", error)
+        return
+    prefill.stop(life, request, without_quotes(error))
+    if state.failures > MAX_RETRIES:
+        state.rests_until = life.now + PAUSE
+    else:
+        prefill.again(life, request)
+
+
+def _is_hopeless(life: MachineState, failures: int, since: float) -> bool:
+    return failures > MAX_RETRIES and life.now - since >= life.config.timeout_receive
+
+
+def wake(life: MachineState) -> None:
+    """Try again what has rested."""
+    for chain in life.chains.values():
+        if chain.rests_until is not None and chain.rests_until <= life.now:
+            chain.rests_until = None
+            life.idle_homes[chain.home] = None
+    for request in life.requests.values():
+        state = request.state
+        if isinstance(state, Prefill) and state.rests_until is not None and state.rests_until <= life.now:
+            prefill.again(life, request)

@@ -1,43 +1,60 @@
-"""Stalls: what waits for something that does not come, seen once a second. Pure."""
+"""Stalls: what waits for something that does not come, seen once a second."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
 
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Live
-from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.lifecycle.ends import end
+from distkv_dask.scheduler.lifecycle.refusals import too_large, waited_in_vain
+from distkv_dask.scheduler.lifecycle.request import FilesUnderWay, Request, Waiting
+from distkv_dask.scheduler.lifecycle.state import MachineState
 
 
-def held_blocks(ledger: Ledger, live: Mapping[int, Live], now: float, patience: float) -> Counter[str]:
-    """Blocks by worker that wait for a disk, or a user's folder, that has not answered for ``patience`` seconds.
+def hold_blocks(life: MachineState) -> None:
+    """Count no more on blocks that wait for a disk, or a user's folder, that has long not answered.
 
     They become free, but nobody knows when: what needs them is set aside meanwhile.
     """
     numbers: set[int] = set()
-    for number, account in ledger.sequences.items():
-        one = live[number]
-        if one.answering and now - one.asked > patience:
+    for number, account in life.ledger.sequences.items():
+        state = life.requests[number].state
+        if not isinstance(state, FilesUnderWay) or not state.answering:
+            continue
+        if life.now - state.asked > life.config.timeout_receive:
             numbers |= {number, *account.documents}
     held: Counter[str] = Counter()
-    for account in map(ledger.sequences.__getitem__, numbers):
+    for account in map(life.ledger.sequences.__getitem__, numbers):
         for span in account.own:
             if span.worker not in account.lost:
-                held[span.worker] += ledger.blocks(span.tokens)
-    return held
+                held[span.worker] += life.ledger.blocks(span.tokens)
+    life.queue.hold(held)
 
 
-def waiting_in_vain(queue: Admission, live: Mapping[int, Live], now: float, limit: float) -> Iterator[tuple[Live, str]]:
-    """Requests that have been set aside for more than ``limit`` seconds, and why."""
-    for ask in list(queue):
-        if ask.sequence not in queue:  # it went with one before
-            continue
-        one = live[ask.sequence]
-        reason = queue.aside(ask)
+def refuse(life: MachineState) -> None:
+    """End requests that have been set aside for longer than replacements of lost workers may take to come."""
+    limit = life.config.timeout_open
+    for ask in list(life.queue):
+        request = life.requests[ask.sequence]
+        reason = life.queue.aside(ask)
         if not reason:
-            one.stuck_since = None
-        elif one.stuck_since is None:
-            one.stuck_since = now
-        elif now - one.stuck_since > limit:
-            yield one, reason
+            request.stuck_since = None
+        elif request.stuck_since is None:
+            request.stuck_since = life.now
+        elif life.now - request.stuck_since > limit:
+            large = life.ledger.blocks(request.tokens) > life.policy.limit(life.ledger)
+            end(life, request, "error", refusal(life, request) if large else waited_in_vain(request, reason, limit))
+
+
+def refusal(life: MachineState, request: Request) -> Exception:
+    """Why a request can never run."""
+    return too_large(request, life.ledger, life.policy, life.block_bytes)
+
+
+def aside(life: MachineState, request: Request) -> str:
+    """Why a waiting request is set aside while others run (or its document is); empty if it is not."""
+    if request.sequence in life.queue:
+        return life.queue.aside(life.queue.ask(request.sequence))
+    document = life.requests.get(request.document) if request.document is not None else None
+    if not isinstance(request.state, Waiting) or document is None:
+        return ""
+    return aside(life, document)

@@ -1,67 +1,48 @@
-"""Which blocks of a worker that leaves go where, one move after the other. Pure."""
+"""Which blocks of a worker that leaves go where, one move after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 
-from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Live
-from distkv_dask.scheduler.moves.moving import Moving
+from distkv_dask.scheduler.lifecycle.request import Decode, Stored
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.moves import moving
 from distkv_dask.types import Move, Span
 
 
-class Draining:
-    """The workers of one engine on which nothing is placed: those that are about to leave, and those that are paused.
+def drain(life: MachineState, worker: str, leaving: bool) -> None:
+    """A worker is about to leave, and nothing is placed on it; or it stays after all."""
+    (life.leaving.add if leaving else life.leaving.discard)(worker)
+    life.ledger.retire_worker(worker, leaving or worker in life.paused)
+    life.largest_blocks = max(life.largest_blocks, life.policy.limit(life.ledger))
+    life.cache.drain(worker)
 
-    Parameters
-    ----------
-    ledger, live, moving
-        The lifecycle's.
-    batch
-        Sequences that one worker is home of at most.
-    """
 
-    def __init__(self, ledger: Ledger, live: Mapping[int, Live], moving: Moving, batch: int) -> None:
-        self._ledger = ledger
-        self._live = live
-        self._moving = moving
-        self._batch = batch
-        self._leaving: set[str] = set()
-        self._paused: set[str] = set()
+def pause(life: MachineState, paused: Set[str]) -> None:
+    """Dask starts nothing on these workers, so nothing is placed on them either."""
+    known = paused & life.ledger.workers.keys()
+    changed, life.paused = life.paused ^ known, set(known)
+    for worker in changed & life.ledger.workers.keys():
+        life.ledger.retire_worker(worker, worker in life.paused or worker in life.leaving)
 
-    def drain(self, worker: str, leaving: bool) -> None:
-        """A worker is about to leave, and nothing is placed on it; or it stays after all."""
-        (self._leaving.add if leaving else self._leaving.discard)(worker)
-        self._ledger.retire_worker(worker, leaving or worker in self._paused)
 
-    def pause(self, paused: Set[str]) -> bool:
-        """Dask starts nothing on these workers, so nothing is placed on them either; whether others were before."""
-        known = paused & self._ledger.workers.keys()
-        changed, self._paused = self._paused ^ known, set(known)
-        for worker in changed & self._ledger.workers.keys():
-            self._ledger.retire_worker(worker, worker in self._paused or worker in self._leaving)
-        return bool(changed)
+def start_moves(life: MachineState) -> None:
+    """Begin one move from each worker that leaves, has blocks and takes part in no move."""
+    for worker in sorted(life.leaving):
+        if not life.moves.busy(worker):
+            _move_away(life, worker)
 
-    def worker_lost(self, worker: str) -> None:
-        """A worker is gone."""
-        self._leaving.discard(worker)
 
-    def start_moves(self, now: float) -> Iterator[Command]:
-        """Begin one move from each worker that leaves, has blocks and takes part in no move."""
-        for worker in sorted(self._leaving):
-            if not self._moving.busy(worker):
-                yield from self._move_away(worker, now)
-
-    def _move_away(self, worker: str, now: float) -> Iterator[Command]:
-        whole = (n for n in self._ledger.workers[worker].held if not self._ledger.sequences[n].lost)
-        held = [n for n in whole if self._live[n].state in ("decode", "document")]
-        full = {number: self._moving.full_tokens(number) for number in held}
-        for move, pause in moves_away(self._ledger, worker, full, self._batch):
-            if self._moving.can_start(move, pause=pause):
-                yield from self._moving.start(move, now)
-                return
+def _move_away(life: MachineState, worker: str) -> None:
+    whole = (n for n in life.ledger.workers[worker].held if not life.ledger.sequences[n].lost)
+    held = [n for n in whole if isinstance(life.requests[n].state, Decode | Stored)]
+    full = {number: moving.full_tokens(life, number) for number in held}
+    for move, pause in moves_away(life.ledger, worker, full, life.config.window_batch):
+        if moving.can_start(life, move, pause=pause):
+            moving.start(life, move)
+            return
 
 
 def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) -> Iterator[tuple[Move, bool]]:

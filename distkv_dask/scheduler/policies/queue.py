@@ -5,7 +5,7 @@ A request that nobody's end would make room for is set aside: others go before i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from sortedcontainers import SortedList
@@ -25,8 +25,6 @@ class Admission:
         Where admitted requests are reserved.
     policy
         Decides order and place.
-    ready
-        Whether a document can be shared now.
 
     Attributes
     ----------
@@ -34,10 +32,9 @@ class Admission:
         Blocks by worker that do not become free by themselves: a disk or folder does not answer.
     """
 
-    def __init__(self, ledger: Ledger, policy: Policy, ready: Callable[[int], bool] = lambda _: True) -> None:
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
         self.ledger = ledger
         self.policy = policy
-        self._ready = ready
         self._order: SortedList = SortedList()
         self._asks: dict[int, tuple[float, Ask]] = {}
         self._limit = (-1, 0)
@@ -68,7 +65,7 @@ class Admission:
 
         It needs more than the workers that stay have for one request, or its document cannot be shared now.
         """
-        if ask.document is not None and not self._ready(ask.document):
+        if ask.document is not None and not self.ledger.is_shareable(ask.document):
             return "its document is being moved, or lost blocks, or lies on a worker that is being retired or paused"
         need, limit = self.ledger.blocks(ask.tokens), self.limit
         if need <= limit:
@@ -103,8 +100,8 @@ class Admission:
         self._order.remove((rank, sequence))
         return ask
 
-    def admit(self) -> tuple[Ask, Placement] | None:
-        """Reserve room for the next request that gets it, or return None.
+    def choose(self) -> tuple[Ask, Placement] | None:
+        """Find room for the next request that gets it, which waits no more then; None if nobody does.
 
         The first request that does not fit may be passed by those that the policy finds room for without delaying it.
         """
@@ -113,12 +110,22 @@ class Admission:
             placement = place(self.ledger, self.policy, ask, ahead)
             if placement is not None:
                 self.withdraw(ask.sequence)
-                idle = ask.is_document or not ask.tokens
-                self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
-                self.ledger.commit(ask.sequence, ask.shared)
                 return ask, placement
             ahead = ahead or ask
         return None
+
+    def reserve(self, ask: Ask, placement: Placement) -> None:
+        """Take the room that was found."""
+        idle = ask.is_document or not ask.tokens
+        self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
+        self.ledger.commit(ask.sequence, ask.shared)
+
+    def admit(self) -> tuple[Ask, Placement] | None:
+        """Find room for the next request, and take it."""
+        chosen = self.choose()
+        if chosen is not None:
+            self.reserve(*chosen)
+        return chosen
 
 
 def prefill_slots(ledger: Ledger) -> int:

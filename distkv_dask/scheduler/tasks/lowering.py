@@ -6,7 +6,7 @@ from distkv_dask.errors import CapacityError
 from distkv_dask.graphs.build import StepGraph, attend_graph, prefill_graph, window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
 from distkv_dask.scheduler.commands import AddHolders, SubmitPrefill, SubmitWindow
-from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.types import DecodeWindow, Gang
 
@@ -31,7 +31,7 @@ def lower(
             return attend_graph(gang, () if by_layer else holders), [gang]
 
 
-def step_graph(life: Lifecycle, tokens: int, granularity: str, layers: int) -> StepGraph:
+def step_graph(life: MachineState, tokens: int, granularity: str, layers: int) -> StepGraph:
     """The graph of one decode step of a sequence with room for ``tokens`` tokens, placed as it would be now.
 
     Raises

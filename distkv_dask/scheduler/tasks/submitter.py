@@ -18,7 +18,7 @@ from distributed import Client, Future, Security
 
 from distkv_dask.errors import ClusterError, GangAbortedError, in_words
 from distkv_dask.graphs.build import StepGraph, gang_keys
-from distkv_dask.protocol import DaskSpan
+from distkv_dask.messages.names import DaskSpan
 from distkv_dask.types import Gang
 
 if TYPE_CHECKING:

@@ -1,40 +1,22 @@
-"""Gangs: numbered over all engines of a gManager, and given up with all their members. Pure."""
+"""Gangs: numbered over all engines of a gManager, and given up with all their members."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from distkv_dask.scheduler.commands import Abort, Command, Forget
-from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.messages.to_worker import Abort
+from distkv_dask.scheduler.commands import Forget
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.types import Endpoint, Gang
 
 
-class Gangs:
-    """Makes one engine's gangs.
+def new_gang(life: MachineState, title: str, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:
+    """The gang of a chunk or window; ``title`` says which, for people: its kind, owner and part."""
+    number, (kind, rest) = next(life.numbers), title.split("-", 1)
+    return Gang(life.engine, number, f"{kind}-{life.engine}-{rest}-{number}", epoch, home, holders)
 
-    Parameters
-    ----------
-    engine
-        The engine's id.
-    numbers
-        Unique over all engines of the gManager.
-    ledger
-        Knows which workers live.
-    """
 
-    def __init__(self, engine: str, numbers: Iterator[int], ledger: Ledger) -> None:
-        self._engine = engine
-        self._numbers = numbers
-        self._ledger = ledger
-
-    def new(self, kind: str, owner: int, part: int, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:
-        """The gang of a chunk or window: part ``part`` of what ``owner`` computes."""
-        number = next(self._numbers)
-        return Gang(self._engine, number, f"{kind}-{self._engine}-{owner}-{part}-{number}", epoch, home, holders)
-
-    def abandon(self, gang: Gang, reason: str) -> Iterator[Command]:
-        """Let all members of a gang end, and forget its tasks."""
-        for worker in (gang.home, *(holder.worker for holder in gang.holders)):
-            if worker in self._ledger.workers:
-                yield Abort(worker, gang.number, reason)
-        yield Forget(gang, finished=False)
+def abandon(life: MachineState, gang: Gang, reason: str) -> None:
+    """Let all members of a gang end, and forget its tasks."""
+    for worker in (gang.home, *(holder.worker for holder in gang.holders)):
+        if worker in life.ledger.workers:
+            life.command(Abort(worker, gang.number, reason))
+    life.command(Forget(gang, finished=False))

@@ -1,146 +1,181 @@
 """Homes: the workers of an engine that decode, each with a chain of windows, which sequences join and leave.
 
-How long the next window is depends on who waits for its end (:mod:`~distkv_dask.scheduler.work.pacing`). Pure: events
-go in, commands come out.
+A sequence joins with the next window that starts; its holders are added to windows that are queued already. How long
+the next window is depends on who waits for its end (:mod:`~distkv_dask.scheduler.work.pacing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
-from distkv_dask.config import Config
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.scheduler.commands import Command, Join
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Live
-from distkv_dask.scheduler.policies.queue import Admission
-from distkv_dask.scheduler.work.gangs import Gangs
-from distkv_dask.scheduler.work.pacing import Pace, Pacer
-from distkv_dask.scheduler.work.prefill import Prefilling
+from distkv_dask.messages.from_worker import WindowDone
+from distkv_dask.messages.to_worker import Abort, Join, Reset
+from distkv_dask.scheduler.commands import AddHolders, Forget, SubmitWindow
+from distkv_dask.scheduler.lifecycle.request import Request, State
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.work.chain import PATIENCE, Outstanding, WindowChain
+from distkv_dask.scheduler.work.gangs import abandon, new_gang
+from distkv_dask.scheduler.work.pacing import Pace
+from distkv_dask.scheduler.work.prefill import is_awaited_by
 from distkv_dask.scheduler.work.starts import not_started
-from distkv_dask.scheduler.work.windows import WindowChain
-from distkv_dask.types import Endpoint, Gang, Placement
+from distkv_dask.types import DecodeWindow, Endpoint, Gang
+
+# Workers
 
 
-class Homes:
-    """The chains of one engine, by worker.
+def add(life: MachineState, worker: str) -> None:
+    """A worker may become the home of sequences."""
+    life.ordinals.setdefault(worker, len(life.ordinals))
+    life.chains[worker] = WindowChain(worker)
 
-    Parameters
-    ----------
-    engine
-        The engine's id.
-    config
-        Sizes of windows, and how long one may take to start.
-    ledger, live, queue, gangs, prefilling
-        The lifecycle's.
-    placement
-        Where the home of a sequence looks for its blocks.
-    pacer
-        The scheduler's budget, where several engines share it.
-    """
 
-    def __init__(
-        self,
-        engine: str,
-        config: Config,
-        ledger: Ledger,
-        live: Mapping[int, Live],
-        queue: Admission,
-        gangs: Gangs,
-        prefilling: Prefilling,
-        placement: Callable[[int], Placement],
-        pacer: Pacer,
-    ) -> None:
-        self._engine = engine
-        self._config = config
-        self._ledger = ledger
-        self._live = live
-        self._queue = queue
-        self._gangs = gangs
-        self._prefilling = prefilling
-        self._placement = placement
-        self._pacer = pacer
-        limit = config.timeout_start / 2  # holders of the next window wait while this one runs
-        self._pace = Pace(
-            watched=min(config.window_stream_seconds, limit),
-            unwatched=min(config.window_seconds, limit),
-            longest=min(config.window_max_seconds, limit),
-            share=config.window_scheduler_share,
-        )
-        self._ordinals: dict[str, int] = {}
-        self.chains: dict[str, WindowChain] = {}
+def remove(life: MachineState, worker: str) -> None:
+    """A worker is gone: its windows end everywhere."""
+    for gang in life.chains.pop(worker).gangs():
+        abandon(life, gang, f"home {worker} is gone")
 
-    # Workers
 
-    def add(self, worker: str) -> None:
-        """A worker may become the home of sequences."""
-        ordinal = self._ordinals.setdefault(worker, len(self._ordinals))
-        self.chains[worker] = WindowChain(
-            worker,
-            partial(self._new_gang, worker, ordinal),
-            partial(self._window_seconds, worker),
-            lambda sequence: self._live[sequence].remaining,
-            self._config.window_steps,
-        )
+def holder_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
+    """A worker that held blocks for others is gone: they go on without the sequences that are ``lost`` with it."""
+    for chain in life.chains.values():
+        if any(holder.worker == worker for holder in chain.holders()):
+            restart(life, chain, f"holder {worker} is gone", but=lost)
 
-    def remove(self, worker: str) -> Iterator[Command]:
-        """A worker is gone: its windows end everywhere."""
-        for gang in self.chains.pop(worker).gangs():
-            yield from self._gangs.abandon(gang, f"home {worker} is gone")
 
-    def holder_lost(self, worker: str, lost: Collection[int]) -> Iterator[Command]:
-        """A worker that held blocks for others is gone: they go on without the sequences that are ``lost`` with it."""
-        for chain in self.chains.values():
-            if any(holder.worker == worker for holder in chain.holders()):
-                yield from self.restart(chain, f"holder {worker} is gone", but=lost)
+# Sequences
 
-    # Sequences
 
-    def join(self, live: Live) -> Iterator[Command]:
-        """A sequence is ready to decode: its home gets its committed state, and begins with its next window."""
-        account = self._ledger.sequences[live.sequence]
-        placement = self._placement(live.sequence)
-        holders = tuple(self._ledger.holders(placement, but=account.home))
-        yield Join(account.home, live.state_at(placement, account.length), holders)
-        yield from self.chains[account.home].join(live.sequence, holders)
+def join(life: MachineState, request: Request) -> None:
+    """A sequence decodes: its home gets its committed state, and begins with its next window."""
+    account = life.ledger.sequences[request.sequence]
+    placement = life.moves.placement(request.sequence, account.placement, life.ledger.block_tokens)
+    holders = tuple(life.ledger.holders(placement, but=account.home))
+    life.command(Join(account.home, request.state_at(placement, account.length), holders))
+    attend(life, account.home, request.sequence, holders)
 
-    def leave(self, sequence: int) -> None:
-        """A sequence decodes no more, if it did."""
-        chain = self.chains.get(self._ledger.sequences[sequence].home)
-        if chain is not None:
-            chain.leave(sequence)
 
-    # Windows
+def begin(life: MachineState, request: Request, before: State) -> None:
+    """A sequence is ready to decode."""
+    join(life, request)
 
-    def restart(self, chain: WindowChain, reason: str, but: Collection[int]) -> Iterator[Command]:
-        """Abort a home's windows and begin a new chain with the committed state of its sequences (but some)."""
-        again = [number for number in chain.sequences if number not in but]
-        yield from chain.break_(reason, self._ledger.workers.__contains__)
-        for sequence in again:
-            yield from self.join(self._live[sequence])
 
-    def late(self, now: float) -> Iterator[tuple[Gang, GangAbortedError]]:
-        """Windows that should have started long ago, and why that may be."""
-        limit = self._config.timeout_start
-        for chain in list(self.chains.values()):
-            gang = chain.late(now, limit)
-            if gang is not None:
-                yield gang, not_started(chain.home, f"window {gang.name}", limit)
+def attend(life: MachineState, home: str, sequence: int, holders: tuple[Endpoint, ...]) -> None:
+    """Let these holders attend a sequence of a home, from the next window on that starts."""
+    chain = life.chains[home]
+    chain.sequences[sequence] = holders
+    for entry in chain.outstanding.values():
+        missing = tuple(holder for holder in holders if holder not in entry.window.gang.holders)
+        if missing and not entry.started:
+            gang = replace(entry.window.gang, holders=entry.window.gang.holders + missing)
+            entry.window = replace(entry.window, gang=gang)
+            life.command(AddHolders(gang, missing))
+    life.idle_homes[home] = None
 
-    def count_tasks(self) -> None:
-        """Tell the pacer how many tasks one window of each home takes now."""
-        self._pacer.rounds[self._engine] = sum(chain.tasks for chain in self.chains.values())
 
-    def _window_seconds(self, home: str) -> float:
-        """Length of a home's next window."""
-        self.count_tasks()
-        watched = (
-            next(self._queue.turns(), None) is not None  # for room, which sequences that stop will free
-            or any(self._live[sequence].streamed for sequence in self.chains[home].sequences)
-            or self._prefilling.awaited_by(home)
-        )
-        return self._pacer.window_seconds(self._pace, watched)
+def leave(life: MachineState, sequence: int) -> None:
+    """A sequence decodes no more, if it did."""
+    chain = life.chains.get(life.ledger.sequences[sequence].home)
+    if chain is not None:
+        chain.sequences.pop(sequence, None)
 
-    def _new_gang(self, home: str, ordinal: int, window: int, epoch: int, holders: tuple[Endpoint, ...]) -> Gang:
-        return self._gangs.new("decode", ordinal, window, epoch, home, holders)
+
+# Windows
+
+
+def started(life: MachineState, home: str, window: int) -> None:
+    """A home began a window."""
+    chain = life.chains.get(home)
+    if chain is not None and window in chain.outstanding:
+        chain.outstanding[window].started = True
+        chain.outstanding[window].batch = frozenset(chain.sequences)
+        life.idle_homes[home] = None
+
+
+def done(life: MachineState, event: WindowDone) -> bool:
+    """A home finished a window; False when it is not ours any more."""
+    chain = life.chains.get(event.worker)
+    if chain is None or chain.epoch != event.epoch or event.window not in chain.outstanding:
+        return False
+    gang, result = chain.outstanding.pop(event.window).window.gang, event.result
+    chain.failures = 0
+    if result.steps:
+        chain.step_seconds = result.seconds / result.steps
+    for holder in gang.holders:
+        if holder.worker not in event.used:
+            life.command(Abort(holder.worker, gang.number, "no sequence of the window needed this holder", unused=True))
+    life.command(Forget(gang, finished=True))
+    life.idle_homes[event.worker] = None
+    return True
+
+
+def fill(life: MachineState) -> None:
+    """Keep one window queued behind the running one of each home while there are sequences."""
+    homes, life.idle_homes = life.idle_homes, {}
+    for home in homes:
+        chain = life.chains.get(home)
+        while chain is not None and chain.needs_window(life.requests):
+            _submit(life, chain)
+
+
+def _submit(life: MachineState, chain: WindowChain) -> None:
+    number, home = chain.submitted, chain.home
+    chain.submitted += 1
+    holders = tuple({endpoint.worker: endpoint for one in chain.sequences.values() for endpoint in one}.values())
+    chain.members = 1 + len(holders)
+    chain.seconds = _window_seconds(life, chain)
+    gang = new_gang(life, f"decode-{life.ordinals[home]}-{number}", chain.epoch, home, holders)
+    window = DecodeWindow(gang, number, life.config.window_steps, chain.seconds)
+    before = next(reversed(chain.outstanding.values()), None)
+    chain.outstanding[number] = Outstanding(window)
+    if before is None:
+        life.command(SubmitWindow(window, None))
+    else:
+        life.command(SubmitWindow(window, before.window.gang, PATIENCE * chain.expected(before.window)))
+
+
+def restart(life: MachineState, chain: WindowChain, reason: str, but: Collection[int]) -> None:
+    """Abort a home's windows and begin a new chain with the committed state of its sequences (but some)."""
+    again = [number for number in chain.sequences if number not in but]
+    for gang in chain.gangs():
+        abandon(life, gang, reason)
+    chain.outstanding.clear()
+    chain.sequences.clear()
+    chain.epoch += 1
+    if chain.home in life.ledger.workers:
+        life.command(Reset(chain.home, chain.epoch))
+    for sequence in again:
+        join(life, life.requests[sequence])
+
+
+def late(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
+    """Windows that should have started long ago, and why that may be."""
+    limit = life.config.timeout_start
+    for chain in list(life.chains.values()):
+        gang = chain.late(life.now, limit)
+        if gang is not None:
+            yield gang, not_started(chain.home, f"window {gang.name}", limit)
+
+
+def count_tasks(life: MachineState) -> None:
+    """Tell the pacer how many tasks one window of each home takes now."""
+    life.pacer.rounds[life.engine] = sum(chain.tasks for chain in life.chains.values())
+
+
+def _window_seconds(life: MachineState, chain: WindowChain) -> float:
+    """Length of a home's next window."""
+    count_tasks(life)
+    watched = (
+        next(life.queue.turns(), None) is not None  # for room, which sequences that stop will free
+        or any(life.requests[sequence].streamed for sequence in chain.sequences)
+        or is_awaited_by(life, chain.home)
+    )
+    limit = life.config.timeout_start / 2  # holders of the next window wait while this one runs
+    pace = Pace(
+        watched=min(life.config.window_stream_seconds, limit),
+        unwatched=min(life.config.window_seconds, limit),
+        longest=min(life.config.window_max_seconds, limit),
+        share=life.config.window_scheduler_share,
+    )
+    return life.pacer.window_seconds(pace, watched)

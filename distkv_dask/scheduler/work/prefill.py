@@ -1,99 +1,108 @@
-"""Prompts in prefill: cut into chunks, each computed by the worker that will hold its KV. Pure."""
+"""Prompts in prefill: cut into chunks, each computed by the worker that will hold its KV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import islice
 
-from distkv_dask.scheduler.commands import Command, SubmitPrefill
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Live, cut_prompt
+from distkv_dask.scheduler.commands import SubmitPrefill
+from distkv_dask.scheduler.lifecycle.request import Prefill, Request, State
+from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.queue import prefill_slots
-from distkv_dask.scheduler.work.gangs import Gangs
-from distkv_dask.types import PrefillChunk
+from distkv_dask.scheduler.work.gangs import abandon, new_gang
+from distkv_dask.types import Placement, PrefillChunk
 
 
-class Prefilling:
-    """What is being computed of which prompts.
+def has_room(life: MachineState) -> bool:
+    """Whether another prompt may begin.
 
-    Parameters
-    ----------
-    ledger, live, gangs
-        The lifecycle's.
-    chunk_tokens
-        Tokens of a chunk, at most.
+    Questions with a chunk of their own at most do not count: those run together, and then decode together.
     """
+    prompts = [life.requests[sequence] for sequence in life.in_prefill]
+    step = life.config.prefill_chunk_tokens
+    long = sum(not one.reused or len(one.prompt) - one.reused > step for one in prompts)
+    return long < prefill_slots(life.ledger)
 
-    def __init__(self, ledger: Ledger, live: Mapping[int, Live], gangs: Gangs, chunk_tokens: int) -> None:
-        self._ledger = ledger
-        self._live = live
-        self._gangs = gangs
-        self._chunk_tokens = chunk_tokens
-        self._running: set[int] = set()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another prompt may begin.
+def begin(life: MachineState, request: Request, before: State) -> None:
+    """Compute what is known of a sequence that is in prefill now."""
+    submit(life, request)
 
-        Questions with a chunk of their own at most do not count: those run together, and then decode together.
-        """
-        prompts = [self._live[sequence] for sequence in self._running]
-        long = sum(not one.reused or len(one.prompt) - one.reused > self._chunk_tokens for one in prompts)
-        return long < prefill_slots(self._ledger)
 
-    def begin(self, live: Live, start: int, lost: Sequence[tuple[int, int]] = ()) -> SubmitPrefill:
-        """Compute what is known of a sequence, from a position on, and before that what it ``lost``.
+def submit(life: MachineState, request: Request) -> None:
+    """Submit the chunks of a sequence in prefill.
 
-        Its last chunk draws the first token, unless it is a document or its tokens so far are only computed anew.
-        """
-        self._running.add(live.sequence)
-        account, step = self._ledger.sequences[live.sequence], self._chunk_tokens
-        placement, known = account.placement, live.known
-        draws = not live.is_document and not live.generated
-        chunks: list[PrefillChunk] = []
-        ranges = [*lost, (start, len(known))]
-        pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
-        for holder, first, last in pieces:
-            worker = holder if self._ledger.workers[holder].can_decode else account.home
-            holders = tuple(self._ledger.holders(placement, last, but=worker))
-            gang = self._gangs.new("prefill", live.sequence, first // step, self._ledger.epoch, worker, holders)
-            draws_here = draws and last == len(known)
-            chunks.append(
-                PrefillChunk(
-                    gang,
-                    live.sequence,
-                    placement,
-                    first,
-                    tuple(known[first:last]),
-                    live.sampling if draws_here else None,
-                    live.history if draws_here else (),
-                )
+    Its last chunk draws the first token, unless it is a document or its tokens so far are only recomputed.
+    """
+    state = request.state
+    assert isinstance(state, Prefill)
+    life.in_prefill[request.sequence] = None
+    account, step = life.ledger.sequences[request.sequence], life.config.prefill_chunk_tokens
+    placement, known = account.placement, request.known
+    draws = not request.is_document and not request.generated
+    chunks: list[PrefillChunk] = []
+    ranges = [*state.lost, (state.start, len(known))]
+    pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
+    for holder, first, last in pieces:
+        worker = holder if life.ledger.workers[holder].can_decode else account.home
+        holders = tuple(life.ledger.holders(placement, last, but=worker))
+        gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
+        draws_here = draws and last == len(known)
+        chunks.append(
+            PrefillChunk(
+                gang,
+                request.sequence,
+                placement,
+                first,
+                tuple(known[first:last]),
+                request.sampling if draws_here else None,
+                request.history if draws_here else (),
             )
-        live.chunks = {chunk.gang.number: chunk for chunk in chunks}
-        return SubmitPrefill(tuple(chunks))
+        )
+    state.chunks = {chunk.gang.number: chunk for chunk in chunks}
+    life.command(SubmitPrefill(tuple(chunks)))
 
-    def again(self, live: Live, reason: str) -> Iterator[Command]:
-        """Give up the chunks that are not done, and submit them anew."""
-        yield from self.stop(live, reason)
-        yield self.begin(live, self._ledger.sequences[live.sequence].length)
 
-    def stop(self, live: Live, reason: str) -> Iterator[Command]:
-        """Give up the chunks that are not done."""
-        for chunk in live.chunks.values():
-            yield from self._gangs.abandon(chunk.gang, reason)
-        live.chunks.clear()
-        self.ended(live.sequence)
+def again(life: MachineState, request: Request) -> None:
+    """Submit anew the chunks that were given up."""
+    state = request.state
+    assert isinstance(state, Prefill)
+    state.start, state.lost, state.rests_until = life.ledger.sequences[request.sequence].length, (), None
+    submit(life, request)
 
-    def ended(self, sequence: int) -> None:
-        """A sequence is not in prefill any more, if it was."""
-        self._running.discard(sequence)
 
-    def awaited_by(self, home: str) -> bool:
-        """Whether a prompt is about to join a home, or needs its lane next."""
-        joining = any(self._ledger.sequences[sequence].home == home for sequence in self._running)
-        return joining or any(chunk.gang.home == home for chunk in self.heads())
+def stop(life: MachineState, request: Request, reason: str) -> None:
+    """Give up the chunks that are not done, if it is in prefill."""
+    if isinstance(request.state, Prefill):
+        for chunk in request.state.chunks.values():
+            abandon(life, chunk.gang, reason)
+        request.state.chunks = {}
+        life.in_prefill.pop(request.sequence, None)
 
-    def heads(self) -> Iterator[PrefillChunk]:
-        """The chunk of each prompt that is computed now, or next."""
-        for sequence in self._running:
-            yield from islice(self._live[sequence].chunks.values(), 1)
+
+def is_awaited_by(life: MachineState, home: str) -> bool:
+    """Whether a prompt is about to join a home, or needs its lane next."""
+    joining = any(life.ledger.sequences[sequence].home == home for sequence in life.in_prefill)
+    return joining or any(chunk.gang.home == home for chunk in heads(life))
+
+
+def heads(life: MachineState) -> Iterator[PrefillChunk]:
+    """The chunk of each prompt that is computed now, or next."""
+    for sequence in life.in_prefill:
+        state = life.requests[sequence].state
+        if isinstance(state, Prefill):
+            yield from islice(state.chunks.values(), 1)
+
+
+def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterator[tuple[str, int, int]]:
+    """Cut tokens ``start`` to ``end`` at span borders and every ``step`` tokens of a span.
+
+    Examples
+    --------
+    >>> from distkv_dask.types import Span
+    >>> list(cut_prompt((Span("a", 0, 5), Span("b", 5, 20)), 0, 12, 4))
+    [('a', 0, 4), ('a', 4, 5), ('b', 5, 9), ('b', 9, 12)]
+    """
+    for span in placement:
+        for first in range(max(span.start, start), min(span.stop, end), step):
+            yield span.worker, first, min(first + step, span.stop, end)

@@ -1,48 +1,47 @@
-"""Starts: chunks of prompts that their worker should have begun, because it does nothing else. Pure."""
+"""Starts: chunks of prompts that their worker should have begun, because it does nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.scheduler.work.prefill import Prefilling
 from distkv_dask.types import PrefillChunk
 
 
+@dataclass(slots=True)
 class Starts:
     """Which of one engine's workers begin what they are given.
 
-    Dask does not start tasks on a worker that it paused for its memory, and tells nobody.
-
-    Parameters
-    ----------
-    prefilling
-        The lifecycle's.
-    limit
-        Seconds in which a worker with a chunk to compute must begin a chunk or a window.
+    Dask does not start tasks on a worker that it paused for its memory, and tells nobody. ``begun`` are gangs of chunks
+    that are being computed, ``idle_since`` workers that have a chunk to compute, and begin nothing.
     """
 
-    def __init__(self, prefilling: Prefilling, limit: float) -> None:
-        self._prefilling = prefilling
-        self._limit = limit
-        self._begun: set[int] = set()
-        self._idle_since: dict[str, float] = {}
+    begun: set[int] = field(default_factory=set)
+    idle_since: dict[str, float] = field(default_factory=dict)
 
     def chunk_began(self, gang: int) -> None:
         """A worker began the chunk of a gang."""
-        self._begun.add(gang)
+        self.begun.add(gang)
 
     def window_began(self, home: str) -> None:
         """A worker began a window."""
-        self._idle_since.pop(home, None)
+        self.idle_since.pop(home, None)
 
-    def late(self, now: float) -> list[tuple[PrefillChunk, GangAbortedError]]:
-        """Chunks that should have begun long ago, and why that may be."""
-        heads = list(self._prefilling.heads())
-        self._begun &= {chunk.gang.number for chunk in heads}
-        computing = {chunk.gang.home for chunk in heads if chunk.gang.number in self._begun}
+    def late(
+        self, heads: Iterable[PrefillChunk], now: float, limit: float
+    ) -> list[tuple[PrefillChunk, GangAbortedError]]:
+        """Of the chunks that are computed now or next, those that should have begun long ago, and why that may be.
+
+        A worker with a chunk to compute must begin a chunk or a window within ``limit`` seconds.
+        """
+        heads = list(heads)
+        self.begun &= {chunk.gang.number for chunk in heads}
+        computing = {chunk.gang.home for chunk in heads if chunk.gang.number in self.begun}
         waiting = [chunk for chunk in heads if chunk.gang.home not in computing]
-        self._idle_since = {chunk.gang.home: self._idle_since.get(chunk.gang.home, now) for chunk in waiting}
-        late = [chunk for chunk in waiting if now - self._idle_since[chunk.gang.home] > self._limit]
-        return [(chunk, not_started(chunk.gang.home, f"chunk {chunk.gang.name}", self._limit)) for chunk in late]
+        self.idle_since = {chunk.gang.home: self.idle_since.get(chunk.gang.home, now) for chunk in waiting}
+        late = [chunk for chunk in waiting if now - self.idle_since[chunk.gang.home] > limit]
+        return [(chunk, not_started(chunk.gang.home, f"chunk {chunk.gang.name}", limit)) for chunk in late]
 
 
 def not_started(worker: str, what: str, limit: float) -> GangAbortedError:

@@ -1,4 +1,4 @@
-"""Names and shapes of all messages between client, gManager and rManagers (the table is in docs/architecture.md).
+"""Names that both ends of a connection use, and the records that messages are made of.
 
 Carriers: *rpc* is Dask's request and reply, *stream* Dask's ordered stream between scheduler and worker. Bytes of
 queries and partials do not appear here: they travel on channels (:mod:`distkv_dask.worker.channels`).
@@ -6,15 +6,12 @@ queries and partials do not appear here: they travel on channels (:mod:`distkv_d
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
-
-from distkv_dask.types import Endpoint, FinishReason, Geometry, Measurement, Placement, SamplingParams, Timings
 
 if TYPE_CHECKING:
     from distkv_dask.config import Config
@@ -28,8 +25,11 @@ MEMORY_RESOURCE = "distkv-memory"
 KV_MEMORY_RESOURCE = "distkv-kv-memory"
 """Dask resource: bytes of KV memory of just this worker, instead of ``distkv.kv-memory``."""
 
-WORKER_EVENT = "distkv-worker-event"
-"""Stream operation of all messages from rManagers to the gManager."""
+TO_WORKER = "distkv-to-worker"
+"""Stream operation of all messages from the gManager to rManagers (:mod:`~distkv_dask.messages.to_worker`)."""
+
+FROM_WORKER = "distkv-from-worker"
+"""Stream operation of all messages from rManagers to the gManager (:mod:`~distkv_dask.messages.from_worker`)."""
 
 HANDLE_NUMBERS = 10**9
 """Requests and documents of handle ``h`` of an engine are numbered from ``h * HANDLE_NUMBERS``; the owner's is 0."""
@@ -49,65 +49,6 @@ def pack(value: Any) -> Any:
 def unpack(value: Any) -> Any:
     """What was packed: Dask unwraps it on arrival, but not where both ends share a process (``inproc://``)."""
     return value.data if isinstance(value, ToPickle) else value
-
-
-class ClientCall(StrEnum):
-    """Client to gManager, rpc."""
-
-    OPEN = "distkv_open"
-    ATTACH = "distkv_attach"
-    DETACH = "distkv_detach"
-    SUBMIT = "distkv_submit"
-    STOP = "distkv_stop"
-    EVENTS = "distkv_events"
-    STATUS = "distkv_status"
-    ENGINES = "distkv_engines"
-    GRAPH = "distkv_graph"
-    TRACE = "distkv_trace"
-    SPAN = "distkv_span"
-    CLOSE = "distkv_close"
-
-
-class ToWorker(StrEnum):
-    """GManager to rManager, stream; the payload's shape is the argument list of the rManager's method of that name."""
-
-    OPEN = "distkv-open"
-    CLOSE = "distkv-close"
-    RESERVE = "distkv-reserve"
-    RETIRE = "distkv-retire"
-    RELEASE = "distkv-release"
-    JOIN = "distkv-join"
-    RESET = "distkv-reset"
-    EXPECT = "distkv-expect"
-    SEND = "distkv-send"
-    RELOCATE = "distkv-relocate"
-    FREE = "distkv-free"
-    STORE = "distkv-store"
-    FETCH = "distkv-fetch"
-    DISCARD = "distkv-discard"
-    ABORT = "distkv-abort"
-
-
-class FromWorker(StrEnum):
-    """RManager to gManager, stream: the ``event`` of a :data:`WORKER_EVENT`."""
-
-    HELLO = "hello"
-    READY = "ready"
-    OPEN_FAILED = "open-failed"
-    CLOSED = "closed"
-    LOST = "lost"
-    CHUNK_STARTED = "chunk-started"
-    CHUNK_DONE = "chunk-done"
-    PREFILLED = "prefilled"
-    WINDOW_STARTED = "window-started"
-    WINDOW_DONE = "window-done"
-    GANG_FAILED = "gang-failed"
-    RETIRED = "retired"
-    EXPECTED = "expected"
-    SENT = "sent"
-    RELOCATED = "relocated"
-    STORED = "stored"
-    FETCHED = "fetched"
 
 
 class ToPeer(StrEnum):
@@ -174,14 +115,6 @@ class EngineSpec:
     span: DaskSpan | None = None
 
 
-class Attached(NamedTuple):
-    """A new handle on an open engine: what its owner asked for (without the token), and what its workers said."""
-
-    spec: EngineSpec
-    facts: Mapping[str, Any]
-    handle: int
-
-
 class SavedFile(NamedTuple):
     """A file with the blocks of tokens ``[start, stop)`` of a sequence.
 
@@ -217,49 +150,3 @@ class Saved(NamedTuple):
     files: tuple[SavedFile, ...] | tuple[SpilledFile, ...] = ()
     tag: str = ""
     """Part of the names of files that are to be written."""
-
-
-class Submission(NamedTuple):
-    """A request as it travels to the gManager.
-
-    ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
-    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
-    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there. ``name`` is a document's.
-    """
-
-    number: int
-    prompt: array[int]
-    sampling: SamplingParams | None
-    streamed: bool = False
-    document: int | None = None
-    keeps: bool = False
-    saved: Saved | None = None
-    name: str = ""
-
-
-class Ready(TypedDict):
-    """Facts that a worker reports once an engine is open there."""
-
-    endpoint: Endpoint
-    role: Literal["instance", "memory"]
-    channels: str
-    capacity_blocks: int
-    block_bytes: int
-    spill_bytes: int
-    geometry: Geometry
-    fingerprint: str
-    measured: Measurement | None
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """New tokens of a request, and its end when ``reason`` is set."""
-
-    sequence: int
-    tokens: tuple[int, ...]
-    reason: FinishReason | None = None
-    error: Exception | None = None
-    timings: Timings | None = None
-    placement: Placement = ()
-    reused: int = 0
-    files: tuple[SavedFile, ...] = ()

@@ -1,0 +1,168 @@
+"""RManager to gManager, on Dask's ordered stream: what happened on a worker.
+
+The state machine takes these as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distkv_dask.messages.names import SavedFile
+from distkv_dask.types import Endpoint, Exchanged, FinishReason, Geometry, Measurement, WindowResult
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    """A message of a worker, named by its Dask address."""
+
+    worker: str
+
+
+# The worker, and engines on it
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(FromWorker):
+    """An engine is open on the worker.
+
+    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. ``fingerprint`` says which
+    weights were loaded; ``measured`` how fast the worker is, where it was timed.
+    """
+
+    endpoint: Endpoint
+    role: Literal["instance", "memory"]
+    channels: str
+    capacity_blocks: int
+    block_bytes: int
+    spill_bytes: int
+    geometry: Geometry
+    fingerprint: str
+    measured: Measurement | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailed(FromWorker):
+    """An engine cannot be opened on the worker."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Closed(FromWorker):
+    """The worker freed all that an engine had there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost(FromWorker):
+    """The worker lives, but lost all that it had of an engine."""
+
+    reason: str
+
+
+# Gangs
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStarted(FromWorker):
+    """The worker began the chunk of a gang."""
+
+    gang: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone(FromWorker):
+    """A chunk of a prompt is computed, after which no token was to be drawn."""
+
+    sequence: int
+    gang: int
+    exchanged: Exchanged
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled(FromWorker):
+    """A prompt's last chunk is computed, and its first token drawn.
+
+    ``reason`` says that the answer ended with it; with "stop" the token is no part of it.
+    """
+
+    sequence: int
+    gang: int
+    token: int = field(repr=False)
+    reason: FinishReason | None
+    exchanged: Exchanged
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStarted(FromWorker):
+    """A home began its window number ``window``."""
+
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class WindowDone(FromWorker):
+    """A home finished a window of an ``epoch``; of its holders, the workers ``used`` took part."""
+
+    window: int
+    epoch: int
+    result: WindowResult
+    used: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GangFailed(FromWorker):
+    """A member of a gang failed."""
+
+    gang: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Retired(FromWorker):
+    """The worker computes on a sequence no more."""
+
+    sequence: int
+
+
+# Moves and files
+
+
+@dataclass(frozen=True, slots=True)
+class Expected(FromWorker):
+    """The target of a move allocated its blocks; not if there is a ``refusal``."""
+
+    number: int
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent(FromWorker):
+    """The source of a move copied all blocks; not if there is a ``failure``."""
+
+    number: int
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Relocated(FromWorker):
+    """No window of the home uses a moved sequence's old placement any more."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(FromWorker):
+    """The worker wrote its part of request ``number`` into files, or could not."""
+
+    number: int
+    files: tuple[SavedFile, ...] = ()
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(FromWorker):
+    """The worker read its part of a sequence from files, or could not."""
+
+    sequence: int
+    error: Exception | None = None

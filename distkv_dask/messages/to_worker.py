@@ -1,0 +1,151 @@
+"""GManager to rManager, on Dask's ordered stream: what a worker is to do for one engine.
+
+The state machine makes these as commands, and they are sent as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distkv_dask.messages.names import EngineSpec, Saved
+from distkv_dask.types import Endpoint, Geometry, Placement, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    """A message to a worker, named by its Dask address."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Open(ToWorker):
+    """Open an engine (the worker answers Opened or OpenFailed); a memory worker is told the model's ``geometry``."""
+
+    spec: EngineSpec
+    geometry: Geometry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Close(ToWorker):
+    """Free all that the engine has here (the worker answers Closed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve(ToWorker):
+    """Allocate room for tokens ``[start, stop)`` of a sequence in the worker's pool."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retire(ToWorker):
+    """Begin no more work on a sequence, and say when none is under way (the worker answers Retired)."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release(ToWorker):
+    """Free a sequence's blocks: nothing computes on them any more."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free(ToWorker):
+    """Free the blocks of tokens ``[start, stop)`` of a sequence, which take part in no window; move none of them."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join(ToWorker):
+    """Decode a sequence (again), from the committed state on; it takes part from the home's next window."""
+
+    state: SequenceState
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset(ToWorker):
+    """Decode none of the home's sequences any more, and refuse windows of an older epoch."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expect(ToWorker):
+    """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers Expected)."""
+
+    number: int
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send(ToWorker):
+    """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects move ``number`` (answered by Sent).
+
+    ``pace`` is the time of a decode step that the copying hides under, in seconds; 0 is as fast as can be.
+    """
+
+    number: int
+    sequence: int
+    start: int
+    stop: int
+    target: str
+    pace: float
+
+
+@dataclass(frozen=True, slots=True)
+class Relocate(ToWorker):
+    """Decode a sequence with another placement from the next window on.
+
+    The home answers Relocated when no window uses the old one any more.
+    """
+
+    number: int
+    sequence: int
+    placement: Placement
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Store(ToWorker):
+    """Write these token ranges of a sequence to files, for request ``number`` (the worker answers Stored)."""
+
+    number: int
+    sequence: int
+    ranges: tuple[tuple[int, int], ...]
+    saved: Saved
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(ToWorker):
+    """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers Fetched)."""
+
+    sequence: int
+    ranges: tuple[tuple[int, int], ...]
+    saved: Saved
+
+
+@dataclass(frozen=True, slots=True)
+class Discard(ToWorker):
+    """Delete files of spilled blocks, once what was asked for before is done with them."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort(ToWorker):
+    """End the worker's part in a gang; without an error where the gang went on without needing it (``unused``)."""
+
+    gang: int
+    reason: str
+    unused: bool = False

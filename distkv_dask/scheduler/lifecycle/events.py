@@ -1,0 +1,77 @@
+"""What happens to an engine that no message of a worker says: calls of clients, workers that come and go, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.from_worker import FromWorker
+from distkv_dask.types import Endpoint, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Clients ask. All are in the queue before one is admitted: the policy says who is first, not their order here.
+
+    Those that are not taken are answered by the command Refuse: a request larger than the pools of all workers together
+    ever were, or one whose document was released. (If workers are missing just now, a request waits for them, but not
+    forever.)
+    """
+
+    submissions: tuple[Submission, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A client wants no more of a request: cancelled, or at a stop string. Nothing happens if it ended meanwhile."""
+
+    sequence: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StopAll:
+    """The engine closes: every request ends, and none is admitted any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker has a pool of ``capacity`` blocks and, if it ``can_decode``, the model.
+
+    It has ``spill_bytes`` bytes of disk for blocks that make room.
+    """
+
+    endpoint: Endpoint
+    capacity: int
+    can_decode: bool = True
+    spill_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker died or left: what lay on it is recomputed, and all requests go on from their last commit."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A worker is about to leave: its blocks move away, and nothing is placed on it (or it stays after all)."""
+
+    worker: str
+    leaving: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Dask has paused these workers for their memory, and no others: it starts nothing on them."""
+
+    workers: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """About a second has passed: what waits for something that does not come is ended."""
+
+
+Event = FromWorker | Submit | Stop | StopAll | WorkerReady | WorkerLost | Drain | Pause | Tick

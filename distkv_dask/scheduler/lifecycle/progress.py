@@ -1,0 +1,68 @@
+"""Progress: chunks and windows that workers finished, and the tokens that came out of them."""
+
+from __future__ import annotations
+
+from distkv_dask.messages.client_calls import Delivery
+from distkv_dask.messages.from_worker import ChunkDone, Prefilled, WindowDone
+from distkv_dask.scheduler.commands import Forget
+from distkv_dask.scheduler.lifecycle.ends import end
+from distkv_dask.scheduler.lifecycle.request import Decode, Prefill, Request, Stored
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.work import homes
+
+
+def chunk_done(life: MachineState, event: ChunkDone) -> None:
+    """A worker finished a chunk after which no token was drawn."""
+    request = _commit_chunk(life, event.sequence, event.gang)
+    if request is not None and event.sequence not in life.in_prefill:
+        life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
+
+
+def prefilled(life: MachineState, event: Prefilled) -> None:
+    """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
+    request = _commit_chunk(life, event.sequence, event.gang)
+    if request is None:
+        return
+    request.decoding = life.now
+    if event.reason != "stop":
+        request.generated.append(event.token)
+        life.command(Delivery(event.sequence, (event.token,)))
+    if event.reason is not None:
+        end(life, request, event.reason, settled=True)
+    else:
+        life.recommend(request, Decode())
+
+
+def _commit_chunk(life: MachineState, sequence: int, gang: int) -> Request | None:
+    """Record that a chunk is computed; its request, if it is one that is waited for."""
+    request = life.requests.get(sequence)
+    if request is None or not isinstance(state := request.state, Prefill) or gang not in state.chunks:
+        return None
+    chunk = state.chunks.pop(gang)
+    state.failures = 0
+    life.ledger.commit(sequence, chunk.start + len(chunk.tokens) if state.chunks else request.known_tokens)
+    life.pacer.prefilled(1 + len(chunk.gang.holders))
+    life.command(Forget(chunk.gang, finished=True))
+    if not state.chunks:
+        life.in_prefill.pop(sequence, None)
+    return request
+
+
+def window_done(life: MachineState, event: WindowDone) -> None:
+    """A home finished a window: its tokens are committed, and sequences that ended leave."""
+    result = event.result
+    if not homes.done(life, event):
+        return
+    if result.steps:
+        life.moves.step_seconds[event.worker] = result.seconds / result.steps
+        life.calibration.observe(event.worker, result)
+    for sequence, tokens in result.tokens.items():
+        request = life.requests.get(sequence)
+        if request is None or not isinstance(request.state, Decode):
+            continue
+        request.generated.extend(tokens)
+        life.ledger.commit(sequence, request.known_tokens)
+        if tokens:
+            life.command(Delivery(sequence, tuple(tokens)))
+        if sequence in result.finished:
+            end(life, request, result.finished[sequence], result.errors.get(sequence), settled=True)

@@ -1,0 +1,114 @@
+"""All that one engine's state machine knows. Rooms of the scheduler are functions of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from distkv_dask.config import Config
+from distkv_dask.scheduler.commands import Command
+from distkv_dask.scheduler.costs.calibration import Calibration
+from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.costs.presets import PRESET
+from distkv_dask.scheduler.kept.disk_copies import Disks
+from distkv_dask.scheduler.kept.prefix_cache import PrefixCache
+from distkv_dask.scheduler.kept.prefix_index import PrefixIndex
+from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.request import Request, State
+from distkv_dask.scheduler.moves.under_way import Moves
+from distkv_dask.scheduler.policies import policy_named
+from distkv_dask.scheduler.policies.base import Policy
+from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.work.chain import WindowChain
+from distkv_dask.scheduler.work.pacing import Pacer
+from distkv_dask.scheduler.work.starts import Starts
+
+
+@dataclass(slots=True)
+class MachineState:
+    """One engine's requests, and everything that decides about them.
+
+    Parameters
+    ----------
+    engine
+        The engine's id.
+    config
+        Sizes of blocks, chunks and windows; limits in time.
+    numbers
+        Numbers of gangs and moves, unique over all engines of the gManager.
+    pacer
+        The scheduler's budget, which all engines share.
+    block_bytes
+        Bytes of one block, once they are known.
+    """
+
+    engine: str
+    config: Config
+    numbers: Iterator[int]
+    pacer: Pacer = field(default_factory=Pacer)
+    block_bytes: int = 0
+    now: float = 0.0
+    """The gManager's clock at the event that is being handled, in seconds."""
+    ledger: Ledger = field(init=False)
+    requests: dict[int, Request] = field(default_factory=dict)
+    queue: Admission = field(init=False)
+    calibration: Calibration = field(init=False)
+    chains: dict[str, WindowChain] = field(default_factory=dict)
+    """Decode windows by home."""
+    ordinals: dict[str, int] = field(default_factory=dict)
+    """Short numbers of homes, for the names of their gangs."""
+    in_prefill: dict[int, None] = field(default_factory=dict)
+    """Sequences of which chunks are being computed."""
+    starts: Starts = field(default_factory=Starts)
+    moves: Moves = field(default_factory=Moves)
+    leaving: set[str] = field(default_factory=set)
+    """Workers that are about to leave."""
+    paused: set[str] = field(default_factory=set)
+    """Workers that Dask has paused for their memory."""
+    index: PrefixIndex = field(init=False)
+    """Stored documents by how they begin."""
+    cache: PrefixCache = field(init=False)
+    disks: Disks = field(default_factory=Disks)
+    largest_blocks: int = 0
+    """Blocks of the largest request that could ever run."""
+    lowest_priority: float = float("inf")
+    """Of all requests that ever came."""
+    is_closing: bool = False
+    commands: list[Command] = field(default_factory=list)
+    """What this event asks for, in order."""
+    recommendations: deque[tuple[Request, State]] = field(default_factory=deque)
+    """Requests that should have another state, in order."""
+    idle_documents: dict[int, None] = field(default_factory=dict)
+    """Documents that perhaps nobody needs any more."""
+    idle_homes: dict[str, None] = field(default_factory=dict)
+    """Homes that perhaps need another window."""
+
+    def __post_init__(self) -> None:
+        """Build the parts that depend on the configuration."""
+        self.ledger = Ledger(self.config.block_tokens, self.config.window_batch)
+        self.queue = Admission(self.ledger, policy_named(self.config.policy, PRESET))
+        self.calibration = Calibration(self.ledger)
+        self.index = PrefixIndex(self.config.block_tokens)
+        self.cache = PrefixCache(self.ledger, self.requests, self.commands, self.config.prefix_cache)
+
+    @property
+    def policy(self) -> Policy:
+        """Decides who is next, where KV goes, and what moves."""
+        return self.queue.policy
+
+    def is_drained(self, worker: str) -> bool:
+        """Whether a worker has no blocks (any more)."""
+        return worker not in self.ledger.workers or not self.ledger.workers[worker].held
+
+    def know_costs(self, model: PerformanceModel) -> None:
+        """Let the policy decide by this model from now on, calibrated by what windows take."""
+        self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
+
+    def command(self, command: Command) -> None:
+        """Ask the gManager for something."""
+        self.commands.append(command)
+
+    def recommend(self, request: Request, state: State) -> None:
+        """Let a request have another state, once what is under way is done."""
+        self.recommendations.append((request, state))

@@ -1,0 +1,106 @@
+"""The one place where requests change their state: a table of what may follow what, and what is done then.
+
+Rooms of the scheduler recommend states; :func:`settle` carries that out, one after the other, until nothing is left to
+do. What is not in the table is a fault of ours, and ends the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from distkv_dask.scheduler.kept import documents, files
+from distkv_dask.scheduler.lifecycle import ends, retirement
+from distkv_dask.scheduler.lifecycle.request import (
+    Decode,
+    Dropped,
+    Fetching,
+    Gone,
+    Prefill,
+    Request,
+    Retiring,
+    Saving,
+    Spilling,
+    State,
+    Stored,
+    Waiting,
+)
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.work import homes, prefill
+
+Enter = Callable[[MachineState, Request, State], None]
+"""What is done when a request (second) has just come from a state (third)."""
+
+TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
+    # room
+    (Waiting, Waiting): documents.wait,
+    (Waiting, Prefill): prefill.begin,
+    (Waiting, Saving): files.begin,
+    (Waiting, Fetching): files.begin,
+    (Waiting, Stored): documents.stored,  # a document shorter than a block
+    (Waiting, Dropped): documents.stop_waiting,
+    (Waiting, Gone): ends.forget,
+    # work
+    (Prefill, Decode): homes.begin,
+    (Prefill, Stored): documents.stored,
+    (Prefill, Retiring): retirement.begin,
+    (Decode, Retiring): retirement.begin,
+    # after work
+    (Retiring, Prefill): prefill.begin,
+    (Retiring, Decode): homes.begin,
+    (Retiring, Waiting): documents.come_back,
+    (Retiring, Spilling): documents.spill,
+    (Retiring, Stored): documents.kept,
+    (Retiring, Dropped): documents.drop,
+    (Retiring, Gone): ends.forget,
+    # documents
+    (Stored, Prefill): prefill.begin,
+    (Stored, Spilling): documents.spill,
+    (Stored, Dropped): documents.drop,
+    (Stored, Gone): ends.forget,
+    (Dropped, Waiting): documents.wait,
+    (Dropped, Stored): documents.stored,
+    (Dropped, Gone): ends.forget,
+    # files
+    (Spilling, Dropped): documents.drop,
+    (Spilling, Waiting): documents.come_back,
+    (Spilling, Gone): ends.forget,
+    (Fetching, Decode): homes.begin,
+    (Fetching, Prefill): prefill.begin,
+    (Fetching, Stored): documents.stored,
+    (Fetching, Dropped): documents.drop,
+    (Fetching, Retiring): retirement.begin,
+    (Saving, Retiring): retirement.begin,
+    (Saving, Gone): ends.forget,
+}
+
+
+def settle(life: MachineState) -> None:
+    """Carry out what is recommended, and what that recommends, until nothing is left."""
+    while True:
+        if life.recommendations:
+            request, state = life.recommendations.popleft()
+            if life.requests.get(request.sequence) is request:  # else it is gone already
+                transition(life, request, state)
+        elif life.idle_documents:
+            number, _ = life.idle_documents.popitem()
+            if number in life.requests and documents.is_unneeded(life.requests[number]):
+                transition(life, life.requests[number], Gone())
+        else:
+            return
+
+
+def transition(life: MachineState, request: Request, state: State) -> None:
+    """Give a request another state, and do what belongs to that.
+
+    Raises
+    ------
+    RuntimeError
+        The table has no such transition.
+    """
+    before = request.state
+    enter = TABLE.get((type(before), type(state)))
+    if enter is None:
+        names = type(before).__name__, type(state).__name__
+        raise RuntimeError(f"request {request.sequence} cannot go from {names[0]} to {names[1]}")
+    request.state = state
+    enter(life, request, before)

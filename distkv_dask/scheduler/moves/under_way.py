@@ -1,0 +1,57 @@
+"""Moves on their way: at most one for each sequence, source and target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distkv_dask.scheduler.ledger.placements import moved
+from distkv_dask.types import Move, Placement
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A move on its way; ``late`` is the time after which it is given up.
+
+    With a pause, ``computing`` are the workers that may still compute on the sequence.
+    """
+
+    number: int
+    move: Move
+    pauses: bool
+    late: float
+    phase: Literal["expecting", "pausing", "sending", "switching", "resuming"] = "expecting"
+    computing: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Moves:
+    """Moves of one engine, by number.
+
+    ``step_seconds`` is how long a decode step of each home takes, ``moved_blocks`` how many blocks have changed their
+    worker so far.
+    """
+
+    under_way: dict[int, UnderWay] = field(default_factory=dict)
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    moved_blocks: int = 0
+
+    def busy(self, worker: str) -> bool:
+        """Whether a worker sends or receives blocks."""
+        return any(worker in (one.move.source, one.move.target) for one in self.under_way.values())
+
+    def of(self, sequence: int) -> list[UnderWay]:
+        """The moves of a sequence's blocks."""
+        return [one for one in self.under_way.values() if one.move.sequence == sequence]
+
+    def placement(self, sequence: int, placement: Placement, block_tokens: int) -> Placement:
+        """Where the home of a sequence looks for its blocks: the ledger's placement, or the one it switches to."""
+        for one in self.of(sequence):
+            if one.phase == "switching":
+                return moved(placement, one.move, block_tokens)
+        return placement
+
+    def end(self, sequence: int) -> None:
+        """A sequence ended; its blocks are released at the target too, which takes no more of them then."""
+        for one in self.of(sequence):
+            del self.under_way[one.number]

@@ -1,0 +1,91 @@
+"""The table of transitions: everything in it happens, nothing else can, and only one module gives requests a state."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import test_mending
+import test_spilling
+from _examples import examples
+from _simulated import cluster_of
+from test_liveness import live_through
+
+import distkv_dask.scheduler.lifecycle.admission as admission
+import distkv_dask.scheduler.lifecycle.transitions as transitions
+from distkv_dask.scheduler.lifecycle import request as states
+from distkv_dask.scheduler.lifecycle.request import Request, State
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.types import SamplingParams
+
+SCHEDULER = Path(transitions.__file__).parents[1]
+ALL_STATES = {
+    one for one in vars(states).values() if isinstance(one, type) and issubclass(one, State) and one is not State
+} - {states.FilesUnderWay}
+
+
+def test_every_state_can_be_left_and_reached_but_the_last_and_each_has_a_name_of_its_own() -> None:
+    assert {before for before, _ in transitions.TABLE} == ALL_STATES - {states.Gone}
+    assert {after for _, after in transitions.TABLE} == ALL_STATES
+    labels = Counter(one.label for one in ALL_STATES if one is not states.Gone)
+    assert set(labels.values()) == {1}
+
+
+def test_everything_in_the_table_happens_in_random_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[tuple[str, str]] = Counter()
+    change = transitions.transition
+
+    def watched(life: MachineState, request: Request, state: State) -> None:
+        seen[type(request.state).__name__, type(state).__name__] += 1
+        change(life, request, state)
+
+    monkeypatch.setattr(transitions, "transition", watched)
+    monkeypatch.setattr(admission, "transition", watched)
+    test_mending.test_a_document_computes_only_what_the_lost_worker_held(1)  # two that are rare by chance
+    test_spilling.test_a_preempted_request_can_be_cancelled_on_its_way_to_disk_and_back()
+    missing = {(before.__name__, after.__name__) for before, after in transitions.TABLE}
+    for seed in range(examples(300)):
+        missing -= seen.keys()
+        if missing:
+            live_through(seed, 120)
+    assert not missing, "nothing tests these, or nothing needs them"
+
+
+@pytest.mark.parametrize("before", sorted(ALL_STATES, key=lambda one: one.__name__))
+@pytest.mark.parametrize("after", sorted(ALL_STATES, key=lambda one: one.__name__))
+def test_what_is_not_in_the_table_is_a_fault_that_changes_nothing(before: type[State], after: type[State]) -> None:
+    if (before, after) in transitions.TABLE:
+        pytest.skip("this may happen")
+    life = cluster_of(0, 10).life
+    old, new = (one(0) if one is states.Prefill else one() for one in (before, after))
+    request = Request(1, life.requests, SamplingParams(), 0.0, state=old)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"cannot go from {before.__name__} to {after.__name__}"):
+        transitions.transition(life, request, new)
+    assert request.state is old
+    assert not life.commands
+
+
+def test_only_the_table_gives_a_request_another_state() -> None:
+    writers = set()
+    for source in SCHEDULER.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [one for target in targets for one in getattr(target, "elts", [target])]
+            if any(isinstance(one, ast.Attribute) and one.attr == "state" and not _of_self(one) for one in names):
+                writers.add(source.name)
+    assert writers == {"transitions.py"}
+
+
+def _of_self(target: ast.Attribute) -> bool:
+    return isinstance(target.value, ast.Name) and target.value.id == "self"
+
+
+def test_what_is_recommended_for_a_request_that_is_gone_is_dropped() -> None:
+    cluster = cluster_of(0, 10)
+    life = cluster.life
+    gone = Request(7, life.requests, SamplingParams(), 0.0)  # type: ignore[arg-type]
+    life.recommend(gone, states.Decode())
+    transitions.settle(life)
+    assert not life.recommendations

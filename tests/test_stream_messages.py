@@ -1,0 +1,139 @@
+"""Messages between gManager and rManagers: sent as they are, known at both ends, silent on users' texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from array import array
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, call
+
+import pytest
+
+from distkv_dask.errors import WorkerLostError
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages import to_worker as do
+from distkv_dask.messages.names import Saved, SavedFile, pack
+from distkv_dask.scheduler.gmanager import GManager
+from distkv_dask.types import (
+    Endpoint,
+    Exchanged,
+    Geometry,
+    SamplingParams,
+    SequenceState,
+    Span,
+    WindowResult,
+)
+from distkv_dask.worker.rmanager import RManager
+
+SECRET = 987654321  # a token of a user
+HOLDERS = (Endpoint("tcp://b", "host", 1),)
+PLACEMENT = (Span("tcp://a", 0, 8),)
+SAVED = Saved("folder", (SavedFile("name", 0, 8, 100, 7),))
+STATE = SequenceState(7, PLACEMENT, 8, SECRET, 5, SamplingParams(stop=("secret",)), (SECRET,), (SECRET,))
+GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")
+WORKER = "tcp://a"
+
+TO_WORKER: dict[do.ToWorker, Any] = {
+    do.Reserve(WORKER, 7, 0, 8): call.reserve(7, 0, 8),
+    do.Retire(WORKER, 7): call.retire(7),
+    do.Release(WORKER, 7): call.release(7),
+    do.Free(WORKER, 7, 0, 8): call.free(7, 0, 8),
+    do.Join(WORKER, STATE, HOLDERS): call.join(STATE, HOLDERS),
+    do.Reset(WORKER, 3): call.reset(3),
+    do.Expect(WORKER, 1, 7, 0, 8): call.expect(1, 7, 0, 8),
+    do.Relocate(WORKER, 1, 7, PLACEMENT, HOLDERS): call.relocate(1, 7, PLACEMENT, HOLDERS),
+    do.Discard(WORKER, ("name",)): call.files.discard(("name",)),
+    do.Abort(WORKER, 5, "why", True): call.abort(5, "why", True),
+    do.Store(WORKER, 9, 7, ((0, 8),), SAVED): call.files.store(9, 7, ((0, 8),), SAVED),
+    do.Fetch(WORKER, 7, ((0, 8),), SAVED): None,
+    do.Send(WORKER, 1, 7, 0, 8, "tcp://b", 0.5): None,
+    do.Close(WORKER): None,
+}  # fmt: skip
+
+FROM_WORKER: list[did.FromWorker] = [
+    did.Opened(WORKER, HOLDERS[0], "instance", "tcp", 10, 100, 0, GEOMETRY, "f", None),
+    did.OpenFailed(WORKER, WorkerLostError("why")),
+    did.Closed(WORKER),
+    did.Lost(WORKER, "why"),
+    did.ChunkStarted(WORKER, 5),
+    did.ChunkDone(WORKER, 7, 5, Exchanged()),
+    did.Prefilled(WORKER, 7, 5, SECRET, None, Exchanged()),
+    did.WindowStarted(WORKER, 3),
+    did.WindowDone(WORKER, 3, 0, WindowResult({7: [SECRET]}, {}, 1, 0.1), ()),
+    did.GangFailed(WORKER, 5, WorkerLostError("why")),
+    did.Retired(WORKER, 7),
+    did.Expected(WORKER, 1),
+    did.Sent(WORKER, 1),
+    did.Relocated(WORKER, 1),
+    did.Stored(WORKER, 9, SAVED.files),
+    did.Fetched(WORKER, 7),
+]
+
+
+def named(messages: Any) -> list[str]:
+    return sorted(type(one).__name__ for one in messages)
+
+
+def kinds(module: Any, base: type) -> list[str]:
+    found = (one for one in vars(module).values() if isinstance(one, type) and issubclass(one, base))
+    return sorted(one.__name__ for one in found if one is not base)
+
+
+def test_all_messages_are_tried_here() -> None:
+    assert named([*TO_WORKER, do.Open(WORKER, None)]) == kinds(do, do.ToWorker)  # type: ignore[arg-type]
+    assert named(FROM_WORKER) == kinds(did, did.FromWorker)
+
+
+@pytest.mark.parametrize("message", [*TO_WORKER, *FROM_WORKER], ids=lambda one: type(one).__name__)
+def test_a_message_arrives_as_it_was_sent_and_cannot_be_changed(message: Any) -> None:
+    arrived = pickle.loads(pickle.dumps(message))
+    assert type(arrived) is type(message)
+    for field in dataclasses.fields(message):
+        sent, got = getattr(message, field.name), getattr(arrived, field.name)
+        assert repr(got) == repr(sent) if isinstance(sent, Exception) else got == sent
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(message, field.name, None)
+    assert str(SECRET) not in repr(message)
+    assert "secret" not in repr(message)
+
+
+@pytest.mark.parametrize("message", [one for one in TO_WORKER if TO_WORKER[one]], ids=lambda one: type(one).__name__)
+def test_a_worker_does_what_a_message_says_for_the_engine_that_it_names(message: do.ToWorker) -> None:
+    manager, engine, other = RManager(), MagicMock(), MagicMock()
+    manager.engines = {"engine": engine, "other": other}
+    manager._spawn = MagicMock()  # type: ignore[method-assign]
+    manager.receive("engine", pack(message))
+    assert engine.mock_calls == [TO_WORKER[message]]
+    assert not other.mock_calls
+    manager.receive("closed", pack(message))
+    assert len(engine.mock_calls) == 1
+
+
+def test_a_message_that_cannot_be_taken_does_not_end_the_worker(caplog: pytest.LogCaptureFixture) -> None:
+    manager, engine = RManager(), MagicMock()
+    engine.reserve.side_effect = ValueError("a fault")
+    manager.engines = {"engine": engine}
+    manager.receive("engine", pack(do.Reserve(WORKER, 7, 0, 8)))
+    assert "could not be taken" in caplog.text
+
+
+@pytest.mark.parametrize("message", FROM_WORKER, ids=lambda one: type(one).__name__)
+def test_the_gmanager_takes_every_message_of_a_worker(message: did.FromWorker) -> None:
+    from _simulated import cluster_of
+
+    cluster = cluster_of(0, 10)
+    cluster.submit(7, array("i", range(8)), SamplingParams(max_new_tokens=4))
+    handled: list[Any] = []
+    state = MagicMock(is_closing=False, machine=cluster.machine, life=cluster.life)
+    state.waits_for.return_value = False
+    manager = SimpleNamespace(
+        _handle=lambda _, event: handled.append(cluster.machine.handle(event, 1.0)),
+        _lose=lambda *_: handled.append("lost"),
+        _engine_lost=lambda *_: handled.append("lost"),
+        _gang_failed=lambda *_: handled.append("failed"),
+        submitter=MagicMock(),
+    )
+    GManager._take(manager, state, message)  # type: ignore[arg-type]
+    assert handled or state.open_failed.called
