@@ -7,7 +7,6 @@ them is gone. The answer to a question of a chat becomes a document itself, whic
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable
 
@@ -25,83 +24,48 @@ from distkv_dask.scheduler.lifecycle.request import (
     Waiting,
 )
 from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
 from distkv_dask.scheduler.policies.shared_prefix import common_tokens
 
 # Requests that come
 
 
 def attach(life: MachineState, request: Request) -> None:
-    """A request depends on its document from now on; one that names none on whichever begins like it.
+    """A request that names a document depends on it from now on.
 
     Raises
     ------
     InvalidRequestError
         There is no such document (any more).
     """
-    if request.document is None and not request.is_document:
-        found = life.index.find(request.prompt[: len(request.prompt) - 1])
-        if found is not None and not life.requests[found].released:
-            request.document, request.borrows = found, True
-    if request.document is None:
-        return
-    document = life.requests.get(request.document)
+    document = life.requests.get(-1 if request.document is None else request.document)
     if document is None or document.released or not (document.is_document or document.keeps):
         raise InvalidRequestError("the document was released: ingest it again to ask more questions")
     document.dependents.add(request.sequence)
 
 
-def wait(life: MachineState, request: Request, before: State) -> None:
-    """Let a request wait for room, or for its document to be stored.
+def borrow(life: MachineState, request: Request) -> None:
+    """A request that names no document shares one that begins like its prompt, if there is one."""
+    found = life.index.find(request.prompt[: len(request.prompt) - 1])
+    if found is not None and not life.requests[found].released:
+        request.document, request.borrows = found, True
+        life.requests[found].dependents.add(request.sequence)
 
-    A document that somebody waits for has the turn of the first of those.
-    """
-    state = request.state
-    assert isinstance(state, Waiting)
-    if request.sequence in life.queue:
-        return
-    submitted = request.submitted if state.submitted is None else state.submitted
-    priority = request.sampling.priority
-    if request.awaited:
-        turns = [(since, life.requests[one].sampling.priority) for one, since in request.awaited.items()]
-        submitted, priority = min(turns, key=lambda turn: turn[0] - turn[1] * PRIORITY_SECONDS)
-    document = None if request.document is None or request.alone else life.requests[request.document]
-    if document is not None and not isinstance(document.state, Stored):
+
+def share(life: MachineState, request: Request, submitted: float) -> bool:
+    """Let a request share its document; False if that is not stored now, and the request waits until it is."""
+    assert request.document is not None
+    document = life.requests[request.document]
+    if not isinstance(document.state, Stored):
         document.awaited[request.sequence] = submitted
         if isinstance(document.state, Dropped):
             life.recommend(document, Waiting())
-        return
-    request.reused = 0
-    if document is not None:
-        document.used = life.now
-        if request.saves:
-            request.prompt = document.prompt
-        own = len(request.prompt) - (not request.saves)  # a question's last token has to be computed
-        request.reused = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
-    ask = Ask(
-        request.sequence,
-        request.known_tokens - request.reused,
-        request.tokens - request.reused,
-        submitted,
-        priority,
-        document=request.document if request.reused else None,
-        shared=request.reused,
-        is_document=request.is_document,
-    )
-    rank = life.policy.rank(life.ledger, ask) if state.rank is None else state.rank
-    request.rank = min(rank, state.latest)
-    if request.rank <= request.behind:
-        request.rank = math.nextafter(request.behind, math.inf)
-    life.queue.wait(ask, request.rank)
-
-
-def come_back(life: MachineState, request: Request, before: State) -> None:
-    """A request that lost blocks, or made way, gives back the others, and waits for room in its turn."""
-    free(life, request)
-    if request.document is not None and life.requests[request.document].cached:
-        leave(life, request)
-        request.document, request.borrows = None, False
-    wait(life, request, before)
+        return False
+    document.used = life.now
+    if request.saves:
+        request.prompt = document.prompt
+    own = len(request.prompt) - (not request.saves)  # a question's last token has to be computed
+    request.reused = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
+    return True
 
 
 # Documents that are stored

@@ -194,7 +194,10 @@ class Lifecycle:
             return
         if life.ledger.blocks(request.tokens) > life.largest_blocks:
             raise stalls.refusal(life, request)
-        documents.attach(life, request)
+        if request.document is not None:
+            documents.attach(life, request)
+        elif not request.is_document:
+            documents.borrow(life, request)
         life.requests[request.sequence] = request
         life.lowest_priority = min(life.lowest_priority, request.sampling.priority)
         life.recommend(request, Stored() if request.is_document and not request.prompt else Waiting())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from distkv_dask.scheduler.kept import documents, files
-from distkv_dask.scheduler.lifecycle import ends, retirement
+from distkv_dask.scheduler.lifecycle import ends, retirement, waiting
 from distkv_dask.scheduler.lifecycle.request import (
     Decode,
     Dropped,
@@ -32,7 +32,7 @@ Enter = Callable[[MachineState, Request, State], None]
 
 TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     # room
-    (Waiting, Waiting): documents.wait,
+    (Waiting, Waiting): waiting.wait,
     (Waiting, Prefill): prefill.begin,
     (Waiting, Saving): files.begin,
     (Waiting, Fetching): files.begin,
@@ -47,7 +47,7 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     # after work
     (Retiring, Prefill): prefill.begin,
     (Retiring, Decode): homes.begin,
-    (Retiring, Waiting): documents.come_back,
+    (Retiring, Waiting): waiting.come_back,
     (Retiring, Spilling): documents.spill,
     (Retiring, Stored): documents.kept,
     (Retiring, Dropped): documents.drop,
@@ -57,12 +57,12 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     (Stored, Spilling): documents.spill,
     (Stored, Dropped): documents.drop,
     (Stored, Gone): ends.forget,
-    (Dropped, Waiting): documents.wait,
+    (Dropped, Waiting): waiting.wait,
     (Dropped, Stored): documents.stored,
     (Dropped, Gone): ends.forget,
     # files
     (Spilling, Dropped): documents.drop,
-    (Spilling, Waiting): documents.come_back,
+    (Spilling, Waiting): waiting.come_back,
     (Spilling, Gone): ends.forget,
     (Fetching, Decode): homes.begin,
     (Fetching, Prefill): prefill.begin,

@@ -1,0 +1,56 @@
+"""Waiting: requests that stand in the queue for room, or wait until their document is stored."""
+
+from __future__ import annotations
+
+import math
+
+from distkv_dask.scheduler.kept import documents
+from distkv_dask.scheduler.lifecycle.request import Request, State, Waiting
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
+
+
+def wait(life: MachineState, request: Request, before: State) -> None:
+    """Let a request wait for room, or for its document to be stored."""
+    state = request.state
+    assert isinstance(state, Waiting)
+    if request.sequence in life.queue:
+        return
+    submitted, priority = _turn(life, request, state)
+    request.reused = 0
+    has_document = request.document is not None and not request.alone
+    if has_document and not documents.share(life, request, submitted):
+        return
+    ask = Ask(
+        request.sequence,
+        request.known_tokens - request.reused,
+        request.tokens - request.reused,
+        submitted,
+        priority,
+        document=request.document if request.reused else None,
+        shared=request.reused,
+        is_document=request.is_document,
+    )
+    rank = life.policy.rank(life.ledger, ask) if state.rank is None else state.rank
+    request.rank = min(rank, state.latest)
+    if request.rank <= request.behind:
+        request.rank = math.nextafter(request.behind, math.inf)
+    life.queue.wait(ask, request.rank)
+
+
+def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, int]:
+    """When a request is taken to have come, and its priority; of a document that others wait for, the first one's."""
+    if request.awaited:
+        turns = [(since, life.requests[one].sampling.priority) for one, since in request.awaited.items()]
+        return min(turns, key=lambda turn: turn[0] - turn[1] * PRIORITY_SECONDS)
+    submitted = request.submitted if state.submitted is None else state.submitted
+    return submitted, request.sampling.priority
+
+
+def come_back(life: MachineState, request: Request, before: State) -> None:
+    """A request that lost blocks, or made way, gives back the others, and waits for room in its turn."""
+    documents.free(life, request)
+    if request.document is not None and life.requests[request.document].cached:
+        documents.leave(life, request)
+        request.document, request.borrows = None, False
+    wait(life, request, before)
