@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,15 @@ def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monk
         running = engine.submit("Who?", LONG)
         stream = iter(other.stream("What?", LONG))
         next(stream)
-        scheduler.kill()
+        (tmp_path / "in.jsonl").write_text('{"text": "Gravity pulls."}')
+        batch = partial(engine.process, tmp_path / "in.jsonl", question="Who?", sampling=LONG)
+        with ThreadPoolExecutor(1) as pool:
+            before = len(engine.status()["sequences"])
+            batching = pool.submit(batch, out=tmp_path / "begun")
+            while len(engine.status()["sequences"]) == before:
+                assert not batching.done(), batching.exception()
+            scheduler.kill()
+            assert_refused(batching.result)
         assert_refused(running.result)
         assert_refused(list, stream)
         for one in (engine, other):
@@ -100,8 +109,7 @@ def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monk
         assert_refused(chat.ask, "Why?")
         assert_refused(partial(Engine, client, str(text_model_dir()), **TINY))
         assert_refused(Engine.attach, engine.id, client)
-        (tmp_path / "in.jsonl").write_text('{"text": "Gravity pulls."}')
-        assert_refused(partial(engine.process, tmp_path / "in.jsonl", question="Who?", out=tmp_path / "out"))
+        assert_refused(partial(batch, out=tmp_path / "out"))
         assert in_time(chat.close) is None
         for document in documents:
             assert in_time(document.release) is None
@@ -112,6 +120,23 @@ def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monk
         client.close(1)
         assert in_time(chat.close) is None
         assert in_time(documents[0].release) is None
+
+
+def test_after_the_clients_end_every_call_ends_too(tmp_path: Path) -> None:
+    with cluster(tmp_path) as (where, _):
+        client = Client(scheduler_file=where, timeout=60)
+        client.wait_for_workers(1, timeout=60)
+        engine = Engine(client, str(text_model_dir()), **TINY)
+        document = engine.ingest("Gravity pulls. " * 20)
+        running = engine.submit("Who?", LONG)
+        client.close()
+        assert isinstance(in_time(running.result), EngineClosedError | CancelledError)
+        for call in (engine.submit, engine.ingest, engine.load, engine.graph, document.ask, document.save):
+            assert_refused(call, "Why?", words=["client is closed"])
+        assert_refused(engine.status, words=["client is closed"])
+        assert_refused(partial(Engine, client, str(text_model_dir()), **TINY), words=["client is closed"])
+        assert in_time(document.release) is None
+        assert in_time(engine.close) is None
 
 
 def test_asynchronous_calls_end_at_once_too(tmp_path: Path) -> None:

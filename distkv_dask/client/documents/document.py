@@ -155,10 +155,10 @@ class Document(_Kept):
             It cannot be written there, or that stood still for ``distkv.timeouts.files``. Nothing of it is left, and
             what was there before is there still.
         """
+        self._check()
         return self._session.client.sync(self._save, place)
 
     async def _save(self, place: str | Path) -> None:
-        self._check()
         session, facts = self._session, self._session.facts
         plain, limit, what = plain_source(self._text.source), session.config.timeout_files, f"saving in {place}"
         save = await watched(limit, what, Save, place)
@@ -192,6 +192,7 @@ class Document(_Kept):
     def _check(self) -> None:
         if self._released:
             raise EngineClosedError(f"document {self.name!r} was released: ingest it again")
+        self._session.check_open()
 
     def _prompt(self, question: Question, turns: Sequence[Turn]) -> list[int]:
         ids = self._text.prompts.prompt(question, turns)
