@@ -35,6 +35,9 @@ from distkv_dask.scheduler.moves import draining, moving
 from distkv_dask.scheduler.work import homes, prefill
 from distkv_dask.types import FinishReason, SamplingParams
 
+STARTS = did.WindowStarted | did.ChunkStarted
+"""Events that free no room: something has begun."""
+
 
 class Lifecycle:
     """Requests of one engine, from submission until their blocks are free.
@@ -60,9 +63,10 @@ class Lifecycle:
         life.now = now
         self._dispatch(event)
         settle(life)
-        admit(life)
+        if not isinstance(event, STARTS):
+            admit(life)
         homes.fill(life)
-        if not isinstance(event, did.WindowStarted | did.ChunkStarted):  # which free no room
+        if not isinstance(event, STARTS):
             draining.start_moves(life)
             for move in life.policy.moves(life.ledger, life.queue.turns()):
                 if moving.can_start(life, move):
