@@ -1,6 +1,6 @@
 """Documents that take turns in memory: what does a question cost whose document has to come back first?
 
-KV memory has room for one of several documents. They are asked in turn: with KV on disk, with KV computed anew
+KV memory has room for one of several documents. They are asked in turn: with KV on disk, with KV recomputed
 (``spill=0``), and, as the floor, with room for all of them. A last part times an urgent request that comes while
 another one takes all the room, which makes way (``urgent``) or is waited for (``equal``), and what that costs the other
 one. The model is SmolLM2-135M in bfloat16, workers have one thread each.

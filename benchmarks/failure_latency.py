@@ -2,7 +2,7 @@
 
 A tiny model on worker processes decodes one sequence with part of its KV on another worker. ``gang`` is the time until
 the gManager knows that the gang failed, ``client`` until the request's future raises, or, where a worker was killed,
-until its next token: the KV of its prompt and tokens is computed anew on two of the others. A gang that fails for
+until its next token: the KV of its prompt and tokens is recomputed on two of the others. A gang that fails for
 another reason than a worker's death is tried again twice before its request fails.
 """
 
@@ -33,7 +33,7 @@ def _send_garbage(begin: bool) -> None:
     from distkv_dask.worker import session
     from distkv_dask.worker.native_session import new_turns
 
-    kind: Any = session.Session  # kept there, since this function travels anew for each call
+    kind: Any = session.Session  # kept there, since this function travels again for each call
     kind.sound = getattr(kind, "sound", kind._reply_to)
     vars(session)["new_turns"] = (lambda *_: None) if begin else new_turns  # C++ would answer by itself
     garbage: Any = lambda session, inlet, header: inlet._sock.send(b"\xff" * 5000)  # noqa: E731

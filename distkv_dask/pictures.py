@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito's, which colour-blind people can tell apart; workers beyond the eighth begin anew."""
+"""Okabe and Ito's, which colour-blind people can tell apart; workers beyond the eighth start over."""
 
 WIDTH, HEIGHT = 480, 16
 

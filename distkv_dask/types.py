@@ -49,7 +49,7 @@ class SamplingParams:
     priority
         From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
         minute earlier, for each step of it. Requests that run already make way for it in the same order, and go on
-        later. So nobody waits for ever.
+        later. So nobody waits forever.
 
     Raises
     ------
@@ -297,7 +297,7 @@ class WindowResult:
 class Timings:
     """Seconds a request spent waiting for room, in prefill (to its first token), and in decode.
 
-    Where a worker was lost, the one that was interrupted goes on until the KV cache is computed anew.
+    Where a worker was lost, the one that was interrupted goes on until the KV cache is recomputed.
     """
 
     queued: float = 0.0

@@ -1,7 +1,7 @@
 """The functions that stand in step graphs: each finds its worker's rManager and delegates.
 
 Those that wait for other tasks leave the worker's thread pool at once (`secede`): two gangs on workers of one thread
-would otherwise wait for each other for ever. What a gang computes stays in the pools, and tokens travel with the
+would otherwise wait for each other forever. What a gang computes stays in the pools, and tokens travel with the
 commit; at layer granularity queries and partials are results.
 """
 

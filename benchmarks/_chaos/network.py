@@ -32,7 +32,7 @@ def _ip(*words: str, tool: str = "ip") -> None:
 
 
 def enter() -> bool:
-    """Go on in a network namespace of our own: this program starts anew there. False where that is not allowed."""
+    """Go on in a network namespace of our own: this program starts again there. False where that is not allowed."""
     if os.environ.get(INSIDE) == "1":
         _ip("link", "set", "lo", "up")
         _ip("link", "add", BRIDGE, "type", "bridge")

@@ -58,7 +58,7 @@ def document_html(document: Document, session: Session) -> str:
         return pictures.card(title, f"{size}; where its KV lay when it was stored:", pictures.spans(pieces))
     found = status["sequences"].get(document.number)
     if found is None or not found["placement"]:
-        return pictures.card(title, f"{size}; its KV was given up, and is computed anew when it is next asked")
+        return pictures.card(title, f"{size}; its KV was given up, and is recomputed when it is next asked")
     asked = found["questions"]
     running = f"; {counted(asked, 'question')} under way" if asked else ""
     colour = pictures.colours(sorted(status["workers"]))

@@ -178,7 +178,7 @@ class DecodeLoop:
             self._steps_left_as_is = 0
 
     def _cut(self) -> None:
-        """Cut the batch anew: it begins, or lost sequences, or a tail moves on to the next span."""
+        """Cut the batch again: it begins, or lost sequences, or a tail moves on to the next span."""
         self._close_attention()
         gang = self._gang.gang
         members = {gang.home, *(holder.worker for holder in gang.holders)}

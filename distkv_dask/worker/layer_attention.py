@@ -124,7 +124,7 @@ class LayerAttention:
         return Exchanged(waiting=self._waiting)
 
     def advance(self) -> None:
-        """Nothing: each layer is planned anew, and a window is one step long."""
+        """Nothing: each layer is planned again, and a window is one step long."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -67,7 +67,7 @@ def _read(file: Path) -> Measurement | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("measurements in %s cannot be read and are taken anew: %r", file, error)
+        logger.warning("measurements in %s cannot be read and are taken again: %r", file, error)
         return None
 
 

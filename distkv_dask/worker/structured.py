@@ -1,6 +1,6 @@
 """Sampling that follows a JSON schema: before each draw, tokens that would break the schema get the logit -inf.
 
-A follower is made anew from the committed tokens in each window, so a retried window follows the same way.
+A follower is built again from the committed tokens in each window, so a retried window follows the same way.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_the_same_table_gives_the_same_rows_whatever_it_is_kept_in(kind: Any, tm
     source = opened(kind(tmp_path))
     expected = [(at, row["id"], row["pages"], row["text"]) for at, row in enumerate(TABLE.to_pylist())]
     assert read(source) == expected
-    assert read(source) == expected  # a second pass begins anew
+    assert read(source) == expected  # a second pass starts over
     assert source.count() == 4
     assert source.kept.names == ["id", "pages"]
     prints = [row.fingerprint for row in source.rows()]

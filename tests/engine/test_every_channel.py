@@ -1,6 +1,6 @@
 """Whatever carries queries and partials, on a cluster that speaks UCX itself too, tokens are those of one process.
 
-The clusters run in a process of their own: Dask's UCX comms leave an event loop behind that polls for ever.
+The clusters run in a process of their own: Dask's UCX comms leave an event loop behind that polls forever.
 """
 
 from __future__ import annotations

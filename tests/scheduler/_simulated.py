@@ -504,7 +504,7 @@ def finish(cluster: Simulated) -> None:
     for _ in range(5000):
         if not cluster.step():
             return
-    raise AssertionError(f"it goes on for ever: {cluster.life.requests}")
+    raise AssertionError(f"it goes on forever: {cluster.life.requests}")
 
 
 def settle(cluster: Simulated) -> None:

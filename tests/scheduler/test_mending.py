@@ -1,4 +1,4 @@
-"""A worker dies and there is room elsewhere: only what lay on it is computed anew."""
+"""A worker dies and there is room elsewhere: only what lay on it is recomputed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that make room on disk: documents and preempted requests come back as they were, or are computed anew."""
+"""Blocks that make room on disk: documents and preempted requests come back as they were, or are recomputed."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def drawn(new: int) -> list[int]:
     return tokens[PROMPT:]
 
 
-@pytest.mark.parametrize("fate", ["local", "spread", "in turns", "moved", "computed anew"])
+@pytest.mark.parametrize("fate", ["local", "spread", "in turns", "moved", "recomputed"])
 def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(fate: str) -> None:
     rooms = {"local": [("w0", ROOM)], "in turns": [(f"w{at % 3}", 8) for at in range(ROOM // 8 + 1)]}
     with fleet(loaded("llama-gqa"), 4) as made:
@@ -115,7 +115,7 @@ def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(
         one = replace(state(1, placement, PROMPT, tokens[0], NEW - 1), sampling=DRAWN)
         result, (one,) = made.decode("w0", [one], 5)
         tokens += result.tokens[1]
-        if fate in ("moved", "computed anew"):
+        if fate in ("moved", "recomputed"):
             lost = placement[1]  # of w2, to w1
             made.members["w1"].runtime.reserve(1, lost.start, lost.stop)
             moved = (placement[0], replace(lost, worker="w1"), *placement[2:])
@@ -124,7 +124,7 @@ def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(
                 spans = [(lost.start, lost.stop)]
                 target.bytes[target.find(1, spans)] = source.bytes[source.find(1, spans)]
             made.members["w2"].runtime.release(1)
-            if fate == "computed anew":
+            if fate == "recomputed":
                 lacking = tuple(prompt_ids(PROMPT)[lost.start : lost.stop])
                 chunk = PrefillChunk(made.gang("w1", []), 1, moved, lost.start, lacking)
                 made.run(chunk.gang, lambda runtime: runtime.prefill(chunk))

@@ -24,7 +24,7 @@ class Journal:
     Parameters
     ----------
     path
-        Its file; written anew.
+        Its file; overwritten.
     schema
         Of the rows.
     """

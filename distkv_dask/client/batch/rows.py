@@ -43,7 +43,7 @@ class Row:
     Parameters
     ----------
     label
-        What the row is called in its source for ever: its number, or its file's path.
+        What the row is called in its source forever: its number, or its file's path.
     fingerprint
         Hash of all that its answers depend on.
     kept

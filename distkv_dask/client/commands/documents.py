@@ -11,7 +11,7 @@ import click
 from distkv_dask.client.commands.options import running_option
 from distkv_dask.client.commands.running import look, running
 
-STATES = {"document": "stored", "dropped": "given up; computed anew when it is next asked"}
+STATES = {"document": "stored", "dropped": "given up; recomputed when it is next asked"}
 """What people call a document's states that have other names inside."""
 
 SAVED = "in files; read when it is next asked"

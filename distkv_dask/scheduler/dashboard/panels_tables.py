@@ -45,7 +45,7 @@ class _Table:
             selectable=False,
             reorderable=False,
         )
-        # Bokeh 3.9 draws a table anew only when the number of its rows changes
+        # Bokeh 3.9 redraws a table only when the number of its rows changes
         redraw = CustomJS(args={"view": self.root.view}, code="view.change.emit()")
         self.source.js_on_change("data", redraw)
 

@@ -29,7 +29,7 @@ from distkv_dask.scheduler.lifecycle.request import Request, Stored
 from distkv_dask.types import Placement, SamplingParams
 
 DEEPEST = 64
-"""Sequences of which each shares the one before; behind the last of them, a request is computed anew as a whole."""
+"""Sequences of which each shares the one before; behind the last of them, a request is recomputed as a whole."""
 
 CANDIDATES = 8
 """Sequences with equally long beginnings that are looked at."""
@@ -340,7 +340,7 @@ class PrefixCache:
         return [self._kept[child] for _, child in children.irange((position + 1, -1))]
 
     def _become(self, kept: Cached, held: int, stop: int) -> None:
-        """Change what the ledger has of a sequence, and where it ends; count its cached blocks anew."""
+        """Change what the ledger has of a sequence, and where it ends; recount its cached blocks."""
         before = self._blocks(kept, kept.held, kept.stop)
         self._unindex(kept, (stop - kept.start) // self._ledger.block_tokens)
         touched, kept.held = held != kept.held, held

@@ -361,7 +361,7 @@ class Ledger:
             self.workers[debtor].borrowed += blocks
 
     def check(self) -> None:
-        """Assert the ledger's invariants by counting everything anew.
+        """Assert the ledger's invariants by recounting everything.
 
         Spans are gapless and end on whole blocks where they are joined, blocks are conserved, shared ones counted once,
         no worker is above its capacity, debts are the spans away from home.

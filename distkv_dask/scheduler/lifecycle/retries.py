@@ -31,7 +31,7 @@ def owner(life: MachineState, gang: int) -> Request | WindowChain | None:
 
 
 def failed(life: MachineState, gang: int, error: Exception) -> None:
-    """A member of a gang failed: its chunk or its home's windows begin anew, or its requests fail with it."""
+    """A member of a gang failed: its chunk or its home's windows start over, or its requests fail with it."""
     again = isinstance(error, GangAbortedError | ConnectionError)
     match owner(life, gang):
         case Request() as request:
@@ -41,7 +41,7 @@ def failed(life: MachineState, gang: int, error: Exception) -> None:
 
 
 def _window_failed(life: MachineState, chain: WindowChain, error: Exception, again: bool) -> None:
-    """Begin a home's windows anew, in a while if that did not help; fail those of its sequences that may be why."""
+    """Start a home's windows over, in a while if that did not help; fail those of its sequences that may be why."""
     chain.failing_since = chain.failing_since if chain.failures else life.now
     chain.failures += 1
     blamed = _to_blame(life, chain, error)

@@ -74,7 +74,7 @@ class Admission:
 
     @property
     def limit(self) -> int:
-        """Blocks of the largest request that can run; counted anew only when workers came, went or began to leave."""
+        """Blocks of the largest request that can run; counted again only when workers came, went or began to leave."""
         epoch, limit = self._limit
         if epoch != self.ledger.epoch:
             limit = self.policy.limit(self.ledger, self.held)

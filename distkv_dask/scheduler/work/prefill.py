@@ -64,7 +64,7 @@ def submit(life: MachineState, request: Request) -> None:
 
 
 def again(life: MachineState, request: Request) -> None:
-    """Submit anew the chunks that were given up."""
+    """Submit again the chunks that were given up."""
     state = request.state
     assert isinstance(state, Prefill)
     state.start, state.lost, state.rests_until = life.ledger.sequences[request.sequence].length, (), None

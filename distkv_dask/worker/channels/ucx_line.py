@@ -5,7 +5,7 @@ end, and a holder never connects to an address that somebody names who has shown
 
 The holder gives each connection a random tag. Frames are messages under this tag: a header, then its payload, which
 UCX moves between the two buffers themselves (over RDMA where the network has it). An end looks for messages instead of
-asking for them beforehand: ``ucxx`` keeps sockets open for ever where a receive is under way when its endpoint closes.
+asking for them beforehand: ``ucxx`` keeps sockets open forever where a receive is under way when its endpoint closes.
 
 ``ucxx`` offers no synchronous interface but its private one. Importing this module raises ImportError without it.
 """
@@ -187,7 +187,7 @@ class UcxLine:
     def close(self) -> None:
         """Close; the peer may not see what was sent last. Can be called again.
 
-        Not while :attr:`busy`: ``ucxx`` would keep the sockets, its endpoint and the send refer to each other for ever.
+        Not while :attr:`busy`: ``ucxx`` would keep the sockets, its endpoint and the send refer to each other forever.
         """
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
