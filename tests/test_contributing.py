@@ -23,7 +23,8 @@ def example(title: str) -> str:
 
 def test_the_example_of_a_policy_places_requests_where_it_says() -> None:
     names: dict[str, Any] = {
-        "LocalOnly": LocalOnly, "ClassVar": ClassVar, "Ledger": Ledger, "Ask": Ask, "Placement": Placement, "Span": Span,
+        "LocalOnly": LocalOnly, "ClassVar": ClassVar, "Ledger": Ledger, "Ask": Ask, "Placement": Placement,
+        "Span": Span,
     }  # fmt: skip
     exec(example("A policy, for example"), names)
     policy = names["Quietest"](PRESET)

@@ -61,7 +61,8 @@ class Library:
         text = await asyncio.to_thread(DocumentText.of, saved.source, session.tokenizer)
         if tuple(text.ids) != saved.ids:
             raise SavedDocumentError(
-                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it again"
+                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it"
+                " again"
             )
         return await self._hand_in(name, text, Saved(where, saved.files))
 

@@ -16,7 +16,7 @@ from distkv_dask.types import WindowResult
 SECONDS = 2.0
 """Of decoding, until what was known before counts for 1 / e."""
 MOST = 3.0
-"""How many times slower or faster a worker can seem: one that seems slow gets less work, by which it is measured again."""
+"""How many times slower or faster a worker can seem: one that seems slow gets less work, which measures it."""
 
 
 class Calibration:
