@@ -17,6 +17,7 @@ from distkv_dask.client.bench import Decode, Prefill
 from distkv_dask.client.bench_plot import plot
 from distkv_dask.client.cli import main
 from distkv_dask.client.commands import running, status
+from distkv_dask.client.commands.connect import local_cluster
 from tests._models import model_dir, prompt_ids
 
 TINY = {"dtype": "float32", "kv_memory": "4 MiB"}
@@ -120,3 +121,15 @@ def test_bars_of_a_picture_are_as_long_as_their_values() -> None:
     ]
     assert bars[1] == pytest.approx(4 * bars[0], rel=0.01)
     assert bars[2] == pytest.approx(2 * bars[3], rel=0.01)
+
+
+def test_a_worker_that_ends_too_slowly_does_not_make_a_command_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = LocalCluster.close
+
+    def slowly(cluster: LocalCluster, timeout: float | None = None) -> None:
+        close(cluster, timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(LocalCluster, "close", slowly)
+    with local_cluster(1, 1, None, processes=False, dashboard_address=None) as cluster:
+        assert len(cluster.workers) == 1

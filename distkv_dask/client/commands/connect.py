@@ -26,16 +26,25 @@ MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
 """Options of a cluster on this machine, and of an engine that is opened here."""
 
 
-def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Any:
-    """Return a Dask cluster of this machine's processes, sized as Dask sizes them where nothing else is said."""
+@contextmanager
+def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Iterator[Any]:
+    """A Dask cluster of this machine's processes, sized as Dask sizes them where nothing else is said."""
     from distributed import LocalCluster
 
     sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
     try:
-        return LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
+        cluster = LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = error.__cause__ or error
-        raise click.ClickException(f"no cluster could be started on this machine: {reason}") from error
+        raise click.ClickException(
+            f"no cluster could be started on this machine: {error.__cause__ or error}"
+        ) from error
+    try:
+        yield cluster
+    finally:
+        try:
+            cluster.close()
+        except TimeoutError:  # Dask kills a worker that ends too slowly, and gives it no time to be dead
+            note("A worker took too long to end, and was killed.")
 
 
 @contextmanager
