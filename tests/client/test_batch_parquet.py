@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from distkv_dask.errors import SourceError
-from tests.client.test_batch_values import rows
+from distkv_dask.client.batch.sources import open_source
+from distkv_dask.errors import InvalidRequestError, SourceError
+from tests.client.test_batch_values import COLUMNS, rows
 
 
 def write(path: Path, **columns: object) -> None:
@@ -118,3 +124,82 @@ def test_names_that_are_not_utf8_are_read_and_never_the_same(tmp_path: Path) -> 
         write(tmp_path / "plain.parquet", n=[name[0]])
         os.replace(tmp_path / "plain.parquet", os.fsencode(tmp_path) + b"/" + name)
     assert sorted(kept["n"] for kept, _ in rows(tmp_path)) == [254, 255]
+
+
+END = 9_223_372_036_854
+"""Seconds of the last second that 64 bits of microseconds hold a part of."""
+
+EARLIEST = -2_440_587 * 86_400
+"""Seconds of INT96's second day; the first is pyarrow's 1970."""
+
+TIMES = st.one_of(
+    st.tuples(st.just("ns"), st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3000, 3000) | st.none())),
+    st.tuples(st.just("us"), st.lists(st.integers(EARLIEST * 10**6, 2**63 - 1) | st.none())),
+    st.tuples(st.just("s"), st.lists(st.integers(EARLIEST, 10**14) | st.integers(-1, 1).map(END.__add__) | st.none())),
+)
+NESTS: dict[str, tuple[Callable[[Any], Any], Callable[[pa.DataType], pa.DataType]]] = {
+    "list": (lambda one: [None, one], pa.list_),
+    "large": (lambda one: [one, one], pa.large_list),
+    "map": (lambda one: [("k", one), ("l", None)], lambda kind: pa.map_(pa.string(), kind)),
+    "struct": (lambda one: {"n": 1, "at": one}, lambda kind: pa.struct([("n", pa.int8()), ("at", kind)])),
+}
+
+
+@given(TIMES, st.lists(st.sampled_from(list(NESTS)), max_size=3))
+@settings(deadline=None)
+def test_int96_times_within_nested_values_come_out_as_they_are_or_are_refused(
+    times: tuple[str, list[int | None]], nests: list[str]
+) -> None:
+    def column(values: list[int | None], unit: str) -> pa.Array:
+        made, kind = list[Any](values), pa.timestamp(unit)
+        for nest in nests:
+            made, kind = [NESTS[nest][0](one) for one in made], NESTS[nest][1](kind)
+        return pa.array(made, kind)
+
+    unit, values = times
+    nanos = {"ns": 1, "us": 1000, "s": 10**9}[unit]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.parquet"
+        table = pa.table({"text": ["t"] * len(values), "at": column(values, unit)})
+        pq.write_table(table, path, use_deprecated_int96_timestamps=True)
+        found = list(open_source(path, COLUMNS, None).rows())
+    assert len(found) == len(values)
+    for row, value in zip(found, values, strict=True):
+        micros, cut = (0, 0) if value is None else divmod(value * nanos, 1000)
+        if cut or not -(2**63) <= micros < 2**63:
+            assert row.kept.column("at").to_pylist() == [None]
+            with pytest.raises(InvalidRequestError, match="column 'at' holds an INT96 time"):
+                row.read()
+        else:
+            assert row.kept.column("at").equals(column([value and micros], "us"))
+            assert row.read()
+
+
+def test_keys_and_pairs_of_int96_times_and_what_is_beside_them(tmp_path: Path) -> None:
+    ns, year_one, later = pa.timestamp("ns"), dt.datetime(1, 1, 1), dt.datetime(2300, 1, 1)
+    micros = {
+        "a": pa.array([[(year_one, later)], None], pa.map_(pa.timestamp("us"), pa.timestamp("us"))),
+        "a.b": pa.array([{"at": later, "nan": float("nan")}, None]),
+        "pair": pa.array([[year_one, later], None], pa.list_(pa.timestamp("us"), 2)),
+    }
+    pq.write_table(
+        pa.table({"text": ["t", "t"]} | micros), tmp_path / "t.parquet", use_deprecated_int96_timestamps=True
+    )
+    (kept, error), nothing = rows(tmp_path / "t.parquet")
+    assert error is None
+    assert kept["a"] == [(year_one, later)]
+    assert kept["pair"] == [year_one, later]
+    assert kept["a.b"]["at"] == later
+    assert kept["a.b"]["nan"] != kept["a.b"]["nan"]
+    assert nothing == ({"a": None, "a.b": None, "pair": None}, None)
+    for name, column in {
+        "key": pa.array([[(1, 1000)], [(1000, 1000)]], pa.map_(ns, ns)),
+        "pair": pa.array([[1, 1000], [1000, 2000]], pa.list_(ns, 2)),
+        "other": pa.ExtensionArray.from_storage(pa.opaque(ns, "a", "b"), pa.array([1, 1000], ns)),
+    }.items():
+        table = pa.table({"text": ["t", "t"], name: column})
+        pq.write_table(table, tmp_path / "t.parquet", use_deprecated_int96_timestamps=True)
+        found = rows(tmp_path / "t.parquet", COLUMNS._replace(keep=(name,)))
+        assert [error is None for _, error in found] == [False, True]
+        assert f"column {name!r} holds an INT96 time" in str(found[0][1])
+        assert found[0][0] == {name: None}
