@@ -75,6 +75,8 @@ class Config:
         Whether ``"ucx"``, which cannot be encrypted, is allowed on a cluster with certificates.
     prefix_cache
         Whether blocks of requests that ended stay, until their room is needed, for requests that begin alike.
+    deterministic
+        Whether an answer has the same bits beside any number of other requests.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance
@@ -111,6 +113,7 @@ class Config:
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")
+    deterministic: bool = _key("deterministic")
     policy: str = _key("policy")
     performance: str = _key("performance")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")

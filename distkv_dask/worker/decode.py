@@ -15,7 +15,7 @@ from distkv_dask.worker.attention import DistAttention
 from distkv_dask.worker.gang import HomeGang
 from distkv_dask.worker.layer_attention import LayerAttention
 from distkv_dask.worker.paused import PausedForward
-from distkv_dask.worker.plan import Part, Stored, cut, tail_of
+from distkv_dask.worker.plan import Part, Stored, tail_of
 from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.structured import Follower
 
@@ -109,6 +109,8 @@ class DecodeLoop:
     attention
         Makes the attention of the steps until the batch changes, from their parts by worker, their number of tokens and
         the number of the first of them.
+    cutting
+        Cuts the batch into parts by worker, as :func:`distkv_dask.worker.plan.cut`.
     """
 
     def __init__(
@@ -117,10 +119,12 @@ class DecodeLoop:
         model: LoadedModel,
         batch: Sequence[SequenceState],
         attention: Callable[[Mapping[str, Part], int, int], Attention],
+        cutting: Callable[[Sequence[Stored]], dict[str, Part]],
     ) -> None:
         self._gang = gang
         self._model = model
         self._new_attention = attention
+        self._cutting = cutting
         self._all = [Progress(state) for state in batch]
         for one in self._all:
             with one.guard():
@@ -187,7 +191,7 @@ class DecodeLoop:
                 one.check_plan(members)
         self._drop_finished()
         live = self._live
-        parts = cut([Stored(one.state.sequence, one.state.placement, one.length) for one in live])
+        parts = self._cutting([Stored(one.state.sequence, one.state.placement, one.length) for one in live])
         if self._steps == 0:
             self._gang.begin(parts)
         else:

@@ -25,6 +25,7 @@ from distkv_dask.types import Geometry, SamplingParams
 from distkv_dask.worker.attention_hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.fingerprint import fingerprint
 from distkv_dask.worker.probe import probe
+from distkv_dask.worker.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.structured import Follower, Grammars
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
@@ -103,7 +104,13 @@ class LoadedModel:
             return cast(Tensor, output.logits[0].float())
 
 
-def load_model(name: str, dtype: str, threads: int, rope_scaling: Mapping[str, Any] | None = None) -> LoadedModel:
+def load_model(
+    name: str,
+    dtype: str,
+    threads: int,
+    rope_scaling: Mapping[str, Any] | None = None,
+    deterministic: bool = False,
+) -> LoadedModel:
     """Load a model on this machine and check that DistAttention computes it exactly.
 
     Call it on the thread that will run the model: the number of torch threads is set for it.
@@ -116,13 +123,15 @@ def load_model(name: str, dtype: str, threads: int, rope_scaling: Mapping[str, A
         ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: that of the checkpoint (of a GGUF file: bfloat16).
     threads
         Torch threads.
+    deterministic
+        Whether logits must not depend on how many rows are computed at once.
 
     Raises
     ------
     ModelError
         When the model does not exist or cannot be loaded, or the dtype is unknown.
     UnsupportedModelError
-        When its attention is not plain causal attention over all earlier tokens.
+        When its attention is not plain causal attention over all earlier tokens, or it cannot be ``deterministic``.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
@@ -133,7 +142,11 @@ def load_model(name: str, dtype: str, threads: int, rope_scaling: Mapping[str, A
         source.check_weights(config)
         model = _read_weights(source, config, dtype)
         geometry = probe(model)
-    return LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer)
+    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer)
+    if deterministic:
+        compute_rows_alike(model)
+        check_rows_alike(loaded.forward, geometry)
+    return loaded
 
 
 def _read_weights(source: ModelSource, config: Any, dtype: str) -> Any:

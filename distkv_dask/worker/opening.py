@@ -53,7 +53,7 @@ def build_engine(
     if geometry is None:
         from distkv_dask.worker.model import load_model  # takes seconds and memory, which memory workers do not spend
 
-        model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling)
+        model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, spec.config.deterministic)
         geometry = model.geometry
     one = geometry
     block_tokens = spec.config.block_tokens
@@ -99,6 +99,7 @@ def build_engine(
         "role": "memory" if model is None else "instance",
         "weights": 0 if model is None else model.parameters,
         "threads": lanes.threads,
+        "deterministic": spec.config.deterministic,
         "block_tokens": block_tokens,
         "blocks": min(pool.capacity_blocks, LONGEST // block_tokens + 2 * BATCH),  # more change nothing
         "channel": runtime.dialer.explain(),

@@ -39,7 +39,7 @@ class Run(NamedTuple):
     queries: int
 
 
-def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
+def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[str, Part]:
     """Parts of a step by worker; workers with nothing to see are left out.
 
     Sequences that share the same spans of a document are one row there, with the queries of all: a shared-prefix group,
@@ -51,14 +51,19 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
         Sequences in the order of their tokens in the step.
     queries
         New tokens of each sequence; they must lie in one span.
+    alike
+        Whether each token is a row of its own: attention rounds in another way for rows of several.
 
     Raises
     ------
     PlanError
         A sequence has no room for its new tokens.
     """
-    shared: dict[str, dict[Row, list[int]]] = {}
-    own: dict[str, dict[Row, list[int]]] = {}
+    if alike:
+        batch = [one._replace(length=one.length + at) for one in batch for at in range(queries)]
+        queries = 1
+    shared: dict[str, dict[tuple[Row, int], list[int]]] = {}
+    own: dict[str, dict[tuple[Row, int], list[int]]] = {}
     for place, (sequence, placement, length) in enumerate(batch):
         tail = tail_of(sequence, placement, length)
         held: dict[tuple[str, int | None], list[Span]] = {}
@@ -71,7 +76,7 @@ def cut(batch: Sequence[Stored], queries: int = 1) -> dict[str, Part]:
             table = sequence if document is None else document
             row = Row(table, stored, queries, spans[-1] is tail, ranges)
             rows = (own if document is None else shared).setdefault(worker, {})
-            rows.setdefault(row, []).extend(range(place * queries, (place + 1) * queries))
+            rows.setdefault((row, place * alike), []).extend(range(place * queries, (place + 1) * queries))
     return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
 
 
@@ -110,9 +115,9 @@ def merge_order(parts: Mapping[str, Part]) -> list[Run]:
     ]
 
 
-def _part(*rows: dict[Row, list[int]]) -> Part:
+def _part(*rows: dict[tuple[Row, int], list[int]]) -> Part:
     """Rows with the tokens that they serve, one after the other."""
-    both = [(row, tokens) for some in rows for row, tokens in some.items()]
+    both = [(row, tokens) for some in rows for (row, _), tokens in some.items()]
     tokens = tuple(token for _, tokens in both for token in tokens)
     return Part(tuple(row._replace(queries=len(tokens)) for row, tokens in both), tokens)
 

@@ -136,7 +136,8 @@ class Runtime:
             parts: dict[str, Part] = {}
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
-                old, parts = parts, cut([Stored(chunk.sequence, chunk.placement, position)], count)
+                stored = Stored(chunk.sequence, chunk.placement, position)
+                old, parts = parts, cut([stored], count, self._spec.config.deterministic)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
                 attention = self._attention(gang, parts, count, step)
                 try:
@@ -168,7 +169,8 @@ class Runtime:
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
-            loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang)
+            cutting = partial(cut, alike=self._spec.config.deterministic)
+            loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang), cutting
             result = (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
             self.exchanged = result.exchanged
             return result

@@ -10,6 +10,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Completion, Engine, ModelError, SamplingParams
+from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import resolve_model
 from tests._cluster import engine_test
@@ -119,3 +120,26 @@ async def test_sampling_is_the_same_alone_and_in_company(
         alone = [(await engine.generate([prompt], one))[0] for one in params]
         assert [one.token_ids for one in together] == [one.token_ids for one in alone]
         assert len({one.token_ids for one in together}) == 5
+
+
+@engine_test(workers=2)
+async def test_deterministic_engines_draw_the_same_alone_in_company_split_and_after_they_made_way(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompt, model = prompt_ids(50), str(model_dir("llama-gqa"))
+    drawn = SamplingParams(max_new_tokens=20, temperature=1, seed=3, ignore_eos=True)
+    settings = {**SMALL, "deterministic": True, "prefix_cache": False}
+    with pytest.raises(UnsupportedModelError, match="deterministic"):
+        await Engine(client, str(model_dir("mixtral")), kv_memory="4 MiB", **settings)
+    async with Engine(client, model, kv_memory="4 MiB", **settings) as engine:
+        alone = await engine.submit(prompt, drawn)
+        company = [prompt_ids(length, seed=length) for length in (90, 3, 150, 40, 1, 77)]
+        together = await engine.generate([*company, prompt], drawn)
+    memory = 6 * block_bytes("llama-gqa")
+    async with Engine(client, model, kv_memory=memory, window_steps=2, spill=0, **settings) as engine:
+        waiting = engine.submit(prompt, drawn)
+        urgent = engine.submit(prompt_ids(60, 1), SamplingParams(max_new_tokens=20, ignore_eos=True, priority=1))
+        split = await waiting
+        await urgent
+    assert len({span.worker for span in split.placement}) == 2
+    assert alone.token_ids == together[-1].token_ids == split.token_ids

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from _models import model_dir, prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask.types import PrefillChunk, SamplingParams
+from distkv_dask.types import Placement, PrefillChunk, SamplingParams, Span
+from distkv_dask.worker.model import LoadedModel, load_model
 from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.sampling import Draw, sample_batch
 from distkv_dask.worker.wire import Row
@@ -131,3 +133,82 @@ def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(
             one = replace(one, placement=moved)
         result, _ = made.decode("w0", [one], NEW)
         assert tokens + result.tokens[1] == drawn(NEW)
+
+
+@cache
+def deterministic(dtype: str) -> LoadedModel:
+    return load_model(str(model_dir("llama-gqa")), dtype, 1, deterministic=True)
+
+
+def drawn_beside(
+    made: Fleet, model: Recorder, placement: Placement, others: int, chunk: int = 24, joined: int = 0
+) -> tuple[list[int], torch.Tensor]:
+    """Tokens of sequence 1 and the logits they were drawn from, while so many others decode with it.
+
+    ``joined`` tokens are drawn alone; then its KV is computed again, as part of its prompt.
+    """
+    prompt = prompt_ids(PROMPT)
+    first = made.prefill(1, placement, prompt, chunk, sampling=DRAWN)
+    tokens, logits = [first], [model.logits[-1]]
+    batch = []
+    for number in range(2, 2 + others):
+        place, length = made.place(number, ("w3", 64)), 3 * number
+        token = made.prefill(number, place, prompt_ids(length, number), chunk)
+        batch.append(state(number, place, length, token, 40))
+    batch.insert(others // 2, replace(state(1, placement, PROMPT, first, NEW - 1), sampling=DRAWN))
+    while len(tokens) < NEW:
+        if len(tokens) == joined:
+            made.release(1)
+            for span in placement:
+                made.members[span.worker].runtime.reserve(1, span.start, span.stop)
+            made.prefill(1, placement, prompt + tokens[:-1], chunk)
+        model.logits.clear()
+        result, batch = made.decode("w0", batch, min(NEW - len(tokens), 4))
+        logits += [step[others // 2][None] for step in model.logits]
+        tokens += result.tokens[1]
+    return tokens, torch.cat(logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_logits_have_the_same_bits_whatever_becomes_of_the_sequence(dtype: str) -> None:
+    model = Recorder(deterministic(dtype))
+    other_workers = [(worker, room) for worker, (_, room) in zip(("w2", "w0", "w1", "w3"), SPREAD, strict=True)]
+    found = []
+    for rooms, others, chunk, joined in (
+        (SPREAD, 0, 24, 0),
+        (SPREAD, 6, 24, 0),
+        (SPREAD, 1, 7, 0),
+        (SPREAD, 2, 1, 5),
+        (SPREAD, 6, 5, 9),
+        (other_workers, 4, 24, 5),
+    ):
+        with fleet(model, 4, deterministic=True) as made:
+            found.append(drawn_beside(made, model, made.place(1, *rooms), others, chunk, joined))
+    assert all(tokens == found[0][0] for tokens, _ in found)
+    assert all(torch.equal(logits, found[0][1]) for _, logits in found)
+    if dtype == "float32":  # other spans are rounded in another way, and tokens are the same
+        for rooms in ([("w0", ROOM)], [("w1", 48), ("w0", ROOM)]):
+            with fleet(model, 4, deterministic=True) as made:
+                assert drawn_beside(made, model, made.place(1, *rooms), 6)[0] == found[0][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_logits_have_the_same_bits_however_many_ask_about_one_document(dtype: str) -> None:
+    model, text, question = Recorder(deterministic(dtype)), prompt_ids(40), prompt_ids(9, 1)
+    found = []
+    for others in (0, 1, 4, 6):
+        with fleet(model, 2, deterministic=True) as made:
+            document = made.place(100, ("w1", 16), ("w0", 24))
+            made.prefill(100, document, text)
+            batch = []
+            for number in range(1, 2 + others):
+                made.members["w0"].runtime.reserve(number, 40, 80)
+                placement = (*(replace(span, document=100) for span in document), Span("w0", 40, 80))
+                asked = tuple(question if number == 1 else prompt_ids(7, number))
+                chunk = PrefillChunk(made.gang("w0", ["w1"]), number, placement, 40, asked, DRAWN)
+                token = made.run(chunk.gang, lambda runtime, chunk=chunk: runtime.prefill(chunk))
+                batch.insert(0, state(number, placement, 40 + len(asked), token, 20))
+            model.logits.clear()
+            made.decode("w0", batch, 5)
+            found.append(torch.stack([step[-1] for step in model.logits]))
+    assert all(torch.equal(logits, found[0]) for logits in found)
