@@ -37,7 +37,7 @@ class LocalFolder(Folder):
             with contextlib.suppress(FileExistsError):  # somebody else just did
                 folder.mkdir(0o700)
                 folder.chmod(0o700)  # whatever the umask took
-                _sync(folder.parent)
+                sync(folder.parent)
         if not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is no folder")
 
@@ -55,7 +55,7 @@ class LocalFolder(Folder):
                 if durable:
                     os.fsync(descriptor)
             if durable:
-                _sync(self.path)
+                sync(self.path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -80,7 +80,7 @@ class LocalFolder(Folder):
     def replace(self, name: str, by: str) -> None:
         """Give file ``by`` the name of another one; that is durable when this returns."""
         self._file(by).replace(self._file(name))
-        _sync(self.path)
+        sync(self.path)
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens if it is not there."""
@@ -135,13 +135,13 @@ def _flock(descriptor: int) -> bool | None:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk; nothing happens where a filesystem syncs no folders."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a filesystem that does not sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:
         os.close(descriptor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from distkv_dask.client.batch import output as module
 from distkv_dask.client.batch.output import JOURNAL, RESULT, Output
 from distkv_dask.errors import OutputError
+from distkv_dask.local_folder import sync
 
 SCHEMA = pa.schema([("row", pa.int64()), ("id", pa.string()), *RESULT])
 PARAMETERS = {"model": "m", "sampling": {"seed": 1, "stop": ["x"]}, "questions": ["What?"]}
@@ -309,3 +312,28 @@ def test_what_a_journal_promises_is_on_disk_with_its_name(tmp_path: Path, monkey
         monkeypatch.setattr(os, "fsync", noted)
         output.append(rows(1))
         assert synced[:2] == ["out", "_journal-000001"]
+
+
+def test_a_filesystem_that_does_not_sync_folders_holds_an_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:  # as some network disks do it
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Output(tmp_path / "out", SCHEMA, PARAMETERS) as output:
+        output.append(rows(1))
+    with Output(tmp_path / "out", SCHEMA, PARAMETERS) as output:
+        output.append(rows(2))
+    assert labels(tmp_path / "out") == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs a filesystem that syncs nothing")
+def test_files_that_are_not_on_disk_are_never_said_to_be() -> None:
+    sync(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(Path("/proc/self/status"))

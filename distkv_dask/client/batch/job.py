@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.answering import check_servable
-from distkv_dask.client.batch.journal import sync
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
 from distkv_dask.client.batch.progress import progress_bar
@@ -24,6 +23,7 @@ from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import Target
 from distkv_dask.errors import OutputError, SourceError, TooManyErrorsError
+from distkv_dask.local_folder import sync
 
 if TYPE_CHECKING:
     from distkv_dask.client.session.session import Session

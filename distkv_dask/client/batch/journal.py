@@ -7,13 +7,15 @@ before it: what a crash of the machine left half written, empty or as garbage is
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+
+from distkv_dask.client.batch.digest import new_digest
+from distkv_dask.local_folder import sync
 
 DIGEST = b"blake2b"
 
@@ -84,7 +86,7 @@ def recovered(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], bool
             if metadata is None or DIGEST not in metadata:
                 rows = batch
                 continue
-            same = metadata[DIGEST] == _digest(data[begin:end])
+            same = metadata[DIGEST] == new_digest(data[begin:end]).hexdigest().encode()
             if same and rows is not None:
                 whole.append(rows)
             sound, rows, begin = sound and same, None, source.tell()
@@ -94,15 +96,6 @@ def recovered(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], bool
         return whole, False
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _Digested:
     """A file that knows the digest of what was written to it since it was last asked for."""
 
@@ -110,7 +103,7 @@ class _Digested:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hash = new_digest()
         self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, data: Any) -> int:
@@ -118,12 +111,8 @@ class _Digested:
         return self._file.write(data)
 
     def digest(self) -> bytes:
-        found, self._hash = self._hash.hexdigest().encode(), hashlib.blake2b(digest_size=16)
+        found, self._hash = self._hash.hexdigest().encode(), new_digest()
         return found
 
     def close(self) -> None:
         self._file.close()
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).hexdigest().encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distkv_dask.client.batch.journal import sync
+from distkv_dask.client.batch.digest import new_digest
 from distkv_dask.client.batch.parts import BEGUN, DIGESTS, LOCK, UNFINISHED, Parts
 from distkv_dask.errors import OutputError
+from distkv_dask.local_folder import sync
 
 MANIFEST = "_distkv.json"
 
@@ -102,7 +102,7 @@ def _parameters(said: bytes, where: Path) -> Mapping[str, Any] | None:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return new_digest(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distkv_dask.client.batch.journal import sync
+from distkv_dask.client.batch.digest import new_digest
 from distkv_dask.errors import OutputError
+from distkv_dask.local_folder import sync
 
 UNFINISHED, DIGESTS, LOCK = "_unfinished-", "_digests", "_lock"
 
@@ -102,7 +103,7 @@ class Parts:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 def _check(said: bytes) -> bytes:
