@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pyarrow as pa
 from pyarrow import fs
@@ -124,6 +126,24 @@ def explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SavedDocumentError(f"{what}: {in_words(error)}") from error
+
+
+def local_path(place: str | os.PathLike[str]) -> Path | None:
+    """The path of this machine that a path, or a URI such as ``file:///data``, names; None for URIs of other places.
+
+    Examples
+    --------
+    >>> local_path("file:///my%20data/t.csv"), local_path("t.csv"), local_path("s3://bucket/t.csv")
+    (PosixPath('/my data/t.csv'), PosixPath('t.csv'), None)
+    """
+    if not isinstance(place, str) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place):
+        return Path(place)
+    try:
+        uri = urlsplit(place)
+    except ValueError:  # brackets that hold no address
+        return None
+    here = uri.scheme.lower() == "file" and uri.netloc in ("", "localhost")
+    return Path(url2pathname(uri.path)) if here else None
 
 
 def check_file(path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import check_file
@@ -48,7 +49,9 @@ def _positive(_: click.Context, __: click.Parameter, value: float | None) -> flo
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures, a list if several.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
+@click.pass_context
 def simulate(
+    context: click.Context,
     trace: Path | None,
     workload: str | None,
     workers: int,
@@ -66,6 +69,10 @@ def simulate(
     """Simulate policies on modelled workers, with the scheduler's own ledger and policies."""
     if (trace is None) == (workload is None):
         raise click.UsageError("give either --trace or --workload")
+    for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and context.params[of] is None:
+            raise click.UsageError(f"--{name} is of a --{of}: leave it out")
     chosen = PRESETS[preset]
     if link is not None:
         chosen = replace(chosen, model=replace(chosen.model, between=LINKS[link]))

@@ -85,11 +85,18 @@ BAD = {
     "ask Who? --schema @/never.json": "cannot be followed",
     "ask Who? --schema @/good.json --stop x": "leave out",
     "ingest @/missing.txt @/saved": "does not exist",
+    "ingest s3://bucket/report.pdf @/saved": "not of this machine",
+    "ask Who? file://@/missing.txt": "No such file",
     "ingest @/docs @/saved": "is a directory",
     "ingest @/blank.txt @/saved": "is empty",
     "ingest @/a.txt @/a.txt/saved": "cannot be|Not a directory",
     "ingest @/a.txt nonsense://x/y": "no place",
     "run @/missing -o @/out": "does not exist",
+    "run s3://bucket/t.parquet -o @/out": "not of this machine",
+    "run https://example.org/t.csv -o @/out": "not of this machine",
+    "run hdfs://[/t.csv -o @/out": "not of this machine",
+    "run file://elsewhere/t.csv -o @/out": "not of this machine",
+    "run file://@/missing -o @/out": "does not exist",
     "run @/notes.xyz -o @/out": "no kind that can be read",
     "run @/half.parquet -o @/out": "Parquet|cannot be read",
     "run @/empty -o @/out": "holds no documents",
@@ -101,6 +108,16 @@ BAD = {
     f"{RUN} --text-column body": "no column",
     f"{RUN} --keep body": "no column",
     f"{RUN} --too-long map-reduce": "needs a question",
+    f"{RUN} -q Why? --overlap 3": "overlap is for too_long",
+    f"{RUN} -q Why? --combine {{answers}}": "combine is for too_long",
+    f"{RUN} --top-p 0.5": "for drawn answers",
+    f"{RUN} --seed 1 --temperature 0": "for drawn answers",
+    "ask Who? @/a.txt --seed 1 --model MODEL": "for drawn answers",
+    "run @/docs -o @/out --model MODEL --keep title": "no columns such as 'title'",
+    "run @/a.txt -o @/out --model MODEL --text-column body": "leave out text_column",
+    "simulate --workload v2-short-1 --speedup 2": "of a --trace",
+    "simulate --trace @/trace.csv --rate 2": "of a --workload",
+    "simulate --trace @/trace.csv --seed 2": "of a --workload",
     f"{RUN} --schema @/never.json": "cannot be followed",
     f"{RUN} --schema @/list.json": "JSON object",
     f"{LINES} -q Who?": "own prompts",
@@ -200,6 +217,13 @@ def test_a_command_that_cannot_be_done_starts_nothing(
         f"{RUN} --schema @/good.json",
         LINES,
         "run @/docs -o file://@/out --model MODEL",
+        "run file://@/t.parquet -o @/out --model MODEL",
+        f"{LINES} --temperature 0 --seed 7",
+        f"{RUN} -q Who? --temperature 1 --seed 7 --top-p 0.5",
+        f"{RUN} -q Who? --too-long map-reduce --overlap 3 --combine {{answers}}",
+        "run @/a.txt -o @/out --model MODEL --text-column body --template {body}",
+        "ask Who? file://@/a.txt --model MODEL",
+        "ingest file://@/a.txt @/saved --model MODEL",
         "ask Who? @/a.txt --model MODEL",
         "ask Who? --model MODEL --scheduler 127.0.0.1:8786",
         "ingest @/a.txt @/saved --model MODEL",
@@ -265,6 +289,7 @@ def test_an_output_of_another_batch_is_told_before_anything_starts(place: Path) 
         assert "being written to" in done.output
     with pytest.raises(Started):
         call(place, f"{RUN} -q Who?")
-    for option, words in {"-q Why?": "questions was", "--dtype float32": "dtype was", "--seed 7": "seed was"}.items():
+    drawn = {"--temperature 1 --seed 7": "seed was"}
+    for option, words in {"-q Why?": "questions was", "--dtype float32": "dtype was", **drawn}.items():
         done = call(place, f"{RUN} {option if option.startswith('-q') else f'-q Who? {option}'}")
         assert (done.exit_code, words in done.output) == (1, True), done.output

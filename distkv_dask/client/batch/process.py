@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
-from distkv_dask.client.batch.sources import source_for
-from distkv_dask.client.batch.spec import COMBINE, BatchSpec, TooLong
+from distkv_dask.client.batch.sources import located, source_for
+from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, BatchSpec, TooLong
 from distkv_dask.client.batch.target import target_of
 from distkv_dask.client.session.session import Session
 from distkv_dask.errors import InvalidRequestError
@@ -36,12 +36,12 @@ class Processing:
         questions: Sequence[str] | None = None,
         template: str | None = None,
         out: str | PathLike[str] | None = None,
-        text_column: str = "text",
+        text_column: str = TEXT,
         keep: Sequence[str] | None = None,
         sampling: SamplingParams | None = None,
         schema: Mapping[str, Any] | str | PathLike[str] | None = None,
         too_long: TooLong = "refuse",
-        overlap: int = 64,
+        overlap: int = OVERLAP,
         combine: str = COMBINE,
         max_errors: int | None = None,
         retry_errors: bool = False,
@@ -123,6 +123,9 @@ class Processing:
             raise InvalidRequestError("give either question or questions")
         if out is None and retry_errors:
             raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
+        if out is None and progress:
+            raise InvalidRequestError("a lazy Dask DataFrame has no progress bar: leave out progress, or give out=...")
+        source = located(source)
         spec = spec_of(
             questions=questions if question is None else [question],
             template=template,

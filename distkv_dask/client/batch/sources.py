@@ -14,12 +14,13 @@ from distkv_dask.client.batch import frames, parquet, tables, text_tables
 from distkv_dask.client.batch.documents import DocumentSource
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, check_spec, is_openai_batch
 from distkv_dask.client.batch.rows import Source
-from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.batch.spec import TEXT, BatchSpec
 from distkv_dask.client.batch.tables import Columns, Record, TableSource
 from distkv_dask.client.batch.text_folders import csv_source, jsonl_source
 from distkv_dask.client.documents.extract import DOCUMENTS
 from distkv_dask.client.files import look_into, open_file
 from distkv_dask.errors import InvalidRequestError, SourceError
+from distkv_dask.filesystems import local_path
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,13 +34,42 @@ _KINDS = {
 """What files hold, by the endings of their names."""
 
 
+def located(source: Any) -> Any:
+    """A source of which a path is one of this machine; others are as they are.
+
+    Raises
+    ------
+    SourceError
+        When it lies elsewhere.
+    """
+    if not isinstance(source, str | PathLike):
+        return source
+    path = local_path(source)
+    if path is None or "\0" in str(path):
+        raise SourceError(
+            f"{source!r:.200} is not of this machine, and a batch reads files of its own file systems only: copy it "
+            f"here, mount it, or give what a library reads of it, such as dask.dataframe.read_parquet(...)"
+        )
+    return path
+
+
 def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client | None) -> Source:
     """Open a source of which questions are asked; raises as :func:`open_source` and :func:`checked` do."""
     opened = open_source(source, columns_of(spec, keep), client)
     if isinstance(opened, OpenAIBatchSource):
         check_spec(spec, keep)
         return opened
+    if isinstance(opened, DocumentSource):
+        _check_documents(spec, keep)
     return checked(opened, spec)
+
+
+def _check_documents(spec: BatchSpec, keep: Sequence[str] | None) -> None:
+    """Refuse what is about columns, which documents have not."""
+    if keep:
+        raise InvalidRequestError(f"documents have no columns such as {keep[0]!r}: leave out keep")
+    if spec.text_column != TEXT and not spec.uses(spec.text_column):
+        raise InvalidRequestError("documents have no columns: leave out text_column")
 
 
 def columns_of(spec: BatchSpec, keep: Sequence[str] | None) -> Columns:
@@ -79,13 +109,14 @@ def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
     Raises
     ------
     SourceError
-        When it cannot be read, or lacks a column.
+        When it cannot be read, is not of this machine, or lacks a column.
     MissingProgramError
         When it holds PDFs or HTML and what reads them is not installed.
     """
+    source = located(source)
     match kind_of(source):
         case "path":
-            return _open_path(Path(source), columns)
+            return _open_path(source, columns)
         case "arrow":
             return TableSource(
                 lambda kept: tables.arrow_chunks(source.to_batches(), columns, kept),

@@ -16,6 +16,12 @@ from distkv_dask.types import SamplingParams
 TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
 """What happens to a prompt longer than the model's window; "truncate-head" drops the document's beginning."""
 
+TEXT = "text"
+"""The column that holds the text, where nothing else is said."""
+
+OVERLAP = 64
+"""Tokens that neighbouring parts of map-reduce share."""
+
 COMBINE = (
     "Each of these answers is about another part of one document, in order:\n\n{answers}\n\n"
     "Answer for the whole document: {question}"
@@ -35,10 +41,10 @@ class BatchSpec:
 
     questions: tuple[str | None, ...] = (None,)
     template: str | None = None
-    text_column: str = "text"
+    text_column: str = TEXT
     sampling: SamplingParams = field(default_factory=SamplingParams)
     too_long: TooLong = "refuse"
-    overlap: int = 64
+    overlap: int = OVERLAP
     combine: str = COMBINE
 
     def __post_init__(self) -> None:
@@ -51,6 +57,9 @@ class BatchSpec:
             raise InvalidRequestError(
                 f"too_long is {self.too_long!r}, but must be one of {', '.join(get_args(TooLong))}"
             )
+        for name, usual in (("overlap", OVERLAP), ("combine", COMBINE)):
+            if self.too_long != "map-reduce" and getattr(self, name) != usual:
+                raise InvalidRequestError(f'{name} is for too_long="map-reduce": leave out {name}, or choose that')
         if self.overlap < 0:
             raise InvalidRequestError(f"overlap is {self.overlap}, but must be at least 0 tokens")
         asks = self.questions != (None,)
@@ -83,6 +92,10 @@ class BatchSpec:
         """The source's columns that prompts are made of."""
         names = [name for name in _fields(self.full_template) if name not in ("text", "question")]
         return tuple(dict.fromkeys((self.text_column, *names)))
+
+    def uses(self, name: str) -> bool:
+        """Whether the template has a field of a name."""
+        return name in _fields(self.full_template)
 
     def parameters(self) -> dict[str, Any]:
         """Everything that answers depend on, as JSON would read it back."""

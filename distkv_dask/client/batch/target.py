@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from distkv_dask.client.batch.manifest import MANIFEST, check_begun
 from distkv_dask.client.batch.output import locked
 from distkv_dask.client.batch.parts import LOCK
 from distkv_dask.errors import OutputError
-
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+from distkv_dask.filesystems import local_path
 
 
 class Target(NamedTuple):
@@ -94,15 +90,16 @@ def check_target(target: Target, begun: Mapping[str, Any] | None) -> None:
 def _local(out: str) -> Path:
     if not out or "\0" in out:
         raise OutputError(f"the output is {out!r:.100}: name a folder")
-    if not _URI.match(out):
-        return Path(out).expanduser()
-    uri = urlsplit(out)
-    if uri.scheme.lower() != "file" or uri.netloc not in ("", "localhost"):
+    path = local_path(out)
+    if path is None:
         raise OutputError(
             f"{out} is no folder of this machine: an output grows row by row, and is locked, renamed and synced to "
             f"disk, which only local file systems do. Choose a local folder, and copy it when the batch is done."
         )
-    return Path(url2pathname(uri.path))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"{out} names no folder: {error}") from error
 
 
 @contextlib.contextmanager

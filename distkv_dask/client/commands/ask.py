@@ -16,6 +16,7 @@ from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import failing_clearly, note
 from distkv_dask.client.commands.options import (
+    check_drawn,
     engine_option,
     model_options,
     sampling_of,
@@ -31,6 +32,7 @@ from distkv_dask.client.engine import Engine
 from distkv_dask.client.session.generation import TextPieces
 from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError, SourceError
+from distkv_dask.filesystems import local_path
 from distkv_dask.types import SamplingParams
 from distkv_dask.watch import watched
 
@@ -61,6 +63,7 @@ def command(question: str, document: str | None, schema: Path | None, **options:
     """  # noqa: D301
     sampling, _ = sampling_of(options)
     chosen = chosen_of(options)
+    check_drawn(sampling)
     with failing_clearly():
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
@@ -84,7 +87,8 @@ def _question(question: str, document: str | None, sampling: SamplingParams) -> 
     spec = BatchSpec(questions=(question,), sampling=sampling)
     if not question.strip():
         raise InvalidRequestError("the question is empty")
-    if document is not None and document != "-" and ("://" in document or (Path(document) / FILE).exists()):
+    path = None if document is None else local_path(document)
+    if document is not None and document != "-" and (path is None or (path / FILE).exists()):
         limit = Config.load().timeout_files
         asyncio.run(watched(limit, f"reading the document in {document}", read_metadata, document))
 
@@ -94,8 +98,8 @@ def _question(question: str, document: str | None, sampling: SamplingParams) -> 
 
         return about_saved
     text = question
-    if document is not None:
-        read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(Path(document))
+    if path is not None:
+        read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(path)
         text = spec.render({"text": read}, question)
     return lambda engine: engine.stream(prompt_ids(text, engine.tokenizer), sampling)
 

@@ -11,14 +11,14 @@ import click
 from distkv_dask.client.commands.ask import document_text
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import failing_clearly, note
-from distkv_dask.client.commands.options import engine_option, model_options, scheduler_option, size_options
+from distkv_dask.client.commands.options import LocalFile, engine_option, model_options, scheduler_option, size_options
 from distkv_dask.client.documents.save import try_place
 from distkv_dask.config import Config
 from distkv_dask.watch import watched
 
 
 @click.command("ingest")
-@click.argument("document", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("document", type=LocalFile())
 @click.argument("folder")
 @model_options
 @scheduler_option

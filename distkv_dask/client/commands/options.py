@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,10 +13,25 @@ from dask.utils import parse_bytes
 from distkv_dask.client.commands.failing import failing_clearly
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError
+from distkv_dask.filesystems import local_path
 from distkv_dask.rope_scaling import checked
 from distkv_dask.types import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class LocalFile(click.Path):
+    """A file of this machine, by a path or a ``file:`` URI."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A :class:`Path`."""
+        path = local_path(value)
+        if path is None:
+            self.fail(f"{value} is not of this machine: copy it here, or mount it", param, ctx)
+        return super().convert(path, param, ctx)
 
 
 def scheduler_option(command: Command) -> Command:
@@ -144,6 +160,16 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
     given = {name: options.pop(name) for name in names}
     with failing_clearly():
         return SamplingParams(**given), {name: value for name, value in given.items() if was_given(name)}
+
+
+def check_drawn(sampling: SamplingParams) -> None:
+    """Refuse options about drawing where nothing is drawn."""
+    for name in ("top_p", "seed"):
+        if sampling.temperature == 0 and was_given(name):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for drawn answers, but --temperature 0 takes the likeliest token: "
+                f"leave it out, or add --temperature 1"
+            )
 
 
 def was_given(name: str) -> bool:

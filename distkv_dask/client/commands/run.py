@@ -14,13 +14,14 @@ from distkv_dask.client.batch.manifest import begun_with
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
 from distkv_dask.client.batch.process import spec_of
 from distkv_dask.client.batch.results import Results
-from distkv_dask.client.batch.sources import source_for
-from distkv_dask.client.batch.spec import COMBINE, TooLong
+from distkv_dask.client.batch.sources import located, source_for
+from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, TooLong
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import check_target, target_of
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failing import SOME_ROWS_FAILED, failing_clearly
 from distkv_dask.client.commands.options import (
+    check_drawn,
     engine_option,
     model_options,
     sampling_of,
@@ -35,7 +36,7 @@ from distkv_dask.client.commands.options import (
 @click.option("-q", "--question", "questions", multiple=True, help="Asked about each row; may be repeated.")
 @click.option("--template", help="Text of a prompt, with {text}, {question} and columns in braces.")
 @click.option("-o", "--out", required=True, help="Folder of Parquet files to write.")
-@click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--text-column", default=TEXT, show_default=True, help="Column that holds the text.")
 @click.option(
     "--keep", multiple=True, metavar="COLUMN", help="Column that goes to the output; all but the text if not given."
 )
@@ -52,7 +53,11 @@ from distkv_dask.client.commands.options import (
     help="What happens to prompts longer than the model's window.",
 )
 @click.option(
-    "--overlap", type=click.IntRange(0), default=64, show_default=True, help="Tokens that parts share (map-reduce)."
+    "--overlap",
+    type=click.IntRange(0),
+    default=OVERLAP,
+    show_default=True,
+    help="Tokens that parts share (map-reduce).",
 )
 @click.option("--combine", default=COMBINE, help="Combining question, with {answers} and {question} (map-reduce).")
 @click.option("--max-errors", type=click.IntRange(0), help="Stop when more rows than this have errors.")
@@ -94,12 +99,15 @@ def _run(out: str, options: dict[str, Any]) -> BatchSummary:
     max_errors, retry_errors, in_flight = (options.pop(name) for name in ("max_errors", "retry_errors", "in_flight"))
     path, keep = options.pop("source"), options.pop("keep") or None
     with failing_clearly():
+        path = located(path)
         # An OpenAI batch file has defaults of its own.
         given = {name: getattr(sampling, name) for name in said}
         questions = options.pop("questions") or None
         spec = spec_of(questions, replace(default_sampling(path), **given), **options)
         source = source_for(path, spec, keep, None)
         requests = isinstance(source, OpenAIBatchSource)
+        if not requests:
+            check_drawn(sampling)
         target = target_of(out, path, requests)
         begun = None
         if chosen.source is not None:
