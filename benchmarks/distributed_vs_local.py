@@ -24,7 +24,7 @@ from _placement import place_by
 from _report import parser, report
 from distributed import Client, LocalCluster
 
-from distkv_dask import Engine, SamplingParams
+from distkv_dask import Engine, EngineStatus, SamplingParams
 
 RESULT_SECONDS = 300.0
 VOCABULARY, BLOCK = 49_152, 64
@@ -59,12 +59,12 @@ def decode_rate(engine: Engine, prompts: Sequence[list[int]], new: int) -> tuple
     The prompts are ingested first, so that all sequences begin to decode at once.
     """
     documents = [engine.ingest(prompt) for prompt in prompts]
-    before = engine.status()["totals"]
+    before = engine.status().totals
     began = time.perf_counter()
     running = [one.submit(QUESTION, SamplingParams(max_new_tokens=new, ignore_eos=True)) for one in documents]
     done = [one.result(RESULT_SECONDS) for one in running]
     seconds = time.perf_counter() - began
-    after = engine.status()["totals"]
+    after = engine.status().totals
     for document in documents:
         document.release()
     assert all(len(one.token_ids) == new for one in done), done
@@ -107,8 +107,8 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
                 rate, waiting = decode_rate(engine, prompts, options.new)
                 found[split]["decode"].append(rate)
                 found[split]["waiting"].append(waiting)
-        workers: Any = engine.status()["workers"]
-    return found, next(iter(workers.values()))["channels"]
+        status: EngineStatus = engine.status()
+    return found, next(iter(status.workers.values())).channels
 
 
 def main() -> None:

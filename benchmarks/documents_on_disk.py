@@ -41,7 +41,7 @@ def preempted(engine: Engine, long: list[int], short: list[int], priority: int) 
     """Seconds of a short request that comes while a long one takes the room, and of the long one."""
     began = time.perf_counter()
     first = engine.submit(long, SamplingParams(max_new_tokens=192, ignore_eos=True))
-    while not any(one["generated_tokens"] for one in engine.status()["sequences"].values()):
+    while not any(one.generated_tokens for one in engine.status().sequences.values()):
         time.sleep(0.05)
     came = time.perf_counter()
     engine.submit(short, SamplingParams(max_new_tokens=8, ignore_eos=True, priority=priority)).result(timeout=600)

@@ -42,7 +42,7 @@ def serve(client: Client, policy: str, memory: int, requests: list[Any]) -> dict
         began = time.perf_counter()
         done = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
         seconds = time.perf_counter() - began
-        totals = engine.status()["totals"]
+        totals = engine.status().totals
     served = [one for one in done if one.error is None]
     return {
         "seconds": seconds,

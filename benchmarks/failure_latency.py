@@ -77,10 +77,10 @@ def goes_on(engine: Engine, running: Generation, repairs: int, seconds: float = 
             error = running.exception()
             return f"{type(error).__name__}: {error}"
         status = engine.status()
-        (sequence,) = status["sequences"].values() or ({"generated_tokens": 0},)
-        if status["totals"].get("repair_events", 0) > repairs:
-            before = sequence["generated_tokens"] if before is None else before
-            if sequence["generated_tokens"] > before:
+        generated = sum(one.generated_tokens for one in status.sequences.values())
+        if status.totals.get("repair_events", 0) > repairs:
+            before = generated if before is None else before
+            if generated > before:
                 running.cancel()
                 return "none: it goes on"
         time.sleep(0.005)
@@ -92,20 +92,20 @@ def once(
 ) -> dict[str, Any]:
     """Seconds to the gang's end and to the client's error or next token, and that error."""
     running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
-    while not (found := engine.status()["sequences"]) or next(iter(found.values()))["generated_tokens"] < 20:
+    while not (found := engine.status().sequences) or next(iter(found.values())).generated_tokens < 20:
         if running.done():
             raise SystemExit(f"the request ended before anything was done to it: {running.exception()}")
         time.sleep(0.02)
-    holder = next(iter(found.values()))["placement"][0][0]
+    holder = next(iter(found.values())).placement[0].worker
     seen = len(client.get_events("distkv"))
-    repairs = engine.status()["totals"].get("repair_events", 0)
+    repairs = engine.status().totals.get("repair_events", 0)
     undo = cause(holder)
     try:
         kind = goes_on(engine, running, repairs)
         client_seconds = time.time() - trouble.began
     finally:
         undo()
-    while len((status := engine.status())["workers"]) < WORKERS or status["sequences"]:  # until all is as before
+    while len((status := engine.status()).workers) < WORKERS or status.sequences:  # until all is as before
         time.sleep(0.1)
     events = client.get_events("distkv")[seen:]
     failed = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]

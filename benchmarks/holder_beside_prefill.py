@@ -48,7 +48,7 @@ def main() -> None:
         ) as engine:
             ids = engine.tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
             decoding = engine.submit(ids[: options.tokens], SamplingParams(max_new_tokens=options.new, ignore_eos=True))
-            while not any(one["generated_tokens"] > options.new // 4 for one in engine.status()["sequences"].values()):
+            while not any(one.generated_tokens > options.new // 4 for one in engine.status().sequences.values()):
                 time.sleep(0.1)
             neighbour = engine.submit(ids[-NEIGHBOUR:], SamplingParams(max_new_tokens=2, ignore_eos=True))
             home = decoding.result().placement[-1].worker

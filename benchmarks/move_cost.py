@@ -38,9 +38,9 @@ def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
 
 def decode(engine: Engine, prompt: int, new: int) -> tuple[float, int]:
     """Milliseconds of a decode step, and blocks that were moved meanwhile."""
-    before = engine.status()["totals"]
+    before = engine.status().totals
     engine.submit([1] * prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
-    after = engine.status()["totals"]
+    after = engine.status().totals
     gained = {name: after[name] - before.get(name, 0) for name in after}
     return gained["decode_seconds"] / gained["decode_steps"] * 1e3, int(gained["moved_blocks"])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 from _report import parser, report
@@ -53,10 +53,10 @@ class Fixed(Policy):
 
 def measure(engine: Engine, batch: int, context: int) -> tuple[float, float]:
     """Seconds of a decode step, and the number of steps of both homes."""
-    before = engine.status()["totals"]
+    before = engine.status().totals
     sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     engine.generate([[1] * context] * 2 * batch, sampling)
-    after = engine.status()["totals"]
+    after = engine.status().totals
     steps = after["decode_steps"] - before.get("decode_steps", 0)
     seconds = after["decode_seconds"] - before.get("decode_seconds", 0.0)
     return seconds / steps, steps
@@ -121,8 +121,8 @@ def main() -> None:
         ) as engine,
     ):
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
-        curves = {worker: one["performance"] for worker, one in engine.status()["workers"].items()}
-        exchange = engine.status()["exchange_seconds"]
+        curves = {worker: one.performance for worker, one in engine.status().workers.items()}
+        exchange = engine.status().exchange_seconds
         windows, noise = watch(state.life.calibration)
         rows = []
         for row in cases(options, state.life, engine):
@@ -130,7 +130,7 @@ def main() -> None:
             print({name: round(value, 3) for name, value in row.items()}, flush=True)
     errors = [abs(row["error"]) for row in rows]
     figures = {
-        "curves": list(curves.values()), "exchange_ms": exchange * 1e3, "cases": rows,
+        "curves": [asdict(one) for one in curves.values()], "exchange_ms": exchange * 1e3, "cases": rows,
         "error_median": statistics.median(errors), "error_worst": max(errors),
         "within_15_percent": sum(error <= 0.15 for error in errors) / len(errors),
         "windows": len(windows), "windows_error_median": statistics.median(map(abs, windows)),

@@ -104,7 +104,7 @@ def measure(client: Client, scheduler: psutil.Process, model: str, workers: int,
     ) as engine:
         for _ in range(int(workers / 1.2)):
             engine.stream([1] * PROMPT, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
-        while any(one["state"] != "decode" for one in engine.status()["sequences"].values()):
+        while any(one.state != "decode" for one in engine.status().sequences.values()):
             time.sleep(0.5)
         status = engine.status()
         time.sleep(options.settle)
@@ -112,9 +112,9 @@ def measure(client: Client, scheduler: psutil.Process, model: str, workers: int,
         time.sleep(options.seconds)
         after, cpu = engine.status(), sum(scheduler.cpu_times()[:2]) - cpu
         seconds = time.perf_counter() - began
-    gained = {name: value - before["totals"].get(name, 0) for name, value in after["totals"].items()}
-    homes = {one["home"] for one in status["sequences"].values()}
-    members = {(one["home"], span[0]) for one in status["sequences"].values() for span in one["placement"]}
+    gained = {name: value - before.totals.get(name, 0) for name, value in after.totals.items()}
+    homes = {one.home for one in status.sequences.values()}
+    members = {(one.home, span.worker) for one in status.sequences.values() for span in one.placement}
     tasks = gained["windows"] * len(members) / len(homes)
     return {
         "workers": workers,

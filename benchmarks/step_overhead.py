@@ -55,9 +55,9 @@ def save_model(layers: int, folder: Path) -> None:
 
 def decode(engine: Engine, new: int) -> dict[str, float]:
     """Decode one sequence; milliseconds of a step, of its waiting, and of the gap between windows."""
-    before = engine.status()["totals"]
+    before = engine.status().totals
     completion = engine.submit([1] * (CONTEXT - new), SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
-    after = engine.status()["totals"]
+    after = engine.status().totals
     gained = {name: after[name] - before.get(name, 0) for name in after}
     return {
         "holders": len(completion.placement) - 1,

@@ -39,9 +39,9 @@ def shares(lanes: Lanes, home: str, frames: list[Timed]) -> dict[str, dict[str, 
 
 def decode_ms(engine: Engine, prompt: list[int], new: int) -> tuple[float, str]:
     """Milliseconds of a decode step, and the home."""
-    before = engine.status()["totals"]
+    before = engine.status().totals
     done = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
-    after = engine.status()["totals"]
+    after = engine.status().totals
     seconds, steps = (after[name] - before.get(name, 0) for name in ("decode_seconds", "decode_steps"))
     return seconds / steps * 1e3, done.placement[-1].worker
 

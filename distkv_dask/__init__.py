@@ -27,6 +27,7 @@ from distkv_dask.errors import (
     UnsupportedModelError,
     WorkerLostError,
 )
+from distkv_dask.messages.status import EngineStatus, SequenceStatus, WorkerStatus
 from distkv_dask.types import Completion, SamplingParams, Span, Timings
 from distkv_dask.version import VERSION as __version__
 
@@ -43,6 +44,7 @@ __all__ = [
     "Document",
     "Engine",
     "EngineClosedError",
+    "EngineStatus",
     "GangAbortedError",
     "InvalidRequestError",
     "ModelError",
@@ -51,11 +53,13 @@ __all__ = [
     "ResultTimeoutError",
     "SamplingParams",
     "SavedDocumentError",
+    "SequenceStatus",
     "SourceError",
     "Span",
     "Timings",
     "TooManyErrorsError",
     "UnsupportedModelError",
     "WorkerLostError",
+    "WorkerStatus",
     "__version__",
 ]

@@ -21,7 +21,7 @@ async def main() -> None:
             prompt = [{"role": "user", "content": topics["typesmapping"] + "\n\nWhat is this text about?"}]
             answer = await engine.submit(prompt, SamplingParams(max_new_tokens=40))
             print(answer.text)
-            roles = {worker: one["role"] for worker, one in (await engine.status())["workers"].items()}
+            roles = {worker: one.role for worker, one in (await engine.status()).workers.items()}
             for span in answer.placement:
                 print(f"{span.tokens:5} tokens on {span.worker}, {roles[span.worker]}")
 

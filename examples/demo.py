@@ -43,13 +43,13 @@ def ask(engine: Engine) -> list[Completion]:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=None)
         while not all(future.done() for future in futures):
-            live = engine.status()["sequences"].values()
+            live = engine.status().sequences.values()
             finished = sum(future.result().prompt_tokens for future in futures if future.done())
             progress.update(
                 bar,
-                description=", ".join(sorted(one["state"] for one in live)) or "done",
-                completed=finished + sum(min(one["kv_tokens"], one["prompt_tokens"]) for one in live),
-                total=finished + sum(one["prompt_tokens"] for one in live),
+                description=", ".join(sorted(one.state for one in live)) or "done",
+                completed=finished + sum(min(one.kv_tokens, one.prompt_tokens) for one in live),
+                total=finished + sum(one.prompt_tokens for one in live),
             )
             time.sleep(0.2)
     return [future.result() for future in futures]
@@ -101,8 +101,8 @@ def main() -> None:
         console.print("Loading SmolLM2-135M-Instruct on every worker (a conversion the first time) ...")
         with Engine(client, model="smollm2-135m", dtype="bfloat16", kv_memory=KV_MEMORY) as engine:
             status = engine.status()
-            workers = sorted(status["workers"])
-            room = status["workers"][workers[0]]["capacity_blocks"] * status["block_tokens"]
+            workers = sorted(status.workers)
+            room = status.workers[workers[0]].capacity_blocks * status.block_tokens
             console.print(f"Each worker has room for the KV of {room} tokens; no document below fits on one.")
             began = time.perf_counter()
             answers = ask(engine)

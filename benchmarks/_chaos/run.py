@@ -156,7 +156,7 @@ class Chaos:
         if not unended:
             load.release()
             self.leaked += settled(lambda: engine_leaks(self._client, state))
-        totals = engine.status()["totals"]
+        totals = engine.status().totals
         engine.close()
         self._addresses.look()
         self.leaked += settled(lambda: cluster_leaks(self._client, self._scheduler, self._addresses.known))

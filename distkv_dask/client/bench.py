@@ -9,6 +9,7 @@ from time import perf_counter
 
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import CapacityError
+from distkv_dask.messages.status import EngineStatus
 from distkv_dask.types import Completion, SamplingParams
 
 SHORT = 16
@@ -36,9 +37,8 @@ class Decode:
 
 def room(engine: Engine) -> int:
     """Tokens whose KV fits into the memory of all workers together."""
-    status = engine.status()
-    blocks: int = sum(one["capacity_blocks"] for one in status["workers"].values())
-    return blocks * int(status["block_tokens"])
+    status: EngineStatus = engine.status()
+    return sum(one.capacity_blocks for one in status.workers.values()) * status.block_tokens
 
 
 def prefills(engine: Engine, lengths: Sequence[int]) -> Iterator[Prefill]:

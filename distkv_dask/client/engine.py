@@ -304,18 +304,12 @@ class Engine(Processing):
         return self._session.facts
 
     def status(self) -> Any:
-        """Where everything is: workers, sequences, debts, totals (a dict of plain values).
+        """Where everything is: workers, sequences, debts, totals.
 
-        ``workers`` maps an address to ``role, capacity_blocks, used_blocks, lent_blocks``, ``blocks`` (the capacity in
-        parts: ``own, lent, documents``, and of what is free ``cached``, which may be used again, and ``free``),
-        ``block_bytes``, ``disk_bytes`` (of KV on its disk), ``sequences``, ``channels`` (which kind it opens to whom,
-        and why) and ``window_seconds`` (length of its latest decode window);
-        ``sequences`` maps a number to ``state, prompt_tokens, generated_tokens, kv_tokens, home, placement``, ``aside``
-        (why it waits beside the queue, in state ``"aside"``: it cannot run on the workers that stay; else empty),
-        ``document`` (whether it is one: its state is ``"document"``, or ``"dropped"`` while its KV is given up for
-        others), its ``name``, whether its KV is ``saved`` in files, too, and ``questions`` (under way, about it);
-        ``scheduler`` holds what decides the length of windows in large clusters: ``tasks_per_second`` of all engines,
-        ``task_seconds`` (CPU time of the scheduler for one) and ``core_share`` (of one core, all that it does).
+        Returns
+        -------
+        EngineStatus
+            For example ``engine.status().workers[address].used_blocks``. ``as_dict()`` of it can be written as JSON.
         """
         self._session.check_open()
         return self.client.sync(self._session.status)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dask.utils import format_bytes
 
@@ -19,6 +19,7 @@ from distkv_dask.pictures import Piece, counted
 if TYPE_CHECKING:
     from distkv_dask.client.documents.document import Document
     from distkv_dask.client.session.session import Session
+    from distkv_dask.messages.status import EngineStatus, SequenceStatus
 
 PATIENCE = 3.0
 """Seconds that a notebook waits for an engine's answer before it shows what is known without."""
@@ -42,7 +43,7 @@ def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
     lines = [escape(about), _link(session)]
     if (status := _status(session)) is None:
         return pictures.card(title, *lines, ASYNCHRONOUS if session.client.asynchronous else "The cluster is silent.")
-    colour = pictures.colours(sorted(status["workers"]))
+    colour = pictures.colours(sorted(status.workers))
     return pictures.card(title, *lines, _pools(status, colour), _sequences(documents, status, colour))
 
 
@@ -56,12 +57,12 @@ def document_html(document: Document, session: Session) -> str:
     if status is None:
         pieces = [Piece(span.worker, span.start, span.stop) for span in document.placement]
         return pictures.card(title, f"{size}; where its KV lay when it was stored:", pictures.spans(pieces))
-    found = status["sequences"].get(document.number)
-    if found is None or not found["placement"]:
+    found = status.sequences.get(document.number)
+    if found is None or not found.placement:
         return pictures.card(title, f"{size}; its KV was given up, and is recomputed when it is next asked")
-    asked = found["questions"]
+    asked = found.questions
     running = f"; {counted(asked, 'question')} under way" if asked else ""
-    colour = pictures.colours(sorted(status["workers"]))
+    colour = pictures.colours(sorted(status.workers))
     return pictures.card(title, f"{size}{running}", pictures.spans(_pieces(found, colour), colour))
 
 
@@ -74,47 +75,48 @@ def _link(session: Session) -> str:
     return f'<a href="{escape(page)}" target="_blank" style="color:inherit">{escape(page)}</a>' if dashboard else ""
 
 
-def _status(session: Session) -> Any:
+def _status(session: Session) -> EngineStatus | None:
     """What the engine says, unless that has to be awaited or takes too long."""
     if session.client.asynchronous:
         return None
     try:
-        return session.client.sync(session.status, callback_timeout=PATIENCE)
+        status: EngineStatus = session.client.sync(session.status, callback_timeout=PATIENCE)
     except (DistKVError, OSError, RuntimeError):  # the last: the client's event loop is closed
         return None
+    return status
 
 
-def _pools(status: dict[str, Any], colour: dict[str, str]) -> str:
-    workers = status["workers"]
-    most = heapq.nlargest(WORKERS, workers, key=lambda name: (workers[name]["used_blocks"], name))
+def _pools(status: EngineStatus, colour: dict[str, str]) -> str:
+    workers = status.workers
+    most = heapq.nlargest(WORKERS, workers, key=lambda name: (workers[name].used_blocks, name))
     rows = []
     for name in sorted(most):
         one = workers[name]
-        used, room, size = one["used_blocks"], one["capacity_blocks"], one["block_bytes"]
+        used, room, size = one.used_blocks, one.capacity_blocks, one.block_bytes
         words = f"{format_bytes(used * size)} of {format_bytes(room * size)}"
         rows.append((name, pictures.meter(used, room, colour.get(name, pictures.PALETTE[0]), words), words))
     more = len(workers) - len(rows)
     return pictures.table(rows) + (f"and {counted(more, 'more worker')}" if more else "")
 
 
-def _sequences(documents: Mapping[str, Document], status: dict[str, Any], colour: dict[str, str]) -> str:
+def _sequences(documents: Mapping[str, Document], status: EngineStatus, colour: dict[str, str]) -> str:
     names = {document.number: name for name, document in documents.items()}
-    placed = {number: one for number, one in status["sequences"].items() if one["placement"]}
-    longest = heapq.nlargest(SEQUENCES, placed, key=lambda number: placed[number]["kv_tokens"])
-    scale = max((one["placement"][-1][2] for one in placed.values()), default=1)
+    placed = {number: one for number, one in status.sequences.items() if one.placement}
+    longest = heapq.nlargest(SEQUENCES, placed, key=lambda number: placed[number].kv_tokens)
+    scale = max((one.placement[-1].stop for one in placed.values()), default=1)
     rows = []
     for number in sorted(longest):
         one = placed[number]
-        words = f"{one['kv_tokens']:,} tokens, {one['state']}"
+        words = f"{one.kv_tokens:,} tokens, {one.state}"
         picture = pictures.strip(_pieces(one, colour), colour, scale)
         rows.append((names.get(number, f"request {number}"), picture, words))
-    more = len(status["sequences"]) - len(rows)
+    more = len(status.sequences) - len(rows)
     return pictures.table(rows) + (f"and {counted(more, 'more request')}" if more else "")
 
 
-def _pieces(sequence: dict[str, Any], colour: dict[str, str]) -> list[Piece]:
+def _pieces(sequence: SequenceStatus, colour: dict[str, str]) -> list[Piece]:
     """Spans of a sequence; workers that were lost meanwhile get a colour, too."""
-    pieces = [Piece(worker, start, stop) for worker, start, stop in sequence["placement"]]
+    pieces = [Piece(span.worker, span.start, span.stop) for span in sequence.placement]
     for piece in pieces:
         colour.setdefault(piece.worker, pictures.PALETTE[-1])
     return pieces

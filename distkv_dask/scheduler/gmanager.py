@@ -34,6 +34,7 @@ from distkv_dask.messages.names import (
     pack,
     unpack,
 )
+from distkv_dask.messages.status import OpenEngine
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.dashboard.board import Board
@@ -226,21 +227,24 @@ class GManager(SchedulerPlugin):
         """New tokens and ends but for the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
         return pack(await self._engine(engine).take_events(handle, heard, wait))
 
-    def status(self, engine: str) -> dict[str, Any]:
-        """What ``Engine.status`` shows."""
-        return self._engine(engine).status()
+    def status(self, engine: str) -> Any:
+        """The engine's status (packed)."""
+        return pack(self._engine(engine).status())
 
     def enter_span(self, engine: str, span: DaskSpan | None) -> None:
         """Let an engine's tasks belong to a Dask span from now on."""
         state = self._engine(engine)
         state.span = span and {"name": tuple(span["name"]), "ids": tuple(span["ids"])}
 
-    def list_engines(self) -> dict[str, dict[str, Any]]:
-        """The status of every engine, whoever opened it, by its id; with its model and its client's id."""
-        return {
-            name: {"model": state.spec.model, "dtype": state.spec.dtype, "client": state.client, **state.status()}
-            for name, state in self.engines.items()
-        }
+    def list_engines(self, version: str = "") -> Any:
+        """Every engine, whoever opened it, by its id (packed); a client of another version could not read it."""
+        _check_version(version)
+        return pack(
+            {
+                name: OpenEngine(state.spec.model, state.spec.dtype, state.client, state.status())
+                for name, state in self.engines.items()
+            }
+        )
 
     def graph(self, engine: str, tokens: int, granularity: str) -> Any:
         """The graph (packed) of a decode step of a sequence with room for ``tokens`` tokens, if it were placed now."""

@@ -35,7 +35,7 @@ def tiny(client: Client) -> Engine:
 async def settled(engine: Engine, requests: int) -> None:
     """Wait until so many requests and documents are left."""
     for _ in range(200):
-        if len((await engine.status())["sequences"]) == requests:
+        if len((await engine.status()).sequences) == requests:
             return
         await asyncio.sleep(0.05)
     raise AssertionError(await engine.status())
@@ -52,7 +52,7 @@ async def test_a_handle_answers_alike_and_its_end_is_nobody_elses(
             assert (other.config, other.dtype, other.model) == (engine.config, engine.dtype, engine.model)
             assert list((await other.generate([PROMPT], FEW))[0].token_ids) == expected()
             document = await other.ingest(PROMPT)
-            assert document.number in (await engine.status())["sequences"]
+            assert document.number in (await engine.status()).sequences
             assert list(engine.documents()) == ["own"]
             kept = await third.ingest(PROMPT, name="kept")
             running = other.submit(PROMPT, LONG)
@@ -158,13 +158,13 @@ def test_a_killed_process_leaves_nothing_of_its_handle_and_the_engine_goes_on() 
             try:
                 assert any("asked" in line for line in process.stdout)
                 deadline = time.monotonic() + 30
-                while len(engine.status()["sequences"]) < 2:  # submit returns before the request is there
+                while len(engine.status().sequences) < 2:  # submit returns before the request is there
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
             finally:
                 os.kill(process.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while engine.status()["sequences"]:
+        while engine.status().sequences:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert list(engine.generate([PROMPT], FEW)[0].token_ids) == expected()

@@ -107,19 +107,19 @@ async def test_several_questions_about_a_row_compute_its_text_once(
     questions = ["Who?", "What?", "Why?"]
     async with tiny(client) as engine:
         expected = await plain(engine, [f"{text}\n\n{asked}" for text in texts for asked in sorted(questions)])
-        before = (await engine.status())["totals"]["prefilled_tokens"]
+        before = (await engine.status()).totals["prefilled_tokens"]
         table = pa.table({"text": [*texts, None, " "]})
         done = await engine.process(table, questions=questions, out=out, sampling=FEW, keep=[])
         assert (done.rows, done.errors) == (21, 6)
         found = answers(out)
         assert [one["answer"] for one in found if one["error"] is None] == [one.text for one in expected]
         assert all(one["reused_tokens"] > 100 for one in found if one["error"] is None)
-        assert (await engine.status())["totals"]["prefilled_tokens"] - before < 0.6 * before
+        assert (await engine.status()).totals["prefilled_tokens"] - before < 0.6 * before
         for _ in range(100):
-            if not (status := await engine.status())["sequences"]:
+            if not (status := await engine.status()).sequences:
                 break
             await asyncio.sleep(0.05)
-        assert status["sequences"] == {}
+        assert status.sequences == {}
 
 
 @engine_test(workers=1)

@@ -85,3 +85,4 @@ def test_a_folder_and_a_parquet_file_give_the_answers_of_generate(tmp_path: Path
         assert engine.id in done.output, done.output
         found = json.loads(call("status", "--json", "--scheduler", cluster.scheduler_address).output)
         assert found[engine.id]["totals"]["finished_length"] == 22
+        assert list(found[engine.id]) == ["model", "dtype", "client", *engine.status().as_dict()]

@@ -68,7 +68,7 @@ def test_every_source_gives_the_answers_of_plain_requests_in_its_order(kind: str
             lazy = await engine.process(SOURCES[kind](tmp_path), sampling=FEW)
             assert isinstance(lazy, dd.DataFrame)
             assert lazy.npartitions > 1
-            assert not (await engine.status())["totals"].get("finished_length"), "nothing was asked yet"
+            assert not (await engine.status()).totals.get("finished_length"), "nothing was asked yet"
             frame = await computed(client, lazy)
             assert frame["answer"].tolist() == await plain(engine, TEXTS)
             if kind in ("pandas", "dask"):
@@ -78,7 +78,7 @@ def test_every_source_gives_the_answers_of_plain_requests_in_its_order(kind: str
                 assert frame["path"].tolist() == [f"{number}.txt" for number in range(9)]
             elif kind != "texts":
                 assert [str(one) for one in frame["id"]] == FRAME["id"].tolist()
-            assert not (await engine.status())["sequences"]
+            assert not (await engine.status()).sequences
 
     run()
 
@@ -135,13 +135,13 @@ async def test_a_computation_that_is_cancelled_stops_asking(
     async with Engine(client, str(text_model_dir()), window_steps=2, **TINY) as engine:
         lazy = await engine.process(FRAME, sampling=SamplingParams(max_new_tokens=700, ignore_eos=True))
         future = client.compute(lazy)
-        while not (await engine.status())["sequences"]:
+        while not (await engine.status()).sequences:
             await asyncio.sleep(0.05)
         await future.cancel()
         for _ in range(200):
-            if not (await engine.status())["sequences"]:
+            if not (await engine.status()).sequences:
                 break
             await asyncio.sleep(0.05)
         status = await engine.status()
-        assert not status["sequences"]
-        assert not status["totals"].get("finished_length")
+        assert not status.sequences
+        assert not status.totals.get("finished_length")

@@ -80,9 +80,9 @@ def test_engine_and_document_show_where_their_kv_lies_until_they_are_closed() ->
         html = engine._repr_html_()
         said = "".join(parsed(html).itertext())
         assert EVIL in said
-        assert all(worker in said for worker in engine.status()["workers"])
-        placement = engine.status()["sequences"][document.number]["placement"]
-        assert len({worker for worker, *_ in placement}) == 2
+        assert all(worker in said for worker in engine.status().workers)
+        placement = engine.status().sequences[document.number].placement
+        assert len({span.worker for span in placement}) == 2
         shown = document._repr_html_()
         assert shown.count("<rect") == len(placement)
         assert f"{document.tokens:,} tokens" in "".join(parsed(shown).itertext())

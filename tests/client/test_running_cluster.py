@@ -18,6 +18,7 @@ from distkv_dask.client.bench_plot import plot
 from distkv_dask.client.cli import main
 from distkv_dask.client.commands import running, status
 from distkv_dask.client.commands.connect import local_cluster
+from distkv_dask.version import VERSION
 from tests._models import model_dir, prompt_ids
 
 TINY = {"dtype": "float32", "kv_memory": "4 MiB"}
@@ -76,6 +77,17 @@ def test_a_watched_cluster_that_ends_is_an_error_on_one_line(monkeypatch: pytest
     assert done.exit_code == 1, done.output
     assert "Traceback" not in done.output
     assert isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.parametrize("command", ["status", "documents"])
+def test_a_scheduler_of_another_version_is_named_with_both_versions(
+    address: str, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    with Client(address) as client, Engine(client, str(model_dir("llama-gqa")), block_tokens=8, **TINY):
+        monkeypatch.setattr(running, "VERSION", "0.0.1")
+        done = call(command, "--scheduler", address)
+    assert done.exit_code == 1, done.output
+    assert f"client runs distkv-dask 0.0.1, the scheduler {VERSION}" in done.output
 
 
 def test_help_names_only_options_that_the_command_uses() -> None:

@@ -88,9 +88,9 @@ def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monk
         (tmp_path / "in.jsonl").write_text('{"text": "Gravity pulls."}')
         batch = partial(engine.process, tmp_path / "in.jsonl", question="Who?", sampling=LONG)
         with ThreadPoolExecutor(1) as pool:
-            before = len(engine.status()["sequences"])
+            before = len(engine.status().sequences)
             batching = pool.submit(batch, out=tmp_path / "begun")
-            while len(engine.status()["sequences"]) == before:
+            while len(engine.status().sequences) == before:
                 assert not batching.done(), batching.exception()
             scheduler.kill()
             assert_refused(batching.result)

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
             short = [engine.submit(prompt_ids(40, seed), SamplingParams(max_new_tokens=4)) for seed in range(3)]
             await asyncio.gather(*short)
             long = engine.submit(prompt_ids(300), SamplingParams(max_new_tokens=80, ignore_eos=True))
-            while not (placed := (await engine.status())["sequences"]) or not next(iter(placed.values()))["placement"]:
+            while not (placed := (await engine.status()).sequences) or not next(iter(placed.values())).placement:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(browser.get, f"{address}/distkv")
             await until(lambda: data("memory")["label"])
@@ -116,11 +117,12 @@ def test_every_panel_shows_what_the_engine_says_and_the_page_says_when_it_is_clo
             bars = await asyncio.to_thread(data, "memory")
             assert sum(bars["documents"]) == blocks_of(document.tokens, 8)
             for at, label in enumerate(bars["label"]):
-                facts = status["workers"][scheduler.workers[workers[int(label)].address].address]
-                assert sum(facts["blocks"].values()) == facts["capacity_blocks"]
-                assert {part: bars[part][at] for part in facts["blocks"]} == facts["blocks"]
+                facts = status.workers[scheduler.workers[workers[int(label)].address].address]
+                blocks = asdict(facts.blocks)
+                assert sum(blocks.values()) == facts.capacity_blocks
+                assert {part: bars[part][at] for part in blocks} == blocks
             debts = await asyncio.to_thread(data, "debts")
-            assert sum(debts["blocks"]) == sum(blocks for _, _, blocks in status["debts"]) > 0
+            assert sum(debts["blocks"]) == sum(debt.blocks for debt in status.debts) > 0
             keep.cancel()
         headline = "return Bokeh.documents[0].get_model_by_name('distkv-headline').text"
         await until(lambda: "No engine is open" in browser.execute_script(headline))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Any
 
 import prometheus_client
@@ -45,7 +46,8 @@ async def test_status_json_is_what_the_engine_says(client: Client, scheduler: Sc
         await engine.generate([prompt_ids(40)], SHORT)
         shown = json.loads(await get(scheduler, "/distkv/status.json"))["engines"]
         assert set(shown) == {engine.id, other.id}
-        expected = json.loads(json.dumps(await engine.status()))
+        expected = json.loads(json.dumps((await engine.status()).as_dict()))
+        assert list(shown[engine.id]) == ["model", *expected]
         del expected["scheduler"]  # what it does changes from second to second
         assert {name: shown[engine.id][name] for name in expected} == expected
     assert json.loads(await get(scheduler, "/distkv/status.json")) == {"engines": {}}
@@ -62,14 +64,14 @@ async def test_metrics_agree_with_the_engine_and_outlive_it_as_counters(
             seen = await metrics(scheduler)
             status = await engine.status()
             assert value(seen["distkv_engines"]) == 2
-            for address, facts in status["workers"].items():
-                assert value(seen["distkv_blocks"], worker=address) == 2 * facts["capacity_blocks"]
-                parts = {one: value(seen["distkv_blocks"], worker=address, state=one) for one in facts["blocks"]}
-                own = (await other.status())["workers"][address]["blocks"]
-                assert parts == {one: facts["blocks"][one] + own[one] for one in own}
-            assert sum(facts["blocks"]["documents"] for facts in status["workers"].values()) == 3
+            for address, facts in status.workers.items():
+                assert value(seen["distkv_blocks"], worker=address) == 2 * facts.capacity_blocks
+                parts = {one: value(seen["distkv_blocks"], worker=address, state=one) for one in asdict(facts.blocks)}
+                own = (await other.status()).workers[address].blocks
+                assert parts == {one: getattr(facts.blocks, one) + getattr(own, one) for one in parts}
+            assert sum(facts.blocks.documents for facts in status.workers.values()) == 3
             assert value(seen["distkv_prompt_tokens"]) == 90 + document.tokens
-            assert value(seen["distkv_generated_tokens"]) == 12 == status["totals"]["generated_tokens"]
+            assert value(seen["distkv_generated_tokens"]) == 12 == status.totals["generated_tokens"]
             assert value(seen["distkv_requests_finished"], reason="length") == 2
             assert {one.labels["state"] for one in seen["distkv_requests"]} == {
                 "waiting", "aside", "prefill", "decode", "retiring", "saving", "spilling", "fetching"
@@ -77,7 +79,7 @@ async def test_metrics_agree_with_the_engine_and_outlive_it_as_counters(
             counts = [one for one in seen["distkv_first_token_seconds"] if one.name.endswith("_count")]
             assert counts[0].value == 2
         assert value((await metrics(scheduler))["distkv_generated_tokens"]) == 12
-        assert not (await other.status())["sequences"]
+        assert not (await other.status()).sequences
     assert await metrics(scheduler) == {}
     assert not [one for one in prometheus_client.REGISTRY._collector_to_names if "distkv" in type(one).__module__]
 

@@ -39,8 +39,8 @@ def test_synchronous_use_from_a_plain_script() -> None:
         assert pieces.completion is not None
         assert pieces.completion.token_ids == expected
         status = engine.status()
-        assert len(status["workers"]) == 2
-        assert status["sequences"] == {}
+        assert len(status.workers) == 2
+        assert status.sequences == {}
         assert "open" in repr(engine)
     with pytest.raises(EngineClosedError):
         engine.generate([prompt])
@@ -84,7 +84,7 @@ async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
     async with tiny(client, window_steps=4) as engine:
         keeps = engine.submit(prompt_ids(30, seed=1), SamplingParams(max_new_tokens=40, ignore_eos=True))
         decoding, waiting = engine.submit(prompt_ids(40), LONG), engine.submit(prompt_ids(2000), LONG)
-        while not any(one["generated_tokens"] for one in (await engine.status())["sequences"].values()):
+        while not any(one.generated_tokens for one in (await engine.status()).sequences.values()):
             assert not decoding.done()
             await asyncio.sleep(0.02)
         assert decoding.cancel()
@@ -96,15 +96,15 @@ async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool for worker in workers]
         for _ in range(200):  # the ledger knows first, the pools when the message comes
             status = await engine.status()
-            ledger = [status["workers"][worker.address] for worker in workers]
-            left = [pool.used_blocks - one["blocks"]["cached"] for pool, one in zip(pools, ledger, strict=True)]
-            if not any(left) and not any(one["used_blocks"] for one in ledger):
+            ledger = [status.workers[worker.address] for worker in workers]
+            left = [pool.used_blocks - one.blocks.cached for pool, one in zip(pools, ledger, strict=True)]
+            if not any(left) and not any(one.used_blocks for one in ledger):
                 break
             await asyncio.sleep(0.05)
-        assert status["sequences"] == {}
-        assert not any(one["used_blocks"] for one in ledger)
+        assert status.sequences == {}
+        assert not any(one.used_blocks for one in ledger)
         assert not any(left)
-        assert sum(one["blocks"]["cached"] for one in ledger) == (30 + 39) // 8, "of the one that was not cancelled"
+        assert sum(one.blocks.cached for one in ledger) == (30 + 39) // 8, "of the one that was not cancelled"
 
 
 @engine_test()
@@ -114,16 +114,16 @@ async def test_status_shows_where_a_running_sequence_lies(
     async with tiny(client, kv_memory="1 MiB", window_steps=4) as engine:
         running = engine.submit(prompt_ids(150), SamplingParams(max_new_tokens=500, ignore_eos=True))
         status = await engine.status()
-        while not status["sequences"] or not status["sequences"][0]["generated_tokens"]:
+        while not status.sequences or not status.sequences[0].generated_tokens:
             assert not running.done()
             await asyncio.sleep(0.02)
             status = await engine.status()
-        one = status["sequences"][0]
-        assert one["state"] == "decode"
-        assert len(one["placement"]) > 1
-        assert one["home"] == one["placement"][-1][0]
-        assert sum(worker["lent_blocks"] for worker in status["workers"].values()) > 0
-        assert status["debts"]
+        one = status.sequences[0]
+        assert one.state == "decode"
+        assert len(one.placement) > 1
+        assert one.home == one.placement[-1].worker
+        assert sum(worker.lent_blocks for worker in status.workers.values()) > 0
+        assert status.debts
         running.cancel()
 
 
@@ -136,16 +136,16 @@ async def test_who_reads_along_gets_many_short_windows_and_who_does_not_few_long
     async with tiny(client, **settings) as engine:
         alone = await engine.submit(prompt, params)
         status = await engine.status()
-        assert status["totals"]["windows"] == 1
-        assert max(worker["window_seconds"] for worker in status["workers"].values()) == 60
+        assert status.totals["windows"] == 1
+        assert max(worker.window_seconds for worker in status.workers.values()) == 60
         pieces = engine.stream(prompt, params)
         async for _ in pieces:
             pass
         assert pieces.completion is not None
         assert pieces.completion.token_ids == alone.token_ids
         status = await engine.status()
-        assert status["totals"]["windows"] > 5
-        assert status["scheduler"]["task_seconds"] > 0
+        assert status.totals["windows"] > 5
+        assert status.scheduler.task_seconds > 0
 
 
 @engine_test()
@@ -189,7 +189,7 @@ async def test_closing_an_engine_cancels_what_is_running(
 @engine_test(workers=1)
 async def test_a_worker_that_joins_takes_requests(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
     async with tiny(client, kv_memory="256 KiB") as engine, Worker(scheduler.address, nthreads=1):
-        while len((await engine.status())["workers"]) < 2:
+        while len((await engine.status()).workers) < 2:
             await asyncio.sleep(0.05)
         prompt = prompt_ids(110)
         done = await engine.submit(prompt, SamplingParams(max_new_tokens=6, ignore_eos=True))
@@ -203,9 +203,9 @@ async def test_scaling_down_spares_workers_that_hold_blocks(
 ) -> None:
     async with tiny(client, window_steps=4) as engine:
         running = engine.submit(prompt_ids(40), SamplingParams(max_new_tokens=900, ignore_eos=True))
-        while not (sequences := (await engine.status())["sequences"]) or not sequences[0]["home"]:
+        while not (sequences := (await engine.status()).sequences) or not sequences[0].home:
             await asyncio.sleep(0.02)
-        home = sequences[0]["home"]
+        home = sequences[0].home
         states = list(scheduler.workers.values())
         spared = scheduler.plugins["distkv"].valid_workers_downscaling(scheduler, states)
         assert {state.address for state in spared} == {worker.address for worker in workers} - {home}
@@ -249,6 +249,6 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
         assert after[1] <= before[1]
         assert after[2] <= before[2] + channels
         status = await engine.status()
-        assert status["sequences"] == {}
-        assert not status["debts"]
+        assert status.sequences == {}
+        assert not status.debts
         assert not tasks()

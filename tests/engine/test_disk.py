@@ -46,7 +46,7 @@ def test_documents_take_turns_in_memory_and_answer_alike(damage: str) -> None:
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         async with engine_of(client, 7) as engine:
             documents = [await engine.ingest(ids) for ids in DOCUMENTS]
-            before = (await engine.status())["totals"]["prefilled_tokens"]
+            before = (await engine.status()).totals["prefilled_tokens"]
             for turn in range(6):
                 at = turn % 2
                 if damage != "none" and turn == 4:
@@ -62,13 +62,13 @@ def test_documents_take_turns_in_memory_and_answer_alike(damage: str) -> None:
                 done = await documents[at].ask(QUESTION, GREEDY)
                 assert list(done.token_ids) == expected[at], (turn, done)
             status = await engine.status()
-            anew = status["totals"]["prefilled_tokens"] - before
+            anew = status.totals["prefilled_tokens"] - before
             assert (anew > 6 * 12) == (damage != "none"), "documents come back from disk, if that is whole"
-            assert status["totals"]["spill_events"] >= 2
-            assert status["totals"]["restore_events"] >= 4
+            assert status.totals["spill_events"] >= 2
+            assert status.totals["restore_events"] >= 4
             for file in files_on(workers):
                 assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-            disks = {worker: one["disk_bytes"] for worker, one in status["workers"].items()}
+            disks = {worker: one.disk_bytes for worker, one in status.workers.items()}
             for worker in workers:
                 size = sum(file.stat().st_size for file in files_on((worker,)))
                 assert disks[worker.address] <= size < disks[worker.address] * 1.2 + 5000
@@ -76,7 +76,7 @@ def test_documents_take_turns_in_memory_and_answer_alike(damage: str) -> None:
                 await document.release()
             while files_on(workers):  # deleting is not answered; the test has a time limit
                 await asyncio.sleep(0.02)
-            assert not any(one["disk_bytes"] for one in (await engine.status())["workers"].values())
+            assert not any(one.disk_bytes for one in (await engine.status()).workers.values())
         assert not [one for worker in workers for one in Path(worker.local_directory).glob("distkv-*")]
 
     run()
@@ -102,11 +102,11 @@ def test_a_document_comes_back_to_another_worker_than_it_left(monkeypatch: pytes
             assert {Path(file).parents[1] for file in files_on(workers)} == {
                 Path(worker.local_directory) for worker in workers if worker.address == left
             }
-            before = (await engine.status())["totals"]["prefilled_tokens"]
+            before = (await engine.status()).totals["prefilled_tokens"]
             scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # nothing new goes there
             done = await document.ask(QUESTION, GREEDY)
             assert list(done.token_ids) == expected
-            assert (await engine.status())["totals"]["prefilled_tokens"] - before == 9, "only the question was computed"
+            assert (await engine.status()).totals["prefilled_tokens"] - before == 9, "only the question was computed"
 
     run()
     assert sum(asked) > 0, "blocks were asked of the worker that has them"
@@ -119,12 +119,12 @@ async def test_an_urgent_request_is_answered_first_and_the_other_goes_on(
     prompts = prompt_ids(200, seed=2), prompt_ids(40, seed=3)
     async with engine_of(client, 20, window_steps=4) as engine:
         first = engine.submit(prompts[0], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        while not (await engine.status())["sequences"].get(0, {}).get("generated_tokens", 0):
+        while not any(one.generated_tokens for one in (await engine.status()).sequences.values()):
             await asyncio.sleep(0.01)
         urgent = await engine.submit(prompts[1], SamplingParams(max_new_tokens=8, ignore_eos=True, priority=1))
         assert not first.done()
         done = await first
-        totals = (await engine.status())["totals"]
+        totals = (await engine.status()).totals
     assert list(urgent.token_ids) == reference(prompts[1], 8)
     assert list(done.token_ids) == reference(prompts[0], 100)
     assert totals["spill_events"] == totals["restore_events"] == 2, "it lay on both workers"
@@ -142,12 +142,12 @@ def test_a_request_whose_disk_is_killed_with_its_worker_is_answered_all_the_same
         client.run(gc.freeze)
         first = engine.submit(prompts[0], SamplingParams(max_new_tokens=240, ignore_eos=True))
         deadline = time.monotonic() + 60
-        while not engine.status()["sequences"].get(0, {}).get("generated_tokens", 0):
+        while not any(one.generated_tokens for one in engine.status().sequences.values()):
             assert time.monotonic() < deadline
         urgent = engine.submit(prompts[1], SamplingParams(max_new_tokens=200, ignore_eos=True, priority=1))
-        while (status := engine.status())["sequences"][0]["state"] != "waiting":
+        while (status := engine.status()).sequences[0].state != "waiting":
             assert time.monotonic() < deadline, status
-        disks = {worker for worker, one in status["workers"].items() if one["disk_bytes"]}
+        disks = {worker for worker, one in status.workers.items() if one.disk_bytes}
         assert disks
         os.kill(client.run(os.getpid, workers=[worker := min(disks)])[worker], signal.SIGKILL)
         assert list(urgent.result(timeout=90).token_ids) == reference(prompts[1], 200)

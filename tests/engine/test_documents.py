@@ -14,6 +14,7 @@ from distkv_dask import (
     Document,
     Engine,
     EngineClosedError,
+    EngineStatus,
     InvalidRequestError,
     SamplingParams,
     SourceError,
@@ -41,8 +42,8 @@ def wanted(model: str = "llama-gqa", questions: list[list[int]] = QUESTIONS, new
     return [reference_generate(model_dir(model), [prompt], new)[0].tokens for prompt in prompts]
 
 
-def used_blocks(status: dict[str, dict[str, dict[str, int]]]) -> int:
-    return sum(one["used_blocks"] for one in status["workers"].values())
+def used_blocks(status: EngineStatus) -> int:
+    return sum(one.used_blocks for one in status.workers.values())
 
 
 def pools(engine: Engine, *workers: Worker) -> int:
@@ -108,11 +109,11 @@ async def test_the_blocks_of_a_document_are_there_once_and_freed_with_its_last_q
         assert engine.documents() == {"a hundred": document}
         assert used_blocks(await engine.status()) == pools(engine, *workers) == 12
         running = [document.submit(question, LONG) for question in QUESTIONS[:2]]
-        while sum(one["generated_tokens"] > 4 for one in (await engine.status())["sequences"].values()) < 2:
+        while sum(one.generated_tokens > 4 for one in (await engine.status()).sequences.values()) < 2:
             await asyncio.sleep(0.02)
         own = sum(-(-(100 + len(question) + 1999 - 96) // 8) for question in QUESTIONS[:2])
         assert used_blocks(await engine.status()) == pools(engine, *workers) == 12 + own
-        homes = {one["home"] for one in (await engine.status())["sequences"].values() if one["state"] == "decode"}
+        homes = {one.home for one in (await engine.status()).sequences.values() if one.state == "decode"}
         assert len(homes) == 1
         await document.release()
         assert engine.documents() == {}
@@ -123,7 +124,7 @@ async def test_the_blocks_of_a_document_are_there_once_and_freed_with_its_last_q
         assert pools(engine, *workers) >= 12
         running[1].cancel()
         assert await emptied(engine, *workers)
-        assert (await engine.status())["sequences"] == {}
+        assert (await engine.status()).sequences == {}
 
 
 @engine_test(workers=2)
@@ -192,15 +193,15 @@ async def test_a_document_survives_a_worker_that_leaves_and_one_that_dies(
     memory = 20 * block_bytes("llama-gqa")
     async with Engine(client, str(model_dir("llama-gqa")), kv_memory=memory, **SMALL) as engine:
         document = await engine.ingest(DOCUMENT)
-        placement = (await engine.status())["sequences"][document.number]["placement"]
-        first, last = placement[0][0], placement[-1][0]
+        placement = (await engine.status()).sequences[document.number].placement
+        first, last = placement[0].worker, placement[-1].worker
         await client.retire_workers([first])
         assert first not in scheduler.workers
         done = await document.ask(QUESTIONS, GREEDY)
         assert [list(one.token_ids) for one in done] == expected
         assert all(one.reused_tokens == 96 for one in done)
-        placement = (await engine.status())["sequences"][document.number]["placement"]
-        (holder,) = [worker for worker in workers if worker.address == placement[-1][0]]
+        placement = (await engine.status()).sequences[document.number].placement
+        (holder,) = [worker for worker in workers if worker.address == placement[-1].worker]
         await holder.close()
         done = await document.ask(QUESTIONS, GREEDY)
         assert [list(one.token_ids) for one in done] == expected
@@ -247,7 +248,7 @@ async def test_short_documents_are_answered_too(client: Client, scheduler: Sched
             ]
             assert [list(one.token_ids) for one in done] == expected
             assert [one.reused_tokens for one in done] == [0, 0]
-        assert (await engine.status())["sequences"] == {}
+        assert (await engine.status()).sequences == {}
 
 
 @engine_test(workers=1)

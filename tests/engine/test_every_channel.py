@@ -64,7 +64,7 @@ def answers(client: Client, model: str, channel: str) -> dict[str, Any]:
         return {
             "tokens": [list(one.token_ids) for one in done],
             "workers": len(done[0].placement),
-            "told": [worker["channels"] for worker in engine.status()["workers"].values()],
+            "told": [worker.channels for worker in engine.status().workers.values()],
             "opened": sorted(set().union(*client.run(kinds, engine.id).values())),
         }
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
-from distkv_dask import Engine, EngineClosedError, SamplingParams
+from distkv_dask import Engine, EngineClosedError, SamplingParams, SequenceStatus
 from tests._cluster import PROTOCOL
 from tests._models import model_dir, prompt_ids, reference_generate
 
@@ -45,12 +45,12 @@ def pid(client: Client, worker: str) -> int:
     return client.run(os.getpid, workers=[worker])[worker]
 
 
-def decoding(engine: Engine) -> dict[int, dict[str, Any]]:
+def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
     """Wait until every sequence is decoding, and return them."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        sequences = engine.status()["sequences"]
-        if sequences and all(one["generated_tokens"] > 1 for one in sequences.values()):
+        sequences = engine.status().sequences
+        if sequences and all(one.generated_tokens > 1 for one in sequences.values()):
             return sequences
         time.sleep(0.05)
     raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")
@@ -62,19 +62,19 @@ def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str) -
     with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **TINY) as engine:  # 680 tokens a worker
         wide = engine.submit(WIDE, LONG)
         sequences = decoding(engine)
-        span = sequences[0]["placement"][-1 if victim == "home" else 0]
-        assert len(sequences[0]["placement"]) == 2
-        os.kill(pid(client, span[0]), signal.SIGKILL)
+        span = sequences[0].placement[-1 if victim == "home" else 0]
+        assert len(sequences[0].placement) == 2
+        os.kill(pid(client, span.worker), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens
         assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
         assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
-        assert engine.status()["totals"]["repair_events"] == 1
+        assert engine.status().totals["repair_events"] == 1
         deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
-        while len(engine.status()["workers"]) < 3:
+        while len(engine.status().workers) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert [list(one.token_ids) for one in engine.generate([prompt] * 6, SHORT)] == [expected] * 6
-        assert all(one["used_blocks"] == 0 for one in engine.status()["workers"].values())
+        assert all(one.used_blocks == 0 for one in engine.status().workers.values())
 
 
 def test_what_was_drawn_and_streamed_before_a_worker_died_is_drawn_and_streamed_once(client: Client) -> None:
@@ -83,32 +83,32 @@ def test_what_was_drawn_and_streamed_before_a_worker_died_is_drawn_and_streamed_
         undisturbed = engine.submit(WIDE, drawn).result(120)
         pieces = engine.stream(WIDE, drawn)
         (sequence,) = decoding(engine).values()
-        os.kill(pid(client, sequence["placement"][0][0]), signal.SIGKILL)
+        os.kill(pid(client, sequence.placement[0].worker), signal.SIGKILL)
         assert "".join(pieces) == undisturbed.text
-        assert engine.status()["totals"]["repair_events"] == 1
+        assert engine.status().totals["repair_events"] == 1
 
 
 def test_requests_that_share_a_gang_with_a_killed_holder_go_on_unchanged(client: Client) -> None:
     with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **TINY) as engine:
         wide = engine.submit(WIDE, LONG)  # home and most of it on one worker, the rest on another
-        placement = decoding(engine)[0]["placement"]
-        home, holder = placement[-1][0], placement[0][0]
+        placement = decoding(engine)[0].placement
+        home, holder = placement[-1].worker, placement[0].worker
         prompt, new = prompt_ids(30, seed=5), 150
         others = [engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)) for _ in range(2)]
         sequences = decoding(engine)
-        assert holder not in {one["home"] for number, one in sequences.items() if number}
+        assert holder not in {one.home for number, one in sequences.items() if number}
         os.kill(pid(client, holder), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
         assert [list(one.result(60).token_ids) for one in others] == [expected] * 2
         assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
-        assert home in engine.status()["workers"]
+        assert home in engine.status().workers
 
 
 def test_a_frozen_holder_is_noticed_by_the_receive_time_limit(client: Client) -> None:
     settings = TINY | {"timeout_receive": 1, "timeout_start": 2}
     with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **settings) as engine:
         wide = engine.submit(WIDE, LONG)
-        holder = decoding(engine)[0]["placement"][0][0]
+        holder = decoding(engine)[0].placement[0].worker
         process = pid(client, holder)
         os.kill(process, signal.SIGSTOP)
         try:
@@ -133,7 +133,7 @@ def test_a_holder_that_freezes_between_windows_is_noticed_by_dasks_own_limit() -
         os.kill(process, signal.SIGSTOP)
         again = engine.submit(prompt_ids(900), SHORT)  # distkv.timeouts.start is five minutes
         assert again.result(120).token_ids == first.token_ids  # once the nanny has a worker in the frozen one's place
-        assert engine.status()["totals"]["repair_events"] == 1
+        assert engine.status().totals["repair_events"] == 1
         assert engine.submit(prompt_ids(10), SHORT).result(60).finish_reason == "length"
 
 

@@ -177,15 +177,15 @@ async def test_cancelling_and_closing_in_the_middle_leave_nothing(
 ) -> None:
     async with tiny(client, window_steps=4) as engine:
         cancelled, closed = engine.submit(prompt_ids(600), LONG), engine.submit(prompt_ids(20), LONG)
-        while (await engine.status())["totals"].get("decode_steps", 0) < 3:
+        while (await engine.status()).totals.get("decode_steps", 0) < 3:
             assert not cancelled.done()
             await asyncio.sleep(0.02)
         cancelled.cancel()
         for _ in range(100):
-            if len((await engine.status())["sequences"]) == 1:
+            if len((await engine.status()).sequences) == 1:
                 break
             await asyncio.sleep(0.05)
-        assert len((await engine.status())["sequences"]) == 1
+        assert len((await engine.status()).sequences) == 1
         assert not closed.done()
     assert closed.cancelled()
 
@@ -201,14 +201,14 @@ def test_a_killed_worker_costs_a_request_no_token(victim: str) -> None:
         tiny(client, kv_memory="2 MiB", window_steps=4) as engine,
     ):
         wide = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
-        while not (sequences := engine.status()["sequences"]) or sequences[0]["generated_tokens"] < 3:
+        while not (sequences := engine.status().sequences) or sequences[0].generated_tokens < 3:
             assert not wide.done()
             time.sleep(0.05)
-        worker = sequences[0]["placement"][-1 if victim == "home" else 0][0]
+        worker = sequences[0].placement[-1 if victim == "home" else 0].worker
         os.kill(client.run(os.getpid, workers=[worker])[worker], signal.SIGKILL)
         assert list(wide.result(120).token_ids) == expected
-        assert engine.status()["totals"]["repair_events"] == 1
-        assert all(one["used_blocks"] == 0 for one in engine.status()["workers"].values())
+        assert engine.status().totals["repair_events"] == 1
+        assert all(one.used_blocks == 0 for one in engine.status().workers.values())
 
 
 def test_answers_that_nobody_waits_for_are_refused() -> None:

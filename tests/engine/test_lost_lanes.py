@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from distkv_dask import Engine, SamplingParams
+from distkv_dask import Engine, SamplingParams, SequenceStatus
 from distkv_dask.scheduler.engines import engine as engine_state
 from distkv_dask.worker.lanes import Lanes
 from tests._cluster import engine_test
@@ -59,10 +59,10 @@ async def until(call: Callable[[], Any]) -> Any:
     raise AssertionError("it did not happen in time")
 
 
-async def decoding(engine: Engine) -> dict[str, Any] | None:
+async def decoding(engine: Engine) -> SequenceStatus | None:
     """The sequence, once it decodes."""
-    for one in (await engine.status())["sequences"].values():
-        if one["generated_tokens"] > 1:
+    for one in (await engine.status()).sequences.values():
+        if one.generated_tokens > 1:
             return one
     return None
 
@@ -77,8 +77,8 @@ def test_a_lane_that_ends_costs_a_request_no_token_and_is_started_again(
         async with Engine(client, str(model_dir("llama-gqa")), prefix_cache=False, **TINY) as engine:
             wide = engine.submit(WIDE, LONG)
             sequence = await until(lambda: decoding(engine))
-            assert len(sequence["placement"]) == 2
-            address = sequence["placement"][-1 if member == "home" else 0][0]
+            assert len(sequence.placement) == 2
+            address = sequence.placement[-1 if member == "home" else 0].worker
             (victim,) = [worker for worker in workers if worker.address == address]
             before = lanes_of(victim)
             assert before is not None
@@ -93,15 +93,15 @@ def test_a_lane_that_ends_costs_a_request_no_token_and_is_started_again(
             done = await engine.generate([WIDE] * 2, SHORT)
             assert [list(one.token_ids) for one in done] == [expected] * 2
             status = await engine.status()
-            assert not any(one["used_blocks"] for one in status["workers"].values())
+            assert not any(one.used_blocks for one in status.workers.values())
             await until(lambda: not any(map(partial(blocks, engine), workers)))
-            assert (status["totals"]["loss_events"], status["totals"]["repair_events"]) == (1, 1)
+            assert (status.totals["loss_events"], status.totals["repair_events"]) == (1, 1)
 
     run()
 
 
 async def _opened(engine: Engine, workers: int) -> bool:
-    return len((await engine.status())["workers"]) == workers
+    return len((await engine.status()).workers) == workers
 
 
 @engine_test(workers=2)
@@ -123,7 +123,7 @@ async def test_lanes_that_end_again_and_again_are_not_started_for_ever(
         await until(lambda: victim.address not in state.facts and lanes_of(victim) is None)
         done = await engine.generate([prompt_ids(30)], SHORT)
         assert list(done[0].token_ids) == reference_generate(model_dir("llama-gqa"), [prompt_ids(30)], 8)[0].tokens
-        assert list((await engine.status())["workers"]) == [workers[1].address]
+        assert list((await engine.status()).workers) == [workers[1].address]
 
 
 @engine_test(workers=2)

@@ -12,7 +12,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 from distributed.comm.core import CommClosedError
 
-from distkv_dask import CapacityError, Engine, SamplingParams
+from distkv_dask import CapacityError, Engine, SamplingParams, SequenceStatus
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
@@ -61,7 +61,7 @@ def test_random_blocks_move_between_random_workers_all_the_time_and_tokens_stay(
             done = await engine.generate(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
             assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
             assert state.life.moves.moved_blocks > 5
-            assert all(one["used_blocks"] == 0 for one in (await engine.status())["workers"].values())
+            assert all(one.used_blocks == 0 for one in (await engine.status()).workers.values())
             cached = [state.life.ledger.workers[worker.address].cached for worker in workers]
             for _ in range(200):  # the last releases are on their way
                 pools = [one.runtime.pool.used_blocks for worker in workers for one in open_on(worker)]
@@ -77,11 +77,11 @@ def open_on(worker: Worker) -> list[Any]:
     return list(worker.plugins["distkv"].engines.values())
 
 
-async def decoding(engine: Engine, sequence: int = 0) -> dict[str, Any]:
+async def decoding(engine: Engine, sequence: int = 0) -> SequenceStatus:
     """Wait until a sequence decodes, and return its status."""
     while True:
-        one = (await engine.status())["sequences"].get(sequence)
-        if one is not None and one["generated_tokens"] > 1:
+        one = (await engine.status()).sequences.get(sequence)
+        if one is not None and one.generated_tokens > 1:
             return one
         await asyncio.sleep(0.01)
 
@@ -95,10 +95,10 @@ def test_a_retired_worker_is_emptied_first_and_its_request_goes_on_unchanged(whi
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         async with Engine(client, str(model_dir("llama-gqa")), window_steps=4, **SMALL) as engine:  # 680 tokens each
             running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
-            leaving = (await decoding(engine))["placement"][which][0]
+            leaving = (await decoding(engine)).placement[which].worker
             assert leaving in await client.retire_workers([leaving])
-            assert leaving not in (await engine.status())["workers"]
-            assert (await engine.status())["sequences"], "it went on"
+            assert leaving not in (await engine.status()).workers
+            assert (await engine.status()).sequences, "it went on"
             assert list((await running).token_ids) == expected
 
     run()
@@ -110,7 +110,7 @@ async def test_a_worker_whose_blocks_fit_nowhere_else_is_not_retired(
 ) -> None:
     async with Engine(client, str(model_dir("llama-gqa")), timeout_drain=0.3, window_steps=4, **SMALL) as engine:
         running = engine.submit(prompt_ids(50), SamplingParams(max_new_tokens=600, ignore_eos=True))
-        leaving = (await decoding(engine))["placement"][0][0]
+        leaving = (await decoding(engine)).placement[0].worker
         assert scheduler.workers_to_close(n=1) == []
         assert await client.retire_workers([leaving]) == {}
         assert (await running).finish_reason == "length"
@@ -151,7 +151,7 @@ def test_memory_workers_hold_a_context_three_times_as_large_as_the_homes_memory(
         memory = 110 * 3 * 2 * 2 * 64 * 4  # 110 tokens on each
         async with Engine(client, str(model_dir("llama-gqa")), **(SMALL | {"kv_memory": memory})) as engine:
             status = await engine.status()
-            assert sorted(one["role"] for one in status["workers"].values()) == [
+            assert sorted(one.role for one in status.workers.values()) == [
                 "instance",
                 "memory",
                 "memory",
@@ -176,8 +176,8 @@ def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str
     @engine_test(workers=3, memory=2, own_kv=[blocks * block for blocks in room])
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         async with Engine(client, str(model_dir("llama-gqa")), policy=policy, **SMALL) as engine:
-            status = (await engine.status())["workers"]
-            assert [status[worker.address]["capacity_blocks"] for worker in workers] == room
+            status = (await engine.status()).workers
+            assert [status[worker.address].capacity_blocks for worker in workers] == room
             sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
             done = await engine.generate(prompts, sampling)
             assert [list(one.token_ids) for one in done] == expected
@@ -205,13 +205,13 @@ def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_u
             running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
             await decoding(engine)
             async with Worker(scheduler.address, nthreads=1) as joined:
-                while len((await engine.status())["workers"]) < 2:
+                while len((await engine.status()).workers) < 2:
                     await asyncio.sleep(0.01)
                 model = state.life.policy.model
                 slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
                 state.life.know_costs(replace(model, curve=slow, curves={}))
                 assert list((await running).token_ids) == expected
-                assert (await engine.status())["totals"]["moved_blocks"] >= 128
+                assert (await engine.status()).totals["moved_blocks"] >= 128
                 assert (await running).placement[0].worker == joined.address
                 await client.retire_workers([joined.address])
 

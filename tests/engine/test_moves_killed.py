@@ -105,7 +105,7 @@ def test_a_worker_killed_in_mid_move_costs_no_token(
         wait_for(lambda: len(life.ledger.workers) == 2)
         assert life.moves.moved_blocks == 0, "the move was over before the kill"
         assert [list(one.result(120).token_ids) for one in (wide, short)] == [wide_tokens, short_tokens]
-        assert engine.status()["totals"]["repair_events"] == 1
+        assert engine.status().totals["repair_events"] == 1
         assert_nothing_is_left(client, life)
         again = engine.generate([WIDE, SHORT], SamplingParams(max_new_tokens=20, ignore_eos=True))
         assert [list(one.token_ids) for one in again] == [wide_tokens[:20], short_tokens[:20]]

@@ -24,21 +24,21 @@ def test_status_shows_each_workers_curve_timed_when_the_engine_opened(
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         async with Engine(client, str(model_dir("llama-gqa")), performance=setting, **SMALL) as engine:
             status = await engine.status()
-            curves = [status["workers"][worker.address]["performance"] for worker in workers]
-            assert [one["measured"] for one in curves] == [setting == "auto"] * 3
+            curves = [status.workers[worker.address].performance for worker in workers]
+            assert [one.measured for one in curves] == [setting == "auto"] * 3
             (state,) = scheduler.plugins["distkv"].engines.values()
             model = state.life.policy.model
-            assert [model.of(worker.address).step for worker in workers] == [one["step"] for one in curves]
+            assert [model.of(worker.address).step for worker in workers] == [one.step for one in curves]
             assert model.shape.kv_bytes == 3 * 2 * 2 * 64 * 4
             if setting == "auto":
-                assert curves[0]["step"] > 0
-                assert curves[2]["step"] == 0, "a memory worker runs no steps"
-                assert status["exchange_seconds"] >= 0
+                assert curves[0].step > 0
+                assert curves[2].step == 0, "a memory worker runs no steps"
+                assert status.exchange_seconds >= 0
             done = await engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
             assert done[0].error is None
             status = await engine.status()
-            assert all(one["used_blocks"] == 0 for one in status["workers"].values())
-            followed = [one["performance"]["slower"] != 1 for one in status["workers"].values()]
+            assert all(one.used_blocks == 0 for one in status.workers.values())
+            followed = [one.performance.slower != 1 for one in status.workers.values()]
             assert sum(followed) == (setting == "auto"), "only the home of the request, and only if it was timed"
         kept = list((tmp_path / "distkv-dask").rglob("*.json"))
         assert bool(kept) == (setting == "auto")

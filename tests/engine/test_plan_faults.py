@@ -32,11 +32,11 @@ def test_lost_blocks_of_one_request_fail_no_other_that_decodes_with_it(culprit: 
             sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
             running = [engine.submit(prompt, sampling) for prompt in prompts]
             while True:
-                sequences = (await engine.status())["sequences"]
-                if len(sequences) == 3 and all(one["generated_tokens"] > 1 for one in sequences.values()):
+                sequences = (await engine.status()).sequences
+                if len(sequences) == 3 and all(one.generated_tokens > 1 for one in sequences.values()):
                     break
                 await asyncio.sleep(0.01)
-            spread = [{worker for worker, *_ in sequences[at]["placement"]} for at in range(3)]
+            spread = [{span.worker for span in sequences[at].placement} for at in range(3)]
             assert spread == [{home.address}, {home.address}, {home.address, holder.address}]
             worker = home if culprit == SMALL else holder
             worker.plugins["distkv"].engines[engine.id].runtime.pool.free(culprit, 0, 1)

@@ -32,13 +32,13 @@ async def assert_pools_agree(engine: Engine, *workers: Worker) -> None:
     """No request is left, and every pool holds what the gManager takes for cached."""
     for _ in range(200):  # the last releases are on their way
         status = await engine.status()
-        cached = [status["workers"][worker.address]["blocks"]["cached"] for worker in workers]
+        cached = [status.workers[worker.address].blocks.cached for worker in workers]
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers]
-        if pools == cached and not status["sequences"]:
+        if pools == cached and not status.sequences:
             break
         await asyncio.sleep(0.02)
     assert pools == cached
-    assert not status["sequences"]
+    assert not status.sequences
 
 
 @pytest.mark.parametrize("granularity", ["window", "layer"])
@@ -104,7 +104,7 @@ async def test_without_the_cache_nothing_is_kept(client: Client, scheduler: Sche
             (done,) = await engine.generate([prompt_ids(50)], TWELVE)
             assert done.reused_tokens == 0
         await assert_pools_agree(engine, *workers)
-        assert not any(one["blocks"]["cached"] for one in (await engine.status())["workers"].values())
+        assert not any(one.blocks.cached for one in (await engine.status()).workers.values())
 
 
 @engine_test(workers=2)
@@ -117,7 +117,7 @@ async def test_a_worker_that_dies_takes_its_cached_blocks_along(
         (home,) = {span.worker for span in first.placement}
         there = {worker.address: worker for worker in workers}
         await there[home].close()
-        while len((await engine.status())["workers"]) > 1:
+        while len((await engine.status()).workers) > 1:
             await asyncio.sleep(0.02)
         (done,) = await engine.generate([prompt], TWELVE)
         assert right(prompt, done)

@@ -26,8 +26,8 @@ async def decoding(engine: Engine) -> None:
     """Wait until every worker decodes."""
     while True:
         status = await engine.status()
-        homes = {one["home"] for one in status["sequences"].values() if one["generated_tokens"] > 1}
-        if homes == {*status["workers"]}:
+        homes = {one.home for one in status.sequences.values() if one.generated_tokens > 1}
+        if homes == {*status.workers}:
             return
         await asyncio.sleep(0.01)
 
@@ -55,7 +55,7 @@ def test_requests_on_a_worker_that_closes_end_elsewhere(how: str) -> None:
             await decoding(engine)
             await end(a, engine.id, how)
             assert [list((await one).token_ids) for one in running] == expected()
-            assert list((await engine.status())["workers"]) == [b.address]
+            assert list((await engine.status()).workers) == [b.address]
             if how != "close":
                 await a.close()
 
@@ -71,7 +71,7 @@ def test_requests_on_workers_that_are_restarted_end_elsewhere() -> None:
     ):
         for _ in range(3):
             running = [engine.submit(prompt, SAMPLING) for prompt in PROMPTS]
-            while not any(one["generated_tokens"] > 1 for one in engine.status()["sequences"].values()):
+            while not any(one.generated_tokens > 1 for one in engine.status().sequences.values()):
                 pass
-            client.restart_workers([next(iter(engine.status()["workers"]))])
+            client.restart_workers([next(iter(engine.status().workers))])
             assert [list(one.result(120).token_ids) for one in running] == expected()

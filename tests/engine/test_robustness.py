@@ -26,7 +26,7 @@ def tiny(client: Client, **settings: Any) -> Engine:
 async def until_idle(engine: Engine) -> None:
     for _ in range(200):
         status = await engine.status()
-        if not status["sequences"] and not any(one["used_blocks"] for one in status["workers"].values()):
+        if not status.sequences and not any(one.used_blocks for one in status.workers.values()):
             return
         await asyncio.sleep(0.05)
     raise AssertionError(status)
@@ -50,7 +50,7 @@ async def test_a_worker_that_joins_while_an_engine_opens_opens_it_once(
     opening = asyncio.ensure_future(tiny(client))
     async with Worker(scheduler.address, nthreads=1) as late:
         engine = await opening
-        while len((await engine.status())["workers"]) < 2:
+        while len((await engine.status()).workers) < 2:
             await asyncio.sleep(0.02)
         prompt = prompt_ids(400)  # 340 tokens fit on a worker
         done = await engine.generate([prompt] * 3, TWO)

@@ -66,12 +66,12 @@ def test_a_document_gives_the_same_tokens_after_loading_on_another_number_of_wor
         async with engine_of(client, 30 if workers == 1 else 8) as engine:
             document = await engine.load(folder[place])
             assert engine.documents() == {"hundred": document}
-            assert (await engine.status())["totals"].get("prefilled_tokens", 0) == 0, "nothing was computed"
+            assert (await engine.status()).totals.get("prefilled_tokens", 0) == 0, "nothing was computed"
             done = await document.ask(QUESTIONS, GREEDY)
             assert [list(one.token_ids) for one in done] == expected
             assert [one.reused_tokens for one in done] == [96] * 3
             await document.release()
-            assert (await engine.status())["sequences"] == {}
+            assert (await engine.status()).sequences == {}
 
     run()
 
@@ -108,14 +108,14 @@ async def test_a_document_given_up_for_room_comes_back_from_its_files_or_its_tok
             await document.save(folder)
             for damaged in (False, True):
                 other = await engine.ingest(prompt_ids(120, seed=1))
-                computed = (await engine.status())["totals"].get("prefilled_tokens", 0)
-                assert (await engine.status())["sequences"][document.number]["state"] == "dropped"
+                computed = (await engine.status()).totals.get("prefilled_tokens", 0)
+                assert (await engine.status()).sequences[document.number].state == "dropped"
                 if damaged:
                     for file in Path(folder).glob("blocks-*"):
                         file.unlink()
                 done = await document.ask(QUESTIONS[1], GREEDY)
                 assert list(done.token_ids) == expected[1]
-                more = (await engine.status())["totals"].get("prefilled_tokens", 0) - computed
+                more = (await engine.status()).totals.get("prefilled_tokens", 0) - computed
                 assert more == (96 + 9 if damaged else 9)
                 await other.release()
 
@@ -166,10 +166,10 @@ def test_what_is_damaged_or_of_another_model_is_refused_with_the_reason(tmp_path
                     await engine.load(folder)
                 assert engine.documents() == {}
                 for _ in range(100):
-                    if not (await engine.status())["sequences"]:
+                    if not (await engine.status()).sequences:
                         break
                     await asyncio.sleep(0.05)
-                assert (await engine.status())["sequences"] == {}
+                assert (await engine.status()).sequences == {}
         async with engine_of(client, 40) as engine:
             document = await engine.load(tmp_path / "whole")
             with pytest.raises(SavedDocumentError, match="no place"):
@@ -196,12 +196,12 @@ def test_a_worker_that_dies_while_it_saves_costs_the_document_nothing(tmp_path: 
         with ThreadPoolExecutor(1) as pool:
             saving = pool.submit(document.save, tmp_path / "saved")
             deadline = time.monotonic() + 60
-            while not any(one["state"] == "saving" for one in engine.status()["sequences"].values()):
+            while not any(one.state == "saving" for one in engine.status().sequences.values()):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             os.kill(process, signal.SIGKILL)
             saving.result(120)
-        assert engine.status()["totals"]["loss_events"] == 1
+        assert engine.status().totals["loss_events"] == 1
         document.release()
         loaded = engine.load(tmp_path / "saved")
         assert [list(loaded.ask(question, GREEDY).token_ids) for question in QUESTIONS] == wanted()

@@ -39,9 +39,9 @@ def test_workers_of_a_tls_cluster_exchange_partials_and_say_how(
         done = engine.generate([PROMPT], PARAMS)[0]
         assert len(done.placement) == 2
         assert list(done.token_ids) == reference_generate(model_dir("llama-gqa"), [PROMPT], 8)[0].tokens
-        workers = engine.status()["workers"]
+        workers = engine.status().workers
         assert all(address.startswith("tls://") for address in workers)
-        assert all(one["channels"].startswith(rule) for one in workers.values())
+        assert all(one.channels.startswith(rule) for one in workers.values())
 
         found = client.run(_kinds, engine.id)
         assert set().union(*found.values()) == {opened}

@@ -57,7 +57,7 @@ def told_by(workers: tuple[Worker, ...]) -> defaultdict[str, float]:
 async def test_tasks_tell_dask_where_their_time_went(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
     async with Engine(client, str(text_model_dir()), **TINY) as engine:
         await engine.submit(prompt_ids(200), SamplingParams(max_new_tokens=30, ignore_eos=True))
-        totals = (await engine.status())["totals"]
+        totals = (await engine.status()).totals
         told = told_by(workers)
         computed = totals["decode_seconds"] - totals["waiting_seconds"] - totals["sending_seconds"]
         for _ in range(200):  # tasks tell when they end, which is after the request has ended

@@ -10,6 +10,7 @@ import click
 
 from distkv_dask.client.commands.options import running_option
 from distkv_dask.client.commands.running import look, running
+from distkv_dask.messages.status import EngineStatus, SequenceStatus
 
 STATES = {"document": "stored", "dropped": "given up; recomputed when it is next asked"}
 """What people call a document's states that have other names inside."""
@@ -25,7 +26,7 @@ def command(scheduler: str, as_json: bool) -> None:
     """List the documents of a cluster's engines: tokens, questions under way, and where their KV lies."""
     with running(scheduler) as client:
         _, engines = look(client)
-    found = [_row(engine, one) for engine, status in engines.items() for one in _documents(status)]
+    found = [_row(engine, one) for engine, opened in engines.items() for one in _documents(opened.status)]
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -45,20 +46,20 @@ def command(scheduler: str, as_json: bool) -> None:
     Console().print(table)
 
 
-def _documents(status: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in status["sequences"].values() if one["document"]]
+def _documents(status: EngineStatus) -> list[SequenceStatus]:
+    return [one for one in status.sequences.values() if one.document]
 
 
-def _row(engine: str, document: dict[str, Any]) -> dict[str, Any]:
+def _row(engine: str, document: SequenceStatus) -> dict[str, Any]:
     workers: Counter[str] = Counter()
-    for worker, start, stop in document["placement"]:
-        workers[worker] += stop - start
-    state = STATES.get(document["state"], document["state"])
+    for span in document.placement:
+        workers[span.worker] += span.tokens
+    state = STATES.get(document.state, document.state)
     return {
         "engine": engine,
-        "name": document["name"] or "a turn of a chat",
-        "tokens": document["prompt_tokens"],
-        "questions": document["questions"],
-        "state": SAVED if (document["state"], document["saved"]) == ("dropped", True) else state,
+        "name": document.name or "a turn of a chat",
+        "tokens": document.prompt_tokens,
+        "questions": document.questions,
+        "state": SAVED if (document.state, document.saved) == ("dropped", True) else state,
         "workers": dict(workers),
     }

@@ -11,12 +11,14 @@ import click
 from distkv_dask.client.commands.connect import check_cluster, client_of
 from distkv_dask.client.commands.failing import failing_clearly
 from distkv_dask.messages.client_calls import ClientCall
-from distkv_dask.messages.names import PLUGIN
+from distkv_dask.messages.names import PLUGIN, unpack
+from distkv_dask.messages.status import OpenEngine
+from distkv_dask.version import VERSION
 
 LIMIT = 10.0
 """Seconds that a scheduler may take to answer."""
 
-Engines = dict[str, dict[str, Any]]
+Engines = dict[str, OpenEngine]
 
 
 @contextmanager
@@ -32,12 +34,14 @@ def running(scheduler: str) -> Iterator[Any]:
 
 
 def look(client: Any) -> tuple[int, Engines]:
-    """Number of workers, and status by engine (none where no engine was ever opened).
+    """Number of workers, and engines by id (none where no engine was ever opened).
 
     Raises
     ------
     OSError
         The scheduler does not answer in time.
+    ClusterError
+        It runs another version of the package.
     """
     found: tuple[int, Engines] = client.sync(_look, client, callback_timeout=LIMIT)
     return found
@@ -49,4 +53,5 @@ async def _look(client: Any) -> tuple[int, Engines]:
     identity = await client.scheduler.identity(n_workers=-1)
     if not await client.get_metadata([PLUGIN], default=False):
         return len(identity["workers"]), {}
-    return len(identity["workers"]), await getattr(client.scheduler, ClientCall.ENGINES)() or {}
+    engines = await getattr(client.scheduler, ClientCall.ENGINES)(version=VERSION)
+    return len(identity["workers"]), unpack(engines)

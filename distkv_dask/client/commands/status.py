@@ -12,6 +12,7 @@ from dask.utils import format_bytes
 
 from distkv_dask.client.commands.options import running_option
 from distkv_dask.client.commands.running import Engines, look, running
+from distkv_dask.messages.status import OpenEngine
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +35,7 @@ def command(scheduler: str, as_json: bool, watch: bool) -> None:
             return
         workers, engines = look(client)
     if as_json:
-        click.echo(json.dumps(engines, indent=1))
+        click.echo(json.dumps({name: one.as_dict() for name, one in engines.items()}, indent=1))
         return
     from rich.console import Console
 
@@ -59,24 +60,23 @@ def _shown(workers: int, engines: Engines) -> RenderableType:
     return Group(f"{workers} workers, {len(engines)} engines", *(_table(name, one) for name, one in engines.items()))
 
 
-def _table(name: str, engine: dict[str, Any]) -> RenderableType:
+def _table(name: str, engine: OpenEngine) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
-    states = Counter(one["state"] for one in engine["sequences"].values())
+    status = engine.status
+    states = Counter(one.state for one in status.sequences.values())
     requests = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no requests"
-    totals = engine["totals"]
-    finished = sum(int(count) for total, count in totals.items() if total.startswith("finished_"))
+    finished = sum(int(count) for total, count in status.totals.items() if total.startswith("finished_"))
     title = (
-        f"Engine {name}: {escape(engine['model'])}\n"
-        f"{requests}; {finished} finished, {totals.get('generated_tokens', 0)} tokens"
+        f"Engine {name}: {escape(engine.model)}\n"
+        f"{requests}; {finished} finished, {status.totals.get('generated_tokens', 0)} tokens"
     )
     table = Table("worker", title=title, title_justify="left")
     for column in ("KV used", "KV room", "lent to others", "documents", "cached", "on disk", "home of"):
         table.add_column(column, justify="right")
-    for worker, one in engine["workers"].items():
-        size, parts = engine["block_tokens"], one["blocks"]
-        counts = one["used_blocks"], one["capacity_blocks"], parts["lent"], parts["documents"], parts["cached"]
-        tokens = (f"{count * size:,} tokens" for count in counts)
-        table.add_row(worker, *tokens, format_bytes(one["disk_bytes"]), str(one["sequences"]))
+    for worker, one in status.workers.items():
+        counts = one.used_blocks, one.capacity_blocks, one.blocks.lent, one.blocks.documents, one.blocks.cached
+        tokens = (f"{count * status.block_tokens:,} tokens" for count in counts)
+        table.add_row(worker, *tokens, format_bytes(one.disk_bytes), str(one.sequences))
     return table

@@ -57,7 +57,7 @@ class Document(_Kept):
     name
         Its name within the engine.
     number
-        Its number in ``engine.status()["sequences"]``.
+        Its number in ``engine.status().sequences``.
     ids
         The token ids that every prompt on it begins with.
     placement

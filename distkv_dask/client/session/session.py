@@ -22,6 +22,7 @@ from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
 from distkv_dask.messages.client_calls import ClientCall, Submission
+from distkv_dask.messages.status import EngineStatus
 from distkv_dask.model_source import ModelSource
 from distkv_dask.types import Prompt, SamplingParams
 
@@ -193,9 +194,10 @@ class Session:
 
     # Questions about the engine
 
-    async def status(self) -> Any:
+    async def status(self) -> EngineStatus:
         """Where everything is, see :meth:`distkv_dask.Engine.status`."""
-        return await self.conversation.ask(ClientCall.STATUS)
+        status: EngineStatus = await self.conversation.ask(ClientCall.STATUS)
+        return status
 
     async def graph(self, tokens: int, granularity: str) -> Any:
         """The Dask graph of a decode step of a request of so many tokens."""

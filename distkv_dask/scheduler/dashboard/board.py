@@ -75,8 +75,10 @@ class Board:
         return self._views
 
     def status(self) -> dict[str, Any]:
-        """What ``Engine.status`` gives, for each engine."""
-        return {"engines": {name: {"model": one.spec.model} | one.status() for name, one in self.engines.items()}}
+        """What ``Engine.status`` gives, for each engine, for JSON."""
+        return {
+            "engines": {name: {"model": one.spec.model, **one.status().as_dict()} for name, one in self.engines.items()}
+        }
 
     def label(self, worker: str) -> str:
         """Short name of a worker: the one that Dask knows it by, where that is shorter than its address."""

@@ -7,21 +7,22 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.messages.client_calls import Attached, Delivery
 from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
+from distkv_dask.messages.status import EngineStatus
 from distkv_dask.scheduler.costs.fitting import fit_model
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.outbox import Outbox
+from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle import retries
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.request import ASIDE, Prefill, Waiting
-from distkv_dask.scheduler.lifecycle.stalls import aside
+from distkv_dask.scheduler.lifecycle.request import Prefill, Waiting
 from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.moves.draining import fits_elsewhere
 from distkv_dask.scheduler.work.pacing import Pacer
@@ -56,7 +57,6 @@ class EngineState:
         self.span = spec.span
         """Dask span of the tasks that are submitted from now on; None: Dask's default one."""
         self.figures = Figures()
-        self._pacer = pacer
         self.is_closing = False
         self._pending: set[str] = set()
         self._silent: set[str] = set()
@@ -267,59 +267,6 @@ class EngineState:
             "workers": len(self.facts),
         }
 
-    def _is_measured(self, worker: str) -> bool:
-        return worker in self.facts and self.facts[worker].measured is not None
-
-    def status(self) -> dict[str, Any]:
-        """Workers, sequences, debts (blocks by debtor and creditor), epoch and totals, as plain values."""
-        life = self.life
-        lent = life.ledger.lent()
-        workers = {
-            worker: {
-                "role": "instance" if account.can_decode else "memory",
-                "capacity_blocks": account.capacity,
-                "used_blocks": account.used,
-                "lent_blocks": lent[worker],
-                "blocks": account.parts(),
-                "block_bytes": life.block_bytes,
-                "disk_bytes": life.disks.used[worker],
-                "sequences": account.homed,
-                "channels": self.facts[worker].channels if worker in self.facts else "",
-                "window_seconds": life.chains[worker].seconds,
-                "performance": asdict(life.policy.model.of(worker))
-                | {"measured": self._is_measured(worker), "slower": life.calibration.slower(worker)},
-            }
-            for worker, account in life.ledger.workers.items()
-        }
-        sequences: dict[int, dict[str, Any]] = {}
-        for number, request in life.requests.items():
-            if request.cached:  # nobody's, but part of what others lie on
-                continue
-            account = life.ledger.sequences.get(number)
-            sequences[number] = {
-                "state": ASIDE if (why := aside(life, request)) else request.state.label,
-                "aside": why,
-                "document": request.is_document,
-                "name": request.name,
-                "saved": request.saved is not None,
-                "prompt_tokens": len(request.prompt),
-                "generated_tokens": len(request.generated),
-                "questions": sum(not life.requests[one].is_document for one in request.dependents),
-                "kv_tokens": account.length if account else 0,
-                "home": account.home if account else None,
-                "placement": [(span.worker, span.start, span.stop) for span in account.placement] if account else [],
-            }
-        return {
-            "workers": workers,
-            "sequences": sequences,
-            "debts": [(debtor, creditor, blocks) for (debtor, creditor), blocks in life.ledger.debts().items()],
-            "epoch": life.ledger.epoch,
-            "block_tokens": life.ledger.block_tokens,
-            "scheduler": self._pacer.status(),
-            "exchange_seconds": life.policy.model.exchange(life.policy.model.inside, 1),
-            "totals": {
-                **self.figures.totals,
-                **{f"finished_{why}": n for why, n in self.figures.finished.items()},
-                "moved_blocks": life.moves.moved_blocks,
-            },
-        }
+    def status(self) -> EngineStatus:
+        """Where everything is: workers, sequences, debts and totals."""
+        return status_of(self.life, self.figures, self.facts)

@@ -121,7 +121,3 @@ class Pacer:
             self._tasks = KEPT * self._tasks + tasks
         elif not tasks and not others and not any(self.rounds.values()):
             self.idle += (1 - KEPT) * (cpu / seconds - self.idle)
-
-    def status(self) -> dict[str, float]:
-        """What ``Engine.status`` shows of it."""
-        return {"tasks_per_second": self.rate, "task_seconds": self.task_seconds, "core_share": self.load}

@@ -1,0 +1,86 @@
+"""Where everything of an engine is, from what its state machine knows, its figures and what its workers said. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from distkv_dask.messages.from_worker import Opened
+from distkv_dask.messages.status import (
+    BlockCounts,
+    Debt,
+    EngineStatus,
+    SchedulerLoad,
+    SequenceStatus,
+    WorkerPerformance,
+    WorkerStatus,
+)
+from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.lifecycle.request import ASIDE, Request
+from distkv_dask.scheduler.lifecycle.stalls import aside
+from distkv_dask.scheduler.lifecycle.state import MachineState
+
+
+def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened]) -> EngineStatus:
+    """Look at an engine.
+
+    Parameters
+    ----------
+    life, figures
+        The engine's.
+    facts
+        What each worker said when it opened the engine, by its address.
+    """
+    ledger, model = life.ledger, life.policy.model
+    lent = ledger.lent()
+    finished = {f"finished_{reason}": number for reason, number in figures.finished.items()}
+    return EngineStatus(
+        workers={worker: _worker(life, worker, lent[worker], facts.get(worker)) for worker in ledger.workers},
+        # What is cached is nobody's, but part of what others lie on.
+        sequences={number: _sequence(life, one) for number, one in life.requests.items() if not one.cached},
+        debts=tuple(Debt(debtor, creditor, blocks) for (debtor, creditor), blocks in ledger.debts().items()),
+        epoch=ledger.epoch,
+        block_tokens=ledger.block_tokens,
+        scheduler=SchedulerLoad(life.pacer.rate, life.pacer.task_seconds, life.pacer.load),
+        exchange_seconds=model.exchange(model.inside, 1),
+        totals={**figures.totals, **finished, "moved_blocks": life.moves.moved_blocks},
+    )
+
+
+def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:
+    account = life.ledger.workers[worker]
+    return WorkerStatus(
+        role="instance" if account.can_decode else "memory",
+        capacity_blocks=account.capacity,
+        used_blocks=account.used,
+        lent_blocks=lent,
+        blocks=BlockCounts(**account.parts()),
+        block_bytes=life.block_bytes,
+        disk_bytes=life.disks.used[worker],
+        sequences=account.homed,
+        channels=opened.channels if opened else "",
+        window_seconds=life.chains[worker].seconds,
+        performance=WorkerPerformance(
+            **asdict(life.policy.model.of(worker)),
+            measured=opened is not None and opened.measured is not None,
+            slower=life.calibration.slower(worker),
+        ),
+    )
+
+
+def _sequence(life: MachineState, request: Request) -> SequenceStatus:
+    account = life.ledger.sequences.get(request.sequence)
+    why = aside(life, request)
+    return SequenceStatus(
+        state=ASIDE if why else request.state.label,
+        aside=why,
+        document=request.is_document,
+        name=request.name,
+        saved=request.saved is not None,
+        prompt_tokens=len(request.prompt),
+        generated_tokens=len(request.generated),
+        questions=sum(not life.requests[one].is_document for one in request.dependents),
+        kv_tokens=account.length if account else 0,
+        home=account.home if account else None,
+        placement=account.placement if account else (),
+    )
