@@ -216,6 +216,8 @@ class GManager(SchedulerPlugin):
         if state.is_closing:
             raise EngineClosedError(f"engine {engine} is closing")
         commands = self._handle(state, Submit(tuple(unpack(requests))))
+        if state.broken is not None:
+            raise state.broken
         return pack({one.sequence: one.error for one in commands if isinstance(one, do.Refuse)})
 
     def stop(self, engine: str, request: int, reason: FinishReason) -> None:
@@ -424,8 +426,10 @@ class GManager(SchedulerPlugin):
     def _handle(self, state: EngineState, event: Event) -> list[do.Command]:
         """Let an engine's state machine see to an event, and do what it asks for.
 
-        A fault in that ends the engine: half of a plan must not live on.
+        A fault in that ends the engine: half of a plan must not live on, and nothing goes through the machine any more.
         """
+        if state.broken is not None:
+            return []
         try:
             commands = state.machine.handle(event, monotonic())
             for command in commands:
@@ -433,7 +437,8 @@ class GManager(SchedulerPlugin):
             return commands
         except Exception as error:
             logger.exception("engine %s is broken and will be closed", state.spec.engine)
-            state.fail(EngineClosedError(f"the engine is broken, see the scheduler's log: {in_words(error)}"))
+            state.broken = EngineClosedError(f"the engine is broken, see the scheduler's log: {in_words(error)}")
+            state.fail(state.broken)
             self._close_soon(state.spec.engine)
             return []
 

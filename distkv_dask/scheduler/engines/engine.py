@@ -58,6 +58,8 @@ class EngineState:
         """Dask span of the tasks that are submitted from now on; None: Dask's default one."""
         self.figures = Figures()
         self.is_closing = False
+        self.broken: EngineClosedError | None = None
+        """What everybody is told once its state machine has failed."""
         self._pending: set[str] = set()
         self._silent: set[str] = set()
         self._failure: Exception | None = None

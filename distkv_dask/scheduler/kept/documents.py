@@ -37,7 +37,8 @@ def attach(life: MachineState, request: Request) -> None:
     InvalidRequestError
         There is no such document (any more).
     """
-    document = life.requests.get(-1 if request.document is None else request.document)
+    assert request.document is not None
+    document = life.requests.get(request.document)
     if document is None or document.released or not (document.is_document or document.keeps):
         raise InvalidRequestError("the document was released: ingest it again to ask more questions")
     document.dependents.add(request.sequence)
