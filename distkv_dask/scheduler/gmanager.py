@@ -275,7 +275,10 @@ class GManager(SchedulerPlugin):
         state.closing()
         self._handle(state, StopAll())
         limit = state.spec.config.timeout_close
-        await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
+        if state.broken is None:
+            await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
+        else:
+            self.submitter.cancel(engine)  # nobody ends it
         for worker in state.open_on():
             self._send(state, Close(worker))
         await state.wait_closed(limit)

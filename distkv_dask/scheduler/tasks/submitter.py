@@ -156,6 +156,11 @@ class Submitter:
         lost = [key for key, task in self._tasks.items() if task.worker == worker and engine in (None, task.engine)]
         self._forget(lost, finished=False)
 
+    def cancel(self, engine: str) -> None:
+        """Drop all tasks of an engine."""
+        self.flush()
+        self._forget([key for key, task in self._tasks.items() if task.engine == engine], finished=False)
+
     async def drained(self, engine: str, limit: float) -> None:
         """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""
         self.flush()
