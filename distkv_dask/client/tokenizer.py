@@ -11,9 +11,13 @@ from typing import Any, Self
 
 from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
+from distkv_dask.client.time_limit import OutOfTime, TimeLimit
 from distkv_dask.errors import InvalidRequestError, in_words
 from distkv_dask.texts import checked_text
 from distkv_dask.types import Prompt
+
+TEMPLATE_SECONDS = 10.0
+"""Time that a chat template, which is a program of the model's author, may take for a prompt."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes to where the bytes of a character are not complete."""
@@ -167,9 +171,15 @@ class Tokenizer:
 
         assert self._loaded is not None
         try:
-            text: str = self._loaded.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._variables
-            )
+            with TimeLimit(TEMPLATE_SECONDS):
+                text: str = self._loaded.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._variables
+                )
+        except OutOfTime:
+            raise InvalidRequestError(
+                f"the model's chat template takes more than {TEMPLATE_SECONDS:g} s on these messages and was ended: "
+                f"look at its loops, or give token ids instead"
+            ) from None
         except TemplateError as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
         except Exception as error:  # a template is a program of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from distkv_dask.client import tokenizer as module
+from distkv_dask.client.time_limit import OutOfTime, TimeLimit
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, ModelError
 from distkv_dask.model_source import resolve_model
@@ -198,3 +201,40 @@ def test_unfinished_character_at_the_end_is_shown_as_such() -> None:
     cut = ids_of("ok \N{GRINNING FACE}")[:-1]
     assert stream.add(cut) == "ok "
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOP + "{% endfor %}{% endfor %}",
+        LOOP + "{% if i is number %}{{ messages[0].content | length }}{% endif %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% for i in range(9) %}{{ f(n - 1) if n else 1 }}{% endfor %}{% endmacro %}{{ f(30) }}",
+        "{% set n = namespace(x=0) %}" + LOOP + "{% set n.x = n.x + 1 %}{{ n.x }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_without_end_is_ended_and_others_go_on(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TEMPLATE_SECONDS", 0.2)
+    endless = byte_tokenizer(template)
+    with pytest.raises(InvalidRequestError, match=r"takes more than 0.2 s .* was ended"):
+        Tokenizer(endless, len(endless)).encode(CHAT)
+    assert Tokenizer(endless, len(endless)).encode("the dog?") == LOADED("the dog?")["input_ids"]
+    assert TOKENIZER.encode(CHAT)
+
+
+def test_a_template_of_one_huge_loop_is_refused_at_once() -> None:
+    huge = byte_tokenizer("{% for i in range(10**9) %}{% endfor %}")
+    with pytest.raises(InvalidRequestError, match="MAX_RANGE"):
+        Tokenizer(huge, len(huge)).encode(CHAT)
+
+
+def test_time_that_is_over_at_the_last_moment_ends_nothing_later() -> None:
+    for number in range(200):
+        with contextlib.suppress(KeyError, OutOfTime), TimeLimit(0.002):
+            for _ in range(number * 500):
+                pass
+            if number % 3 == 0:
+                raise KeyError(number)
+        assert [count for count in range(1000) if count % 500 == 0] == [0, 500]
