@@ -39,6 +39,7 @@ class LayerTasks:
         engine, gang = self._engine, work.gang
         if gang.number in self._paused:
             raise GangAbortedError(f"the forward of {gang.name} has begun on this worker already")
+        engine.prepare_chunk(work) if isinstance(work, PrefillChunk) else engine.prepare_window()
         forward = PausedForward(gang, engine.spec.config.timeout_start)
         self._paused[gang.number] = forward
         parts: dict[str, float] = {}  # layers are Dask's own tasks here, which it measures itself

@@ -63,6 +63,15 @@ class LoadedModel:
         self.eos_token_ids = eos_token_ids
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
 
+    def is_prepared(self, sampling: SamplingParams) -> bool:
+        """Whether :meth:`follower` does not have to compile a schema first."""
+        return sampling.schema is None or self._grammars.is_prepared(str(sampling.schema))
+
+    def prepare(self, sampling: SamplingParams) -> None:
+        """Compile the schema of an answer, if it has one; takes seconds, on any thread, and raises nothing."""
+        if sampling.schema is not None:
+            self._grammars.prepare(str(sampling.schema))
+
     def follower(self, sampling: SamplingParams, generated: Iterable[int] = ()) -> Follower | None:
         """Follow the schema of an answer, if it has one, from after the tokens ``generated``."""
         return None if sampling.schema is None else self._grammars.follow(str(sampling.schema), generated)

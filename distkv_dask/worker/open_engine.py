@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from distkv_dask.types import (
     Measurement,
     Placement,
     PrefillChunk,
+    SamplingParams,
     SequenceState,
     WindowResult,
 )
@@ -99,6 +100,7 @@ class OpenEngine:
         self._retired: set[int] = set()
         self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
+        self._preparing: threading.Thread | None = None
 
     def facts(self) -> did.Opened:
         """What the gManager has to know."""
@@ -120,6 +122,8 @@ class OpenEngine:
         """End everything and free the pool, the model and the disk; blocks until no thread uses them."""
         self.runtime.close()
         self.files.close()
+        if self._preparing is not None:
+            self._preparing.join()
 
     # Messages of the gManager
 
@@ -237,11 +241,17 @@ class OpenEngine:
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute a chunk on the home lane, and commit it."""
         try:
+            self.prepare_chunk(chunk)
             with metered() as parts:
                 return self.lanes.home.submit(partial(self.run_chunk, chunk, parts)).result()
         except Exception as error:
             self.fail(chunk.gang, error)
             raise
+
+    def prepare_chunk(self, chunk: PrefillChunk) -> None:
+        """Compile the schema of the answer that a chunk begins: here, off the lane, it holds up nobody else."""
+        if chunk.sampling is not None and self.model is not None:
+            self.model.prepare(chunk.sampling)
 
     def run_chunk(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
         """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
@@ -267,17 +277,40 @@ class OpenEngine:
     def decode(self, window: DecodeWindow) -> int:
         """Run a window on the home lane over the sequences that have joined when it begins, and commit it."""
         try:
+            self.prepare_window()
             with metered() as parts:
                 return self.lanes.home.submit(partial(self.run_window, window, parts)).result()
         except Exception as error:
             self.fail(window.gang, error)
             raise
 
+    def prepare_window(self) -> None:
+        """Compile schemas of sequences that join: beside the windows of others, or before the first where all wait.
+
+        Their own worker has done it in most cases, when their prompt was computed.
+        """
+        assert self.model is not None
+        with self._lock:
+            samplings = [state.sampling for state in self._batch.values()]
+        waiting = [one for one in samplings if not self.model.is_prepared(one)]
+        if not waiting:
+            return
+        if len(waiting) == len(samplings):
+            self._prepare(waiting)
+        elif self._preparing is None or not self._preparing.is_alive():
+            self._preparing = threading.Thread(target=self._prepare, args=[waiting], name="distkv-schemas", daemon=True)
+            self._preparing.start()
+
+    def _prepare(self, samplings: Sequence[SamplingParams]) -> None:
+        assert self.model is not None
+        for one in samplings:
+            self.model.prepare(one)
+
     def run_window(self, window: DecodeWindow, parts: dict[str, float]) -> int:
         """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
         self.check(window.gang)
         with self._lock:
-            ready = [state for state in self._batch.values() if self._in_reach(state, window.gang)]
+            ready = [state for state in self._batch.values() if self._may_join(state, window.gang)]
             batch = ready[: self.spec.config.window_batch] if self._current(window) else []
             holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
         self._tell(did.WindowStarted(self.worker, window.window))
@@ -297,8 +330,14 @@ class OpenEngine:
         self._tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, tuple(holders)))
         return result.steps
 
-    def _in_reach(self, state: SequenceState, gang: Gang) -> bool:
-        """Whether a gang has all the holders of a sequence; the gManager adds them later where tasks are few."""
+    def _may_join(self, state: SequenceState, gang: Gang) -> bool:
+        """Whether a gang has all the holders of a sequence, whose schema is compiled.
+
+        The gManager adds holders later where tasks are few.
+        """
+        assert self.model is not None
+        if not self.model.is_prepared(state.sampling):
+            return False
         return self.spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
 
     def _current(self, window: DecodeWindow) -> bool:

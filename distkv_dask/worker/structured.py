@@ -5,16 +5,17 @@ A follower is built again from the committed tokens in each window, so a retried
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distkv_dask.errors import InvalidRequestError
+from distkv_dask.errors import DistKVError, InvalidRequestError, portable
 from distkv_dask.json_schema import grammar_of
 
 if TYPE_CHECKING:
@@ -85,8 +86,14 @@ def _no_panic() -> Iterator[None]:
         raise InvalidRequestError("the JSON schema cannot be followed: llguidance gave up on it; simplify it") from None
 
 
+KEPT = 256
+"""Schemas that are kept compiled: more than decode together."""
+
+
 class Grammars:
     """Followers of schemas for one model; its tokenizer is read when the first is asked for.
+
+    A large schema takes seconds to compile, so whoever may not wait has another thread :meth:`prepare` it first.
 
     Parameters
     ----------
@@ -103,10 +110,28 @@ class Grammars:
         self._eos = sorted(eos_token_ids)
         self._vocab_size = vocab_size
         self._tokenizer: LLTokenizer | None = None
-        self._matcher = lru_cache(maxsize=16)(self._compiled)
+        self._compiling = threading.Lock()
+        self._made: dict[str, LLMatcher | DistKVError] = {}
+
+    def is_prepared(self, schema: str) -> bool:
+        """Whether :meth:`follow` needs not compile a schema."""
+        return schema in self._made
+
+    def prepare(self, schema: str) -> LLMatcher | DistKVError:
+        """Compile a schema, on any thread; what came of it, also if that is an error."""
+        if (made := self._made.get(schema)) is not None:
+            return made
+        with self._compiling:
+            if schema not in self._made:
+                try:
+                    made = self._compiled(schema)
+                except Exception as error:
+                    made = portable(error, "the compilation of a JSON schema")
+                self._made = dict([*self._made.items(), (schema, made)][-KEPT:])  # others may read the old one
+            return self._made[schema]
 
     def follow(self, schema: str, generated: Iterable[int] = ()) -> Follower:
-        """Follow a schema from after the tokens ``generated``. Call it on one thread.
+        """Follow a schema from after the tokens ``generated``, on one thread; :meth:`prepare` it before.
 
         Raises
         ------
@@ -115,7 +140,10 @@ class Grammars:
         InvalidRequestError
             When the schema cannot be followed, or the model has no fast tokenizer or no end-of-sequence token.
         """
-        return Follower(self._matcher(schema).deep_copy(), generated)
+        made = self.prepare(schema)
+        if isinstance(made, DistKVError):
+            raise made
+        return Follower(made.deep_copy(), generated)
 
     def _compiled(self, schema: str) -> LLMatcher:
         grammar = grammar_of(schema)

@@ -73,5 +73,6 @@ def test_requests_on_workers_that_are_restarted_end_elsewhere() -> None:
             running = [engine.submit(prompt, SAMPLING) for prompt in PROMPTS]
             while not any(one.generated_tokens > 1 for one in engine.status().sequences.values()):
                 pass
-            client.restart_workers([next(iter(engine.status().workers))])
+            # On a busy machine a process may outlive the 5 s that its nanny has to end it; Dask takes it for gone then.
+            client.restart_workers([next(iter(engine.status().workers))], raise_for_error=False)
             assert [list(one.result(120).token_ids) for one in running] == expected()
