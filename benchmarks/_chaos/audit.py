@@ -36,6 +36,7 @@ def engine_leaks(client: Client, state: EngineState) -> list[str]:
     left = [f"sequence {number} is {one.state.label}" for number, one in list(life.requests.items())]
     left += [f"the ledger has sequence {number}" for number in list(ledger.sequences)]
     left += [f"the ledger has a move of {move}" for move in list(ledger.moves)]
+    left += [f"handle {number} of client {one.client}" for number, one in list(state.handles.items()) if number]
     accounts = dict(ledger.workers)
     left += [f"{worker} has {account.used} used blocks" for worker, account in accounts.items() if account.used]
     left += [f"{worker} has {size} bytes on its disk" for worker, size in life.disks.used.items() if size]
@@ -93,9 +94,10 @@ def _sockets(own: str, known: frozenset[str]) -> list[str]:
         if isinstance(one.laddr, str):  # a Unix socket
             left += [f"unix {one.laddr!r}"] if "distkv" in one.laddr else []
             continue
-        here = f"tcp://{one.laddr.ip}:{one.laddr.port}" if one.laddr else ""
-        there = f"tcp://{one.raddr.ip}:{one.raddr.port}" if one.raddr else ""
-        dasks = here == own or here.startswith("tcp://0.0.0.0:")  # its HTTP server listens on all networks
+        scheme = own.partition("://")[0]
+        here = f"{scheme}://{one.laddr.ip}:{one.laddr.port}" if one.laddr else ""
+        there = f"{scheme}://{one.raddr.ip}:{one.raddr.port}" if one.raddr else ""
+        dasks = here == own or here.startswith(f"{scheme}://0.0.0.0:")  # its HTTP server listens on all networks
         if not dasks and here not in known and there not in known:
             left.append(f"{one.status} {here} {there}")
     return left

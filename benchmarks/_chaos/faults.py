@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -39,6 +39,8 @@ class Faults:
         The engine as the scheduler sees it.
     load
         Its users.
+    certificates
+        Files for clients in other processes, where the cluster speaks TLS.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Faults:
         scheduler: Any,
         state: EngineState,
         load: Load,
+        certificates: Sequence[str] = (),
     ) -> None:
+        self._certificates = certificates
         self._machines = machines
         self._client = client
         self._scheduler = scheduler
@@ -196,6 +200,24 @@ class Faults:
 
     def _squeeze(self, fault: Fault) -> str:
         return self._users.squeeze(fault.pick)
+
+    def _kill_client(self, fault: Fault) -> str:
+        visitor = self._machines.visit(self._state.spec.engine, self._certificates)
+
+        def end() -> None:
+            assert visitor.stdout is not None
+            with visitor.stdout:
+                has_asked = visitor.stdout.readline() == b"asked\n"
+            time.sleep(fault.pick * 2)
+            visitor.kill()
+            visitor.wait()
+            how = "with requests under way" if has_asked else "before it could ask"
+            at = round(self._users.records.now(), 2)
+            self.done.append({"at": at, "kind": fault.kind, "what": f"process {visitor.pid} killed {how}"})
+            self.count[f"{fault.kind} {how}"] += 1
+
+        self._beside(end)
+        return f"nothing yet: process {visitor.pid} begins to ask"
 
     def _cancel(self, fault: Fault) -> str:
         return self._users.cancel(fault.pick)

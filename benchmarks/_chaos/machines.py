@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,9 @@ MARK = "DISTKV_CHAOS"
 HOME = Path(__file__).resolve().parent.parent
 """Where workers find this package, to be looked at."""
 
-PRELOAD, TRACEBACKS = (Path(__file__).with_name(name) for name in ("preload.py", "tracebacks.py"))
+PRELOAD, TRACEBACKS, VISITOR = (
+    Path(__file__).with_name(name) for name in ("preload.py", "tracebacks.py", "visitor.py")
+)
 WORKER_SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -41,14 +43,14 @@ class Machine:
     name, link
         What it is called, and where it is.
     scheduler
-        Address.
+        Its address, and options to reach it.
     workers
         How many.
     folder
         Where its logs and its workers' files go.
     """
 
-    def __init__(self, name: str, link: Link, scheduler: str, workers: int, folder: Path) -> None:
+    def __init__(self, name: str, link: Link, scheduler: Sequence[str], workers: int, folder: Path) -> None:
         self.name = name
         self.link = link
         self.workers = workers
@@ -56,7 +58,7 @@ class Machine:
         self._scratch = folder / "scratch" / name
         self._scratch.mkdir(parents=True)
         command = [
-            sys.executable, "-m", "dask", "worker", scheduler, "--host", link.host, "--name", name, "--nthreads", "1",
+            sys.executable, "-m", "dask", "worker", *scheduler, "--host", link.host, "--name", name, "--nthreads", "1",
             "--nworkers", str(workers), "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60",
             "--local-directory", str(self._scratch), "--preload-nanny", str(PRELOAD),
             "--preload", str(TRACEBACKS),
@@ -120,14 +122,14 @@ class Machines:
     Parameters
     ----------
     scheduler
-        Address.
+        Its address, and options to reach it.
     folder
         Where their logs and files go.
     cuttable
         Whether they are in a network of namespaces.
     """
 
-    def __init__(self, scheduler: str, folder: Path, cuttable: bool) -> None:
+    def __init__(self, scheduler: Sequence[str], folder: Path, cuttable: bool) -> None:
         self._scheduler = scheduler
         self._folder = folder
         self._cuttable = cuttable
@@ -145,6 +147,16 @@ class Machines:
             machine = Machine(f"m{number}", link, self._scheduler, workers, self._folder)
             self._all.append(machine)
             return machine
+
+    def visit(self, engine: str, files: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a client of an engine in a process of its own, with certificates where the cluster has any."""
+        log = self._folder / "logs" / "visitors.log"
+        own = {MARK: str(self._folder), "HF_HUB_OFFLINE": "1"}
+        with log.open("ab") as errors:
+            return subprocess.Popen(
+                [sys.executable, str(VISITOR), self._scheduler[0], engine, *files],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=os.environ | own,
+            )  # fmt: skip
 
     def up(self) -> list[Machine]:
         """Those that run."""

@@ -15,6 +15,7 @@ import dask.config
 from distributed import Client, LocalCluster
 
 from _chaos.audit import Addresses, cluster_leaks, engine_leaks, file_leaks, own_leaks, running, settled
+from _chaos.certificates import Certificates
 from _chaos.faults import ENOUGH, Faults
 from _chaos.load import Load
 from _chaos.machines import Machines
@@ -57,6 +58,8 @@ class Setting:
         Whether this process is in a network namespace of its own; elsewhere relays cut what workers say to each other.
     few
         As few different prompts as a short run needs.
+    tls
+        Whether the cluster has certificates.
     """
 
     seed: int
@@ -65,6 +68,7 @@ class Setting:
     users: int
     cuttable: bool
     few: bool = False
+    tls: bool = False
 
 
 def run(model: Path, setting: Setting) -> dict[str, Any]:
@@ -75,13 +79,17 @@ def run(model: Path, setting: Setting) -> dict[str, Any]:
     (folder / "logs").mkdir()
     handler = _log_to(folder / "logs" / "scheduler.log")
     host = HERE if setting.cuttable else "127.0.0.1"
+    certificates = Certificates(folder) if setting.tls else None
+    speaks: dict[str, Any] = {}
+    if certificates is not None:
+        speaks = {"security": certificates.security, "protocol": "tls://"}
     try:
         with (
             dask.config.set({"distributed.scheduler.allowed-failures": 10}),
-            LocalCluster(n_workers=0, host=host, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=0, host=host, dashboard_address=None, **speaks) as cluster,
             Client(cluster) as client,
         ):
-            chaos = Chaos(cluster, client, folder, setting)
+            chaos = Chaos(cluster, client, folder, setting, certificates)
             figures = chaos.happen(model, questions, plan)
             chaos.machines_left()
         chaos.leaked += settled(lambda: own_leaks(), 10)
@@ -115,14 +123,25 @@ class Chaos:
         For logs and files.
     setting
         What the run is like.
+    certificates
+        Those of the cluster, if it has any.
     """
 
-    def __init__(self, cluster: LocalCluster, client: Client, folder: Path, setting: Setting) -> None:
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        client: Client,
+        folder: Path,
+        setting: Setting,
+        certificates: Certificates | None,
+    ) -> None:
         self._client = client
         self._scheduler: Any = cluster.scheduler
         self._folder = folder
         self._setting = setting
-        self._machines = Machines(cluster.scheduler_address, folder, setting.cuttable)
+        options = [] if certificates is None else certificates.options
+        self._machines = Machines([cluster.scheduler_address, *options], folder, setting.cuttable)
+        self._files = [] if certificates is None else certificates.files
         self._addresses = Addresses(self._scheduler)
         self.leaked: list[str] = []
 
@@ -139,7 +158,7 @@ class Chaos:
         records = Records()
         load = Load(engine, questions, records, self._folder / "saved")
         load.start(self._setting.seed, self._setting.users)
-        faults = Faults(self._machines, self._client, self._scheduler, state, load)
+        faults = Faults(self._machines, self._client, self._scheduler, state, load, self._files)
         records.began = time.monotonic()
         for fault in plan:
             self._sleep_until(fault.at, records)

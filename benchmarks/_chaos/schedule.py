@@ -25,6 +25,7 @@ WEIGHTS = {
     "load": 3,
     "squeeze": 3,  # an urgent request for much memory: documents go to disk, other requests make way
     "cancel": 4,
+    "kill-client": 2,  # a process with requests under way and a document of its own
 }
 """Kinds of faults and how often each is drawn."""
 
