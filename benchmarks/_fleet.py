@@ -19,7 +19,7 @@ from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import DecodeWindow, Gang, SamplingParams, SequenceState, Span, WindowResult
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.runtime import Runtime
 
 GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)
@@ -35,7 +35,7 @@ def fork_server() -> ForkServerContext:
 
 def new_pool(shape: dict[str, Any], blocks: int) -> Pool:
     """A pool of small random numbers."""
-    pool = Pool(**shape, block_tokens=BLOCK_TOKENS, blocks=blocks)
+    pool = Pool(BlockShape(**shape, block_tokens=BLOCK_TOKENS), blocks)
     pool.storage.normal_()
     return pool
 

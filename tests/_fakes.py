@@ -27,7 +27,7 @@ from distkv_dask.types import (
 )
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 8
@@ -65,14 +65,8 @@ class Member:
         geometry = model.geometry
         self.address = address
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
-        self.pool = Pool(
-            layers=geometry.layers,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
-            dtype=geometry.dtype,
-            block_tokens=block_tokens,
-            blocks=blocks,
-        )
+        block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
+        self.pool = Pool(block, blocks)
         self.runtime = Runtime(spec, model, self.pool, self.lanes)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError, SavedDocumentError, portable
 from distkv_dask.filesystems import folder_at
 from distkv_dask.folder import Folder
@@ -47,12 +48,9 @@ class BlockFiles:
         This worker's address.
     folder
         Of the own disk; it is made when the first file is written.
-    limit
-        Bytes of files there, at most; less where less is free on that disk.
-    silence
-        Seconds that another worker may take for an answer.
-    standstill
-        Seconds that a folder may take for a piece of what is read or written.
+    config
+        Bytes of files there, at most (less where less is free on that disk), and limits in time: for answers of other
+        workers, and for a folder that takes or gives a piece.
     tell
         Sends an event of the engine to the gManager.
 
@@ -67,17 +65,15 @@ class BlockFiles:
         pool: Pool,
         worker: str,
         folder: Path,
-        limit: int,
-        silence: float,
-        standstill: float,
+        config: Config,
         tell: Callable[[FromWorker], None],
     ) -> None:
-        self.capacity = min(limit, int(shutil.disk_usage(folder.parent).free * FREE_PART))
+        self.capacity = min(config.spill, int(shutil.disk_usage(folder.parent).free * FREE_PART))
         self._pool = pool
         self._worker = worker
         self._folder = LocalFolder(folder)
-        self._silence = silence
-        self._standstill = standstill
+        self._silence = config.timeout_receive
+        self._standstill = config.timeout_files
         self._tell = tell
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 

@@ -21,7 +21,7 @@ from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.measured import hardware, measured
 from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.open_engine import OpenEngine
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def build_engine(
         geometry = model.geometry
     one = geometry
     block_tokens = spec.config.block_tokens
-    block_bytes = Pool.block_bytes(
-        layers=one.layers, kv_heads=one.kv_heads, head_dim=one.head_dim, dtype=one.dtype, block_tokens=block_tokens
-    )
+    block = BlockShape(one.layers, one.kv_heads, one.head_dim, one.dtype, block_tokens)
     limit = worker.memory_manager.memory_limit
     kv_memory = spec.config.kv_memory
     if KV_MEMORY_RESOURCE in worker.state.total_resources:
@@ -70,10 +68,10 @@ def build_engine(
                 f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
             )
         kv_memory = limit // 2
-    if kv_memory < block_bytes:
+    if kv_memory < block.nbytes:
         raise CapacityError(
             f"kv_memory is {kv_memory} bytes, but one block of {block_tokens} tokens of this model needs "
-            f"{block_bytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
+            f"{block.nbytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
         )
     resident = psutil.Process().memory_info().rss
     if limit and resident + kv_memory > PAUSE_FRACTION * limit:
@@ -82,14 +80,7 @@ def build_engine(
             f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
             f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
         )
-    pool = Pool(
-        layers=one.layers,
-        kv_heads=one.kv_heads,
-        head_dim=one.head_dim,
-        dtype=one.dtype,
-        block_tokens=block_tokens,
-        blocks=kv_memory // block_bytes,
-    )
+    pool = Pool(block, kv_memory // block.nbytes)
     make_ready(pool.keys(0))
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
@@ -108,14 +99,6 @@ def build_engine(
     timing = partial(measure, spec.engine, one, runtime, lanes, has_model=model is not None)
     timings = measured(key, spec.config.performance, timing)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
-    files = BlockFiles(
-        pool,
-        worker.address,
-        folder,
-        spec.config.spill,
-        spec.config.timeout_receive,
-        spec.config.timeout_files,
-        partial(tell, spec.engine),
-    )
     report = partial(tell, spec.engine)
+    files = BlockFiles(pool, worker.address, folder, spec.config, report)
     return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, report, timings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,6 +18,26 @@ import torch
 
 from distkv_dask.errors import CapacityError, PlanError
 from distkv_dask.kernels import advise_huge_pages
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """What one block holds: keys and values of ``block_tokens`` tokens in all layers.
+
+    ``dtype`` is the name of the element type, for instance ``"bfloat16"``.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one block."""
+        element: torch.dtype = getattr(torch, self.dtype)
+        return self.layers * 2 * self.kv_heads * self.block_tokens * self.head_dim * element.itemsize
 
 
 class Pool:
@@ -29,45 +50,33 @@ class Pool:
 
     Parameters
     ----------
-    layers, kv_heads, head_dim
-        The model's attention geometry.
-    dtype
-        Name of the element type, for instance ``"bfloat16"``.
-    block_tokens
-        Tokens in a block.
+    block
+        What a block holds.
     blocks
         Number of blocks to allocate.
     """
 
-    def __init__(
-        self, *, layers: int, kv_heads: int, head_dim: int, dtype: str, block_tokens: int, blocks: int
-    ) -> None:
-        self.layers = layers
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        self.block_tokens = block_tokens
+    def __init__(self, block: BlockShape, blocks: int) -> None:
+        self.layers = block.layers
+        self.kv_heads = block.kv_heads
+        self.head_dim = block.head_dim
+        self.dtype: torch.dtype = getattr(torch, block.dtype)
+        self.block_tokens = block.block_tokens
         self.capacity_blocks = blocks
-        shape = (blocks, layers, 2, kv_heads, block_tokens, head_dim)
+        shape = (blocks, block.layers, 2, block.kv_heads, block.block_tokens, block.head_dim)
         # numpy's zeros take no memory until they are written to; torch's would touch all of a large pool at once
         zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
         self.storage = torch.from_numpy(zeros).view(self.dtype).view(shape)
         self.bytes = zeros.reshape(blocks, -1) if blocks else zeros.reshape(0, 0)
         """uint8 [blocks, bytes of a block]: the same memory, for moving blocks as they are."""
         advise_huge_pages(self.storage)
-        self._keys = [self.storage[:, layer, 0] for layer in range(layers)]
-        self._values = [self.storage[:, layer, 1] for layer in range(layers)]
+        self._keys = [self.storage[:, layer, 0] for layer in range(block.layers)]
+        self._values = [self.storage[:, layer, 1] for layer in range(block.layers)]
         self._key_rows = [view.transpose(1, 2) for view in self._keys]
         self._value_rows = [view.transpose(1, 2) for view in self._values]
         self._lock = threading.Lock()
         self._runs = {0: blocks} if blocks else {}
         self._tables: dict[int, dict[int, int]] = {}
-
-    @staticmethod
-    def block_bytes(*, layers: int, kv_heads: int, head_dim: int, dtype: str, block_tokens: int) -> int:
-        """Bytes of one block: keys and values of ``block_tokens`` tokens in all layers."""
-        element: torch.dtype = getattr(torch, dtype)
-        return layers * 2 * kv_heads * block_tokens * head_dim * element.itemsize
 
     def keys(self, layer: int) -> torch.Tensor:
         """Keys of a layer, a view [blocks, kv_heads, block_tokens, head_dim]."""

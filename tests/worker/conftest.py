@@ -18,7 +18,7 @@ from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
 from distkv_dask.worker import native_exchange, native_session
 from distkv_dask.worker.channels.base import Channel
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.service import Service
 
 
@@ -49,7 +49,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def pool() -> Pool:
-    made = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=16, blocks=16)
+    made = Pool(BlockShape(2, KV_HEADS, HEAD_DIM, "float32", 16), 16)
     torch.manual_seed(0)
     made.storage.normal_()
     made.reserve(1, 0, 40)

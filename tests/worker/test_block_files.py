@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from distkv_dask.config import Config
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.messages.from_worker import Fetched, Stored
 from distkv_dask.messages.names import Saved, SavedFile
 from distkv_dask.worker.block_files import BlockFiles
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 
 BLOCK = 4
 
 
 def pool_of(blocks: int) -> Pool:
-    return Pool(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=BLOCK, blocks=blocks)
+    return Pool(BlockShape(1, 1, 2, "float32", BLOCK), blocks)
 
 
 async def no_peer(file: SavedFile, first: int, count: int) -> Any:
@@ -27,7 +28,7 @@ async def no_peer(file: SavedFile, first: int, count: int) -> Any:
 
 def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
     told: list[Any] = []
-    files = BlockFiles(pool := pool_of(8), "here", tmp_path / "own", 0, 1.0, 60.0, told.append)
+    files = BlockFiles(pool := pool_of(8), "here", tmp_path / "own", Config.load(spill=0), told.append)
     pool.reserve(1, 0, 16)
     pool.storage.copy_(torch.rand(pool.storage.shape))
     before = pool.storage[list(pool.table(1))].clone()

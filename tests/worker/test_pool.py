@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from distkv_dask.errors import CapacityError, PlanError
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 
 BLOCK = 4
 
 
 def make_pool(blocks: int) -> Pool:
-    return Pool(layers=2, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK, blocks=blocks)
+    return Pool(BlockShape(2, 2, 8, "float32", BLOCK), blocks)
 
 
 class Bookkeeping(RuleBasedStateMachine):
@@ -102,10 +102,10 @@ def test_scattered_blocks_are_used_when_no_run_is_long_enough() -> None:
 
 
 def test_one_block_is_one_contiguous_piece_of_memory_of_the_stated_size() -> None:
-    geometry = {"layers": 3, "kv_heads": 2, "head_dim": 8, "dtype": "bfloat16", "block_tokens": BLOCK}
-    pool = Pool(**geometry, blocks=5)
+    block = BlockShape(3, 2, 8, "bfloat16", BLOCK)
+    pool = Pool(block, 5)
     assert pool.storage[1].is_contiguous()
-    assert pool.storage[1].nbytes == Pool.block_bytes(**geometry) == 3 * 2 * 2 * 8 * BLOCK * 2
+    assert pool.storage[1].nbytes == block.nbytes == 3 * 2 * 2 * 8 * BLOCK * 2
 
 
 def test_written_keys_and_values_are_found_at_their_tokens_places() -> None:

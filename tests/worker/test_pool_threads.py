@@ -11,7 +11,7 @@ import pytest
 from _examples import examples
 
 from distkv_dask.errors import CapacityError, PlanError
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 
 BLOCK, BLOCKS, THREADS, ROUNDS = 4, 24, 4, 150
 
@@ -79,7 +79,7 @@ class Owner:
 
 @pytest.mark.parametrize("seed", range(examples(4)))
 def test_sequences_of_several_threads_never_share_a_block_and_none_is_lost(seed: int) -> None:
-    pool = Pool(layers=2, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK, blocks=BLOCKS)
+    pool = Pool(BlockShape(2, 2, 8, "float32", BLOCK), BLOCKS)
     owners = [Owner(pool, number, seed) for number in range(THREADS)]
     failures: list[BaseException] = []
 
@@ -105,7 +105,7 @@ def test_sequences_of_several_threads_never_share_a_block_and_none_is_lost(seed:
 
 
 def test_many_quick_changes_at_once_leave_every_block_with_one_owner() -> None:
-    pool = Pool(layers=1, kv_heads=1, head_dim=1, dtype="float32", block_tokens=BLOCK, blocks=64)
+    pool = Pool(BlockShape(1, 1, 1, "float32", BLOCK), 64)
     failures: list[BaseException] = []
     together = threading.Barrier(THREADS, action=lambda: tables.append([*map(pool.table, range(THREADS))]))
     tables: list[list[tuple[int, ...]]] = []

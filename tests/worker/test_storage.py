@@ -23,7 +23,7 @@ from distkv_dask.local_folder import LocalFolder
 from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 from distkv_dask.worker import storage
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 
 BLOCK, BLOCKS = 4, 7
 SIZE = 2 * 1 * BLOCK * 2 * 4
@@ -32,7 +32,7 @@ NAME = "blocks-00-0-28.arrow"
 
 def filled() -> Pool:
     """A pool whose sequence 1 has blocks that do not follow each other."""
-    pool = Pool(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=BLOCK, blocks=BLOCKS + 2)
+    pool = Pool(BlockShape(1, 1, 2, "float32", BLOCK), BLOCKS + 2)
     pool.reserve(1, 0, 2 * BLOCK)
     pool.reserve(2, 0, BLOCK)
     pool.reserve(1, 2 * BLOCK, BLOCKS * BLOCK)

@@ -32,9 +32,9 @@ sys.path.insert(0, sys.argv[1])
 from _channels import UCX
 from _fakes import TOKEN
 from _peers import Holder, KV_HEADS, HEAD_DIM, gang
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.service import Service
-pool = Pool(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32", block_tokens=8, blocks=16)
+pool = Pool(BlockShape(2, KV_HEADS, HEAD_DIM, "float32", 8), 16)
 pool.reserve(1, 0, 40)
 lane = Holder(UCX)
 lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=60.0, timeout_receive=60.0))
