@@ -94,3 +94,34 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     graph = {name: set(imports(parsed(path), modules)) for name, path in modules.items()}
     TopologicalSorter(graph).prepare()  # its CycleError names the circle
+
+
+MANY_PARTS = {"PreparedAttention"}
+"""Kernels' own: the arguments of a call in C."""
+
+
+def constructors(tree: ast.Module) -> Iterator[tuple[str, ast.arguments]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from (
+                (node.name, one.args)
+                for one in node.body
+                if isinstance(one, ast.FunctionDef) and one.name == "__init__"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_constructor_takes_more_than_five_things(path: Path) -> None:
+    for name, arguments in constructors(parsed(path)):
+        given = len(arguments.args) + len(arguments.kwonlyargs) - 1
+        assert given <= 5 or name in MANY_PARTS, f"{name} takes {given}: some of them belong together"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "scheduler" / "lifecycle").glob("*.py")), ids=lambda path: path.name)
+def test_no_part_of_the_state_machine_holds_a_callback(path: Path) -> None:
+    tree = parsed(path)
+    fields = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.simple]
+    kept = [arg.annotation for _, arguments in constructors(tree) for arg in arguments.args if arg.annotation]
+    for annotation in fields + kept:
+        if "Callable" in (text := ast.unparse(annotation)):
+            raise AssertionError(f"{text}: recommend a state instead")

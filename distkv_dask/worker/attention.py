@@ -34,14 +34,10 @@ class DistAttention:
         The home's pool.
     heads
         Query heads of the model.
-    step
-        Number of the gang's next step.
     """
 
-    def __init__(
-        self, gang: HomeGang, parts: Mapping[str, Part], tokens: int, pool: Pool, heads: int, step: int = 0
-    ) -> None:
-        self.step = step
+    def __init__(self, gang: HomeGang, parts: Mapping[str, Part], tokens: int, pool: Pool, heads: int) -> None:
+        self.step = 0
         """Number of the next step, as the holders count."""
         self._pool = pool
         home = gang.gang.home

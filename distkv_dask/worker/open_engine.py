@@ -20,14 +20,12 @@ import numpy as np
 
 from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, in_words, portable
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.names import EngineSpec, Piece
+from distkv_dask.messages.names import Piece
 from distkv_dask.types import (
     DecodeWindow,
     Endpoint,
     FinishReason,
     Gang,
-    Geometry,
-    Measurement,
     Placement,
     PrefillChunk,
     SamplingParams,
@@ -35,7 +33,6 @@ from distkv_dask.types import (
     WindowResult,
 )
 from distkv_dask.worker.block_files import BlockFiles
-from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.layer_tasks import LayerTasks
 from distkv_dask.worker.metering import computing, metered, metered_session
 from distkv_dask.worker.moving import Arrivals, send_blocks
@@ -52,46 +49,35 @@ class OpenEngine:
 
     Parameters
     ----------
-    spec
-        What the gManager asked for.
-    worker
-        This worker's address.
+    runtime
+        What computes.
     model
         The weights; None on a memory worker.
-    geometry
-        Sizes of the model.
-    runtime, lanes
-        What computes.
     files
         What is saved and spilled here.
+    facts
+        What the gManager has to know of it.
     tell
-        Sends an event to the gManager.
-    measured
-        How fast the worker is, if that was timed.
+        Sends a message to the gManager.
     """
 
     def __init__(
         self,
-        spec: EngineSpec,
-        worker: str,
-        model: LoadedModel | None,
-        geometry: Geometry,
         runtime: Runtime,
-        lanes: Lanes,
+        model: LoadedModel | None,
         files: BlockFiles,
+        facts: did.Opened,
         tell: Callable[[did.FromWorker], None],
-        measured: Measurement | None = None,
     ) -> None:
-        self.spec = spec
-        self.worker = worker
+        self.spec = runtime.spec
+        self.worker = facts.worker
         self.model = model
-        self.geometry = geometry
         self.runtime = runtime
-        self.lanes = lanes
+        self.lanes = runtime.lanes
         self.files = files
+        self.facts = facts
         self.by_layer = LayerTasks(self)
         self._tell = tell
-        self._measured = measured
         self._lock = threading.Lock()
         self._epoch = 0
         self._decoded_until = 0.0
@@ -101,22 +87,6 @@ class OpenEngine:
         self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
         self._preparing: threading.Thread | None = None
-
-    def facts(self) -> did.Opened:
-        """What the gManager has to know."""
-        pool = self.runtime.pool
-        return did.Opened(
-            self.worker,
-            endpoint=self.lanes.endpoint,
-            role="memory" if self.model is None else "instance",
-            channels=self.runtime.dialer.explain(),
-            capacity_blocks=pool.capacity_blocks,
-            block_bytes=pool.storage[0].nbytes,
-            spill_bytes=self.files.capacity,
-            geometry=self.geometry,
-            fingerprint="" if self.model is None else self.model.fingerprint,
-            measured=self._measured,
-        )
 
     def close(self) -> None:
         """End everything and free the pool, the model and the disk; blocks until no thread uses them."""

@@ -12,7 +12,7 @@ import psutil
 
 from distkv_dask.errors import CapacityError, ConfigError
 from distkv_dask.kernels import make_ready
-from distkv_dask.messages.from_worker import FromWorker
+from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.types import Geometry
 from distkv_dask.worker.block_files import BlockFiles
@@ -58,28 +58,7 @@ def build_engine(
     one = geometry
     block_tokens = spec.config.block_tokens
     block = BlockShape(one.layers, one.kv_heads, one.head_dim, one.dtype, block_tokens)
-    limit = worker.memory_manager.memory_limit
-    kv_memory = spec.config.kv_memory
-    if KV_MEMORY_RESOURCE in worker.state.total_resources:
-        kv_memory = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
-    if kv_memory is None:
-        if not limit:
-            raise ConfigError(
-                f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
-            )
-        kv_memory = limit // 2
-    if kv_memory < block.nbytes:
-        raise CapacityError(
-            f"kv_memory is {kv_memory} bytes, but one block of {block_tokens} tokens of this model needs "
-            f"{block.nbytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
-        )
-    resident = psutil.Process().memory_info().rss
-    if limit and resident + kv_memory > PAUSE_FRACTION * limit:
-        raise CapacityError(
-            f"kv_memory of {kv_memory} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
-            f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
-            f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
-        )
+    kv_memory = _kv_memory(spec, worker, block)
     pool = Pool(block, kv_memory // block.nbytes)
     make_ready(pool.keys(0))
     keep_freed_memory()
@@ -101,4 +80,49 @@ def build_engine(
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
     files = BlockFiles(pool, worker.address, folder, spec.config, report)
-    return OpenEngine(spec, worker.address, model, geometry, runtime, lanes, files, report, timings)
+    facts = Opened(
+        worker.address,
+        lanes.endpoint,
+        role="memory" if model is None else "instance",
+        channels=runtime.dialer.explain(),
+        capacity_blocks=pool.capacity_blocks,
+        block_bytes=block.nbytes,
+        spill_bytes=files.capacity,
+        geometry=geometry,
+        fingerprint="" if model is None else model.fingerprint,
+        measured=timings,
+    )
+    return OpenEngine(runtime, model, files, facts, report)
+
+
+def _kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape) -> int:
+    """Bytes of KV memory on a worker: what the settings or its resources say, else half of its memory.
+
+    Raises
+    ------
+    ConfigError, CapacityError
+        It has no memory limit to take half of; it is less than a block, or does not fit beside what is there.
+    """
+    limit = worker.memory_manager.memory_limit
+    kv_memory = spec.config.kv_memory
+    if KV_MEMORY_RESOURCE in worker.state.total_resources:
+        kv_memory = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
+    if kv_memory is None:
+        if not limit:
+            raise ConfigError(
+                f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
+            )
+        kv_memory = limit // 2
+    if kv_memory < block.nbytes:
+        raise CapacityError(
+            f"kv_memory is {kv_memory} bytes, but one block of {block.block_tokens} tokens of this model needs "
+            f"{block.nbytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
+        )
+    resident = psutil.Process().memory_info().rss
+    if limit and resident + kv_memory > PAUSE_FRACTION * limit:
+        raise CapacityError(
+            f"kv_memory of {kv_memory} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
+            f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
+            f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
+        )
+    return kv_memory

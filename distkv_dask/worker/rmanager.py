@@ -236,7 +236,7 @@ class RManager(WorkerPlugin):
                 self.tell(spec.engine, OpenFailed(self.worker.address, failure))
             else:
                 self.engines[spec.engine] = engine
-                self.tell(spec.engine, engine.facts())
+                self.tell(spec.engine, engine.facts)
             if not self.engines:
                 await self._close_lanes()
 

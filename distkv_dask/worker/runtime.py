@@ -24,7 +24,7 @@ from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.sampling import Draw, sample_batch
-from distkv_dask.worker.service import Service
+from distkv_dask.worker.service import Limits, Service
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Tracer
 from distkv_dask.worker.traced import TracedAttention, TracedDecodeLoop, TracedGang, span, traced_model
@@ -64,9 +64,9 @@ class Runtime:
         """Gangs by number whose bytes travel with tasks instead of on channels; put here before they run."""
         self.tracer = Tracer() if spec.config.trace else None
         self._ring = None if self.tracer is None else self.tracer.home
-        self._spec = spec
+        self.spec = spec
         self._model = model if model is None else traced_model(model, self._ring)
-        self._lanes = lanes
+        self.lanes = lanes
         token = spec.token.encode()
         heads = pool.kv_heads if model is None else model.geometry.heads
         dtype = str(pool.dtype).removeprefix("torch.")
@@ -82,9 +82,9 @@ class Runtime:
         self._closed = False
         self.exchanged = Exchanged()
         """What the last chunk or window exchanged with holders."""
-        limits = config.timeout_start, config.timeout_receive
+        limits = Limits(config.timeout_start, config.timeout_receive)
         ring = None if self.tracer is None else self.tracer.holder
-        lanes.holder.attach(Service(spec.engine, token, pool, *limits, ring))
+        lanes.holder.attach(Service(spec.engine, token, pool, limits, ring))
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
         """Reserve room for tokens ``[start, stop)`` of a sequence; CapacityError when there is none."""
@@ -102,7 +102,7 @@ class Runtime:
         EngineClosedError
             The runtime is closed.
         """
-        return self._lanes.holder.open_session(self._spec.engine, gang)
+        return self.lanes.holder.open_session(self.spec.engine, gang)
 
     def abort(self, gang: int, reason: str) -> None:
         """End this worker's part in a gang, from any thread: all its members fail with ``reason``."""
@@ -110,7 +110,7 @@ class Runtime:
             running = self.paused.get(gang) or self._gang
             if running is not None and running.gang.number == gang:
                 running.abort(reason)
-        self._lanes.holder.abort(self._spec.engine, gang, reason)
+        self.lanes.holder.abort(self.spec.engine, gang, reason)
 
     def prefill(self, chunk: PrefillChunk) -> int | None:
         """Compute a chunk of a prompt, on the home lane's thread.
@@ -137,7 +137,7 @@ class Runtime:
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
                 stored = Stored(chunk.sequence, chunk.placement, position)
-                old, parts = parts, cut([stored], count, self._spec.config.deterministic)
+                old, parts = parts, cut([stored], count, self.spec.config.deterministic)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
                 attention = self._attention(gang, parts, count, step)
                 try:
@@ -169,7 +169,7 @@ class Runtime:
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
-            cutting = partial(cut, alike=self._spec.config.deterministic)
+            cutting = partial(cut, alike=self.spec.config.deterministic)
             loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang), cutting
             result = (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
             self.exchanged = result.exchanged
@@ -181,9 +181,9 @@ class Runtime:
             self._closed = True
             if self._gang is not None:
                 self._gang.abort("the engine was closed on this worker")
-        self._lanes.holder.detach(self._spec.engine)
+        self.lanes.holder.detach(self.spec.engine)
         with contextlib.suppress(EngineClosedError):  # closed lanes: no gang runs
-            self._lanes.home.submit(_nothing).result()
+            self.lanes.home.submit(_nothing).result()
         self._cache.close()
 
     def _loaded(self) -> LoadedModel:
@@ -196,19 +196,21 @@ class Runtime:
     ) -> DistAttention | LayerAttention:
         if isinstance(gang, PausedForward):
             return LayerAttention(gang, parts, self.pool)
-        step_of = gang, parts, tokens, self.pool, self._loaded().geometry.heads, step
-        return DistAttention(*step_of) if self._ring is None else TracedAttention(self._ring, *step_of)
+        of = gang, parts, tokens, self.pool, self._loaded().geometry.heads
+        attention = DistAttention(*of) if self._ring is None else TracedAttention(self._ring, *of)
+        attention.step = step
+        return attention
 
     @contextmanager
     def _running(self, gang: Gang) -> Iterator[HomeGang | PausedForward]:
-        config = self._spec.config
+        config = self.spec.config
         opened = gang, self._cache, config.timeout_start, config.timeout_receive
         running = self.paused.get(gang.number) or (
             HomeGang(*opened) if self._ring is None else TracedGang(self._ring, *opened)
         )
         with self._lock:
             if self._closed:
-                raise EngineClosedError(f"engine {self._spec.engine} was closed on this worker")
+                raise EngineClosedError(f"engine {self.spec.engine} was closed on this worker")
             self._gang = running
         try:
             with torch.inference_mode(), running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
 from distkv_dask.types import Gang
@@ -21,6 +21,13 @@ REMEMBERED = 1024
 """Ended gangs that are remembered, so that a late member or home is told at once."""
 
 
+class Limits(NamedTuple):
+    """Seconds from a session's opening to its home's first frame (or the other way round), and of a peer's silence."""
+
+    start: float
+    receive: float
+
+
 class Service:
     """Sessions of one engine; used by the holder lane's thread only.
 
@@ -32,10 +39,8 @@ class Service:
         Random secret that its homes show.
     pool
         Where its KV lies on this worker.
-    timeout_start
-        Seconds from a session's opening to its home's first frame, or the other way round.
-    timeout_receive
-        Seconds of silence of a peer within a gang.
+    limits
+        How long it waits for homes.
     ring
         Where its requests are recorded, if they are.
     """
@@ -45,16 +50,15 @@ class Service:
         engine: str,
         token: bytes,
         pool: Pool,
-        timeout_start: float,
-        timeout_receive: float,
+        limits: Limits,
         ring: Ring | None = None,
     ) -> None:
         self.ring = ring
         self.engine = engine
         self.digest = token_digest(token)
         self.pool = pool
-        self.timeout_start = timeout_start
-        self.silence = 2 * timeout_receive
+        self.timeout_start = limits.start
+        self.silence = 2 * limits.receive
         """Seconds that a home may be silent in a gang: it may itself wait ``timeout_receive`` for another holder, and
         its report of that must come first."""
         self._waiting: dict[int, tuple[Session, float]] = {}

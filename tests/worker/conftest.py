@@ -19,7 +19,7 @@ from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 from distkv_dask.worker import native_exchange, native_session
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.pool import BlockShape, Pool
-from distkv_dask.worker.service import Service
+from distkv_dask.worker.service import Limits, Service
 
 
 def _open_now(sockets: bool) -> set[Any]:
@@ -71,7 +71,7 @@ def lane(pool: Pool, way: Way, request: pytest.FixtureRequest) -> Iterator[Holde
     """A holder lane; ``@impatient`` tests get one that waits half a second."""
     limit = getattr(request, "param", 20.0)
     lane = Holder(way)
-    lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=limit, timeout_receive=limit / 2))
+    lane.attach(Service("engine", TOKEN.encode(), pool, Limits(limit, limit / 2)))
     yield lane
     lane.close()
     lane.close()

@@ -31,7 +31,7 @@ from distkv_dask.worker.guest import Guest
 from distkv_dask.worker.home_lane import HomeLane
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.service import Service
+from distkv_dask.worker.service import Limits, Service
 from distkv_dask.worker.stranger_log import LINES, SECONDS, StrangerLog
 
 sockets = pytest.mark.parametrize("way", [TCP, UNIX, TLS], indirect=True, ids=lambda way: way.name)
@@ -323,7 +323,7 @@ def test_a_session_whose_opening_fails_is_not_waited_for(lane: Holder, monkeypat
 def test_a_holder_lane_that_ends_says_so_and_ends_what_waits_for_it(pool: Pool) -> None:
     reasons: list[str] = []
     lanes = Lanes("w1", "127.0.0.1", 1, on_end=reasons.append)
-    lanes.holder.attach(Service("engine", TOKEN.encode(), pool, timeout_start=20.0, timeout_receive=20.0))
+    lanes.holder.attach(Service("engine", TOKEN.encode(), pool, Limits(20.0, 20.0)))
     session = lanes.holder.open_session("engine", gang())
     assert not lanes.closed
     with pytest.raises(SystemExit):

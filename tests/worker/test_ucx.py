@@ -33,11 +33,11 @@ from _channels import UCX
 from _fakes import TOKEN
 from _peers import Holder, KV_HEADS, HEAD_DIM, gang
 from distkv_dask.worker.pool import BlockShape, Pool
-from distkv_dask.worker.service import Service
+from distkv_dask.worker.service import Limits, Service
 pool = Pool(BlockShape(2, KV_HEADS, HEAD_DIM, "float32", 8), 16)
 pool.reserve(1, 0, 40)
 lane = Holder(UCX)
-lane.attach(Service("engine", TOKEN.encode(), pool, timeout_start=60.0, timeout_receive=60.0))
+lane.attach(Service("engine", TOKEN.encode(), pool, Limits(60.0, 60.0)))
 lane.open_session("engine", gang())
 print(lane.ucx, flush=True)
 threading.Event().wait()
