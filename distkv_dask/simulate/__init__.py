@@ -1,1 +1,1 @@
-"""A discrete-event simulator that drives the scheduler's own ledger, admission and policies on modelled workers."""
+"""A discrete-event simulator: the state machine that runs an engine, on modelled workers."""

@@ -1,50 +1,37 @@
-"""The event loop: arrivals, windows, chunks and moves on modelled workers, decided by the real ledger and policies."""
+"""The event loop: the state machine that runs an engine, and modelled workers that take the time the model says."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import count, groupby
 from typing import Any
 
-from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.presets import Preset
+from distkv_dask.scheduler.kept.disk_copies import BYTES_PER_SECOND
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.policies import policy_named
-from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.scheduler.policies.queue import Admission, prefill_slots
-from distkv_dask.simulate.lane import Costs, Lane, Run
+from distkv_dask.scheduler.lifecycle.events import Event, Submit, Tick, WorkerLost, WorkerReady
+from distkv_dask.scheduler.work.pacing import TASK_SECONDS
+from distkv_dask.simulate.lane import Costs, Lane, Work
+from distkv_dask.simulate.outcome import Outcome, Run
+from distkv_dask.simulate.prompts import Prompt
+from distkv_dask.simulate.settings import BLOCK_TOKENS, machine
 from distkv_dask.simulate.single import as_one
 from distkv_dask.simulate.traces import Arrival
-from distkv_dask.types import Endpoint, Move
+from distkv_dask.simulate.workers import Asked, Workers
+from distkv_dask.types import DecodeWindow, Endpoint, PrefillChunk, SamplingParams
 
-BLOCK_TOKENS = 64
-BATCH = 256
-"""Sequences that one instance decodes together (vLLM's default)."""
-REBALANCE = 1.0
-"""Seconds between two questions to the policy what should move."""
-WATCHED = 64
-"""Waiting requests that a policy sees when it proposes moves."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What happened: finished runs with their end times, refused arrivals, moved blocks, memory over time."""
-
-    policy: str
-    workers: int
-    finished: list[tuple[Run, float]] = field(default_factory=list)
-    refused: list[Arrival] = field(default_factory=list)
-    moved_blocks: int = 0
-    seconds: float = 0.0
-    memory: list[tuple[float, list[float]]] = field(default_factory=list)
-    """Times, and what share of its pool each worker uses then."""
-
-
-def without_prefill(model: PerformanceModel) -> PerformanceModel:
-    """The same model where prompts cost nothing."""
-    return replace(model, curve=replace(model.curve, prompt=0.0, pair=0.0))
+TICK = 1.0
+"""Seconds between two ticks of the state machine at first."""
+TICKS = 50
+"""With time they become rarer: so many in the time that has passed."""
+IDLE = 10_000
+"""Ticks in which nothing else happens, until that is a fault: waiting for other workers is over long before."""
 
 
 class Simulation:
@@ -70,159 +57,234 @@ class Simulation:
         self.prefill = prefill
         self.preset = as_one(preset, workers, pipeline=pipeline) if policy == "single" else preset
         self.outcome = Outcome(policy, workers)
-        self.ledger = Ledger(BLOCK_TOKENS, BATCH)
-        known = self.preset.model if prefill else without_prefill(self.preset.model)
-        self.policy = policy_named(policy, known)
-        self.admission = Admission(self.ledger, self.policy)
-        self.lanes: dict[str, Lane] = {}
-        for number in range(1 if policy == "single" else workers):
-            name, host = f"w{number:05}", f"h{number // self.preset.per_host:04}"
-            self.ledger.add_worker(Endpoint(name, host, 0), self.preset.kv_tokens // BLOCK_TOKENS)
-            self.lanes[name] = Lane(name, host)
+        self.machine = machine(self.preset, policy, prefill=prefill)
+        self.workers = Workers()
+        names = [f"w{number:05}" for number in range(1 if policy == "single" else workers)]
+        self.lanes = {name: Lane(name, f"h{at // self.preset.per_host:04}") for at, name in enumerate(names)}
         self.costs = Costs(self.preset.model, self.lanes)
-        self.runs: dict[int, Run] = {}
-        self.prefilling = 0
         self.now = 0.0
+        self._runs: dict[int, Run] = {}
+        self._left = self._tasks = self._idle = 0
+        self._ready: list[Lane] = []
         self._events: list[tuple[float, int, Any, tuple[Any, ...]]] = []
         self._order = count()
 
-    def run(self, arrivals: Sequence[Arrival]) -> Outcome:
-        """Serve all requests and return what happened."""
-        limit = self.policy.limit(self.ledger)
-        for number, arrival in enumerate(arrivals):
-            if self.ledger.blocks(arrival.tokens) > limit:
-                self.outcome.refused.append(arrival)
-            else:
-                self._at(arrival.at, self._arrive, number, arrival)
+    @property
+    def ledger(self) -> Ledger:
+        """Where everything lies."""
+        return self.machine.state.ledger
+
+    def run(self, arrivals: Sequence[Arrival], losses: Sequence[tuple[float, int]] = ()) -> Outcome:
+        """Serve all requests and return what happened.
+
+        Parameters
+        ----------
+        losses
+            Seconds after the start, and the number (from 0) of the worker that is lost then.
+
+        Raises
+        ------
+        InvalidRequestError
+            There is no worker with such a number.
+        """
+        life = self.machine.state
+        if not any(arrival.blocks for arrival in arrivals):
+            life.cache.close()  # no two prompts begin alike, so it could find nothing
+        for lane in self.lanes.values():
+            self.workers.add(lane.worker)
+            endpoint = Endpoint(lane.worker, lane.host, 0)
+            capacity = self.preset.kv_tokens // BLOCK_TOKENS
+            self._handle(WorkerReady(endpoint, capacity, spill_bytes=life.config.spill))
+        for time, number in losses:
+            self._at(time, self._lose, self._name(number))
+        numbered = sorted(enumerate(arrivals), key=lambda one: one[1].at)
+        for at, together in groupby(numbered, key=lambda one: one[1].at):
+            self._at(at, self._arrive, list(together))
+        self._left = len(arrivals)
         self._at(0.0, self._tick)
         while self._events:
             self.now, _, event, arguments = heapq.heappop(self._events)
             event(*arguments)
+            while self._ready:
+                self._begin(self._ready.pop())
         self.outcome.seconds = max((end for _, end in self.outcome.finished), default=0.0)
+        self.outcome.moved_blocks = life.moves.moved_blocks
         return self.outcome
+
+    def _name(self, number: int) -> str:
+        if not 0 <= number < len(self.lanes):
+            raise InvalidRequestError(f"there is no worker {number} to lose: they are 0 to {len(self.lanes) - 1}")
+        return list(self.lanes)[number]
 
     def _at(self, time: float, event: Any, *arguments: Any) -> None:
         heapq.heappush(self._events, (time, next(self._order), event, arguments))
 
+    # The state machine
+
+    def _handle(self, event: Event) -> None:
+        for command in self.machine.handle(event, self.now):
+            self.workers.enact(command)
+            self._enact(command)
+
+    def _enact(self, command: do.Command) -> None:
+        """Let a command take its time."""
+        match command:
+            case Delivery(sequence):
+                self._deliver(self._runs[sequence], command)
+            case do.SubmitWindow(window):
+                self._queue(window.gang.home, window)
+            case do.SubmitPrefill(chunks):
+                self._prefill(chunks[0])
+            case to.Reserve(_, sequence) if sequence in self._runs:
+                self._runs[sequence].admitted = min(self._runs[sequence].admitted, self.now)
+            case to.Relocate(home):
+                self._queue(home, command)
+            case to.Retire(worker):
+                if self.lanes[worker].current is None:
+                    self._at(self.now, self._answer, command)
+                else:
+                    self.lanes[worker].after.append(command)
+            case to.Expect() | to.Send() | to.Store() | to.Fetch():
+                self._at(self.now + self._seconds(command), self._answer, command)
+            case to.Abort(worker, gang):
+                lane = self.lanes[worker]
+                if lane.current is not None and lane.current.gang.number == gang:
+                    self._free(lane)
+            case do.Forget(gang, finished) if not finished and gang.home in self.lanes:
+                queue = self.lanes[gang.home].queue
+                for item in [
+                    item for item in queue if not isinstance(item, to.Relocate) and item.gang.number == gang.number
+                ]:
+                    queue.remove(item)
+            case do.Refuse(sequence):
+                self._end(sequence, served=False)
+
+    def _answer(self, message: Asked) -> None:
+        """A worker has done what a message asks for."""
+        answer = self.workers.answer(message)
+        if answer is not None:
+            self._handle(answer)
+
+    def _seconds(self, message: Asked) -> float:
+        """How long a worker copies, writes or reads blocks."""
+        model, config = self.preset.model, self.machine.state.config
+        match message:
+            case to.Send(source, _, _, start, stop, target, pace) if target in self.lanes:
+                link = model.link(self.lanes[source].host, self.lanes[target].host)
+                return max(model.transfer(link, stop - start), pace * (stop - start) / config.move_tokens_per_step)
+            case to.Store(ranges=ranges) | to.Fetch(ranges=ranges):
+                return sum(stop - start for start, stop in ranges) * model.shape.kv_bytes / BYTES_PER_SECOND
+        return 0.0
+
     # Requests
 
-    def _arrive(self, number: int, arrival: Arrival) -> None:
-        self.runs[number] = Run(number, arrival, left=arrival.output)
-        self.admission.wait(Ask(number, arrival.prompt, arrival.tokens, self.now))
-        self._at(self.now, self._admit)  # once all that come at this time are in the queue
+    def _arrive(self, together: Sequence[tuple[int, Arrival]]) -> None:
+        self._runs |= {number: Run(number, arrival) for number, arrival in together}
+        self._handle(Submit(tuple(_submission(number, arrival) for number, arrival in together)))
 
-    def _admit(self) -> None:
-        while self.admission and self.prefilling < prefill_slots(self.ledger):
-            admitted = self.admission.admit()
-            if admitted is None:
-                return
-            run = self.runs[admitted[0].sequence]
-            run.admitted = self.now
-            run.lies(admitted[1])
-            self.prefilling += 1
-            if self.prefill:
-                self._queue(run)
-            else:
-                run.done = run.arrival.prompt
-                self._decode(run)
+    def _deliver(self, run: Run, news: Delivery) -> None:
+        if news.tokens:
+            run.first = min(run.first, self.now)
+        if news.reason is not None:
+            self._end(run.number, served=news.error is None)
 
-    def _queue(self, run: Run) -> None:
-        """Hand a prompt to the worker that holds its next token."""
-        spans = self.ledger.sequences[run.number].placement
-        lane = self.lanes[next(span.worker for span in spans if run.done < span.stop)]
-        lane.prompts.append(run)
-        self._start(lane)
+    def _end(self, sequence: int, *, served: bool) -> None:
+        self._left -= 1
+        run = self._runs.pop(sequence)
+        if served:
+            self.outcome.finished.append((run, self.now))
+        else:
+            self.outcome.refused.append(run.arrival)
+
+    def _prefill(self, chunk: PrefillChunk) -> None:
+        if self.prefill:
+            self._queue(chunk.gang.home, chunk)
+        else:
+            self._at(self.now, self._chunk_done, chunk)
 
     # Lanes
 
-    def _start(self, lane: Lane) -> None:
-        """Begin the next piece of work of a worker that does nothing."""
-        if lane.busy:
-            return
-        if lane.running and not (lane.prompts and lane.decoded_last):
-            steps, seconds = self.costs.window(lane)
-            self._work(lane, seconds, True, self._window_done, lane, steps)
-        elif lane.prompts:
-            run = lane.prompts[0]
-            tokens, seconds = self.costs.chunk(lane, run, self.ledger)
-            self._work(lane, seconds, False, self._chunk_done, lane, run, tokens)
+    def _queue(self, worker: str, item: DecodeWindow | PrefillChunk | to.Relocate) -> None:
+        self.lanes[worker].queue.append(item)
+        self._ready.append(self.lanes[worker])
 
-    def _work(self, lane: Lane, seconds: float, decode: bool, event: Any, *arguments: Any) -> None:
-        lane.busy, lane.decoded_last = True, decode
+    def _begin(self, lane: Lane) -> None:
+        """Begin the next piece of work of a lane that does nothing."""
+        if lane.current is not None or not lane.queue or lane.worker not in self.lanes:
+            return
+        match item := lane.queue.popleft():
+            case DecodeWindow(gang, number):
+                work = self.costs.window(lane, item, self.workers.batches[lane.worker])
+                self._work(lane, item, work.seconds, self._window_done, lane, item, work)
+                self._handle(did.WindowStarted(lane.worker, number))
+            case PrefillChunk(gang):
+                self._work(lane, item, self.costs.chunk(lane, item), self._lane_chunk_done, lane, item)
+                self._handle(did.ChunkStarted(lane.worker, gang.number))
+            case to.Relocate():
+                self._answer(item)
+                self._ready.append(lane)
+
+    def _work(self, lane: Lane, item: DecodeWindow | PrefillChunk, seconds: float, event: Any, *arguments: Any) -> None:
+        lane.current = item
         self._at(self.now + seconds + lane.stolen, event, *arguments)
         lane.stolen = 0.0
 
-    def _window_done(self, lane: Lane, steps: int) -> None:
-        lane.busy = False
-        ended = []
-        for run in lane.running.values():
-            run.left = max(0, run.left - steps)
-            if run.left:
-                self.ledger.commit(run.number, run.length)
-            else:
-                ended.append(run)
-        for run in ended:
-            self._end(lane, run)
-        if ended:
-            self._admit()
-        self._start(lane)
+    def _free(self, lane: Lane) -> None:
+        """A lane's present work is over."""
+        lane.current = None
+        for message in lane.after:
+            self._at(self.now, self._answer, message)
+        lane.after.clear()
+        self._ready.append(lane)
 
-    def _chunk_done(self, lane: Lane, run: Run, tokens: int) -> None:
-        lane.busy = False
-        run.done += tokens
-        self.ledger.commit(run.number, run.done)
-        placement = self.ledger.sequences[run.number].placement
-        if run.done == run.arrival.prompt:
-            lane.prompts.popleft()
-            self._decode(run)
-            self._admit()
-        elif not any(span.worker == lane.worker and span.start <= run.done < span.stop for span in placement):
-            lane.prompts.popleft()
-            self._queue(run)
-        self._start(lane)
+    def _window_done(self, lane: Lane, window: DecodeWindow, work: Work) -> None:
+        if lane.current is window:
+            self._free(lane)
+            self._tasks += 1 + len(window.gang.holders)
+            self._handle(self.workers.decode(window, work.parts, work.steps, work.seconds, work.used))
 
-    def _decode(self, run: Run) -> None:
-        """A prompt is complete and its first token drawn."""
-        self.prefilling -= 1
-        run.first = self.now
-        run.left -= 1
-        home = self.lanes[self.ledger.sequences[run.number].placement[-1].worker]
-        home.running[run.number] = run
-        if not run.left:
-            self._end(home, run)
-        self._start(home)
+    def _lane_chunk_done(self, lane: Lane, chunk: PrefillChunk) -> None:
+        if lane.current is chunk:
+            self._free(lane)
+            self._tasks += 1 + len(chunk.gang.holders)
+            self._chunk_done(chunk)
 
-    def _end(self, lane: Lane, run: Run) -> None:
-        del lane.running[run.number]
-        del self.runs[run.number]
-        self.ledger.release(run.number)
-        self.outcome.finished.append((run, self.now))
+    def _chunk_done(self, chunk: PrefillChunk) -> None:
+        if self.workers.head(chunk.sequence) is not chunk:
+            return  # it was given up
+        answer = self.workers.compute(chunk)
+        following = self.workers.head(chunk.sequence)
+        if following is not None:
+            self._prefill(following)
+        self._handle(answer)
 
-    # Moves and memory
+    # Time and losses
 
-    def _tick(self) -> None:
-        """Ask the policy what should move, and note how full the workers are."""
-        accounts = self.ledger.workers.values()
-        self.outcome.memory.append((self.now, [account.used / max(1, account.capacity) for account in accounts]))
-        for move in self.policy.moves(self.ledger, islice(self.admission.turns(), WATCHED)):
-            if not self.ledger.objection(move) and move.sequence in self.runs:
-                self.ledger.start_move(move)
-                link = self.preset.model.link(self.lanes[move.source].host, self.lanes[move.target].host)
-                seconds = self.preset.model.transfer(link, move.tokens)
-                self._at(self.now + seconds, self._moved, move)
-        if self._events:
-            self._at(self.now + REBALANCE, self._tick)
+    def _tick(self, elapsed: float = 0.0) -> None:
+        """Let time pass for the state machine, and note how full the workers are."""
+        life = self.machine.state
+        used = {name: account.used / max(1, account.capacity) for name, account in self.ledger.workers.items()}
+        self.outcome.memory.append((self.now, used))
+        if elapsed:
+            life.pacer.measured(elapsed, self._tasks * TASK_SECONDS, self._tasks, 0)
+            self._tasks = 0
+        self._handle(Tick())
+        self._idle = 0 if self._events else self._idle + 1
+        if self._idle > IDLE:
+            raise RuntimeError(f"{self._left} requests neither end nor go on")
+        if self._left:
+            pause = max(TICK, self.now / TICKS)
+            self._at(self.now + pause, self._tick, pause)
 
-    def _moved(self, move: Move) -> None:
-        if move not in self.ledger.moves:
-            return
-        placement = self.ledger.finish_move(move)
-        self.outcome.moved_blocks += self.ledger.blocks(move.tokens)
-        run = self.runs[move.sequence]
-        before = next((lane for lane in self.lanes.values() if move.sequence in lane.running), None)
-        run.lies(placement)
-        home = self.lanes[placement[-1].worker]
-        if before is not None and before is not home:
-            home.running[run.number] = before.running.pop(run.number)
-            self._start(home)
-        self._admit()
+    def _lose(self, worker: str) -> None:
+        lane = self.lanes.pop(worker, None)
+        if lane is not None:
+            lane.current = None
+            lane.queue.clear()
+            self.workers.remove(worker)
+            self._handle(WorkerLost(worker))
+
+
+def _submission(number: int, arrival: Arrival) -> Submission:
+    sampling = SamplingParams(max_new_tokens=arrival.output, ignore_eos=True)
+    return Submission(number, Prompt(arrival.prompt, arrival.blocks), sampling)

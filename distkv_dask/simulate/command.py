@@ -27,6 +27,16 @@ def _positive(_: click.Context, __: click.Parameter, value: float | None) -> flo
     return value
 
 
+def _losses(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[float, int]]:
+    try:
+        losses = [(float(time), int(worker)) for time, worker in (value.split(":") for value in values)]
+    except ValueError as error:
+        raise click.BadParameter("write TIME:WORKER, as in 30:5") from error
+    if not all(0 <= time < math.inf for time, _ in losses):
+        raise click.BadParameter("workers are lost at 0 seconds or later")
+    return losses
+
+
 @click.command()
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Requests: .csv or .jsonl.")
 @click.option("--workload", help=f"Generated requests: {', '.join(WORKLOADS)}.")
@@ -46,6 +56,14 @@ def _positive(_: click.Context, __: click.Parameter, value: float | None) -> flo
     help="How many times as fast a trace's requests come.",
 )
 @click.option("--no-prefill", is_flag=True, help="Prompts come with their KV, computed elsewhere.")
+@click.option(
+    "--lose",
+    "losses",
+    multiple=True,
+    callback=_losses,
+    metavar="TIME:WORKER",
+    help="Lose a worker (numbered from 0) after so many seconds. May be given several times.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures, a list if several.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
@@ -62,11 +80,12 @@ def simulate(
     rate: float | None,
     speedup: float,
     no_prefill: bool,
+    losses: list[tuple[float, int]],
     seed: int,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """Simulate policies on modelled workers, with the scheduler's own ledger and policies."""
+    """Simulate policies on modelled workers, driven by the state machine that runs an engine."""
     if (trace is None) == (workload is None):
         raise click.UsageError("give either --trace or --workload")
     for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
@@ -85,11 +104,12 @@ def simulate(
             if trace is not None
             else workload_named(workload or "").generate(requests, rate, seed)
         )
+        outcomes = [
+            Simulation(chosen, workers, name, prefill=not no_prefill).run(arrivals, losses)
+            for name in names or ("overflow",)
+        ]
     except DistKVError as error:
         raise click.ClickException(str(error)) from error
-    outcomes = [
-        Simulation(chosen, workers, name, prefill=not no_prefill).run(arrivals) for name in names or ("overflow",)
-    ]
     found = [figures(outcome) for outcome in outcomes]
     for one in found:
         click.echo(

@@ -1,63 +1,49 @@
-"""One simulated worker: what it decodes and prefills, and how long its next piece of work takes."""
+"""One simulated worker's home lane, and how long each piece of work takes on it."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
+from distkv_dask.messages.to_worker import Relocate, Retire
 from distkv_dask.scheduler.costs.model import PerformanceModel
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.simulate.traces import Arrival
-from distkv_dask.types import Placement
-
-QUANTUM = 0.5
-"""Seconds of a decode window, and of the prefill between two windows of a home."""
-WINDOW_STEPS = 64
-CHUNK = 512
-"""Tokens of the smallest prefill chunk."""
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A request in the simulation: times in seconds, ``done`` tokens of prompt, ``left`` tokens to generate."""
-
-    number: int
-    arrival: Arrival
-    admitted: float = 0.0
-    first: float = 0.0
-    done: int = 0
-    left: int = 0
-    remote: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        """Tokens of KV that exist."""
-        return self.done + (self.arrival.output - self.left - 1 if self.first else 0)
-
-    def lies(self, placement: Placement) -> None:
-        """Remember how many tokens lie away from home."""
-        self.remote = {}
-        home = placement[-1].worker
-        for span in placement:
-            if span.worker != home:
-                self.remote[span.worker] = self.remote.get(span.worker, 0) + span.tokens
+from distkv_dask.simulate.workers import Decoding
+from distkv_dask.types import DecodeWindow, Placement, PrefillChunk
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A worker's home lane, which takes turns between decode windows and prefill.
+    """A worker's home lane: one piece of work after the other, in the order in which they came.
 
-    ``stolen`` are seconds in which its holder lane computes for others before the next piece of work is done.
+    ``queue`` waits for the ``current`` one; ``after`` are answered as soon as that has ended, before all that waits.
+    ``stolen`` are seconds in which its holder lane computes for others before the current work is done.
     """
 
     worker: str
     host: str
-    running: dict[int, Run] = field(default_factory=dict)
-    prompts: deque[Run] = field(default_factory=deque)
-    busy: bool = False
-    decoded_last: bool = False
+    queue: deque[DecodeWindow | PrefillChunk | Relocate] = field(default_factory=deque)
+    current: DecodeWindow | PrefillChunk | None = None
+    after: list[Retire] = field(default_factory=list)
     stolen: float = 0.0
+
+    def drop(self, gang: int) -> None:
+        """Take what belongs to a gang out of the queue."""
+        self.queue = deque(item for item in self.queue if isinstance(item, Relocate) or item.gang.number != gang)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A window that was begun: its ``steps`` and ``seconds``, and the holders that it needs.
+
+    ``parts`` are the tokens of each sequence, and where it lies.
+    """
+
+    steps: int
+    seconds: float
+    parts: dict[int, tuple[int, Placement]]
+    used: tuple[str, ...]
 
 
 class Costs:
@@ -75,53 +61,40 @@ class Costs:
         self.model = model
         self.lanes = lanes
 
-    def window(self, lane: Lane) -> tuple[int, float]:
-        """Steps and seconds of a home's next decode window."""
+    def window(self, lane: Lane, window: DecodeWindow, batch: Mapping[int, Decoding]) -> Work:
+        """What a home does in a decode window with its batch."""
+        if not batch:
+            return Work(0, 0.0, {}, ())
         curve = self.model.of(lane.worker)
-        rows: dict[str, int] = {}
-        tokens: dict[str, int] = {}
-        local, longest = 0, 0
-        for run in lane.running.values():
-            away = 0
-            for worker, count in run.remote.items():
-                rows[worker] = rows.get(worker, 0) + 1
-                tokens[worker] = tokens.get(worker, 0) + count
-                away += count
-            local += max(0, run.length - away)
-            longest = max(longest, run.left)
+        rows, tokens, local = _read(lane.worker, batch.values())
         remote = [
             (worker, tokens[worker] * self.model.of(worker).token, self._exchange(lane, worker, rows[worker]))
             for worker in rows
         ]
-        dense = curve.step + len(lane.running) * curve.row
+        dense = curve.step + len(batch) * curve.row
         step = dense + self._parallel(lane, local * curve.token, remote)
-        steps = max(1, min(WINDOW_STEPS, int(QUANTUM / step), longest))
-        taken = sum(min(steps, run.left) for run in lane.running.values()) / (steps * len(lane.running))
+        longest = max(entry.remaining for entry in batch.values())
+        steps = max(1, min(window.steps or longest, ceil(window.seconds / step), longest))
+        parts = {number: (min(steps, entry.remaining), entry.placement) for number, entry in batch.items()}
+        taken = sum(tokens for tokens, _ in parts.values()) / (steps * len(batch))
         self._steal((worker, steps * taken * seconds) for worker, seconds, _ in remote)
-        return steps, steps * (curve.step + taken * (step - curve.step))
+        return Work(steps, steps * (curve.step + taken * (step - curve.step)), parts, tuple(rows))
 
-    def chunk(self, lane: Lane, run: Run, ledger: Ledger) -> tuple[int, float]:
-        """Tokens and seconds of the next chunk of a prompt, which ends with its span at the latest."""
-        curve = self.model.of(lane.worker)
+    def chunk(self, lane: Lane, chunk: PrefillChunk) -> float:
+        """Seconds of a chunk of a prompt."""
+        curve, size = self.model.of(lane.worker), len(chunk.tokens)
         tokens: dict[str, int] = {}
-        end = run.arrival.prompt
-        for span in ledger.sequences[run.number].placement:
-            if span.stop <= run.done:
-                tokens[span.worker] = tokens.get(span.worker, 0) + span.tokens
-            elif span.start <= run.done:
-                tokens[span.worker] = tokens.get(span.worker, 0) + run.done - span.start
-                end = min(end, span.stop)
+        for span in chunk.placement:
+            if filled := span.filled(chunk.start):
+                tokens[span.worker] = tokens.get(span.worker, 0) + filled
         local = tokens.pop(lane.worker, 0)
-        rate = curve.prompt + max([local * curve.pair, *(n * self.model.of(w).pair for w, n in tokens.items())])
-        size = min(end - run.done, max(CHUNK, int(QUANTUM / rate)))
         remote = [
             (worker, size * count * self.model.of(worker).pair, self._exchange(lane, worker, size))
             for worker, count in tokens.items()
-            if count
         ]
         self._steal((worker, seconds) for worker, seconds, _ in remote)
         attention = curve.prefill(size, local) - size * curve.prompt
-        return size, size * curve.prompt + self._parallel(lane, attention, remote)
+        return size * curve.prompt + self._parallel(lane, attention, remote)
 
     def _exchange(self, lane: Lane, worker: str, rows: int) -> float:
         return self.model.exchange(self.model.link(lane.host, self.lanes[worker].host), rows)
@@ -138,5 +111,32 @@ class Costs:
     def _steal(self, shares: Iterable[tuple[str, float]]) -> None:
         for worker, seconds in shares:
             holder = self.lanes[worker]
-            if holder.busy:  # an idle one has the time
+            if holder.current is not None:  # an idle one has the time
                 holder.stolen += seconds
+
+
+def _read(home: str, batch: Iterable[Decoding]) -> tuple[dict[str, int], dict[str, int], int]:
+    """Sequences and tokens of KV by holder, and tokens at home, that a step reads: what is shared only once."""
+    rows: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    seen: set[tuple[int | None, int]] = set()
+    local = 0
+    for entry in batch:
+        away = 0
+        for worker, count in entry.remote.items():
+            rows[worker] = rows.get(worker, 0) + 1
+            tokens[worker] = tokens.get(worker, 0) + count
+            away += count
+        for span in entry.shared:
+            away += span.tokens
+            if span.worker != home:
+                rows[span.worker] = rows.get(span.worker, 0) + 1
+            if (span.document, span.start) in seen:
+                continue
+            seen.add((span.document, span.start))
+            if span.worker == home:
+                local += span.tokens
+            else:
+                tokens[span.worker] = tokens.get(span.worker, 0) + span.tokens
+        local += max(0, entry.length - away)
+    return rows, tokens, local

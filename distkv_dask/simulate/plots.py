@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
-from distkv_dask.simulate.cluster import Outcome
+from distkv_dask.simulate.outcome import Outcome
 from distkv_dask.simulate.report import figures
 
 WIDTH, LEFT, TOP, BAR, COLUMNS = 760, 130, 40, 26, 120
@@ -34,11 +35,12 @@ def plot(outcomes: Sequence[Outcome]) -> str:
 
 
 def _memory(parts: list[str], outcome: Outcome, y: int, inner: int) -> int:
-    samples = [outcome.memory[at * len(outcome.memory) // COLUMNS] for at in range(COLUMNS)]
-    workers = len(samples[0][1])
+    times, end = [time for time, _ in outcome.memory], outcome.memory[-1][0]
+    samples = [outcome.memory[bisect(times, end * at / COLUMNS) - 1][1] for at in range(COLUMNS)]
+    workers = len(samples[0])
     height = max(2, min(10, 320 // workers))
-    for worker in range(workers):
-        shades = [min(len(SHADES) - 1, int(used[worker] * len(SHADES))) for _, used in samples]
+    for worker, name in enumerate(samples[0]):
+        shades = [min(len(SHADES) - 1, int(used.get(name, 0.0) * len(SHADES))) for used in samples]
         start = 0
         for at in range(1, COLUMNS + 1):  # equal neighbours are one rectangle
             if at == COLUMNS or shades[at] != shades[start]:
@@ -50,7 +52,7 @@ def _memory(parts: list[str], outcome: Outcome, y: int, inner: int) -> int:
     bottom = y + workers * height
     parts.append(f'<rect x="{LEFT}" y="{y}" width="{inner}" height="{bottom - y}" fill="none" stroke="#888"/>')
     parts.append(_text(LEFT, bottom + 15, "0 s"))
-    parts.append(_text(LEFT + inner, bottom + 15, f"{outcome.memory[-1][0]:,.0f} s", anchor="end"))
+    parts.append(_text(LEFT + inner, bottom + 15, f"{end:,.0f} s", anchor="end"))
     parts.append(_text(LEFT + inner + 8, y + 12, "dark: full"))
     return bottom + 18
 

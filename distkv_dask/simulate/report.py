@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distkv_dask.simulate.cluster import Outcome
+from distkv_dask.simulate.outcome import Outcome
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:

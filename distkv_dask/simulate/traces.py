@@ -3,7 +3,8 @@
 ``.csv`` (Azure LLM inference traces)
     Columns ``TIMESTAMP`` (ISO date and time), ``ContextTokens``, ``GeneratedTokens``.
 ``.jsonl`` (Mooncake)
-    One object a line with ``timestamp`` (milliseconds), ``input_length``, ``output_length``; other fields are ignored.
+    One object a line with ``timestamp`` (milliseconds), ``input_length``, ``output_length``, and perhaps ``hash_ids``:
+    one for each 512 tokens of the prompt, equal where prompts begin alike. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ from pathlib import Path
 
 from distkv_dask.errors import InvalidRequestError, in_words
 
+Row = tuple[float, int, int, tuple[int, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: seconds after the first one at which it comes, tokens of its prompt and of its answer."""
+    """A request: seconds after the first one at which it comes, tokens of its prompt and of its answer.
+
+    ``blocks`` has an id for each :data:`~distkv_dask.simulate.prompts.BLOCK` tokens of the prompt: prompts whose first
+    ids agree begin alike. Without ids a prompt begins like no other.
+    """
 
     at: float
     prompt: int
     output: int
+    blocks: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -48,7 +56,7 @@ def read_trace(path: Path, speedup: float = 1.0, limit: int | None = None) -> li
     rows = readers[path.suffix](path)
     while limit is None or len(arrivals) < limit:
         try:
-            seconds, prompt, output = next(rows)
+            seconds, prompt, output, blocks = next(rows)
         except StopIteration:
             break
         except (KeyError, ValueError, TypeError, OverflowError, RecursionError, csv.Error, OSError) as error:
@@ -57,21 +65,22 @@ def read_trace(path: Path, speedup: float = 1.0, limit: int | None = None) -> li
                 "formats."
             ) from error
         first = first if arrivals else seconds
-        arrivals.append(Arrival((seconds - first) / speedup, max(1, prompt), max(1, output)))
+        arrivals.append(Arrival((seconds - first) / speedup, max(1, prompt), max(1, output), blocks))
     if not arrivals:
         raise InvalidRequestError(f"{path} has no requests.")
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
 
-def _azure(path: Path) -> Iterator[tuple[float, int, int]]:
+def _azure(path: Path) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             stamp = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            yield stamp, int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            yield stamp, int(row["ContextTokens"]), int(row["GeneratedTokens"]), ()
 
 
-def _mooncake(path: Path) -> Iterator[tuple[float, int, int]]:
+def _mooncake(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            yield row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"])
+            blocks = tuple(int(number) for number in row.get("hash_ids", ()))
+            yield row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), blocks

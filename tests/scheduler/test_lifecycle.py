@@ -319,7 +319,7 @@ def test_a_worker_that_leaves_is_emptied_while_its_requests_go_on() -> None:
     cluster.drain(leaving)
     while not cluster.life.is_drained(leaving):
         assert cluster.step()
-    cluster.pools.pop(leaving), cluster.batches.pop(leaving), cluster.windows.pop(leaving, None)
+    cluster.remove(leaving)
     cluster.handle(WorkerLost(leaving))
     finish(cluster)
     assert all(cluster.tokens[number] == expected(number, 15) for number in range(4))

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 from _examples import examples
-from _simulated import Simulated, assert_nothing_left, blocks, cluster_of, expected, finish
+from _simulated import Simulated, assert_nothing_left, cluster_of, expected, finish
 
 from distkv_dask.errors import CapacityError, InvalidRequestError
-from distkv_dask.messages import from_worker as did
-from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile
+from distkv_dask.messages.names import OWN_DISK, Saved
 from distkv_dask.scheduler.lifecycle.events import WorkerReady
 from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES
@@ -120,54 +118,21 @@ class Users:
         return number not in self.stopped and (number in self.held() or number not in self.cluster.ends)
 
 
-@dataclass
-class Shared(Simulated):
-    """A simulated cluster whose workers reach a folder."""
-
-    folder: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
-
-    def use_disk(self, message: to.Store | to.Fetch) -> None:
-        if message.saved.place == OWN_DISK:
-            super().use_disk(message)
-            return
-        if message.worker not in self.pools:
-            return
-        table, files = self.pools[message.worker].get(message.sequence, {}), []
-        if isinstance(message, to.Store):
-            for start, stop in message.ranges:
-                name = f"{message.saved.tag}-{start}"
-                files.append(SavedFile(name, start, stop, 0, 0))
-                self.folder[name] = {block: table[block] for block in blocks(start, stop) if block in table}
-            self.handle(did.Stored(message.worker, message.number, tuple(files)))
-            return
-        for start, stop in message.ranges:
-            for file in message.saved.files:
-                for block in set(blocks(file.start, file.stop)) & set(blocks(start, stop)):
-                    if block in table:  # else it was given up meanwhile
-                        table[block] = self.folder[file.name][block]
-        self.handle(did.Fetched(message.worker, message.sequence))
-
-
 def add_worker(cluster: Simulated, rng: random.Random) -> None:
     """A worker of any size, on one of two hosts, perhaps without a model."""
     worker = f"w{next(cluster.names)}"
-    cluster.pools[worker], cluster.batches[worker], cluster.epochs[worker], cluster.disks[worker] = {}, {}, 0, {}
+    cluster.add(worker)
     endpoint = Endpoint(worker, rng.choice(["127.0.0.1", "127.0.0.2"]), 1)
     model = rng.random() < 0.8 or not any(one.can_decode for one in cluster.life.ledger.workers.values())
     spill = cluster.life.config.spill
     cluster.handle(WorkerReady(endpoint, rng.randint(6, 24), can_decode=model, spill_bytes=spill))
 
 
-def shared_cluster(seed: int, **settings: float) -> Shared:
-    plain = cluster_of(seed, **settings)
-    return Shared(plain.machine, plain.rng)
-
-
 def live_through(seed: int, events: int = 120) -> None:
     """A random life of a cluster and its users, and what has to hold afterwards."""
     rng = random.Random(seed)
     policy, lends = rng.choice(sorted(POLICIES)), rng.choice([1.0, 1.0, 0.5])
-    cluster = shared_cluster(seed, policy=policy, lend_limit=lends, prefix_cache=rng.random() < 0.7)
+    cluster = cluster_of(seed, policy=policy, lend_limit=lends, prefix_cache=rng.random() < 0.7)
     for _ in range(rng.randint(1, 4)):
         add_worker(cluster, rng)
     cluster.refusing = rng.random() < 0.5

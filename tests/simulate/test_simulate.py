@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+from array import array
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import dask
 import pytest
+from _examples import examples
 from click.testing import CliRunner
 
 from distkv_dask.client.cli import main
@@ -15,6 +20,8 @@ from distkv_dask.errors import InvalidRequestError
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.simulate.cluster import Simulation
+from distkv_dask.simulate.memory import Memory
+from distkv_dask.simulate.prompts import BLOCK, Prompt
 from distkv_dask.simulate.traces import Arrival, read_trace
 from distkv_dask.simulate.workloads import WORKLOADS, workload_named
 
@@ -98,7 +105,7 @@ def test_traces_are_read_as_published(tmp_path: Path) -> None:
     first, second = read_trace(tmp_path / "azure.csv", speedup=2)
     assert (first, second.prompt, second.output) == (Arrival(0.0, 374, 44), 396, 109)
     assert second.at == pytest.approx(4.314579 / 2)
-    assert read_trace(tmp_path / "mooncake.jsonl", limit=1) == [Arrival(0.0, 6758, 500)]
+    assert read_trace(tmp_path / "mooncake.jsonl", limit=1) == [Arrival(0.0, 6758, 500, blocks=(0, 1))]
     (tmp_path / "bad.csv").write_text("TIMESTAMP,ContextTokens\n2023-11-16 18:15:46,3\n")
     with pytest.raises(InvalidRequestError, match="request 1"):
         read_trace(tmp_path / "bad.csv")
@@ -142,3 +149,107 @@ def test_the_command_writes_the_documented_fields(tmp_path: Path) -> None:
 def test_the_command_says_what_is_wrong_with_its_arguments() -> None:
     assert "either --trace or --workload" in CliRunner().invoke(main, ["simulate"]).output
     assert "v2-short-1" in CliRunner().invoke(main, ["simulate", "--workload", "nothing"]).output
+
+
+def checked(workers: int, policy: str, **settings: Any) -> Simulation:
+    """A cluster whose workers check that all KV is where it is looked for."""
+    simulation = Simulation(replace(A100, kv_tokens=4096), workers, policy, **settings)
+    simulation.workers.memory = Memory(simulation.machine.state)
+    return simulation
+
+
+def shared_beginnings(requests: int, seed: int) -> list[Arrival]:
+    """Requests of a few conversations, some of which begin alike for several blocks."""
+    rng = random.Random(seed)
+    arrivals = []
+    for number in range(requests):
+        ids = (rng.randrange(2), *(rng.choice([rng.randrange(3), 100 + number]) for _ in range(9)))
+        arrivals.append(Arrival(number * 0.05, rng.randint(1, 10 * BLOCK), rng.randint(1, 300), ids))
+    return arrivals
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"single"}))
+@pytest.mark.parametrize("seed", range(examples(3)))
+def test_whatever_moves_is_shared_or_lost_kv_is_where_it_is_looked_for(policy: str, seed: int) -> None:
+    simulation = checked(6, policy)
+    losses = [(1.0, seed), (1.5, 4), (3.0, 5)]
+    arrivals = shared_beginnings(60, seed)
+    outcome = simulation.run(arrivals, losses)
+    fit = {arrival for arrival in arrivals if policy != "local-only" or arrival.tokens <= 4096}
+    assert {run.arrival for run, _ in outcome.finished} == fit
+    assert set(outcome.refused) == set(arrivals) - fit
+    assert len(simulation.lanes) == 3
+    simulation.ledger.check()
+    for worker, account in simulation.ledger.workers.items():
+        held = sum(map(len, simulation.workers.memory.pools[worker].values()))
+        assert (account.used, held) == (0, account.cached)
+
+
+def test_a_prompt_that_begins_like_one_before_is_computed_from_there_on() -> None:
+    ids = tuple(range(16))
+    arrivals = [Arrival(at, 16 * BLOCK, 50, ids) for at in (0.0, 100.0)]
+    (first, _), (second, _) = Simulation(A100, 1, "overflow").run(arrivals).finished
+    shared = 16 * BLOCK - 64  # a prompt's last token is always computed, and blocks are shared as a whole
+    assert first.first == pytest.approx(A100.model.curve.prefill(16 * BLOCK))
+    assert second.first - 100 == pytest.approx(A100.model.curve.prefill(64, shared))
+    others = [replace(arrival, blocks=()) for arrival in arrivals]
+    (_, _), (second, _) = Simulation(A100, 1, "overflow").run(others).finished
+    assert second.first - 100 == pytest.approx(A100.model.curve.prefill(16 * BLOCK)), "nothing is known of its tokens"
+
+
+def test_requests_on_a_lost_worker_are_computed_again_and_all_end_later() -> None:
+    arrivals = WORKLOADS["v2-short-1"].generate(40)
+    whole, less = (Simulation(A100, 4, "overflow").run(arrivals, losses) for losses in ([], [(5.0, 1)]))
+    assert [len(outcome.finished) for outcome in (whole, less)] == [40, 40]
+    assert less.seconds > whole.seconds
+    assert {name for _, used in less.memory[-2:] for name in used} == {"w00000", "w00002", "w00003"}
+
+
+def test_what_no_longer_fits_on_the_workers_that_are_left_is_given_up() -> None:
+    arrivals = [Arrival(0.0, 2 * A100.kv_tokens - 2000, 100), Arrival(0.0, 1000, 100)]
+    outcome = Simulation(A100, 2, "overflow").run(arrivals, [(1.0, 1)])
+    assert [run.arrival for run, _ in outcome.finished] == arrivals[1:]
+    assert outcome.refused == arrivals[:1]
+
+
+def test_a_window_is_as_long_as_the_configuration_says() -> None:
+    def first(seconds: str) -> float:
+        with dask.config.set({"distkv.window.seconds": seconds, "distkv.window.stream-seconds": seconds}):
+            arrivals = [Arrival(0.0, 100, 2000), Arrival(1.0, 100, 2)]
+            outcome = Simulation(A100, 1, "overflow").run(arrivals)
+        return next(run.first for run, _ in outcome.finished if run.arrival.at)
+
+    assert first("0.5 s") < 2.5
+    assert first("6 s") > 6, "a prompt that comes waits for the window that runs"
+
+
+def test_prompts_of_known_length_are_like_arrays_of_their_tokens() -> None:
+    ids = (5, 6, 7)
+    plain = array("i", [token for number in (5, 6, 7, 0) for token in [number] * BLOCK])[:1600]
+    prompt = Prompt(1600, ids)
+    assert len(prompt) == 1600
+    assert [*prompt] == [*plain]
+    assert prompt == Prompt(1600, ids) != Prompt(1601, ids)
+    for part in (
+        slice(0, 10),
+        slice(None, 700),
+        slice(500, 1100),
+        slice(1590, None),
+        slice(1700, 1800),
+        slice(None, -1),
+    ):
+        assert [*prompt[part]] == [*plain[part]], part
+    assert prompt[511] == 5
+    assert prompt + array("i", [9]) == plain + array("i", [9])
+    assert (prompt + array("i")) is prompt
+
+
+def test_the_command_loses_workers_that_there_are(tmp_path: Path) -> None:
+    arguments = ["simulate", "--workload", "v2-short-1", "--requests", "20", "--workers", "3"]
+    plain, less = (CliRunner().invoke(main, [*arguments, *more]) for more in ([], ["--lose", "1:0", "--lose", "2:2"]))
+    assert less.exit_code == 0, less.output
+    assert "20 finished" in less.output
+    assert less.output != plain.output
+    assert "there is no worker 3" in CliRunner().invoke(main, [*arguments, "--lose", "1:3"]).output
+    assert "TIME:WORKER" in CliRunner().invoke(main, [*arguments, "--lose", "soon"]).output
+    assert "0 seconds or later" in CliRunner().invoke(main, [*arguments, "--lose", "nan:1"]).output

@@ -1,4 +1,4 @@
-"""Admission: which waiting request gets room next. Pure: the lifecycle and the simulator drive the same code.
+"""Admission: which waiting request gets room next. Pure.
 
 A request that nobody's end would make room for is set aside: others go before it until it can run.
 """

@@ -1,0 +1,150 @@
+"""Pools and disks of simulated workers: which blocks are there, and the tokens whose KV they hold.
+
+With it, orders are checked: KV has to be where the home looks for it, nothing may be computed into others' blocks, and
+no pool may hold more than it has room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import OWN_DISK, SavedFile, SpilledFile
+from distkv_dask.scheduler.commands import Command
+from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.types import Placement, SequenceState
+
+Table = dict[int, tuple[int, ...]]
+"""Logical blocks of a sequence, and of each the tokens whose KV it holds."""
+
+
+class Memory:
+    """Memory of all workers of one engine.
+
+    Parameters
+    ----------
+    life
+        The engine's state machine, which knows the tokens.
+
+    Attributes
+    ----------
+    pools
+        By worker and sequence.
+    disks, folder
+        Spilled blocks by worker and file; saved ones by file, which all workers reach.
+    expected
+        Numbers of moves whose target has allocated its blocks.
+    """
+
+    def __init__(self, life: MachineState) -> None:
+        self.life = life
+        self.pools: dict[str, dict[int, Table]] = {}
+        self.disks: dict[str, dict[str, Table]] = {}
+        self.folder: dict[str, Table] = {}
+        self.expected: set[int] = set()
+
+    def add(self, worker: str) -> None:
+        """A worker joins, with nothing on it."""
+        self.pools[worker], self.disks[worker] = {}, {}
+
+    def remove(self, worker: str) -> None:
+        """A worker is gone, and its disk."""
+        del self.pools[worker], self.disks[worker]
+
+    def blocks(self, start: int, stop: int) -> range:
+        """Logical blocks of tokens ``[start, stop)``."""
+        size = self.life.config.block_tokens
+        return range(start // size, -(-stop // size) if stop > start else 0)
+
+    # Messages
+
+    def enact(self, command: Command) -> None:
+        """Allocate, free, and delete."""
+        match command:
+            case to.Reserve(worker, sequence, start, stop):
+                self._reserve(worker, sequence, start, stop)
+            case to.Expect(worker, number, sequence, start, stop):
+                # at once: what is sent to one worker arrives in order, so before a Free or Release of it
+                self._reserve(worker, sequence, start, stop)
+                self.expected.add(number)
+            case to.Release(worker, sequence):
+                self.pools[worker].pop(sequence, None)  # nothing is there of a move that has only begun
+            case to.Free(worker, sequence, start, stop) if worker in self.pools:
+                for block in self.blocks(start, stop):
+                    self.pools[worker].get(sequence, {}).pop(block, None)
+                if not self.pools[worker].get(sequence, True):
+                    del self.pools[worker][sequence]
+            case to.Discard(worker, names):
+                for name in names:
+                    self.disks.get(worker, {}).pop(name, None)
+
+    def copy(self, message: to.Send) -> str:
+        """Copy the blocks of a move to its target; why not, if that failed."""
+        places = message.worker, message.target
+        source, target = (self.pools.get(one, {}).get(message.sequence, {}) for one in places)
+        wanted = set(self.blocks(message.start, message.stop))
+        if not wanted <= source.keys() & target.keys():
+            return "not expected any more"
+        target.update({block: source[block] for block in wanted})
+        return ""
+
+    def write(self, message: to.Store) -> tuple[SavedFile, ...]:
+        """Write blocks to the worker's disk, or to the folder."""
+        table, files = self.pools[message.worker].get(message.sequence, {}), []
+        place = self.disks[message.worker] if message.saved.place == OWN_DISK else self.folder
+        for start, stop in message.ranges:
+            files.append(SavedFile(f"{message.saved.tag}-{start}", start, stop, 0, 0))
+            # a sequence that was given up meanwhile is written all the same, and of no use
+            place[files[-1].name] = {block: table[block] for block in self.blocks(start, stop) if block in table}
+        return tuple(files)
+
+    def read(self, message: to.Fetch) -> Exception | None:
+        """Fill blocks from files; why not, if that failed."""
+        table, failure = self.pools[message.worker].get(message.sequence, {}), None
+        for block in (block for start, stop in message.ranges for block in self.blocks(start, stop)):
+            files = (file for file in message.saved.files if block in self.blocks(file.start, file.stop))
+            content = self._content(next(files, None))
+            if content is None:
+                failure = OSError("not on any disk")
+                continue
+            assert block in table, "read into somebody else's blocks"
+            table[block] = content[block]
+        return failure
+
+    def _content(self, file: SavedFile | SpilledFile | None) -> Table | None:
+        if file is None:
+            return None
+        place = self.disks.get(file.worker, {}) if isinstance(file, SpilledFile) else self.folder
+        return place.get(file.name)
+
+    def _reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
+        table = self.pools[worker].setdefault(sequence, {})
+        for block in self.blocks(start, stop):
+            table.setdefault(block, ())  # a sequence that is mended keeps what it has
+        assert sum(map(len, self.pools[worker].values())) <= self.life.ledger.workers[worker].capacity
+
+    # Work
+
+    def compute(self, sequence: int, placement: Placement, start: int, stop: int, more: Sequence[int] = ()) -> None:
+        """Compute the KV of tokens ``[start, stop)``: all before them has to be where the placement says.
+
+        ``more`` is what was generated since the last commit.
+        """
+        request, size = self.life.requests[sequence], self.life.config.block_tokens
+        text = [*request.prompt, *request.generated, *more]
+        for span in placement:
+            owner = sequence if span.document is None else span.document
+            for block in self.blocks(span.start, min(span.stop, start)):
+                there = self.pools[span.worker][owner][block]
+                wanted = text[block * size : min(start, (block + 1) * size)]
+                assert [*there[: len(wanted)]] == wanted, "KV is not where the home looks for it"
+            for block in self.blocks(max(span.start, start), min(span.stop, stop)):
+                assert owner == sequence, "written into a document's blocks"
+                table = self.pools[span.worker][sequence]
+                assert block in table, "computed into blocks that are not its own"
+                table[block] = tuple(text[block * size : min(stop, (block + 1) * size)])
+
+    def check_join(self, state: SequenceState) -> None:
+        """A home has to decode from what is known."""
+        request = self.life.requests[state.sequence]
+        assert state.length == len(request.prompt) + len(request.generated) - 1

@@ -1,0 +1,33 @@
+"""What came of a simulation: when each request got how far, and how full the workers were."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from distkv_dask.simulate.traces import Arrival
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A request in the simulation, and when it first had room and its first token, in seconds."""
+
+    number: int
+    arrival: Arrival
+    admitted: float = math.inf
+    first: float = math.inf
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened: finished runs with their end times, arrivals that were not served, moved blocks, memory."""
+
+    policy: str
+    workers: int
+    finished: list[tuple[Run, float]] = field(default_factory=list)
+    refused: list[Arrival] = field(default_factory=list)
+    """Refused when they came, or given up after workers were lost."""
+    moved_blocks: int = 0
+    seconds: float = 0.0
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """Times, and what share of its pool each worker uses then (those that are there)."""
