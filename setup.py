@@ -53,7 +53,7 @@ core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
 wire = Extension(
     "distkv_dask.worker._wire",
     [str(WIRE / name) for name in ("holder.cpp", "home.cpp")],
-    depends=[str(WIRE / "frames.h"), str(SOURCES / "exports.h")],
+    depends=[*map(str, sorted(WIRE.glob("*.h"))), str(SOURCES / "exports.h")],
     optional=True,
     language="c++",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, bytes_
 from distkv_dask.worker.native_structs import HeaderBytes, Holder, Home
 from distkv_dask.worker.native_wire import wire
 from distkv_dask.worker.plan import Part
+from distkv_dask.worker.trace import Ring
 
 _LATE = 2  # distkv::Status in native/home.cpp
 _LOCAL = -1  # distkv::Run's holder, for the home's own partials
@@ -28,8 +30,9 @@ _LOCAL = -1  # distkv::Run's holder, for the home's own partials
 class NativeExchange:
     """Over plain sockets; see :class:`distkv_dask.worker.exchange.Exchange`."""
 
-    def __init__(self, asking: Asking, library: ctypes.CDLL) -> None:
+    def __init__(self, asking: Asking, library: ctypes.CDLL, ring: Ring | None = None) -> None:
         self._asking = asking
+        self._ring = ring
         self._ask, self._gather = library.distkv_ask, library.distkv_gather
         self._channels: list[StreamChannel] = []
         self._answers: list[memoryview] = []
@@ -50,6 +53,8 @@ class NativeExchange:
             lse.data_ptr(), *out.shape, *((0, 0) if local is None else (part.data_ptr() for part in local)),
             runs.data_ptr(), len(runs),
         )  # fmt: skip
+        if ring is not None:
+            self._home.marks = ring.native.address
         self._at = ctypes.addressof(self._home)
 
     @property
@@ -63,6 +68,7 @@ class NativeExchange:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
         if self._ask(self._at, q.data_ptr(), k.data_ptr(), v.data_ptr(), layer, step, scale):
             home = self._home
+            self._collect()
             expected, _ = self._expected(home.culprit, layer, step)
             asked = expected._replace(kind=Kind.ATTEND, length=self._length(home.culprit))
             error = OSError(home.error, os.strerror(home.error))
@@ -72,11 +78,16 @@ class NativeExchange:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
         self._layers += 1
         status = self._gather(self._at, self._asking.limit)
+        self._collect()
         if status:
             self._fail(status, layer, step)
 
     def close(self) -> None:
         """Forget the channels."""
+
+    def _collect(self) -> None:
+        if self._ring is not None:
+            self._ring.collect()
 
     def _fill(self, holder: Holder, channel: StreamChannel, part: Part) -> None:
         """Describe a holder's part."""
@@ -92,6 +103,8 @@ class NativeExchange:
         self._kept += [index, appended, packed, answer]
         self._answers.append(bytes_of(answer))
         holder.fd = channel.fileno()
+        if self._ring is not None:
+            holder.peer = self._ring.native.number(channel.peer)
         holder.q_index, holder.queries = None if index is None else index.data_ptr(), queries
         holder.q_bytes, holder.kv_bytes = heads * d * size, pool.kv_heads * d * size
         holder.kv_index = None if len(appended) == tokens else appended.data_ptr()
@@ -125,10 +138,12 @@ class NativeExchange:
         raise ChannelError(f"the channel to {channel.peer} could not be read, for no reason that can be seen")
 
 
-def new_exchange(asking: Asking) -> Exchange:
-    """In C++ where all channels are plain sockets and the library is there, else in Python."""
+def new_exchange(
+    asking: Asking, ring: Ring | None = None, in_python: Callable[[Asking], Exchange] = PythonExchange
+) -> Exchange:
+    """In C++ where all channels are plain sockets and the library is there, else in Python; recorded in a ring."""
     library = wire()
     plain = all(type(channel) in (TcpChannel, UnixChannel) for _, channel, _ in asking.holders)
     if library is None or not plain or asking.out.device.type != "cpu":
-        return PythonExchange(asking)
-    return NativeExchange(asking, library)
+        return in_python(asking)
+    return NativeExchange(asking, library, ring)

@@ -13,6 +13,7 @@ from distkv_dask.worker.channels.stream_inlet import StreamInlet
 from distkv_dask.worker.native_structs import HeaderBytes, Session
 from distkv_dask.worker.native_wire import wire
 from distkv_dask.worker.shard import Shard
+from distkv_dask.worker.trace import Ring
 
 _PYTHON, _UNSENT, _BAD_BATCH = 2, 3, 4  # distkv::Turn in native/holder.cpp
 
@@ -26,17 +27,23 @@ class NativeTurns:
         The home's channel; requests lie in its buffer.
     shard
         The batch.
-    layers
-        Layers of the model.
     tensors
         q, k and v of every request, views of the inlet's buffer.
     reply
         Header of every answer, but for layer and step.
+    ring
+        Where answers are recorded, if they are.
     """
 
     def __init__(
-        self, inlet: StreamInlet, shard: Shard, layers: int, tensors: Sequence[torch.Tensor], reply: Header
+        self,
+        inlet: StreamInlet,
+        shard: Shard,
+        tensors: Sequence[torch.Tensor],
+        reply: Header,
+        ring: Ring | None = None,
     ) -> None:
+        self._ring = ring
         self._inlet = inlet
         self._kept = shard, tensors
         self._reply = shard.result.view(torch.uint8).numpy().data
@@ -46,11 +53,13 @@ class NativeTurns:
             batch=ctypes.addressof(shard.native) if shard.native is not None else None,
             answer=shard.result.data_ptr(),
             answer_bytes=shard.result.nbytes,
-            layers=layers,
+            layers=shard.layers,
             reply=HeaderBytes.from_buffer_copy(reply.pack()),
         )
         for name, tensor in zip("qkv", tensors, strict=True):
             setattr(self._session, name, tensor.data_ptr())
+        if ring is not None:
+            self._session.marks, self._session.peer = ring.native.address, ring.native.number(inlet.peer)
         self.address = ctypes.addressof(self._session)
 
     def give(self, turn: Header) -> None:
@@ -59,10 +68,14 @@ class NativeTurns:
         session.filled, session.frame_bytes = self._inlet.filled, HEADER_BYTES + turn.length
         session.layer, session.status = turn.layer, 0
         session.expected = HeaderBytes.from_buffer_copy(turn.pack())
+        if self._ring is not None:
+            self._ring.native.begin(self._ring.last)
 
     def take(self) -> tuple[int, float, int, bool]:
         """Go on in Python: requests answered, seconds spent on them, next layer, whether frames wait for Python."""
         session = self._session
+        if self._ring is not None:
+            self._ring.collect()
         unsent: tuple[bytes | memoryview, ...] = ()
         if session.status == _UNSENT:
             unsent = bytes(session.reply), self._reply
@@ -73,12 +86,16 @@ class NativeTurns:
 
 
 def new_turns(
-    inlet: object, shard: Shard, layers: int, tensors: Sequence[torch.Tensor], reply: Header
+    inlet: object,
+    shard: Shard,
+    tensors: Sequence[torch.Tensor],
+    reply: Header,
+    ring: Ring | None = None,
 ) -> NativeTurns | None:
     """Turns in C++, where the channel is a plain socket and the library is there."""
     if type(inlet) is not StreamInlet or shard.native is None or wire() is None:
         return None
-    return NativeTurns(inlet, shard, layers, tensors, reply)
+    return NativeTurns(inlet, shard, tensors, reply, ring)
 
 
 def serve(poller: int, turns: Sequence[NativeTurns], seconds: float) -> None:

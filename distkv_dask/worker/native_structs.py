@@ -29,6 +29,7 @@ class Holder(ctypes.Structure):
         ("expected", HeaderBytes),
         ("got", HeaderBytes),
         ("received", ctypes.c_int64),
+        ("peer", ctypes.c_int64),
     )
 
 
@@ -52,6 +53,7 @@ class Home(ctypes.Structure):
         ("waited", ctypes.c_double),
         ("culprit", ctypes.c_int64),
         ("error", ctypes.c_int64),
+        ("marks", ctypes.c_void_p),
     )
 
 
@@ -77,4 +79,26 @@ class Session(ctypes.Structure):
         ("busy", ctypes.c_double),
         ("sent", ctypes.c_int64),
         ("status", ctypes.c_int64),
+        ("marks", ctypes.c_void_p),
+        ("peer", ctypes.c_int64),
+    )
+
+
+class Mark(ctypes.Structure):
+    """distkv::Mark in native/marks.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("what", "began", "ended", "gang", "step", "layer", "peer", "size")
+    )
+
+
+class Marks(ctypes.Structure):
+    """distkv::Marks in native/marks.h."""
+
+    _fields_ = (
+        ("room", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("lost", ctypes.c_int64),
+        ("last", ctypes.c_int64),
     )

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from distkv_dask.kernels import native_kernel
 from distkv_dask.kernels.native_layout import disagreement, layout_of
-from distkv_dask.worker.native_structs import Holder, Home, Session
+from distkv_dask.worker.native_structs import Holder, Home, Mark, Marks, Session
 
 logger = logging.getLogger("distributed.distkv.wire")
 
-STRUCTURES = {"holder": Holder, "home": Home, "session": Session}
+STRUCTURES = {"holder": Holder, "home": Home, "session": Session, "mark": Mark, "marks": Marks}
 """Python's structures, by the names of the library's."""
 
 

@@ -15,6 +15,7 @@ from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.native_session import NativeTurns, new_turns
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
+from distkv_dask.worker.trace import Ring
 from distkv_dask.worker.wire import Row
 
 
@@ -45,6 +46,7 @@ class Session:
         self.sequences: frozenset[int] = frozenset()
         """Sequences of the batch under way."""
         self._native: NativeTurns | None = None
+        self._ring: Ring | None = None
         self._pool = pool
         self._turn = (Kind.ATTEND, gang.number, gang.epoch, 0, 0, 0)
         self._requests = self._bytes_in = self._bytes_out = 0
@@ -102,7 +104,7 @@ class Session:
         self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
         self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
         reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
-        self._native = new_turns(inlet, shard, pool.layers, (self._q, self._keys, self._values), reply)
+        self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)
 
     def give(self) -> NativeTurns | None:
         """Let requests be answered in C++ until :meth:`take`; None where they cannot."""

@@ -32,6 +32,8 @@ class Shard:
 
     def __init__(self, pool: Pool, rows: Sequence[Row], heads: int) -> None:
         self._pool = pool
+        self.layers = pool.layers
+        """Layers of the model."""
         self._rows = list(rows)
         self.tokens = sum(row.queries for row in rows)
         """Queries of all rows."""

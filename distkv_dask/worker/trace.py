@@ -6,6 +6,7 @@ import time
 from collections import deque
 
 from distkv_dask.messages.names import Span, Spans
+from distkv_dask.worker.native_marks import NativeMarks, Recorded
 
 CAPACITY = 50_000
 """Spans that a lane keeps until the engine fetches them (about 12 MB); where it comes too late, the oldest are lost."""
@@ -21,7 +22,9 @@ class Ring:
     def __init__(self) -> None:
         self.last = 0
         """End of the last recorded span (:func:`time.perf_counter_ns`), 0 when there is none yet."""
-        self._spans: deque[tuple[str, int, int, int, int, int, str, int]] = deque(maxlen=CAPACITY)
+        self.native = NativeMarks()
+        """Where C++ records what this lane does without Python, until :meth:`collect`."""
+        self._spans: deque[Recorded] = deque(maxlen=CAPACITY)
         self._lost = 0
         self._offset = time.time_ns() - time.perf_counter_ns()
 
@@ -40,11 +43,21 @@ class Ring:
         int
             Its end, by the same clock.
         """
+        ended = time.perf_counter_ns()
+        self._add((name, began, ended, gang, step, layer, peer, size))
+        return ended
+
+    def collect(self) -> None:
+        """Take over what C++ has recorded, by the same clock."""
+        self._lost += self.native.take_lost()
+        for one in self.native.take():
+            self._add(one)
+
+    def _add(self, one: Recorded) -> None:
         if len(self._spans) == CAPACITY:
             self._lost += 1
-        self.last = ended = time.perf_counter_ns()
-        self._spans.append((name, began, ended, gang, step, layer, peer, size))
-        return ended
+        self.last = one[2]
+        self._spans.append(one)
 
     def take(self) -> Spans:
         """Spans recorded since the last call, and how many were lost; from any one thread."""

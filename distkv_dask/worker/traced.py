@@ -8,6 +8,7 @@ from __future__ import annotations
 import selectors
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ from distkv_dask.worker.channels.frames import Header
 from distkv_dask.worker.decode import DecodeLoop
 from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, Remote
 from distkv_dask.worker.gang import HomeGang
-from distkv_dask.worker.native_session import NativeTurns
+from distkv_dask.worker.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.session import Session
@@ -122,7 +123,7 @@ class TracedAttention(DistAttention):
             self.left = self._ring.put("attention", began, self.number, self.step, layer)
 
     def _new_exchange(self, asking: Asking) -> Exchange:
-        return TracedExchange(self._ring, asking)
+        return new_exchange(asking, self._ring, partial(TracedExchange, self._ring))
 
     def _attend_locally(
         self, local: Local, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -135,7 +136,7 @@ class TracedAttention(DistAttention):
 
 
 class TracedExchange(PythonExchange):
-    """An exchange whose parts are recorded; in Python on every channel, since C++ records nothing."""
+    """An exchange in Python whose parts are recorded; C++ records its own (native/marks.h)."""
 
     def __init__(self, ring: Ring, asking: Asking) -> None:
         super().__init__(asking)
@@ -178,15 +179,11 @@ class TracedExchange(PythonExchange):
 
 
 class TracedSession(Session):
-    """A holder's part in a gang whose requests are recorded; in Python on every channel, since C++ records nothing."""
+    """A holder's part in a gang whose requests are recorded: here those that Python answers, by C++ its own."""
 
     def __init__(self, ring: Ring, gang: Gang, pool: Pool) -> None:
         super().__init__(gang, pool)
-        self._ring = ring
-
-    def give(self) -> NativeTurns | None:
-        """Nothing is answered in C++."""
-        return None
+        self._ring: Ring = ring
 
     def answer(self, inlet: Inlet, header: Header) -> None:
         """Append, attend and reply."""

@@ -14,6 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import DistKVError, Engine, SamplingParams
+from distkv_dask.worker import session
 from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Ring
 from tests._cluster import PROTOCOL, engine_test
@@ -134,11 +135,12 @@ def test_without_a_trace_nothing_is_recorded_or_written(tmp_path: Path, monkeypa
 def test_a_gang_that_fails_leaves_a_trace_of_how_far_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, asked = tmp_path / "trace.json", []
 
-    def attend(session: Session, header: object) -> None:
+    def attend(_: Session, header: object) -> None:
         asked.append(header)
         raise RuntimeError("no memory left")
 
     monkeypatch.setattr(Session, "_attend", attend)
+    monkeypatch.setattr(session, "new_turns", lambda *given: None)  # which only Python calls
 
     @engine_test(workers=force_split(SPLITS["one holder"], monkeypatch))
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "frames.h"
+#include "marks.h"
 
 namespace distkv {
 
@@ -28,6 +29,8 @@ struct Session {
   double busy;     // seconds spent on answers
   int64_t sent;    // bytes of the last answer that left, when its end did not
   int64_t status;  // distkv::Turn of the last call
+  Marks* marks;    // what is traced, with those of other sessions of its engine; null: nothing
+  int64_t peer;    // the home's name's number there
 };
 
 enum Turn : int64_t { kAwaits = 0, kStepDone = 1, kPython = 2, kUnsent = 3, kBadBatch = 4 };
@@ -54,18 +57,26 @@ bool request(Session& session) {
   return true;
 }
 
-void answer(Session& session, LayerCall layer) {
-  Header asked;
-  std::memcpy(&asked, session.frame, sizeof(asked));
+// Records something of a turn.
+void note(const Session& session, What what, int64_t began, const Header& turn, int64_t size = -1) {
+  put(session.marks, what, began, static_cast<int64_t>(turn.gang), turn.step, turn.layer, session.peer, size);
+}
+
+void answer(Session& session, const Header& asked, LayerCall layer) {
   session.reply.layer = asked.layer;
   session.reply.step = asked.step;
-  if (layer(session.batch, session.q, session.k, session.v, session.layer, asked.scale)) {
+  const int64_t attends_since = nanos_now(session.marks);
+  const int failed = layer(session.batch, session.q, session.k, session.v, session.layer, asked.scale);
+  note(session, kAttend, attends_since, asked);
+  if (failed) {
     session.status = kBadBatch;
     return;
   }
   const iovec whole[2] = {{&session.reply, sizeof(Header)},
                           {const_cast<char*>(session.answer), static_cast<size_t>(session.answer_bytes)}};
+  const int64_t replies_since = nanos_now(session.marks);
   const int64_t sent = transfer(send_message, static_cast<int>(session.fd), whole, 2, 0, MSG_DONTWAIT);
+  note(session, kReply, replies_since, asked);
   session.filled = 0;
   ++session.answered;
   session.layer = (session.layer + 1) % session.layers;
@@ -82,10 +93,20 @@ void answer(Session& session, LayerCall layer) {
 
 // Answers what is there; whether the session goes on without Python.
 bool serve(Session& session, LayerCall layer) {
-  while (session.status == kAwaits && request(session)) {
+  const Marks* marks = session.marks;
+  if (marks && marks->last) put(session.marks, kIdle, marks->last, -1, -1, -1);
+  for (;;) {
+    const int64_t takes_since = nanos_now(marks), before = session.filled;
+    const bool whole = session.status == kAwaits && request(session);
+    if (session.filled > before) note(session, kTake, takes_since, session.expected);
+    if (!whole) break;
+    const int64_t answers_since = nanos_now(marks);
     const double began = seconds_now();
-    answer(session, layer);
+    Header asked;
+    std::memcpy(&asked, session.frame, sizeof(asked));
+    answer(session, asked, layer);
     session.busy += seconds_now() - began;
+    note(session, kAnswer, answers_since, asked, static_cast<int64_t>(asked.length));
   }
   return session.status == kAwaits;
 }
@@ -120,5 +141,14 @@ DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int6
 DISTKV_LAYOUT(session, distkv::Session,
               AT(fd), AT(frame), AT(filled), AT(frame_bytes), AT(batch), AT(q), AT(k), AT(v), AT(answer),
               AT(answer_bytes), AT(layer), AT(layers), AT(expected), AT(reply), AT(answered), AT(busy), AT(sent),
-              AT(status))
+              AT(status), AT(marks), AT(peer))
+#undef AT
+
+#define AT(field) DISTKV_AT(distkv::Mark, field)
+DISTKV_LAYOUT(mark, distkv::Mark,
+              AT(what), AT(began), AT(ended), AT(gang), AT(step), AT(layer), AT(peer), AT(size))
+#undef AT
+
+#define AT(field) DISTKV_AT(distkv::Marks, field)
+DISTKV_LAYOUT(marks, distkv::Marks, AT(room), AT(capacity), AT(count), AT(lost), AT(last))
 #undef AT

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "frames.h"
+#include "marks.h"
 
 namespace distkv {
 
@@ -24,6 +25,7 @@ struct Holder {
   float* part_lse;  // within the answer
   Header ask, expected, got;
   int64_t received;
+  int64_t peer;  // its name's number in a trace
 };
 
 // Partials that are merged together: `count` of a holder's answer from `query` on, for the tokens from `token` on.
@@ -48,6 +50,7 @@ struct Home {
   double waited;    // seconds spent waiting, likewise
   int64_t culprit;  // holder that a status other than kDone is about
   int64_t error;    // errno, or 0
+  Marks* marks;     // what is traced; null: nothing
 };
 
 enum Status : int { kDone = 0, kBroken = 1, kLate = 2, kUnexpected = 3 };
@@ -104,6 +107,12 @@ bool receive(Home& home, Holder& holder, Status& status) {
   return status == kDone && is_whole(holder);
 }
 
+// Records something of the layer that is under way.
+void note(const Home& home, What what, int64_t began, int64_t peer = -1, int64_t size = -1) {
+  const Header& turn = home.holders[0].expected;
+  put(home.marks, what, began, static_cast<int64_t>(turn.gang), turn.step, turn.layer, peer, size);
+}
+
 // Merges what is next in order and has arrived, from run `next` on; returns the first run that has to wait.
 int64_t merge(const Home& home, int64_t next) {
   for (; next < home.run_count; ++next) {
@@ -115,9 +124,11 @@ int64_t merge(const Home& home, int64_t next) {
       out = holder.answer;
       lse = holder.part_lse;
     }
+    const int64_t began = nanos_now(home.marks);
     const int64_t to = run.token * home.heads, from = run.query * home.heads;
     home.merge(home.out + to * home.d, home.lse + to, out + from * home.d, lse + from, nullptr, run.count, run.count,
                home.heads, home.d);
+    if (run.holder >= 0) note(home, kMerge, began, home.holders[run.holder].peer);
   }
   return next;
 }
@@ -136,9 +147,11 @@ Status gather(Home& home, double seconds) {
   const double deadline = began + seconds;
   while (!waiting.empty()) {
     const double left = std::ceil((deadline - began) * 1e3);
+    const int64_t waits_since = nanos_now(home.marks);
     const int ready = left > 0 ? poll(waiting.data(), waiting.size(), static_cast<int>(std::min(left, 2e9))) : 0;
     const double now = seconds_now();
     home.waited += now - began;
+    note(home, kWait, waits_since);
     began = now;
     home.culprit = whose[0];
     if (ready == 0) return kLate;
@@ -150,7 +163,10 @@ Status gather(Home& home, double seconds) {
       if (!waiting[at].revents) continue;
       Status status = kDone;
       Holder& holder = home.holders[home.culprit = whose[at]];
-      if (receive(home, holder, status)) {
+      const int64_t reads_since = nanos_now(home.marks);
+      const bool whole = receive(home, holder, status);
+      note(home, kReceive, reads_since, whole ? holder.peer : -1, whole ? holder.answer_bytes : -1);
+      if (whole) {
         waiting[at] = waiting.back();
         whose[at] = whose.back();
         waiting.pop_back();
@@ -178,7 +194,10 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
     }
     holder.ask.scale = scale;
     holder.received = 0;
-    if (const distkv::Status status = distkv::send(holder, q, k, v)) {
+    const int64_t sends_since = distkv::nanos_now(home->marks);
+    const distkv::Status status = distkv::send(holder, q, k, v);
+    distkv::note(*home, distkv::kSend, sends_since, holder.peer, static_cast<int64_t>(holder.ask.length));
+    if (status) {
       home->culprit = i;
       home->error = errno;
       return status;
@@ -204,11 +223,13 @@ DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
 #define AT(field) DISTKV_AT(distkv::Holder, field)
 DISTKV_LAYOUT(holder, distkv::Holder,
               AT(fd), AT(q_index), AT(queries), AT(q_bytes), AT(kv_index), AT(appended), AT(kv_bytes), AT(packed),
-              AT(answer), AT(answer_bytes), AT(part_lse), AT(ask), AT(expected), AT(got), AT(received))
+              AT(answer), AT(answer_bytes), AT(part_lse), AT(ask), AT(expected), AT(got), AT(received),
+              AT(peer))
 #undef AT
 
 #define AT(field) DISTKV_AT(distkv::Home, field)
 DISTKV_LAYOUT(home, distkv::Home,
               AT(holders), AT(count), AT(merge), AT(out), AT(lse), AT(tokens), AT(heads), AT(d), AT(local_out),
-              AT(local_lse), AT(runs), AT(run_count), AT(sent), AT(waited), AT(culprit), AT(error))
+              AT(local_lse), AT(runs), AT(run_count), AT(sent), AT(waited), AT(culprit), AT(error),
+              AT(marks))
 #undef AT
