@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed $(SANITIZE)/.built  ## Run kernel, channel and fram
 	set -e; export PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib PYTHONSAFEPATH=1 \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)"; \
-	$(BIN)/python -c 'from distkv_dask.worker.native_wire import wire; assert "/$(SANITIZE)/" in wire()._name, wire()._name'; \
+	$(BIN)/python -c 'from distkv_dask.worker.native.wire import wire; assert "/$(SANITIZE)/" in wire()._name, wire()._name'; \
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -k "not numba and not torch and not reference and not triton and not ucx" \
 	  $(or $(ARGS),$(SANITIZED))
 

@@ -2,7 +2,7 @@
 
 They are plain shared libraries that ctypes loads: the kernels' core (kernels/native_kernel.py), of which each isa_*.cpp
 is compiled for its own instruction set and chosen at run time, and the exchange of a layer over sockets
-(distkv_dask/worker/native_wire.py). A failed build is reported and skipped: PyTorch kernels and Python serve then.
+(distkv_dask/worker/native/wire.py). A failed build is reported and skipped: PyTorch kernels and Python serve then.
 """
 
 from __future__ import annotations

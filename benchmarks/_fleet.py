@@ -17,9 +17,9 @@ from typing import Any
 from distkv_dask.config import Config
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import DecodeWindow, Gang, SamplingParams, SequenceState, Span, WindowResult
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.runtime import Runtime
 
 GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)

@@ -24,7 +24,7 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.worker import opening
-from distkv_dask.worker.model import LoadedModel, load_model
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
 PROMPT = int(1.2 * BLOCK * BLOCKS) - NEW

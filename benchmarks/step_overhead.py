@@ -32,7 +32,7 @@ from _report import parser, report
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker.home_lane import NICENESS
+from distkv_dask.worker.home.lane import NICENESS
 
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT, BLOCK = 9, 3, 64, 512, 64
 QUERY_BYTES, PARTIAL_BYTES = HEADS * HEAD_DIM * 2, HEADS * (HEAD_DIM + 1) * 4

@@ -1,7 +1,7 @@
 """Answers that are JSON of a given schema by construction: what client and workers both know of it.
 
 The schema becomes a grammar of llguidance (https://github.com/guidance-ai/llguidance; extra: ``schema``), the library
-that vLLM and others use for this. Workers follow it token by token: :mod:`distkv_dask.worker.structured`.
+that vLLM and others use for this. Workers follow it token by token: :mod:`distkv_dask.worker.model.structured`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 DistAttention is plain causal softmax attention over all earlier tokens, the same in every layer. A configuration that
 asks for anything else is refused here by name. What a configuration does not tell is found by running the loaded model
-(:mod:`distkv_dask.worker.probe`).
+(:mod:`distkv_dask.worker.model.probe`).
 """
 
 from __future__ import annotations

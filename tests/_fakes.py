@@ -25,9 +25,9 @@ from distkv_dask.types import (
     Span,
     WindowResult,
 )
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 8

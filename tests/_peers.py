@@ -14,9 +14,9 @@ from _fakes import TOKEN
 
 from distkv_dask.types import Endpoint, Gang
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.bodies import Hello, Row, encode_hello, encode_rows
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, parse_header
-from distkv_dask.worker.holder_lane import HolderLane
-from distkv_dask.worker.wire import Hello, Row, encode_hello, encode_rows
+from distkv_dask.worker.holder.lane import HolderLane
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 ROW = Row(1, 30, 1, False, ((0, 40),))

@@ -125,3 +125,13 @@ def test_no_part_of_the_state_machine_holds_a_callback(path: Path) -> None:
     for annotation in fields + kept:
         if "Callable" in (text := ast.unparse(annotation)):
             raise AssertionError(f"{text}: recommend a state instead")
+
+
+ROOMS = sorted(path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_room_says_what_lives_there_and_what_it_imports(path: Path) -> None:
+    said = ast.get_docstring(parsed(path)) or ""
+    assert len(said.splitlines()) >= 3, "what lives here, what it may import, what it may not touch"
+    assert "mport" in said

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from distkv_dask.errors import ModelError
 from distkv_dask.model_files import _SIZES, DEEPEST, INDEX, WEIGHTS, read_json, safe_config
 from distkv_dask.model_source import resolve_model
-from distkv_dask.worker.model import load_model
+from distkv_dask.worker.model.loaded import load_model
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torch import Tensor
 from distkv_dask import SamplingParams
 from distkv_dask.client.documents.prompts import DocumentPrompts, Turn, prompts_of
 from distkv_dask.client.tokenizer import Tokenizer
-from distkv_dask.worker.sampling import Draw, sample_batch
-from distkv_dask.worker.structured import Follower, Grammars
+from distkv_dask.worker.model.sampling import Draw, sample_batch
+from distkv_dask.worker.model.structured import Follower, Grammars
 
 SHAKE = 3e-4
 """Logits differ by less between two ways to compute them in float32 (1e-5); an answer that this changes is left out."""

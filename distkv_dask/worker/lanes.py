@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from distkv_dask.types import Endpoint
 from distkv_dask.worker.channels.tls import Certificates
-from distkv_dask.worker.holder_lane import HolderLane
-from distkv_dask.worker.home_lane import HomeLane
+from distkv_dask.worker.holder.lane import HolderLane
+from distkv_dask.worker.home.lane import HomeLane
 
 
 class Lanes:

@@ -15,14 +15,14 @@ from distkv_dask.kernels import make_ready
 from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.types import Geometry
-from distkv_dask.worker.block_files import BlockFiles
+from distkv_dask.worker.blocks.files import BlockFiles
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.engine import OpenEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.measured import hardware, measured
-from distkv_dask.worker.measuring import BATCH, FORM, LONGEST, measure
-from distkv_dask.worker.open_engine import OpenEngine
-from distkv_dask.worker.pool import BlockShape, Pool
 from distkv_dask.worker.runtime import Runtime
+from distkv_dask.worker.timing.measured import hardware, measured
+from distkv_dask.worker.timing.measuring import BATCH, FORM, LONGEST, measure
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -51,7 +51,9 @@ def build_engine(
     """
     model = None
     if geometry is None:
-        from distkv_dask.worker.model import load_model  # takes seconds and memory, which memory workers do not spend
+        from distkv_dask.worker.model.loaded import (
+            load_model,  # takes seconds and memory, which memory workers do not spend
+        )
 
         model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, spec.config.deterministic)
         geometry = model.geometry

@@ -9,7 +9,7 @@ import numpy as np
 
 from distkv_dask.errors import PlanError
 from distkv_dask.types import Placement, Span
-from distkv_dask.worker.wire import Row
+from distkv_dask.worker.channels.bodies import Row
 
 
 class Stored(NamedTuple):

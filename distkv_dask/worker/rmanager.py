@@ -41,9 +41,9 @@ from distkv_dask.worker.heap import give_back_freed_memory
 if TYPE_CHECKING:
     import numpy as np
 
+    from distkv_dask.worker.by_layer.tasks import LayerTasks
+    from distkv_dask.worker.engine import OpenEngine
     from distkv_dask.worker.lanes import Lanes
-    from distkv_dask.worker.layer_tasks import LayerTasks
-    from distkv_dask.worker.open_engine import OpenEngine
 
 logger = logging.getLogger("distributed.distkv.rmanager")
 

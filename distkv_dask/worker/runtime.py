@@ -14,24 +14,24 @@ import torch
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
-from distkv_dask.worker.attention import DistAttention
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.by_layer.attention import LayerAttention
+from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.channels.bodies import Hello, encode_hello
 from distkv_dask.worker.channels.dial import Dialer
-from distkv_dask.worker.decode import DecodeLoop
-from distkv_dask.worker.gang import ChannelCache, HomeGang
+from distkv_dask.worker.holder.service import Limits, Service
+from distkv_dask.worker.holder.session import Session
+from distkv_dask.worker.home.attention import DistAttention
+from distkv_dask.worker.home.decode import DecodeLoop
+from distkv_dask.worker.home.gang import ChannelCache, HomeGang
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.layer_attention import LayerAttention
-from distkv_dask.worker.paused import PausedForward
+from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.sampling import Draw, sample_batch
-from distkv_dask.worker.service import Limits, Service
-from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Tracer
 from distkv_dask.worker.traced import TracedAttention, TracedDecodeLoop, TracedGang, span, traced_model
-from distkv_dask.worker.wire import Hello, encode_hello
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.model import LoadedModel
+    from distkv_dask.worker.model.loaded import LoadedModel
 
 
 class Runtime:

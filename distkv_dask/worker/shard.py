@@ -8,8 +8,8 @@ import torch
 
 from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.wire import Row
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.channels.bodies import Row
 
 
 class Shard:

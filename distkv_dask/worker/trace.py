@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from distkv_dask.messages.names import Span, Spans
-from distkv_dask.worker.native_marks import NativeMarks, Recorded
+from distkv_dask.worker.native.marks import NativeMarks, Recorded
 
 CAPACITY = 50_000
 """Spans that a lane keeps until the engine fetches them (about 12 MB); where it comes too late, the oldest are lost."""

@@ -16,23 +16,23 @@ import torch
 
 from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Gang
-from distkv_dask.worker.attention import DistAttention, Local
+from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import Header
-from distkv_dask.worker.decode import DecodeLoop
-from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, Remote
-from distkv_dask.worker.gang import HomeGang
-from distkv_dask.worker.native_exchange import new_exchange
+from distkv_dask.worker.holder.session import Session
+from distkv_dask.worker.home.attention import DistAttention, Local
+from distkv_dask.worker.home.decode import DecodeLoop
+from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, Remote
+from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.native.exchange import new_exchange
 from distkv_dask.worker.plan import Part
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.session import Session
 from distkv_dask.worker.trace import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from distkv_dask.worker.attention_hook import AttentionStep
-    from distkv_dask.worker.model import LoadedModel
+    from distkv_dask.worker.home.hook import AttentionStep
+    from distkv_dask.worker.model.loaded import LoadedModel
 
 
 def span(ring: Ring | None, name: str, gang: int, size: int) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker.block_files import BlockFiles
+from distkv_dask.worker.blocks.files import BlockFiles
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 

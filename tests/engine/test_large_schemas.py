@@ -14,7 +14,7 @@ from distributed import Client, Scheduler, Worker
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker import structured
+from distkv_dask.worker.model import structured
 from tests._cluster import engine_test
 from tests._models import prompt_ids, text_model_dir
 

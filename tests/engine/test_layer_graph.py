@@ -22,9 +22,9 @@ from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
 from distkv_dask.scheduler.commands import AddHolders
 from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
-from distkv_dask.worker import layer_tasks
+from distkv_dask.worker.by_layer import tasks as layer_tasks
+from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel
-from distkv_dask.worker.paused import PausedForward
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split

@@ -20,8 +20,9 @@ from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.errors import CapacityError, ChannelError, portable, without_quotes
 from distkv_dask.messages.names import pack
 from distkv_dask.messages.to_worker import Abort
-from distkv_dask.worker import decode, rmanager
-from distkv_dask.worker.model import LoadedModel
+from distkv_dask.worker import rmanager
+from distkv_dask.worker.home import decode
+from distkv_dask.worker.model.loaded import LoadedModel
 from tests._cluster import engine_test
 from tests._models import text_model_dir
 

@@ -17,7 +17,7 @@ from distributed import Client, Scheduler, Worker
 from fsspec.implementations.memory import MemoryFileSystem
 
 from distkv_dask import Engine, SamplingParams, SavedDocumentError
-from distkv_dask.worker import block_files
+from distkv_dask.worker.blocks import files as block_files
 from tests._cluster import engine_test
 from tests._models import block_bytes, model_dir, prompt_ids
 

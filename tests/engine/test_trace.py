@@ -14,8 +14,8 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import DistKVError, Engine, SamplingParams
-from distkv_dask.worker import session
-from distkv_dask.worker.session import Session
+from distkv_dask.worker.holder import session
+from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.trace import Ring
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate

@@ -9,7 +9,7 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.kernels import IMPLEMENTATIONS, dispatch, native_kernel, numba_kernel
-from distkv_dask.worker import native_wire
+from distkv_dask.worker.native import wire as native_wire
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 

@@ -16,10 +16,11 @@ from _channels import WAYS, Way, skip_without
 from _fakes import TOKEN
 from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
-from distkv_dask.worker import native_exchange, native_session
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.channels.base import Channel
-from distkv_dask.worker.pool import BlockShape, Pool
-from distkv_dask.worker.service import Limits, Service
+from distkv_dask.worker.holder.service import Limits, Service
+from distkv_dask.worker.native import exchange as native_exchange
+from distkv_dask.worker.native import session as native_session
 
 
 def _open_now(sockets: bool) -> set[Any]:

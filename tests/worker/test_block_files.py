@@ -12,8 +12,8 @@ from distkv_dask.config import Config
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.messages.from_worker import Fetched, Stored
 from distkv_dask.messages.names import Saved, SavedFile
-from distkv_dask.worker.block_files import BlockFiles
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.files import BlockFiles
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 
 BLOCK = 4
 

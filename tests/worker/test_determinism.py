@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distkv_dask.types import Placement, PrefillChunk, SamplingParams, Span
-from distkv_dask.worker.model import LoadedModel, load_model
+from distkv_dask.worker.channels.bodies import Row
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, merge_order
-from distkv_dask.worker.sampling import Draw, sample_batch
-from distkv_dask.worker.wire import Row
 
 SPREAD = [("w1", 16), ("w2", 24), ("w3", 16), ("w0", ROOM)]
 

@@ -48,7 +48,7 @@ def test_a_home_takes_the_channel_that_the_setting_and_the_machines_ask_for(
 
 @pytest.mark.parametrize("way", [TCP], indirect=True, ids=["tcp"])
 def test_where_the_machine_is_unknown_there_is_tcp(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distkv_dask.worker.holder_lane.machine", lambda: "")
+    monkeypatch.setattr("distkv_dask.worker.holder.lane.machine", lambda: "")
     lane = Holder(way)
     assert lane.unix == ""
     channel = Dialer("auto", None).connect(endpoint_of(lane), 5.0)

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.errors import ChannelError
+from distkv_dask.worker.channels.bodies import encode_hello, encode_rows
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, checked, parse_header
-from distkv_dask.worker.wire import encode_hello, encode_rows
 
 numbers = count(2**40, 1_000_003)  # far apart: a damaged frame must not fail the gang of a later example
 sockets = pytest.mark.parametrize("way", [TCP, UNIX, TLS], indirect=True, ids=lambda way: way.name)

@@ -23,11 +23,11 @@ from distkv_dask.errors import (
     GangAbortedError,
 )
 from distkv_dask.kernels import micro_attention
+from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.bodies import Row, encode_rows
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.home_lane import NICENESS, HomeLane
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.wire import Row, encode_rows
+from distkv_dask.worker.home.lane import NICENESS, HomeLane
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from _fakes import Member, loaded
 from distkv_dask.config import Config
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.types import Measurement
-from distkv_dask.worker.measured import measured
-from distkv_dask.worker.measuring import measure
+from distkv_dask.worker.timing.measured import measured
+from distkv_dask.worker.timing.measuring import measure
 
 TIMED = Measurement(((1, 8, 0.1),), ((32, 0, 0.2),), ((8, 0.3),), 0.4)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from distkv_dask.errors import ModelError, UnsupportedModelError
 from distkv_dask.model_source import resolve_model
 from distkv_dask.model_support import check_supported
-from distkv_dask.worker.model import LoadedModel, load_model
-from distkv_dask.worker.probe import probe
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.probe import probe
 
 NEW_TOKENS = 20
 

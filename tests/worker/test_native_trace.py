@@ -14,9 +14,10 @@ from _models import prompt_ids
 
 from distkv_dask.messages.names import Span
 from distkv_dask.types import Exchanged
-from distkv_dask.worker import native_marks, native_wire
-from distkv_dask.worker.exchange import PythonExchange
-from distkv_dask.worker.session import Session
+from distkv_dask.worker.holder.session import Session
+from distkv_dask.worker.home.exchange import PythonExchange
+from distkv_dask.worker.native import marks as native_marks
+from distkv_dask.worker.native import wire as native_wire
 
 pytestmark = pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")
 AGREE = 10**7

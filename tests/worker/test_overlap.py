@@ -11,11 +11,11 @@ import torch
 from _peers import HEAD_DIM, HEADS, KV_HEADS
 
 from distkv_dask.types import Gang
-from distkv_dask.worker.attention import DistAttention
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.channels.bodies import Row
+from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.plan import Part
-from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
-from distkv_dask.worker.wire import Row
 
 
 class Answering:

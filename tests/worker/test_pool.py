@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from distkv_dask.errors import CapacityError, PlanError
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 
 BLOCK = 4
 

@@ -11,7 +11,7 @@ import pytest
 from _examples import examples
 
 from distkv_dask.errors import CapacityError, PlanError
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 
 BLOCK, BLOCKS, THREADS, ROUNDS = 4, 24, 4, 150
 

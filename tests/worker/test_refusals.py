@@ -15,10 +15,10 @@ from distkv_dask.errors import (
     GangAbortedError,
     PlanError,
 )
-from distkv_dask.worker import guest
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.bodies import Row, encode_hello
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.wire import Row, encode_hello
+from distkv_dask.worker.holder import guest
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from distkv_dask.errors import SavedDocumentError
 from distkv_dask.local_folder import LocalFolder
 from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
-from distkv_dask.worker import storage
-from distkv_dask.worker.pool import BlockShape, Pool
+from distkv_dask.worker.blocks import storage
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
 
 BLOCK, BLOCKS = 4, 7
 SIZE = 2 * 1 * BLOCK * 2 * 4

@@ -19,7 +19,7 @@ from _fakes import TOKEN
 from _peers import Holder, begin, connect, gang, serves
 
 from distkv_dask.errors import ChannelError, EngineClosedError, GangAbortedError
-from distkv_dask.worker import guest, guests
+from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind, failure_frame
 from distkv_dask.worker.channels.stream_inlet import StreamInlet, StreamListener
@@ -27,12 +27,12 @@ from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import TlsInlet
 from distkv_dask.worker.channels.ucx_inlet import UcxInlet, UcxListener
 from distkv_dask.worker.channels.unix import UnixListener
-from distkv_dask.worker.guest import Guest
-from distkv_dask.worker.home_lane import HomeLane
+from distkv_dask.worker.holder import guest, guests
+from distkv_dask.worker.holder.guest import Guest
+from distkv_dask.worker.holder.service import Limits, Service
+from distkv_dask.worker.holder.stranger_log import LINES, SECONDS, StrangerLog
+from distkv_dask.worker.home.lane import HomeLane
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.service import Limits, Service
-from distkv_dask.worker.stranger_log import LINES, SECONDS, StrangerLog
 
 sockets = pytest.mark.parametrize("way", [TCP, UNIX, TLS], indirect=True, ids=lambda way: way.name)
 

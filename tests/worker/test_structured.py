@@ -13,7 +13,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed (extra: sc
 
 from distkv_dask import InvalidRequestError
 from distkv_dask.model_source import resolve_model
-from distkv_dask.worker.structured import Grammars
+from distkv_dask.worker.model.structured import Grammars
 from tests._models import VOCAB, text_model_dir
 
 END = VOCAB - 1

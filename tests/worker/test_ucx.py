@@ -32,8 +32,8 @@ sys.path.insert(0, sys.argv[1])
 from _channels import UCX
 from _fakes import TOKEN
 from _peers import Holder, KV_HEADS, HEAD_DIM, gang
-from distkv_dask.worker.pool import BlockShape, Pool
-from distkv_dask.worker.service import Limits, Service
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.holder.service import Limits, Service
 pool = Pool(BlockShape(2, KV_HEADS, HEAD_DIM, "float32", 8), 16)
 pool.reserve(1, 0, 40)
 lane = Holder(UCX)

@@ -11,7 +11,7 @@
 
 namespace distkv {
 
-// One session. Python fills it (native_session.py): every field has 8 bytes, but for the headers.
+// One session. Python fills it (session.py): every field has 8 bytes, but for the headers.
 struct Session {
   int64_t fd;
   char* frame;  // header and payload of the request that is being read

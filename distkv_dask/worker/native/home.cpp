@@ -12,7 +12,7 @@
 
 namespace distkv {
 
-// One holder. Python fills it (native_exchange.py): every field has 8 bytes, but for the headers.
+// One holder. Python fills it (exchange.py): every field has 8 bytes, but for the headers.
 struct Holder {
   int64_t fd;
   const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they lie

@@ -7,10 +7,10 @@
 
 namespace distkv {
 
-// Names are in native_marks.py: the home's first, then the holder's.
+// Names are in marks.py: the home's first, then the holder's.
 enum What : int64_t { kSend, kWait, kReceive, kMerge, kIdle, kTake, kAttend, kReply, kAnswer };
 
-// Python reads them after a call (native_marks.py): every field has 8 bytes.
+// Python reads them after a call (marks.py): every field has 8 bytes.
 struct Mark {
   int64_t what, began, ended, gang, step, layer;
   int64_t peer;  // number of a name; -1: none

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
-from distkv_dask.worker.native_structs import Mark, Marks
+from distkv_dask.worker.native.structs import Mark, Marks
 
 CAPACITY = 4096
 """Marks between two looks at them: a layer of a home, or a step of the sessions that a holder serves at once."""

@@ -24,8 +24,15 @@ from distkv_dask.local_folder import LocalFolder
 from distkv_dask.messages.from_worker import Fetched, FromWorker, Stored
 from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile, SpilledFile
 from distkv_dask.watch import Watch, watched
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.storage import blocks_within, overlapping, read_blocks, read_rows, uncovered, write_blocks
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.blocks.storage import (
+    blocks_within,
+    overlapping,
+    read_blocks,
+    read_rows,
+    uncovered,
+    write_blocks,
+)
 
 FREE_PART = 0.5
 """Part of the free disk that is filled at most."""

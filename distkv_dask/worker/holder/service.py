@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
 from distkv_dask.types import Gang
-from distkv_dask.worker.pool import Pool
-from distkv_dask.worker.session import Session
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.channels.bodies import token_digest
+from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.trace import Ring
 from distkv_dask.worker.traced import TracedSession
-from distkv_dask.worker.wire import token_digest
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.guest import Guest
+    from distkv_dask.worker.holder.guest import Guest
 
 REMEMBERED = 1024
 """Ended gangs that are remembered, so that a late member or home is told at once."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.messages.names import Piece
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.blocks.pool import Pool
 
 
 class Arrivals:

@@ -17,9 +17,9 @@ from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.unix import UnixChannel
-from distkv_dask.worker.exchange import Asking, Exchange, PythonExchange, bytes_of, indices, late
-from distkv_dask.worker.native_structs import HeaderBytes, Holder, Home
-from distkv_dask.worker.native_wire import wire
+from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, bytes_of, indices, late
+from distkv_dask.worker.native.structs import HeaderBytes, Holder, Home
+from distkv_dask.worker.native.wire import wire
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.trace import Ring
 
@@ -28,7 +28,7 @@ _LOCAL = -1  # distkv::Run's holder, for the home's own partials
 
 
 class NativeExchange:
-    """Over plain sockets; see :class:`distkv_dask.worker.exchange.Exchange`."""
+    """Over plain sockets; see :class:`distkv_dask.worker.home.exchange.Exchange`."""
 
     def __init__(self, asking: Asking, library: ctypes.CDLL, ring: Ring | None = None) -> None:
         self._asking = asking

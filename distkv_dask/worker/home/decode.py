@@ -11,16 +11,16 @@ import torch
 
 from distkv_dask.errors import DistKVError, PlanError, portable
 from distkv_dask.types import DecodeWindow, Exchanged, FinishReason, SequenceState, WindowResult
-from distkv_dask.worker.attention import DistAttention
-from distkv_dask.worker.gang import HomeGang
-from distkv_dask.worker.layer_attention import LayerAttention
-from distkv_dask.worker.paused import PausedForward
+from distkv_dask.worker.by_layer.attention import LayerAttention
+from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.home.attention import DistAttention
+from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.model.sampling import Draw, sample_batch
+from distkv_dask.worker.model.structured import Follower
 from distkv_dask.worker.plan import Part, Stored, tail_of
-from distkv_dask.worker.sampling import Draw, sample_batch
-from distkv_dask.worker.structured import Follower
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.model import LoadedModel
+    from distkv_dask.worker.model.loaded import LoadedModel
 
 Attention = DistAttention | LayerAttention
 

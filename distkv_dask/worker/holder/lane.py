@@ -22,10 +22,10 @@ from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import Certificates, TlsListener
 from distkv_dask.worker.channels.unix import UnixListener, machine
 from distkv_dask.worker.guard import attempt, logger, run_lane
-from distkv_dask.worker.guest import HELLO_BYTES
-from distkv_dask.worker.guests import Guests
-from distkv_dask.worker.service import Service
-from distkv_dask.worker.session import Session
+from distkv_dask.worker.holder.guest import HELLO_BYTES
+from distkv_dask.worker.holder.guests import Guests
+from distkv_dask.worker.holder.service import Service
+from distkv_dask.worker.holder.session import Session
 
 T = TypeVar("T")
 TICK = 0.2

@@ -14,10 +14,10 @@ import torch
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Exchanged, Gang
+from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.plan import Part, Run
-from distkv_dask.worker.pool import Pool
 
 
 @dataclass(frozen=True, slots=True)

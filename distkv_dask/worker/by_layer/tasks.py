@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
-from distkv_dask.worker.layer_attention import attend_part
+from distkv_dask.worker.by_layer.attention import attend_part
+from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel
-from distkv_dask.worker.paused import PausedForward
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.open_engine import OpenEngine
+    from distkv_dask.worker.engine import OpenEngine
 
 
 class LayerTasks:

@@ -32,14 +32,14 @@ from distkv_dask.types import (
     SequenceState,
     WindowResult,
 )
-from distkv_dask.worker.block_files import BlockFiles
-from distkv_dask.worker.layer_tasks import LayerTasks
+from distkv_dask.worker.blocks.files import BlockFiles
+from distkv_dask.worker.blocks.moving import Arrivals, send_blocks
+from distkv_dask.worker.by_layer.tasks import LayerTasks
 from distkv_dask.worker.metering import computing, metered, metered_session
-from distkv_dask.worker.moving import Arrivals, send_blocks
 from distkv_dask.worker.runtime import Runtime
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.model import LoadedModel
+    from distkv_dask.worker.model.loaded import LoadedModel
 
 _REMEMBERED = 1024
 

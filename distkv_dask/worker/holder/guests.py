@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from distkv_dask.errors import ChannelError, DistKVError
 from distkv_dask.worker.channels.base import Inlet, Listener
 from distkv_dask.worker.guard import attempt
-from distkv_dask.worker.guest import Guest
-from distkv_dask.worker.native_session import serve
-from distkv_dask.worker.service import Service
-from distkv_dask.worker.stranger_log import StrangerLog
+from distkv_dask.worker.holder.guest import Guest
+from distkv_dask.worker.holder.service import Service
+from distkv_dask.worker.holder.stranger_log import StrangerLog
+from distkv_dask.worker.native.session import serve
 
 if TYPE_CHECKING:
     import socket

@@ -20,7 +20,7 @@ from distkv_dask.filesystems import explained
 from distkv_dask.folder import Folder, Source
 from distkv_dask.messages.names import SavedFile, SpilledFile
 from distkv_dask.watch import Watch
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.blocks.pool import Pool
 
 BATCH_BYTES = 64 << 20
 """Bytes of blocks in one record batch (or one block): all but the last of a file are as large. Part of the format."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distkv_dask.kernels import native_kernel
 from distkv_dask.kernels.native_layout import disagreement, layout_of
-from distkv_dask.worker.native_structs import Holder, Home, Mark, Marks, Session
+from distkv_dask.worker.native.structs import Holder, Home, Mark, Marks, Session
 
 logger = logging.getLogger("distributed.distkv.wire")
 

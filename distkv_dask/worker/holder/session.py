@@ -10,13 +10,13 @@ import torch
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.types import Gang
+from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
+from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
-from distkv_dask.worker.native_session import NativeTurns, new_turns
-from distkv_dask.worker.pool import Pool
+from distkv_dask.worker.native.session import NativeTurns, new_turns
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.trace import Ring
-from distkv_dask.worker.wire import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """DistAttention in tasks: the home's forward asks in each layer, every member attends its part, the home merges.
 
-Plan, kernel and merge are those of :mod:`distkv_dask.worker.attention`. Everything around them is done in the simplest
-way, by the same few lines at home and holders, one sequence at a time and anew in each layer: the fast way,
+Plan, kernel and merge are those of :mod:`distkv_dask.worker.home.attention`. Everything around them is done in the
+simplest way, by the same few lines at home and holders, one sequence at a time and again in each layer: the fast way,
 which prepares and batches, is compared with this one.
 """
 
@@ -15,10 +15,10 @@ import torch
 
 from distkv_dask.kernels import merge_into, micro_attention
 from distkv_dask.types import Exchanged
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel
-from distkv_dask.worker.paused import PausedForward
 from distkv_dask.worker.plan import Part, merge_order
-from distkv_dask.worker.pool import Pool
 
 
 class Asked(NamedTuple):
@@ -93,7 +93,7 @@ class LayerAttention:
         self._pool = pool
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of one layer, as :meth:`distkv_dask.worker.attention.DistAttention.attend`.
+        """Attention of one layer, as :meth:`distkv_dask.worker.home.attention.DistAttention.attend`.
 
         Raises
         ------

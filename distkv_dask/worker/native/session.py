@@ -10,8 +10,8 @@ import torch
 from distkv_dask.kernels import native_kernel
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header
 from distkv_dask.worker.channels.stream_inlet import StreamInlet
-from distkv_dask.worker.native_structs import HeaderBytes, Session
-from distkv_dask.worker.native_wire import wire
+from distkv_dask.worker.native.structs import HeaderBytes, Session
+from distkv_dask.worker.native.wire import wire
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.trace import Ring
 

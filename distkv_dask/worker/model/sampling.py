@@ -27,7 +27,7 @@ from distkv_dask.errors import DistKVError, ModelError, portable
 from distkv_dask.types import SamplingParams
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.structured import Follower
+    from distkv_dask.worker.model.structured import Follower
 
 LARGEST_PENALTY = 1e100
 """Penalties beyond this change no order of float32 logits any more, and their products would overflow float64."""

@@ -30,11 +30,11 @@ from distkv_dask.types import (
     SequenceState,
     Span,
 )
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.shard import Shard
-from distkv_dask.worker.wire import Row
 
 logger = logging.getLogger("distributed.distkv.measuring")
 

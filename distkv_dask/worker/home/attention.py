@@ -8,11 +8,11 @@ import torch
 
 from distkv_dask.kernels import PreparedMerge
 from distkv_dask.types import Exchanged
-from distkv_dask.worker.exchange import Asking, Exchange, indices, merging
-from distkv_dask.worker.gang import HomeGang
-from distkv_dask.worker.native_exchange import new_exchange
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.home.exchange import Asking, Exchange, indices, merging
+from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.native.exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
-from distkv_dask.worker.pool import Pool
 from distkv_dask.worker.shard import Shard
 
 

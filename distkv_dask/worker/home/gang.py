@@ -11,9 +11,9 @@ from types import TracebackType
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError, in_words
 from distkv_dask.types import Endpoint, Gang
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.channels.bodies import encode_rows
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.plan import Part
-from distkv_dask.worker.wire import encode_rows
 
 NOTHING = Part((), ())
 TELL_SECONDS = 1.0
