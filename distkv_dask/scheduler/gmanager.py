@@ -491,7 +491,8 @@ class GManager(SchedulerPlugin):
             self.pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
             paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
             for engine in list(self.engines.values()):
-                self._handle(engine, Pause(frozenset(paused)))
+                if (known := paused & engine.life.ledger.workers.keys()) != engine.life.paused:
+                    self._handle(engine, Pause(frozenset(known)))
                 self._handle(engine, Tick())
 
     def _engine(self, engine: str) -> EngineState:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -51,33 +51,32 @@ def build_engine(
     """
     model = None
     if geometry is None:
-        from distkv_dask.worker.model.loaded import (
-            load_model,  # takes seconds and memory, which memory workers do not spend
-        )
+        # takes seconds and memory, which memory workers do not spend
+        from distkv_dask.worker.model.loaded import load_model
 
         model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, spec.config.deterministic)
         geometry = model.geometry
-    one = geometry
     block_tokens = spec.config.block_tokens
-    block = BlockShape(one.layers, one.kv_heads, one.head_dim, one.dtype, block_tokens)
-    kv_memory = _kv_memory(spec, worker, block)
-    pool = Pool(block, kv_memory // block.nbytes)
+    block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
+    pool = Pool(block, _kv_memory(spec, worker, block) // block.nbytes)
     make_ready(pool.keys(0))
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
+    role: Literal["instance", "memory"] = "memory" if model is None else "instance"
+    channels = runtime.dialer.explain()
     key = {
         "form": FORM,
-        **asdict(one),
-        "role": "memory" if model is None else "instance",
+        **asdict(geometry),
+        "role": role,
         "weights": 0 if model is None else model.parameters,
         "threads": lanes.threads,
         "deterministic": spec.config.deterministic,
         "block_tokens": block_tokens,
         "blocks": min(pool.capacity_blocks, LONGEST // block_tokens + 2 * BATCH),  # more change nothing
-        "channel": runtime.dialer.explain(),
+        "channel": channels,
         **hardware(),
     }
-    timing = partial(measure, spec.engine, one, runtime, lanes, has_model=model is not None)
+    timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
     timings = measured(key, spec.config.performance, timing)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
@@ -85,8 +84,8 @@ def build_engine(
     facts = Opened(
         worker.address,
         lanes.endpoint,
-        role="memory" if model is None else "instance",
-        channels=runtime.dialer.explain(),
+        role=role,
+        channels=channels,
         capacity_blocks=pool.capacity_blocks,
         block_bytes=block.nbytes,
         spill_bytes=files.capacity,

@@ -73,9 +73,7 @@ def answered(life: MachineState, request: Request, worker: str, error: Exception
     """A worker is done with its part, or dead; the sequence, if it was the last."""
     state = request.state
     assert isinstance(state, Spilling)
-    state.failure = state.failure or error
-    state.answering.discard(worker)
-    if state.answering:
+    if not state.answered(worker, error):
         return None
     copy = life.disks.copies[request.sequence]
     copy.whole = True

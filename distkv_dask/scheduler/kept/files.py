@@ -61,10 +61,8 @@ def stored(life: MachineState, event: Stored) -> None:
     request = life.requests.get(event.number)
     if request is None or not isinstance(state := request.state, Saving):
         return
-    state.failure = state.failure or event.error
     state.files += event.files
-    state.answering.discard(event.worker)
-    if state.answering:  # also those of a save that failed: then all that they wrote can be deleted
+    if not state.answered(event.worker, event.error):  # a save that failed waits, too: all that it wrote can be deleted
         return
     if state.failure is not None:
         end(life, request, "error", state.failure)
@@ -111,9 +109,7 @@ def fetched(life: MachineState, event: Fetched) -> None:
     request = life.requests.get(event.sequence)
     if request is None or not isinstance(state := request.state, Fetching):
         return
-    state.failure = state.failure or event.error
-    state.answering.discard(event.worker)
-    if state.answering:
+    if not state.answered(event.worker, event.error):
         return
     if state.failure is None:
         life.ledger.commit(request.sequence, request.known_tokens)

@@ -107,6 +107,12 @@ class FilesUnderWay(State):
     asked: float = 0.0
     failure: Exception | None = None
 
+    def answered(self, worker: str, error: Exception | None) -> bool:
+        """A worker is done, or could not do its part; whether all are."""
+        self.failure = self.failure or error
+        self.answering.discard(worker)
+        return not self.answering
+
 
 @dataclass(slots=True)
 class Saving(FilesUnderWay):

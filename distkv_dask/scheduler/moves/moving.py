@@ -103,11 +103,10 @@ def sent(life: MachineState, event: Sent) -> None:
         homes.join(life, life.requests[one.move.sequence])
     else:
         one.phase = "switching"
-        sequence, account = one.move.sequence, life.ledger.sequences[one.move.sequence]
-        placement = life.moves.placement(sequence, account.placement, life.ledger.block_tokens)
-        holders = tuple(life.ledger.holders(placement, but=account.home))
-        life.command(Relocate(account.home, one.number, sequence, placement, holders))
-        homes.attend(life, account.home, sequence, holders)
+        sequence, home = one.move.sequence, life.ledger.sequences[one.move.sequence].home
+        placement, holders = homes.placed(life, sequence)
+        life.command(Relocate(home, one.number, sequence, placement, holders))
+        homes.attend(life, home, sequence, holders)
 
 
 def relocated(life: MachineState, event: Relocated) -> None:

@@ -20,7 +20,7 @@ from distkv_dask.scheduler.work.gangs import abandon, new_gang
 from distkv_dask.scheduler.work.pacing import Pace
 from distkv_dask.scheduler.work.prefill import is_awaited_by
 from distkv_dask.scheduler.work.starts import not_started
-from distkv_dask.types import DecodeWindow, Endpoint, Gang
+from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement
 
 # Workers
 
@@ -50,10 +50,16 @@ def holder_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
 def join(life: MachineState, request: Request) -> None:
     """A sequence decodes: its home gets its committed state, and begins with its next window."""
     account = life.ledger.sequences[request.sequence]
-    placement = life.moves.placement(request.sequence, account.placement, life.ledger.block_tokens)
-    holders = tuple(life.ledger.holders(placement, but=account.home))
+    placement, holders = placed(life, request.sequence)
     life.command(Join(account.home, request.state_at(placement, account.length), holders))
     attend(life, account.home, request.sequence, holders)
+
+
+def placed(life: MachineState, sequence: int) -> tuple[Placement, tuple[Endpoint, ...]]:
+    """Where the home of a sequence looks for its blocks, and the holders that it asks."""
+    account = life.ledger.sequences[sequence]
+    placement = life.moves.placement(sequence, account.placement, life.ledger.block_tokens)
+    return placement, tuple(life.ledger.holders(placement, but=account.home))
 
 
 def begin(life: MachineState, request: Request, before: State) -> None:
