@@ -8,8 +8,9 @@ from _simulated import Simulated, assert_nothing_left, cluster_of, expected, fin
 
 from distkv_dask.errors import CapacityError, GangAbortedError
 from distkv_dask.messages import from_worker as did
+from distkv_dask.scheduler.lifecycle.events import WorkerLost, WorkerReady
 from distkv_dask.scheduler.lifecycle.request import Prefill
-from distkv_dask.types import SamplingParams
+from distkv_dask.types import Endpoint, SamplingParams
 
 LIMIT = 300.0
 
@@ -107,3 +108,12 @@ def test_a_retired_worker_that_resumes_from_a_pause_still_gets_nothing() -> None
     assert cluster.life.ledger.workers["w0"].retiring
     cluster.pause()
     assert not cluster.life.ledger.workers["w0"].retiring
+
+
+def test_a_worker_that_comes_back_while_it_is_paused_gets_nothing_either() -> None:
+    cluster = cluster_of(1, 20, 20)
+    cluster.pause("w0")
+    cluster.handle(WorkerLost("w0"))
+    cluster.handle(WorkerReady(Endpoint("w0", "127.0.0.1", 1), 20))
+    cluster.pause("w0")
+    assert cluster.life.ledger.workers["w0"].retiring

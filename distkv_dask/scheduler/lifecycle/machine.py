@@ -149,6 +149,7 @@ class Lifecycle:
         life.cache.worker_lost(worker)
         life.calibration.forget(worker)
         life.leaving.discard(worker)
+        life.paused.discard(worker)
         homes.remove(life, worker)
         moving.worker_lost(life, worker, lost)
         disk.worker_lost(life, worker)
