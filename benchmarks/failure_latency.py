@@ -31,7 +31,7 @@ LAYERS, PROMPT, WORKERS = 4, 256, 3
 def _send_garbage(begin: bool) -> None:
     """On the holder: answer every question with bytes that are no frame, or go back to partials."""
     from distkv_dask.worker.holder import session
-    from distkv_dask.worker.native.session import new_turns
+    from distkv_dask.worker.holder.native_turns import new_turns
 
     kind: Any = session.Session  # kept there, since this function travels again for each call
     kind.sound = getattr(kind, "sound", kind._reply_to)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,11 +90,31 @@ def imports(node: ast.AST, modules: Collection[str]) -> Iterator[str]:
                 yield from imports(child, modules)
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+@cache
+def import_graph() -> dict[str, set[str]]:
+    """Which modules each module imports, by their full names."""
     paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
-    graph = {name: set(imports(parsed(path), modules)) for name, path in modules.items()}
-    TopologicalSorter(graph).prepare()  # its CycleError names the circle
+    return {name: set(imports(parsed(path), modules)) for name, path in modules.items()}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    TopologicalSorter(import_graph()).prepare()  # its CycleError names the circle
+
+
+FOLDERS = sorted({path.parent for path in MODULES})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_rooms_and_modules_side_by_side_import_each_other_one_way(folder: Path) -> None:
+    within = (*folder.relative_to(PACKAGE.parent).parts,)
+    rooms: dict[str, set[str]] = {}
+    for name, imported in import_graph().items():
+        parts = [tuple(one.split(".")) for one in (name, *imported)]
+        room, *others = (".".join(one[: len(within) + 1]) if one[: len(within)] == within else "" for one in parts)
+        if room and room != ".".join(within):  # a package's own __init__ may name what is in it
+            rooms.setdefault(room, set()).update({*others} - {"", room, ".".join(within)})
+    TopologicalSorter(rooms).prepare()  # its CycleError names the circle
 
 
 MANY_PARTS = {"PreparedAttention"}

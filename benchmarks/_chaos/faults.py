@@ -21,7 +21,7 @@ from _chaos.machines import Machine, Machines
 from _chaos.schedule import Fault, picked
 from distkv_dask.scheduler.engines.engine import EngineState
 from distkv_dask.scheduler.lifecycle.events import Tick
-from distkv_dask.scheduler.moves import moving
+from distkv_dask.scheduler.moves import migration
 from distkv_dask.types import Move
 
 FEWEST, MOST, ENOUGH = 2, 6, 4
@@ -176,8 +176,8 @@ class Faults:
             life, manager = self._state.life, self._scheduler.plugins["distkv"]
             moves = list(self._moves())
             Random(fault.pick).shuffle(moves)
-            for move in (move for move in moves if moving.can_start(life, move)):
-                moving.start(life, move)
+            for move in (move for move in moves if migration.can_start(life, move)):
+                migration.start(life, move)
                 manager._handle(self._state, Tick())  # which carries out what that asks for
                 return f"tokens {move.start} to {move.stop} of {move.sequence}, {move.source} to {move.target}"
             return "nothing: no block can move"
@@ -187,7 +187,7 @@ class Faults:
     def _moves(self) -> Iterator[Move]:
         life = self._state.life
         for number, account in life.ledger.sequences.items():
-            full = moving.full_tokens(life, number)
+            full = migration.full_tokens(life, number)
             for span, target in itertools.product(account.own, life.ledger.workers):
                 if target != span.worker and span.start < full:
                     yield Move(number, span.start, min(span.stop, full), span.worker, target)

@@ -12,11 +12,11 @@ from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.costs.pacer import TASK_SECONDS
 from distkv_dask.scheduler.costs.presets import Preset
-from distkv_dask.scheduler.kept.disk_copies import BYTES_PER_SECOND
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.events import Event, Submit, Tick, WorkerLost, WorkerReady
-from distkv_dask.scheduler.work.pacing import TASK_SECONDS
+from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND
 from distkv_dask.simulate.lane import Costs, Lane, Work
 from distkv_dask.simulate.outcome import Outcome, Run
 from distkv_dask.simulate.prompts import Prompt
@@ -89,7 +89,7 @@ class Simulation:
         """
         life = self.machine.state
         if not any(arrival.blocks for arrival in arrivals):
-            life.cache.close()  # no two prompts begin alike, so it could find nothing
+            life.cache.enabled = False  # no two prompts begin alike, so it could find nothing
         for lane in self.lanes.values():
             self.workers.add(lane.worker)
             endpoint = Endpoint(lane.worker, lane.host, 0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.names import OWN_DISK, SavedFile, SpilledFile
 from distkv_dask.scheduler.commands import Command
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Placement, SequenceState
 
 Table = dict[int, tuple[int, ...]]

@@ -10,7 +10,7 @@ from distkv_dask.config import Config
 from distkv_dask.scheduler.costs.model import PerformanceModel
 from distkv_dask.scheduler.costs.presets import Preset
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 
 BLOCK_TOKENS = 64
 BATCH = 256

@@ -24,11 +24,11 @@ from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.decode import DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
+from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
-from distkv_dask.worker.trace import Tracer
-from distkv_dask.worker.traced import TracedAttention, TracedDecodeLoop, TracedGang, span, traced_model
+from distkv_dask.worker.trace import Tracer, span
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from distkv_dask.messages.names import Span, Spans
 from distkv_dask.worker.native.marks import NativeMarks, Recorded
@@ -65,6 +67,20 @@ class Ring:
         self._lost = 0
         taken = (Span(*self._spans.popleft()) for _ in range(len(self._spans)))
         return Spans([one._replace(began=one.began + offset, ended=one.ended + offset) for one in taken], lost)
+
+
+def span(ring: Ring | None, name: str, gang: int, size: int) -> AbstractContextManager[None]:
+    """Record the time inside a ``with`` statement, where there is a ring."""
+    return nullcontext() if ring is None else _span(ring, name, gang, size)
+
+
+@contextmanager
+def _span(ring: Ring, name: str, gang: int, size: int) -> Iterator[None]:
+    began = time.perf_counter_ns()
+    try:
+        yield
+    finally:
+        ring.put(name, began, gang, size=size)
 
 
 class Tracer:

@@ -17,7 +17,7 @@ from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.events import WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Endpoint
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "distkv.json"

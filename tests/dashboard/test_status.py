@@ -20,7 +20,7 @@ from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Endpoint, Geometry, Measurement, SamplingParams, Timings
 
 GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")

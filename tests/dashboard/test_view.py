@@ -11,7 +11,7 @@ from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Endpoint, SamplingParams
 
 

@@ -29,10 +29,10 @@ from distkv_dask.scheduler.lifecycle.events import (
     WorkerReady,
 )
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.request import Decode
-from distkv_dask.scheduler.lifecycle.request import Stored as StoredState
-from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.moves.moving import can_start, full_tokens, start
+from distkv_dask.scheduler.moves.migration import can_start, full_tokens, start
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.states import Decode
+from distkv_dask.scheduler.records.states import Stored as StoredState
 from distkv_dask.simulate.memory import Memory, Table
 from distkv_dask.simulate.workers import Asked, Decoding, Workers
 from distkv_dask.types import (

@@ -17,10 +17,10 @@ from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.events import Stop, Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Endpoint, Move, SamplingParams, Span
 
 BLOCK = 512

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distkv_dask.errors import CapacityError
 from distkv_dask.messages import to_worker as to
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler.kept.prefix_cache import DEEPEST
+from distkv_dask.scheduler.cache.beginnings import DEEPEST, prefix
 from distkv_dask.types import SamplingParams
 
 
@@ -217,7 +217,7 @@ def test_with_a_worker_goes_what_lay_behind_its_blocks_and_what_lay_before_stays
     prompt = text(1, 60)
     ask(cluster, 1, prompt, new=1)
     assert ask(cluster, 2, prompt + text(2, 8), new=1) == 60, "though its home is full of what it shares"
-    first = cluster.life.cache.prefix(2, 64)[0]
+    first = prefix(cluster.life, 2, 64)[0]
     other = ({"w0", "w1"} - {first.worker}).pop()
     cluster.lose_worker(other)
     assert cluster.life.ledger.workers[first.worker].cached == first.stop // BLOCK

@@ -11,7 +11,7 @@ from distkv_dask.config import Config
 from distkv_dask.scheduler.costs.fitting import fit_curve, fit_model
 from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
 from distkv_dask.scheduler.costs.presets import PRESET
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Geometry, Measurement
 
 GEOMETRY = Geometry(10, 8, 2, 64, 1000, 4096, "bfloat16")

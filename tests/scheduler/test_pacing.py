@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask.scheduler.work.pacing import AIM, LEAST_FOR_DECODE, Pace, Pacer
+from distkv_dask.scheduler.costs.pacer import AIM, LEAST_FOR_DECODE, Pace, Pacer
 
 paces = st.builds(
     Pace,

@@ -15,9 +15,10 @@ from test_liveness import live_through
 
 import distkv_dask.scheduler.lifecycle.admission as admission
 import distkv_dask.scheduler.lifecycle.transitions as transitions
-from distkv_dask.scheduler.lifecycle import request as states
-from distkv_dask.scheduler.lifecycle.request import Request, State
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records import states
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import State
 from distkv_dask.types import SamplingParams
 
 SCHEDULER = Path(transitions.__file__).parents[1]

@@ -18,9 +18,9 @@ from _peers import HEAD_DIM, KV_HEADS, Holder, connect
 
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.channels.base import Channel
+from distkv_dask.worker.holder import native_turns as native_session
 from distkv_dask.worker.holder.service import Limits, Service
-from distkv_dask.worker.native import exchange as native_exchange
-from distkv_dask.worker.native import session as native_session
+from distkv_dask.worker.home import native_exchange as native_exchange
 
 
 def _open_now(sockets: bool) -> set[Any]:

@@ -11,10 +11,10 @@ from _fakes import fleet, generate, loaded, reference
 
 from distkv_dask.kernels import native_kernel
 from distkv_dask.worker.holder import session
+from distkv_dask.worker.holder.native_turns import NativeTurns
 from distkv_dask.worker.home import attention
+from distkv_dask.worker.home.native_exchange import NativeExchange
 from distkv_dask.worker.native import wire as native_wire
-from distkv_dask.worker.native.exchange import NativeExchange
-from distkv_dask.worker.native.session import NativeTurns
 
 
 @pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from distkv_dask.scheduler.engines.figures import Event, Figures, Sample
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
-from distkv_dask.scheduler.lifecycle.request import ASIDE, UNDER_WAY, Request
 from distkv_dask.scheduler.lifecycle.stalls import aside
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import ASIDE, UNDER_WAY
 
 WORKERS = 40
 """Workers that are shown one by one: those with most blocks in use."""

@@ -16,16 +16,16 @@ from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.scheduler.costs.fitting import fit_model
+from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.outbox import Outbox
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle import retries
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
-from distkv_dask.scheduler.lifecycle.request import Prefill, Waiting
-from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.moves.draining import fits_elsewhere
-from distkv_dask.scheduler.work.pacing import Pacer
+from distkv_dask.scheduler.moves.drain import fits_elsewhere
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.states import Prefill, Waiting
 from distkv_dask.types import Geometry, Timings
 
 MAX_REOPENINGS = 3

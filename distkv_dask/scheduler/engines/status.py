@@ -16,9 +16,10 @@ from distkv_dask.messages.status import (
     WorkerStatus,
 )
 from distkv_dask.scheduler.engines.figures import Figures
-from distkv_dask.scheduler.lifecycle.request import ASIDE, Request
 from distkv_dask.scheduler.lifecycle.stalls import aside
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import ASIDE
 
 
 def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened]) -> EngineStatus:

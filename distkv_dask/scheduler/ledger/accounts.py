@@ -38,7 +38,7 @@ class WorkerAccount:
         Those of ``used``, and of ``lent``, that are documents', or shared of requests that ended: no running request's.
     cached
         Free blocks in which the KV of requests that ended still stands
-        (:mod:`~distkv_dask.scheduler.kept.prefix_cache`).
+        (:mod:`~distkv_dask.scheduler.cache.prefix_cache`).
     held
         Reserved blocks by sequence.
     homes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from distkv_dask.scheduler.kept import documents, reuse
+from distkv_dask.scheduler.cache import documents, prefix_cache, reuse
 from distkv_dask.scheduler.lifecycle.preemption import make_way
-from distkv_dask.scheduler.lifecycle.request import Fetching, Prefill, Request, Saving, State
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Fetching, Prefill, Saving, State
 from distkv_dask.scheduler.work import prefill
 
 
@@ -23,7 +24,7 @@ def admit(life: MachineState) -> None:
         ask, placement = reuse.share(life, request, *chosen)
         life.queue.reserve(ask, placement)
         request.admitted = request.admitted or life.now
-        life.cache.reserve(request.sequence)
+        prefix_cache.allocate(life, request.sequence)
         transition(life, request, _first(request, ask.shared))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from distkv_dask.errors import DistKVError, without_quotes
 from distkv_dask.messages.from_worker import Stored
+from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.commands import Note
-from distkv_dask.scheduler.kept import documents, files
+from distkv_dask.scheduler.lifecycle import files
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.lifecycle.refusals import workers_lost
-from distkv_dask.scheduler.lifecycle.request import Fetching, FilesUnderWay, Prefill, Request, Retiring, Spilling
 from distkv_dask.scheduler.lifecycle.retries import MAX_RETRIES
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Fetching, FilesUnderWay, Prefill, Retiring, Spilling
 from distkv_dask.scheduler.work import prefill
 
 MAX_LOSSES = 3

@@ -11,9 +11,9 @@ from array import array
 from distkv_dask.errors import DistKVError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.scheduler.cache import disk, documents, prefix_cache
 from distkv_dask.scheduler.commands import Command, Refuse
-from distkv_dask.scheduler.kept import disk, documents, files
-from distkv_dask.scheduler.lifecycle import losses, retirement, retries, stalls
+from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
 from distkv_dask.scheduler.lifecycle.ends import end, end_document
 from distkv_dask.scheduler.lifecycle.events import (
@@ -28,10 +28,11 @@ from distkv_dask.scheduler.lifecycle.events import (
     WorkerReady,
 )
 from distkv_dask.scheduler.lifecycle.progress import chunk_done, prefilled, window_done
-from distkv_dask.scheduler.lifecycle.request import Fetching, Request, Retiring, Stored, Waiting
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.lifecycle.transitions import settle
-from distkv_dask.scheduler.moves import draining, moving
+from distkv_dask.scheduler.moves import drain, migration
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Fetching, Retiring, Stored, Waiting
 from distkv_dask.scheduler.work import homes, prefill
 from distkv_dask.types import FinishReason, SamplingParams
 
@@ -67,10 +68,10 @@ class Lifecycle:
             admit(life)
         homes.fill(life)
         if not isinstance(event, STARTS):
-            draining.start_moves(life)
+            drain.start_moves(life)
             for move in life.policy.moves(life.ledger, life.queue.turns()):
-                if moving.can_start(life, move):
-                    moving.start(life, move)
+                if migration.can_start(life, move):
+                    migration.start(life, move)
         commands = list(life.commands)
         life.commands.clear()
         return commands
@@ -94,11 +95,11 @@ class Lifecycle:
             case did.Retired():
                 self._retired(event)
             case did.Expected():
-                moving.expected(life, event)
+                migration.expected(life, event)
             case did.Sent():
-                moving.sent(life, event)
+                migration.sent(life, event)
             case did.Relocated():
-                moving.relocated(life, event)
+                migration.relocated(life, event)
             case did.Stored():
                 files.stored(life, event)
             case did.Fetched():
@@ -110,7 +111,7 @@ class Lifecycle:
                 self._stop(event.sequence, event.reason)
             case StopAll():
                 life.is_closing = True
-                life.cache.close()
+                prefix_cache.close(life)
                 for sequence in list(life.requests):
                     self._stop(sequence, "cancelled")
                     settle(life)
@@ -120,9 +121,9 @@ class Lifecycle:
                 self._worker_lost(event.worker)
             case Drain():
                 if event.worker in life.ledger.workers:
-                    draining.drain(life, event.worker, event.leaving)
+                    drain.drain(life, event.worker, event.leaving)
             case Pause():
-                draining.pause(life, event.workers)
+                drain.pause(life, event.workers)
             case Tick():
                 self._tick()
             case _:
@@ -146,12 +147,12 @@ class Lifecycle:
             return
         lost = life.ledger.remove_worker(worker)
         lost = [number for number in lost if not isinstance(life.requests[number].state, Retiring)]
-        life.cache.worker_lost(worker)
+        prefix_cache.worker_lost(life, worker)
         life.calibration.forget(worker)
         life.leaving.discard(worker)
         life.paused.discard(worker)
         homes.remove(life, worker)
-        moving.worker_lost(life, worker, lost)
+        migration.worker_lost(life, worker, lost)
         disk.worker_lost(life, worker)
         homes.holder_lost(life, worker, lost)
         settle(life)
@@ -228,7 +229,7 @@ class Lifecycle:
         if request is not None and isinstance(request.state, Retiring):
             retirement.retired(life, request, event.worker)
         else:
-            moving.paused(life, event)
+            migration.paused(life, event)
 
     def _fetched(self, event: did.Fetched) -> None:
         """A worker read its part of a sequence, or could not."""
@@ -251,7 +252,7 @@ class Lifecycle:
             losses.stalled(life, life.requests[chunk.sequence], error)
             settle(life)
         retries.wake(life)
-        moving.expire(life)
+        migration.expire(life)
         files.expire(life)
         stalls.hold_blocks(life)
         settle(life)

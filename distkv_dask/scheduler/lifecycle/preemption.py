@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from distkv_dask.scheduler.kept import documents
-from distkv_dask.scheduler.lifecycle.request import Decode, Request, Retiring
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Decode, Retiring
 from distkv_dask.scheduler.work import homes
 
 

@@ -6,8 +6,9 @@ from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import ChunkDone, Prefilled, WindowDone
 from distkv_dask.scheduler.commands import Forget
 from distkv_dask.scheduler.lifecycle.ends import end
-from distkv_dask.scheduler.lifecycle.request import Decode, Prefill, Request, Stored
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
 from distkv_dask.scheduler.work import homes
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distkv_dask.errors import CapacityError, DistKVError, WorkerLostError
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Request
 from distkv_dask.scheduler.policies.base import Policy
+from distkv_dask.scheduler.records.request import Request
 
 
 def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int) -> DistKVError:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from distkv_dask.scheduler.kept import disk
-from distkv_dask.scheduler.lifecycle.repair import repaired
-from distkv_dask.scheduler.lifecycle.request import (
+from distkv_dask.scheduler.cache import disk
+from distkv_dask.scheduler.cache.repair import repaired
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import (
     Decode,
     Dropped,
     Fetching,
     Gone,
-    Request,
     Retiring,
     Spilling,
     State,
     Stored,
     Waiting,
 )
-from distkv_dask.scheduler.lifecycle.state import MachineState
 
 
 def begin(life: MachineState, request: Request, before: State) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from distkv_dask.errors import GangAbortedError, PlanError, without_quotes
 from distkv_dask.scheduler.lifecycle.ends import end
-from distkv_dask.scheduler.lifecycle.request import Prefill, Request
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Prefill
+from distkv_dask.scheduler.records.window_chain import WindowChain
 from distkv_dask.scheduler.work import homes, prefill
-from distkv_dask.scheduler.work.chain import WindowChain
 
 MAX_RETRIES = 2
 """How often a gang that failed without losing a worker is tried again at once, and before its requests may fail."""

@@ -6,8 +6,9 @@ from collections import Counter
 
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.lifecycle.refusals import too_large, waited_in_vain
-from distkv_dask.scheduler.lifecycle.request import FilesUnderWay, Request, Waiting
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import FilesUnderWay, Waiting
 
 
 def hold_blocks(life: MachineState) -> None:

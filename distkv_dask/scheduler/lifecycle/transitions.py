@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from distkv_dask.scheduler.kept import documents, files
-from distkv_dask.scheduler.lifecycle import ends, retirement, waiting
-from distkv_dask.scheduler.lifecycle.request import (
+from distkv_dask.scheduler.cache import documents
+from distkv_dask.scheduler.lifecycle import ends, files, queue, retirement
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import (
     Decode,
     Dropped,
     Fetching,
     Gone,
     Prefill,
-    Request,
     Retiring,
     Saving,
     Spilling,
@@ -24,7 +25,6 @@ from distkv_dask.scheduler.lifecycle.request import (
     Stored,
     Waiting,
 )
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.work import homes, prefill
 
 Enter = Callable[[MachineState, Request, State], None]
@@ -32,7 +32,7 @@ Enter = Callable[[MachineState, Request, State], None]
 
 TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     # room
-    (Waiting, Waiting): waiting.wait,
+    (Waiting, Waiting): queue.wait,
     (Waiting, Prefill): prefill.begin,
     (Waiting, Saving): files.begin,
     (Waiting, Fetching): files.begin,
@@ -47,7 +47,7 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     # after work
     (Retiring, Prefill): prefill.begin,
     (Retiring, Decode): homes.begin,
-    (Retiring, Waiting): waiting.come_back,
+    (Retiring, Waiting): queue.come_back,
     (Retiring, Spilling): documents.spill,
     (Retiring, Stored): documents.kept,
     (Retiring, Dropped): documents.drop,
@@ -57,12 +57,12 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     (Stored, Spilling): documents.spill,
     (Stored, Dropped): documents.drop,
     (Stored, Gone): ends.forget,
-    (Dropped, Waiting): waiting.wait,
+    (Dropped, Waiting): queue.wait,
     (Dropped, Stored): documents.stored,
     (Dropped, Gone): ends.forget,
     # files
     (Spilling, Dropped): documents.drop,
-    (Spilling, Waiting): waiting.come_back,
+    (Spilling, Waiting): queue.come_back,
     (Spilling, Gone): ends.forget,
     (Fetching, Decode): homes.begin,
     (Fetching, Prefill): prefill.begin,

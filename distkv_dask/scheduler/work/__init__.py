@@ -1,5 +1,5 @@
-"""What homes and prompts compute: chunks of prompts, decode windows, their gangs and their length.
+"""What homes and prompts compute: chunks of prompts, decode windows and their gangs.
 
-May import: `ledger`, `policies`, the lifecycle's state and requests.
+May import: `records` and what that may import.
 May not touch: a request's state; it recommends the next one.
 """

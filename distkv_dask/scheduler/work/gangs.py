@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distkv_dask.messages.to_worker import Abort
 from distkv_dask.scheduler.commands import Forget
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.types import Endpoint, Gang
 
 

@@ -1,7 +1,7 @@
 """Homes: the workers of an engine that decode, each with a chain of windows, which sequences join and leave.
 
 A sequence joins with the next window that starts; its holders are added to windows that are queued already. How long
-the next window is depends on who waits for its end (:mod:`~distkv_dask.scheduler.work.pacing`).
+the next window is depends on who waits for its end (:mod:`~distkv_dask.scheduler.costs.pacer`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from distkv_dask.errors import GangAbortedError
 from distkv_dask.messages.from_worker import WindowDone
 from distkv_dask.messages.to_worker import Abort, Join, Reset
 from distkv_dask.scheduler.commands import AddHolders, Forget, SubmitWindow
-from distkv_dask.scheduler.lifecycle.request import Request, State
-from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.work.chain import PATIENCE, Outstanding, WindowChain
+from distkv_dask.scheduler.costs.pacer import Pace
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.starts import not_started
+from distkv_dask.scheduler.records.states import State
+from distkv_dask.scheduler.records.window_chain import PATIENCE, Outstanding, WindowChain
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
-from distkv_dask.scheduler.work.pacing import Pace
 from distkv_dask.scheduler.work.prefill import is_awaited_by
-from distkv_dask.scheduler.work.starts import not_started
 from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement
 
 # Workers

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from distkv_dask.scheduler.commands import SubmitPrefill
-from distkv_dask.scheduler.lifecycle.request import Prefill, Request, State
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.queue import prefill_slots
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Prefill, State
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
 from distkv_dask.types import Placement, PrefillChunk
 

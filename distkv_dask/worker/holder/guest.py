@@ -10,10 +10,10 @@ from distkv_dask.errors import ChannelError, ChannelTimeoutError, DistKVError, P
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows
 from distkv_dask.worker.channels.frames import NOBODY, Header, Kind, failed
+from distkv_dask.worker.holder.native_turns import NativeTurns
 from distkv_dask.worker.holder.service import Service
 from distkv_dask.worker.holder.session import Session
-from distkv_dask.worker.native.session import NativeTurns
-from distkv_dask.worker.traced import traced_receive
+from distkv_dask.worker.holder.traced import traced_receive
 
 HELLO_BYTES = 4096
 """Longest HELLO; nothing longer is read from somebody who has not shown a token."""

@@ -14,9 +14,9 @@ from distkv_dask.errors import ChannelError, DistKVError
 from distkv_dask.worker.channels.base import Inlet, Listener
 from distkv_dask.worker.guard import attempt
 from distkv_dask.worker.holder.guest import Guest
+from distkv_dask.worker.holder.native_turns import serve
 from distkv_dask.worker.holder.service import Service
 from distkv_dask.worker.holder.stranger_log import StrangerLog
-from distkv_dask.worker.native.session import serve
 
 if TYPE_CHECKING:
     import socket

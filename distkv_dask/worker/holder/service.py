@@ -11,8 +11,8 @@ from distkv_dask.types import Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import token_digest
 from distkv_dask.worker.holder.session import Session
+from distkv_dask.worker.holder.traced import TracedSession
 from distkv_dask.worker.trace import Ring
-from distkv_dask.worker.traced import TracedSession
 
 if TYPE_CHECKING:
     from distkv_dask.worker.holder.guest import Guest

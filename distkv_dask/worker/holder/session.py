@@ -14,7 +14,7 @@ from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
-from distkv_dask.worker.native.session import NativeTurns, new_turns
+from distkv_dask.worker.holder.native_turns import NativeTurns, new_turns
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.trace import Ring
 

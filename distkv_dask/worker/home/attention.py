@@ -11,7 +11,7 @@ from distkv_dask.types import Exchanged
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.home.exchange import Asking, Exchange, indices, merging
 from distkv_dask.worker.home.gang import HomeGang
-from distkv_dask.worker.native.exchange import new_exchange
+from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.shard import Shard
 
@@ -123,7 +123,7 @@ class DistAttention:
         if self._exchange is not None:
             self._exchange.close()
 
-    # What a trace does in another way (:mod:`distkv_dask.worker.traced`)
+    # What a trace does in another way (:mod:`distkv_dask.worker.home.traced`)
 
     def _new_exchange(self, asking: Asking) -> Exchange:
         return new_exchange(asking)

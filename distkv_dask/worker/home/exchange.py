@@ -121,7 +121,7 @@ class PythonExchange:
         if self._selector is not None:
             self._selector.close()
 
-    # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.traced`)
+    # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.home.traced`)
 
     def _ask(
         self, remote: Remote, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float

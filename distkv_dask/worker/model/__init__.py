@@ -1,5 +1,5 @@
-"""The model: loaded with our attention, probed, and what becomes of its logits.
+"""The model: loaded with our attention through a hook, probed, and what becomes of its logits.
 
-May import: `home` for the hook of attention, transformers, torch.
+May import: transformers, torch.
 May not touch: the pool and other workers; the runtime brings them together.
 """

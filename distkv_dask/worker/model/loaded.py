@@ -1,7 +1,7 @@
 """A Hugging Face causal language model whose attention is DistAttention.
 
 The model's own forward runs on flattened tokens ``[1, T]`` with explicit positions, and every layer hands its queries,
-keys and values to the :class:`AttentionStep` of the call (:mod:`distkv_dask.worker.home.hook`). Families, weights
+keys and values to the :class:`AttentionStep` of the call (:mod:`distkv_dask.worker.model.hook`). Families, weights
 and quantised files stay transformers' business.
 """
 
@@ -22,8 +22,8 @@ from distkv_dask.gguf_cache import converted_weights
 from distkv_dask.model_source import ModelSource, resolve_model
 from distkv_dask.model_support import check_supported
 from distkv_dask.types import Geometry, SamplingParams
-from distkv_dask.worker.home.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.fingerprint import fingerprint
+from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars

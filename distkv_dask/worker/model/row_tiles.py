@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.types import Geometry
-from distkv_dask.worker.home.hook import AttentionStep
+from distkv_dask.worker.model.hook import AttentionStep
 
 SIZES = tuple(1 << power for power in range(10))
 """Numbers of rows that are tried."""

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from distkv_dask.scheduler.cache import beginnings, prefix_cache
 from distkv_dask.scheduler.ledger.placements import clipped, shifted
-from distkv_dask.scheduler.lifecycle.request import Request
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
 from distkv_dask.types import Placement, Span
 
 
@@ -24,8 +25,8 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     if not life.cache or not request.is_plain or released:
         return ask, placement
     known = request.known
-    found = life.cache.find(known[: len(known) - 1], placement[-1].worker)  # the last one has to be computed
-    if found is None or found[1] <= ask.shared or not life.cache.can_be_shared(found[0]):
+    found = beginnings.find(life, known[: len(known) - 1], placement[-1].worker)  # the last one has to be computed
+    if found is None or found[1] <= ask.shared or not beginnings.can_be_shared(life, found[0]):
         return ask, placement
     better = _better(life, request, ask, placement, *found)
     if better is None:
@@ -33,7 +34,7 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     if request.document is not None:
         life.requests[request.document].dependents.discard(request.sequence)
     request.document, request.borrows, request.reused = found[0], True, found[1]
-    life.cache.use(*found, request.sequence, life.now)
+    prefix_cache.share_cached(life, *found, request.sequence)
     return better
 
 
@@ -43,7 +44,7 @@ def _better(
     """The request and its placement with a cached beginning, if it takes less time than without."""
     more = tokens - ask.shared
     less = replace(ask, document=document, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more)
-    prefix = life.cache.prefix(document, tokens)
+    prefix = beginnings.prefix(life, document, tokens)
     some = [((*prefix, *rest), less) for rest in _rests(life, ask, less, placement, prefix)]
     best, asked = min([(placement, ask), *some], key=lambda one: _seconds(life, request, one[1], one[0]))
     return None if asked is ask else (less, best)
@@ -55,7 +56,7 @@ def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix
     Where they would anyway, all of them where the shared ones end, or where the policy lays them beside those.
     """
     assert less.document is not None
-    missing = life.cache.missing(less.document, less.shared)
+    missing = beginnings.missing(life, less.document, less.shared)
     if any(life.ledger.workers[span.worker].retiring for span in prefix):
         return
     anyway = tuple(clipped(placement, less.shared, placement[-1].stop))

@@ -1,4 +1,4 @@
-"""The running parts of a worker that record what they do; used in the place of the plain ones while there is a trace.
+"""The running parts of a home that record what they do; used in the place of the plain ones while there is a trace.
 
 Each overrides the few methods at whose borders time is told apart; the plain classes know nothing of it.
 """
@@ -6,8 +6,7 @@ Each overrides the few methods at whose borders time is told apart; the plain cl
 from __future__ import annotations
 
 import selectors
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, cast
@@ -15,41 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from distkv_dask.kernels import PreparedMerge
-from distkv_dask.types import Gang
-from distkv_dask.worker.blocks.pool import Pool
-from distkv_dask.worker.channels.base import Inlet
-from distkv_dask.worker.channels.frames import Header
-from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention, Local
 from distkv_dask.worker.home.decode import DecodeLoop
 from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, Remote
 from distkv_dask.worker.home.gang import HomeGang
-from distkv_dask.worker.native.exchange import new_exchange
+from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part
-from distkv_dask.worker.trace import Ring
+from distkv_dask.worker.trace import Ring, span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from distkv_dask.worker.home.hook import AttentionStep
+    from distkv_dask.worker.model.hook import AttentionStep
     from distkv_dask.worker.model.loaded import LoadedModel
-
-
-def span(ring: Ring | None, name: str, gang: int, size: int) -> AbstractContextManager[None]:
-    """Record the time inside a ``with`` statement, where there is a ring."""
-    return nullcontext() if ring is None else _span(ring, name, gang, size)
-
-
-@contextmanager
-def _span(ring: Ring, name: str, gang: int, size: int) -> Iterator[None]:
-    began = perf_counter_ns()
-    try:
-        yield
-    finally:
-        ring.put(name, began, gang, size=size)
-
-
-# Home lane
 
 
 class TracedGang(HomeGang):
@@ -61,7 +36,7 @@ class TracedGang(HomeGang):
 
     def begin(self, parts: Mapping[str, Part]) -> None:
         """Open the gang."""
-        with _span(self._ring, "begin", self.gang.number, len(parts)):
+        with span(self._ring, "begin", self.gang.number, len(parts)):
             super().begin(parts)
 
 
@@ -173,48 +148,6 @@ class TracedExchange(PythonExchange):
         super()._merge(remote, merge, layer, step)
         if remote is not None:
             self._ring.put("merge", began, self._number, step, layer, remote.channel.peer)
-
-
-# Holder lane
-
-
-class TracedSession(Session):
-    """A holder's part in a gang whose requests are recorded: here those that Python answers, by C++ its own."""
-
-    def __init__(self, ring: Ring, gang: Gang, pool: Pool) -> None:
-        super().__init__(gang, pool)
-        self._ring: Ring = ring
-
-    def answer(self, inlet: Inlet, header: Header) -> None:
-        """Append, attend and reply."""
-        began = perf_counter_ns()
-        try:
-            super().answer(inlet, header)
-        finally:
-            self._ring.put("answer", began, header.gang, header.step, header.layer, inlet.peer, header.length)
-
-    def _attend(self, header: Header) -> None:
-        began = perf_counter_ns()
-        super()._attend(header)
-        self._ring.put("attend", began, header.gang, header.step, header.layer)
-
-    def _reply_to(self, inlet: Inlet, header: Header) -> None:
-        began = perf_counter_ns()
-        super()._reply_to(inlet, header)
-        self._ring.put("send", began, header.gang, header.step, header.layer, inlet.peer)
-
-
-def traced_receive(ring: Ring, receive: Callable[[], Header | None]) -> Callable[[], Header | None]:
-    """``receive`` of an inlet, recorded, as is the time since this lane did something for the engine."""
-
-    def receive_traced() -> Header | None:
-        began = ring.put("idle", ring.last, -1) if ring.last else perf_counter_ns()
-        header = receive()
-        gang, step, layer = (header.gang, header.step, header.layer) if header is not None else (-1, -1, -1)
-        ring.put("receive", began, gang, step, layer)
-        return header
-
-    return receive_traced
 
 
 def traced_model(model: LoadedModel, ring: Ring | None) -> LoadedModel:

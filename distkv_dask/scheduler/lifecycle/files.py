@@ -11,24 +11,24 @@ from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import Fetched, Stored
 from distkv_dask.messages.names import OWN_DISK, Saved
 from distkv_dask.messages.to_worker import Fetch, Store
+from distkv_dask.scheduler.cache import disk
 from distkv_dask.scheduler.commands import Note
-from distkv_dask.scheduler.kept import disk
-from distkv_dask.scheduler.lifecycle import request as states
 from distkv_dask.scheduler.lifecycle.ends import end
-from distkv_dask.scheduler.lifecycle.request import (
+from distkv_dask.scheduler.records import states
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import (
     Decode,
     Dropped,
     Fetching,
     FilesUnderWay,
     Gone,
     Prefill,
-    Request,
     Saving,
     Spilling,
     State,
     Waiting,
 )
-from distkv_dask.scheduler.lifecycle.state import MachineState
 
 
 def begin(life: MachineState, request: Request, before: State) -> None:

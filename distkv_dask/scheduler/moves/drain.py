@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 
+from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Decode, Stored
-from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.moves import moving
+from distkv_dask.scheduler.moves import migration
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.states import Decode, Stored
 from distkv_dask.types import Move, Span
 
 
@@ -17,7 +18,7 @@ def drain(life: MachineState, worker: str, leaving: bool) -> None:
     (life.leaving.add if leaving else life.leaving.discard)(worker)
     life.ledger.retire_worker(worker, leaving or worker in life.paused)
     life.largest_blocks = max(life.largest_blocks, life.policy.limit(life.ledger))
-    life.cache.drain(worker)
+    prefix_cache.drain(life, worker)
 
 
 def pause(life: MachineState, paused: Set[str]) -> None:
@@ -38,10 +39,10 @@ def start_moves(life: MachineState) -> None:
 def _move_away(life: MachineState, worker: str) -> None:
     whole = (n for n in life.ledger.workers[worker].held if not life.ledger.sequences[n].lost)
     held = [n for n in whole if isinstance(life.requests[n].state, Decode | Stored)]
-    full = {number: moving.full_tokens(life, number) for number in held}
+    full = {number: migration.full_tokens(life, number) for number in held}
     for move, pause in moves_away(life.ledger, worker, full, life.config.window_batch):
-        if moving.can_start(life, move, pause=pause):
-            moving.start(life, move)
+        if migration.can_start(life, move, pause=pause):
+            migration.start(life, move)
             return
 
 

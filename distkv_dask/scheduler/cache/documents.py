@@ -13,18 +13,12 @@ from collections.abc import Iterable
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.to_worker import Free
-from distkv_dask.scheduler.kept import disk
-from distkv_dask.scheduler.lifecycle.repair import repaired
-from distkv_dask.scheduler.lifecycle.request import (
-    Dropped,
-    Request,
-    Spilling,
-    State,
-    Stored,
-    Waiting,
-)
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.cache import disk, prefix_cache
+from distkv_dask.scheduler.cache.repair import repaired
 from distkv_dask.scheduler.policies.shared_prefix import common_tokens
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Dropped, Spilling, State, Stored, Waiting
 
 # Requests that come
 
@@ -191,7 +185,7 @@ def leave(life: MachineState, request: Request) -> None:
         document.dependents.discard(request.sequence)
         document.awaited.pop(request.sequence, None)
         document.used = life.now
-        life.cache.left(document.sequence, request.sequence)
+        prefix_cache.stop_sharing(life, document.sequence, request.sequence)
         leave_queue(life, document)
         life.idle_documents[document.sequence] = None
 
@@ -202,7 +196,7 @@ def free(life: MachineState, request: Request) -> None:
     if account is None:
         return
     life.moves.end(request.sequence)
-    life.cache.free(request)
+    prefix_cache.free_or_cache(life, request)
     for number in account.documents:
         document = life.ledger.sequences.get(number)  # None: it went with one that shared it
         if document is not None and document.lost and not document.sharers:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from distkv_dask.scheduler.kept import documents
-from distkv_dask.scheduler.lifecycle.request import Request, State, Waiting
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.policies.base import PRIORITY_SECONDS, Ask
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import State, Waiting
 
 
 def wait(life: MachineState, request: Request, before: State) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from distkv_dask.scheduler.lifecycle.request import Request
+from distkv_dask.scheduler.records.request import Request
 from distkv_dask.types import DecodeWindow, Endpoint, Gang
 
 OUTSTANDING = 2

@@ -15,10 +15,11 @@ from collections.abc import Collection
 
 from distkv_dask.messages.from_worker import Expected, Relocated, Retired, Sent
 from distkv_dask.messages.to_worker import Expect, Free, Relocate, Send
+from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.commands import Note
-from distkv_dask.scheduler.lifecycle.request import Decode, Stored
-from distkv_dask.scheduler.lifecycle.state import MachineState
-from distkv_dask.scheduler.moves.under_way import UnderWay
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.moves import UnderWay
+from distkv_dask.scheduler.records.states import Decode, Stored
 from distkv_dask.scheduler.work import homes
 from distkv_dask.types import Move
 
@@ -52,7 +53,7 @@ def start(life: MachineState, move: Move) -> None:
     number, pauses = next(life.numbers), move.stop > full_tokens(life, move.sequence)
     late = life.now + life.config.timeout_receive
     life.moves.under_way[number] = UnderWay(number, move, pauses, late)
-    life.cache.make_room(move.target)
+    prefix_cache.make_room(life, move.target)
     life.command(Expect(move.target, number, move.sequence, move.start, move.stop))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import clipped, relaid
-from distkv_dask.scheduler.lifecycle.request import Decode, Prefill, Request, State
-from distkv_dask.scheduler.lifecycle.state import MachineState
 from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Decode, Prefill, State
 from distkv_dask.types import Placement
 
 
@@ -28,7 +30,7 @@ def repaired(life: MachineState, request: Request) -> State | None:
     lost = tuple((span.start, span.stop) for span in computed if span.worker in account.lost)
     life.ledger.commit(number, min([length, *(start for start, _ in lost)]))
     life.ledger.mend(number, placement)
-    life.cache.reserve(number)
+    prefix_cache.allocate(life, number)
     if lost or length < request.known_tokens:
         return Prefill(length, lost)
     return Decode()  # only room was lost

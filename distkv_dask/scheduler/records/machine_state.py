@@ -10,19 +10,20 @@ from distkv_dask.config import Config
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.costs.calibration import Calibration
 from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
-from distkv_dask.scheduler.kept.disk_copies import Disks
-from distkv_dask.scheduler.kept.prefix_cache import PrefixCache
-from distkv_dask.scheduler.kept.prefix_index import PrefixIndex
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.lifecycle.request import Request, State
-from distkv_dask.scheduler.moves.under_way import Moves
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.queue import Admission
-from distkv_dask.scheduler.work.chain import WindowChain
-from distkv_dask.scheduler.work.pacing import Pacer
-from distkv_dask.scheduler.work.starts import Starts
+from distkv_dask.scheduler.records.cached import CachedSequences
+from distkv_dask.scheduler.records.disks import Disks
+from distkv_dask.scheduler.records.moves import Moves
+from distkv_dask.scheduler.records.prefix_index import PrefixIndex
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.starts import Starts
+from distkv_dask.scheduler.records.states import State
+from distkv_dask.scheduler.records.window_chain import WindowChain
 
 
 @dataclass(slots=True)
@@ -68,7 +69,8 @@ class MachineState:
     """Workers that Dask has paused for their memory."""
     index: PrefixIndex = field(init=False)
     """Stored documents by how they begin."""
-    cache: PrefixCache = field(init=False)
+    cache: CachedSequences = field(init=False)
+    """Sequences that ended and whose blocks stay."""
     disks: Disks = field(default_factory=Disks)
     largest_blocks: int = 0
     """Blocks of the largest request that could ever run."""
@@ -90,7 +92,7 @@ class MachineState:
         self.queue = Admission(self.ledger, policy_named(self.config.policy, PRESET))
         self.calibration = Calibration(self.ledger)
         self.index = PrefixIndex(self.config.block_tokens)
-        self.cache = PrefixCache(self.ledger, self.requests, self.commands, self.config.prefix_cache)
+        self.cache = CachedSequences(self.config.prefix_cache)
 
     @property
     def policy(self) -> Policy:

@@ -14,11 +14,12 @@ from distkv_dask.messages.from_worker import Stored
 from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
 from distkv_dask.messages.to_worker import Discard, Store
 from distkv_dask.scheduler.commands import Note
-from distkv_dask.scheduler.kept.disk_copies import Copy
 from distkv_dask.scheduler.ledger.placements import clipped
-from distkv_dask.scheduler.lifecycle import request as states
-from distkv_dask.scheduler.lifecycle.request import Fetching, Request, Spilling
-from distkv_dask.scheduler.lifecycle.state import MachineState
+from distkv_dask.scheduler.records import states
+from distkv_dask.scheduler.records.disks import Copy
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Fetching, Spilling
 from distkv_dask.types import Placement
 
 # Down

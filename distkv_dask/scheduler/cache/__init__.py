@@ -1,0 +1,5 @@
+"""KV that outlives one answer, or a loss: documents, the prefix cache, copies on disks, repair.
+
+May import: `records` and what that may import.
+May not touch: a request's state; it recommends the next one.
+"""

@@ -1,0 +1,89 @@
+"""Which cached sequence begins like a prompt, where that beginning lies, and whether it can be shared now."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+from distkv_dask.scheduler.ledger.placements import clipped, shared
+from distkv_dask.scheduler.records.cached import Cached
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.prefix_index import chain
+from distkv_dask.types import Placement
+
+DEEPEST = 64
+"""Sequences of which each shares the one before; behind the last of them, a request is recomputed as a whole."""
+
+CANDIDATES = 8
+"""Sequences with equally long beginnings that are looked at."""
+
+
+def find(life: MachineState, tokens: array[int], near: str) -> tuple[int, int] | None:
+    """The sequence that has most blocks in common with a prompt, and how many tokens these are; None without any.
+
+    Of several, one whose last common block is on the worker ``near``, if there is one.
+    """
+    index, size = life.cache.index, life.ledger.block_tokens
+    found, length = None, 0
+    for blocks, key in enumerate(chain(tokens, size) if index else (), 1):
+        if key in index:
+            found, length = index[key], blocks * size
+    if found is None:
+        return None
+    some = list(islice(found, CANDIDATES))
+    there = (number for number in some if _worker_at(life.cache.by_number[number], length - 1) == near)
+    number = next(there, some[0])
+    return (number, length) if _begins(life, number, tokens, length) else None
+
+
+def _worker_at(cached: Cached, position: int) -> str:
+    return next(span.worker for span in cached.spans if position < span.stop)
+
+
+def _begins(life: MachineState, number: int | None, tokens: array[int], length: int) -> bool:
+    """Whether a prompt really begins like a sequence: hashes may agree by chance."""
+    while number is not None:
+        cached = life.cache.by_number.get(number)
+        if cached is None:
+            return life.requests[number].prompt[:length] == tokens[:length]
+        if cached.tokens[: length - cached.start] != tokens[cached.start : length]:
+            return False
+        number, length = cached.parent, cached.start
+    return True
+
+
+def prefix(life: MachineState, number: int, tokens: int) -> Placement:
+    """The spans of a sequence's first tokens, as those have them that share it."""
+    cached = life.cache.by_number.get(number)
+    if cached is None:
+        return shared(life.ledger.sequences[number].placement, number, tokens)
+    own = (replace(span, document=number) for span in clipped(cached.spans, cached.start, tokens))
+    return (*before(life, cached), *own)
+
+
+def before(life: MachineState, cached: Cached) -> Placement:
+    """The spans of the tokens before a sequence's own."""
+    return () if cached.parent is None else prefix(life, cached.parent, cached.start)
+
+
+def missing(life: MachineState, number: int, tokens: int) -> Counter[str]:
+    """Blocks by worker that the ledger has to take back for somebody to share a sequence's first tokens."""
+    found: Counter[str] = Counter()
+    at: int | None = number
+    while at is not None and (cached := life.cache.by_number.get(at)) is not None:
+        found += cached.blocks(cached.held, tokens, life.ledger.block_tokens)
+        at, tokens = cached.parent, cached.start
+    return found
+
+
+def can_be_shared(life: MachineState, number: int) -> bool:
+    """Whether nothing of a sequence, and of those that it shares, is about to go."""
+    at: int | None = number
+    depth = 0
+    while at is not None and (cached := life.cache.by_number.get(at)) is not None:
+        at, depth = cached.parent, depth + 1
+        if cached.closed or depth == DEEPEST:
+            return False
+    return at is None or life.ledger.is_shareable(at)

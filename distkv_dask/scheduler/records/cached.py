@@ -1,0 +1,103 @@
+"""Sequences that ended and whose blocks stay in the pools: by number, by beginning, and by when they were used.
+
+:mod:`~distkv_dask.scheduler.cache.prefix_cache` says what is done with them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, field
+
+from sortedcontainers import SortedList
+
+from distkv_dask.scheduler.ledger.placements import blocks_of, clipped
+from distkv_dask.types import Placement
+
+
+@dataclass(slots=True)
+class Cached:
+    """A sequence whose blocks stay: its own ``tokens``, whole blocks from position ``start`` on, and the ``spans``.
+
+    What the ledger has of it ends at ``held``. ``keys`` are its blocks' in the index. ``users`` share its first so many
+    tokens, all before it included; ``lengths`` are those, sorted. One that is ``closed`` has lost blocks, or the engine
+    closes: nobody else may share it.
+    """
+
+    number: int
+    start: int
+    tokens: array[int]
+    keys: list[int]
+    spans: Placement
+    parent: int | None
+    held: int
+    users: dict[int, int] = field(default_factory=dict)
+    lengths: SortedList = field(default_factory=SortedList)
+    closed: bool = False
+
+    @property
+    def stop(self) -> int:
+        """Position behind its last token."""
+        return self.start + len(self.tokens)
+
+    def blocks(self, start: int, stop: int, block_tokens: int) -> Counter[str]:
+        """Its own blocks of tokens ``[start, stop)``, by worker."""
+        found: Counter[str] = Counter()
+        for span in clipped(self.spans, start, stop):
+            found[span.worker] += blocks_of(span.tokens, block_tokens)
+        return found
+
+
+@dataclass(slots=True)
+class CachedSequences:
+    """All cached sequences of one engine, by number.
+
+    ``children`` are those that share another's beginning, sorted by where they leave it; ``recent`` those with cached
+    blocks on a worker, the one not used for longest first; ``index`` those that have a block, by the block's hash.
+    """
+
+    enabled: bool
+    """Whether anything is cached at all."""
+    by_number: dict[int, Cached] = field(default_factory=dict)
+    children: dict[int, SortedList] = field(default_factory=dict)
+    recent: defaultdict[str, OrderedDict[int, None]] = field(default_factory=lambda: defaultdict(OrderedDict))
+    index: dict[int, dict[int, None]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.by_number)
+
+    def add(self, cached: Cached) -> None:
+        """A sequence is cached from now on."""
+        self.by_number[cached.number] = cached
+        for key in cached.keys:
+            self.index.setdefault(key, {})[cached.number] = None
+        if cached.parent is not None:
+            self.children.setdefault(cached.parent, SortedList()).add((cached.start, cached.number))
+
+    def remove(self, cached: Cached) -> None:
+        """A sequence of which nothing is left is cached no more."""
+        del self.by_number[cached.number]
+        if cached.parent is not None:
+            self.children[cached.parent].remove((cached.start, cached.number))
+            if not self.children[cached.parent]:
+                del self.children[cached.parent]
+
+    def beyond(self, number: int, position: int) -> list[Cached]:
+        """Cached sequences that share more than so many tokens of one."""
+        children = self.children.get(number, SortedList())
+        return [self.by_number[child] for _, child in children.irange((position + 1, -1))]
+
+    def touch(self, number: int) -> None:
+        """A sequence was used just now."""
+        for span in self.by_number[number].spans:
+            if number in self.recent[span.worker]:
+                self.recent[span.worker].move_to_end(number)
+
+    def unindex(self, cached: Cached, blocks: int) -> None:
+        """Let only a sequence's first blocks be found."""
+        for key in cached.keys[blocks:]:
+            del self.index[key][cached.number]
+            if not self.index[key]:
+                del self.index[key]
+        del cached.keys[blocks:]
