@@ -15,8 +15,10 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from distkv_dask.config import Config
+from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.messages.names import EngineSpec
-from distkv_dask.types import DecodeWindow, Gang, SamplingParams, SequenceState, Span, WindowResult
+from distkv_dask.placement import Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.loaded import LoadedModel, load_model

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from distkv_dask.config import Config
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.types import Placement, Span
 
 
 def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:

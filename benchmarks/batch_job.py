@@ -26,8 +26,8 @@ import transformers
 from _report import parser, report
 from distributed import Client, LocalCluster
 
-from distkv_dask.gguf_cache import converted_weights
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.source import resolve_model
 
 QUESTION = "What is this text about?"
 KILLS = 3

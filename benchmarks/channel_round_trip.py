@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 from _report import parser, report
 
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.base import Inlet, Listener
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.channels.frames import Header, Kind

@@ -19,8 +19,12 @@ from typing import Any
 from _report import parser, report
 from prometheus_client import CollectorRegistry, generate_latest
 
+from distkv_dask.completion import Timings
 from distkv_dask.config import Config
+from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.messages.client_calls import Submission
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dashboard.board import FRESH, SHARE
 from distkv_dask.scheduler.dashboard.page import PANELS
 from distkv_dask.scheduler.dashboard.prometheus import Collector
@@ -29,7 +33,6 @@ from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint, Exchanged, SamplingParams, Timings, WindowResult
 
 
 def crowd(workers: int, sequences: int) -> tuple[MachineState, Figures]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from _report import parser, report
 
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.queue import Admission
-from distkv_dask.types import Endpoint
 
 MODEL = PRESETS["a100-7b"].model
 

@@ -19,7 +19,7 @@ BLOCK = 64
 
 def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
     """On the scheduler: have an engine's policy propose to move remote blocks on to the next other worker."""
-    from distkv_dask.types import Move
+    from distkv_dask.placement import Move
 
     life = list(dask_scheduler.plugins["distkv"].engines.values())[engine].life
 

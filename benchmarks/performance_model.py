@@ -19,10 +19,11 @@ from _report import parser, report
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.gang import WindowResult
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.costs.calibration import Calibration
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.types import Placement, Span, WindowResult
 
 BLOCK = 64
 NEW = 64

@@ -21,8 +21,8 @@ from _report import parser, report
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.gguf_cache import converted_weights
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.source import resolve_model
 
 
 def prompts(engine: Engine, tokens: int, count: int) -> tuple[list[int], list[list[int]]]:

@@ -7,6 +7,7 @@ memory.
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.documents.document import Chat, Document
 from distkv_dask.client.engine import Engine
+from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import (
     CapacityError,
     ChannelError,
@@ -28,7 +29,8 @@ from distkv_dask.errors import (
     WorkerLostError,
 )
 from distkv_dask.messages.status import EngineStatus, SequenceStatus, WorkerStatus
-from distkv_dask.types import Completion, SamplingParams, Span, Timings
+from distkv_dask.placement import Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.version import VERSION as __version__
 
 __all__ = [

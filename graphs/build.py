@@ -12,8 +12,9 @@ from typing import Any
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.graphs.tasks import attend, decode, prefill
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
+from distkv_dask.placement import Endpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from dask._task_spec import Alias
 
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.graphs.build import StepGraph
 from distkv_dask.graphs.tasks import attend_layer, begin, finish, layer
-from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
 
 
 def layer_key(gang: Gang, at: int) -> str:

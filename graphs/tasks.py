@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 from distributed import get_worker, secede
 
 from distkv_dask.errors import ClusterError
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.messages.names import PLUGIN
-from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
 
 if TYPE_CHECKING:
     from distkv_dask.worker.parcel import Parcel

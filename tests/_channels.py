@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distributed.security import Security
 
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.base import Channel, Listener
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.channels.frames import HEADER_BYTES

@@ -14,17 +14,10 @@ from _models import Reference, model_dir, prompt_ids, reference_generate
 from torch import Tensor
 
 from distkv_dask.config import Config
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.messages.names import EngineSpec
-from distkv_dask.types import (
-    DecodeWindow,
-    Gang,
-    Placement,
-    PrefillChunk,
-    SamplingParams,
-    SequenceState,
-    Span,
-    WindowResult,
-)
+from distkv_dask.placement import Placement, Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.loaded import LoadedModel, load_model

@@ -12,7 +12,8 @@ import torch
 from _channels import TCP, UCX, Bare, Way
 from _fakes import TOKEN
 
-from distkv_dask.types import Endpoint, Gang
+from distkv_dask.gang import Gang
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.bodies import Hello, Row, encode_hello, encode_rows
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind, parse_header

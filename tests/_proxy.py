@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from _channels import Bare, Way
 
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 
 Trouble = Callable[["Wire", bytes], bytes]
 

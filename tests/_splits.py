@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from distkv_dask.config import Config
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.types import Placement, Span
 
 
 def force_split(split: Sequence[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.local_only import LocalOnly
-from distkv_dask.types import Endpoint, Placement, Span
 
 TEXT = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text()
 

@@ -48,6 +48,23 @@ def test_every_file_that_a_document_names_exists(document: Path) -> None:
         assert (ROOT / name).exists(), f"{document.name} names {name}"
 
 
+YOURS = {"scheduler/policies/quietest.py", "ask_many.py", "frame.py"}
+"""Modules that readers write."""
+SOURCES = [
+    str(path.relative_to(ROOT))
+    for folder in ("distkv_dask", "kernels", "graphs", "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.*")
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_module_that_a_document_names_exists(document: Path) -> None:
+    ours = re.sub(r"^```python.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for name in set(re.findall(r"(?<![\w/.])((?:\w+/)*\w+\.py)\b", ours)) - YOURS:
+        found = (ROOT / name).exists() or any(f"/{one}".endswith(f"/{name}") for one in SOURCES)
+        assert found, f"{document.name} names {name}"
+
+
 def test_the_site_has_every_page() -> None:
     listed = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

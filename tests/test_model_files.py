@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distkv_dask.errors import ModelError
-from distkv_dask.model_files import _SIZES, DEEPEST, INDEX, WEIGHTS, read_json, safe_config
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.files import _SIZES, DEEPEST, INDEX, WEIGHTS, read_json, safe_config
+from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.model.loaded import load_model
 
 
@@ -323,7 +323,7 @@ def test_a_tokenizers_settings_are_harmless_or_refused(values: dict[str, Any], f
 
 
 def test_a_gguf_file_is_read_without_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distkv_dask import gguf_cache
+    from distkv_dask.models import gguf_cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

@@ -13,9 +13,9 @@ from time import sleep
 import pytest
 from _models import model_dir
 
-from distkv_dask import gguf_cache
 from distkv_dask.errors import ModelError
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models import gguf_cache
+from distkv_dask.models.source import resolve_model
 
 
 def test_unknown_model_error_names_what_was_tried() -> None:
@@ -50,7 +50,7 @@ def test_resolved_name_means_the_same_in_another_directory(monkeypatch: pytest.M
 
 def test_resolving_a_name_does_not_import_torch() -> None:
     code = (
-        "import sys; from distkv_dask.model_source import resolve_model; "
+        "import sys; from distkv_dask.models.source import resolve_model; "
         f"resolve_model({str(model_dir('llama-gqa'))!r}); print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

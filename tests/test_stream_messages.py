@@ -12,19 +12,14 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from distkv_dask.errors import WorkerLostError
+from distkv_dask.gang import Exchanged, SequenceState, WindowResult
+from distkv_dask.geometry import Geometry
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as do
 from distkv_dask.messages.names import Saved, SavedFile, pack
+from distkv_dask.placement import Endpoint, Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.gmanager import GManager
-from distkv_dask.types import (
-    Endpoint,
-    Exchanged,
-    Geometry,
-    SamplingParams,
-    SequenceState,
-    Span,
-    WindowResult,
-)
 from distkv_dask.worker.rmanager import RManager
 
 SECRET = 987654321  # a token of a user

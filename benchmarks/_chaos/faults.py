@@ -19,10 +19,10 @@ from distributed import Client
 from _chaos.load import Load
 from _chaos.machines import Machine, Machines
 from _chaos.schedule import Fault, picked
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.engines.engine import EngineState
 from distkv_dask.scheduler.lifecycle.events import Tick
 from distkv_dask.scheduler.moves import migration
-from distkv_dask.types import Move
 
 FEWEST, MOST, ENOUGH = 2, 6, 4
 """Workers below which nobody is retired, above which nobody joins, and that there are again in the end."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from distkv_dask.messages.from_worker import Opened
 from distkv_dask.messages.names import FROM_WORKER, pack, unpack
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 
 
 class Relay:

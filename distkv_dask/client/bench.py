@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from distkv_dask.client.engine import Engine
+from distkv_dask.completion import Completion
 from distkv_dask.errors import CapacityError
 from distkv_dask.messages.status import EngineStatus
-from distkv_dask.types import Completion, SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 SHORT = 16
 """Tokens of the prompts of a batch: so few that decoding is nearly all there is."""

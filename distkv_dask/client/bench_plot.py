@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from distkv_dask.client.bench import Decode, Prefill
-from distkv_dask.pictures import PALETTE
+from distkv_dask.svg import PALETTE
 
 WIDTH, LEFT, RIGHT, BAR = 640, 130, 110, 24
 

@@ -13,16 +13,16 @@ from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.library import Library
 from distkv_dask.client.notebook import engine_html
-from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.generate import several, submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation, TextPieces
-from distkv_dask.client.session.opening import Opening
+from distkv_dask.client.session.owned_engine import OwnedEngine
 from distkv_dask.client.session.session import Session
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.model_source import ModelSource
-from distkv_dask.types import Prompt, SamplingParams
+from distkv_dask.models.source import ModelSource
+from distkv_dask.sampling import Prompt, SamplingParams
 
 
 class Engine(Processing):
@@ -67,8 +67,8 @@ class Engine(Processing):
         rope_scaling: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        opening = Opening.of(model, dtype, rope_scaling, kv_memory=kv_memory, **settings)
-        self._begin(Session(client, opening))
+        engine = OwnedEngine.of(model, dtype, rope_scaling, kv_memory=kv_memory, **settings)
+        self._begin(Session(client, engine))
 
     @classmethod
     def attach(cls, engine: str | None = None, client: Client | None = None) -> Self:
@@ -103,7 +103,7 @@ class Engine(Processing):
         >>> client.submit(title, text, engine.id)  # doctest: +SKIP
         """
         self = cls.__new__(cls)
-        self._begin(Session(client, Attaching(engine or "")))
+        self._begin(Session(client, AttachedEngine(engine or "")))
         return self
 
     def _begin(self, session: Session) -> None:

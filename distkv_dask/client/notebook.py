@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from dask.utils import format_bytes
 
-from distkv_dask import pictures
+from distkv_dask import svg
 from distkv_dask.errors import DistKVError
-from distkv_dask.pictures import Piece, counted
+from distkv_dask.svg import Piece, counted
 
 if TYPE_CHECKING:
     from distkv_dask.client.documents.document import Document
@@ -37,14 +37,14 @@ def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
     """The engine: its model, its workers' pools, and where the longest sequences lie."""
     title = f"Engine {session.id}: {session.model.name}"
     if not session.is_open:
-        return pictures.card(title, "closed, or not open yet")
+        return svg.card(title, "closed, or not open yet")
     facts = session.facts
     about = f"{facts['dtype']}, {counted(facts['workers'], 'worker')}, {counted(len(documents), 'document')}"
     lines = [escape(about), _link(session)]
     if (status := _status(session)) is None:
-        return pictures.card(title, *lines, ASYNCHRONOUS if session.client.asynchronous else "The cluster is silent.")
-    colour = pictures.colours(sorted(status.workers))
-    return pictures.card(title, *lines, _pools(status, colour), _sequences(documents, status, colour))
+        return svg.card(title, *lines, ASYNCHRONOUS if session.client.asynchronous else "The cluster is silent.")
+    colour = svg.colours(sorted(status.workers))
+    return svg.card(title, *lines, _pools(status, colour), _sequences(documents, status, colour))
 
 
 def document_html(document: Document, session: Session) -> str:
@@ -52,18 +52,18 @@ def document_html(document: Document, session: Session) -> str:
     title = f"Document {document.name}"
     size = f"{document.tokens:,} tokens"
     if document.is_released:
-        return pictures.card(title, f"{size}, released")
+        return svg.card(title, f"{size}, released")
     status = _status(session) if session.is_open else None
     if status is None:
         pieces = [Piece(span.worker, span.start, span.stop) for span in document.placement]
-        return pictures.card(title, f"{size}; where its KV lay when it was stored:", pictures.spans(pieces))
+        return svg.card(title, f"{size}; where its KV lay when it was stored:", svg.spans(pieces))
     found = status.sequences.get(document.number)
     if found is None or not found.placement:
-        return pictures.card(title, f"{size}; its KV was given up, and is recomputed when it is next asked")
+        return svg.card(title, f"{size}; its KV was given up, and is recomputed when it is next asked")
     asked = found.questions
     running = f"; {counted(asked, 'question')} under way" if asked else ""
-    colour = pictures.colours(sorted(status.workers))
-    return pictures.card(title, f"{size}{running}", pictures.spans(_pieces(found, colour), colour))
+    colour = svg.colours(sorted(status.workers))
+    return svg.card(title, f"{size}{running}", svg.spans(_pieces(found, colour), colour))
 
 
 def _link(session: Session) -> str:
@@ -94,9 +94,9 @@ def _pools(status: EngineStatus, colour: dict[str, str]) -> str:
         one = workers[name]
         used, room, size = one.used_blocks, one.capacity_blocks, one.block_bytes
         words = f"{format_bytes(used * size)} of {format_bytes(room * size)}"
-        rows.append((name, pictures.meter(used, room, colour.get(name, pictures.PALETTE[0]), words), words))
+        rows.append((name, svg.meter(used, room, colour.get(name, svg.PALETTE[0]), words), words))
     more = len(workers) - len(rows)
-    return pictures.table(rows) + (f"and {counted(more, 'more worker')}" if more else "")
+    return svg.table(rows) + (f"and {counted(more, 'more worker')}" if more else "")
 
 
 def _sequences(documents: Mapping[str, Document], status: EngineStatus, colour: dict[str, str]) -> str:
@@ -108,15 +108,15 @@ def _sequences(documents: Mapping[str, Document], status: EngineStatus, colour: 
     for number in sorted(longest):
         one = placed[number]
         words = f"{one.kv_tokens:,} tokens, {one.state}"
-        picture = pictures.strip(_pieces(one, colour), colour, scale)
+        picture = svg.strip(_pieces(one, colour), colour, scale)
         rows.append((names.get(number, f"request {number}"), picture, words))
     more = len(status.sequences) - len(rows)
-    return pictures.table(rows) + (f"and {counted(more, 'more request')}" if more else "")
+    return svg.table(rows) + (f"and {counted(more, 'more request')}" if more else "")
 
 
 def _pieces(sequence: SequenceStatus, colour: dict[str, str]) -> list[Piece]:
     """Spans of a sequence; workers that were lost meanwhile get a colour, too."""
     pieces = [Piece(span.worker, span.start, span.stop) for span in sequence.placement]
     for piece in pieces:
-        colour.setdefault(piece.worker, pictures.PALETTE[-1])
+        colour.setdefault(piece.worker, svg.PALETTE[-1])
     return pieces

@@ -13,8 +13,8 @@ from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
 from distkv_dask.client.time_limit import OutOfTime, TimeLimit
 from distkv_dask.errors import InvalidRequestError, in_words
+from distkv_dask.sampling import Prompt
 from distkv_dask.texts import checked_text
-from distkv_dask.types import Prompt
 
 TEMPLATE_SECONDS = 10.0
 """Time that a chat template, which is a program of the model's author, may take for a prompt."""
@@ -33,7 +33,7 @@ class Tokenizer:
     Parameters
     ----------
     loaded
-        A transformers tokenizer (:meth:`distkv_dask.model_source.ModelSource.tokenizer`), or None.
+        A transformers tokenizer (:meth:`distkv_dask.models.source.ModelSource.tokenizer`), or None.
     vocab_size
         Token ids that the model knows are below this.
     """

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from distkv_dask.completion import Timings
 from distkv_dask.messages.names import EngineSpec, Saved, SavedFile
-from distkv_dask.types import FinishReason, Placement, SamplingParams, Timings
+from distkv_dask.placement import Placement
+from distkv_dask.sampling import FinishReason, SamplingParams
 
 
 class ClientCall(StrEnum):

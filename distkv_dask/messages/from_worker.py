@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distkv_dask.gang import Exchanged, WindowResult
+from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.messages.names import SavedFile
-from distkv_dask.types import Endpoint, Exchanged, FinishReason, Geometry, Measurement, WindowResult
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

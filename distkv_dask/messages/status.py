@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from distkv_dask.types import Placement
+from distkv_dask.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distkv_dask.gang import SequenceState
+from distkv_dask.geometry import Geometry
 from distkv_dask.messages.names import EngineSpec, Saved
-from distkv_dask.types import Endpoint, Geometry, Placement, SequenceState
+from distkv_dask.placement import Endpoint, Placement
 
 
 @dataclass(frozen=True, slots=True)

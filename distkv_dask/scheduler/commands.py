@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.to_worker import ToWorker
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
+from distkv_dask.placement import Endpoint
 
 
 @dataclass(frozen=True, slots=True)

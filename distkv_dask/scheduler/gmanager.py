@@ -36,6 +36,7 @@ from distkv_dask.messages.names import (
 )
 from distkv_dask.messages.status import OpenEngine
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
+from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.dashboard.board import Board
@@ -53,7 +54,6 @@ from distkv_dask.scheduler.lifecycle.events import (
 )
 from distkv_dask.scheduler.tasks.lowering import lower, step_graph
 from distkv_dask.scheduler.tasks.submitter import DRAIN_INTERVAL, Submitter
-from distkv_dask.types import FinishReason
 from distkv_dask.version import VERSION
 from distkv_dask.worker.rmanager import RManager
 

@@ -8,9 +8,12 @@ from itertools import count, groupby
 from typing import Any
 
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import TASK_SECONDS
 from distkv_dask.scheduler.costs.presets import Preset
@@ -24,7 +27,6 @@ from distkv_dask.simulate.settings import BLOCK_TOKENS, machine
 from distkv_dask.simulate.single import as_one
 from distkv_dask.simulate.traces import Arrival
 from distkv_dask.simulate.workers import Asked, Workers
-from distkv_dask.types import DecodeWindow, Endpoint, PrefillChunk, SamplingParams
 
 TICK = 1.0
 """Seconds between two ticks of the state machine at first."""

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
+from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages.to_worker import Relocate, Retire
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.costs.model import PerformanceModel
 from distkv_dask.simulate.workers import Decoding
-from distkv_dask.types import DecodeWindow, Placement, PrefillChunk
 
 
 @dataclass(slots=True, eq=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distkv_dask.gang import SequenceState
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.names import OWN_DISK, SavedFile, SpilledFile
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Placement, SequenceState
 
 Table = dict[int, tuple[int, ...]]
 """Logical blocks of a sequence, and of each the tokens whose KV it holds."""

@@ -11,22 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from distkv_dask.errors import DistKVError
+from distkv_dask.gang import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.placement import Endpoint, Placement, Span
+from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler import commands as do
 from distkv_dask.simulate.memory import Memory
-from distkv_dask.types import (
-    DecodeWindow,
-    Endpoint,
-    Exchanged,
-    FinishReason,
-    Gang,
-    Placement,
-    PrefillChunk,
-    SequenceState,
-    Span,
-    WindowResult,
-)
 
 ANSWERS = 1000
 """The first token of a sequence's answer is so many times its number, each further one is one more."""

@@ -19,23 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, in_words, portable
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.names import Piece
-from distkv_dask.types import (
-    DecodeWindow,
-    Endpoint,
-    FinishReason,
-    Gang,
-    Placement,
-    PrefillChunk,
-    SamplingParams,
-    SequenceState,
-    WindowResult,
-)
+from distkv_dask.placement import Endpoint, Placement
+from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.worker.blocks.files import BlockFiles
-from distkv_dask.worker.blocks.moving import Arrivals, send_blocks
+from distkv_dask.worker.blocks.transfer import Arrivals, send_blocks
 from distkv_dask.worker.by_layer.tasks import LayerTasks
-from distkv_dask.worker.metering import computing, metered, metered_session
+from distkv_dask.worker.dask_metrics import computing, metered, metered_session
 from distkv_dask.worker.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.tls import Certificates
 from distkv_dask.worker.holder.lane import HolderLane
 from distkv_dask.worker.home.lane import HomeLane

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from distkv_dask.errors import CapacityError, ConfigError
+from distkv_dask.geometry import Geometry
 from distkv_dask.kernels import make_ready
 from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
-from distkv_dask.types import Geometry
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.engine import OpenEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
-from distkv_dask.worker.timing.measured import hardware, measured
-from distkv_dask.worker.timing.measuring import BATCH, FORM, LONGEST, measure
+from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
+from distkv_dask.worker.timing.measurement_cache import cached_measurement, hardware
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -77,7 +77,7 @@ def build_engine(
         **hardware(),
     }
     timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
-    timings = measured(key, spec.config.performance, timing)
+    timings = cached_measurement(key, spec.config.performance, timing)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
     files = BlockFiles(pool, worker.address, folder, spec.config, report)

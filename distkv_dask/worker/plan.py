@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distkv_dask.errors import PlanError
-from distkv_dask.types import Placement, Span
+from distkv_dask.placement import Placement, Span
 from distkv_dask.worker.channels.bodies import Row
 
 

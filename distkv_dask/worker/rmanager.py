@@ -20,6 +20,8 @@ from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
+from distkv_dask.geometry import Geometry
 from distkv_dask.messages import to_worker as do
 from distkv_dask.messages.from_worker import Closed, FromWorker, Lost, OpenFailed
 from distkv_dask.messages.names import (
@@ -34,7 +36,6 @@ from distkv_dask.messages.names import (
     pack,
     unpack,
 )
-from distkv_dask.types import DecodeWindow, Gang, Geometry, PrefillChunk
 from distkv_dask.version import VERSION
 from distkv_dask.worker.heap import give_back_freed_memory
 

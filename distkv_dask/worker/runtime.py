@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
+from distkv_dask.gang import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.messages.names import EngineSpec
-from distkv_dask.types import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.source import resolve_model
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog, and the dog stops.  a < b | c > d <im start> [INST] think"] * 3

@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, InvalidRequestError, OutputError, SamplingParams, SourceError, TooManyErrorsError
-from distkv_dask.types import Completion
+from distkv_dask.completion import Completion
 from tests._cluster import engine_test
 from tests._models import MAX_POSITIONS, text_model_dir
 

@@ -21,8 +21,9 @@ from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.target import Target
+from distkv_dask.completion import Completion
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SourceError
-from distkv_dask.types import Completion, SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 KEPT = pa.schema([("id", pa.int64()), ("when", pa.timestamp("s"))])
 
@@ -176,8 +177,8 @@ STEPS = [
     ("distkv_dask.client.batch.spec.BatchSpec.render", 1),
     ("distkv_dask.client.batch.row_documents.RowDocuments.begin", 1),
     ("distkv_dask.client.batch.runner.plan_answer", 1),
-    ("distkv_dask.client.batch.answering.prompt_ids", 1),
-    ("distkv_dask.client.batch.answering.Answer", 1),
+    ("distkv_dask.client.batch.answer_plan.prompt_ids", 1),
+    ("distkv_dask.client.batch.answer_plan.Answer", 1),
     ("distkv_dask.client.batch.runner._Ask", 1),
     ("distkv_dask.client.batch.results.schema_values", 1),
 ]

@@ -13,8 +13,9 @@ from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.runner import RETRIES, Outcome, Runner
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.session.generation import Generation
+from distkv_dask.completion import Completion
 from distkv_dask.errors import CapacityError, EngineClosedError, InvalidRequestError, WorkerLostError
-from distkv_dask.types import Completion, SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 KEPT = pa.RecordBatch.from_pydict({"id": [0]})
 

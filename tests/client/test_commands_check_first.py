@@ -280,7 +280,7 @@ def test_an_output_of_another_batch_is_told_before_anything_starts(place: Path) 
     from distkv_dask.client.batch.results import Results
     from distkv_dask.client.batch.sources import source_for
     from distkv_dask.client.batch.spec import BatchSpec
-    from distkv_dask.model_source import resolve_model
+    from distkv_dask.models.source import resolve_model
 
     spec = BatchSpec(questions=("Who?",))
     schema = Results(source_for(place / "t.parquet", spec, None, None), spec).schema

@@ -11,8 +11,8 @@ import pytest
 from distkv_dask import EngineClosedError, InvalidRequestError, SamplingParams
 from distkv_dask.client.session.generate import submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation
+from distkv_dask.completion import Completion
 from distkv_dask.errors import MissingProgramError
-from distkv_dask.types import Completion
 
 
 class Submitter:

@@ -10,8 +10,9 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask import Completion, Engine, SamplingParams, pictures
-from distkv_dask.types import Span, Timings
+from distkv_dask import Completion, Engine, SamplingParams, svg
+from distkv_dask.completion import Timings
+from distkv_dask.placement import Span
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids
 
@@ -36,7 +37,7 @@ def widths(html: str) -> list[float]:
 def test_text_of_users_models_and_machines_cannot_become_markup() -> None:
     done = Completion(EVIL, (1,), 2, "length", placement=(Span(EVIL, 0, 3),))
     failed = Completion("", (), 0, "error", EVIL)
-    for html in (done._repr_html_(), failed._repr_html_(), pictures.card(EVIL, pictures.table([(EVIL, "", EVIL)]))):
+    for html in (done._repr_html_(), failed._repr_html_(), svg.card(EVIL, svg.table([(EVIL, "", EVIL)]))):
         assert "<script" not in html
         assert "alert(" in "".join(parsed(html).itertext())
 
@@ -56,17 +57,17 @@ def test_a_completion_shows_its_times_and_which_worker_held_how_much() -> None:
 def test_a_strip_stays_within_its_width_whatever_the_placement(spans: list[tuple[int, int]]) -> None:
     pieces, end = [], 0
     for worker, tokens in spans:
-        pieces.append(pictures.Piece(f"w{worker}", end, end + tokens))
+        pieces.append(svg.Piece(f"w{worker}", end, end + tokens))
         end += tokens
-    html = f"<div>{pictures.spans(pieces)}</div>"
-    assert sum(widths(html)) <= pictures.WIDTH + len(pieces)  # every piece is visible: at least a pixel
-    assert html.count("white-space:nowrap") <= pictures.LEGEND
+    html = f"<div>{svg.spans(pieces)}</div>"
+    assert sum(widths(html)) <= svg.WIDTH + len(pieces)  # every piece is visible: at least a pixel
+    assert html.count("white-space:nowrap") <= svg.LEGEND
 
 
 def test_nothing_is_fetched_from_anywhere_and_text_has_the_notebooks_own_colour() -> None:
     html = Completion("yes", (1,), 5, "stop", placement=(Span("a", 0, 6),))._repr_html_()
     assert not re.search(r"(src|href|@import|url\()", html.replace('xmlns="http://www.w3.org/2000/svg"', ""))
-    html += pictures.table([("a", "", "b")])
+    html += svg.table([("a", "", "b")])
     assert set(re.findall(r"[;\"]color:([^;\"]*)", html)) == {"inherit"}
 
 

@@ -20,7 +20,7 @@ from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.target import target_of
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 __all__ = ["landing"]
 USER = [{"role": "user", "content": "Hi"}]

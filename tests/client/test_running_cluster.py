@@ -16,7 +16,7 @@ from distkv_dask import Engine
 from distkv_dask.client.bench import Decode, Prefill
 from distkv_dask.client.bench_plot import plot
 from distkv_dask.client.cli import main
-from distkv_dask.client.commands import running, status
+from distkv_dask.client.commands import engines, status
 from distkv_dask.client.commands.connect import local_cluster
 from distkv_dask.version import VERSION
 from tests._models import model_dir, prompt_ids
@@ -72,7 +72,7 @@ def test_watching_shows_what_is_new_until_it_is_interrupted(address: str, monkey
 def test_a_watched_cluster_that_ends_is_an_error_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
         monkeypatch.setattr(status, "sleep", lambda _: cluster.close())
-        monkeypatch.setattr(running, "LIMIT", 2.0)
+        monkeypatch.setattr(engines, "LIMIT", 2.0)
         done = call("status", "--watch", "--scheduler", cluster.scheduler_address)
     assert done.exit_code == 1, done.output
     assert "Traceback" not in done.output
@@ -84,7 +84,7 @@ def test_a_scheduler_of_another_version_is_named_with_both_versions(
     address: str, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     with Client(address) as client, Engine(client, str(model_dir("llama-gqa")), block_tokens=8, **TINY):
-        monkeypatch.setattr(running, "VERSION", "0.0.1")
+        monkeypatch.setattr(engines, "VERSION", "0.0.1")
         done = call(command, "--scheduler", address)
     assert done.exit_code == 1, done.output
     assert f"client runs distkv-dask 0.0.1, the scheduler {VERSION}" in done.output

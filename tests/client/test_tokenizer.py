@@ -17,7 +17,7 @@ from distkv_dask.client import tokenizer as module
 from distkv_dask.client.time_limit import OutOfTime, TimeLimit
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, ModelError
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.source import resolve_model
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distkv_dask.completion import Timings
+from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.scheduler.dashboard.panels_time import OVER, rates
 from distkv_dask.scheduler.engines.figures import HISTORY, Figures, Latency, Sample
-from distkv_dask.types import Exchanged, Timings, WindowResult
 
 times = st.lists(st.floats(0, 1e4, allow_nan=False), min_size=1, max_size=200)
 

@@ -13,12 +13,12 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from distkv_dask.config import Config
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.dashboard.prometheus import Collector
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.events import WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "distkv.json"
 

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 
 from distkv_dask import EngineStatus, SequenceStatus, WorkerStatus
+from distkv_dask.completion import Timings
 from distkv_dask.config import Config
+from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import Opened
 from distkv_dask.messages.status import OpenEngine
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint, Geometry, Measurement, SamplingParams, Timings
 
 GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")
 

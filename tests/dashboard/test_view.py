@@ -7,12 +7,13 @@ from array import array
 
 from distkv_dask.config import Config
 from distkv_dask.messages.client_calls import Submission
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint, SamplingParams
 
 
 def crowd(workers: int, sequences: int, blocks: int = 100) -> Lifecycle:

@@ -11,8 +11,8 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Completion, Engine, ModelError, SamplingParams
 from distkv_dask.errors import UnsupportedModelError
-from distkv_dask.gguf_cache import converted_weights
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.source import resolve_model
 from tests._cluster import engine_test
 from tests._models import FAMILIES, block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split

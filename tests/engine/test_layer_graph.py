@@ -17,11 +17,12 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 from distkv_dask import DistKVError, Engine, SamplingParams
 from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, ConfigError, GangAbortedError, MissingProgramError
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.graphs.build import window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.commands import AddHolders
 from distkv_dask.scheduler.tasks.lowering import lower
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, PrefillChunk
 from distkv_dask.worker.by_layer import tasks as layer_tasks
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel

@@ -13,10 +13,10 @@ from distributed import Client, Scheduler, Worker
 from distributed.comm.core import CommClosedError
 
 from distkv_dask import CapacityError, Engine, SamplingParams, SequenceStatus
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
-from distkv_dask.types import Move
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 

@@ -13,11 +13,11 @@ import pytest
 from distributed import Client, LocalCluster, Worker
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Move
 from tests._models import model_dir, prompt_ids, reference_generate
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.types import Completion
+from distkv_dask.completion import Completion
 from tests._cluster import engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 

@@ -11,7 +11,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import ConfigError, Engine, InvalidRequestError, SamplingParams
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.source import resolve_model
 from tests._cluster import engine_test
 from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate, save_model
 

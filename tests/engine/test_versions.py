@@ -8,7 +8,7 @@ from _models import model_dir
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import ClusterError, Engine
-from distkv_dask.client.session import attaching, opening
+from distkv_dask.client.session import attached_engine, owned_engine
 from distkv_dask.version import VERSION
 from distkv_dask.worker import rmanager
 
@@ -31,10 +31,10 @@ def test_a_client_of_another_version_is_refused_with_both_versions(monkeypatch: 
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with Engine(client, str(model_dir("llama-gqa"))):
-            monkeypatch.setattr(attaching, "VERSION", "0.0.1")
+            monkeypatch.setattr(attached_engine, "VERSION", "0.0.1")
             with pytest.raises(ClusterError, match=rf"client runs distkv-dask 0\.0\.1, the scheduler {VERSION}"):
                 await Engine.attach(client=client)
-        monkeypatch.setattr(opening, "VERSION", "0.0.1")
+        monkeypatch.setattr(owned_engine, "VERSION", "0.0.1")
         with pytest.raises(ClusterError, match="install the same version"):
             async with Engine(client, str(model_dir("llama-gqa"))):
                 pass

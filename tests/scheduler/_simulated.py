@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError, GangAbortedError, InvalidRequestError
+from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.messages.names import OWN_DISK, Saved
+from distkv_dask.placement import Endpoint, Move
+from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle.events import (
     Drain,
@@ -35,14 +38,6 @@ from distkv_dask.scheduler.records.states import Decode
 from distkv_dask.scheduler.records.states import Stored as StoredState
 from distkv_dask.simulate.memory import Memory, Table
 from distkv_dask.simulate.workers import Asked, Decoding, Workers
-from distkv_dask.types import (
-    DecodeWindow,
-    Endpoint,
-    FinishReason,
-    Move,
-    PrefillChunk,
-    SamplingParams,
-)
 
 BLOCK = 4
 EOS_EVERY = 23

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from distkv_dask.errors import CapacityError
 from distkv_dask.messages import to_worker as to
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.cache.beginnings import DEEPEST, prefix
-from distkv_dask.types import SamplingParams
 
 
 def text(seed: int, tokens: int) -> array[int]:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from distkv_dask.gang import WindowResult
+from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.scheduler.costs.calibration import MOST, Calibration
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel, Shape
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.types import Endpoint, Placement, Span, WindowResult
 
 BLOCK = 16
 CURVE = Curve(step=0.04, row=0.002, token=1e-5, prompt=0.001, pair=1e-7)

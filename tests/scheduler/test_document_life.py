@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from distkv_dask.errors import CapacityError, InvalidRequestError, WorkerLostError
 from distkv_dask.messages.client_calls import Submission
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
-from distkv_dask.types import SamplingParams
 
 
 def prompt(document: int, tokens: int, *more: int) -> array[int]:

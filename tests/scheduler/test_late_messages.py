@@ -12,10 +12,11 @@ from _examples import examples
 from _simulated import Simulated, cluster_of, expected, settle
 
 from distkv_dask.errors import GangAbortedError
+from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.events import Event
-from distkv_dask.types import Exchanged, SamplingParams, WindowResult
 
 ABOUT_NUMBERS = (
     did.ChunkStarted, did.ChunkDone, did.Prefilled, did.WindowStarted, did.WindowDone, did.GangFailed, did.Expected,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distkv_dask.placement import Endpoint, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.policies.laying import overflow
-from distkv_dask.types import Endpoint, Span
+from distkv_dask.scheduler.policies.shares import overflow
 
 BLOCK = 16
 

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from distkv_dask.placement import Endpoint, Move, Placement, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import shared
-from distkv_dask.types import Endpoint, Move, Placement, Span
 
 BLOCK = 16
 NAMES = [f"w{number}" for number in range(5)]

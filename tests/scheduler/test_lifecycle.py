@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.errors import CapacityError, GangAbortedError, InvalidRequestError, WorkerLostError
+from distkv_dask.gang import WindowResult
 from distkv_dask.messages import from_worker as did
+from distkv_dask.placement import Move
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.events import WorkerLost
 from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
-from distkv_dask.types import (
-    Move,
-    SamplingParams,
-    WindowResult,
-)
 
 requests = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=12)
 

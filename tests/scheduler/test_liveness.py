@@ -12,10 +12,11 @@ from _simulated import Simulated, assert_nothing_left, cluster_of, expected, fin
 
 from distkv_dask.errors import CapacityError, InvalidRequestError
 from distkv_dask.messages.names import OWN_DISK, Saved
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.events import WorkerReady
 from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES
-from distkv_dask.types import Endpoint, SamplingParams
 
 HAPPENINGS = {
     "submit": 8, "ask": 6, "ingest": 3, "save": 2, "load": 2, "cancel": 3, "release": 2, "step": 40, "tick": 3,

@@ -9,7 +9,7 @@ from _simulated import Simulated, assert_nothing_left, cluster_of, expected, fin
 
 from distkv_dask.errors import PlanError
 from distkv_dask.messages.from_worker import GangFailed
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 NEW = 20
 DOCUMENT, STRANGER = 0, 99

@@ -9,6 +9,7 @@ from _examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distkv_dask.placement import Endpoint, Span
 from distkv_dask.scheduler.costs.model import fit_decode
 from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
@@ -16,7 +17,6 @@ from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.dgfm import find_cycle
 from distkv_dask.scheduler.policies.queue import Admission
-from distkv_dask.types import Endpoint, Span
 
 BLOCK = 16
 MODEL = PRESETS["a100-7b"].model

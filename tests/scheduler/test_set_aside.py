@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from distkv_dask.errors import CapacityError
 from distkv_dask.messages.names import Saved
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.types import Endpoint, SamplingParams
 
 SHORT = [1, 2, 3, 4]
 CAPACITIES = {"local-only": (96, 32, 32)}

@@ -7,7 +7,7 @@ from _simulated import Simulated, assert_nothing_left, cluster_of, expected, fin
 from test_document_life import ask, prompt, stored, used
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 
 def crowd(cluster: Simulated, number: int, tokens: int, new: int, priority: int = 0) -> None:

@@ -8,9 +8,10 @@ from _simulated import Simulated, assert_nothing_left, cluster_of, expected, fin
 
 from distkv_dask.errors import CapacityError, GangAbortedError
 from distkv_dask.messages import from_worker as did
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.events import WorkerLost, WorkerReady
 from distkv_dask.scheduler.records.states import Prefill
-from distkv_dask.types import Endpoint, SamplingParams
 
 LIMIT = 300.0
 

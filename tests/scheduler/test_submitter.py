@@ -7,9 +7,10 @@ from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin, Worker
 
+from distkv_dask.gang import Gang
 from distkv_dask.graphs.build import StepGraph, gang_keys
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.tasks.submitter import Submitter
-from distkv_dask.types import Endpoint, Gang
 from tests._cluster import gen_cluster
 
 LATER = 60.0

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import test_mending
+import test_repair
 import test_spilling
 from _examples import examples
 from _simulated import cluster_of
@@ -15,11 +15,11 @@ from test_liveness import live_through
 
 import distkv_dask.scheduler.lifecycle.admission as admission
 import distkv_dask.scheduler.lifecycle.transitions as transitions
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.records import states
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import State
-from distkv_dask.types import SamplingParams
 
 SCHEDULER = Path(transitions.__file__).parents[1]
 ALL_STATES = {
@@ -44,7 +44,7 @@ def test_everything_in_the_table_happens_in_random_lives(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(transitions, "transition", watched)
     monkeypatch.setattr(admission, "transition", watched)
-    test_mending.test_a_document_computes_only_what_the_lost_worker_held(1)  # two that are rare by chance
+    test_repair.test_a_document_computes_only_what_the_lost_worker_held(1)  # two that are rare by chance
     test_spilling.test_a_preempted_request_can_be_cancelled_on_its_way_to_disk_and_back()
     missing = {(before.__name__, after.__name__) for before, after in transitions.TABLE}
     for seed in range(examples(300)):

@@ -19,7 +19,9 @@ from _models import model_dir, prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask.types import Placement, PrefillChunk, SamplingParams, Span
+from distkv_dask.gang import PrefillChunk
+from distkv_dask.placement import Placement, Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.model.sampling import Draw, sample_batch

@@ -13,7 +13,7 @@ from _peers import Holder, connect, serves
 from distributed.security import Security
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels import unix
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.channels.frames import Header, Kind

@@ -14,8 +14,8 @@ from _models import FAMILIES, MAX_POSITIONS, model_dir, prompt_ids, reference_ge
 from torch import Tensor
 
 from distkv_dask.errors import ModelError, UnsupportedModelError
-from distkv_dask.model_source import resolve_model
-from distkv_dask.model_support import check_supported
+from distkv_dask.models.source import resolve_model
+from distkv_dask.models.support import check_supported
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.model.probe import probe
 

@@ -12,8 +12,8 @@ from _channels import TCP, Way
 from _fakes import NEW, PROMPT, Recorder, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 
+from distkv_dask.gang import Exchanged
 from distkv_dask.messages.names import Span
-from distkv_dask.types import Exchanged
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.exchange import PythonExchange
 from distkv_dask.worker.native import marks as native_marks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _peers import HEAD_DIM, HEADS, KV_HEADS
 
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.home.attention import DistAttention

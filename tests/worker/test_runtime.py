@@ -15,7 +15,8 @@ from _fakes import GREEDY, NEW, PROMPT, ROOM, Recorder, fleet, generate, loaded,
 from _models import prompt_ids
 
 from distkv_dask import ModelError
-from distkv_dask.types import DecodeWindow, Gang, PrefillChunk, SamplingParams, SequenceState, WindowResult
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.sampling import SamplingParams
 
 FAMILIES = ["llama-mha", "llama-gqa", "llama-mqa", "qwen3"]  # head dims 64, 64, 80, 128
 

@@ -25,7 +25,8 @@ from distkv_dask.errors import (
     ModelError,
     PlanError,
 )
-from distkv_dask.types import DecodeWindow, Endpoint, PrefillChunk
+from distkv_dask.gang import DecodeWindow, PrefillChunk
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.frames import Header, Kind, failure_frame
 from distkv_dask.worker.home import gang as home_gang
 from distkv_dask.worker.runtime import Runtime

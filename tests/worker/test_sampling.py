@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from distkv_dask import ModelError
 from distkv_dask.errors import DistKVError
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.sampling import Draw, _uniform, probabilities, sample_batch
 
 HISTORY = tuple(prompt_ids(40))

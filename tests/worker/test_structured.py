@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
 
 from distkv_dask import InvalidRequestError
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.model.structured import Grammars
 from tests._models import VOCAB, text_model_dir
 

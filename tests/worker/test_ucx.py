@@ -18,7 +18,7 @@ from _channels import TLS, UCX, Way, certificates, skip_without
 from _peers import Holder, ask, begin, connect, gang, serves
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, ConfigError, MissingProgramError
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.channels.frames import Header, Kind
 
@@ -122,7 +122,7 @@ import sys, os, signal
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from _channels import UCX
 from _peers import begin, connect
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.frames import Header, Kind
 class There:
     open = lambda self: UCX.open(Endpoint("w1", "127.0.0.1", 9, ucx={lane.ucx}))

@@ -15,7 +15,7 @@ from _models import prompt_ids
 from _proxy import Proxy, Trouble
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, DistKVError, GangAbortedError
-from distkv_dask.types import DecodeWindow, Gang
+from distkv_dask.gang import DecodeWindow, Gang
 
 RECEIVE = 0.5
 TROUBLE: dict[str, tuple[Trouble, type[ChannelError]]] = {

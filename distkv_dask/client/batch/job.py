@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distkv_dask.client.batch.answering import check_servable
+from distkv_dask.client.batch.answer_plan import check_servable
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
 from distkv_dask.client.batch.progress import progress_bar
@@ -27,7 +27,7 @@ from distkv_dask.local_folder import sync
 
 if TYPE_CHECKING:
     from distkv_dask.client.session.session import Session
-    from distkv_dask.model_source import ModelSource
+    from distkv_dask.models.source import ModelSource
 
 
 class Job:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from distkv_dask.client.batch.answering import check_servable
-from distkv_dask.client.batch.asking import Asked, answer_frame, answer_records, answer_rows, as_pandas
+from distkv_dask.client.batch.answer_plan import check_servable
 from distkv_dask.client.batch.frames import bag_schema
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource
+from distkv_dask.client.batch.partition_tasks import Asked, answer_frame, answer_records, answer_rows, as_pandas
 from distkv_dask.client.batch.results import Results
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import checked, columns_of, kind_of, records_source, source_for

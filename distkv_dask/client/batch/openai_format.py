@@ -18,7 +18,7 @@ from distkv_dask.client.batch.rows import Content, Row, fingerprint
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.text_tables import JSONL, count_lines, endings, jsonl_records
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=1.0)
 """Sampling of requests where neither they nor the batch say another: OpenAI draws at a temperature of 1."""

@@ -8,7 +8,7 @@ from typing import Any
 from distkv_dask.client.batch.rows import Content
 from distkv_dask.client.messages import plain_messages
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import Prompt
+from distkv_dask.sampling import Prompt
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -17,7 +17,7 @@ from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, BatchSpec, Too
 from distkv_dask.client.batch.target import target_of
 from distkv_dask.client.session.session import Session
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 if TYPE_CHECKING:
     pass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distkv_dask.types import Prompt
+from distkv_dask.sampling import Prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,8 +24,8 @@ class Content:
     prompt
         A whole prompt, where the source has those (OpenAI batch files); no template is used then.
     sampling
-        What the row itself says about sampling, by the names of :class:`~distkv_dask.types.SamplingParams`; the batch's
-        own sampling says the rest.
+        What the row itself says about sampling, by the names of :class:`~distkv_dask.sampling.SamplingParams`; the
+        batch's own sampling says the rest.
     template
         Variables for the model's chat template, if the prompt is chat messages.
     """

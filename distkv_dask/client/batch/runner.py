@@ -14,10 +14,11 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from distkv_dask.client.batch.answering import Answer, Plan, plan_answer
+from distkv_dask.client.batch.answer_plan import Answer, Plan, plan_answer
 from distkv_dask.client.batch.row_documents import RowDocument, RowDocuments
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.completion import Completion
 from distkv_dask.errors import (
     ChannelError,
     DistKVError,
@@ -27,7 +28,7 @@ from distkv_dask.errors import (
     WorkerLostError,
     in_words,
 )
-from distkv_dask.types import Completion, SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from distkv_dask.client.session.generation import Generation

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.json_schema import grammar_of
+from distkv_dask.models.json_schema import grammar_of
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.texts import checked_text
-from distkv_dask.types import SamplingParams
 
 TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
 """What happens to a prompt longer than the model's window; "truncate-head" drops the document's beginning."""

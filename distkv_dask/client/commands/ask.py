@@ -14,7 +14,7 @@ import click
 from distkv_dask.client.batch.process import read_schema
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.commands.connect import chosen_of
-from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.failures import clear_failures, note
 from distkv_dask.client.commands.options import (
     check_drawn,
     engine_option,
@@ -33,7 +33,7 @@ from distkv_dask.client.session.generation import TextPieces
 from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.filesystems import local_path
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.watch import watched
 
 
@@ -64,7 +64,7 @@ def command(question: str, document: str | None, schema: Path | None, **options:
     sampling, _ = sampling_of(options)
     chosen = chosen_of(options)
     check_drawn(sampling)
-    with failing_clearly():
+    with clear_failures():
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
         begin = _question(question, document, sampling)

@@ -15,7 +15,7 @@ import click
 from distkv_dask.client.bench import SHORT, Decode, Prefill, decodes, prefills, room
 from distkv_dask.client.bench_plot import plot as draw
 from distkv_dask.client.commands.connect import chosen_of
-from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.failures import clear_failures, note
 from distkv_dask.client.commands.options import engine_option, model_options, scheduler_option, size_options
 from distkv_dask.filesystems import check_file
 
@@ -74,7 +74,7 @@ def command(
     """  # noqa: D301
     model = options["model"]
     chosen = chosen_of(options)
-    with failing_clearly():
+    with clear_failures():
         for path in (plot, json_file):
             if path is not None:
                 check_file(path)

@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from distkv_dask.client.commands.connect import MODEL, check_cluster, check_model, local_cluster
-from distkv_dask.client.commands.failing import failing_clearly
+from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.client.commands.options import model_options, size_options, was_given
 from distkv_dask.client.engine import Engine
 from distkv_dask.errors import ClusterError
-from distkv_dask.model_source import resolve_model
+from distkv_dask.models.source import resolve_model
 
 
 @click.command("cluster")
@@ -50,7 +50,7 @@ def command(
     """  # noqa: D301
     if not load and (given := [name for name in MODEL if was_given(name)]):
         raise click.UsageError(f"--{given[0].replace('_', '-')} is of the model that --load loads: add it")
-    with failing_clearly():
+    with clear_failures():
         check_cluster(None)
         _check_free(host, port)
         if load:
@@ -67,7 +67,7 @@ def command(
             return
         from distributed import Client
 
-        with failing_clearly(), Client(cluster) as client, Engine(client, **model) as engine:
+        with clear_failures(), Client(cluster) as client, Engine(client, **model) as engine:
             click.echo(f"engine {engine.id}: {engine.model.name}")
             over.wait()
 

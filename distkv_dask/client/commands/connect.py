@@ -10,16 +10,16 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.failures import clear_failures, note
 from distkv_dask.client.commands.options import was_given
 from distkv_dask.client.engine import Engine
-from distkv_dask.client.session.attaching import Attaching
-from distkv_dask.client.session.opening import Opening
+from distkv_dask.client.session.attached_engine import AttachedEngine
+from distkv_dask.client.session.owned_engine import OwnedEngine
 from distkv_dask.client.session.session import Session
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, ModelError
-from distkv_dask.model_source import ModelSource, resolve_model
-from distkv_dask.model_support import check_supported
+from distkv_dask.models.source import ModelSource, resolve_model
+from distkv_dask.models.support import check_supported
 
 SIZES = ("workers", "threads", "memory_limit")
 MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
@@ -87,13 +87,13 @@ class Chosen:
     def session(self, texts: bool = True) -> Iterator[Session]:
         """As :meth:`engine`, for batches."""
         with self._client(texts) as client:
-            opening = Opening.of(**self.model) if self.attached is None else Attaching(_id(self.attached) or "")
-            with closing(Session(client, opening)) as session:
+            engine = OwnedEngine.of(**self.model) if self.attached is None else AttachedEngine(_id(self.attached) or "")
+            with closing(Session(client, engine)) as session:
                 yield session
 
     @contextmanager
     def _client(self, texts: bool) -> Iterator[Any]:
-        with failing_clearly():
+        with clear_failures():
             if self.source is not None:
                 check_model(self.source, texts)
             with client_of(self.scheduler, **self.sizes) as client:
@@ -114,7 +114,7 @@ def chosen_of(options: dict[str, Any]) -> Chosen:
         raise click.UsageError("--workers, --threads and --memory-limit are for a cluster that is started here")
     if attached is not None:
         _check_attached(scheduler, attached)
-    with failing_clearly():
+    with clear_failures():
         check_cluster(scheduler)
         source = resolve_model(model["model"], model["rope_scaling"]) if attached is None else None
     return Chosen(scheduler, sizes, model, attached, source)

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from distkv_dask.client.commands.engines import engines_of, running_cluster
 from distkv_dask.client.commands.options import running_option
-from distkv_dask.client.commands.running import look, running
 from distkv_dask.messages.status import EngineStatus, SequenceStatus
 
 STATES = {"document": "stored", "dropped": "given up; recomputed when it is next asked"}
@@ -24,8 +24,8 @@ SAVED = "in files; read when it is next asked"
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(scheduler: str, as_json: bool) -> None:
     """List the documents of a cluster's engines: tokens, questions under way, and where their KV lies."""
-    with running(scheduler) as client:
-        _, engines = look(client)
+    with running_cluster(scheduler) as client:
+        _, engines = engines_of(client)
     found = [_row(engine, one) for engine, opened in engines.items() for one in _documents(opened.status)]
     if as_json:
         click.echo(json.dumps(found, indent=1))

@@ -10,7 +10,7 @@ import click
 
 from distkv_dask.client.commands.ask import document_text
 from distkv_dask.client.commands.connect import chosen_of
-from distkv_dask.client.commands.failing import failing_clearly, note
+from distkv_dask.client.commands.failures import clear_failures, note
 from distkv_dask.client.commands.options import LocalFile, engine_option, model_options, scheduler_option, size_options
 from distkv_dask.client.documents.save import try_place
 from distkv_dask.config import Config
@@ -35,7 +35,7 @@ def command(document: Path, folder: str, **options: Any) -> None:
     on any number of workers, with the same --model, --dtype and block size.
     """  # noqa: D301
     chosen = chosen_of(options)
-    with failing_clearly():
+    with clear_failures():
         text = document_text(document)
         asyncio.run(watched(Config.load().timeout_files, f"looking at {folder}", try_place, folder))
     with chosen.engine() as engine:

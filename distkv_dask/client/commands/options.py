@@ -10,12 +10,12 @@ import click
 from click.core import ParameterSource
 from dask.utils import parse_bytes
 
-from distkv_dask.client.commands.failing import failing_clearly
+from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import local_path
-from distkv_dask.rope_scaling import checked
-from distkv_dask.types import SamplingParams
+from distkv_dask.models.rope_scaling import checked
+from distkv_dask.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -158,7 +158,7 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
     """What a command's options say about sampling, and that which was said; takes them out of ``options``."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
     given = {name: options.pop(name) for name in names}
-    with failing_clearly():
+    with clear_failures():
         return SamplingParams(**given), {name: value for name, value in given.items() if was_given(name)}
 
 

@@ -19,7 +19,7 @@ from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, TooLong
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import check_target, target_of
 from distkv_dask.client.commands.connect import chosen_of
-from distkv_dask.client.commands.failing import SOME_ROWS_FAILED, failing_clearly
+from distkv_dask.client.commands.failures import SOME_ROWS_FAILED, clear_failures
 from distkv_dask.client.commands.options import (
     check_drawn,
     engine_option,
@@ -98,7 +98,7 @@ def _run(out: str, options: dict[str, Any]) -> BatchSummary:
     chosen = chosen_of(options)
     max_errors, retry_errors, in_flight = (options.pop(name) for name in ("max_errors", "retry_errors", "in_flight"))
     path, keep = options.pop("source"), options.pop("keep") or None
-    with failing_clearly():
+    with clear_failures():
         path = located(path)
         # An OpenAI batch file has defaults of its own.
         given = {name: getattr(sampling, name) for name in said}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from dask.utils import format_bytes
 
+from distkv_dask.client.commands.engines import Engines, engines_of, running_cluster
 from distkv_dask.client.commands.options import running_option
-from distkv_dask.client.commands.running import Engines, look, running
 from distkv_dask.messages.status import OpenEngine
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ def command(scheduler: str, as_json: bool, watch: bool) -> None:
     """Show the engines of a cluster: their model, requests, and the KV memory of each worker."""
     if as_json and watch:
         raise click.UsageError("--json shows one moment: leave out --watch, or repeat the command")
-    with running(scheduler) as client:
+    with running_cluster(scheduler) as client:
         if watch:
             _watch(client)
             return
-        workers, engines = look(client)
+        workers, engines = engines_of(client)
     if as_json:
         click.echo(json.dumps({name: one.as_dict() for name, one in engines.items()}, indent=1))
         return
@@ -46,10 +46,10 @@ def _watch(client: Any) -> None:
     from rich.live import Live
 
     try:
-        with Live(_shown(*look(client)), auto_refresh=False) as live:
+        with Live(_shown(*engines_of(client)), auto_refresh=False) as live:
             while True:
                 sleep(INTERVAL)
-                live.update(_shown(*look(client)), refresh=True)
+                live.update(_shown(*engines_of(client)), refresh=True)
     except KeyboardInterrupt:
         return
 

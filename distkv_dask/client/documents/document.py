@@ -16,9 +16,11 @@ from distkv_dask.client.notebook import document_html
 from distkv_dask.client.session.generate import submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation, TextPieces
 from distkv_dask.client.session.session import Session
+from distkv_dask.completion import Completion
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SavedDocumentError
 from distkv_dask.messages.names import Saved
-from distkv_dask.types import Completion, Placement, SamplingParams
+from distkv_dask.placement import Placement
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.watch import watched
 
 

@@ -13,8 +13,8 @@ from distkv_dask.client.session.session import Session
 from distkv_dask.client.session.store import ended
 from distkv_dask.errors import InvalidRequestError, SavedDocumentError
 from distkv_dask.messages.names import Saved
+from distkv_dask.sampling import Prompt
 from distkv_dask.texts import checked_name
-from distkv_dask.types import Prompt
 from distkv_dask.watch import watched
 
 

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 from distkv_dask.client.documents.extract import TextReader, check_support, read_file
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, SourceError
-from distkv_dask.types import Message, Prompt
+from distkv_dask.sampling import Message, Prompt
 
 Question = str | Sequence[int]
 Turn = tuple[Question, str, tuple[int, ...]]

@@ -20,7 +20,7 @@ from distkv_dask.client.session.request import Request
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
 from distkv_dask.messages.client_calls import ClientCall, Delivery
 from distkv_dask.messages.names import HANDLE_NUMBERS, pack, unpack
-from distkv_dask.types import FinishReason
+from distkv_dask.sampling import FinishReason
 
 logger = logging.getLogger("distributed.distkv.engine")
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distkv_dask.client.session.generation import Generation
+from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError, MissingProgramError, in_words
-from distkv_dask.types import Completion, Prompt, SamplingParams, Timings
+from distkv_dask.sampling import Prompt, SamplingParams
 
 Submitted = list[Generation | Completion]
 """Requests under way, and those that were refused at once."""

@@ -9,12 +9,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Self
 
+from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import ResultTimeoutError
-from distkv_dask.types import Completion, Timings
 
 
 class Generation(concurrent.futures.Future[Completion]):
-    """Future of a :class:`~distkv_dask.types.Completion`, with the semantics of :mod:`concurrent.futures`.
+    """Future of a :class:`~distkv_dask.completion.Completion`, with the semantics of :mod:`concurrent.futures`.
 
     It can also be awaited. ``cancel`` stops the request on the cluster and frees its KV cache.
     """

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import TextStream
+from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
-from distkv_dask.json_schema import grammar_of
 from distkv_dask.messages.client_calls import Delivery, Submission
-from distkv_dask.types import Completion, FinishReason, SamplingParams, Timings
+from distkv_dask.models.json_schema import grammar_of
+from distkv_dask.sampling import FinishReason, SamplingParams
 
 
 class Request:

@@ -10,11 +10,11 @@ from typing import Any, Self
 
 from distributed import Client, get_client
 
-from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.session.in_task import check_seceded
-from distkv_dask.client.session.opening import Opening, dask_span
+from distkv_dask.client.session.owned_engine import OwnedEngine, dask_span
 from distkv_dask.client.session.reach import connected, is_closed, lost
 from distkv_dask.client.session.request import Request, checked
 from distkv_dask.client.session.store import DocumentStore
@@ -23,8 +23,8 @@ from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
 from distkv_dask.messages.client_calls import ClientCall, Submission
 from distkv_dask.messages.status import EngineStatus
-from distkv_dask.model_source import ModelSource
-from distkv_dask.types import Prompt, SamplingParams
+from distkv_dask.models.source import ModelSource
+from distkv_dask.sampling import Prompt, SamplingParams
 
 
 class Session:
@@ -36,7 +36,7 @@ class Session:
     ----------
     client
         Dask client; None takes the current one, in a task the one of its worker.
-    opening
+    engine
         How it begins and ends: with an engine of its own, or with a handle on another's.
 
     Attributes
@@ -51,12 +51,12 @@ class Session:
 
     tokenizer: Tokenizer
 
-    def __init__(self, client: Client | None, opening: Opening | Attaching) -> None:
+    def __init__(self, client: Client | None, engine: OwnedEngine | AttachedEngine) -> None:
         self.client = client if client is not None else get_client()
         check_seceded(self.client)
         self.conversation = Conversation(self.client)
         self.store = DocumentStore(self.conversation)
-        self._opening = opening
+        self._engine = engine
         self._facts: dict[str, Any] = {}
         if not self.client.asynchronous:
             if is_closed(self.client):
@@ -68,22 +68,22 @@ class Session:
     @property
     def id(self) -> str:
         """The engine's."""
-        return self._opening.spec.engine
+        return self._engine.spec.engine
 
     @property
     def config(self) -> Config:
         """The engine's settings."""
-        return self._opening.spec.config
+        return self._engine.spec.config
 
     @property
     def dtype(self) -> str:
         """Of weights and KV cache, as asked for."""
-        return self._opening.spec.dtype
+        return self._engine.spec.dtype
 
     @property
     def model(self) -> ModelSource:
         """Where the model comes from."""
-        return self._opening.model
+        return self._engine.model
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -98,7 +98,7 @@ class Session:
             return "closed"
         if self._facts:
             return "open"
-        return "opening" if isinstance(self._opening, Opening) else "attaching"
+        return "opening" if isinstance(self._engine, OwnedEngine) else "attaching"
 
     # Opening and closing
 
@@ -106,14 +106,14 @@ class Session:
         """Open the engine, or attach to it, unless that was done."""
         if not self._facts:
             await connected(self.client)
-            self._facts, self.tokenizer = await self._opening.begin(self.conversation)
+            self._facts, self.tokenizer = await self._engine.open(self.conversation)
         return self
 
     async def end(self) -> None:
         """End all requests, and what this session began on the cluster."""
         if not self.conversation.is_closed:
             self.conversation.end()
-            await self._opening.end(self.conversation)
+            await self._engine.close(self.conversation)
 
     def close(self) -> Any:
         """As :meth:`end`; with a synchronous client it has ended on return."""
@@ -190,7 +190,7 @@ class Session:
         try:
             yield
         finally:
-            self.conversation.ask_soon(ClientCall.SPAN, span=self._opening.spec.span)
+            self.conversation.ask_soon(ClientCall.SPAN, span=self._engine.spec.span)
 
     # Questions about the engine
 

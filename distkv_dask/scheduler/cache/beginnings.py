@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.ledger.placements import clipped, shared
 from distkv_dask.scheduler.records.cached import Cached
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.prefix_index import chain
-from distkv_dask.types import Placement
 
 DEEPEST = 64
 """Sequences of which each shares the one before; behind the last of them, a request is recomputed as a whole."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from distkv_dask.messages.from_worker import Stored
 from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
 from distkv_dask.messages.to_worker import Discard, Store
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.records import states
@@ -20,7 +21,6 @@ from distkv_dask.scheduler.records.disks import Copy
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Spilling
-from distkv_dask.types import Placement
 
 # Down
 
@@ -150,7 +150,7 @@ def ranges_of(placement: Placement, tokens: int) -> dict[str, tuple[tuple[int, i
 
     Examples
     --------
-    >>> from distkv_dask.types import Span
+    >>> from distkv_dask.placement import Span
     >>> ranges_of((Span("a", 0, 8), Span("b", 8, 12), Span("a", 12, 20)), 14)
     {'a': ((0, 8), (12, 14)), 'b': ((8, 12),)}
     """

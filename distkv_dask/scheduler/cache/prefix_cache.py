@@ -14,6 +14,8 @@ from __future__ import annotations
 from array import array
 
 from distkv_dask.messages.to_worker import Free, Release, Reserve
+from distkv_dask.placement import Placement
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.cache import beginnings
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.placements import clipped
@@ -22,7 +24,6 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.prefix_index import chain
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Stored
-from distkv_dask.types import Placement, SamplingParams
 
 # Use
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import clipped, relaid
@@ -11,7 +12,6 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Decode, Prefill, State
-from distkv_dask.types import Placement
 
 
 def repaired(life: MachineState, request: Request) -> State | None:

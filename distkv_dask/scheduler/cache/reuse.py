@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.cache import beginnings, prefix_cache
 from distkv_dask.scheduler.ledger.placements import clipped, shifted
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
-from distkv_dask.types import Placement, Span
 
 
 def share(life: MachineState, request: Request, ask: Ask, placement: Placement) -> tuple[Ask, Placement]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from distkv_dask.gang import WindowResult
 from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.types import WindowResult
 
 SECONDS = 2.0
 """Of decoding, until what was known before counts for 1 / e."""

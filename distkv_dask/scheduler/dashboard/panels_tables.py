@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from bokeh.models import CustomJS, DataTable, HTMLTemplateFormatter, TableColumn
 
-from distkv_dask.pictures import PALETTE
 from distkv_dask.scheduler.dashboard.look import source
 from distkv_dask.scheduler.dashboard.view import SequenceRow, View
+from distkv_dask.svg import PALETTE
 
 MARKUP = "<%= value %>"
 """Template of cells that are markup already; whatever comes from outside is escaped where the cell is made."""

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from distkv_dask.completion import Timings
 from distkv_dask.errors import ClusterError, EngineClosedError
+from distkv_dask.geometry import Geometry
 from distkv_dask.messages.client_calls import Attached, Delivery
 from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
-from distkv_dask.scheduler.costs.fitting import fit_model
+from distkv_dask.scheduler.costs.fit import fit_model
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
@@ -26,7 +28,6 @@ from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.moves.drain import fits_elsewhere
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Prefill, Waiting
-from distkv_dask.types import Geometry, Timings
 
 MAX_REOPENINGS = 3
 """How many times a worker opens an engine again that it lost: what ends its lanes again and again must not go on so."""

@@ -11,7 +11,9 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from distkv_dask.types import Exchanged, FinishReason, Timings, WindowResult
+from distkv_dask.completion import Timings
+from distkv_dask.gang import Exchanged, WindowResult
+from distkv_dask.sampling import FinishReason
 
 HISTORY = 600
 """Samples of the history that are kept: ten minutes at one a second."""

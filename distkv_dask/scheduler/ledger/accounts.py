@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from distkv_dask.types import Endpoint, Move, Placement
+from distkv_dask.placement import Endpoint, Move, Placement
 
 
 @dataclass(slots=True)

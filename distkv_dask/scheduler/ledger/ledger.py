@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from distkv_dask.placement import Endpoint, Move, Placement, Span
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.indices import Room
 from distkv_dask.scheduler.ledger.placements import blocks_of, clipped, moved, span_around
-from distkv_dask.types import Endpoint, Move, Placement, Span
 
 NO_LIMIT = 2**40
 """More blocks, or sequences, than any worker ever has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
-from distkv_dask.types import Move, Placement, Span
+from distkv_dask.placement import Move, Placement, Span
 
 
 def blocks_of(tokens: int, block_tokens: int) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from distkv_dask.errors import InvalidRequestError, without_quotes
 from distkv_dask.messages.client_calls import Delivery
+from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Gone, Prefill, Retiring, Spilling, State
 from distkv_dask.scheduler.work import homes, prefill
-from distkv_dask.types import FinishReason
 
 
 def end(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import FromWorker
-from distkv_dask.types import Endpoint, FinishReason
+from distkv_dask.placement import Endpoint
+from distkv_dask.sampling import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

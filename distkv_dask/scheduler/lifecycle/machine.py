@@ -11,6 +11,7 @@ from array import array
 from distkv_dask.errors import DistKVError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler.cache import disk, documents, prefix_cache
 from distkv_dask.scheduler.commands import Command, Refuse
 from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
@@ -34,7 +35,6 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Retiring, Stored, Waiting
 from distkv_dask.scheduler.work import homes, prefill
-from distkv_dask.types import FinishReason, SamplingParams
 
 STARTS = did.WindowStarted | did.ChunkStarted
 """Events that free no room: something has begun."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 
+from distkv_dask.placement import Move, Span
 from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.moves import migration
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Decode, Stored
-from distkv_dask.types import Move, Span
 
 
 def drain(life: MachineState, worker: str, leaving: bool) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Collection
 
 from distkv_dask.messages.from_worker import Expected, Relocated, Retired, Sent
 from distkv_dask.messages.to_worker import Expect, Free, Relocate, Send
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.moves import UnderWay
 from distkv_dask.scheduler.records.states import Decode, Stored
 from distkv_dask.scheduler.work import homes
-from distkv_dask.types import Move
 
 # What may move
 

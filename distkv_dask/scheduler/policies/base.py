@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
+from distkv_dask.placement import Move, Placement
 from distkv_dask.scheduler.costs.model import PerformanceModel
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.types import Move, Placement
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
 

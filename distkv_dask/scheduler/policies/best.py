@@ -20,12 +20,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
+from distkv_dask.placement import Move, Placement, Span
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
+from distkv_dask.scheduler.policies.balance import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.scheduler.policies.laying import borrow, lay, overflow
-from distkv_dask.types import Move, Placement, Span
+from distkv_dask.scheduler.policies.shares import borrow_shares, overflow, placement_from_shares
 
 CANDIDATES = 16
 """Workers among which a home is chosen: those with most room."""
@@ -113,8 +113,10 @@ class Best(Policy):
             key=lambda account: (others.index(account.endpoint.host), -account.lendable),
         )
         here = min(need, home.free + sum(account.lendable for account in own if account is not home))
-        shares = [*borrow(far, need - here), *_level(home, own, here)]
-        return lay(ledger, home.worker, shares, tokens) if sum(n for _, n in shares) + home.free >= need else None
+        shares = [*borrow_shares(far, need - here), *_level(home, own, here)]
+        if sum(blocks for _, blocks in shares) + home.free < need:
+            return None
+        return placement_from_shares(ledger, home.worker, shares, tokens)
 
 
 def _roomiest(ledger: Ledger, need: int, most: int) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.overflow import Overflow
-from distkv_dask.types import Move
 
 
 class Dgfm(Overflow):

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.costs.model import Curve
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.overflow import Overflow
-from distkv_dask.types import Move
 
 DEBTORS = 4
 """Debtors that one decision looks at."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import NOTHING, Ask, Policy
-from distkv_dask.types import Placement, Span
 
 
 class LocalOnly(Policy):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+from distkv_dask.placement import Move, Placement
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
+from distkv_dask.scheduler.policies.balance import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.scheduler.policies.laying import overflow
-from distkv_dask.types import Move, Placement
+from distkv_dask.scheduler.policies.shares import overflow
 
 
 class Overflow(Policy):

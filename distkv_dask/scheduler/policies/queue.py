@@ -10,10 +10,10 @@ from itertools import islice
 
 from sortedcontainers import SortedList
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.shared_prefix import place
-from distkv_dask.types import Placement
 
 
 class Admission:

@@ -6,10 +6,10 @@ from array import array
 from collections import Counter
 from dataclasses import replace
 
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import clipped, shared, shifted
 from distkv_dask.scheduler.policies.base import Ask, Policy
-from distkv_dask.types import Placement, Span
 
 HEADROOM = 512
 """Tokens that a document's home should have room for besides, so that questions can decode next to it."""

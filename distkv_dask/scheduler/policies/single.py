@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import NOTHING, Ask, Policy
-from distkv_dask.scheduler.policies.laying import lay
-from distkv_dask.types import Placement
+from distkv_dask.scheduler.policies.shares import placement_from_shares
 
 
 class Single(Policy):
@@ -32,7 +32,7 @@ class Single(Policy):
             share = min(account.lendable, left, -(-need * account.lendable // room))
             shares.append((account.worker, share))
             left -= share
-        return lay(ledger, home.worker, shares, ask.tokens)
+        return placement_from_shares(ledger, home.worker, shares, ask.tokens)
 
     def limit(self, ledger: Ledger, held: Mapping[str, int] = NOTHING) -> int:
         """Blocks of the home, and what all others that stay lend."""

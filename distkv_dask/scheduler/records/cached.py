@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from sortedcontainers import SortedList
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.ledger.placements import blocks_of, clipped
-from distkv_dask.types import Placement
 
 
 @dataclass(slots=True)

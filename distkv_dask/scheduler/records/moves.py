@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distkv_dask.placement import Move, Placement
 from distkv_dask.scheduler.ledger.placements import moved
-from distkv_dask.types import Move, Placement
 
 
 @dataclass(slots=True)

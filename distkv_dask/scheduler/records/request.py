@@ -10,10 +10,13 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
+from distkv_dask.completion import Timings
+from distkv_dask.gang import SequenceState
 from distkv_dask.messages.names import Saved
 from distkv_dask.messages.to_worker import Retire
+from distkv_dask.placement import Placement
+from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler.records.states import Retiring, Spilling, State, Waiting
-from distkv_dask.types import FinishReason, Placement, SamplingParams, SequenceState, Timings
 
 
 @dataclass(slots=True)

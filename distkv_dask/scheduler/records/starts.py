@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.types import PrefillChunk
+from distkv_dask.gang import PrefillChunk
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from distkv_dask.gang import PrefillChunk
 from distkv_dask.messages.names import SavedFile
-from distkv_dask.types import PrefillChunk
 
 ASIDE = "aside"
 """What is said of a request that waits, but not in the queue's order: it cannot run on the workers that stay."""

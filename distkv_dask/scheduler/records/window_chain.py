@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from distkv_dask.gang import DecodeWindow, Gang
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.records.request import Request
-from distkv_dask.types import DecodeWindow, Endpoint, Gang
 
 OUTSTANDING = 2
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from distkv_dask.errors import CapacityError
+from distkv_dask.gang import DecodeWindow, Gang
 from distkv_dask.graphs.build import StepGraph, attend_graph, prefill_graph, window_graph
 from distkv_dask.graphs.layers import layer_prefill_graph, layer_window_graph
 from distkv_dask.scheduler.commands import AddHolders, SubmitPrefill, SubmitWindow
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import DecodeWindow, Gang
 
 
 def lower(

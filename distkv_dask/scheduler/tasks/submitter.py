@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from distributed import Client, Future, Security
 
 from distkv_dask.errors import ClusterError, GangAbortedError, in_words
+from distkv_dask.gang import Gang
 from distkv_dask.graphs.build import StepGraph, gang_keys
 from distkv_dask.messages.names import DaskSpan
-from distkv_dask.types import Gang
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler

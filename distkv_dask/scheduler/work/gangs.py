@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from distkv_dask.gang import Gang
 from distkv_dask.messages.to_worker import Abort
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.commands import Forget
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint, Gang
 
 
 def new_gang(life: MachineState, title: str, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from distkv_dask.errors import GangAbortedError
+from distkv_dask.gang import DecodeWindow, Gang
 from distkv_dask.messages.from_worker import WindowDone
 from distkv_dask.messages.to_worker import Abort, Join, Reset
+from distkv_dask.placement import Endpoint, Placement
 from distkv_dask.scheduler.commands import AddHolders, Forget, SubmitWindow
 from distkv_dask.scheduler.costs.pacer import Pace
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -21,7 +23,6 @@ from distkv_dask.scheduler.records.states import State
 from distkv_dask.scheduler.records.window_chain import PATIENCE, Outstanding, WindowChain
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
 from distkv_dask.scheduler.work.prefill import is_awaited_by
-from distkv_dask.types import DecodeWindow, Endpoint, Gang, Placement
 
 # Workers
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from distkv_dask.gang import PrefillChunk
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.policies.queue import prefill_slots
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Prefill, State
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
-from distkv_dask.types import Placement, PrefillChunk
 
 
 def has_room(life: MachineState) -> bool:
@@ -100,7 +101,7 @@ def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterato
 
     Examples
     --------
-    >>> from distkv_dask.types import Span
+    >>> from distkv_dask.placement import Span
     >>> list(cut_prompt((Span("a", 0, 5), Span("b", 5, 20)), 0, 12, 4))
     [('a', 0, 4), ('a', 4, 5), ('b', 5, 9), ('b', 9, 12)]
     """

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import merge_into, micro_attention
-from distkv_dask.types import Exchanged
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel

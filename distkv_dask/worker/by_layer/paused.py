@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from distkv_dask.errors import ChannelTimeoutError, GangAbortedError
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.plan import Part
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.types import DecodeWindow, Gang, PrefillChunk
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.worker.by_layer.attention import attend_part
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.parcel import Parcel

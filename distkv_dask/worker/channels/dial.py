@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distkv_dask.errors import ChannelError, ConfigError
-from distkv_dask.types import Endpoint
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.optional_ucx import UcxHome
 from distkv_dask.worker.channels.tcp import TcpChannel

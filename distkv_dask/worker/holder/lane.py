@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from distkv_dask.errors import EngineClosedError, GangAbortedError
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.channels.base import Listener
 from distkv_dask.worker.channels.optional_ucx import ucx_listener
 from distkv_dask.worker.channels.tcp import TcpListener

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import token_digest
 from distkv_dask.worker.holder.session import Session

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import Row

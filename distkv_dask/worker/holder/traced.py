@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter_ns
 
-from distkv_dask.types import Gang
+from distkv_dask.gang import Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.frames import Header

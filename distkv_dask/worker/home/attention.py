@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import PreparedMerge
-from distkv_dask.types import Exchanged
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.home.exchange import Asking, Exchange, indices, merging
 from distkv_dask.worker.home.gang import HomeGang

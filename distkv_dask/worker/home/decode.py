@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from distkv_dask.errors import DistKVError, PlanError, portable
-from distkv_dask.types import DecodeWindow, Exchanged, FinishReason, SequenceState, WindowResult
+from distkv_dask.gang import DecodeWindow, Exchanged, SequenceState, WindowResult
+from distkv_dask.sampling import FinishReason
 from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.home.attention import DistAttention

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 from distkv_dask.errors import ChannelTimeoutError
+from distkv_dask.gang import Exchanged, Gang
 from distkv_dask.kernels import PreparedMerge
-from distkv_dask.types import Exchanged, Gang
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from distkv_dask.errors import ChannelTimeoutError, DistKVError, GangAbortedError, in_words
-from distkv_dask.types import Endpoint, Gang
+from distkv_dask.gang import Gang
+from distkv_dask.placement import Endpoint
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.bodies import encode_rows
 from distkv_dask.worker.channels.frames import Header, Kind

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from distkv_dask.errors import ChannelError
+from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import native_kernel
-from distkv_dask.types import Exchanged
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel

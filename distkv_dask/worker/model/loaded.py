@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from distkv_dask.errors import ModelError, in_words
-from distkv_dask.gguf_cache import converted_weights
-from distkv_dask.model_source import ModelSource, resolve_model
-from distkv_dask.model_support import check_supported
-from distkv_dask.types import Geometry, SamplingParams
+from distkv_dask.geometry import Geometry
+from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.source import ModelSource, resolve_model
+from distkv_dask.models.support import check_supported
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.probe import probe
@@ -127,7 +128,7 @@ def load_model(
     Parameters
     ----------
     name, rope_scaling
-        As :func:`~distkv_dask.model_source.resolve_model` takes them.
+        As :func:`~distkv_dask.models.source.resolve_model` takes them.
     dtype
         ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: that of the checkpoint (of a GGUF file: bfloat16).
     threads

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from distkv_dask.errors import UnsupportedModelError
-from distkv_dask.model_support import max_positions, window_in_effect
-from distkv_dask.types import Geometry
+from distkv_dask.geometry import Geometry
+from distkv_dask.models.support import max_positions, window_in_effect
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with, dist_attention, running_step
 
 _OBSERVING = "distkv-probe"

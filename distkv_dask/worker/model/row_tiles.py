@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distkv_dask.errors import UnsupportedModelError
-from distkv_dask.types import Geometry
+from distkv_dask.geometry import Geometry
 from distkv_dask.worker.model.hook import AttentionStep
 
 SIZES = tuple(1 << power for power in range(10))

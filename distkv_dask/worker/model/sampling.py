@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from distkv_dask.errors import DistKVError, ModelError, portable
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.structured import Follower

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distkv_dask.errors import DistKVError, InvalidRequestError, portable
-from distkv_dask.json_schema import grammar_of
+from distkv_dask.models.json_schema import grammar_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

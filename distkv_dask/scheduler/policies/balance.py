@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from distkv_dask.placement import Move
 from distkv_dask.scheduler.costs.model import PerformanceModel
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.types import Move
 
 CREDITORS = 4
 """Creditors that one decision looks at: those with most room."""

@@ -12,11 +12,11 @@ from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.messages.client_calls import Attached, ClientCall
 from distkv_dask.messages.names import PLUGIN, EngineSpec
-from distkv_dask.model_source import ModelSource, resolve_model
+from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.version import VERSION
 
 
-class Attaching:
+class AttachedEngine:
     """Takes a handle on an open engine, which the engine survives.
 
     Parameters
@@ -37,8 +37,8 @@ class Attaching:
         self._engine = engine
         self._handle = 0
 
-    async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
-        """Attach; returns what the workers said, and the model's tokenizer."""
+    async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+        """Attach to it; returns what the workers said, and the model's tokenizer."""
         client = conversation.client
         if not await answered(client, client.get_metadata([PLUGIN], default=False)):
             raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
@@ -50,12 +50,12 @@ class Attaching:
             self.model = await asyncio.to_thread(resolve_model, self.spec.model, self.spec.rope_scaling)
             tokenizer = Tokenizer(await asyncio.to_thread(self.model.tokenizer), facts["vocab_size"])
         except BaseException:
-            await asyncio.shield(self.end(conversation))
+            await asyncio.shield(self.close(conversation))
             raise
         conversation.begin(self.spec.engine, self._handle)
         return dict(facts), tokenizer
 
-    async def end(self, conversation: Conversation) -> None:
+    async def close(self, conversation: Conversation) -> None:
         """Give the handle back: its requests end, its documents are released, the engine goes on."""
         with contextlib.suppress(EngineClosedError, ClusterError):
             await conversation.call(ClientCall.DETACH, engine=self.spec.engine, handle=self._handle)

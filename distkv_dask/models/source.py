@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from distkv_dask.errors import ModelError
-from distkv_dask.gguf_cache import converted_text
-from distkv_dask.model_files import check_sizes, check_tokenizer, check_weights, read_json, safe_config
-from distkv_dask.rope_scaling import checked, scale
+from distkv_dask.models.files import check_sizes, check_tokenizer, check_weights, read_json, safe_config
+from distkv_dask.models.gguf_cache import converted_text
+from distkv_dask.models.rope_scaling import checked, scale
 
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub when it is asked whether a model exists."""
@@ -41,7 +41,7 @@ class ModelSource:
     location
         Where the model is read from.
     rope_scaling
-        Scales its configuration (:mod:`distkv_dask.rope_scaling`).
+        Scales its configuration (:mod:`distkv_dask.models.rope_scaling`).
     """
 
     name: str

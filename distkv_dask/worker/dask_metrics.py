@@ -11,7 +11,7 @@ from time import perf_counter
 
 from distributed.metrics import context_meter
 
-from distkv_dask.types import Exchanged
+from distkv_dask.gang import Exchanged
 from distkv_dask.worker.holder.session import SessionStats
 
 COMPUTE, SEND, WAIT = "distkv compute", "distkv send queries", "distkv wait for partials"

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from distkv_dask.config import Config
-from distkv_dask.scheduler.costs.fitting import fit_curve, fit_model
+from distkv_dask.geometry import Geometry, Measurement
+from distkv_dask.scheduler.costs.fit import fit_curve, fit_model
 from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Geometry, Measurement
 
 GEOMETRY = Geometry(10, 8, 2, 64, 1000, 4096, "bfloat16")
 SLOW = Curve(step=0.04, row=0.002, token=3e-6, prompt=0.001, pair=2e-7)

@@ -12,16 +12,17 @@ from distkv_dask.config import Config
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import Retired
+from distkv_dask.placement import Endpoint, Move, Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.events import Stop, Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.policies import policy_named
-from distkv_dask.scheduler.policies.balancing import recalls, share_with_idle
+from distkv_dask.scheduler.policies.balance import recalls, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.types import Endpoint, Move, SamplingParams, Span
 
 BLOCK = 512
 CURVE = Curve(step=0.01, row=0.001, token=3e-6, prompt=0.001, pair=0.0)

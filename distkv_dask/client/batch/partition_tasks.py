@@ -19,7 +19,7 @@ from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import columns_of, records_source, source_for
 from distkv_dask.client.batch.spec import BatchSpec
-from distkv_dask.client.session.attaching import Attaching
+from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.session import Session
 
 AT_ONCE = 2
@@ -80,7 +80,7 @@ def _dtype(kind: pa.DataType) -> Any:
 
 
 def _answer(open_source: Callable[[Client], Source], asked: Asked, start: int = 0, stop: int | None = None) -> pa.Table:
-    with _turn() as on_tick, closing(Session(None, Attaching(asked.engine))) as session:
+    with _turn() as on_tick, closing(Session(None, AttachedEngine(asked.engine))) as session:
         job = Job(session, open_source(session.client), asked.spec, asked.max_errors, asked.in_flight)
         return job.table(start, stop, on_tick)
 

@@ -18,7 +18,7 @@ SOME_ROWS_FAILED = 3
 
 
 @contextmanager
-def failing_clearly() -> Iterator[None]:
+def clear_failures() -> Iterator[None]:
     """Turn our errors into a line on standard error and exit status 1."""
     try:
         yield

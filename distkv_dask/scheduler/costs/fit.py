@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 
+from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel, Shape, fit_decode
-from distkv_dask.types import Geometry, Measurement
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

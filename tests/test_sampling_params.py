@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import SamplingParams, Span
+from distkv_dask.placement import Span
+from distkv_dask.sampling import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,18 +18,10 @@ from itertools import count
 import torch
 
 from distkv_dask.errors import DistKVError
-from distkv_dask.types import (
-    DecodeWindow,
-    Endpoint,
-    Gang,
-    Geometry,
-    Measurement,
-    Placement,
-    PrefillChunk,
-    SamplingParams,
-    SequenceState,
-    Span,
-)
+from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState
+from distkv_dask.geometry import Geometry, Measurement
+from distkv_dask.placement import Endpoint, Placement, Span
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.lanes import Lanes

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from distkv_dask.client.commands.connect import check_cluster, client_of
-from distkv_dask.client.commands.failing import failing_clearly
+from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.messages.client_calls import ClientCall
 from distkv_dask.messages.names import PLUGIN, unpack
 from distkv_dask.messages.status import OpenEngine
@@ -22,18 +22,18 @@ Engines = dict[str, OpenEngine]
 
 
 @contextmanager
-def running(scheduler: str) -> Iterator[Any]:
+def running_cluster(scheduler: str) -> Iterator[Any]:
     """A Dask client of a running cluster; one that stops answering is an error on one line."""
-    with failing_clearly():
+    with clear_failures():
         check_cluster(scheduler)
-    with failing_clearly(), client_of(scheduler) as client:
+    with clear_failures(), client_of(scheduler) as client:
         try:
             yield client
         except OSError as error:
             raise click.ClickException(f"the Dask scheduler at {scheduler} is silent: {error}") from error
 
 
-def look(client: Any) -> tuple[int, Engines]:
+def engines_of(client: Any) -> tuple[int, Engines]:
     """Number of workers, and engines by id (none where no engine was ever opened).
 
     Raises

@@ -14,12 +14,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from distkv_dask.types import Measurement
+from distkv_dask.geometry import Measurement
 
 logger = logging.getLogger("distributed.distkv.measuring")
 
 
-def measured(key: dict[str, object], setting: str, measure: Callable[[], Measurement | None]) -> Measurement | None:
+def cached_measurement(
+    key: dict[str, object], setting: str, measure: Callable[[], Measurement | None]
+) -> Measurement | None:
     """The measurement that ``key`` names: from the cache (``setting`` "auto"), or taken now and put there.
 
     None with the setting "preset", and where nothing could be measured. A cache that cannot be read or written costs

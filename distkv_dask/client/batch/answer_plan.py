@@ -13,8 +13,8 @@ from distkv_dask.client.batch.rows import Content
 from distkv_dask.client.batch.spec import BatchSpec, TooLong
 from distkv_dask.client.documents.prompts import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.completion import Completion
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.types import Completion
 
 
 @dataclass(frozen=True, slots=True)

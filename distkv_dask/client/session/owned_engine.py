@@ -21,13 +21,13 @@ from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
 from distkv_dask.messages.client_calls import ClientCall
 from distkv_dask.messages.names import PLUGIN, DaskSpan, EngineSpec, pack
-from distkv_dask.model_source import ModelSource, resolve_model
-from distkv_dask.model_support import check_supported
+from distkv_dask.models.source import ModelSource, resolve_model
+from distkv_dask.models.support import check_supported
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.version import VERSION
 
 
-class Opening:
+class OwnedEngine:
     """Opens a new engine, which ends with its client; follows it with a trace if one is wanted.
 
     Parameters
@@ -48,7 +48,7 @@ class Opening:
         """What a user asked for; raises :class:`ConfigError` or :class:`ModelError` where it is wrong."""
         return cls(resolve_model(model, rope_scaling), dtype, Config.load(**settings))
 
-    async def begin(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+    async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
         """Open it; returns what the workers said, and the model's tokenizer."""
         engine, client, loop = self.spec.engine, conversation.client, asyncio.get_running_loop()
         if self.spec.config.trace:
@@ -71,7 +71,7 @@ class Opening:
             self._trace.start()
         return facts, tokenizer
 
-    async def end(self, conversation: Conversation) -> None:
+    async def close(self, conversation: Conversation) -> None:
         """Free everything on the cluster."""
         if self._trace is not None:
             await self._trace.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.types import Placement, Span
 
 
-def lay(ledger: Ledger, home: str, shares: Iterable[tuple[str, int]], tokens: int) -> Placement:
+def placement_from_shares(ledger: Ledger, home: str, shares: Iterable[tuple[str, int]], tokens: int) -> Placement:
     """Blocks of creditors, in this order, then what is left at home.
 
     The home takes the *last* span: its tail grows there without a hop, and the prompt's last chunk is computed where
@@ -25,7 +25,7 @@ def lay(ledger: Ledger, home: str, shares: Iterable[tuple[str, int]], tokens: in
     return (*spans, Span(home, start, tokens))
 
 
-def borrow(creditors: Iterable[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:
+def borrow_shares(creditors: Iterable[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:
     """Shares of as few creditors as possible, those that come first."""
     for creditor in creditors:
         if blocks <= 0:
@@ -35,7 +35,7 @@ def borrow(creditors: Iterable[WorkerAccount], blocks: int) -> Iterator[tuple[st
         yield creditor.worker, share
 
 
-def nearest(ledger: Ledger, home: WorkerAccount) -> Iterator[WorkerAccount]:
+def nearest_creditors(ledger: Ledger, home: WorkerAccount) -> Iterator[WorkerAccount]:
     """Creditors for a home: those of its host first, then all others; those that can lend most first."""
     host = home.endpoint.host
     near = [account for account in ledger.room.on_host(host) if account is not home]
@@ -52,5 +52,5 @@ def overflow(ledger: Ledger, tokens: int) -> Placement | None:
     home = next(room.homes(), None)
     if home is None or home.free + room.lendable - home.lendable < need:
         return None
-    shares = borrow(nearest(ledger, home), need - min(home.free, need))
-    return lay(ledger, home.worker, shares, tokens)
+    shares = borrow_shares(nearest_creditors(ledger, home), need - min(home.free, need))
+    return placement_from_shares(ledger, home.worker, shares, tokens)

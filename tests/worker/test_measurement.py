@@ -10,10 +10,10 @@ from _channels import TCP, UNIX, Way
 from _fakes import Member, loaded
 
 from distkv_dask.config import Config
+from distkv_dask.geometry import Measurement
 from distkv_dask.messages.names import EngineSpec
-from distkv_dask.types import Measurement
-from distkv_dask.worker.timing.measured import measured
-from distkv_dask.worker.timing.measuring import measure
+from distkv_dask.worker.timing.measurement import measure
+from distkv_dask.worker.timing.measurement_cache import cached_measurement
 
 TIMED = Measurement(((1, 8, 0.1),), ((32, 0, 0.2),), ((8, 0.3),), 0.4)
 
@@ -62,14 +62,14 @@ def never() -> Measurement:
 
 
 def test_what_was_measured_once_is_read_again_whole_and_other_hardware_is_measured_anew(cache: Path) -> None:
-    assert measured({"cores": 2}, "auto", lambda: TIMED) == TIMED
-    assert measured({"cores": 2}, "auto", never) == TIMED
+    assert cached_measurement({"cores": 2}, "auto", lambda: TIMED) == TIMED
+    assert cached_measurement({"cores": 2}, "auto", never) == TIMED
     other = Measurement(exchange=None)
-    assert measured({"cores": 4}, "auto", lambda: other) == other
-    assert measured({"cores": 4}, "auto", never) == other
-    assert measured({"cores": 2}, "measure", lambda: other) == other
-    assert measured({"cores": 2}, "auto", never) == other
-    assert measured({"cores": 2}, "preset", never) is None
+    assert cached_measurement({"cores": 4}, "auto", lambda: other) == other
+    assert cached_measurement({"cores": 4}, "auto", never) == other
+    assert cached_measurement({"cores": 2}, "measure", lambda: other) == other
+    assert cached_measurement({"cores": 2}, "auto", never) == other
+    assert cached_measurement({"cores": 2}, "preset", never) is None
     assert len(list(cache.iterdir())) == 2
 
 
@@ -77,12 +77,12 @@ def test_what_was_measured_once_is_read_again_whole_and_other_hardware_is_measur
 def test_a_damaged_cache_is_replaced_and_one_that_cannot_be_written_costs_no_more_than_time(
     content: str, cache: Path
 ) -> None:
-    measured({}, "auto", lambda: TIMED)
+    cached_measurement({}, "auto", lambda: TIMED)
     (file,) = cache.iterdir()
     file.write_text(content)
-    assert measured({}, "auto", lambda: TIMED) == TIMED
+    assert cached_measurement({}, "auto", lambda: TIMED) == TIMED
     assert json.loads(file.read_text())["measured"]["exchange"] == 0.4
     file.unlink()
     cache.rmdir()
     cache.touch()
-    assert measured({}, "auto", lambda: TIMED) == TIMED
+    assert cached_measurement({}, "auto", lambda: TIMED) == TIMED

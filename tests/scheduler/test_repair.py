@@ -6,7 +6,7 @@ import pytest
 from _simulated import Simulated, cluster_of, expected, finish
 from test_document_life import ask, prompt, stored, used
 
-from distkv_dask.types import SamplingParams
+from distkv_dask.sampling import SamplingParams
 
 
 def computed(cluster: Simulated, number: int) -> int:

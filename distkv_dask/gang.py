@@ -1,0 +1,114 @@
+"""What runs as one: the gang of tasks of a prefill chunk or a decode window, what it computes, and what came of it.
+
+Units: positions and lengths are tokens, times are seconds, memory is bytes. A worker is named by its Dask address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distkv_dask.errors import DistKVError
+from distkv_dask.placement import Endpoint, Placement
+from distkv_dask.sampling import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """The Dask tasks, one per member worker, that run one decode window or one prefill chunk together.
+
+    ``number`` is unique in a gManager's life and stands in every frame on the wire; ``name`` is what people read on the
+    dashboard; ``epoch`` is the placement version the gang was planned with.
+    """
+
+    engine: str
+    number: int
+    name: str
+    epoch: int
+    home: str
+    holders: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """What a home needs to decode a sequence: committed facts only, so that a window can be retried from it.
+
+    ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
+    ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, ``generated``
+    the latter when a schema does, else nothing. What users wrote is left out of its ``repr``, and so of logs.
+    """
+
+    sequence: int
+    placement: Placement
+    length: int
+    last_token: int = field(repr=False)
+    remaining: int
+    sampling: SamplingParams = field(repr=False)
+    history: tuple[int, ...] = field(default=(), repr=False)
+    generated: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One chunk of one prompt: ``tokens`` are computed by ``gang.home``, whose span holds their KV.
+
+    ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
+    carries the first generated token. Dask logs tasks that fail with their arguments: no text of users is in its
+    ``repr``.
+    """
+
+    gang: Gang
+    sequence: int
+    placement: Placement
+    start: int
+    tokens: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams | None = field(default=None, repr=False)
+    history: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWindow:
+    """About ``seconds`` of decode steps, at most ``steps`` if not None, over the sequences that joined the home."""
+
+    gang: Gang
+    window: int
+    steps: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a home exchanged with its holders over channels.
+
+    Seconds it spent sending queries (and KV of tails that lie elsewhere) and waiting for partials, and payload bytes.
+    """
+
+    sending: float = 0.0
+    waiting: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: Exchanged) -> Exchanged:
+        return Exchanged(
+            self.sending + other.sending,
+            self.waiting + other.waiting,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """What a window generated: new token ids by sequence, and why those that ended did.
+
+    ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
+    this one, when the home had sequences to decode all the while. ``errors`` has those of the sequences that ended with
+    ``"error"``: each failed alone, with the tokens that it had before.
+    """
+
+    tokens: dict[int, list[int]] = field(repr=False)
+    finished: dict[int, FinishReason]
+    steps: int
+    seconds: float
+    exchanged: Exchanged = Exchanged()
+    gap: float = 0.0
+    errors: dict[int, DistKVError] = field(default_factory=dict)

@@ -1,0 +1,128 @@
+"""What users ask: prompts, and how tokens are drawn; checked when it is said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from distkv_dask.errors import InvalidRequestError
+from distkv_dask.texts import checked_text
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+Message = dict[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn, and how soon.
+
+    Parameters
+    ----------
+    max_new_tokens
+        Upper bound on generated tokens, at least 1.
+    temperature
+        0 is greedy; otherwise logits are divided by it before sampling.
+    top_p, top_k, min_p
+        Nucleus, top-k and min-p filters, applied in the order of Hugging Face's logits warpers
+        (temperature, top-k, top-p, min-p). ``top_p=1``, ``top_k=0`` and ``min_p=0`` switch a filter off.
+    repetition_penalty
+        As in CTRL (arXiv 1909.05858): over prompt and generated tokens; 1 is none.
+    seed
+        Draws depend on (seed, position) alone, so a retried window draws the same tokens. None picks one at random.
+    stop
+        Strings at which generation ends; the text ends before the first of them.
+    ignore_eos
+        Go on after the model's end-of-sequence token.
+    schema
+        A JSON schema (a dict, or its JSON): the answer is JSON that follows it, whatever the model would rather say,
+        unless ``max_new_tokens`` cuts it. Needs the extra ``schema``. It is kept as JSON.
+    priority
+        From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
+        minute earlier, for each step of it. Requests that run already make way for it in the same order, and go on
+        later. So nobody waits forever.
+
+    Raises
+    ------
+    InvalidRequestError
+        On a value outside its range; the message names the parameter.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    schema: str | Mapping[str, Any] | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value, and bring numbers and ``stop`` to the declared types."""
+        put = partial(object.__setattr__, self)  # the one way to normalise a field of a frozen dataclass
+        put("max_new_tokens", _whole("max_new_tokens", self.max_new_tokens, low=1))
+        put("temperature", _real("temperature", self.temperature, "at least 0", lambda x: x >= 0))
+        put("top_p", _real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1))
+        put("top_k", _whole("top_k", self.top_k, low=0))
+        put("min_p", _real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1))
+        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0))
+        if self.seed is not None:
+            put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
+        put("stop", _strings("stop", self.stop))
+        put("priority", _whole("priority", self.priority, low=-100, high=100))
+        if not isinstance(self.ignore_eos, bool):
+            raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        if self.schema is not None:
+            put("schema", _schema(self.schema))
+            if self.ignore_eos or self.stop:
+                raise InvalidRequestError(
+                    "an answer of a schema ends where its JSON does: leave out ignore_eos and stop"
+                )
+
+
+def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    if not isinstance(value, bool) and isinstance(value, Integral):
+        number = int(value)
+        if low <= number and (high is None or number <= high):
+            return number
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise _refusal(name, value, f"a whole number {limits}")
+
+
+def _real(name: str, value: object, limits: str, within: Callable[[float], bool]) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    except OverflowError:  # a whole number beyond any float
+        number = math.inf
+    if math.isfinite(number) and within(number):
+        return number
+    raise _refusal(name, value, f"a finite number {limits}")
+
+
+def _schema(value: object) -> str:
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+        if isinstance(read, Mapping):
+            return json.dumps(dict(read))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
+    raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings):
+        return tuple(checked_text(string, name) for string in strings)
+    raise _refusal(name, value, "a string that is not empty, or a list of such strings")
