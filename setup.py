@@ -51,7 +51,7 @@ names = PORTABLE + (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", 
 core = Extension("distkv_dask.kernels._core", [str(SOURCES / name) for name in names], optional=True, language="c++")
 core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
 wire = Extension(
-    "distkv_dask.worker._wire",
+    "distkv_dask.worker.native._wire",
     [str(WIRE / name) for name in ("holder.cpp", "home.cpp")],
     depends=[*map(str, sorted(WIRE.glob("*.h"))), str(SOURCES / "exports.h")],
     optional=True,

@@ -18,6 +18,8 @@ import yaml
 from packaging.requirements import Requirement
 
 import distkv_dask
+from distkv_dask.kernels import native_kernel
+from distkv_dask.worker.native.wire import wire
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -85,7 +87,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the wheel has no C++ core")
 def test_wheel_built_with_a_compiler_holds_the_fast_kernels(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        assert [name for name in archive.namelist() if re.fullmatch(r"distkv_dask/kernels/_core\..*so", name)]
+        names = archive.namelist()
+    for library in (r"distkv_dask/kernels/_core\..*so", r"distkv_dask/worker/native/_wire\..*so"):
+        assert [name for name in names if re.fullmatch(library, name)], library
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler there is no C++")
+def test_what_the_compiler_built_is_what_this_checkout_loads():
+    """Nothing else would tell: without a library everything works, only slower."""
+    assert native_kernel.missing() is None
+    assert wire() is not None
 
 
 def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
