@@ -87,7 +87,7 @@ class Lifecycle:
                 prefilled(life, event)
             case did.WindowStarted():
                 life.starts.window_began(event.worker)
-                homes.started(life, event.worker, event.window)
+                homes.window_started(life, event.worker, event.window)
             case did.WindowDone():
                 window_done(life, event)
             case did.GangFailed():
@@ -121,9 +121,9 @@ class Lifecycle:
                 self._worker_lost(event.worker)
             case Drain():
                 if event.worker in life.ledger.workers:
-                    drain.drain(life, event.worker, event.leaving)
+                    drain.set_leaving(life, event.worker, event.leaving)
             case Pause():
-                drain.pause(life, event.workers)
+                drain.set_paused(life, event.workers)
             case Tick():
                 self._tick()
             case _:
@@ -148,7 +148,7 @@ class Lifecycle:
         lost = life.ledger.remove_worker(worker)
         lost = [number for number in lost if not isinstance(life.requests[number].state, Retiring)]
         prefix_cache.worker_lost(life, worker)
-        life.calibration.forget(worker)
+        life.calibration.forget_worker(worker)
         life.leaving.discard(worker)
         life.paused.discard(worker)
         homes.remove(life, worker)
@@ -245,13 +245,13 @@ class Lifecycle:
     def _tick(self) -> None:
         life = self.state
         homes.count_tasks(life)
-        for gang, error in homes.late(life):
+        for gang, error in homes.late_windows(life):
             retries.failed(life, gang.number, error)
             settle(life)
-        for chunk, error in life.starts.late(prefill.heads(life), life.now, life.config.timeout_start):
+        for chunk, error in life.starts.late(prefill.next_chunks(life), life.now, life.config.timeout_start):
             losses.stalled(life, life.requests[chunk.sequence], error)
             settle(life)
-        retries.wake(life)
+        retries.retry_rested(life)
         migration.expire(life)
         files.expire(life)
         stalls.hold_blocks(life)

@@ -24,7 +24,7 @@ from distkv_dask.scheduler.records.states import (
 )
 
 
-def begin(life: MachineState, request: Request, before: State) -> None:
+def begin_retirement(life: MachineState, request: Request, before: State) -> None:
     """Let the workers that run forwards of a sequence, then its holders, say that they compute on it no more."""
     state, account = request.state, life.ledger.sequences[request.sequence]
     assert isinstance(state, Retiring)
