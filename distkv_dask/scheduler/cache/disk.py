@@ -60,7 +60,7 @@ def stored(life: MachineState, event: Stored) -> Request | None:
     """A worker wrote its part of a spill, or could not; the sequence, if all of its workers have answered."""
     spilled = [SpilledFile(*file, event.worker) for file in event.files]
     request = life.requests[life.disks.numbers[event.number]] if event.number in life.disks.numbers else None
-    if request is None:
+    if request is None or not _writes(request, event.worker):
         _discard(life, spilled)
         return None
     copy = life.disks.copies[request.sequence]
@@ -68,6 +68,10 @@ def stored(life: MachineState, event: Stored) -> Request | None:
     if event.error is None:
         life.disks.wrote(copy.bytes[event.worker], life.now - copy.began)
     return answered(life, request, event.worker, event.error)
+
+
+def _writes(request: Request, worker: str) -> bool:
+    return isinstance(request.state, Spilling) and worker in request.state.answering
 
 
 def answered(life: MachineState, request: Request, worker: str, error: Exception | None) -> Request | None:

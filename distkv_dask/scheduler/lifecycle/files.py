@@ -59,7 +59,7 @@ def stored(life: MachineState, event: Stored) -> None:
             _spilled(life, request)
         return
     request = life.requests.get(event.number)
-    if request is None or not isinstance(state := request.state, Saving):
+    if request is None or not isinstance(state := request.state, Saving) or event.worker not in state.answering:
         return
     state.files += event.files
     if not state.answered(event.worker, event.error):  # a save that failed waits, too: all that it wrote can be deleted

@@ -160,9 +160,10 @@ class Lifecycle:
             if sequence in life.ledger.sequences:
                 losses.lost(life, life.requests[sequence], worker)
                 settle(life)
-        for sequence, request in list(life.requests.items()):
+        for request in list(life.requests.values()):
+            request.retires.pop(worker, None)
             if isinstance(request.state, Retiring):
-                self._retired(did.Retired(worker, sequence))
+                retirement.retired(life, request, worker)
                 settle(life)
 
     # Requests
@@ -221,12 +222,9 @@ class Lifecycle:
     def _retired(self, event: did.Retired) -> None:
         """A worker computes on a sequence no more."""
         life, request = self.state, self.state.requests.get(event.sequence)
-        if request is not None and request.retires[event.worker] > 1 and event.worker in life.ledger.workers:
-            request.retires[event.worker] -= 1  # it was asked again meanwhile, and answers that too
+        if request is None or not request.answered(event.worker):
             return
-        if request is not None:
-            request.retires.pop(event.worker, None)
-        if request is not None and isinstance(request.state, Retiring):
+        if isinstance(request.state, Retiring):
             retirement.retired(life, request, event.worker)
         else:
             migration.paused(life, event)
