@@ -1,4 +1,4 @@
-"""Opening an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
+"""Startup of an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
-from distkv_dask.worker.engine import OpenEngine
+from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
@@ -37,7 +37,7 @@ def build_engine(
     lanes: Lanes,
     worker: Worker,
     tell: Callable[[str, FromWorker], None],
-) -> OpenEngine:
+) -> WorkerEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
     A memory worker is given the model's ``geometry`` instead, which is all that it needs.
@@ -93,7 +93,7 @@ def build_engine(
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,
     )
-    return OpenEngine(runtime, model, files, facts, report)
+    return WorkerEngine(runtime, model, files, facts, report)
 
 
 def _kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape) -> int:
