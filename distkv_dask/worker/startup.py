@@ -59,7 +59,7 @@ def build_engine(
     block_tokens = spec.config.block_tokens
     block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
     pool = Pool(block, _kv_memory(spec, worker, block) // block.nbytes)
-    make_ready(pool.keys(0))
+    make_ready(pool.keys(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     role: Literal["instance", "memory"] = "memory" if model is None else "instance"
