@@ -98,8 +98,8 @@ def decode_rows(payload: Buffer) -> list[Row]:
 
 def _spans(fields: list[Any]) -> tuple[tuple[int, int], ...]:
     """Token ranges of a row, in ascending order."""
-    ends = [end for span in fields if isinstance(span, list) for end in span]
-    pairs = len(ends) == 2 * len(fields) and all(type(end) is int for end in ends)
+    pairs = all(isinstance(span, list) and [type(end) for end in span] == [int, int] for span in fields)
+    ends = [end for span in fields for end in span] if pairs else []
     if not pairs or ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] < _TOP):
         raise ChannelError(f"a batch carries the spans {fields!r}; ascending pairs of tokens are expected")
     return tuple((start, stop) for start, stop in fields)
