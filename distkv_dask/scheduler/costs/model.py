@@ -6,8 +6,10 @@ a straight line in the batch, attention is a straight line in the tokens that ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
@@ -59,15 +61,15 @@ def fit_decode(samples: Iterable[tuple[int, float, float]]) -> tuple[float, floa
     features = np.column_stack([np.ones(len(measured)), measured[:, :2]]) / measured[:, 2:]
     if np.linalg.matrix_rank(features * measured[:, 2:]) < 3:
         raise ValueError("the samples need at least two batch sizes and two numbers of tokens that vary independently")
-    kept = [0, 1, 2]
-    while True:  # drop what comes out negative and fit again: with three unknowns this is the whole of NNLS
-        found = np.linalg.lstsq(features[:, kept], np.ones(len(measured)), rcond=None)[0]
-        negative = [column for column, value in zip(kept, found, strict=True) if value < 0]
-        if not negative:
-            break
-        kept = [column for column in kept if column not in negative]
-    values = dict(zip(kept, found.tolist(), strict=True))
-    return values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0)
+    target, best = np.ones(len(measured)), (math.inf, np.zeros(3))
+    for kept in (list(some) for size in (1, 2, 3) for some in combinations(range(3), size)):  # NNLS: one of these is it
+        found = np.zeros(3)
+        found[kept] = np.linalg.lstsq(features[:, kept], target, rcond=None)[0]
+        error = float(np.linalg.norm(features @ found - target))
+        if (found >= 0).all() and error < best[0]:
+            best = error, found
+    step, row, token = best[1].tolist()
+    return step, row, token
 
 
 @dataclass(frozen=True, slots=True)
