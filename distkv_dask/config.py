@@ -69,6 +69,8 @@ class Config:
     granularity
         How steps become Dask tasks: ``"window"``, one for each member of a gang, or ``"layer"``, one for each layer and
         worker.
+    device
+        What workers compute on: ``"auto"``, ``"cpu"`` or ``"cuda"``.
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     unencrypted_channels
@@ -110,6 +112,7 @@ class Config:
     block_tokens: int = _key("block-tokens")
     threads: int | None = _key("threads")
     granularity: str = _key("granularity")
+    device: str = _key("device")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")

@@ -75,6 +75,10 @@ class EngineClosedError(DistKVError):
     """The engine was closed, or its scheduler is gone."""
 
 
+class DeviceError(DistKVError):
+    """A worker cannot compute on the device that was asked for, or has not enough of its memory."""
+
+
 class SavedDocumentError(DistKVError, ValueError):
     """A document cannot be saved there, or what is saved there cannot be loaded: another model, or damaged files."""
 

@@ -41,6 +41,7 @@ class Recorder:
     def __init__(self, model: Any) -> None:
         self.geometry = model.geometry
         self.eos_token_ids = model.eos_token_ids
+        self.device = model.device
         self.follower = model.follower
         self.logits: list[Tensor] = []
         self._model = model
@@ -59,7 +60,7 @@ class Member:
         self.address = address
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
         block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
-        self.pool = Pool(block, blocks)
+        self.pool = Pool(block, blocks, model.device)
         self.runtime = Runtime(spec, model, self.pool, self.lanes)
 
     def close(self) -> None:

@@ -29,13 +29,15 @@ class FromWorker:
 class Opened(FromWorker):
     """An engine is open on the worker.
 
-    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. ``fingerprint`` says which
+    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. ``device`` says what
+    it computes on, and what is to be said about that; ``fingerprint`` which
     weights were loaded; ``measured`` how fast the worker is, where it was timed.
     """
 
     endpoint: Endpoint
     role: Literal["instance", "memory"]
     channels: str
+    device: str
     capacity_blocks: int
     block_bytes: int
     spill_bytes: int

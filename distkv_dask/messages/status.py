@@ -81,6 +81,8 @@ class WorkerStatus:
         How many requests have their home here.
     channels
         Which kind of channel it opens to whom, and why.
+    device
+        What it computes on: ``"cpu"`` or a card's name; after a colon, what should be known about that.
     window_seconds
         Length of its latest decode window.
     performance
@@ -96,6 +98,7 @@ class WorkerStatus:
     disk_bytes: int
     sequences: int
     channels: str
+    device: str
     window_seconds: float
     performance: WorkerPerformance
 
@@ -224,7 +227,7 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSummary:
+class OpenEngine:
     """An engine of a cluster as anybody sees it: its model and dtype, the id of its owner's Dask client, its status."""
 
     model: str

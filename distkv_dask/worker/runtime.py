@@ -19,6 +19,7 @@ from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.channels.bodies import Hello, encode_hello
 from distkv_dask.worker.channels.dial import Dialer
+from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
@@ -134,6 +135,7 @@ class Runtime:
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
             step, self.exchanged = 0, Exchanged()
             parts: dict[str, Part] = {}
+            put = self.pool.device.put
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
                 stored = Stored(chunk.sequence, chunk.placement, position)
@@ -141,10 +143,11 @@ class Runtime:
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
                 attention = self._attention(gang, parts, count, step)
                 try:
-                    ids = torch.tensor(tokens[position - chunk.start : position - chunk.start + count])
+                    some = tokens[position - chunk.start : position - chunk.start + count]
+                    inputs = put(torch.tensor((some, range(position, position + count))))
                     last = chunk.sampling is not None and position + count == stop
-                    keep = torch.tensor([count - 1] if last else [], dtype=torch.int64)
-                    logits = model.forward(ids, torch.arange(position, position + count), attention, keep)
+                    keep = put(torch.tensor([count - 1] if last else [], dtype=torch.int64))
+                    logits = model.forward(inputs[0], inputs[1], attention, keep)
                 finally:
                     self.exchanged += attention.exchanged
                     attention.close()
@@ -152,7 +155,8 @@ class Runtime:
         if chunk.sampling is None or logits is None:
             return None
         draw = Draw(chunk.sampling, stop, chunk.history, model.follower(chunk.sampling))
-        (token,) = sample_batch(logits[-1:], [draw])
+        with torch.inference_mode(), self.pool.device.stream(Use.HOME):
+            (token,) = sample_batch(logits[-1:], [draw], self.pool.device)
         if isinstance(token, DistKVError):
             raise token
         return token
@@ -213,8 +217,11 @@ class Runtime:
                 raise EngineClosedError(f"engine {self.spec.engine} was closed on this worker")
             self._gang = running
         try:
-            with torch.inference_mode(), running:
-                yield running
+            with torch.inference_mode(), self.pool.device.stream(Use.HOME), running:
+                try:
+                    yield running
+                finally:
+                    self.pool.device.finish()  # what others are told next is there, and nothing is written later
         finally:
             with self._lock:
                 self._gang = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -10,6 +11,7 @@ from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
+from distkv_dask.worker.step_index import StepIndex
 
 
 class Shard:
@@ -42,23 +44,22 @@ class Shard:
         self._tables = tables = [pool.find(row.sequence, row.spans) for row in rows]
         width = max(map(len, tables), default=0)
         padded = [table + [0] * (width - len(table)) for table in tables]
+        put = pool.device.put
         offsets: torch.Tensor | None = None
         if self.tokens > len(rows):
-            queries = torch.tensor([0, *(row.queries for row in rows)])
-            offsets = queries.cumsum(0).to(torch.int32)
+            offsets = put(torch.tensor([0, *accumulate(row.queries for row in rows)], dtype=torch.int32))
         causal = any(row.appends and row.queries > 1 for row in rows)
         for row, table in zip(rows, tables, strict=True):
             self._check_room(row, table)
-        self._visible = torch.empty(len(rows), dtype=torch.int32)
-        self._starts = torch.empty(len(rows), dtype=torch.int32) if causal else None
-        self._blocks, self._offsets = torch.empty(2, self.appended, dtype=torch.int64)
+        self._index = StepIndex(pool.device, len(rows), self.appended)
         self.full = False
         """Whether steps so far have used up a row's room."""
         self._prepare()
+        index = self._index
         attention = PreparedAttention(
             self.tokens, heads, pool.keys(0), pool.values(0),
-            torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
-            query_offsets=offsets, causal=causal, q_start=self._starts,
+            put(torch.tensor(padded, dtype=torch.int32).view(len(rows), width)), index.visible,
+            query_offsets=offsets, causal=causal, q_start=index.starts if causal else None,
         )  # fmt: skip
         self.out, self.lse = attention.out, attention.lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
@@ -66,7 +67,7 @@ class Shard:
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
         self._attend = PreparedLayers(
-            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], self._blocks, self._offsets
+            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], index.blocks, index.offsets
         )
         self.native = self._attend.native
         """The batch as the kernels' core takes it; None where that does not serve."""
@@ -100,21 +101,20 @@ class Shard:
         self._rows = [row._replace(length=row.length + row.queries) if row.appends else row for row in self._rows]
         if self.appended:
             self._prepare()
-            if not self.full:
-                self._attend.refresh()
 
     def _prepare(self) -> None:
         """Make the index tensors of a step, unless the last step has used up a row's room."""
         pool, rows = self._pool, self._rows
         both = list(zip(rows, self._tables, strict=True))
         self.full = any(row.length + row.queries * row.appends > self._room(table) for row, table in both)
-        if not self.full:
-            slots = [pool.slots(table, row.length, row.length + row.queries) for row, table in both if row.appends]
-            self._blocks[:] = torch.tensor([block for blocks, _ in slots for block in blocks])
-            self._offsets[:] = torch.tensor([offset for _, offsets in slots for offset in offsets])
-        self._visible[:] = torch.tensor([row.length + row.queries * row.appends for row in rows])
-        if self._starts is not None:
-            self._starts[:] = torch.tensor([row.length for row in rows])
+        slots = [
+            slot
+            for row, table in both
+            if row.appends and not self.full
+            for slot in zip(*pool.slots(table, row.length, row.length + row.queries), strict=True)
+        ]
+        visible = [row.length + row.queries * row.appends for row in rows]
+        self._index.write(slots, visible, [row.length for row in rows])
 
     def _room(self, table: Sequence[int]) -> int:
         return len(table) * self._pool.block_tokens

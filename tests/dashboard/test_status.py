@@ -17,7 +17,7 @@ from distkv_dask.config import Config
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import Opened
-from distkv_dask.messages.status import EngineSummary
+from distkv_dask.messages.status import OpenEngine
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.engines.figures import Figures
@@ -45,6 +45,7 @@ KEYS = [
     "workers.*.disk_bytes",
     "workers.*.sequences",
     "workers.*.channels",
+    "workers.*.device",
     "workers.*.window_seconds",
     "workers.*.performance",
     "workers.*.performance.step",
@@ -104,7 +105,9 @@ def keys(value: Any, *path: str) -> Iterator[str]:
 
 def opened(worker: str) -> Opened:
     measured = Measurement() if worker == "w0" else None
-    return Opened(worker, Endpoint(worker, "h", 1), "instance", "unix", 9, 1024, 0, GEOMETRY, "weights", measured)
+    return Opened(
+        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, GEOMETRY, "weights", measured
+    )
 
 
 @pytest.fixture
@@ -175,7 +178,7 @@ def test_as_json_it_has_the_keys_that_monitoring_reads_and_no_others(status: Eng
 
 
 def test_an_open_engine_is_its_status_after_its_model_and_owner(status: EngineStatus) -> None:
-    plain = EngineSummary("smollm2-135m", "float32", "Client-1", status).as_dict()
+    plain = OpenEngine("smollm2-135m", "float32", "Client-1", status).as_dict()
     assert list(plain.items())[:3] == [("model", "smollm2-135m"), ("dtype", "float32"), ("client", "Client-1")]
     assert list(plain)[3:] == list(status.as_dict())
     assert {name: plain[name] for name in status.as_dict()} == status.as_dict()

@@ -126,7 +126,8 @@ def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(
             if fate == "moved":
                 source, target = made.members["w2"].pool, made.members["w1"].pool
                 spans = [(lost.start, lost.stop)]
-                target.bytes[target.find(1, spans)] = source.bytes[source.find(1, spans)]
+                for block, data in zip(target.find(1, spans), source.read(source.find(1, spans)), strict=True):
+                    target.fill(block, data)
             made.members["w2"].runtime.release(1)
             if fate == "recomputed":
                 lacking = tuple(prompt_ids(PROMPT)[lost.start : lost.stop])

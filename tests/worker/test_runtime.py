@@ -207,8 +207,9 @@ class Broken:
         if where == self._where:
             raise RuntimeError(f"broken when {where}")
 
-    def restrict(self, logits: torch.Tensor) -> None:
+    def forbidden(self, vocab: int) -> torch.Tensor:
         self._fail("asked")
+        return torch.zeros(vocab, dtype=torch.bool)
 
     def take(self, token: int) -> None:
         self._fail("told")

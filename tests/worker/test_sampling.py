@@ -50,7 +50,7 @@ def test_filters_are_those_that_generate_builds(plain: transformers.PreTrainedMo
     config = GenerationConfig(do_sample=True, **(settings | {"min_p": settings["min_p"] or None}))
     generates = plain._get_logits_processor(config, input_ids_seq_length=len(HISTORY))
     logits = logits_of(3)
-    ours = probabilities(logits, SamplingParams(**settings, seed=1), HISTORY)
+    ours = probabilities(logits[None], [Draw(SamplingParams(**settings, seed=1), 0, HISTORY)])[0]
     theirs = generates(torch.tensor([HISTORY]), logits.double()[None])[0].softmax(-1)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
@@ -146,7 +146,7 @@ def test_parameters_that_leave_one_token_draw_the_greedy_one(settings: dict, sca
 def test_a_huge_temperature_draws_evenly_from_what_is_allowed(temperature: float) -> None:
     logits = torch.tensor([0.0, -torch.inf, 80.0, -3.0, 2.0])
     even = torch.tensor([0.25, 0, 0.25, 0.25, 0.25], dtype=torch.float64)
-    found = probabilities(logits, SamplingParams(temperature=temperature, seed=0))
+    found = probabilities(logits[None], [Draw(SamplingParams(temperature=temperature, seed=0), 0)])[0]
     torch.testing.assert_close(found, even, rtol=0, atol=1e-12)
     assert found[1] == 0
 
@@ -197,9 +197,8 @@ def test_probabilities_are_those_of_exact_arithmetic(logits: list[float], temper
     top = max(exact)
     weights = [context.exp(context.divide(context.subtract(one, top), decimal.Decimal(temperature))) for one in exact]
     right = [float(weight / sum(weights)) for weight in weights]
-    found = probabilities(
-        torch.tensor(logits), SamplingParams(temperature=temperature, repetition_penalty=penalty), (0,)
-    )
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty)
+    (found,) = probabilities(torch.tensor([logits]), [Draw(params, 0, (0,))])
     torch.testing.assert_close(found, torch.tensor(right, dtype=torch.float64), rtol=1e-9, atol=1e-300)
 
 
@@ -221,7 +220,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(broken: list[float], te
 
 def test_whatever_a_row_raises_is_the_error_of_that_row() -> None:
     class Broken:
-        def restrict(self, logits: Tensor) -> None:
+        def forbidden(self, vocab: int) -> Tensor:
             raise RuntimeError("fuel")
 
     draws = [Draw(SamplingParams(), 0), Draw(SamplingParams(), 0, (), Broken()), Draw(SamplingParams(temperature=1), 0)]

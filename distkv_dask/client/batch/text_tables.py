@@ -100,14 +100,14 @@ class _Csv:
 
     def _first(self) -> str:
         """The next line that is not blank."""
-        self._lines.begin_row()
+        self._lines.begin()
         while (line := next(self._lines, "")) and not line.strip():
-            self._lines.begin_row()
+            self._lines.begin()
         return line
 
     def records(self) -> Iterator[Record]:
         while True:
-            self._lines.begin_row()
+            self._lines.begin()
             try:
                 row = next(self._reader(), None)
             except csv.Error as error:
@@ -140,9 +140,9 @@ class _RowLines:
     def __init__(self, path: Path) -> None:
         self._lines = _lines(path, newline="")
         self._again: deque[str] = deque()
-        self.begin_row()
+        self.begin()
 
-    def begin_row(self) -> None:
+    def begin(self) -> None:
         """A row begins."""
         self._row: list[str] = []
         self._characters = 0
@@ -150,7 +150,7 @@ class _RowLines:
     def again(self, after: int = 0) -> None:
         """Read the row's lines again, but not the first ``after`` of them."""
         self._again.extendleft(reversed(self._row[after:]))
-        self.begin_row()
+        self.begin()
 
     def __iter__(self) -> Iterator[str]:
         return self

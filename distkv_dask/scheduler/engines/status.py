@@ -60,6 +60,7 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
         disk_bytes=life.disks.used[worker],
         sequences=account.homed,
         channels=opened.channels if opened else "",
+        device=opened.device if opened else "",
         window_seconds=life.chains[worker].seconds,
         performance=WorkerPerformance(
             **asdict(life.policy.model.of(worker)),

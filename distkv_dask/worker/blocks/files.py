@@ -162,7 +162,7 @@ class BlockFiles:
     async def _ask(self, peer: Peer, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill blocks from a file on another worker's disk."""
         into, first = blocks_within(self._pool, sequence, start, stop, file)
-        step = max(1, PIECE_BYTES // self._pool.bytes.shape[1])
+        step = max(1, PIECE_BYTES // self._pool.block_bytes)
         for at in range(0, len(into), step):
             some = into[at : at + step]
             rows = await asyncio.wait_for(peer(file, first + at, len(some)), self._silence)
@@ -172,10 +172,10 @@ class BlockFiles:
 
     def _fill(self, blocks: list[int], rows: np.ndarray) -> None:
         for block, row in zip(blocks, rows, strict=True):
-            self._pool.bytes[block] = row
+            self._pool.fill(block, row)
 
     def _rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
-        size, tokens = self._pool.bytes.shape[1], self._pool.block_tokens
+        size, tokens = self._pool.block_bytes, self._pool.block_tokens
         return np.stack(list(read_rows(self._folder, file, size, tokens, first, count, watch)))
 
     def _delete(self, names: Iterable[str]) -> None:

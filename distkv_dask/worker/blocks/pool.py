@@ -11,13 +11,14 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from distkv_dask.errors import CapacityError, PlanError
+from distkv_dask.errors import CapacityError, DeviceError, PlanError, in_words
 from distkv_dask.kernels import advise_huge_pages
+from distkv_dask.worker.device import HOST, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,17 @@ class Pool:
         What a block holds.
     blocks
         Number of blocks to allocate.
+    device
+        In whose memory.
+
+    Raises
+    ------
+    DeviceError
+        A card has not enough memory in one piece.
     """
 
-    def __init__(self, block: BlockShape, blocks: int) -> None:
+    def __init__(self, block: BlockShape, blocks: int, device: Device = HOST) -> None:
+        self.device = device
         self.layers = block.layers
         self.kv_heads = block.kv_heads
         self.head_dim = block.head_dim
@@ -64,11 +73,9 @@ class Pool:
         self.block_tokens = block.block_tokens
         self.capacity_blocks = blocks
         shape = (blocks, block.layers, 2, block.kv_heads, block.block_tokens, block.head_dim)
-        # numpy's zeros take no memory until they are written to; torch's would touch all of a large pool at once
-        zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
-        self.storage = torch.from_numpy(zeros).view(self.dtype).view(shape)
-        self.bytes = zeros.reshape(blocks, -1) if blocks else zeros.reshape(0, 0)
-        """uint8 [blocks, bytes of a block]: the same memory, for moving blocks as they are."""
+        self.block_bytes = block.nbytes
+        self.storage = _zeros(shape, self.dtype, device)
+        self._bytes = self.storage.view(blocks, -1).view(torch.uint8) if blocks else torch.empty(0, 0).byte()
         advise_huge_pages(self.storage)
         self._keys = [self.storage[:, layer, 0] for layer in range(block.layers)]
         self._values = [self.storage[:, layer, 1] for layer in range(block.layers)]
@@ -102,6 +109,21 @@ class Pool:
         """
         self._key_rows[layer].index_put_(slots, keys)
         self._value_rows[layer].index_put_(slots, values)
+
+    def read(self, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Bytes of blocks as they lie here, uint8 [n, bytes of a block]; on the host, those of a run are not copied."""
+        run = range(blocks[0], blocks[0] + len(blocks)) if blocks else range(0)
+        if list(blocks) == list(run):
+            return self.device.read(self._bytes[run.start : run.stop])
+        return np.concatenate([self.device.read(self._bytes[block : block + 1]) for block in blocks])
+
+    def read_piece(self, block: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Bytes ``[start, stop)`` of a block, uint8; on the host, its memory itself."""
+        return self.device.read(self._bytes[block, start:stop])
+
+    def fill(self, block: int, data: np.ndarray[Any, Any], start: int = 0) -> None:
+        """Overwrite a block from its byte ``start`` on; ``data`` is uint8 [n]."""
+        self.device.write(self._bytes[block, start : start + len(data)], data)
 
     def slots(self, table: Sequence[int], start: int, stop: int) -> tuple[list[int], list[int]]:
         """Block ids and offsets of tokens ``start`` to ``stop``, counted from the first of the table's."""
@@ -153,7 +175,7 @@ class Pool:
             missing = [at for at in self._logical(start, stop) if at not in table]
             free = sum(self._runs.values())
             if len(missing) > free:
-                size = self.storage[0].nbytes
+                size = self.block_bytes
                 raise CapacityError(
                     f"{len(missing)} more KV blocks ({len(missing) * size} bytes) needed on this worker, {free} "
                     f"({free * size} bytes) are free; raise distkv.kv-memory or send fewer requests at once"
@@ -214,3 +236,17 @@ class Pool:
 
     def _largest(self) -> int:
         return max(self._runs, key=lambda run: (self._runs[run], -run))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
+    """Memory in one piece."""
+    if device.is_host:  # numpy's take no memory until they are written to; torch's would touch all of them at once
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device.torch)
+    except torch.OutOfMemoryError as error:
+        free, total = device.memory()
+        raise DeviceError(
+            f"the KV pool needs {math.prod(shape) * dtype.itemsize} bytes in one piece, but {device.name} has "
+            f"{free} of {total} bytes left: lower kv_memory (distkv.kv-memory). {in_words(error)}"
+        ) from error

@@ -48,7 +48,7 @@ def write_blocks(
     CapacityError
         Not all of the blocks are here.
     """
-    size = pool.bytes.shape[1]
+    size = pool.block_bytes
     blocks, rows = pool.find(sequence, [(start, stop)]), _batch_rows(size)
     schema = pa.schema([("block", pa.binary(size)), ("crc32", pa.uint32())])
     checksum = 0
@@ -56,7 +56,7 @@ def write_blocks(
         with pa.ipc.new_file(stream, schema) as file:
             for at in range(0, len(blocks), rows):
                 watch.step()
-                data = _gathered(pool, blocks[at : at + rows])
+                data = pool.read(blocks[at : at + rows])
                 sums = np.array([zlib.crc32(block) for block in data], np.uint32)
                 checksum = zlib.crc32(sums.tobytes(), checksum)
                 column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(data), [None, pa.py_buffer(data)])
@@ -77,10 +77,10 @@ def read_blocks(
         The file is not there, truncated or damaged; the message says which and what is wrong.
     """
     into, first = blocks_within(pool, sequence, start, stop, file)
-    rows = read_rows(folder, file, pool.bytes.shape[1], pool.block_tokens, first, len(into), watch)
+    rows = read_rows(folder, file, pool.block_bytes, pool.block_tokens, first, len(into), watch)
     for block, data in zip(into, rows, strict=True):
         with watch.change():  # a read that was given up must not land in what is somebody else's block by now
-            pool.bytes[block] = data
+            pool.fill(block, data)
 
 
 def blocks_within(
@@ -208,11 +208,3 @@ def _batch_rows(size: int) -> int:
 def _padded(count: int) -> int:
     """Bytes that a buffer of so many takes in a file."""
     return -(-count // 8) * 8
-
-
-def _gathered(pool: Pool, blocks: list[int]) -> np.ndarray:
-    """Blocks of the pool as uint8 [blocks, size] in one piece: copied only if they are not so already."""
-    first = blocks[0]
-    if blocks == list(range(first, first + len(blocks))):
-        return pool.bytes[first : first + len(blocks)]
-    return pool.bytes[blocks]

@@ -59,7 +59,7 @@ class Arrivals:
             sequence, first = self._expected[piece.number]
             start = (first + piece.block) * self._pool.block_tokens
             (block,) = self._pool.find(sequence, [(start, start + 1)])
-            self._pool.bytes[block, piece.offset : piece.offset + len(data)] = data
+            self._pool.fill(block, data, piece.offset)
             if piece.last:
                 del self._expected[piece.number]
 
@@ -98,7 +98,13 @@ async def send_blocks(
     CapacityError
         Some of the blocks are not here.
     """
-    size = pool.bytes.shape[1]
+    size = pool.block_bytes
+
+    async def read(block: int, start: int, stop: int) -> np.ndarray:
+        if pool.device.is_host:
+            return pool.read_piece(block, start, stop)
+        return await asyncio.get_running_loop().run_in_executor(None, pool.read_piece, block, start, stop)
+
     count = min(pool.block_tokens, per_step) if pace else pool.block_tokens
     step = -(-size * count // pool.block_tokens)
     blocks = pool.find(sequence, [(tokens.start, tokens.stop)])
@@ -109,5 +115,6 @@ async def send_blocks(
             if due > now:
                 await asyncio.sleep(due - now)
             last = block == blocks[-1] and offset + step >= size
-            await send(Piece(number, at, offset, last), pool.bytes[block, offset : offset + step])
+            data = await read(block, offset, min(offset + step, size))
+            await send(Piece(number, at, offset, last), data)
             due = max(due, now) + pace * count / per_step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -39,36 +39,38 @@ def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor,
     part
         Its part of the step.
     question
-        :class:`Asked`, with q [tokens, heads, head_dim] and twice [tokens, kv_heads, head_dim] of the pool's dtype.
+        :class:`Asked`, with q [tokens, heads, head_dim] and twice [tokens, kv_heads, head_dim] of the pool's dtype, in
+        host memory or on the pool's device.
 
     Returns
     -------
     tuple
         float32 out [queries, heads, head_dim] and lse [queries, heads] of the part's own queries.
     """
-    q, k, v = question.tensors
+    put = pool.device.put
+    q, k, v = map(put, question.tensors)
     layer, scale, _ = question.about
     partials = []
     first = 0
     for row in part.rows:
-        new = list(part.tokens[first : first + row.queries])
+        new = put(torch.tensor(part.tokens[first : first + row.queries]))
         first += row.queries
         visible, table = row.length, pool.find(row.sequence, row.spans)
         if row.appends:
             visible += row.queries
-            blocks, offsets = pool.slots(table, row.length, visible)
-            pool.write(layer, (torch.tensor(blocks), torch.tensor(offsets)), k[new], v[new])
+            blocks, offsets = put(torch.tensor(pool.slots(table, row.length, visible)))
+            pool.write(layer, (blocks, offsets), k[new], v[new])
+        tables, lengths, ends, start = (
+            put(torch.tensor(values, dtype=torch.int32))
+            for values in ([table], [visible], [0, row.queries], [row.length])
+        )
         partials.append(
             micro_attention(
-                q[new], pool.keys(layer), pool.values(layer), _int32([table]), _int32([visible]),
-                scale=scale, query_offsets=_int32([0, row.queries]), causal=True, q_start=_int32([row.length]),
+                q[new], pool.keys(layer), pool.values(layer), tables, lengths,
+                scale=scale, query_offsets=ends, causal=True, q_start=start,
             )
         )  # fmt: skip
     return torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials])
-
-
-def _int32(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 class LayerAttention:
@@ -102,16 +104,18 @@ class LayerAttention:
         GangAbortedError
             The gang was aborted.
         """
-        question = Parcel(Asked(layer, scale, self._remote), (q, k, v))
-        self._forward.ask(layer, question)
+        asked = Asked(layer, scale, self._remote)
+        self._forward.ask(layer, Parcel(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks take bytes of the host
         answers: dict[str, tuple[torch.Tensor, ...]] = {}
         home = self._forward.gang.home
         if home in self._parts:
-            answers[home] = attend_part(self._pool, self._parts[home], question)
+            answers[home] = attend_part(self._pool, self._parts[home], Parcel(asked, (q, k, v)))
         began = time.perf_counter()
-        answers |= {parcel.about: parcel.tensors for parcel in self._forward.take(layer)}
+        put = self._pool.device.put
+        answers |= {parcel.about: tuple(map(put, parcel.tensors)) for parcel in self._forward.take(layer)}
         self._waiting += time.perf_counter() - began
-        out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
         for worker, query, token, count in self._order:
             into, of = slice(token, token + count), slice(query, query + count)
             part_out, part_lse = answers[worker]

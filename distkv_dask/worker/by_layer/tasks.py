@@ -11,14 +11,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.worker.by_layer.attention import attend_part
 from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.device import Use
 from distkv_dask.worker.parcel import Parcel
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.engine import WorkerEngine
+    from distkv_dask.worker.engine import OpenEngine
 
 
 class LayerTasks:
@@ -30,7 +33,7 @@ class LayerTasks:
         The engine on this worker.
     """
 
-    def __init__(self, engine: WorkerEngine) -> None:
+    def __init__(self, engine: OpenEngine) -> None:
         self._engine = engine
         self._paused = engine.runtime.paused
 
@@ -81,7 +84,12 @@ class LayerTasks:
         engine = self._engine
         engine.check(gang)
         part = question.about.parts.get(engine.worker)
-        return None if part is None else Parcel(engine.worker, attend_part(engine.runtime.pool, part, question))
+        if part is None:
+            return None
+        pool = engine.runtime.pool
+        with torch.inference_mode(), pool.device.stream(Use.HOLDER):
+            out, lse = attend_part(pool, part, question)
+            return Parcel(engine.worker, (out.cpu(), lse.cpu()))
 
     def _forward(self, gang: Gang) -> PausedForward:
         try:

@@ -14,6 +14,8 @@ from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
+from distkv_dask.worker.device import Use
+from distkv_dask.worker.holder.desk import Desk
 from distkv_dask.worker.holder.native_turns import NativeTurns, new_turns
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.trace import Ring
@@ -90,19 +92,21 @@ class Session:
         if layer:
             raise ChannelError(f"a batch came where {Header(*self._turn)} was expected")
         pool = self._pool
-        self._shard = shard = Shard(pool, rows, heads)
+        with pool.device.stream(Use.HOLDER):
+            self._shard = shard = Shard(pool, rows, heads)
         self.sequences = frozenset(row.sequence for row in rows)
         q_shape = (shard.tokens, heads, pool.head_dim)
         kv_shape = (2, shard.appended, pool.kv_heads, pool.head_dim)
         size = pool.dtype.itemsize
         q_bytes, kv_bytes = torch.Size(q_shape).numel() * size, torch.Size(kv_shape).numel() * size
         self._turn = (kind, number, epoch, 0, step, q_bytes + kv_bytes)
-        self._reply = shard.result.view(torch.uint8).numpy().data
         inlet.maximum = max(inlet.maximum, q_bytes + kv_bytes)
         inlet.make_room(inlet.maximum)
-        data = inlet.data[HEADER_BYTES : HEADER_BYTES + q_bytes + kv_bytes].view(pool.dtype)
+        self._desk = desk = Desk(pool.device, inlet.data[HEADER_BYTES:][: q_bytes + kv_bytes], shard.result)
+        data = desk.question.view(pool.dtype)
         self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
         self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
+        self._reply = desk.reply.view(torch.uint8).numpy().data
         reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
         self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)
 
@@ -139,7 +143,10 @@ class Session:
         self._count(1, time.perf_counter() - began)
 
     def _attend(self, header: Header) -> None:
-        self._shard.attend(header.layer, self._q, self._keys, self._values, header.scale)
+        with self._pool.device.stream(Use.HOLDER):
+            self._desk.fetch()
+            self._shard.attend(header.layer, self._q, self._keys, self._values, header.scale)
+            self._desk.leave()
 
     def _reply_to(self, inlet: Inlet, header: Header) -> None:
         _, number, epoch, layer, step, _, _ = header
@@ -159,7 +166,8 @@ class Session:
         """It is the turn of ``layer``; of the next step, when that is the first."""
         kind, number, epoch, _, step, length = self._turn
         if layer == 0:
-            self._shard.advance()
+            with self._pool.device.stream(Use.HOLDER):
+                self._shard.advance()
             step += 1
         self._turn = (kind, number, epoch, layer, step, length)
 

@@ -9,7 +9,7 @@ import torch
 from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import PreparedMerge
 from distkv_dask.worker.blocks.pool import Pool
-from distkv_dask.worker.home.exchange import Asking, Exchange, indices, merging
+from distkv_dask.worker.home.exchange import Asking, Exchange, merging, placed_indices
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
@@ -48,10 +48,10 @@ class DistAttention:
         if local is not None and local.index is None and len(parts) == 1:
             self._out = local.shard.out
         else:
-            self._out = torch.empty(shape, dtype=torch.float32)
-            self._lse = torch.empty(shape[:2], dtype=torch.float32)
+            self._out = torch.empty(shape, dtype=torch.float32, device=pool.device.torch)
+            self._lse = torch.empty(shape[:2], dtype=torch.float32, device=pool.device.torch)
             self._begin_merging(gang, parts)
-        self._result = self._out if pool.dtype == torch.float32 else torch.empty(shape, dtype=pool.dtype)
+        self._result = self._out if pool.dtype == torch.float32 else torch.empty_like(self._out, dtype=pool.dtype)
 
     def _begin_merging(self, gang: HomeGang, parts: Mapping[str, Part]) -> None:
         """Make what merges the partials, in an order that neither time nor the rest of the batch changes."""
@@ -139,8 +139,7 @@ class Local:
 
     def __init__(self, part: Part, tokens: int, pool: Pool, heads: int) -> None:
         self.shard = Shard(pool, part.rows, heads)
-        self.index, appended = indices(part, tokens)
-        self._appended = None if len(appended) == tokens else appended
+        self.index, self._appended, _ = placed_indices(part, tokens, pool.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Append and attend; the partials are the shard's."""

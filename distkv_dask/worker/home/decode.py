@@ -164,15 +164,14 @@ class DecodeLoop:
         if not live:
             return
         assert self._attention is not None
-        logits = self._model.forward(
-            torch.tensor([one.last_token for one in live]),
-            torch.tensor([one.length for one in live]),
-            self._attention,
-        )
+        self._inputs.host[:] = torch.tensor([[one.last_token for one in live], [one.length for one in live]])
+        self._inputs.up()
+        token_ids, positions = self._inputs.there
+        logits = self._model.forward(token_ids, positions, self._attention)
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
-        for one, drawn in zip(live, sample_batch(logits, [one.draw for one in live]), strict=True):
+        for one, drawn in zip(live, sample_batch(logits, [one.draw for one in live], self._model.device), strict=True):
             if isinstance(drawn, DistKVError):
                 one.fail(drawn)
                 continue
@@ -200,6 +199,7 @@ class DecodeLoop:
         if not live:
             return
         self._attention = self._new_attention(parts, len(live), self._steps)
+        self._inputs = self._model.device.pair((2, len(live)), torch.int64)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)
 

@@ -17,6 +17,7 @@ from distkv_dask.kernels import PreparedMerge
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.device import Device, Mark
 from distkv_dask.worker.plan import Part, Run
 
 
@@ -60,9 +61,14 @@ class Exchange(Protocol):
 
 
 class PythonExchange:
-    """Over any channels."""
+    """Over any channels, for a home on any device.
+
+    On a card, questions are packed there and copied to the host beside the local part, which is queued before the host
+    waits for them: the one stop of a layer.
+    """
 
     def __init__(self, asking: Asking) -> None:
+        self._packed: tuple[Mark, float] | None = None
         self._sending = self._waiting = 0.0
         self._layers = 0
         self._asking = asking
@@ -87,9 +93,13 @@ class PythonExchange:
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
-        began = time.perf_counter()
+        began, device = time.perf_counter(), self._asking.pool.device
         for remote in self._remotes:
-            self._ask(remote, layer, step, q, k, v, scale)
+            remote.pack(q, k, v)
+            if device.is_host:
+                self._ask(remote, layer, step, scale)
+        if not device.is_host:
+            self._packed = device.mark(), scale
         self._sending += time.perf_counter() - began
         self._layers += 1
         self._asking.out.zero_()
@@ -97,6 +107,7 @@ class PythonExchange:
 
     def gather(self, layer: int, step: int) -> None:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
+        self._ask_packed(layer, step)
         there: set[Remote | None] = {None}  # the home's own
         merged = 0
         while len(there) <= len(self._remotes):
@@ -106,6 +117,17 @@ class PythonExchange:
             while merged < len(self._merges) and self._merges[merged][0] in there:
                 self._merge(*self._merges[merged], layer, step)
                 merged += 1
+
+    def _ask_packed(self, layer: int, step: int) -> None:
+        """Send the questions that are still on their way from the device."""
+        if self._packed is None:
+            return
+        began = time.perf_counter()
+        (mark, scale), self._packed = self._packed, None
+        mark.wait()
+        for remote in self._remotes:
+            self._ask(remote, layer, step, scale)
+        self._sending += time.perf_counter() - began
 
     def _arrived(self, there: set[Remote | None], layer: int, step: int) -> list[Remote]:
         """Holders whose partials are on their way in."""
@@ -123,10 +145,8 @@ class PythonExchange:
 
     # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.home.traced`)
 
-    def _ask(
-        self, remote: Remote, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> None:
-        remote.ask(layer, step, q, k, v, scale)
+    def _ask(self, remote: Remote, layer: int, step: int, scale: float) -> None:
+        remote.ask(layer, step, scale)
 
     def _select(
         self, selector: selectors.BaseSelector, layer: int, step: int
@@ -152,20 +172,20 @@ class Remote:
         self.channel = channel
         pool, gang = asking.pool, asking.gang
         tokens, heads, d = asking.out.shape
-        self._index, appended = indices(part, tokens)
-        self._appended = None if len(appended) == tokens else appended
+        self._index, self._appended, appended = placed_indices(part, tokens, pool.device)
         queries = len(part.tokens)
-        kv_shape = (2, len(appended), pool.kv_heads, d)
-        question = torch.empty(queries * heads * d + math.prod(kv_shape), dtype=pool.dtype)
+        kv_shape = (2, appended, pool.kv_heads, d)
+        self._packed = pool.device.pair((queries * heads * d + math.prod(kv_shape),), pool.dtype)
+        question = self._packed.there
         self._q = question[: queries * heads * d].view(queries, heads, d)
         self._k, self._v = question[queries * heads * d :].view(kv_shape)
-        self._question = bytes_of(question)
+        self._question = bytes_of(self._packed.host)
         self._gang, self._epoch = gang.number, gang.epoch
-        answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
-        self._answer = bytes_of(answer)
+        self._came = pool.device.pair((queries * heads * (d + 1),), torch.float32)
+        self._answer, answer = bytes_of(self._came.host), self._came.there
         out = answer[: queries * heads * d].view(queries, heads, d)
         self.partials = out, answer[queries * heads * d :].view(queries, heads)
-        """What was received: float32 [queries, heads, head_dim] and [queries, heads]."""
+        """What was received, on the device: float32 [queries, heads, head_dim] and [queries, heads]."""
 
     @property
     def asked_bytes(self) -> int:
@@ -177,12 +197,16 @@ class Remote:
         """Bytes of a partial."""
         return len(self._answer)
 
-    def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        """Send the queries, and the KV of tokens that belong to a tail there."""
+    def pack(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put the queries into a question, and the KV of tokens that belong to a tail there; queues the copy."""
         _take(q, self._index, self._q)
         if len(self._k):
             _take(k, self._appended, self._k)
             _take(v, self._appended, self._v)
+        self._packed.down()
+
+    def ask(self, layer: int, step: int, scale: float) -> None:
+        """Send the question, which is packed."""
         question = self._question
         header = Header(Kind.ATTEND, self._gang, self._epoch, layer, step, len(question), scale)
         self.channel.send(header, question)
@@ -191,6 +215,7 @@ class Remote:
         """Wait for the partial."""
         answer = self._answer
         self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
+        self._came.up()
 
 
 def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -202,6 +227,13 @@ def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]
         appended += part.tokens[first : first + row.queries] if row.appends else ()
         first += row.queries
     return index, torch.tensor(appended, dtype=torch.int64)
+
+
+def placed_indices(part: Part, tokens: int, device: Device) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """The same on a device, None where it is all of the step's tokens; and how many are appended."""
+    index, appended = indices(part, tokens)
+    there = None if index is None else device.put(index)
+    return there, None if len(appended) == tokens else device.put(appended), len(appended)
 
 
 def merging(

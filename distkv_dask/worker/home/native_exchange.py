@@ -144,6 +144,6 @@ def new_exchange(
     """In C++ where all channels are plain sockets and the library is there, else in Python; recorded in a ring."""
     library = wire()
     plain = all(type(channel) in (TcpChannel, UnixChannel) for _, channel, _ in asking.holders)
-    if library is None or not plain or asking.out.device.type != "cpu":
+    if library is None or not plain or not asking.pool.device.is_host:
         return in_python(asking)
     return NativeExchange(asking, library, ring)

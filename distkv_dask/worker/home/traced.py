@@ -63,6 +63,7 @@ class TracedModel:
         self._ring = ring
         self.geometry = model.geometry
         self.eos_token_ids = model.eos_token_ids
+        self.device = model.device
         self.follower = model.follower
 
     def forward(
@@ -118,12 +119,10 @@ class TracedExchange(PythonExchange):
         self._number = asking.gang.number
         self._ring = ring
 
-    def _ask(
-        self, remote: Remote, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> None:
+    def _ask(self, remote: Remote, layer: int, step: int, scale: float) -> None:
         began = perf_counter_ns()
         try:
-            super()._ask(remote, layer, step, q, k, v, scale)
+            super()._ask(remote, layer, step, scale)
         finally:
             self._ring.put("send", began, self._number, step, layer, remote.channel.peer, remote.asked_bytes)
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from distkv_dask.errors import ModelError, in_words
+from distkv_dask.errors import DeviceError, ModelError, in_words
 from distkv_dask.geometry import Geometry
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.probe import probe
@@ -50,6 +51,8 @@ class LoadedModel:
         Tokens that end a sequence.
     tokenizer
         Loads its tokenizer, or None where it has none; called for answers of a JSON schema only.
+    device
+        Where the weights are.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class LoadedModel:
         geometry: Geometry,
         eos_token_ids: frozenset[int],
         tokenizer: Callable[[], Any | None] = lambda: None,
+        device: Device = HOST,
     ) -> None:
+        self.device = device
         self._model = model
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
@@ -93,17 +98,17 @@ class LoadedModel:
         Parameters
         ----------
         token_ids, positions
-            int64 [T]: the tokens, and the position of each in its sequence.
+            int64 [T] on the device: the tokens, and the position of each in its sequence.
         step
             Attends in each layer; it alone knows which token belongs to which sequence.
         keep
-            Whose logits are computed: those of the flattened tokens at the int64 indices [n], of which there may be
-            none; without it, of all.
+            Whose logits are computed: those of the flattened tokens at the int64 indices [n] on the device, of which
+            there may be none; without it, of all.
 
         Returns
         -------
         Tensor
-            float32 [n, vocab].
+            float32 [n, vocab] on the device.
         """
         # never a number n: transformers takes the last n rows as a view, for which torch 2.13 copies the whole lm_head
         some: Tensor | int = 0 if keep is None else keep
@@ -120,6 +125,7 @@ def load_model(
     threads: int,
     rope_scaling: Mapping[str, Any] | None = None,
     deterministic: bool = False,
+    device: Device = HOST,
 ) -> LoadedModel:
     """Load a model on this machine and check that DistAttention computes it exactly.
 
@@ -135,9 +141,13 @@ def load_model(
         Torch threads.
     deterministic
         Whether logits must not depend on how many rows are computed at once.
+    device
+        Where its weights go.
 
     Raises
     ------
+    DeviceError
+        When they do not fit there.
     ModelError
         When the model does not exist or cannot be loaded, or the dtype is unknown.
     UnsupportedModelError
@@ -150,16 +160,16 @@ def load_model(
     with _loading, _quiet():
         check_supported(config := source.config())
         source.check_weights(config)
-        model = _read_weights(source, config, dtype)
+        model = _read_weights(source, config, dtype, device)
         geometry = probe(model)
-    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer)
+    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
     if deterministic:
         compute_rows_alike(model)
-        check_rows_alike(loaded.forward, geometry)
+        check_rows_alike(loaded.forward, geometry, device.torch)
     return loaded
 
 
-def _read_weights(source: ModelSource, config: Any, dtype: str) -> Any:
+def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) -> Any:
     from transformers import AutoModelForCausalLM
 
     if source.kind == "gguf" and dtype == "auto":
@@ -175,7 +185,14 @@ def _read_weights(source: ModelSource, config: Any, dtype: str) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if device.is_host else {"device_map": {"": device.torch}}),
         )
+    except torch.OutOfMemoryError as error:
+        free, total = device.memory()
+        raise DeviceError(
+            f"the weights of model {source.name!r} do not fit {device.name}, which has {total} bytes of memory, "
+            f"{free} of them free: choose a smaller model or dtype, or a larger card. {in_words(error)}"
+        ) from error
     except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
         raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
     if missing := sorted(found["missing_keys"]):

@@ -41,11 +41,12 @@ def probe(model: Any) -> Geometry:
     """
     config = model.config.get_text_config()
     total = [sum(tokens) for tokens in zip(*_PIECES, strict=True)]
-    ids = torch.split_with_sizes(torch.linspace(0, config.vocab_size - 1, sum(total)).long(), total)
+    spread = torch.linspace(0, config.vocab_size - 1, sum(total)).long()
+    ids = torch.split_with_sizes(spread.to(model.device), total)
     try:
         with torch.inference_mode():
             model.set_attn_implementation("eager")
-            own = torch.cat([_logits(model, tokens, torch.arange(len(tokens))) for tokens in ids])
+            own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
             model.set_attn_implementation(_OBSERVING)
             observer = _Observer(config)
             ours = _in_pieces(model, ids, observer)
@@ -71,8 +72,9 @@ def _in_pieces(model: Any, ids: Sequence[Tensor], observer: _Observer) -> Tensor
     done = [0] * len(ids)
     logits: list[list[Tensor]] = [[] for _ in ids]
     for counts in _PIECES:
-        positions = [torch.arange(start, start + count) for start, count in zip(done, counts, strict=True)]
-        tokens = [sequence[at] for sequence, at in zip(ids, positions, strict=True)]
+        pieces = [(start, start + count) for start, count in zip(done, counts, strict=True)]
+        positions = [torch.arange(*piece, device=ids[0].device) for piece in pieces]
+        tokens = [sequence[slice(*piece)] for sequence, piece in zip(ids, pieces, strict=True)]
         with observer.forward(counts):
             output = _logits(model, torch.cat(tokens), torch.cat(positions))
         for rows, part in zip(logits, torch.split_with_sizes(output, counts), strict=True):
@@ -140,7 +142,9 @@ class _Observer:
                 earlier = self._kv[layer, sequence]
                 keys, values = torch.cat((earlier[0], keys)), torch.cat((earlier[1], values))
             self._kv[layer, sequence] = keys, values
-            hidden = torch.ones(len(queries), len(keys), dtype=torch.bool).triu(len(keys) - len(queries) + 1)
+            hidden = torch.ones(len(queries), len(keys), dtype=torch.bool, device=q.device).triu(
+                len(keys) - len(queries) + 1
+            )
             scores = torch.einsum("thd,shd->hts", queries.float(), keys.float().repeat_interleave(groups, 1)) * scale
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             out.append(torch.einsum("hts,shd->thd", weights, values.float().repeat_interleave(groups, 1)))

@@ -8,6 +8,7 @@ threads, so they are found by trying, and everything is computed in such numbers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def compute_rows_alike(model: torch.nn.Module) -> None:
                     )
 
 
-def check_rows_alike(forward: Forward, geometry: Geometry) -> None:
+def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device) -> None:
     """Run a model with many rows, and again with few of them.
 
     Raises
@@ -72,7 +73,8 @@ def check_rows_alike(forward: Forward, geometry: Geometry) -> None:
         When their logits differ: more of it than linears and activations depends on the number of rows.
     """
     count = 2 * BASE + 3
-    ids, positions = torch.linspace(0, geometry.vocab_size - 1, count).long(), torch.arange(count)
+    ids = torch.linspace(0, geometry.vocab_size - 1, count, device=device).long()
+    positions = torch.arange(count, device=device)
     together = forward(ids, positions, _EachItself())
     for start, size in (
         (0, 1),
@@ -129,7 +131,7 @@ class TiledActivation:
         flat = rows.flatten(0, -2).float()
         width = flat.shape[1]
         if width not in self._sizes:
-            self._sizes[width] = activation_sizes(self._function, width)
+            self._sizes[width] = activation_sizes(self._function, width, flat.device)
         return in_tiles(self._function, flat, self._sizes[width]).to(rows.dtype).view(rows.shape)
 
 
@@ -140,21 +142,21 @@ def linear_sizes(linear: torch.nn.Linear) -> tuple[int, ...]:
     """
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = linear.in_features, linear.out_features
-    dtype = linear.weight.dtype
+    to: dict[str, Any] = {"dtype": linear.weight.dtype, "device": linear.weight.device}
 
     def opposite(count: int, sign: int) -> Tensor:
-        half = torch.randn(count, inputs // 2, generator=generator).to(dtype)
-        return torch.cat((half, sign * half, torch.zeros(count, inputs % 2, dtype=dtype)), 1)
+        half = torch.randn(count, inputs // 2, generator=generator).to(**to)
+        return torch.cat((half, sign * half, torch.zeros(count, inputs % 2, **to)), 1)
 
     weight, rows = opposite(outputs, 1), opposite(_trial_rows(max(inputs, outputs)), -1)
-    bias = None if linear.bias is None else torch.zeros(outputs, dtype=dtype)
+    bias = None if linear.bias is None else torch.zeros(outputs, **to)
     return row_sizes(lambda some: functional.linear(some, weight, bias), rows, 2)
 
 
-def activation_sizes(function: Rows, width: int) -> tuple[int, ...]:
+def activation_sizes(function: Rows, width: int, device: torch.device) -> tuple[int, ...]:
     """Find the numbers of rows with which an activation gives the same bits in float32."""
     rows = 3 * torch.randn(_trial_rows(width), width, generator=torch.Generator().manual_seed(0))
-    return row_sizes(function, rows, 24)
+    return row_sizes(function, rows.to(device), 24)
 
 
 def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:

@@ -1,30 +1,23 @@
-"""From logits to the next token, filtered as Hugging Face's ``generate`` does, in float64.
+"""From logits to the next tokens, filtered as Hugging Face's ``generate`` does, in float64, on the logits' device.
 
 A draw uses one uniform number made from (seed, position) alone. So it is the same in any batch, in a retried window and
-on any device. Extreme parameters give the token that they tend to: a tiny temperature the greedy one, for instance.
+on any device. Extreme parameters give the token that they tend to: a tiny temperature the greedy one, for instance. The
+whole batch is drawn at once, and the host waits for the device once: for the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from distkv_dask.errors import DistKVError, ModelError, portable
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.worker.device import HOST, Device
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.structured import Follower
@@ -46,94 +39,139 @@ class Draw(NamedTuple):
     follower: Follower | None = None
 
 
-def sample_batch(logits: Tensor, draws: Sequence[Draw]) -> list[int | DistKVError]:
+def sample_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -> list[int | DistKVError]:
     """Choose the next tokens of a batch.
 
     Parameters
     ----------
     logits
-        float32 [rows, vocab]; overwritten where a schema forbids tokens.
+        float32 [rows, vocab] on the device; overwritten where a schema forbids tokens.
     draws
         One for each row. The ``seed`` must be set where the temperature is not 0.
+    device
+        Where the logits are.
 
     Returns
     -------
     list
         For each row its token, an index into its logits, or the error that kept it from having one.
     """
-    best = logits.max(-1)
-    rows = zip(logits, draws, best.values.tolist(), best.indices.tolist(), strict=True)
-    return [_chosen(*row) for row in rows]
+    largest, tokens = logits.max(-1)
+    errors = _restrict(logits, draws, device)
+    if any(draw.follower is not None for draw in draws):
+        tokens = logits.argmax(-1)
+    drawn = [row for row, draw in enumerate(draws) if _is_drawn(draw.params) and row not in errors]
+    if drawn:
+        rows = device.put(torch.tensor(drawn))
+        tokens = tokens.index_copy(0, rows, _sampled(logits[rows], [draws[row] for row in drawn], device))
+    found = torch.stack((largest.double(), tokens.double())).cpu().T.tolist()
+    return [
+        errors.get(row) or (int(token) if isfinite(most) else _not_finite(draws[row]))  # of NaN and others, NaN is most
+        for row, (most, token) in enumerate(found)
+    ]
 
 
-def _chosen(logits: Tensor, draw: Draw, largest: float, token: int) -> int | DistKVError:
-    """Choose a row's token, whose errors are its own; ``token`` has the ``largest`` logit."""
-    try:
-        if not isfinite(largest):  # the largest of NaN and others is NaN
-            raise ModelError(
-                f"the model's logits of the token at position {draw.position} are not finite: its weights are damaged, "
-                "or its dtype overflows; open the engine with dtype='float32'"
-            )
-        params, follower = draw.params, draw.follower
-        if follower is not None:
-            follower.restrict(logits)
-        elif params.temperature == 0 and params.repetition_penalty == 1:
-            return token
-        return _sampled(logits, params, draw.position, draw.history)
-    except Exception as error:
-        return portable(error, f"the draw of the token at position {draw.position}")
-
-
-def _sampled(logits: Tensor, params: SamplingParams, position: int, history: Sequence[int]) -> int:
-    if params.temperature == 0:
-        return int(_penalised(logits, params.repetition_penalty, history).argmax())
-    if params.seed is None:
-        raise ValueError("a draw needs SamplingParams.seed; None must be replaced where the request is made")
-    cumulative = probabilities(logits, params, history).cumsum(-1)
-    return int(torch.searchsorted(cumulative, cumulative[-1:] * _uniform(params.seed, position)))
-
-
-def probabilities(logits: Tensor, params: SamplingParams, history: Sequence[int] = ()) -> Tensor:
-    """Probabilities of the next token, float64 [vocab], at a temperature above 0.
+def probabilities(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -> Tensor:
+    """Probabilities of the next tokens, float64 [rows, vocab].
 
     Parameters
     ----------
     logits
-        float32 [vocab], of which at least one is above -inf and none is inf or NaN.
-    params, history
-        As in :class:`Draw`.
+        float32 [rows, vocab] on the device, of which in each row at least one is above -inf and none is inf or NaN.
+    draws
+        One for each row, with temperatures above 0.
+    device
+        Where the logits are.
     """
-    scores = _penalised(logits, params.repetition_penalty, history)
-    scores = scores - scores.max()  # the quotient by a tiny temperature is -inf then, or 0
-    history_unread = torch.empty(1, 0, dtype=torch.long)
-    kept: Tensor = _filters(params)(history_unread, scores[None])[0]  # type: ignore[arg-type]
-    return kept.softmax(-1)
+    every = [draw.params for draw in draws]
+    scores = _penalised(logits.double(), draws, device)
+    scores = scores - scores.max(-1, keepdim=True).values  # the quotient by a tiny temperature is -inf then, or 0
+    settings = [(one.temperature, one.top_k or 0, one.top_p, one.min_p) for one in every]
+    temperature, top_k, top_p, min_p = device.put(torch.tensor(settings, dtype=torch.float64)).T[:, :, None]
+    scores = scores / temperature
+    if any(one.top_k > 0 for one in every):
+        scores = _best(scores, top_k)
+    if any(one.top_p < 1 for one in every):
+        scores = _nucleus(scores, top_p)
+    if any(one.min_p > 0 for one in every):
+        chances = scores.softmax(-1)
+        scores = scores.masked_fill(chances < min_p * chances.max(-1, keepdim=True).values, -torch.inf)
+    return scores.softmax(-1)
 
 
-def _penalised(logits: Tensor, penalty: float, history: Sequence[int]) -> Tensor:
-    """Logits in float64, those of ``history`` with the repetition penalty."""
-    scores = logits.double()
-    if penalty == 1:
+def _is_drawn(params: SamplingParams) -> bool:
+    """Whether a row's token is another than that of its largest logit."""
+    return params.temperature != 0 or params.repetition_penalty != 1
+
+
+def _restrict(logits: Tensor, draws: Sequence[Draw], device: Device) -> dict[int, DistKVError]:
+    """Forbid what the schemas forbid; the errors of rows that cannot be drawn for."""
+    errors: dict[int, DistKVError] = {}
+    for row, draw in enumerate(draws):
+        try:
+            if draw.follower is not None:
+                forbidden = device.put(draw.follower.forbidden(logits.shape[1]))
+                with torch.inference_mode():  # in which the logits were made
+                    logits[row].masked_fill_(forbidden, -torch.inf)
+            if draw.params.temperature != 0 and draw.params.seed is None:
+                raise ValueError("a draw needs SamplingParams.seed; None must be replaced where the request is made")
+            if draw.params.repetition_penalty != 1 and not all(0 <= one < logits.shape[1] for one in draw.history):
+                raise ValueError("the history has tokens that the model does not know")
+        except Exception as error:
+            errors[row] = portable(error, f"the draw of the token at position {draw.position}")
+    return errors
+
+
+def _sampled(logits: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
+    """Tokens of rows that are drawn or penalised, int64 [rows] on the device."""
+    best = _penalised(logits.double(), draws, device).argmax(-1)
+    warm = [row for row, draw in enumerate(draws) if draw.params.temperature != 0]
+    if not warm:
+        return best
+    some = [draws[row] for row in warm]
+    rows = device.put(torch.tensor(warm))
+    cumulative = probabilities(logits[rows], some, device).cumsum(-1)
+    uniform = device.put(torch.tensor([_uniform(int(one.params.seed or 0), one.position) for one in some]).double())
+    tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform[:, None])
+    return best.index_copy(0, rows, tokens[:, 0])
+
+
+def _penalised(scores: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
+    """Scores, float64 [rows, vocab], with the repetition penalties of tokens that were there before."""
+    if all(draw.params.repetition_penalty == 1 for draw in draws):
         return scores
-    penalty = min(max(penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY)
-    tokens = torch.as_tensor(history, dtype=torch.long, device=logits.device)
-    penalised: Tensor = RepetitionPenaltyLogitsProcessor(penalty)(tokens[None], scores[None])[0]
-    return penalised
+    vocab = scores.shape[1]
+    histories = [[] if draw.params.repetition_penalty == 1 else list(draw.history) for draw in draws]
+    longest = max(map(len, histories))
+    padded = device.put(torch.tensor([one + [vocab] * (longest - len(one)) for one in histories], dtype=torch.int64))
+    seen = torch.zeros(len(draws), vocab + 1, dtype=torch.bool, device=scores.device)
+    seen.scatter_(1, padded, True)
+    penalties = [min(max(one.params.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY) for one in draws]
+    penalty = device.put(torch.tensor(penalties, dtype=torch.float64))[:, None]
+    return torch.where(seen[:, :vocab], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-@lru_cache(maxsize=256)
-def _filters(params: SamplingParams) -> LogitsProcessorList:
-    """Return the filters in the order of ``generate``; those that do nothing are left out."""
-    filters = LogitsProcessorList()
-    if params.temperature != 1:
-        filters.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k > 0:
-        filters.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        filters.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        filters.append(MinPLogitsWarper(params.min_p))
-    return filters
+def _best(scores: Tensor, top_k: Tensor) -> Tensor:
+    """Leave the ``top_k`` largest of each row, float64 [rows, 1]; 0 leaves all."""
+    vocab = scores.shape[1]
+    last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long() - 1
+    least = scores.sort(-1, descending=True).values.gather(1, last)
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
+    """Leave the likeliest of each row that together have ``top_p``, float64 [rows, 1], and one at least."""
+    ordered, order = scores.sort(stable=True, dim=-1)
+    gone = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+    gone[:, -1] = False
+    return scores.masked_fill(torch.empty_like(gone).scatter_(1, order, gone), -torch.inf)
+
+
+def _not_finite(draw: Draw) -> ModelError:
+    return ModelError(
+        f"the model's logits of the token at position {draw.position} are not finite: its weights are damaged, or its "
+        "dtype overflows; open the engine with dtype='float32'"
+    )
 
 
 def _uniform(seed: int, position: int) -> float:

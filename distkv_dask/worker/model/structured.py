@@ -38,13 +38,10 @@ class Follower:
         for token in generated:
             self.take(token)
 
-    def restrict(self, logits: Tensor) -> None:
-        """Leave only tokens that go on within the schema; those that end the answer count where it is complete.
+    def forbidden(self, vocab: int) -> Tensor:
+        """Which of the model's tokens would break the schema, bool [vocab].
 
-        Parameters
-        ----------
-        logits
-            float32 [vocab], written to.
+        Those that end the answer would until it is complete.
 
         Raises
         ------
@@ -52,13 +49,11 @@ class Follower:
             The schema cannot be followed any further: it takes llguidance too long, or the model has no token for it.
         """
         allowed = np.unpackbits(np.frombuffer(self._ask(self._matcher.compute_bitmask), np.uint8), bitorder="little")
-        vocab = logits.shape[0]
         forbidden = torch.ones(vocab, dtype=torch.bool)
         forbidden[: len(allowed)] = torch.from_numpy(allowed[:vocab] == 0)
-        with torch.inference_mode():  # in which the logits were made
-            logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
         if forbidden.all():
             raise InvalidRequestError("the JSON schema cannot be followed any further: no token of the model fits it")
+        return forbidden
 
     def take(self, token: int) -> None:
         """Go on with the token that was drawn."""

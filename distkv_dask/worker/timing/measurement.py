@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import torch
 
 from distkv_dask.errors import DistKVError
@@ -24,6 +25,7 @@ from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
+from distkv_dask.worker.device import Use
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.shard import Shard
@@ -71,17 +73,19 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
 
 def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
     """One query's attention in all layers over few and over many tokens."""
-    q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype)
-    nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype)
+    device = pool.device
+    q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
+    nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
     found = []
     for tokens in (pool.block_tokens, _most(pool)):
-        with _reserved(pool, 0, tokens), torch.inference_mode():
+        with _reserved(pool, 0, tokens), torch.inference_mode(), device.stream(Use.HOLDER):
             shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),))], heads)
             seconds: list[float] = []
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS:
                 began = time.perf_counter()
                 for layer in range(pool.layers):
                     shard.attend(layer, q, nothing, nothing, 1.0)
+                device.finish()
                 seconds.append(time.perf_counter() - began)
             found.append((tokens, statistics.median(seconds[1:])))
     return found
@@ -97,8 +101,9 @@ def _most(pool: Pool) -> int:
 def _reserved(pool: Pool, sequence: int, tokens: int) -> Iterator[None]:
     """Blocks that have been written to: reading memory that never was would be too fast."""
     pool.reserve(sequence, 0, tokens)
+    zeros = np.zeros(pool.block_bytes, np.uint8)
     for block in pool.table(sequence):
-        pool.bytes[block] = 0
+        pool.fill(block, zeros)
     try:
         yield
     finally:

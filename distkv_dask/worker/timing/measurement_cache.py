@@ -43,14 +43,14 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / "performance"
 
 
-def hardware() -> dict[str, object]:
-    """What makes this machine as fast as it is, as far as one can tell without timing it."""
+def hardware(device: str) -> dict[str, object]:
+    """What makes this machine as fast as it is with a device, as far as one can tell without timing it."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line for line in lines if line.startswith("model name")), processor)
     versions = {name: version(name) for name in ("distkv-dask", "torch", "transformers")}
-    return {"host": platform.node(), "processor": processor, "cores": os.cpu_count(), **versions}
+    return {"host": platform.node(), "processor": processor, "cores": os.cpu_count(), "device": device, **versions}
 
 
 def _digest(key: dict[str, object]) -> str:

@@ -1,0 +1,107 @@
+"""How much KV memory a worker has for an engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from distkv_dask.errors import CapacityError, ConfigError, DeviceError
+from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
+from distkv_dask.worker.blocks.pool import BlockShape
+from distkv_dask.worker.device import Device
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from distkv_dask.worker.model.loaded import LoadedModel
+
+PAUSE_FRACTION = 0.8
+"""Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
+
+MARGIN = 0.05
+"""Part of a card's memory that is left free by default: for kernels, other libraries and what is in pieces."""
+
+
+def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Device, model: LoadedModel | None) -> int:
+    """Bytes of KV memory on a worker: what the settings or its resources say, else a part of what there is.
+
+    On the host that is half of the worker's memory limit. On a card it is what remains after the weights and after the
+    largest prompt chunk, which is computed once to see.
+
+    Raises
+    ------
+    ConfigError, CapacityError, DeviceError
+        It has no memory limit to take half of; it is less than a block, or does not fit beside what is there.
+    """
+    asked = spec.config.kv_memory
+    if KV_MEMORY_RESOURCE in worker.state.total_resources:
+        asked = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
+    found = _on_host(worker, asked) if device.is_host else _on_card(spec, device, model, asked)
+    if found < block.nbytes:
+        raise CapacityError(
+            f"kv_memory is {found} bytes, but one block of {block.block_tokens} tokens of this model needs "
+            f"{block.nbytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
+        )
+    return found
+
+
+def _on_host(worker: Worker, asked: int | None) -> int:
+    limit = worker.memory_manager.memory_limit
+    if asked is None:
+        if not limit:
+            raise ConfigError(
+                f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
+            )
+        asked = limit // 2
+    resident = psutil.Process().memory_info().rss
+    if limit and resident + asked > PAUSE_FRACTION * limit:
+        raise CapacityError(
+            f"kv_memory of {asked} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
+            f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "
+            f"Lower kv_memory (distkv.kv-memory) or raise the worker's memory_limit."
+        )
+    return asked
+
+
+def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked: int | None) -> int:
+    chunk = 0 if model is None else _chunk_bytes(model, device, spec.config.prefill_chunk_tokens)
+    free, total = device.memory()
+    if asked is None:
+        return max(0, free - chunk - int(MARGIN * total))
+    if asked + chunk > free:
+        raise DeviceError(
+            f"kv_memory of {asked} bytes does not fit {device.name}: {free} of its {total} bytes are free"
+            + (
+                f", and a prompt chunk of {spec.config.prefill_chunk_tokens} tokens needs {chunk} of them"
+                if chunk
+                else ""
+            )
+            + ". Lower kv_memory (distkv.kv-memory) or distkv.prefill.chunk-tokens, or end what else uses the card"
+        )
+    return asked
+
+
+def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
+    """Bytes that the largest prompt chunk takes on a card beside weights and KV, found by computing one."""
+    tokens = min(tokens, model.geometry.max_positions or tokens)
+    try:
+        with device.peak() as peak:
+            ids = torch.zeros(tokens, dtype=torch.int64, device=device.torch)
+            keep = torch.full((1,), tokens - 1, device=device.torch)
+            model.forward(ids, torch.arange(tokens, device=device.torch), _NoAttention(), keep)
+    except torch.OutOfMemoryError as error:
+        free, total = device.memory()
+        raise DeviceError(
+            f"a prompt chunk of {tokens} tokens does not fit {device.name}, which has {free} of {total} bytes left "
+            "beside the weights: lower distkv.prefill.chunk-tokens, or choose a smaller model or a larger card"
+        ) from error
+    return peak.bytes
+
+
+class _NoAttention:
+    """Stands for attention where only sizes matter."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return q
