@@ -10,7 +10,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # Tests of one file share what they have started, so a file's tests run in one process.
 JOBS ?= 2
-PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(if $(DEVICE),DISTKV_TEST_DEVICE=$(DEVICE)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all nightly sanitize lint bench docs clean
@@ -21,7 +21,7 @@ help:  ## Show this list
 demo: $(VENV)/.installed  ## Answer questions about documents that fit on no single worker
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tcp or unix: engines use that; JOBS=1: one at a time)
+test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tcp or unix: engines use that; DEVICE=emulated: on a card that does not exist; JOBS=1: one at a time)
 	$(PYTEST)
 
 test-all: $(VENV)/.installed-test  ## Run those over UCX, too, which takes another 250 MB (CHANNEL=ucx: engines use it)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Read when torch and huggingface_hub are first imported, hence before all imports; worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Timing every worker when an engine opens is for the tests of that: they ask for it.
 os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
+if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters get the card, too
+    os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = repr([str(Path(__file__).parent / "emulated" / "preload.py")])
 
 import pytest
 import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
+
+if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
+    import emulated
+
+    emulated.install()
 
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 

@@ -1,0 +1,142 @@
+"""The card: its memory, which tensors take and give back, and what it says of itself."""
+
+from __future__ import annotations
+
+import types
+import weakref
+
+import torch
+from torch import Tensor
+
+from emulated.counts import note
+from emulated.errors import RaceError
+from emulated.shadow import Memory
+from emulated.streams import HOST, LOCK, Clock, Stream, advance, current_stream
+
+_ROUND = 512
+"""An allocation is a multiple of so many bytes."""
+_SEGMENT = 2 << 20
+"""So many bytes, and multiples, are taken from the card at once."""
+_OTHERS = 5 << 28
+"""What other processes have of the card: transformers takes it that every card has more than 1.2 GiB."""
+
+
+class Card:
+    """Figures of the one card, and bytes of its memory that are in use."""
+
+    def __init__(self, memory: int, processors: int, capability: tuple[int, int]) -> None:
+        self.total = memory + _OTHERS
+        self.ours = memory
+        """Bytes that this process can have."""
+        major, minor = capability
+        self.properties = types.SimpleNamespace(
+            name="Emulated GPU", total_memory=self.total, multi_processor_count=processors, major=major, minor=minor,
+            warp_size=32, max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448,
+            L2_cache_size=50 << 20, is_integrated=False, is_multi_gpu_board=False, gcnArchName="",
+        )  # fmt: skip
+        self.allocated = self.peak = self.reserved = self.peak_reserved = 0
+        self.freed: list[tuple[int, int, Clock]] = []
+        """Memory that was freed while other streams might use it: bytes, the stream to which it returned, its uses."""
+
+    def find_room(self, nbytes: int, stream: Stream) -> None:
+        """Look whether there is memory for a stream.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            The card has no more.
+        RaceError
+            Memory that the stream's allocator may give out is still used by another stream.
+        """
+        with LOCK:
+            self._reuse(nbytes, stream)
+            free = self.ours - self.allocated
+            if nbytes > free:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB. GPU 0 has a total capacity of "
+                    f"{self.total / 2**20:.2f} MiB of which {free / 2**20:.2f} MiB is free."
+                )
+
+    def take(self, nbytes: int, stream: Stream) -> None:
+        """Take memory for a stream; fails as :meth:`find_room` does."""
+        with LOCK:
+            self.find_room(nbytes, stream)
+            self.allocated += nbytes
+            self.peak = max(self.peak, self.allocated)
+            self.reserved = max(self.reserved, -(-self.allocated // _SEGMENT) * _SEGMENT)
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def give_back(self, nbytes: int) -> None:
+        """Free memory."""
+        with LOCK:
+            self.allocated -= nbytes
+
+    def empty_cache(self) -> None:
+        """Return to the card what nobody uses."""
+        with LOCK:
+            self.reserved = -(-self.allocated // _SEGMENT) * _SEGMENT
+            self.freed.clear()
+
+    def _reuse(self, nbytes: int, stream: Stream) -> None:
+        """Look whether what the allocator may give to the stream is free for it."""
+        clock = dict(stream.clock)
+        advance(clock, HOST.clock)
+        self.freed = [one for one in self.freed if one[1] != stream.number or _after(one[2], clock)]
+        for size, home, uses in self.freed:
+            if home == stream.number and size >= nbytes:
+                other, tick = next((by, at) for by, at in uses.items() if at > clock.get(by, 0))
+                self.freed.clear()
+                raise RaceError(
+                    f"memory that is allocated on {stream} was freed while stream {other} might still use it "
+                    f"({Stream.numbered(other).what(tick)}): record_stream() there, or wait before it is freed"
+                )
+
+
+def _after(uses: Clock, clock: Clock) -> bool:
+    return any(tick > clock.get(stream, 0) for stream, tick in uses.items())
+
+
+class DeviceMemory(Memory):
+    """Memory of the card that a storage has."""
+
+    def __init__(self, card: Card, nbytes: int) -> None:
+        size = -(-nbytes // _ROUND) * _ROUND
+        self._stream = current_stream()
+        card.take(size, self._stream)
+        super().__init__(nbytes)
+        self._size, self._card = size, card
+        self.recorded: set[int] = set()
+        """Streams that were recorded: the memory is given out again only behind them."""
+        note("alloc", "memory", size)
+
+    def __del__(self) -> None:
+        if not hasattr(self, "recorded"):
+            return  # there was no memory
+        self._card.give_back(self._size)
+        uses = {by: at for by, at in self.last.items() if by != self._stream.number and by not in self.recorded}
+        if uses:
+            self._card.freed.append((self._size, self._stream.number, uses))
+
+
+_slot: list[Card] = []
+
+
+def card() -> Card:
+    """The card that is there."""
+    return _slot[0]
+
+
+def plug(new: Card | None) -> None:
+    """Put a card in, or take it out."""
+    _slot[:] = [] if new is None else [new]
+
+
+def memory_of(held: Tensor) -> DeviceMemory:
+    """The card's memory of a CPU tensor's storage: what it has, or else as much as it needs."""
+    storage = held.untyped_storage()
+    known = getattr(storage, "emulated", None)
+    memory = None if known is None else known()
+    if memory is None:
+        memory = DeviceMemory(card(), storage.nbytes())
+        storage.emulated = weakref.ref(memory)
+    return memory

@@ -1,0 +1,8 @@
+"""These run in a process that has the card from the start: libraries remember whether they have found one.
+
+``test_whole_process.py`` starts such a process, and ``make test DEVICE=emulated`` is one.
+"""
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("DISTKV_TEST_DEVICE") == "emulated" else ["test_*.py"]
