@@ -35,7 +35,7 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
         ledger.add_worker(Endpoint(f"tcp://10.0.0.1:{number}", f"host{number // 8}", 0), blocks)
     asks = (Ask(number, tokens := int(64 * rng.lognormvariate(3, 0.9)) + 64, tokens + 64) for number in range(10**9))
     while len(ledger.sequences) < live:
-        admission.wait(next(asks))
+        admission.enqueue(next(asks))
         admitted = admission.admit()
         assert admitted is not None
         ledger.commit(admitted[0].sequence, admitted[0].prompt)
@@ -48,7 +48,7 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
         at = rng.randrange(len(numbers))
         numbers[at], numbers[-1] = numbers[-1], numbers[at]
         released, ask = numbers.pop(), next(asks)
-        admission.wait(ask)
+        admission.enqueue(ask)
         clock = [time.perf_counter()]
         ledger.release(released)
         clock.append(time.perf_counter())

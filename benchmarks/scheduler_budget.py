@@ -23,7 +23,7 @@ from _report import parser, report
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker import opening
+from distkv_dask.worker import startup
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
@@ -62,7 +62,7 @@ def run_scheduler(address: Any) -> None:
 def run_workers(scheduler: str, count: int, step_seconds: float) -> None:
     """A process with workers."""
     os.environ["STEP_SECONDS"] = str(step_seconds)
-    opening.load_model = _load
+    startup.load_model = _load
 
     async def serve() -> None:
         workers = [Worker(scheduler, nthreads=1, memory_limit=0, dashboard=False) for _ in range(count)]

@@ -11,6 +11,7 @@ from .memory import advise_huge_pages
 from .merge import merge, merge_into
 from .prepared import PreparedAttention, PreparedMerge
 from .prepared_layers import PreparedLayers
+from .prepared_merges import PreparedMerges
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -18,6 +19,7 @@ __all__ = [
     "PreparedAttention",
     "PreparedLayers",
     "PreparedMerge",
+    "PreparedMerges",
     "advise_huge_pages",
     "choose",
     "make_ready",

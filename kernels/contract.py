@@ -105,6 +105,11 @@ def tables_message(blocks: int) -> str:
     return f"block_tables: expected block ids from 0 to {blocks - 1} wherever lengths reaches"
 
 
+def slots_message() -> str:
+    """Text of the error for new KV that has no place in the pool."""
+    return "layer, blocks, offsets: expected a layer and slots that lie in the pool"
+
+
 def _check_pools(call: Call) -> None:
     k, v = call.k_pool, call.v_pool
     for name, pool in (("k_pool", k), ("v_pool", v)):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native_kernel, numba_kernel, reference, torch_kernel, triton_kernel
+from . import native_kernel, numba_kernel, reference, torch_kernel, triton_batch, triton_kernel
 from .contract import Call, check_call
 
 Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
@@ -69,23 +69,27 @@ def choose(
         if without is None:
             return Choice("numba", missing)
         return Choice("torch", f"{missing}; {without}")
-    unsupported = triton_kernel.unsupported(device_type, block_tokens)
+    unsupported = triton_kernel.unsupported(device_type, block_tokens, head_dim)
     if unsupported is None:
         return Choice("triton", f"GPU pool with blocks of {block_tokens} tokens")
     return Choice("torch", unsupported)
 
 
-def make_ready(k_pool: torch.Tensor) -> Choice:
+def make_ready(k_pool: torch.Tensor, heads: int) -> Choice:
     """Choose for a pool, and compile now what its first request would otherwise wait seconds for.
 
     Parameters
     ----------
     k_pool
         [blocks, kv_heads, block_tokens, d].
+    heads
+        Query heads of the model.
     """
     choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2])
     if choice.name == "numba":
         numba_kernel.compiled(k_pool.dtype)
+    if choice.name == "triton":
+        triton_batch.warm_up(k_pool, heads)
     return choice
 
 

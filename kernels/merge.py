@@ -37,18 +37,11 @@ def merge_into(
     check_merge(out, lse, part_out, part_lse, index)
     if native_serves(out, lse, part_out, part_lse, index):
         if not native_kernel.merge_into(out, lse, part_out, part_lse, index):
-            raise ValueError(f"index: expected distinct values from 0 to {out.shape[0] - 1}")
+            raise ValueError(index_message(len(out)))
         return
-    if index is None:
-        merge_tensors(out, lse, part_out, part_lse)
-        return
-    in_range = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < out.shape[0])
-    if not in_range or torch.unique(index).numel() != index.numel():
-        raise ValueError(f"index: expected distinct values from 0 to {out.shape[0] - 1}")
-    sub_out, sub_lse = out[index], lse[index]
-    merge_tensors(sub_out, sub_lse, part_out, part_lse)
-    out[index] = sub_out
-    lse[index] = sub_lse
+    if index is not None:
+        check_index(index, len(out))
+    merge_rows(out, lse, part_out, part_lse, index)
 
 
 def merge(partials: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +77,32 @@ def merge_tensors(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, 
     weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # NaN: both -inf, nothing on either side
     out.lerp_(part_out, weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def merge_rows(
+    out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
+) -> None:
+    """Merge with torch operations (any device), which a GPU takes without a stop; nothing is checked."""
+    if index is None:
+        merge_tensors(out, lse, part_out, part_lse)
+        return
+    sub_out, sub_lse = out.index_select(0, index), lse.index_select(0, index)
+    merge_tensors(sub_out, sub_lse, part_out, part_lse)
+    out.index_copy_(0, index, sub_out)
+    lse.index_copy_(0, index, sub_lse)
+
+
+def check_index(index: torch.Tensor, tokens: int) -> None:
+    """Raise ValueError for values that are not distinct tokens; on a GPU the host waits for them, once."""
+    ordered = index.sort().values
+    bad = ((ordered < 0) | (ordered >= tokens)).any() | (ordered[1:] == ordered[:-1]).any()
+    if bool(bad):
+        raise ValueError(index_message(tokens))
+
+
+def index_message(tokens: int) -> str:
+    """Text of the error for an index that does not say which tokens a partial's rows belong to."""
+    return f"index: expected distinct values from 0 to {tokens - 1}"
 
 
 def native_serves(*tensors: torch.Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .contract import Call, lengths_message, offsets_message, tables_message
+from .contract import Call, lengths_message, offsets_message, slots_message, tables_message
 from .native_layout import disagreement, layout_of
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
@@ -195,7 +195,7 @@ def _error(status: int, call: Call) -> Exception:
     if status == 3:
         return ValueError(tables_message(call.k_pool.shape[0]))
     if status == 5:
-        return ValueError("layer, blocks, offsets: expected a layer and slots that lie in the pool")
+        return ValueError(slots_message())
     return MemoryError("the attention kernel could not allocate its scratch memory")
 
 

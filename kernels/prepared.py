@@ -15,7 +15,9 @@ import torch
 from . import native_kernel
 from .contract import Call, check_call
 from .dispatch import IMPLEMENTATIONS, choose
-from .merge import check_merge, merge_into, native_serves
+from .index import Index
+from .merge import check_index, check_merge, index_message, merge_rows, native_serves
+from .triton_batch import TritonBatch
 
 
 class PreparedAttention:
@@ -28,7 +30,9 @@ class PreparedAttention:
     k_pool, v_pool
         Views like those of every later call: [blocks, kv_heads, block_tokens, d].
     block_tables, lengths, query_offsets, causal, q_start
-        As for :func:`distkv_dask.kernels.micro_attention`. Values may be changed in place between calls.
+        As for :func:`distkv_dask.kernels.micro_attention`. Values of lengths and starts may be changed in place between
+        calls, then call :meth:`refresh`. For a pool on a GPU they should lie on the host: nothing waits for the GPU
+        then, neither here nor later.
     threads
         CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
 
@@ -54,8 +58,10 @@ class PreparedAttention:
     ) -> None:
         d = k_pool.shape[-1]
         q = torch.empty(tokens, heads, d, dtype=k_pool.dtype, device=k_pool.device)
+        self._given = Index(block_tables, lengths, query_offsets, q_start)
+        self._index = index = self._given.on(k_pool.device)
         self._call = Call(
-            q, k_pool, v_pool, block_tables, lengths, 1.0, query_offsets, causal, q_start, None, None,
+            q, k_pool, v_pool, *index[:2], 1.0, index.query_offsets, causal, index.q_start, None, None,
             torch.get_num_threads() if threads is None else threads,
         )  # fmt: skip
         check_call(self._call)
@@ -69,12 +75,29 @@ class PreparedAttention:
         name = choose(k_pool.device.type, k_pool.dtype, d, k_pool.shape[2]).name
         self._run = IMPLEMENTATIONS[name]
         self._packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
+        self.batch = TritonBatch(self._call, self._given, self.out, self.lse) if name == "triton" else None
+        """What a GPU is given; None where Triton does not serve."""
 
     @property
     def kv_shape(self) -> tuple[int, int]:
         """KV heads, and d."""
         _, kv_heads, _, d = self._call.k_pool.shape
         return kv_heads, d
+
+    def refresh(self) -> None:
+        """Take the values of lengths and starts as they are now, once for all layers of a step.
+
+        Raises
+        ------
+        ValueError
+            On a GPU: a length or block id is out of range. Other implementations find that when called.
+        """
+        if self.batch is not None:
+            self.batch.refresh()
+            return
+        for given, used in zip(self._given, self._index, strict=True):
+            if given is not None and used is not None and used is not given:
+                used.copy_(given, non_blocking=True)
 
     def check_pools(self, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
         """Raise ValueError for pools that a call would not take."""
@@ -123,6 +146,9 @@ class PreparedAttention:
         if self._packed is not None and q.is_contiguous():
             native_kernel.run_packed(self._packed, self._call, q, k_pool, v_pool, scale)
             return
+        if self.batch is not None:
+            self.batch.attend(q, k_pool, v_pool, scale)
+            return
         out, lse = self._run(self._call._replace(q=q, k_pool=k_pool, v_pool=v_pool, scale=scale))
         self.out.copy_(out)
         self.lse.copy_(lse)
@@ -150,6 +176,8 @@ class PreparedMerge:
         self._tensors = (out, lse, part_out, part_lse, index)
         check_merge(*self._tensors)
         self._packed = native_kernel.pack_merge(*self._tensors) if native_serves(*self._tensors) else None
+        if self._packed is None and index is not None:
+            check_index(index, len(out))
 
     def __call__(self) -> None:
         """Merge the partial into ``out`` and ``lse`` as they are now.
@@ -159,8 +187,10 @@ class PreparedMerge:
         ValueError
             An index is out of range or given twice.
         """
-        if self._packed is None or not native_kernel.merge_packed(self._packed):
-            merge_into(*self._tensors)
+        if self._packed is None:
+            merge_rows(*self._tensors)
+        elif not native_kernel.merge_packed(self._packed):
+            raise ValueError(index_message(len(self._tensors[0])))
 
 
 def _form(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> tuple[Any, ...]:

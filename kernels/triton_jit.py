@@ -1,8 +1,8 @@
-"""The Triton device code of MicroAttention: split-KV attention over paged blocks, and the merge of its splits.
+"""The Triton device code of MicroAttention: attention over paged blocks by a work list, merge of partials, append.
 
 One kernel serves decode, prefill and shared prefixes. The queries of a row and the heads of a group are packed into
 the rows of a tile (row = query * group + head of the group), so that grouped heads fill a tensor-core tile and keys are
-read once for all of them. The host side is triton_kernel.py.
+read once for all of them. The host writes the work list (triton_plan.py) and launches (triton_batch.py).
 """
 
 # Arguments of device code have no Python types.
@@ -12,23 +12,109 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 
 @triton.jit
+def _blocks_at(table, begin, high, BLOCK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr):
+    """Block of a tile of tokens: one where a tile lies in one block, else that of each token."""
+    if BLOCK_TOKENS < TILE_TOKENS:
+        begin += tl.arange(0, TILE_TOKENS)
+    return tl.load(table + begin // BLOCK_TOKENS, mask=begin < high, other=0)
+
+
+@triton.jit
+def _tile_at(pool, block, stride, begin, in_head, D, D_PADDED, BLOCK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr):
+    """Addresses of a tile's keys or values, [TILE_TOKENS, D_PADDED]."""
+    dims = tl.arange(0, D_PADDED)[None, :]
+    inner = tl.arange(0, TILE_TOKENS)
+    if BLOCK_TOKENS >= TILE_TOKENS:
+        return pool + (block * stride + in_head + begin % BLOCK_TOKENS * D) + (inner[:, None] * D + dims)
+    return pool + (block * stride + in_head + (begin + inner) % BLOCK_TOKENS * D)[:, None] + dims
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    top,
+    total,
+    acc,
+    limit,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    block,
+    begin,
+    high,
+    head,
+    scale_log2,
+    kv_heads,
+    k_block_stride,
+    v_block_stride,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    INT8: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take one tile of tokens into the running maximum, total and weighted sum.
+
+    MASKED: only tokens before ``high`` exist, and of these each row sees those up to its ``limit``.
+    """
+    block = block.to(tl.int64)
+    in_head = head.to(tl.int64) * (BLOCK_TOKENS * D)
+    token = begin + tl.arange(0, TILE_TOKENS)
+    there = (tl.arange(0, D_PADDED) < D)[None, :]
+    if MASKED:
+        there = there & (token < high)[:, None]
+    at = _tile_at(k_ptr, block, k_block_stride, begin, in_head, D, D_PADDED, BLOCK_TOKENS, TILE_TOKENS)
+    k = tl.load(at, mask=there, other=0.0)
+    if UPCAST:
+        scores = tl.dot(q.to(tl.float32), k.to(tl.float32).T, input_precision="ieee") * scale_log2
+    else:
+        scores = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale_log2
+    if INT8:
+        k_scale = tl.load(k_scales_ptr + block * kv_heads + head)
+        scores *= k_scale if BLOCK_TOKENS >= TILE_TOKENS else k_scale[None, :]
+    if MASKED:
+        scores = tl.where((token[None, :] < high) & (token[None, :] <= limit[:, None]), scores, float("-inf"))
+
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = new_top
+    if MASKED:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    at = _tile_at(v_ptr, block, v_block_stride, begin, in_head, D, D_PADDED, BLOCK_TOKENS, TILE_TOKENS)
+    v = tl.load(at, mask=there, other=0.0)
+    if INT8:
+        v_scale = tl.load(v_scales_ptr + block * kv_heads + head)
+        weights *= v_scale if BLOCK_TOKENS >= TILE_TOKENS else v_scale[None, :]
+    if UPCAST:
+        acc = tl.dot(weights, v.to(tl.float32), acc * shrink[:, None], input_precision="ieee")
+    else:
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def attend(
     q_ptr,
     k_ptr,
     v_ptr,
     tables_ptr,
-    lengths_ptr,
-    offsets_ptr,
-    starts_ptr,
+    work_ptr,
     k_scales_ptr,
     v_scales_ptr,
     out_ptr,
     lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
     scale_log2,
-    tokens,
     kv_heads,
     table_stride,
     k_block_stride,
@@ -39,126 +125,140 @@ def attend(
     BLOCK_TOKENS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    CAUSAL: tl.constexpr,
     INT8: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One (tile of query rows, split) of one kv head of one row; grid (tiles * SPLITS, kv_heads, rows).
+    """One item of the work list (triton_plan.py) for one kv head; grid (items, kv_heads).
 
-    out float32 [SPLITS, tokens, heads, D] and lse float32 [SPLITS, tokens, heads]; scale_log2 includes log2(e).
+    out, part_out float32 [tokens, heads, D] and lse, part_lse float32 [tokens, heads]; scale_log2 includes log2(e).
     UPCAST multiplies in float32: the interpreter's bfloat16 dot is broken.
     """
-    tile = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
+    work = work_ptr + tl.program_id(0) * 8
     head = tl.program_id(1)
-    row = tl.program_id(2)
-    first = row
-    count = 1
-    if RAGGED:
-        first = tl.load(offsets_ptr + row)
-        count = tl.load(offsets_ptr + row + 1) - first
-    if tile * TILE_ROWS >= count * GROUP:
+    count = tl.load(work)
+    if count == 0:
         return
+    row = tl.load(work + 1)
+    first = tl.load(work + 2)
+    at = tl.load(work + 3)
+    low = tl.load(work + 4)
+    high = tl.load(work + 5)
+    start = tl.load(work + 6)
+    to = tl.load(work + 7)
 
-    packed = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    packed = at + tl.arange(0, TILE_ROWS)
     query = packed // GROUP
-    valid = query < count
+    limit = start + query
     dims = tl.arange(0, D_PADDED)
-    real = dims < D
-    flat = (first + query).to(tl.int64) * (kv_heads * GROUP) + head * GROUP + packed % GROUP
-    q = tl.load(q_ptr + flat[:, None] * D + dims[None, :], mask=valid[:, None] & real[None, :], other=0.0)
-
-    end = tl.load(lengths_ptr + row)
-    limit = query
-    if CAUSAL:
-        start = tl.minimum(tl.load(starts_ptr + row), end)
-        limit = start + query
-        last_query = tl.minimum((tile * TILE_ROWS + TILE_ROWS - 1) // GROUP, count - 1)
-        end = tl.minimum(end, tl.maximum(start + last_query + 1, 0))
-    per_split = tl.cdiv(tl.cdiv(end, SPLITS), TILE_TOKENS) * TILE_TOKENS
-    low = split * per_split
-    high = tl.minimum(low + per_split, end)
+    valid = query < count
+    shown = valid[:, None] & (dims < D)[None, :]
+    in_token = head * GROUP + packed % GROUP
+    # An argument that is 1 is a constant without methods, so the other factor is widened.
+    flat = (first + query).to(tl.int64) * (kv_heads * GROUP) + in_token
+    q = tl.load(q_ptr + flat[:, None] * D + dims[None, :], mask=shown, other=0.0)
 
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, D_PADDED], tl.float32)
-    inside_head = head.to(tl.int64) * (BLOCK_TOKENS * D)
-    for begin in range(low, high, TILE_TOKENS):
-        token = begin + tl.arange(0, TILE_TOKENS)
-        shown = token < high
-        block = tl.load(tables_ptr + row.to(tl.int64) * table_stride + token // BLOCK_TOKENS, mask=shown, other=0)
-        block = block.to(tl.int64)
-        at = inside_head + (token % BLOCK_TOKENS) * D
-        k = tl.load(
-            k_ptr + (block * k_block_stride + at)[None, :] + dims[:, None],
-            mask=shown[None, :] & real[:, None],
-            other=0.0,
-        )
-        v = tl.load(
-            v_ptr + (block * v_block_stride + at)[:, None] + dims[None, :],
-            mask=shown[:, None] & real[None, :],
-            other=0.0,
-        )
-        if UPCAST:
-            scores = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision="ieee") * scale_log2
-        else:
-            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
-        if INT8:
-            scores *= tl.load(k_scales_ptr + block * kv_heads + head, mask=shown, other=0.0)[None, :]
-        visible = shown[None, :]
-        if CAUSAL:
-            visible = visible & (token[None, :] <= limit[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        if INT8:
-            weights *= tl.load(v_scales_ptr + block * kv_heads + head, mask=shown, other=0.0)[None, :]
-        if UPCAST:
-            acc = tl.dot(weights, v.to(tl.float32), acc * shrink[:, None], input_precision="ieee")
-        else:
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    table = tables_ptr + row.to(tl.int64) * table_stride
+    whole = low
+    if TILE_ROWS > 16:  # few rows wait for memory, and a mask costs less than the registers of a second loop
+        whole += tl.maximum(tl.minimum(high, start + at // GROUP + 1) - low, 0) // TILE_TOKENS * TILE_TOKENS
+    # Blocks are looked up one tile ahead: the compiler then loads the next tiles while one is computed.
+    block = _blocks_at(table, low, high, BLOCK_TOKENS, TILE_TOKENS)
+    for begin in range(low, whole, TILE_TOKENS):
+        here = block
+        block = _blocks_at(table, begin + TILE_TOKENS, high, BLOCK_TOKENS, TILE_TOKENS)
+        top, total, acc = _attend_tile(
+            q, top, total, acc, limit, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, here, begin, high, head, scale_log2,
+            kv_heads, k_block_stride, v_block_stride, D, D_PADDED, BLOCK_TOKENS, TILE_TOKENS, INT8, UPCAST, False,
+        )  # fmt: skip
+    for begin in range(whole, high, TILE_TOKENS):
+        here = block
+        block = _blocks_at(table, begin + TILE_TOKENS, high, BLOCK_TOKENS, TILE_TOKENS)
+        top, total, acc = _attend_tile(
+            q, top, total, acc, limit, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, here, begin, high, head, scale_log2,
+            kv_heads, k_block_stride, v_block_stride, D, D_PADDED, BLOCK_TOKENS, TILE_TOKENS, INT8, UPCAST, True,
+        )  # fmt: skip
 
     some = total > 0.0
     total = tl.where(some, total, 1.0)
     lse = tl.where(some, top * 0.6931471805599453 + tl.log(total), float("-inf"))
-    # An argument that is 1 is a constant without methods, so the other factor is widened.
-    to = flat + split.to(tl.int64) * tokens * (kv_heads * GROUP)
-    tl.store(out_ptr + to[:, None] * D + dims[None, :], acc / total[:, None], mask=valid[:, None] & real[None, :])
-    tl.store(lse_ptr + to, lse, mask=valid)
+    acc /= total[:, None]
+    if to < 0:
+        flat += (-1 - to - first).to(tl.int64) * (kv_heads * GROUP)
+        tl.store(part_out_ptr + flat[:, None] * D + dims[None, :], acc, mask=shown)
+        tl.store(part_lse_ptr + flat, lse, mask=valid)
+    else:
+        tl.store(out_ptr + flat[:, None] * D + dims[None, :], acc, mask=shown)
+        tl.store(lse_ptr + flat, lse, mask=valid)
 
 
 @triton.jit
-def merge_splits(
-    part_out_ptr,
-    part_lse_ptr,
-    out_ptr,
-    lse_ptr,
-    rows,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-):
-    """Merge the splits of one (token, head); grid (rows,), rows = tokens * heads."""
-    row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS_PADDED)
+def merge_partials(
+    parts_ptr, tokens_ptr, entries_ptr, out_ptr, lse_ptr, heads, D: tl.constexpr, D_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of one token and head in their order; grid (tokens, heads).
+
+    tokens int32 [tokens, 2]: first entry of a token and how many it has; less than none leaves the token alone. entries
+    int32 [n, 2]: where out [heads, D] and lse [heads] of a partial lie in parts, in units of ``heads`` float32.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    first = tl.load(tokens_ptr + token * 2)
+    count = tl.load(tokens_ptr + token * 2 + 1)
+    if count < 0:
+        return
     dims = tl.arange(0, D_PADDED)
-    real = splits < SPLITS
-    source = splits.to(tl.int64) * rows + row
-    lse = tl.load(part_lse_ptr + source, mask=real, other=float("-inf"))
-    top = tl.max(lse, 0)
-    weights = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weights, 0)
-    share = weights / tl.where(total > 0.0, total, 1.0)
-    part = tl.load(
-        part_out_ptr + source[:, None] * D + dims[None, :], mask=real[:, None] & (dims[None, :] < D), other=0.0
-    )
-    tl.store(out_ptr + row * D + dims, tl.sum(part * share[:, None], 0), mask=dims < D)
-    tl.store(lse_ptr + row, tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf")))
+    real = dims < D
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([D_PADDED], tl.float32)
+    for begin in range(0, count, CHUNK):
+        entry = begin + tl.arange(0, CHUNK)
+        there = entry < count
+        at = entries_ptr + (first + entry) * 2
+        out_at = tl.load(at, mask=there, other=0).to(tl.int64) * heads + head * D
+        lse_at = tl.load(at + 1, mask=there, other=0).to(tl.int64) * heads + head
+        lse = tl.load(parts_ptr + lse_at, mask=there, other=float("-inf"))
+        out = tl.load(parts_ptr + out_at[:, None] + dims[None, :], mask=there[:, None] & real[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(lse - base)
+        shrink = tl.exp(top - base)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(out * weights[:, None], 0)
+        top = new_top
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    to = token.to(tl.int64) * heads + head
+    tl.store(out_ptr + to * D + dims, acc / total, mask=real)
+    tl.store(lse_ptr + to + tl.arange(0, 1), tl.where(some, top + tl.log(total), float("-inf")))
+
+
+@triton.jit
+def append(
+    k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, kv_heads, k_block_stride, v_block_stride,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Store new KV of one token and kv head; grid (tokens, kv_heads).
+
+    k, v [tokens, kv_heads, D]; slots int32 [tokens, 2]: block and offset in it, a negative block stores nothing.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    block = tl.load(slots_ptr + token * 2).to(tl.int64)
+    offset = tl.load(slots_ptr + token * 2 + 1)
+    if block < 0:
+        return
+    dims = tl.arange(0, D_PADDED)
+    real = dims < D
+    source = (token.to(tl.int64) * kv_heads + head) * D + dims
+    to = (head * BLOCK_TOKENS + offset) * D + dims
+    tl.store(k_pool_ptr + block * k_block_stride + to, tl.load(k_ptr + source, mask=real), mask=real)
+    tl.store(v_pool_ptr + block * v_block_stride + to, tl.load(v_ptr + source, mask=real), mask=real)
+
+
+INTERPRETED = isinstance(attend, InterpretedFunction)
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""

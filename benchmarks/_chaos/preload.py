@@ -6,5 +6,5 @@ from distributed.utils import get_mp_context
 
 get_mp_context()  # or Dask sets its own list later
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["distributed", "distkv_dask.worker.opening", "transformers.models.llama.modeling_llama"]
+    ["distributed", "distkv_dask.worker.startup", "transformers.models.llama.modeling_llama"]
 )

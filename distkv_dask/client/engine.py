@@ -68,7 +68,7 @@ class Engine(Processing):
         **settings: Any,
     ) -> None:
         engine = OwnedEngine.of(model, dtype, rope_scaling, kv_memory=kv_memory, **settings)
-        self._begin(Session(client, engine))
+        self._start(Session(client, engine))
 
     @classmethod
     def attach(cls, engine: str | None = None, client: Client | None = None) -> Self:
@@ -103,10 +103,10 @@ class Engine(Processing):
         >>> client.submit(title, text, engine.id)  # doctest: +SKIP
         """
         self = cls.__new__(cls)
-        self._begin(Session(client, AttachedEngine(engine or "")))
+        self._start(Session(client, AttachedEngine(engine or "")))
         return self
 
-    def _begin(self, session: Session) -> None:
+    def _start(self, session: Session) -> None:
         self._session = session
         self._library = Library(session)
 

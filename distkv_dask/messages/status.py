@@ -227,7 +227,7 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenEngine:
+class EngineSummary:
     """An engine of a cluster as anybody sees it: its model and dtype, the id of its owner's Dask client, its status."""
 
     model: str

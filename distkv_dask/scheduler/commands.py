@@ -38,7 +38,7 @@ class AddHolders:
 
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class ForgetTasks:
     """Let Dask forget the tasks of a gang: each once it is done (``finished``), or at once, cancelling them."""
 
     gang: Gang
@@ -61,4 +61,4 @@ class Note:
     text: str
 
 
-Command = ToWorker | SubmitPrefill | SubmitWindow | AddHolders | Forget | Refuse | Note | Delivery
+Command = ToWorker | SubmitPrefill | SubmitWindow | AddHolders | ForgetTasks | Refuse | Note | Delivery

@@ -34,7 +34,7 @@ from distkv_dask.messages.names import (
     pack,
     unpack,
 )
-from distkv_dask.messages.status import OpenEngine
+from distkv_dask.messages.status import EngineSummary
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
 from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler import commands as do
@@ -243,7 +243,7 @@ class GManager(SchedulerPlugin):
         _check_version(version)
         return pack(
             {
-                name: OpenEngine(state.spec.model, state.spec.dtype, state.client, state.status())
+                name: EngineSummary(state.spec.model, state.spec.dtype, state.client, state.status())
                 for name, state in self.engines.items()
             }
         )
@@ -272,7 +272,7 @@ class GManager(SchedulerPlugin):
             return
         if state.is_closing:
             return
-        state.closing()
+        state.start_closing()
         self._handle(state, StopAll())
         limit = state.spec.config.timeout_close
         if state.broken is None:
@@ -454,8 +454,8 @@ class GManager(SchedulerPlugin):
             case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
                 lowered = lower(command, state.spec.config.granularity, state.layers)
                 self.submitter.submit(*lowered, span=state.span)
-            case do.Forget(gang, finished):
-                self.submitter.forget(gang, finished)
+            case do.ForgetTasks(gang, finished):
+                self.submitter.forget_tasks(gang, finished)
             case do.Note(kind, text):
                 state.figures.happened(monotonic(), kind, text)
                 if kind == "repair":

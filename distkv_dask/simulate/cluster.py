@@ -152,7 +152,7 @@ class Simulation:
                 lane = self.lanes[worker]
                 if lane.current is not None and lane.current.gang.number == gang:
                     self._free(lane)
-            case do.Forget(gang, finished) if not finished and gang.home in self.lanes:
+            case do.ForgetTasks(gang, finished) if not finished and gang.home in self.lanes:
                 queue = self.lanes[gang.home].queue
                 for item in [
                     item for item in queue if not isinstance(item, to.Relocate) and item.gang.number == gang.number

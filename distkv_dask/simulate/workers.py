@@ -112,7 +112,7 @@ class Workers:
                     self._attend(chunk.gang, chunk.gang.holders)
             case do.AddHolders(gang, holders):
                 self._attend(gang, holders)
-            case do.Forget(gang, finished):
+            case do.ForgetTasks(gang, finished):
                 self.attending.difference_update((gang.number, holder.worker) for holder in gang.holders)
                 if not finished:
                     self._forget(gang)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _REMEMBERED = 1024
 
 
-class OpenEngine:
+class WorkerEngine:
     """An engine that is open on this worker.
 
     Parameters

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from distkv_dask.worker.by_layer.tasks import LayerTasks
-    from distkv_dask.worker.engine import OpenEngine
+    from distkv_dask.worker.engine import WorkerEngine
     from distkv_dask.worker.lanes import Lanes
 
 logger = logging.getLogger("distributed.distkv.rmanager")
@@ -57,7 +57,7 @@ class RManager(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Listen to the gManager and say hello."""
         self.worker = worker
-        self.engines: dict[str, OpenEngine] = {}
+        self.engines: dict[str, WorkerEngine] = {}
         self.lanes: Lanes | None = None
         self._changing = asyncio.Lock()
         self._leaving = False
@@ -101,7 +101,7 @@ class RManager(WorkerPlugin):
         """What tasks at layer granularity call."""
         return self._engine(engine).by_layer
 
-    def _engine(self, name: str) -> OpenEngine:
+    def _engine(self, name: str) -> WorkerEngine:
         try:
             return self.engines[name]
         except KeyError:
@@ -157,7 +157,7 @@ class RManager(WorkerPlugin):
             case do.Abort(_, gang, reason, unused):
                 engine.abort(gang, reason, unused)
 
-    def _send_blocks(self, name: str, engine: OpenEngine, send: do.Send) -> None:
+    def _send_blocks(self, name: str, engine: WorkerEngine, send: do.Send) -> None:
         peer = partial(self._send_piece, name, send.target)
         task = self._spawn(engine.send(peer, send.number, send.sequence, range(send.start, send.stop), send.pace))
         tasks = self._sending.setdefault(name, set())
@@ -241,11 +241,11 @@ class RManager(WorkerPlugin):
             if not self.engines:
                 await self._close_lanes()
 
-    def _build(self, spec: EngineSpec, geometry: Geometry | None) -> OpenEngine:
+    def _build(self, spec: EngineSpec, geometry: Geometry | None) -> WorkerEngine:
         """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
         from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
-        from distkv_dask.worker.opening import build_engine
+        from distkv_dask.worker.startup import build_engine
 
         if (lanes := self.lanes) is None:
             address = self.worker.address
@@ -276,7 +276,7 @@ class RManager(WorkerPlugin):
             self._send(name, Lost(self.worker.address, reason))  # before the failures that its end causes
         self._spawn(self._drop(lost, lanes))
 
-    async def _drop(self, lost: dict[str, OpenEngine], lanes: Lanes) -> None:
+    async def _drop(self, lost: dict[str, WorkerEngine], lanes: Lanes) -> None:
         async with self._changing:
             while lost:
                 name, engine = lost.popitem()

@@ -101,6 +101,8 @@ class Shard:
         self._rows = [row._replace(length=row.length + row.queries) if row.appends else row for row in self._rows]
         if self.appended:
             self._prepare()
+            if not self.full:
+                self._attend.refresh()
 
     def _prepare(self) -> None:
         """Make the index tensors of a step, unless the last step has used up a row's room."""

@@ -175,7 +175,7 @@ def test_values_that_the_output_cannot_hold_are_errors_of_their_rows(tmp_path: P
 
 STEPS = [
     ("distkv_dask.client.batch.spec.BatchSpec.render", 1),
-    ("distkv_dask.client.batch.row_documents.RowDocuments.begin", 1),
+    ("distkv_dask.client.batch.row_documents.RowDocuments.begin_question", 1),
     ("distkv_dask.client.batch.runner.plan_answer", 1),
     ("distkv_dask.client.batch.answer_plan.prompt_ids", 1),
     ("distkv_dask.client.batch.answer_plan.Answer", 1),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 import transformers
@@ -238,3 +241,38 @@ def test_time_that_is_over_at_the_last_moment_ends_nothing_later() -> None:
             if number % 3 == 0:
                 raise KeyError(number)
         assert [count for count in range(1000) if count % 500 == 0] == [0, 500]
+
+
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "time-limits"]
+
+
+def test_one_thread_watches_all_chat_templates_and_ends_when_none_is_rendered() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for ids in pool.map(lambda _: TOKENIZER.encode(CHAT), range(400)):
+            assert ids == TOKENIZER.encode(CHAT)
+            assert len(watchers()) == 1
+    deadline = monotonic() + 30
+    while watchers() and monotonic() < deadline:
+        sleep(0.05)
+    assert not watchers()
+    assert TOKENIZER.encode(CHAT)
+
+
+def test_each_of_several_limits_ends_its_own_block() -> None:
+    ended = []
+
+    def run(seconds: float) -> None:
+        try:
+            with TimeLimit(seconds):
+                while True:
+                    pass
+        except OutOfTime:
+            ended.append(seconds)
+
+    blocks = [threading.Thread(target=run, args=[seconds]) for seconds in (0.9, 0.1, 0.5)]
+    for block in blocks:
+        block.start()
+    for block in blocks:
+        block.join(30)
+    assert sorted(ended) == [0.1, 0.5, 0.9]

@@ -17,7 +17,7 @@ from distkv_dask.config import Config
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import Opened
-from distkv_dask.messages.status import OpenEngine
+from distkv_dask.messages.status import EngineSummary
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.engines.figures import Figures
@@ -178,7 +178,7 @@ def test_as_json_it_has_the_keys_that_monitoring_reads_and_no_others(status: Eng
 
 
 def test_an_open_engine_is_its_status_after_its_model_and_owner(status: EngineStatus) -> None:
-    plain = OpenEngine("smollm2-135m", "float32", "Client-1", status).as_dict()
+    plain = EngineSummary("smollm2-135m", "float32", "Client-1", status).as_dict()
     assert list(plain.items())[:3] == [("model", "smollm2-135m"), ("dtype", "float32"), ("client", "Client-1")]
     assert list(plain)[3:] == list(status.as_dict())
     assert {name: plain[name] for name in status.as_dict()} == status.as_dict()

@@ -101,6 +101,7 @@ def test_choice_says_why() -> None:
     assert choice.reason
     assert choose("cuda", torch.bfloat16, 128, 48).name == "torch"
     assert "power of two" in choose("cuda", torch.bfloat16, 128, 48).reason
+    assert "up to 256 values" in choose("cuda", torch.bfloat16, 512, 64).reason
 
 
 integers = st.integers(-(2**31), 2**31 - 1)

@@ -1,6 +1,7 @@
-"""The Triton kernels compile for real GPUs, without spills and within their registers and shared memory.
+"""The Triton kernels compile for real GPUs: no spills, registers and shared memory that fit, overlapped 16-byte loads.
 
-Compiling needs no GPU. A spill would make the kernel slow on a real one, an oversized tile would not launch at all.
+Compiling needs no GPU. A spill would make a kernel slow on a real one, an oversized tile would not launch at all, and
+with one buffer, or narrow loads, memory would wait for arithmetic.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,108 +22,186 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from distkv_dask.kernels import triton_jit, triton_kernel  # noqa: E402
+from distkv_dask.kernels import triton_batch, triton_jit  # noqa: E402
+from distkv_dask.kernels.triton_tiles import Family, Tiles, padded, tiles_for  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler by the interpreter", allow_module_level=True)
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEW_REGISTERS = 168  # three blocks of four warps on a processor
+ROCM_SPILLS = 8  # registers
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Processor(NamedTuple):
+    """A compiler's target, the family that it is of, and bytes of shared memory that a program can have."""
+
+    target: GPUTarget
+    family: Family
+    shared: int
+
+
+PROCESSORS = {
+    "sm_80": Processor(GPUTarget("cuda", 80, 32), "ampere", 163 << 10),
+    "sm_90": Processor(GPUTarget("cuda", 90, 32), "hopper", 227 << 10),
+    "sm_100": Processor(GPUTarget("cuda", 100, 32), "hopper", 227 << 10),
+    "gfx942": Processor(GPUTarget("hip", "gfx942", 64), "rocm", 64 << 10),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
-FEW_ROWS_REGISTERS = 168  # three blocks of four warps on a processor; int8 needs more for its conversions
-GFX942_SPILLS = 8  # registers
 
-CASES = [
-    # few rows, head dim, causal, int8, dtype
-    (True, 64, False, False, "bf16"),
-    (True, 80, False, False, "bf16"),
-    (True, 96, False, False, "bf16"),
-    (True, 128, False, False, "bf16"),
-    (True, 128, False, True, "bf16"),
-    (True, 256, False, False, "bf16"),
-    (True, 256, False, True, "bf16"),
-    (True, 256, False, False, "fp32"),
-    (False, 64, True, False, "bf16"),
-    (False, 128, True, False, "bf16"),
-    (False, 128, False, False, "fp16"),
-    (False, 128, True, False, "fp32"),
-    (False, 256, True, False, "fp32"),
-    (False, 80, True, False, "bf16"),
-    (False, 64, True, True, "bf16"),
-    (False, 128, True, True, "bf16"),
-    (False, 256, True, True, "bf16"),
-    (False, 256, True, False, "bf16"),
+
+class Kernel(NamedTuple):
+    """An attention kernel: for rows of few queries or of many, head dim, dtype, pool, tokens of a block."""
+
+    few: bool
+    d: int
+    dtype: str = "bf16"
+    int8: bool = False
+    block_tokens: int = 64
+
+    def __str__(self) -> str:
+        pool = "int8" if self.int8 else self.dtype
+        return f"{'few' if self.few else 'many'}-{self.d}-{pool}-blocks-of-{self.block_tokens}"
+
+
+USUAL = [Kernel(True, 128), Kernel(False, 128)]
+OTHERS = [
+    *(Kernel(few, d) for few in (True, False) for d in (64, 80, 256)),
+    *(Kernel(few, 128, "fp16") for few in (True, False)),
+    *(Kernel(few, d, int8=True) for few in (True, False) for d in (64, 128, 256)),
+    *(Kernel(few, 128, block_tokens=tokens) for few in (True, False) for tokens in (16, 32)),
+    *(Kernel(True, d, "fp32") for d in (128, 256)),
 ]
+both = [*map(lambda one: pytest.param(one, id=str(one)), USUAL),
+        *(pytest.param(one, id=str(one), marks=pytest.mark.slow) for one in OTHERS)]  # fmt: skip
 
 
-def compile_for(target: GPUTarget, function: Any, types: dict[str, str], constants: dict[str, Any], **options: Any):
+def compile_for(processor: str, function: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    target = PROCESSORS[processor].target
+    try:
+        triton.compiler.make_backend(target)
+    except (RuntimeError, KeyError):
+        pytest.skip(f"this triton does not compile for {processor}")
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    aligned = [name for name in names if signature[name].startswith("*") or name.endswith("_stride")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name != "table_stride"}
+    aligned = [name for name in names if signature[name].startswith("*") or name.endswith("block_stride")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 
-def compile_attend(
-    target: str, few: bool, d: int, causal: bool, int8: bool, dtype: str, ones: tuple[str, ...] = ()
-) -> Any:
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tiles = triton_kernel.tiles_for(4 if few else 512, d, torch_dtype, int8)
-    kv = "*i8" if int8 else f"*{dtype}"
-    types = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
-    types |= dict.fromkeys(["tables_ptr", "lengths_ptr", "offsets_ptr", "starts_ptr"], "*i32")
+def tiles_of(processor: str, kernel: Kernel) -> Tiles:
+    family = PROCESSORS[processor].family
+    tiles = tiles_for(family, kernel.d, kernel.block_tokens, DTYPES[kernel.dtype], kernel.int8)
+    return tiles[0 if kernel.few else 1]
+
+
+def compile_attend(processor: str, kernel: Kernel, ones: tuple[str, ...] = ()) -> Any:
+    kv = "*i8" if kernel.int8 else f"*{kernel.dtype}"
+    types = {"q_ptr": f"*{kernel.dtype}", "k_ptr": kv, "v_ptr": kv, "scale_log2": "fp32"}
+    types |= dict.fromkeys(["out_ptr", "lse_ptr", "part_out_ptr", "part_lse_ptr"], "*fp32")
+    types |= dict.fromkeys(["tables_ptr", "work_ptr"], "*i32")
     types |= dict.fromkeys(["k_scales_ptr", "v_scales_ptr"], "*fp32")
-    types |= dict.fromkeys(["tokens", "kv_heads", "table_stride"], "i32")
-    types |= {"scale_log2": "fp32", "k_block_stride": "i64", "v_block_stride": "i64"}
+    types |= dict.fromkeys(["kv_heads", "table_stride"], "i32")
+    types |= dict.fromkeys(["k_block_stride", "v_block_stride"], "i64")
+    tiles = tiles_of(processor, kernel)
     constants = {
-        "GROUP": 4, "D": d, "D_PADDED": triton_kernel.padded(d), "BLOCK_TOKENS": 64, "TILE_ROWS": tiles.rows,
-        "TILE_TOKENS": tiles.tokens, "SPLITS": 8 if few else 1, "RAGGED": not few, "CAUSAL": causal, "INT8": int8,
-        "UPCAST": False,
+        "GROUP": 4, "D": kernel.d, "D_PADDED": padded(kernel.d), "BLOCK_TOKENS": kernel.block_tokens,
+        "TILE_ROWS": tiles.rows, "TILE_TOKENS": tiles.tokens, "INT8": kernel.int8, "UPCAST": False,
     }  # fmt: skip
-    for name in ones:
-        constants[name] = 1
-    return compile_for(TARGETS[target], triton_jit.attend, types, constants, **tiles.options())
+    return compile_for(processor, triton_jit.attend, types, constants | dict.fromkeys(ones, 1), **tiles.options())
 
 
-def cuda_usage(compiled: Any, folder: Path) -> dict[str, int]:
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+@cache
+def attend_for(processor: str, kernel: Kernel) -> Any:
+    return compile_attend(processor, kernel)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-@pytest.mark.parametrize("target", TARGETS)
-def test_attention_fits_the_processor(target: str, case: tuple[Any, ...], tmp_path: Path) -> None:
-    few, _, _, int8, dtype = case
-    compiled = compile_attend(target, *case)
-    assert compiled.metadata.shared <= SHARED_LIMIT[target]
-    if target == "gfx942":
-        assembly = compiled.asm["amdgcn"]
-        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-        assert spills <= GFX942_SPILLS
-        assert "v_mfma" in assembly
-    else:
-        usage = cuda_usage(compiled, tmp_path)
-        assert usage["STACK"] == usage["LOCAL"] == 0  # spilled registers lie on the stack
-        assert usage["REG"] <= (FEW_ROWS_REGISTERS if few and not int8 and dtype != "fp32" else 255)
+def run_tool(name: str, compiled: Any, *options: str) -> str:
+    with TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        return subprocess.run([TOOLS / name, *options, binary], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_one_query_of_one_kv_head_compiles(target: str) -> None:
+def spills_and_registers(processor: str, compiled: Any) -> tuple[int, int]:
+    """Spilled bytes (AMD: registers), and registers of a thread."""
+    if PROCESSORS[processor].family == "rocm":
+        names = "vgpr_spill_count", "vgpr_count"
+        spills, registers = (re.search(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"]) for name in names)
+        assert spills is not None
+        assert registers is not None
+        return max(0, int(spills[1]) - ROCM_SPILLS), int(registers[1])
+    text = run_tool("cuobjdump", compiled, "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["STACK"] + usage["LOCAL"], usage["REG"]  # spilled registers lie on the stack
+
+
+def buffers(compiled: Any, tiles: Tiles) -> int:
+    """Buffers of keys that the compiler keeps in shared memory, so that loads run ahead of arithmetic."""
+    found = re.findall(rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{tiles.tokens}x\d+x\w+", compiled.asm["ttgir"])
+    return min(map(int, found), default=0)
+
+
+@pytest.mark.parametrize("kernel", both)
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_attention_fits_the_processor(processor: str, kernel: Kernel) -> None:
+    compiled = attend_for(processor, kernel)
+    assert compiled.metadata.shared <= PROCESSORS[processor].shared
+    spills, registers = spills_and_registers(processor, compiled)
+    assert spills == 0
+    if kernel.few and kernel.dtype != "fp32":
+        assert registers <= (256 if processor == "gfx942" else FEW_REGISTERS)
+
+
+@pytest.mark.parametrize("kernel", [one for one in both if one.values[0].dtype != "fp32" and not one.values[0].int8])
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_keys_are_loaded_ahead_sixteen_bytes_at_a_time(processor: str, kernel: Kernel) -> None:
+    compiled, tiles = attend_for(processor, kernel), tiles_of(processor, kernel)
+    assert buffers(compiled, tiles) >= (2 if tiles.stages > 2 else 1)
+    if processor == "gfx942":
+        loads = re.findall(r"(?:global|buffer)_load_(\w+)", compiled.asm["amdgcn"])
+        tables = 2 * tiles.tokens if kernel.block_tokens < tiles.tokens else 2
+        assert sum(load != "dwordx4" for load in loads) <= tables
+        return
+    assert compiled.asm["ttgir"].count("async_wait") >= 2
+    copies = re.findall(r"LDGSTS\S*", run_tool("nvdisasm", compiled))
+    keys = [copy for copy in copies if copy.endswith(".128")]
+    assert len(keys) >= 2 * tiles.stages
+    assert len(copies) - len(keys) <= (4 * tiles.stages if kernel.block_tokens < tiles.tokens else 0)
+
+
+@pytest.mark.parametrize("kernel", both)
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_products_run_on_tensor_cores(processor: str, kernel: Kernel) -> None:
+    if kernel.dtype == "fp32":
+        pytest.skip("float32 products are exact, and run on none")
+    compiled = attend_for(processor, kernel)
+    wide = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+    unit = "mma.sync" if kernel.few and processor != "gfx942" else wide[processor]
+    assert unit in compiled.asm["amdgcn" if processor == "gfx942" else "ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_one_query_of_one_kv_head_compiles(processor: str) -> None:
     """Triton makes a constant of every number that is 1."""
-    assert compile_attend(target, True, 64, False, False, "bf16", ones=("tokens", "kv_heads", "table_stride"))
+    assert compile_attend(processor, USUAL[0], ones=("kv_heads",))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_merge_compiles(target: str) -> None:
-    types = dict.fromkeys(["part_out_ptr", "part_lse_ptr", "out_ptr", "lse_ptr"], "*fp32") | {"rows": "i32"}
-    constants = {"D": 128, "D_PADDED": 128, "SPLITS": 48, "SPLITS_PADDED": 64}
-    compiled = compile_for(TARGETS[target], triton_jit.merge_splits, types, constants, **triton_kernel.MERGE_OPTIONS)
-    assert compiled.metadata.shared <= SHARED_LIMIT[target]
+@pytest.mark.parametrize("ones", [(), ("heads", "kv_heads")], ids=["many-heads", "one-head"])
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_merge_and_append_compile(processor: str, ones: tuple[str, ...]) -> None:
+    types = dict.fromkeys(["parts_ptr", "out_ptr", "lse_ptr"], "*fp32")
+    types |= dict.fromkeys(["tokens_ptr", "entries_ptr"], "*i32") | {"heads": "i32"}
+    sizes = {"D": 128, "D_PADDED": 128}
+    constants = sizes | {"CHUNK": triton_batch.MERGE_CHUNK} | dict.fromkeys(["heads"] if ones else [], 1)
+    merge = compile_for(processor, triton_jit.merge_partials, types, constants, **triton_batch.MERGE_OPTIONS)
+    types = dict.fromkeys(["k_ptr", "v_ptr", "k_pool_ptr", "v_pool_ptr"], "*bf16") | {"slots_ptr": "*i32"}
+    types |= {"kv_heads": "i32", "k_block_stride": "i64", "v_block_stride": "i64"}
+    constants = sizes | {"BLOCK_TOKENS": 64} | dict.fromkeys(["kv_heads"] if ones else [], 1)
+    append = compile_for(processor, triton_jit.append, types, constants, **triton_batch.APPEND_OPTIONS)
+    for compiled in (merge, append):
+        assert compiled.metadata.shared <= 16 << 10
+        assert spills_and_registers(processor, compiled)[0] == 0

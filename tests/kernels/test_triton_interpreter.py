@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from attention_cases import CASES, Case, check, check_far_blocks, use_interpreter
+from triton_cases import CUT, check_all_variants_are_warm, check_layers, check_merges, check_prepared, named
 
 pytest.importorskip("triton", reason="triton is not installed: pip install distkv-dask[gpu]")
 
@@ -38,5 +39,21 @@ def test_pools_of_more_than_two_to_the_31_elements_are_read_right(interpreter: P
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["decode-ragged-with-an-empty-row", "prefill-causal-after-earlier-tokens"])
 def test_triton_equals_float64_in_other_dtypes(interpreter: ProcessPoolExecutor, name: str, dtype: torch.dtype) -> None:
-    case = next(case for case in CASES if case.name == name)
-    interpreter.submit(check, "triton", case, dtype).result()
+    interpreter.submit(check, "triton", named(name), dtype).result()
+
+
+@pytest.mark.parametrize("case", [*CUT, named("shared-prefix-of-16-questions")], ids=str)
+def test_steps_of_a_prepared_batch_equal_float64(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    interpreter.submit(check_prepared, case, torch.float16).result()
+
+
+def test_new_kv_is_stored_and_seen_in_every_layer(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check_layers).result()
+
+
+def test_partials_of_all_holders_merge_to_the_softmax_over_them(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check_merges).result()
+
+
+def test_nothing_is_compiled_after_an_engine_has_opened(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check_all_variants_are_warm).result()

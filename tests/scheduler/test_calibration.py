@@ -119,5 +119,5 @@ def test_workers_that_were_not_timed_are_not_followed_and_lost_ones_are_forgotte
     slow = calibration.slower("w0")
     assert slow > 2
     assert calibration.follow(MODEL).of("w0").step == pytest.approx(slow * CURVE.step), "another worker got ready"
-    calibration.forget("w0")
+    calibration.forget_worker("w0")
     assert calibration.follow(MODEL).of("w0") == CURVE

@@ -118,11 +118,11 @@ class LedgerMachine(RuleBasedStateMachine):
         most = account.length // BLOCK
         if account.moves or account.sharers or not most:
             with pytest.raises(ValueError, match="cannot be kept"):
-                self.ledger.keep(number, max(1, most) * BLOCK)
+                self.ledger.make_document(number, max(1, most) * BLOCK)
             return
         count = data.draw(st.integers(1, most))
         before = sum(worker.used for worker in self.ledger.workers.values())
-        freed = self.ledger.keep(number, count * BLOCK)
+        freed = self.ledger.make_document(number, count * BLOCK)
         gone = sum(self.ledger.blocks(span.tokens) for span in freed)
         assert sum(worker.used for worker in self.ledger.workers.values()) == before - gone
         self.blocks[number], self.tokens[number] = self.blocks[number][:count], count * BLOCK

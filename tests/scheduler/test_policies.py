@@ -50,7 +50,7 @@ def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
     limit = policy.limit(ledger)
     wanted = [n for n, length in enumerate(lengths) if ledger.blocks(length) <= limit]
     for number in wanted:
-        admission.wait(Ask(number, lengths[number], lengths[number], float(number)))
+        admission.enqueue(Ask(number, lengths[number], lengths[number], float(number)))
     served: list[int] = []
     for _ in range(4 * len(lengths) + 4):
         while (admitted := admission.admit()) is not None:

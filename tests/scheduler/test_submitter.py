@@ -95,7 +95,7 @@ async def test_a_window_that_is_given_up_before_it_was_sent_never_runs(
     given_up = window(0, a.address, b.address)
     submitter.submit(*given_up, patience=LATER)
     submitter.submit(*window(1, a.address), patience=LATER)
-    submitter.forget(given_up[1][0], finished=False)
+    submitter.forget_tasks(given_up[1][0], finished=False)
     submitter.flush()
     await until(lambda: submitter.ended[0] == 1)
     assert graphs.keys == [{"decode-1"}]

@@ -7,11 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import test_repair
-import test_spilling
-from _examples import examples
 from _simulated import cluster_of
-from test_liveness import live_through
+from _situations import SITUATIONS
+from test_states_and_events import live_after_each_event
 
 import distkv_dask.scheduler.lifecycle.admission as admission
 import distkv_dask.scheduler.lifecycle.transitions as transitions
@@ -34,24 +32,20 @@ def test_every_state_can_be_left_and_reached_but_the_last_and_each_has_a_name_of
     assert set(labels.values()) == {1}
 
 
-def test_everything_in_the_table_happens_in_random_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: Counter[tuple[str, str]] = Counter()
+def test_everything_in_the_table_happens_in_some_situation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[type[State], type[State]]] = set()
     change = transitions.transition
 
     def watched(life: MachineState, request: Request, state: State) -> None:
-        seen[type(request.state).__name__, type(state).__name__] += 1
+        seen.add((type(request.state), type(state)))
         change(life, request, state)
 
     monkeypatch.setattr(transitions, "transition", watched)
     monkeypatch.setattr(admission, "transition", watched)
-    test_repair.test_a_document_computes_only_what_the_lost_worker_held(1)  # two that are rare by chance
-    test_spilling.test_a_preempted_request_can_be_cancelled_on_its_way_to_disk_and_back()
-    missing = {(before.__name__, after.__name__) for before, after in transitions.TABLE}
-    for seed in range(examples(300)):
-        missing -= seen.keys()
-        if missing:
-            live_through(seed, 120)
-    assert not missing, "nothing tests these, or nothing needs them"
+    for situation in SITUATIONS:
+        live_after_each_event(situation)
+    missing = {(before.__name__, after.__name__) for before, after in transitions.TABLE.keys() - seen}
+    assert not missing, "no situation has these, or nothing needs them"
 
 
 @pytest.mark.parametrize("before", sorted(ALL_STATES, key=lambda one: one.__name__))

@@ -38,7 +38,7 @@ class RowDocuments:
         self._last: RowDocument | None = None
         self._held: set[RowDocument] = set()
 
-    def begin(self, row: Row, content: Content) -> RowDocument | None:
+    def begin_question(self, row: Row, content: Content) -> RowDocument | None:
         """A question about a row begins; the document that it shares with the others, if there is one."""
         if len(self._spec.questions) < 2 or content.prompt is not None:
             return None
@@ -47,7 +47,7 @@ class RowDocuments:
             ids = self._prefix(content)
             self._row = row
             if len(ids) >= self._session.config.block_tokens:
-                self._last = RowDocument(self._session.store.begin(ids).number)
+                self._last = RowDocument(self._session.store.begin_ingest(ids).number)
                 self._held.add(self._last)
         if self._last is not None:
             self._last.open += 1

@@ -171,7 +171,7 @@ class Runner:
             if self._ready:
                 self._submit(self._ready.popleft())
             elif (next_one := self._next(todo)) is not None:
-                self._begin(*next_one)
+                self._start_row(*next_one)
             else:
                 self._documents.finish()
                 return
@@ -189,12 +189,12 @@ class Runner:
             self._broken.__cause__ = error
         return None
 
-    def _begin(self, row: Row, question: str | None) -> None:
+    def _start_row(self, row: Row, question: str | None) -> None:
         work = _Work(row, question, time.monotonic(), self._spec.sampling)
         with self._row(work):
             content: Content = row.read()
             work.sampling = replace(work.sampling, **content.sampling)
-            work.document = self._documents.begin(row, content)
+            work.document = self._documents.begin_question(row, content)
             window = self._session.facts["max_positions"]
             work.plan = plan_answer(content, question, self._spec, self._session.tokenizer, window)
             self._advance(work, None)

@@ -100,14 +100,14 @@ class _Csv:
 
     def _first(self) -> str:
         """The next line that is not blank."""
-        self._lines.begin()
+        self._lines.begin_row()
         while (line := next(self._lines, "")) and not line.strip():
-            self._lines.begin()
+            self._lines.begin_row()
         return line
 
     def records(self) -> Iterator[Record]:
         while True:
-            self._lines.begin()
+            self._lines.begin_row()
             try:
                 row = next(self._reader(), None)
             except csv.Error as error:
@@ -140,9 +140,9 @@ class _RowLines:
     def __init__(self, path: Path) -> None:
         self._lines = _lines(path, newline="")
         self._again: deque[str] = deque()
-        self.begin()
+        self.begin_row()
 
-    def begin(self) -> None:
+    def begin_row(self) -> None:
         """A row begins."""
         self._row: list[str] = []
         self._characters = 0
@@ -150,7 +150,7 @@ class _RowLines:
     def again(self, after: int = 0) -> None:
         """Read the row's lines again, but not the first ``after`` of them."""
         self._again.extendleft(reversed(self._row[after:]))
-        self.begin()
+        self.begin_row()
 
     def __iter__(self) -> Iterator[str]:
         return self

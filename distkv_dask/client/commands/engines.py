@@ -12,13 +12,13 @@ from distkv_dask.client.commands.connect import check_cluster, client_of
 from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.messages.client_calls import ClientCall
 from distkv_dask.messages.names import PLUGIN, unpack
-from distkv_dask.messages.status import OpenEngine
+from distkv_dask.messages.status import EngineSummary
 from distkv_dask.version import VERSION
 
 LIMIT = 10.0
 """Seconds that a scheduler may take to answer."""
 
-Engines = dict[str, OpenEngine]
+Engines = dict[str, EngineSummary]
 
 
 @contextmanager

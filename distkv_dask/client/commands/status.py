@@ -12,7 +12,7 @@ from dask.utils import format_bytes
 
 from distkv_dask.client.commands.engines import Engines, engines_of, running_cluster
 from distkv_dask.client.commands.options import running_option
-from distkv_dask.messages.status import OpenEngine
+from distkv_dask.messages.status import EngineSummary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +60,7 @@ def _shown(workers: int, engines: Engines) -> RenderableType:
     return Group(f"{workers} workers, {len(engines)} engines", *(_table(name, one) for name, one in engines.items()))
 
 
-def _table(name: str, engine: OpenEngine) -> RenderableType:
+def _table(name: str, engine: EngineSummary) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 

@@ -178,7 +178,7 @@ class Document(_Kept):
     async def _end(self) -> None:
         if not self._released:
             self._released = True
-            await self._session.store.release(self.number)
+            await self._session.store.release_documents(self.number)
 
     @property
     def is_released(self) -> bool:
@@ -263,7 +263,7 @@ class Chat(_Kept):
     async def _end(self) -> None:
         numbers, self._numbers = self._numbers, []
         if numbers:
-            await self._session.store.release(*numbers)
+            await self._session.store.release_documents(*numbers)
 
 
 async def _result(generation: Generation) -> Completion:

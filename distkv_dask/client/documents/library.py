@@ -75,7 +75,7 @@ class Library:
     async def _hand_in(self, name: str, text: DocumentText, saved: Saved | None) -> Document:
         if name in self.documents:
             raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
-        operation = self._session.store.begin(text.ids, name, saved)
+        operation = self._session.store.begin_ingest(text.ids, name, saved)
         self._documents[name] = document = Document(self._session, name, operation.number, text)
         try:
             stored = await ended(operation)

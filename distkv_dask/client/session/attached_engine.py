@@ -52,7 +52,7 @@ class AttachedEngine:
         except BaseException:
             await asyncio.shield(self.close(conversation))
             raise
-        conversation.begin(self.spec.engine, self._handle)
+        conversation.listen_to(self.spec.engine, self._handle)
         return dict(facts), tokenizer
 
     async def close(self, conversation: Conversation) -> None:

@@ -60,7 +60,7 @@ class Conversation:
 
     # Its beginning and end
 
-    def begin(self, engine: str, handle: int = 0) -> None:
+    def listen_to(self, engine: str, handle: int = 0) -> None:
         """The engine of this id is open: listen to what the gManager says to this handle."""
         self._engine, self._handle = engine, handle
         self._numbers = itertools.count(handle * HANDLE_NUMBERS)
@@ -124,7 +124,7 @@ class Conversation:
         """Tell the gManager that nobody waits for a request any more; from any thread."""
         self._soon(self._send_cancel, number)
 
-    def release(self, number: int) -> None:
+    def release_document(self, number: int) -> None:
         """Need a document no more, after the requests so far; from any thread."""
         if not self.is_closed:
             self._soon(lambda: self._spawn(self._release(number)))

@@ -66,7 +66,7 @@ class OwnedEngine:
             loading.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
             await asyncio.shield(self._close(conversation))
             raise
-        conversation.begin(engine)
+        conversation.listen_to(engine)
         if self._trace is not None:
             self._trace.start()
         return facts, tokenizer

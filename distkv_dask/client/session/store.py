@@ -28,7 +28,7 @@ class DocumentStore:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def begin(self, ids: Sequence[int], name: str = "", saved: Saved | None = None) -> Operation:
+    def begin_ingest(self, ids: Sequence[int], name: str = "", saved: Saved | None = None) -> Operation:
         """Hand in the tokens that prompts begin with, from any thread, and return at once.
 
         Parameters
@@ -63,7 +63,7 @@ class DocumentStore:
                     raise
         raise AssertionError("not reached")
 
-    async def release(self, *documents: int) -> None:
+    async def release_documents(self, *documents: int) -> None:
         """Need documents no more, after the questions that are on their way to them."""
         await self._conversation.flushed()
         for document in documents:
@@ -71,7 +71,7 @@ class DocumentStore:
 
     def end(self, document: int) -> None:
         """Need a document no more, after the questions that are on their way to it; from any thread."""
-        self._conversation.release(document)
+        self._conversation.release_document(document)
 
     def _submit(self, submission: Submission) -> Operation:
         operation = Operation(submission, self._conversation.cancel)

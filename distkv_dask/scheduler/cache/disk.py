@@ -36,7 +36,7 @@ def pays(life: MachineState, request: Request) -> bool:
     return 2 * max(sizes.values()) / life.disks.rate < compute
 
 
-def begin(life: MachineState, request: Request) -> None:
+def begin_spill(life: MachineState, request: Request) -> None:
     """Write a sequence, with which nothing is done meanwhile, to the disks of the workers that hold it."""
     state, disks, sequence = request.state, life.disks, request.sequence
     assert isinstance(state, Spilling)
@@ -60,7 +60,7 @@ def stored(life: MachineState, event: Stored) -> Request | None:
     """A worker wrote its part of a spill, or could not; the sequence, if all of its workers have answered."""
     spilled = [SpilledFile(*file, event.worker) for file in event.files]
     request = life.requests[life.disks.numbers[event.number]] if event.number in life.disks.numbers else None
-    if request is None:
+    if request is None or not _writes(request, event.worker):
         _discard(life, spilled)
         return None
     copy = life.disks.copies[request.sequence]
@@ -68,6 +68,10 @@ def stored(life: MachineState, event: Stored) -> Request | None:
     if event.error is None:
         life.disks.wrote(copy.bytes[event.worker], life.now - copy.began)
     return answered(life, request, event.worker, event.error)
+
+
+def _writes(request: Request, worker: str) -> bool:
+    return isinstance(request.state, Spilling) and worker in request.state.answering
 
 
 def answered(life: MachineState, request: Request, worker: str, error: Exception | None) -> Request | None:
@@ -82,11 +86,11 @@ def answered(life: MachineState, request: Request, worker: str, error: Exception
     if state.failure is None:
         request.saved = Saved(OWN_DISK, tuple(sorted(copy.files, key=lambda file: file.start)))
     else:
-        forget(life, request)
+        forget_copy(life, request)
     return request
 
 
-def late(life: MachineState, limit: float) -> list[Request]:
+def late_spills(life: MachineState, limit: float) -> list[Request]:
     """Sequences that are being written for longer than ``limit`` seconds."""
     disks = life.disks
     return [life.requests[number] for number in disks.under_way if life.now - disks.copies[number].began > limit]
@@ -95,7 +99,7 @@ def late(life: MachineState, limit: float) -> list[Request]:
 # Gone
 
 
-def forget(life: MachineState, request: Request) -> None:
+def forget_copy(life: MachineState, request: Request) -> None:
     """A sequence's copy is of no use (any more); nothing happens if it has none."""
     copy = life.disks.copies.pop(request.sequence, None)
     if copy is None:
@@ -111,7 +115,7 @@ def worker_lost(life: MachineState, worker: str) -> None:
     life.disks.capacity.pop(worker, None)
     for number, copy in list(life.disks.copies.items()):
         if copy.whole and worker in copy.bytes:
-            forget(life, life.requests[number])
+            forget_copy(life, life.requests[number])
     del life.disks.used[worker]
 
 
@@ -124,7 +128,7 @@ def _make_room(life: MachineState, worker: str, size: int) -> None:
     order = sorted(others, key=lambda one: (not isinstance(one.state, states.Stored), not one.is_document, one.used))
     for request in order:
         if not isinstance(request.state, Fetching) and disks.used[worker] + size > disks.capacity[worker]:
-            forget(life, request)
+            forget_copy(life, request)
 
 
 def _sizes(life: MachineState, request: Request) -> Counter[str]:

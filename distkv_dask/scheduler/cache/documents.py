@@ -70,7 +70,7 @@ def stored(life: MachineState, request: Request, before: State) -> None:
     """All of a document's tokens are there: its client hears of it, and questions can be admitted."""
     request.used = life.now
     if request.prompt:
-        life.ledger.keep(request.sequence, len(request.prompt))
+        life.ledger.make_document(request.sequence, len(request.prompt))
         life.index.add(request.sequence, request.prompt)
     if not request.announced:
         request.announced = True
@@ -81,7 +81,7 @@ def stored(life: MachineState, request: Request, before: State) -> None:
     _wake(life, request)
 
 
-def kept(life: MachineState, request: Request, before: State) -> None:
+def become_document(life: MachineState, request: Request, before: State) -> None:
     """A question has its answer, and both become a document: whole blocks of them."""
     account, size = life.ledger.sequences[request.sequence], life.ledger.block_tokens
     tokens = account.length // size * size
@@ -92,7 +92,7 @@ def kept(life: MachineState, request: Request, before: State) -> None:
         life.recommend(request, Dropped())
         return
     life.index.add(request.sequence, request.prompt)
-    for span in life.ledger.keep(request.sequence, tokens):
+    for span in life.ledger.make_document(request.sequence, tokens):
         life.command(Free(span.worker, request.sequence, span.start, span.stop))
     _wake(life, request)
 
@@ -108,10 +108,10 @@ def _wake(life: MachineState, request: Request) -> None:
 # Documents that go
 
 
-def drop(life: MachineState, request: Request, before: State) -> None:
+def drop_blocks(life: MachineState, request: Request, before: State) -> None:
     """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
-    put_off(life, request)
-    free(life, request)
+    defer_questions(life, request)
+    free_blocks(life, request)
     if not request.prompt:
         life.recommend(request, Stored())
     elif not is_unneeded(request) and (request.awaited or not request.announced):
@@ -131,11 +131,11 @@ def stop_waiting(life: MachineState, request: Request, before: State) -> None:
 
 def lost(life: MachineState, request: Request) -> None:
     """A document at rest lost blocks: they are computed now if there is room, else all of it when it is asked."""
-    put_off(life, request)
+    defer_questions(life, request)
     life.recommend(request, repaired(life, request) or Dropped())
 
 
-def put_off(life: MachineState, request: Request) -> None:
+def defer_questions(life: MachineState, request: Request) -> None:
     """Who waits for room next to a document waits for that document first, or does without it."""
     life.index.drop(request.sequence, request.prompt)
     for ask in [ask for ask in life.queue if ask.document == request.sequence]:
@@ -154,8 +154,8 @@ def put_off(life: MachineState, request: Request) -> None:
 def spill(life: MachineState, request: Request, before: State) -> None:
     """Write a sequence's blocks to disks before it gives them up."""
     if request.is_document:
-        put_off(life, request)
-    disk.begin(life, request)
+        defer_questions(life, request)
+    disk.begin_spill(life, request)
 
 
 def leave_queue(life: MachineState, request: Request) -> None:
@@ -172,13 +172,13 @@ def is_unneeded(request: Request) -> bool:
 def remove(life: MachineState, request: Request) -> None:
     """A request, or a document that nobody needs, is over: free its blocks, and what only it needed."""
     life.index.drop(request.sequence, request.prompt if request.is_document else array("i"))
-    free(life, request)
-    disk.forget(life, request)
+    free_blocks(life, request)
+    disk.forget_copy(life, request)
     del life.requests[request.sequence]
-    leave(life, request)
+    leave_document(life, request)
 
 
-def leave(life: MachineState, request: Request) -> None:
+def leave_document(life: MachineState, request: Request) -> None:
     """A request depends on its document no more."""
     document = life.requests.get(request.document) if request.document is not None else None
     if document is not None:
@@ -190,7 +190,7 @@ def leave(life: MachineState, request: Request) -> None:
         life.idle_documents[document.sequence] = None
 
 
-def free(life: MachineState, request: Request) -> None:
+def free_blocks(life: MachineState, request: Request) -> None:
     """Give back a sequence's blocks, on which nothing computes; those that can be reused are cached."""
     account = life.ledger.sequences.get(request.sequence)
     if account is None:
@@ -215,7 +215,7 @@ def evict(life: MachineState) -> bool:
     smallest = next(life.ledger.room.smallest_batches(), None)
     if head is None or smallest is None or smallest.homed >= life.ledger.room.batch:
         return False  # it waits for a place in a batch
-    leaving = going(life)
+    leaving = about_to_free(life)
     if leaving and room_with(life, leaving) >= life.ledger.blocks(head.tokens):
         return False  # it waits for blocks that are being written to disk
     accounts = life.ledger.sequences
@@ -239,7 +239,7 @@ def evict(life: MachineState) -> bool:
     return True
 
 
-def going(life: MachineState) -> set[int]:
+def about_to_free(life: MachineState) -> set[int]:
     """Sequences that are about to give up their blocks."""
     again = (number for number in life.ledger.sequences if life.requests[number].goes_on_later)
     return {*again, *life.disks.under_way}

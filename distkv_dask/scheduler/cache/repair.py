@@ -29,7 +29,7 @@ def repaired(life: MachineState, request: Request) -> State | None:
     computed = clipped(account.placement, 0, length)
     lost = tuple((span.start, span.stop) for span in computed if span.worker in account.lost)
     life.ledger.commit(number, min([length, *(start for start, _ in lost)]))
-    life.ledger.mend(number, placement)
+    life.ledger.replace_lost(number, placement)
     prefix_cache.allocate(life, number)
     if lost or length < request.known_tokens:
         return Prefill(length, lost)

@@ -85,7 +85,7 @@ class Calibration:
         self._slower[home] = self.slower(home) ** before * ratio ** (1 - before)
         self._curves[home] = _scaled(self._fitted.curves[home], self._slower[home])
 
-    def forget(self, worker: str) -> None:
+    def forget_worker(self, worker: str) -> None:
         """A worker is gone."""
         self._slower.pop(worker, None)
 

@@ -191,7 +191,7 @@ class EngineState:
                 f"kv_memory or give workers a higher memory limit."
             )
 
-    def closing(self) -> None:
+    def start_closing(self) -> None:
         """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
         self.is_closing = True
         for outbox in self.handles.values():
@@ -247,7 +247,7 @@ class EngineState:
         """
         if handle not in self.handles:
             raise EngineClosedError("the scheduler lost this handle of the engine: attach again")
-        return await self.handles[handle].take(heard, wait)
+        return await self.handles[handle].take_unheard(heard, wait)
 
     # Figures
 

@@ -34,7 +34,7 @@ class Outbox:
         self._closed = True
         self._news.set()
 
-    async def take(self, heard: int, wait: float) -> list[Delivery]:
+    async def take_unheard(self, heard: int, wait: float) -> list[Delivery]:
         """What somebody who heard ``heard`` items has yet to hear; waits up to ``wait`` seconds for something.
 
         Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.

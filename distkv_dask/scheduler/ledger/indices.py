@@ -54,7 +54,7 @@ class Room:
         """Number of workers with weights that are not being drained."""
         return len(self._batches)
 
-    def enter(self, account: WorkerAccount) -> None:
+    def enter_worker(self, account: WorkerAccount) -> None:
         """Index an account as it is now, for the first time or after a change."""
         worker, free, lendable = account.worker, account.free, account.lendable
         decodes = account.can_decode and not account.retiring
@@ -78,7 +78,7 @@ class Room:
         if load:
             self._loads.add(load)
 
-    def forget(self, worker: str) -> None:
+    def remove_worker(self, worker: str) -> None:
         """Drop a worker that is gone."""
         entry = self._entries.pop(worker)
         self._drop(entry)
@@ -142,6 +142,6 @@ class Room:
         """Assert that the indices say what the accounts say."""
         fresh = Room(self.batch)
         for account in accounts.values():
-            fresh.enter(account)
+            fresh.enter_worker(account)
         for name, value in vars(fresh).items():
             assert vars(self)[name] == value, name

@@ -72,13 +72,13 @@ class Ledger:
         self.epoch += 1
         account = WorkerAccount(endpoint, capacity, lend_limit, can_decode)
         self.workers[account.worker] = account
-        self.room.enter(account)
+        self.room.enter_worker(account)
 
     def retire_worker(self, worker: str, retiring: bool = True) -> None:
         """Place nothing new on a worker from now on, because its blocks are about to be moved away (or do again)."""
         self.epoch += 1
         self.workers[worker].retiring = retiring
-        self.room.enter(self.workers[worker])
+        self.room.enter_worker(self.workers[worker])
 
     def remove_worker(self, worker: str) -> list[int]:
         """Close a worker's account and return the sequences that lost blocks by it (still to be released).
@@ -90,7 +90,7 @@ class Ledger:
         account = self.workers.pop(worker, None)
         if account is None:
             return []
-        self.room.forget(worker)
+        self.room.remove_worker(worker)
         for sequence in account.held:
             lost = self.sequences[sequence]
             for move in [move for move in lost.moves if move.target == worker]:
@@ -155,7 +155,7 @@ class Ledger:
             home.pending += account.pending - pending
             home.due += account.due - due
 
-    def keep(self, sequence: int, tokens: int) -> list[Span]:
+    def make_document(self, sequence: int, tokens: int) -> list[Span]:
         """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of its other room.
 
         Raises
@@ -176,7 +176,7 @@ class Ledger:
             self.sequences[document].sharers.discard(sequence)
         return [span for span in rest if span.worker not in account.lost]
 
-    def mend(self, sequence: int, placement: Placement) -> None:
+    def replace_lost(self, sequence: int, placement: Placement) -> None:
         """Lay what a sequence lost elsewhere, as the policy chose from this very ledger; the rest stays as it is.
 
         Raises
@@ -186,7 +186,7 @@ class Ledger:
         """
         account = self.sequences[sequence]
         if account.moves or account.sharers:
-            raise ValueError(f"sequence {sequence}: {account} cannot be mended")
+            raise ValueError(f"sequence {sequence}: {account} cannot be repaired")
         self.epoch += 1
         self._count(sequence, -1)
         account.placement, account.lost = placement, set()
@@ -348,7 +348,7 @@ class Ledger:
                 entry.held[sequence] = wanted[worker]
                 if worker == home and not account.idle:
                     entry.homes[sequence] = None
-            self.room.enter(entry)
+            self.room.enter_worker(entry)
 
     def _owe(self, debtor: str, creditor: str, blocks: int, account: SequenceAccount) -> None:
         owed = self.owes.setdefault(debtor, Counter())

@@ -47,7 +47,7 @@ def end(
             life.queue.withdraw(request.sequence)
         life.recommend(request, Gone(error))
     else:
-        prefill.stop(life, request, f"the request ended: {without_quotes(error) if error else reason}")
+        prefill.stop_prefill(life, request, f"the request ended: {without_quotes(error) if error else reason}")
         homes.leave(life, request.sequence)
         life.recommend(request, Retiring(settled=settled or request.saves))
 
@@ -62,13 +62,13 @@ def end_document(life: MachineState, request: Request, error: Exception | None =
         _fail_awaited(life, request, error)
     documents.leave_queue(life, request)
     if isinstance(request.state, Prefill | Fetching):
-        prefill.stop(life, request, f"the document ended: {without_quotes(error) if error else 'released'}")
+        prefill.stop_prefill(life, request, f"the document ended: {without_quotes(error) if error else 'released'}")
         life.recommend(request, Retiring())
     else:
         life.idle_documents[request.sequence] = None
 
 
-def forget(life: MachineState, request: Request, before: State) -> None:
+def forget_request(life: MachineState, request: Request, before: State) -> None:
     """A request is over, and nothing is kept of it."""
     assert isinstance(request.state, Gone)
     lost = InvalidRequestError("the answer that this question builds on was not finished: ask that one again")

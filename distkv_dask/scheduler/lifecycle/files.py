@@ -31,7 +31,7 @@ from distkv_dask.scheduler.records.states import (
 )
 
 
-def begin(life: MachineState, request: Request, before: State) -> None:
+def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     """A request to save has its document, or a sequence that is saved somewhere has room."""
     account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
     assert saved is not None
@@ -59,7 +59,7 @@ def stored(life: MachineState, event: Stored) -> None:
             _spilled(life, request)
         return
     request = life.requests.get(event.number)
-    if request is None or not isinstance(state := request.state, Saving):
+    if request is None or not isinstance(state := request.state, Saving) or event.worker not in state.answering:
         return
     state.files += event.files
     if not state.answered(event.worker, event.error):  # a save that failed waits, too: all that it wrote can be deleted
@@ -70,13 +70,13 @@ def stored(life: MachineState, event: Stored) -> None:
     assert request.saved is not None
     written = tuple(sorted(state.files, key=lambda file: file.start))
     if request.document is not None and request.document in life.requests:
-        disk.forget(life, life.requests[request.document])
+        disk.forget_copy(life, life.requests[request.document])
         life.requests[request.document].saved = Saved(request.saved.place, written)
     life.command(Delivery(request.sequence, (), "stop", None, request.timings(life.now), files=written))
     life.recommend(request, Gone())
 
 
-def lost(life: MachineState, request: Request, worker: str) -> None:
+def spill_lost(life: MachineState, request: Request, worker: str) -> None:
     """A worker died that was writing a part of a sequence that is spilled."""
     if disk.answered(life, request, worker, GangAbortedError(f"worker {worker} is gone")) is not None:
         _spilled(life, request)
@@ -84,7 +84,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
 
 def expire(life: MachineState) -> None:
     """Wait no more for disks that are too slow: what they hold is recomputed."""
-    for request in disk.late(life, life.config.timeout_start):
+    for request in disk.late_spills(life, life.config.timeout_start):
         assert isinstance(request.state, Spilling)
         for worker in tuple(request.state.answering):
             disk.answered(life, request, worker, TimeoutError(f"the disk of {worker} is too slow"))
@@ -114,7 +114,7 @@ def fetched(life: MachineState, event: Fetched) -> None:
     if state.failure is None:
         life.ledger.commit(request.sequence, request.known_tokens)
     if state.failure is not None or not request.is_document:
-        disk.forget(life, request)
+        disk.forget_copy(life, request)
         request.saved = None
     if state.failure is None:
         life.recommend(request, states.Stored() if request.is_document else Decode())

@@ -25,7 +25,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
     if isinstance(state, Retiring):
         return
     if isinstance(state, Spilling):
-        files.lost(life, request, worker)
+        files.spill_lost(life, request, worker)
     elif not request.is_document:
         request.lost.append(worker)
         if request.saves:
@@ -42,7 +42,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
     elif isinstance(state, Prefill | Fetching):
         if isinstance(state, Fetching):
             state.answering.discard(worker)
-        prefill.stop(life, request, "a worker with blocks of the document is gone")
+        prefill.stop_prefill(life, request, "a worker with blocks of the document is gone")
         life.recommend(request, Retiring())
     elif not life.ledger.sequences[request.sequence].sharers:  # else with the last of them
         documents.lost(life, request)
@@ -60,5 +60,5 @@ def stalled(life: MachineState, request: Request, error: DistKVError) -> None:
 def _compute_again(life: MachineState, request: Request, reason: str) -> None:
     """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
     life.moves.end(request.sequence)
-    prefill.stop(life, request, reason)
+    prefill.stop_prefill(life, request, reason)
     life.recommend(request, Retiring(again=True))

@@ -87,7 +87,7 @@ class Lifecycle:
                 prefilled(life, event)
             case did.WindowStarted():
                 life.starts.window_began(event.worker)
-                homes.started(life, event.worker, event.window)
+                homes.window_started(life, event.worker, event.window)
             case did.WindowDone():
                 window_done(life, event)
             case did.GangFailed():
@@ -121,9 +121,9 @@ class Lifecycle:
                 self._worker_lost(event.worker)
             case Drain():
                 if event.worker in life.ledger.workers:
-                    drain.drain(life, event.worker, event.leaving)
+                    drain.set_leaving(life, event.worker, event.leaving)
             case Pause():
-                drain.pause(life, event.workers)
+                drain.set_paused(life, event.workers)
             case Tick():
                 self._tick()
             case _:
@@ -148,7 +148,7 @@ class Lifecycle:
         lost = life.ledger.remove_worker(worker)
         lost = [number for number in lost if not isinstance(life.requests[number].state, Retiring)]
         prefix_cache.worker_lost(life, worker)
-        life.calibration.forget(worker)
+        life.calibration.forget_worker(worker)
         life.leaving.discard(worker)
         life.paused.discard(worker)
         homes.remove(life, worker)
@@ -160,9 +160,10 @@ class Lifecycle:
             if sequence in life.ledger.sequences:
                 losses.lost(life, life.requests[sequence], worker)
                 settle(life)
-        for sequence, request in list(life.requests.items()):
+        for request in list(life.requests.values()):
+            request.retires.pop(worker, None)
             if isinstance(request.state, Retiring):
-                self._retired(did.Retired(worker, sequence))
+                retirement.retired(life, request, worker)
                 settle(life)
 
     # Requests
@@ -221,12 +222,9 @@ class Lifecycle:
     def _retired(self, event: did.Retired) -> None:
         """A worker computes on a sequence no more."""
         life, request = self.state, self.state.requests.get(event.sequence)
-        if request is not None and request.retires[event.worker] > 1 and event.worker in life.ledger.workers:
-            request.retires[event.worker] -= 1  # it was asked again meanwhile, and answers that too
+        if request is None or not request.answered(event.worker):
             return
-        if request is not None:
-            request.retires.pop(event.worker, None)
-        if request is not None and isinstance(request.state, Retiring):
+        if isinstance(request.state, Retiring):
             retirement.retired(life, request, event.worker)
         else:
             migration.paused(life, event)
@@ -245,13 +243,13 @@ class Lifecycle:
     def _tick(self) -> None:
         life = self.state
         homes.count_tasks(life)
-        for gang, error in homes.late(life):
+        for gang, error in homes.late_windows(life):
             retries.failed(life, gang.number, error)
             settle(life)
-        for chunk, error in life.starts.late(prefill.heads(life), life.now, life.config.timeout_start):
+        for chunk, error in life.starts.late(prefill.next_chunks(life), life.now, life.config.timeout_start):
             losses.stalled(life, life.requests[chunk.sequence], error)
             settle(life)
-        retries.wake(life)
+        retries.retry_rested(life)
         migration.expire(life)
         files.expire(life)
         stalls.hold_blocks(life)

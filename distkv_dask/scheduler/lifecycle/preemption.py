@@ -18,7 +18,7 @@ def make_way(life: MachineState) -> bool:
     head = next(life.queue.turns(), None)
     if head is None or head.priority <= life.lowest_priority:
         return False  # as always where nobody uses priorities
-    going = documents.going(life)
+    going = documents.about_to_free(life)
     need = life.ledger.blocks(head.tokens) - documents.room_with(life, going)
     if need <= 0 and going:
         return False  # one at a time where it does not fit for another reason

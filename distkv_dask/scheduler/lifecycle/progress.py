@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import ChunkDone, Prefilled, WindowDone
-from distkv_dask.scheduler.commands import Forget
+from distkv_dask.scheduler.commands import ForgetTasks
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -43,7 +43,7 @@ def _commit_chunk(life: MachineState, sequence: int, gang: int) -> Request | Non
     state.failures = 0
     life.ledger.commit(sequence, chunk.start + len(chunk.tokens) if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
-    life.command(Forget(chunk.gang, finished=True))
+    life.command(ForgetTasks(chunk.gang, finished=True))
     if not state.chunks:
         life.in_prefill.pop(sequence, None)
     return request
@@ -52,7 +52,7 @@ def _commit_chunk(life: MachineState, sequence: int, gang: int) -> Request | Non
 def window_done(life: MachineState, event: WindowDone) -> None:
     """A home finished a window: its tokens are committed, and sequences that ended leave."""
     result = event.result
-    if not homes.done(life, event):
+    if not homes.window_done(life, event):
         return
     if result.steps:
         life.moves.step_seconds[event.worker] = result.seconds / result.steps

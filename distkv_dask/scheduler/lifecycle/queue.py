@@ -11,7 +11,7 @@ from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import State, Waiting
 
 
-def wait(life: MachineState, request: Request, before: State) -> None:
+def enqueue(life: MachineState, request: Request, before: State) -> None:
     """Let a request wait for room, or for its document to be stored."""
     state = request.state
     assert isinstance(state, Waiting)
@@ -36,7 +36,7 @@ def wait(life: MachineState, request: Request, before: State) -> None:
     request.rank = min(rank, state.latest)
     if request.rank <= request.behind:
         request.rank = math.nextafter(request.behind, math.inf)
-    life.queue.wait(ask, request.rank)
+    life.queue.enqueue(ask, request.rank)
 
 
 def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, int]:
@@ -48,10 +48,10 @@ def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, 
     return submitted, request.sampling.priority
 
 
-def come_back(life: MachineState, request: Request, before: State) -> None:
+def requeue(life: MachineState, request: Request, before: State) -> None:
     """A request that lost blocks, or made way, gives back the others, and waits for room in its turn."""
-    documents.free(life, request)
+    documents.free_blocks(life, request)
     if request.document is not None and life.requests[request.document].cached:
-        documents.leave(life, request)
+        documents.leave_document(life, request)
         request.document, request.borrows = None, False
-    wait(life, request, before)
+    enqueue(life, request, before)

@@ -24,7 +24,7 @@ from distkv_dask.scheduler.records.states import (
 )
 
 
-def begin(life: MachineState, request: Request, before: State) -> None:
+def begin_retirement(life: MachineState, request: Request, before: State) -> None:
     """Let the workers that run forwards of a sequence, then its holders, say that they compute on it no more."""
     state, account = request.state, life.ledger.sequences[request.sequence]
     assert isinstance(state, Retiring)
@@ -58,8 +58,9 @@ def retired(life: MachineState, request: Request, worker: str) -> None:
 
 def _ask(life: MachineState, request: Request, workers: Iterable[str]) -> None:
     assert isinstance(request.state, Retiring)
-    request.state.workers = {worker for worker in workers if worker in life.ledger.workers}
-    for worker in tuple(request.state.workers):
+    asked = [worker for worker in workers if worker in life.ledger.workers]
+    request.state.workers = set(asked)
+    for worker in asked:  # a set's order is another one in every process
         life.command(request.retire(worker))
 
 

@@ -73,18 +73,18 @@ def _prefill_failed(life: MachineState, request: Request, error: Exception, agai
     if not again or _is_hopeless(life, state.failures, state.failing_since):
         end(life, request, "error", error)
         return
-    prefill.stop(life, request, without_quotes(error))
+    prefill.stop_prefill(life, request, without_quotes(error))
     if state.failures > MAX_RETRIES:
         state.rests_until = life.now + PAUSE
     else:
-        prefill.again(life, request)
+        prefill.resubmit_chunks(life, request)
 
 
 def _is_hopeless(life: MachineState, failures: int, since: float) -> bool:
     return failures > MAX_RETRIES and life.now - since >= life.config.timeout_receive
 
 
-def wake(life: MachineState) -> None:
+def retry_rested(life: MachineState) -> None:
     """Try again what has rested."""
     for chain in life.chains.values():
         if chain.rests_until is not None and chain.rests_until <= life.now:
@@ -93,4 +93,4 @@ def wake(life: MachineState) -> None:
     for request in life.requests.values():
         state = request.state
         if isinstance(state, Prefill) and state.rests_until is not None and state.rests_until <= life.now:
-            prefill.again(life, request)
+            prefill.resubmit_chunks(life, request)

@@ -13,7 +13,7 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Decode, Stored
 
 
-def drain(life: MachineState, worker: str, leaving: bool) -> None:
+def set_leaving(life: MachineState, worker: str, leaving: bool) -> None:
     """A worker is about to leave, and nothing is placed on it; or it stays after all."""
     (life.leaving.add if leaving else life.leaving.discard)(worker)
     life.ledger.retire_worker(worker, leaving or worker in life.paused)
@@ -21,7 +21,7 @@ def drain(life: MachineState, worker: str, leaving: bool) -> None:
     prefix_cache.drain(life, worker)
 
 
-def pause(life: MachineState, paused: Set[str]) -> None:
+def set_paused(life: MachineState, paused: Set[str]) -> None:
     """Dask starts nothing on these workers, so nothing is placed on them either."""
     known = paused & life.ledger.workers.keys()
     changed, life.paused = life.paused ^ known, set(known)

@@ -77,10 +77,9 @@ def expected(life: MachineState, event: Expected) -> None:
 def paused(life: MachineState, event: Retired) -> None:
     """A worker computes on a sequence no more, first its home, then the source: now nothing changes its blocks."""
     for one in life.moves.of(event.sequence):
-        if one.phase not in ("pausing", "resuming"):
+        if one.phase not in ("pausing", "resuming") or one.computing[:1] != [event.worker]:
             continue
-        if one.computing[:1] == [event.worker]:
-            del one.computing[0]
+        del one.computing[0]
         if one.phase == "resuming":
             del life.moves.under_way[one.number]
             homes.join(life, life.requests[event.sequence])

@@ -88,7 +88,7 @@ class Admission:
 
     # Coming and going
 
-    def wait(self, ask: Ask, rank: float | None = None) -> None:
+    def enqueue(self, ask: Ask, rank: float | None = None) -> None:
         """A request waits from now on; the lowest ``rank`` is first (the policy's, if none is given)."""
         rank = self.policy.rank(self.ledger, ask) if rank is None else rank
         self._asks[ask.sequence] = rank, ask

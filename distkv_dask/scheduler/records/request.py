@@ -118,6 +118,13 @@ class Request:
         self.retires[worker] += 1
         return Retire(worker, self.sequence)
 
+    def answered(self, worker: str) -> bool:
+        """A worker says that it computes on it no more; whether that is its last answer that is to come."""
+        if not self.retires[worker]:
+            return False  # nobody asked it
+        self.retires[worker] -= 1
+        return not self.retires[worker]
+
     def state_at(self, placement: Placement, length: int) -> SequenceState:
         """Committed state, for a home to decode from."""
         return SequenceState(

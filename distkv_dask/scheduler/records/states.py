@@ -105,7 +105,9 @@ class FilesUnderWay(State):
     failure: Exception | None = None
 
     def answered(self, worker: str, error: Exception | None) -> bool:
-        """A worker is done, or could not do its part; whether all are."""
+        """A worker that was asked is done, or could not do its part; whether all are."""
+        if worker not in self.answering:
+            return False
         self.failure = self.failure or error
         self.answering.discard(worker)
         return not self.answering

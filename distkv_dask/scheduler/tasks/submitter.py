@@ -89,7 +89,7 @@ class Submitter:
         client, self._client = self._client, None
         self._disarm()
         self._gathered.clear()
-        self._forget(list(self._tasks), finished=False)
+        self._forget_keys(list(self._tasks), finished=False)
         if client is not None:
             await client.close()
 
@@ -136,12 +136,12 @@ class Submitter:
             self._flushing.cancel()
             self._flushing = None
 
-    def forget(self, gang: Gang, finished: bool) -> None:
+    def forget_tasks(self, gang: Gang, finished: bool) -> None:
         """Drop a gang's tasks: each when it has finished, or at once."""
         self._gathered = [one for one in self._gathered if gang.number not in {member.number for member in one[1]}]
-        self._forget(gang_keys(gang), finished)
+        self._forget_keys(gang_keys(gang), finished)
 
-    def _forget(self, keys: Iterable[str], finished: bool) -> None:
+    def _forget_keys(self, keys: Iterable[str], finished: bool) -> None:
         for key in keys:
             task = self._tasks.get(key)
             if task is None:
@@ -154,12 +154,12 @@ class Submitter:
     def worker_lost(self, worker: str, engine: str | None = None) -> None:
         """Drop the tasks of a worker that is gone, or of just one engine that is gone from there."""
         lost = [key for key, task in self._tasks.items() if task.worker == worker and engine in (None, task.engine)]
-        self._forget(lost, finished=False)
+        self._forget_keys(lost, finished=False)
 
     def cancel(self, engine: str) -> None:
         """Drop all tasks of an engine."""
         self.flush()
-        self._forget([key for key, task in self._tasks.items() if task.engine == engine], finished=False)
+        self._forget_keys([key for key, task in self._tasks.items() if task.engine == engine], finished=False)
 
     async def drained(self, engine: str, limit: float) -> None:
         """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distkv_dask.gang import Gang
 from distkv_dask.messages.to_worker import Abort
 from distkv_dask.placement import Endpoint
-from distkv_dask.scheduler.commands import Forget
+from distkv_dask.scheduler.commands import ForgetTasks
 from distkv_dask.scheduler.records.machine_state import MachineState
 
 
@@ -20,4 +20,4 @@ def abandon(life: MachineState, gang: Gang, reason: str) -> None:
     for worker in (gang.home, *(holder.worker for holder in gang.holders)):
         if worker in life.ledger.workers:
             life.command(Abort(worker, gang.number, reason))
-    life.command(Forget(gang, finished=False))
+    life.command(ForgetTasks(gang, finished=False))

@@ -14,7 +14,7 @@ from distkv_dask.gang import DecodeWindow, Gang
 from distkv_dask.messages.from_worker import WindowDone
 from distkv_dask.messages.to_worker import Abort, Join, Reset
 from distkv_dask.placement import Endpoint, Placement
-from distkv_dask.scheduler.commands import AddHolders, Forget, SubmitWindow
+from distkv_dask.scheduler.commands import AddHolders, ForgetTasks, SubmitWindow
 from distkv_dask.scheduler.costs.pacer import Pace
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -64,7 +64,7 @@ def placed(life: MachineState, sequence: int) -> tuple[Placement, tuple[Endpoint
     return placement, tuple(life.ledger.holders(placement, but=account.home))
 
 
-def begin(life: MachineState, request: Request, before: State) -> None:
+def begin_decode(life: MachineState, request: Request, before: State) -> None:
     """A sequence is ready to decode."""
     join(life, request)
 
@@ -92,7 +92,7 @@ def leave(life: MachineState, sequence: int) -> None:
 # Windows
 
 
-def started(life: MachineState, home: str, window: int) -> None:
+def window_started(life: MachineState, home: str, window: int) -> None:
     """A home began a window."""
     chain = life.chains.get(home)
     if chain is not None and window in chain.outstanding:
@@ -101,7 +101,7 @@ def started(life: MachineState, home: str, window: int) -> None:
         life.idle_homes[home] = None
 
 
-def done(life: MachineState, event: WindowDone) -> bool:
+def window_done(life: MachineState, event: WindowDone) -> bool:
     """A home finished a window; False when it is not ours any more."""
     chain = life.chains.get(event.worker)
     if chain is None or chain.epoch != event.epoch or event.window not in chain.outstanding:
@@ -113,7 +113,7 @@ def done(life: MachineState, event: WindowDone) -> bool:
     for holder in gang.holders:
         if holder.worker not in event.used:
             life.command(Abort(holder.worker, gang.number, "no sequence of the window needed this holder", unused=True))
-    life.command(Forget(gang, finished=True))
+    life.command(ForgetTasks(gang, finished=True))
     life.idle_homes[event.worker] = None
     return True
 
@@ -157,7 +157,7 @@ def restart(life: MachineState, chain: WindowChain, reason: str, but: Collection
         join(life, life.requests[sequence])
 
 
-def late(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
+def late_windows(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
     """Windows that should have started long ago, and why that may be."""
     limit = life.config.timeout_start
     for chain in list(life.chains.values()):

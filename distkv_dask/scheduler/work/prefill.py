@@ -26,12 +26,12 @@ def has_room(life: MachineState) -> bool:
     return long < prefill_slots(life.ledger)
 
 
-def begin(life: MachineState, request: Request, before: State) -> None:
+def begin_prefill(life: MachineState, request: Request, before: State) -> None:
     """Compute what is known of a sequence that is in prefill now."""
-    submit(life, request)
+    submit_chunks(life, request)
 
 
-def submit(life: MachineState, request: Request) -> None:
+def submit_chunks(life: MachineState, request: Request) -> None:
     """Submit the chunks of a sequence in prefill.
 
     Its last chunk draws the first token, unless it is a document or its tokens so far are only recomputed.
@@ -65,15 +65,15 @@ def submit(life: MachineState, request: Request) -> None:
     life.command(SubmitPrefill(tuple(chunks)))
 
 
-def again(life: MachineState, request: Request) -> None:
+def resubmit_chunks(life: MachineState, request: Request) -> None:
     """Submit again the chunks that were given up."""
     state = request.state
     assert isinstance(state, Prefill)
     state.start, state.lost, state.rests_until = life.ledger.sequences[request.sequence].length, (), None
-    submit(life, request)
+    submit_chunks(life, request)
 
 
-def stop(life: MachineState, request: Request, reason: str) -> None:
+def stop_prefill(life: MachineState, request: Request, reason: str) -> None:
     """Give up the chunks that are not done, if it is in prefill."""
     if isinstance(request.state, Prefill):
         for chunk in request.state.chunks.values():
@@ -85,10 +85,10 @@ def stop(life: MachineState, request: Request, reason: str) -> None:
 def is_awaited_by(life: MachineState, home: str) -> bool:
     """Whether a prompt is about to join a home, or needs its lane next."""
     joining = any(life.ledger.sequences[sequence].home == home for sequence in life.in_prefill)
-    return joining or any(chunk.gang.home == home for chunk in heads(life))
+    return joining or any(chunk.gang.home == home for chunk in next_chunks(life))
 
 
-def heads(life: MachineState) -> Iterator[PrefillChunk]:
+def next_chunks(life: MachineState) -> Iterator[PrefillChunk]:
     """The chunk of each prompt that is computed now, or next."""
     for sequence in life.in_prefill:
         state = life.requests[sequence].state

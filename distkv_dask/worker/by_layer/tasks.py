@@ -21,7 +21,7 @@ from distkv_dask.worker.device import Use
 from distkv_dask.worker.parcel import Parcel
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.engine import OpenEngine
+    from distkv_dask.worker.engine import WorkerEngine
 
 
 class LayerTasks:
@@ -33,7 +33,7 @@ class LayerTasks:
         The engine on this worker.
     """
 
-    def __init__(self, engine: OpenEngine) -> None:
+    def __init__(self, engine: WorkerEngine) -> None:
         self._engine = engine
         self._paused = engine.runtime.paused
 

@@ -1,4 +1,4 @@
-"""Opening an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
+"""Startup of an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.device import choose_device
-from distkv_dask.worker.engine import OpenEngine
+from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.kv_memory import kv_memory
 from distkv_dask.worker.lanes import Lanes
@@ -36,7 +36,7 @@ def build_engine(
     lanes: Lanes,
     worker: Worker,
     tell: Callable[[str, FromWorker], None],
-) -> OpenEngine:
+) -> WorkerEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
     A memory worker is given the model's ``geometry`` instead, which is all that it needs.
@@ -61,7 +61,7 @@ def build_engine(
     block_tokens = spec.config.block_tokens
     block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
     pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
-    make_ready(pool.keys(0))
+    make_ready(pool.keys(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     role: Literal["instance", "memory"] = "memory" if model is None else "instance"
@@ -96,4 +96,4 @@ def build_engine(
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,
     )
-    return OpenEngine(runtime, model, files, facts, report)
+    return WorkerEngine(runtime, model, files, facts, report)

@@ -1,0 +1,43 @@
+"""Index tensors of a batch: given on the host or on the pool's device, read on the host, used on the device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ints = npt.NDArray[np.int64]
+
+
+class Index(NamedTuple):
+    """The index tensors of a call; see :func:`distkv_dask.kernels.micro_attention`.
+
+    Best on the host, where reading them stops nothing.
+    """
+
+    block_tables: torch.Tensor
+    lengths: torch.Tensor
+    query_offsets: torch.Tensor | None
+    q_start: torch.Tensor | None
+
+    def on(self, device: torch.device) -> Index:
+        """The same, but copies on the device of those on the host (themselves where that is the host)."""
+        return Index(*(beside(x, device) for x in self))
+
+    def read(self) -> tuple[Ints, Ints, Ints | None, Ints | None]:
+        """Their values; those on a device come in one copy, for which the host waits."""
+        given = [x for x in self if x is not None]
+        there = [x.reshape(-1) for x in given if not x.is_cpu]
+        flat = iter(torch.cat(there).cpu().split([len(x) for x in there]) if there else ())
+        values = iter([(x if x.is_cpu else next(flat).view(x.shape)).numpy().astype(np.int64) for x in given])
+        tables, lengths, offsets, starts = (None if x is None else next(values) for x in self)
+        assert tables is not None
+        assert lengths is not None
+        return tables, lengths, offsets, starts
+
+
+def beside(value: Any, device: torch.device) -> Any:
+    """A tensor of the host on a device; anything else is left for checks to refuse."""
+    return value.to(device) if isinstance(value, torch.Tensor) and value.is_cpu else value

@@ -1,0 +1,180 @@
+"""The work list of a batch on a GPU: which program attends to which tokens, and which partials are merged after that.
+
+Rows are cut into pieces, so that one long row among short ones fills the card. The host writes the list once per step;
+its size depends only on what stays the same from step to step, so that buffers and launches stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .index import Ints
+from .triton_tiles import Tiles
+
+ITEM = 8
+"""int32 of an item: queries of its row (0: no item), row of the block table, first query of the row, first packed row
+of the tile, first token, token after the last, tokens before the one that query 0 sees last, and where the result goes:
+query 0's token of out, or ``-1 - partial``."""
+MIN_PIECE = 256
+"""A piece of a row is worth its merge from about so many tokens."""
+FEW_PROGRAMS = 4
+"""Programs for each processor that a batch of few queries per row is cut into; more than run at once, for balance."""
+NO_LIMIT = 1 << 30
+"""Past every token."""
+
+
+class Shape(NamedTuple):
+    """What stays the same of a batch: queries of each row, heads of a group, kv heads, tokens that a row can have."""
+
+    queries: Sequence[int]
+    group: int
+    kv_heads: int
+    room: int
+    block_tokens: int
+    head_dim: int
+
+
+class Launch(NamedTuple):
+    """One launch of the attention kernel: its rows, and where its items lie in the list.
+
+    Rows are cut into pieces so that ``extra`` items are added at most.
+    """
+
+    tiles: Tiles
+    rows: Ints
+    row_tiles: Ints
+    extra: int
+    at: int
+    items: int
+
+
+class WorkList:
+    """Sizes of a batch's list, and what writes it.
+
+    Parameters
+    ----------
+    shape
+        The batch.
+    tiles
+        For rows of few queries, and of many.
+    processors
+        Of the card.
+
+    Attributes
+    ----------
+    launches
+        Launches of the attention kernel, at most one for each kind of tiles.
+    partials
+        Partials, each of one query and all heads, that the pieces of rows can need.
+    tokens_at, entries_at, size
+        Where in the list int32 [queries, 2] and int32 [partials, 2] of the merge kernel begin, and the list's length.
+    """
+
+    def __init__(self, shape: Shape, tiles: tuple[Tiles, Tiles], processors: int) -> None:
+        self._shape = shape
+        self._counts: Ints = np.array(shape.queries, np.int64)
+        self._firsts: Ints = np.cumsum(self._counts) - self._counts
+        packed = self._counts * shape.group
+        few, many = tiles
+        kinds = [(few, packed > 0, FEW_PROGRAMS)]
+        if many != few:
+            kinds = [(few, (packed > 0) & (packed <= few.rows), FEW_PROGRAMS), (many, packed > few.rows, 1)]
+        self.launches: list[Launch] = []
+        self.partials = at = 0
+        for kind, chosen, programs in kinds:
+            if chosen.any():
+                launch = self._launch(kind, np.flatnonzero(chosen), programs * processors // shape.kv_heads, at)
+                at += ITEM * launch.items
+                self.partials += launch.extra * int((-(-self._counts[launch.rows] // launch.row_tiles)).max())
+                self.launches.append(launch)
+        self.tokens_at = at
+        self.entries_at = _aligned(at + 2 * int(self._counts.sum()))
+        self.size = _aligned(self.entries_at + 2 * self.partials)
+
+    def _launch(self, tiles: Tiles, rows: Ints, wanted: int, at: int) -> Launch:
+        row_tiles = -(-self._counts[rows] * self._shape.group // tiles.rows)
+        least = int(row_tiles.sum())
+        extra = min(wanted, least * (self._shape.room // MIN_PIECE))
+        if self._shape.room < 2 * MIN_PIECE:
+            extra = 0
+        return Launch(tiles, rows, row_tiles, extra, at, least + extra)
+
+    def write(self, to: npt.NDArray[np.int32], lengths: Ints, starts: Ints | None) -> None:
+        """Write the list of a step.
+
+        Parameters
+        ----------
+        to
+            int32 [size].
+        lengths
+            Visible tokens of each row.
+        starts
+            Query i of a row sees tokens up to its start + i; None: all.
+        """
+        to[: self.tokens_at] = 0
+        tokens = to[self.tokens_at :][: 2 * int(self._counts.sum())].reshape(-1, 2)
+        tokens[:] = 0, -1
+        entries = to[self.entries_at :][: 2 * self.partials].reshape(-1, 2)
+        starts = np.full(len(lengths), NO_LIMIT) if starts is None else np.clip(starts, -NO_LIMIT, NO_LIMIT)
+        used = 0
+        for launch in self.launches:
+            seen = np.clip(starts + self._counts, 0, lengths)[launch.rows]
+            pieces, piece = self._cut(launch, seen)
+            needed = np.where(pieces > 1, pieces * self._counts[launch.rows], 0)
+            bases = used + np.cumsum(needed) - needed
+            items = self._items(launch, (starts[launch.rows], seen, pieces, piece, bases))
+            to[launch.at :][: items.size] = items.ravel()
+            self._merges(launch.rows[pieces > 1], pieces[pieces > 1], bases[pieces > 1], tokens, entries)
+            used += int(needed.sum())
+
+    def _cut(self, launch: Launch, seen: Ints) -> tuple[Ints, Ints]:
+        """Pieces of each row, and tokens of a piece: about the same for all, as far as rows are long enough."""
+        step = max(launch.tiles.tokens, self._shape.block_tokens)
+        pieces = np.ones_like(seen)
+        if launch.extra:
+            share = -(-int((seen * launch.row_tiles).sum()) // launch.extra)
+            pieces = np.maximum(1, seen // max(share, MIN_PIECE))
+        piece = -(-seen // (pieces * step)) * step
+        return np.maximum(1, -(-seen // np.maximum(piece, 1))), piece
+
+    def _items(self, launch: Launch, cut: tuple[Ints, Ints, Ints, Ints, Ints]) -> Ints:
+        """Items [n, ITEM] of a launch, those that take longest first."""
+        starts, seen, pieces, piece, bases = cut
+        counts, firsts = self._counts[launch.rows], self._firsts[launch.rows]
+        programs = launch.row_tiles * pieces
+        row = np.repeat(np.arange(len(programs)), programs)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(programs) - programs, programs)
+        part, tile = np.divmod(nth, launch.row_tiles[row])
+        packed = tile * launch.tiles.rows
+        last = np.minimum((packed + launch.tiles.rows - 1) // self._shape.group, counts[row] - 1)
+        low = part * piece[row]
+        high = np.minimum(low + piece[row], np.clip(starts[row] + last + 1, 0, seen[row]))
+        high = np.maximum(low, high)
+        to = np.where(pieces[row] > 1, -1 - bases[row] - part * counts[row], firsts[row])
+        items = np.stack((counts[row], launch.rows[row], firsts[row], packed, low, high, starts[row], to), 1)
+        return items[np.argsort(low - high, kind="stable")]
+
+    def _merges(
+        self, rows: Ints, pieces: Ints, bases: Ints, tokens: npt.NDArray[np.int32], entries: npt.NDArray[np.int32]
+    ) -> None:
+        """Say for each query of rows that were cut which partials are its own."""
+        counts = self._counts[rows]
+        row = np.repeat(np.arange(len(rows)), counts)
+        query = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        parts = pieces[row]
+        begin = bases[0] + np.cumsum(parts) - parts if len(row) else parts
+        tokens[self._firsts[rows][row] + query] = np.stack((begin, parts), 1)
+        part = np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)
+        partial = np.repeat(bases[row] + query, parts) + part * np.repeat(counts[row], parts)
+        if len(partial):
+            d = self._shape.head_dim
+            entries[bases[0] :][: len(partial)] = np.stack((partial * d, self.partials * d + partial), 1)
+
+
+def _aligned(at: int) -> int:
+    """The next place whose address is a multiple of 16 bytes, as the compiled kernels expect."""
+    return -(-at // 4) * 4
