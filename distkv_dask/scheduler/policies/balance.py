@@ -72,8 +72,9 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     and the move must be over before half of the sequence's time is. A prompt that is still computed stays where it is:
     each of its tokens would cost an exchange.
     """
-    idle, full = next(ledger.room.creditors(), None), next(ledger.room.fullest(), None)
-    if idle is None or full is None or idle.held:
+    idle = next((one for one in islice(ledger.room.creditors(), CREDITORS) if not one.held), None)
+    full = next(ledger.room.fullest(), None)
+    if idle is None or full is None:
         return []
     movable = ((number, ledger.sequences[number]) for number in islice(full.held, SEQUENCES))
     spans = [
