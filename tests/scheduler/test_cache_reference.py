@@ -1,0 +1,106 @@
+"""The prefix cache against a slow one: what is kept, what goes first when room is needed, and what is found again."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import pytest
+from _examples import examples
+from _simulated import BLOCK, Simulated, cluster_of, expected, finish
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler.cache import prefix_cache
+from distkv_dask.scheduler.records import prefix_index
+
+CAPACITY = 12
+
+
+@dataclass
+class Node:
+    """Blocks ``[start, stop)`` of a prompt of a kind, cached behind those of its parent."""
+
+    kind: int
+    start: int
+    stop: int
+    parent: Node | None
+
+
+class Slow:
+    """One worker's cache, as a list of nodes: the one that is given up first comes first."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    @property
+    def blocks(self) -> int:
+        return sum(node.stop - node.start for node in self.nodes)
+
+    def ask(self, kind: int, blocks: int) -> int:
+        """Blocks that a request for a prompt of so many whole blocks finds; what it computes is cached after it."""
+        leaf = max((node for node in self.nodes if node.kind == kind), key=lambda node: node.stop, default=None)
+        path = []
+        while leaf is not None:
+            path.append(leaf)
+            leaf = leaf.parent
+        while path and path[0].start >= blocks:
+            del path[0]  # it is longer than the prompt
+        found = min(path[0].stop, blocks) if path else 0
+        others = [node for node in self.nodes if node not in path]
+        self.nodes = [*others, *path]
+        self.make_room(CAPACITY - (blocks + 1), path)
+        if found < blocks:
+            path.insert(0, Node(kind, found, blocks, path[0] if path else None))
+        self.nodes = [*(node for node in self.nodes if node not in path), *path]
+        return found
+
+    def make_room(self, left: int, used: list[Node]) -> None:
+        """Give up blocks of all but the ``used`` nodes until no more are ``left``."""
+        while (more := sum(node.stop - node.start for node in self.nodes if node not in used) - left) > 0:
+            first = next(node for node in self.nodes if node not in used)
+            self.cut(first, max(first.start, first.stop - more))
+
+    def cut(self, node: Node, stop: int) -> None:
+        for child in [child for child in self.nodes if child.parent is node and child.start > stop]:
+            self.cut(child, child.start)
+        node.stop = stop
+        if node.start == stop:
+            self.nodes.remove(node)
+
+
+def ask(cluster: Simulated, number: int, kind: int, blocks: int) -> int:
+    """Blocks that a request for this prompt reuses."""
+    prompt = array("i", [*(1000 * kind + at for at in range(blocks * BLOCK)), 7])
+    cluster.submit(number, prompt, SamplingParams(max_new_tokens=1))
+    finish(cluster)
+    assert cluster.tokens[number] == expected(number, 1)
+    return cluster.reused[number] // BLOCK
+
+
+kinds = st.tuples(st.integers(0, 4), st.integers(1, 5))
+
+
+@settings(max_examples=examples(120), deadline=None)
+@given(st.lists(kinds, max_size=25))
+def test_what_was_not_used_for_longest_goes_first_and_last_blocks_before_first_ones(
+    asked: list[tuple[int, int]],
+) -> None:
+    cluster, slow, lengths = cluster_of(0, CAPACITY), Slow(), dict[int, int]()
+    for number, (kind, blocks) in enumerate(asked, 1):
+        blocks = lengths.setdefault(kind, blocks)
+        assert ask(cluster, number, kind, blocks) == slow.ask(kind, blocks)
+        assert cluster.life.ledger.workers["w0"].cached == slow.blocks
+    assert len(cluster.life.cache) == len(slow.nodes)
+
+
+def test_a_beginning_of_the_same_hash_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (prefix_index, prefix_cache):
+        for name in ("chain", "block_hashes"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda tokens, size: iter(range(len(tokens) // size)))
+    cluster = cluster_of(0, 30)
+    for number, kind in enumerate((1, 2, 1, 3), 1):
+        ask(cluster, number, kind, 3)
+    assert [cluster.reused[number] for number in (1, 2, 4)] == [0, 0, 0]
