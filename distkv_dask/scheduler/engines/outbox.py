@@ -39,6 +39,7 @@ class Outbox:
 
         Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.
         """
+        heard = max(heard, self._heard)  # a poll that a later one has overtaken says less
         del self._items[: heard - self._heard]
         self._heard = heard
         if not self._items and not self._closed:
