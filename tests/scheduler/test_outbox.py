@@ -30,7 +30,9 @@ def test_a_reader_hears_everything_once_and_in_order(happenings: list[str]) -> N
                     if what == "poll":
                         heard += reply
                 case "late" if polls:
-                    await box.take_unheard(polls[0], 0.0)  # a poll that was overtaken; nobody waits for its reply any more
+                    await box.take_unheard(
+                        polls[0], 0.0
+                    )  # a poll that was overtaken; nobody waits for its reply any more
         heard += await box.take_unheard(len(heard), 0.0)
         assert heard == [news(number) for number in range(written)]
         assert await box.take_unheard(len(heard), 0.0) == []
