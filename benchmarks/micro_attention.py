@@ -20,7 +20,15 @@ from typing import Any
 import _report
 import torch
 
-from distkv_dask.kernels import IMPLEMENTATIONS, advise_huge_pages, choose, micro_attention, native_kernel, numba_kernel
+from distkv_dask.kernels import (
+    IMPLEMENTATIONS,
+    PreparedAttention,
+    advise_huge_pages,
+    choose,
+    micro_attention,
+    native_kernel,
+    numba_kernel,
+)
 
 BLOCK_TOKENS = 64
 SHAPES = {"8 kv heads, group 4, d 128": (8, 4, 128), "3 kv heads, group 3, d 64": (3, 3, 64)}
@@ -86,6 +94,15 @@ def flash(arguments: dict[str, Any], q: torch.Tensor) -> Callable[[], object]:
     return lambda: attend(folded, keys, values, 0.0, False, scale=arguments["scale"])
 
 
+def call(impl: str, q: torch.Tensor, arguments: dict[str, Any], threads: int) -> Callable[[], object]:
+    """A call of an implementation; on a GPU as a layer calls what was prepared for its step."""
+    if q.is_cuda and impl == "triton":
+        fixed = {name: values for name, values in arguments.items() if name != "scale"}
+        attention = PreparedAttention(*q.shape[:2], **fixed)
+        return lambda: attention(q, arguments["k_pool"], arguments["v_pool"], arguments["scale"])
+    return lambda: micro_attention(q, **arguments, threads=threads, implementation=impl)
+
+
 def rivals(device: str, slow: bool) -> list[str]:
     """Implementations to compare: the one that would serve, and what could serve instead."""
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
@@ -108,7 +125,7 @@ def decode_case(name: str, lengths: list[int], shape: tuple[int, int, int], devi
     roof, roof_bytes = read_roof(device, threads)
     runs: dict[str, Callable[[], object]] = {"roof": roof}
     for impl in rivals(device, slow=False):
-        runs[impl] = lambda impl=impl: micro_attention(q, **arguments, threads=threads, implementation=impl)
+        runs[impl] = call(impl, q, arguments, threads)
     if device == "cpu" and len(lengths) == 1:
         runs["flash, contiguous KV"] = flash(arguments, q)
     best = best_seconds(runs, device)
@@ -125,14 +142,11 @@ def shared_case(name: str, tokens: int, shape: tuple[int, int, int], device: str
     impl = rivals(device, slow=True)[0]
     roof, roof_bytes = read_roof(device, threads)
 
-    def separate() -> None:
-        for question in q.split(1):
-            micro_attention(question, **arguments, threads=threads)
-
+    separate = [call(impl, question, arguments, threads) for question in q.split(1)]
     runs = {
         "roof": roof,
-        f"{impl}, stacked": lambda: micro_attention(q, **arguments, query_offsets=stacked, threads=threads),
-        f"{impl}, one by one": separate,
+        f"{impl}, stacked": call(impl, q, arguments | {"query_offsets": stacked}, threads),
+        f"{impl}, one by one": lambda: [run() for run in separate],
     }
     best = best_seconds(runs, device)
     size = QUESTIONS * tokens * 2 * kv_heads * d * 2
@@ -155,7 +169,7 @@ def prefill_case(
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         runs[str(dtype)] = lambda a=a, b=b: a @ b
     for impl in rivals(device, slow=False):
-        runs[impl] = lambda impl=impl: micro_attention(q, **arguments, threads=threads, implementation=impl)
+        runs[impl] = call(impl, q, arguments, threads)
     if device == "cpu" and not causal:
         runs["flash, contiguous KV"] = flash(arguments, q)
     best = best_seconds(runs, device)
