@@ -35,6 +35,8 @@ class PreparedAttention:
         then, neither here nor later.
     threads
         CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
+    result
+        Contiguous memory for :attr:`result`, for instance a part of what :class:`PreparedMerges` merges; None: its own.
 
     Raises
     ------
@@ -55,6 +57,7 @@ class PreparedAttention:
         causal: bool = False,
         q_start: torch.Tensor | None = None,
         threads: int | None = None,
+        result: torch.Tensor | None = None,
     ) -> None:
         d = k_pool.shape[-1]
         q = torch.empty(tokens, heads, d, dtype=k_pool.dtype, device=k_pool.device)
@@ -66,7 +69,7 @@ class PreparedAttention:
         )  # fmt: skip
         check_call(self._call)
         self._form = _form(q, k_pool, v_pool)
-        self.result = torch.empty(tokens * heads * (d + 1), dtype=torch.float32, device=k_pool.device)
+        self.result = _memory(result, tokens * heads * (d + 1), k_pool.device)
         """float32 [tokens * heads * (d + 1)]: memory of :attr:`out`, then of :attr:`lse`."""
         self.out = self.result[: q.numel()].view(q.shape)
         """float32 [tokens, heads, d]: outputs of the last call."""
@@ -191,6 +194,16 @@ class PreparedMerge:
             merge_rows(*self._tensors)
         elif not native_kernel.merge_packed(self._packed):
             raise ValueError(index_message(len(self._tensors[0])))
+
+
+def _memory(given: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
+    """Memory for results: the caller's, checked, or new."""
+    if given is None:
+        return torch.empty(size, dtype=torch.float32, device=device)
+    if given.shape != (size,) or given.dtype != torch.float32 or given.device != device:
+        got = f"{given.dtype} {tuple(given.shape)} on {given.device}"
+        raise ValueError(f"result: expected float32 [{size}] on {device}, got {got}")
+    return given
 
 
 def _form(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> tuple[Any, ...]:

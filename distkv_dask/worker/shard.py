@@ -11,7 +11,6 @@ from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
-from distkv_dask.worker.step_index import StepIndex
 
 
 class Shard:
@@ -44,22 +43,22 @@ class Shard:
         self._tables = tables = [pool.find(row.sequence, row.spans) for row in rows]
         width = max(map(len, tables), default=0)
         padded = [table + [0] * (width - len(table)) for table in tables]
-        put = pool.device.put
         offsets: torch.Tensor | None = None
         if self.tokens > len(rows):
-            offsets = put(torch.tensor([0, *accumulate(row.queries for row in rows)], dtype=torch.int32))
+            offsets = torch.tensor([0, *accumulate(row.queries for row in rows)], dtype=torch.int32)
         causal = any(row.appends and row.queries > 1 for row in rows)
         for row, table in zip(rows, tables, strict=True):
             self._check_room(row, table)
-        self._index = StepIndex(pool.device, len(rows), self.appended)
+        # on the host, where kernels of any device read them once per step
+        self._visible, self._starts = torch.empty(2, len(rows), dtype=torch.int32)
+        self._slots = torch.empty(2, self.appended, dtype=torch.int64)
         self.full = False
         """Whether steps so far have used up a row's room."""
         self._prepare()
-        index = self._index
         attention = PreparedAttention(
             self.tokens, heads, pool.keys(0), pool.values(0),
-            put(torch.tensor(padded, dtype=torch.int32).view(len(rows), width)), index.visible,
-            query_offsets=offsets, causal=causal, q_start=index.starts if causal else None,
+            torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
+            query_offsets=offsets, causal=causal, q_start=self._starts if causal else None,
         )  # fmt: skip
         self.out, self.lse = attention.out, attention.lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
@@ -67,7 +66,7 @@ class Shard:
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
         self._attend = PreparedLayers(
-            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], index.blocks, index.offsets
+            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], *self._slots
         )
         self.native = self._attend.native
         """The batch as the kernels' core takes it; None where that does not serve."""
@@ -109,14 +108,12 @@ class Shard:
         pool, rows = self._pool, self._rows
         both = list(zip(rows, self._tables, strict=True))
         self.full = any(row.length + row.queries * row.appends > self._room(table) for row, table in both)
-        slots = [
-            slot
-            for row, table in both
-            if row.appends and not self.full
-            for slot in zip(*pool.slots(table, row.length, row.length + row.queries), strict=True)
-        ]
-        visible = [row.length + row.queries * row.appends for row in rows]
-        self._index.write(slots, visible, [row.length for row in rows])
+        if not self.full:
+            slots = [pool.slots(table, row.length, row.length + row.queries) for row, table in both if row.appends]
+            self._slots[0] = torch.tensor([block for blocks, _ in slots for block in blocks])
+            self._slots[1] = torch.tensor([offset for _, offsets in slots for offset in offsets])
+        self._visible[:] = torch.tensor([row.length + row.queries * row.appends for row in rows])
+        self._starts[:] = torch.tensor([row.length for row in rows])
 
     def _room(self, table: Sequence[int]) -> int:
         return len(table) * self._pool.block_tokens

@@ -88,6 +88,20 @@ def test_tensors_of_another_form_never_reach_the_core(name: str, change: Any, er
         attention(**given | {name: change(given[name])})
 
 
+def test_results_are_written_where_the_caller_wants_them(served: str) -> None:
+    arguments = build(DECODE, torch.float32)
+    fixed = {name: value for name, value in arguments.items() if name not in ("q", "scale")}
+    tokens, heads, d = arguments["q"].shape
+    memory = torch.zeros(2, tokens * heads * (d + 1))
+    attention = PreparedAttention(tokens, heads, **fixed, result=memory[1])
+    attention(arguments["q"], arguments["k_pool"], arguments["v_pool"], arguments["scale"])
+    out, lse = micro_attention(**arguments, implementation=served)
+    assert torch.equal(memory[1], torch.cat([out.flatten(), lse.flatten()]))
+    assert not memory[0].any()
+    with pytest.raises(ValueError, match=r"^result: expected float32"):
+        PreparedAttention(tokens, heads, **fixed, result=memory)
+
+
 def test_queries_with_gaps_are_read_right() -> None:
     arguments = build(PREFILL, torch.float32)
     attention = prepare(arguments)
