@@ -26,7 +26,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give free memory back to the operating system, and do so from now on where the environment asks for it."""
+    """Give free memory back to the operating system, and do so from now on where the environment asks for it.
+
+    What is free between what is in use is given back once: allocations that fit go there, whatever their size.
+    """
     trim, mapped = (os.environ.get(f"MALLOC_{name}_THRESHOLD_", "") for name in ("TRIM", "MMAP"))
     if trim.isdecimal():
         _set(_TRIM_THRESHOLD, int(trim))
