@@ -63,6 +63,7 @@ class RManager(WorkerPlugin):
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: dict[str, set[asyncio.Task[None]]] = {}
+        self._dropping: set[asyncio.Task[None]] = set()
         worker.stream_handlers[TO_WORKER] = self.receive
         worker.handlers[ToPeer.BLOCKS] = self._take_blocks
         worker.handlers[ToPeer.SPILLED] = self._read_spilled
@@ -237,7 +238,8 @@ class RManager(WorkerPlugin):
                 self.tell(spec.engine, OpenFailed(self.worker.address, failure))
             else:
                 self.engines[spec.engine] = engine
-                self.tell(spec.engine, engine.facts)
+                self._send(spec.engine, engine.facts)
+                self._give_up("a compute thread of this worker ended while it opened the engine")
             if not self.engines:
                 await self._close_lanes()
 
@@ -253,28 +255,31 @@ class RManager(WorkerPlugin):
             threads = spec.config.threads or self.worker.state.nthreads
             certificates = Certificates.of(self.worker.security)
             self.lanes = lanes = Lanes(address, host, threads, certificates, self._lane_ended)
-        engine = build_engine(spec, geometry, lanes, self.worker, self.tell)
-        if lanes.closed:
-            engine.close()
-            raise EngineClosedError("a compute thread of this worker ended while it opened the engine")
-        return engine
+        return build_engine(spec, geometry, lanes, self.worker, self.tell)
 
     def _lane_ended(self, reason: str) -> None:
         """In the thread that ends."""
         self.worker.loop.add_callback(self._give_up, reason)
 
     def _give_up(self, reason: str) -> None:
-        """Be to every engine like a worker that died; the gManager opens them here again.
+        """Be like a worker that died to every engine whose lanes have ended; the gManager opens them here again.
 
-        They are gone from here before it hears of that: what it had sent until then is for what was lost.
+        They are gone from here before it hears of that: what it had sent until then is for what was lost. One that is
+        being opened or closed just now is seen to there.
         """
-        lanes = self.lanes
-        if lanes is None or not lanes.closed or self._leaving:
+        lost = {name: engine for name, engine in self.engines.items() if engine.lanes.closed}
+        if self._leaving or not lost:
             return
-        lost, self.engines, self.lanes = self.engines, {}, None
+        lanes = next(iter(lost.values())).lanes
+        if self.lanes is lanes:
+            self.lanes = None
+        for name in lost:
+            del self.engines[name]
         for name in lost:
             self._send(name, Lost(self.worker.address, reason))  # before the failures that its end causes
-        self._spawn(self._drop(lost, lanes))
+        task = self._spawn(self._drop(lost, lanes))
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
 
     async def _drop(self, lost: dict[str, WorkerEngine], lanes: Lanes) -> None:
         async with self._changing:
@@ -286,17 +291,19 @@ class RManager(WorkerPlugin):
             await asyncio.get_running_loop().run_in_executor(None, self._end, lanes)
 
     async def _close_engine(self, name: str) -> None:
-        async with self._changing:
-            engine = self.engines.pop(name, None)
-            self._stop_sending(name)
-            try:
+        try:
+            async with self._changing:
+                engine = self.engines.pop(name, None)
+                self._stop_sending(name)
                 if engine is not None:
                     await asyncio.get_running_loop().run_in_executor(None, engine.close)
                 del engine
                 if not self.engines:
                     await self._close_lanes()
-            finally:
-                self.tell(name, Closed(self.worker.address))
+            if self._dropping:  # a lane ended while this waited for its turn
+                await asyncio.wait(self._dropping)
+        finally:
+            self.tell(name, Closed(self.worker.address))
 
     def _stop_sending(self, engine: str) -> None:
         for task in self._sending.pop(engine, ()):

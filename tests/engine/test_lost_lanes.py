@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +43,10 @@ def end_home_lane(lanes: Lanes) -> None:
 
 def lanes_of(worker: Worker) -> Lanes | None:
     return worker.plugins["distkv"].lanes
+
+
+def lanes_alive() -> int:
+    return sum(thread.name.startswith("distkv-") for thread in threading.enumerate())
 
 
 def blocks(engine: Engine, worker: Worker) -> int:
@@ -148,8 +154,57 @@ async def test_engines_that_share_a_lane_are_all_opened_again(
 async def test_an_engine_is_closed_while_a_lane_is_started_again(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
+    for _ in range(5):
+        engine = await Engine(client, str(model_dir("llama-gqa")), **TINY)
+        lanes = lanes_of(workers[0])
+        assert lanes is not None
+        end_holder_lane(lanes)
+        await engine.close()
+        assert lanes_alive() == 0
+
+
+@engine_test(workers=1)
+async def test_a_worker_has_closed_an_engine_once_its_lanes_have_ended(
+    client: Client, scheduler: Scheduler, worker: Worker
+) -> None:
     engine = await Engine(client, str(model_dir("llama-gqa")), **TINY)
-    lanes = lanes_of(workers[0])
+    lanes, go_on = lanes_of(worker), threading.Event()
     assert lanes is not None
+    lanes.home.submit(go_on.wait)
+    closing = asyncio.ensure_future(engine.close())
+    await until(lambda: not worker.plugins["distkv"].engines)
     end_holder_lane(lanes)
-    await engine.close()
+    await until(lambda: lanes_alive() == 1)
+    lanes.home.submit(time.sleep, 1.0)
+    go_on.set()
+    await closing
+    assert lanes_alive() == 0
+
+
+@pytest.mark.parametrize("beside", [0, 1])
+def test_a_lane_that_ends_as_an_engine_opens_is_started_again(beside: int) -> None:
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
+        first = await _open(client)
+        if not beside:
+            await first.close()
+        manager = worker.plugins["distkv"]
+        opening = asyncio.ensure_future(_open(client))
+        while not manager._changing.locked():
+            await asyncio.sleep(0)
+        while manager.lanes is None or len(manager.lanes.holder._services) == beside:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the worker's own loop stands still meanwhile: the engine is there, but nobody knows
+        end_holder_lane(manager.lanes)
+        while lanes_alive() > 1:
+            time.sleep(0.01)
+        async with await opening as engine:
+            done = await engine.generate([prompt_ids(30)], SHORT)
+            assert list(done[0].token_ids) == reference_generate(model_dir("llama-gqa"), [prompt_ids(30)], 8)[0].tokens
+        await first.close()
+
+    run()
+
+
+async def _open(client: Client) -> Engine:
+    return await Engine(client, str(model_dir("llama-gqa")), **TINY)
