@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 from _examples import examples
-from _simulated import BLOCK, Simulated, cluster_of, expected, finish
+from _simulated import BLOCK, Simulated, assert_nothing_left, cluster_of, expected, finish, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distkv_dask.placement import Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.cache import prefix_cache
 from distkv_dask.scheduler.records import prefix_index
@@ -104,3 +105,40 @@ def test_a_beginning_of_the_same_hash_is_not_taken_for_another(monkeypatch: pyte
     for number, kind in enumerate((1, 2, 1, 3), 1):
         ask(cluster, number, kind, 3)
     assert [cluster.reused[number] for number in (1, 2, 4)] == [0, 0, 0]
+
+
+def test_of_equal_beginnings_the_one_on_the_requests_own_worker_is_shared() -> None:
+    for busy in ("w0", "w1"):
+        cluster = cluster_of(0, 30, 30)
+        prompt = array("i", range(21))
+        for number in (1, 2):  # at the same time, on both workers
+            cluster.submit(number, prompt, SamplingParams(max_new_tokens=5))
+        finish(cluster)
+        assert {account.cached for account in cluster.life.ledger.workers.values()} == {6}
+        cluster.life.ledger.reserve(99, (Span(busy, 0, 40),), idle=True)
+        cluster.life.ledger.commit(99, 40)
+        cluster.submit(3, prompt, SamplingParams(max_new_tokens=5))
+        placement = cluster.life.ledger.sequences[3].placement
+        assert {span.worker for span in placement} == {"w0", "w1"} - {busy}
+        assert cluster.life.requests[3].reused == 20
+
+
+def test_nothing_is_shared_behind_a_beginning_that_lost_blocks() -> None:
+    cluster = cluster_of(1, 8, 12)
+    whole = array("i", range(61))
+    cluster.submit(1, whole, SamplingParams(max_new_tokens=2))
+    first, second = (span.worker for span in cluster.life.ledger.sequences[1].placement)
+    finish(cluster)
+    branch = whole[:8] + array("i", [7] * 9)
+    cluster.submit(2, branch, SamplingParams(max_new_tokens=2))
+    finish(cluster)
+    assert cluster.reused[2] == 8, "it is cached behind the first one"
+    cluster.submit(3, whole[:60] + array("i", [9]), SamplingParams(max_new_tokens=9))
+    assert cluster.life.requests[3].reused == 60
+    cluster.lose_worker(second)
+    cluster.submit(4, branch, SamplingParams(max_new_tokens=2))
+    cluster.add_worker(20)
+    settle(cluster)
+    assert first in cluster.pools
+    assert [cluster.tokens[number] for number in (3, 4)] == [expected(3, 9), expected(4, 2)]
+    assert_nothing_left(cluster)
