@@ -34,15 +34,23 @@ def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
     """
     ask = next(iter(waiting), None)
     roomiest = next(ledger.room.homes(), None)
-    if ask is None or roomiest is None or roomiest.free >= ledger.blocks(ask.tokens):
+    if ask is None or (roomiest is not None and roomiest.free >= ledger.blocks(ask.tokens)):
         return []
     need = ledger.blocks(ask.tokens)
-    for creditor in islice(ledger.room.homes(), CREDITORS):
+    for creditor in _creditors(ledger):
         if creditor.lent and creditor.free + creditor.lent >= need:
             found = list(_home(ledger, creditor, need - creditor.free))
             if sum(ledger.blocks(move.tokens) for move in found) >= need - creditor.free:
                 return found
     return []
+
+
+def _creditors(ledger: Ledger) -> Iterator[WorkerAccount]:
+    """Workers that could be a request's home once they have blocks back: the roomiest, then the fullest."""
+    yield from islice(ledger.room.homes(), CREDITORS)
+    for account in islice(ledger.room.fullest(), CREDITORS):
+        if account.can_decode and not account.retiring and account.homed < ledger.room.batch:
+            yield account
 
 
 def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move]:
