@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.placement import Span
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.scheduler.cache import prefix_cache
+from distkv_dask.scheduler.cache import beginnings, prefix_cache
 from distkv_dask.scheduler.records import prefix_index
 
 CAPACITY = 12
@@ -97,10 +97,8 @@ def test_what_was_not_used_for_longest_goes_first_and_last_blocks_before_first_o
 
 
 def test_a_beginning_of_the_same_hash_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (prefix_index, prefix_cache):
-        for name in ("chain", "block_hashes"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda tokens, size: iter(range(len(tokens) // size)))
+    for module in (beginnings, prefix_index, prefix_cache):
+        monkeypatch.setattr(module, "chain", lambda tokens, size: iter(range(len(tokens) // size)))
     cluster = cluster_of(0, 30)
     for number, kind in enumerate((1, 2, 1, 3), 1):
         ask(cluster, number, kind, 3)
