@@ -1,11 +1,11 @@
 """A CUDA device that does not exist, on which the real engine runs: tensors say ``cuda:0`` and lie in host memory."""
 
 from emulated.counts import Counts, counting
-from emulated.errors import RaceError
+from emulated.errors import CaptureError, RaceError, StaleGraphError
 from emulated.guard import missing
 from emulated.install import install, installed, uninstall
 
 __all__ = [
-    "Counts", "RaceError", "counting", "install", "installed", "missing",
+    "CaptureError", "Counts", "RaceError", "StaleGraphError", "counting", "install", "installed", "missing",
     "uninstall",
 ]  # fmt: skip

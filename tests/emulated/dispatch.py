@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from emulated.pinned import pin
 from emulated.rules import INDEXING, Signature, aten, regions, signature, stops
 from emulated.tensor import CudaTensor
 from emulated.transfers import to_device, to_host
-from emulated.work import launch, stop
+from emulated.work import Kernel, perform, stop, tensors
 
 
 def dispatch(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -23,32 +23,26 @@ def dispatch(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[st
     known = signature(func)
     if known.composed:
         return func.decompose(*args, **kwargs)
-    tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
-    args = _same_device(func, args, kwargs)
-    on_host = _is_host(kwargs)
+    given = [*tensors(args), *tensors(list(kwargs.values()))]
+    _same_device(func, args, kwargs)
     if stops(func, args):
         stop(known.name)
-    if known.launches:
-        written = list(_tensors(_written(known, args, kwargs)))
-        given = [one for one in tensors if isinstance(one, CudaTensor)]
-        reads = [one for one in given if not any(one is other for other in written)]
-        launch(known.name, reads, written, regions(func, args))
-    with torch.inference_mode(False):
-        result = func(*_held(args), **_held({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
-    if on_host:
+    held_args, held_kwargs = _held(args), _held(kwargs)
+    if "device" in kwargs:
+        held_kwargs["device"] = "cpu"
+    if _is_host(kwargs):
+        result = func(*held_args, **held_kwargs)
         return pin(result) if kwargs.get("pin_memory") else result
-    plain = known.is_view and torch.is_inference_mode_enabled() and not tensors[0].is_inference()
-    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
-        return _wrapped(result, tensors)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors among arguments, and in lists among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+    if not known.launches:
+        with torch.inference_mode(False):
+            result = func(*held_args, **held_kwargs)
+        return _wrapped(result, given, known.is_view)
+    kernel = Kernel(
+        known.name, lambda: func(*held_args, **held_kwargs), [x.bytes for x in given if isinstance(x, CudaTensor)],
+        list(tensors(_written(known, held_args, held_kwargs))), lambda: regions(func, held_args),
+    )  # fmt: skip
+    kernel.numbers = [one for one in given if not isinstance(one, CudaTensor)]
+    return _wrapped(perform(kernel), given, False)
 
 
 def _written(known: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -69,8 +63,14 @@ def _held(value: Any) -> Any:
     return value
 
 
-def _wrapped(result: Any, given: list[Tensor]) -> Any:
-    """Results as device tensors; what an operation has changed is the argument itself."""
+def _wrapped(result: Any, given: list[Tensor], is_view: bool) -> Any:
+    """Results as device tensors: what was changed is the argument itself; a view is as plain as its base."""
+    plain = is_view and torch.is_inference_mode_enabled() and not given[0].is_inference()
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
+        return _device_tensors(result, given)
+
+
+def _device_tensors(result: Any, given: list[Tensor]) -> Any:
     if isinstance(result, Tensor):
         for one in given:
             if isinstance(one, CudaTensor) and one.bytes is result:
@@ -79,7 +79,7 @@ def _wrapped(result: Any, given: list[Tensor]) -> Any:
                 return one
         return CudaTensor(result)
     if isinstance(result, list | tuple):
-        return type(result)(_wrapped(one, given) for one in result)
+        return type(result)(_device_tensors(one, given) for one in result)
     return result
 
 
@@ -88,7 +88,7 @@ def _is_host(kwargs: dict[str, Any]) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
 
-def _same_device(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _same_device(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse tensors of the host, but for single numbers and for indices, which are copied."""
     if func in INDEXING and isinstance(args[0], CudaTensor):
         for index in args[1]:
@@ -99,27 +99,25 @@ def _same_device(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dic
     else:
         rest = args
     known = signature(func)
-    foreign = [one for one in _tensors((*rest, *kwargs.values())) if not isinstance(one, CudaTensor) and one.dim()]
-    foreign += [one for one in _tensors(_written(known, args, kwargs)) if not isinstance(one, CudaTensor)]
+    used = [*tensors(rest), *tensors(list(kwargs.values()))]
+    foreign = [one for one in used if not isinstance(one, CudaTensor) and one.dim()]
+    foreign += [one for one in tensors(_written(known, args, kwargs)) if not isinstance(one, CudaTensor)]
     if foreign:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
             f"({func}: {[tuple(one.shape) for one in foreign]} on the host)"
         )
-    return args
 
 
 def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(target, CudaTensor) and isinstance(source, CudaTensor):
-        launch("copy_", [source], [target])
-        with torch.inference_mode(False):
-            target.bytes.copy_(source.bytes)
+        held, other = target.bytes, source.bytes
+        perform(Kernel("copy_", lambda: held.copy_(other), [held, other], [held]))
     elif isinstance(target, CudaTensor):
-        with torch.inference_mode(False):
-            to_device(target, source, non_blocking)
+        to_device(target.bytes, source, non_blocking)
     else:
         assert isinstance(source, CudaTensor)
-        to_host(target, source, non_blocking)
+        to_host(target, source.bytes, non_blocking)
     return target
 
 
@@ -127,16 +125,14 @@ def _to_copy(
     source: CudaTensor, *, dtype: torch.dtype | None = None, layout: Any = None, device: torch.device | None = None,
     pin_memory: bool | None = None, non_blocking: bool = False, memory_format: torch.memory_format | None = None,
 ) -> Tensor:  # fmt: skip
-    form = memory_format or torch.preserve_format
+    form, held = memory_format or torch.preserve_format, source.bytes
     if device is None or torch.device(device).type == "cuda":
-        launch("_to_copy", [source], [])
-        with torch.inference_mode(False):
-            held = aten._to_copy.default(source.bytes, dtype=dtype, memory_format=form)
-        return CudaTensor(held)
-    target = torch.empty_like(source.bytes, dtype=dtype, memory_format=form)
+        copying = Kernel("_to_copy", lambda: aten._to_copy.default(held, dtype=dtype, memory_format=form), [held])
+        return CudaTensor(perform(copying))
+    target = torch.empty_like(held, dtype=dtype, memory_format=form)
     if non_blocking or pin_memory:
         pin(target)  # as torch does it
-    to_host(target, source, non_blocking)
+    to_host(target, held, non_blocking)
     return target
 
 
@@ -148,12 +144,11 @@ def _scalar(source: CudaTensor) -> Any:
 
 def _histc(source: CudaTensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
     """CUDA counts integers, too, and needs no look at them where it is told their range."""
-    launch("histc", [source], [])
     if min == max:
         stop("histc")
-    with torch.inference_mode(False):
-        held = torch.histc(source.bytes.double(), bins, min, max).to(source.dtype)
-    return CudaTensor(held)
+    held = source.bytes
+    kernel = Kernel("histc", lambda: torch.histc(held.double(), bins, min, max).to(held.dtype), [held])
+    return CudaTensor(perform(kernel))
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {

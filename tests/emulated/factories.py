@@ -13,7 +13,7 @@ from emulated.memory import card
 from emulated.pinned import pin
 from emulated.streams import current_stream
 from emulated.tensor import CudaTensor
-from emulated.work import launch
+from emulated.work import Kernel, perform
 
 _FILLED = (
     "arange", "eye", "linspace", "logspace", "randperm", "scalar_tensor", "tril_indices", "triu_indices",
@@ -84,10 +84,8 @@ def _empty_strided(
 def _filled(func: torch._ops.OpOverload) -> Callable[..., Tensor]:
     def made(*args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("layout", None)
-        with torch.inference_mode(False):
-            held = func(*args, **{**kwargs, "device": "cpu"})
-        result = CudaTensor(held)
-        launch(func._schema.name.removeprefix("aten::"), [], [result])
-        return result
+        name = func._schema.name.removeprefix("aten::")
+        kernel = Kernel(name, lambda: func(*args, **{**kwargs, "device": "cpu"}), [])
+        return CudaTensor(perform(kernel))
 
     return made

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _device
 
-from emulated import factories, pinned, streams, triton_launch
+from emulated import factories, pinned, triton_launch
+from emulated.clocks import HOST
 from emulated.guard import set_guard
 from emulated.memory import Card, plug
 from emulated.torch_cuda import functions
@@ -65,7 +66,7 @@ def uninstall() -> None:
     with _lock:
         while _undo:
             _undo.pop()()
-        streams.HOST.effects.clear()
+        HOST.effects.clear()
 
 
 def installed() -> bool:

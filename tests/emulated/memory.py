@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import types
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from emulated.clocks import HOST, LOCK, Clock, Queue, advance
 from emulated.counts import note
 from emulated.errors import RaceError
 from emulated.shadow import Memory
-from emulated.streams import HOST, LOCK, Clock, Stream, advance, current_stream
+from emulated.streams import current_stream
 
 _ROUND = 512
 """An allocation is a multiple of so many bytes."""
@@ -38,7 +40,7 @@ class Card:
         self.freed: list[tuple[int, int, Clock]] = []
         """Memory that was freed while other streams might use it: bytes, the stream to which it returned, its uses."""
 
-    def find_room(self, nbytes: int, stream: Stream) -> None:
+    def find_room(self, nbytes: int, stream: Queue) -> None:
         """Look whether there is memory for a stream.
 
         Raises
@@ -49,7 +51,8 @@ class Card:
             Memory that the stream's allocator may give out is still used by another stream.
         """
         with LOCK:
-            self._reuse(nbytes, stream)
+            if stream.capture is None:
+                self._reuse(nbytes, stream)
             free = self.ours - self.allocated
             if nbytes > free:
                 raise torch.OutOfMemoryError(
@@ -57,7 +60,7 @@ class Card:
                     f"{self.total / 2**20:.2f} MiB of which {free / 2**20:.2f} MiB is free."
                 )
 
-    def take(self, nbytes: int, stream: Stream) -> None:
+    def take(self, nbytes: int, stream: Queue) -> None:
         """Take memory for a stream; fails as :meth:`find_room` does."""
         with LOCK:
             self.find_room(nbytes, stream)
@@ -77,7 +80,7 @@ class Card:
             self.reserved = -(-self.allocated // _SEGMENT) * _SEGMENT
             self.freed.clear()
 
-    def _reuse(self, nbytes: int, stream: Stream) -> None:
+    def _reuse(self, nbytes: int, stream: Queue) -> None:
         """Look whether what the allocator may give to the stream is free for it."""
         clock = dict(stream.clock)
         advance(clock, HOST.clock)
@@ -88,7 +91,7 @@ class Card:
                 self.freed.clear()
                 raise RaceError(
                     f"memory that is allocated on {stream} was freed while stream {other} might still use it "
-                    f"({Stream.numbered(other).what(tick)}): record_stream() there, or wait before it is freed"
+                    f"({Queue.numbered(other).what(tick)}): record_stream() there, or wait before it is freed"
                 )
 
 
@@ -105,6 +108,8 @@ class DeviceMemory(Memory):
         card.take(size, self._stream)
         super().__init__(nbytes)
         self._size, self._card = size, card
+        self.graph: Any = self._stream.capture
+        """The capture in which it was taken, if in one: it is a graph's own then."""
         self.recorded: set[int] = set()
         """Streams that were recorded: the memory is given out again only behind them."""
         note("alloc", "memory", size)
@@ -114,7 +119,7 @@ class DeviceMemory(Memory):
             return  # there was no memory
         self._card.give_back(self._size)
         uses = {by: at for by, at in self.last.items() if by != self._stream.number and by not in self.recorded}
-        if uses:
+        if uses and self.graph is None:
             self._card.freed.append((self._size, self._stream.number, uses))
 
 
@@ -133,10 +138,17 @@ def plug(new: Card | None) -> None:
 
 def memory_of(held: Tensor) -> DeviceMemory:
     """The card's memory of a CPU tensor's storage: what it has, or else as much as it needs."""
-    storage = held.untyped_storage()
-    known = getattr(storage, "emulated", None)
-    memory = None if known is None else known()
+    memory = known_memory(held)
     if memory is None:
+        storage = held.untyped_storage()
         memory = DeviceMemory(card(), storage.nbytes())
         storage.emulated = weakref.ref(memory)
+        if memory.graph is not None:
+            memory.graph.storages.append(storage)
     return memory
+
+
+def known_memory(held: Tensor) -> DeviceMemory | None:
+    """The card's memory of a CPU tensor's storage; None if it has none, or no more."""
+    known = getattr(held.untyped_storage(), "emulated", None)
+    return None if known is None else known()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emulated.clocks import LOCK
 from emulated.shadow import Memory
-from emulated.streams import LOCK
 
 
 class PinnedMemory(Memory):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from emulated.shadow import Region
-from emulated.tensor import CudaTensor
 
 aten = torch.ops.aten
 
@@ -68,7 +67,7 @@ def stops(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
 
 
 def regions(func: torch._ops.OpOverload, args: Sequence[Any]) -> dict[int, Region]:
-    """What an operation uses of its tensors, by ``id``, where that is known to be some rows only."""
+    """What an operation on host tensors uses of these, by ``id``, where that is known to be some rows only."""
     if func in INDEXING:
         return {id(args[0]): _indexed(args[0], list(args[1]))}
     if signature(func).name in ("index_select", "index_copy_", "index_add_", "index_fill_"):
@@ -79,9 +78,8 @@ def regions(func: torch._ops.OpOverload, args: Sequence[Any]) -> dict[int, Regio
     return {}
 
 
-def _indexed(tensor: CudaTensor, indices: list[Tensor | None]) -> Region:
+def _indexed(held: Tensor, indices: list[Tensor | None]) -> Region:
     """What an index takes: tensors of row numbers (or a mask) for the first dimensions, None for all of a dimension."""
-    held = tensor.bytes
     rows: Any = np.zeros(1, np.int64)
     taken = []
     for dim, index in enumerate(indices):
@@ -89,7 +87,7 @@ def _indexed(tensor: CudaTensor, indices: list[Tensor | None]) -> Region:
             continue
         if index.dtype in (torch.bool, torch.uint8):
             return Region.of(held)
-        numbers = (index.bytes if isinstance(index, CudaTensor) else index).numpy().astype(np.int64)
+        numbers = index.numpy().astype(np.int64)
         rows = rows + np.where(numbers < 0, numbers + held.shape[dim], numbers) * held.stride(dim)
         taken.append(dim)
     left = [dim for dim in range(held.dim()) if dim not in taken]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from emulated.clocks import LOCK, Clock, Queue
 from emulated.errors import RaceError
-from emulated.streams import LOCK, Clock, Stream
 
 GRANULE = 64
 """Bytes that are remembered together."""
@@ -84,7 +84,7 @@ class Memory:
         self._uses: dict[bool, dict[int, np.ndarray]] = {False: {}, True: {}}
         """Written or read -> stream -> its last such operation on each granule, int64."""
 
-    def use(self, where: Region | Granules, write: bool, stream: Stream, tick: int) -> None:
+    def use(self, where: Region | Granules, write: bool, stream: Queue, tick: int) -> None:
         """An operation of a stream reads or writes bytes.
 
         Raises
@@ -118,7 +118,7 @@ class Memory:
         uses[stream][granules] = tick
         self.last[stream] = max(tick, self.last.get(stream, 0))
 
-    def _check(self, granules: Granules, write: bool, stream: Stream) -> None:
+    def _check(self, granules: Granules, write: bool, stream: Queue) -> None:
         for wrote in (True, False) if write else (True,):
             for other, ticks in self._uses[wrote].items():
                 known = stream.clock.get(other, 0)
@@ -129,10 +129,10 @@ class Memory:
                     raise RaceError(_message(stream, write, other, wrote, latest))
 
 
-def _message(stream: Stream, write: bool, other: int, wrote: bool, tick: int) -> str:
+def _message(stream: Queue, write: bool, other: int, wrote: bool, tick: int) -> str:
     verb, past = ("writes" if write else "reads"), ("written" if wrote else "read")
     return (
         f"{stream.what(stream.clock[stream.number])} {verb} memory on {stream} that was {past} on stream {other} by "
-        f"{Stream.numbered(other).what(tick)}, and nothing orders the two: record an event there after it, "
+        f"{Queue.numbered(other).what(tick)}, and nothing orders the two: record an event there after it, "
         "and have this stream wait for that"
     )

@@ -1,99 +1,33 @@
-"""Streams and events. Work is done at once; vector clocks say what a card could have done in another order.
-
-A stream counts its operations. Its clock holds, for every stream, up to which operation it is ordered behind it: an
-event, or the host, carries the clock of one stream to another. What the host has waited for it tells to all that is
-launched afterwards, by any thread: how threads wait for each other cannot be seen from here.
-"""
+"""Streams and events of the card, as ``torch.cuda`` has them."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-import weakref
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
-from emulated.counts import note, place
+import torch
 
-Clock = dict[int, int]
-"""Number of a stream -> of its last operation that is known to come before."""
+from emulated.capture import order_events, permit_stop
+from emulated.clocks import HOST, LOCK, Clock, Queue, advance
+from emulated.counts import note
+from emulated.errors import CaptureError
 
-LOCK = threading.RLock()
-"""Held while clocks, memory's records or the card's figures are read and changed together."""
-
-_KEPT = 4096
-"""Operations of a stream whose names are known."""
-
-
-def advance(clock: Clock, other: Clock) -> None:
-    """Order the clock behind another."""
-    for stream, tick in other.items():
-        if tick > clock.get(stream, 0):
-            clock[stream] = tick
-
-
-@dataclass
-class Effect:
-    """What the host sees of an operation once it has waited for it."""
-
-    stream: int
-    tick: int
-
-    def happen(self) -> None:
-        """The host has waited for it."""
-
-
-class Host:
-    """What the host has waited for, and what it has yet to see."""
-
-    def __init__(self) -> None:
-        self.clock: Clock = {}
-        self.launched: Clock = {}
-        """All that was ever queued."""
-        self.effects: list[Effect] = []
-
-    def waits(self, clock: Clock) -> None:
-        """The host has waited for all of this: copies to its memory appear, and their sources were not to change."""
-        with LOCK:
-            advance(self.clock, clock)
-            done = [one for one in self.effects if one.tick <= self.clock.get(one.stream, 0)]
-            self.effects = [one for one in self.effects if one.tick > self.clock.get(one.stream, 0)]
-        faults = []
-        for effect in done:
-            try:
-                effect.happen()
-            except RuntimeError as fault:
-                faults.append(fault)
-        if faults:
-            raise faults[0]
-
-
-HOST = Host()
-_numbers = itertools.count()
 _current = threading.local()
-_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 
 
-class Stream:
+class Stream(Queue):
     """A queue of a card, like ``torch.cuda.Stream``."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         if priority > 0:
             raise RuntimeError(f"Expected cuda stream priority to be less than or equal to 0, got {priority}")
+        super().__init__()
         self.priority = max(priority, -5)
-        self.number = next(_numbers)
-        self.clock: Clock = {self.number: 0}
-        self.names: deque[tuple[str, str]] = deque(maxlen=_KEPT)
-        self.capture: Any = None
-        _streams[self.number] = self
 
     @property
     def device(self) -> Any:
         """The card."""
-        import torch
-
         return torch.device("cuda", 0)
 
     @property
@@ -120,34 +54,15 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         _entered().pop()
 
-    @staticmethod
-    def numbered(number: int) -> Stream:
-        """The stream of a number; one without names if it is no more."""
-        return _streams.get(number) or Stream()
-
-    def begin(self, name: str) -> int:
-        """Queue an operation; its number."""
-        with LOCK:
-            advance(self.clock, HOST.clock)
-            tick = self.clock[self.number] = HOST.launched[self.number] = self.clock[self.number] + 1
-            self.names.append((name, place()))
-            return tick
-
-    def what(self, tick: int) -> str:
-        """What an operation was, and which line asked for it."""
-        back = self.clock[self.number] - tick
-        if back >= len(self.names):
-            return "something"
-        name, where = self.names[-1 - back]
-        return f"{name} ({where})"
-
     def synchronize(self) -> None:
         """Have the host wait for all that is queued."""
+        permit_stop("stream.synchronize", self)
         note("sync", "stream.synchronize")
         HOST.waits(self.clock)
 
     def query(self) -> bool:
         """Whether all that is queued is done: yes if the host has waited for it."""
+        permit_stop("stream.query", self)
         return self.clock[self.number] <= HOST.clock.get(self.number, 0)
 
     def wait_event(self, event: Event) -> None:
@@ -175,23 +90,28 @@ class Event:
         self._clock: Clock = {}
         self._time = 0.0
         self._asked = False
+        self._capture: Any = None
 
     def record(self, stream: Stream | None = None) -> None:
         """Place it behind all that is queued; the time is the host's, by whom everything is done at once."""
         stream = current_stream() if stream is None else stream
         with LOCK:
-            self._clock = dict(stream.clock)
+            self._clock = dict(stream.queue.clock)
+            self._capture = stream.capture
         self._time = time.perf_counter()
         self._asked = False
 
     def wait(self, stream: Stream | None = None) -> None:
         """Have a stream do nothing further before the event; nothing if it was never recorded."""
         stream = current_stream() if stream is None else stream
+        if self._clock:
+            order_events(stream, self._capture)
         with LOCK:
-            advance(stream.clock, self._clock)
+            advance(stream.queue.clock, self._clock)
 
     def query(self) -> bool:
         """Whether it has happened: not when asked for the first time, unless the host has waited for it."""
+        self._permit("event.query")
         if not self._done() and not self._asked:
             self._asked = True
             return False
@@ -200,6 +120,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Have the host wait for it."""
+        self._permit("event.synchronize")
         note("sync", "event.synchronize")
         HOST.waits(self._clock)
 
@@ -212,6 +133,11 @@ class Event:
         if not (self._done() and end._done()):
             raise RuntimeError("CUDA error: device not ready (wait for both events before their times are compared)")
         return (end._time - self._time) * 1e3
+
+    def _permit(self, name: str) -> None:
+        if self._capture is not None:
+            raise CaptureError(f"{name}: the event was recorded in a capture, where nothing happens")
+        permit_stop(name, DEFAULT)
 
     def _done(self) -> bool:
         return all(tick <= HOST.clock.get(stream, 0) for stream, tick in self._clock.items())
@@ -240,6 +166,7 @@ def set_stream(stream: Stream | None) -> None:
 
 def synchronize(device: Any = None) -> None:
     """Have the host wait for all streams."""
+    permit_stop("cuda.synchronize", None)
     note("sync", "cuda.synchronize")
     HOST.waits(HOST.launched)
 

@@ -47,7 +47,7 @@ PINNED_CASES: list[tuple[Callable[[Tensor], object], dict[str, int]]] = [
     (lambda x: torch.empty(4, 4).copy_(x, non_blocking=True), {"d2h": 1, "sync": 1}),
     (lambda x: torch.empty(4, 4, pin_memory=True).copy_(x, non_blocking=True), {"d2h": 1}),
     (lambda x: torch.empty(4, 4, pin_memory=True).copy_(x), {"d2h": 1, "sync": 1}),
-    (lambda x: torch.empty(4, 4, pin_memory=True).copy_(x.t(), non_blocking=True), {"launch": 1, "d2h": 1}),
+    (lambda x: torch.empty(4, 4, pin_memory=True).copy_(x.t(), non_blocking=True), {"launch": 1, "alloc": 1, "d2h": 1}),
     (lambda x: torch.cuda.synchronize(), {"sync": 1}),
     (lambda x: torch.cuda.current_stream().synchronize(), {"sync": 1}),
     (lambda x: torch.cuda.Event().record(), {}),

@@ -119,6 +119,16 @@ def test_uses_of_other_bytes_and_reads_need_no_order(uses: tuple[Callable[[Tenso
     run(*uses, nothing)
 
 
+def test_results_are_written_by_the_stream_that_made_them() -> None:
+    for make in (lambda: torch.ones(4, device="cuda"), lambda: torch.arange(4, device="cuda"), lambda: index(1)):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made = make()
+        with pytest.raises(emulated.RaceError):
+            made + 1
+        torch.cuda.synchronize()
+        made + 1
+
+
 def test_the_message_names_both_operations_and_their_lines() -> None:
     with pytest.raises(emulated.RaceError, match=r"sum \(.*test_races.py:\d+\) reads .* written .* by zero_"):
         run(lambda x: x.zero_(), lambda x: x.sum(), nothing)

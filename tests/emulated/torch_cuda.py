@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emulated.graphs import CUDAGraph, graph, graph_pool_handle
 from emulated.memory import Card
 from emulated.streams import (
     DEFAULT,
@@ -95,4 +96,8 @@ def _streams() -> dict[str, Any]:
         "default_stream": lambda device=None: DEFAULT,
         "set_stream": set_stream,
         "synchronize": synchronize,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "graph_pool_handle": graph_pool_handle,
+        "is_current_stream_capturing": lambda: current_stream().capture is not None,
     }

@@ -2,26 +2,124 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emulated.counts import note
-from emulated.errors import RaceError
+from emulated.clocks import HOST, LOCK, Effect, Queue
+from emulated.errors import CaptureError, RaceError, StaleGraphError
 from emulated.pinned import PinnedMemory, pinned_memory
 from emulated.shadow import Region
-from emulated.streams import HOST, LOCK, Effect, Stream, current_stream
-from emulated.tensor import CudaTensor
-from emulated.work import launch, stop
+from emulated.streams import current_stream
+from emulated.work import Kernel, Work, perform, stop, use
 
 _POISON = 0xA5
 _POISON_FLOAT = 0xFF
 """NaN in all floating-point types."""
 
 
+def to_device(target: Tensor, source: Tensor, non_blocking: bool) -> None:
+    """Copy a host tensor to the bytes of a device tensor of its shape, or of one to which it expands.
+
+    From pinned memory the copy is queued. From other memory the driver takes the bytes at once. A blocking copy waits
+    for the stream in both cases.
+    """
+    if source.dtype != target.dtype or not source.is_contiguous():
+        source = source.to(target.dtype).contiguous()  # a temporary in ordinary memory, as torch makes it
+    perform(Upload(target, source))
+    if not target.is_contiguous() or source.shape != target.shape:
+        perform(Kernel("copy_ of what has arrived", lambda: None, [target], [target]))
+    if not non_blocking:
+        stop("copy to the device")
+
+
+def to_host(target: Tensor, source: Tensor, non_blocking: bool) -> None:
+    """Copy the bytes of a device tensor to a host tensor of its shape, or of one to which it expands.
+
+    Into pinned memory the copy is queued, and the host sees it once it has waited. A blocking copy waits for the
+    stream, and so does one into other memory, or into a layout that needs a temporary there.
+    """
+    first = None
+    if source.dtype != target.dtype or not source.is_contiguous() or source.shape != target.shape:
+        dtype, shape = target.dtype, target.shape
+        first = Kernel("copy_ before it leaves", lambda: source.to(dtype).expand(shape).contiguous().clone(), [source])
+        source = perform(first)
+    pinned = target.is_contiguous() and pinned_memory(target) is not None
+    perform(Download(source, target))
+    if not pinned or not non_blocking:
+        stop("copy to the host")
+    if not pinned:
+        target.copy_(source)
+
+
+class _Borrowed:
+    """A host tensor whose memory a graph uses, but does not keep."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = weakref.ref(tensor.untyped_storage())
+        self._view = tensor.storage_offset(), tensor.size(), tensor.stride()
+        self._dtype = tensor.dtype
+
+    def get(self) -> Tensor:
+        """The tensor."""
+        storage = self._storage()
+        if storage is None:
+            raise StaleGraphError("a graph copies from or to pinned memory that was freed")
+        with torch.inference_mode(False):
+            return torch.empty(0, dtype=self._dtype).set_(storage, *self._view)
+
+
+class Copy(Work):
+    """A copy between host memory and the bytes of a device tensor."""
+
+    def __init__(self, held: Tensor, host: Tensor) -> None:
+        self._pinned = pinned_memory(host) is not None
+        super().__init__("pinned" if self._pinned else "pageable")
+        self._held, self._host = held, _Borrowed(host)
+        self.nbytes = host.nbytes
+        if current_stream().capture is not None and not self._pinned:
+            raise CaptureError("a copy from or to pageable memory is not permitted when stream is capturing")
+
+    def given(self) -> Iterable[Tensor]:
+        return [self._held]
+
+
+class Upload(Copy):
+    """A copy to the device."""
+
+    kind = "h2d"
+
+    def written(self) -> Iterable[Tensor]:
+        return [self._held]
+
+    def do(self, stream: Queue, tick: int) -> None:
+        source = self._host.get()
+        use(self._held, True, stream, tick)
+        memory = pinned_memory(source)
+        with torch.inference_mode(False):
+            if memory is not None and stream.capture is None:
+                source = _depart(source, memory, stream, tick)
+            self._held.copy_(source)
+
+
+class Download(Copy):
+    """A copy to the host; it is the caller that fills memory which is not pinned."""
+
+    kind = "d2h"
+
+    def do(self, stream: Queue, tick: int) -> None:
+        target = self._host.get()
+        use(self._held, False, stream, tick)
+        memory = pinned_memory(target)
+        if memory is not None and stream.capture is None:
+            _arrive(target, memory, self._held, stream, tick)
+
+
 @dataclass
-class Arrival(Effect):
+class _Arrival(Effect):
     """A copy to pinned memory, which holds a pattern of no meaning until the host has waited for it."""
 
     target: Tensor
@@ -35,7 +133,7 @@ class Arrival(Effect):
 
 
 @dataclass
-class Departure(Effect):
+class _Departure(Effect):
     """A copy from pinned memory, which must not change before the host has waited for it."""
 
     source: Tensor
@@ -56,74 +154,29 @@ class Departure(Effect):
             )
 
 
-def to_device(target: CudaTensor, source: Tensor, non_blocking: bool) -> None:
-    """Copy a host tensor to a device tensor of its shape, or of one to which it expands.
-
-    From pinned memory the copy is queued. From other memory the driver takes the bytes at once. A blocking copy waits
-    for the stream in both cases.
-    """
-    if source.dtype != target.dtype or not source.is_contiguous():
-        source = source.to(target.dtype).contiguous()  # a temporary in ordinary memory, as torch makes it
-    if not target.bytes.is_contiguous() or source.shape != target.shape:
-        launch("copy_ of what has arrived", [], [target])
-    stream, memory = current_stream(), pinned_memory(source)
-    note("h2d", "pageable" if memory is None else "pinned", source.nbytes)
-    tick = stream.begin("a copy to the device")
-    target.memory.use(Region.of(target.bytes), True, stream, tick)
-    sent = source if memory is None else _depart(source, memory, stream, tick)
-    target.bytes.copy_(sent)
-    if not non_blocking:
-        stop("copy to the device")
-
-
-def to_host(target: Tensor, source: CudaTensor, non_blocking: bool) -> None:
-    """Copy a device tensor to a host tensor of its shape, or of one to which it expands.
-
-    Into pinned memory the copy is queued, and the host sees it once it has waited. A blocking copy waits for the
-    stream, and so does one into other memory, or into a layout that needs a temporary there.
-    """
-    sent = source.bytes
-    if source.dtype != target.dtype or not sent.is_contiguous() or sent.shape != target.shape:
-        launch("copy_ before it leaves", [source], [])
-        sent = sent.to(target.dtype).expand(target.shape)
-    stream, memory = current_stream(), pinned_memory(target) if target.is_contiguous() else None
-    note("d2h", "pageable" if memory is None else "pinned", target.nbytes)
-    tick = stream.begin("a copy to the host")
-    source.memory.use(Region.of(source.bytes), False, stream, tick)
-    if memory is None:
-        stop("copy to the host")
-        target.copy_(sent)
-        return
-    _arrive(target, memory, sent, tick)
-    if not non_blocking:
-        stop("copy to the host")
-
-
-def _depart(source: Tensor, memory: PinnedMemory, stream: Stream, tick: int) -> Tensor:
+def _depart(source: Tensor, memory: PinnedMemory, stream: Queue, tick: int) -> Tensor:
     """Queue a copy from pinned memory; what it copies."""
     with LOCK:
         memory.use(_region(memory, source), False, stream, tick)
         sent = _as_queued(source, memory)
-        what = stream.what(tick)
-        HOST.effects.append(Departure(stream.number, tick, source.detach(), memory, sent, what))
+        HOST.effects.append(_Departure(stream.number, tick, source, memory, sent, stream.what(tick)))
     return sent
 
 
-def _arrive(target: Tensor, memory: PinnedMemory, sent: Tensor, tick: int) -> None:
+def _arrive(target: Tensor, memory: PinnedMemory, sent: Tensor, stream: Queue, tick: int) -> None:
     """Queue a copy to pinned memory."""
-    stream = current_stream()
     with LOCK, torch.inference_mode():
         memory.use(_region(memory, target), True, stream, tick)
-        for effect in [one for one in HOST.effects if isinstance(one, Departure) and one.memory is memory]:
+        for effect in [one for one in HOST.effects if isinstance(one, _Departure) and one.memory is memory]:
             effect.compare(_as_queued(effect.source, memory))  # from now on it is the card that changes it
             HOST.effects.remove(effect)
         _octets(target).fill_(_POISON_FLOAT if target.is_floating_point() else _POISON)
-        HOST.effects.append(Arrival(stream.number, tick, target, memory, sent.clone()))
+        HOST.effects.append(_Arrival(stream.number, tick, target, memory, sent.clone()))
 
 
 def _as_queued(source: Tensor, memory: PinnedMemory) -> Tensor:
     """What pinned memory holds for the card, for which what is queued has arrived there."""
-    arrivals = [one for one in HOST.effects if isinstance(one, Arrival) and one.memory is memory]
+    arrivals = [one for one in HOST.effects if isinstance(one, _Arrival) and one.memory is memory]
     before = [one.target.clone() for one in arrivals]
     for one in arrivals:
         one.happen()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from emulated.counts import note
-from emulated.memory import DeviceMemory
+from emulated.clocks import Queue
+from emulated.memory import known_memory
 from emulated.shadow import GRANULE
-from emulated.streams import current_stream
 from emulated.tensor import CudaTensor
+from emulated.work import Work, perform
 
 _ONE = threading.Lock()
 """The interpreter replaces functions of ``triton.language`` while a kernel runs."""
@@ -23,15 +23,38 @@ _running: list[Launch] = []
 """The launch that runs."""
 
 
-class Launch:
-    """Memory that a kernel was given, and what it uses of that."""
+class Launch(Work):
+    """A kernel with its arguments: memory that it was given, and what it uses of that."""
 
-    def __init__(self, kernel: str, tensors: list[CudaTensor]) -> None:
-        self._kernel = kernel
-        given = {one.untyped_storage().data_ptr(): one.memory for one in tensors if one.memory.nbytes}
-        self._bases = sorted(given)
-        self._memories = [given[base] for base in self._bases]
-        self._used: dict[tuple[DeviceMemory, bool], np.ndarray] = {}
+    def __init__(self, name: str, run: Callable[[], None], given: list[Tensor]) -> None:
+        super().__init__(name)
+        self._run, self._given = run, given
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in given if one.nbytes}
+        self._bases = sorted(storages)
+        self._sizes = [storages[base].nbytes() for base in self._bases]
+        self._used: dict[tuple[int, bool], np.ndarray] = {}
+
+    def given(self) -> Iterable[Tensor]:
+        return self._given
+
+    def written(self) -> Iterable[Tensor]:
+        """All of them: which it changes is seen only when it runs."""
+        return self._given
+
+    def do(self, stream: Queue, tick: int) -> None:
+        """Run it, and look afterwards whether it could have run with what it has used."""
+        self._used.clear()
+        with _ONE:
+            _running.append(self)
+            try:
+                self._run()
+            finally:
+                _running.pop()
+        memories = {one.untyped_storage().data_ptr(): known_memory(one) for one in self._given}
+        for (base, write), used in self._used.items():
+            memory = memories[base]
+            if memory is not None:
+                memory.use(np.flatnonzero(used), write, stream, tick)
 
     def touch(self, pointers: Any, mask: Any, write: bool) -> None:
         """Elements are loaded or stored: all, or those where the mask is true."""
@@ -40,21 +63,14 @@ class Launch:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         while addresses.size:
             at = bisect_right(self._bases, int(addresses.min())) - 1
-            memory, base = self._memories[at], self._bases[at]
-            here = addresses < base + memory.nbytes
+            base, room = self._bases[at], self._sizes[at]
+            here = addresses < base + room
             if at < 0 or not here.any():
-                raise IndexError(f"{self._kernel}: an illegal memory access: no argument's memory is there")
-            used = self._used.setdefault((memory, write), np.zeros(-(-memory.nbytes // GRANULE), bool))
+                raise IndexError(f"{self.name}: an illegal memory access: no argument's memory is there")
+            used = self._used.setdefault((base, write), np.zeros(-(-room // GRANULE), bool))
             used[(addresses[here] - base) // GRANULE] = True
             used[(addresses[here] - base + size - 1) // GRANULE] = True
             addresses = addresses[~here]
-
-    def queue(self) -> None:
-        """Queue the kernel, now that it is known what it uses."""
-        stream = current_stream()
-        tick = stream.begin(self._kernel)
-        for (memory, write), used in self._used.items():
-            memory.use(np.flatnonzero(used), write, stream, tick)
 
 
 def replacements() -> list[tuple[Any, str, Any]]:
@@ -84,15 +100,14 @@ def _launching(real: Callable[..., Any]) -> Callable[..., Any]:
         if any(not isinstance(one, CudaTensor) for one in tensors):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         name = function.__name__
-        note("launch", name, variant=_variant(function, args, kwargs))
-        launch = Launch(name, tensors)
-        with _ONE:
-            _running.append(launch)
-            try:
-                real(function, *map(_held, args), grid=grid, warmup=False, **{k: _held(v) for k, v in kwargs.items()})
-            finally:
-                _running.pop()
-        launch.queue()
+        held_args, held_kwargs = [_held(one) for one in args], {key: _held(one) for key, one in kwargs.items()}
+        launch = Launch(
+            name,
+            lambda: real(function, *held_args, grid=grid, warmup=False, **held_kwargs),
+            [one.bytes for one in tensors],
+        )
+        launch.variant = _variant(function, args, kwargs)
+        perform(launch)
 
     return run
 

@@ -1,31 +1,154 @@
-"""What is queued on the current stream: every kernel, copy and stop goes through here."""
+"""What is queued on a stream: every kernel and copy, done at once, and recorded where the stream is being captured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from emulated.counts import note
+import torch
+from torch import Tensor
+
+from emulated.capture import permit_stop
+from emulated.clocks import HOST, Queue
+from emulated.counts import Kind, note
+from emulated.memory import DeviceMemory, known_memory, memory_of
 from emulated.shadow import Region
-from emulated.streams import HOST, Stream, current_stream
-from emulated.tensor import CudaTensor
-
-_NOWHERE: Mapping[int, Region] = {}
+from emulated.streams import current_stream
 
 
-def launch(
-    name: str, reads: Iterable[CudaTensor], writes: Iterable[CudaTensor], regions: Mapping[int, Region] = _NOWHERE
-) -> None:
-    """Queue a kernel; regions say, by ``id`` of a tensor, what it uses of that, where it is not all."""
-    note("launch", name)
-    stream = current_stream()
-    tick = stream.begin(name)
-    for tensors, write in ((reads, False), (writes, True)):
-        for one in tensors:
-            region = regions.get(id(one)) or Region.of(one.bytes)
-            one.memory.use(region, write, stream, tick)
+class Work:
+    """Something for the card to do, once or, in a graph, again and again.
+
+    It holds host tensors with the bytes of device tensors, but not these: their memory may be freed meanwhile.
+    """
+
+    kind: Kind = "launch"
+    variant: object = None
+    nbytes = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.numbers: list[Tensor] = []
+        """Single numbers in host memory that are among its arguments."""
+        self.fresh: list[DeviceMemory] = []
+        """Memory of what it has made, until tensors have it."""
+
+    def given(self) -> Iterable[Tensor]:
+        """Host tensors with the bytes of the device tensors that it uses."""
+        raise NotImplementedError
+
+    def written(self) -> Iterable[Tensor]:
+        """Those of them that it changes."""
+        return []
+
+    def memories(self) -> list[DeviceMemory]:
+        """The card's memory in which these lie."""
+        found = (known_memory(held) for held in self.given())
+        return [memory for memory in found if memory is not None]
+
+    def do(self, stream: Queue, tick: int) -> Any:
+        """Do it as an operation of a stream; what it makes.
+
+        Raises
+        ------
+        RaceError
+            It uses bytes that another stream uses, too, and nothing orders them.
+        """
+        raise NotImplementedError
+
+    def repeat(self, stream: Queue, tick: int) -> None:
+        """Do it again; what it makes comes to where it was before."""
+        self.do(stream, tick)
 
 
-def stop(name: str, stream: Stream | None = None) -> None:
+class Kernel(Work):
+    """An operation of torch.
+
+    Parameters
+    ----------
+    name
+        What it is called.
+    run
+        Does it on the host tensors.
+    given
+        These.
+    written
+        Those of them that it changes.
+    regions
+        What it uses of them, by ``id``, where that is not all; asked each time, as indices change.
+    """
+
+    def __init__(
+        self, name: str, run: Callable[[], Any], given: list[Tensor], written: list[Tensor] | None = None,
+        regions: Callable[[], dict[int, Region]] = dict,
+    ) -> None:  # fmt: skip
+        super().__init__(name)
+        self._run, self._given, self._written, self._regions = run, given, written or [], regions
+        self._made: Any = None
+
+    def given(self) -> Iterable[Tensor]:
+        return self._given
+
+    def written(self) -> Iterable[Tensor]:
+        return self._written
+
+    def do(self, stream: Queue, tick: int) -> Any:
+        self._use(stream, tick)
+        with torch.inference_mode(False):
+            self._made = self._run()
+        self.fresh = [memory_of(one) for one in self._results()]
+        for one in self._results():
+            use(one, True, stream, tick)
+        return self._made
+
+    def repeat(self, stream: Queue, tick: int) -> None:
+        self._use(stream, tick)
+        with torch.inference_mode(False):
+            again = self._run()
+            for old, new in zip(tensors(self._made), tensors(again), strict=True):
+                if new is not old:
+                    old.copy_(new)
+        for one in self._results():
+            use(one, True, stream, tick)
+
+    def _use(self, stream: Queue, tick: int) -> None:
+        regions = self._regions()
+        for one in self._given:
+            use(one, any(one is other for other in self._written), stream, tick, regions.get(id(one)))
+
+    def _results(self) -> list[Tensor]:
+        return [one for one in tensors(self._made) if not any(one is other for other in self._given)]
+
+
+def perform(work: Work) -> Any:
+    """Queue work on the current stream; what it makes."""
+    note(work.kind, work.name, work.nbytes, work.variant)
+    stream = current_stream().queue
+    tick = stream.begin(work.name)
+    if stream.capture is None:
+        return work.do(stream, tick)
+    return stream.capture.take(work, stream, tick)
+
+
+def stop(name: str, stream: Queue | None = None) -> None:
     """Have the host wait for a stream, by default the current one."""
+    stream = stream or current_stream()
+    permit_stop(name, stream)
     note("sync", name)
-    HOST.waits((stream or current_stream()).clock)
+    HOST.waits(stream.clock)
+
+
+def use(held: Tensor, write: bool, stream: Queue, tick: int, where: Region | None = None) -> None:
+    """A stream uses the bytes of a device tensor; nothing if their memory is a graph's own by now."""
+    memory = known_memory(held)
+    if memory is not None:
+        memory.use(where or Region.of(held), write, stream, tick)
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors in a value, in lists, or in lists of lists."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors(value)
