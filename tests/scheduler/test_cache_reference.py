@@ -51,17 +51,17 @@ class Slow:
         found = min(path[0].stop, blocks) if path else 0
         others = [node for node in self.nodes if node not in path]
         self.nodes = [*others, *path]
-        self.make_room(CAPACITY - (blocks + 1), path)
+        self.make_room(CAPACITY - (blocks + 1) + found, path, found)
         if found < blocks:
             path.insert(0, Node(kind, found, blocks, path[0] if path else None))
         self.nodes = [*(node for node in self.nodes if node not in path), *path]
         return found
 
-    def make_room(self, left: int, used: list[Node]) -> None:
-        """Give up blocks of all but the ``used`` nodes until no more are ``left``."""
-        while (more := sum(node.stop - node.start for node in self.nodes if node not in used) - left) > 0:
-            first = next(node for node in self.nodes if node not in used)
-            self.cut(first, max(first.start, first.stop - more))
+    def make_room(self, left: int, used: list[Node], found: int) -> None:
+        """Give up blocks until no more are ``left``, but none of the ``used`` nodes' before position ``found``."""
+        while (more := self.blocks - left) > 0:
+            first = next(node for node in self.nodes if node not in used or node.stop > found)
+            self.cut(first, max(found if first in used else first.start, first.stop - more))
 
     def cut(self, node: Node, stop: int) -> None:
         for child in [child for child in self.nodes if child.parent is node and child.start > stop]:
@@ -88,9 +88,8 @@ kinds = st.tuples(st.integers(0, 4), st.integers(1, 5))
 def test_what_was_not_used_for_longest_goes_first_and_last_blocks_before_first_ones(
     asked: list[tuple[int, int]],
 ) -> None:
-    cluster, slow, lengths = cluster_of(0, CAPACITY), Slow(), dict[int, int]()
+    cluster, slow = cluster_of(0, CAPACITY), Slow()
     for number, (kind, blocks) in enumerate(asked, 1):
-        blocks = lengths.setdefault(kind, blocks)
         assert ask(cluster, number, kind, blocks) == slow.ask(kind, blocks)
         assert cluster.life.ledger.workers["w0"].cached == slow.blocks
     assert len(cluster.life.cache) == len(slow.nodes)
@@ -135,6 +134,7 @@ def test_nothing_is_shared_behind_a_beginning_that_lost_blocks() -> None:
     assert cluster.life.requests[3].reused == 60
     cluster.lose_worker(second)
     cluster.submit(4, branch, SamplingParams(max_new_tokens=2))
+    assert cluster.life.requests[4].reused == 0
     cluster.add_worker(20)
     settle(cluster)
     assert first in cluster.pools

@@ -124,3 +124,15 @@ def test_spilled_files_say_on_which_disk_they_are() -> None:
     assert [file.start for file in saved.files] == sorted(file.start for file in saved.files)
     for file in saved.files:
         assert file.name in cluster.disks[file.worker]  # type: ignore[union-attr]
+
+
+def test_a_document_is_not_given_up_for_one_that_waits_for_a_place_in_a_batch() -> None:
+    cluster = stored([60], 20)
+    for number in range(1, 6):
+        crowd(cluster, number, 8, 20)
+        while cluster.chunks:
+            cluster.run_chunk(cluster.chunks[0][0])
+    assert cluster.life.requests[5].state.label == "waiting"
+    assert cluster.life.requests[0].state.label == "document"
+    finish(cluster)
+    assert cluster.life.requests[0].state.label == "document"

@@ -56,10 +56,10 @@ def test_a_sequence_that_pauses_moves_as_fast_as_can_be_and_only_what_is_there()
     (other,) = {"w0", "w1"} - {account.home}
     cluster.life.chains[account.home].sequences[99] = ()  # it decodes another one
     commands = cluster.watch()
-    cluster.life.chains[account.home].sequences.clear()
     (retirement,) = cluster.retirements
     cluster.retirements.clear()
     cluster.handle(did.Retired(*retirement))
+    del cluster.life.chains[account.home].sequences[99]
     send = sends(commands)
     assert send.pace == 0.0
     assert (send.start, send.stop) == (account.placement[-1].start, account.length)
