@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from _examples import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -73,6 +73,8 @@ def content(pool: Pool, sequence: int) -> torch.Tensor:
     taking=st.sampled_from([0.0, 0.1, 3.0]),
     seed=st.integers(0, 9),
 )
+@example(blocks=3, first=0, per_step=4, pace=0.25, taking=0.0, seed=0)
+@example(blocks=3, first=1, per_step=3, pace=0.25, taking=0.1, seed=0)
 def test_a_move_brings_all_bytes_to_their_places_and_no_more_in_a_step_than_allowed(
     blocks: int, first: int, per_step: int, pace: float, taking: float, seed: int
 ) -> None:
