@@ -136,8 +136,11 @@ def test_of_sequences_that_decode_together_the_one_to_blame_ends_and_the_others_
     for _ in range(2 * MAX_RETRIES):
         assert fail(cluster, PlanError("a plan of nobody", 77)) or rest(cluster, PAUSE + 0.1)
     assert not cluster.ends
+    (chain,) = (chain for chain in cluster.life.chains.values() if chain.sequences)
+    before = chain.failures
     fail(cluster, blamed)
     assert cluster.ends == {2: ("error", blamed)}
+    assert chain.failures == before, "it was nobody else's"
     finish(cluster)
     assert [cluster.tokens[number] for number in (1, 3)] == [expected(1, 12), expected(3, 9)]
 
