@@ -19,6 +19,7 @@ from distkv_dask.messages.names import EngineSpec
 from distkv_dask.placement import Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.device import choose_device
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.runtime import Runtime
@@ -32,7 +33,7 @@ TOKEN = "a token of this test"
 
 @cache
 def loaded(family: str) -> LoadedModel:
-    return load_model(str(model_dir(family)), "float32", 1)
+    return load_model(str(model_dir(family)), "float32", 1, device=choose_device(Config.load().device))
 
 
 class Recorder:
@@ -48,7 +49,7 @@ class Recorder:
 
     def forward(self, *args: Any) -> Tensor:
         logits = self._model.forward(*args)
-        self.logits.append(logits)
+        self.logits.append(logits.cpu())
         return logits
 
 

@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Timing every worker when an engine opens is for the tests of that: they ask for it.
 os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
+# cpu, emulated, or cuda: a real card
+os.environ["DASK_DISTKV__DEVICE"] = "cuda" if os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu" else "cpu"
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters get the card, too
     os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = repr([str(Path(__file__).parent / "emulated" / "preload.py")])
 

@@ -30,11 +30,12 @@ _INSTALL = "install distkv-dask[gpu] and a torch that was built for it (https://
 
 
 class Use(Enum):
-    """What a stream is for; the value is its priority: a card begins with what has the lower number."""
+    """What a stream is for."""
 
-    HOME = 0
-    HOLDER = -1
-    COPIES = 1
+    HOME = "home"
+    HOLDER = "holder"
+    """Goes first where the card has to choose: others wait for it."""
+    COPIES = "copies"
 
 
 class Device:
@@ -145,7 +146,7 @@ class Card(Device):
         super().__init__()
         self.torch = torch.device("cuda", 0)
         self.name = torch.cuda.get_device_name(self.torch)
-        self._streams = {use: torch.cuda.Stream(self.torch, priority=use.value) for use in Use}
+        self._streams = {use: torch.cuda.Stream(self.torch, priority=-(use is Use.HOLDER)) for use in Use}
         self._bounce = self.host_buffer((BOUNCE_BYTES,), torch.uint8)
         self._copying = threading.Lock()
 

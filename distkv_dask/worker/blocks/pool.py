@@ -243,10 +243,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.
     if device.is_host:  # numpy's take no memory until they are written to; torch's would touch all of them at once
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
     try:
-        return torch.zeros(shape, dtype=dtype, device=device.torch)
+        made = torch.zeros(shape, dtype=dtype, device=device.torch)
     except torch.OutOfMemoryError as error:
         free, total = device.memory()
         raise DeviceError(
             f"the KV pool needs {math.prod(shape) * dtype.itemsize} bytes in one piece, but {device.name} has "
             f"{free} of {total} bytes left: lower kv_memory (distkv.kv-memory). {in_words(error)}"
         ) from error
+    device.finish()  # lanes have streams of their own
+    return made

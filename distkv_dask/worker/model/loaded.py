@@ -166,6 +166,7 @@ def load_model(
     if deterministic:
         compute_rows_alike(model)
         check_rows_alike(loaded.forward, geometry, device.torch)
+    device.finish()  # lanes have streams of their own
     return loaded
 
 
