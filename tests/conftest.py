@@ -21,8 +21,10 @@ from distributed.utils_test import cleanup, loop, loop_in_thread
 
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
+    from emulated.engine import use_torch_kernels
 
     emulated.install()
+    use_torch_kernels()
 
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 
