@@ -24,6 +24,8 @@ class Shard:
         The rows, in the order of their queries.
     heads
         Query heads of the model.
+    result
+        Memory for :attr:`result`; None: its own.
 
     Raises
     ------
@@ -31,7 +33,7 @@ class Shard:
         A row's tokens are not in the pool, or have no room there.
     """
 
-    def __init__(self, pool: Pool, rows: Sequence[Row], heads: int) -> None:
+    def __init__(self, pool: Pool, rows: Sequence[Row], heads: int, result: torch.Tensor | None = None) -> None:
         self._pool = pool
         self.layers = pool.layers
         """Layers of the model."""
@@ -58,7 +60,7 @@ class Shard:
         attention = PreparedAttention(
             self.tokens, heads, pool.keys(0), pool.values(0),
             torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
-            query_offsets=offsets, causal=causal, q_start=self._starts if causal else None,
+            query_offsets=offsets, causal=causal, q_start=self._starts if causal else None, result=result,
         )  # fmt: skip
         self.out, self.lse = attention.out, attention.lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 
-
 def use_torch_kernels() -> None:
     """Have pools on the card served by torch from now on, in this process; not with ``DISTKV_TEST_KERNEL=triton``."""
     from distkv_dask.kernels import dispatch, triton_kernel

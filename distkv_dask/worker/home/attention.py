@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from distkv_dask.gang import Exchanged
-from distkv_dask.kernels import PreparedMerge
+from distkv_dask.kernels import PreparedMerges
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.home.exchange import Asking, Exchange, merging, placed_indices
 from distkv_dask.worker.home.gang import HomeGang
@@ -42,9 +42,14 @@ class DistAttention:
         self._pool = pool
         home = gang.gang.home
         shape = (tokens, heads, pool.head_dim)
-        self._local = local = Local(parts[home], tokens, pool, heads) if home in parts else None
+        queries = len(parts[home].tokens) if home in parts else 0
+        memory = None if pool.device.is_host else _memory(parts, heads, pool)
+        size = queries * heads * (pool.head_dim + 1)
+        self._memory = None if memory is None else (memory, memory[size:])
+        own = None if memory is None else memory[:size]
+        self._local = local = Local(parts[home], tokens, pool, heads, own) if home in parts else None
         self._exchange: Exchange | None = None
-        self._merges: list[tuple[str, PreparedMerge]] = []
+        self._merges: list[Callable[[], None]] = []
         if local is not None and local.index is None and len(parts) == 1:
             self._out = local.shard.out
         else:
@@ -62,12 +67,22 @@ class DistAttention:
             for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
             if worker != home
         ]
+        together = theirs = None
+        if self._memory is not None:
+            memory, theirs = self._memory
+            sources = [*([home] if local is not None else []), *(worker for worker, _, _ in holders)]
+            queries = [len(parts[worker].tokens) for worker in sources]
+            runs = [(sources.index(one.worker), one.query, one.token, one.queries) for one in order]
+            together = PreparedMerges(self._out, self._lse, memory, queries, runs)
         if holders:
             limit = gang.timeout_receive
-            asking = Asking(gang.gang, holders, self._pool, self._out, self._lse, order, local, limit)
+            merged = self._out, self._lse, order, local
+            asking = Asking(gang.gang, holders, self._pool, *merged, limit, together, theirs)
             self._exchange = self._new_exchange(asking)
+        elif together is not None:
+            self._merges = [together]
         elif local is not None:
-            self._merges = merging(order, self._out, self._lse, {home: local})
+            self._merges = [merge for _, merge in merging(order, self._out, self._lse, {home: local})]
 
     @property
     def exchanged(self) -> Exchanged:
@@ -101,14 +116,14 @@ class DistAttention:
         exchange = self._exchange
         if exchange is not None:
             exchange.ask(layer, self.step, q, k, v, scale)
-        elif self._merges:  # a token has several partials here
+        elif self._merges and self._memory is None:  # a token has several partials here
             self._out.zero_()
             self._lse.fill_(-torch.inf)
         if self._local is not None:
             self._attend_locally(self._local, layer, q, k, v, scale)
         if exchange is not None:
             exchange.gather(layer, self.step)
-        for _, merge in self._merges:
+        for merge in self._merges:
             merge()
         return self._result if self._result is self._out else self._result.copy_(self._out)
 
@@ -137,18 +152,27 @@ class DistAttention:
 class Local:
     """The home's own part of a step; only :class:`DistAttention` and its trace use it."""
 
-    def __init__(self, part: Part, tokens: int, pool: Pool, heads: int) -> None:
-        self.shard = Shard(pool, part.rows, heads)
-        self.index, self._appended, _ = placed_indices(part, tokens, pool.device)
+    def __init__(self, part: Part, tokens: int, pool: Pool, heads: int, result: torch.Tensor | None) -> None:
+        self.shard = Shard(pool, part.rows, heads, result)
+        self.index, self._appended, self._new = placed_indices(part, tokens, pool.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Append and attend; the partials are the shard's."""
         shard, appended = self.shard, self._appended
         if self.index is not None:
             q = q[self.index]
-        if appended is not None:
+        if not self._new:
+            k, v = k[:0], v[:0]
+        elif appended is not None:
             k, v = k[appended], v[appended]
         shard.attend(layer, q, k, v, scale)
+
+
+def _memory(parts: Mapping[str, Part], heads: int, pool: Pool) -> torch.Tensor:
+    """Memory on a card for the partials of all members, float32 [n]: they are merged at once there."""
+    queries = sum(len(part.tokens) for part in parts.values())
+    size = queries * heads * (pool.head_dim + 1)
+    return torch.empty(size, dtype=torch.float32, device=pool.device.torch)
 
 
 def _work(part: tuple[str, Part]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import selectors
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,11 +13,11 @@ import torch
 
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.gang import Exchanged, Gang
-from distkv_dask.kernels import PreparedMerge
+from distkv_dask.kernels import PreparedMerge, PreparedMerges
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.device import Device, Mark
+from distkv_dask.worker.device import Device, Mark, Pair
 from distkv_dask.worker.plan import Part, Run
 
 
@@ -27,7 +27,9 @@ class Asking:
 
     ``out`` [tokens, heads, head_dim] and ``lse`` [tokens, heads] are float32; they begin with nothing in each layer.
     ``order`` says what is merged after what, by worker; ``local`` are the home's own partials, if it has any: float32
-    [queries, heads, head_dim] and [queries, heads]. ``limit`` is the time limit for partials in seconds.
+    [queries, heads, head_dim] and [queries, heads]. ``limit`` is the time limit for partials in seconds. On a card
+    ``together`` merges all of a layer's partials at once; those of holders go to ``memory`` then, float32 [n], in the
+    order of the holders.
     """
 
     gang: Gang
@@ -38,6 +40,8 @@ class Asking:
     order: Sequence[Run]
     local: tuple[torch.Tensor, torch.Tensor] | None
     limit: float
+    together: PreparedMerges | None = None
+    memory: torch.Tensor | None = None
 
 
 class Exchange(Protocol):
@@ -72,17 +76,37 @@ class PythonExchange:
         self._sending = self._waiting = 0.0
         self._layers = 0
         self._asking = asking
-        remotes = {worker: Remote(channel, asking, part) for worker, channel, part in asking.holders}
-        self._remotes = list(remotes.values())
-        partials = {worker: remote.partials for worker, remote in remotes.items()}
-        if asking.local is not None:
-            partials[asking.gang.home] = asking.local
-        merges = merging(asking.order, asking.out, asking.lse, partials)
-        self._merges = [(remotes.get(worker), merge) for worker, merge in merges]
+        self._remotes = [Remote(channel, asking, part) for _, channel, part in asking.holders]
+        self._questions, self._answers = self._buffers(asking)
+        remotes = dict(zip((worker for worker, _, _ in asking.holders), self._remotes, strict=True))
+        self._merges: list[tuple[Remote | None, Callable[[], None]]] = []
+        if asking.together is None:
+            partials = {worker: remote.partials for worker, remote in remotes.items()}
+            if asking.local is not None:
+                partials[asking.gang.home] = asking.local
+            merges = merging(asking.order, asking.out, asking.lse, partials)
+            self._merges = [(remotes.get(worker), merge) for worker, merge in merges]
         self._selector = selectors.DefaultSelector() if len(self._remotes) > 1 else None
         if self._selector is not None:
             for remote in self._remotes:
                 self._selector.register(remote.channel, selectors.EVENT_READ, remote)
+
+    def _buffers(self, asking: Asking) -> tuple[Pair, Pair]:
+        """Memory of all questions and of all answers, of which each holder's is a piece."""
+        device, dtype = asking.pool.device, asking.pool.dtype
+        questions = device.pair((sum(one.question_size for one in self._remotes),), dtype)
+        answers = device.pair((sum(one.answer_size for one in self._remotes),), torch.float32)
+        if asking.memory is not None:
+            answers = Pair(answers.host, asking.memory)
+        asked = answered = 0
+        for one in self._remotes:
+            question, answer = slice(asked, asked + one.question_size), slice(answered, answered + one.answer_size)
+            one.place(
+                Pair(questions.host[question], questions.there[question]),
+                Pair(answers.host[answer], answers.there[answer]),
+            )
+            asked, answered = question.stop, answer.stop
+        return questions, answers
 
     @property
     def exchanged(self) -> Exchanged:
@@ -99,11 +123,13 @@ class PythonExchange:
             if device.is_host:
                 self._ask(remote, layer, step, scale)
         if not device.is_host:
+            self._questions.down()
             self._packed = device.mark(), scale
         self._sending += time.perf_counter() - began
         self._layers += 1
-        self._asking.out.zero_()
-        self._asking.lse.fill_(-torch.inf)
+        if self._asking.together is None:
+            self._asking.out.zero_()
+            self._asking.lse.fill_(-torch.inf)
 
     def gather(self, layer: int, step: int) -> None:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
@@ -117,6 +143,9 @@ class PythonExchange:
             while merged < len(self._merges) and self._merges[merged][0] in there:
                 self._merge(*self._merges[merged], layer, step)
                 merged += 1
+        if self._asking.together is not None:
+            self._answers.up()
+            self._merge(None, self._asking.together, layer, step)
 
     def _ask_packed(self, layer: int, step: int) -> None:
         """Send the questions that are still on their way from the device."""
@@ -161,7 +190,7 @@ class PythonExchange:
         remote.receive(layer, step)
         self._waiting += time.perf_counter() - began
 
-    def _merge(self, remote: Remote | None, merge: PreparedMerge, layer: int, step: int) -> None:
+    def _merge(self, remote: Remote | None, merge: Callable[[], None], layer: int, step: int) -> None:
         merge()
 
 
@@ -173,18 +202,21 @@ class Remote:
         pool, gang = asking.pool, asking.gang
         tokens, heads, d = asking.out.shape
         self._index, self._appended, appended = placed_indices(part, tokens, pool.device)
-        queries = len(part.tokens)
-        kv_shape = (2, appended, pool.kv_heads, d)
-        self._packed = pool.device.pair((queries * heads * d + math.prod(kv_shape),), pool.dtype)
-        question = self._packed.there
-        self._q = question[: queries * heads * d].view(queries, heads, d)
-        self._k, self._v = question[queries * heads * d :].view(kv_shape)
-        self._question = bytes_of(self._packed.host)
         self._gang, self._epoch = gang.number, gang.epoch
-        self._came = pool.device.pair((queries * heads * (d + 1),), torch.float32)
-        self._answer, answer = bytes_of(self._came.host), self._came.there
-        out = answer[: queries * heads * d].view(queries, heads, d)
-        self.partials = out, answer[queries * heads * d :].view(queries, heads)
+        self._q_shape = len(part.tokens), heads, d
+        self._kv_shape = 2, appended, pool.kv_heads, d
+        self.question_size = math.prod(self._q_shape) + math.prod(self._kv_shape)
+        """Elements of a question, in the pool's dtype."""
+        self.answer_size = len(part.tokens) * heads * (d + 1)
+        """Elements of a partial, in float32."""
+
+    def place(self, question: Pair, answer: Pair) -> None:
+        """Use this memory."""
+        elements = math.prod(self._q_shape)
+        self._q = question.there[:elements].view(self._q_shape)
+        self._k, self._v = question.there[elements:].view(self._kv_shape)
+        self._question, self._answer = bytes_of(question.host), bytes_of(answer.host)
+        self.partials = answer.there[:elements].view(self._q_shape), answer.there[elements:].view(self._q_shape[:2])
         """What was received, on the device: float32 [queries, heads, head_dim] and [queries, heads]."""
 
     @property
@@ -198,12 +230,11 @@ class Remote:
         return len(self._answer)
 
     def pack(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put the queries into a question, and the KV of tokens that belong to a tail there; queues the copy."""
+        """Put the queries into the question, and the KV of tokens that belong to a tail there."""
         _take(q, self._index, self._q)
         if len(self._k):
             _take(k, self._appended, self._k)
             _take(v, self._appended, self._v)
-        self._packed.down()
 
     def ask(self, layer: int, step: int, scale: float) -> None:
         """Send the question, which is packed."""
@@ -215,7 +246,6 @@ class Remote:
         """Wait for the partial."""
         answer = self._answer
         self.channel.recv_into(Header(Kind.PARTIAL, self._gang, self._epoch, layer, step, len(answer)), answer)
-        self._came.up()
 
 
 def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -6,14 +6,13 @@ Each overrides the few methods at whose borders time is told apart; the plain cl
 from __future__ import annotations
 
 import selectors
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from distkv_dask.kernels import PreparedMerge
 from distkv_dask.worker.home.attention import DistAttention, Local
 from distkv_dask.worker.home.decode import DecodeLoop
 from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, Remote
@@ -142,7 +141,7 @@ class TracedExchange(PythonExchange):
         finally:
             self._ring.put("wait", began, self._number, step, layer, remote.channel.peer, remote.answer_bytes)
 
-    def _merge(self, remote: Remote | None, merge: PreparedMerge, layer: int, step: int) -> None:
+    def _merge(self, remote: Remote | None, merge: Callable[[], None], layer: int, step: int) -> None:
         began = perf_counter_ns()
         super()._merge(remote, merge, layer, step)
         if remote is not None:
