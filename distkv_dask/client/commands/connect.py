@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -28,12 +29,10 @@ MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
 
 @contextmanager
 def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Iterator[Any]:
-    """A Dask cluster of this machine's processes, sized as Dask sizes them where nothing else is said."""
-    from distributed import LocalCluster
-
+    """A Dask cluster of this machine, sized as Dask does where nothing else is said; on cards, one worker for each."""
     sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
     try:
-        cluster = LocalCluster(**{name: value for name, value in sizes.items() if value is not None}, **settings)
+        cluster = _kind_of_cluster()(**{name: one for name, one in sizes.items() if one is not None}, **settings)
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(
             f"no cluster could be started on this machine: {error.__cause__ or error}"
@@ -45,6 +44,27 @@ def local_cluster(workers: int | None, threads: int | None, memory_limit: str | 
             cluster.close()
         except TimeoutError:  # Dask kills a worker that ends too slowly, and gives it no time to be dead
             note("A worker took too long to end, and was killed.")
+
+
+def _kind_of_cluster() -> Callable[..., Any]:
+    """What starts workers here: dask-cuda where there are cards, which gives each worker its own."""
+    from distributed import LocalCluster
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() in ("", "-1") or not _cards():
+        return LocalCluster
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        note(f"This machine has a GPU, but dask-cuda cannot be used ({error}): pip install 'distkv-dask[gpu]'")
+        return LocalCluster
+    return cast("Callable[..., Any]", LocalCUDACluster)
+
+
+def _cards() -> int:
+    """How many cards the machine has, as Dask's own diagnostics count them."""
+    from distributed.diagnostics.nvml import device_get_count
+
+    return int(device_get_count())
 
 
 @contextmanager
