@@ -26,6 +26,7 @@ ALLOWED = {
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {
     "cupy": "cupy-cuda12x",
+    "dask_cuda": "dask-cuda",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
     "ucxx": "ucxx-cu12",
