@@ -23,7 +23,7 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
     from emulated.engine import use_torch_kernels
 
-    emulated.install()
+    emulated.install(memory=6 << 30)  # which all workers in this process share
     use_torch_kernels()
 
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind

@@ -82,7 +82,7 @@ class Device:
         return Pair(host, host if self.is_host else torch.empty_like(host, device=self.torch))
 
     def put(self, values: Tensor) -> Tensor:
-        """A tensor of the host on the device; do not write to it any more. On a card, the copy is queued."""
+        """A tensor on the device, of the host or of the device; do not write to it any more. Copies are queued."""
         return values
 
     def read(self, source: Tensor) -> np.ndarray[Any, Any]:
@@ -168,6 +168,8 @@ class Card(Device):
 
     def put(self, values: Tensor) -> Tensor:
         """A tensor of the host on the card; do not write to it any more. The copy is queued."""
+        if values.device == self.torch:
+            return values
         return values.pin_memory().to(self.torch, non_blocking=True)
 
     def read(self, source: Tensor) -> np.ndarray[Any, Any]:
