@@ -101,7 +101,9 @@ class Capture:
 
 def permit_stop(name: str, stream: Queue | None) -> None:
     """Refuse to have the host wait for a stream, or for all, where a capture forbids it."""
-    for capture in _running:
+    with LOCK:
+        running = tuple(_running)
+    for capture in running:
         mine = capture.thread == threading.get_ident()
         used = stream is None or stream.capture is capture
         if used or capture.mode == "global" or (capture.mode == "thread_local" and mine):

@@ -24,6 +24,7 @@ class Stream(Queue):
             raise RuntimeError(f"Expected cuda stream priority to be less than or equal to 0, got {priority}")
         super().__init__()
         self.priority = max(priority, -5)
+        self._asked = 0
 
     @property
     def device(self) -> Any:
@@ -61,9 +62,14 @@ class Stream(Queue):
         HOST.waits(self.clock)
 
     def query(self) -> bool:
-        """Whether all that is queued is done: yes if the host has waited for it."""
+        """Whether all that is queued is done: not when asked for the first time, unless the host has waited for it."""
         permit_stop("stream.query", self)
-        return self.clock[self.number] <= HOST.clock.get(self.number, 0)
+        queued = self.clock[self.number]
+        if queued > HOST.clock.get(self.number, 0) and self._asked < queued:
+            self._asked = queued
+            return False
+        HOST.waits(self.clock)
+        return True
 
     def wait_event(self, event: Event) -> None:
         """Do nothing further before the event."""

@@ -50,6 +50,11 @@ def by_polling(first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
     assert polls
 
 
+def by_polling_the_stream(first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
+    assert not first.query()
+    assert first.query()
+
+
 def too_early(first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
     event = torch.cuda.Event()
     then.wait_event(event)  # was never recorded
@@ -60,7 +65,7 @@ def wrong_way(first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
     first.wait_stream(then)
 
 
-ORDERS = [by_event, by_stream, through_a_third, by_host, by_device, by_polling]
+ORDERS = [by_event, by_stream, through_a_third, by_host, by_device, by_polling, by_polling_the_stream]
 NO_ORDERS = [nothing, too_early, wrong_way]
 USES = {
     "read after write": (lambda x: x.add_(1), lambda x: x + 1),
