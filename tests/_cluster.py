@@ -61,7 +61,7 @@ async def assert_clean(scheduler: Scheduler, *workers: Worker) -> None:
     left = [key for key in scheduler.tasks if str(key).startswith(OURS)]
     assert not left, left
     assert not manager.engines
-    assert not manager.submitter._tasks
+    assert not manager.dispatcher.submitter._tasks
     for worker in workers:
         if worker.address not in scheduler.workers:
             continue  # it was retired, and its plugin removed

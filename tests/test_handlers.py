@@ -17,6 +17,7 @@ from distkv_dask.messages import from_worker, to_worker
 from distkv_dask.messages.client_calls import ClientCall
 from distkv_dask.messages.names import ToPeer
 from distkv_dask.scheduler import commands
+from distkv_dask.scheduler.dispatch import Dispatcher
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.scheduler.lifecycle import events
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
@@ -66,7 +67,7 @@ def test_the_state_machine_takes_every_event_in_one_case() -> None:
 
 
 def test_the_gmanager_takes_what_workers_say_of_themselves() -> None:
-    found = cases(GManager._take)
+    found = cases(Dispatcher.take_message)
     assert found.keys() >= ABOUT_ENGINES
     assert found.keys() <= FROM_WORKERS
     assert max(found.values()) == 1
@@ -74,7 +75,7 @@ def test_the_gmanager_takes_what_workers_say_of_themselves() -> None:
 
 def test_every_command_of_the_state_machine_is_carried_out() -> None:
     asked = {one.__name__ for one in get_args(commands.Command)} - {"Refuse"}  # the answer to a client's call
-    assert cases(GManager._enact).keys() == asked
+    assert cases(Dispatcher._enact).keys() == asked
 
 
 def test_simulated_workers_answer_what_workers_answer() -> None:
@@ -95,7 +96,7 @@ def handlers() -> dict[str, Callable[..., Any]]:
         and any(isinstance(key, ast.Attribute) for key in node.value.keys)
     ]  # fmt: skip
     return {
-        key.attr: getattr(GManager, value.attr)
+        key.attr: getattr(GManager if ast.unparse(value.value) == "self" else Dispatcher, value.attr)
         for key, value in zip(table.keys, table.values, strict=True)
         if isinstance(key, ast.Attribute) and isinstance(value, ast.Attribute)
     }

@@ -19,7 +19,7 @@ from distkv_dask.messages import to_worker as do
 from distkv_dask.messages.names import Saved, SavedFile, pack
 from distkv_dask.placement import Endpoint, Span
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.scheduler.gmanager import GManager
+from distkv_dask.scheduler.dispatch import Dispatcher
 from distkv_dask.worker.rmanager import RManager
 
 SECRET = 987654321  # a token of a user
@@ -123,12 +123,12 @@ def test_the_gmanager_takes_every_message_of_a_worker(message: did.FromWorker) -
     handled: list[Any] = []
     state = MagicMock(is_closing=False, machine=cluster.machine, life=cluster.life)
     state.waits_for.return_value = False
-    manager = SimpleNamespace(
-        _handle=lambda _, event: handled.append(cluster.machine.handle(event, 1.0)),
+    dispatcher = SimpleNamespace(
+        handle=lambda _, event: handled.append(cluster.machine.handle(event, 1.0)),
         _lose=lambda *_: handled.append("lost"),
         _engine_lost=lambda *_: handled.append("lost"),
         _gang_failed=lambda *_: handled.append("failed"),
         submitter=MagicMock(),
     )
-    GManager._take(manager, state, message)  # type: ignore[arg-type]
+    Dispatcher.take_message(dispatcher, state, message)  # type: ignore[arg-type]
     assert handled or state.open_failed.called

@@ -64,7 +64,7 @@ def cluster_leaks(client: Client, scheduler: Scheduler, known: Iterable[str]) ->
     manager: Any = scheduler.plugins["distkv"]
     left = [f"engine {name} is open" for name in manager.engines]
     left += [f"task {key}" for key in list(scheduler.tasks) if str(key).startswith(OURS)]
-    left += [f"the submitter has task {key}" for key in list(manager.submitter._tasks)]
+    left += [f"the submitter has task {key}" for key in list(manager.dispatcher.submitter._tasks)]
     try:
         workers = client.run(_left_on, frozenset(known))
     except Exception as error:

@@ -178,7 +178,7 @@ class Faults:
             Random(fault.pick).shuffle(moves)
             for move in (move for move in moves if migration.can_start(life, move)):
                 migration.start(life, move)
-                manager._handle(self._state, Tick())  # which carries out what that asks for
+                manager.dispatcher.handle(self._state, Tick())  # which carries out what that asks for
                 return f"tokens {move.start} to {move.stop} of {move.sequence}, {move.source} to {move.target}"
             return "nothing: no block can move"
 

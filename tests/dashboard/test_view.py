@@ -11,6 +11,7 @@ from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
 from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.lifecycle.events import Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -45,7 +46,7 @@ def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
     for number in (7, 8):  # the second needs more than one worker
         document = array("i", [number] * (100 if number == 7 else 200))
         machine.handle(Submit((Submission(number, document, None),)), 0.0)
-    life.ledger.check()
+    check_ledger(life.ledger)
     shown = view_of(life, Figures(), "m", str, 1.0)
     documents = {number for number in (7, 8) if number in life.ledger.sequences}
     assert documents == {7, 8}

@@ -231,7 +231,7 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
 
         def tasks() -> list[object]:
             known = [key for key in scheduler.tasks if str(key).startswith(("prefill-", "decode-", "attend-"))]
-            return [*scheduler.plugins["distkv"].submitter._tasks, *known]
+            return [*scheduler.plugins["distkv"].dispatcher.submitter._tasks, *known]
 
         await engine.generate([prompt_ids(150, seed=seed) for seed in range(4)], params)
         await asyncio.sleep(0.5)

@@ -20,6 +20,7 @@ from distkv_dask.messages.names import OWN_DISK, Saved
 from distkv_dask.placement import Endpoint, Move
 from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.lifecycle.events import (
     Drain,
     Event,
@@ -105,7 +106,7 @@ class Simulated(Workers):
         self.check()
 
     def check(self) -> None:
-        self.life.ledger.check()
+        check_ledger(self.life.ledger)
         for worker, account in self.life.ledger.workers.items():
             assert sum(map(len, self.pools[worker].values())) <= account.used + account.cached
         self.now += 0.01

@@ -16,6 +16,7 @@ from distkv_dask.placement import Endpoint, Move, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel
 from distkv_dask.scheduler.costs.presets import PRESETS
+from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.events import Stop, Submit, WorkerReady
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
@@ -43,7 +44,7 @@ def apply(ledger: Ledger, moves: list[Move]) -> None:
         assert not ledger.objection(move)
         ledger.start_move(move)
         ledger.finish_move(move)
-    ledger.check()
+    check_ledger(ledger)
 
 
 def lent() -> Ledger:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from distkv_dask.placement import Endpoint, Span
 from distkv_dask.scheduler.costs.model import fit_decode
 from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
+from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask, Policy
@@ -61,13 +62,13 @@ def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
             assert all(span.stop % BLOCK == 0 for span in placement[:-1])
             assert all(account.lent <= account.lend_limit for account in ledger.workers.values())
             ledger.commit(ask.sequence, ask.tokens)
-            ledger.check()
+            check_ledger(ledger)
         moves = policy.moves(ledger, list(admission))
         for move in moves:
             ledger.start_move(move)
         for move in moves:
             ledger.finish_move(move)
-        ledger.check()
+        check_ledger(ledger)
         if ledger.sequences:
             ledger.release(data.draw(st.sampled_from(sorted(ledger.sequences))))
     assert sorted(served) == wanted

@@ -105,7 +105,7 @@ def whole_page(scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> No
         row(latencies.root, events.root, sizing_mode="stretch_width"),
         sizing_mode="stretch_width",
     )
-    page = Page(scheduler.extensions[PLUGIN].board, [headline, *panels], select, body)
+    page = Page(scheduler.extensions[PLUGIN].dispatcher.board, [headline, *panels], select, body)
     doc.title = "Dask: distkv"
     doc.add_root(column(row(headline.root, select, sizing_mode="stretch_width"), body, sizing_mode="stretch_width"))
     doc.template = env.get_template("simple.html")
@@ -118,7 +118,7 @@ def one_panel(kind: Callable[[], Any], scheduler: Scheduler, extra: dict[str, An
     panel.root.sizing_mode = "stretch_both"
     doc.title = f"Dask: distkv {panel.name}"
     doc.add_root(panel.root)
-    _begin(Page(scheduler.extensions[PLUGIN].board, [panel]), extra, doc)
+    _begin(Page(scheduler.extensions[PLUGIN].dispatcher.board, [panel]), extra, doc)
 
 
 def _begin(page: Page, extra: dict[str, Any], doc: Document) -> None:

@@ -23,7 +23,7 @@ class StatusJSON(RequestHandler):
     def get(self) -> None:
         """Answer a GET."""
         manager = self.server.extensions.get(PLUGIN)
-        status = {"engines": {}} if manager is None else manager.board.status()
+        status = {"engines": {}} if manager is None else manager.dispatcher.board.status()
         self.set_header("Content-Type", "application/json")
         self.write(json.dumps(status))
 

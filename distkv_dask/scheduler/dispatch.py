@@ -1,0 +1,274 @@
+"""Dispatch: events go into the state machines of all engines, and what those ask for is carried out.
+
+Messages to a worker travel over Dask's scheduler-to-worker stream, and tasks as step graphs through a Dask client that
+lives in the scheduler process (:mod:`distkv_dask.scheduler.tasks.submitter`), both in order: a task never runs before
+the blocks it needs are reserved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from time import monotonic, process_time, thread_time
+from typing import TYPE_CHECKING
+
+from distributed.core import Status
+
+from distkv_dask.errors import ClusterError, EngineClosedError, in_words, without_quotes
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages.client_calls import Delivery
+from distkv_dask.messages.names import MEMORY_RESOURCE, PLUGIN, TO_WORKER, EngineSpec, pack
+from distkv_dask.messages.to_worker import Close, Open, ToWorker
+from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.costs.pacer import Pacer
+from distkv_dask.scheduler.dashboard.board import Board
+from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.lifecycle.events import Event, Pause, StopAll, Tick, WorkerLost, WorkerReady
+from distkv_dask.scheduler.tasks.lowering import lower
+from distkv_dask.scheduler.tasks.submitter import Submitter
+from distkv_dask.version import VERSION
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+logger = logging.getLogger("distributed.distkv.gmanager")
+
+TICK_SECONDS = 1.0
+ONE_VERSION = "install the same version for clients, scheduler and workers, and restart them"
+
+
+class Dispatcher:
+    """All engines of a cluster, on the streams and tasks of its scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler of this process.
+
+    Attributes
+    ----------
+    engines
+        By id.
+    versions
+        Of this package, by worker that has said which it runs.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.engines: dict[str, EngineState] = {}
+        self.versions: dict[str, str] = {}
+        self.submitter = Submitter(scheduler, self._task_failed)
+        self.board = Board(scheduler, self.engines)
+        self._pacer = Pacer()
+        self._numbers = itertools.count(1)
+        self._clock: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    # Engines
+
+    async def add_engine(self, spec: EngineSpec, client: str) -> EngineState:
+        """A client wants an engine: no worker has opened it yet."""
+        await self.submitter.open()
+        engine = EngineState(spec, client, self._numbers, self._pacer)
+        self.engines[spec.engine] = engine
+        self.board.start()
+        if self._clock is None:
+            self._clock = asyncio.create_task(self._tick())
+        return engine
+
+    def is_memory(self, worker: str) -> bool:
+        """Whether a worker only holds KV."""
+        state = self.scheduler.workers.get(worker)
+        return state is not None and MEMORY_RESOURCE in state.resources
+
+    def open_on(self, worker: str, engine: EngineState) -> None:
+        """Open an engine on a worker, once its version is known, and on a memory worker the model's geometry."""
+        geometry = engine.geometry if self.is_memory(worker) else None
+        if engine.knows(worker) or (geometry is None and self.is_memory(worker)):
+            return
+        if (version := self.versions.get(worker)) is None:
+            engine.await_hello(worker)
+            return
+        engine.expect(worker)
+        if version == VERSION:
+            self._send(engine, Open(worker, engine.spec, geometry))
+        else:
+            text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
+            engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
+
+    async def close_engine(self, engine: str) -> None:
+        """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""
+        state = self.engines.get(engine)
+        if state is None or state.is_closing:
+            return
+        state.start_closing()
+        self.handle(state, StopAll())
+        limit = state.spec.config.timeout_close
+        if state.broken is None:
+            await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
+        else:
+            self.submitter.cancel(engine)  # nobody ends it
+        for worker in state.open_on():
+            self._send(state, Close(worker))
+        await state.wait_closed(limit)
+        self._pacer.rounds.pop(engine, None)
+        self.board.past.absorb(self.engines.pop(engine).figures)
+        if not self.engines:
+            self.board.stop()
+            if self._clock is not None:
+                self._clock.cancel()
+                self._clock = None
+            await self.submitter.close()
+        self.scheduler.log_event(PLUGIN, {"action": "close", "engine": engine})
+
+    def close_soon(self, engine: str) -> None:
+        """Close an engine when what happens now has been seen to."""
+        task = asyncio.create_task(self.close_engine(engine))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def shut_down(self, error: EngineClosedError) -> None:
+        """The scheduler shuts down: every request ends."""
+        if self._clock is not None:
+            self._clock.cancel()
+        self.board.stop()
+        for engine in self.engines.values():
+            engine.fail(error)
+        await self.submitter.close()
+
+    # Workers
+
+    def worker_came(self, worker: str, version: str) -> None:
+        """A worker is there, and runs this version of the package."""
+        self.versions[worker] = version
+        for state in self.engines.values():
+            if not state.is_closing:
+                self.open_on(worker, state)
+
+    def worker_left(self, worker: str) -> None:
+        """A worker died or left."""
+        self.versions.pop(worker, None)
+        for state in list(self.engines.values()):
+            self._lose(state, worker, "died or left")
+        self.submitter.worker_lost(worker)
+
+    def take_message(self, state: EngineState, message: did.FromWorker) -> None:
+        """See to a message of a worker."""
+        match message:
+            case did.Opened():
+                state.ready(message)
+                can_decode = message.role == "instance"
+                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, message.spill_bytes)
+                self.handle(state, ready)
+            case did.OpenFailed(worker, error):
+                logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
+                state.open_failed(worker, error)
+            case did.Closed(worker) if state.is_closing:
+                state.closed(worker)
+            case did.Closed(worker):  # nobody asked for it: the worker is about to leave
+                self._lose(state, worker, "closes")
+            case did.Lost(worker, reason):
+                self._engine_lost(state, worker, reason)
+            case did.GangFailed(worker, gang, EngineClosedError()) if state.waits_for(gang):
+                self._lose(state, worker, "closed the engine")
+            case did.GangFailed():
+                self._gang_failed(state, message)
+            case did.ChunkDone() | did.Prefilled():
+                state.prefilled(message)
+                self.handle(state, message)
+            case did.WindowDone():
+                self.submitter.hurry(message.worker)
+                state.figures.window(message.worker, message.result)
+                self.handle(state, message)
+            case _:
+                self.handle(state, message)
+
+    def _lose(self, state: EngineState, worker: str, how: str) -> None:
+        """An engine lost a worker: what lay there is recomputed."""
+        if worker in state.facts:
+            state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
+        state.worker_lost(worker)
+        self.handle(state, WorkerLost(worker))
+
+    def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
+        """A worker lives, but lost all it had of an engine, since ``reason``: it opens the engine again."""
+        if state.is_closing:
+            return
+        logger.error("engine %s was lost on %s: %s", state.spec.engine, worker, reason)
+        self._lose(state, worker, f"lost the engine: {reason}")
+        self.submitter.worker_lost(worker, state.spec.engine)
+        if state.may_open_again(worker):
+            self.open_on(worker, state)
+
+    def _gang_failed(self, state: EngineState, failed: did.GangFailed) -> None:
+        told = without_quotes(failed.error)
+        self.scheduler.log_event(
+            PLUGIN, {"action": "gang-failed", "engine": state.spec.engine, "gang": failed.gang, "error": told}
+        )
+        state.figures.happened(monotonic(), "failure", told)
+        self.handle(state, failed)
+
+    def _task_failed(self, engine: str, gang: int, error: Exception) -> None:
+        """A task failed without its rManager telling: it could not be unpickled, was cancelled by somebody, ..."""
+        if engine in self.engines:
+            self._gang_failed(self.engines[engine], did.GangFailed("", gang, error))
+
+    # Events and commands
+
+    def handle(self, state: EngineState, event: Event) -> list[do.Command]:
+        """Let an engine's state machine see to an event, and do what it asks for.
+
+        A fault in that ends the engine: half of a plan must not live on, and nothing goes through the machine any more.
+        """
+        if state.broken is not None:
+            return []
+        try:
+            commands = state.machine.handle(event, monotonic())
+            for command in commands:
+                self._enact(state, command)
+            return commands
+        except Exception as error:
+            logger.exception("engine %s is broken and will be closed", state.spec.engine)
+            state.broken = EngineClosedError(f"the engine is broken, see the scheduler's log: {in_words(error)}")
+            state.fail(state.broken)
+            self.close_soon(state.spec.engine)
+            return []
+
+    def _enact(self, state: EngineState, command: do.Command) -> None:
+        match command:
+            case ToWorker():
+                self._send(state, command)
+            case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
+                self.submitter.submit(*lower(command, "window", state.layers), patience, state.span)
+            case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
+                lowered = lower(command, state.spec.config.granularity, state.layers)
+                self.submitter.submit(*lowered, span=state.span)
+            case do.ForgetTasks(gang, finished):
+                self.submitter.forget_tasks(gang, finished)
+            case do.Note(kind, text):
+                state.figures.happened(monotonic(), kind, text)
+                if kind == "repair":
+                    logger.warning(text)
+            case Delivery():
+                state.deliver(command)
+
+    def _send(self, state: EngineState, message: ToWorker) -> None:
+        if message.worker in self.scheduler.stream_comms:  # else it is gone, and remove_worker is about to be called
+            packed = {"op": TO_WORKER, "engine": state.spec.engine, "message": pack(message)}
+            self.scheduler.worker_send(message.worker, packed)
+
+    async def _tick(self) -> None:
+        # a scheduler with a process of its own has its loop in the main thread; other threads are a user's elsewhere
+        clock = process_time if threading.current_thread() is threading.main_thread() else thread_time
+        while True:
+            began, cpu, counted = monotonic(), clock(), self.submitter.ended
+            await asyncio.sleep(TICK_SECONDS)
+            tasks, others = (after - before for after, before in zip(self.submitter.ended, counted, strict=True))
+            self._pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
+            paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
+            for engine in list(self.engines.values()):
+                if (known := paused & engine.life.ledger.workers.keys()) != engine.life.paused:
+                    self.handle(engine, Pause(frozenset(known)))
+                self.handle(engine, Tick())
