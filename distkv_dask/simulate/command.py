@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from distkv_dask.filesystems import check_file
 from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.simulate.cluster import Simulation
+from distkv_dask.simulate.outcome import Outcome
 from distkv_dask.simulate.plots import plot as draw
 from distkv_dask.simulate.report import figures
-from distkv_dask.simulate.traces import Arrival, read_trace
+from distkv_dask.simulate.traces import read_trace
 from distkv_dask.simulate.workloads import WORKLOADS, workload_named
 
 
@@ -86,12 +88,7 @@ def simulate(
     plot: Path | None,
 ) -> None:
     """Simulate policies on modelled workers, driven by the state machine that runs an engine."""
-    if (trace is None) == (workload is None):
-        raise click.UsageError("give either --trace or --workload")
-    for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
-        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if given and context.params[of] is None:
-            raise click.UsageError(f"--{name} is of a --{of}: leave it out")
+    _check_given(context)
     chosen = PRESETS[preset]
     if link is not None:
         chosen = replace(chosen, model=replace(chosen.model, between=LINKS[link]))
@@ -99,7 +96,7 @@ def simulate(
         for path in (json_file, plot):
             if path is not None:
                 check_file(path)
-        arrivals: list[Arrival] = (
+        arrivals = (
             read_trace(trace, speedup, requests)
             if trace is not None
             else workload_named(workload or "").generate(requests, rate, seed)
@@ -110,6 +107,21 @@ def simulate(
         ]
     except DistKVError as error:
         raise click.ClickException(str(error)) from error
+    _show(outcomes, json_file, plot)
+
+
+def _check_given(context: click.Context) -> None:
+    """Refuse options that do not go together."""
+    if (context.params["trace"] is None) == (context.params["workload"] is None):
+        raise click.UsageError("give either --trace or --workload")
+    for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and context.params[of] is None:
+            raise click.UsageError(f"--{name} is of a --{of}: leave it out")
+
+
+def _show(outcomes: Sequence[Outcome], json_file: Path | None, plot: Path | None) -> None:
+    """Print a line for each policy, and write the files that were asked for."""
     found = [figures(outcome) for outcome in outcomes]
     for one in found:
         click.echo(

@@ -1,4 +1,4 @@
-"""One engine on one worker: its runtime, the sequences that this worker decodes, and the tasks of its gangs.
+"""One engine on one worker: what the gManager says of its sequences, and the tasks of its gangs.
 
 Threads: messages arrive on the worker's event loop, tasks in threads of the worker, and compute happens on the home
 lane. What they share is small and under one lock.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
@@ -28,6 +27,7 @@ from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.transfer import Arrivals, send_blocks
 from distkv_dask.worker.by_layer.tasks import LayerTasks
 from distkv_dask.worker.dask_metrics import computing, metered, metered_session
+from distkv_dask.worker.decode_batch import DecodeBatch
 from distkv_dask.worker.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -71,10 +71,7 @@ class WorkerEngine:
         self.by_layer = LayerTasks(self)
         self._tell = tell
         self._lock = threading.Lock()
-        self._epoch = 0
-        self._decoded_until = 0.0
-        self._batch: dict[int, SequenceState] = {}
-        self._holders: dict[int, tuple[Endpoint, ...]] = {}
+        self._batch = DecodeBatch(self.spec, model)
         self._retired: set[int] = set()
         self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
@@ -97,9 +94,8 @@ class WorkerEngine:
 
     def release(self, sequence: int) -> None:
         """Free all blocks of a sequence, which nobody computes on."""
+        self._batch.leave(sequence)
         with self._lock:
-            self._batch.pop(sequence, None)
-            self._holders.pop(sequence, None)
             self._retired.discard(sequence)
         self._arrivals.drop(sequence)
         self.runtime.release(sequence)
@@ -108,8 +104,7 @@ class WorkerEngine:
         """Begin nothing new on a sequence, and tell the gManager when what is under way has ended."""
         with self._lock:
             self._retired.add(sequence)
-            self._batch.pop(sequence, None)
-            self._holders.pop(sequence, None)
+        self._batch.leave(sequence)
         self.lanes.home.submit_next(self._retire_holding, sequence)
 
     def _retire_holding(self, sequence: int) -> None:
@@ -121,15 +116,11 @@ class WorkerEngine:
         """Decode a sequence from the next window on."""
         with self._lock:
             self._retired.discard(state.sequence)
-            self._batch[state.sequence] = state
-            self._holders[state.sequence] = holders
+        self._batch.join(state, holders)
 
     def relocate(self, number: int, sequence: int, placement: Placement, holders: tuple[Endpoint, ...]) -> None:
         """Decode a sequence with another placement from the next window on; say when no window uses the old one."""
-        with self._lock:
-            if sequence in self._batch:
-                self._batch[sequence] = replace(self._batch[sequence], placement=placement)
-                self._holders[sequence] = holders
+        self._batch.relocate(sequence, placement, holders)
         self.lanes.home.submit(self._tell, did.Relocated(self.worker, number))
 
     # Moves of blocks
@@ -183,12 +174,8 @@ class WorkerEngine:
             self._retired.discard(sequence)
 
     def reset(self, epoch: int) -> None:
-        """Forget all sequences; windows of an older epoch, running ones included, commit nothing."""
-        with self._lock:
-            self._epoch = epoch
-            self._decoded_until = 0.0
-            self._batch.clear()
-            self._holders.clear()
+        """Decode nothing any more; windows of an older epoch, running ones included, commit nothing."""
+        self._batch.reset(epoch)
 
     def abort(self, gang: int, reason: str, unused: bool) -> None:
         """End this worker's part in a gang, also when it has not begun."""
@@ -252,8 +239,7 @@ class WorkerEngine:
         Their own worker has done it in most cases, when their prompt was computed.
         """
         assert self.model is not None
-        with self._lock:
-            samplings = [state.sampling for state in self._batch.values()]
+        samplings = self._batch.samplings()
         waiting = [one for one in samplings if not self.model.is_prepared(one)]
         if not waiting:
             return
@@ -271,58 +257,18 @@ class WorkerEngine:
     def run_window(self, window: DecodeWindow, parts: dict[str, float]) -> int:
         """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
         self.check(window.gang)
-        with self._lock:
-            ready = [state for state in self._batch.values() if self._may_join(state, window.gang)]
-            batch = ready[: self.spec.config.window_batch] if self._current(window) else []
-            holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
+        batch, holders = self._batch.of_window(window)
         self._tell(did.WindowStarted(self.worker, window.window))
-        used = tuple(holders.values())
         result = WindowResult({}, {}, 0, 0.0)
         if batch:
-            gap = time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
+            gap = self._batch.gap()
             with computing(parts, lambda: self.runtime.exchanged):
-                result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=used)), batch)
+                result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=holders)), batch)
             result = replace(result, gap=gap)
-        with self._lock:
-            if not self._current(window):
-                raise GangAbortedError(f"window {window.gang.name} was superseded by a newer placement")
-            for state in batch:
-                self._advance(state, result)
-            self._decoded_until = time.perf_counter() if self._batch else 0.0
-        self._tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, tuple(holders)))
+        self._batch.commit(window, batch, result)
+        used = tuple(holder.worker for holder in holders)
+        self._tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, used))
         return result.steps
-
-    def _may_join(self, state: SequenceState, gang: Gang) -> bool:
-        """Whether a gang has all the holders of a sequence, whose schema is compiled.
-
-        The gManager adds holders later where tasks are few.
-        """
-        assert self.model is not None
-        if not self.model.is_prepared(state.sampling):
-            return False
-        return self.spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
-
-    def _current(self, window: DecodeWindow) -> bool:
-        return window.gang.epoch == self._epoch
-
-    def _advance(self, state: SequenceState, result: WindowResult) -> None:
-        """Commit a window's tokens to one sequence of the batch, unless it left meanwhile."""
-        tokens = result.tokens.get(state.sequence, [])
-        present = self._batch.get(state.sequence)  # perhaps relocated
-        if present is None:
-            return
-        if state.sequence in result.finished:
-            del self._batch[state.sequence]
-            self._holders.pop(state.sequence, None)
-            return
-        self._batch[state.sequence] = replace(
-            present,
-            length=state.length + len(tokens),
-            last_token=tokens[-1],
-            remaining=state.remaining - len(tokens),
-            history=(*state.history, *tokens) if state.history else (),
-            generated=(*state.generated, *tokens) if state.generated else (),
-        )
 
     def attend(self, gang: Gang) -> dict[str, float]:
         """Serve one gang as a holder until its home says that it is over."""

@@ -1,0 +1,128 @@
+"""The sequences that one home decodes: they join between windows, and each window takes those that are ready."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
+from distkv_dask.messages.names import EngineSpec
+from distkv_dask.placement import Endpoint, Placement
+from distkv_dask.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+
+
+class DecodeBatch:
+    """Committed state of each sequence, and the holders that it needs. Any thread may change it.
+
+    Parameters
+    ----------
+    spec
+        How many sequences a window takes, and whether holders are known when it is submitted.
+    model
+        Knows which schemas are compiled; None on a memory worker, which decodes nothing.
+    """
+
+    def __init__(self, spec: EngineSpec, model: LoadedModel | None) -> None:
+        self._spec = spec
+        self._model = model
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._decoded_until = 0.0
+        self._states: dict[int, SequenceState] = {}
+        self._holders: dict[int, tuple[Endpoint, ...]] = {}
+
+    def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
+        """Decode a sequence from the next window on."""
+        with self._lock:
+            self._states[state.sequence] = state
+            self._holders[state.sequence] = holders
+
+    def leave(self, sequence: int) -> None:
+        """Decode a sequence no more, from the next window on."""
+        with self._lock:
+            self._states.pop(sequence, None)
+            self._holders.pop(sequence, None)
+
+    def relocate(self, sequence: int, placement: Placement, holders: tuple[Endpoint, ...]) -> None:
+        """Decode a sequence with another placement from the next window on."""
+        with self._lock:
+            if sequence in self._states:
+                self._states[sequence] = replace(self._states[sequence], placement=placement)
+                self._holders[sequence] = holders
+
+    def reset(self, epoch: int) -> None:
+        """Leave all sequences; windows of an older epoch, running ones included, commit nothing."""
+        with self._lock:
+            self._epoch = epoch
+            self._decoded_until = 0.0
+            self._states.clear()
+            self._holders.clear()
+
+    def samplings(self) -> list[SamplingParams]:
+        """How the sequences are drawn."""
+        with self._lock:
+            return [state.sampling for state in self._states.values()]
+
+    def of_window(self, window: DecodeWindow) -> tuple[list[SequenceState], tuple[Endpoint, ...]]:
+        """The sequences that a window takes, and their holders; none if the window is of an older epoch."""
+        with self._lock:
+            if window.gang.epoch != self._epoch:
+                return [], ()
+            ready = [state for state in self._states.values() if self._may_join(state, window.gang)]
+            batch = ready[: self._spec.config.window_batch]
+            holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
+            return batch, tuple(holders.values())
+
+    def _may_join(self, state: SequenceState, gang: Gang) -> bool:
+        """Whether a gang has all the holders of a sequence, whose schema is compiled.
+
+        The gManager adds holders later where tasks are few.
+        """
+        assert self._model is not None
+        if not self._model.is_prepared(state.sampling):
+            return False
+        return self._spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
+
+    def gap(self) -> float:
+        """Seconds since the last window ended, if there has been something to decode all the while; else 0."""
+        return time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
+
+    def commit(self, window: DecodeWindow, batch: list[SequenceState], result: WindowResult) -> None:
+        """Go on from a window's tokens.
+
+        Raises
+        ------
+        GangAbortedError
+            The window is of an older epoch.
+        """
+        with self._lock:
+            if window.gang.epoch != self._epoch:
+                raise GangAbortedError(f"window {window.gang.name} was superseded by a newer placement")
+            for state in batch:
+                self._advance(state, result)
+            self._decoded_until = time.perf_counter() if self._states else 0.0
+
+    def _advance(self, state: SequenceState, result: WindowResult) -> None:
+        """Commit a window's tokens to one sequence of the batch, unless it left meanwhile."""
+        tokens = result.tokens.get(state.sequence, [])
+        present = self._states.get(state.sequence)  # perhaps relocated
+        if present is None:
+            return
+        if state.sequence in result.finished:
+            del self._states[state.sequence]
+            self._holders.pop(state.sequence, None)
+            return
+        self._states[state.sequence] = replace(
+            present,
+            length=state.length + len(tokens),
+            last_token=tokens[-1],
+            remaining=state.remaining - len(tokens),
+            history=(*state.history, *tokens) if state.history else (),
+            generated=(*state.generated, *tokens) if state.generated else (),
+        )
