@@ -41,7 +41,7 @@ def attend(gang: Gang, *after: object) -> dict[str, float]:
 def begin(work: PrefillChunk | DecodeWindow, *after: object) -> Parcel | None:
     """Start a forward at a home; the question of its first layer to the holders, None if there is nothing to do."""
     secede()
-    return _rmanager().layers(work.gang.engine).begin(work)
+    return _rmanager().layers(work.gang.engine).begin_forward(work)
 
 
 def layer(gang: Gang, at: int, asked: Parcel | None, *answers: Parcel | None) -> Parcel | None:

@@ -68,7 +68,7 @@ class _Draw(transformers.LogitsProcessor):
         shaken = scores + SHAKE * torch.randn((2, scores.shape[1]), generator=self._noise)
         self.steady &= sample_batch(shaken, [draw, draw]) == [token, token]
         if self._follower is not None and token != scores.shape[1] - 1:  # the last token ends answers
-            self._follower.take(token)
+            self._follower.take_token(token)
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
 
 

@@ -134,10 +134,10 @@ class WorkerEngine:
             refusal = str(error)
         self._tell(did.Expected(self.worker, number, refusal))
 
-    def take(self, piece: Piece, data: np.ndarray) -> str:
+    def store_piece(self, piece: Piece, data: np.ndarray) -> str:
         """Store a piece of a block that came; the reason why not, if it is not wanted. May run in any thread."""
         try:
-            self._arrivals.take(piece, data)
+            self._arrivals.store_piece(piece, data)
         except DistKVError as error:
             return str(error)
         return ""

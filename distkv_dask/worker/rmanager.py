@@ -168,7 +168,7 @@ class RManager(WorkerPlugin):
     def take_trace(self, engine: str) -> Any:
         """What the lanes did for a traced engine since the last call (packed)."""
         tracer = self.engines[engine].runtime.tracer if engine in self.engines else None
-        return pack({} if tracer is None else tracer.take())
+        return pack({} if tracer is None else tracer.take_spans())
 
     def tell(self, engine: str, message: FromWorker) -> None:
         """Tell the gManager something, from any thread; messages of one thread arrive in order."""
@@ -200,8 +200,8 @@ class RManager(WorkerPlugin):
         """Another worker sends a piece of a block; says why it is not taken, if it is not."""
         if engine not in self.engines:
             return f"engine {engine} is not open on worker {self.worker.address}"
-        take = partial(self.engines[engine].take, Piece(*piece), data)
-        return await asyncio.get_running_loop().run_in_executor(None, take)
+        store = partial(self.engines[engine].store_piece, Piece(*piece), data)
+        return await asyncio.get_running_loop().run_in_executor(None, store)
 
     async def _ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
         answer: dict[str, Any] = await self.worker.rpc(file.worker).distkv_spilled(

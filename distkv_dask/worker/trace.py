@@ -52,7 +52,7 @@ class Ring:
     def collect(self) -> None:
         """Take over what C++ has recorded, by the same clock."""
         self._lost += self.native.take_lost()
-        for one in self.native.take():
+        for one in self.native.take_marks():
             self._add(one)
 
     def _add(self, one: Recorded) -> None:
@@ -61,7 +61,7 @@ class Ring:
         self.last = one[2]
         self._spans.append(one)
 
-    def take(self) -> Spans:
+    def take_spans(self) -> Spans:
         """Spans recorded since the last call, and how many were lost; from any one thread."""
         offset, lost = self._offset, self._lost
         self._lost = 0
@@ -90,6 +90,6 @@ class Tracer:
         self.home = Ring()
         self.holder = Ring()
 
-    def take(self) -> dict[str, Spans]:
+    def take_spans(self) -> dict[str, Spans]:
         """What both lanes did since the last call."""
-        return {"home lane": self.home.take(), "holder lane": self.holder.take()}
+        return {"home lane": self.home.take_spans(), "holder lane": self.holder.take_spans()}

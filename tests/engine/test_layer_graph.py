@@ -222,7 +222,7 @@ def test_answers_that_nobody_waits_for_are_refused() -> None:
         forward.answer(1, [])
     forward.abort("a reason")
     with pytest.raises(GangAbortedError, match="a reason"):
-        forward.take(0)
+        forward.wait_for_answers(0)
     forward.end()
     assert forward.question(1) is None
 

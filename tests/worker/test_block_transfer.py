@@ -90,7 +90,7 @@ def test_a_move_brings_all_bytes_to_their_places_and_no_more_in_a_step_than_allo
     async def take(piece: Piece, data: np.ndarray) -> None:
         begins.append((asyncio.get_running_loop().time(), len(data)))
         lasts.append(piece.last)
-        arrivals.take(piece, np.array(data))
+        arrivals.store_piece(piece, np.array(data))
         await asyncio.sleep(taking)
 
     run_on_a_clock_of_its_own(lambda: send_blocks(source, 5, 7, tokens, take, per_step, pace))
@@ -98,7 +98,7 @@ def test_a_move_brings_all_bytes_to_their_places_and_no_more_in_a_step_than_allo
     assert torch.equal(content(target, 1), before)
     assert lasts == [False] * (len(lasts) - 1) + [True]
     with pytest.raises(GangAbortedError, match="not expected"):
-        arrivals.take(Piece(5, 0, 0, True), np.zeros(1, np.uint8))
+        arrivals.store_piece(Piece(5, 0, 0, True), np.zeros(1, np.uint8))
     token_bytes = SHAPE.nbytes / BLOCK
     if pace:
         assert max(size for _, size in begins) <= per_step * token_bytes
@@ -132,7 +132,7 @@ def test_a_move_that_finds_no_room_leaves_nothing_behind() -> None:
     assert pool.used_blocks == 2
     assert pool.table(7) == ()
     with pytest.raises(GangAbortedError):
-        arrivals.take(Piece(5, 0, 0, False), np.zeros(4, np.uint8))
+        arrivals.store_piece(Piece(5, 0, 0, False), np.zeros(4, np.uint8))
     arrivals.expect(6, 7, 0, BLOCK)
     assert pool.used_blocks == 3
 
@@ -182,7 +182,7 @@ class Moving(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.under_way)))
         sequence, first, left = self.under_way[number]
         for piece, payload in left[:pieces]:
-            self.arrivals.take(piece, payload)
+            self.arrivals.store_piece(piece, payload)
             before = self.holds[sequence, first + piece.block]
             whole = np.zeros(SHAPE.nbytes, np.uint8) if before is None else before.copy()
             if before is None and piece.offset:
@@ -202,7 +202,7 @@ class Moving(RuleBasedStateMachine):
         piece, payload = data.draw(st.sampled_from(self.over))
         if piece.number not in self.under_way:
             with pytest.raises(GangAbortedError, match="not expected"):
-                self.arrivals.take(piece, payload)
+                self.arrivals.store_piece(piece, payload)
 
     @rule(sequence=st.integers(0, 3), first=st.integers(0, 6), blocks=st.integers(1, 6))
     def give_up(self, sequence: int, first: int, blocks: int) -> None:
@@ -254,14 +254,14 @@ def test_moves_that_arrive_in_many_threads_while_others_are_given_up_land_in_the
                 kept = rng.random() < 0.6
                 for at in range(3 if kept else rng.randrange(3)):
                     data = np.full(SHAPE.nbytes, mine, np.uint8)
-                    arrivals.take(Piece(number, at, 0, at == 2), data)
+                    arrivals.store_piece(Piece(number, at, 0, at == 2), data)
                 if kept:
                     (found,) = {*pool.storage[list(pool.table(mine))].view(torch.uint8).unique().tolist()}
                     assert found == mine, "somebody wrote into its blocks"
                 arrivals.drop(mine)
                 pool.release(mine)
                 with pytest.raises(GangAbortedError):
-                    arrivals.take(Piece(number, 0, 0, False), np.zeros(4, np.uint8))
+                    arrivals.store_piece(Piece(number, 0, 0, False), np.zeros(4, np.uint8))
         except BaseException as error:
             failures.append(error)
 

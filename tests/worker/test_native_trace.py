@@ -36,9 +36,9 @@ def run(
         tracers = {name: member.runtime.tracer for name, member in made.members.items()}
         for tracer in tracers.values():
             if tracer is not None:
-                tracer.take()  # of the prompt
+                tracer.take_spans()  # of the prompt
         result, _ = made.decode("w0", [state(1, placement, PROMPT, first, NEW - 1)], NEW)
-        taken = {name: {} if tracer is None else tracer.take() for name, tracer in tracers.items()}
+        taken = {name: {} if tracer is None else tracer.take_spans() for name, tracer in tracers.items()}
     assert not any(lost for lanes in taken.values() for _, lost in lanes.values())
     spans = {(name, lane): them for name, lanes in taken.items() for lane, (them, _) in lanes.items()}
     return model.logits, [first, *result.tokens[1]], result.exchanged, spans
@@ -56,9 +56,9 @@ def in_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         answered.append(original(session))
         return answered[-1]
 
-    original = Session.take
+    original = Session.take_from_native
     monkeypatch.setattr(PythonExchange, "__init__", fail)
-    monkeypatch.setattr(Session, "take", take)
+    monkeypatch.setattr(Session, "take_from_native", take)
     yield
     assert any(count for count, _ in answered)
 
@@ -127,7 +127,7 @@ def test_what_finds_no_room_among_the_marks_is_counted(monkeypatch: pytest.Monke
         assert generate(made, placement, "w0") == reference("llama-gqa").tokens
         tracer = made.members["w0"].runtime.tracer
         assert tracer is not None
-        spans, lost = tracer.take()["home lane"]
+        spans, lost = tracer.take_spans()["home lane"]
     names = Counter(one.name for one in spans)
     assert names["send"] > 0
     assert names["merge"] == 0  # never among a layer's first three

@@ -18,7 +18,7 @@ from distkv_dask.errors import (
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.bodies import Row, encode_hello
 from distkv_dask.worker.channels.frames import Header, Kind
-from distkv_dask.worker.holder import guest
+from distkv_dask.worker.holder import home_connection
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from distkv_dask.worker.holder import guest
 def test_a_stranger_is_dropped_and_logged(
     lane: Holder, first: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 0.5)
+    monkeypatch.setattr(home_connection, "HELLO_SECONDS", 0.5)
     with caplog.at_level(logging.WARNING), socket.create_connection(("127.0.0.1", lane.port), 5) as stranger:
         stranger.sendall(first)
         with contextlib.suppress(ConnectionResetError):

@@ -211,7 +211,7 @@ class Broken:
         self._fail("asked")
         return torch.zeros(vocab, dtype=torch.bool)
 
-    def take(self, token: int) -> None:
+    def take_token(self, token: int) -> None:
         self._fail("told")
 
 

@@ -27,8 +27,8 @@ from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import TlsInlet
 from distkv_dask.worker.channels.ucx_inlet import UcxInlet, UcxListener
 from distkv_dask.worker.channels.unix import UnixListener
-from distkv_dask.worker.holder import guest, guests
-from distkv_dask.worker.holder.guest import Guest
+from distkv_dask.worker.holder import connections, home_connection
+from distkv_dask.worker.holder.home_connection import HomeConnection
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.stranger_log import LINES, SECONDS, StrangerLog
 from distkv_dask.worker.home.lane import HomeLane
@@ -84,8 +84,8 @@ def test_a_port_scan_changes_nothing(lane: Holder, sent: bytes) -> None:
 
 @sockets
 def test_silent_connections_are_few_and_the_oldest_go_first(lane: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guests, "STRANGERS", 5)
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 1000.0)
+    monkeypatch.setattr(connections, "STRANGERS", 5)
+    monkeypatch.setattr(home_connection, "HELLO_SECONDS", 1000.0)
     with ExitStack() as stack:
         silent = [stack.enter_context(visit(lane)) for _ in range(20)]
         for one in silent[:15]:
@@ -99,8 +99,8 @@ def test_silent_connections_are_few_and_the_oldest_go_first(lane: Holder, monkey
 
 @sockets
 def test_half_a_handshake_counts_as_a_silent_connection(lane: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guests, "STRANGERS", 5)
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 1000.0)
+    monkeypatch.setattr(connections, "STRANGERS", 5)
+    monkeypatch.setattr(home_connection, "HELLO_SECONDS", 1000.0)
     begun = b"\x16\x03\x01\x02\x00" if lane._way is TLS else Header(Kind.HELLO, length=100).pack()
     with ExitStack() as stack:
         halves = [stack.enter_context(visit(lane)) for _ in range(20)]
@@ -118,7 +118,7 @@ def test_a_home_whose_token_waits_to_be_read_is_not_taken_for_a_stranger(
 ) -> None:
     if way in (TLS, UCX):
         pytest.skip("a token is read after several turns there")
-    monkeypatch.setattr(guests, "STRANGERS", 2)
+    monkeypatch.setattr(connections, "STRANGERS", 2)
     greeted: list[Channel] = []
     with busy(lane):
         callers = [threading.Thread(target=lambda: greeted.append(connect(lane))) for _ in range(10)]
@@ -137,8 +137,8 @@ def test_who_floods_pushes_out_its_own_connections_and_not_those_of_others(
 ) -> None:
     if way is not TCP:
         pytest.skip("only TCP has addresses to come from")
-    monkeypatch.setattr(guests, "STRANGERS", 3)
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 1000.0)
+    monkeypatch.setattr(connections, "STRANGERS", 3)
+    monkeypatch.setattr(home_connection, "HELLO_SECONDS", 1000.0)
     with ExitStack() as stack:
         slow = stack.enter_context(
             socket.create_connection(("127.0.0.1", lane.port), 5, source_address=("127.0.0.2", 0))
@@ -153,9 +153,9 @@ def test_who_floods_pushes_out_its_own_connections_and_not_those_of_others(
 
 @pytest.mark.parametrize("way", [UCX], indirect=True, ids=["ucx"])
 def test_silent_connections_over_ucx_are_few(lane: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guests, "STRANGERS", 2)
-    monkeypatch.setattr(guest, "HELLO_SECONDS", 1000.0)
-    (listener,) = [one for one in lane._guests._listeners if isinstance(one, UcxListener)]
+    monkeypatch.setattr(connections, "STRANGERS", 2)
+    monkeypatch.setattr(home_connection, "HELLO_SECONDS", 1000.0)
+    (listener,) = [one for one in lane._connections._listeners if isinstance(one, UcxListener)]
     came: list[UcxInlet] = []
     let_in = UcxInlet.__init__
     monkeypatch.setattr(UcxInlet, "__init__", lambda self, *given: came.append(self) or let_in(self, *given))
@@ -225,11 +225,11 @@ def test_the_log_has_few_lines_a_minute_and_counts_the_others(caplog: pytest.Log
         for at in range(1000):
             log.dropped(f"10.0.0.{at % 200}", f"10.0.0.{at % 200}:{at}", ChannelError("garbage"), at / 100)
         assert len(caplog.records) == LINES
-        log.look(SECONDS)
+        log.report(SECONDS)
     assert f"dropped {1000 - LINES} more connections in 60 s" in caplog.text
     log.dropped("10.0.0.1", "10.0.0.1:1", ChannelError("more garbage"), SECONDS + 1)
     assert "10.0.0.1:1: more garbage" in caplog.text
-    log.look(2 * SECONDS)
+    log.report(2 * SECONDS)
     assert len(caplog.records) == LINES + 2
 
 
@@ -240,13 +240,13 @@ def _broken(*args: object, **kwargs: object) -> Any:
 CALLBACKS: dict[str, tuple[tuple[type, ...], str]] = {
     "a listener accepts": ((StreamListener,), "accept"),
     "a connection is let in": ((TcpListener, UnixListener), "_inlet"),
-    "a guest is made": ((Guest,), "__init__"),
+    "a connection is made": ((HomeConnection,), "__init__"),
     "a frame is read": ((StreamInlet,), "receive"),
     "bytes are read": ((StreamInlet, TlsInlet), "_read"),
-    "the clock is looked at": ((Guest,), "look_at_clock"),
+    "the clock is looked at": ((HomeConnection,), "check_clock"),
     "late sessions are dropped": ((Service,), "drop_late"),
-    "C++ takes over": ((Guest,), "give"),
-    "a guest leaves": ((Guest,), "leave"),
+    "C++ takes over": ((HomeConnection,), "hand_to_native"),
+    "a home leaves": ((HomeConnection,), "leave"),
     "a failure is sent": ((StreamInlet,), "fail"),
     "a channel closes": ((StreamInlet,), "close"),
     "a session is opened": ((Service,), "open"),

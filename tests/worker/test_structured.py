@@ -54,7 +54,7 @@ def test_any_preferences_give_json_of_the_schema_then_the_end(grammars: Grammars
         token = int(logits.masked_fill(follower.forbidden(len(logits)), -torch.inf).argmax())
         if token == END:
             break
-        follower.take(token)
+        follower.take_token(token)
         tokens.append(token)
     jsonschema.validate(json.loads(text_of(tokens)), SCHEMAS[name])
 
@@ -68,7 +68,7 @@ def test_a_follower_made_anew_from_the_committed_tokens_allows_the_same(grammars
         assert torch.equal(ours, grammars.follow(schema, tokens).forbidden(len(wishes)))
         if (token := int(wishes.masked_fill(ours, -torch.inf).argmax())) == END:
             break
-        follower.take(token)
+        follower.take_token(token)
         tokens.append(token)
 
 

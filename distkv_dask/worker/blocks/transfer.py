@@ -45,7 +45,7 @@ class Arrivals:
         with self._lock:
             self._expected[number] = sequence, start // self._pool.block_tokens
 
-    def take(self, piece: Piece, data: np.ndarray) -> None:
+    def store_piece(self, piece: Piece, data: np.ndarray) -> None:
         """Store a piece that came, uint8 [bytes].
 
         Raises

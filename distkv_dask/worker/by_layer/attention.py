@@ -112,7 +112,7 @@ class LayerAttention:
             answers[home] = attend_part(self._pool, self._parts[home], Parcel(asked, (q, k, v)))
         began = time.perf_counter()
         put = self._pool.device.put
-        answers |= {parcel.about: tuple(map(put, parcel.tensors)) for parcel in self._forward.take(layer)}
+        answers |= {parcel.about: tuple(map(put, parcel.tensors)) for parcel in self._forward.wait_for_answers(layer)}
         self._waiting += time.perf_counter() - began
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, device=q.device)

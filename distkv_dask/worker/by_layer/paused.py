@@ -69,7 +69,7 @@ class PausedForward:
             self._layer, self._question, self._answers = layer, question, None
             self._changed.notify_all()
 
-    def take(self, layer: int) -> Sequence[Parcel]:
+    def wait_for_answers(self, layer: int) -> Sequence[Parcel]:
         """Wait for the answers of a layer.
 
         Raises

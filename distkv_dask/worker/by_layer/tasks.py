@@ -37,7 +37,7 @@ class LayerTasks:
         self._engine = engine
         self._paused = engine.runtime.paused
 
-    def begin(self, work: PrefillChunk | DecodeWindow) -> Parcel | None:
+    def begin_forward(self, work: PrefillChunk | DecodeWindow) -> Parcel | None:
         """Start a forward; the question of its first layer, or None when there is nothing to compute."""
         engine, gang = self._engine, work.gang
         if gang.number in self._paused:

@@ -22,8 +22,8 @@ from distkv_dask.worker.channels.tcp import TcpListener
 from distkv_dask.worker.channels.tls import Certificates, TlsListener
 from distkv_dask.worker.channels.unix import UnixListener, machine
 from distkv_dask.worker.guard import attempt, logger, run_lane
-from distkv_dask.worker.holder.guest import HELLO_BYTES
-from distkv_dask.worker.holder.guests import Guests
+from distkv_dask.worker.holder.connections import Connections
+from distkv_dask.worker.holder.home_connection import HELLO_BYTES
 from distkv_dask.worker.holder.service import Service
 from distkv_dask.worker.holder.session import Session
 
@@ -65,15 +65,15 @@ class HolderLane:
         unix = UnixListener(HELLO_BYTES) if machine() else None
         self.port, self.unix, self.ucx = tcp.port, "" if unix is None else unix.name, 0
         self._services: dict[str, Service] = {}
-        self._guests = Guests(self._services)
+        self._connections = Connections(self._services)
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
         listeners: list[Listener] = [tcp] if unix is None else [tcp, unix]
         for listener in listeners:
-            self._guests.listen(listener)
-        self._guests.watch(self._woken, self._work_off)
+            self._connections.listen(listener)
+        self._connections.watch(self._woken, self._work_off)
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="distkv-holder-lane", daemon=True)
@@ -99,7 +99,7 @@ class HolderLane:
         listener = ucx_listener(HELLO_BYTES)
 
         def listen() -> None:
-            self._guests.listen(listener)
+            self._connections.listen(listener)
             self.ucx = listener.port
 
         try:
@@ -126,8 +126,8 @@ class HolderLane:
             if service is not None:
                 error = GangAbortedError("the engine was closed on this worker")
                 service.fail_all(error)
-                for guest in self._guests.of(service):
-                    self._guests.dismiss(guest, error)
+                for home in self._connections.of(service):
+                    self._connections.dismiss(home, error)
 
         with contextlib.suppress(EngineClosedError):
             self.submit(drop).result()
@@ -219,7 +219,7 @@ class HolderLane:
         look = 0.0
         with torch.inference_mode():
             while not self._closed:
-                self._guests.wait(TICK)
+                self._connections.wait(TICK)
                 if (now := time.monotonic()) > look:
                     look = now + TICK
                     self._look_at_clock(now)
@@ -235,7 +235,7 @@ class HolderLane:
             self._closed = True
         error = GangAbortedError("the worker's holder lane was closed")
         ends = [partial(service.fail_all, error) for service in self._services.values()]
-        last = partial(self._guests.close, error), self._wake.close, self._woken.close
+        last = partial(self._connections.close, error), self._wake.close, self._woken.close
         steps: list[Callable[[], None]] = [self._work_off, *ends, *last]
         for step in steps:
             if (failure := attempt(step)) is not None:
@@ -258,20 +258,20 @@ class HolderLane:
 
     def _open(self, service: Service, session: Session) -> None:
         try:
-            guest = service.open(session)
+            home = service.open(session)
         except Exception as error:  # nobody looks at what became of this command: the session's waiter does
             session.fail(error)
             raise
-        if guest is not None:
-            self._guests.serve(guest, lambda: guest.begin(session))
+        if home is not None:
+            self._connections.serve(home, lambda: home.begin_session(session))
 
     def _abort(self, service: Service, gang: int, error: GangAbortedError) -> None:
-        guest = service.abort(gang, error)
-        if guest is not None:
-            self._guests.dismiss(guest, error)
+        home = service.abort(gang, error)
+        if home is not None:
+            self._connections.dismiss(home, error)
 
     def _look_at_clock(self, now: float) -> None:
-        self._guests.look_at_clock(now)
+        self._connections.check_clock(now)
         for service in self._services.values():
             if (failure := attempt(partial(service.drop_late, now))) is not None:
                 logger.error("late sessions of engine %s were not ended", service.engine, exc_info=failure)

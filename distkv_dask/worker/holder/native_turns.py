@@ -62,16 +62,16 @@ class NativeTurns:
             self._session.marks, self._session.peer = ring.native.address, ring.native.number(inlet.peer)
         self.address = ctypes.addressof(self._session)
 
-    def give(self, turn: Header) -> None:
+    def hand_to_native(self, turn: Header) -> None:
         """Let :func:`serve` go on from a turn."""
         session = self._session
         session.filled, session.frame_bytes = self._inlet.filled, HEADER_BYTES + turn.length
         session.layer, session.status = turn.layer, 0
         session.expected = HeaderBytes.from_buffer_copy(turn.pack())
         if self._ring is not None:
-            self._ring.native.begin(self._ring.last)
+            self._ring.native.start_behind(self._ring.last)
 
-    def take(self) -> tuple[int, float, int, bool]:
+    def take_from_native(self) -> tuple[int, float, int, bool]:
         """Go on in Python: requests answered, seconds spent on them, next layer, whether frames wait for Python."""
         session = self._session
         if self._ring is not None:

@@ -15,7 +15,7 @@ from distkv_dask.worker.holder.traced import TracedSession
 from distkv_dask.worker.trace import Ring
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.holder.guest import Guest
+    from distkv_dask.worker.holder.home_connection import HomeConnection
 
 REMEMBERED = 1024
 """Ended gangs that are remembered, so that a late member or home is told at once."""
@@ -62,15 +62,15 @@ class Service:
         """Seconds that a home may be silent in a gang: it may itself wait ``timeout_receive`` for another holder, and
         its report of that must come first."""
         self._waiting: dict[int, tuple[Session, float]] = {}
-        self._running: dict[int, tuple[Session, Guest]] = {}
-        self._early: dict[int, Guest] = {}
+        self._running: dict[int, tuple[Session, HomeConnection]] = {}
+        self._early: dict[int, HomeConnection] = {}
         self._ended: OrderedDict[int, str] = OrderedDict()
 
     def session(self, gang: Gang) -> Session:
         """A session of a gang, to be opened with :meth:`open`."""
         return Session(gang, self.pool) if self.ring is None else TracedSession(self.ring, gang, self.pool)
 
-    def open(self, session: Session) -> Guest | None:
+    def open(self, session: Session) -> HomeConnection | None:
         """Take a new session; the home that waits for it already, if there is one."""
         number = session.gang.number
         if number in self._ended:
@@ -78,14 +78,14 @@ class Service:
         elif number in self._waiting or number in self._running:
             session.fail(GangAbortedError(f"gang {session.gang.name} has a session on this worker already"))
         elif number in self._early:
-            guest = self._early.pop(number)
-            self._running[number] = session, guest
-            return guest
+            home = self._early.pop(number)
+            self._running[number] = session, home
+            return home
         else:
             self._waiting[number] = session, time.monotonic() + self.timeout_start
         return None
 
-    def claim(self, number: int, guest: Guest) -> Session | None:
+    def claim(self, number: int, home: HomeConnection) -> Session | None:
         """The session that a home begins; None when it is not open yet, then the home is kept until it is.
 
         Raises
@@ -95,13 +95,13 @@ class Service:
         """
         if number in self._ended:
             raise GangAbortedError(f"gang {number} has ended on this worker: {self._ended[number]}")
-        if number in self._running or self._early.get(number, guest) is not guest:
+        if number in self._running or self._early.get(number, home) is not home:
             raise GangAbortedError(f"gang {number} was begun on this worker by another home")
         if number not in self._waiting:
-            self._early[number] = guest
+            self._early[number] = home
             return None
         session, _ = self._waiting.pop(number)
-        self._running[number] = session, guest
+        self._running[number] = session, home
         return session
 
     def finish(self, number: int, error: Exception | None) -> None:
@@ -114,11 +114,11 @@ class Service:
         elif session is not None:
             session.end()
 
-    def abort(self, number: int, error: DistKVError) -> Guest | None:
+    def abort(self, number: int, error: DistKVError) -> HomeConnection | None:
         """Fail a gang; the home that is to be told, if there is one."""
-        guest = self._early.get(number) or self._running.get(number, (None, None))[1]
+        home = self._early.get(number) or self._running.get(number, (None, None))[1]
         self.finish(number, error)
-        return guest
+        return home
 
     def gangs_of(self, sequence: int) -> list[int]:
         """Numbers of the gangs under way whose batch has a sequence."""

@@ -110,17 +110,17 @@ class Session:
         reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
         self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)
 
-    def give(self) -> NativeTurns | None:
-        """Let requests be answered in C++ until :meth:`take`; None where they cannot."""
+    def hand_to_native(self) -> NativeTurns | None:
+        """Let requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
         if self._native is None or self._shard.full:
             return None
-        self._native.give(Header(*self._turn))
+        self._native.hand_to_native(Header(*self._turn))
         return self._native
 
-    def take(self) -> tuple[int, bool]:
-        """Go on in Python after :meth:`give`: how many requests were answered, and whether frames wait for Python."""
+    def take_from_native(self) -> tuple[int, bool]:
+        """Go on in Python: how many requests C++ answered, and whether frames wait for Python."""
         assert self._native is not None
-        answered, busy, layer, waits = self._native.take()
+        answered, busy, layer, waits = self._native.take_from_native()
         if answered:
             self._count(answered, busy)
             self._next(layer)

@@ -34,7 +34,7 @@ class StrangerLog:
         now
             Seconds of a clock that never goes back.
         """
-        self.look(now)
+        self.report(now)
         if host in self._said or len(self._said) >= LINES:
             self._left_out += 1
             return
@@ -42,7 +42,7 @@ class StrangerLog:
         unforeseen = None if isinstance(error, DistKVError | OSError) else error
         logger.warning("dropped a connection from %s: %s", peer, error, exc_info=unforeseen)
 
-    def look(self, now: float) -> None:
+    def report(self, now: float) -> None:
         """Begin a new period, if it is time, and say how many connections had no line in the last one."""
         if now < self._ends:
             return

@@ -63,14 +63,14 @@ class Progress:
         """How its next token is chosen."""
         return Draw(self.state.sampling, self.length + 1, self.history, self.follower)
 
-    def take(self, token: int, eos_token_ids: frozenset[int]) -> None:
+    def take_token(self, token: int, eos_token_ids: frozenset[int]) -> None:
         """Count a step, at whose end ``token`` was drawn."""
         self.length += 1
         if token in eos_token_ids and not self.state.sampling.ignore_eos:
             self.finished = "stop"
             return
         if self.follower is not None:
-            self.follower.take(token)
+            self.follower.take_token(token)
         self.last_token = token
         self.tokens.append(token)
         if self.state.history:
@@ -176,7 +176,7 @@ class DecodeLoop:
                 one.fail(drawn)
                 continue
             with one.guard():
-                one.take(drawn, self._model.eos_token_ids)
+                one.take_token(drawn, self._model.eos_token_ids)
         self._drop_finished()
         if len(self._live) < len(live):
             self._steps_left_as_is = 0

@@ -37,7 +37,7 @@ class ChannelCache:
         self._hello = hello
         self._idle: dict[Endpoint, Channel] = {}
 
-    def take(self, endpoint: Endpoint, seconds: float) -> tuple[Channel, bool]:
+    def take_channel(self, endpoint: Endpoint, seconds: float) -> tuple[Channel, bool]:
         """A channel that no gang uses, and whether it is new and must be greeted.
 
         Where the last one broke or was closed by the peer, a new one is connected within ``seconds``.
@@ -60,7 +60,7 @@ class ChannelCache:
         channel.send(Header(Kind.HELLO, length=len(self._hello)), self._hello)
         channel.recv_into(Header(Kind.WELCOME))
 
-    def put(self, endpoint: Endpoint, channel: Channel) -> None:
+    def keep_channel(self, endpoint: Endpoint, channel: Channel) -> None:
         """Keep a channel for the next gang."""
         self._idle[endpoint] = channel
 
@@ -125,7 +125,7 @@ class HomeGang:
         """
         while self._unopened:
             endpoint = self._unopened.pop()
-            channel, new = self._cache.take(endpoint, self.timeout_receive)
+            channel, new = self._cache.take_channel(endpoint, self.timeout_receive)
             with self._lock:
                 self.channels[endpoint.worker] = channel
             self.check()
@@ -181,7 +181,7 @@ class HomeGang:
             channel = channels[endpoint.worker]
             with contextlib.suppress(ConnectionError):  # it answered everything: the gang is complete without it
                 channel.send(self.header(Kind.END))
-            self._cache.put(endpoint, channel)
+            self._cache.keep_channel(endpoint, channel)
 
     def _tell(self, error: BaseException) -> None:
         """Let every holder know that the gang is over, those too that were not asked yet, where it can be reached."""
@@ -191,7 +191,7 @@ class HomeGang:
             channel.fail(number, epoch, self._abort_reason or reason)
         for endpoint in self._unopened:
             with contextlib.suppress(DistKVError):
-                channel, new = self._cache.take(endpoint, min(TELL_SECONDS, self.timeout_receive))
+                channel, new = self._cache.take_channel(endpoint, min(TELL_SECONDS, self.timeout_receive))
                 try:
                     if new:
                         self._cache.greet(channel)

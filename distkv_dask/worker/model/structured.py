@@ -36,7 +36,7 @@ class Follower:
     def __init__(self, matcher: LLMatcher, generated: Iterable[int] = ()) -> None:
         self._matcher = matcher
         for token in generated:
-            self.take(token)
+            self.take_token(token)
 
     def forbidden(self, vocab: int) -> Tensor:
         """Which of the model's tokens would break the schema, bool [vocab].
@@ -55,7 +55,7 @@ class Follower:
             raise InvalidRequestError("the JSON schema cannot be followed any further: no token of the model fits it")
         return forbidden
 
-    def take(self, token: int) -> None:
+    def take_token(self, token: int) -> None:
         """Go on with the token that was drawn."""
         self._ask(partial(self._matcher.consume_token, token))
 

@@ -33,11 +33,11 @@ class NativeMarks:
             self._peers.append(peer)
         return self._peers.index(peer)
 
-    def begin(self, last: int) -> None:
+    def start_behind(self, last: int) -> None:
         """Go on behind what Python recorded last."""
         self._marks.last = last
 
-    def take(self) -> Iterator[Recorded]:
+    def take_marks(self) -> Iterator[Recorded]:
         """What was marked since the last call."""
         count, self._marks.count = self._marks.count, 0
         for one in self._room[:count]:

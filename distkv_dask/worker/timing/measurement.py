@@ -68,7 +68,7 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
         return None
     finally:
         if runtime.tracer is not None:
-            runtime.tracer.take()  # a trace shows what requests caused
+            runtime.tracer.take_spans()  # a trace shows what requests caused
 
 
 def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:

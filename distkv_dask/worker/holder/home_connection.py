@@ -23,7 +23,7 @@ ROWS_BYTES = 1 << 20
 """Longest BEGIN or BATCH body."""
 
 
-class Guest:
+class HomeConnection:
     """Protocol state of one connected home; used by the holder lane's thread only.
 
     Parameters
@@ -71,20 +71,20 @@ class Guest:
                 self._take(header)
             more = inlet.consume(header)
 
-    def give(self) -> NativeTurns | None:
-        """Let the session's requests be answered in C++ until :meth:`take`; None where they cannot."""
-        return None if self._session is None or self.inlet.sending else self._session.give()
+    def hand_to_native(self) -> NativeTurns | None:
+        """Let the session's requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
+        return None if self._session is None or self.inlet.sending else self._session.hand_to_native()
 
-    def take(self) -> None:
-        """Go on in Python after :meth:`give`; raises as :meth:`serve` does."""
+    def take_from_native(self) -> None:
+        """Go on in Python after :meth:`hand_to_native`; raises as :meth:`serve` does."""
         assert self._session is not None
-        answered, waits = self._session.take()
+        answered, waits = self._session.take_from_native()
         if answered:
             self.deadline = time.monotonic() + self._own_service.silence
         if waits:
             self.serve()
 
-    def begin(self, session: Session) -> None:
+    def begin_session(self, session: Session) -> None:
         """Start the session whose BEGIN came."""
         self._session = session
         assert self._gang is not None
@@ -96,7 +96,7 @@ class Guest:
         self._set_batch(session, *self._begun)
         self.inlet.send(Header(Kind.READY, gang, epoch))
 
-    def look_at_clock(self, now: float) -> None:
+    def check_clock(self, now: float) -> None:
         """Raise an error if the home's deadline has passed.
 
         Raises
@@ -149,7 +149,7 @@ class Guest:
             self._begun = header.step, decode_rows(payload)
             self.deadline = time.monotonic() + self.service.timeout_start
             if session is not None:
-                self.begin(session)
+                self.begin_session(session)
         elif self._session is None or (header.gang, header.epoch) != self._gang:
             raise ChannelError(f"{self.inlet.peer} sent {header}; this holder is in gang, epoch {self._gang}")
         elif header.kind is Kind.BATCH:

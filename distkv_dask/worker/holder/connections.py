@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distkv_dask.errors import ChannelError, DistKVError
 from distkv_dask.worker.channels.base import Inlet, Listener
 from distkv_dask.worker.guard import attempt
-from distkv_dask.worker.holder.guest import Guest
+from distkv_dask.worker.holder.home_connection import HomeConnection
 from distkv_dask.worker.holder.native_turns import serve
 from distkv_dask.worker.holder.service import Service
 from distkv_dask.worker.holder.stranger_log import StrangerLog
@@ -28,7 +28,7 @@ ACCEPTS = 256
 """Connections taken in one turn, so that a flood of them does not keep the lane from its homes."""
 
 
-class Guests:
+class Connections:
     """Listeners and connections of one holder lane; used by the lane's thread only, but for :attr:`poller`.
 
     Whatever goes wrong with a connection ends that connection and nothing else.
@@ -41,7 +41,7 @@ class Guests:
 
     def __init__(self, services: Mapping[str, Service]) -> None:
         self._services = services
-        self._guests: dict[Guest, Listener] = {}
+        self._connections: dict[HomeConnection, Listener] = {}
         self._listeners: list[Listener] = []
         self._resting: set[Listener] = set()
         self._log = StrangerLog()
@@ -53,7 +53,7 @@ class Guests:
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def listen(self, listener: Listener) -> None:
-        """Let guests in through a listener."""
+        """Let homes in through a listener."""
         self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
         self._listeners.append(listener)
 
@@ -62,51 +62,51 @@ class Guests:
         for key, _ in self._selector.select(0 if self._serve_natively(seconds) else seconds):
             key.data()
 
-    def of(self, service: Service) -> list[Guest]:
-        """Guests of an engine."""
-        return [guest for guest in self._guests if guest.service is service]
+    def of(self, service: Service) -> list[HomeConnection]:
+        """Homes that are connected for an engine."""
+        return [home for home in self._connections if home.service is service]
 
-    def serve(self, guest: Guest, work: Callable[[], None]) -> None:
-        """Do a guest's work; every call of theirs is made here, and one that fails ends this guest's channel."""
-        if guest not in self._guests:
+    def serve(self, home: HomeConnection, work: Callable[[], None]) -> None:
+        """Do what a connected home wants; every call of theirs is made here, and one that fails ends its channel."""
+        if home not in self._connections:
             return
-        inlet = guest.inlet
+        inlet = home.inlet
         try:
             before = inlet.events
             work()
             if inlet.events != before:
                 self._selector.modify(inlet, inlet.events, self._selector.get_key(inlet).data)
         except Exception as error:
-            self.dismiss(guest, error)
+            self.dismiss(home, error)
 
-    def dismiss(self, guest: Guest, error: Exception) -> None:
-        """End a guest's channel, saying why; never raises."""
-        if self._guests.pop(guest, None) is None:
+    def dismiss(self, home: HomeConnection, error: Exception) -> None:
+        """End a connection, saying why; never raises."""
+        if self._connections.pop(home, None) is None:
             return
-        inlet = guest.inlet
-        if guest.service is None:
-            self._log.dropped(guest.host, inlet.peer, error, time.monotonic())
+        inlet = home.inlet
+        if home.service is None:
+            self._log.dropped(home.host, inlet.peer, error, time.monotonic())
         elif not isinstance(error, DistKVError):
             logger.error("MicroAttention for %s failed", inlet.peer, exc_info=error)
-        for step in (partial(self._selector.unregister, inlet), partial(guest.leave, error), inlet.close):
+        for step in (partial(self._selector.unregister, inlet), partial(home.leave, error), inlet.close):
             if (failure := attempt(step)) is not None:
                 logger.error("the channel of %s did not end as it should", inlet.peer, exc_info=failure)
 
-    def look_at_clock(self, now: float) -> None:
+    def check_clock(self, now: float) -> None:
         """Dismiss who is late, and listen again where that had failed."""
-        for guest in list(self._guests):
-            self.serve(guest, partial(guest.look_at_clock, now))
+        for home in list(self._connections):
+            self.serve(home, partial(home.check_clock, now))
         for listener in self._listeners:
             if listener in self._resting:
                 self._resting.discard(listener)
                 self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
             self._let_in(listener)  # over UCX somebody may have come while others were served, and says so once
-        self._log.look(now)
+        self._log.report(now)
 
     def close(self, error: Exception) -> None:
         """Dismiss everybody and stop listening."""
-        for guest in list(self._guests):
-            self.dismiss(guest, error)
+        for home in list(self._connections):
+            self.dismiss(home, error)
         closables: tuple[selectors.BaseSelector | Listener, ...] = (self._selector, *self._listeners)
         for closable in closables:
             if (failure := attempt(closable.close)) is not None:
@@ -130,17 +130,17 @@ class Guests:
             self._make_room(listener)
 
     def _add(self, inlet: Inlet, listener: Listener) -> None:
-        guest = Guest(inlet, self._services)
-        self._selector.register(inlet, inlet.events, partial(self.serve, guest, guest.serve))
-        self._guests[guest] = listener
+        home = HomeConnection(inlet, self._services)
+        self._selector.register(inlet, inlet.events, partial(self.serve, home, home.serve))
+        self._connections[home] = listener
 
     def _make_room(self, listener: Listener) -> None:
         """Drop a stranger if there are too many, unless its token has come: the oldest from where most of them are."""
-        strangers = [one for one, where in self._guests.items() if where is listener and one.service is None]
+        strangers = [one for one, where in self._connections.items() if where is listener and one.service is None]
         if len(strangers) <= STRANGERS:
             return
-        host = Counter(guest.host for guest in strangers).most_common(1)[0][0]
-        oldest = next(guest for guest in strangers if guest.host == host)
+        host = Counter(home.host for home in strangers).most_common(1)[0][0]
+        oldest = next(home for home in strangers if home.host == host)
         self.serve(oldest, oldest.serve)
         if oldest.service is None:
             self.dismiss(oldest, ChannelError(f"more than {STRANGERS} connections show no token; it was the oldest"))
@@ -155,14 +155,14 @@ class Guests:
     def _serve_natively(self, seconds: float) -> bool:
         """Answer sessions in C++ until Python has something to do; False where there is no such session."""
         given = []
-        for guest in list(self._guests):
+        for home in list(self._connections):
             try:
-                if (turns := guest.give()) is not None:
-                    given.append((guest, turns))
+                if (turns := home.hand_to_native()) is not None:
+                    given.append((home, turns))
             except Exception as error:
-                self.dismiss(guest, error)
+                self.dismiss(home, error)
         if given:
             serve(self._poller, [turns for _, turns in given], seconds)
-            for guest, _ in given:
-                self.serve(guest, guest.take)
+            for home, _ in given:
+                self.serve(home, home.take_from_native)
         return bool(given)
