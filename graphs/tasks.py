@@ -16,8 +16,8 @@ from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.messages.names import PLUGIN
 
 if TYPE_CHECKING:
-    from distkv_dask.worker.parcel import Parcel
     from distkv_dask.worker.rmanager import RManager
+    from distkv_dask.worker.tensor_message import TensorMessage
 
 
 def prefill(chunk: PrefillChunk, *after: object) -> int:
@@ -38,23 +38,23 @@ def attend(gang: Gang, *after: object) -> dict[str, float]:
     return _rmanager().attend(gang)
 
 
-def begin(work: PrefillChunk | DecodeWindow, *after: object) -> Parcel | None:
+def begin(work: PrefillChunk | DecodeWindow, *after: object) -> TensorMessage | None:
     """Start a forward at a home; the question of its first layer to the holders, None if there is nothing to do."""
     secede()
     return _rmanager().layers(work.gang.engine).begin_forward(work)
 
 
-def layer(gang: Gang, at: int, asked: Parcel | None, *answers: Parcel | None) -> Parcel | None:
+def layer(gang: Gang, at: int, asked: TensorMessage | None, *answers: TensorMessage | None) -> TensorMessage | None:
     """Go on with the answers to the layer before; the question of layer ``at``."""
     return None if asked is None else _rmanager().layers(gang.engine).layer(gang, at, answers)
 
 
-def attend_layer(gang: Gang, asked: Parcel | None) -> Parcel | None:
+def attend_layer(gang: Gang, asked: TensorMessage | None) -> TensorMessage | None:
     """Compute a holder's partials of one layer; None if it is not asked."""
     return None if asked is None else _rmanager().layers(gang.engine).attend(gang, asked)
 
 
-def finish(gang: Gang, layers: int, asked: Parcel | None, *answers: Parcel | None) -> int:
+def finish(gang: Gang, layers: int, asked: TensorMessage | None, *answers: TensorMessage | None) -> int:
     """End a forward with the answers to its last layer, and commit; returns decode steps or prompt tokens."""
     return 0 if asked is None else _rmanager().layers(gang.engine).finish(gang, layers, answers)
 

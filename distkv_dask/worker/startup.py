@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from distkv_dask.geometry import Geometry
+from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.kernels import make_ready
 from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
-from distkv_dask.worker.device import choose_device
+from distkv_dask.worker.device import Device, choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.kv_memory import kv_memory
@@ -26,6 +26,8 @@ from distkv_dask.worker.timing.measurement_cache import cached_measurement, hard
 
 if TYPE_CHECKING:
     from distributed import Worker
+
+    from distkv_dask.worker.model.loaded import LoadedModel
 
 logger = logging.getLogger("distributed.distkv.opening")
 
@@ -64,30 +66,15 @@ def build_engine(
     make_ready(pool.keys(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
-    role: Literal["instance", "memory"] = "memory" if model is None else "instance"
-    channels = runtime.dialer.explain()
-    key = {
-        "form": FORM,
-        **asdict(geometry),
-        "role": role,
-        "weights": 0 if model is None else model.parameters,
-        "threads": lanes.threads,
-        "deterministic": spec.config.deterministic,
-        "block_tokens": block_tokens,
-        "blocks": min(pool.capacity_blocks, LONGEST // block_tokens + 2 * BATCH),  # more change nothing
-        "channel": channels,
-        **hardware(device.name),
-    }
-    timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
-    timings = cached_measurement(key, spec.config.performance, timing)
+    timings = _timings(runtime, geometry, model, device)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
     files = BlockFiles(pool, worker.address, folder, spec.config, report)
     facts = Opened(
         worker.address,
         lanes.endpoint,
-        role=role,
-        channels=channels,
+        role="memory" if model is None else "instance",
+        channels=runtime.dialer.explain(),
         device=device.name if not device.note else f"{device.name}: {device.note}",
         capacity_blocks=pool.capacity_blocks,
         block_bytes=block.nbytes,
@@ -97,3 +84,22 @@ def build_engine(
         measured=timings,
     )
     return WorkerEngine(runtime, model, files, facts, report)
+
+
+def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, device: Device) -> Measurement | None:
+    """How fast this worker is with the model: kept from an earlier start, or measured now."""
+    spec, lanes, blocks = runtime.spec, runtime.lanes, runtime.pool.capacity_blocks
+    key = {
+        "form": FORM,
+        **asdict(geometry),
+        "role": "memory" if model is None else "instance",
+        "weights": 0 if model is None else model.parameters,
+        "threads": lanes.threads,
+        "deterministic": spec.config.deterministic,
+        "block_tokens": spec.config.block_tokens,
+        "blocks": min(blocks, LONGEST // spec.config.block_tokens + 2 * BATCH),  # more change nothing
+        "channel": runtime.dialer.explain(),
+        **hardware(device.name),
+    }
+    timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
+    return cached_measurement(key, spec.config.performance, timing)

@@ -25,7 +25,7 @@ from distkv_dask.scheduler.commands import AddHolders
 from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.worker.by_layer import tasks as layer_tasks
 from distkv_dask.worker.by_layer.paused import PausedForward
-from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.tensor_message import TensorMessage
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
@@ -214,7 +214,7 @@ def test_a_killed_worker_costs_a_request_no_token(victim: str) -> None:
 
 def test_answers_that_nobody_waits_for_are_refused() -> None:
     forward = PausedForward(gang(), limit=0.01)
-    forward.ask(0, Parcel(None, ()))
+    forward.ask(0, TensorMessage(None, ()))
     forward.answer(0, [])
     with pytest.raises(GangAbortedError, match="layer 0"):
         forward.answer(0, [])

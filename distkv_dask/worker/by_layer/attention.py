@@ -17,19 +17,19 @@ from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import merge_into, micro_attention
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
-from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.plan import Part, merge_order
+from distkv_dask.worker.tensor_message import TensorMessage
 
 
 class Asked(NamedTuple):
-    """What a home asks of its holders in a layer; q, k and v of all the step's tokens come beside it in a parcel."""
+    """What a home asks of its holders in a layer; q, k and v of all the step's tokens come beside it."""
 
     layer: int
     scale: float
     parts: dict[str, Part]
 
 
-def attend_part(pool: Pool, part: Part, question: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_part(pool: Pool, part: Part, question: TensorMessage) -> tuple[torch.Tensor, torch.Tensor]:
     """Append the KV that belongs here, and attend, row by row.
 
     Parameters
@@ -105,14 +105,16 @@ class LayerAttention:
             The gang was aborted.
         """
         asked = Asked(layer, scale, self._remote)
-        self._forward.ask(layer, Parcel(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks take bytes of the host
+        self._forward.ask(layer, TensorMessage(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks take bytes of the host
         answers: dict[str, tuple[torch.Tensor, ...]] = {}
         home = self._forward.gang.home
         if home in self._parts:
-            answers[home] = attend_part(self._pool, self._parts[home], Parcel(asked, (q, k, v)))
+            answers[home] = attend_part(self._pool, self._parts[home], TensorMessage(asked, (q, k, v)))
         began = time.perf_counter()
         put = self._pool.device.put
-        answers |= {parcel.about: tuple(map(put, parcel.tensors)) for parcel in self._forward.wait_for_answers(layer)}
+        answers |= {
+            message.about: tuple(map(put, message.tensors)) for message in self._forward.wait_for_answers(layer)
+        }
         self._waiting += time.perf_counter() - began
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, device=q.device)

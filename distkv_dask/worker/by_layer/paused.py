@@ -14,8 +14,8 @@ from types import TracebackType
 
 from distkv_dask.errors import ChannelTimeoutError, GangAbortedError
 from distkv_dask.gang import Gang
-from distkv_dask.worker.parcel import Parcel
 from distkv_dask.worker.plan import Part
+from distkv_dask.worker.tensor_message import TensorMessage
 
 
 class PausedForward:
@@ -36,8 +36,8 @@ class PausedForward:
         self._limit = limit
         self._changed = threading.Condition()
         self._layer = -1
-        self._question: Parcel | None = None
-        self._answers: Sequence[Parcel] | None = None
+        self._question: TensorMessage | None = None
+        self._answers: Sequence[TensorMessage] | None = None
         self._ended = False
         self._abort_reason: str | None = None
 
@@ -63,13 +63,13 @@ class PausedForward:
         if self._abort_reason is not None:
             raise GangAbortedError(f"gang {self.gang.name} was aborted: {self._abort_reason}")
 
-    def ask(self, layer: int, question: Parcel) -> None:
+    def ask(self, layer: int, question: TensorMessage) -> None:
         """Hand a layer's question to its task."""
         with self._changed:
             self._layer, self._question, self._answers = layer, question, None
             self._changed.notify_all()
 
-    def wait_for_answers(self, layer: int) -> Sequence[Parcel]:
+    def wait_for_answers(self, layer: int) -> Sequence[TensorMessage]:
         """Wait for the answers of a layer.
 
         Raises
@@ -91,13 +91,13 @@ class PausedForward:
 
     # Other threads
 
-    def question(self, layer: int) -> Parcel | None:
+    def question(self, layer: int) -> TensorMessage | None:
         """Wait until the forward asks in a layer; None when it ends without asking."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._layer == layer)
             return None if self._ended else self._question
 
-    def answer(self, layer: int, answers: Sequence[Parcel]) -> None:
+    def answer(self, layer: int, answers: Sequence[TensorMessage]) -> None:
         """Bring the partials of a layer.
 
         Raises

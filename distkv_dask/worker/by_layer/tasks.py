@@ -18,7 +18,7 @@ from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.worker.by_layer.attention import attend_part
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.device import Use
-from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.tensor_message import TensorMessage
 
 if TYPE_CHECKING:
     from distkv_dask.worker.engine import WorkerEngine
@@ -37,7 +37,7 @@ class LayerTasks:
         self._engine = engine
         self._paused = engine.runtime.paused
 
-    def begin_forward(self, work: PrefillChunk | DecodeWindow) -> Parcel | None:
+    def begin_forward(self, work: PrefillChunk | DecodeWindow) -> TensorMessage | None:
         """Start a forward; the question of its first layer, or None when there is nothing to compute."""
         engine, gang = self._engine, work.gang
         if gang.number in self._paused:
@@ -59,19 +59,19 @@ class LayerTasks:
         forward.result.add_done_callback(partial(self._ended, forward))
         return self._question(forward, 0)
 
-    def layer(self, gang: Gang, layer: int, answers: Sequence[Parcel | None]) -> Parcel | None:
+    def layer(self, gang: Gang, layer: int, answers: Sequence[TensorMessage | None]) -> TensorMessage | None:
         """Let a forward go on with the partials of the layer before; the question of this layer."""
         forward = self._forward(gang)
         forward.answer(layer - 1, [one for one in answers if one is not None])
         return self._question(forward, layer)
 
-    def finish(self, gang: Gang, layers: int, answers: Sequence[Parcel | None]) -> int:
+    def finish(self, gang: Gang, layers: int, answers: Sequence[TensorMessage | None]) -> int:
         """Let a forward end with the partials of the last layer; returns its decode steps, or its prompt tokens."""
         forward = self._forward(gang)
         forward.answer(layers - 1, [one for one in answers if one is not None])
         return forward.result.result()
 
-    def attend(self, gang: Gang, question: Parcel) -> Parcel | None:
+    def attend(self, gang: Gang, question: TensorMessage) -> TensorMessage | None:
         """Answer a question as a holder, on the holder lane; None when it asks nothing of this worker."""
         engine = self._engine
         try:
@@ -80,7 +80,7 @@ class LayerTasks:
             engine.fail(gang, error)
             raise
 
-    def _attend(self, gang: Gang, question: Parcel) -> Parcel | None:
+    def _attend(self, gang: Gang, question: TensorMessage) -> TensorMessage | None:
         engine = self._engine
         engine.check(gang)
         part = question.about.parts.get(engine.worker)
@@ -89,7 +89,7 @@ class LayerTasks:
         pool = engine.runtime.pool
         with torch.inference_mode(), pool.device.stream(Use.HOLDER):
             out, lse = attend_part(pool, part, question)
-            return Parcel(engine.worker, (out.cpu(), lse.cpu()))
+            return TensorMessage(engine.worker, (out.cpu(), lse.cpu()))
 
     def _forward(self, gang: Gang) -> PausedForward:
         try:
@@ -98,7 +98,7 @@ class LayerTasks:
             raise GangAbortedError(f"no forward of {gang.name} is paused here: it failed or was aborted") from None
 
     @staticmethod
-    def _question(forward: PausedForward, layer: int) -> Parcel | None:
+    def _question(forward: PausedForward, layer: int) -> TensorMessage | None:
         question = forward.question(layer)
         if question is None:
             forward.result.result()  # raises what ended the forward, if it failed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed.protocol import deserialize, serialize
 
-from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.tensor_message import TensorMessage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,13 +14,13 @@ pytestmark = [
 ]
 
 
-def parcel(device: str = "cuda") -> Parcel:
+def message(device: str = "cuda") -> TensorMessage:
     torch.manual_seed(0)
     block = torch.randn(30, 2, 3, 64, 64, device=device).bfloat16()
-    return Parcel({"blocks": (1, 2)}, (block, block[:, :, ::2], torch.empty(0, device=device), torch.arange(3)))
+    return TensorMessage({"blocks": (1, 2)}, (block, block[:, :, ::2], torch.empty(0, device=device), torch.arange(3)))
 
 
-def assert_same(got: Parcel, sent: Parcel) -> None:
+def assert_same(got: TensorMessage, sent: TensorMessage) -> None:
     assert got.about == sent.about
     for arrived, left in zip(got.tensors, sent.tensors, strict=True):
         assert (arrived.dtype, arrived.shape, arrived.device) == (left.dtype, left.shape, left.device)
@@ -29,7 +29,7 @@ def assert_same(got: Parcel, sent: Parcel) -> None:
 
 def test_gpu_memory_is_lent_without_a_copy_as_cupy_arrays() -> None:
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed (extra: gpu)")
-    sent = parcel()
+    sent = message()
     header, frames = serialize(sent, serializers=("cuda", "dask", "pickle"))
     assert header["serializer"] == "cuda"
     assert isinstance(frames[0], cupy.ndarray)
@@ -40,7 +40,7 @@ def test_gpu_memory_is_lent_without_a_copy_as_cupy_arrays() -> None:
 
 
 def test_over_host_memory_tensors_come_back_to_the_gpu() -> None:
-    sent = parcel()
+    sent = message()
     header, frames = serialize(sent, serializers=("dask", "pickle"))
     assert header["serializer"] == "dask"
     assert_same(deserialize(header, frames), sent)

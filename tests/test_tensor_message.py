@@ -12,7 +12,7 @@ from dask.sizeof import sizeof
 from distributed.comm import connect, listen
 from distributed.protocol import deserialize, serialize, to_serialize
 
-from distkv_dask.worker.parcel import Parcel
+from distkv_dask.worker.tensor_message import TensorMessage
 
 needs_ucxx = pytest.mark.skipif(
     importlib.util.find_spec("distributed_ucxx") is None, reason="distributed-ucxx is not installed (extra: ucx)"
@@ -36,7 +36,7 @@ def tensors() -> tuple[torch.Tensor, ...]:
     )
 
 
-def assert_same(got: Parcel, sent: Parcel) -> None:
+def assert_same(got: TensorMessage, sent: TensorMessage) -> None:
     assert got.about == sent.about
     assert len(got.tensors) == len(sent.tensors)
     for arrived, left in zip(got.tensors, sent.tensors, strict=True):
@@ -45,15 +45,15 @@ def assert_same(got: Parcel, sent: Parcel) -> None:
 
 
 @pytest.mark.parametrize("address", COMMS)
-def test_a_parcel_crosses_a_comm_as_it_was_sent(address: str) -> None:
-    sent = Parcel({"sequence": 3, "blocks": (1, 2)}, tensors())
+def test_a_message_of_tensors_crosses_a_comm_as_it_was_sent(address: str) -> None:
+    sent = TensorMessage({"sequence": 3, "blocks": (1, 2)}, tensors())
 
     async def echo(comm: Any) -> None:
         message = await comm.read()
         await comm.write({"back": to_serialize(message["there"])})
         await comm.close()
 
-    async def cross() -> Parcel:
+    async def cross() -> TensorMessage:
         async with listen(address, echo) as listener:
             comm = await connect(listener.contact_address)
             await comm.write({"there": to_serialize(sent)})
@@ -65,20 +65,20 @@ def test_a_parcel_crosses_a_comm_as_it_was_sent(address: str) -> None:
 
 
 def test_bytes_are_lent_to_the_comm_and_not_copied() -> None:
-    parcel = Parcel(None, tensors()[:1])
-    header, (frame,) = serialize(parcel, serializers=("cuda", "dask", "pickle"))
+    message = TensorMessage(None, tensors()[:1])
+    header, (frame,) = serialize(message, serializers=("cuda", "dask", "pickle"))
     assert header["serializer"] == "dask"
     torch.frombuffer(frame, dtype=torch.bfloat16)[0] = 42.0
-    assert parcel.tensors[0].view(-1)[0] == 42.0
+    assert message.tensors[0].view(-1)[0] == 42.0
     got = deserialize(header, [frame])
-    assert got.tensors[0].data_ptr() == parcel.tensors[0].data_ptr()
+    assert got.tensors[0].data_ptr() == message.tensors[0].data_ptr()
 
 
 def test_what_arrives_in_read_only_memory_can_be_used() -> None:
-    sent = Parcel("x", tensors())
+    sent = TensorMessage("x", tensors())
     header, frames = serialize(sent)
     assert_same(deserialize(header, [bytes(frame) for frame in frames]), sent)
 
 
-def test_dask_knows_how_large_a_parcel_is() -> None:
-    assert sizeof(Parcel(None, (torch.empty(1 << 20, dtype=torch.bfloat16),))) >= 2 << 20
+def test_dask_knows_how_large_a_message_of_tensors_is() -> None:
+    assert sizeof(TensorMessage(None, (torch.empty(1 << 20, dtype=torch.bfloat16),))) >= 2 << 20

@@ -22,10 +22,10 @@ from distkv_dask.errors import MissingProgramError
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class TensorMessage:
     """Tensors of any dtypes, shapes and devices, and what is to be known about them.
 
-    CUDA tensors arrive on the receiver's current CUDA device, or in host memory where it has none. Who takes a parcel
+    CUDA tensors arrive on the receiver's current CUDA device, or in host memory where it has none. Who takes a message
     does not write into its tensors: within a process they are the sender's.
     """
 
@@ -33,19 +33,19 @@ class Parcel:
     tensors: tuple[torch.Tensor, ...]
 
 
-def _serialize(parcel: Parcel) -> tuple[dict[str, Any], list[memoryview]]:
+def _serialize(message: TensorMessage) -> tuple[dict[str, Any], list[memoryview]]:
     with torch.inference_mode():  # as the tensors were made
-        return _header(parcel), [_bytes_of(one).cpu().numpy().data for one in parcel.tensors]
+        return _header(message), [_bytes_of(one).cpu().numpy().data for one in message.tensors]
 
 
-def _deserialize(header: dict[str, Any], frames: list[Any]) -> Parcel:
+def _deserialize(header: dict[str, Any], frames: list[Any]) -> TensorMessage:
     tensors = [_tensor(_on_host(frame), *form) for form, frame in zip(header["tensors"], frames, strict=True)]
-    return Parcel(loads(header["about"]), tuple(tensors))
+    return TensorMessage(loads(header["about"]), tuple(tensors))
 
 
-def _serialize_cuda(parcel: Parcel) -> tuple[dict[str, Any], list[Any]]:
-    """Lend CUDA tensors as CuPy arrays; a parcel without any is left to the next family."""
-    devices = {one.device for one in parcel.tensors if one.is_cuda}
+def _serialize_cuda(message: TensorMessage) -> tuple[dict[str, Any], list[Any]]:
+    """Lend CUDA tensors as CuPy arrays; a message without any is left to the next family."""
+    devices = {one.device for one in message.tensors if one.is_cuda}
     if not devices:
         raise NotImplementedError("no CUDA tensors")
     try:
@@ -53,23 +53,23 @@ def _serialize_cuda(parcel: Parcel) -> tuple[dict[str, Any], list[Any]]:
     except ImportError as error:
         raise MissingProgramError("moving GPU memory needs CuPy: pip install 'distkv-dask[gpu]'") from error
     with torch.inference_mode():
-        pieces = [_bytes_of(one) for one in parcel.tensors]
+        pieces = [_bytes_of(one) for one in message.tensors]
     for device in devices:  # the comm knows nothing of torch's streams
         torch.cuda.synchronize(device)
-    return _header(parcel), [cupy.asarray(one) if one.is_cuda else one.numpy().data for one in pieces]
+    return _header(message), [cupy.asarray(one) if one.is_cuda else one.numpy().data for one in pieces]
 
 
-def _deserialize_cuda(header: dict[str, Any], frames: list[Any]) -> Parcel:
+def _deserialize_cuda(header: dict[str, Any], frames: list[Any]) -> TensorMessage:
     tensors = [
         _tensor(_on_gpu(frame) if hasattr(frame, "__cuda_array_interface__") else _on_host(frame), *form)
         for form, frame in zip(header["tensors"], frames, strict=True)
     ]
-    return Parcel(loads(header["about"]), tuple(tensors))
+    return TensorMessage(loads(header["about"]), tuple(tensors))
 
 
-def _header(parcel: Parcel) -> dict[str, Any]:
-    forms = [(str(one.dtype).removeprefix("torch."), tuple(one.shape), one.is_cuda) for one in parcel.tensors]
-    return {"about": dumps(parcel.about), "tensors": forms}
+def _header(message: TensorMessage) -> dict[str, Any]:
+    forms = [(str(one.dtype).removeprefix("torch."), tuple(one.shape), one.is_cuda) for one in message.tensors]
+    return {"about": dumps(message.about), "tensors": forms}
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,12 +95,12 @@ def _tensor(data: torch.Tensor, dtype: str, shape: tuple[int, ...], was_cuda: bo
     return data.view(getattr(torch, dtype)).view(shape)
 
 
-def _size(parcel: Parcel) -> int:
-    return cast(int, sizeof(parcel.about)) + sum(one.nbytes for one in parcel.tensors)
+def _size(message: TensorMessage) -> int:
+    return cast(int, sizeof(message.about)) + sum(one.nbytes for one in message.tensors)
 
 
-dask_serialize.register(Parcel)(_serialize)
-dask_deserialize.register(Parcel)(_deserialize)
-cuda_serialize.register(Parcel)(_serialize_cuda)
-cuda_deserialize.register(Parcel)(_deserialize_cuda)
-sizeof.register(Parcel)(_size)
+dask_serialize.register(TensorMessage)(_serialize)
+dask_deserialize.register(TensorMessage)(_deserialize)
+cuda_serialize.register(TensorMessage)(_serialize_cuda)
+cuda_deserialize.register(TensorMessage)(_deserialize_cuda)
+sizeof.register(TensorMessage)(_size)
