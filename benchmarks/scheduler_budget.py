@@ -23,7 +23,7 @@ from _report import parser, report
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker import startup
+from distkv_dask.worker.model import loaded
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
@@ -40,7 +40,7 @@ class SleepingModel(LoadedModel):
     def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None) -> torch.Tensor:
         """Logits [n, vocab] of n tokens, after a while."""
         time.sleep(float(os.environ["STEP_SECONDS"]))
-        return torch.zeros(len(token_ids), VOCAB)
+        return torch.zeros(len(token_ids if keep is None else keep), VOCAB)
 
 
 def _load(name: str, dtype: str, threads: int, *_: Any) -> SleepingModel:
@@ -62,7 +62,7 @@ def run_scheduler(address: Any) -> None:
 def run_workers(scheduler: str, count: int, step_seconds: float) -> None:
     """A process with workers."""
     os.environ["STEP_SECONDS"] = str(step_seconds)
-    startup.load_model = _load
+    loaded.load_model = _load  # type: ignore[assignment]
 
     async def serve() -> None:
         workers = [Worker(scheduler, nthreads=1, memory_limit=0, dashboard=False) for _ in range(count)]
