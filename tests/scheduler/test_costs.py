@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from distkv_dask.gang import WindowResult
@@ -87,6 +87,7 @@ times = st.floats(1e-4, 0.1)
 
 
 @given(times, times, times, times, st.integers(1, 4), st.integers(5, 16))
+@example(0.01277409882262459, 0.0625, 0.0625, 0.0625, 3, 5)
 def test_whatever_was_timed_no_cost_is_negative_and_the_smallest_step_is_met(
     one: float, many: float, short: float, long: float, small: int, large: int
 ) -> None:

@@ -56,7 +56,7 @@ def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     small, large = min(batch for batch, _ in samples), max(batch for batch, _ in samples)
     one, many = (fmean(seconds for batch, seconds in samples if batch == size) for size in (small, large))
     row = min(max(0.0, (many - one) / max(1, large - small)), one / small)
-    return one - small * row, row
+    return max(0.0, one - small * row), row  # rounding may leave a little less than nothing
 
 
 def shape_of(geometry: Geometry) -> Shape:
