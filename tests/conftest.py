@@ -18,6 +18,7 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all cluster
 import pytest
 import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
+from hypothesis import settings
 
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
@@ -26,6 +27,8 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     emulated.install(memory=6 << 30)  # which all workers in this process share
     use_torch_kernels()
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no fault
+settings.load_profile("tests")
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 
 __all__ = ["cleanup", "loop", "loop_in_thread"]
