@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distkv_dask.errors import DeviceError
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.kernels import make_ready
 from distkv_dask.messages.from_worker import FromWorker, Opened
@@ -50,9 +51,7 @@ def build_engine(
     CapacityError, ConfigError
         KV memory is too small for a block or does not fit the worker.
     """
-    model, device = None, choose_device(spec.config.device)
-    if device.note:
-        logger.warning("worker %s %s", worker.address, device.note)
+    model, device = None, _device(spec, worker)
     if geometry is None:
         # takes seconds and memory, which memory workers do not spend
         from distkv_dask.worker.model.loaded import load_model
@@ -103,3 +102,16 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, de
     }
     timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
     return cached_measurement(key, spec.config.performance, timing)
+
+
+def _device(spec: EngineSpec, worker: Worker) -> Device:
+    """What the worker computes on; DeviceError where that cannot keep what the settings promise."""
+    device = choose_device(spec.config.device)
+    if device.note:
+        logger.warning("worker %s %s", worker.address, device.note)
+    if spec.config.deterministic and not device.is_host:
+        raise DeviceError(
+            f"distkv.deterministic holds on CPUs only: on {device.name} a row's attention is cut by what else is in "
+            "the batch. Set distkv.device to cpu, or distkv.deterministic to false"
+        )
+    return device
