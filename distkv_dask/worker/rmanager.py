@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Worker, WorkerPlugin
 from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
+from distributed.core import Status
 from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
@@ -83,6 +85,8 @@ class RManager(WorkerPlugin):
             worker.handlers.pop(peer, None)
         for name in list(self.engines):
             await self._close_engine(name)
+        if worker.nanny is not None and worker.status == Status.closing:
+            gc.freeze()  # or Python looks through all of torch as it ends, on busy CPUs for longer than the nanny waits
 
     # Tasks of step graphs: these run in threads of the worker and block
 

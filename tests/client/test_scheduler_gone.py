@@ -21,6 +21,7 @@ from distributed import Client
 from distkv_dask import Engine, EngineClosedError, SamplingParams
 from distkv_dask.client.session import reach
 from tests._models import text_model_dir
+from tests._processes import freeze
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +172,7 @@ def test_a_frozen_scheduler_is_given_up_within_a_limit(tmp_path: Path, monkeypat
         document = engine.ingest("Gravity pulls. " * 20)
         running = engine.submit("Who?", LONG)
         monkeypatch.setattr(reach, "PATIENCE", 1.0)
-        os.kill(scheduler.pid, signal.SIGSTOP)
+        freeze(scheduler.pid)
         try:
             assert_refused(engine.status, words=["not answered"])
             assert_refused(running.result, words=["not answered"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import time
@@ -139,7 +138,6 @@ def test_a_request_whose_disk_is_killed_with_its_worker_is_answered_all_the_same
         Client(cluster) as client,
         engine_of(client, 20, window_steps=4) as engine,
     ):
-        client.run(gc.freeze)
         first = engine.submit(prompts[0], SamplingParams(max_new_tokens=240, ignore_eos=True))
         deadline = time.monotonic() + 60
         while not any(one.generated_tokens for one in engine.status().sequences.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from distributed import Client, LocalCluster
 from distkv_dask import Engine, EngineClosedError, SamplingParams, SequenceStatus
 from tests._cluster import PROTOCOL
 from tests._models import model_dir, prompt_ids, reference_generate
+from tests._processes import freeze
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,6 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
-        client.run(gc.freeze)  # or ending takes Python longer, on a busy machine, than Dask waits for it
 
 
 def pid(client: Client, worker: str) -> int:
@@ -110,7 +109,7 @@ def test_a_frozen_holder_is_noticed_by_the_receive_time_limit(client: Client) ->
         wide = engine.submit(WIDE, LONG)
         holder = decoding(engine)[0].placement[0].worker
         process = pid(client, holder)
-        os.kill(process, signal.SIGSTOP)
+        freeze(process)
         try:
             with pytest.raises(Exception, match=r"distkv\.timeouts|silent|did not") as caught:
                 wide.result(60)
@@ -130,7 +129,7 @@ def test_a_holder_that_freezes_between_windows_is_noticed_by_dasks_own_limit() -
         first = engine.submit(prompt_ids(900), SHORT).result(60)
         holder = first.placement[0].worker
         process = pid(client, holder)
-        os.kill(process, signal.SIGSTOP)
+        freeze(process)
         again = engine.submit(prompt_ids(900), SHORT)  # distkv.timeouts.start is five minutes
         assert again.result(120).token_ids == first.token_ids  # once the nanny has a worker in the frozen one's place
         assert engine.status().totals["repair_events"] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
@@ -41,8 +40,6 @@ def cluster() -> Iterator[LocalCluster]:
     """Three worker processes under nannies; their scheduler is in this process."""
     with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
-        with Client(cluster) as client:
-            client.run(gc.freeze)  # or ending takes Python longer, on a busy machine, than Dask waits for it
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:

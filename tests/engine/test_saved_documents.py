@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 from distkv_dask import Engine, EngineClosedError, SamplingParams, SavedDocumentError
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
+from tests._processes import freeze
 
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -188,11 +188,10 @@ def test_a_worker_that_dies_while_it_saves_costs_the_document_nothing(tmp_path: 
         Client(cluster) as client,
         engine_of(client, 9) as engine,
     ):
-        client.run(gc.freeze)
         document = engine.ingest(DOCUMENT, name="hundred")
         victim = document.placement[0].worker
         process = client.run(os.getpid, workers=[victim])[victim]
-        os.kill(process, signal.SIGSTOP)  # so that it dies with its part unwritten
+        freeze(process)  # so that it dies with its part unwritten
         with ThreadPoolExecutor(1) as pool:
             saving = pool.submit(document.save, tmp_path / "saved")
             deadline = time.monotonic() + 60
