@@ -8,9 +8,11 @@ INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/nat
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-# Tests of one file share what they have started, so a file's tests run in one process.
+# Tests of one file share what they have started, so a file's tests run in one process. Files go out in the order of
+# tests/conftest.py: by itself xdist begins with files of many tests, and the longest one has a single test.
 JOBS ?= 2
-PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(if $(DEVICE),DISTKV_TEST_DEVICE=$(DEVICE)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(if $(DEVICE),DISTKV_TEST_DEVICE=$(DEVICE)) \
+  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all nightly sanitize lint bench docs clean

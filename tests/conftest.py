@@ -35,7 +35,12 @@ __all__ = ["cleanup", "loop", "loop_in_thread"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests over UCX three tries: ucxx misses their time limits now and then on a busy machine."""
+    """Begin with files of slow tests, so that no process waits for one at the end.
+
+    Give tests over UCX three tries: ucxx misses their time limits now and then on a busy machine.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if "ucx" in item.nodeid:
             item.add_marker(pytest.mark.flaky(reruns=2))
