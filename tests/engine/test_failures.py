@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,24 @@ LONG = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """Three worker processes under nannies, which start new ones in place of those that are killed."""
+    with LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster:
+        yield cluster
+
+
 @pytest.fixture
-def client() -> Iterator[Client]:
-    """Client of three worker processes under nannies."""
-    with (
-        LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    """Client of three workers, whatever the test before has done to them."""
+    with Client(cluster) as client:
+        client.wait_for_workers(3, timeout=60)
         yield client
+
+
+@cache
+def wide_tokens() -> list[int]:
+    return reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
 
 
 def pid(client: Client, worker: str) -> int:
@@ -66,7 +77,7 @@ def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str) -
         os.kill(pid(client, span.worker), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens
         assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
-        assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
+        assert list(wide.result(120).token_ids) == wide_tokens()
         assert engine.status().totals["repair_events"] == 1
         deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
         while len(engine.status().workers) < 3:
@@ -99,7 +110,7 @@ def test_requests_that_share_a_gang_with_a_killed_holder_go_on_unchanged(client:
         os.kill(pid(client, holder), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
         assert [list(one.result(60).token_ids) for one in others] == [expected] * 2
-        assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
+        assert list(wide.result(120).token_ids) == wide_tokens()
         assert home in engine.status().workers
 
 
