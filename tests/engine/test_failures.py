@@ -87,6 +87,21 @@ def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str) -
         assert all(one.used_blocks == 0 for one in engine.status().workers.values())
 
 
+@pytest.mark.parametrize("victim", ["home", "holder"])
+def test_a_killed_worker_costs_a_request_by_layer_no_token(client: Client, victim: str) -> None:
+    prompt, new = prompt_ids(700), 40  # on two of three workers of 680 tokens
+    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
+    settings = TINY | {"granularity": "layer", "prefill_chunk_tokens": 64}
+    with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **settings) as engine:
+        wide = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
+        placement = decoding(engine)[0].placement
+        assert len(placement) == 2
+        os.kill(pid(client, placement[-1 if victim == "home" else 0].worker), signal.SIGKILL)
+        assert list(wide.result(120).token_ids) == expected
+        assert engine.status().totals["repair_events"] == 1
+        assert all(one.used_blocks == 0 for one in engine.status().workers.values())
+
+
 def test_what_was_drawn_and_streamed_before_a_worker_died_is_drawn_and_streamed_once(client: Client) -> None:
     drawn = SamplingParams(max_new_tokens=400, ignore_eos=True, temperature=1.0, seed=3, repetition_penalty=1.2)
     with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **TINY) as engine:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster, Scheduler, Worker
+from distributed import Client, Scheduler, Worker
 
 from distkv_dask import DistKVError, Engine, SamplingParams
 from distkv_dask.config import Config
@@ -26,7 +24,7 @@ from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.worker.by_layer import tasks as layer_tasks
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.tensor_message import TensorMessage
-from tests._cluster import PROTOCOL, engine_test
+from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
@@ -155,7 +153,7 @@ async def test_a_holder_that_fails_once_costs_a_retry_and_one_that_always_fails_
 async def test_partials_that_never_come_end_the_forward_in_time(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    compute, late = layer_tasks.attend_part, [1.5]
+    compute, late = layer_tasks.attend_part, [0.4]
 
     def slow(*args: Any) -> Any:
         time.sleep(late[0])
@@ -189,27 +187,6 @@ async def test_cancelling_and_closing_in_the_middle_leave_nothing(
         assert len((await engine.status()).sequences) == 1
         assert not closed.done()
     assert closed.cancelled()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["home", "holder"])
-def test_a_killed_worker_costs_a_request_no_token(victim: str) -> None:
-    prompt, new = prompt_ids(700), 40  # on two of three workers of 680 tokens
-    expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
-    with (
-        LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-        tiny(client, kv_memory="2 MiB", window_steps=4) as engine,
-    ):
-        wide = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
-        while not (sequences := engine.status().sequences) or sequences[0].generated_tokens < 3:
-            assert not wide.done()
-            time.sleep(0.05)
-        worker = sequences[0].placement[-1 if victim == "home" else 0].worker
-        os.kill(client.run(os.getpid, workers=[worker])[worker], signal.SIGKILL)
-        assert list(wide.result(120).token_ids) == expected
-        assert engine.status().totals["repair_events"] == 1
-        assert all(one.used_blocks == 0 for one in engine.status().workers.values())
 
 
 def test_answers_that_nobody_waits_for_are_refused() -> None:
