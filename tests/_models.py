@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -91,23 +91,30 @@ class Reference:
 
 
 def reference_generate(
-    model: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str = "sdpa"
+    model: Path | str, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str = "sdpa"
 ) -> list[Reference]:
     """Generate greedily with plain transformers in float32, one prompt at a time, past any end-of-sequence token."""
+    return [_reference(str(model), tuple(prompt), max_new_tokens, attention) for prompt in prompts]
+
+
+@cache
+def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attention: str) -> Reference:
+    output = _plain(model, attention).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return Reference(output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float())
+
+
+@lru_cache(maxsize=2)
+def _plain(model: str, attention: str) -> transformers.PreTrainedModel:
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
-    found = []
-    for prompt in prompts:
-        output = plain.eval().generate(
-            torch.tensor([list(prompt)]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        found.append(Reference(output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float()))
-    return found
+    return plain.eval()
 
 
 def prompt_ids(length: int, seed: int = 0) -> list[int]:

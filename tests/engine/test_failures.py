@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,6 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         yield client
 
 
-@cache
-def wide_tokens() -> list[int]:
-    return reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
-
-
 def pid(client: Client, worker: str) -> int:
     return client.run(os.getpid, workers=[worker])[worker]
 
@@ -77,7 +71,7 @@ def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str) -
         os.kill(pid(client, span.worker), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens
         assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
-        assert list(wide.result(120).token_ids) == wide_tokens()
+        assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
         assert engine.status().totals["repair_events"] == 1
         deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
         while len(engine.status().workers) < 3:
@@ -125,7 +119,7 @@ def test_requests_that_share_a_gang_with_a_killed_holder_go_on_unchanged(client:
         os.kill(pid(client, holder), signal.SIGKILL)
         expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
         assert [list(one.result(60).token_ids) for one in others] == [expected] * 2
-        assert list(wide.result(120).token_ids) == wide_tokens()
+        assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
         assert home in engine.status().workers
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import pytest
@@ -41,11 +40,6 @@ def cluster() -> Iterator[LocalCluster]:
     """Three worker processes under nannies, with new ones for those killed; their scheduler is in this process."""
     with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
-
-
-@cache
-def reference() -> list[list[int]]:
-    return [one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW)]
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
@@ -92,7 +86,7 @@ def test_a_worker_killed_in_mid_move_costs_no_token(
     wanted: list[Move] = []
     propose(monkeypatch, wanted)
     sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-    wide_tokens, short_tokens = reference()
+    wide_tokens, short_tokens = (one.tokens for one in reference_generate(model_dir("llama-gqa"), [WIDE, SHORT], NEW))
     with Client(cluster) as client, Engine(client, str(model_dir("llama-gqa")), **SLOW) as engine:
         (state,) = cluster.scheduler.plugins["distkv"].engines.values()
         life: MachineState = state.life

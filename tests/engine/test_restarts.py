@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import gc
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ SAMPLING = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 PROMPTS = [prompt_ids(30, seed=seed) for seed in range(6)]
 
 
-@cache
 def expected() -> list[list[int]]:
     return [one.tokens for one in reference_generate(model_dir("llama-gqa"), PROMPTS, NEW)]
 
