@@ -131,7 +131,7 @@ class Card:
 
     def correct(self, figures: dict[str, Any]) -> bool:
         """The kernels against float64 softmax, for odd lengths, ragged queries and causal rows."""
-        worst = 0.0
+        found = []
         for lengths, queries in (([1], [1]), ([63, 64, 65], [1, 1, 1]), ([200, 7], [5, 3])):
             some = self.batch(lengths, queries)
             for name in ("q", "k_pool", "v_pool"):
@@ -141,6 +141,6 @@ class Card:
             out, lse = micro_attention(**there, scale=D**-0.5, causal=True, q_start=start.int().to("cuda"))
             host = {name: one.cpu() for name, one in some.items()}
             right = micro_attention(**host, scale=D**-0.5, causal=True, q_start=start.int(), implementation="reference")
-            worst = max(worst, *(float((a.cpu() - b).abs().max()) for a, b in zip((out, lse), right, strict=True)))
-        figures["largest_difference"] = worst
-        return worst < 0.03
+            found += [float((a.cpu() - b).abs().max()) for a, b in zip((out, lse), right, strict=True)]
+        figures["differences"] = found
+        return all(one < 0.03 for one in found)  # NaN is not

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distkv_dask.errors import DeviceError
+from distkv_dask.errors import DeviceError, in_words
 
 BOUNCE_BYTES = 16 << 20
 """Pinned memory through which blocks go to and from a card, a piece at a time."""
@@ -198,17 +198,24 @@ class Card(Device):
     def memory(self) -> tuple[int, int]:
         """Bytes of its memory that this process can still have (with what torch keeps for it), and of all of it."""
         free, total = torch.cuda.mem_get_info(self.torch)
-        kept = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
-        return free + kept, total
+        with suppress(RuntimeError):  # another allocator than torch's, such as RMM's, does not say
+            free += torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+        return free, total
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
         """Find what the calling thread takes of the memory inside a ``with`` statement, beside what there is."""
-        torch.cuda.reset_peak_memory_stats(self.torch)
-        before, found = torch.cuda.memory_allocated(self.torch), Peak()
+        found, (free, _) = Peak(), torch.cuda.mem_get_info(self.torch)
+        before = None
+        with suppress(RuntimeError):  # another allocator than torch's does not say: what it has taken by then counts
+            torch.cuda.reset_peak_memory_stats(self.torch)
+            before = torch.cuda.memory_allocated(self.torch)
         yield found
         self.finish()
-        found.bytes = torch.cuda.max_memory_allocated(self.torch) - before
+        if before is None:
+            found.bytes = max(0, free - torch.cuda.mem_get_info(self.torch)[0])
+        else:
+            found.bytes = torch.cuda.max_memory_allocated(self.torch) - before
 
 
 class _CardMark(Mark):
@@ -242,9 +249,12 @@ def choose_device(setting: str) -> Device:
     """
     if setting == "cpu":
         return HOST
-    reason = _unusable()
-    if reason is None:
-        return _card()
+    try:
+        if torch.cuda.is_available():
+            return _card()
+        reason = _not_found()
+    except Exception as error:  # a driver that is too old, a card that is broken or taken: each says so in its own way
+        reason = f"torch {torch.__version__} cannot use the card: {in_words(error)}"
     if setting == "cuda":
         raise DeviceError(f"distkv.device is cuda, but {reason}")
     return Device(note=f"computes on the CPU: {reason}") if _sees_a_card() else HOST
@@ -255,15 +265,9 @@ def _card() -> Card:
     return Card()
 
 
-def _unusable() -> str | None:
-    """Why torch cannot use a card in this process, and what to do; None if it can."""
+def _not_found() -> str:
+    """Why torch finds no card in this process, and what to do."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.get_device_properties(0)
-            return None
-    except Exception as error:  # a driver that is too old or broken says so in any way
-        return f"torch {torch.__version__} cannot use it: {error}"
     if visible is not None and visible.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every card from this worker: give it one"
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:

@@ -38,7 +38,7 @@ def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Devic
     asked = spec.config.kv_memory
     if KV_MEMORY_RESOURCE in worker.state.total_resources:
         asked = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
-    found = _on_host(worker, asked) if device.is_host else _on_card(spec, device, model, asked)
+    found = _on_host(worker, asked) if device.is_host else _on_card(spec, device, model, asked, block)
     if found < block.nbytes:
         raise CapacityError(
             f"kv_memory is {found} bytes, but one block of {block.block_tokens} tokens of this model needs "
@@ -65,11 +65,19 @@ def _on_host(worker: Worker, asked: int | None) -> int:
     return asked
 
 
-def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked: int | None) -> int:
+def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked: int | None, block: BlockShape) -> int:
     chunk = 0 if model is None else _chunk_bytes(model, device, spec.config.prefill_chunk_tokens)
     free, total = device.memory()
     if asked is None:
-        return max(0, free - chunk - int(MARGIN * total))
+        found = free - chunk - int(MARGIN * total)
+        if found < block.nbytes:
+            raise DeviceError(
+                f"{device.name} has {free} of {total} bytes left, of which a prompt chunk needs {chunk} and "
+                f"{int(MARGIN * total)} stay free: no KV block of {block.nbytes} bytes fits. Is another engine or "
+                "worker on this card? Start one worker per card (dask-cuda does), or give each its part by kv_memory "
+                "(distkv.kv-memory)"
+            )
+        return found
     if asked + chunk > free:
         raise DeviceError(
             f"kv_memory of {asked} bytes does not fit {device.name}: {free} of its {total} bytes are free"

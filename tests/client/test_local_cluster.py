@@ -47,6 +47,13 @@ def test_a_machine_without_cards_gets_what_dask_gives() -> None:
 
 
 @pytest.mark.usefixtures("cards")
+def test_without_dask_cuda_there_is_one_worker_for_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    with connect.local_cluster(None, 1, None, processes=False, dashboard_address=None) as cluster:
+        assert len(cluster.workers) == 1
+
+
+@pytest.mark.usefixtures("cards")
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
     monkeypatch.setattr(connect, "note", said.append)

@@ -54,14 +54,22 @@ def test_a_torch_with_cuda_that_finds_no_card_says_where_to_look(
     assert (visible or "12.8") in str(caught.value)
 
 
-def test_a_driver_that_is_too_old_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["cuda", "auto"])
+@pytest.mark.parametrize("what", ["The NVIDIA driver on your system is too old", "CUDA-capable device(s) is/are busy"])
+def test_a_card_that_cannot_be_opened_is_quoted(what: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)")
+        raise RuntimeError(what)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
-    with pytest.raises(DeviceError, match="too old"):
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    monkeypatch.setattr(device, "_sees_a_card", lambda: True)
+    if setting == "auto":
+        assert choose_device("auto").is_host
+        assert what in choose_device("auto").note
+        return
+    with pytest.raises(DeviceError) as caught:
         choose_device("cuda")
+    assert what in str(caught.value)
 
 
 def test_a_worker_sees_cards_by_their_device_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,3 +228,29 @@ def test_whatever_a_row_raises_is_the_error_of_that_row() -> None:
     right, *failed = sample_batch(torch.arange(4.0).repeat(4, 1), draws)
     assert right == 3
     assert all(isinstance(one, DistKVError) for one in failed)
+
+
+def test_draws_do_not_depend_on_the_default_dtype_that_a_model_being_loaded_sets() -> None:
+    flat = torch.zeros(VOCAB)
+    params = SamplingParams(temperature=1, seed=3)
+    right = [sample(flat, params, position) for position in range(40)]
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert [sample(flat, params, position) for position in range(40)] == right
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_penalty_counts_once_for_a_token_that_was_there_twice() -> None:
+    (found,) = probabilities(
+        torch.tensor([[2.0, 1.0]]), [Draw(SamplingParams(temperature=1, repetition_penalty=2), 0, (0, 0))]
+    )
+    assert found.tolist() == [0.5, 0.5]
+
+
+def test_any_number_of_best_tokens_may_be_asked_for() -> None:
+    params = SamplingParams(temperature=1, seed=1, top_k=10**400)
+    logits = torch.stack([logits_of(at) for at in range(20)])
+    some = [Draw(params, at) for at in range(20)]
+    plain = [Draw(SamplingParams(temperature=1, seed=1), at) for at in range(20)]
+    assert sample_batch(logits, some) == sample_batch(logits, plain)

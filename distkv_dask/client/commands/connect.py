@@ -30,9 +30,14 @@ MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
 @contextmanager
 def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Iterator[Any]:
     """A Dask cluster of this machine, sized as Dask does where nothing else is said; on cards, one worker for each."""
+    from distributed import LocalCluster
+
     sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
     try:
-        cluster = _kind_of_cluster()(**{name: one for name, one in sizes.items() if one is not None}, **settings)
+        kind = _kind_of_cluster()
+        if kind is LocalCluster and workers is None and _sees_cards():
+            sizes["n_workers"] = 1  # they would share a card
+        cluster = kind(**{name: one for name, one in sizes.items() if one is not None}, **settings)
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(
             f"no cluster could be started on this machine: {error.__cause__ or error}"
@@ -50,7 +55,7 @@ def _kind_of_cluster() -> Callable[..., Any]:
     """What starts workers here: dask-cuda where there are cards, which gives each worker its own."""
     from distributed import LocalCluster
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() in ("", "-1") or not _cards():
+    if not _sees_cards():
         return LocalCluster
     try:
         from dask_cuda import LocalCUDACluster
@@ -58,6 +63,10 @@ def _kind_of_cluster() -> Callable[..., Any]:
         note(f"This machine has a GPU, but dask-cuda cannot be used ({error}): pip install 'distkv-dask[gpu]'")
         return LocalCluster
     return cast("Callable[..., Any]", LocalCUDACluster)
+
+
+def _sees_cards() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() not in ("", "-1") and _cards() > 0
 
 
 def _cards() -> int:

@@ -117,7 +117,7 @@ class LayerAttention:
         }
         self._waiting += time.perf_counter() - began
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         for worker, query, token, count in self._order:
             into, of = slice(token, token + count), slice(query, query + count)
             part_out, part_lse = answers[worker]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +94,7 @@ class Session:
         if layer:
             raise ChannelError(f"a batch came where {Header(*self._turn)} was expected")
         pool = self._pool
-        with pool.device.stream(Use.HOLDER):
+        with self._queuing():
             self._shard = shard = Shard(pool, rows, heads)
         self.sequences = frozenset(row.sequence for row in rows)
         q_shape = (shard.tokens, heads, pool.head_dim)
@@ -102,7 +104,8 @@ class Session:
         self._turn = (kind, number, epoch, 0, step, q_bytes + kv_bytes)
         inlet.maximum = max(inlet.maximum, q_bytes + kv_bytes)
         inlet.make_room(inlet.maximum)
-        self._desk = desk = Desk(pool.device, inlet.data[HEADER_BYTES:][: q_bytes + kv_bytes], shard.result)
+        with self._queuing():
+            self._desk = desk = Desk(pool.device, inlet.data[HEADER_BYTES:][: q_bytes + kv_bytes], shard.result)
         data = desk.question.view(pool.dtype)
         self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
         self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
@@ -142,8 +145,19 @@ class Session:
         self._next((header.layer + 1) % self._pool.layers)
         self._count(1, time.perf_counter() - began)
 
+    @contextmanager
+    def _queuing(self) -> Iterator[None]:
+        """Queue on the holder's stream; after an error nothing is left there that could write to others' blocks."""
+        device = self._pool.device
+        with device.stream(Use.HOLDER):
+            try:
+                yield
+            except BaseException:
+                device.finish()
+                raise
+
     def _attend(self, header: Header) -> None:
-        with self._pool.device.stream(Use.HOLDER):
+        with self._queuing():
             self._desk.fetch()
             self._shard.attend(header.layer, self._q, self._keys, self._values, header.scale)
             self._desk.leave()
@@ -166,7 +180,7 @@ class Session:
         """It is the turn of ``layer``; of the next step, when that is the first."""
         kind, number, epoch, _, step, length = self._turn
         if layer == 0:
-            with self._pool.device.stream(Use.HOLDER):
+            with self._queuing():
                 self._shard.advance()
             step += 1
         self._turn = (kind, number, epoch, layer, step, length)

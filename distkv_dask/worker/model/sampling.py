@@ -1,8 +1,8 @@
 """From logits to the next tokens, filtered as Hugging Face's ``generate`` does, in float64, on the logits' device.
 
 A draw uses one uniform number made from (seed, position) alone. So it is the same in any batch, in a retried window and
-on any device. Extreme parameters give the token that they tend to: a tiny temperature the greedy one, for instance. The
-whole batch is drawn at once, and the host waits for the device once: for the tokens.
+on any device, up to rounding. Extreme parameters give the token that they tend to: a tiny temperature the greedy one,
+for instance. The whole batch is drawn at once on a card, and the host waits for it once: for the tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LARGEST_PENALTY = 1e100
 """Penalties beyond this change no order of float32 logits any more, and their products would overflow float64."""
+
+ROWS = 1
+"""Rows that are drawn at once on the host: more leave the processor's cache, and take several times as long each."""
 
 
 class Draw(NamedTuple):
@@ -61,9 +65,9 @@ def sample_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -
     if any(draw.follower is not None for draw in draws):
         tokens = logits.argmax(-1)
     drawn = [row for row, draw in enumerate(draws) if _is_drawn(draw.params) and row not in errors]
-    if drawn:
-        rows = device.put(torch.tensor(drawn))
-        tokens = tokens.index_copy(0, rows, _sampled(logits[rows], [draws[row] for row in drawn], device))
+    size = ROWS if device.is_host else max(1, len(drawn))
+    for some in (drawn[at : at + size] for at in range(0, len(drawn), size)):
+        tokens = _draw_rows(tokens, logits, draws, some, device, errors)
     found = torch.stack((largest.double(), tokens.double())).cpu().T.tolist()
     return [
         errors.get(row) or (int(token) if isfinite(most) else _not_finite(draws[row]))  # of NaN and others, NaN is most
@@ -83,14 +87,18 @@ def probabilities(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) 
     device
         Where the logits are.
     """
-    every = [draw.params for draw in draws]
-    scores = _penalised(logits.double(), draws, device)
+    return _probabilities(_penalised(logits.double(), draws, device), [draw.params for draw in draws], device)
+
+
+def _probabilities(scores: Tensor, every: Sequence[SamplingParams], device: Device) -> Tensor:
+    """Probabilities, float64 [rows, vocab], of scores with penalties."""
     scores = scores - scores.max(-1, keepdim=True).values  # the quotient by a tiny temperature is -inf then, or 0
-    settings = [(one.temperature, one.top_k or 0, one.top_p, one.min_p) for one in every]
+    vocab = scores.shape[1]
+    settings = [(one.temperature, min(one.top_k, vocab), one.top_p, one.min_p) for one in every]
     temperature, top_k, top_p, min_p = device.put(torch.tensor(settings, dtype=torch.float64)).T[:, :, None]
     scores = scores / temperature
     if any(one.top_k > 0 for one in every):
-        scores = _best(scores, top_k)
+        scores = _best(scores, top_k, min(max(one.top_k for one in every), vocab))
     if any(one.top_p < 1 for one in every):
         scores = _nucleus(scores, top_p)
     if any(one.min_p > 0 for one in every):
@@ -108,55 +116,76 @@ def _restrict(logits: Tensor, draws: Sequence[Draw], device: Device) -> dict[int
     """Forbid what the schemas forbid; the errors of rows that cannot be drawn for."""
     errors: dict[int, DistKVError] = {}
     for row, draw in enumerate(draws):
+        if draw.follower is None:
+            continue
         try:
-            if draw.follower is not None:
-                forbidden = device.put(draw.follower.forbidden(logits.shape[1]))
-                with torch.inference_mode():  # in which the logits were made
-                    logits[row].masked_fill_(forbidden, -torch.inf)
-            if draw.params.temperature != 0 and draw.params.seed is None:
-                raise ValueError("a draw needs SamplingParams.seed; None must be replaced where the request is made")
-            if draw.params.repetition_penalty != 1 and not all(0 <= one < logits.shape[1] for one in draw.history):
-                raise ValueError("the history has tokens that the model does not know")
+            forbidden = device.put(draw.follower.forbidden(logits.shape[1]))
+            with torch.inference_mode():  # in which the logits were made
+                logits[row].masked_fill_(forbidden, -torch.inf)
         except Exception as error:
-            errors[row] = portable(error, f"the draw of the token at position {draw.position}")
+            errors[row] = _failed(error, draw)
     return errors
+
+
+def _draw_rows(
+    tokens: Tensor, logits: Tensor, draws: Sequence[Draw], some: Sequence[int], device: Device,
+    errors: dict[int, DistKVError],
+) -> Tensor:  # fmt: skip
+    """The tokens with those of some rows drawn: at once, or, where that fails, each by itself."""
+    try:
+        rows = device.put(torch.tensor(some))
+        return tokens.index_copy(0, rows, _sampled(logits[rows], [draws[row] for row in some], device))
+    except Exception as error:
+        if len(some) == 1:
+            errors[some[0]] = _failed(error, draws[some[0]])
+            return tokens
+    for row in some:
+        tokens = _draw_rows(tokens, logits, draws, [row], device, errors)
+    return tokens
 
 
 def _sampled(logits: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
     """Tokens of rows that are drawn or penalised, int64 [rows] on the device."""
-    best = _penalised(logits.double(), draws, device).argmax(-1)
+    scores = _penalised(logits.double(), draws, device)
     warm = [row for row, draw in enumerate(draws) if draw.params.temperature != 0]
     if not warm:
-        return best
+        return scores.argmax(-1)
     some = [draws[row] for row in warm]
+    numbers = [_uniform(draw.params.seed, draw.position) for draw in some]
+    uniform = device.put(torch.tensor(numbers, dtype=torch.float64))[:, None]
+    if len(warm) == len(draws):
+        return _drawn(scores, some, uniform, device)
     rows = device.put(torch.tensor(warm))
-    cumulative = probabilities(logits[rows], some, device).cumsum(-1)
-    uniform = device.put(torch.tensor([_uniform(int(one.params.seed or 0), one.position) for one in some]).double())
-    tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform[:, None])
-    return best.index_copy(0, rows, tokens[:, 0])
+    return scores.argmax(-1).index_copy(0, rows, _drawn(scores[rows], some, uniform, device))
+
+
+def _drawn(scores: Tensor, draws: Sequence[Draw], uniform: Tensor, device: Device) -> Tensor:
+    cumulative = _probabilities(scores, [draw.params for draw in draws], device).cumsum(-1)
+    return torch.searchsorted(cumulative, cumulative[:, -1:] * uniform)[:, 0]
 
 
 def _penalised(scores: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
-    """Scores, float64 [rows, vocab], with the repetition penalties of tokens that were there before."""
-    if all(draw.params.repetition_penalty == 1 for draw in draws):
+    """Scores, float64 [rows, vocab], written to: with the repetition penalties of tokens that were there before."""
+    some = [(row, draw) for row, draw in enumerate(draws) if draw.params.repetition_penalty != 1 and draw.history]
+    if not some:
         return scores
-    vocab = scores.shape[1]
-    histories = [[] if draw.params.repetition_penalty == 1 else list(draw.history) for draw in draws]
-    longest = max(map(len, histories))
-    padded = device.put(torch.tensor([one + [vocab] * (longest - len(one)) for one in histories], dtype=torch.int64))
-    seen = torch.zeros(len(draws), vocab + 1, dtype=torch.bool, device=scores.device)
-    seen.scatter_(1, padded, True)
-    penalties = [min(max(one.params.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY) for one in draws]
-    penalty = device.put(torch.tensor(penalties, dtype=torch.float64))[:, None]
-    return torch.where(seen[:, :vocab], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    tokens = [np.asarray(draw.history, np.int64) for _, draw in some]
+    if any(one.min() < 0 or one.max() >= scores.shape[1] for one in tokens):
+        raise ValueError("the history has tokens that the model does not know")
+    counts = [len(one) for one in tokens]
+    where = np.stack((np.repeat([row for row, _ in some], counts), np.concatenate(tokens)))
+    penalties = [min(max(draw.params.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY) for _, draw in some]
+    rows, columns = device.put(torch.from_numpy(where))
+    penalty = device.put(torch.from_numpy(np.repeat(np.array(penalties, np.float64), counts)))
+    before = scores[rows, columns]
+    scores[rows, columns] = torch.where(before < 0, before * penalty, before / penalty)  # the same for the same token
+    return scores
 
 
-def _best(scores: Tensor, top_k: Tensor) -> Tensor:
-    """Leave the ``top_k`` largest of each row, float64 [rows, 1]; 0 leaves all."""
-    vocab = scores.shape[1]
-    last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long() - 1
-    least = scores.sort(-1, descending=True).values.gather(1, last)
-    return scores.masked_fill(scores < least, -torch.inf)
+def _best(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
+    """Leave the ``top_k`` largest of each row, float64 [rows, 1], ``most`` at most; 0 leaves all."""
+    least = scores.topk(most).values.gather(1, top_k.long().clamp(min=1) - 1)
+    return scores.masked_fill((scores < least) & (top_k > 0), -torch.inf)
 
 
 def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
@@ -167,6 +196,10 @@ def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
     return scores.masked_fill(torch.empty_like(gone).scatter_(1, order, gone), -torch.inf)
 
 
+def _failed(error: Exception, draw: Draw) -> DistKVError:
+    return portable(error, f"the draw of the token at position {draw.position}")
+
+
 def _not_finite(draw: Draw) -> ModelError:
     return ModelError(
         f"the model's logits of the token at position {draw.position} are not finite: its weights are damaged, or its "
@@ -174,7 +207,9 @@ def _not_finite(draw: Draw) -> ModelError:
     )
 
 
-def _uniform(seed: int, position: int) -> float:
+def _uniform(seed: int | None, position: int) -> float:
     """Return a number in (0, 1], uniform over seeds and positions."""
+    if seed is None:
+        raise ValueError("a draw needs SamplingParams.seed; None must be replaced where the request is made")
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return ((int.from_bytes(digest, "little") >> 11) + 1) / 2**53

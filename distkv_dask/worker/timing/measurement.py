@@ -63,7 +63,7 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
         if not has_model:
             return Measurement(attention=attention)
         return replace(_Timing(engine, geometry, runtime, lanes).run(), attention=attention)
-    except DistKVError:
+    except (DistKVError, torch.OutOfMemoryError):
         logger.exception("this worker could not be timed; a preset stands in for its speed")
         return None
     finally:
