@@ -77,9 +77,9 @@ def test_a_ring_that_nobody_empties_keeps_the_last_spans_and_counts_the_others(
     ring = Ring()
     for number in range(CAPACITY + 3):
         ring.put("model", 0, number)
-    spans, lost = ring.take()
+    spans, lost = ring.take_spans()
     assert (len(spans), spans[0].gang, lost) == (CAPACITY, 3, 3)
-    assert ring.take() == ([], 0)
+    assert ring.take_spans() == ([], 0)
     file = TraceFile(str(tmp_path / "trace.json"), "e1")
     with caplog.at_level(logging.WARNING):
         file.add({"w0": {"home lane": Spans(spans[:5], lost)}})

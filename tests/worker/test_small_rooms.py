@@ -98,7 +98,7 @@ def test_spans_are_taken_once_in_order_with_the_times_of_the_wall_clock() -> Non
     ring, before = Ring(), time.time_ns()
     began = time.perf_counter_ns()
     ends = [ring.put(name, began, 7, step=step, peer="p", size=3) for step, name in enumerate(("a", "b"))]
-    taken = ring.take()
+    taken = ring.take_spans()
     assert [(one.name, one.gang, one.step, one.layer, one.peer, one.size) for one in taken.spans] == [
         ("a", 7, 0, -1, "p", 3),
         ("b", 7, 1, -1, "p", 3),
@@ -107,7 +107,7 @@ def test_spans_are_taken_once_in_order_with_the_times_of_the_wall_clock() -> Non
     for one, ended in zip(taken.spans, ends, strict=True):
         assert one.ended - one.began == ended - began
         assert abs(one.began - before) < 10**9
-    assert ring.take() == ([], 0)
+    assert ring.take_spans() == ([], 0)
 
 
 def test_a_ring_that_is_not_emptied_keeps_the_latest_and_counts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +115,11 @@ def test_a_ring_that_is_not_emptied_keeps_the_latest_and_counts_the_others(monke
     ring = Ring()
     for step in range(11):
         ring.put("name", 0, 1, step=step)
-    taken = ring.take()
+    taken = ring.take_spans()
     assert [one.step for one in taken.spans] == [7, 8, 9, 10]
     assert taken.lost == 7
     ring.put("name", 0, 1)
-    assert ring.take().lost == 0, "each lost span is counted once"
+    assert ring.take_spans().lost == 0, "each lost span is counted once"
 
 
 def test_what_cpp_marked_is_collected_with_what_it_lost() -> None:
@@ -132,7 +132,7 @@ def test_what_cpp_marked_is_collected_with_what_it_lost() -> None:
     room[1] = structs.Mark(1, 200, 300, 7, 1, 2, -1, -1)
     marks.count, marks.lost = 2, 5
     ring.collect()
-    taken = ring.take()
+    taken = ring.take_spans()
     assert [(one.name, one.ended - one.began, one.layer, one.peer, one.size) for one in taken.spans] == [
         (NAMES[0], 100, 2, "tcp://peer", 64),
         (NAMES[1], 100, 2, "", -1),
@@ -140,13 +140,13 @@ def test_what_cpp_marked_is_collected_with_what_it_lost() -> None:
     assert taken.lost == 5
     assert ring.last == 300
     ring.collect()
-    assert ring.take() == ([], 0)
+    assert ring.take_spans() == ([], 0)
 
 
 def test_a_tracer_tells_lanes_apart() -> None:
     tracer = Tracer()
     tracer.home.put("a", 0, 1)
-    assert {lane: len(spans.spans) for lane, spans in tracer.take().items()} == {"home lane": 1, "holder lane": 0}
+    assert {lane: len(spans.spans) for lane, spans in tracer.take_spans().items()} == {"home lane": 1, "holder lane": 0}
 
 
 # Structures

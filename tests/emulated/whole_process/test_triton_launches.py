@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
+import emulated
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
-import emulated
 
-pytest.importorskip("triton")
-before = os.environ.get("TRITON_INTERPRET")
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
-try:
-    import triton
-    from triton import language as tl
+@triton.jit
+def scale(x, y, n, factor, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(y + at, tl.load(x + at, mask=at < n) * factor, mask=at < n)
 
-    @triton.jit
-    def scale(x, y, n, factor, SIZE: tl.constexpr):
-        at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        tl.store(y + at, tl.load(x + at, mask=at < n) * factor, mask=at < n)
 
-    @triton.jit
-    def scale_all(x, y, SIZE: tl.constexpr):
-        at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        tl.store(y + at, tl.load(x + at) * 2)
+@triton.jit
+def scale_all(x, y, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(y + at, tl.load(x + at) * 2)
 
-    @triton.jit
-    def product(a, b, c, N: tl.constexpr):
-        at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-        tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
 
-    @triton.jit
-    def add_up(x, total, SIZE: tl.constexpr):
-        tl.atomic_add(total, tl.sum(tl.load(x + tl.arange(0, SIZE))))
-finally:
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
+@triton.jit
+def product(a, b, c, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+@triton.jit
+def add_up(x, total, SIZE: tl.constexpr):
+    tl.atomic_add(total, tl.sum(tl.load(x + tl.arange(0, SIZE))))
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
