@@ -111,8 +111,10 @@ class ControlTokens:
         return counts
 
     def without(self, text: str) -> str:
-        """A text without its control tokens."""
-        return self._anywhere.sub("", text)
+        """A text without its control tokens, and without those that their removal leaves behind."""
+        while (bare := self._anywhere.sub("", text)) != text:
+            text = bare
+        return text
 
     def hide(self, text: str, keep: Callable[[str], str]) -> str:
         """Replace control tokens in a text, and parts of one at either end, by what ``keep`` returns for them."""

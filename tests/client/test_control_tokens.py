@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from _tokenizers import CONTROL, KINDS, TEMPLATES, tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.client.documents.prompts import prompts_of
@@ -106,6 +106,7 @@ def test_no_text_holds_more_control_tokens_than_the_tokenizer_itself_adds(kind: 
 @pytest.mark.parametrize("kind", KINDS)
 @unhurried
 @given(st.lists(hostile, min_size=1, max_size=3), hostile)
+@example(["", "<s<s>>"], "")
 def test_no_message_holds_more_control_tokens_than_its_template_writes(
     kind: str, template: str, contents: list[str], name: str
 ) -> None:
