@@ -51,9 +51,9 @@ class Device:
         What the user should know about the choice; empty if nothing.
     """
 
-    def __init__(self, name: str = "cpu", note: str = "") -> None:
+    def __init__(self, note: str = "") -> None:
         self.torch = torch.device("cpu")
-        self.name = name
+        self.name = "cpu"
         self.note = note
 
     @property
@@ -77,9 +77,12 @@ class Device:
         return torch.empty(tuple(shape), dtype=dtype)
 
     def pair(self, shape: Sequence[int], dtype: torch.dtype) -> Pair:
-        """A buffer on both sides."""
-        host = self.host_buffer(shape, dtype)
-        return Pair(host, host if self.is_host else torch.empty_like(host, device=self.torch))
+        """A new buffer on both sides."""
+        return self.mirror(torch.empty(tuple(shape), dtype=dtype, device=self.torch))
+
+    def mirror(self, there: Tensor) -> Pair:
+        """A tensor of the device, and a buffer like it in host memory."""
+        return Pair(there if self.is_host else self.host_buffer(there.shape, there.dtype), there)
 
     def put(self, values: Tensor) -> Tensor:
         """A tensor on the device, of the host or of the device; do not write to it any more. Copies are queued."""
@@ -268,7 +271,7 @@ def _card() -> Card:
 def _not_found() -> str:
     """Why torch finds no card in this process, and what to do."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
+    if _hides_all(visible):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every card from this worker: give it one"
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         return f"torch {torch.__version__} is built without CUDA: {_INSTALL}"
@@ -283,5 +286,10 @@ def _sees_a_card() -> bool:
     """Whether the machine has a card that this worker was not kept from."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return visible.strip() not in ("", "-1")
+        return not _hides_all(visible)
     return any(Path(one).exists() for one in ("/dev/nvidia0", "/dev/kfd")) or shutil.which("nvidia-smi") is not None
+
+
+def _hides_all(visible: str | None) -> bool:
+    """Whether a value of CUDA_VISIBLE_DEVICES leaves a process no card."""
+    return visible is not None and visible.strip() in ("", "-1")

@@ -31,7 +31,7 @@ class Desk:
         self._device = device
         self._body = body
         self._came = Pair(body, body) if device.is_host else device.pair(body.shape, body.dtype)
-        self._left = Pair(result if device.is_host else device.host_buffer(result.shape, result.dtype), result)
+        self._left = device.mirror(result)
         self.question = self._came.there
         self.reply = self._left.host
 

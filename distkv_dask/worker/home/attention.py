@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import PreparedMerges
 from distkv_dask.worker.blocks.pool import Pool
-from distkv_dask.worker.home.exchange import Asking, Exchange, merging, placed_indices
+from distkv_dask.worker.home.exchange import Asking, Exchange, placed_indices
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
@@ -42,24 +42,27 @@ class DistAttention:
         self._pool = pool
         home = gang.gang.home
         shape = (tokens, heads, pool.head_dim)
-        queries = len(parts[home].tokens) if home in parts else 0
-        memory = None if pool.device.is_host else _memory(parts, heads, pool)
-        size = queries * heads * (pool.head_dim + 1)
-        self._memory = None if memory is None else (memory, memory[size:])
-        own = None if memory is None else memory[:size]
+        memory = None if pool.device.is_host or parts.keys() <= {home} else _memory(parts, heads, pool)
+        size = len(parts[home].tokens) * heads * (pool.head_dim + 1) if home in parts else 0
+        own, theirs = (None, None) if memory is None else (memory[:size], memory[size:])
         self._local = local = Local(parts[home], tokens, pool, heads, own) if home in parts else None
         self._exchange: Exchange | None = None
-        self._merges: list[Callable[[], None]] = []
+        self._merge: PreparedMerges | None = None
         if local is not None and local.index is None and len(parts) == 1:
             self._out = local.shard.out
         else:
             self._out = torch.empty(shape, dtype=torch.float32, device=pool.device.torch)
             self._lse = torch.empty(shape[:2], dtype=torch.float32, device=pool.device.torch)
-            self._begin_merging(gang, parts)
+            self._begin_merging(gang, parts, memory, theirs)
         self._result = self._out if pool.dtype == torch.float32 else torch.empty_like(self._out, dtype=pool.dtype)
 
-    def _begin_merging(self, gang: HomeGang, parts: Mapping[str, Part]) -> None:
-        """Make what merges the partials, in an order that neither time nor the rest of the batch changes."""
+    def _begin_merging(
+        self, gang: HomeGang, parts: Mapping[str, Part], memory: torch.Tensor | None, theirs: torch.Tensor | None
+    ) -> None:
+        """Make what merges the partials, in an order that neither time nor the rest of the batch changes.
+
+        On a card with holders, ``memory`` takes all partials: the home's own, then ``theirs``.
+        """
         home, order = gang.gang.home, merge_order(parts)
         local = None if self._local is None else (self._local.shard.out, self._local.shard.lse)
         holders = [
@@ -67,9 +70,10 @@ class DistAttention:
             for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
             if worker != home
         ]
-        together = theirs = None
-        if self._memory is not None:
-            memory, theirs = self._memory
+        if not holders and self._local is not None:
+            memory = self._local.shard.result
+        together = None
+        if memory is not None:
             sources = [*([home] if local is not None else []), *(worker for worker, _, _ in holders)]
             queries = [len(parts[worker].tokens) for worker in sources]
             runs = [(sources.index(one.worker), one.query, one.token, one.queries) for one in order]
@@ -79,10 +83,8 @@ class DistAttention:
             merged = self._out, self._lse, order, local
             asking = Asking(gang.gang, holders, self._pool, *merged, limit, together, theirs)
             self._exchange = self._new_exchange(asking)
-        elif together is not None:
-            self._merges = [together]
-        elif local is not None:
-            self._merges = [merge for _, merge in merging(order, self._out, self._lse, {home: local})]
+        else:
+            self._merge = together
 
     @property
     def exchanged(self) -> Exchanged:
@@ -116,15 +118,12 @@ class DistAttention:
         exchange = self._exchange
         if exchange is not None:
             exchange.ask(layer, self.step, q, k, v, scale)
-        elif self._merges and self._memory is None:  # a token has several partials here
-            self._out.zero_()
-            self._lse.fill_(-torch.inf)
         if self._local is not None:
             self._attend_locally(self._local, layer, q, k, v, scale)
         if exchange is not None:
             exchange.gather(layer, self.step)
-        for merge in self._merges:
-            merge()
+        if self._merge is not None:  # a token has several partials here
+            self._merge()
         return self._result if self._result is self._out else self._result.copy_(self._out)
 
     def advance(self) -> None:

@@ -95,9 +95,8 @@ class PythonExchange:
         """Memory of all questions and of all answers, of which each holder's is a piece."""
         device, dtype = asking.pool.device, asking.pool.dtype
         questions = device.pair((sum(one.question_size for one in self._remotes),), dtype)
-        answers = device.pair((sum(one.answer_size for one in self._remotes),), torch.float32)
-        if asking.memory is not None:
-            answers = Pair(answers.host, asking.memory)
+        size = sum(one.answer_size for one in self._remotes)
+        answers = device.pair((size,), torch.float32) if asking.memory is None else device.mirror(asking.memory)
         asked = answered = 0
         for one in self._remotes:
             question, answer = slice(asked, asked + one.question_size), slice(answered, answered + one.answer_size)
