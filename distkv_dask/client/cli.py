@@ -46,9 +46,9 @@ class LazyGroup(click.Group):
 )
 @click.version_option(package_name="distkv-dask")
 def main(**_: Any) -> None:
-    """Answers about documents that are too long for one machine, from a language model on a Dask cluster.
+    """Ask a language model on a Dask cluster about documents too long for one machine.
 
-    Without --scheduler, run, ask, ingest and bench start a cluster on this machine for as long as they run.
+    Without --scheduler, run, ask, ingest and bench start a cluster on this machine and stop it when they end.
     """
 
 

@@ -1,4 +1,4 @@
-"""``distkv simulate``: what a policy would do with a trace on a cluster that one does not have."""
+"""``distkv simulate``: what a policy would do with a trace, without a cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distkv_dask.simulate.workloads import WORKLOADS, workload_named
 
 def _positive(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < math.inf:
-        raise click.BadParameter(f"{value} is no number above 0")
+        raise click.BadParameter(f"{value} is not a number above 0")
     return value
 
 
@@ -42,20 +42,24 @@ def _losses(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> l
 @click.command()
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Requests: .csv or .jsonl.")
 @click.option("--workload", help=f"Generated requests: {', '.join(WORKLOADS)}.")
-@click.option("--workers", default=32, show_default=True, type=click.IntRange(1), help="Workers of the cluster.")
-@click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="May be given several times.")
-@click.option("--preset", default="a100-7b", show_default=True, type=click.Choice(list(PRESETS)))
-@click.option("--link", type=click.Choice(list(LINKS)), help="Between hosts, instead of the preset's.")
-@click.option("--requests", type=click.IntRange(1), help="How many requests (of a trace: the first ones).")
 @click.option(
-    "--rate", type=float, callback=_positive, help="Requests a second of a workload; all come at once without it."
+    "--workers", default=32, show_default=True, type=click.IntRange(1), help="Number of workers in the cluster."
+)
+@click.option(
+    "--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="Placement policy; may be repeated."
+)
+@click.option("--preset", default="a100-7b", show_default=True, type=click.Choice(list(PRESETS)))
+@click.option("--link", type=click.Choice(list(LINKS)), help="Link between hosts, instead of the preset's.")
+@click.option("--requests", type=click.IntRange(1), help="Number of requests (the first ones of a trace).")
+@click.option(
+    "--rate", type=float, callback=_positive, help="Requests per second of a workload; by default all come at once."
 )
 @click.option(
     "--speedup",
     default=1.0,
     show_default=True,
     callback=_positive,
-    help="How many times as fast a trace's requests come.",
+    help="Factor by which a trace's requests come faster.",
 )
 @click.option("--no-prefill", is_flag=True, help="Prompts come with their KV, computed elsewhere.")
 @click.option(
@@ -64,11 +68,16 @@ def _losses(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> l
     multiple=True,
     callback=_losses,
     metavar="TIME:WORKER",
-    help="Lose a worker (numbered from 0) after so many seconds. May be given several times.",
+    help="Lose a worker (numbered from 0) at this time in seconds; may be repeated.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures, a list if several.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write the figures (JSON, a list for several policies).",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a chart (SVG).")
 @click.pass_context
 def simulate(
     context: click.Context,
@@ -117,7 +126,7 @@ def _check_given(context: click.Context) -> None:
     for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
         given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
         if given and context.params[of] is None:
-            raise click.UsageError(f"--{name} is of a --{of}: leave it out")
+            raise click.UsageError(f"--{name} is for a --{of}: leave it out")
 
 
 def _show(outcomes: Sequence[Outcome], json_file: Path | None, plot: Path | None) -> None:

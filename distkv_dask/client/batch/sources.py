@@ -47,7 +47,7 @@ def located(source: Any) -> Any:
     path = local_path(source)
     if path is None or "\0" in str(path):
         raise SourceError(
-            f"{source!r:.200} is not of this machine, and a batch reads files of its own file systems only: copy it "
+            f"{source!r:.200} is not on this machine, and a batch only reads local files: copy it "
             f"here, mount it, or give what a library reads of it, such as dask.dataframe.read_parquet(...)"
         )
     return path

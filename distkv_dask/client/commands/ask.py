@@ -43,7 +43,7 @@ from distkv_dask.watch import watched
 @click.option(
     "--schema",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with a JSON schema: the answer is JSON that follows it.",
+    help="File with a JSON schema. The answer is JSON that follows it.",
 )
 @sampling_options
 @model_options
@@ -51,13 +51,12 @@ from distkv_dask.watch import watched
 @engine_option
 @size_options
 def command(question: str, document: str | None, schema: Path | None, **options: Any) -> None:
-    """Ask QUESTION about DOCUMENT (.txt, .md, .html, .pdf, or - for standard input), or about nothing.
+    """Ask QUESTION, with or without a DOCUMENT (.txt, .md, .html, .pdf, or - for standard input).
 
     \b
         distkv ask "What are the risks?" report.pdf
 
-    DOCUMENT may be a folder, or its URI, in which `distkv ingest` saved one: then the answer begins without reading it
-    again.
+    DOCUMENT may also be a folder, or its URI, in which `distkv ingest` saved a document. It is then not computed again.
 
     The answer goes to standard output as it is generated.
     """  # noqa: D301
@@ -113,7 +112,7 @@ def document_text(path: Path) -> str:
         When it cannot be read, or there is nothing in it.
     """
     if path.is_dir():
-        raise SourceError(f"{path} is a folder in which no document was saved: name a file, or use distkv run")
+        raise SourceError(f"{path} is a folder without a saved document: name a file, or use distkv run")
     text = read_text(path)
     if not text.strip():
         raise InvalidRequestError(f"{path} is empty")

@@ -30,7 +30,7 @@ Point = TypeVar("Point", Prefill, Decode)
     multiple=True,
     default=(128, 512, 2048),
     show_default=True,
-    help="Tokens of a prompt; may be repeated.",
+    help="Length of a prompt in tokens; may be repeated.",
 )
 @click.option(
     "--batch",
@@ -41,16 +41,18 @@ Point = TypeVar("Point", Prefill, Decode)
     show_default=True,
     help="Requests decoded together; may be repeated.",
 )
-@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True, help="Tokens of each answer.")
+@click.option(
+    "--new-tokens", type=click.IntRange(2), default=32, show_default=True, help="Length of each answer in tokens."
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=30.0,
     show_default=True,
-    help="Nothing more is begun after so many seconds of measuring.",
+    help="Start no new measurement after this many seconds.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (SVG).")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a chart to this file (SVG).")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file (JSON).")
 @model_options
 @scheduler_option
 @engine_option
@@ -64,13 +66,13 @@ def command(
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Measure a cluster and a model: time to the first token and prefill by length of prompt, decoding by batch.
+    """Measure a cluster and a model: first token and prefill by prompt length, decoding by batch size.
 
     \b
         distkv bench --model my-model --scheduler tcp://10.0.0.1:8786 --plot bench.svg
 
-    Prompts are random tokens. Every point is measured once, after a warm-up: repeat the command to see how much figures
-    vary. A decode rate is that of all requests of the batch together.
+    Prompts are random tokens. Every point is measured once, after a warm-up. Repeat the command to see how much the
+    figures vary. A decode rate counts all requests of the batch together.
     """  # noqa: D301
     model = options["model"]
     chosen = chosen_of(options)

@@ -20,9 +20,15 @@ from distkv_dask.models.source import resolve_model
 @click.command("cluster")
 @size_options
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for other machines too."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 also serves other machines."
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8786, show_default=True, help="0 takes any free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8786,
+    show_default=True,
+    help="Port of the scheduler; 0 takes any free port.",
+)
 @click.option("--dashboard-port", type=click.IntRange(0, 65535), default=8787, show_default=True)
 @click.option("--load", is_flag=True, help="Load --model, for commands with --engine auto.")
 @model_options
@@ -42,14 +48,14 @@ def command(
         distkv cluster &
         distkv run reports/ --question "Who signed?" --out answers.parquet --scheduler tcp://127.0.0.1:8786
 
-    The first line of output is the scheduler's address. Each command loads its model, unless the cluster has it:
+    The first line of output is the scheduler's address. Each command loads its own model, unless the cluster keeps one:
 
     \b
         distkv cluster --load --model smollm2-135m &
         distkv ask "Who was Ada Lovelace?" --scheduler tcp://127.0.0.1:8786 --engine auto
     """  # noqa: D301
     if not load and (given := [name for name in MODEL if was_given(name)]):
-        raise click.UsageError(f"--{given[0].replace('_', '-')} is of the model that --load loads: add it")
+        raise click.UsageError(f"--{given[0].replace('_', '-')} applies to the model that --load loads: add --load")
     with clear_failures():
         check_cluster(None)
         _check_free(host, port)

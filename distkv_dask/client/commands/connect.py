@@ -140,7 +140,10 @@ def chosen_of(options: dict[str, Any]) -> Chosen:
     scheduler, attached = options.pop("scheduler"), options.pop("engine")
     sizes, model = ({name: options.pop(name) for name in names} for names in (SIZES, MODEL))
     if scheduler is not None and any(sizes.values()):
-        raise click.UsageError("--workers, --threads and --memory-limit are for a cluster that is started here")
+        raise click.UsageError(
+            "--workers, --threads and --memory-limit are for a cluster that the command starts: leave them out with "
+            "--scheduler"
+        )
     if attached is not None:
         _check_attached(scheduler, attached)
     with clear_failures():
@@ -182,7 +185,9 @@ def check_model(source: ModelSource, texts: bool) -> None:
     """
     check_supported(source.config())
     if texts and source.tokenizer() is None:
-        raise ModelError(f"model {source.name!r} has no tokenizer, without which it cannot be asked with texts")
+        raise ModelError(
+            f"model {source.name!r} has no tokenizer, so it cannot read texts: choose a folder that has tokenizer files"
+        )
 
 
 def _check_address(scheduler: str) -> None:
@@ -198,14 +203,16 @@ def _check_address(scheduler: str) -> None:
         if not host or not 0 < port < 65536:
             raise ValueError("it has no host, or no port from 1 to 65535")
     except ValueError as error:
-        raise ClusterError(f"{scheduler!r} is no scheduler's address such as tcp://10.0.0.1:8786: {error}") from error
+        raise ClusterError(f"{scheduler!r} is not a scheduler address such as tcp://10.0.0.1:8786: {error}") from error
 
 
 def _check_attached(scheduler: str | None, attached: str) -> None:
     if scheduler is None:
-        raise click.UsageError("--engine is one of a running cluster: name its --scheduler")
+        raise click.UsageError("--engine names an engine of a running cluster: give its --scheduler, too")
     if not attached.isalnum():
         raise click.UsageError(f"--engine is {attached!r}, but should be an id that distkv status shows, or auto")
     if given := [name for name in MODEL if was_given(name)]:
         option = given[0].replace("_", "-")
-        raise click.UsageError(f"--{option} is for an engine that is opened here: one that is open already has its own")
+        raise click.UsageError(
+            f"--{option} is for an engine that the command opens, but --engine names an open one: leave out one of them"
+        )

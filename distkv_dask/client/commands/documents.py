@@ -21,9 +21,9 @@ SAVED = "in files; read when it is next asked"
 
 @click.command("documents")
 @running_option
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(scheduler: str, as_json: bool) -> None:
-    """List the documents of a cluster's engines: tokens, questions under way, and where their KV lies."""
+    """List the documents of a cluster's engines: tokens, running questions, and where their KV is."""
     with running_cluster(scheduler) as client:
         _, engines = engines_of(client)
     found = [_row(engine, one) for engine, opened in engines.items() for one in _documents(opened.status)]

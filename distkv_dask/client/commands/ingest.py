@@ -31,8 +31,8 @@ def command(document: Path, folder: str, **options: Any) -> None:
         distkv ingest report.pdf saved/report
         distkv ask "What are the risks?" saved/report
 
-    FOLDER is a path or a URI such as s3://bucket/report, which all workers reach. Questions on it then begin at once,
-    on any number of workers, with the same --model, --dtype and block size.
+    FOLDER is a path or a URI such as s3://bucket/report that all workers can reach. Later questions on the document
+    start at once, on any number of workers, with the same --model, --dtype and block size.
     """  # noqa: D301
     chosen = chosen_of(options)
     with clear_failures():

@@ -1,4 +1,4 @@
-"""The options that commands share: which cluster, which model, and how answers are drawn; each is checked when read."""
+"""The options that commands share: cluster, model, and how answers are drawn; each is checked when it is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LocalFile(click.Path):
         """A :class:`Path`."""
         path = local_path(value)
         if path is None:
-            self.fail(f"{value} is not of this machine: copy it here, or mount it", param, ctx)
+            self.fail(f"{value} is not on this machine: copy it here, or mount it", param, ctx)
         return super().convert(path, param, ctx)
 
 
@@ -61,8 +61,8 @@ def engine_option(command: Command) -> Command:
     return click.option(
         "--engine",
         metavar="ID",
-        help="Ask an engine that is open on the cluster already, with the model that it has: its id, which distkv "
-        "status shows, or auto where there is only one.",
+        help="Ask an engine that is already open on the cluster, with its model. Give its id, as shown by distkv "
+        "status, or auto if only one is open.",
     )(command)
 
 
@@ -70,11 +70,14 @@ def size_options(command: Command) -> Command:
     """Add the options that size a cluster on this machine."""
     for option in (
         click.option(
-            "--memory-limit", metavar="BYTES", callback=_memory_limit, help="Memory of each worker, such as '8 GiB'."
+            "--memory-limit",
+            metavar="BYTES",
+            callback=_memory_limit,
+            help="Memory limit of each worker, such as '8 GiB'.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
         click.option(
-            "--workers", type=click.IntRange(1), help="Worker processes; all three suit the machine if not given."
+            "--workers", type=click.IntRange(1), help="Worker processes. By default all three suit the machine."
         ),
     ):
         command = option(command)
@@ -84,12 +87,14 @@ def size_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """Add the options that say how answers are drawn."""
     for option in (
-        click.option("--stop", multiple=True, metavar="TEXT", help="Text at which an answer ends; may be repeated."),
-        click.option("--seed", type=int, help="Makes draws repeatable."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
+        click.option("--seed", type=int, help="Seed that makes draws repeatable."),
         click.option(
             "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
         ),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
+        ),
         click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
     ):
         command = option(command)
@@ -97,26 +102,26 @@ def sampling_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that say which model it is, and how much memory its KV cache has."""
+    """Add the options for the model and the memory of its KV cache."""
     for option in (
         click.option(
             "--kv-memory",
             metavar="BYTES",
             callback=_kv_memory,
-            help="KV cache of each worker, such as '4 GiB'; half its memory if not given.",
+            help="Memory of each worker's KV cache, such as '4 GiB'; by default half of its memory limit.",
         ),
         click.option(
             "--rope-scaling",
             metavar="KIND:FACTOR",
             callback=_rope_scaling,
-            help="Sequences longer than the model was made for: yarn:4 or linear:2, for example.",
+            help="Allow sequences longer than the model was trained for: yarn:4 or linear:2, for example.",
         ),
         click.option(
             "--dtype",
             type=click.Choice(("auto", "bfloat16", "float16", "float32")),
             default="auto",
             show_default=True,
-            help="Of weights and KV cache; auto is the checkpoint's.",
+            help="Dtype of weights and KV cache; auto takes the checkpoint's.",
         ),
         click.option(
             "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
@@ -150,12 +155,12 @@ def _memory_limit(_: click.Context, __: click.Parameter, text: str | None) -> st
         if text not in (None, "auto") and parse_bytes(text) < 0:
             raise ValueError("it is negative")
     except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{text!r} is no amount of memory such as '8 GiB' ({error})") from error
+        raise click.BadParameter(f"{text!r} is not an amount of memory such as '8 GiB' ({error})") from error
     return text
 
 
 def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
-    """What a command's options say about sampling, and that which was said; takes them out of ``options``."""
+    """Sampling parameters of a command, and those that were given explicitly; removes them from ``options``."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
     given = {name: options.pop(name) for name in names}
     with clear_failures():
@@ -167,7 +172,7 @@ def check_drawn(sampling: SamplingParams) -> None:
     for name in ("top_p", "seed"):
         if sampling.temperature == 0 and was_given(name):
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is for drawn answers, but --temperature 0 takes the likeliest token: "
+                f"--{name.replace('_', '-')} is for drawn answers, but --temperature 0 takes the most likely token: "
                 f"leave it out, or add --temperature 1"
             )
 

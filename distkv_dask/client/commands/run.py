@@ -33,36 +33,38 @@ from distkv_dask.client.commands.options import (
 
 @click.command("run")
 @click.argument("source")
-@click.option("-q", "--question", "questions", multiple=True, help="Asked about each row; may be repeated.")
-@click.option("--template", help="Text of a prompt, with {text}, {question} and columns in braces.")
+@click.option("-q", "--question", "questions", multiple=True, help="Question about each row; may be repeated.")
+@click.option("--template", help="Prompt template, with {text}, {question} and other columns in braces.")
 @click.option("-o", "--out", required=True, help="Folder of Parquet files to write.")
 @click.option("--text-column", default=TEXT, show_default=True, help="Column that holds the text.")
 @click.option(
-    "--keep", multiple=True, metavar="COLUMN", help="Column that goes to the output; all but the text if not given."
+    "--keep", multiple=True, metavar="COLUMN", help="Column to copy to the output; by default all but the text."
 )
 @click.option(
     "--schema",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with a JSON schema: answers are JSON that follows it, with a column for each property.",
+    help="File with a JSON schema. Answers are JSON that follows it; each property gets a column.",
 )
 @click.option(
     "--too-long",
     type=click.Choice(get_args(TooLong)),
     default="refuse",
     show_default=True,
-    help="What happens to prompts longer than the model's window.",
+    help="What to do with prompts longer than the model's window.",
 )
 @click.option(
     "--overlap",
     type=click.IntRange(0),
     default=OVERLAP,
     show_default=True,
-    help="Tokens that parts share (map-reduce).",
+    help="Tokens that neighbouring parts share (map-reduce).",
 )
-@click.option("--combine", default=COMBINE, help="Combining question, with {answers} and {question} (map-reduce).")
-@click.option("--max-errors", type=click.IntRange(0), help="Stop when more rows than this have errors.")
-@click.option("--retry-errors", is_flag=True, help="Do the rows again that had errors in earlier runs.")
-@click.option("--in-flight", type=click.IntRange(1), help="Requests that the cluster has at once.")
+@click.option(
+    "--combine", default=COMBINE, help="Question that combines parts, with {answers} and {question} (map-reduce)."
+)
+@click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
+@click.option("--retry-errors", is_flag=True, help="Repeat rows that had errors in earlier runs.")
+@click.option("--in-flight", type=click.IntRange(1), help="Most requests to run at once.")
 @sampling_options
 @model_options
 @scheduler_option
@@ -78,10 +80,10 @@ def command(out: str, **options: Any) -> None:
         distkv run reports/ --question "Who is the chief executive?" --out answers.parquet
 
     The answers can be read at any time: pyarrow.parquet.read_table("answers.parquet"). If anything is killed or breaks,
-    repeat the same command: it goes on where it was. A row that cannot be answered says why in its column "error".
+    repeat the same command: it continues where it stopped. If a row cannot be answered, its column "error" says why.
 
-    Exit status: 0 if every row has an answer, 3 if some rows have errors, 1 if the batch could not be done (what is
-    answered so far is kept), 2 if the command line is wrong.
+    Exit status: 0 if every row has an answer, 3 if some rows have errors, 1 if the batch failed (answers so far are
+    kept), 2 if the command line is wrong.
     """  # noqa: D301
     done = _run(out, options)
     errors = f", {done.errors} with errors" if done.errors else ""

@@ -23,12 +23,12 @@ INTERVAL = 1.0
 
 @click.command("status")
 @running_option
-@click.option("--json", "as_json", is_flag=True, help="Everything there is to know, as JSON.")
-@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything the engines know as JSON.")
+@click.option("--watch", is_flag=True, help="Refresh every second, until Ctrl-C.")
 def command(scheduler: str, as_json: bool, watch: bool) -> None:
     """Show the engines of a cluster: their model, requests, and the KV memory of each worker."""
     if as_json and watch:
-        raise click.UsageError("--json shows one moment: leave out --watch, or repeat the command")
+        raise click.UsageError("--json prints once: leave out --watch, or repeat the command")
     with running_cluster(scheduler) as client:
         if watch:
             _watch(client)
