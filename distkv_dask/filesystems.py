@@ -50,7 +50,7 @@ class RemoteFolder(Folder):
         """Read a file."""
         found = self._filesystem.get_file_info(self._file(name))
         if not found.is_file:
-            raise FileNotFoundError("it is not there")
+            raise FileNotFoundError("it does not exist")
         with self._filesystem.open_input_file(self._file(name)) as file:
             yield Source(found.size, file.read_at)
 
@@ -64,7 +64,7 @@ class RemoteFolder(Folder):
         self._filesystem.move(self._file(by), self._file(name))
 
     def delete(self, name: str) -> None:
-        """Delete a file; nothing happens if it is not there."""
+        """Delete a file; nothing happens if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self._file(name))
 
@@ -97,7 +97,7 @@ def folder_at(place: str | os.PathLike[str]) -> Folder:
     if not name.strip() or "\0" in name:
         raise SavedDocumentError(f"{name!r} names no folder: give a path, or a URI such as s3://bucket/report")
     if not isinstance(place, str) and re.match(r"[a-z][a-z0-9+.-]+:/", name):
-        raise SavedDocumentError(f"{name} was a URI before it became a Path, which takes a slash away: give it as text")
+        raise SavedDocumentError(f"{name} was a URI before it became a Path, which drops a slash: give the URI as text")
     if "://" not in name:
         try:
             return LocalFolder(Path(name).expanduser().absolute())

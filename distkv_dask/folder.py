@@ -50,7 +50,7 @@ class Folder(ABC):
 
     @abstractmethod
     def open(self, name: str) -> AbstractContextManager[Source]:
-        """Read a file; raises :class:`OSError` if it is not there or no plain file."""
+        """Read a file; raises :class:`OSError` if it does not exist or no plain file."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -62,7 +62,7 @@ class Folder(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Delete a file; nothing happens if it is not there."""
+        """Delete a file; nothing happens if it does not exist."""
 
     @abstractmethod
     def lock(self, watch: Watch) -> AbstractContextManager[None]:
@@ -90,8 +90,8 @@ def checked_file_name(name: str) -> str:
     >>> checked_file_name("../x")
     Traceback (most recent call last):
     ...
-    distkv_dask.errors.SavedDocumentError: '../x' is no name of a file in a folder
+    distkv_dask.errors.SavedDocumentError: '../x' is not the name of a file in a folder
     """
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-        raise SavedDocumentError(f"{name!r:.200} is no name of a file in a folder")
+        raise SavedDocumentError(f"{name!r:.200} is not the name of a file in a folder")
     return name

@@ -83,7 +83,7 @@ class LocalFolder(Folder):
         sync(self.path)
 
     def delete(self, name: str) -> None:
-        """Delete a file; nothing happens if it is not there."""
+        """Delete a file; nothing happens if it does not exist."""
         self._file(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager

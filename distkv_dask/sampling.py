@@ -84,7 +84,7 @@ class SamplingParams:
             put("schema", _schema(self.schema))
             if self.ignore_eos or self.stop:
                 raise InvalidRequestError(
-                    "an answer of a schema ends where its JSON does: leave out ignore_eos and stop"
+                    "an answer with a schema ends where its JSON ends: leave out ignore_eos and stop"
                 )
 
 

@@ -41,8 +41,8 @@ def checked_text(text: str, what: str) -> str:
         )
     if (at := _half_pair(text)) is not None:
         raise InvalidRequestError(
-            f"{what} holds half a surrogate pair (U+{ord(text[at]):04X}) at character {at}, which is no text: it was "
-            "cut within a character. Replace it, for instance by U+FFFD"
+            f"{what} holds half a surrogate pair (U+{ord(text[at]):04X}) at character {at}: the text was cut inside a "
+            "character. Replace it, for example by U+FFFD"
         )
     return text
 

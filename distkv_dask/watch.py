@@ -36,7 +36,7 @@ class Watch:
     def check(self) -> None:
         """Raise :class:`TimeoutError` if nobody waits any more."""
         if self._given_up:
-            raise TimeoutError("it took too long, and nobody waits for it any more")
+            raise TimeoutError("it took too long, and nobody is waiting for it")
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
@@ -85,8 +85,8 @@ async def watched(limit: float, what: str, work: Callable[..., Result], *argumen
             left = watch.seen + limit - time.monotonic()
             if left <= 0:
                 raise SavedDocumentError(
-                    f"{what} stood still for {limit:g} s (distkv.timeouts.files): see whether that disk or service "
-                    "answers, or raise the limit if it is just slow"
+                    f"{what} stood still for {limit:g} s (distkv.timeouts.files): check that the disk or service "
+                    "answers, or raise the limit if it is only slow"
                 )
             await asyncio.wait([ended], timeout=left)
         return ended.result()

@@ -85,7 +85,7 @@ class Tokenizer:
             taken |= {*signature(self._loaded.apply_chat_template).parameters, *self._loaded.special_tokens_map}
         for name in variables:
             if not name.isidentifier() or name in taken:
-                raise InvalidRequestError(f"{name!r:.100} is no variable that a chat template may be given")
+                raise InvalidRequestError(f"{name!r:.100} is not a variable that a chat template may be given")
         other = copy(self)
         other._variables = dict(variables)
         return other

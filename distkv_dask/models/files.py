@@ -64,7 +64,7 @@ def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
         if not file.is_file():
             raise ModelError(f"{file} is not a file: give a folder saved by save_pretrained")
         if (size := file.stat().st_size) > limit:
-            raise ModelError(f"{file} has {size} bytes, more than {limit}: it is not what it is called")
+            raise ModelError(f"{file} has {size} bytes, more than {limit}: it cannot be such a file")
         read = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON, download the model again: {in_words(error):.200}") from error
@@ -136,7 +136,10 @@ def check_sizes(config: Any, name: str) -> None:
             )
     heads, kv_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
     if heads and kv_heads and heads % kv_heads:
-        raise ModelError(f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads: not a multiple")
+        raise ModelError(
+            f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads, but needs a multiple of them: "
+            "download the model again"
+        )
 
 
 def check_weights(folder: Path, config: Any) -> None:
@@ -157,8 +160,8 @@ def check_weights(folder: Path, config: Any) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder} holds an adapter, which names a model to be fetched: merge it into its model first (peft's "
-            "merge_and_unload), and give the folder of the result"
+            f"{folder} holds an adapter, which refers to a model that would have to be fetched: merge it into that "
+            "model first (peft's merge_and_unload), and give the folder of the result"
         )
     if (generation := folder / "generation_config.json").exists():
         read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end
@@ -232,7 +235,9 @@ def _inside(folder: Path, name: str) -> Path:
     real, home = file.resolve(), folder.resolve()
     cache = home.parent.parent / "blobs"  # where the hub's cache keeps what its folders link to
     if home not in real.parents and cache not in real.parents:
-        raise ModelError(f"{file} is a link to {real}, outside of the folder: copy it there, or give that folder")
+        raise ModelError(
+            f"{file} is a link to {real}, outside the folder: copy the file here, or give the other folder"
+        )
     return file
 
 

@@ -115,7 +115,7 @@ class Simulation:
 
     def _name(self, number: int) -> str:
         if not 0 <= number < len(self.lanes):
-            raise InvalidRequestError(f"there is no worker {number} to lose: they are 0 to {len(self.lanes) - 1}")
+            raise InvalidRequestError(f"worker {number} does not exist: choose one from 0 to {len(self.lanes) - 1}")
         return list(self.lanes)[number]
 
     def _at(self, time: float, event: Any, *arguments: Any) -> None:
@@ -273,7 +273,7 @@ class Simulation:
         self._handle(Tick())
         self._idle = 0 if self._events else self._idle + 1
         if self._idle > IDLE:
-            raise RuntimeError(f"{self._left} requests neither end nor go on")
+            raise RuntimeError(f"{self._left} requests neither end nor make progress")
         if self._left:
             pause = max(TICK, self.now / TICKS)
             self._at(self.now + pause, self._tick, pause)

@@ -86,7 +86,7 @@ def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked:
                 if chunk
                 else ""
             )
-            + ". Lower kv_memory (distkv.kv-memory) or distkv.prefill.chunk-tokens, or end what else uses the card"
+            + ". Lower kv_memory (distkv.kv-memory) or distkv.prefill.chunk-tokens, or stop what else uses the card"
         )
     return asked
 

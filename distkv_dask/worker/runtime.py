@@ -192,7 +192,7 @@ class Runtime:
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:
-            raise ModelError("this worker holds KV only, it has no model; send prompts to a worker that has one")
+            raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
 
     def _attention(

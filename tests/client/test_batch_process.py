@@ -255,7 +255,7 @@ async def test_what_does_not_go_together_is_refused_before_anything_runs(
             ({"question": "Who?", "template": "{text}"}, r"\{question\}"),
             ({"template": "{text} {question}"}, "give a question"),
             ({"template": "{title} {text}"}, "the source has only: id, text"),
-            ({"template": "{text.x}"}, "only names of columns"),
+            ({"template": "{text.x}"}, "only column names"),
             ({"template": "{text"}, "cannot be read"),
             ({"template": "nothing"}, r"\{text\}"),
             ({"questions": "Who?"}, "give a list"),
@@ -294,7 +294,7 @@ async def test_answers_of_a_schema_fill_typed_columns_and_those_cut_off_are_erro
         done = await engine.process(TABLE, out=folder / "cut", schema=schema, sampling=few)
         assert done.errors == 8
         (error,) = {one["error"].partition("(")[0] for one in answers(folder / "cut")}
-        assert error == "the answer is no complete JSON "
+        assert error == "the answer is not complete JSON "
         assert all(one["year"] is None and one["answer"] for one in answers(folder / "cut"))
         clash = {"type": "object", "properties": {"answer": {"type": "string"}}}
         with pytest.raises(SourceError, match="rename it in the JSON schema"):

@@ -68,7 +68,7 @@ def test_a_folder_and_a_parquet_file_give_the_answers_of_generate(tmp_path: Path
         assert (done.exit_code, "1 with errors" in done.output) == (3, True), done.output
         assert pq.read_table(tmp_path / "b").sort_by("row")["answer"].to_pylist() == [*expected, None]
         done = call("run", tmp_path / "docs", "-q", "Why?", "-o", tmp_path / "a", *common)
-        assert (done.exit_code, "begun with other parameters" in done.output) == (1, True), done.output
+        assert (done.exit_code, "started with other parameters" in done.output) == (1, True), done.output
 
         done = call("ask", "Who?", tmp_path / "docs" / "03.txt", *common)
         assert (done.exit_code, done.output) == (0, expected[3] + "\n")

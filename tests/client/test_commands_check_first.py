@@ -128,9 +128,9 @@ BAD = {
     f"{LINES} --text-column body": "leave out text_column",
     f"{LINES} --schema @/good.json": "response_format",
     # where answers go
-    "run @/t.parquet -o s3://bucket/out --model MODEL": "no folder of this machine",
-    "run @/t.parquet -o memory://out --model MODEL": "no folder of this machine",
-    "run @/t.parquet -o file://elsewhere/out --model MODEL": "no folder of this machine",
+    "run @/t.parquet -o s3://bucket/out --model MODEL": "not a folder on this machine",
+    "run @/t.parquet -o memory://out --model MODEL": "not a folder on this machine",
+    "run @/t.parquet -o file://elsewhere/out --model MODEL": "not a folder on this machine",
     "run @/t.parquet -o @/out.jsonl --model MODEL": "name a folder",
     "run @/t.parquet -o @/a.txt --model MODEL": "is a file",
     "run @/t.parquet -o @/a.txt/out --model MODEL": "cannot be written",
@@ -141,7 +141,7 @@ BAD = {
     "run @/docs -o @/docs/out --model MODEL": "the source",
     "run @/docs -o file://@/docs/out --model MODEL": "the source",
     "run @/requests.jsonl -o @/requests.jsonl --model MODEL": "the source",
-    "run @/requests.jsonl -o @/taken.jsonl --model MODEL": "there already",
+    "run @/requests.jsonl -o @/taken.jsonl --model MODEL": "already exists",
     # model, cluster
     **{
         f"{command} {option}": words

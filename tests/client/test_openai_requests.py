@@ -56,7 +56,7 @@ def test_a_field_that_changes_nothing_is_no_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_field_that_would_change_something_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InvalidRequestError, match=name if name != "prompt" else "no prompt"):
+    with pytest.raises(InvalidRequestError, match=name if name != "prompt" else "instead of a prompt"):
         content_of(chat(**{name: REFUSED[name]}))
 
 
@@ -164,7 +164,7 @@ def test_ids_that_are_no_text_or_come_twice_are_errors_that_name_them(tmp_path: 
     assert [one["custom_id"] for one in found] == ["a", "7", None, '["x"]', "a", "b"]
     assert [one["error"] is None for one in found] == [True, False, False, False, False, True]
     assert "custom_id is 7" in found[1]["error"]["message"]
-    assert "that of row 0" in found[4]["error"]["message"]
+    assert "used by row 0" in found[4]["error"]["message"]
     assert len(seen) == 2
 
 

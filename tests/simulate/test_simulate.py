@@ -251,6 +251,6 @@ def test_the_command_loses_workers_that_there_are(tmp_path: Path) -> None:
     assert less.exit_code == 0, less.output
     assert "20 finished" in less.output
     assert less.output != plain.output
-    assert "there is no worker 3" in CliRunner().invoke(main, [*arguments, "--lose", "1:3"]).output
+    assert "worker 3 does not exist" in CliRunner().invoke(main, [*arguments, "--lose", "1:3"]).output
     assert "TIME:WORKER" in CliRunner().invoke(main, [*arguments, "--lose", "soon"]).output
     assert "0 seconds or later" in CliRunner().invoke(main, [*arguments, "--lose", "nan:1"]).output

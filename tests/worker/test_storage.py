@@ -187,11 +187,11 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> No
     folder = tmp_path / "inside"
     folder.mkdir()
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(SavedDocumentError, match="no name of a file"):
+    with pytest.raises(SavedDocumentError, match="not the name of a file"):
         list(read(folder, SavedFile(name, 0, BLOCK, 4, 0)))
-    with pytest.raises(SavedDocumentError, match="no name of a file"):
+    with pytest.raises(SavedDocumentError, match="not the name of a file"):
         LocalFolder(folder).delete(name)
-    with pytest.raises(SavedDocumentError, match="no name of a file"):
+    with pytest.raises(SavedDocumentError, match="not the name of a file"):
         storage.write_blocks(filled(), 1, 0, BLOCK, LocalFolder(folder), name, Watch(), True)
     assert (tmp_path / "x").read_text() == "mine"
 

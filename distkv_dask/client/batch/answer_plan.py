@@ -133,7 +133,9 @@ def _groups(
         while start + size < len(answers) and len(longer := prompt(start, size + 1)) <= room:
             size, ids = size + 1, longer
         if size == 1 and start + 1 < len(answers):
-            raise InvalidRequestError("two answers about parts do not fit the window together: lower max_new_tokens")
+            raise InvalidRequestError(
+                "the answers about two parts do not fit the window together: lower max_new_tokens"
+            )
         groups.append((size, ids))
         start += size
     return groups

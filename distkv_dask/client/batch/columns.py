@@ -40,12 +40,12 @@ def schema_values(schema: Mapping[str, Any], text: str) -> dict[str, Any]:
         answer = json.loads(text)
     except ValueError as error:
         raise InvalidRequestError(
-            f"the answer is no complete JSON ({error}): raise max_new_tokens, or bound texts and lists in the schema "
+            f"the answer is not complete JSON ({error}): raise max_new_tokens, or bound texts and lists in the schema "
             f"(maxLength, maxItems)"
         ) from error
     if not isinstance(answer, dict) and schema.get("properties"):
         raise InvalidRequestError(
-            f"the answer is no object ({type(answer).__name__}), and has none of the schema's properties: add "
+            f"the answer is not an object ({type(answer).__name__}), and has none of the schema's properties: add "
             f'"type": "object" to the schema'
         )
     values = {}

@@ -39,7 +39,7 @@ class DocumentSource:
         self._base = root.parent if paths is None else root
         self._paths = [root] if paths is None else list(paths)
         if not self._paths:
-            raise SourceError(f"{root} holds no documents: files that end in {', '.join(DOCUMENTS)}")
+            raise SourceError(f"{root} holds no documents, that is, files ending in {', '.join(DOCUMENTS)}")
         check_support(path.suffix.lower() for path in self._paths)
         self._reader = TextReader()
 

@@ -61,8 +61,8 @@ def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
             )
     elif begun is not None and (changed := _differences(found, json.loads(json.dumps(begun)))):
         raise OutputError(
-            f"{path} was begun with other parameters ({'; '.join(changed)}). Repeat the command as it was to continue, "
-            f"or choose another output."
+            f"{path} was started with other parameters ({'; '.join(changed)}). To continue, repeat the command as it "
+            f"was, or choose another output."
         )
 
 

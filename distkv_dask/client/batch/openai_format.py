@@ -82,7 +82,7 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
         if getattr(spec, name) != getattr(plain, name):
             raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
     if keep is not None:
-        raise InvalidRequestError("of an OpenAI batch file, custom_id and url are kept: leave out keep")
+        raise InvalidRequestError("an OpenAI batch file always keeps custom_id and url: leave out keep")
     if spec.sampling.schema is not None:
         raise InvalidRequestError("requests of an OpenAI batch file have their own response_format: leave out schema")
 
@@ -107,7 +107,7 @@ def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None) -> R
         if isinstance(record, str):
             raise InvalidRequestError(record)
         if earlier is not None:
-            raise InvalidRequestError(f"custom_id {kept['custom_id']} is that of row {earlier} already: rename one")
+            raise InvalidRequestError(f"custom_id {kept['custom_id']} is already used by row {earlier}: rename one")
         return content_of(record)
 
     return Row(number, mark, pa.RecordBatch.from_pylist([kept], OpenAIBatchSource.kept), read)

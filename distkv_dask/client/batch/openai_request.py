@@ -56,7 +56,7 @@ def content_of(record: Mapping[str, Any]) -> Content:
     """
     body, url, method = record.get("body"), record.get("url"), record.get("method")
     if not isinstance(name := record.get("custom_id"), str):
-        raise InvalidRequestError(f"custom_id is {name!r:.100}, but a request needs a text there")
+        raise InvalidRequestError(f"custom_id is {name!r:.100}, but it must be a text")
     if not isinstance(body, Mapping):
         raise InvalidRequestError(f"a request needs a body (object), not {type(body).__name__}")
     if url not in (CHAT, COMPLETIONS):
@@ -97,12 +97,12 @@ def _prompt(body: Mapping[str, Any], url: str) -> Prompt:
     prompt, messages = body.get("prompt"), body.get("messages")
     if url == CHAT:
         if prompt is not None:
-            raise InvalidRequestError("a chat has messages, no prompt")
+            raise InvalidRequestError("a chat request has messages instead of a prompt")
         if not isinstance(messages, list) or not messages:
             raise InvalidRequestError(f"messages should be a list of chat messages, not {type(messages).__name__}")
         return plain_messages(messages)
     if messages is not None:
-        raise InvalidRequestError("a completion has a prompt, no messages")
+        raise InvalidRequestError("a completion request has a prompt instead of messages")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
@@ -113,5 +113,5 @@ def _prompt(body: Mapping[str, Any], url: str) -> Prompt:
 def _template(body: Mapping[str, Any], url: str) -> Mapping[str, Any]:
     given = body.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping) or (given and url != CHAT):
-        raise InvalidRequestError("chat_template_kwargs should be an object, and are for chats")
+        raise InvalidRequestError("chat_template_kwargs should be an object, and only chats may have it")
     return given

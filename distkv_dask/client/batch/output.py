@@ -59,7 +59,7 @@ class Output:
     Parameters
     ----------
     path
-        The folder; made if it is not there.
+        The folder; made if it does not exist.
     schema
         Label, columns kept of the source, :data:`RESULT`, and those of the answers' JSON schema.
     parameters
@@ -219,5 +219,5 @@ def locked(path: Path) -> filelock.FileLock:
     except filelock.Timeout:
         raise OutputError(f"{path} is being written to by another process: wait for it, or end it first") from None
     except NotImplementedError as error:
-        raise OutputError(f"the file system of {path} knows no locks: choose an output on another one") from error
+        raise OutputError(f"the file system of {path} has no locks: choose an output on another one") from error
     return lock

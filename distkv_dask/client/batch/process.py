@@ -122,7 +122,7 @@ class Processing:
         if question is not None and questions is not None:
             raise InvalidRequestError("give either question or questions")
         if out is None and retry_errors:
-            raise InvalidRequestError("retry_errors is about an earlier output: name it with out=...")
+            raise InvalidRequestError("retry_errors needs the output of an earlier run: name it with out=...")
         if out is None and progress:
             raise InvalidRequestError("a lazy Dask DataFrame has no progress bar: leave out progress, or give out=...")
         source = located(source)

@@ -181,7 +181,8 @@ def _open_path(path: Path, columns: Columns) -> Source:
         raise SourceError(f"{path} cannot be read: {error}") from error
     kind = next((kind for kind, ends in _KINDS.items() if path.name.lower().endswith(ends)), None)
     if kind is None:
-        raise SourceError(f"{path} is of no kind that can be read: {', '.join(itertools.chain(*_KINDS.values()))}")
+        known = ", ".join(itertools.chain(*_KINDS.values()))
+        raise SourceError(f"{path} is of no kind that can be read; its name should end in one of {known}")
     if kind == "documents":
         return DocumentSource(path, columns.text)
     if kind == "JSONL" and is_openai_batch(path):

@@ -162,7 +162,7 @@ def _fields(template: str) -> list[str]:
         raise InvalidRequestError(f"the template cannot be read: {error}. Write {{{{ for a brace.") from error
     for name in names:
         if not name or not set(name).isdisjoint(".["):
-            raise InvalidRequestError(f"the template uses {{{name}}}: only names of columns may stand in braces")
+            raise InvalidRequestError(f"the template uses {{{name}}}: only column names may be in braces")
     if any("{" in (how or "") for _, _, how, _ in string.Formatter().parse(template)):
         raise InvalidRequestError("the template has braces within braces: formats may not depend on other columns")
     return names

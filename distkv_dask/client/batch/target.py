@@ -56,7 +56,7 @@ def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
             if read == one.resolve() or (read.is_dir() and read in one.resolve().parents):
                 raise OutputError(f"{one} is, or lies in, the source {source}: choose an output beside it")
     if lines is not None and lines.exists() and not (target.folder / MANIFEST).exists():
-        raise OutputError(f"{lines} is there already, and of no batch that is known here: choose another output")
+        raise OutputError(f"{lines} already exists, and was not written by a known batch: choose another output")
     return target
 
 
@@ -93,7 +93,7 @@ def _local(out: str) -> Path:
     path = local_path(out)
     if path is None:
         raise OutputError(
-            f"{out} is no folder of this machine: an output grows row by row, and is locked, renamed and synced to "
+            f"{out} is not a folder on this machine: an output grows row by row, and is locked, renamed and synced to "
             f"disk, which only local file systems do. Choose a local folder, and copy it when the batch is done."
         )
     try:

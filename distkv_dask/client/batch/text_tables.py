@@ -231,7 +231,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice!r:.100} is there twice")
+        raise ValueError(f"the key {twice!r:.100} occurs twice")
     return found
 
 

@@ -201,7 +201,7 @@ def _check_address(scheduler: str) -> None:
             return
         host, port = parse_host_port(where)
         if not host or not 0 < port < 65536:
-            raise ValueError("it has no host, or no port from 1 to 65535")
+            raise ValueError("it needs a host and a port from 1 to 65535")
     except ValueError as error:
         raise ClusterError(f"{scheduler!r} is not a scheduler address such as tcp://10.0.0.1:8786: {error}") from error
 

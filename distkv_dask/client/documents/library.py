@@ -61,8 +61,8 @@ class Library:
         text = await asyncio.to_thread(DocumentText.of, saved.source, session.tokenizer)
         if tuple(text.ids) != saved.ids:
             raise SavedDocumentError(
-                f"the document in {place} has other tokens by this engine's tokenizer and chat template: ingest it"
-                " again"
+                f"the document in {place} has other tokens with this engine's tokenizer or chat template: ingest it "
+                "again"
             )
         return await self._hand_in(name, text, Saved(where, saved.files))
 
@@ -74,7 +74,7 @@ class Library:
 
     async def _hand_in(self, name: str, text: DocumentText, saved: Saved | None) -> Document:
         if name in self.documents:
-            raise InvalidRequestError(f"there is a document {name!r} already: release it, or choose another name")
+            raise InvalidRequestError(f"a document named {name!r} exists already: release it, or choose another name")
         operation = self._session.store.begin_ingest(text.ids, name, saved)
         self._documents[name] = document = Document(self._session, name, operation.number, text)
         try:

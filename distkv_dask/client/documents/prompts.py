@@ -136,7 +136,7 @@ def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:
     """
     if isinstance(source, str):
         if not source.strip():
-            raise InvalidRequestError("the document is empty: give a text with something in it")
+            raise InvalidRequestError("the document is empty: give a text that is not empty")
         chats = tokenizer.has_chat_template
         return MessagePrompts(source, tokenizer) if chats else TextPrompts(source, tokenizer)
     ids = tokenizer.encode(source)  # says what is wrong with it, if anything

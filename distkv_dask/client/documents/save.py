@@ -31,7 +31,7 @@ class Save:
     Parameters
     ----------
     watch, place
-        A path or URI; the folder is made if it is not there.
+        A path or URI; the folder is made if it does not exist.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class Save:
                 with contextlib.suppress(SavedDocumentError):  # there was none, or one that cannot be read
                     before = {file.name for file in document_in(self._folder).files}
                 if f"{FILE}.{self.tag}.saving" not in self._folder.names():
-                    raise SavedDocumentError("somebody cleared this save away, for it took too long: save again")
+                    raise SavedDocumentError("somebody deleted this save because it took too long: save again")
                 with watch.change():
                     self._stage = "committing"
                 self._folder.replace(FILE, by=draft)
@@ -127,5 +127,5 @@ class Save:
 
 
 def try_place(watch: Watch, place: str | os.PathLike[str]) -> None:
-    """Raise :class:`SavedDocumentError` if nothing can be saved in a folder, which is made if it is not there."""
+    """Raise :class:`SavedDocumentError` if nothing can be saved in a folder, which is made if it does not exist."""
     Save(watch, place).end(watch)

@@ -112,7 +112,7 @@ def document_in(folder: Folder) -> SavedDocument:
                 "its source again"
             )
         if not right or kind != "distkv-document":
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum does not match")
         return _checked(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SavedDocumentError):

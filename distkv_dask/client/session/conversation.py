@@ -118,7 +118,7 @@ class Conversation:
         self._requests[request.number] = request
         if not self._soon(self._send, request):
             self._requests.pop(request.number, None)
-            raise EngineClosedError("the Dask client is closed, and its engines with it")
+            raise EngineClosedError("the Dask client is closed, and so are its engines: make a new client and engine")
 
     def cancel(self, number: int) -> None:
         """Tell the gManager that nobody waits for a request any more; from any thread."""
@@ -272,6 +272,6 @@ def _ours(error: Exception) -> DistKVError:
     if isinstance(error, DistKVError):
         return error
     return EngineClosedError(
-        f"the Dask scheduler answered what is no answer ({in_words(error)}): see its log, and whether it runs the same "
+        f"the Dask scheduler sent an invalid answer ({in_words(error)}): see its log, and whether it runs the same "
         "distkv-dask as this process"
     )

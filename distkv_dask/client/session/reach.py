@@ -90,7 +90,7 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
         for _ in range(_looks(1.0)):  # its end may be seen here before Dask's client sees it
             _check(client)
             await asyncio.sleep(LOOK)
-        raise ClusterError(f"the Dask scheduler{_at(client)} took no call ({in_words(error)}): try again") from error
+        raise ClusterError(f"the Dask scheduler{_at(client)} took no calls ({in_words(error)}): try again") from error
     finally:
         for one in (work, gone):
             _drop(one)

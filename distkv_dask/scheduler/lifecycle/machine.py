@@ -127,7 +127,7 @@ class Lifecycle:
             case Tick():
                 self._tick()
             case _:
-                raise TypeError(f"nothing sees to {event!r}")
+                raise TypeError(f"no handler for {event!r}")
 
     # Workers
 

@@ -128,14 +128,14 @@ def read_rows(
             with folder.open(file.name) as source:
                 bodies = _checked_bodies(source, file, rows, size, watch)
                 if first + count > rows:
-                    raise _Damaged(f"it holds {rows} blocks, of which {first} to {first + count} are wanted")
+                    raise _Damaged(f"it holds {rows} blocks, but blocks {first} to {first + count} are needed")
                 for at, block, right in _blocks(source, bodies, size, first, count, watch):
                     if zlib.crc32(block.data) != right:
-                        raise _Damaged(f"block {at} has another checksum")
+                        raise _Damaged(f"the checksum of block {at} does not match")
                     yield block
         except FileNotFoundError as error:
             raise SavedDocumentError(
-                f"{file.name} is not in {folder.place}, or not for this worker: all have to reach the folder"
+                f"{file.name} is not in {folder.place}, or this worker cannot see it: all workers must reach the folder"
             ) from error
         except (EOFError, _Damaged) as error:
             raise SavedDocumentError(f"{file.name} in {folder.place} is damaged: {error}") from error
@@ -165,7 +165,7 @@ def _bodies(source: Source, rows: int, size: int, watch: Watch) -> Iterator[tupl
     Raises what says that there is something else than such batches.
     """
     if source.read(len(MAGIC), 0) != MAGIC:
-        raise _Damaged("it is no Arrow file")
+        raise _Damaged("it is not an Arrow file")
     at = _after_metadata(source, len(MAGIC))  # the schema
     for done in range(0, rows, most := _batch_rows(size)):
         watch.step()

@@ -55,7 +55,7 @@ class Arrivals:
         """
         with self._lock:
             if piece.number not in self._expected:
-                raise GangAbortedError(f"move {piece.number} is not expected on this worker (any more)")
+                raise GangAbortedError(f"move {piece.number} is not expected on this worker")
             sequence, first = self._expected[piece.number]
             start = (first + piece.block) * self._pool.block_tokens
             (block,) = self._pool.find(sequence, [(start, start + 1)])

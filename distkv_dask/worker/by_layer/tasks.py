@@ -41,7 +41,7 @@ class LayerTasks:
         """Start a forward; the question of its first layer, or None when there is nothing to compute."""
         engine, gang = self._engine, work.gang
         if gang.number in self._paused:
-            raise GangAbortedError(f"the forward of {gang.name} has begun on this worker already")
+            raise GangAbortedError(f"the forward of {gang.name} has already begun on this worker")
         engine.prepare_chunk(work) if isinstance(work, PrefillChunk) else engine.prepare_window()
         forward = PausedForward(gang, engine.spec.config.timeout_start)
         self._paused[gang.number] = forward

@@ -91,7 +91,7 @@ def decode_rows(payload: Buffer) -> list[Row]:
             raise ChannelError(f"a batch carries the row {fields!r}; {expected}")
         row = Row(*fields)._replace(spans=_spans(fields[4]))
         if not (0 <= row.sequence < _TOP and 0 <= row.length < _TOP and 1 <= row.queries < 2**31):
-            raise ChannelError(f"a batch carries {row}, whose numbers make no sense")
+            raise ChannelError(f"a batch carries {row}, whose numbers are invalid")
         rows.append(row)
     return rows
 

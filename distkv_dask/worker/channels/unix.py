@@ -78,7 +78,7 @@ class UnixListener(StreamListener):
     def _inlet(self, sock: socket.socket, address: Any) -> StreamInlet:
         process, user = _peer(sock)
         if user != os.geteuid():
-            raise ChannelError(f"it is process {process} of user {user}, who is not this worker's")
+            raise ChannelError(f"it is process {process} of user {user}, not of this worker's user")
         return StreamInlet(sock, f"process {process} of this machine", self._maximum)
 
 

@@ -76,7 +76,7 @@ class Service:
         if number in self._ended:
             session.fail(GangAbortedError(f"gang {session.gang.name} has ended on this worker: {self._ended[number]}"))
         elif number in self._waiting or number in self._running:
-            session.fail(GangAbortedError(f"gang {session.gang.name} has a session on this worker already"))
+            session.fail(GangAbortedError(f"gang {session.gang.name} already has a session on this worker"))
         elif number in self._early:
             home = self._early.pop(number)
             self._running[number] = session, home

@@ -135,7 +135,7 @@ class NativeExchange:
         expected, answer = self._expected(home.culprit, layer, step)
         error = errno.EAGAIN if status == _LATE else home.error
         channel.go_on(bytes(holder.got), holder.received, expected, answer, error)
-        raise ChannelError(f"the channel to {channel.peer} could not be read, for no reason that can be seen")
+        raise ChannelError(f"the channel to {channel.peer} could not be read, for an unknown reason")
 
 
 def new_exchange(

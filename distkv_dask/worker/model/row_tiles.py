@@ -90,7 +90,7 @@ def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device)
         some = slice(start, start + size)
         if not torch.equal(together[some], forward(ids[some], positions[some], _EachItself())):
             raise UnsupportedModelError(
-                f"distkv.deterministic: the model rounds in another way with {size} tokens in a step than with "
+                f"distkv.deterministic: the model rounds differently with {size} tokens in a step than with "
                 f"{count}, beside its linears: {_ADVICE}"
             )
 
