@@ -1,7 +1,7 @@
-"""Every error a user can meet, each saying what to do next.
+"""Every error that a user can meet; each says what to do next.
 
 All errors derive from :class:`DistKVError`. Those caused by a wrong argument are also :class:`ValueError`, those caused
-by a limit in time also :class:`TimeoutError`, so that callers may catch the built-in class. Every error can be pickled
+by a time limit also :class:`TimeoutError`, so that callers may catch the built-in class. Every error can be pickled
 (constructed from its arguments alone), because errors travel between workers, scheduler and client.
 """
 
@@ -25,14 +25,14 @@ class CapacityError(DistKVError):
 
 
 class PlanError(DistKVError):
-    """What was planned for a sequence does not fit what a worker holds of it: a fault of ours, please report it.
+    """The plan for a sequence does not fit what a worker holds of the sequence. This is a bug; please report it.
 
     Parameters
     ----------
     message
-        What was planned, and what there is.
+        What was planned, and what the worker holds.
     sequence
-        Whose plan it is, or the number of the document that it shares.
+        Number of the planned sequence, or of the document that it shares.
     """
 
     def __init__(self, message: str, sequence: int) -> None:
@@ -48,7 +48,7 @@ class ModelError(DistKVError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model uses an attention feature that DistAttention does not compute (yet)."""
+    """The model uses an attention feature that DistAttention does not support."""
 
 
 class ClusterError(DistKVError):
@@ -76,19 +76,19 @@ class EngineClosedError(DistKVError):
 
 
 class DeviceError(DistKVError):
-    """A worker cannot compute on the device that was asked for, or has not enough of its memory."""
+    """A worker cannot compute on the requested device, or the device has too little memory."""
 
 
 class SavedDocumentError(DistKVError, ValueError):
-    """A document cannot be saved there, or what is saved there cannot be loaded: another model, or damaged files."""
+    """A document cannot be saved, or a saved document cannot be loaded: another model, or damaged files."""
 
 
 class SourceError(DistKVError, ValueError):
-    """A batch cannot be read as it was named: no such file, column or format."""
+    """The source of a batch cannot be read: no such file, column or format."""
 
 
 class OutputError(DistKVError):
-    """The output of a batch belongs to another job or process, or to nobody."""
+    """The output of a batch cannot be written, is damaged, or belongs to another job or process."""
 
 
 class TooManyErrorsError(DistKVError):
@@ -96,15 +96,15 @@ class TooManyErrorsError(DistKVError):
 
 
 class MissingProgramError(DistKVError, ImportError):
-    """Something optional that is not installed was asked for; the message says how to install it."""
+    """A requested feature needs an optional package that is not installed; the message says how to install it."""
 
 
 class ResultTimeoutError(DistKVError, TimeoutError):
-    """A request was not answered within the time that its caller waits for it; it goes on."""
+    """A request was not answered within its caller's time limit; the request goes on."""
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, as a text that any file can hold; others' errors may say nothing themselves.
+    """The text of an error, encodable in any file; errors of other libraries may have no text of their own.
 
     Examples
     --------

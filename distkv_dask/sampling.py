@@ -1,4 +1,4 @@
-"""What users ask: prompts, and how tokens are drawn; checked when it is said."""
+"""What users ask: prompts, and how tokens are drawn; checked on construction."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn, and how soon.
+    """How tokens are drawn, and with which priority.
 
     Parameters
     ----------
     max_new_tokens
         Upper bound on generated tokens, at least 1.
     temperature
-        0 is greedy; otherwise logits are divided by it before sampling.
+        0 is greedy. Otherwise logits are divided by the temperature before sampling.
     top_p, top_k, min_p
         Nucleus, top-k and min-p filters, applied in the order of Hugging Face's logits warpers
         (temperature, top-k, top-p, min-p). ``top_p=1``, ``top_k=0`` and ``min_p=0`` switch a filter off.
     repetition_penalty
-        As in CTRL (arXiv 1909.05858): over prompt and generated tokens; 1 is none.
+        As in CTRL (arXiv 1909.05858): over prompt and generated tokens; 1 means no penalty.
     seed
-        Draws depend on (seed, position) alone, so a retried window draws the same tokens. None picks one at random.
+        Draws depend only on (seed, position), so a retried window draws the same tokens. None picks a random seed.
     stop
         Strings at which generation ends; the text ends before the first of them.
     ignore_eos
-        Go on after the model's end-of-sequence token.
+        Continue after the model's end-of-sequence token.
     schema
-        A JSON schema (a dict, or its JSON): the answer is JSON that follows it, whatever the model would rather say,
-        unless ``max_new_tokens`` cuts it. Needs the extra ``schema``. It is kept as JSON.
+        A JSON schema (a dict, or its JSON). The answer is always JSON that follows it, unless ``max_new_tokens`` cuts
+        the answer short. Needs the extra ``schema``. The schema is kept as JSON.
     priority
-        From -100 to 100: while requests wait for room, one with a higher priority goes before those that came up to a
-        minute earlier, for each step of it. Requests that run already make way for it in the same order, and go on
-        later. So nobody waits forever.
+        From -100 to 100. While requests wait for room, each step of priority lets a request go before those that came
+        up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
+        forever.
 
     Raises
     ------

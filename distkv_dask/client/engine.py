@@ -1,4 +1,4 @@
-"""The engine: what a user holds to ask a model on a Dask cluster about prompts longer than any worker's KV memory."""
+"""The engine: the user's handle to a model on a Dask cluster, for prompts longer than any worker's KV memory."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Engine(Processing):
     model
         A Hugging Face directory or hub name, a GGUF file, or ``"smollm2-135m"``; every worker must be able to read it.
     dtype
-        Of weights and KV cache: ``"auto"`` (the checkpoint's), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        Dtype of weights and KV cache: ``"auto"`` (the checkpoint's), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
     kv_memory
-        KV memory of each worker: bytes, or text such as ``"64 MiB"``; None takes half of the worker's memory limit.
+        KV memory of each worker: bytes, or text such as ``"64 MiB"``. None means half of the worker's memory limit.
     rope_scaling
-        For sequences longer than the model was made for: ``{"rope_type": "yarn", "factor": 4.0}`` (or ``"linear"``)
-        multiplies its window by four. Answers lose some quality, more so with models not trained for it.
+        Allows sequences longer than the model was trained for: ``{"rope_type": "yarn", "factor": 4.0}`` (or
+        ``"linear"``) multiplies its window by four. Answers lose some quality, more with models not trained for it.
     **settings
         Any field of :class:`~distkv_dask.config.Config`.
 
@@ -72,27 +72,27 @@ class Engine(Processing):
 
     @classmethod
     def attach(cls, engine: str | None = None, client: Client | None = None) -> Self:
-        r"""Use an engine that is open already: from a task, another notebook or another program.
+        r"""Use an engine that is already open, from a task, another notebook or another program.
 
-        Nothing is loaded. What is asked, ingested and released through this handle is its own; closing it ends its
-        requests and releases its documents, and leaves the engine as it is. It ends with the engine, which ends with
-        its owner. Handles cannot be sent to tasks: send ``engine.id``, and attach there.
+        Nothing is loaded. The handle has its own requests and documents. Closing it ends those requests and releases
+        those documents, but leaves the engine open. When the engine's owner closes the engine, the handle ends, too.
+        Handles cannot be sent to tasks: send ``engine.id``, and attach there.
 
         Parameters
         ----------
         engine
-            The engine's ``id``; None is the only one of the cluster.
+            The engine's ``id``; None if the cluster has only one.
         client
-            Dask client; None takes the current one, in a task the one of its worker. With an asynchronous client,
+            Dask client. None takes the current one; in a task, that of its worker. With an asynchronous client,
             ``await`` the engine or use ``async with``.
 
         Raises
         ------
         ClusterError
-            No engine is open, or several are and ``engine`` does not say which; or this is a task that holds its
-            worker's thread.
+            When no engine is open, when several are open and ``engine`` does not say which, or when the calling task
+            holds its worker's thread.
         EngineClosedError
-            There is no engine of this id any more.
+            When the engine with this id no longer exists.
 
         Examples
         --------
@@ -119,22 +119,22 @@ class Engine(Processing):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's, once the engine is open."""
+        """The model's tokenizer, once the engine is open."""
         return self._session.tokenizer
 
     @property
     def id(self) -> str:
-        """Names it in the cluster: :meth:`attach`, ``distkv status`` and the dashboard."""
+        """The engine's id in the cluster, for :meth:`attach`, ``distkv status`` and the dashboard."""
         return self._session.id
 
     @property
     def config(self) -> Config:
-        """Its settings."""
+        """The engine's settings."""
         return self._session.config
 
     @property
     def dtype(self) -> str:
-        """Of weights and KV cache, as asked for."""
+        """Dtype of weights and KV cache, as requested."""
         return self._session.dtype
 
     @property
@@ -154,7 +154,7 @@ class Engine(Processing):
     def close(self) -> Any:
         """End all requests (their futures are cancelled) and free everything on the cluster; returns when done.
 
-        One that was attached ends its own requests and documents only.
+        An attached handle only ends its own requests and documents.
         """
         return self._session.close()
 
@@ -186,9 +186,9 @@ class Engine(Processing):
         Parameters
         ----------
         prompts
-            Texts, lists of token ids, or lists of chat messages; a single text is a list of one.
+            Texts, lists of token ids, or lists of chat messages; a single text counts as a list of one.
         sampling
-            One for all prompts or one for each; None is ``SamplingParams()``.
+            One for all prompts or one for each; None means ``SamplingParams()``.
 
         Returns
         -------
@@ -201,7 +201,7 @@ class Engine(Processing):
         InvalidRequestError
             When ``prompts`` is not a list of prompts, or ``sampling`` has another length.
         EngineClosedError
-            When the engine is closed. Requests submitted already are cancelled.
+            When the engine is closed. Requests that were already submitted are cancelled.
         """
         self._session.check_open()
         return self.client.sync(wait_for_all, submit_all(several(prompts), sampling, self._session.submit))
@@ -212,8 +212,8 @@ class Engine(Processing):
         Returns
         -------
         Generation
-            A future: ``result()`` gives the :class:`Completion` or raises what went wrong; ``cancel()`` stops the
-            request. It can be awaited.
+            A future, which can also be awaited. ``result()`` returns the :class:`Completion` or raises the error;
+            ``cancel()`` stops the request.
 
         Raises
         ------
@@ -230,63 +230,64 @@ class Engine(Processing):
         return pieces.follow(self._session.submit(prompt, sampling, pieces.put))
 
     def in_span(self, *tags: str) -> AbstractContextManager[None]:
-        """Let the engine's Dask tasks belong to a span of their own (``distributed.span``) for a while.
+        """Put the engine's Dask tasks into their own span (``distributed.span``) while the context lasts.
 
-        Tasks serve many requests at once: those of other requests that run meanwhile are in the span too.
+        Tasks serve many requests at once, so requests that run at the same time are in the span, too.
         """
         return self._session.in_span(*tags)
 
     # Documents
 
     def ingest(self, source: Prompt | Path, name: str | None = None) -> Any:
-        """Compute the KV cache of a document once, to ask many questions about it; returns when it is stored.
+        """Compute the KV cache of a document once for many questions; returns when the KV is stored.
 
         Parameters
         ----------
         source
             A text, a :class:`~pathlib.Path` of a file (.txt, .md, .html, .pdf), a list of token ids, or a list of chat
-            messages. Questions follow a text after an empty line, in the same chat message where the model has a chat
-            template.
+            messages. A question follows a text after an empty line. If the model has a chat template, both are in the
+            same chat message.
         name
-            Its key in :meth:`documents`; None is ``"document-0"`` and so on.
+            The document's key in :meth:`documents`; None picks ``"document-0"`` and so on.
 
         Returns
         -------
         Document
-            Its KV stays until it is released, or the engine closed. Where memory is short, it goes to disk and comes
-            back when it is asked next (``distkv.spill``).
+            Its KV stays until the document is released or the engine closed. If memory is short, the KV goes to disk
+            and is read back for the next question (``distkv.spill``).
 
         Raises
         ------
         InvalidRequestError, SourceError
-            When the document cannot be served as it is, or its file not be read.
+            When the document cannot be served as it is, or its file cannot be read.
         CapacityError
-            When it is larger than the memory of all workers.
+            When the document is larger than the memory of all workers.
         """
         self._session.check_open()
         return self.client.sync(self._library.ingest, source, name)
 
     def load(self, place: str | Path, name: str | None = None) -> Any:
-        """Load a document that :meth:`Document.save` saved, on whatever workers there are now; nothing is computed.
+        """Load a document that :meth:`Document.save` saved, on any set of workers; nothing is computed.
 
         Parameters
         ----------
         place
-            The folder, as a path or URI; all workers have to reach it.
+            The folder, as a path or URI; all workers must reach it.
         name
-            Its key in :meth:`documents`; None is the one that it was saved with.
+            The document's key in :meth:`documents`; None takes the name with which it was saved.
 
         Returns
         -------
         Document
-            As :meth:`ingest` gives.
+            As returned by :meth:`ingest`.
 
         Raises
         ------
         SavedDocumentError
-            There is no whole document, it is of another model, dtype or block size, or a file is damaged.
+            When the folder has no complete document, when the document needs another model, dtype or block size, or
+            when a file is damaged.
         CapacityError
-            When it is larger than the memory of all workers.
+            When the document is larger than the memory of all workers.
         """
         self._session.check_open()
         return self.client.sync(self._library.load, place, name)
@@ -300,7 +301,7 @@ class Engine(Processing):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the workers said at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
+        """What the workers reported at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
         return self._session.facts
 
     def status(self) -> Any:
@@ -309,20 +310,20 @@ class Engine(Processing):
         Returns
         -------
         EngineStatus
-            For example ``engine.status().workers[address].used_blocks``. ``as_dict()`` of it can be written as JSON.
+            For example ``engine.status().workers[address].used_blocks``. Its ``as_dict()`` can be written as JSON.
         """
         self._session.check_open()
         return self.client.sync(self._session.status)
 
     def graph(self, prompt: Prompt, sampling: SamplingParams | None = None, granularity: str | None = None) -> Any:
-        """The Dask graph of one decode step of a prompt, placed as it would be now; nothing is computed.
+        """Build the Dask graph of one decode step of a prompt as it would be placed now; nothing is computed.
 
         Parameters
         ----------
         prompt, sampling
-            As for :meth:`submit`; how many tokens there may be decides where they lie.
+            As for :meth:`submit`; the most tokens that the request can have decides the placement.
         granularity
-            ``"window"`` or ``"layer"``; None is the engine's own.
+            ``"window"`` or ``"layer"``; None takes the engine's setting.
 
         Returns
         -------

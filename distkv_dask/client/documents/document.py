@@ -1,4 +1,4 @@
-"""Documents as their user holds them: ingested once, asked often, released in the end."""
+"""Documents as users hold them: ingested once, asked often, and finally released."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from distkv_dask.watch import watched
 
 
 class _Kept(ABC):
-    """What stays on the cluster until its user needs it no more: the end of a ``with`` block (or ``async with``)."""
+    """Something that stays on the cluster until its user leaves the ``with`` (or ``async with``) block."""
 
     _session: Session
 
     @abstractmethod
     async def _end(self) -> None:
-        """Need it no more."""
+        """Give it back."""
 
     def _leave(self) -> Any:
         return self._session.leave(self._end)
@@ -52,18 +52,18 @@ class _Kept(ABC):
 class Document(_Kept):
     """A text whose KV cache stays on the cluster, shared by all questions on it; made by ``Engine.ingest``.
 
-    It is a context manager (``async with`` for asynchronous clients) that releases it at the end.
+    It is a context manager (``async with`` for asynchronous clients) that releases the document at the end.
 
     Attributes
     ----------
     name
-        Its name within the engine.
+        The document's name within the engine.
     number
-        Its number in ``engine.status().sequences``.
+        The document's number in ``engine.status().sequences``.
     ids
-        The token ids that every prompt on it begins with.
+        The token ids with which every prompt on the document begins.
     placement
-        Where its KV lay when it was stored; it may have been moved since then.
+        Where the KV was when it was stored; it may have been moved since then.
     """
 
     def __init__(self, session: Session, name: str, number: int, text: DocumentText) -> None:
@@ -77,11 +77,11 @@ class Document(_Kept):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that every prompt on it begins with."""
+        """Number of tokens with which every prompt on the document begins."""
         return len(self.ids)
 
     def prompt(self, question: Question) -> list[int]:
-        """Token ids of the whole prompt of a question; ``engine.generate`` answers them alike, but computes them all.
+        """Token ids of a question's whole prompt; ``engine.generate`` gives them the same answer, but computes all.
 
         Raises
         ------
@@ -100,18 +100,18 @@ class Document(_Kept):
         question
             A text, or token ids for a document of token ids; or a list of such questions.
         sampling
-            One for all questions or one for each; None is ``SamplingParams()``.
+            One for all questions or one for each; None means ``SamplingParams()``.
 
         Returns
         -------
         Completion or list of Completion
-            As many as questions. Of several, one that fails does not stop the others: its ``finish_reason`` is
+            One for each question. If one of several questions fails, the others go on: its ``finish_reason`` is
             ``"error"`` and ``error`` says why.
 
         Raises
         ------
         InvalidRequestError, DistKVError
-            What is wrong with a single question, or became of it.
+            When a single question is invalid, or fails.
         EngineClosedError
             When the document was released or its engine closed.
         """
@@ -131,20 +131,20 @@ class Document(_Kept):
         return pieces.follow(self._submit(question, sampling, pieces.put))
 
     def chat(self) -> Chat:
-        """Begin a conversation about the document, of which every turn's KV is kept."""
+        """Begin a conversation about the document; the KV of every turn is kept."""
         self._check()
         return Chat(self)
 
     def release(self) -> Any:
-        """Need it no more: its KV is freed once the questions under way have ended."""
+        """Release the document: its KV is freed once its running questions have ended."""
         return self._leave()
 
     def save(self, place: str | Path) -> Any:
-        """Save its KV, so that an engine of the same model can load it; returns when all is written.
+        """Save the KV so that an engine with the same model can load it; returns when everything is written.
 
-        The workers that hold it write at the same time. What was there before is replaced in one step, at the end, when
-        all of it is safe on disk; of saves to one place at once the last to end is there whole. Files are for their
-        owner alone, as they hold the text.
+        All workers that hold KV write at the same time. An earlier save in the folder is replaced in one step, after
+        everything is safe on disk. If several saves to one folder run at once, the last to end remains, complete. Only
+        the owner can read the files, because they contain the text.
 
         Parameters
         ----------
@@ -154,8 +154,8 @@ class Document(_Kept):
         Raises
         ------
         SavedDocumentError
-            It cannot be written there, or that stood still for ``distkv.timeouts.files``. Nothing of it is left, and
-            what was there before is there still.
+            When the folder cannot be written, or makes no progress for ``distkv.timeouts.files``. The failed save
+            leaves nothing behind, and an earlier save is kept.
         """
         self._check()
         return self._session.client.sync(self._save, place)
@@ -182,7 +182,7 @@ class Document(_Kept):
 
     @property
     def is_released(self) -> bool:
-        """Whether its KV was given back."""
+        """Whether the document was released."""
         return self._released
 
     def _repr_html_(self) -> str:
@@ -217,7 +217,7 @@ class Document(_Kept):
 class Chat(_Kept):
     """A conversation about a document: each turn's KV is kept and shared by the next one.
 
-    A context manager; the end of it frees the turns, and leaves the document as it is.
+    It is a context manager that frees the turns at the end; the document stays.
     """
 
     def __init__(self, document: Document) -> None:
@@ -229,14 +229,14 @@ class Chat(_Kept):
         self._asking = False
 
     def ask(self, question: Question, sampling: SamplingParams | None = None) -> Any:
-        """Ask the next question; returns the :class:`Completion`. One that fails is no turn, and can be asked again.
+        """Ask the next question; returns the :class:`Completion`. A failed question is no turn and can be repeated.
 
         Raises
         ------
         InvalidRequestError
             When the question cannot be served, or the last one has not been answered yet.
         DistKVError
-            What became of it.
+            When the question fails.
         """
         self.document._check()
         if self._asking:
