@@ -1,4 +1,4 @@
-"""The answer to a prompt, and what it took."""
+"""The answer to a prompt, with its timings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distkv_dask.sampling import FinishReason
 class Timings:
     """Seconds a request spent waiting for room, in prefill (to its first token), and in decode.
 
-    Where a worker was lost, the one that was interrupted goes on until the KV cache is recomputed.
+    If a worker was lost, the interrupted phase lasts until the KV cache is recomputed.
     """
 
     queued: float = 0.0
@@ -25,9 +25,9 @@ class Timings:
 class Completion:
     """The answer to one prompt.
 
-    ``token_ids`` are the generated ids (without the end-of-sequence token that ended them), ``placement`` says where
-    the sequence's KV lay, ``error`` is the error's text when ``finish_reason`` is ``"error"``. ``reused_tokens`` of the
-    prompt were not computed: their KV was a document's, or still there from a request that began alike.
+    ``token_ids`` are the generated ids, without the end-of-sequence token. ``placement`` says where the sequence's KV
+    was. ``error`` is the error's text if ``finish_reason`` is ``"error"``. ``reused_tokens`` counts prompt tokens that
+    were not computed: their KV came from a document, or from an earlier request that began alike.
     """
 
     text: str

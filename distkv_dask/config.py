@@ -1,9 +1,9 @@
 """Configuration: Dask's, checked against a schema and read once into a frozen value.
 
-Defaults stand in ``distkv.yaml`` and are registered with :mod:`dask.config` on import. ``dask.config`` (files and
+The defaults are in ``distkv.yaml`` and are registered with :mod:`dask.config` on import. ``dask.config`` (files and
 :func:`dask.config.set`), environment variables (``DASK_DISTKV__WINDOW__STEPS=8``) and the arguments of
-:meth:`Config.load` override them in that order. Which keys there are and what they may hold is written in
-``distkv-schema.yaml`` alone.
+:meth:`Config.load` override them in that order. Only ``distkv-schema.yaml`` says which keys exist and which values they
+may have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the gManager says about an engine to people, programs and pages: typed here, dictionaries at the JSON edge."""
+"""The status of an engine for people, programs and pages: typed here, dictionaries only at the JSON edge."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from distkv_dask.placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """The blocks of a worker's pool in parts, which make up its capacity.
+    """The blocks of a worker's pool by use; they add up to its capacity.
 
     Attributes
     ----------
     own
-        Of running requests whose home the worker is.
+        Blocks of running requests whose home is this worker.
     lent
-        Of running requests with another home.
+        Blocks of running requests with another home.
     documents
-        Of documents, or shared of requests that ended: no running request owns them.
+        Blocks of documents, and shared blocks of finished requests: no running request owns them.
     cached
-        Free for whoever needs them; they still hold KV of requests that ended, which may be used again.
+        Free blocks that still hold reusable KV of finished requests.
     free
-        All others.
+        All other blocks.
     """
 
     own: int
@@ -36,7 +36,7 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPerformance:
-    """What the scheduler takes a worker's speed for (``distkv.performance``): seconds, all layers together.
+    """The scheduler's estimate of a worker's speed (``distkv.performance``), in seconds for all layers together.
 
     Attributes
     ----------
@@ -47,9 +47,9 @@ class WorkerPerformance:
     prompt, pair
         Prefill of one token without attention, and attention of one query over one token of KV.
     measured
-        Whether the worker was timed; else these are a preset's.
+        Whether the worker was timed; otherwise the figures are a preset's.
     slower
-        How many times slower than when it was timed it is lately; ``step`` and all others include it.
+        Recent slowdown against the time when the worker was timed, as a factor; ``step`` and the others include it.
     """
 
     step: float
@@ -70,17 +70,17 @@ class WorkerStatus:
     role
         ``"memory"`` for a worker that only holds KV.
     capacity_blocks, used_blocks, lent_blocks
-        Blocks of its pool; those that are reserved; those of them that other workers' sequences have.
+        Blocks of its pool; its reserved blocks; reserved blocks that belong to other workers' sequences.
     blocks
-        The capacity in parts.
+        The capacity by use.
     block_bytes
         Bytes of one block.
     disk_bytes
         Bytes of KV on its disk (``distkv.spill``).
     sequences
-        How many requests have their home here.
+        Number of requests whose home is this worker.
     channels
-        Which kind of channel it opens to whom, and why.
+        Which kinds of channel it opens to which workers, and why.
     device
         What it computes on: ``"cpu"`` or a card's name; after a colon, what should be known about that.
     window_seconds
@@ -111,10 +111,10 @@ class SequenceStatus:
     ----------
     state
         ``"waiting"``, ``"prefill"``, ``"decode"``, ``"retiring"``; ``"saving"``, ``"spilling"`` or ``"fetching"`` while
-        its KV goes to files or comes back; ``"document"`` for one that can be asked, ``"dropped"`` while its KV is
-        given up for others; ``"aside"`` while it cannot run on the workers that stay.
+        its KV is written to files or read back; ``"document"`` for a document that can be asked, ``"dropped"`` while
+        its KV is given up for others; ``"aside"`` while it cannot run on the remaining workers.
     aside
-        Why it is set aside; empty if it is not.
+        Why it is set aside; empty otherwise.
     document
         Whether it is a document.
     name
@@ -122,15 +122,15 @@ class SequenceStatus:
     saved
         Whether its KV is in files, too.
     prompt_tokens, generated_tokens
-        Tokens that it was given, and that it was answered with so far.
+        Tokens of the prompt, and tokens generated so far.
     questions
-        Requests under way about the document.
+        Running requests about the document.
     kv_tokens
         Tokens whose KV is stored.
     home
-        Address of the worker that holds its end, and decodes it if it is a request; None while it has no place.
+        Address of the worker that holds its last tokens and, for a request, decodes it; None while it has no place.
     placement
-        Where its KV lies, in order of its tokens.
+        Where its KV is, in the order of its tokens.
     """
 
     state: str
@@ -166,11 +166,11 @@ class SchedulerLoad:
     Attributes
     ----------
     tasks_per_second
-        Tasks of all engines, lately.
+        Recent rate of tasks of all engines.
     task_seconds
-        CPU time of the scheduler for one of them.
+        CPU time of the scheduler for one task.
     core_share
-        Part of one core that the scheduler takes for all that it does.
+        Fraction of one core that the scheduler uses in total.
     """
 
     tasks_per_second: float
@@ -185,9 +185,9 @@ class EngineStatus:
     Attributes
     ----------
     workers
-        By address.
+        Workers by address.
     sequences
-        Requests that have not ended, and documents, by number (``document.number``).
+        Unfinished requests and documents, by number (``document.number``).
     debts
         Who holds blocks for whom.
     epoch
@@ -197,10 +197,10 @@ class EngineStatus:
     scheduler
         How busy the Dask scheduler is with decode windows.
     exchange_seconds
-        What the scheduler takes one exchange of a decode step with one holder for.
+        The scheduler's estimate for one exchange of a decode step with one holder.
     totals
         Since the engine opened: ``generated_tokens``, ``decode_steps``, ``moved_blocks``, ``finished_stop`` and others.
-        What has not happened yet may be missing.
+        A counter may be missing until its event has happened.
     """
 
     workers: Mapping[str, WorkerStatus]

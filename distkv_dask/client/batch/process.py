@@ -50,58 +50,59 @@ class Processing:
     ) -> Any:
         """Ask questions about every row of a table or file of a folder.
 
-        With ``out``, a table of answers is written that survives crashes. Without, the answers are a lazy Dask
+        With ``out``, the answers are written to a table that survives crashes. Without it, they are a lazy Dask
         DataFrame.
 
-        The same call with ``out`` again continues where it was: rows that are answered are not computed again, whatever
-        was killed. Rows and files that the source has got meanwhile are answered; one that was changed stops the batch.
+        Repeating a call with ``out`` continues where it stopped, whatever was killed: answered rows are not computed
+        again. Rows and files added to the source since then are answered; a changed row or file stops the batch.
 
         Parameters
         ----------
         source
             A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html and
-            .pdf files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. It is read as
-            the batch proceeds.
+            .pdf files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. The source is
+            read as the batch proceeds.
         question, questions
-            What is asked about each row; several questions make several rows of output. None: the text is the prompt.
+            Question about each row; several questions give several rows of output. None: the text is the prompt.
         template
-            Text of a prompt: ``{text}``, ``{question}`` and columns in braces; the default is the text, an empty line,
-            and the question. Where the model has a chat template, the prompt is a user's message.
+            Text of a prompt, with ``{text}``, ``{question}`` and columns in braces. The default is the text, an empty
+            line, and the question. If the model has a chat template, the prompt is a user's message.
         out
             Folder of Parquet files, readable at any time: ``pyarrow.parquet.read_table(out)``. Rows are in the order in
             which they finished; ``row`` (or ``path``) names them. A name that ends in ``.jsonl`` is for OpenAI batch
-            files: answers are written there in OpenAI's format at the end, beside a folder of that name with
-            ``.parquet`` added. None returns a Dask DataFrame instead, of which nothing is computed yet. Its tasks
-            attach to the engine (:meth:`distkv_dask.Engine.attach`), which has to stay open meanwhile; files are read
-            where they run. Rows are in the order of the source, a row for each question. Frames and Arrow tables keep
-            their index, Dask collections their partitions.
+            files: at the end, answers are written there in OpenAI's format, next to a folder of that name with
+            ``.parquet`` added. None returns a lazy Dask DataFrame instead. Its tasks read files where they run and
+            attach to the engine (:meth:`distkv_dask.Engine.attach`), which has to stay open. Its rows are in the order
+            of the source, a row for each question. Frames and Arrow tables keep their index, Dask collections their
+            partitions.
         text_column
             The column that holds the text.
         keep
-            Columns that go to the output; None keeps all but the text.
+            Columns to copy to the output; None keeps all but the text.
         sampling
-            For all rows; None is ``SamplingParams()``. Of OpenAI batch files, it says what requests leave open; None is
-            OpenAI's own temperature of 1 there.
+            For all rows; None means ``SamplingParams()``. For OpenAI batch files, it applies where a request sets
+            nothing, and None means OpenAI's own temperature of 1.
         schema
-            A JSON schema, or the name of a file that holds one: answers are JSON that follows it (map-reduce: the
-            combined ones), and the output has a column for each property. What ``max_new_tokens`` cuts is an error row.
+            A JSON schema, or the name of a file that holds one. Answers are JSON that follows it (with map-reduce, the
+            combined answers), and the output has a column for each property. An answer that ``max_new_tokens`` cuts
+            short is an error row.
         too_long
-            What happens to prompts longer than the model's window: ``"refuse"`` makes them error rows,
-            ``"truncate-head"`` (or ``-middle``, ``-tail``) leaves out that part of the document, ``"map-reduce"`` asks
-            each of several parts and combines the answers.
+            What to do with prompts longer than the model's window: ``"refuse"`` makes them error rows,
+            ``"truncate-head"`` (or ``-middle``, ``-tail``) leaves out that part of the document, and ``"map-reduce"``
+            asks about several parts and combines the answers.
         overlap, combine
-            Map-reduce: tokens that neighbouring parts share, and the combining question, with ``{answers}`` and
-            ``{question}``.
+            For map-reduce: tokens that neighbouring parts share, and the question that combines answers, with
+            ``{answers}`` and ``{question}``.
         max_errors
-            Stop when more rows than this have errors; None never does. Each partition of a Dask DataFrame counts its
-            own.
+            Stop if more rows than this have errors; None never stops. Each partition of a Dask DataFrame counts
+            separately.
         retry_errors
-            Do the rows again that have errors from earlier runs.
+            Repeat rows that had errors in earlier runs.
         in_flight
-            Requests that the cluster has at once; None is twice what all workers can decode together. Of a Dask
-            DataFrame, those of each partition; None is what one worker can decode together.
+            Most requests to run at once; None means twice what all workers can decode together. For a Dask DataFrame,
+            requests of each partition; None means what one worker can decode together.
         progress
-            Show a progress bar on standard error; None does so where somebody can see it.
+            Show a progress bar on standard error; None shows it if somebody can see it.
 
         Returns
         -------

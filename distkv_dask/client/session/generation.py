@@ -31,9 +31,9 @@ class Generation(concurrent.futures.Future[Completion]):
         Raises
         ------
         ResultTimeoutError
-            It takes longer; the request goes on.
+            When it takes longer; the request goes on.
         DistKVError
-            What became of the request.
+            When the request fails.
         """
         try:
             return super().result(timeout)
@@ -42,7 +42,7 @@ class Generation(concurrent.futures.Future[Completion]):
             raise
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for what went wrong, as :meth:`result` does; None if nothing did."""
+        """Wait as :meth:`result` does and return the request's error, or None if it succeeded."""
         try:
             return super().exception(timeout)
         except TimeoutError:
@@ -57,7 +57,7 @@ class Generation(concurrent.futures.Future[Completion]):
             ) from None
 
     def cancel(self) -> bool:
-        """Stop the request; True unless it had ended."""
+        """Stop the request; returns True unless the request had already ended."""
         cancelled = super().cancel()
         if cancelled:
             self._cancel_request()
@@ -71,8 +71,8 @@ class Generation(concurrent.futures.Future[Completion]):
 class TextPieces:
     """Text of one request as it is generated: iterate with ``for`` or ``async for``, as often as you like.
 
-    Leaving the loop early does not stop the request; ``close`` (or a ``with`` block) does. After the last piece
-    ``completion`` is set.
+    Leaving the loop early does not stop the request, but ``close`` (or a ``with`` block) does. ``completion`` is set
+    after the last piece.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class TextPieces:
         return arrival
 
     def close(self) -> None:
-        """Stop the request if it has not ended."""
+        """Stop the request unless it has already ended."""
         self._generation.cancel()
 
     def __enter__(self) -> Self:
