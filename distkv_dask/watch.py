@@ -29,18 +29,18 @@ class Watch:
         self._lock = threading.Lock()
 
     def step(self) -> None:
-        """Show progress; raises :class:`TimeoutError` if nobody waits any more."""
+        """Show progress; raises :class:`TimeoutError` if nobody is waiting."""
         self.check()
         self.seen = time.monotonic()
 
     def check(self) -> None:
-        """Raise :class:`TimeoutError` if nobody waits any more."""
+        """Raise :class:`TimeoutError` if nobody is waiting."""
         if self._given_up:
             raise TimeoutError("it took too long, and nobody is waiting for it")
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Change what others own, in no time: not possible any more once the work was given up."""
+        """Change what others own, in no time; impossible once the work was given up."""
         with self._lock:
             self.step()
             yield

@@ -1,4 +1,4 @@
-"""Prompts of which only the length is known, and which blocks they share: arrays that make their tokens when read."""
+"""Prompts known only by length and shared blocks: arrays that make their tokens when read."""
 
 from __future__ import annotations
 

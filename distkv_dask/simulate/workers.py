@@ -55,7 +55,7 @@ class Decoding:
 
 
 class Workers:
-    """Workers of one engine, as far as its state machine sees them.
+    """Workers of one engine, as its state machine sees them.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class Workers:
     # Messages
 
     def enact(self, command: do.Command) -> None:
-        """Do what the state machine asks for, as far as it is done at once."""
+        """Do those commands of the state machine that take no time."""
         if self.memory is not None:
             self.memory.enact(command)
         match command:

@@ -1,4 +1,4 @@
-"""Generated workloads: the paper's nine traces of v2 and eighteen data sets of v1, as far as they are known.
+"""Generated workloads: the paper's nine traces of v2 and eighteen data sets of v1, where they are known.
 
 Published are the ranges of lengths and the shares of long requests. Assumed is all else: the distributions within the
 ranges, the lengths of answers, and that requests come all at once unless a rate is given.
@@ -37,7 +37,7 @@ class Workload:
     requests: int = 1000
 
     def generate(self, requests: int | None = None, rate: float | None = None, seed: int = 0) -> list[Arrival]:
-        """Draw requests; with ``rate`` a Poisson process of so many a second, else all come at once."""
+        """Draw requests; with ``rate`` a Poisson process of this many per second, else all come at once."""
         rng = np.random.default_rng(seed)
         count = requests or self.requests
         prompts = np.clip(rng.lognormal(math.log(self.median), self.sigma, count), SHORTEST, self.short)

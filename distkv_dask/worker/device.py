@@ -85,7 +85,7 @@ class Device:
         return Pair(there if self.is_host else self.host_buffer(there.shape, there.dtype), there)
 
     def put(self, values: Tensor) -> Tensor:
-        """A tensor on the device, of the host or of the device; do not write to it any more. Copies are queued."""
+        """A tensor on the device, of the host or of the device; do not write to it afterwards. Copies are queued."""
         return values
 
     def read(self, source: Tensor) -> np.ndarray[Any, Any]:
@@ -102,7 +102,7 @@ class Device:
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        """Find what the calling thread takes of the memory inside a ``with`` statement, beside what there is."""
+        """Find what the calling thread allocates inside a ``with`` statement."""
         yield Peak()
 
 
@@ -170,7 +170,7 @@ class Card(Device):
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def put(self, values: Tensor) -> Tensor:
-        """A tensor of the host on the card; do not write to it any more. The copy is queued."""
+        """A tensor of the host on the card; do not write to it afterwards. The copy is queued."""
         if values.device == self.torch:
             return values
         return values.pin_memory().to(self.torch, non_blocking=True)
@@ -207,7 +207,7 @@ class Card(Device):
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        """Find what the calling thread takes of the memory inside a ``with`` statement, beside what there is."""
+        """Find what the calling thread allocates inside a ``with`` statement."""
         found, (free, _) = Peak(), torch.cuda.mem_get_info(self.torch)
         before = None
         with suppress(RuntimeError):  # another allocator than torch's does not say: what it has taken by then counts

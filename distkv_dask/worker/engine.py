@@ -174,7 +174,7 @@ class WorkerEngine:
             self._retired.discard(sequence)
 
     def reset(self, epoch: int) -> None:
-        """Decode nothing any more; windows of an older epoch, running ones included, commit nothing."""
+        """Decode nothing further; windows of an older epoch, running ones included, commit nothing."""
         self._batch.reset(epoch)
 
     def abort(self, gang: int, reason: str, unused: bool) -> None:
@@ -234,7 +234,7 @@ class WorkerEngine:
             raise
 
     def prepare_window(self) -> None:
-        """Compile schemas of sequences that join: beside the windows of others, or before the first where all wait.
+        """Compile schemas of sequences that join: during the windows of others, or before the first window if all wait.
 
         Their own worker has done it in most cases, when their prompt was computed.
         """

@@ -92,7 +92,7 @@ def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked:
 
 
 def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
-    """Bytes that the largest prompt chunk takes on a card beside weights and KV, found by computing one."""
+    """Bytes that the largest prompt chunk takes on a card in addition to weights and KV, found by computing one."""
     tokens = min(tokens, model.geometry.max_positions or tokens)
     try:
         with device.peak() as peak:

@@ -1,4 +1,4 @@
-"""Startup of an engine on a worker: the model is loaded, and a pool allocated that fits beside it."""
+"""Startup of an engine on a worker: load the model, then allocate a pool that fits next to it."""
 
 from __future__ import annotations
 

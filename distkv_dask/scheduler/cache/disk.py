@@ -100,7 +100,7 @@ def late_spills(life: MachineState, limit: float) -> list[Request]:
 
 
 def forget_copy(life: MachineState, request: Request) -> None:
-    """A sequence's copy is of no use (any more); nothing happens if it has none."""
+    """Drop a sequence's copy on disk; nothing happens if it has none."""
     copy = life.disks.copies.pop(request.sequence, None)
     if copy is None:
         return
@@ -111,7 +111,7 @@ def forget_copy(life: MachineState, request: Request) -> None:
 
 
 def worker_lost(life: MachineState, worker: str) -> None:
-    """A disk is gone: the copies of which parts were there are of no use."""
+    """A disk is gone: drop every copy that had a part there."""
     life.disks.capacity.pop(worker, None)
     for number, copy in list(life.disks.copies.items()):
         if copy.whole and worker in copy.bytes:

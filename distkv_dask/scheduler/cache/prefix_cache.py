@@ -59,7 +59,7 @@ def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) 
 
 
 def stop_sharing(life: MachineState, number: int, user: int) -> None:
-    """Somebody does not share a sequence any more: what nobody else shares is cached again.
+    """A sharer of a sequence has ended: blocks that nobody else shares are cached again.
 
     (Where nobody is left, :func:`free_or_cache` is called next.)
     """
@@ -77,7 +77,7 @@ def stop_sharing(life: MachineState, number: int, user: int) -> None:
 
 
 def free_or_cache(life: MachineState, request: Request) -> None:
-    """Nothing computes on a sequence any more: free its blocks in the ledger, and keep or release them."""
+    """A sequence is no longer computed on: free its blocks in the ledger, and keep or release them."""
     account = life.ledger.sequences[request.sequence]
     workers = life.ledger.release(request.sequence)
     cached = life.cache.by_number.get(request.sequence)
@@ -152,7 +152,7 @@ def allocate(life: MachineState, sequence: int) -> None:
 
 
 def _stop_without(life: MachineState, cached: Cached, worker: str, blocks: int) -> int:
-    """The position from which on a sequence has so many cached blocks on a worker, or all that it has there."""
+    """The position from which on a sequence has this many cached blocks on a worker, or all that it has there."""
     stop = cached.stop
     for span in reversed(list(clipped(cached.spans, cached.held, cached.stop))):
         if span.worker == worker and blocks:
@@ -197,7 +197,7 @@ def _break(life: MachineState, cached: Cached, position: int) -> None:
 
 
 def close(life: MachineState) -> None:
-    """Cache nothing any more."""
+    """Stop caching."""
     life.cache.enabled = False
     for cached in list(life.cache.by_number.values()):
         if cached.number in life.cache.by_number:

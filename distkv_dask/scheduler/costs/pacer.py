@@ -23,7 +23,7 @@ MOST_IDLE = 0.5
 """Part of the budget that heartbeats and the like may take from it; a scheduler busier than that serves others."""
 
 KEPT = 0.7
-"""Part of earlier measurements that counts beside a new one."""
+"""Weight of earlier measurements against a new one."""
 
 PRIOR_TASKS = 50.0
 """Tasks that :data:`TASK_SECONDS` counts for at first."""
@@ -98,7 +98,7 @@ class Pacer:
         return min(max(wish, sum(self.rounds.values()) / rate), max(pace.longest, wish))
 
     def prefilled(self, tasks: int) -> None:
-        """A chunk of a prompt is done; its gang had so many tasks."""
+        """A chunk of a prompt is done; its gang had this many tasks."""
         self._prefilled += tasks
 
     def measured(self, seconds: float, cpu: float, tasks: int, others: int) -> None:

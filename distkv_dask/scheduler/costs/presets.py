@@ -44,7 +44,7 @@ class Preset:
 def _a100_7b() -> Preset:
     """LLaMA2-7B in fp16 on A100-80GB: 6.74e9 parameters, 32 layers, hidden size 4096, no grouped queries.
 
-    HBM 2.04 TB/s of which weights reach 80 % and paged attention 70 %; 312 TFLOP/s of which prefill reaches 60 %.
+    HBM 2.04 TB/s (weights reach 80 % of it, paged attention 70 %); 312 TFLOP/s (prefill reaches 60 %).
     A decode step has about 1.6 ms of launches, and 50 us per sequence that no batch hides (sampling, block tables). Of
     90 % of 79.2 GiB, weights and 2 GB of activations leave 61e9 bytes: 116,000 tokens.
     """

@@ -136,7 +136,7 @@ class EngineState:
         return not self.is_closing and retries.owner(self.life, gang) is not None
 
     def is_drained(self, worker: str) -> bool:
-        """Whether a worker has no blocks (any more)."""
+        """Whether a worker has no blocks."""
         return self.life.is_drained(worker)
 
     def needs(self) -> set[str]:
@@ -192,7 +192,7 @@ class EngineState:
             )
 
     def start_closing(self) -> None:
-        """From now on answers mean that a worker closed the engine; nobody waits for news any more."""
+        """From now on answers mean that a worker closed the engine; nobody waits for news."""
         self.is_closing = True
         for outbox in self.handles.values():
             outbox.close()
@@ -215,7 +215,7 @@ class EngineState:
         return Attached(replace(self.spec, token=""), self.summary(), handle)
 
     def detach(self, handle: int) -> list[int]:
-        """Take a handle back; returns the requests and documents that nobody waits for any more."""
+        """Take a handle back; returns the requests and documents that nobody waits for."""
         if (outbox := self.handles.pop(handle, None)) is not None:
             outbox.close()
         return [number for number in self.life.requests if number // HANDLE_NUMBERS == handle]

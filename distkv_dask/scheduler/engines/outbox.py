@@ -30,7 +30,7 @@ class Outbox:
         self._news.set()
 
     def close(self) -> None:
-        """Nobody waits for news any more; what is there can still be heard."""
+        """Nobody waits for news; news that has arrived can still be read."""
         self._closed = True
         self._news.set()
 

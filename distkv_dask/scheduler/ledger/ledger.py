@@ -68,7 +68,7 @@ class Ledger:
     def add_worker(
         self, endpoint: Endpoint, capacity: int, *, lend_limit: int = NO_LIMIT, can_decode: bool = True
     ) -> None:
-        """Open an account for a worker whose pool has ``capacity`` blocks, of which it lends ``lend_limit`` at most."""
+        """Open an account for a worker with a pool of ``capacity`` blocks, of which it lends at most ``lend_limit``."""
         self.epoch += 1
         account = WorkerAccount(endpoint, capacity, lend_limit, can_decode)
         self.workers[account.worker] = account

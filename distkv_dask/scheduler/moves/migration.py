@@ -110,7 +110,7 @@ def sent(life: MachineState, event: Sent) -> None:
 
 
 def relocated(life: MachineState, event: Relocated) -> None:
-    """No window of the home uses the old placement any more."""
+    """No window of the home uses the old placement now."""
     one = life.moves.under_way.get(event.number)
     if one is not None and one.phase == "switching":
         _finish(life, one)

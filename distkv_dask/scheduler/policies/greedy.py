@@ -71,7 +71,7 @@ class Greedy(Overflow):
         return Move(sequence, span.start, stop, debtor.worker, creditor.worker)
 
     def _total(self, ledger: Ledger, debtor: WorkerAccount, creditor: WorkerAccount, blocks: int, mean: int) -> float:
-        """Tokens per second of debtor and creditor together when so many blocks are moved between them."""
+        """Tokens per second of debtor and creditor together when this many blocks are moved between them."""
         more = min(blocks + debtor.free, debtor.capacity) // mean - debtor.free // mean if mean else 0
         moved, filled = blocks * ledger.block_tokens, more * mean * ledger.block_tokens
         d, c = self.model.of(debtor.worker), self.model.of(creditor.worker)

@@ -76,7 +76,7 @@ class CachedSequences:
             self.children.setdefault(cached.parent, SortedList()).add((cached.start, cached.number))
 
     def remove(self, cached: Cached) -> None:
-        """A sequence of which nothing is left is cached no more."""
+        """Stop caching a sequence of which nothing is left."""
         del self.by_number[cached.number]
         if cached.parent is not None:
             self.children[cached.parent].remove((cached.start, cached.number))
@@ -84,7 +84,7 @@ class CachedSequences:
                 del self.children[cached.parent]
 
     def beyond(self, number: int, position: int) -> list[Cached]:
-        """Cached sequences that share more than so many tokens of one."""
+        """Cached sequences that share more than this many tokens of one."""
         children = self.children.get(number, SortedList())
         return [self.by_number[child] for _, child in children.irange((position + 1, -1))]
 

@@ -60,7 +60,7 @@ class MachineState:
     ordinals: dict[str, int] = field(default_factory=dict)
     """Short numbers of homes, for the names of their gangs."""
     in_prefill: dict[int, None] = field(default_factory=dict)
-    """Sequences of which chunks are being computed."""
+    """Sequences whose chunks are being computed."""
     starts: Starts = field(default_factory=Starts)
     moves: Moves = field(default_factory=Moves)
     leaving: set[str] = field(default_factory=set)
@@ -82,7 +82,7 @@ class MachineState:
     recommendations: deque[tuple[Request, State]] = field(default_factory=deque)
     """Requests that should have another state, in order."""
     idle_documents: dict[int, None] = field(default_factory=dict)
-    """Documents that perhaps nobody needs any more."""
+    """Documents that may no longer be needed."""
     idle_homes: dict[str, None] = field(default_factory=dict)
     """Homes that perhaps need another window."""
 
@@ -100,7 +100,7 @@ class MachineState:
         return self.queue.policy
 
     def is_drained(self, worker: str) -> bool:
-        """Whether a worker has no blocks (any more)."""
+        """Whether a worker has no blocks."""
         return worker not in self.ledger.workers or not self.ledger.workers[worker].held
 
     def know_costs(self, model: PerformanceModel) -> None:

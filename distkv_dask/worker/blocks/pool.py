@@ -189,7 +189,7 @@ class Pool:
                 self._tables[sequence] = table  # a new dict: lanes may be reading the old one
 
     def free(self, sequence: int, start: int, stop: int) -> None:
-        """Free a sequence's blocks of tokens ``[start, stop)``, as far as it has them here."""
+        """Free those of a sequence's blocks of tokens ``[start, stop)`` that are here."""
         with self._lock:
             table = self._tables.get(sequence, {})
             gone = self._logical(start, stop)

@@ -206,5 +206,5 @@ def _batch_rows(size: int) -> int:
 
 
 def _padded(count: int) -> int:
-    """Bytes that a buffer of so many takes in a file."""
+    """Bytes that a buffer of this size takes in a file."""
     return -(-count // 8) * 8

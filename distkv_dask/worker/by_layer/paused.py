@@ -118,7 +118,7 @@ class PausedForward:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The home lane is done with it: nothing will be asked any more."""
+        """The home lane is done with it: no more requests will come."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()

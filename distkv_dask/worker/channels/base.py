@@ -49,7 +49,7 @@ class Channel(Protocol):
         """
 
     def fail(self, gang: int, epoch: int, message: str) -> None:
-        """Send a failure frame as far as possible without waiting for long, then close. Never raises."""
+        """Try to send a failure frame without waiting for long, then close. Never raises."""
 
     def abort(self) -> None:
         """End a call that blocks in another thread: it raises ChannelError. The channel is unusable then."""
@@ -100,7 +100,7 @@ class Inlet(Protocol):
         """Drop the current frame; True when bytes of a next one are there already."""
 
     def send(self, header: Header, *buffers: Buffer) -> None:
-        """Send a frame as far as possible; the rest leaves with :meth:`flush`.
+        """Send as much of a frame as possible; the rest leaves with :meth:`flush`.
 
         The buffers must stay as they are while :attr:`sending`: not every transport copies what it cannot send at once.
 
@@ -114,7 +114,7 @@ class Inlet(Protocol):
         """Send more of what :meth:`send` could not."""
 
     def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
-        """Send a failure frame as far as possible without waiting, then close. Never raises.
+        """Try to send a failure frame without waiting, then close. Never raises.
 
         ``culprit`` is the sequence whose plan is the reason, if that is so.
         """

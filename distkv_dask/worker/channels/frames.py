@@ -107,7 +107,7 @@ def failed(peer: str, payload: Buffer) -> GangAbortedError | PlanError:
 
 
 def rest_of_frame(sent: int, header: Header, buffers: Sequence[Buffer]) -> list[memoryview]:
-    """What is left of a frame of which ``sent`` bytes have left."""
+    """The rest of a frame after ``sent`` bytes were sent."""
     left = []
     for buffer in (header.pack(), *buffers):
         view = memoryview(buffer).cast("B")

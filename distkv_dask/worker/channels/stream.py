@@ -85,7 +85,7 @@ class StreamChannel:
         return self._failure_sent() or self._broken("take", header, error)
 
     def fail(self, gang: int, epoch: int, message: str) -> None:
-        """Send a failure frame as far as possible without waiting, then close."""
+        """Try to send a failure frame without waiting, then close."""
         with contextlib.suppress(OSError):
             self._write_now(failure_frame(gang, epoch, message))
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
@@ -125,7 +125,7 @@ class StreamChannel:
                 self._sock.sendall(rest)
 
     def _write_now(self, frame: tuple[bytes, bytes]) -> None:
-        """Send as far as possible without waiting."""
+        """Send as much as possible without waiting."""
         self._sock.sendmsg(frame, (), socket.MSG_DONTWAIT)
 
     def _begin(self, buffer: memoryview | None) -> int:
@@ -137,7 +137,7 @@ class StreamChannel:
         return self._sock.recv_into(view, len(view), socket.MSG_WAITALL)
 
     def _read_now(self, count: int) -> bytes:
-        """Read what is there, at most so many bytes."""
+        """Read what has arrived, at most this many bytes."""
         return self._sock.recv(count, socket.MSG_DONTWAIT)
 
     # What all have in common

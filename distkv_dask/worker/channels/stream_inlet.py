@@ -108,7 +108,7 @@ class StreamInlet:
         return True
 
     def send(self, header: Header, *buffers: Buffer) -> None:
-        """Send a frame as far as possible."""
+        """Send as much of a frame as possible."""
         try:
             sent = 0 if self._unsent else self._write((header.pack(), *buffers))
         except BlockingIOError:
@@ -132,7 +132,7 @@ class StreamInlet:
             raise ChannelError(f"the channel from {self.peer} broke ({error})") from error
 
     def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
-        """Send a failure frame as far as possible without waiting, then close."""
+        """Try to send a failure frame without waiting, then close."""
         with contextlib.suppress(OSError):
             if not self._unsent:
                 self._write(failure_frame(gang, epoch, message, culprit))

@@ -93,7 +93,7 @@ class UcxInlet:
         return self.has_work()
 
     def send(self, header: Header, *buffers: Buffer) -> None:
-        """Send a frame as far as possible."""
+        """Send as much of a frame as possible."""
         self._line.send(header, *buffers)
         self._listener.work()
 
@@ -104,7 +104,7 @@ class UcxInlet:
             self._clear()
 
     def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
-        """Send a failure frame as far as possible without waiting; the listener closes when the home has."""
+        """Try to send a failure frame without waiting; the listener closes when the home has."""
         if self._ready < 0:
             return
         if self._line.fail(gang, epoch, message, culprit):

@@ -58,7 +58,7 @@ class Connections:
         self._listeners.append(listener)
 
     def wait(self, seconds: float) -> None:
-        """Serve whoever has something; wait for that, at most so many seconds, if nobody has."""
+        """Serve whoever has something; otherwise wait for one, at most this many seconds."""
         for key, _ in self._selector.select(0 if self._serve_natively(seconds) else seconds):
             key.data()
 

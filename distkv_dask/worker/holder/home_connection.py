@@ -37,7 +37,7 @@ class HomeConnection:
     def __init__(self, inlet: Inlet, services: Mapping[str, Service]) -> None:
         self.inlet = inlet
         self.host = inlet.peer.rpartition(":")[0] or inlet.peer
-        """Where it comes from, as far as that is known of a stranger."""
+        """Where it comes from, if that is known."""
         self.service: Service | None = None
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._services = services

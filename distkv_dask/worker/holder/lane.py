@@ -171,7 +171,7 @@ class HolderLane:
         return future
 
     def retire(self, engine: str, sequence: int) -> Future[None]:
-        """Complete when nothing is written to a sequence's blocks any more, whose home computes on it no more.
+        """Complete when nothing writes to the blocks of a sequence whose home has stopped computing on it.
 
         A session that still has the sequence belongs to a gang that failed: frames may lie in its socket, and it ends.
 

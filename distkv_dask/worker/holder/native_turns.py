@@ -99,7 +99,7 @@ def new_turns(
 
 
 def serve(poller: int, turns: Sequence[NativeTurns], seconds: float) -> None:
-    """Answer requests until Python has something to do, at most for so many seconds.
+    """Answer requests until Python has something to do, at most for this many seconds.
 
     Parameters
     ----------

@@ -269,7 +269,7 @@ def merging(
     order: Sequence[Run], out: torch.Tensor, lse: torch.Tensor,
     partials: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> list[tuple[str, PreparedMerge]]:  # fmt: skip
-    """What merges partials into ``out`` and ``lse``, in order, each with the worker whose they are."""
+    """What merges partials into ``out`` and ``lse``, in order, each with its worker."""
     merges = []
     for worker, query, token, count in order:
         into, of = slice(token, token + count), slice(query, query + count)

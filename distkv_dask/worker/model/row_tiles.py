@@ -182,7 +182,7 @@ def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:
 
 
 def in_tiles(function: Rows, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Compute rows [n, in] in tiles of certain sizes, of which the last may be filled up; returns [n, out]."""
+    """Compute rows [n, in] in tiles of certain sizes, padding the last if needed; returns [n, out]."""
     count = len(rows)
     tiles = list(_tiles(count, sizes))
     if not tiles:
@@ -193,7 +193,7 @@ def in_tiles(function: Rows, rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _tiles(count: int, sizes: Sequence[int]) -> Iterator[int]:
-    """Sizes of tiles for so many rows: large ones while they are full, then the smallest that holds the rest."""
+    """Sizes of tiles for a number of rows: large ones while they are full, then the smallest that holds the rest."""
     while count > 0:
         holding, full = [one for one in sizes if one >= count], [one for one in sizes if one <= count]
         size = max(full) if full and (count >= BASE or not holding) else min(holding)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distkv_dask.worker.model.structured import Follower
 
 LARGEST_PENALTY = 1e100
-"""Penalties beyond this change no order of float32 logits any more, and their products would overflow float64."""
+"""Larger penalties no longer change the order of float32 logits, and their products would overflow float64."""
 
 ROWS = 1
 """Rows that are drawn at once on the host: more leave the processor's cache, and take several times as long each."""
@@ -171,7 +171,7 @@ def _penalised(scores: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
         return scores
     tokens = [np.asarray(draw.history, np.int64) for _, draw in some]
     if any(one.min() < 0 or one.max() >= scores.shape[1] for one in tokens):
-        raise ValueError("the history has tokens that the model does not know")
+        raise ValueError("the history has tokens that are not in the model's vocabulary")
     counts = [len(one) for one in tokens]
     where = np.stack((np.repeat([row for row, _ in some], counts), np.concatenate(tokens)))
     penalties = [min(max(draw.params.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY) for _, draw in some]

@@ -44,7 +44,7 @@ def cache_home() -> Path:
 
 
 def hardware(device: str) -> dict[str, object]:
-    """What makes this machine as fast as it is with a device, as far as one can tell without timing it."""
+    """What makes this machine as fast as it is with a device, without timing it."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
