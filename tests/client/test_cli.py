@@ -37,7 +37,7 @@ def test_a_wrong_command_line_is_status_2_and_a_job_that_cannot_be_done_status_1
         (["run", tmp_path, "--out", tmp_path, "--scheduler", "tcp://x:1", "--workers", 2], 2, "that the command starts"),
         (["ask", "Who?", "--max-new-tokens", 0], 1, "max_new_tokens"),
         (["ask", "Who?", "--engine", "auto"], 2, "--scheduler"),
-        (["ask", "Who?", "--engine", "auto", "--scheduler", "tcp://x:1", "--model", "m"], 2, "has its own"),
+        (["ask", "Who?", "--engine", "auto", "--scheduler", "tcp://x:1", "--model", "m"], 2, "names an open one"),
     ]:
         done = call(*arguments)
         assert (done.exit_code, words in done.output) == (status, True), (arguments, done.output)
