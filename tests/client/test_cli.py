@@ -34,7 +34,7 @@ def test_a_wrong_command_line_is_status_2_and_a_job_that_cannot_be_done_status_1
         (["run", tmp_path, "--out", tmp_path, "--too-long", "no"], 2, "truncate-head"),
         (["walk"], 2, "No such command"),
         (["status"], 2, "--scheduler"),
-        (["run", tmp_path, "--out", tmp_path, "--scheduler", "tcp://x:1", "--workers", 2], 2, "that the command starts"),
+        (["run", tmp_path, "--out", tmp_path, "--scheduler", "tcp://x:1", "--workers", 2], 2, "the command starts"),
         (["ask", "Who?", "--max-new-tokens", 0], 1, "max_new_tokens"),
         (["ask", "Who?", "--engine", "auto"], 2, "--scheduler"),
         (["ask", "Who?", "--engine", "auto", "--scheduler", "tcp://x:1", "--model", "m"], 2, "names an open one"),
