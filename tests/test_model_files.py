@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_sizes_of_no_model_are_named(key: str, value: Any, folder: Path) -> None
         ({"quantization_config": {"quant_method": "mxfp4"}}, "fetched from the hub"),
         ({"text_config": {"quantization_config": {"quant_method": "eetq"}}}, "fetched from the hub"),
         ({"vocab_size": 1 << 23}, "too small"),
-        ({"num_hidden_layers": 4}, "drawn at random|cannot be loaded"),
+        ({"num_hidden_layers": 4}, "drawn at random"),
+        ({"num_hidden_layers": 2}, r"does not use: model\.layers\.2"),
         ({"head_dim": 66}, "cannot be loaded"),
         ({"head_dim": 65}, "cannot be read"),
         ({"text_config": {"_attn_implementation": "owner/kernel:fn"}}, "parts that no model of its type has"),
@@ -278,8 +280,32 @@ def test_missing_weights_are_not_drawn_at_random(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ModelError, match="drawn at random"):
+    with pytest.raises(ModelError, match=r"drawn at random: model\.layers\.1\.self_attn\.q_proj\.weight"):
         load(folder)
+
+
+def test_tensors_that_the_model_does_not_use_are_named(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    scale = "model.layers.1.self_attn.q_proj.weight_scale"
+    save_file(weights | {scale: torch.ones(1)}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match=re.escape(f"does not use: {scale}")):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        "model.vision_tower.blocks.0.weight",
+        "visual.patch_embed.weight",
+        "mtp.fc.weight",
+        "model.layers.3.eh_proj.weight",
+    ],
+)
+def test_parts_beside_the_text_model_are_left_out(left_out: str, folder: Path) -> None:
+    wanted = logits(folder)
+    save_file(load_file(folder / WEIGHTS) | {left_out: torch.ones(1)}, folder / WEIGHTS, {"format": "pt"})
+    change(folder, num_nextn_predict_layers=1)
+    assert torch.equal(logits(folder), wanted)
 
 
 @pytest.mark.parametrize("eos", ["x", [None], {"a": 1}, 1.5])

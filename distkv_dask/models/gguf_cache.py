@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from distkv_dask.errors import ModelError
+from distkv_dask.models.complete import check_complete
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
@@ -65,6 +66,8 @@ def _converted(file: Path, part: str, save: Callable[[Path, Path], None]) -> Pat
                     shutil.rmtree(scratch, ignore_errors=True)
                     shutil.rmtree(alone)
         return done
+    except ModelError:
+        raise
     except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
         raise ModelError(
             f"GGUF file {str(file)!r} cannot be converted below {str(_cache_home())!r} (set XDG_CACHE_HOME for another "
@@ -101,11 +104,14 @@ def _save_weights(file: Path, target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, found = load(
         file.parent,
         gguf_file=file.name,
         dtype=getattr(torch, dtype),
         quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
+    check_complete(found, model.config.get_text_config(), file.name)
     model.hf_quantizer = None  # the weights are plain tensors now, but save_pretrained would take them for packed ones
     model.save_pretrained(target)

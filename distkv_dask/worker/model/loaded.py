@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from distkv_dask.errors import DeviceError, ModelError, in_words
 from distkv_dask.geometry import Geometry
+from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported
@@ -196,11 +197,7 @@ def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) 
         ) from error
     except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
         raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise ModelError(
-            f"model {source.name!r} has no weights for {missing[0]} and {len(missing) - 1} others, which would be "
-            "drawn at random: download it again"
-        )
+    check_complete(found, config.get_text_config(), source.name)
     return model.eval().requires_grad_(False)
 
 

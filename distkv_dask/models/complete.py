@@ -1,0 +1,69 @@
+"""Every weight of a model is in its checkpoint, and every tensor of the checkpoint is used.
+
+Transformers draws weights that it does not find at random and leaves tensors out that it does not know, with a warning
+only. Both are refused here by name: what a checkpoint says beyond the model is a scale, an expert or a bias left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distkv_dask.errors import ModelError
+
+_SHOWN = 3
+"""Tensors that a message names."""
+
+_OTHER_PARTS = re.compile(
+    r"(^|[._])(vision|visual|images?|img|audio|speech|video|multi_?modal|mm)([._]|\d)"  # towers beside the text model
+    r"|(^|\.)(mtp|nextn)([._]|\d)"  # layers that predict further tokens
+)
+"""Parts of a checkpoint that a text model leaves out."""
+
+
+def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
+    """Refuse a model of which a weight was missing, or that does not use a tensor of its checkpoint.
+
+    Parameters
+    ----------
+    found
+        Loading information of transformers (``output_loading_info``), without what its model classes ignore.
+    config
+        The text part of the model's configuration.
+    name
+        What messages call the model.
+
+    Raises
+    ------
+    ModelError
+        Naming tensors.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the files of model {name!r} lack weights, which would be drawn at random: {_named(missing)}. Download "
+            "them again, all parts of them"
+        )
+    further = [f"layers.{config.num_hidden_layers + at}." for at in range(_further_layers(config))]
+    unused = sorted(
+        key
+        for key in found["unexpected_keys"]
+        if not _OTHER_PARTS.search(key) and not any(layer in key for layer in further)
+    )
+    if unused:
+        raise ModelError(
+            f"the files of model {name!r} hold tensors that model type {config.model_type!r} of transformers does not "
+            f"use: {_named(unused)}. Without them its answers would be wrong: choose weights that are not quantised "
+            "(scales are the usual cause), or save the model again with transformers' save_pretrained"
+        )
+
+
+def _further_layers(config: Any) -> int:
+    """Layers after the last that predict further tokens; they are numbered on."""
+    return int(getattr(config, "num_nextn_predict_layers", None) or 0)
+
+
+def _named(keys: Iterable[str]) -> str:
+    first = list(keys)
+    more = f" and {len(first) - _SHOWN} others" if len(first) > _SHOWN else ""
+    return ", ".join(first[:_SHOWN]) + more
