@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distkv_dask.errors import ModelError
-from distkv_dask.models.files import _SIZES, DEEPEST, INDEX, WEIGHTS, read_json, safe_config
+from distkv_dask.models.files import _SIZES, DEEPEST, read_json, safe_config
 from distkv_dask.models.source import resolve_model
+from distkv_dask.models.weight_files import INDEX, WEIGHTS
 from distkv_dask.worker.model.loaded import load_model
 
 
@@ -113,20 +114,30 @@ def test_sizes_of_no_model_are_named(key: str, value: Any, folder: Path) -> None
         ({"num_key_value_heads": 4}, "6 heads for 4 kv heads"),
         ({"model_type": None}, "model_type"),
         ({"model_type": 7}, "model_type"),
-        ({"model_type": "no-such"}, "no-such"),
+        ({"model_type": "no-such"}, "does not know model type 'no-such'.*upgrade transformers"),
+        ({"model_type": "no-such", "auto_map": {"AutoConfig": "a.B"}}, "never run here"),
         ({"quantization_config": "evil"}, "quantization_config"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "fetched from the hub"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "'modelopt'.*does not know"),
+        ({"quantization_config": {}}, "unnamed method"),
         ({"text_config": {"quantization_config": {"quant_method": "eetq"}}}, "fetched from the hub"),
         ({"vocab_size": 1 << 23}, "too small"),
         ({"num_hidden_layers": 4}, "drawn at random"),
         ({"num_hidden_layers": 2}, r"does not use: model\.layers\.2"),
-        ({"head_dim": 66}, "cannot be loaded"),
+        ({"head_dim": 66}, r"self_attn\.k_proj\.weight is \(128, 96\), not \(132, 96\)"),
+        ({"sliding_window": "x"}, None),
+        *(({"text_config": value}, "parts that no model of its type has") for value in ("x", 7, True, ["x"])),
         ({"head_dim": 65}, "cannot be read"),
         ({"text_config": {"_attn_implementation": "owner/kernel:fn"}}, "parts that no model of its type has"),
     ],
 )
-def test_what_a_configuration_cannot_say_is_an_error_of_ours(values: dict[str, Any], words: str, folder: Path) -> None:
+def test_what_a_configuration_cannot_say_is_an_error_of_ours(
+    values: dict[str, Any], words: str | None, folder: Path
+) -> None:
     change(folder, **values)
+    if words is None:  # it has no meaning, and no effect
+        load(folder)
+        return
     with pytest.raises(ModelError, match=words):
         load(folder)
 
@@ -274,6 +285,18 @@ def test_weights_cut_short_are_an_error_that_says_so(kept: int, folder: Path) ->
     (folder / WEIGHTS).write_bytes(data[:kept])
     with pytest.raises(ModelError, match="cut short"):
         load(folder)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_called_that(file: str, folder: Path) -> None:
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
+
+    def open_all() -> None:
+        load(folder)
+        resolve_model(str(folder)).tokenizer()
+
+    with pytest.raises(ModelError, match=rf"{file} is a git-lfs pointer.*git lfs pull"):
+        open_all()
 
 
 def test_missing_weights_are_not_drawn_at_random(folder: Path) -> None:

@@ -23,7 +23,7 @@ _OTHER_PARTS = re.compile(
 
 
 def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
-    """Refuse a model of which a weight was missing, or that does not use a tensor of its checkpoint.
+    """Refuse a model of which a weight was missing or of another size, or that does not use a tensor of its checkpoint.
 
     Parameters
     ----------
@@ -43,6 +43,13 @@ def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
         raise ModelError(
             f"the files of model {name!r} lack weights, which would be drawn at random: {_named(missing)}. Download "
             "them again, all parts of them"
+        )
+    if wrong := sorted(
+        f"{key} is {tuple(held)}, not {tuple(needed)}" for key, held, needed in found["mismatched_keys"]
+    ):
+        raise ModelError(
+            f"weights of model {name!r} have other sizes than its configuration says: {_named(wrong)}. Its config.json "
+            "belongs to another model: download it again"
         )
     further = [f"layers.{config.num_hidden_layers + at}." for at in range(_further_layers(config))]
     unused = sorted(

@@ -1,21 +1,19 @@
 """What a model's folder says, checked before transformers reads it: folders come from strangers.
 
 Nothing in a folder has code run or something else fetched: keys of its configuration that name kernels, code or other
-places are left out, pickled weights are refused, and weights are read from the folder itself. What is damaged is said.
+places are left out. What is damaged is said. Weights: :mod:`distkv_dask.models.weight_files`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from distkv_dask.errors import ModelError, in_words
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLED = "*.bin", "*.pt", "*.pth", "*.pkl", "*.bin.index.json", "*.distcp"
+from distkv_dask.models.layer_values import layer_values
 
 LARGEST_JSON = 64 << 20
 """Bytes of the largest configuration or index."""
@@ -52,6 +50,26 @@ _SIZES: Mapping[str, int] = {
 """Sizes that a model has, with the largest that is believed: ten times those of any model, or more."""
 
 
+_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for one that git-lfs has not fetched."""
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that git-lfs has left a pointer for.
+
+    Raises
+    ------
+    ModelError
+        Saying how to fetch it.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ModelError(
+                f"{file} is a git-lfs pointer, not the file itself: run 'git lfs pull' in {file.parent}, or download "
+                "the model with 'hf download'"
+            )
+
+
 def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
     """Read a JSON object of a model's folder.
 
@@ -65,6 +83,7 @@ def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
             raise ModelError(f"{file} is not a file: give a folder saved by save_pretrained")
         if (size := file.stat().st_size) > limit:
             raise ModelError(f"{file} has {size} bytes, more than {limit}: it cannot be such a file")
+        refuse_pointer(file)
         read = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON, download the model again: {in_words(error):.200}") from error
@@ -96,16 +115,8 @@ def safe_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"config.json of model {name!r} has the model_type {kind!r:.100}: it must name a kind of model"
         )
     for part in _objects(config):
-        quantised = part.get("quantization_config")
-        if quantised is None:
-            continue
-        if not isinstance(quantised, Mapping) or not isinstance(quantised.get("quant_method", ""), str):
-            raise ModelError(f"the quantization_config of model {name!r} is {quantised!r:.100}: it must be an object")
-        if quantised.get("quant_method") in _FETCHING:
-            raise ModelError(
-                f"model {name!r} is quantised with {quantised['quant_method']}, whose kernels would be fetched from "
-                "the hub and run: choose a GGUF file, or weights that are not quantised"
-            )
+        if (quantised := part.get("quantization_config")) is not None:
+            _check_quantisation(quantised, name)
     return {key: _without_dropped(value) for key, value in config.items() if key not in _DROPPED}
 
 
@@ -124,57 +135,24 @@ def check_sizes(config: Any, name: str) -> None:
     ModelError
         Naming the size.
     """
-    if isinstance(config, Mapping):
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
         raise ModelError(f"config.json of model {name!r} has parts that no model of its type has: download it again")
     for key, largest in _SIZES.items():
-        value = getattr(config, key, None)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and 1 <= value <= largest):
+        for value in layer_values(config, key):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and 1 <= value <= largest):
+                raise ModelError(
+                    f"config.json of model {name!r} has {key}={value!r:.100}, but must have a whole number from 1 to "
+                    f"{largest}: download the model again"
+                )
+    for heads, kv_heads in product(*(layer_values(config, f"num_{key}_heads") for key in ("attention", "key_value"))):
+        if heads and kv_heads and heads % kv_heads:
             raise ModelError(
-                f"config.json of model {name!r} has {key}={value!r:.100}, but must have a whole number from 1 to "
-                f"{largest}: download the model again"
+                f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads, but needs a multiple of "
+                "them: download the model again"
             )
-    heads, kv_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
-    if heads and kv_heads and heads % kv_heads:
-        raise ModelError(
-            f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads, but needs a multiple of them: "
-            "download the model again"
-        )
-
-
-def check_weights(folder: Path, config: Any) -> None:
-    """Refuse a folder whose weights are not whole safetensors files in it.
-
-    Parameters
-    ----------
-    folder
-        The model's.
-    config
-        The text part of its configuration.
-
-    Raises
-    ------
-    ModelError
-        When weights are pickled, lie elsewhere, are missing or damaged, belong to an adapter, or are far fewer than the
-        configuration says.
-    """
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder} holds an adapter, which refers to a model that would have to be fetched: merge it into that "
-            "model first (peft's merge_and_unload), and give the folder of the result"
-        )
-    if (generation := folder / "generation_config.json").exists():
-        read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end
-    files = list(_weight_files(folder))
-    for file in files:
-        _check_tensors(file)
-    heads = config.num_hidden_layers * config.num_attention_heads  # memory for all that is missing would be taken
-    fewest = config.hidden_size * (config.vocab_size + heads * (getattr(config, "head_dim", None) or 1))
-    if fewest > 8 * sum(file.stat().st_size for file in files):
-        raise ModelError(
-            f"the configuration in {folder} is of a model with more than {fewest} weights, for which its files are too "
-            "small: download it again"
-        )
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -199,58 +177,29 @@ def check_tokenizer(folder: Path) -> None:
             raise ModelError(f"{file} is not a file: download the model again")
         if file.suffix == ".jinja" and file.stat().st_size > LARGEST_TEMPLATE:
             raise ModelError(f"the chat template {file} is longer than {LARGEST_TEMPLATE} bytes")
+        if file.is_file():
+            refuse_pointer(file)
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
-        yield _inside(folder, WEIGHTS)
-        return
-    if (folder / INDEX).exists():
-        yield from sorted({_inside(folder, name) for name in _indexed(folder / INDEX)})
-        return
-    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
-    if pickled:
+def _check_quantisation(quantised: Any, name: str) -> None:
+    """Refuse quantised weights that transformers leaves as they are, or computes with kernels that it fetches."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if not isinstance(quantised, Mapping) or not isinstance(quantised.get("quant_method", ""), str):
+        raise ModelError(f"the quantization_config of model {name!r} is {quantised!r:.100}: it must be an object")
+    method = quantised.get("quant_method", "")
+    if method in _FETCHING:
         raise ModelError(
-            f"the weights in {folder} are pickled ({pickled[0]}), and reading a pickle can run code: convert them "
-            "where you trust them (load the model with transformers and call save_pretrained, which writes "
-            "safetensors), or download a version with safetensors"
+            f"model {name!r} is quantised with {method}, whose kernels would be fetched from the hub and run: choose a "
+            "GGUF file, or weights that are not quantised"
         )
-    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give one saved by save_pretrained")
-
-
-def _indexed(index: Path) -> Iterator[str]:
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise ModelError(f"{index} has no weight_map from weights to files: download the model again")
-    yield from where.values()
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The weights' file of this name in the folder itself."""
-    file = folder / name
-    if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-        raise ModelError(f"{folder / INDEX} names {name!r:.200}: weights are safetensors files in the folder itself")
-    if not file.is_file():
-        raise ModelError(f"{file} is missing, or is not a file: download the model again")
-    real, home = file.resolve(), folder.resolve()
-    cache = home.parent.parent / "blobs"  # where the hub's cache keeps what its folders link to
-    if home not in real.parents and cache not in real.parents:
+    bits = quantised.get("load_in_8bit") or quantised.get("load_in_4bit")
+    if not bits and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ModelError(
-            f"{file} is a link to {real}, outside the folder: copy the file here, or give the other folder"
+            f"model {name!r} is quantised with {method or 'an unnamed method'!r} (quant_method in its "
+            "quantization_config), which transformers does not know: it would compute without the scales. Choose a "
+            "GGUF file, or weights that are not quantised"
         )
-    return file
-
-
-def _check_tensors(file: Path) -> None:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(file, framework="np") as opened:
-            names = list(opened.keys())
-    except Exception as error:  # safetensors has an error of its own that derives from no other
-        raise ModelError(f"{file} is damaged or cut short, download it again: {error}") from error
-    if not names:
-        raise ModelError(f"{file} holds no weights: download it again")
 
 
 def _without_dropped(value: Any) -> Any:

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from distkv_dask.errors import ModelError
-from distkv_dask.models.files import check_sizes, check_tokenizer, check_weights, read_json, safe_config
+from distkv_dask.models.files import check_sizes, check_tokenizer, read_json, safe_config
 from distkv_dask.models.gguf_cache import converted_text
 from distkv_dask.models.rope_scaling import checked, scale
+from distkv_dask.models.weight_files import check_weights
 
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub when it is asked whether a model exists."""
@@ -61,7 +62,8 @@ class ModelSource:
         """
         from transformers import AutoConfig
 
-        read = safe_config(read_json(self._config_file()), self.name)
+        read = safe_config(given := read_json(self._config_file()), self.name)
+        _check_known(given, self.name)
         try:
             with TemporaryDirectory(prefix="distkv-") as folder:
                 Path(folder, "config.json").write_text(json.dumps(read))
@@ -120,6 +122,23 @@ class ModelSource:
 
     def _text_location(self) -> str:
         return str(converted_text(Path(self.location))) if self.kind == "gguf" else self.location
+
+
+def _check_known(read: Mapping[str, Any], name: str) -> None:
+    """Refuse a model type that transformers does not have."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    if (kind := read["model_type"]) in CONFIG_MAPPING:
+        return
+    if "auto_map" in read:
+        raise ModelError(
+            f"model {name!r} of type {kind!r} needs code from its own folder (auto_map in config.json), which is never "
+            "run here: choose a version of it that was converted to transformers' own classes, or another model"
+        )
+    raise ModelError(
+        f"transformers {__version__} does not know model type {kind!r} of model {name!r}: upgrade transformers on the "
+        "client and on every worker (pip install --upgrade transformers), or choose another model"
+    )
 
 
 def resolve_model(name: str, rope_scaling: Mapping[str, Any] | None = None) -> ModelSource:

@@ -13,6 +13,7 @@ from typing import Any
 from distkv_dask.errors import UnsupportedModelError
 
 _FULL = "full_attention"
+_PLAIN = frozenset((_FULL, "attention"))
 _SLIDING = "sliding_attention"
 
 _REFUSED_WHEN_SET: Mapping[str, str] = {
@@ -21,7 +22,7 @@ _REFUSED_WHEN_SET: Mapping[str, str] = {
     "kv_lora_rank": "latent (MLA) attention",
     "is_encoder_decoder": "an encoder beside the decoder",
     "use_bidirectional_attention": "attention that is not causal",
-    "layers_block_type": "layers other than attention",
+    "attn_temperature_tuning": "attention temperatures that count positions from the start of each call",
     "state_size": "state-space layers",
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
@@ -59,7 +60,7 @@ def check_supported(config: Any) -> None:
         raise UnsupportedModelError(
             f"model type {text.model_type!r} uses {feature} (configuration key {key}={value!r}), which DistAttention "
             "does not compute. Choose a model whose layers all attend to all earlier tokens, for example of the Llama, "
-            "Qwen2, Qwen3, Mistral (v0.2 or later), Phi-3 (4K), Mixtral or Qwen3-MoE families."
+            "Qwen2, Qwen3, Mistral (v0.2 or later), Mixtral or Qwen3-MoE families."
         )
 
 
@@ -88,20 +89,21 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
 
 def _windows(config: Any) -> Iterator[tuple[str, str]]:
     """Yield what limits the keys that a layer sees; a limit no shorter than the longest sequence is none."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    for kind in sorted(kinds - {_FULL, _SLIDING}):
-        yield "layer_types", f"layers of the kind {kind!r}"
+    # two names of one list: some types have the first as an alias of the second, and others the other way round
+    key = next((key for key in ("layer_types", "layers_block_type") if getattr(config, key, None)), "layer_types")
+    kinds = set(getattr(config, key, None) or ())
+    for kind in sorted(kinds - _PLAIN - {_SLIDING}):
+        yield key, f"layers of the kind {kind!r}"
     if (_SLIDING in kinds or not kinds) and window_in_effect(config, getattr(config, "sliding_window", None)):
         yield "sliding_window", "a sliding window"
     if not kinds and window_in_effect(config, getattr(config, "attention_chunk_size", None)):
         yield "attention_chunk_size", "chunked attention"
 
 
-def window_in_effect(config: Any, window: int | None) -> bool:
+def window_in_effect(config: Any, window: object) -> bool:
     """Tell whether a window of ``window`` tokens hides any token of a sequence of the model's full length."""
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return False
-    return int(window) < max_positions(config)
+    # use_sliding_window is left to the configurations that know it: they drop their window, and others ignore the key
+    return isinstance(window, int) and 0 < window < max_positions(config)
 
 
 def _rope(config: Any) -> Iterator[tuple[str, str]]:

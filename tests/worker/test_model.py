@@ -156,12 +156,17 @@ REFUSED = [
     (config("gemma3_text"), "sliding_window"),
     (config("gemma2"), "attn_logit_softcapping"),
     (config("gpt_oss"), "sinks"),
-    (config("llama4_text"), "chunked_attention"),
+    (config("llama4_text", attn_temperature_tuning=False), "chunked_attention"),
     (config("deepseek_v3"), "kv_lora_rank"),
     (config("t5"), "is_encoder_decoder"),
     (config("llama", is_causal=False), "is_causal"),
     (config("qwen3_next"), "linear_attention"),
-    (config("jamba"), "layers_block_type"),
+    (config("jamba"), "layers of the kind 'linear_attention'"),
+    (
+        config("mistral", sliding_window=512, max_position_embeddings=1024, use_sliding_window=False),
+        "sliding_window=512",
+    ),
+    (config("llama4_text", layer_types=["full_attention"] * 48), "attn_temperature_tuning"),
     (config("mamba"), "state-space"),
     (config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "layer_types"),
     (config("bloom"), "ALiBi"),
@@ -204,6 +209,7 @@ def test_unsupported_attention_is_refused_by_its_configuration(
         config("phi3", max_position_embeddings=4096, original_max_position_embeddings=4096),
         config("gpt2"),
         config("olmo2"),
+        config("granitemoehybrid", num_hidden_layers=2, layer_types=["full_attention"] * 2),
         config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     ],
     ids=lambda value: value.model_type,
@@ -265,6 +271,23 @@ def test_probe_refuses_a_layer_that_keeps_a_state_of_its_own() -> None:
     attention.forward = shifted
     with pytest.raises(UnsupportedModelError, match="other than causal"):
         probe(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "falcon"}, {"kind": "gptj", "rotary_dim": 16}, {"kind": "gpt_neo", "attention_types": [[["global"], 2]]}],
+    ids=lambda settings: settings["kind"],
+)
+def test_attention_in_code_of_its_own_is_refused_before_weights_are_read(settings: dict, tmp_path: Path) -> None:
+    tiny(**settings).config.save_pretrained(tmp_path)  # a configuration and no weights
+    with pytest.raises(UnsupportedModelError, match="computes attention in code of its own"):
+        load_model(str(tmp_path), "float32", 1)
+
+
+def test_layers_of_different_sizes_are_no_error_of_transformers(tmp_path: Path) -> None:
+    config("gemma4_text", num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        load_model(str(tmp_path), "float32", 1)
 
 
 def test_unsupported_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.model.model_class import check_class
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
@@ -160,6 +161,7 @@ def load_model(
     torch.set_num_threads(threads)
     with _loading, _quiet():
         check_supported(config := source.config())
+        check_class(config, source.name)
         source.check_weights(config)
         model = _read_weights(source, config, dtype, device)
         geometry = probe(model)
@@ -187,6 +189,7 @@ def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) 
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **({} if device.is_host else {"device_map": {"": device.torch}}),
         )
     except torch.OutOfMemoryError as error:

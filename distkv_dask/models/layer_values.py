@@ -1,0 +1,26 @@
+"""A value of a configuration that may differ from layer to layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def layer_values(config: Any, key: str) -> list[Any]:
+    """What a transformers configuration says of ``key``: each value that a layer has, once, or None where it has none.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> layer_values(SimpleNamespace(head_dim=64), "head_dim")
+    [64]
+    >>> layer_values(SimpleNamespace(intermediate_size=[128, 256, 128]), "intermediate_size")
+    [128, 256]
+    """
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    values: list[Any] = []
+    for layer in layers:
+        value = getattr(layer, key, None)
+        for one in value if isinstance(value, list | tuple) and value else [value]:
+            if one not in values:
+                values.append(one)
+    return values
