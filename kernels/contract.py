@@ -24,6 +24,26 @@ class Call(NamedTuple):
     k_scales: torch.Tensor | None
     v_scales: torch.Tensor | None
     threads: int
+    first_keys: torch.Tensor | None = None
+    soft_cap: float | None = None
+
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether values are the first numbers of the keys, in the same memory."""
+        k, v = self.k_pool, self.v_pool
+        return k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+
+    @property
+    def plain(self) -> bool:
+        """Whether all tokens are seen with scores as they are, and values lie as keys do."""
+        k, v = self.k_pool, self.v_pool
+        return self.first_keys is None and self.soft_cap is None and k.shape == v.shape
+
+    def empty_result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for out and lse."""
+        tokens, heads, _ = self.q.shape
+        out = self.q.new_empty((tokens, heads, self.v_pool.shape[3]), dtype=torch.float32)
+        return out, self.q.new_empty((tokens, heads), dtype=torch.float32)
 
 
 def check_call(call: Call) -> None:
@@ -53,14 +73,15 @@ def check_call(call: Call) -> None:
         _check_index("q_start", call.q_start, call.q, size=rows)
     elif call.q_start is not None:
         raise ValueError("q_start: only used with causal=True; leave it out for full attention")
+    if call.first_keys is not None:
+        _check_index("first_keys", call.first_keys, call.q, size=call.q.shape[0])
     if not isinstance(call.threads, int):
         raise TypeError(f"threads: expected an integer, got {type(call.threads).__name__}")
     if call.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {call.threads}")
-    if not isinstance(call.scale, int | float):
-        raise TypeError(f"scale: expected a number, got {type(call.scale).__name__}")
-    if not 0 < call.scale < float("inf"):
-        raise ValueError(f"scale: expected a positive finite number, got {call.scale}")
+    _check_factor("scale", call.scale)
+    if call.soft_cap is not None:
+        _check_factor("soft_cap", call.soft_cap)
 
 
 def check_values(call: Call) -> None:
@@ -110,6 +131,13 @@ def slots_message() -> str:
     return "layer, blocks, offsets: expected a layer and slots that lie in the pool"
 
 
+def _check_factor(name: str, factor: float) -> None:
+    if not isinstance(factor, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(factor).__name__}")
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"{name}: expected a positive finite number, got {factor}")
+
+
 def _check_pools(call: Call) -> None:
     k, v = call.k_pool, call.v_pool
     for name, pool in (("k_pool", k), ("v_pool", v)):
@@ -118,12 +146,15 @@ def _check_pools(call: Call) -> None:
         if pool.ndim != 4:
             raise ValueError(f"{name}: expected shape [blocks, kv_heads, block_tokens, d], got {tuple(pool.shape)}")
         _, heads, tokens, d = pool.shape
-        if pool.stride()[1:] != (tokens * d, d, 1) and pool.numel():
-            raise ValueError(f"{name}: the inner three dimensions must be contiguous, got strides {pool.stride()}")
         if min(heads, tokens) < 1 or d < 8 or d % 8:
             raise ValueError(f"{name}: expected at least one head and token and d a multiple of 8, got {pool.shape}")
-    if k.shape != v.shape:
-        raise ValueError(f"v_pool: expected the shape of k_pool {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3] or v.shape[3] > k.shape[3]:
+        raise ValueError(
+            f"v_pool: expected the shape of k_pool {tuple(k.shape)}, the last dimension may be shorter; "
+            f"got {tuple(v.shape)}"
+        )
+    _check_strides("k_pool", k, k.shape[3])
+    _check_strides("v_pool", v, k.shape[3] if call.values_in_keys else v.shape[3])
     if v.dtype != k.dtype:
         raise TypeError(f"v_pool: expected the dtype of k_pool {k.dtype}, got {v.dtype}")
     if v.device != k.device:
@@ -133,6 +164,15 @@ def _check_pools(call: Call) -> None:
         _check_scales("v_scales", call.v_scales, k)
     elif call.k_scales is not None or call.v_scales is not None:
         raise ValueError(f"k_scales, v_scales: only used with int8 pools, got {k.dtype}")
+
+
+def _check_strides(name: str, pool: torch.Tensor, token: int) -> None:
+    """Raise for a pool whose tokens of a block do not lie ``token`` elements apart, one head after the other."""
+    if pool.stride()[1:] != (pool.shape[2] * token, token, 1) and pool.numel():
+        raise ValueError(
+            f"{name}: the inner three dimensions must be contiguous (values may also be the first numbers of the keys, "
+            f"v_pool = k_pool[..., :n]), got strides {pool.stride()}"
+        )
 
 
 def _check_scales(name: str, scales: torch.Tensor | None, pool: torch.Tensor) -> None:

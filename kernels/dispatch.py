@@ -108,6 +108,8 @@ def micro_attention(
     v_scales: torch.Tensor | None = None,
     threads: int | None = None,
     implementation: str | None = None,
+    first_keys: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a ragged batch of queries over one shard of paged KV: the paper's MicroAttention.
 
@@ -117,7 +119,8 @@ def micro_attention(
         Queries of all rows one after the other, [tokens, heads, d], bfloat16, float16 or float32.
     k_pool, v_pool
         [blocks, kv_heads, block_tokens, d], the dtype of ``q`` or int8; any stride between blocks, contiguous inside
-        a block. ``heads`` is a multiple of ``kv_heads``, ``d`` a multiple of 8.
+        a block. ``heads`` is a multiple of ``kv_heads``, ``d`` a multiple of 8. Values may be shorter than keys
+        (``dv`` numbers, a multiple of 8), also as the first numbers of the keys: ``k_pool[..., :dv]``.
     block_tables
         int32 [rows, max_blocks]: the blocks of each row in order. Entries past ``lengths`` are never read.
     lengths
@@ -136,11 +139,16 @@ def micro_attention(
         CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
     implementation
         Name from :data:`IMPLEMENTATIONS` instead of the one that :func:`choose` picks.
+    first_keys
+        int32 [tokens]: each query sees only its row's shard positions from here on (a sliding or chunked window). At
+        or below 0 hides nothing, at or past the end everything. Blocks that no query sees are not read.
+    soft_cap
+        Scores become ``soft_cap * tanh(score / soft_cap)``; None: they stay as they are.
 
     Returns
     -------
     tuple
-        (out float32 [tokens, heads, d], lse float32 [tokens, heads], natural logarithm). A query that sees no key
+        (out float32 [tokens, heads, dv], lse float32 [tokens, heads], natural logarithm). A query that sees no key
         gets (0, -inf).
 
     Raises
@@ -150,7 +158,7 @@ def micro_attention(
     """
     call = Call(
         q, k_pool, v_pool, block_tables, lengths, scale, query_offsets, causal, q_start, k_scales, v_scales,
-        torch.get_num_threads() if threads is None else threads,
+        torch.get_num_threads() if threads is None else threads, first_keys, soft_cap,
     )  # fmt: skip
     check_call(call)
     choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2], implementation)

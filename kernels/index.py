@@ -21,21 +21,22 @@ class Index(NamedTuple):
     lengths: torch.Tensor
     query_offsets: torch.Tensor | None
     q_start: torch.Tensor | None
+    first_keys: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> Index:
         """The same, but copies on the device of those on the host (themselves where that is the host)."""
         return Index(*(beside(x, device) for x in self))
 
-    def read(self) -> tuple[Ints, Ints, Ints | None, Ints | None]:
+    def read(self) -> tuple[Ints, Ints, Ints | None, Ints | None, Ints | None]:
         """Their values; those on a device come in one copy, for which the host waits."""
         given = [x for x in self if x is not None]
         there = [x.reshape(-1) for x in given if not x.is_cpu]
         flat = iter(torch.cat(there).cpu().split([len(x) for x in there]) if there else ())
         values = iter([(x if x.is_cpu else next(flat).view(x.shape)).numpy().astype(np.int64) for x in given])
-        tables, lengths, offsets, starts = (None if x is None else next(values) for x in self)
+        tables, lengths, offsets, starts, first_keys = (None if x is None else next(values) for x in self)
         assert tables is not None
         assert lengths is not None
-        return tables, lengths, offsets, starts
+        return tables, lengths, offsets, starts, first_keys
 
 
 def beside(value: Any, device: torch.device) -> Any:

@@ -20,7 +20,7 @@ from .contract import Call, lengths_message, offsets_message, slots_message, tab
 from .native_layout import disagreement, layout_of
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-_ARGS = struct.Struct("<25qd")  # distkv::Args in native/core.h
+_ARGS = struct.Struct("<28q2d")  # distkv::Args in native/core.h
 _POINTERS = struct.Struct("<3q")  # its first fields: q, k, v
 _SCALE = struct.Struct("<d")  # its last field
 _SCALE_AT = _ARGS.size - _SCALE.size
@@ -34,7 +34,7 @@ class PackedLayers(ctypes.Structure):
     """distkv::Layers in native/layers.cpp."""
 
     _fields_ = (
-        ("args", ctypes.c_uint8 * _ARGS.size),
+        ("args", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
         ("layers", ctypes.c_int64),
@@ -97,8 +97,7 @@ def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with one of :func:`instruction_sets` (empty: the best one)."""
     if not call.q.is_contiguous():
         call = call._replace(q=call.q.contiguous())
-    out = torch.empty(call.q.shape, dtype=torch.float32)
-    lse = torch.empty(call.q.shape[:2], dtype=torch.float32)
+    out, lse = call.empty_result()
     status = _core().distkv_attend(pack(call, out, lse), isa)
     if status:
         raise _error(status, call)
@@ -117,30 +116,32 @@ def run_packed(
 
 
 def pack_layers(
-    packed: Packed, k_layers: Sequence[torch.Tensor], v_layers: Sequence[torch.Tensor], *slots: torch.Tensor
+    packed: Sequence[Packed], k_layers: Sequence[torch.Tensor], v_layers: Sequence[torch.Tensor], *slots: torch.Tensor
 ) -> PackedLayers:
-    """Arguments of :func:`run_layer`: those of a batch, every layer's pools, and int64 [n] block ids and offsets."""
-    pointers = [
-        (ctypes.c_void_p * len(layers))(*(view.data_ptr() for view in layers)) for layers in (k_layers, v_layers)
-    ]
+    """Arguments of :func:`run_layer`: each layer's call and pools, and int64 [n] block ids and offsets."""
+    addresses = (
+        [ctypes.addressof(each) for each in packed],
+        *([view.data_ptr() for view in layers] for layers in (k_layers, v_layers)),
+    )
+    pointers = [(ctypes.c_void_p * len(packed))(*each) for each in addresses]
     blocks, offsets = slots
     made = PackedLayers(
-        (ctypes.c_uint8 * _ARGS.size).from_buffer_copy(packed),
         *(ctypes.addressof(each) for each in pointers),
-        len(k_layers),
+        len(packed),
         blocks.data_ptr(),
         offsets.data_ptr(),
         blocks.numel(),
     )
-    made.kept = pointers, slots
+    made.kept = packed, pointers, slots
     return made
 
 
 def run_layer(
-    packed: PackedLayers, call: Call, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    packed: PackedLayers, call: Call, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, scale: float
 ) -> None:
     """Append contiguous k, v to a layer and attend with q, for a batch packed from ``call``."""
-    status = _core().distkv_layer(ctypes.addressof(packed), q.data_ptr(), k.data_ptr(), v.data_ptr(), layer, scale)
+    values = 0 if v is None else v.data_ptr()
+    status = _core().distkv_layer(ctypes.addressof(packed), q.data_ptr(), k.data_ptr(), values, layer, scale)
     if status:
         raise _error(status, call)
 
@@ -152,7 +153,7 @@ def address(name: str) -> int:
 
 def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
     """Arguments of the core for a checked call with contiguous queries, whose tensors must outlive them."""
-    q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads = call
+    q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads, first_keys, soft_cap = call
     tokens, heads, d = q.shape
     blocks, kv_heads, block_tokens, _ = k.shape
     rows, max_blocks = tables.shape
@@ -164,6 +165,7 @@ def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
         lengths.data_ptr(),
         0 if offsets is None else offsets.data_ptr(),
         0 if starts is None else starts.data_ptr(),
+        0 if first_keys is None else first_keys.data_ptr(),
         0 if k_scales is None else k_scales.data_ptr(),
         0 if v_scales is None else v_scales.data_ptr(),
         out.data_ptr(),
@@ -179,9 +181,12 @@ def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
         tables.stride(0),
         k.stride(0),
         v.stride(0),
+        v.shape[3],
+        v.stride(2),
         _DTYPES[q.dtype],
         _DTYPES[k.dtype],
         threads,
+        soft_cap or 0.0,
         scale,
     )
     return ctypes.create_string_buffer(arguments, len(arguments))

@@ -97,6 +97,8 @@ def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
+    if not call.plain:
+        raise ValueError("first_keys, soft_cap, v_pool: numba serves no windows, soft caps or short values yet")
     plan, attend_items, merge_parts = compiled(call.k_pool.dtype)
     like, size = _LIKE[call.k_pool.dtype]
     q = call.q.float().contiguous()

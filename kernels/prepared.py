@@ -7,7 +7,6 @@ each time, which takes longer than a short sequence's arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ class PreparedAttention:
         Queries of all rows, and query heads.
     k_pool, v_pool
         Views like those of every later call: [blocks, kv_heads, block_tokens, d].
-    block_tables, lengths, query_offsets, causal, q_start
-        As for :func:`distkv_dask.kernels.micro_attention`. Values of lengths and starts may be changed in place between
-        calls, then call :meth:`refresh`. For a pool on a GPU they should lie on the host: nothing waits for the GPU
-        then, neither here nor later.
+    block_tables, lengths, query_offsets, causal, q_start, first_keys, soft_cap
+        As for :func:`distkv_dask.kernels.micro_attention`. Values of lengths, starts and first keys may be changed in
+        place between calls, then call :meth:`refresh`. For a pool on a GPU they should lie on the host: nothing waits
+        for the GPU then, neither here nor later.
     threads
         CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
     result
@@ -58,37 +57,39 @@ class PreparedAttention:
         q_start: torch.Tensor | None = None,
         threads: int | None = None,
         result: torch.Tensor | None = None,
+        first_keys: torch.Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> None:
-        d = k_pool.shape[-1]
+        d, d_v = k_pool.shape[-1], v_pool.shape[-1]
         q = torch.empty(tokens, heads, d, dtype=k_pool.dtype, device=k_pool.device)
-        self._given = Index(block_tables, lengths, query_offsets, q_start)
+        self._given = Index(block_tables, lengths, query_offsets, q_start, first_keys)
         self._index = index = self._given.on(k_pool.device)
         self._call = Call(
             q, k_pool, v_pool, *index[:2], 1.0, index.query_offsets, causal, index.q_start, None, None,
-            torch.get_num_threads() if threads is None else threads,
+            torch.get_num_threads() if threads is None else threads, index.first_keys, soft_cap,
         )  # fmt: skip
         check_call(self._call)
         self._form = _form(q, k_pool, v_pool)
-        self.result = _memory(result, tokens * heads * (d + 1), k_pool.device)
-        """float32 [tokens * heads * (d + 1)]: memory of :attr:`out`, then of :attr:`lse`."""
-        self.out = self.result[: q.numel()].view(q.shape)
-        """float32 [tokens, heads, d]: outputs of the last call."""
-        self.lse = self.result[q.numel() :].view(tokens, heads)
+        self.result = _memory(result, tokens * heads * (d_v + 1), k_pool.device)
+        """float32 [tokens * heads * (dv + 1)]: memory of :attr:`out`, then of :attr:`lse`."""
+        self.out = self.result[: tokens * heads * d_v].view(tokens, heads, d_v)
+        """float32 [tokens, heads, dv]: outputs of the last call."""
+        self.lse = self.result[tokens * heads * d_v :].view(tokens, heads)
         """float32 [tokens, heads]: log-sum-exps of the last call."""
         name = choose(k_pool.device.type, k_pool.dtype, d, k_pool.shape[2]).name
         self._run = IMPLEMENTATIONS[name]
-        self._packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
+        self.packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
+        """The call as the C++ core takes it; None where that does not serve."""
         self.batch = TritonBatch(self._call, self._given, self.out, self.lse) if name == "triton" else None
         """What a GPU is given; None where Triton does not serve."""
 
     @property
-    def kv_shape(self) -> tuple[int, int]:
-        """KV heads, and d."""
-        _, kv_heads, _, d = self._call.k_pool.shape
-        return kv_heads, d
+    def call(self) -> Call:
+        """A call like those that are prepared for."""
+        return self._call
 
     def refresh(self) -> None:
-        """Take the values of lengths and starts as they are now, once for all layers of a step.
+        """Take the values of lengths, starts and first keys as they are now, once for all layers of a step.
 
         Raises
         ------
@@ -109,19 +110,6 @@ class PreparedAttention:
                 "k_pool, v_pool: expected tensors of the shape, strides and dtype prepared for; "
                 f"got {tuple(k_pool.shape)} and {tuple(v_pool.shape)}"
             )
-
-    def pack_layers(
-        self, k_layers: Sequence[torch.Tensor], v_layers: Sequence[torch.Tensor], *slots: torch.Tensor
-    ) -> native_kernel.PackedLayers | None:
-        """Arguments of :meth:`run_layer` for checked pools; None when the C++ core does not serve."""
-        return None if self._packed is None else native_kernel.pack_layers(self._packed, k_layers, v_layers, *slots)
-
-    def run_layer(
-        self, packed: native_kernel.PackedLayers, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        scale: float,
-    ) -> None:  # fmt: skip
-        """Append and attend with checked contiguous tensors, as :class:`PreparedLayers` does."""
-        native_kernel.run_layer(packed, self._call, layer, q, k, v, scale)
 
     def __call__(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> None:
         """Attend; :attr:`out` and :attr:`lse` are overwritten.
@@ -146,8 +134,8 @@ class PreparedAttention:
                 "q, k_pool, v_pool: expected tensors of the shapes, strides and dtypes prepared for; "
                 f"got {tuple(q.shape)}, {tuple(k_pool.shape)} and {tuple(v_pool.shape)}"
             )
-        if self._packed is not None and q.is_contiguous():
-            native_kernel.run_packed(self._packed, self._call, q, k_pool, v_pool, scale)
+        if self.packed is not None and q.is_contiguous():
+            native_kernel.run_packed(self.packed, self._call, q, k_pool, v_pool, scale)
             return
         if self.batch is not None:
             self.batch.attend(q, k_pool, v_pool, scale)

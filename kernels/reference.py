@@ -10,8 +10,8 @@ from .contract import Call, check_values
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend row by row in float64; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
     check_values(call)
-    tokens, heads, d = call.q.shape
-    out = torch.zeros(tokens, heads, d, dtype=torch.float64, device=call.q.device)
+    tokens, heads, _ = call.q.shape
+    out = torch.zeros(tokens, heads, call.v_pool.shape[3], dtype=torch.float64, device=call.q.device)
     lse = torch.full((tokens, heads), -torch.inf, dtype=torch.float64, device=call.q.device)
     group = heads // call.k_pool.shape[1]
     offsets = range(tokens + 1) if call.query_offsets is None else call.query_offsets.tolist()
@@ -20,10 +20,16 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         count = offsets[row + 1] - offsets[row]
         keys, values = (_gather(call, which, row, length).repeat_interleave(group, 0) for which in ("k", "v"))
         scores = torch.einsum("nhd,htd->hnt", call.q[queries].double(), keys) * call.scale
+        if call.soft_cap is not None:
+            scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
+        positions = torch.arange(length, device=call.q.device)
         if call.q_start is not None:
             last = int(call.q_start[row]) + torch.arange(count, device=call.q.device)
-            hidden = torch.arange(length, device=call.q.device) > last[:, None]
-            scores.masked_fill_(hidden, -torch.inf)
+            scores.masked_fill_(positions > last[:, None], -torch.inf)
+        if call.first_keys is not None:
+            scores.masked_fill_(positions < call.first_keys[queries, None], -torch.inf)
+        seen = (scores != -torch.inf).flatten(0, 1).any(0)  # what nobody sees may hold anything
+        scores, values = scores[..., seen], values[:, seen]
         total = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - total[..., None]).nan_to_num(0.0)
         out[queries] = torch.einsum("hnt,htd->nhd", weights, values)

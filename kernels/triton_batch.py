@@ -42,9 +42,11 @@ class TritonBatch:
     """
 
     def __init__(self, call: Call, index: Index, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if not call.plain:
+            raise ValueError("first_keys, soft_cap, v_pool: Triton serves no windows, soft caps or short values yet")
         self._jit = importlib.import_module(".triton_jit", __package__)
         self._tables, self._index, self._results = call.block_tables, index, (out, lse)
-        tables, lengths, offsets, starts = index.read()
+        tables, lengths, offsets, starts, _ = index.read()
         counts = np.ones(len(lengths), np.int64) if offsets is None else np.diff(offsets)
         tokens, heads, d = call.q.shape
         if offsets is not None and (offsets[0] != 0 or offsets[-1] != tokens or (counts < 0).any()):
@@ -91,7 +93,7 @@ class TritonBatch:
         ValueError
             A length, block id or slot is out of range; nothing was changed.
         """
-        _, lengths, _, starts = self._index._replace(block_tables=self._index.lengths).read()
+        _, lengths, _, starts, _ = self._index._replace(block_tables=self._index.lengths).read()
         self._write(lengths, starts)
 
     def _write(self, lengths: Ints, starts: Ints | None) -> None:
@@ -137,10 +139,10 @@ class TritonBatch:
         if self._work.partials:
             launch_merge(self._jit, (self._partials, self._merge_tokens, self._merge_entries), out, lse)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
+    def append(self, k: torch.Tensor, v: torch.Tensor | None, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
         """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots."""
         appended, kv_heads, d = k.shape
-        if appended:
+        if appended and v is not None:
             self._jit.append[(appended, kv_heads)](
                 k.contiguous(), v.contiguous(), k_pool, v_pool, self._list_slots, kv_heads, k_pool.stride(0),
                 v_pool.stride(0), D=d, D_PADDED=padded(d), BLOCK_TOKENS=k_pool.shape[2], **APPEND_OPTIONS,
@@ -173,7 +175,7 @@ def warm_up(k_pool: torch.Tensor, heads: int) -> None:
     q = torch.zeros(1 + many, heads, d, dtype=k_pool.dtype, device=device)
     nothing, offsets = torch.zeros(2, dtype=torch.int32), torch.tensor([0, 1, 1 + many], dtype=torch.int32)
     index = Index(torch.zeros(2, -(-2 * MIN_PIECE // block_tokens), dtype=torch.int32), nothing, offsets, None)
-    tables, lengths, offsets_there, _ = index.on(device)
+    tables, lengths, offsets_there, *_ = index.on(device)
     call = Call(q, k_pool, k_pool, tables, lengths, 1.0, offsets_there, False, None, None, None, 1)
     batch = TritonBatch(call, index, torch.empty_like(q, dtype=torch.float32), q.new_empty(q.shape[:2]).float())
     fresh = torch.zeros(1, kv_heads, d, dtype=k_pool.dtype, device=device)

@@ -116,7 +116,7 @@ class Card:
         k, v = some["k_pool"], some["v_pool"]
         with torch.inference_mode():
             attention = PreparedAttention(rows, KV_HEADS * GROUP, k, v, some["block_tables"], some["lengths"])
-            layers = PreparedLayers(attention, [k], [v], *torch.zeros(2, rows, dtype=torch.int64))
+            layers = PreparedLayers([attention], [0], [k], [v], *torch.zeros(2, rows, dtype=torch.int64))
             fresh = torch.zeros(rows, KV_HEADS, D, dtype=torch.bfloat16, device="cuda")
             many = 2 if self.small else 100
             layers(0, some["q"], fresh, fresh, 1.0)

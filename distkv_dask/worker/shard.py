@@ -68,8 +68,9 @@ class Shard:
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
         self._attend = PreparedLayers(
-            attention, [pool.keys(at) for at in layers], [pool.values(at) for at in layers], *self._slots
-        )
+            [attention], [0] * pool.layers, [pool.keys(at) for at in layers], [pool.values(at) for at in layers],
+            *self._slots,
+        )  # fmt: skip
         self.native = self._attend.native
         """The batch as the kernels' core takes it; None where that does not serve."""
 

@@ -83,9 +83,19 @@ class Scratch {
 
 struct Row {
   int64_t first, last;  // queries
-  int64_t seen;         // tokens that its last query sees
-  int64_t parts;        // pieces that its tokens are cut into
-  int64_t piece;        // tokens of a piece
+  int64_t length;
+  int64_t limit;        // its first query sees tokens <= limit, each next one more
+  int64_t step;         // queries of a tile
+  int64_t span = 0;     // tokens that a tile reads at most, counted from the begin of its first block
+  int64_t parts = 1;    // pieces that a tile's tokens are cut into
+  int64_t piece = 0;    // tokens of a piece
+
+  int64_t queries() const { return last - first; }
+};
+
+// Tokens [first, last) that some queries of a row see.
+struct Seen {
+  int64_t first, last;
 };
 
 struct Plan {
@@ -99,20 +109,17 @@ struct Plan {
   std::atomic<bool> out_of_memory{false};
 
   int64_t group() const { return a.heads / a.kv_heads; }
-  bool streams(const Row& row) const { return (row.last - row.first) * group() <= kStreamRows; }
-  int64_t token_bytes() const {
-    const int64_t size = a.kv_dtype == kFp32 ? 4 : a.kv_dtype == kInt8 ? 1 : 2;
-    return 2 * a.kv_heads * a.d * size;
-  }
+  bool streams(const Row& row) const { return row.queries() * group() <= kStreamRows; }
 
   Status check_and_list_rows();
+  Seen seen(const Row& row, int64_t query, int64_t queries) const;
+  int64_t begin(const Seen& seen) const { return seen.first / a.block_tokens * a.block_tokens; }
   int64_t piece_tokens(const Row& row) const;
   void split_rows();
   void list_items(float* partials);
-  void add_stream_item(const Row& row, int64_t r, int64_t part, float* out, float* lse);
-  void add_tile_items(const Row& row, int64_t r, int64_t part, float* out, float* lse);
-  Item item(const Row& row, int64_t r, int64_t part, float* out, float* lse) const;
-  int64_t tile_queries(const Row& row) const;
+  void add_items(const Row& row, int64_t r, int64_t part, float* out, float* lse);
+  Item item(const Row& row, int64_t r, int64_t query, int64_t part) const;
+  int64_t tile_queries(int64_t queries) const;
   void merge_parts(const float* partials) const;
 };
 
@@ -128,73 +135,82 @@ Status Plan::check_and_list_rows() {
     uint32_t worst = 0;  // as unsigned, a negative id is a huge one
     for (int64_t b = 0; b * a.block_tokens < length; ++b) worst = std::max(worst, static_cast<uint32_t>(table[b]));
     if (length > 0 && worst >= a.blocks) return kBadTables;
-    const int64_t limit = a.starts ? int64_t{a.starts[r]} + (last - first) : length;
-    rows.push_back({first, last, first < last ? std::max<int64_t>(0, std::min(length, limit)) : 0, 1, 0});
+    rows.push_back({first, last, length, a.starts ? a.starts[r] : kNoLimit, tile_queries(last - first)});
     first = last;
   }
   return kOk;
 }
 
-int64_t Plan::tile_queries(const Row& row) const {
-  const int64_t queries = row.last - row.first, most = std::max<int64_t>(1, kTileRowsWanted / group());
+// Few queries are one tile, more are cut into equal ones.
+int64_t Plan::tile_queries(int64_t queries) const {
+  if (queries * group() <= kStreamRows) return std::max<int64_t>(1, queries);
+  const int64_t most = std::max<int64_t>(1, kTileRowsWanted / group());
   const int64_t tiles = (queries + most - 1) / most;
   return (queries + tiles - 1) / tiles;
 }
 
+// Nothing of a row is read before the first token that one of the queries sees, or after the last.
+Seen Plan::seen(const Row& row, int64_t query, int64_t queries) const {
+  const auto end = [&](int64_t i) { return std::max<int64_t>(0, std::min(row.length, row.limit + i + 1)); };
+  if (!a.first_keys) return {0, end(query + queries - 1)};
+  Seen all{row.length, 0};
+  for (int64_t i = query; i < query + queries; ++i) {
+    const int64_t first = std::max(0, a.first_keys[row.first + i]);
+    if (first < end(i)) all = {std::min(all.first, first), end(i)};
+  }
+  return all.first < all.last ? all : Seen{0, 0};
+}
+
 int64_t Plan::piece_tokens(const Row& row) const {
-  const int64_t queries = row.last - row.first;
-  if (queries == 0) return row.seen;
   if (streams(row)) {
     int64_t tokens = kPieceTokens;
-    while (tokens * kPieces < row.seen) tokens *= 2;
+    while (tokens * kPieces < row.span) tokens *= 2;
     return tokens;
   }
-  const int64_t tiles = (queries + tile_queries(row) - 1) / tile_queries(row) * a.kv_heads;
-  const int64_t parts = std::min((kTileItems + tiles - 1) / tiles, row.seen / kTileSplitTokens);
-  return parts > 1 ? (row.seen + parts - 1) / parts : row.seen;
+  const int64_t tiles = (row.queries() + row.step - 1) / row.step * a.kv_heads;
+  const int64_t parts = std::min((kTileItems + tiles - 1) / tiles, row.span / kTileSplitTokens);
+  return parts > 1 ? (row.span + parts - 1) / parts : row.span;
 }
 
 void Plan::split_rows() {
   for (Row& row : rows) {
+    if (row.queries() == 0) continue;
+    for (int64_t q = 0; q < row.queries(); q += row.step) {
+      const Seen tile = seen(row, q, std::min(row.step, row.queries() - q));
+      row.span = std::max(row.span, tile.last - begin(tile));
+    }
     row.piece = std::max<int64_t>(1, (piece_tokens(row) + a.block_tokens - 1) / a.block_tokens) * a.block_tokens;
-    row.parts = std::max<int64_t>(1, (row.seen + row.piece - 1) / row.piece);
-    partial_floats += (row.parts - 1) * (row.last - row.first) * a.heads * (a.d + 1);
+    row.parts = std::max<int64_t>(1, (row.span + row.piece - 1) / row.piece);
+    partial_floats += (row.parts - 1) * row.queries() * a.heads * (a.d_v + 1);
   }
 }
 
-Item Plan::item(const Row& row, int64_t r, int64_t part, float* out, float* lse) const {
+// A piece of the tile that begins with a row's query.
+Item Plan::item(const Row& row, int64_t r, int64_t query, int64_t part) const {
   Item it{};
   it.table = a.tables + r * a.table_stride;
-  it.query = row.first;
-  it.queries = row.last - row.first;
+  it.query = row.first + query;
+  it.queries = std::min(row.step, row.queries() - query);
   it.heads = a.kv_heads;
-  it.first = part * row.piece;
-  it.last = std::min(row.seen, it.first + row.piece);
-  it.limit = a.starts ? a.starts[r] : kNoLimit;
-  it.out = out;
-  it.lse = lse;
+  const Seen tile = seen(row, query, it.queries);
+  const int64_t first = begin(tile) + part * row.piece;
+  it.first = std::max(tile.first, first);
+  it.last = std::min(tile.last, first + row.piece);
+  it.limit = row.limit + query;
+  it.first_keys = a.first_keys ? a.first_keys + it.query : nullptr;
   return it;
 }
 
-void Plan::add_stream_item(const Row& row, int64_t r, int64_t part, float* out, float* lse) {
-  items.push_back(item(row, r, part, out, lse));
-  scratch_bytes = std::max(scratch_bytes, kernels.stream_bytes(a, row.last - row.first));
-}
-
-void Plan::add_tile_items(const Row& row, int64_t r, int64_t part, float* out, float* lse) {
-  const int64_t step = tile_queries(row);
-  scratch_bytes = std::max(scratch_bytes, kernels.tile_bytes(a, step));
-  for (int64_t q = (row.last - row.first - 1) / step * step; q >= 0; q -= step)  // the longest first
-    for (int64_t h = 0; h < a.kv_heads; ++h) {
-      Item it = item(row, r, part, out + q * a.heads * a.d, lse + q * a.heads);
-      it.query += q;
-      it.queries = std::min(step, row.last - row.first - q);
-      it.limit += q;
-      it.last = std::min(it.last, it.limit + it.queries);
-      it.head = h;
-      it.heads = 1;
-      items.push_back(it);
-    }
+void Plan::add_items(const Row& row, int64_t r, int64_t part, float* out, float* lse) {
+  const bool whole = streams(row);
+  scratch_bytes = std::max(scratch_bytes, (whole ? kernels.stream_bytes : kernels.tile_bytes)(a, row.step));
+  for (int64_t q = (row.queries() - 1) / row.step * row.step; q >= 0; q -= row.step) {  // the longest first
+    Item it = item(row, r, q, part);
+    it.out = out + q * a.heads * a.d_v;
+    it.lse = lse + q * a.heads;
+    if (!whole) it.heads = 1;
+    for (it.head = 0; it.head < a.kv_heads; it.head += it.heads) items.push_back(it);
+  }
 }
 
 void Plan::list_items(float* partials) {
@@ -202,14 +218,12 @@ void Plan::list_items(float* partials) {
     float* spare = partials;
     for (int64_t r = 0; r < a.rows; ++r) {
       const Row& row = rows[r];
-      const int64_t queries = row.last - row.first, floats = queries * a.heads * a.d;
+      const int64_t floats = row.queries() * a.heads * a.d_v;
       for (int64_t part = 0; part < row.parts; ++part) {
-        float* out = part ? spare : a.out + row.first * a.heads * a.d;
+        float* out = part ? spare : a.out + row.first * a.heads * a.d_v;
         float* lse = part ? spare + floats : a.lse + row.first * a.heads;
-        if (part) spare += floats + queries * a.heads;
-        if (queries == 0 || stream != streams(row)) continue;
-        if (stream) add_stream_item(row, r, part, out, lse);
-        else add_tile_items(row, r, part, out, lse);
+        if (part) spare += floats + row.queries() * a.heads;
+        if (row.queries() > 0 && stream == streams(row)) add_items(row, r, part, out, lse);
       }
     }
     if (stream) streamed = static_cast<int64_t>(items.size());
@@ -218,12 +232,10 @@ void Plan::list_items(float* partials) {
 
 void Plan::merge_parts(const float* partials) const {
   for (const Row& row : rows) {
-    const int64_t queries = row.last - row.first, floats = queries * a.heads * a.d;
-    for (int64_t part = 1; part < row.parts; ++part) {
-      kernels.merge(a.out + row.first * a.heads * a.d, a.lse + row.first * a.heads, partials, partials + floats,
-                    queries * a.heads, a.d);
-      partials += floats + queries * a.heads;
-    }
+    const int64_t lses = row.queries() * a.heads, floats = lses * a.d_v;
+    for (int64_t part = 1; part < row.parts; ++part, partials += floats + lses)
+      kernels.merge(a.out + row.first * a.heads * a.d_v, a.lse + row.first * a.heads, partials, partials + floats, lses,
+                    a.d_v);
   }
 }
 

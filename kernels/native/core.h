@@ -24,15 +24,21 @@ struct Args {
   const int32_t* lengths;
   const int32_t* offsets;  // null: one query per row
   const int32_t* starts;   // null: full attention
+  const int32_t* first_keys;  // [tokens] first token that each query sees; null: all from the row's first
   const float* k_scales;   // null unless int8
   const float* v_scales;
   float* out;
   float* lse;
   int64_t rows, tokens, heads, kv_heads, d, block_tokens, blocks, max_blocks, table_stride;
   int64_t k_block, v_block;  // stride between blocks
+  int64_t d_v, v_token;      // numbers of a value, and stride between the values of two tokens: d_v or d
   int64_t q_dtype, kv_dtype;
   int64_t threads;
+  double soft_cap;  // 0: none
   double scale;
+
+  // Whether values are the first numbers of the keys: what lies in memory once is asked for and stored once.
+  bool values_in_keys() const { return k == v && k_block == v_block && v_token == d; }
 };
 
 // A piece of work: some queries of one row over a range of its tokens.
@@ -42,7 +48,8 @@ struct Item {
   int64_t head, heads;     // kv heads
   int64_t first, last;     // tokens [first, last)
   int64_t limit;           // the first query sees tokens <= limit, each next one more
-  float* out;              // of the first query, [queries, heads, d]
+  const int32_t* first_keys;  // each query sees tokens >= first_keys[i]; null: all
+  float* out;              // of the first query, [queries, heads, d_v]
   float* lse;
 };
 
@@ -64,6 +71,8 @@ extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 // Whether decode asks for memory into the first-level cache or into the second. Zen 5 reads faster with the first (28
 // instead of 22 GB/s on one thread), Zen 4 with the second (24 instead of 15). Unknown processors get the second.
 extern const bool kAskIntoFirstLevel;
+
+static inline int clamp(int64_t x, int high) { return x < 0 ? 0 : x < high ? static_cast<int>(x) : high; }
 
 constexpr int64_t kNoLimit = INT64_MAX / 4;
 constexpr float kLog2E = 1.44269504088896340736f;

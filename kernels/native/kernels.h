@@ -6,6 +6,7 @@
 #ifdef DISTKV_BF16_DOT
 #include "math_bf16.h"
 #endif
+#include "soft_cap.h"
 #include "stream.h"
 #include "tile.h"
 
@@ -42,7 +43,7 @@ static int64_t stream_bytes(const Args& a, int64_t queries) {
 static void stream(const Args& a, const Item& it, char* scratch) {
   with_math<StreamBf16>(a, [&](auto m) {
     using M = typename decltype(m)::Type;
-    switch (a.d) {
+    switch (a.d_v == a.d && a.v_token == a.d ? a.d : 0) {
       case 64: return Stream<M, 64>::run(a, it, scratch);
       case 128: return Stream<M, 128>::run(a, it, scratch);
       default: return Stream<M, 0>::run(a, it, scratch);

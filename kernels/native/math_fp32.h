@@ -74,14 +74,15 @@ struct Fp32 {
     }
   }
 
-  // acc[r] += sum over n tokens of p[r][j] * v[j]
+  // acc[r] += sum over n tokens of p[r][j] * v[j], whose values of d numbers lie `token` apart
   template <int R, int D>
-  static void weigh(const float* p, const Kv* v, int n, int any_d, float* acc, int any_stride, Ahead& ahead) {
-    const int d = D ? D : any_d, stride = D ? (D + 31) / 32 * 32 : any_stride;
+  static void weigh(const float* p, const Kv* v, int n, int any_d, int any_token, float* acc, int any_stride,
+                    Ahead& ahead) {
+    const int d = D ? D : any_d, token = D ? D : any_token, stride = D ? (D + 31) / 32 * 32 : any_stride;
     constexpr int C = 4;
     int c = 0;
-    for (; c + C * W <= d; c += C * W) weigh_columns<R, C>(p, v + c, n, d, C * W, acc + c, stride, ahead);
-    for (; c < d; c += W) weigh_columns<R, 1>(p, v + c, n, d, d - c, acc + c, stride, ahead);
+    for (; c + C * W <= d; c += C * W) weigh_columns<R, C>(p, v + c, n, token, C * W, acc + c, stride, ahead);
+    for (; c < d; c += W) weigh_columns<R, 1>(p, v + c, n, token, d - c, acc + c, stride, ahead);
   }
 
   // W tokens' keys, transposed: element c of token j goes to to[c * panel + j].
@@ -116,7 +117,8 @@ struct Fp32 {
   }
 
   template <int R, int C>
-  static void weigh_columns(const float* p, const Kv* v, int n, int d, int left, float* acc, int stride, Ahead& ahead) {
+  static void weigh_columns(const float* p, const Kv* v, int n, int token, int left, float* acc, int stride,
+                            Ahead& ahead) {
     F sum[R][C];
     DISTKV_UNROLL
     for (int r = 0; r < R; ++r)
@@ -127,7 +129,7 @@ struct Fp32 {
       F value[C];
       DISTKV_UNROLL
       for (int c = 0; c < C; ++c)
-        value[c] = left < W ? load_part(v + (int64_t)j * d, left) : load_kv(v + (int64_t)j * d + c * W);
+        value[c] = left < W ? load_part(v + (int64_t)j * token, left) : load_kv(v + (int64_t)j * token + c * W);
       DISTKV_UNROLL
       for (int r = 0; r < R; ++r) {
         const F weight = set1(p[r * kChunk + j]);

@@ -23,7 +23,9 @@ static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+static inline F where_less(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 static inline float reduce_max(F x) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));

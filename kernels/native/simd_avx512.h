@@ -23,7 +23,9 @@ static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F where_less(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 static inline float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 

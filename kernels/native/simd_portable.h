@@ -24,7 +24,9 @@ static inline F fma(F a, F b, F c) { return a * b + c; }
 static inline F mul(F a, F b) { return a * b; }
 static inline F add(F a, F b) { return a + b; }
 static inline F sub(F a, F b) { return a - b; }
+static inline F div(F a, F b) { return a / b; }
 static inline F max(F a, F b) { return a > b ? a : b; }
+static inline F where_less(F a, F b, F x, F y) { return a < b ? x : y; }
 static inline float reduce_max(F x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;

@@ -29,8 +29,12 @@ struct Cursor {
     enter(a, it);
   }
   template <class T>
-  const T* at(const void* pool, int64_t block_stride, const Args& a) const {
-    return (const T*)pool + block * block_stride + (head * a.block_tokens + inside) * a.d;
+  const T* key(const Args& a) const {
+    return (const T*)a.k + block * a.k_block + (head * a.block_tokens + inside) * a.d;
+  }
+  template <class T>
+  const T* value(const Args& a) const {
+    return (const T*)a.v + block * a.v_block + (head * a.block_tokens + inside) * a.v_token;
   }
 
  private:
@@ -49,11 +53,17 @@ struct Cursor {
 // highest score itself.
 constexpr float kSlack = 8;
 
-// Running softmax of one query row over the scores s[0, visible); weights for [0, n) replace them in p.
+// Tokens [first, last) of a chunk.
+struct Range {
+  int first, last;
+};
+
+// Running softmax of one query row over the scores of the tokens that it sees; weights for [0, n) replace them in p.
 template <class M>
-static inline void soften(float* s, typename M::Weight* p, int visible, int n, float score_scale, float value_scale,
+static inline void soften(float* s, typename M::Weight* p, Range seen, int n, float score_scale, float value_scale,
                           float* acc, int width, float& top, float& sum) {
-  for (int j = visible; j < round_up(n, W); ++j) s[j] = -INFINITY;
+  for (int j = 0; j < seen.first; ++j) s[j] = -INFINITY;
+  for (int j = seen.last; j < round_up(n, W); ++j) s[j] = -INFINITY;
   F high = set1(-INFINITY);
   for (int j = 0; j < n; j += W) high = max(load(s + j), high);
   const float now = reduce_max(high) * score_scale;
@@ -105,7 +115,7 @@ template <class M, int D>
 struct Stream {
   using Kv = typename M::Cache;
 
-  static int64_t width(const Args& a) { return round_up(D ? D : a.d, 32); }
+  static int64_t width(const Args& a) { return round_up(D ? D : a.d, 32); }  // of queries and, as d_v <= d, of answers
 
   // Scratch: per kv head and query row the packed query, the accumulator, and (top, sum); then one chunk's scores.
   static int64_t bytes(const Args& a, int64_t queries) {
@@ -130,15 +140,16 @@ struct Stream {
     now.start(a, it);
     ahead.start(a, it);
     for (int64_t done = 0; ahead.valid && done < kAheadBytes; ahead.next(a, it))
-      done += 2 * ahead.count * a.d * (int64_t)sizeof(Kv);
+      done += ahead.count * (a.values_in_keys() ? a.d : a.d + a.d_v) * (int64_t)sizeof(Kv);
     for (; now.valid; now.next(a, it)) {
       Ahead k{}, v{};
       if (ahead.valid) {
-        const int64_t bytes = ahead.count * a.d * (int64_t)sizeof(Kv);
-        k.at = (const char*)ahead.at<Kv>(a.k, a.k_block, a);
-        v.at = (const char*)ahead.at<Kv>(a.v, a.v_block, a);
-        k.end = k.at + bytes;
-        v.end = v.at + bytes;
+        k.at = (const char*)ahead.key<Kv>(a);
+        k.end = k.at + ahead.count * a.d * (int64_t)sizeof(Kv);
+        if (!a.values_in_keys()) {
+          v.at = (const char*)ahead.value<Kv>(a);
+          v.end = v.at + ahead.count * a.v_token * (int64_t)sizeof(Kv);
+        }
         ahead.next(a, it);
       }
       const int64_t base = (now.head - it.head) * rows;
@@ -160,8 +171,9 @@ struct Stream {
 
   static void chunk(const Args& a, const Item& it, const Cursor& at, Ahead& ahead_k, Ahead& ahead_v,
                     const typename M::Query* q, float* acc, float* top, float* sum, float* s, typename M::Weight* p) {
-    const Kv *k = at.at<Kv>(a.k, a.k_block, a), *v = at.at<Kv>(a.v, a.v_block, a);
+    const Kv *k = at.key<Kv>(a), *v = at.value<Kv>(a);
     const int n = (int)at.count, d = (int)a.d, wide = (int)width(a), group = (int)(a.heads / a.kv_heads);
+    const int d_v = (int)a.d_v, v_token = (int)a.v_token;
     const int rows = (int)it.queries * group;
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
@@ -171,22 +183,22 @@ struct Stream {
       case 2: M::template scores<2, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
       case 1: M::template scores<1, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
     }
-    float score_scale = (float)a.scale * kLog2E, value_scale = 1;
-    if (a.k_scales) {
-      score_scale *= a.k_scales[at.block * a.kv_heads + at.head];
-      value_scale = a.v_scales[at.block * a.kv_heads + at.head];
-    }
+    const float value_scale = a.v_scales ? a.v_scales[at.block * a.kv_heads + at.head] : 1;
+    const Factors factors(a, a.k_scales ? a.k_scales[at.block * a.kv_heads + at.head] : 1);
     for (r = 0; r < rows; ++r) {
-      const int64_t seen = it.limit + r / group - at.token + 1;  // tokens of this chunk that the query may see
-      const int visible = seen < 0 ? 0 : seen < n ? (int)seen : n;
-      soften<M>(s + r * kChunk, p + r * kChunk, visible, n, score_scale, value_scale, acc + r * wide, wide, top[r], sum[r]);
+      factors.cap(s + r * kChunk, n);
+      const int query = r / group;
+      const Range seen = {it.first_keys ? clamp(it.first_keys[query] - at.token, n) : 0,
+                          clamp(it.limit + query - at.token + 1, n)};
+      soften<M>(s + r * kChunk, p + r * kChunk, seen, n, factors.outer, value_scale, acc + r * wide, wide, top[r],
+                sum[r]);
     }
     for (r = 0; r + kRows <= rows; r += kRows)
-      M::template weigh<kRows, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v);
+      M::template weigh<kRows, D>(p + r * kChunk, v, n, d_v, v_token, acc + r * wide, wide, ahead_v);
     switch (rows - r) {
-      case 3: M::template weigh<3, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
-      case 2: M::template weigh<2, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
-      case 1: M::template weigh<1, D>(p + r * kChunk, v, n, d, acc + r * wide, wide, ahead_v); break;
+      case 3: M::template weigh<3, D>(p + r * kChunk, v, n, d_v, v_token, acc + r * wide, wide, ahead_v); break;
+      case 2: M::template weigh<2, D>(p + r * kChunk, v, n, d_v, v_token, acc + r * wide, wide, ahead_v); break;
+      case 1: M::template weigh<1, D>(p + r * kChunk, v, n, d_v, v_token, acc + r * wide, wide, ahead_v); break;
     }
   }
 
@@ -196,7 +208,7 @@ struct Stream {
       for (int64_t i = 0; i < it.queries; ++i)
         for (int64_t g = 0; g < group; ++g, acc += wide, ++top, ++sum) {
           const int64_t to = i * a.heads + (it.head + h) * group + g;
-          conclude(acc, *top, *sum, (int)a.d, it.out + to * a.d, it.lse + to);
+          conclude(acc, *top, *sum, (int)a.d_v, it.out + to * a.d_v, it.lse + to);
         }
   }
 };

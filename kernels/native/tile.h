@@ -2,8 +2,8 @@
 //
 // One item is a tile of query rows (a few queries of every head of a group) of one kv head. It walks the keys in chunks;
 // a chunk's keys are packed [head dim, token] and its values [token, head dim], in pairs for the bf16 dot product,
-// so that both products broadcast the left side and read the right side in full vectors. Nothing that causality hides
-// is computed, down to register tiles.
+// so that both products broadcast the left side and read the right side in full vectors. Nothing that causality or a
+// window hides is computed, down to register tiles.
 #pragma once
 
 namespace distkv {
@@ -65,14 +65,14 @@ struct Tile {
   using Query = typename M::Query;
 
   static int64_t depth(const Args& a) { return round_up(a.d, W); }        // of the score product, padded with zeros
-  static int64_t width(const Args& a) { return round_up(a.d, kPanel); }   // of the output, whole panels
+  static int64_t width(const Args& a) { return round_up(a.d_v, kPanel); }  // of the output, whole panels
   static int64_t padded_rows(const Args& a, int64_t queries) {
     return round_up(queries * (a.heads / a.kv_heads), kTileRows);
   }
 
   static int64_t bytes(const Args& a, int64_t queries) {
     const int64_t rows = padded_rows(a, queries);
-    const int64_t per_row = depth(a) * 4 + kTileTokens * 8 + width(a) * 4 + 16;
+    const int64_t per_row = depth(a) * 4 + kTileTokens * 8 + width(a) * 4 + 32;
     return rows * per_row + kTileTokens * (depth(a) + width(a)) * 4 + 1024;
   }
 
@@ -91,9 +91,9 @@ struct Tile {
       inside = 0;
       block = *++table;
     }
-    int64_t offset() const { return (head * a->block_tokens + inside) * a->d; }
-    const Kv* key() const { return (const Kv*)a->k + block * a->k_block + offset(); }
-    const Kv* value() const { return (const Kv*)a->v + block * a->v_block + offset(); }
+    int64_t place() const { return head * a->block_tokens + inside; }
+    const Kv* key() const { return (const Kv*)a->k + block * a->k_block + place() * a->d; }
+    const Kv* value() const { return (const Kv*)a->v + block * a->v_block + place() * a->v_token; }
   };
 
   const Args& a;
@@ -102,7 +102,8 @@ struct Tile {
   const int64_t deep, wide;
   Query *q, *k, *v;             // packed queries, keys, values
   float *s, *acc, *top, *sum;   // scores, unnormalised output, and the running softmax of each row
-  int64_t* limit;               // last token that each row sees; padding rows see what the last one sees
+  int64_t *from, *limit;        // first and last token that each row sees; padding rows see what the last one sees
+  int64_t* tile_from;           // first token that a row of the same register tile sees
   typename M::Weight* p;        // weights [rows, kTileTokens]
   Walk ahead;                   // next token to look ahead at, and how many are left
   int64_t ahead_left = 0;
@@ -119,6 +120,8 @@ struct Tile {
     top = (float*)(q + rows * deep);
     sum = top + rows;
     limit = (int64_t*)(sum + rows);
+    from = limit + rows;
+    tile_from = from + rows;
   }
 
   static void run(const Args& a, const Item& it, char* scratch) { Tile(a, it, scratch).attend(); }
@@ -134,22 +137,16 @@ struct Tile {
       if (ahead_left > 0) ahead = Walk(a, it, token + n);
       for (int j = 0; j < n; j += kPanel)
         for (int r = 0; r < rows; r += kTileRows) score(r, j, token, n);
-      for (int r = 0; r < used; ++r) {
-        const int seen = visible(r, token, n);
-        soften<M>(s + r * kTileTokens, p + r * kTileTokens, seen, padded(r, token, n), (float)a.scale * kLog2E, 1.0f,
-                  acc + r * wide, (int)wide, top[r], sum[r]);
-      }
-      for (int c = 0; c < a.d; c += kPanel)
+      for (int r = 0; r < used; ++r) soften_row(r, token, n);
+      for (int c = 0; c < a.d_v; c += kPanel)
         for (int r = 0; r < rows; r += kTileRows) weigh(r, c, token, n);
     }
     finish();
   }
 
-  // Tokens of the chunk that query row r sees, and how many of them its register tile computes.
-  int visible(int r, int64_t token, int n) const {
-    const int64_t seen = limit[r] - token + 1;
-    return seen < 0 ? 0 : seen < n ? (int)seen : n;
-  }
+  // Tokens of the chunk that are not past what query row r sees, and those that its register tile computes.
+  int visible(int r, int64_t token, int n) const { return clamp(limit[r] - token + 1, n); }
+  int skipped(int r, int64_t token, int n) const { return clamp(tile_from[r] - token, n) / 16 * 16; }
   int padded(int r, int64_t token, int n) const {
     return (int)round_up(visible(r - r % kTileRows + kTileRows - 1, token, n), 16);
   }
@@ -158,6 +155,7 @@ struct Tile {
     for (int r = 0; r < rows; ++r) {
       const int query = r < used ? r / group : (int)it.queries - 1;
       limit[r] = it.limit + query;
+      from[r] = it.first_keys ? it.first_keys[query] : 0;
       for (int64_t c = r < used ? a.d : 0; c < deep; ++c) q[r * deep + c] = {};
       if (r < used) pack_query<M>(q + r * deep, a, (it.query + query) * a.heads + it.head * group + r % group);
       for (int64_t c = 0; c < wide; c += W) store(acc + r * wide + c, zero());
@@ -165,6 +163,11 @@ struct Tile {
       sum[r] = 0;
     }
     for (int64_t i = used * kTileTokens; i < rows * kTileTokens; ++i) p[i] = {};
+    for (int r = 0; r < rows; ++r) {
+      tile_from[r] = from[r];
+      for (int i = r - r % kTileRows; i < r - r % kTileRows + kTileRows; ++i)
+        if (from[i] < tile_from[r]) tile_from[r] = from[i];
+    }
   }
 
   void pack_chunk(int64_t token, int n) {
@@ -182,18 +185,17 @@ struct Tile {
     for (int j = 0; j < whole; j += W)
       M::pack_keys(k + j / kPanel * kPanel * deep + j % kPanel * M::kStep, keys + j, key_scale + j, (int)a.d, kPanel);
     for (int j = 0; j < whole; j += M::kStep)
-      M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d, kPanel, kTileTokens * kPanel);
+      M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d_v, kPanel, kTileTokens * kPanel);
   }
 
   // Pulls a few tokens of the next chunk into the second-level cache while this one is computed.
   void look_ahead() {
-    const int64_t bytes = a.d * (int64_t)sizeof(Kv);
+    const int64_t key_bytes = a.d * (int64_t)sizeof(Kv);
+    const int64_t value_bytes = a.values_in_keys() ? 0 : a.d_v * (int64_t)sizeof(Kv);
     for (int i = 0; i < 4 && ahead_left > 0; ++i, --ahead_left) {
       const char *key = (const char*)ahead.key(), *value = (const char*)ahead.value();
-      for (int64_t line = 0; line < bytes; line += 64) {
-        __builtin_prefetch(key + line, 0, 2);
-        __builtin_prefetch(value + line, 0, 2);
-      }
+      for (int64_t line = 0; line < key_bytes; line += 64) __builtin_prefetch(key + line, 0, 2);
+      for (int64_t line = 0; line < value_bytes; line += 64) __builtin_prefetch(value + line, 0, 2);
       if (ahead_left > 1) ahead.next();
     }
   }
@@ -201,23 +203,38 @@ struct Tile {
   // One panel of keys (from token j of the chunk) or values (from column c) against one register tile of rows.
   void score(int r, int j, int64_t token, int n) {
     const int seen = padded(r, token, n);
-    if (j >= seen) return;
+    if (j >= seen || j + kPanel <= skipped(r, token, n)) return;
     look_ahead();
     const int columns = seen - j < kPanel ? (seen - j) / W : kColumns;
     product_rows<M, false>(used - r, columns, q + r * deep, deep, k + j * deep, (int)deep / M::kStep,
                                          s + r * kTileTokens + j, kTileTokens);
   }
   void weigh(int r, int c, int64_t token, int n) {
-    const int columns = a.d - c < kPanel ? (int)round_up(a.d - c, W) / W : kColumns;
+    const int columns = a.d_v - c < kPanel ? (int)round_up(a.d_v - c, W) / W : kColumns;
+    const int first = skipped(r, token, n), steps = (padded(r, token, n) - first) / M::kStep;
     look_ahead();
-    product_rows<M, true>(used - r, columns, p + r * kTileTokens, kTileTokens, v + c * kTileTokens,
-                                        padded(r, token, n) / M::kStep, acc + r * wide + c, wide);
+    if (steps > 0)
+      product_rows<M, true>(used - r, columns, p + r * kTileTokens + first, kTileTokens,
+                            v + c * kTileTokens + first * kPanel, steps, acc + r * wide + c, wide);
+  }
+
+  // Weights of a query row for the tokens that its register tile computes.
+  void soften_row(int r, int64_t token, int n) {
+    const int first = skipped(r, token, n), count = padded(r, token, n) - first;
+    if (count <= 0) return;
+    float* scores = s + r * kTileTokens + first;
+    const Factors factors(a, 1);  // keys were scaled when they were packed
+    factors.cap(scores, count);
+    const int last = visible(r, token, n) - first;
+    const Range seen = {clamp(from[r] - token, n) - first, last < 0 ? 0 : last};
+    soften<M>(scores, p + r * kTileTokens + first, seen, count, factors.outer, 1.0f, acc + r * wide, (int)wide, top[r],
+              sum[r]);
   }
 
   void finish() {
     for (int r = 0; r < used; ++r) {
       const int64_t to = r / group * a.heads + it.head * group + r % group;
-      conclude(acc + r * wide, top[r], sum[r], (int)a.d, it.out + to * a.d, it.lse + to);
+      conclude(acc + r * wide, top[r], sum[r], (int)a.d_v, it.out + to * a.d_v, it.lse + to);
     }
   }
 };

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CASES, Case, build, check
-from triton_cases import CUT, INDEX, check_layers, check_merges, check_prepared, named, prepare, served_by_triton
+from attention_cases import CASES, Case, build, check, named
+from triton_cases import CUT, INDEX, check_layers, check_merges, check_prepared, prepare, served_by_triton
 
 from distkv_dask.kernels import choose, make_ready, micro_attention
 

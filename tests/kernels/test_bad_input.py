@@ -53,6 +53,15 @@ WRONG: dict[str, tuple[str, Callable[[Arguments], Any]]] = {
     "offsets-missing": ("q: expected one query per row", lambda a: None),
     "starts-missing": ("q_start", lambda a: None),
     "starts-too-many": ("q_start", lambda a: a["q_start"].repeat(2)),
+    "first_keys-int64": ("first_keys", lambda a: torch.zeros(27, dtype=torch.int64)),
+    "first_keys-one-per-row": ("first_keys", lambda a: torch.zeros(2, dtype=torch.int32)),
+    "first_keys-other-device": ("first_keys", lambda a: torch.zeros(27, dtype=torch.int32, device="meta")),
+    "soft_cap-zero": ("soft_cap", lambda a: 0.0),
+    "soft_cap-infinite": ("soft_cap", lambda a: float("inf")),
+    "soft_cap-text": ("soft_cap", lambda a: "30"),
+    "v-longer": ("v_pool: expected the shape of k_pool", lambda a: torch.cat([a["v_pool"]] * 2, 3)),
+    "v-part-of-other-memory": ("v_pool: the inner three dimensions", lambda a: a["v_pool"][..., :32]),
+    "v-odd-length": ("v_pool", lambda a: a["k_pool"][..., :20]),
     "scale-nan": ("scale", lambda a: float("nan")),
     "scale-zero": ("scale", lambda a: 0.0),
     "scale-text": ("scale", lambda a: "0.1"),
@@ -63,7 +72,8 @@ WRONG: dict[str, tuple[str, Callable[[Arguments], Any]]] = {
 }
 ARGUMENT = {
     "q": "q", "k": "k_pool", "v": "v_pool", "tables": "block_tables", "lengths": "lengths", "offsets": "query_offsets",
-    "starts": "q_start", "scale": "scale", "threads": "threads", "scales": "k_scales",
+    "starts": "q_start", "scale": "scale", "first_keys": "first_keys", "soft_cap": "soft_cap", "threads": "threads",
+    "scales": "k_scales",
 }  # fmt: skip
 
 
@@ -120,9 +130,10 @@ def outcome(arguments: Arguments, implementation: str) -> tuple[torch.Tensor, to
     lengths=st.lists(st.integers(0, 110) | integers, min_size=2, max_size=2),
     offsets=st.lists(st.integers(0, 27) | integers, min_size=1, max_size=1),
     starts=st.lists(st.integers(-30, 120) | integers, min_size=2, max_size=2),
+    first_keys=st.none() | st.lists(st.integers(-5, 120) | integers, min_size=27, max_size=27),
 )
 def test_any_index_values_give_the_reference_answer_or_its_error(
-    tables: list[int], lengths: list[int], offsets: list[int], starts: list[int]
+    tables: list[int], lengths: list[int], offsets: list[int], starts: list[int], first_keys: list[int] | None
 ) -> None:
     arguments = build(PREFILL, torch.float32)
     for name in ("k_pool", "v_pool"):
@@ -131,8 +142,11 @@ def test_any_index_values_give_the_reference_answer_or_its_error(
     arguments["lengths"] = torch.tensor(lengths, dtype=torch.int32)
     arguments["query_offsets"] = torch.tensor([0, *offsets, 27], dtype=torch.int32)
     arguments["q_start"] = torch.tensor(starts, dtype=torch.int32)
+    arguments["first_keys"] = None if first_keys is None else torch.tensor(first_keys, dtype=torch.int32)
     expected = outcome(arguments, "reference")
     for implementation in IMPLEMENTATION_NAMES:
+        if implementation == "numba" and first_keys is not None:
+            continue
         got = outcome(arguments, implementation)
         if isinstance(expected, str) or isinstance(got, str):
             assert isinstance(got, str)
@@ -142,7 +156,10 @@ def test_any_index_values_give_the_reference_answer_or_its_error(
             torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)
 
 
-NAMES = {"q", "k_pool", "v_pool", "block_tables", "lengths", "query_offsets", "q_start", "k_scales", "v_scales"}
+NAMES = {
+    "q", "k_pool", "v_pool", "block_tables", "lengths", "query_offsets", "q_start", "first_keys", "k_scales",
+    "v_scales",
+}  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool]
 sizes = st.sampled_from([0, 1, 2, 4, 16, 64])
 tensors = st.builds(

@@ -60,8 +60,10 @@ def test_splitting_over_threads_does_not_change_the_answer(implementation: str, 
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=2e-6)
 
 
-def ragged(rows: Sequence[tuple[int, int]], causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+def ragged(rows: Sequence[tuple[int, int]], form: str, dtype: torch.dtype) -> dict[str, Any]:
     """A batch of rows of (tokens, queries); a row is the same whatever the others are."""
+    causal = form != "full"
+    windows = [at for tokens, n in rows for at in range(tokens - n - 1500, tokens - 1500)]
     blocks = [-(-tokens // 16) for tokens, _ in rows]
     parts = [torch.Generator().manual_seed(tokens) for tokens, _ in rows]
     storage = torch.cat(
@@ -83,6 +85,8 @@ def ragged(rows: Sequence[tuple[int, int]], causal: bool, dtype: torch.dtype) ->
         "query_offsets": queries.cumsum(0).int(),
         "causal": causal,
         "q_start": torch.tensor([tokens - n for tokens, n in rows], dtype=torch.int32) if causal else None,
+        "first_keys": torch.tensor(windows, dtype=torch.int32) if form == "window" else None,
+        "soft_cap": 20.0 if form == "window" else None,
     }
 
 
@@ -91,16 +95,31 @@ ROWS = [(5000, 1), (70, 1), (2100, 3), (3000, 16), (4100, 100), (9000, 1), (1500
 
 @pytest.mark.parametrize("implementation", [*FAST, *SETS, "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["full", "causal", "window"])
 def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(
-    implementation: str, dtype: torch.dtype, causal: bool
+    implementation: str, dtype: torch.dtype, form: str
 ) -> None:
-    alone = [micro_attention(**ragged([row], causal, dtype), threads=1, implementation=implementation) for row in ROWS]
+    if implementation == "numba" and form == "window":
+        pytest.skip("not served yet")
+    alone = [micro_attention(**ragged([row], form, dtype), threads=1, implementation=implementation) for row in ROWS]
     for threads, order in ((1, 1), (2, 1), (3, -1), (8, 1)):
         rows, right = ROWS[::order], alone[::order]
-        out, lse = micro_attention(**ragged(rows, causal, dtype), threads=threads, implementation=implementation)
+        out, lse = micro_attention(**ragged(rows, form, dtype), threads=threads, implementation=implementation)
         assert torch.equal(out, torch.cat([one for one, _ in right]))
         assert torch.equal(lse, torch.cat([one for _, one in right]))
+
+
+@pytest.mark.parametrize("implementation", [*FAST, *SETS, "torch"])
+@pytest.mark.parametrize("form", ["full", "causal"])
+def test_first_keys_that_hide_nothing_change_no_bit(implementation: str, form: str) -> None:
+    if implementation == "numba":
+        pytest.skip("not served yet")
+    arguments = ragged(ROWS, form, torch.bfloat16)
+    expected = micro_attention(**arguments, implementation=implementation)
+    for first in (0, -5, -(2**31)):
+        arguments["first_keys"] = torch.full((len(arguments["q"]),), first, dtype=torch.int32)
+        found = micro_attention(**arguments, implementation=implementation)
+        assert all(map(torch.equal, found, expected))
 
 
 @fast

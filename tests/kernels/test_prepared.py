@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from attention_cases import CASES, Case, build
+from attention_cases import CASES, Case, build, named
 
 from distkv_dask.kernels import (
     IMPLEMENTATIONS,
@@ -43,13 +43,18 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
 def test_every_layer_gets_the_answer_of_a_checked_call(served: str, case: Case) -> None:
+    if served == "numba" and not case.plain:
+        pytest.skip("not served yet")
     arguments = build(case, torch.float32)
     attention = prepare(arguments)
     for scale in (arguments["scale"], 0.5):
         q, k, v = torch.randn_like(arguments["q"]), arguments["k_pool"].clone(), arguments["v_pool"]
-        k = torch.empty_strided(k.shape, v.stride()).copy_(k)
+        k = torch.empty_strided(k.shape, arguments["k_pool"].stride()).copy_(k)
+        if case.values_in_keys:
+            v = k[..., : case.dv]
         attention(q, k, v, scale)
-        out, lse = micro_attention(**arguments | {"q": q, "k_pool": k, "scale": scale}, implementation=served)
+        of = {"q": q, "k_pool": k, "v_pool": v, "scale": scale}
+        out, lse = micro_attention(**arguments | of, implementation=served)
         assert torch.equal(attention.out, out)
         assert torch.equal(attention.lse, lse)
         assert torch.equal(attention.result, torch.cat([out.flatten(), lse.flatten()]))
@@ -140,7 +145,7 @@ def test_new_kv_is_stored_and_seen_in_every_layer(served: str) -> None:
     tables, lengths = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([18, 5], dtype=torch.int32)
     blocks, offsets = torch.tensor([1, 2]), torch.tensor([1, 4])
     attention = PreparedAttention(2, heads, k_layers[0], v_layers[0], tables, lengths)
-    layers = PreparedLayers(attention, k_layers, v_layers, blocks, offsets)
+    layers = PreparedLayers([attention], [0, 0], k_layers, v_layers, blocks, offsets)
     assert (layers.native is not None) == (served == "native")
     for layer in range(2):
         q, (k, v) = torch.randn(2, heads, d), torch.randn(2, 2, 2, d)
@@ -165,7 +170,7 @@ def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(slot: tup
     blocks, heads, tokens, d = k_pool.shape
     block, offset = slot
     at = torch.tensor([blocks if block == 5 else block]), torch.tensor([tokens if offset == 16 else offset])
-    layers = PreparedLayers(attention, [k_pool], [v_pool], *at)
+    layers = PreparedLayers([attention], [0], [k_pool], [v_pool], *at)
     if layers.native is None:
         pytest.skip("no C++ core")
     before = k_pool.clone()
@@ -177,3 +182,98 @@ def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(slot: tup
     with pytest.raises(ValueError, match="k, v"):
         layers(0, arguments["q"], fresh[:, :1], fresh, 1.0)
     assert torch.equal(k_pool.nan_to_num(), before.nan_to_num())
+
+
+def test_windows_may_move_between_calls(served: str) -> None:
+    if served == "numba":
+        pytest.skip("not served yet")
+    arguments = build(named("decode-window-within-a-block"), torch.float32)
+    arguments["k_pool"], arguments["v_pool"] = (arguments[name].nan_to_num(0.5) for name in ("k_pool", "v_pool"))
+    attention = prepare(arguments)
+    found = []
+    for move in (0, 3, 1000, -2000):
+        arguments["first_keys"] += move
+        attention.refresh()
+        attention(arguments["q"], arguments["k_pool"], arguments["v_pool"], 0.1)
+        out, lse = micro_attention(**arguments | {"scale": 0.1}, implementation=served)
+        assert torch.equal(attention.out, out)
+        assert torch.equal(attention.lse, lse)
+        found.append(out)
+    assert not found[2].any()
+    assert not torch.equal(found[0], found[1])
+
+
+class Kind(NamedTuple):
+    """What is different from layer to layer: window, soft cap, kv heads and sizes of the layer's pool."""
+
+    first_keys: list[int] | None
+    soft_cap: float | None
+    kv_heads: int
+    d: int
+    dv: int
+    values_in_keys: bool = False
+
+
+KINDS = [
+    Kind(None, None, 2, 64, 64),
+    Kind([5, 2], None, 2, 64, 64),
+    Kind([17, 0], 20.0, 1, 32, 16),
+    Kind(None, 5.0, 1, 40, 32, True),
+]
+
+
+def pools_of(kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+    k = torch.randn(5, kind.kv_heads, 16, kind.d)
+    return k, k[..., : kind.dv] if kind.values_in_keys else torch.randn(5, kind.kv_heads, 16, kind.dv)
+
+
+def test_layers_of_several_kinds_append_and_attend_each_in_its_way(served: str) -> None:
+    if served == "numba":
+        pytest.skip("not served yet")
+    of_layer, heads = [1, 0, 2, 1, 3, 2], 4
+    pools = [pools_of(KINDS[kind]) for kind in of_layer]
+    tables, lengths = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([18, 5], dtype=torch.int32)
+    blocks, offsets = torch.tensor([1, 2]), torch.tensor([1, 4])
+    memory = torch.empty(2 * heads * 65)
+    windows = [None if kind.first_keys is None else torch.tensor(kind.first_keys, dtype=torch.int32) for kind in KINDS]
+    attentions = [
+        PreparedAttention(
+            2, heads, *pools[of_layer.index(at)], tables, lengths, first_keys=windows[at], soft_cap=kind.soft_cap,
+            result=memory[: 2 * heads * (kind.dv + 1)],
+        )
+        for at, kind in enumerate(KINDS)
+    ]  # fmt: skip
+    layers = PreparedLayers(attentions, of_layer, [k for k, _ in pools], [v for _, v in pools], blocks, offsets)
+    assert (layers.native is not None) == (served == "native")
+    assert attentions[0].out.data_ptr() == attentions[1].out.data_ptr()
+    for layer, (at, (k_pool, v_pool)) in enumerate(zip(of_layer, pools, strict=True)):
+        kind = KINDS[at]
+        q, k, v = (
+            torch.randn(2, n, d) for n, d in ((heads, kind.d), (kind.kv_heads, kind.d), (kind.kv_heads, kind.dv))
+        )
+        expected_k = k_pool.clone()
+        expected_v = expected_k[..., : kind.dv] if kind.values_in_keys else v_pool.clone()
+        for row in range(2):
+            expected_v[blocks[row], :, offsets[row]] = v[row]
+            expected_k[blocks[row], :, offsets[row]] = k[row]
+        layers(layer, q, k, None if kind.values_in_keys else v, 0.125)
+        assert torch.equal(k_pool, expected_k)
+        assert torch.equal(v_pool, expected_v)
+        out, lse = micro_attention(
+            q, k_pool, v_pool, tables, lengths, scale=0.125, first_keys=windows[at], soft_cap=kind.soft_cap,
+            implementation=served,
+        )  # fmt: skip
+        assert torch.equal(attentions[at].out, out)
+        assert torch.equal(attentions[at].lse, lse)
+
+
+def test_layers_without_an_attention_of_their_own_are_named() -> None:
+    arguments = build(DECODE, torch.float32)
+    attention, pools = prepare(arguments), ([arguments["k_pool"]] * 2, [arguments["v_pool"]] * 2)
+    slots = torch.zeros(2, 0, dtype=torch.int64)
+    for of_layer in ([0], [0, 1], [0, -1]):
+        with pytest.raises(ValueError, match=r"^of_layer, k_layers, v_layers"):
+            PreparedLayers([attention], of_layer, *pools, *slots)
+    layers = PreparedLayers([attention], [0, 0], *pools, *slots)
+    with pytest.raises(ValueError, match=r"^k, v: expected"):
+        layers(0, arguments["q"], arguments["q"][:0, :2], None, 1.0)

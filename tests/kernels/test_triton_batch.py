@@ -61,7 +61,7 @@ def layers_of(case: Case) -> tuple[PreparedLayers, dict[str, Any], torch.Tensor]
     arguments = build(case, torch.float16)
     attention = prepare(arguments, {name: arguments[name] for name in INDEX if name in arguments})
     slots = torch.zeros(2, len(case.lengths), dtype=torch.int64)
-    layers = PreparedLayers(attention, [arguments["k_pool"]], [arguments["v_pool"]], *slots)
+    layers = PreparedLayers([attention], [0], [arguments["k_pool"]], [arguments["v_pool"]], *slots)
     fresh = torch.zeros(2, len(case.lengths), case.kv_heads, case.d, dtype=torch.float16)
     return layers, arguments, fresh
 
@@ -132,7 +132,7 @@ def test_values_out_of_range_are_named_on_the_host_before_anything_is_launched(
     (arguments | slots)[name].view(-1)[0] = value
     with pytest.raises(ValueError, match=f"^{text}"):
         PreparedLayers(
-            prepare(arguments, {name: arguments[name] for name in INDEX if name in arguments}),
+            [prepare(arguments, {name: arguments[name] for name in INDEX if name in arguments})], [0],
             [arguments["k_pool"]], [arguments["v_pool"]], *slots.values(),
         )  # fmt: skip
     assert launches == []

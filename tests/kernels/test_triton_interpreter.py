@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from attention_cases import CASES, Case, check, check_far_blocks, use_interpreter
-from triton_cases import CUT, check_all_variants_are_warm, check_layers, check_merges, check_prepared, named
+from attention_cases import CASES, Case, check, check_far_blocks, named, use_interpreter
+from triton_cases import CUT, check_all_variants_are_warm, check_layers, check_merges, check_prepared
 
 pytest.importorskip("triton", reason="triton is not installed: pip install distkv-dask[gpu]")
 
-CHOSEN = [case for case in CASES if case.block_tokens > 1 and sum(case.queries or (1,)) <= 48]
+CHOSEN = [case for case in CASES if case.plain and case.block_tokens > 1 and sum(case.queries or (1,)) <= 48]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, TOLERANCE, Case, build
+from attention_cases import TOLERANCE, Case, build
 
 from distkv_dask.kernels import (
     Choice,
@@ -74,7 +74,7 @@ def check_layers(device: str = "cpu") -> None:
     blocks, offsets = torch.tensor([1, 2]), torch.tensor([1, 4])
     with served_by_triton():
         attention = PreparedAttention(2, heads, k_layers[0], v_layers[0], tables, lengths)
-        layers = PreparedLayers(attention, k_layers, v_layers, blocks, offsets)
+        layers = PreparedLayers([attention], [0, 0], k_layers, v_layers, blocks, offsets)
     for _ in range(2):
         for layer in range(2):
             q, fresh = torch.randn(2, heads, d, device=device), torch.randn(2, 2, 2, d, device=device)
@@ -160,11 +160,7 @@ def check_all_variants_are_warm() -> None:
                 for layer in range(2):
                     views = pool[:, layer, 0], pool[:, layer, 1]
                     attention = PreparedAttention(rows * queries, 8, *views, tables, lengths, query_offsets=offsets)
-                    layers = PreparedLayers(attention, *([view] for view in views), *slots)
+                    layers = PreparedLayers([attention], [0], *([view] for view in views), *slots)
                     fresh = torch.zeros(2, rows, 2, 128, dtype=pool.dtype)
                     layers(0, torch.zeros(rows * queries, 8, 128, dtype=pool.dtype), *fresh, 0.1)
         assert seen == warm, seen - warm
-
-
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
-from attention_cases import Case, build
-from triton_cases import CUT, INDEX, check_layers, check_merges, check_prepared, named, prepare, served_by_triton
+from attention_cases import Case, build, named
+from triton_cases import CUT, INDEX, check_layers, check_merges, check_prepared, prepare, served_by_triton
 
 from distkv_dask.kernels import PreparedLayers, triton_batch
 
@@ -37,7 +37,7 @@ def test_a_layer_is_launches_only_and_a_step_one_copy_more(case: Case) -> None:
         triton_batch.warm_up(k_pool, q.shape[1])
     with served_by_triton():
         slots = torch.zeros(2, len(case.lengths), dtype=torch.int64)
-        layers = PreparedLayers(prepare(arguments, index), [k_pool] * 2, [v_pool] * 2, *slots)
+        layers = PreparedLayers([prepare(arguments, index)], [0, 0], [k_pool] * 2, [v_pool] * 2, *slots)
     fresh = torch.zeros(2, len(case.lengths), case.kv_heads, case.d, dtype=torch.bfloat16, device="cuda")
     k, v = fresh[0], fresh[1]
     with torch.inference_mode(), emulated.counting() as layer:
