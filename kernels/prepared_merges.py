@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from . import triton_kernel
 from .prepared import PreparedMerge
 from .triton_batch import launch_merge
-from .triton_kernel import unsupported
 
 Runs = Sequence[tuple[int, int, int, int]]
 
@@ -57,7 +57,7 @@ class PreparedMerges:
             part_out, part_lse = self.sources[source]
             self._merges.append(PreparedMerge(out[into], lse[into], part_out[of], part_lse[of]))
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        if unsupported(out.device.type, 1, d) is None and out.is_contiguous() and lse.is_contiguous():
+        if triton_kernel.unsupported(out.device.type, 1, d) is None and out.is_contiguous() and lse.is_contiguous():
             self._table = merge_table(tokens, d, queries, runs, out.device)
 
     def __call__(self) -> None:

@@ -6,6 +6,7 @@ That module of Dask's is no stable API; should it change, these two files are al
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -14,11 +15,13 @@ import dask.config
 from distributed import Client, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["PROTOCOL", "assert_clean", "engine_test", "gen_cluster"]
+__all__ = ["PROTOCOL", "SLOW", "assert_clean", "engine_test", "gen_cluster"]
 
 Test = Callable[..., Awaitable[None]]
 OURS = ("prefill-", "decode-", "attend-", "layer-")
 """How the keys of our tasks begin."""
+SLOW = os.environ.get("DISTKV_TEST_DEVICE") == "emulated"
+"""Whether workers compute on an emulated card, on which a step takes ten times as long as on the CPU."""
 PROTOCOL = "ucx" if dask.config.get("distkv.channel", None) == "ucx" else None
 """What clusters of tests speak: UCX where all engines do (``make test CHANNEL=ucx``), else Dask's default."""
 
@@ -39,7 +42,7 @@ def engine_test(
 
         speaks = {} if PROTOCOL is None else {"scheduler_kwargs": {"protocol": PROTOCOL}}
 
-        @gen_cluster(client=True, nthreads=nthreads, timeout=timeout, **speaks, **options)
+        @gen_cluster(client=True, nthreads=nthreads, timeout=timeout * (1 + 4 * SLOW), **speaks, **options)
         async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
             await test(client, scheduler, *them)
             await assert_clean(scheduler, *them)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import dask.config
 import psutil
 
 from _chaos.network import Link, Loopback
@@ -62,6 +63,7 @@ class Machine:
             "--nworkers", str(workers), "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60",
             "--local-directory", str(self._scratch), "--preload-nanny", str(PRELOAD),
             "--preload", str(TRACEBACKS),
+            *(f"--preload={one}" for one in dask.config.get("distributed.worker.preload")),
         ]  # fmt: skip
         path = os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH"))))
         own = WORKER_SETTINGS | {MARK: str(folder), "TMPDIR": str(self._scratch), "PYTHONPATH": path}

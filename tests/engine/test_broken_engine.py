@@ -34,7 +34,8 @@ def test_a_fault_in_the_state_machine_ends_its_engine_with_a_reason_and_no_other
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         nonlocal broken
         model = str(model_dir("llama-gqa"))
-        async with Engine(client, model) as other, Engine(client, model) as engine:
+        each = {"kv_memory": "32 MiB"}  # of two on the same card
+        async with Engine(client, model, **each) as other, Engine(client, model, **each) as engine:
             broken = engine.id
             sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
             asked = [engine.submit(PROMPT, sampling)]

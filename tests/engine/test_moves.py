@@ -17,7 +17,7 @@ from distkv_dask.placement import Move
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.overflow import Overflow
-from tests._cluster import engine_test
+from tests._cluster import SLOW, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
 SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": "2 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
@@ -189,7 +189,7 @@ def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str
 
 
 def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_unchanged() -> None:
-    prompt, new = prompt_ids(2200), 1200
+    prompt, new = prompt_ids(2200), 300 if SLOW else 1200  # it still decodes when the worker is there
     expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
 
     @engine_test(workers=1)
