@@ -79,6 +79,14 @@ class DeviceError(DistKVError):
     """A worker cannot compute on the requested device, or the device has too little memory."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A card ran out of memory in the middle of a step; what it computed is repeated."""
+
+
+class DeviceLostError(DeviceError):
+    """A worker's card failed and answers no call any more; its process ends."""
+
+
 class SavedDocumentError(DistKVError, ValueError):
     """A document cannot be saved, or a saved document cannot be loaded: another model, or damaged files."""
 

@@ -19,7 +19,7 @@ from distkv_dask.messages.names import EngineSpec
 from distkv_dask.placement import Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
-from distkv_dask.worker.device import choose_device
+from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.runtime import Runtime

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from _smoke.kernels import GROUP, KV_HEADS, Card, D
-from distkv_dask.worker.device import Device, choose_device
+from distkv_dask.worker.device import Device
+from distkv_dask.worker.device_choice import choose_device
 
 HEADS = KV_HEADS * GROUP
 

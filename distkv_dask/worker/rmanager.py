@@ -40,6 +40,7 @@ from distkv_dask.messages.names import (
 )
 from distkv_dask.version import VERSION
 from distkv_dask.worker.heap import give_back_freed_memory
+from distkv_dask.worker.shortages import Shortages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,7 @@ class RManager(WorkerPlugin):
         self.lanes: Lanes | None = None
         self._changing = asyncio.Lock()
         self._leaving = False
+        self._shortages = Shortages()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: dict[str, set[asyncio.Task[None]]] = {}
         self._dropping: set[asyncio.Task[None]] = set()
@@ -180,6 +182,12 @@ class RManager(WorkerPlugin):
 
     def _send(self, engine: str = "", message: FromWorker | None = None) -> None:
         """Send a message; without one, say hello: plain values are read whatever version the other end has."""
+        if (reason := self._broken(engine)) and not isinstance(message, Lost):
+            self._leave(reason)
+            return
+        if message is not None and self._shortages.are_too_many(message):
+            self._give_up("its card ran out of memory again and again", every=True)
+            return
         told = {"op": FROM_WORKER, "version": VERSION, "engine": engine}
         if message is not None:
             told["message"] = pack(message)
@@ -205,7 +213,10 @@ class RManager(WorkerPlugin):
         if engine not in self.engines:
             return f"engine {engine} is not open on worker {self.worker.address}"
         store = partial(self.engines[engine].store_piece, Piece(*piece), data)
-        return await asyncio.get_running_loop().run_in_executor(None, store)
+        refusal = await asyncio.get_running_loop().run_in_executor(None, store)
+        if reason := self._broken(engine):
+            self._leave(reason)
+        return refusal
 
     async def _ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
         answer: dict[str, Any] = await self.worker.rpc(file.worker).distkv_spilled(
@@ -265,13 +276,27 @@ class RManager(WorkerPlugin):
         """In the thread that ends."""
         self.worker.loop.add_callback(self._give_up, reason)
 
-    def _give_up(self, reason: str) -> None:
+    def _broken(self, engine: str) -> str:
+        """Why the card of an engine cannot be used any more; empty while it can."""
+        return self.engines[engine].runtime.pool.device.lost if engine in self.engines else ""
+
+    def _leave(self, reason: str) -> None:
+        """End this process, which cannot use its card any more: a nanny starts another one, with a card or without."""
+        if self._leaving:
+            return
+        self._leaving = True
+        logger.critical("worker %s ends: %s", self.worker.address, reason)
+        for name in self.engines:
+            self._send(name, Lost(self.worker.address, reason))
+        self._spawn(self.worker.close(nanny=False, executor_wait=False, reason=reason))
+
+    def _give_up(self, reason: str, every: bool = False) -> None:
         """Be like a worker that died to every engine whose lanes have ended; the gManager opens them here again.
 
         They are gone from here before it hears of that: what it had sent until then is for what was lost. One that is
         being opened or closed just now is seen to there.
         """
-        lost = {name: engine for name, engine in self.engines.items() if engine.lanes.closed}
+        lost = {name: engine for name, engine in self.engines.items() if every or engine.lanes.closed}
         if self._leaving or not lost:
             return
         lanes = next(iter(lost.values())).lanes

@@ -16,7 +16,8 @@ from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
-from distkv_dask.worker.device import Device, choose_device
+from distkv_dask.worker.device import Device
+from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.kv_memory import kv_memory

@@ -12,6 +12,7 @@ from torch.utils import _device
 
 from emulated import factories, pinned, triton_launch
 from emulated.clocks import HOST
+from emulated.faults import mend
 from emulated.guard import set_guard
 from emulated.memory import Card, plug
 from emulated.torch_cuda import functions
@@ -66,6 +67,7 @@ def uninstall() -> None:
     with _lock:
         while _undo:
             _undo.pop()()
+        mend()
         HOST.effects.clear()
 
 

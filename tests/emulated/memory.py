@@ -12,6 +12,7 @@ from torch import Tensor
 from emulated.clocks import HOST, LOCK, Clock, Queue, advance
 from emulated.counts import note
 from emulated.errors import RaceError
+from emulated.faults import FAULTS
 from emulated.shadow import Memory
 from emulated.streams import current_stream
 
@@ -54,7 +55,7 @@ class Card:
             if stream.capture is None:
                 self._reuse(nbytes, stream)
             free = self.ours - self.allocated
-            if nbytes > free:
+            if FAULTS.allocation() or nbytes > free:
                 raise torch.OutOfMemoryError(
                     f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB. GPU 0 has a total capacity of "
                     f"{self.total / 2**20:.2f} MiB of which {free / 2**20:.2f} MiB is free."

@@ -12,6 +12,7 @@ from emulated.capture import order_events, permit_stop
 from emulated.clocks import HOST, LOCK, Clock, Queue, advance
 from emulated.counts import note
 from emulated.errors import CaptureError
+from emulated.faults import FAULTS
 
 _current = threading.local()
 
@@ -57,12 +58,14 @@ class Stream(Queue):
 
     def synchronize(self) -> None:
         """Have the host wait for all that is queued."""
+        FAULTS.call()
         permit_stop("stream.synchronize", self)
         note("sync", "stream.synchronize")
         HOST.waits(self.clock)
 
     def query(self) -> bool:
         """Whether all that is queued is done: not when asked for the first time, unless the host has waited for it."""
+        FAULTS.call()
         permit_stop("stream.query", self)
         queued = self.clock[self.number]
         if queued > HOST.clock.get(self.number, 0) and self._asked < queued:
@@ -141,6 +144,7 @@ class Event:
         return (end._time - self._time) * 1e3
 
     def _permit(self, name: str) -> None:
+        FAULTS.call()
         if self._capture is not None:
             raise CaptureError(f"{name}: the event was recorded in a capture, where nothing happens")
         permit_stop(name, DEFAULT)
@@ -172,6 +176,7 @@ def set_stream(stream: Stream | None) -> None:
 
 def synchronize(device: Any = None) -> None:
     """Have the host wait for all streams."""
+    FAULTS.call()
     permit_stop("cuda.synchronize", None)
     note("sync", "cuda.synchronize")
     HOST.waits(HOST.launched)

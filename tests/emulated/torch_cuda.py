@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emulated.faults import FAULTS
 from emulated.graphs import CUDAGraph, graph, graph_pool_handle
 from emulated.memory import Card
 from emulated.streams import (
@@ -75,8 +76,12 @@ def _memory(card: Card) -> dict[str, Callable[..., Any]]:
     def reset_peak(device: Device = None) -> None:
         card.peak, card.peak_reserved = card.allocated, card.reserved
 
+    def mem_get_info(device: Device = None) -> tuple[int, int]:
+        FAULTS.call()
+        return card.ours - card.reserved, card.total
+
     return {
-        "mem_get_info": lambda device=None: (card.ours - card.reserved, card.total),
+        "mem_get_info": mem_get_info,
         "memory_allocated": lambda device=None: card.allocated,
         "max_memory_allocated": lambda device=None: card.peak,
         "memory_reserved": lambda device=None: card.reserved,

@@ -11,6 +11,7 @@ from torch import Tensor
 from emulated.capture import permit_stop
 from emulated.clocks import HOST, Queue
 from emulated.counts import Kind, note
+from emulated.faults import FAULTS
 from emulated.memory import DeviceMemory, known_memory, memory_of
 from emulated.shadow import Region
 from emulated.streams import current_stream
@@ -122,6 +123,7 @@ class Kernel(Work):
 
 def perform(work: Work) -> Any:
     """Queue work on the current stream; what it makes."""
+    FAULTS.queued()
     note(work.kind, work.name, work.nbytes, work.variant)
     stream = current_stream().queue
     tick = stream.begin(work.name)
@@ -132,6 +134,7 @@ def perform(work: Work) -> Any:
 
 def stop(name: str, stream: Queue | None = None) -> None:
     """Have the host wait for a stream, by default the current one."""
+    FAULTS.call()
     stream = stream or current_stream()
     permit_stop(name, stream)
     note("sync", name)

@@ -7,7 +7,7 @@ from array import array
 import pytest
 from _simulated import Simulated, assert_nothing_left, cluster_of, expected, finish
 
-from distkv_dask.errors import GangAbortedError, PlanError
+from distkv_dask.errors import DeviceMemoryError, GangAbortedError, PlanError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.placement import Move
 from distkv_dask.sampling import SamplingParams
@@ -51,6 +51,17 @@ def rest(cluster: Simulated, seconds: float) -> bool:
     cluster.now += seconds
     cluster.tick()
     return any(isinstance(one, do.SubmitPrefill | do.SubmitWindow) for one in commands)
+
+
+@pytest.mark.parametrize("make", [lambda: prompt_of(44), decoding], ids=["prefill", "decode"])
+def test_a_step_for_which_a_card_has_too_little_memory_is_tried_again_and_costs_no_token(make) -> None:
+    cluster = make()
+    for _ in range(MAX_RETRIES):
+        assert fail(cluster, DeviceMemoryError("Emulated GPU ran out of memory in a step"))
+    finish(cluster)
+    assert cluster.ends[1] == ("length", None)
+    assert cluster.tokens[1] == expected(1, 9)
+    assert_nothing_left(cluster)
 
 
 @pytest.mark.parametrize("make", [lambda: prompt_of(44), decoding], ids=["prefill", "decode"])

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from distkv_dask.errors import DeviceError
-from distkv_dask.worker import device
-from distkv_dask.worker.device import HOST, choose_device
+from distkv_dask.worker import device_choice
+from distkv_dask.worker.device import HOST
+from distkv_dask.worker.device_choice import choose_device
 
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(device, "_sees_a_card", lambda: False)
+    monkeypatch.setattr(device_choice, "_sees_a_card", lambda: False)
 
 
 def test_the_host_is_chosen_where_there_is_nothing_else() -> None:
@@ -26,7 +27,7 @@ def test_the_host_is_chosen_where_there_is_nothing_else() -> None:
 
 
 def test_a_card_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_sees_a_card", lambda: True)
+    monkeypatch.setattr(device_choice, "_sees_a_card", lambda: True)
     found = choose_device("auto")
     assert found.is_host
     assert f"torch {torch.__version__} is built without CUDA" in found.note
@@ -62,7 +63,7 @@ def test_a_card_that_cannot_be_opened_is_quoted(what: str, setting: str, monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", fail)
-    monkeypatch.setattr(device, "_sees_a_card", lambda: True)
+    monkeypatch.setattr(device_choice, "_sees_a_card", lambda: True)
     if setting == "auto":
         assert choose_device("auto").is_host
         assert what in choose_device("auto").note
@@ -76,9 +77,9 @@ def test_a_worker_sees_cards_by_their_device_files(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0")
-    assert device._sees_a_card()
+    assert device_choice._sees_a_card()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not device._sees_a_card()
+    assert not device_choice._sees_a_card()
 
 
 def test_buffers_of_the_host_are_the_same_on_both_sides() -> None:

@@ -6,7 +6,7 @@ worker that died while it was cut off, the scheduler hears later than those who 
 
 from __future__ import annotations
 
-from distkv_dask.errors import GangAbortedError, PlanError, without_quotes
+from distkv_dask.errors import DeviceMemoryError, GangAbortedError, PlanError, without_quotes
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -33,7 +33,7 @@ def owner(life: MachineState, gang: int) -> Request | WindowChain | None:
 
 def failed(life: MachineState, gang: int, error: Exception) -> None:
     """A member of a gang failed: its chunk or its home's windows start over, or its requests fail with it."""
-    again = isinstance(error, GangAbortedError | ConnectionError)
+    again = isinstance(error, GangAbortedError | ConnectionError | DeviceMemoryError)
     match owner(life, gang):
         case Request() as request:
             _prefill_failed(life, request, error, again)

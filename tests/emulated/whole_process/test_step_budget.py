@@ -10,7 +10,7 @@ from _fakes import Fleet, fleet, reference, state
 from _models import model_dir, prompt_ids
 
 from distkv_dask.kernels import dispatch, triton_kernel
-from distkv_dask.worker.device import choose_device
+from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 PROMPT, STEPS, NEW = 20, 4, 7

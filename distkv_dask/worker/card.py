@@ -1,0 +1,165 @@
+"""A card: memory, streams and pinned buffers of the GPU that a worker was given.
+
+It is ``cuda:0`` of its process: dask-cuda gives each worker its own by ``CUDA_VISIBLE_DEVICES``. ROCm's torch answers
+to the same names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv_dask.errors import DeviceError, DeviceLostError, DeviceMemoryError, in_words
+from distkv_dask.worker.device import Device, Mark, Peak, Use
+
+BOUNCE_BYTES = 16 << 20
+"""Pinned memory through which blocks go to and from a card, a piece at a time."""
+
+
+_NO_MEMORY = "out of memory", "ALLOC_FAILED"
+"""What errors of other classes than torch's own say where memory is short: pinned memory, Triton's, cuBLAS's."""
+
+
+class Card(Device):
+    """A GPU: ``cuda:0`` of this process. Use :func:`choose_device`, which makes one for all engines of a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch = torch.device("cuda", 0)
+        self.name = torch.cuda.get_device_name(self.torch)
+        self._streams = {use: torch.cuda.Stream(self.torch, priority=-(use is Use.HOLDER)) for use in Use}
+        self._bounce = self.host_buffer((BOUNCE_BYTES,), torch.uint8)
+        self._copying = threading.Lock()
+
+    def stream(self, use: Use) -> AbstractContextManager[Any]:
+        """Queue what the calling thread does inside a ``with`` statement on the stream of a use.
+
+        Raises
+        ------
+        DeviceMemoryError, DeviceLostError
+            What torch raised inside says that the card has no memory left, or that it failed.
+        """
+        return _Queueing(self, self._streams[use])
+
+    def finish(self) -> None:
+        """Wait until all that the calling thread has queued on its stream is done."""
+        torch.cuda.current_stream(self.torch).synchronize()
+
+    def mark(self) -> Mark:
+        """A mark behind all that the calling thread has queued so far."""
+        return _CardMark()
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised pinned tensor."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def put(self, values: Tensor) -> Tensor:
+        """A tensor of the host on the card; do not write to it afterwards. The copy is queued."""
+        if values.device == self.torch:
+            return values
+        return values.pin_memory().to(self.torch, non_blocking=True)
+
+    def read(self, source: Tensor) -> np.ndarray[Any, Any]:
+        """Bytes uint8 [n, size] of a tensor like that on the card, copied piece by piece through pinned memory."""
+        data = np.empty(tuple(source.shape), np.uint8)
+        flat, whole = source.reshape(-1), data.reshape(-1)
+        with self._copying, self.stream(Use.COPIES):
+            for at in range(0, flat.numel(), BOUNCE_BYTES):
+                piece = flat[at : at + BOUNCE_BYTES]
+                into = self._bounce[: piece.numel()]
+                into.copy_(piece, non_blocking=True)
+                self.finish()
+                whole[at : at + BOUNCE_BYTES] = into.numpy()
+        return data
+
+    def write(self, target: Tensor, data: np.ndarray[Any, Any]) -> None:
+        """Copy bytes uint8 [n] into a tensor like that on the card, piece by piece through pinned memory."""
+        with self._copying, self.stream(Use.COPIES):
+            for at in range(0, len(data), BOUNCE_BYTES):
+                piece = data[at : at + BOUNCE_BYTES]
+                through = self._bounce[: len(piece)]
+                through.numpy()[:] = piece
+                target[at : at + BOUNCE_BYTES].copy_(through, non_blocking=True)
+                self.finish()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of its memory that this process can still have (with what torch keeps for it), and of all of it."""
+        free, total = torch.cuda.mem_get_info(self.torch)
+        with suppress(RuntimeError):  # another allocator than torch's, such as RMM's, does not say
+            free += torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+        return free, total
+
+    def explain(self, error: RuntimeError) -> DeviceError | None:
+        """What an error of torch, or of a library on top of it, says of the card; None if nothing."""
+        if not self._answers():
+            self.lost = f"{self.name} failed: {in_words(error)}"
+            return DeviceLostError(f"{self.lost}. The worker's process ends; look for the card's Xid in dmesg")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            return None
+        with suppress(RuntimeError):  # memory in pieces of other sizes may be enough once it is put together
+            torch.cuda.empty_cache()
+        free, total = self.memory()
+        return DeviceMemoryError(
+            f"{self.name} ran out of memory in a step, with {free} of {total} bytes free now: lower kv_memory "
+            f"(distkv.kv-memory) or distkv.prefill.chunk-tokens, or stop what else uses the card. {in_words(error)}"
+        )
+
+    def _answers(self) -> bool:
+        """Whether the card can still be used: an error that ends that is repeated by every later call."""
+        try:
+            torch.cuda.synchronize(self.torch)
+        except RuntimeError:
+            return False
+        return True
+
+    @contextmanager
+    def peak(self) -> Iterator[Peak]:
+        """Find what the calling thread allocates inside a ``with`` statement."""
+        found, (free, _) = Peak(), torch.cuda.mem_get_info(self.torch)
+        before = None
+        with suppress(RuntimeError):  # another allocator than torch's does not say: what it has taken by then counts
+            torch.cuda.reset_peak_memory_stats(self.torch)
+            before = torch.cuda.memory_allocated(self.torch)
+        yield found
+        self.finish()
+        if before is None:
+            found.bytes = max(0, free - torch.cuda.mem_get_info(self.torch)[0])
+        else:
+            found.bytes = torch.cuda.max_memory_allocated(self.torch) - before
+
+
+class _Queueing(AbstractContextManager[None]):
+    """Work on one stream; what torch raises there is explained."""
+
+    def __init__(self, card: Card, stream: torch.cuda.Stream) -> None:
+        self._card = card
+        self._context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._context.__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError) and (explained := self._card.explain(error)) is not None:
+            raise explained from error
+
+
+class _CardMark(Mark):
+    """An event on the calling thread's stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> None:
+        """Wait, on the host, until what was queued before the mark is done."""
+        self._event.synchronize()

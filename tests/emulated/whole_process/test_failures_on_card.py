@@ -1,0 +1,91 @@
+"""Cards that fail in the middle of a step, in worker processes: requests end as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+from emulated import break_card, run_out
+
+from distkv_dask import Engine, SamplingParams, SequenceStatus
+from tests._models import model_dir, prompt_ids, reference_generate
+
+TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
+MODEL = str(model_dir("llama-gqa"))
+NEW = 100
+PROMPT = prompt_ids(800)  # on two of three workers of 680 tokens
+LONG = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """Three processes with a card each, under nannies."""
+    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster) as client:
+        client.wait_for_workers(3, timeout=60)
+        yield client
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if answer := found():
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(what)
+
+
+def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
+    def all_decode() -> Mapping[int, SequenceStatus]:
+        sequences = engine.status().sequences
+        return sequences if all(one.generated_tokens > 1 for one in sequences.values()) else {}
+
+    return until(all_decode, "nothing decodes")
+
+
+@pytest.mark.parametrize("victim", ["home", "holder"])
+def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victim: str) -> None:
+    expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
+    with Engine(client, MODEL, kv_memory="2 MiB", **TINY) as engine:
+        running = engine.submit(PROMPT, LONG)
+        placement = decoding(engine)[0].placement
+        assert len(placement) == 2
+        worker = placement[-1 if victim == "home" else 0].worker
+        before = client.run(os.getpid, workers=[worker])[worker]
+        client.run(break_card, 25, workers=[worker])
+        assert list(running.result(240).token_ids) == expected
+        assert engine.status().totals["repair_events"] == 1
+        until(lambda: len(engine.status().workers) == 3, "no new worker came")
+        assert before not in client.run(os.getpid).values(), "it is another process: nothing helps the old one"
+        assert engine.submit(PROMPT[:20], SHORT).result(60).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("victim", "times"),
+    [("holder", 2), ("home", 2), ("holder", 3), ("home", 10**6)],
+    ids=["it passes", "it passes at the home", "the engine is opened again", "it stays"],
+)
+def test_a_card_without_memory_in_a_step_costs_a_request_no_token(client: Client, victim: str, times: int) -> None:
+    """What passes costs nothing else; what does not costs the worker its engine, which opens with what fits then."""
+    expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
+    with Engine(client, MODEL, kv_memory="2 MiB", **TINY) as engine:
+        running = engine.submit(PROMPT, LONG)
+        worker = decoding(engine)[0].placement[-1 if victim == "home" else 0].worker
+        before = client.run(os.getpid)
+        client.run(run_out, times, 25, workers=[worker])
+        assert list(running.result(240).token_ids) == expected
+        assert ("repair_events" in engine.status().totals) == (times > 2)
+        client.run(run_out, 0, workers=[worker])
+        assert (worker in engine.status().workers) == (times < 10**6)
+        assert engine.submit(PROMPT[:20], SHORT).result(60).finish_reason == "length"
+        assert client.run(os.getpid) == before
