@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -379,11 +379,16 @@ def test_a_gguf_file_is_read_without_its_neighbours(tmp_path: Path, monkeypatch:
     (tmp_path / "adapter_config.json").write_text("{}")
     seen: list[str] = []
 
-    def save(file: Path, target: Path) -> None:
-        seen.extend(one.name for one in file.parent.iterdir())
+    class Model:
+        def __init__(self, parts: Sequence[Path]) -> None:
+            self.fields: dict[str, Any] = {}
+
+    def read(folder: Path, **_: Any) -> None:
+        seen.extend(one.name for one in folder.iterdir())
         raise RecursionError("of a damaged file")
 
-    monkeypatch.setattr(gguf_cache, "_save_text", save)
+    monkeypatch.setattr(gguf_cache, "GgufModel", Model)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
     with pytest.raises(ModelError, match="cannot be converted"):
         gguf_cache.converted_text(tmp_path / "model.gguf")
     assert seen == ["model.gguf"]

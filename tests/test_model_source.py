@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
@@ -81,8 +82,8 @@ def left_over(file: Path) -> list[str]:
 def test_workers_that_load_a_gguf_file_at_once_convert_it_once(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversions: list[Path] = []
 
-    def save(file: Path, target: Path) -> None:
-        conversions.append(file.resolve())
+    def save(parts: Sequence[Path], alone: Path, target: Path) -> None:
+        conversions.extend(parts)
         sleep(0.05)
         (target / "config.json").write_text("{}")
 
@@ -96,11 +97,11 @@ def test_workers_that_load_a_gguf_file_at_once_convert_it_once(gguf: Path, monke
 
 
 def test_another_file_of_the_same_name_and_size_is_another_model(gguf: Path) -> None:
-    before = gguf_cache._identity(gguf)
+    before = gguf_cache._identity([gguf])
     changed = bytearray(gguf.read_bytes())
     changed[-1] ^= 1
     gguf.write_bytes(changed)
-    assert gguf_cache._identity(gguf) != before
+    assert gguf_cache._identity([gguf]) != before
 
 
 def test_failed_conversion_leaves_nothing_and_is_tried_again(gguf: Path) -> None:

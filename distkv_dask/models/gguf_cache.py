@@ -11,26 +11,32 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from distkv_dask.errors import ModelError
+from distkv_dask.errors import ModelError, in_words
 from distkv_dask.models.complete import check_complete
+from distkv_dask.models.files import refuse_pointer
+from distkv_dask.models.gguf_keys import check_tensors, complete_config
+from distkv_dask.models.gguf_parts import GgufModel, gguf_parts
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
+_FORM = 2
+"""Counted up when the same file would be converted to something else."""
 
 
 def converted_text(file: Path) -> Path:
-    """Return a directory with the configuration and tokenizer of a GGUF file.
+    """Return a directory with the configuration and tokenizer of a GGUF file, or of one in parts.
 
     Raises
     ------
     ModelError
-        When the file cannot be read or the cache directory cannot be written.
+        When the file cannot be read or the cache directory cannot be written, or transformers' model would not compute
+        what the file says.
     """
     return _converted(file, "text", _save_text)
 
@@ -41,15 +47,17 @@ def converted_weights(file: Path, dtype: str) -> Path:
     Raises
     ------
     ModelError
-        When the file cannot be read or the cache directory cannot be written.
+        As :func:`converted_text`.
     """
-    return _converted(file, dtype, lambda file, target: _save_weights(file, target, dtype))
+    text = converted_text(file)
+    return _converted(file, dtype, lambda parts, alone, target: _save_weights(parts, alone, target, text, dtype))
 
 
-def _converted(file: Path, part: str, save: Callable[[Path, Path], None]) -> Path:
+def _converted(file: Path, part: str, save: Callable[[Sequence[Path], Path, Path], None]) -> Path:
     """Return the converted ``part`` of ``file``; the first process that asks converts while the others wait."""
+    parts = gguf_parts(file)
     try:
-        home = _cache_home() / _identity(file)
+        home = _cache_home() / _identity(parts)
         done = home / part
         if done.is_dir():
             return done
@@ -59,59 +67,77 @@ def _converted(file: Path, part: str, save: Callable[[Path, Path], None]) -> Pat
                 scratch = Path(tempfile.mkdtemp(prefix=f"{part}.", dir=home))
                 alone = Path(tempfile.mkdtemp(prefix=f"{part}.", dir=home))  # transformers reads its neighbours, too
                 try:
-                    (alone / file.name).symlink_to(file.absolute())
-                    save(alone / file.name, scratch)
+                    save(parts, alone / parts[0].name, scratch)
                     os.replace(scratch, done)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
                     shutil.rmtree(alone)
         return done
-    except ModelError:
-        raise
-    except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
+    except OSError as error:
         raise ModelError(
             f"GGUF file {str(file)!r} cannot be converted below {str(_cache_home())!r} (set XDG_CACHE_HOME for another "
-            f"place): {error}"
+            f"place): {in_words(error)}"
         ) from error
+    except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
+        raise ModelError(f"GGUF file {str(file)!r} cannot be converted: {in_words(error)}") from error
 
 
 def _cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / "gguf"
 
 
-def _identity(file: Path) -> str:
-    """Name the contents of ``file`` (its size, and samples spread over it) and the library that reads it."""
+def _identity(parts: Sequence[Path]) -> str:
+    """Name the contents of files (their sizes, and samples spread over them) and what reads them."""
     from transformers import __version__
 
-    size = file.stat().st_size
-    digest = hashlib.sha256(f"{size} {__version__}".encode())
-    with file.open("rb") as stream:
-        for sample in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return f"{file.stem}-{digest.hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{_FORM} {__version__}".encode())
+    for file in parts:
+        refuse_pointer(file)
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for sample in range(_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return f"{parts[0].stem}-{digest.hexdigest()[:16]}"
 
 
-def _save_text(file: Path, target: Path) -> None:
+def _save_text(parts: Sequence[Path], alone: Path, target: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    model = GgufModel(parts)
+    _place(model, parts, alone, with_data=False)
+    config = AutoConfig.from_pretrained(alone.parent, gguf_file=alone.name)
+    complete_config(config.get_text_config(), model)
+    check_tensors(config, model)
     config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    if "tokenizer.ggml.tokens" in model.fields:
+        AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name).save_pretrained(target)
 
 
-def _save_weights(file: Path, target: Path, dtype: str) -> None:
+def _save_weights(parts: Sequence[Path], alone: Path, target: Path, text: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+    _place(GgufModel(parts), parts, alone, with_data=True)
     load: Any = AutoModelForCausalLM.from_pretrained
     model, found = load(
-        file.parent,
-        gguf_file=file.name,
+        alone.parent,
+        gguf_file=alone.name,
+        config=AutoConfig.from_pretrained(text),
         dtype=getattr(torch, dtype),
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
-    check_complete(found, model.config.get_text_config(), file.name)
+    check_complete(found, model.config.get_text_config(), parts[0].name)
     model.hf_quantizer = None  # the weights are plain tensors now, but save_pretrained would take them for packed ones
     model.save_pretrained(target)
+
+
+def _place(model: GgufModel, parts: Sequence[Path], alone: Path, with_data: bool) -> None:
+    """Put one file where transformers reads it."""
+    if len(parts) == 1:
+        alone.symlink_to(parts[0].absolute())
+    else:
+        model.join(alone, with_data)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from distkv_dask.errors import ModelError
 from distkv_dask.models.files import check_sizes, check_tokenizer, read_json, safe_config
 from distkv_dask.models.gguf_cache import converted_text
+from distkv_dask.models.gguf_parts import gguf_parts
 from distkv_dask.models.rope_scaling import checked, scale
 from distkv_dask.models.weight_files import check_weights
 
@@ -169,7 +170,8 @@ def _find(name: str) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"model {name!r} is a file but not a GGUF file; give the directory of its config.json")
-        return ModelSource(str(path.absolute()), "gguf", str(path.absolute()))
+        first = str(gguf_parts(path.absolute())[0])
+        return ModelSource(first, "gguf", first)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model directory {name!r} has no config.json; give one saved by save_pretrained")
