@@ -13,7 +13,9 @@ os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
 # cpu, emulated, or cuda: a real card
 os.environ["DASK_DISTKV__DEVICE"] = "cuda" if os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu" else "cpu"
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters get the card, too
-    os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = repr([str(Path(__file__).parent / "emulated" / "preload.py")])
+    os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = repr(["emulated.preload"])
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where processes of any kind find that
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 import pytest
 import tqdm

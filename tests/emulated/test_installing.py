@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 
 import emulated
 
-PRELOAD = str(Path(__file__).with_name("preload.py"))
+PRELOAD = "emulated.preload"
 
 
 def test_uninstalling_restores_torch() -> None:
