@@ -54,17 +54,20 @@ class Host:
         self.effects: list[Effect] = []
 
     def waits(self, clock: Clock) -> None:
-        """The host has waited for all of this: copies to its memory appear, and their sources were not to change."""
+        """The host has waited for all of this: copies to its memory appear, and their sources were not to change.
+
+        Another thread that waits for some of the same goes on only when they have appeared.
+        """
+        faults = []
         with LOCK:
             advance(self.clock, clock)
             done = [one for one in self.effects if one.tick <= self.clock.get(one.stream, 0)]
             self.effects = [one for one in self.effects if one.tick > self.clock.get(one.stream, 0)]
-        faults = []
-        for effect in done:
-            try:
-                effect.happen()
-            except RuntimeError as fault:
-                faults.append(fault)
+            for effect in done:
+                try:
+                    effect.happen()
+                except RuntimeError as fault:
+                    faults.append(fault)
         if faults:
             raise faults[0]
 

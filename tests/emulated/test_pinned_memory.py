@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
 
 import emulated
 from emulated.pinned import _pieces
+from emulated.transfers import _Arrival
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8], ids=str)
@@ -24,6 +26,33 @@ def test_the_host_sees_a_copy_only_once_it_has_waited(dtype: torch.dtype, infere
         assert target.view(torch.uint8).tolist() == unseen.view(torch.uint8).tolist()
         torch.cuda.current_stream().synchronize()
         assert target.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_two_threads_that_wait_for_the_same_stream_both_see_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.zeros(3, pin_memory=True)
+    target.copy_(torch.ones(3, device="cuda"), non_blocking=True)
+    arriving, go_on, seen = threading.Event(), threading.Event(), list[list[float]]()
+    happen = _Arrival.happen
+
+    def slowly(arrival: _Arrival) -> None:
+        arriving.set()
+        assert go_on.wait(30)
+        happen(arrival)
+
+    def wait() -> None:
+        torch.cuda.synchronize()
+        seen.append(target.tolist())
+
+    monkeypatch.setattr(_Arrival, "happen", slowly)
+    first, second = threading.Thread(target=wait), threading.Thread(target=wait)
+    first.start()
+    assert arriving.wait(30)
+    second.start()
+    second.join(0.2)
+    go_on.set()
+    for thread in (first, second):
+        thread.join(30)
+    assert seen == [[1, 1, 1]] * 2
 
 
 def test_to_with_non_blocking_gives_pinned_memory() -> None:
