@@ -159,6 +159,8 @@ class RManager(WorkerPlugin):
                 self._spawn(engine.files.store(number, sequence, ranges, saved))
             case do.Fetch(_, sequence, ranges, saved):
                 self._spawn(engine.files.fetch(partial(self._ask_spilled, name), sequence, ranges, saved))
+            case do.Demote(_, files):
+                engine.files.demote(files)
             case do.Discard(_, names):
                 engine.files.discard(names)
             case do.Abort(_, gang, reason, unused):
@@ -182,17 +184,25 @@ class RManager(WorkerPlugin):
 
     def _send(self, engine: str = "", message: FromWorker | None = None) -> None:
         """Send a message; without one, say hello: plain values are read whatever version the other end has."""
-        if (reason := self._broken(engine)) and not isinstance(message, Lost):
-            self._leave(reason)
-            return
-        if message is not None and self._shortages.are_too_many(message):
-            self._give_up("its card ran out of memory again and again", every=True)
+        if message is not None and self._is_loss(engine, message):
             return
         told = {"op": FROM_WORKER, "version": VERSION, "engine": engine}
         if message is not None:
             told["message"] = pack(message)
         with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
             self.worker.batched_stream.send(told)
+
+    def _is_loss(self, engine: str, message: FromWorker) -> bool:
+        """Whether a message comes of a card that failed: what is told instead is that the engine is lost here."""
+        if isinstance(message, Lost):
+            return False
+        if reason := self._broken(engine):
+            self._leave(reason)
+            return True
+        if self._shortages.are_too_many(message):
+            self._give_up("its card ran out of memory again and again", every=True)
+            return True
+        return False
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
