@@ -12,10 +12,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import dask.config
+import pytest
 from distributed import Client, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["PROTOCOL", "SLOW", "assert_clean", "engine_test", "gen_cluster"]
+__all__ = ["PROTOCOL", "SLOW", "about_the_host", "assert_clean", "engine_test", "gen_cluster"]
+
+
+def about_the_host(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that says nothing about cards, and why."""
+    return pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu", reason=reason)
+
 
 Test = Callable[..., Awaitable[None]]
 OURS = ("prefill-", "decode-", "attend-", "layer-")

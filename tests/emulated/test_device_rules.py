@@ -38,9 +38,14 @@ def test_host_and_device_do_not_mix(operation: Callable[[], Tensor], inference: 
         operation()
 
 
-@pytest.mark.parametrize(
-    "read", [lambda x: x.numpy(), np.asarray, np.from_dlpack, lambda x: x.data_ptr(), lambda x: x.pin_memory()]
-)
+def test_an_address_tells_tensors_apart_and_is_none_of_the_hosts() -> None:
+    x, y = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda")
+    assert x.data_ptr() == x.view(2, 2).data_ptr() == x[1:].data_ptr() - 4
+    assert x.data_ptr() != y.data_ptr()
+    assert x.data_ptr() != x.bytes.data_ptr()
+
+
+@pytest.mark.parametrize("read", [lambda x: x.numpy(), np.asarray, np.from_dlpack, lambda x: x.pin_memory()])
 def test_the_host_cannot_read_device_memory(read: Callable[[Tensor], object]) -> None:
     with pytest.raises((TypeError, RuntimeError, BufferError)):
         read(ones(3))

@@ -13,7 +13,7 @@ from distkv_dask import Completion, Engine, ModelError, SamplingParams
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import resolve_model
-from tests._cluster import engine_test
+from tests._cluster import about_the_host, engine_test
 from tests._models import FAMILIES, block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
@@ -122,6 +122,7 @@ async def test_sampling_is_the_same_alone_and_in_company(
         assert len({one.token_ids for one in together}) == 5
 
 
+@about_the_host("distkv.deterministic is refused on cards")
 @engine_test(workers=2)
 async def test_deterministic_engines_draw_the_same_alone_in_company_split_and_after_they_made_way(
     client: Client, scheduler: Scheduler, *workers: Worker
