@@ -99,6 +99,9 @@ class Config:
         records nothing.
     lend_limit
         Part of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes at most.
+    host_memory
+        Bytes of pinned host memory that a worker with a card fills with KV before its disk, or None for a quarter of
+        the worker's memory limit.
     spill
         Bytes of its own disk that a worker fills with KV at most: of idle documents and preempted requests.
     move_tokens_per_step
@@ -128,6 +131,7 @@ class Config:
     window_batch: int = _key("window.batch")
     trace: str | None = _key("trace")
     lend_limit: float = _key("lend-limit")
+    host_memory: int | None = _key("host-memory")
     spill: int = _key("spill")
     move_tokens_per_step: int = _key("move.tokens-per-step")
     timeout_open: float = _key("timeouts.open")

@@ -165,7 +165,7 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(field, bad, allowed):
     assert allowed in str(by_dask.value)
 
 
-NULLABLE = {"distkv.kv-memory", "distkv.threads", "distkv.trace", "distkv.window.steps"}
+NULLABLE = {"distkv.host-memory", "distkv.kv-memory", "distkv.threads", "distkv.trace", "distkv.window.steps"}
 
 
 @pytest.mark.parametrize("key", sorted({*KEYS} - NULLABLE))

@@ -16,7 +16,7 @@ from distkv_dask.gang import Exchanged, SequenceState, WindowResult
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as do
-from distkv_dask.messages.names import Saved, SavedFile, pack
+from distkv_dask.messages.names import Saved, SavedFile, SpilledFile, pack
 from distkv_dask.placement import Endpoint, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dispatch import Dispatcher
@@ -26,6 +26,7 @@ SECRET = 987654321  # a token of a user
 HOLDERS = (Endpoint("tcp://b", "host", 1),)
 PLACEMENT = (Span("tcp://a", 0, 8),)
 SAVED = Saved("folder", (SavedFile("name", 0, 8, 100, 7),))
+SPILLED = (SpilledFile("name", 0, 8, 100, 0, "tcp://a"),)
 STATE = SequenceState(7, PLACEMENT, 8, SECRET, 5, SamplingParams(stop=("secret",)), (SECRET,), (SECRET,))
 GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")
 WORKER = "tcp://a"
@@ -39,6 +40,7 @@ TO_WORKER: dict[do.ToWorker, Any] = {
     do.Reset(WORKER, 3): call.reset(3),
     do.Expect(WORKER, 1, 7, 0, 8): call.expect(1, 7, 0, 8),
     do.Relocate(WORKER, 1, 7, PLACEMENT, HOLDERS): call.relocate(1, 7, PLACEMENT, HOLDERS),
+    do.Demote(WORKER, SPILLED): call.files.demote(SPILLED),
     do.Discard(WORKER, ("name",)): call.files.discard(("name",)),
     do.Abort(WORKER, 5, "why", True): call.abort(5, "why", True),
     do.Store(WORKER, 9, 7, ((0, 8),), SAVED): call.files.store(9, 7, ((0, 8),), SAVED),
@@ -48,7 +50,7 @@ TO_WORKER: dict[do.ToWorker, Any] = {
 }  # fmt: skip
 
 FROM_WORKER: list[did.FromWorker] = [
-    did.Opened(WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, GEOMETRY, "f", None),
+    did.Opened(WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, 0, GEOMETRY, "f", None),
     did.OpenFailed(WORKER, WorkerLostError("why")),
     did.Closed(WORKER),
     did.Lost(WORKER, "why"),

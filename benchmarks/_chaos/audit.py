@@ -39,7 +39,7 @@ def engine_leaks(client: Client, state: EngineState) -> list[str]:
     left += [f"handle {number} of client {one.client}" for number, one in list(state.handles.items()) if number]
     accounts = dict(ledger.workers)
     left += [f"{worker} has {account.used} used blocks" for worker, account in accounts.items() if account.used]
-    left += [f"{worker} has {size} bytes on its disk" for worker, size in life.disks.used.items() if size]
+    left += [f"{worker} has {size} bytes on its disk" for worker, size in life.disks.disk.used.items() if size]
     try:
         pools = client.run(_used_blocks, state.spec.engine)
     except Exception as error:  # a worker that died just now

@@ -41,6 +41,7 @@ class Opened(FromWorker):
     capacity_blocks: int
     block_bytes: int
     spill_bytes: int
+    host_bytes: int
     geometry: Geometry
     fingerprint: str
     measured: Measurement | None

@@ -37,6 +37,9 @@ HANDLE_NUMBERS = 10**9
 OWN_DISK = ""
 """The place of blocks that were spilled: a folder of each worker's own."""
 
+HOST_MEMORY = "host memory"
+"""Where a worker with a card is to put blocks that it spills first; they are read as if they were on its disk."""
+
 TAKE_TRACE = "distkv_take_trace"
 """The gManager's one call of a worker (rpc): spans by lane that an engine's lanes recorded since the last call."""
 
@@ -130,7 +133,10 @@ class SavedFile(NamedTuple):
 
 
 class SpilledFile(NamedTuple):
-    """A :class:`SavedFile` on the own disk of ``worker``; only the gManager makes these, of what that worker told."""
+    """A :class:`SavedFile` on the own disk of ``worker``, or in its host memory until it is moved there.
+
+    Only the gManager makes these, of what that worker told.
+    """
 
     name: str
     start: int

@@ -77,6 +77,8 @@ class WorkerStatus:
         Bytes of one block.
     disk_bytes
         Bytes of KV on its disk (``distkv.spill``).
+    host_bytes
+        Bytes of KV that went from its card to its host memory (``distkv.host-memory``).
     sequences
         Number of requests whose home is this worker.
     channels
@@ -96,6 +98,7 @@ class WorkerStatus:
     blocks: BlockCounts
     block_bytes: int
     disk_bytes: int
+    host_bytes: int
     sequences: int
     channels: str
     device: str

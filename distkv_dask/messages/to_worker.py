@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from distkv_dask.gang import SequenceState
 from distkv_dask.geometry import Geometry
-from distkv_dask.messages.names import EngineSpec, Saved
+from distkv_dask.messages.names import EngineSpec, Saved, SpilledFile
 from distkv_dask.placement import Endpoint, Placement
 
 
@@ -138,8 +138,15 @@ class Fetch(ToWorker):
 
 
 @dataclass(frozen=True, slots=True)
+class Demote(ToWorker):
+    """Move spilled blocks from host memory to the own disk, before anything that is asked for later."""
+
+    files: tuple[SpilledFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Discard(ToWorker):
-    """Delete files of spilled blocks, once what was asked for before is done with them."""
+    """Delete spilled blocks, once what was asked for before is done with them."""
 
     names: tuple[str, ...]
 

@@ -160,7 +160,8 @@ class Dispatcher:
             case did.Opened():
                 state.ready(message)
                 can_decode = message.role == "instance"
-                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, message.spill_bytes)
+                tiers = message.spill_bytes, message.host_bytes
+                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *tiers)
                 self.handle(state, ready)
             case did.OpenFailed(worker, error):
                 logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distkv_dask.gang import SequenceState
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.names import OWN_DISK, SavedFile, SpilledFile
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, SavedFile, SpilledFile
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -41,16 +41,17 @@ class Memory:
         self.life = life
         self.pools: dict[str, dict[int, Table]] = {}
         self.disks: dict[str, dict[str, Table]] = {}
+        self.hosts: dict[str, dict[str, Table]] = {}
         self.folder: dict[str, Table] = {}
         self.expected: set[int] = set()
 
     def add(self, worker: str) -> None:
         """A worker joins, with nothing on it."""
-        self.pools[worker], self.disks[worker] = {}, {}
+        self.pools[worker], self.disks[worker], self.hosts[worker] = {}, {}, {}
 
     def remove(self, worker: str) -> None:
-        """A worker is gone, and its disk."""
-        del self.pools[worker], self.disks[worker]
+        """A worker is gone, and its host memory and disk."""
+        del self.pools[worker], self.disks[worker], self.hosts[worker]
 
     def blocks(self, start: int, stop: int) -> range:
         """Logical blocks of tokens ``[start, stop)``."""
@@ -78,6 +79,11 @@ class Memory:
             case to.Discard(worker, names):
                 for name in names:
                     self.disks.get(worker, {}).pop(name, None)
+                    self.hosts.get(worker, {}).pop(name, None)
+            case to.Demote(worker, files):
+                for file in files:
+                    if (content := self.hosts[worker].pop(file.name, None)) is not None:
+                        self.disks[worker][file.name] = content
 
     def copy(self, message: to.Send) -> str:
         """Copy the blocks of a move to its target; why not, if that failed."""
@@ -90,9 +96,10 @@ class Memory:
         return ""
 
     def write(self, message: to.Store) -> tuple[SavedFile, ...]:
-        """Write blocks to the worker's disk, or to the folder."""
-        table, files = self.pools[message.worker].get(message.sequence, {}), []
-        place = self.disks[message.worker] if message.saved.place == OWN_DISK else self.folder
+        """Write blocks to the worker's host memory or disk, or to the folder."""
+        table, files = self.pools[message.worker].get(message.sequence, {}), list[SavedFile]()
+        own = {OWN_DISK: self.disks, HOST_MEMORY: self.hosts}.get(message.saved.place)
+        place = self.folder if own is None else own[message.worker]
         for start, stop in message.ranges:
             files.append(SavedFile(f"{message.saved.tag}-{start}", start, stop, 0, 0))
             # a sequence that was given up meanwhile is written all the same, and of no use
@@ -115,8 +122,9 @@ class Memory:
     def _content(self, file: SavedFile | SpilledFile | None) -> Table | None:
         if file is None:
             return None
-        place = self.disks.get(file.worker, {}) if isinstance(file, SpilledFile) else self.folder
-        return place.get(file.name)
+        if not isinstance(file, SpilledFile):
+            return self.folder.get(file.name)
+        return (self.hosts.get(file.worker, {}) | self.disks.get(file.worker, {})).get(file.name)
 
     def _reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
         table = self.pools[worker].setdefault(sequence, {})

@@ -1,4 +1,4 @@
-"""How much KV memory a worker has for an engine."""
+"""How much KV memory a worker has for an engine, and how much host memory for what makes room there."""
 
 from __future__ import annotations
 
@@ -45,6 +45,33 @@ def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Devic
             f"{block.nbytes}: raise kv_memory (distkv.kv-memory) or lower distkv.block-tokens"
         )
     return found
+
+
+def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
+    """Bytes of host memory for blocks that make room on a card; none on the host, where the pool itself is.
+
+    By default a quarter of the worker's memory limit, or less where that is not free.
+
+    Raises
+    ------
+    CapacityError
+        What the settings say does not fit beside what is there.
+    """
+    if device.is_host:
+        return 0
+    asked, limit = spec.config.host_memory, worker.memory_manager.memory_limit
+    if not limit:
+        return asked or 0
+    room = int(PAUSE_FRACTION * limit) - psutil.Process().memory_info().rss
+    if asked is None:
+        return max(0, min(limit // 4, room))
+    if asked > room:
+        raise CapacityError(
+            f"host memory of {asked} bytes for KV from the card does not fit worker {worker.address}: {max(0, room)} "
+            f"bytes are free up to where Dask pauses it ({PAUSE_FRACTION:.0%} of {limit}). Lower distkv.host-memory or "
+            "raise the worker's memory_limit"
+        )
+    return asked
 
 
 def _on_host(worker: Worker, asked: int | None) -> int:

@@ -16,11 +16,12 @@ from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.spilled import Spilled
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
-from distkv_dask.worker.kv_memory import kv_memory
+from distkv_dask.worker.kv_memory import host_memory, kv_memory
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
@@ -69,7 +70,8 @@ def build_engine(
     timings = _timings(runtime, geometry, model, device)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
-    files = BlockFiles(pool, worker.address, folder, spec.config, report)
+    spilled = Spilled(pool, folder, spec.config, host_memory(spec, worker, device))
+    files = BlockFiles(pool, worker.address, spilled, spec.config, report)
     facts = Opened(
         worker.address,
         lanes.endpoint,
@@ -78,7 +80,8 @@ def build_engine(
         device=device.name if not device.note else f"{device.name}: {device.note}",
         capacity_blocks=pool.capacity_blocks,
         block_bytes=block.nbytes,
-        spill_bytes=files.capacity,
+        spill_bytes=spilled.disk_bytes,
+        host_bytes=spilled.host_bytes,
         geometry=geometry,
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,

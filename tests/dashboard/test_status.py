@@ -43,6 +43,7 @@ KEYS = [
     "workers.*.blocks.free",
     "workers.*.block_bytes",
     "workers.*.disk_bytes",
+    "workers.*.host_bytes",
     "workers.*.sequences",
     "workers.*.channels",
     "workers.*.device",
@@ -106,7 +107,7 @@ def keys(value: Any, *path: str) -> Iterator[str]:
 def opened(worker: str) -> Opened:
     measured = Measurement() if worker == "w0" else None
     return Opened(
-        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, GEOMETRY, "weights", measured
+        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, 0, GEOMETRY, "weights", measured
     )
 
 
@@ -143,7 +144,7 @@ def test_workers_have_the_ledgers_blocks_and_what_they_said(life: MachineState, 
         assert (one.capacity_blocks, one.used_blocks, one.lent_blocks) == (9, account.used, account.lent)
         assert one.blocks.own + one.blocks.lent + one.blocks.documents == one.used_blocks
         assert one.blocks.cached + one.blocks.free == 9 - one.used_blocks
-        assert (one.role, one.block_bytes, one.disk_bytes) == ("instance", 1024, 0)
+        assert (one.role, one.block_bytes, one.disk_bytes, one.host_bytes) == ("instance", 1024, 0, 0)
         homed = [two for two in status.sequences.values() if two.home == worker and not two.document]
         assert one.sequences == len(homed)
     assert [one.channels for one in status.workers.values()] == ["unix", "unix", ""]

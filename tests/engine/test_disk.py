@@ -17,7 +17,7 @@ from distkv_dask.worker.blocks.files import BlockFiles
 from tests._cluster import PROTOCOL, engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 
-SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
+SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "host_memory": 0}
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
 DOCUMENTS = [prompt_ids(100, seed=4), prompt_ids(120, seed=1)]
 QUESTION = prompt_ids(5, seed=5)

@@ -118,7 +118,7 @@ def answer(kind: type, **otherwise: object) -> Callable[[Simulated], Event | Non
         event = cluster.answer(message)
         if isinstance(event, did.Stored) and otherwise:
             for file in event.files:
-                cluster.disks[event.worker].pop(file.name, None)
+                cluster.drop_file(event.worker, file.name)
         return replace(event, **otherwise) if event is not None else None
 
     return answered

@@ -16,7 +16,7 @@ from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
-from distkv_dask.messages.names import OWN_DISK, Saved
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved
 from distkv_dask.placement import Endpoint, Move
 from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler import commands as do
@@ -94,6 +94,11 @@ class Simulated(Workers):
         """Files by worker."""
         return self.memory.disks
 
+    @property
+    def hosts(self) -> dict[str, dict[str, Table]]:
+        """What is in host memory by worker, named as files are."""
+        return self.memory.hosts
+
     def watch(self) -> list[do.Command]:
         """A list of all commands from now on."""
         self.seen = []
@@ -109,6 +114,8 @@ class Simulated(Workers):
         check_ledger(self.life.ledger)
         for worker, account in self.life.ledger.workers.items():
             assert sum(map(len, self.pools[worker].values())) <= account.used + account.cached
+            in_memory = sum(map(len, self.hosts[worker].values())) * self.life.block_bytes
+            assert in_memory <= self.life.disks.memory.capacity[worker]
         self.now += 0.01
 
     def enact(self, command: do.Command) -> None:
@@ -142,13 +149,18 @@ class Simulated(Workers):
                     self.ends[sequence] = (reason, error)
         super().enact(command)
 
+    def drop_file(self, worker: str, name: str) -> None:
+        """A file is no longer on a worker's disk or in its host memory."""
+        for tier in (self.disks, self.hosts):
+            tier[worker].pop(name, None)
+
     def go_on(self, message: Asked) -> None:
         """A worker does what a message asks for, and answers."""
         answer = self.answer(message)
-        to_disk = isinstance(message, to.Store) and message.saved.place == OWN_DISK
+        to_disk = isinstance(message, to.Store) and message.saved.place in (OWN_DISK, HOST_MEMORY)
         if isinstance(answer, did.Stored) and to_disk and self.refusing and self.rng.random() < 0.2:
             for file in answer.files:
-                del self.disks[answer.worker][file.name]
+                self.drop_file(answer.worker, file.name)
             answer = replace(answer, files=(), error=OSError("the disk is full"))
         if answer is not None:
             self.handle(answer)
@@ -218,7 +230,8 @@ class Simulated(Workers):
         worker = f"w{next(self.names)}"
         self.add(worker)
         endpoint = Endpoint(worker, "127.0.0.1", 1)
-        self.handle(WorkerReady(endpoint, capacity, spill_bytes=self.life.config.spill))
+        tiers = self.life.config.spill, self.life.config.host_memory or 0
+        self.handle(WorkerReady(endpoint, capacity, True, *tiers))
 
     def lose_worker(self, worker: str | None = None) -> None:
         if len(self.pools) > 1:
@@ -255,11 +268,10 @@ class Simulated(Workers):
                 self.step()
 
     def lose_file(self) -> None:
-        """A file vanishes from a disk."""
-        files = [(worker, name) for worker, names in self.disks.items() for name in names]
-        if files:
-            worker, name = self.rng.choice(files)
-            del self.disks[worker][name]
+        """A file vanishes from a disk, or from host memory."""
+        tiers = *self.disks.items(), *self.hosts.items()
+        if files := [(worker, name) for worker, names in tiers for name in names]:
+            self.drop_file(*self.rng.choice(files))
 
     def move_something(self) -> None:
         """Move random blocks of a random sequence, if that is possible just now."""
@@ -328,7 +340,9 @@ def assert_nothing_left(cluster: Simulated) -> None:
         assert account.used == 0
         assert sum(map(len, cluster.pools[worker].values())) == account.cached
     assert not any(cluster.disks.values())
-    assert not life.disks.used
+    assert not any(cluster.hosts.values())
+    assert not life.disks.disk.used
+    assert not life.disks.memory.used
     cluster.handle(StopAll())
     assert len(life.cache) == 0
     assert not any(cluster.pools.values())

@@ -11,7 +11,7 @@ from test_spilling import crowd
 
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.names import SpilledFile
-from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND, Disks
+from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND, Tier
 
 BLOCK_BYTES = 100
 
@@ -24,7 +24,7 @@ def test_a_document_goes_to_disk_where_writing_and_reading_it_takes_less_time_th
     assert len({span.worker for span in spans}) == 2, "each worker writes its part at the same time"
     largest = max(span.tokens // life.config.block_tokens for span in spans) * BLOCK_BYTES
     compute = life.policy.model.of(spans[-1].worker).prefill(80)
-    life.disks.rate = 2 * largest * slower / compute  # written once, read once
+    life.disks.disk.rate = 2 * largest * slower / compute  # written once, read once
     crowd(cluster, 9, 100, 9)
     assert life.requests[0].state.label == ("spilling" if slower > 1 else "dropped")
 
@@ -43,8 +43,8 @@ def make_room(cluster: Simulated, number: int) -> None:
 
 def copies(cluster: Simulated) -> list[int]:
     disks = cluster.life.disks
-    assert disks.used["w0"] == sum(copy.bytes["w0"] for copy in disks.copies.values())
-    assert sum(map(len, cluster.disks["w0"].values())) * BLOCK_BYTES == disks.used["w0"]
+    assert disks.disk.used["w0"] == sum(copy.bytes["w0"] for copy in disks.copies.values())
+    assert sum(map(len, cluster.disks["w0"].values())) * BLOCK_BYTES == disks.disk.used["w0"]
     return [*disks.copies]
 
 
@@ -91,12 +91,12 @@ def test_files_on_a_dead_workers_disk_are_not_deleted_by_anybody() -> None:
     discarded = [one for one in commands if isinstance(one, to.Discard)]
     assert {one.worker for one in discarded} == files - {victim}
     assert not cluster.life.disks.copies
-    assert victim not in cluster.life.disks.capacity
+    assert victim not in cluster.life.disks.disk.capacity
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.001, 100)), max_size=30))
 def test_a_disk_is_as_fast_as_it_was_lately_and_never_faster_than_it_ever_was(writes: list[tuple[int, float]]) -> None:
-    disks = Disks()
+    disks = Tier(BYTES_PER_SECOND)
     for size, seconds in writes:
         disks.wrote(size, seconds)
     rates = [BYTES_PER_SECOND, *(size / seconds for size, seconds in writes)]
@@ -109,7 +109,7 @@ def test_a_disk_is_as_fast_as_it_was_lately_and_never_faster_than_it_ever_was(wr
 
 
 def test_what_is_written_lately_counts_for_less_than_half() -> None:
-    disks = Disks()
+    disks = Tier(BYTES_PER_SECOND)
     disks.wrote(0, 1.0)
     assert BYTES_PER_SECOND / 2 < disks.rate < BYTES_PER_SECOND
 

@@ -125,8 +125,8 @@ def add_worker(cluster: Simulated, rng: random.Random) -> None:
     cluster.add(worker)
     endpoint = Endpoint(worker, rng.choice(["127.0.0.1", "127.0.0.2"]), 1)
     model = rng.random() < 0.8 or not any(one.can_decode for one in cluster.life.ledger.workers.values())
-    spill = cluster.life.config.spill
-    cluster.handle(WorkerReady(endpoint, rng.randint(6, 24), can_decode=model, spill_bytes=spill))
+    tiers = cluster.life.config.spill, rng.choice([0, 0, 700, 2000])
+    cluster.handle(WorkerReady(endpoint, rng.randint(6, 24), model, *tiers))
 
 
 def live_through(seed: int, events: int = 120) -> None:

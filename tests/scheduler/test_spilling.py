@@ -113,7 +113,7 @@ def running(priority: int = 0, capacity: int = 15) -> Simulated:
 def test_an_urgent_request_goes_first_and_the_other_goes_on_where_it_was(disk: str) -> None:
     cluster = running()
     if disk == "is full":
-        cluster.life.disks.capacity["w0"] = 10
+        cluster.life.disks.disk.capacity["w0"] = 10
     before = list(cluster.tokens[1])
     crowd(cluster, 2, 20, 9, priority=1)
     while cluster.life.requests[1].state.label != "waiting":
@@ -234,7 +234,7 @@ def test_copies_that_are_needed_least_make_room_on_a_full_disk() -> None:
 def test_what_is_computed_as_fast_as_it_is_read_is_not_written() -> None:
     cluster = stored([15], 40)
     cluster.life.block_bytes = 10**9
-    cluster.life.disks.capacity["w0"] = 10**12
+    cluster.life.disks.disk.capacity["w0"] = 10**12
     crowd(cluster, 9, 48, 9)
     assert cluster.life.requests[0].state.label == "dropped"
     assert not cluster.files

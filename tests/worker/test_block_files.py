@@ -14,6 +14,7 @@ from distkv_dask.messages.from_worker import Fetched, Stored
 from distkv_dask.messages.names import Saved, SavedFile
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.spilled import Spilled
 
 BLOCK = 4
 
@@ -28,7 +29,8 @@ async def no_peer(file: SavedFile, first: int, count: int) -> Any:
 
 def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
     told: list[Any] = []
-    files = BlockFiles(pool := pool_of(8), "here", tmp_path / "own", Config.load(spill=0), told.append)
+    pool, config = pool_of(8), Config.load(spill=0)
+    files = BlockFiles(pool, "here", Spilled(pool, tmp_path / "own", config), config, told.append)
     pool.reserve(1, 0, 16)
     pool.storage.copy_(torch.rand(pool.storage.shape))
     before = pool.storage[list(pool.table(1))].clone()

@@ -21,6 +21,7 @@ from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
 from distkv_dask.worker.blocks import files as block_files
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.spilled import Spilled
 
 BLOCK, TOKENS = 4, 40
 SHAPE = BlockShape(1, 1, 2, "float32", BLOCK)
@@ -38,7 +39,9 @@ class Workers:
         self.asked: list[tuple[str, int, int]] = []
         self.pools = {name: Pool(SHAPE, 20) for name in names}
         self.files = {
-            name: BlockFiles(pool, name, folder / name, Config.load(**config), self.told.append)
+            name: BlockFiles(
+                pool, name, Spilled(pool, folder / name, Config.load(**config)), Config.load(**config), self.told.append
+            )
             for name, pool in self.pools.items()
         }
 
@@ -187,5 +190,5 @@ def test_no_more_than_half_of_a_free_disk_is_filled(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
     workers = Workers(tmp_path, "a", spill=spill)
-    assert workers.files["a"].capacity == capacity
+    assert workers.files["a"].spilled.disk_bytes == capacity
     workers.close()

@@ -73,10 +73,11 @@ def _table(name: str, engine: EngineSummary) -> RenderableType:
         f"{requests}; {finished} finished, {status.totals.get('generated_tokens', 0)} tokens"
     )
     table = Table("worker", title=title, title_justify="left")
-    for column in ("KV used", "KV room", "lent to others", "documents", "cached", "on disk", "home of"):
+    pool = "KV used", "KV room", "lent to others", "documents", "cached"
+    for column in (*pool, "in host memory", "on disk", "home of"):
         table.add_column(column, justify="right")
     for worker, one in status.workers.items():
         counts = one.used_blocks, one.capacity_blocks, one.blocks.lent, one.blocks.documents, one.blocks.cached
         tokens = (f"{count * status.block_tokens:,} tokens" for count in counts)
-        table.add_row(worker, *tokens, format_bytes(one.disk_bytes), str(one.sequences))
+        table.add_row(worker, *tokens, format_bytes(one.host_bytes), format_bytes(one.disk_bytes), str(one.sequences))
     return table

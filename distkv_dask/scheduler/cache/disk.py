@@ -1,8 +1,10 @@
-"""Spilling: blocks that make room go to the disks of the workers that hold them, where reading back beats computing.
+"""Spilling: blocks that make room go to lower tiers of the workers that hold them, where reading back beats computing.
 
-The lower tier of the KV cache. Two kinds of sequences are spilled: a document that nobody asks just now, of which a
-copy stays until it is released, so that giving it up again costs nothing; and a request that makes way for one of
-higher priority, whose copy goes when it comes back. Tokens stay at the gManager, so what a disk loses is recomputed.
+The tiers are the host memory of a worker with a card and, when that is full or there is no card, its disk. Two kinds
+of sequences are spilled: a document that nobody asks just now, of which a copy stays until it is released, so that
+giving it up again costs nothing; and a request that makes way for one of higher priority, whose copy goes when it comes
+back. Tokens stay at the gManager, so what a tier loses is recomputed. What a tier is for is decided here alone: workers
+do as they are told, and find a copy wherever they have it.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from distkv_dask.messages.from_worker import Stored
-from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
-from distkv_dask.messages.to_worker import Discard, Store
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.to_worker import Demote, Discard, Store
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.records import states
-from distkv_dask.scheduler.records.disks import Copy
+from distkv_dask.scheduler.records.disks import Copy, Tier
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Spilling
@@ -26,34 +28,39 @@ from distkv_dask.scheduler.records.states import Fetching, Spilling
 
 
 def pays(life: MachineState, request: Request) -> bool:
-    """Whether a sequence at rest should be written to disk: there is room, and computing it again takes longer."""
-    account, capacity = life.ledger.sequences[request.sequence], life.disks.capacity
-    sizes = _sizes(life, request)
-    if account.lost or not sizes or any(capacity.get(one, 0) < size for one, size in sizes.items()):
+    """Whether a sequence at rest should go to a lower tier: there is room, and computing it again takes longer."""
+    account, sizes = life.ledger.sequences[request.sequence], _sizes(life, request)
+    if account.lost or not sizes:
         return False
+    seconds = 0.0
+    for worker, size in sizes.items():
+        if (tier := _tier_for(life, worker, size)) is None:
+            return False
+        seconds = max(seconds, 2 * size / tier.rate)
     own = account.length - request.reused
-    compute = life.policy.model.of(account.home).prefill(own, request.reused)
-    return 2 * max(sizes.values()) / life.disks.rate < compute
+    return seconds < life.policy.model.of(account.home).prefill(own, request.reused)
 
 
 def begin_spill(life: MachineState, request: Request) -> None:
-    """Write a sequence, with which nothing is done meanwhile, to the disks of the workers that hold it."""
+    """Write a sequence, with which nothing is done meanwhile, to lower tiers of the workers that hold it."""
     state, disks, sequence = request.state, life.disks, request.sequence
     assert isinstance(state, Spilling)
     sizes = _sizes(life, request)
-    for worker, size in sizes.items():
-        _make_room(life, worker, size)
+    in_memory = {worker for worker, size in sizes.items() if _tier_for(life, worker, size) is disks.memory}
     disks.spills += 1
-    number = -disks.spills
-    disks.copies[sequence] = Copy(number, sizes, life.now)
+    number, copy = -disks.spills, Copy(-disks.spills, sizes, life.now, in_memory=in_memory)
+    for worker, size in sizes.items():
+        _make_room(life, worker, size, disks.tier(copy, worker))
+        disks.tier(copy, worker).change(worker, size)
+    disks.copies[sequence] = copy
     disks.numbers[number] = sequence
-    disks.used += sizes
     account = life.ledger.sequences[sequence]
     ranges = ranges_of(account.own, account.length)
     state.answering, state.asked = set(ranges), life.now
     for worker, some in ranges.items():
-        life.command(Note("spill", f"tokens {in_words(some)} of sequence {sequence} to the disk of {worker}"))
-        life.command(Store(worker, number, sequence, some, Saved(OWN_DISK, tag=f"{sequence}{number}")))
+        place, where = (HOST_MEMORY, HOST_MEMORY) if worker in in_memory else (OWN_DISK, "disk")
+        life.command(Note("spill", f"tokens {in_words(some)} of sequence {sequence} to the {where} of {worker}"))
+        life.command(Store(worker, number, sequence, some, Saved(place, tag=f"{sequence}{number}")))
 
 
 def stored(life: MachineState, event: Stored) -> Request | None:
@@ -66,7 +73,8 @@ def stored(life: MachineState, event: Stored) -> Request | None:
     copy = life.disks.copies[request.sequence]
     copy.files += spilled
     if event.error is None:
-        life.disks.wrote(copy.bytes[event.worker], life.now - copy.began)
+        tier = life.disks.tier(copy, event.worker)
+        tier.wrote(copy.bytes[event.worker], life.now - copy.began)
     return answered(life, request, event.worker, event.error)
 
 
@@ -100,35 +108,71 @@ def late_spills(life: MachineState, limit: float) -> list[Request]:
 
 
 def forget_copy(life: MachineState, request: Request) -> None:
-    """Drop a sequence's copy on disk; nothing happens if it has none."""
+    """Drop a sequence's copy; nothing happens if it has none."""
     copy = life.disks.copies.pop(request.sequence, None)
     if copy is None:
         return
-    life.disks.used -= copy.bytes
+    for worker, size in copy.bytes.items():
+        life.disks.tier(copy, worker).change(worker, -size)
     if request.saved is not None and request.saved.place == OWN_DISK:
         request.saved = None
-    _discard(life, (file for file in copy.files if file.worker in life.disks.capacity))
+    _discard(life, (file for file in copy.files if file.worker in life.disks.disk.capacity))
 
 
 def worker_lost(life: MachineState, worker: str) -> None:
-    """A disk is gone: drop every copy that had a part there."""
-    life.disks.capacity.pop(worker, None)
+    """A worker's tiers are gone: drop every copy that had a part there."""
+    life.disks.remove(worker)
     for number, copy in list(life.disks.copies.items()):
         if copy.whole and worker in copy.bytes:
             forget_copy(life, life.requests[number])
-    del life.disks.used[worker]
 
 
-def _make_room(life: MachineState, worker: str, size: int) -> None:
-    """Delete copies on a disk until ``size`` more bytes fit: first of documents that are in memory, too."""
+def _tier_for(life: MachineState, worker: str, size: int) -> Tier | None:
+    """The first tier of a worker in which so many bytes have room, if need be that of others; None if none has."""
     disks = life.disks
-    if disks.used[worker] + size <= disks.capacity[worker]:
-        return
-    others = [life.requests[n] for n, copy in disks.copies.items() if copy.whole and worker in copy.bytes]
-    order = sorted(others, key=lambda one: (not isinstance(one.state, states.Stored), not one.is_document, one.used))
-    for request in order:
-        if not isinstance(request.state, Fetching) and disks.used[worker] + size > disks.capacity[worker]:
+    stays = disks.memory.used[worker] - sum(
+        disks.copies[one.sequence].bytes[worker] for one in _movable(life, worker, disks.memory)
+    )
+    if stays + size <= disks.memory.capacity.get(worker, 0):
+        return disks.memory
+    return disks.disk if size <= disks.disk.capacity.get(worker, 0) else None
+
+
+def _make_room(life: MachineState, worker: str, size: int, tier: Tier) -> None:
+    """Move copies down from a worker's host memory, or delete some on its disk, until ``size`` more bytes fit."""
+    for request in _movable(life, worker, tier):
+        if tier.fits(worker, size):
+            return
+        if tier is life.disks.memory:
+            _demote(life, request, worker)
+        else:
             forget_copy(life, request)
+
+
+def _demote(life: MachineState, request: Request, worker: str) -> None:
+    """Move a worker's part of a copy from host memory to disk, or drop the copy if it cannot be there."""
+    disks, copy = life.disks, life.disks.copies[request.sequence]
+    size = copy.bytes[worker]
+    if size > disks.disk.capacity[worker]:
+        forget_copy(life, request)
+        return
+    _make_room(life, worker, size, disks.disk)
+    copy.in_memory.discard(worker)
+    disks.memory.change(worker, -size)
+    disks.disk.change(worker, size)
+    life.command(Demote(worker, tuple(file for file in copy.files if file.worker == worker)))
+
+
+def _movable(life: MachineState, worker: str, tier: Tier) -> list[Request]:
+    """Sequences with copies in a worker's tier, in the order in which they go: first those that are in the pool."""
+    disks = life.disks
+    there = [
+        life.requests[number]
+        for number, copy in disks.copies.items()
+        if copy.whole and worker in copy.bytes and disks.tier(copy, worker) is tier
+    ]
+    idle = [one for one in there if not isinstance(one.state, Fetching)]
+    return sorted(idle, key=lambda one: (not isinstance(one.state, states.Stored), not one.is_document, one.used))
 
 
 def _sizes(life: MachineState, request: Request) -> Counter[str]:

@@ -91,12 +91,14 @@ class Collector(CollectorBase):
         blocks = GaugeMetricFamily("distkv_blocks", "Blocks of a worker's pools", labels=["worker", "state"])
         memory = GaugeMetricFamily("distkv_kv_bytes", "KV memory of a worker", labels=["worker", "state"], unit="bytes")
         disk = GaugeMetricFamily("distkv_disk_bytes", "KV on a worker's disk", labels=["worker"], unit="bytes")
-        on_disk: Counter[str] = Counter()
+        host = GaugeMetricFamily("distkv_host_bytes", "KV from a worker's card in its host memory", labels=["worker"])
+        on_disk, in_memory = Counter[str](), Counter[str]()
         counts: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for engine in self._board.engines.values():
             for worker, account in engine.life.ledger.workers.items():
-                on_disk[worker] += engine.life.disks.used[worker]
+                on_disk[worker] += engine.life.disks.disk.used[worker]
+                in_memory[worker] += engine.life.disks.memory.used[worker]
                 for state, number in account.parts().items():
                     counts[worker, state] += number
                     sizes[worker, state] += number * engine.life.block_bytes
@@ -105,9 +107,11 @@ class Collector(CollectorBase):
             memory.add_metric(list(key), sizes[key])
         for worker, size in on_disk.items():
             disk.add_metric([worker], size)
+            host.add_metric([worker], in_memory[worker])
         yield blocks
         yield memory
         yield disk
+        yield host
 
 
 def _histogram(name: str, text: str, parts: list[Latency]) -> HistogramMetricFamily:

@@ -39,13 +39,14 @@ class StopAll:
 class WorkerReady:
     """A worker has a pool of ``capacity`` blocks and, if it ``can_decode``, the model.
 
-    It has ``spill_bytes`` bytes of disk for blocks that make room.
+    It has ``spill_bytes`` bytes of disk, and before that ``host_bytes`` of host memory, for blocks that make room.
     """
 
     endpoint: Endpoint
     capacity: int
     can_decode: bool = True
     spill_bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class Lifecycle:
         life, worker = self.state, event.endpoint.worker
         if worker in life.ledger.workers:
             return
-        life.disks.capacity[worker] = event.spill_bytes
+        life.disks.add(worker, event.spill_bytes, event.host_bytes)
         lends = int(event.capacity * life.config.lend_limit) if event.can_decode else event.capacity
         life.ledger.add_worker(event.endpoint, event.capacity, lend_limit=lends, can_decode=event.can_decode)
         life.largest_blocks = max(life.largest_blocks, life.policy.limit(life.ledger))

@@ -1,4 +1,4 @@
-"""What is on the workers' disks, and on its way there."""
+"""What is in the workers' lower tiers (host memory of those with a card, then disks), and on its way there."""
 
 from __future__ import annotations
 
@@ -10,42 +10,81 @@ from distkv_dask.messages.names import SpilledFile
 BYTES_PER_SECOND = 0.5e9
 """What a disk is taken to read and write before it has shown."""
 
+MEMORY_BYTES_PER_SECOND = 10e9
+"""What host memory is taken to give to a card and to take from it before it has shown."""
+
 KEPT = 0.7
-"""Weight of what was known of the disks when one shows its speed again."""
+"""Weight of what was known of a tier when it shows its speed again."""
 
 
 @dataclass(slots=True)
 class Copy:
-    """Number of a spill, bytes of the sequence by worker, since when they are written, and the files that are there."""
+    """Number of a spill, bytes of the sequence by worker, since when they are written, and the files that are there.
+
+    ``in_memory`` are the workers where it lies in host memory; elsewhere it is on disk.
+    """
 
     number: int
     bytes: Counter[str]
     began: float
     files: list[SpilledFile] = field(default_factory=list)
     whole: bool = False
+    in_memory: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Tier:
+    """``capacity`` and ``used`` are bytes by worker, ``rate`` bytes a second."""
+
+    rate: float
+    capacity: dict[str, int] = field(default_factory=dict)
+    used: Counter[str] = field(default_factory=Counter)
+
+    def wrote(self, size: int, seconds: float) -> None:
+        """It took ``size`` bytes in ``seconds``."""
+        if seconds > 0:
+            self.rate = KEPT * self.rate + (1 - KEPT) * size / seconds
+
+    def change(self, worker: str, size: int) -> None:
+        """So many more bytes are used, or fewer; nothing happens if the worker is gone."""
+        if worker in self.capacity:
+            self.used[worker] += size
+        if not self.used[worker]:
+            del self.used[worker]
+
+    def fits(self, worker: str, size: int) -> bool:
+        """Whether so many more bytes fit now."""
+        return self.used[worker] + size <= self.capacity.get(worker, 0)
 
 
 @dataclass(slots=True)
 class Disks:
-    """Copies of sequences, by sequence.
+    """Copies of sequences, by sequence, and the two tiers in which they are.
 
-    ``capacity`` and ``used`` are bytes by worker, ``rate`` bytes a second. Spills are numbered below zero, requests to
-    save are not; ``numbers`` has the sequences of those that are under way.
+    Spills are numbered below zero, requests to save are not; ``numbers`` has the sequences of those that are under way.
     """
 
-    capacity: dict[str, int] = field(default_factory=dict)
-    used: Counter[str] = field(default_factory=Counter)
+    memory: Tier = field(default_factory=lambda: Tier(MEMORY_BYTES_PER_SECOND))
+    disk: Tier = field(default_factory=lambda: Tier(BYTES_PER_SECOND))
     copies: dict[int, Copy] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     spills: int = 0
-    rate: float = BYTES_PER_SECOND
+
+    def add(self, worker: str, disk: int, memory: int) -> None:
+        """A worker has so many bytes of each."""
+        self.disk.capacity[worker], self.memory.capacity[worker] = disk, memory
+
+    def remove(self, worker: str) -> None:
+        """A worker is gone."""
+        for tier in (self.disk, self.memory):
+            tier.capacity.pop(worker, None)
+            del tier.used[worker]
+
+    def tier(self, copy: Copy, worker: str) -> Tier:
+        """Where a worker has its part of a copy."""
+        return self.memory if worker in copy.in_memory else self.disk
 
     @property
     def under_way(self) -> list[int]:
         """Sequences whose blocks are being written: they are free soon."""
         return [number for number, copy in self.copies.items() if not copy.whole]
-
-    def wrote(self, size: int, seconds: float) -> None:
-        """A disk took ``size`` bytes in ``seconds``."""
-        if seconds > 0:
-            self.rate = KEPT * self.rate + (1 - KEPT) * size / seconds

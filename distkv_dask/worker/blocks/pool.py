@@ -117,6 +117,10 @@ class Pool:
             return self.device.read(self._bytes[run.start : run.stop])
         return np.concatenate([self.device.read(self._bytes[block : block + 1]) for block in blocks])
 
+    def bytes_of(self, block: int, count: int) -> torch.Tensor:
+        """Memory of blocks that follow each other, uint8 [count, bytes of a block]."""
+        return self._bytes[block : block + count]
+
     def read_piece(self, block: int, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Bytes ``[start, stop)`` of a block, uint8; on the host, its memory itself."""
         return self.device.read(self._bytes[block, start:stop])

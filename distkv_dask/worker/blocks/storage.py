@@ -48,22 +48,57 @@ def write_blocks(
     CapacityError
         Not all of the blocks are here.
     """
-    size = pool.block_bytes
-    blocks, rows = pool.find(sequence, [(start, stop)]), _batch_rows(size)
+    blocks, rows = pool.find(sequence, [(start, stop)]), batch_rows(pool.block_bytes)
+    batches = (pool.read(blocks[at : at + rows]) for at in range(0, len(blocks), rows))
+    written, checksum = write_batches(batches, pool.block_bytes, folder, name, watch, durable)
+    return SavedFile(name, start, stop, written, checksum)
+
+
+def write_files(
+    pool: Pool, sequence: int, ranges: Iterable[tuple[int, int]], folder: Folder, tag: str, watch: Watch,
+    durable: bool = False,
+) -> tuple[SavedFile, ...]:  # fmt: skip
+    """Save token ranges of a sequence, each as a file; none is left if one cannot be written."""
+    files = list[SavedFile]()
+    try:
+        for start, stop in ranges:
+            name = file_name(tag, start, stop)
+            files.append(write_blocks(pool, sequence, start, stop, folder, name, watch, durable))
+    except BaseException:
+        for file in files:
+            folder.delete(file.name)
+        raise
+    return tuple(files)
+
+
+def file_name(tag: str, start: int, stop: int) -> str:
+    """Name of the file of tokens ``[start, stop)``."""
+    return f"blocks-{tag}-{start}-{stop}.arrow"
+
+
+def write_batches(
+    batches: Iterable[np.ndarray], size: int, folder: Folder, name: str, watch: Watch, durable: bool
+) -> tuple[int, int]:
+    """Write blocks, uint8 [n, size] each of :func:`batch_rows` but the last, as a new file; its bytes and checksum.
+
+    Raises
+    ------
+    SavedDocumentError
+        The file cannot be written; the message says why, and nothing of it is left.
+    """
     schema = pa.schema([("block", pa.binary(size)), ("crc32", pa.uint32())])
     checksum = 0
     with explained(f"{name} could not be written to {folder.place}"), folder.create(name, durable) as stream:
         with pa.ipc.new_file(stream, schema) as file:
-            for at in range(0, len(blocks), rows):
+            for data in batches:
                 watch.step()
-                data = pool.read(blocks[at : at + rows])
                 sums = np.array([zlib.crc32(block) for block in data], np.uint32)
                 checksum = zlib.crc32(sums.tobytes(), checksum)
                 column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(data), [None, pa.py_buffer(data)])
                 file.write_batch(pa.record_batch([column, pa.array(sums)], schema))
         written = stream.tell()
         watch.step()
-    return SavedFile(name, start, stop, written, checksum)
+    return written, checksum
 
 
 def read_blocks(
@@ -167,7 +202,7 @@ def _bodies(source: Source, rows: int, size: int, watch: Watch) -> Iterator[tupl
     if source.read(len(MAGIC), 0) != MAGIC:
         raise _Damaged("it is not an Arrow file")
     at = _after_metadata(source, len(MAGIC))  # the schema
-    for done in range(0, rows, most := _batch_rows(size)):
+    for done in range(0, rows, most := batch_rows(size)):
         watch.step()
         count = min(most, rows - done)
         at = _after_metadata(source, at)
@@ -201,7 +236,8 @@ def _blocks(
         begin += len(sums)
 
 
-def _batch_rows(size: int) -> int:
+def batch_rows(size: int) -> int:
+    """Blocks of so many bytes in all batches of a file but the last."""
     return max(1, BATCH_BYTES // size)
 
 

@@ -1,0 +1,126 @@
+"""Blocks that were spilled on this worker: in the host memory of a worker with a card, or on its own disk.
+
+The own disk is a folder in the worker's local directory, which Dask deletes with the worker, or after a crash when
+another one starts there. The gManager decides where blocks go; whoever reads them finds them in either place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distkv_dask.config import Config
+from distkv_dask.local_folder import LocalFolder
+from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile, SpilledFile
+from distkv_dask.watch import Watch
+from distkv_dask.worker.blocks.host_tier import HostTier
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.blocks.storage import (
+    batch_rows,
+    blocks_within,
+    file_name,
+    read_blocks,
+    read_rows,
+    write_batches,
+    write_files,
+)
+
+FREE_PART = 0.5
+"""Part of the free disk that is filled at most."""
+
+
+class Spilled:
+    """Both tiers of one engine on one worker.
+
+    Parameters
+    ----------
+    pool
+        Whose blocks these are.
+    folder
+        Of the own disk; it is made when the first file is written.
+    config
+        Bytes of files there, at most (less where less is free on that disk).
+    host_bytes
+        Bytes of host memory.
+
+    Attributes
+    ----------
+    disk_bytes, host_bytes
+        Bytes that each takes, at most.
+    """
+
+    def __init__(self, pool: Pool, folder: Path, config: Config, host_bytes: int = 0) -> None:
+        self.disk_bytes = min(config.spill, int(shutil.disk_usage(folder.parent).free * FREE_PART))
+        self.place = str(folder)
+        self._pool = pool
+        self._folder = LocalFolder(folder)
+        self._host = HostTier(pool, host_bytes)
+        self.host_bytes = self._host.capacity
+        self._demoted: dict[str, SavedFile] = {}
+
+    def write(
+        self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved
+    ) -> tuple[SavedFile, ...]:
+        """Write token ranges of a sequence to where the gManager says; nothing is left if one cannot be written."""
+        if saved.place == OWN_DISK:
+            self._folder.make()
+            return write_files(self._pool, sequence, ranges, self._folder, saved.tag, watch)
+        files = list[SavedFile]()
+        try:
+            for start, stop in ranges:
+                blocks, name = self._pool.find(sequence, [(start, stop)]), file_name(saved.tag, start, stop)
+                self._host.store(name, blocks)
+                files.append(SavedFile(name, start, stop, len(blocks) * self._pool.block_bytes, 0))
+        except BaseException:
+            for file in files:
+                self.delete(file.name)
+            raise
+        return tuple(files)
+
+    def read(self, watch: Watch, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
+        """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of this worker holds them."""
+        if file.name in self._host:
+            into, first = blocks_within(self._pool, sequence, start, stop, file)
+            self._host.fill(file.name, first, into, watch.change)
+        else:
+            read_blocks(self._pool, sequence, start, stop, self._folder, self._on_disk(file), watch)
+
+    def rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
+        """Blocks of a file, uint8 [count, bytes of a block], for another worker."""
+        if file.name in self._host:
+            return np.stack(list(self._host.read(file.name, first, count)))
+        size, tokens = self._pool.block_bytes, self._pool.block_tokens
+        return np.stack(list(read_rows(self._folder, self._on_disk(file), size, tokens, first, count, watch)))
+
+    def demote(self, file: SpilledFile) -> None:
+        """Move a file from host memory to the disk; if it cannot be written it is lost, and reading it fails."""
+        size = self._pool.block_bytes
+        count, most = -(-(file.stop - file.start) // self._pool.block_tokens), batch_rows(size)
+        batches = (
+            np.stack(list(self._host.read(file.name, at, min(most, count - at)))) for at in range(0, count, most)
+        )
+        try:
+            self._folder.make()
+            written = write_batches(batches, size, self._folder, file.name, Watch(), durable=False)
+            self._demoted[file.name] = SavedFile(file.name, file.start, file.stop, *written)
+        finally:
+            self._host.discard(file.name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        if name in self._host:
+            self._host.discard(name)
+        else:
+            self._demoted.pop(name, None)
+            self._folder.delete(name)
+
+    def close(self) -> None:
+        """Delete everything. Can be called again."""
+        shutil.rmtree(self._folder.path, ignore_errors=True)
+
+    def _on_disk(self, file: SpilledFile) -> SavedFile | SpilledFile:
+        """A file as it is on the disk, where its size is another one than in memory."""
+        return self._demoted.get(file.name, file)
