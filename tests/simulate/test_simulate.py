@@ -198,6 +198,17 @@ def test_a_prompt_that_begins_like_one_before_is_computed_from_there_on() -> Non
     assert second.first - 100 == pytest.approx(A100.model.curve.prefill(16 * BLOCK)), "nothing is known of its tokens"
 
 
+@pytest.mark.parametrize("policy", ["local-only", "best"])
+def test_a_long_prompt_does_not_cross_a_slow_network_for_a_short_beginning_that_is_cached_elsewhere(
+    policy: str,
+) -> None:
+    apart, prompt = replace(A100, per_host=1), 50_000
+    arrivals = [Arrival(0.0, 1_000, 2, (7, 1)), *[Arrival(10.0, prompt, 2, (7, n)) for n in range(2, 6)]]
+    finished = Simulation(apart, 4, policy).run(arrivals).finished
+    alone = apart.model.curve.prefill(prompt)
+    assert all(run.first - run.arrival.at < 1.01 * alone for run, _ in finished)
+
+
 def test_requests_on_a_lost_worker_are_computed_again_and_all_end_later() -> None:
     arrivals = WORKLOADS["v2-short-1"].generate(40)
     whole, less = (Simulation(A100, 4, "overflow").run(arrivals, losses) for losses in ([], [(5.0, 1)]))

@@ -113,4 +113,18 @@ def _seconds(life: MachineState, request: Request, ask: Ask, placement: Placemen
     curve = model.of(home.worker)
     step = curve.decode(home.homed + 1, 0) + attention + sum(model.exchange(link, 1) for link in links)
     prompt = curve.prefill(home.pending) + curve.prefill(ask.prompt, ask.shared)
-    return prompt + request.remaining * step
+    return prompt + _exchange_seconds(life, ask, placement) + request.remaining * step
+
+
+def _exchange_seconds(life: MachineState, ask: Ask, placement: Placement) -> float:
+    """How long a prompt's tokens travel: each is attended to by all workers that hold tokens before it."""
+    model, accounts = life.policy.model, life.ledger.workers
+    seconds, before = 0.0, set[str]()
+    for span in placement:
+        host = accounts[span.worker].endpoint.host
+        rows = min(span.stop, ask.shared + ask.prompt) - max(span.start, ask.shared)
+        if rows > 0:
+            links = (model.link(host, accounts[worker].endpoint.host) for worker in before - {span.worker})
+            seconds += sum(model.exchange(link, rows) for link in links)
+        before.add(span.worker)
+    return seconds
