@@ -161,7 +161,8 @@ async def test_partials_that_never_come_end_the_forward_in_time(
 
     layer_tasks.attend_part = slow
     try:
-        async with tiny(client, kv_memory="256 KiB", timeout_start="200 ms") as engine:
+        limits = {"timeout_start": "200 ms", "timeout_receive": 1}  # for as long as the second, it is tried again
+        async with tiny(client, kv_memory="256 KiB", **limits) as engine:
             with pytest.raises(DistKVError, match=r"no partials of layer 0.*distkv\.timeouts\.start"):
                 await engine.submit(prompt_ids(100), GREEDY)
             late[0] = 0.0

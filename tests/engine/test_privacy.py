@@ -29,7 +29,9 @@ from tests._models import text_model_dir
 CANARY = "xyloquartz"
 HALF = f"{CANARY} \ud83d"
 DASHBOARD = {"scheduler_kwargs": {"dashboard": True, "dashboard_address": "127.0.0.1:0"}}
-TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
+TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32,
+                        "timeout_receive": 1}  # fmt: skip
+"""What fails is not tried again for longer than a second."""
 TWO = SamplingParams(max_new_tokens=2, ignore_eos=True)
 
 
