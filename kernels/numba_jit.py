@@ -15,7 +15,6 @@ import math
 import numpy as np
 from numba import njit
 
-from .numba_kernel import MOST_PIECES, PIECE_TOKENS
 from .numba_simd import (
     exp2,
     fma,
@@ -30,6 +29,7 @@ from .numba_simd import (
     store,
     store_sums,
     take,
+    tanh,
     turn,
 )
 
@@ -38,8 +38,6 @@ LOG2_E = np.float32(math.log2(math.e))
 LN_2 = np.float32(math.log(2))
 ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING, LOWEST = np.float32(-np.inf), np.float32(-3e38)
-OK, BAD_LENGTHS, BAD_OFFSETS, BAD_TABLES = range(4)
-NO_LIMIT = 1 << 60
 
 
 @njit(nogil=True)
@@ -90,8 +88,16 @@ def soften(s, n, score_scale, value_scale, state, shrink):
 
 
 @njit(nogil=True)
-def weigh(like, v, d, ask, n, w, acc, width, shrink, ahead):
-    """Shrink the accumulators of four rows, and add n weighted values; asks for memory as :func:`scores` does."""
+def cap(s, n, inner):
+    """The soft cap of four rows' scores, up to its own factor."""
+    none, factor = splat(ZERO), splat(inner)
+    for i in range(0, (4 * n + 15) // 16 * 16, 16):
+        store(s, i, tanh(fma(load(ZERO, s, i), factor, none)))
+
+
+@njit(nogil=True)
+def weigh(like, v, d, step, ask, n, w, acc, width, shrink, ahead):
+    """Shrink the accumulators of four rows, and add n weighted values ``step`` apart; asks as :func:`scores` does."""
     none = splat(ZERO)
     s0, s1, s2, s3 = (splat(number(shrink, 0)), splat(number(shrink, 1)), splat(number(shrink, 2)),
                       splat(number(shrink, 3)))  # fmt: skip
@@ -106,7 +112,7 @@ def weigh(like, v, d, ask, n, w, acc, width, shrink, ahead):
         for j in range(n):
             for line in range(j * ask, (j + 1) * ask, 64):
                 prefetch(ahead + line)
-            x, y = load(like, v, j * d + c), load(like, v, j * d + c + 16)
+            x, y = load(like, v, j * step + c), load(like, v, j * step + c + 16)
             w0, w1 = splat(number(w, 4 * j)), splat(number(w, 4 * j + 1))
             w2, w3 = splat(number(w, 4 * j + 2)), splat(number(w, 4 * j + 3))
             a0, a1, a2, a3 = fma(w0, x, a0), fma(w1, x, a1), fma(w2, x, a2), fma(w3, x, a3)
@@ -121,7 +127,7 @@ def weigh(like, v, d, ask, n, w, acc, width, shrink, ahead):
         for j in range(n):
             for line in range(j * ask, (j + 1) * ask, 64):
                 prefetch(ahead + line)
-            x = load(like, v, j * d + c) if d - c >= 16 else load_half(like, v, j * d + c)
+            x = load(like, v, j * step + c) if d - c >= 16 else load_half(like, v, j * step + c)
             a0, a1 = fma(splat(number(w, 4 * j)), x, a0), fma(splat(number(w, 4 * j + 1)), x, a1)
             a2, a3 = fma(splat(number(w, 4 * j + 2)), x, a2), fma(splat(number(w, 4 * j + 3)), x, a3)
         ask = 0
@@ -130,28 +136,36 @@ def weigh(like, v, d, ask, n, w, acc, width, shrink, ahead):
 
 
 @njit(nogil=True)
-def hide(s, n, first, last, group, limit):
-    """Scores that query rows [first, last), at most four, may not see; query 0 sees tokens up to ``limit``."""
+def hide(s, token, n, first, last, group, limit, first_keys):
+    """Scores of n tokens from ``token`` on that query rows [first, last), at most four, may not see.
+
+    Query 0 sees tokens up to ``limit``, and from the first of ``first_keys`` on, where there are such (not 0).
+    """
     for r in range(first, last):
-        for j in range(max(0, limit + r // group + 1), n):
+        for j in range(max(0, limit + r // group + 1 - token), n):
             put(s, 4 * j + r - first, NOTHING)
+        if first_keys != 0:
+            for j in range(min(n, integer(first_keys, r // group) - token)):
+                put(s, 4 * j + r - first, NOTHING)
 
 
 @njit(nogil=True)
-def attend_item(like, args, scale, item, partials, scratch):
+def attend_item(like, args, scale, soft_cap, item, partials, scratch):
     """Attention of one row's queries over tokens [first, last) of it; its first query sees tokens up to limit."""
-    (q, k, v, tables, _, _, _, k_scales, v_scales, out, lse, _, _, heads, kv_heads, d, block_tokens, _, _,
-     table_stride, k_block, v_block, size) = args  # fmt: skip
+    (q, k, v, tables, _, _, _, first_keys, k_scales, v_scales, out, lse, _, _, heads, kv_heads, d, block_tokens, _, _,
+     table_stride, k_block, v_block, d_v, v_token, size) = args  # fmt: skip
     row, query, queries, first, last, limit, slot = item
-    group, width = heads // kv_heads, (d + 15) // 16 * 16
+    group, width, v_width = heads // kv_heads, (d + 15) // 16 * 16, (d_v + 15) // 16 * 16
     rows = queries * group
     tiles = (rows + 3) // 4
-    floats = kv_heads * tiles * 4 * width
-    packed, acc = scratch, scratch + 4 * floats
-    states = acc + 4 * floats
+    tile_rows = kv_heads * tiles * 4
+    packed, acc = scratch, scratch + 4 * tile_rows * width
+    states = acc + 4 * tile_rows * v_width
     shrink = states + 4 * 32 * kv_heads * tiles
     s = shrink + 64
-    for i in range(2 * floats):
+    if first_keys != 0:
+        first_keys += 4 * query
+    for i in range(tile_rows * (width + v_width)):
         put(scratch, i, ZERO)
     for i in range(kv_heads * tiles * 32):
         put(states, i, NOTHING if i % 32 < 16 else ZERO)
@@ -167,36 +181,43 @@ def attend_item(like, args, scale, item, partials, scratch):
         block, inside = integer(table, token // block_tokens), token % block_tokens
         n = min(CHUNK, block_tokens - inside, last - token)
         for h in range(kv_heads):
-            at = (h * block_tokens + inside) * d
-            keys, values = k + size * (block * k_block + at), v + size * (block * v_block + at)
-            next_block, next_at, ask = block, at + block_tokens * d, d * size
+            at = h * block_tokens + inside
+            keys, values = k + size * (block * k_block + at * d), v + size * (block * v_block + at * v_token)
+            next_block, next_at, ask = block, at + block_tokens, d * size
             if h + 1 == kv_heads:
                 after = token + n
                 next_block = integer(table, after // block_tokens) if after < last else block
-                next_at = after % block_tokens * d
-            ahead_k, ahead_v = k + size * (next_block * k_block + next_at), v + size * (next_block * v_block + next_at)
+                next_at = after % block_tokens
+            ahead_k = k + size * (next_block * k_block + next_at * d)
+            ahead_v = v + size * (next_block * v_block + next_at * v_token)
+            ask_v = 0 if keys == values else d_v * size
             score_scale, value_scale = np.float32(scale) * LOG2_E, ONE
+            if soft_cap > 0:
+                score_scale = np.float32(scale / soft_cap)
             if k_scales != 0:
                 score_scale *= number(k_scales, block * kv_heads + h)
                 value_scale = number(v_scales, block * kv_heads + h)
             for tile in range(tiles):
-                at = 16 * (h * tiles + tile) * width
+                at = 16 * (h * tiles + tile)
                 state = states + 128 * (h * tiles + tile)
-                scores(like, keys, d, ask, n, packed + at, width, s, ahead_k)
-                if limit < token + n - 1:
-                    hide(s, n, 4 * tile, min(4 * tile + 4, rows), group, limit - token)
-                soften(s, n, score_scale, value_scale, state, shrink)
-                weigh(like, values, d, ask, n, s, acc + at, width, shrink, ahead_v)
-                ask = 0
+                scores(like, keys, d, ask, n, packed + at * width, width, s, ahead_k)
+                if soft_cap > 0:
+                    cap(s, n, score_scale)
+                if first_keys != 0 or limit < token + n - 1:
+                    hide(s, token, n, 4 * tile, min(4 * tile + 4, rows), group, limit, first_keys)
+                outer = np.float32(soft_cap) * LOG2_E if soft_cap > 0 else score_scale
+                soften(s, n, outer, value_scale, state, shrink)
+                weigh(like, values, d_v, v_token, ask_v, n, s, acc + at * v_width, v_width, shrink, ahead_v)
+                ask = ask_v = 0
         token += n
 
     if slot >= 0:
-        out, lse = partials + 4 * slot, partials + 4 * (slot + queries * heads * d)
+        out, lse = partials + 4 * slot, partials + 4 * (slot + queries * heads * d_v)
     else:
-        out, lse = out + 4 * query * heads * d, lse + 4 * query * heads
+        out, lse = out + 4 * query * heads * d_v, lse + 4 * query * heads
     for h in range(kv_heads):
         for r in range(rows):
-            conclude(acc + 4 * (h * tiles * 4 + r) * width, states + 128 * (h * tiles + r // 4), r % 4, d,
+            conclude(acc + 4 * (h * tiles * 4 + r) * v_width, states + 128 * (h * tiles + r // 4), r % 4, d_v,
                      out, lse, r // group * heads + h * group + r % group)  # fmt: skip
 
 
@@ -214,9 +235,9 @@ def conclude(acc, state, lane, d, out, lse, to):
     put(lse, to, NOTHING if blind else top * LN_2 + np.float32(math.log(total)))
 
 
-def attend_items(like, args, scale, items, count, partials, counter):
+def attend_items(like, args, scale, soft_cap, items, count, partials, counter):
     """Take items until there are none left; any number of threads may do so with the same ``counter`` (an address)."""
-    heads, kv_heads, d = args[13], args[14], args[15]
+    heads, kv_heads, d = args[14], args[15], args[16]
     most = 0
     for i in range(count):
         most = max(most, items[i, 2])
@@ -225,77 +246,5 @@ def attend_items(like, args, scale, items, count, partials, counter):
     at = take(counter)
     while at < count:
         item = (items[at, 0], items[at, 1], items[at, 2], items[at, 3], items[at, 4], items[at, 5], items[at, 6])
-        attend_item(like, args, scale, item, partials, scratch.ctypes.data)
+        attend_item(like, args, scale, soft_cap, item, partials, scratch.ctypes.data)
         at = take(counter)
-
-
-@njit(nogil=True)
-def check_row(args, row, first):
-    """(status, last query, length, token that the row's first query sees last)."""
-    (_, _, _, tables, lengths, offsets, starts, _, _, _, _, _, tokens, _, _, _, block_tokens, blocks, max_blocks,
-     table_stride, _, _, _) = args  # fmt: skip
-    length = integer(lengths, row)
-    last = integer(offsets, row + 1) if offsets != 0 else row + 1
-    limit = integer(starts, row) if starts != 0 else NO_LIMIT
-    if length < 0 or length > max_blocks * block_tokens:
-        return BAD_LENGTHS, last, length, limit
-    if last < first or last > tokens:
-        return BAD_OFFSETS, last, length, limit
-    for b in range((length + block_tokens - 1) // block_tokens):
-        block = integer(tables, row * table_stride + b)
-        if block < 0 or block >= blocks:
-            return BAD_TABLES, last, length, limit
-    return OK, last, length, limit
-
-
-def plan(args, tile, items):
-    """Check all values, and cut rows into items: by ``tile`` queries, or rows with fewer by tokens.
-
-    How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
-
-    items int64 [n, 7]: row, first query, queries, first and last token, token that the first query sees last, and place
-    among partial results (-1: the answer). Returns (status, items, floats of partial results).
-    """
-    _, _, _, _, _, offsets, _, _, _, _, _, rows, tokens, heads, _, d, block_tokens, _, _, _, _, _, _ = args
-    if offsets != 0 and (integer(offsets, 0) != 0 or integer(offsets, rows) != tokens):
-        return BAD_OFFSETS, 0, 0
-    count, floats, first = 0, 0, 0
-    for row in range(rows):
-        status, last, length, limit = check_row(args, row, first)
-        if status != OK:
-            return status, 0, 0
-        for query in range(first, last, tile):
-            queries, sees = min(tile, last - query), limit + query - first
-            seen = max(0, min(length, sees + queries))
-            piece = max(1, seen)
-            if last - first <= tile:
-                piece = PIECE_TOKENS
-                while piece * MOST_PIECES < seen:
-                    piece *= 2
-            piece = (piece + block_tokens - 1) // block_tokens * block_tokens
-            for begin in range(0, max(seen, 1), piece):
-                slot = floats if begin > 0 else -1
-                items[count] = (row, query, queries, begin, min(seen, begin + piece), sees, slot)
-                count += 1
-                floats += queries * heads * (d + 1) if begin > 0 else 0
-        first = last
-    return OK, count, floats
-
-
-def merge_parts(args, items, count, partials):
-    """Merge the items that have a place among partial results into the answer."""
-    out, lse, heads, d = args[9], args[10], args[13], args[15]
-    for i in range(count):
-        query, queries, slot = items[i, 1], items[i, 2], items[i, 6]
-        for at in range(queries * heads if slot >= 0 else 0):
-            to = query * heads + at
-            mine, part = number(lse, to), number(partials, slot + queries * heads * d + at)
-            top = max(mine, part)
-            if part == NOTHING:
-                continue
-            total = math.exp(mine - top) + math.exp(part - top)
-            put(lse, to, np.float32(top + math.log(total)))
-            share = np.float32(math.exp(part - top) / total)
-            for c in range(d):
-                before = number(out, to * d + c)
-                put(out, to * d + c, before + share * (number(partials, slot + at * d + c) - before))

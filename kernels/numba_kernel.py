@@ -1,7 +1,7 @@
 """MicroAttention in numba: the fast path on CPUs for which no C++ core was built.
 
-Plans, takes its share of the work and merges in the compiled code of numba_jit.py. Threads are ours: numba's own thread
-pools end the process when two threads call at once, or after a fork.
+Plans and merges in the compiled code of numba_plan.py, and takes its share of the work in that of numba_jit.py.
+Threads are ours: numba's own thread pools end the process when two threads call at once, or after a fork.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PIECE_TOKENS = 1024
 MOST_PIECES = 32
 MOST_THREADS = 256
 _ITEM_COLUMNS = 7
-_ARGUMENTS = 23
+_ARGUMENTS = 26
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,14 @@ def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
     if (why := missing()) is not None:
         raise ValueError(f"implementation: 'numba' is not available: {why}")
     numba = importlib.import_module("numba")
-    jit, types = importlib.import_module(".numba_jit", __package__), numba.types
+    jit, planner = (importlib.import_module(name, __package__) for name in (".numba_jit", ".numba_plan"))
+    types = numba.types
     arguments, items = types.UniTuple(types.int64, _ARGUMENTS), types.int64[:, ::1]
-    numbers = types.int64, types.int64
+    numbers, floats = (types.int64, types.int64), (types.float64, types.float64)
     signatures = {
-        jit.plan: (arguments, types.int64, items),
-        jit.attend_items: (numba.typeof(_LIKE[kv_dtype][0]), arguments, types.float64, items, *numbers, types.int64),
-        jit.merge_parts: (arguments, items, *numbers),
+        planner.plan: (arguments, types.int64, items),
+        jit.attend_items: (numba.typeof(_LIKE[kv_dtype][0]), arguments, *floats, items, *numbers, types.int64),
+        planner.merge_parts: (arguments, items, *numbers),
     }
     made = []
     for function, signature in signatures.items():
@@ -97,12 +98,10 @@ def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
-    if not call.plain:
-        raise ValueError("first_keys, soft_cap, v_pool: numba serves no windows, soft caps or short values yet")
     plan, attend_items, merge_parts = compiled(call.k_pool.dtype)
     like, size = _LIKE[call.k_pool.dtype]
     q = call.q.float().contiguous()
-    out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    out, lse = call.empty_result()
     threads = min(call.threads, MOST_THREADS)
     arguments = _arguments(call, q, out, lse, size)
     tile = max(1, TILE_ROWS * call.k_pool.shape[1] // q.shape[1])
@@ -112,7 +111,8 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if status:
         raise _error(status, call)
     partials, counter = np.empty(floats, np.float32), np.zeros(1, np.int64)
-    work = like, arguments, float(call.scale), items, count, partials.ctypes.data, counter.ctypes.data
+    factors = float(call.scale), float(call.soft_cap or 0)
+    work = like, arguments, *factors, items, count, partials.ctypes.data, counter.ctypes.data
     _share(attend_items, work, min(threads, count))
     if floats:
         merge_parts(arguments, items, count, partials.ctypes.data)
@@ -126,12 +126,13 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     pointers = [
         0 if x is None else x.data_ptr()
         for x in (
-            q, k, v, tables, call.lengths, call.query_offsets, call.q_start, call.k_scales, call.v_scales, out, lse,
+            q, k, v, tables, call.lengths, call.query_offsets, call.q_start, call.first_keys, call.k_scales,
+            call.v_scales, out, lse,
         )
     ]  # fmt: skip
     return (
         *pointers, len(tables), q.shape[0], q.shape[1], kv_heads, d, block_tokens, blocks, tables.shape[1],
-        tables.stride(0), k.stride(0), v.stride(0), size,
+        tables.stride(0), k.stride(0), v.stride(0), v.shape[3], v.stride(2), size,
     )  # fmt: skip
 
 

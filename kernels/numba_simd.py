@@ -4,13 +4,16 @@ Numba vectorises plain loops, but neither keeps a tile of accumulators in regist
 vector of 16 into whatever the processor has, so the same code serves AVX-512, AVX2 and Arm. Memory is given by address
 and index, as the pools' dtypes have no numba type.
 
-Numba's cache on disk looks at the file of a compiled function only: touch numba_jit.py after a change here.
+Numba's cache on disk looks at the file of a compiled function only: touch numba_jit.py and numba_plan.py
+after a change here.
 """
 
 # numba has no types of its own: a decorated function is untyped for the checker.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,misc"
 
 from __future__ import annotations
+
+import math
 
 from llvmlite import ir
 from numba.core import types
@@ -25,6 +28,9 @@ BF16, FP16, FP32, INT8 = types.uint16, types.int16, types.float32, types.int8
 _ELEMENT = {BF16: _I16, FP16: _HALF, FP32: _FLOAT, INT8: _I8}
 # 2 ** r for r in [-0.5, 0.5], highest power first; relative error below fp32 rounding (Cephes exp2f).
 _EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)
+
+# tanh(r) / r - 1 over r ** 2, in powers of r ** 2, for r up to 0.625 (Cephes tanhf).
+_TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 
 
 class Vector(types.Type):
@@ -181,23 +187,49 @@ def turn(typingctx, a):
     return vector(vector), generate
 
 
+def _polynomial(builder, x, factors):
+    """Highest power first."""
+    y = _constant(factors[0])
+    for factor in factors[1:]:
+        y = _call(builder, "llvm.fmuladd", y, x, _constant(factor))
+    return y
+
+
+def _exp2(builder, x):
+    lowest = _constant(-126.0)
+    tiny = builder.fcmp_unordered("<", x, lowest)
+    x = builder.select(tiny, lowest, x)
+    whole = _call(builder, "llvm.floor", builder.fadd(x, _constant(0.5)))
+    power = _polynomial(builder, builder.fsub(x, whole), _EXP2)
+    integers = ir.VectorType(_I32, 16)
+    biased = builder.add(builder.fptosi(whole, integers), ir.Constant(integers, [127] * 16))
+    exponent = builder.bitcast(builder.shl(biased, ir.Constant(integers, [23] * 16)), _V16)
+    return builder.select(tiny, _constant(0.0), builder.fmul(power, exponent))
+
+
 @intrinsic
 def exp2(typingctx, x):
     """``2 ** x`` for x up to 127; exactly 0 below -126, for -inf too."""
 
     def generate(context, builder, signature, arguments):
-        lowest = _constant(-126.0)
-        tiny = builder.fcmp_unordered("<", arguments[0], lowest)
-        x = builder.select(tiny, lowest, arguments[0])
-        whole = _call(builder, "llvm.floor", builder.fadd(x, _constant(0.5)))
-        rest = builder.fsub(x, whole)
-        power = _constant(_EXP2[0])
-        for factor in _EXP2[1:]:
-            power = _call(builder, "llvm.fmuladd", power, rest, _constant(factor))
-        integers = ir.VectorType(_I32, 16)
-        biased = builder.add(builder.fptosi(whole, integers), ir.Constant(integers, [127] * 16))
-        exponent = builder.bitcast(builder.shl(biased, ir.Constant(integers, [23] * 16)), _V16)
-        return builder.select(tiny, _constant(0.0), builder.fmul(power, exponent))
+        return _exp2(builder, arguments[0])
+
+    return vector(vector), generate
+
+
+@intrinsic
+def tanh(typingctx, x):
+    """Within two roundings, for tiny arguments too: a polynomial, and from 0.625 on an exponential."""
+
+    def generate(context, builder, signature, arguments):
+        size, one = _call(builder, "llvm.fabs", arguments[0]), _constant(1.0)
+        square = builder.fmul(size, size)
+        inner = builder.fmul(_polynomial(builder, square, _TANH), square)
+        near = _call(builder, "llvm.fmuladd", inner, size, size)
+        fall = _exp2(builder, builder.fmul(size, _constant(-2 * math.log2(math.e))))
+        far = builder.fdiv(builder.fsub(one, fall), builder.fadd(one, fall))
+        value = builder.select(builder.fcmp_ordered("<", size, _constant(0.625)), near, far)
+        return _call(builder, "llvm.copysign", value, arguments[0])
 
     return vector(vector), generate
 

@@ -145,8 +145,6 @@ def test_any_index_values_give_the_reference_answer_or_its_error(
     arguments["first_keys"] = None if first_keys is None else torch.tensor(first_keys, dtype=torch.int32)
     expected = outcome(arguments, "reference")
     for implementation in IMPLEMENTATION_NAMES:
-        if implementation == "numba" and first_keys is not None:
-            continue
         got = outcome(arguments, implementation)
         if isinstance(expected, str) or isinstance(got, str):
             assert isinstance(got, str)

@@ -19,8 +19,6 @@ LONG = next(case for case in CASES if case.name == "decode-long-split-over-threa
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_attention_equals_float64(implementation: str, case: Case, dtype: torch.dtype) -> None:
-    if implementation == "numba" and not case.plain:
-        pytest.skip("not served yet")
     check(implementation, case, dtype)
 
 

@@ -99,8 +99,6 @@ ROWS = [(5000, 1), (70, 1), (2100, 3), (3000, 16), (4100, 100), (9000, 1), (1500
 def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(
     implementation: str, dtype: torch.dtype, form: str
 ) -> None:
-    if implementation == "numba" and form == "window":
-        pytest.skip("not served yet")
     alone = [micro_attention(**ragged([row], form, dtype), threads=1, implementation=implementation) for row in ROWS]
     for threads, order in ((1, 1), (2, 1), (3, -1), (8, 1)):
         rows, right = ROWS[::order], alone[::order]
@@ -112,8 +110,6 @@ def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(
 @pytest.mark.parametrize("implementation", [*FAST, *SETS, "torch"])
 @pytest.mark.parametrize("form", ["full", "causal"])
 def test_first_keys_that_hide_nothing_change_no_bit(implementation: str, form: str) -> None:
-    if implementation == "numba":
-        pytest.skip("not served yet")
     arguments = ragged(ROWS, form, torch.bfloat16)
     expected = micro_attention(**arguments, implementation=implementation)
     for first in (0, -5, -(2**31)):

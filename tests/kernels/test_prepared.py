@@ -43,8 +43,6 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
 def test_every_layer_gets_the_answer_of_a_checked_call(served: str, case: Case) -> None:
-    if served == "numba" and not case.plain:
-        pytest.skip("not served yet")
     arguments = build(case, torch.float32)
     attention = prepare(arguments)
     for scale in (arguments["scale"], 0.5):
@@ -185,8 +183,6 @@ def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(slot: tup
 
 
 def test_windows_may_move_between_calls(served: str) -> None:
-    if served == "numba":
-        pytest.skip("not served yet")
     arguments = build(named("decode-window-within-a-block"), torch.float32)
     arguments["k_pool"], arguments["v_pool"] = (arguments[name].nan_to_num(0.5) for name in ("k_pool", "v_pool"))
     attention = prepare(arguments)
@@ -228,8 +224,6 @@ def pools_of(kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_layers_of_several_kinds_append_and_attend_each_in_its_way(served: str) -> None:
-    if served == "numba":
-        pytest.skip("not served yet")
     of_layer, heads = [1, 0, 2, 1, 3, 2], 4
     pools = [pools_of(KINDS[kind]) for kind in of_layer]
     tables, lengths = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([18, 5], dtype=torch.int32)
