@@ -5,14 +5,46 @@ Units: positions and lengths are tokens, times are seconds, memory is bytes. A w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T", bound=Any)  # int, or an array of them
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Which earlier tokens a layer's queries see, and what it does to their scores.
+
+    Parameters
+    ----------
+    visible
+        As transformers' ``layer_types`` say it: ``full`` is all earlier tokens; ``sliding`` the last ``size``, the
+        query's own token among them; ``chunked`` those from the last multiple of ``size`` on.
+    size
+        Tokens of a window or chunk; 0 for ``full``.
+    soft_cap
+        Scores become ``soft_cap * tanh(score / soft_cap)``; None leaves them.
+    """
+
+    visible: Literal["full", "sliding", "chunked"] = "full"
+    size: int = 0
+    soft_cap: float | None = None
+
+    def first(self, position: T) -> T:
+        """First position that a query at ``position`` sees, none where that is negative."""
+        if self.visible == "sliding":
+            return position - self.size + 1
+        return position // self.size * self.size if self.visible == "chunked" else position * 0
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes of a model that fix the layout of KV and the range of requests.
 
-    ``max_positions`` is the longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``.
+    ``kv_heads`` and ``head_dim`` are those of the pool: layers that have less are padded. ``max_positions`` is the
+    longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``; ``layer_kinds`` has one kind
+    a layer, or is empty where all of them see everything.
     """
 
     layers: int
@@ -22,6 +54,30 @@ class Geometry:
     vocab_size: int
     max_positions: int
     dtype: str
+    layer_kinds: tuple[LayerKind, ...] = ()
+
+
+def describe_kinds(kinds: Sequence[LayerKind]) -> str:
+    """Kinds of layers in a line: what each letter stands for, then a letter a layer.
+
+    Examples
+    --------
+    >>> describe_kinds((LayerKind("sliding", 512), LayerKind("sliding", 512), LayerKind(soft_cap=50.0)))
+    'a=sliding 512, b=full cap 50; aab'
+    """
+    letters = {kind: chr(ord("a") + at) for at, kind in enumerate(dict.fromkeys(kinds))}
+    words = {
+        kind: " ".join(
+            [
+                kind.visible,
+                *([f"{kind.size}"] if kind.size else []),
+                *([f"cap {kind.soft_cap:g}"] if kind.soft_cap else []),
+            ]
+        )
+        for kind in letters
+    }
+    legend = ", ".join(f"{letter}={words[kind]}" for kind, letter in letters.items())
+    return f"{legend}; {''.join(letters[kind] for kind in kinds)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .dispatch import IMPLEMENTATIONS, Choice, choose, make_ready, micro_attention
 from .memory import advise_huge_pages
-from .merge import merge, merge_into
+from .merge import merge, merge_into, merge_sinks
 from .prepared import PreparedAttention, PreparedMerge
 from .prepared_layers import PreparedLayers
 from .prepared_merges import PreparedMerges
@@ -25,5 +25,6 @@ __all__ = [
     "make_ready",
     "merge",
     "merge_into",
+    "merge_sinks",
     "micro_attention",
 ]

@@ -79,6 +79,21 @@ def merge_tensors(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, 
     torch.logaddexp(lse, part_lse, out=lse)
 
 
+def merge_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Merge a key that every query sees and whose value is zero (an attention sink) into ``out``, in place.
+
+    Parameters
+    ----------
+    out
+        float32 [tokens, heads, d].
+    lse
+        float32 [tokens, heads], natural logarithm; it is left as it is.
+    sinks
+        [heads], any float dtype: the score of that key.
+    """
+    out.mul_(torch.sigmoid(lse - sinks)[..., None])
+
+
 def merge_rows(
     out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
 ) -> None:

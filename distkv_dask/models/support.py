@@ -1,8 +1,9 @@
 """Which models DistAttention computes exactly: a check of the configuration, made before any weight is read.
 
-DistAttention is plain causal softmax attention over all earlier tokens, the same in every layer. A configuration that
-asks for anything else is refused here by name. What a configuration does not tell is found by running the loaded model
-(:mod:`distkv_dask.worker.model.probe`).
+DistAttention is causal softmax attention over earlier tokens: in each layer over all of them, over a sliding window, or
+over chunks, with soft caps and sinks. A configuration that asks for anything else is refused here by name. What a
+configuration does not tell is found by running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`,
+:mod:`distkv_dask.worker.model.probe`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from typing import Any
 
 from distkv_dask.errors import UnsupportedModelError
 
-_FULL = "full_attention"
-_PLAIN = frozenset((_FULL, "attention"))
-_SLIDING = "sliding_attention"
+_SERVED = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention"))
+"""Kinds of layers, as transformers' ``layer_types`` name them."""
 
 _REFUSED_WHEN_SET: Mapping[str, str] = {
-    "attn_logit_softcapping": "a soft cap on attention logits",
     "alibi": "ALiBi position biases",
-    "kv_lora_rank": "latent (MLA) attention",
+    "index_topk": "attention to the best keys only (DSA)",
     "is_encoder_decoder": "an encoder beside the decoder",
     "use_bidirectional_attention": "attention that is not causal",
     "attn_temperature_tuning": "attention temperatures that count positions from the start of each call",
@@ -28,7 +27,6 @@ _REFUSED_WHEN_SET: Mapping[str, str] = {
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
 
 _REFUSED_TYPES: Mapping[str, str] = {
-    "gpt_oss": "attention sinks",
     "bloom": "ALiBi position biases",
     "mpt": "ALiBi position biases",
     "rwkv": "linear attention layers",
@@ -59,8 +57,8 @@ def check_supported(config: Any) -> None:
         value = getattr(text, key, None)
         raise UnsupportedModelError(
             f"model type {text.model_type!r} uses {feature} (configuration key {key}={value!r}), which DistAttention "
-            "does not compute. Choose a model whose layers all attend to all earlier tokens, for example of the Llama, "
-            "Qwen2, Qwen3, Mistral (v0.2 or later), Mixtral or Qwen3-MoE families."
+            "does not compute. Choose a model whose layers all are softmax attention, for example of the Llama, Qwen3, "
+            "Mistral, Gemma 3, Phi-4 or gpt-oss families."
         )
 
 
@@ -83,27 +81,16 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
             yield key, feature
     if getattr(config, "is_causal", True) is False:
         yield "is_causal", "attention that is not causal"
-    yield from _windows(config)
+    yield from _layers(config)
     yield from _rope(config)
 
 
-def _windows(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield what limits the keys that a layer sees; a limit no shorter than the longest sequence is none."""
+def _layers(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield layers of other kinds."""
     # two names of one list: some types have the first as an alias of the second, and others the other way round
     key = next((key for key in ("layer_types", "layers_block_type") if getattr(config, key, None)), "layer_types")
-    kinds = set(getattr(config, key, None) or ())
-    for kind in sorted(kinds - _PLAIN - {_SLIDING}):
+    for kind in sorted(set(getattr(config, key, None) or ()) - _SERVED):
         yield key, f"layers of the kind {kind!r}"
-    if (_SLIDING in kinds or not kinds) and window_in_effect(config, getattr(config, "sliding_window", None)):
-        yield "sliding_window", "a sliding window"
-    if not kinds and window_in_effect(config, getattr(config, "attention_chunk_size", None)):
-        yield "attention_chunk_size", "chunked attention"
-
-
-def window_in_effect(config: Any, window: object) -> bool:
-    """Tell whether a window of ``window`` tokens hides any token of a sequence of the model's full length."""
-    # use_sliding_window is left to the configurations that know it: they drop their window, and others ignore the key
-    return isinstance(window, int) and 0 < window < max_positions(config)
 
 
 def _rope(config: Any) -> Iterator[tuple[str, str]]:

@@ -138,5 +138,13 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
 class _NoAttention:
     """Stands for attention where only sizes matter."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return q

@@ -39,6 +39,10 @@ class Run(NamedTuple):
     queries: int
 
 
+_Joined = dict[tuple[Row, int], list[tuple[range, int]]]
+"""Rows, each with the tokens and the first position of every sequence that it joins."""
+
+
 def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[str, Part]:
     """Parts of a step by worker; workers with nothing to see are left out.
 
@@ -62,8 +66,8 @@ def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[
     if alike:
         batch = [one._replace(length=one.length + at) for one in batch for at in range(queries)]
         queries = 1
-    shared: dict[str, dict[tuple[Row, int], list[int]]] = {}
-    own: dict[str, dict[tuple[Row, int], list[int]]] = {}
+    shared: dict[str, _Joined] = {}
+    own: dict[str, _Joined] = {}
     for place, (sequence, placement, length) in enumerate(batch):
         tail = tail_of(sequence, placement, length)
         held: dict[tuple[str, int | None], list[Span]] = {}
@@ -74,9 +78,9 @@ def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[
             stored = sum(span.filled(length) for span in spans)
             ranges = tuple((span.start, span.stop) for span in spans)
             table = sequence if document is None else document
-            row = Row(table, stored, queries, spans[-1] is tail, ranges)
+            row = Row(table, stored, queries, spans[-1] is tail, ranges, ())
             rows = (own if document is None else shared).setdefault(worker, {})
-            rows.setdefault((row, place * alike), []).extend(range(place * queries, (place + 1) * queries))
+            rows.setdefault((row, place * alike), []).append((range(place * queries, (place + 1) * queries), length))
     return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
 
 
@@ -88,7 +92,7 @@ def merge_order(parts: Mapping[str, Part]) -> list[Run]:
 
     Examples
     --------
-    >>> whole, rest = Row(1, 8, 2, False, ((0, 8),)), Row(1, 0, 2, True, ((8, 16),))
+    >>> whole, rest = Row(1, 8, 2, False, ((0, 8),), (8,)), Row(1, 0, 2, True, ((8, 16),), (8,))
     >>> merge_order({"home": Part((rest,), (0, 1)), "holder": Part((whole,), (0, 1))})
     [Run(worker='holder', query=0, token=0, queries=2), Run(worker='home', query=0, token=0, queries=2)]
     """
@@ -115,11 +119,17 @@ def merge_order(parts: Mapping[str, Part]) -> list[Run]:
     ]
 
 
-def _part(*rows: dict[tuple[Row, int], list[int]]) -> Part:
+def _part(*rows: _Joined) -> Part:
     """Rows with the tokens that they serve, one after the other."""
-    both = [(row, tokens) for some in rows for (row, _), tokens in some.items()]
-    tokens = tuple(token for _, tokens in both for token in tokens)
-    return Part(tuple(row._replace(queries=len(tokens)) for row, tokens in both), tokens)
+    both = [(row, joined) for some in rows for (row, _), joined in some.items()]
+    tokens = tuple(token for _, joined in both for some, _ in joined for token in some)
+    return Part(
+        tuple(
+            row._replace(queries=row.queries * len(joined), positions=tuple(position for _, position in joined))
+            for row, joined in both
+        ),
+        tokens,
+    )
 
 
 def tail_of(sequence: int, placement: Placement, length: int) -> Span:

@@ -13,6 +13,7 @@ import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.gang import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.geometry import describe_kinds
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.attention import LayerAttention
@@ -71,7 +72,9 @@ class Runtime:
         token = spec.token.encode()
         heads = pool.kv_heads if model is None else model.geometry.heads
         dtype = str(pool.dtype).removeprefix("torch.")
-        hello = Hello(spec.engine, lanes.endpoint.worker, pool.layers, heads, pool.kv_heads, pool.head_dim, dtype)
+        kinds = describe_kinds(pool.layer_kinds)
+        sizes = pool.layers, heads, pool.kv_heads, pool.head_dim
+        hello = Hello(spec.engine, lanes.endpoint.worker, *sizes, dtype, kinds)
         config = spec.config
         cluster_ucx = lanes.endpoint.worker.startswith("ucx://")
         self.dialer = Dialer(config.channel, lanes.certificates, config.unencrypted_channels, cluster_ucx)

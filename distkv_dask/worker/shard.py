@@ -11,6 +11,7 @@ from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
+from distkv_dask.worker.first_keys import FirstKeys
 
 
 class Shard:
@@ -54,23 +55,35 @@ class Shard:
         # on the host, where kernels of any device read them once per step
         self._visible, self._starts = torch.empty(2, len(rows), dtype=torch.int32)
         self._slots = torch.empty(2, self.appended, dtype=torch.int64)
+        kinds = list(dict.fromkeys(pool.layer_kinds))
+        self._first = FirstKeys(rows, kinds) if any(kind.visible != "full" for kind in kinds) else None
         self.full = False
         """Whether steps so far have used up a row's room."""
         self._prepare()
-        attention = PreparedAttention(
-            self.tokens, heads, pool.keys(0), pool.values(0),
-            torch.tensor(padded, dtype=torch.int32).view(len(rows), width), self._visible,
-            query_offsets=offsets, causal=causal, q_start=self._starts if causal else None, result=result,
-        )  # fmt: skip
+        blocks = torch.tensor(padded, dtype=torch.int32).view(len(rows), width)
+        attentions: list[PreparedAttention] = []
+        for kind in kinds:
+            first = None if self._first is None else self._first.tensors.get(kind)
+            attentions.append(
+                attention := PreparedAttention(
+                    self.tokens, heads, pool.keys(0), pool.values(0), blocks, self._visible,
+                    query_offsets=offsets, causal=causal, q_start=self._starts if causal else None,
+                    first_keys=first, soft_cap=kind.soft_cap, result=result,
+                )
+            )  # fmt: skip
+            result = attention.result
         self.out, self.lse = attention.out, attention.lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
         self.result = attention.result
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
         self._attend = PreparedLayers(
-            [attention], [0] * pool.layers, [pool.keys(at) for at in layers], [pool.values(at) for at in layers],
+            attentions,
+            [kinds.index(kind) for kind in pool.layer_kinds],
+            [pool.keys(at) for at in layers],
+            [pool.values(at) for at in layers],
             *self._slots,
-        )  # fmt: skip
+        )
         self.native = self._attend.native
         """The batch as the kernels' core takes it; None where that does not serve."""
 
@@ -101,10 +114,12 @@ class Shard:
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now."""
         self._rows = [row._replace(length=row.length + row.queries) if row.appends else row for row in self._rows]
+        if self._first is not None:
+            self._first.advance()
         if self.appended:
             self._prepare()
-            if not self.full:
-                self._attend.refresh()
+        if not self.full and (self.appended or self._first is not None):
+            self._attend.refresh()
 
     def _prepare(self) -> None:
         """Make the index tensors of a step, unless the last step has used up a row's room."""

@@ -63,7 +63,7 @@ def build_engine(
         geometry = model.geometry
     block_tokens = spec.config.block_tokens
     block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
-    pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
+    pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device, geometry.layer_kinds)
     make_ready(pool.keys(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)

@@ -83,7 +83,7 @@ def test_each_tokens_partials_are_merged_once_and_by_position(batch: list[list[i
     rows: dict[str, list[tuple[Row, int]]] = {}
     for token, workers in enumerate(batch):
         for at, worker in enumerate(workers):
-            row = Row(token, 8, 1, at + 1 == len(workers), ((8 * at, 8 * at + 8),))
+            row = Row(token, 8, 1, at + 1 == len(workers), ((8 * at, 8 * at + 8),), (8 * len(workers),))
             rows.setdefault(f"w{worker}", []).append((row, token))
     names = list(rows)
     rng.shuffle(names)

@@ -111,13 +111,15 @@ def test_a_failure_that_was_cut_short_is_still_one() -> None:
 # Bodies
 
 spans = st.lists(st.integers(0, 2**50), max_size=6).map(sorted).map(lambda e: tuple(zip(e[::2], e[1::2], strict=False)))
+positions = st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=4)
 rows = st.builds(
-    Row,
+    lambda joined, each, **fields: Row(queries=len(joined) * each, positions=tuple(joined), **fields),
     sequence=st.integers(0, 2**62 - 1),
     length=st.integers(0, 2**62 - 1),
-    queries=st.integers(1, 2**31 - 1),
+    each=st.integers(1, 2**29 - 1),
     appends=st.booleans(),
     spans=spans,
+    joined=positions,
 )
 
 
@@ -136,23 +138,27 @@ nearly_rows = st.lists(
     st.tuples(
         st.integers(-3, 2**62 + 1), st.integers(-1, 9), st.integers(-1, 2**31), st.booleans() | st.integers(0, 1),
         st.lists(st.lists(st.integers(-1, 9) | st.booleans(), max_size=3) | st.integers(0, 3), max_size=4),
+        st.lists(st.integers(-1, 2**62) | st.booleans(), max_size=3),
     ).map(list),
     max_size=2,
 )  # fmt: skip
 
 
 @given(anything | nearly_rows)
-@example([[1, 4, 1, False, [[1, 2, 3], [4]]]])
-@example([[1, 4, 1, False, [[], [1, 2, 3, 4]]]])
-@example([[1, 4, 0, False, []]])
-@example([[1, 4, 1, False, [[4, 2]]]])
-@example([[1, 4, 1, False, [[True, 2]]]])
+@example([[1, 4, 1, False, [[1, 2, 3], [4]], [4]]])
+@example([[1, 4, 1, False, [[], [1, 2, 3, 4]], [4]]])
+@example([[1, 4, 0, False, [], [4]]])
+@example([[1, 4, 1, False, [[4, 2]], [4]]])
+@example([[1, 4, 1, False, [[True, 2]], [4]]])
+@example([[1, 4, 1, False, [[0, 4]], []]])
+@example([[1, 4, 3, False, [[0, 4]], [4, 4]]])
+@example([[1, 4, 1, False, [[0, 4]], [True]]])
 def test_rows_that_make_no_sense_are_refused_by_a_channels_error(body: Any) -> None:
     try:
         read = decode_rows(msgpack.packb(body))
     except ChannelError:
         return
-    assert [[*row[:4], [list(span) for span in row.spans]] for row in read] == body
+    assert [[*row[:4], [list(span) for span in row.spans], [*row.positions]] for row in read] == body
     for row in read:
         ends = [end for span in row.spans for end in span]
         assert ends == sorted(ends)
@@ -161,6 +167,8 @@ def test_rows_that_make_no_sense_are_refused_by_a_channels_error(body: Any) -> N
         assert row.length >= 0
         assert row.queries >= 1
         assert type(row.appends) is bool
+        assert row.queries % len(row.positions) == 0
+        assert all(type(one) is int and one >= 0 for one in row.positions)
 
 
 @given(st.binary(max_size=60))
@@ -169,7 +177,7 @@ def test_bytes_of_any_kind_are_rows_or_refused(data: bytes) -> None:
         assert all(isinstance(row, Row) for row in decode_rows(data))
 
 
-HELLO = Hello("engine", "tcp://home", 3, 4, 2, 8, "float32")
+HELLO = Hello("engine", "tcp://home", 3, 4, 2, 8, "float32", "a=full; aaa")
 
 
 def test_a_hello_is_read_as_it_was_written_and_shows_the_digest_of_the_token_only() -> None:
@@ -179,9 +187,9 @@ def test_a_hello_is_read_as_it_was_written_and_shows_the_digest_of_the_token_onl
     assert b"secret" not in payload
 
 
-@given(anything | st.lists(st.text(max_size=2) | st.integers(0, 9) | st.booleans(), min_size=7, max_size=7))
-@example(["engine", "home", True, 4, 2, 8, "float32"])
-@example(["engine", "home", 3, 4, 2, 8])
+@given(anything | st.lists(st.text(max_size=2) | st.integers(0, 9) | st.booleans(), min_size=8, max_size=8))
+@example(["engine", "home", True, 4, 2, 8, "float32", "a=full; aaa"])
+@example(["engine", "home", 3, 4, 2, 8, "float32"])
 def test_a_hello_of_other_fields_is_refused(body: Any) -> None:
     payload = bytes(bodies.DIGEST_BYTES) + msgpack.packb(body)
     try:
@@ -189,4 +197,4 @@ def test_a_hello_of_other_fields_is_refused(body: Any) -> None:
     except ChannelError:
         return
     assert list(read) == body
-    assert [type(one) for one in read] == [str, str, int, int, int, int, str]
+    assert [type(one) for one in read] == [str, str, int, int, int, int, str, str]

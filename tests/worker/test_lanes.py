@@ -110,7 +110,7 @@ def test_one_channel_serves_many_gangs_and_changing_batches(lane: Holder, home: 
         session = lane.open_session("engine", gang(number))
         begin(home, number, rows=())
         home.recv_into(Header(Kind.READY, number, 1))
-        body = encode_rows([Row(1, number, 1, True, ((0, 40),))])
+        body = encode_rows([Row(1, number, 1, True, ((0, 40),), (number,))])
         home.send(Header(Kind.BATCH, number, 1, step=7, length=len(body)), body)
         size = (HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
         for layer in range(2):
@@ -146,7 +146,7 @@ def test_a_home_that_does_not_read_its_answers_keeps_nobody_waiting(lane: Holder
     if hasattr(home, "_sock"):
         home._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     session = lane.open_session("engine", gang())
-    rows, queries = (Row(1, 30, 20_000, False, ((0, 40),)),), 20_000
+    rows, queries = (Row(1, 30, 20_000, False, ((0, 40),), (30,)),), 20_000
     begin(home, rows=rows)
     home.recv_into(Header(Kind.READY, 1, 1))
     q = torch.zeros(queries, HEADS, HEAD_DIM)

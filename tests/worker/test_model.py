@@ -34,7 +34,7 @@ class DenseStep:
         self.counts = [0] * sequences
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         assert q.is_contiguous()
         assert k.is_contiguous()
         assert v.is_contiguous()

@@ -51,10 +51,10 @@ def test_queries_leave_before_local_attention_and_first_to_whom_has_most_work(
     channels = {worker: Answering(worker, log) for worker in ("few", "none yet", "many", "some")}
     rows = {"few": 10, "none yet": 0, "many": 9000, "some": 500}
     parts = {
-        worker: Part((Row(7, length, 1, worker == "none yet", ((0, length + 1),)),), (0,))
+        worker: Part((Row(7, length, 1, worker == "none yet", ((0, length + 1),), (length,)),), (0,))
         for worker, length in rows.items()
     }
-    parts["w0"] = Part((Row(1, 30, 1, False, ((0, 40),)),), (0,))
+    parts["w0"] = Part((Row(1, 30, 1, False, ((0, 40),), (30,)),), (0,))
     gang = SimpleNamespace(gang=Gang("engine", 1, "gang-1", 1, "w0", ()), channels=channels, timeout_receive=5.0)
     attention = DistAttention(gang, parts, 1, pool, HEADS)  # type: ignore[arg-type]
     q, kv = torch.randn(1, HEADS, HEAD_DIM), torch.randn(1, KV_HEADS, HEAD_DIM)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.errors import PlanError
+from distkv_dask.geometry import LayerKind
 from distkv_dask.placement import Placement, Span
+from distkv_dask.worker.first_keys import FirstKeys
 from distkv_dask.worker.plan import Stored, cut, merge_order, tail_of
 
 BLOCK = 4
@@ -67,6 +69,31 @@ def test_every_query_meets_every_token_before_it_once(
             wanted = {(number if owner[at] is None else owner[at], at) for at in range(length + query + 1)}
             assert met[number * queries + query] == Counter(wanted)
             assert appended[number * queries + query] == 1, "its KV is stored in one place"
+
+
+kinds = st.builds(LayerKind, st.sampled_from(["sliding", "chunked"]), st.integers(1, 30))
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.lists(sequences(), min_size=1, max_size=5), st.integers(1, 3), st.booleans(), kinds, st.integers(0, 2))
+def test_windows_and_chunks_hide_the_tokens_before_them_wherever_they_lie(
+    some: list[tuple[Placement, int]], queries: int, alike: bool, kind: LayerKind, steps: int
+) -> None:
+    batch = [Stored(number, placement, length) for number, (placement, length) in enumerate(some)]
+    for part in cut(batch, queries, alike).values():
+        first = FirstKeys(part.rows, [LayerKind(), kind])
+        for _ in range(steps):
+            first.advance()
+        seen = iter(zip(part.tokens, first.tensors[kind].tolist(), strict=True))
+        each = 1 if alike else queries
+        for row in part.rows:
+            stored = [at for start, stop in row.spans for at in range(start, stop)]
+            for _ in range(row.queries):
+                token, at = next(seen)
+                position = some[token // queries][1] + token % queries + steps * each
+                begin = position - kind.size + 1 if kind.visible == "sliding" else position - position % kind.size
+                assert stored[at:] == [one for one in stored if one >= begin]
+        assert first.tensors.keys() == {kind}
 
 
 @settings(max_examples=examples(100), deadline=None)

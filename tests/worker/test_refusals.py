@@ -82,7 +82,7 @@ def test_a_batch_that_makes_no_sense_is_refused(lane: Holder, home: Channel, bod
 
 def test_rows_without_room_are_refused_on_both_sides(lane: Holder, home: Channel) -> None:
     session = lane.open_session("engine", gang())
-    begin(home, rows=(Row(1, 48, 1, True, ((0, 40),)),))
+    begin(home, rows=(Row(1, 48, 1, True, ((0, 40),), (48,)),))
     with pytest.raises(PlanError, match=r"w1 failed: .* has room for 48 tokens") as told:
         home.recv_into(Header(Kind.READY, 1, 1))
     with pytest.raises(PlanError, match="has room for 48 tokens") as seen:

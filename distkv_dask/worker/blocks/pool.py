@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from distkv_dask.errors import CapacityError, DeviceError, PlanError, in_words
+from distkv_dask.geometry import LayerKind
 from distkv_dask.kernels import advise_huge_pages
 from distkv_dask.worker.device import HOST, Device
 
@@ -57,6 +58,8 @@ class Pool:
         Number of blocks to allocate.
     device
         In whose memory.
+    layer_kinds
+        What each layer sees; nothing where all see everything.
 
     Raises
     ------
@@ -64,8 +67,11 @@ class Pool:
         A card has not enough memory in one piece.
     """
 
-    def __init__(self, block: BlockShape, blocks: int, device: Device = HOST) -> None:
+    def __init__(
+        self, block: BlockShape, blocks: int, device: Device = HOST, layer_kinds: Sequence[LayerKind] = ()
+    ) -> None:
         self.device = device
+        self.layer_kinds = tuple(layer_kinds) or (LayerKind(),) * block.layers
         self.layers = block.layers
         self.kv_heads = block.kv_heads
         self.head_dim = block.head_dim

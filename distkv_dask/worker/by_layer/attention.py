@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from distkv_dask.gang import Exchanged
-from distkv_dask.kernels import merge_into, micro_attention
+from distkv_dask.kernels import merge_into, merge_sinks, micro_attention
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.first_keys import FirstKeys
 from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.tensor_message import TensorMessage
 
@@ -64,10 +65,13 @@ def attend_part(pool: Pool, part: Part, question: TensorMessage) -> tuple[torch.
             put(torch.tensor(values, dtype=torch.int32))
             for values in ([table], [visible], [0, row.queries], [row.length])
         )
+        kind = pool.layer_kinds[layer]
+        first = FirstKeys([row], [kind]).tensors.get(kind)
         partials.append(
             micro_attention(
                 q[new], pool.keys(layer), pool.values(layer), tables, lengths,
                 scale=scale, query_offsets=ends, causal=True, q_start=start,
+                first_keys=None if first is None else put(first), soft_cap=kind.soft_cap,
             )
         )  # fmt: skip
     return torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials])
@@ -94,7 +98,10 @@ class LayerAttention:
         self._remote = {worker: part for worker, part in parts.items() if worker != forward.gang.home}
         self._pool = pool
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Attention of one layer, as :meth:`distkv_dask.worker.home.attention.DistAttention.attend`.
 
         Raises
@@ -122,6 +129,8 @@ class LayerAttention:
             into, of = slice(token, token + count), slice(query, query + count)
             part_out, part_lse = answers[worker]
             merge_into(out[into], lse[into], part_out[of], part_lse[of])
+        if sinks is not None:
+            merge_sinks(out, lse, sinks)
         return out.to(q.dtype)
 
     @property

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
     ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal. ``spans``
     are the sequence's token ranges that the worker has room for up to there, in order: all but the last are full.
+    ``positions`` are the first positions of the sequences that the row joins, each of which has as many new tokens.
     """
 
     sequence: int
@@ -30,10 +31,14 @@ class Row(NamedTuple):
     queries: int
     appends: bool
     spans: tuple[tuple[int, int], ...]
+    positions: tuple[int, ...]
 
 
 class Hello(NamedTuple):
-    """Who opens a channel, for which engine, and the model geometry that it will speak."""
+    """Who opens a channel, for which engine, and the model geometry that it will speak.
+
+    ``layer_kinds`` is a line of :func:`distkv_dask.geometry.describe_kinds`.
+    """
 
     engine: str
     home: str
@@ -42,6 +47,7 @@ class Hello(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str
+    layer_kinds: str
 
 
 def token_digest(token: bytes) -> bytes:
@@ -64,7 +70,7 @@ def decode_hello(payload: Buffer) -> Hello:
         It is not what :func:`encode_hello` makes.
     """
     fields = _unpack(memoryview(payload)[DIGEST_BYTES:])
-    kinds = (str, str, int, int, int, int, str)
+    kinds = (str, str, int, int, int, int, str, str)
     if len(fields) != len(kinds) or any(type(got) is not kind for got, kind in zip(fields, kinds, strict=True)):
         raise ChannelError(f"a HELLO frame carries {fields!r}; engine, home and model geometry are expected")
     return Hello(*fields)
@@ -86,10 +92,10 @@ def decode_rows(payload: Buffer) -> list[Row]:
     """
     rows = []
     for fields in _unpack(payload):
-        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, bool, list]:
-            expected = "sequence, length, queries, appends, spans are expected"
+        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, bool, list, list]:
+            expected = "sequence, length, queries, appends, spans, positions are expected"
             raise ChannelError(f"a batch carries the row {fields!r}; {expected}")
-        row = Row(*fields)._replace(spans=_spans(fields[4]))
+        row = Row(*fields)._replace(spans=_spans(fields[4]), positions=_positions(fields[5], fields[2]))
         if not (0 <= row.sequence < _TOP and 0 <= row.length < _TOP and 1 <= row.queries < 2**31):
             raise ChannelError(f"a batch carries {row}, whose numbers are invalid")
         rows.append(row)
@@ -103,6 +109,16 @@ def _spans(fields: list[Any]) -> tuple[tuple[int, int], ...]:
     if not pairs or ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] < _TOP):
         raise ChannelError(f"a batch carries the spans {fields!r}; ascending pairs of tokens are expected")
     return tuple((start, stop) for start, stop in fields)
+
+
+def _positions(fields: list[Any], queries: int) -> tuple[int, ...]:
+    """First positions of the sequences of a row."""
+    plain = all(type(one) is int and 0 <= one < _TOP for one in fields)
+    if not plain or not fields or queries % len(fields):
+        raise ChannelError(
+            f"a batch carries the positions {fields!r:.200} for {queries} queries; one a sequence is expected"
+        )
+    return tuple(fields)
 
 
 def _unpack(payload: Buffer) -> list[Any]:

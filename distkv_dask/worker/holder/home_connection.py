@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, DistKVError, PlanError
+from distkv_dask.geometry import describe_kinds
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import DIGEST_BYTES, Hello, Row, decode_hello, decode_rows
 from distkv_dask.worker.channels.frames import NOBODY, Header, Kind, failed
@@ -168,11 +169,12 @@ class HomeConnection:
         hello = decode_hello(payload)
         self.service, pool = fitting[0], fitting[0].pool
         self.inlet.peer = hello.home
-        mine = (pool.layers, pool.kv_heads, pool.head_dim, str(pool.dtype).removeprefix("torch."))
-        theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype)
+        kinds = describe_kinds(pool.layer_kinds)
+        mine = (pool.layers, pool.kv_heads, pool.head_dim, str(pool.dtype).removeprefix("torch."), kinds)
+        theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype, hello.layer_kinds)
         if mine != theirs or hello.engine != self.service.engine:
             raise ChannelError(
-                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype) {theirs}; "
+                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype, kinds) {theirs}; "
                 f"this holder has engine {self.service.engine}, {mine}"
             )
         self._hello = hello

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from distkv_dask.gang import Exchanged
-from distkv_dask.kernels import PreparedMerges
+from distkv_dask.kernels import PreparedMerges, merge_sinks
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.home.exchange import Asking, Exchange, placed_indices
 from distkv_dask.worker.home.gang import HomeGang
@@ -49,7 +49,7 @@ class DistAttention:
         self._exchange: Exchange | None = None
         self._merge: PreparedMerges | None = None
         if local is not None and local.index is None and len(parts) == 1:
-            self._out = local.shard.out
+            self._out, self._lse = local.shard.out, local.shard.lse
         else:
             self._out = torch.empty(shape, dtype=torch.float32, device=pool.device.torch)
             self._lse = torch.empty(shape[:2], dtype=torch.float32, device=pool.device.torch)
@@ -91,7 +91,10 @@ class DistAttention:
         """What was exchanged with holders so far."""
         return Exchanged() if self._exchange is None else self._exchange.exchanged
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Attention of one layer over everything stored and the new tokens, whose KV is appended to the tails.
 
         Parameters
@@ -104,6 +107,8 @@ class DistAttention:
             Contiguous [tokens, kv_heads, head_dim].
         scale
             Factor of the scores.
+        sinks
+            [heads], if the layer has them: scores of a key that every query sees, with a value of zero.
 
         Returns
         -------
@@ -124,6 +129,8 @@ class DistAttention:
             exchange.gather(layer, self.step)
         if self._merge is not None:  # a token has several partials here
             self._merge()
+        if sinks is not None:
+            merge_sinks(self._out, self._lse, sinks)
         return self._result if self._result is self._out else self._result.copy_(self._out)
 
     def advance(self) -> None:

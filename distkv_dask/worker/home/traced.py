@@ -89,11 +89,14 @@ class TracedAttention(DistAttention):
         self.left = 0
         """When the model was last left to itself, by :func:`time.perf_counter_ns`."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Attention of one layer."""
         began = self._ring.put("model", self.left, self.number, self.step, layer)
         try:
-            return super().attend(layer, q, k, v, scale)
+            return super().attend(layer, q, k, v, scale, sinks)
         finally:
             self.left = self._ring.put("attention", began, self.number, self.step, layer)
 

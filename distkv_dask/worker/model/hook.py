@@ -21,7 +21,7 @@ IMPLEMENTATION = "distkv"
 class AttentionStep(Protocol):
     """Attention of one forward call, for all its layers."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         """Append this layer's keys and values, and attend.
 
         Parameters
@@ -35,6 +35,8 @@ class AttentionStep(Protocol):
             Keys and values: contiguous [T, kv_heads, head_dim] in the model's dtype.
         scale
             Factor on the scores.
+        sinks
+            [heads], if the layer has attention sinks: scores of a key that every query sees, with a value of zero.
 
         Returns
         -------
@@ -50,9 +52,9 @@ hands keywords that it does not know down to its attention."""
 
 
 @contextmanager
-def attending_with(step: AttentionStep) -> Iterator[None]:
-    """Route the attention of models that run on this thread to ``step``."""
-    _running.step = step
+def attending_with(step: AttentionStep, kv_heads: int, head_dim: int) -> Iterator[None]:
+    """Route the attention of models that run on this thread to ``step``, padded to KV heads and head size."""
+    _running.step, _running.kv_heads, _running.head_dim = step, kv_heads, head_dim
     try:
         yield
     finally:
@@ -71,36 +73,52 @@ def dist_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend with the running step; the form is that of transformers' attention functions.
 
-    Keywords that would change the result (a sliding window, a soft cap, sinks) were refused when the model was loaded.
+    What a layer sees and its soft cap were learned when the model was loaded (:mod:`.layer_kinds`). Layers with fewer
+    KV heads or smaller heads than the pool are padded, which is exact: zeros add nothing to scores, and further numbers
+    of values are cut off again.
 
     Parameters
     ----------
     module
         The layer's attention module, which knows its ``layer_idx``.
     query, key, value
-        [1, heads, T, head_dim] and twice [1, kv_heads, T, head_dim].
+        [1, heads, T, d], [1, kv_heads, T, d] and [1, kv_heads, T, dv].
     attention_mask
         None.
     scaling
-        Factor on the scores; None is ``head_dim ** -0.5``.
+        Factor on the scores; None is ``d ** -0.5``.
+    s_aux
+        Attention sinks [heads], or None.
 
     Returns
     -------
     tuple
-        Output [1, T, heads, head_dim], and None for the weights.
+        Output [1, T, heads, dv], and None for the weights.
     """
+    kv_heads, size = _running.kv_heads, _running.head_dim
     out = running_step().attend(
         cast(int, module.layer_idx),
-        query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).contiguous(),
-        value[0].transpose(0, 1).contiguous(),
+        _padded(query, query.shape[1], size),
+        _padded(key, kv_heads, size),
+        _padded(value, kv_heads, size),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
+        s_aux,
     )
-    return out.unsqueeze(0), None
+    return out[..., : value.shape[-1]].unsqueeze(0), None
+
+
+def _padded(tensor: Tensor, heads: int, size: int) -> Tensor:
+    """Contiguous [T, heads, size] of [1, h, T, d]: each head repeated, and zeros behind its numbers."""
+    _, given, _, d = tensor.shape
+    if given != heads:
+        tensor = tensor.repeat_interleave(heads // given, 1)
+    tensor = tensor[0].transpose(0, 1)
+    return tensor.contiguous() if d == size else torch.nn.functional.pad(tensor, (0, size - d))
 
 
 AttentionInterface.register(IMPLEMENTATION, dist_attention)

@@ -98,7 +98,7 @@ def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device)
 class _EachItself:
     """Stands for attention: what every token makes of its own query, key and value."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         mixed: Tensor = q * scale + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1)
         return mixed
 

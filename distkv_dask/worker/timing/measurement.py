@@ -79,7 +79,7 @@ def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
     found = []
     for tokens in (pool.block_tokens, _most(pool)):
         with _reserved(pool, 0, tokens), torch.inference_mode(), device.stream(Use.HOLDER):
-            shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),))], heads)
+            shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),), (tokens,))], heads)
             seconds: list[float] = []
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS:
                 began = time.perf_counter()

@@ -1,0 +1,181 @@
+"""What each layer of a model sees, learned from the masks that the model asks transformers for.
+
+A configuration says it in many ways, and not always. A model's code always asks for a mask, by a function that tells
+for two positions whether one sees the other; here that function is called instead of made into a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from distkv_dask.errors import UnsupportedModelError
+from distkv_dask.geometry import Geometry, LayerKind
+from distkv_dask.models.support import max_positions
+from distkv_dask.worker.model.hook import attending_with, running_step
+
+_LOOKING = "distkv-look"
+_TOKENS = 4
+_NUMBERS = 8
+"""Kernels take heads of a multiple of that many numbers."""
+
+MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """How one layer calls its attention: index, kind, and sizes."""
+
+    index: int
+    kind: LayerKind
+    heads: int
+    kv_heads: int
+    d: int
+    dv: int
+
+
+def look_at_layers(model: Any) -> list[Layer]:
+    """Run a model over a few tokens and say how its layers attend, in the order in which they do.
+
+    The model is left with another attention implementation.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When a layer brings a mask or a bias of its own, or one that is neither a window nor a chunk.
+    """
+    look = _Look(model.config.get_text_config())
+    model.set_attn_implementation(_LOOKING)
+    positions = torch.arange(_TOKENS, device=model.device)[None]
+    with torch.inference_mode(), attending_with(cast(Any, look), 0, 0):
+        model(input_ids=positions, position_ids=positions, use_cache=False)
+    return look.layers
+
+
+def kind_of(visible: MaskFunction, longest: int, device: torch.device | None = None) -> LayerKind | None:
+    """Kind of the layers whose mask is ``visible(batch, head, query, key)``; None where it is none of ours.
+
+    Parameters
+    ----------
+    visible
+        Tells for int64 positions that are broadcast whether the query sees the key.
+    longest
+        Longest sequence in tokens.
+    device
+        Where ``visible`` wants its positions.
+
+    Examples
+    --------
+    >>> kind_of(lambda batch, head, q, k: (k <= q) & (k > q - 5), 100)
+    LayerKind(visible='sliding', size=5, soft_cap=None)
+    """
+    everywhere = torch.arange(longest, device=device)
+    sees_start = visible(0, 0, everywhere, everywhere[0]).expand(longest)
+    size = 0 if bool(sees_start.all()) else int(sees_start.int().argmin())
+    kinds = [LayerKind("sliding", size), LayerKind("chunked", size)] if size else [LayerKind()]
+    some = {
+        0,
+        1,
+        size - 1,
+        size,
+        size + 1,
+        2 * size - 1,
+        2 * size,
+        3 * size + 1,
+        longest // 2,
+        longest - 2,
+        longest - 1,
+    }
+    for at in some:
+        if 0 <= at < longest:
+            row = visible(0, 0, everywhere[at], everywhere).expand(longest)
+            kinds = [one for one in kinds if torch.equal(row, (everywhere >= one.first(at)) & (everywhere <= at))]
+    return kinds[0] if kinds else None
+
+
+def geometry_of(layers: Sequence[Layer], config: Any, dtype: str) -> Geometry:
+    """Sizes of the pool that serves layers: the largest of all, and heads of a multiple of 8 numbers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When layers differ in their query heads, attend twice or not at all, or their KV heads have no common multiple.
+    """
+    indices = [layer.index for layer in layers]
+    if indices != list(range(config.num_hidden_layers)):
+        _refuse(
+            config,
+            f"its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should attend once each "
+            f"through transformers' attention registry, in order, but layers {indices} did",
+        )
+    kv_heads = max(layer.kv_heads for layer in layers)
+    if len({layer.heads for layer in layers}) > 1 or any(kv_heads % layer.kv_heads for layer in layers):
+        _refuse(config, f"its layers differ in (heads, kv heads): {sorted({layer[2:4] for layer in layers})}")
+    kinds = tuple(layer.kind for layer in layers)
+    largest = max(max(layer.d, layer.dv) for layer in layers)
+    return Geometry(
+        layers=len(layers),
+        heads=layers[0].heads,
+        kv_heads=kv_heads,
+        head_dim=-(-largest // _NUMBERS) * _NUMBERS,
+        vocab_size=config.vocab_size,
+        max_positions=max_positions(config),
+        dtype=dtype,
+        layer_kinds=() if set(kinds) == {LayerKind()} else kinds,
+    )
+
+
+def _refuse(config: Any, reason: str) -> NoReturn:
+    raise UnsupportedModelError(f"model type {config.model_type!r} cannot run with DistAttention: {reason}.")
+
+
+class _Look:
+    """Records how layers call their attention."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.layers: list[Layer] = []
+        self.masks: list[tuple[Tensor, LayerKind | None]] = []
+        """Masks that were given out, with what they stand for."""
+
+    def look(
+        self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None
+    ) -> None:
+        """Record a call, or refuse it."""
+        if (index := getattr(module, "layer_idx", None)) is None:
+            _refuse(self.config, "its attention modules do not know their layer (layer_idx)")
+        kind: LayerKind | None = LayerKind()
+        if mask is not None:
+            kinds = [kind for given, kind in self.masks if given is mask]
+            if not kinds:
+                _refuse(self.config, "a layer brings its own attention mask or position bias")
+            kind = kinds[0]
+        if kind is None:
+            _refuse(self.config, "a layer's mask is neither causal, nor a sliding window, nor chunks")
+        kind = LayerKind(kind.visible, kind.size, None if cap is None else float(cap))
+        self.layers.append(Layer(index, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
+
+
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, *, mask_function: MaskFunction, device: torch.device, **_: Any
+) -> Tensor:
+    look = cast(_Look, running_step())
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+    look.masks.append((mask, kind_of(mask_function, max_positions(look.config), device)))
+    return mask
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+) -> tuple[Tensor, None]:
+    cast(_Look, running_step()).look(module, query, key, value, attention_mask, keywords.get("softcap"))
+    _, heads, tokens, _ = query.shape
+    return query.new_zeros(1, tokens, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_LOOKING, _attention)
+AttentionMaskInterface.register(_LOOKING, cast(Any, _mask))
