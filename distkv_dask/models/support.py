@@ -33,10 +33,6 @@ _REFUSED_TYPES: Mapping[str, str] = {
 }
 """Model types whose feature is in the code of the model and in no key of its configuration."""
 
-_LENGTH_DEPENDENT_ROPE = "longrope"
-"""Rotary embeddings whose frequencies are others for sequences longer than the original length. (``dynamic`` ones
-change only past ``max_position_embeddings``, and requests that long are refused.)"""
-
 
 def check_supported(config: Any) -> None:
     """Refuse a model whose attention DistAttention would not compute exactly.
@@ -82,7 +78,6 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
     if getattr(config, "is_causal", True) is False:
         yield "is_causal", "attention that is not causal"
     yield from _layers(config)
-    yield from _rope(config)
 
 
 def _layers(config: Any) -> Iterator[tuple[str, str]]:
@@ -91,14 +86,3 @@ def _layers(config: Any) -> Iterator[tuple[str, str]]:
     key = next((key for key in ("layer_types", "layers_block_type") if getattr(config, key, None)), "layer_types")
     for kind in sorted(set(getattr(config, key, None) or ()) - _SERVED):
         yield key, f"layers of the kind {kind!r}"
-
-
-def _rope(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield rotary embeddings that change with the sequence's length: keys stored earlier would become wrong."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    for rope in nested or [parameters]:
-        if rope.get("rope_type") != _LENGTH_DEPENDENT_ROPE:
-            continue
-        if (rope.get("original_max_position_embeddings") or 0) < max_positions(config):
-            yield "rope_parameters", "rotary embeddings that depend on the sequence's length"

@@ -174,8 +174,8 @@ class HomeConnection:
         theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype, hello.layer_kinds)
         if mine != theirs or hello.engine != self.service.engine:
             raise ChannelError(
-                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype, kinds) {theirs}; "
-                f"this holder has engine {self.service.engine}, {mine}"
+                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype, kinds) "
+                f"{theirs}; this holder has engine {self.service.engine}, {mine}"
             )
         self._hello = hello
         if (ring := self.service.ring) is not None:

@@ -22,15 +22,17 @@ from distkv_dask.geometry import Geometry
 from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import ModelSource, resolve_model
-from distkv_dask.models.support import check_supported
+from distkv_dask.models.support import check_supported, max_positions
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.model_class import check_class
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
+from distkv_dask.worker.model.text_part import drop_other_parts, loading_class
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 
@@ -165,6 +167,7 @@ def load_model(
         check_class(config, source.name)
         source.check_weights(config)
         model = _read_weights(source, config, dtype, device)
+        pin_long_rope(model, max_positions(config))
         geometry = probe(model)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
     if deterministic:
@@ -175,12 +178,10 @@ def load_model(
 
 
 def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if source.kind == "gguf" and dtype == "auto":
         dtype = "bfloat16"
     location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load = loading_class(config).from_pretrained
     try:
         model, found = load(
             location,
@@ -202,6 +203,7 @@ def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) 
     except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
         raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
     check_complete(found, config.get_text_config(), source.name)
+    drop_other_parts(model)
     return model.eval().requires_grad_(False)
 
 
