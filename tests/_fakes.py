@@ -60,7 +60,7 @@ class Member:
         geometry = model.geometry
         self.address = address
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
-        block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
+        block = BlockShape.of(geometry, block_tokens)
         self.pool = Pool(block, blocks, model.device)
         self.runtime = Runtime(spec, model, self.pool, self.lanes)
 

@@ -62,8 +62,8 @@ def build_engine(
         model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device)
         geometry = model.geometry
     block_tokens = spec.config.block_tokens
-    block = BlockShape(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype, block_tokens)
-    pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device, geometry.layer_kinds)
+    block = BlockShape.of(geometry, block_tokens)
+    pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
     make_ready(pool.keys(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)

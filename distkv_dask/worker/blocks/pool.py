@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from distkv_dask.errors import CapacityError, DeviceError, PlanError, in_words
-from distkv_dask.geometry import LayerKind
+from distkv_dask.geometry import Geometry, LayerKind
 from distkv_dask.kernels import advise_huge_pages
 from distkv_dask.worker.device import HOST, Device
 
@@ -26,7 +26,8 @@ from distkv_dask.worker.device import HOST, Device
 class BlockShape:
     """What one block holds: keys and values of ``block_tokens`` tokens in all layers.
 
-    ``dtype`` is the name of the element type, for instance ``"bfloat16"``.
+    ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees,
+    nothing where all see everything.
     """
 
     layers: int
@@ -34,6 +35,13 @@ class BlockShape:
     head_dim: int
     dtype: str
     block_tokens: int
+    layer_kinds: tuple[LayerKind, ...] = ()
+
+    @classmethod
+    def of(cls, geometry: Geometry, block_tokens: int) -> BlockShape:
+        """Blocks for a model."""
+        sizes = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype
+        return cls(*sizes, block_tokens, geometry.layer_kinds)
 
     @property
     def nbytes(self) -> int:
@@ -58,8 +66,6 @@ class Pool:
         Number of blocks to allocate.
     device
         In whose memory.
-    layer_kinds
-        What each layer sees; nothing where all see everything.
 
     Raises
     ------
@@ -67,11 +73,9 @@ class Pool:
         A card has not enough memory in one piece.
     """
 
-    def __init__(
-        self, block: BlockShape, blocks: int, device: Device = HOST, layer_kinds: Sequence[LayerKind] = ()
-    ) -> None:
+    def __init__(self, block: BlockShape, blocks: int, device: Device = HOST) -> None:
         self.device = device
-        self.layer_kinds = tuple(layer_kinds) or (LayerKind(),) * block.layers
+        self.layer_kinds = block.layer_kinds or (LayerKind(),) * block.layers
         self.layers = block.layers
         self.kv_heads = block.kv_heads
         self.head_dim = block.head_dim
