@@ -28,11 +28,11 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
-from distkv_dask.worker.model.model_class import check_class
+from distkv_dask.worker.model.model_class import model_class
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
-from distkv_dask.worker.model.text_part import drop_other_parts, loading_class
+from distkv_dask.worker.model.text_part import drop_other_parts
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 
@@ -164,9 +164,9 @@ def load_model(
     torch.set_num_threads(threads)
     with _loading, _quiet():
         check_supported(config := source.config())
-        check_class(config, source.name)
+        load = model_class(config, source.name).from_pretrained
         source.check_weights(config)
-        model = _read_weights(source, config, dtype, device)
+        model = _read_weights(load, source, config, dtype, device)
         pin_long_rope(model, max_positions(config))
         geometry = probe(model)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
@@ -177,11 +177,10 @@ def load_model(
     return loaded
 
 
-def _read_weights(source: ModelSource, config: Any, dtype: str, device: Device) -> Any:
+def _read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> Any:
     if source.kind == "gguf" and dtype == "auto":
         dtype = "bfloat16"
     location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
-    load = loading_class(config).from_pretrained
     try:
         model, found = load(
             location,

@@ -7,8 +7,8 @@ from typing import Any
 from distkv_dask.errors import UnsupportedModelError
 
 
-def check_class(config: Any, name: str) -> None:
-    """Refuse a model whose class is no causal language model, or computes attention in code of its own.
+def model_class(config: Any, name: str) -> Any:
+    """The class that loads a model to continue text: with its other parts, where its text part has no class alone.
 
     Parameters
     ----------
@@ -20,18 +20,20 @@ def check_class(config: Any, name: str) -> None:
     Raises
     ------
     UnsupportedModelError
-        Saying which of the two.
+        There is none, or it computes attention in code of its own.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, __version__
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+    found: Any = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
+    if found is None:
         raise UnsupportedModelError(
             f"model {name!r} of type {config.model_type!r} is no causal language model of transformers {__version__}: "
             "choose one that generates text from text"
         )
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not (found._supports_attention_backend or found._can_set_attn_implementation()):
         raise UnsupportedModelError(
             f"model {name!r} of type {config.model_type!r} computes attention in code of its own ({found.__name__}), "
             "not through transformers' attention interface, where DistAttention takes its place: choose a newer model"
         )
+    return found

@@ -1,24 +1,10 @@
-"""Models with other parts than text (vision, audio) as text models: which class loads them, and what is let go of."""
+"""Models with other parts than text (vision, audio) as text models."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-
-
-def loading_class(config: Any) -> Any:
-    """Transformers' class that loads a model to complete text: with its other parts, where text has no class alone.
-
-    Parameters
-    ----------
-    config
-        The whole model's configuration.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
-
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is config
-    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
 
 def drop_other_parts(model: Any) -> None:
