@@ -78,12 +78,13 @@ def verdict(kind: str) -> dict[str, Any]:
         return {"verdict": "aside", "reason": "an encoder, or an encoder and a decoder"}
     try:
         model = tiny_model(kind)
-        right = {length: expected(model, length) for length in SPLITS}
     except Exception as error:
         return {"verdict": "not built", "reason": f"{type(error).__name__}: {error}"}
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
+            read: Any = type(model).from_pretrained(folder)  # Youtu's sets the padding's embedding to 0
+            right = {length: expected(read.eval(), length) for length in SPLITS}
         except Exception as error:
             return {"verdict": "not built", "reason": f"{type(error).__name__}: {error}"}
         try:

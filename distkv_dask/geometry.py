@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
-
-T = TypeVar("T", bound=Any)  # int, or an array of them
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +29,8 @@ class LayerKind:
     size: int = 0
     soft_cap: float | None = None
 
-    def first(self, position: T) -> T:
-        """First position that a query at ``position`` sees, none where that is negative."""
+    def first(self, position: Any) -> Any:
+        """First position that a query at ``position`` (an integer or an array) sees; below 0, all of them."""
         if self.visible == "sliding":
             return position - self.size + 1
         return position // self.size * self.size if self.visible == "chunked" else position * 0

@@ -20,8 +20,6 @@ _REFUSED_WHEN_SET: Mapping[str, str] = {
     "alibi": "ALiBi position biases",
     "index_topk": "attention to the best keys only (DSA)",
     "is_encoder_decoder": "an encoder beside the decoder",
-    "use_bidirectional_attention": "attention that is not causal",
-    "attn_temperature_tuning": "attention temperatures that count positions from the start of each call",
     "state_size": "state-space layers",
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
@@ -77,6 +75,8 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
             yield key, feature
     if getattr(config, "is_causal", True) is False:
         yield "is_causal", "attention that is not causal"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # "vision": among tokens of an image
+        yield "use_bidirectional_attention", "attention that is not causal"
     yield from _layers(config)
 
 

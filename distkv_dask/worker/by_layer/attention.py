@@ -66,12 +66,12 @@ def attend_part(pool: Pool, part: Part, question: TensorMessage) -> tuple[torch.
             for values in ([table], [visible], [0, row.queries], [row.length])
         )
         kind = pool.layer_kinds[layer]
-        first = FirstKeys([row], [kind]).tensors.get(kind)
+        begins = FirstKeys([row], [kind]).tensors.get(kind)
         partials.append(
             micro_attention(
                 q[new], pool.keys(layer), pool.values(layer), tables, lengths,
                 scale=scale, query_offsets=ends, causal=True, q_start=start,
-                first_keys=None if first is None else put(first), soft_cap=kind.soft_cap,
+                first_keys=None if begins is None else put(begins), soft_cap=kind.soft_cap,
             )
         )  # fmt: skip
     return torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials])

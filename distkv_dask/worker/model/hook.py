@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distkv_dask.worker.model.temperature import tempered
+
 IMPLEMENTATION = "distkv"
 """Name of :func:`dist_attention` in transformers' registry."""
 
@@ -52,9 +54,19 @@ hands keywords that it does not know down to its attention."""
 
 
 @contextmanager
-def attending_with(step: AttentionStep, kv_heads: int, head_dim: int) -> Iterator[None]:
-    """Route the attention of models that run on this thread to ``step``, padded to KV heads and head size."""
-    _running.step, _running.kv_heads, _running.head_dim = step, kv_heads, head_dim
+def attending_with(step: AttentionStep, positions: Tensor, kv_heads: int, head_dim: int) -> Iterator[None]:
+    """Route the attention of models that run on this thread to ``step``.
+
+    Parameters
+    ----------
+    step
+        What attends.
+    positions
+        int64 [T] of the flattened tokens.
+    kv_heads, head_dim
+        Sizes to which keys and values are padded.
+    """
+    _running.step, _running.positions, _running.kv_heads, _running.head_dim = step, positions, kv_heads, head_dim
     try:
         yield
     finally:
@@ -103,7 +115,7 @@ def dist_attention(
     kv_heads, size = _running.kv_heads, _running.head_dim
     out = running_step().attend(
         cast(int, module.layer_idx),
-        _padded(query, query.shape[1], size),
+        _padded(tempered(module, query, _running.positions), query.shape[1], size),
         _padded(key, kv_heads, size),
         _padded(value, kv_heads, size),
         query.shape[-1] ** -0.5 if scaling is None else scaling,

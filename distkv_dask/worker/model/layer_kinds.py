@@ -28,9 +28,9 @@ MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """How one layer calls its attention: index, kind, and sizes."""
+    """How one layer calls its attention: its number, kind, and sizes."""
 
-    index: int
+    number: int
     kind: LayerKind
     heads: int
     kv_heads: int
@@ -50,9 +50,10 @@ def look_at_layers(model: Any) -> list[Layer]:
     """
     look = _Look(model.config.get_text_config())
     model.set_attn_implementation(_LOOKING)
-    positions = torch.arange(_TOKENS, device=model.device)[None]
-    with torch.inference_mode(), attending_with(cast(Any, look), 0, 0):
-        model(input_ids=positions, position_ids=positions, use_cache=False)
+    positions = torch.arange(_TOKENS, device=model.device)
+    with torch.inference_mode(), attending_with(cast(Any, look), positions, 0, 0):
+        # not a number: with one, Gemma 4 computes only some tokens in its last layers, with masks of their own
+        model(input_ids=positions[None], position_ids=positions[None], use_cache=False, logits_to_keep=positions)
     return look.layers
 
 
@@ -105,12 +106,12 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str) -> Geometry:
     UnsupportedModelError
         When layers differ in their query heads, attend twice or not at all, or their KV heads have no common multiple.
     """
-    indices = [layer.index for layer in layers]
-    if indices != list(range(config.num_hidden_layers)):
+    numbers = [layer.number for layer in layers]
+    if numbers != list(range(config.num_hidden_layers)):
         _refuse(
             config,
             f"its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should attend once each "
-            f"through transformers' attention registry, in order, but layers {indices} did",
+            f"through transformers' attention registry, in order, but layers {numbers} did",
         )
     kv_heads = max(layer.kv_heads for layer in layers)
     if len({layer.heads for layer in layers}) > 1 or any(kv_heads % layer.kv_heads for layer in layers):
@@ -146,7 +147,7 @@ class _Look:
         self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None
     ) -> None:
         """Record a call, or refuse it."""
-        if (index := getattr(module, "layer_idx", None)) is None:
+        if (number := getattr(module, "layer_idx", None)) is None:
             _refuse(self.config, "its attention modules do not know their layer (layer_idx)")
         kind: LayerKind | None = LayerKind()
         if mask is not None:
@@ -157,7 +158,7 @@ class _Look:
         if kind is None:
             _refuse(self.config, "a layer's mask is neither causal, nor a sliding window, nor chunks")
         kind = LayerKind(kind.visible, kind.size, None if cap is None else float(cap))
-        self.layers.append(Layer(index, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
+        self.layers.append(Layer(number, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
 
 
 def _mask(

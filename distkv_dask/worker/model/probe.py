@@ -19,6 +19,7 @@ from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.geometry import Geometry, LayerKind
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
 from distkv_dask.worker.model.layer_kinds import geometry_of, look_at_layers
+from distkv_dask.worker.model.temperature import take_temperatures
 
 _PIECES = ((3, 1), (2, 3))
 """Tokens that each of the two sequences adds in each of the two calls."""
@@ -30,7 +31,7 @@ _LOW_PRECISION_TOLERANCE = 0.3
 def probe(model: Any) -> Geometry:
     """Run ``model`` (a transformers causal LM) and return the geometry that its layers showed.
 
-    The model is left with the attention implementation ``"distkv"``.
+    The model is left with the attention implementation ``"distkv"``, and its temperatures with our hook.
 
     Raises
     ------
@@ -45,6 +46,7 @@ def probe(model: Any) -> Geometry:
         with torch.inference_mode():
             model.set_attn_implementation("eager")
             own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
+            take_temperatures(model)
             geometry = geometry_of(look_at_layers(model), config, str(model.dtype).removeprefix("torch."))
             model.set_attn_implementation(IMPLEMENTATION)
             ours = _in_pieces(model, ids, _Dense(geometry))
@@ -69,11 +71,11 @@ def _in_pieces(model: Any, ids: Sequence[Tensor], dense: _Dense) -> Tensor:
     logits: list[list[Tensor]] = [[] for _ in ids]
     for counts in _PIECES:
         pieces = [(start, start + count) for start, count in zip(done, counts, strict=True)]
-        positions = [torch.arange(*piece, device=ids[0].device) for piece in pieces]
+        positions = torch.cat([torch.arange(*piece, device=ids[0].device) for piece in pieces])
         tokens = [sequence[slice(*piece)] for sequence, piece in zip(ids, pieces, strict=True)]
         dense.counts = counts
-        with attending_with(dense, dense.geometry.kv_heads, dense.geometry.head_dim):
-            output = _logits(model, torch.cat(tokens), torch.cat(positions))
+        with attending_with(dense, positions, dense.geometry.kv_heads, dense.geometry.head_dim):
+            output = _logits(model, torch.cat(tokens), positions)
         for rows, part in zip(logits, torch.split_with_sizes(output, counts), strict=True):
             rows.append(part)
         done = [start + count for start, count in zip(done, counts, strict=True)]
