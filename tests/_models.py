@@ -50,14 +50,27 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "Qwen3Moe", 4, 2, 64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=4
     ),
     "mixtral": lambda: _config("Mixtral", 4, 4, 64, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2),
-}
+    "gemma2": lambda: _config("Gemma2", 4, 2, 64, sliding_window=40, query_pre_attn_scalar=64),  # windows, soft caps
+    "gpt-oss": lambda: _config(  # windows, sinks
+        "GptOss", 4, 2, 64, sliding_window=40, num_local_experts=4, num_experts_per_tok=2, rope_scaling=None
+    ),
+    "llama4": lambda: _config(  # chunks, temperatures by position
+        "Llama4Text", 4, 2, 64, attention_chunk_size=40, floor_scale=30, num_hidden_layers=4, num_local_experts=2,
+        intermediate_size_mlp=64,
+    ),
+    "deepseek-v3": lambda: _config(  # latent attention: values shorter than keys
+        "DeepseekV3", 4, 4, 32, q_lora_rank=24, kv_lora_rank=24, qk_nope_head_dim=32, qk_rope_head_dim=32,
+        v_head_dim=40, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32,
+    ),
+}  # fmt: skip
 """Name of a tiny model -> its configuration."""
 
 
 def block_bytes(family: str, tokens: int = 8) -> int:
     """Bytes of a block of so many tokens of a tiny model's KV in float32."""
     config = FAMILIES[family]()
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * tokens * 4
+    head_dim = getattr(config, "qk_head_dim", config.head_dim)
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * tokens * 4
 
 
 _SEEDS = {"llama-mqa": 9, "qwen2": 7, "qwen3": 9, "phi3": 9, "qwen3-moe": 10, "mixtral": 7}
@@ -91,14 +104,14 @@ class Reference:
 
 
 def reference_generate(
-    model: Path | str, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str = "sdpa"
+    model: Path | str, prompts: Sequence[Sequence[int]], max_new_tokens: int, attention: str | None = None
 ) -> list[Reference]:
     """Generate greedily with plain transformers in float32, one prompt at a time, past any end-of-sequence token."""
     return [_reference(str(model), tuple(prompt), max_new_tokens, attention) for prompt in prompts]
 
 
 @cache
-def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attention: str) -> Reference:
+def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attention: str | None) -> Reference:
     output = _plain(model, attention).generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -112,7 +125,7 @@ def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attenti
 
 
 @lru_cache(maxsize=2)
-def _plain(model: str, attention: str) -> transformers.PreTrainedModel:
+def _plain(model: str, attention: str | None) -> transformers.PreTrainedModel:
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
     return plain.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 import transformers
 from _models import FAMILIES, MAX_POSITIONS, model_dir, prompt_ids, reference_generate, save_model
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distkv_dask.errors import ModelError, UnsupportedModelError
+from distkv_dask.geometry import LayerKind
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported
+from distkv_dask.worker.model.layer_kinds import MaskFunction, kind_of
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.model.probe import probe
 
@@ -30,8 +35,9 @@ def _one_thread() -> None:
 class DenseStep:
     """The plainest attention step: every sequence's keys and values in one tensor per layer."""
 
-    def __init__(self, sequences: int) -> None:
+    def __init__(self, sequences: int, kinds: Sequence[LayerKind] = ()) -> None:
         self.counts = [0] * sequences
+        self.kinds = kinds
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
@@ -39,17 +45,28 @@ class DenseStep:
         assert k.is_contiguous()
         assert v.is_contiguous()
         parts = zip(*(tensor.split(self.counts) for tensor in (q, k, v)), strict=True)
-        return torch.cat([self._one(layer, at, *part, scale) for at, part in enumerate(parts) if len(part[0])])
+        return torch.cat([self._one(layer, at, *part, scale, sinks) for at, part in enumerate(parts) if len(part[0])])
 
-    def _one(self, layer: int, sequence: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _one(
+        self, layer: int, sequence: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         before = self.kv.get((layer, sequence), (k[:0], v[:0]))
         k, v = torch.cat((before[0], k)), torch.cat((before[1], v))
         self.kv[layer, sequence] = k, v
-        hidden = torch.ones(len(q), len(k)).triu(len(k) - len(q) + 1).bool()
+        kind = self.kinds[layer] if self.kinds else LayerKind()
+        visible = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+        for row, at in zip(visible, range(len(k) - len(q), len(k)), strict=True):
+            begin = {"full": 0, "sliding": at + 1 - kind.size, "chunked": at - at % (kind.size or 1)}[kind.visible]
+            row[: max(0, begin)] = False
         group = q.shape[1] // k.shape[1]
         keys, values = (tensor.float().repeat_interleave(group, 1).transpose(0, 1) for tensor in (k, v))
         scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
-        return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1).to(q.dtype)
+        if kind.soft_cap:
+            scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, len(q), 1)), -1)
+        return (scores.softmax(-1)[..., : len(k)] @ values).transpose(0, 1).to(q.dtype)
 
 
 def run(model: LoadedModel, step: DenseStep, pieces: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
@@ -78,7 +95,8 @@ def test_greedy_tokens_equal_plain_transformers(family: str) -> None:
     prompt = prompt_ids(33)
     (expected,) = reference_generate(model_dir(family), [prompt], NEW_TOKENS)
     assert len(set(expected.tokens)) > 5, "the reference must not be one token over and over"
-    model, step = load_model(str(model_dir(family)), "float32", 1), DenseStep(1)
+    model = load_model(str(model_dir(family)), "float32", 1)
+    step = DenseStep(1, model.geometry.layer_kinds)
     tokens, logits = decode(model, step, run(model, step, [prompt], [0]), [len(prompt)])
     assert tokens == [expected.tokens]
     torch.testing.assert_close(logits[0], expected.logits, rtol=0, atol=1e-4)
@@ -89,7 +107,8 @@ def test_ragged_prompts_flattened_into_one_call_do_not_see_each_other(family: st
     prompts = [prompt_ids(17, 1), prompt_ids(1, 2), prompt_ids(50, 3)]
     lengths = [len(prompt) for prompt in prompts]
     expected = reference_generate(model_dir(family), prompts, NEW_TOKENS, attention="eager")
-    model, step = load_model(str(model_dir(family)), "float32", 1), DenseStep(3)
+    model = load_model(str(model_dir(family)), "float32", 1)
+    step = DenseStep(3, model.geometry.layer_kinds)
     run(model, step, [prompts[0][:16], [], prompts[2][:20]], [0, 0, 0])
     first = run(model, step, [prompts[0][16:], prompts[1], prompts[2][20:]], [16, 0, 20])
     tokens, logits = decode(model, step, first, lengths)
@@ -149,44 +168,17 @@ def config(kind: str, **settings: object) -> transformers.PreTrainedConfig:
 
 
 REFUSED = [
-    (config("mistral", sliding_window=4096, max_position_embeddings=32768), "sliding_window=4096"),
-    (config("qwen2", use_sliding_window=True, sliding_window=512, max_window_layers=2), "sliding_window=512"),
-    (config("qwen3_moe", use_sliding_window=True, sliding_window=512), "sliding_window=512"),
-    (config("phi3", sliding_window=2047), "sliding_window=2047"),
-    (config("gemma3_text"), "sliding_window"),
-    (config("gemma2"), "attn_logit_softcapping"),
-    (config("gpt_oss"), "sinks"),
-    (config("llama4_text", attn_temperature_tuning=False), "chunked_attention"),
-    (config("deepseek_v3"), "kv_lora_rank"),
+    (config("deepseek_v32"), "DSA"),
+    (config("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
     (config("t5"), "is_encoder_decoder"),
     (config("llama", is_causal=False), "is_causal"),
     (config("qwen3_next"), "linear_attention"),
     (config("jamba"), "layers of the kind 'linear_attention'"),
-    (
-        config("mistral", sliding_window=512, max_position_embeddings=1024, use_sliding_window=False),
-        "sliding_window=512",
-    ),
-    (config("llama4_text", layer_types=["full_attention"] * 48), "attn_temperature_tuning"),
     (config("mamba"), "state-space"),
     (config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "layer_types"),
     (config("bloom"), "ALiBi"),
     (config("mpt"), "ALiBi"),
     (config("falcon", alibi=True), "alibi"),
-    (
-        config(
-            "phi3",
-            max_position_embeddings=131072,
-            original_max_position_embeddings=4096,
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 48,
-                "long_factor": [2.0] * 48,
-                "original_max_position_embeddings": 4096,
-            },
-        ),
-        "rope_parameters",
-    ),
 ]
 
 
@@ -237,10 +229,7 @@ def tiny(kind: str, **settings: object) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("kind", "settings", "named"),
     [
-        ("mistral", {"sliding_window": 128}, "sliding window of 128"),
-        ("gemma2", {"head_dim": 16}, "soft cap"),
-        ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 512}, "sinks"),
-        ("bert", {"is_decoder": False}, "other than causal"),
+        ("bert", {"is_decoder": False}, "neither causal"),
         ("mamba", {}, "should attend once"),
         ("falcon", {}, "should attend once"),
         ("diffllama", {}, "should attend once"),
@@ -251,6 +240,55 @@ def tiny(kind: str, **settings: object) -> torch.nn.Module:
 def test_probe_refuses_what_a_configuration_check_would_miss(kind: str, settings: dict, named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         probe(tiny(kind, **settings))
+
+
+SLIDING, FULL = LayerKind("sliding", 64), LayerKind()
+MIXED = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS: list[tuple[str, dict, tuple[LayerKind, ...]]] = [
+    ("llama", {}, ()),
+    ("mistral", {"sliding_window": 64}, (SLIDING, SLIDING)),
+    ("mistral", {"sliding_window": 64, "use_sliding_window": False}, (SLIDING, SLIDING)),  # a key that it does not know
+    ("mistral", {"sliding_window": 256}, ()),  # no longer than the longest sequence
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, ()),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, (FULL, SLIDING)),
+    ("gemma2", {"head_dim": 16, **MIXED}, (replace(SLIDING, soft_cap=50.0), replace(FULL, soft_cap=50.0))),
+    ("gemma3_text", {"head_dim": 16, **MIXED}, (SLIDING, FULL)),
+    ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, **MIXED}, (SLIDING, FULL)),
+    ("cohere2", MIXED, (SLIDING, FULL)),
+    (
+        "llama4_text",
+        {"head_dim": 16, "attention_chunk_size": 32, "layer_types": ["chunked_attention", "full_attention"]},
+        (LayerKind("chunked", 32), FULL),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "kinds"), KINDS, ids=lambda value: value if type(value) is str else "")
+def test_what_a_layer_sees_is_learned_from_the_model(kind: str, settings: dict, kinds: tuple[LayerKind, ...]) -> None:
+    assert probe(tiny(kind, **settings)).layer_kinds == kinds
+
+
+@given(st.sampled_from(["sliding", "chunked"]), st.integers(1, 70), st.integers(2, 60))
+def test_kinds_of_masks_are_found_by_asking(visible: str, size: int, longest: int) -> None:
+    kind = LayerKind(visible, size)
+    found = kind_of(lambda batch, head, q, k: (k <= q) & (k >= kind.first(q)), longest)
+    everywhere = range(longest)
+    assert found is not None
+    assert [max(0, found.first(at)) for at in everywhere] == [max(0, kind.first(at)) for at in everywhere]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda batch, head, q, k: q >= 0,  # sees what comes later
+        lambda batch, head, q, k: (k <= q) & ((k > q - 8) | (k < 2)),  # a window, and what comes first
+        lambda batch, head, q, k: (k <= q) & (k % 2 == q % 2),
+        lambda batch, head, q, k: (k <= q) & (k > q - 8 - q // 9),
+        lambda batch, head, q, k: k < q,
+    ],
+)
+def test_other_masks_have_no_kind(mask: MaskFunction) -> None:
+    assert kind_of(mask, 100) is None
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "gemma", "olmo2", "cohere", "stablelm", "granite", "glm4"])
@@ -291,8 +329,8 @@ def test_layers_of_different_sizes_are_no_error_of_transformers(tmp_path: Path) 
 
 
 def test_unsupported_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    config("mistral", sliding_window=64).save_pretrained(tmp_path)  # a configuration and no weights
-    with pytest.raises(UnsupportedModelError, match="sliding_window"):
+    config("mamba").save_pretrained(tmp_path)  # a configuration and no weights
+    with pytest.raises(UnsupportedModelError, match="state-space"):
         load_model(str(tmp_path), "float32", 1)
 
 
@@ -314,6 +352,6 @@ def test_unknown_dtype_error_names_the_choices() -> None:
 
 
 def test_check_reads_the_text_part_of_a_model_of_several_parts() -> None:
-    text = config("mistral", sliding_window=64)
-    with pytest.raises(UnsupportedModelError, match="sliding_window"):
+    text = config("mamba")
+    with pytest.raises(UnsupportedModelError, match="state-space"):
         check_supported(SimpleNamespace(get_text_config=lambda: text))

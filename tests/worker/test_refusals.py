@@ -50,9 +50,13 @@ def test_a_wrong_token_opens_nothing(lane: Holder, kind: Kind, caplog: pytest.Lo
     assert serves(lane, 2)
 
 
-@pytest.mark.parametrize("change", [{"layers": 3}, {"kv_heads": 1}, {"head_dim": 32}, {"dtype": "bfloat16"}])
+KINDS = {"layer_kinds": "a=sliding 8; aa"}
+CHANGES = [{"layers": 3}, {"kv_heads": 1}, {"head_dim": 32}, {"dtype": "bfloat16"}, KINDS]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_home_with_another_model_is_told_both_geometries(lane: Holder, change: dict[str, object]) -> None:
-    with pytest.raises(GangAbortedError, match=r"float32.*engine, \(2, 2, 64, 'float32'\)|bfloat16.*\(2, 2, 64"):
+    with pytest.raises(GangAbortedError, match=r"float32.*engine, \(2, 2, 64, 'float32', 'a|bfloat16.*\(2, 2, 64"):
         connect(lane, HELLO._replace(**change))
 
 
@@ -62,10 +66,10 @@ NO_ROWS = [
     b"\x93\x01\x02\x03",
     b"\x81\x01\x02",
     b"\x91\x94\x01\xff\x01\xc2",
-    b"\x91\x95\x01\xff\x01\xc2\x90",  # stored tokens below zero
-    b"\x91\x95\x01\x01\x01\xc2\x91\x92\x10\x00",  # a span that ends before it begins
-    b"\x91\x95\x01\x01\x01\xc2\x91\x91\x10",  # half a span
-    b"\x91\x95\x01\x01\x01\xc2\x92\x00\x10",  # no spans
+    b"\x91\x96\x01\xff\x01\xc2\x90\x91\x01",  # stored tokens below zero
+    b"\x91\x96\x01\x01\x01\xc2\x91\x92\x10\x00\x91\x01",  # a span that ends before it begins
+    b"\x91\x96\x01\x01\x01\xc2\x91\x91\x10\x91\x01",  # half a span
+    b"\x91\x96\x01\x01\x01\xc2\x92\x00\x10\x91\x01",  # no spans
 ]
 
 

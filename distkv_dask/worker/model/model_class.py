@@ -6,6 +6,10 @@ from typing import Any
 
 from distkv_dask.errors import UnsupportedModelError
 
+# transformers has no public names for these
+_SUPPORTS = "_supports_attention_backend"
+_CAN_SET = "_can_set_attn_implementation"
+
 
 def model_class(config: Any, name: str) -> Any:
     """The class that loads a model to continue text: with its other parts, where its text part has no class alone.
@@ -31,7 +35,7 @@ def model_class(config: Any, name: str) -> Any:
             f"model {name!r} of type {config.model_type!r} is no causal language model of transformers {__version__}: "
             "choose one that generates text from text"
         )
-    if not (found._supports_attention_backend or found._can_set_attn_implementation()):
+    if not (getattr(found, _SUPPORTS, False) or getattr(found, _CAN_SET)()):
         raise UnsupportedModelError(
             f"model {name!r} of type {config.model_type!r} computes attention in code of its own ({found.__name__}), "
             "not through transformers' attention interface, where DistAttention takes its place: choose a newer model"
