@@ -67,7 +67,7 @@ def _text_part(config: Any) -> Any:
 
 
 def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield (configuration key, feature) of everything in ``config`` that is not plain causal full attention."""
+    """Yield (configuration key, feature) of everything in ``config`` that DistAttention does not compute."""
     if config.model_type in _REFUSED_TYPES:
         yield "model_type", _REFUSED_TYPES[config.model_type]
     for key, feature in _REFUSED_WHEN_SET.items():

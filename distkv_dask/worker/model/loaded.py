@@ -156,7 +156,7 @@ def load_model(
     ModelError
         When the model does not exist or cannot be loaded, or the dtype is unknown.
     UnsupportedModelError
-        When its attention is not plain causal attention over all earlier tokens, or it cannot be ``deterministic``.
+        When its attention is not what DistAttention computes, or it cannot be ``deterministic``.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
