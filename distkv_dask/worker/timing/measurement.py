@@ -74,11 +74,11 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
 def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
     """One query's attention in all layers over few and over many tokens."""
     device = pool.device
-    q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
-    nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
     found = []
     for tokens in (pool.block_tokens, _most(pool)):
         with _reserved(pool, 0, tokens), torch.inference_mode(), device.stream(Use.HOLDER):
+            q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
+            nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
             shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),), (tokens,))], heads)
             seconds: list[float] = []
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS:
