@@ -151,9 +151,16 @@ def _histc(source: CudaTensor, bins: int = 100, min: float = 0, max: float = 0) 
     return CudaTensor(perform(kernel))
 
 
+def _softmax(source: CudaTensor, dim: int, half_to_float: bool) -> Tensor:
+    """CUDA reads halves and writes single precision at once, which the CPU does not."""
+    held, dtype = source.bytes, torch.float32 if half_to_float else None
+    return CudaTensor(perform(Kernel("_softmax", lambda: torch.softmax(held, dim, dtype=dtype), [held])))
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: copy,
     aten._to_copy.default: _to_copy,
     aten._local_scalar_dense.default: _scalar,
     aten.histc.default: _histc,
+    aten._softmax.default: _softmax,
 }
