@@ -13,6 +13,7 @@ COMMANDS = {
     "ingest": ("distkv_dask.client.commands.ingest:command", "Save a document's KV cache, to ask about it later."),
     "status": ("distkv_dask.client.commands.status:command", "Show what a cluster is doing."),
     "documents": ("distkv_dask.client.commands.documents:command", "List the documents that a cluster keeps."),
+    "models": ("distkv_dask.client.commands.models:command", "Check if a model is served, and the memory it needs."),
     "bench": ("distkv_dask.client.commands.bench:command", "Measure a cluster and a model, in a minute."),
     "cluster": ("distkv_dask.client.commands.cluster:command", "Start a Dask cluster on this machine."),
     "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a cluster that does not exist."),

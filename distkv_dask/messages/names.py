@@ -25,6 +25,9 @@ MEMORY_RESOURCE = "distkv-memory"
 KV_MEMORY_RESOURCE = "distkv-kv-memory"
 """Dask resource: bytes of KV memory of just this worker, instead of ``distkv.kv-memory``."""
 
+PAUSE_FRACTION = 0.8
+"""Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
+
 TO_WORKER = "distkv-to-worker"
 """Stream operation of all messages from the gManager to rManagers (:mod:`~distkv_dask.messages.to_worker`)."""
 

@@ -55,7 +55,7 @@ def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
     unused = sorted(
         key
         for key in found["unexpected_keys"]
-        if not _OTHER_PARTS.search(key) and not any(layer in key for layer in further)
+        if not beside_the_text_model(key) and not any(layer in key for layer in further)
     )
     if unused:
         raise ModelError(
@@ -63,6 +63,11 @@ def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
             f"use: {_named(unused)}. Without them its answers would be wrong: choose weights that are not quantised "
             "(scales are the usual cause), or save the model again with transformers' save_pretrained"
         )
+
+
+def beside_the_text_model(key: str) -> bool:
+    """Whether a tensor belongs to a part of a checkpoint that a text model leaves out."""
+    return _OTHER_PARTS.search(key) is not None
 
 
 def _further_layers(config: Any) -> int:

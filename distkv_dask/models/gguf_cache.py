@@ -8,6 +8,7 @@ for, are saved under the user's cache directory, where all processes of a machin
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ from distkv_dask.models.complete import check_complete
 from distkv_dask.models.files import refuse_pointer
 from distkv_dask.models.gguf_keys import check_tensors, complete_config
 from distkv_dask.models.gguf_parts import GgufModel, gguf_parts
+from distkv_dask.models.weight_sizes import COUNTED
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
-_FORM = 2
+_FORM = 3
 """Counted up when the same file would be converted to something else."""
 
 
@@ -111,6 +113,8 @@ def _save_text(parts: Sequence[Path], alone: Path, target: Path) -> None:
     complete_config(config.get_text_config(), model)
     check_tensors(config, model)
     config.save_pretrained(target)
+    numbers = sum(int(tensor.n_elements) for tensor in model.tensors.values())
+    (target / COUNTED).write_text(json.dumps({"F32": numbers}))
     if "tokenizer.ggml.tokens" in model.fields:
         AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name).save_pretrained(target)
 

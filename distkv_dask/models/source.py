@@ -19,7 +19,8 @@ from distkv_dask.models.files import check_sizes, check_tokenizer, read_json, sa
 from distkv_dask.models.gguf_cache import converted_text
 from distkv_dask.models.gguf_parts import gguf_parts
 from distkv_dask.models.rope_scaling import checked, scale
-from distkv_dask.models.weight_files import check_weights
+from distkv_dask.models.weight_files import check_weights, weight_files
+from distkv_dask.models.weight_sizes import counted_numbers, memory_of, stored_numbers
 
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub when it is asked whether a model exists."""
@@ -110,6 +111,25 @@ class ModelSource:
         """
         if self.kind == "directory":
             check_weights(Path(self.location), config.get_text_config())
+
+    def weight_bytes(self, config: Any, dtype: str) -> int | None:
+        """Bytes of the model's weights in memory in ``dtype``; None where its files are not on this machine yet.
+
+        Raises
+        ------
+        ModelError
+            When files are missing or cannot be read.
+        """
+        if self.kind == "gguf":
+            numbers = counted_numbers(Path(self._text_location()))
+            return memory_of(numbers, config, "bfloat16" if dtype == "auto" else dtype)
+        folder = self._config_file().parent
+        try:
+            return memory_of(stored_numbers(weight_files(folder)), config, dtype)
+        except ModelError:
+            if self.kind == "hub":  # they are downloaded when the model is loaded
+                return None
+            raise
 
     def _config_file(self) -> Path:
         if self.kind != "hub":

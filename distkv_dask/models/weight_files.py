@@ -41,7 +41,7 @@ def check_weights(folder: Path, config: Any) -> None:
         )
     if (generation := folder / "generation_config.json").exists():
         read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end
-    files = list(_weight_files(folder))
+    files = weight_files(folder)
     for file in files:
         _check_tensors(file)
     # memory for all that is missing would be taken
@@ -56,7 +56,18 @@ def check_weights(folder: Path, config: Any) -> None:
         )
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model.
+
+    Raises
+    ------
+    ModelError
+        When it has none in its folder.
+    """
+    return list(_found(folder))
+
+
+def _found(folder: Path) -> Iterator[Path]:
     if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
         yield _inside(folder, WEIGHTS)
         return

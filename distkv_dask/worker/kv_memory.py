@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from distkv_dask.errors import CapacityError, ConfigError, DeviceError
-from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
+from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.device import Device
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from distributed import Worker
 
     from distkv_dask.worker.model.loaded import LoadedModel
-
-PAUSE_FRACTION = 0.8
-"""Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
 
 MARGIN = 0.05
 """Part of a card's memory that is left free by default: for kernels, other libraries and what is in pieces."""

@@ -26,6 +26,7 @@ from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.timing.measurement_cache import cached_measurement, hardware
+from distkv_dask.worker.weight_memory import check_weights_fit
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -58,6 +59,7 @@ def build_engine(
         # takes seconds and memory, which memory workers do not spend
         from distkv_dask.worker.model.loaded import load_model
 
+        check_weights_fit(spec, worker, device)
         deterministic = spec.config.deterministic
         model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device)
         geometry = model.geometry

@@ -103,6 +103,14 @@ def sampling_options(command: Command) -> Command:
 
 def model_options(command: Command) -> Command:
     """Add the options for the model and the memory of its KV cache."""
+    model = click.option(
+        "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
+    )
+    return model(loading_options(command))
+
+
+def loading_options(command: Command) -> Command:
+    """Add the options that say how a model is loaded, and the memory of its KV cache."""
     for option in (
         click.option(
             "--kv-memory",
@@ -122,9 +130,6 @@ def model_options(command: Command) -> Command:
             default="auto",
             show_default=True,
             help="Dtype of weights and KV cache; auto takes the checkpoint's.",
-        ),
-        click.option(
-            "--model", default="smollm2-135m", show_default=True, help="Directory, GGUF file or Hugging Face name."
         ),
     ):
         command = option(command)
