@@ -8,6 +8,7 @@ from typing import Any
 
 from distkv_dask.errors import ModelError
 from distkv_dask.models.layer_values import layer_values
+from distkv_dask.models.model_class import model_class
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported, max_positions
 
@@ -60,6 +61,7 @@ def report_on(name: str, dtype: str = "auto", rope_scaling: Mapping[str, Any] | 
         return ModelReport(name, reason=str(error))
     try:
         check_supported(config)
+        model_class(config, source.name)
         source.check_weights(config)
         weights = source.weight_bytes(config, dtype)
         per_token = kv_bytes_per_token(text, _kv_dtype(source, config, dtype))

@@ -48,6 +48,8 @@ def test_a_model_that_is_not_served_has_the_reason_said_and_status_1(tmp_path: P
     assert "state-space" in said["reason"]
     done = call(tmp_path)
     assert (done.exit_code, "(mamba) is not served: " in done.output) == (1, True)
+    transformers.GPTJConfig(n_layer=2, n_embd=64, n_head=4, rotary_dim=16).save_pretrained(tmp_path)
+    assert "attention in code of its own" in call(tmp_path).output
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read as JSON" in call(tmp_path).output
     assert "no-such" in call("no-such-model").output
@@ -57,8 +59,7 @@ def test_a_model_that_is_not_served_has_the_reason_said_and_status_1(tmp_path: P
 def test_the_kv_memory_said_is_that_of_the_pool(family: str) -> None:
     geometry = load_model(str(model_dir(family)), "float32", 1).geometry
     config: Any = FAMILIES[family]()
-    shape = {name: getattr(geometry, name) for name in ("layers", "kv_heads", "head_dim", "dtype")}
-    assert kv_bytes_per_token(config.get_text_config(), "float32") == BlockShape(**shape, block_tokens=1).nbytes
+    assert kv_bytes_per_token(config.get_text_config(), "float32") == BlockShape.of(geometry, 1).nbytes
 
 
 def worker(limit: int, held: int = 0, **resources: int) -> dict[str, Any]:

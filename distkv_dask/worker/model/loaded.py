@@ -21,6 +21,7 @@ from distkv_dask.errors import DeviceError, ModelError, in_words
 from distkv_dask.geometry import Geometry
 from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.model_class import model_class
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported, max_positions
 from distkv_dask.sampling import SamplingParams
@@ -28,7 +29,6 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
-from distkv_dask.worker.model.model_class import model_class
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
