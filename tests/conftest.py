@@ -32,16 +32,18 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     use_torch_kernels()
 
 # Clusters of tests fork their workers from one process that has imported all that a worker needs, which takes every
-# other worker seconds of a core. What tests start by a command (examples, the guide, dask worker) is as for users.
-dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-get_mp_context().set_forkserver_preload(
-    [
-        "distkv_dask.worker.rmanager",
-        "distkv_dask.worker.startup",
-        "distkv_dask.worker.model.loaded",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+# other worker seconds of a core. What tests start by a command (examples, the guide, dask worker) is as for users, and
+# a card needs processes that nobody has forked.
+if os.environ.get("DISTKV_TEST_DEVICE", "cpu") == "cpu":
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+    get_mp_context().set_forkserver_preload(
+        [
+            "distkv_dask.worker.rmanager",
+            "distkv_dask.worker.startup",
+            "distkv_dask.worker.model.loaded",
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no fault
 settings.load_profile("tests")
