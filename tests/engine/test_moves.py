@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,34 +11,11 @@ from distributed import Client, Scheduler, Worker
 from distributed.comm.core import CommClosedError
 
 from distkv_dask import CapacityError, Engine, SamplingParams, SequenceStatus
-from distkv_dask.placement import Move
-from distkv_dask.scheduler.ledger.ledger import Ledger
-from distkv_dask.scheduler.policies.base import Policy
-from distkv_dask.scheduler.policies.overflow import Overflow
 from tests._cluster import SLOW, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
+from tests._splits import move_at_random
 
 SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": "2 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
-
-
-def move_at_random(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Have the policy propose random moves of random blocks between random workers, whenever it is asked."""
-    rng = random.Random(seed)
-
-    def moves(policy: Policy, ledger: Ledger, waiting: object) -> list[Move]:
-        return list(propose(ledger))
-
-    def propose(ledger: Ledger) -> Iterator[Move]:
-        for sequence, account in ledger.sequences.items():
-            span = rng.choice(account.placement)
-            blocks = (min(span.stop, account.length) - span.start) // ledger.block_tokens
-            if blocks > 0:
-                first = rng.randrange(blocks)
-                last = rng.randint(first + 1, blocks)
-                start, stop = (span.start + at * ledger.block_tokens for at in (first, last))
-                yield Move(sequence, start, stop, span.worker, rng.choice(sorted(ledger.workers)))
-
-    monkeypatch.setattr(Overflow, "moves", moves)
 
 
 @pytest.mark.parametrize("granularity", ["window", "layer"])
