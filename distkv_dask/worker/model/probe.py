@@ -2,6 +2,7 @@
 
 A configuration does not tell everything. So two short sequences run through the model in two pieces, flattened into
 the same calls, over plain dense attention; then each alone with the model's own attention; and the logits must agree.
+They do so in float32, and in the first layers only, as many as have one of each kind.
 Recurrent or convolution layers, attention outside of transformers' registry, sinks, and masks other than causal are
 found this way. What matters only over long distances (windows) shows in the masks that the model asks for
 (:mod:`.layer_kinds`).
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.geometry import Geometry, LayerKind
+from distkv_dask.worker.model.first_layers import first_layers
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
+from distkv_dask.worker.model.in_float32 import in_float32
 from distkv_dask.worker.model.layer_kinds import geometry_of, look_at_layers
 from distkv_dask.worker.model.temperature import take_temperatures
 
 _PIECES = ((3, 1), (2, 3))
 """Tokens that each of the two sequences adds in each of the two calls."""
-_TOLERANCE = {torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.3
-"""Largest relative difference of logits. Loose in 16 bits, where rounding may send a token to another expert."""
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.3
+"""Largest relative difference of logits in float32, and where parts stay in 16 bits or fewer, whose rounding may send a
+token to another expert."""
 
 
 def probe(model: Any) -> Geometry:
@@ -44,20 +47,28 @@ def probe(model: Any) -> Geometry:
     ids = torch.split_with_sizes(spread.to(model.device), total)
     try:
         with torch.inference_mode():
-            model.set_attn_implementation("eager")
-            own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
-            take_temperatures(model)
             geometry = geometry_of(look_at_layers(model), config, str(model.dtype).removeprefix("torch."))
+            with first_layers(model, geometry) as layers, in_float32(model, layers) as exact:
+                own, ours = _both(model, ids, geometry)
+            take_temperatures(model)
             model.set_attn_implementation(IMPLEMENTATION)
-            ours = _in_pieces(model, ids, _Dense(geometry))
     except UnsupportedModelError:
         raise
     except Exception as error:  # a model's own code stumbles over its configuration in any way
         raise UnsupportedModelError(
             f"model type {config.model_type!r} does not run on flattened tokens with DistAttention: {error}"
         ) from error
-    _compare(config.model_type, own, ours, _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE))
+    _compare(config.model_type, own, ours, _TOLERANCE if exact else _LOW_PRECISION_TOLERANCE)
     return geometry
+
+
+def _both(model: Any, ids: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Logits by the model's own attention, and by ours."""
+    model.set_attn_implementation("eager")
+    own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
+    take_temperatures(model)  # those of the first layers
+    model.set_attn_implementation(IMPLEMENTATION)
+    return own, _in_pieces(model, ids, _Dense(geometry))
 
 
 def _logits(model: Any, ids: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""A model cut down to its first layers for a while: enough to have one of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from distkv_dask.geometry import Geometry
+
+_LEAST = 2
+
+
+@contextmanager
+def first_layers(model: Any, geometry: Geometry) -> Iterator[nn.ModuleList | None]:
+    """Leave only layers up to the last that is the first of its kind; yields them, None where none are found.
+
+    Parameters
+    ----------
+    model
+        A transformers model.
+    geometry
+        Its sizes.
+    """
+    count = geometry.layers
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if not found:
+        yield None
+        return
+    parent, name, layers = max(found, key=lambda one: sum(weight.numel() for weight in one[2].parameters()))
+    kinds = [_kind(model.config.get_text_config(), geometry, layer, at) for at, layer in enumerate(layers)]
+    kept = max(_LEAST, max(kinds.index(kind) for kind in kinds) + 1)
+    few = nn.ModuleList(layers[:kept])
+    setattr(parent, name, few)
+    try:
+        yield few
+    finally:
+        setattr(parent, name, layers)
+
+
+def _kind(config: Any, geometry: Geometry, layer: nn.Module, at: int) -> tuple[Any, ...]:
+    """What tells layers apart: what they see, the shapes of their weights, and lists with an entry for each layer."""
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+    lists = (
+        repr(value[at]) for value in vars(config).values() if isinstance(value, list) and len(value) == geometry.layers
+    )
+    return (shapes, geometry.layer_kinds[at : at + 1], *lists)

@@ -1,0 +1,108 @@
+"""A model of 16 bits run in float32, a module at a time, so that rounding does not hide or fake a difference.
+
+There is never a second copy of the model: small weights are widened for as long as a layer runs, large ones for their
+own call, and the largest (experts, a head over a big vocabulary) stay as they are, between two conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SHORT = (torch.bfloat16, torch.float16)
+_SMALL, _LARGE = 64 << 20, 2 << 30
+"""Bytes in float32 of a module's own weights: up to the first it is widened with its layer, up to the second alone."""
+
+
+@contextmanager
+def in_float32(model: Any, layers: nn.ModuleList | None) -> Iterator[bool]:
+    """Run a model in float32 for a while; yields whether all of it does.
+
+    Parameters
+    ----------
+    model
+        A transformers model.
+    layers
+        Its decoder layers, where they are known: only one of them is widened at a time.
+    """
+    if model.dtype not in _SHORT or getattr(model, "hf_quantizer", None) is not None:
+        yield model.dtype == torch.float32
+        return
+    inner = {module for module in (layers.modules() if layers is not None else ())}
+    with ExitStack() as stack:
+        whole = True
+        for module in model.modules():
+            size = _size(module)
+            if size > _LARGE:
+                _hook(stack, module, _narrowed_inputs, _widened_output)
+                whole = False
+            elif size > _SMALL:
+                _widen_calls(stack, module, [module])
+            elif size and module not in inner:
+                stack.enter_context(_widened([module]))
+        for layer in layers if layers is not None else ():
+            _widen_calls(stack, layer, [one for one in layer.modules() if _size(one) <= _SMALL])
+        yield whole
+
+
+def _short(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own weights and buffers of 16 bits."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.dtype in _SHORT:
+            yield tensor
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of its own weights in float32."""
+    return 4 * sum(weight.numel() for weight in _short(module))
+
+
+@contextmanager
+def _widened(modules: Iterable[nn.Module]) -> Iterator[None]:
+    tensors = [tensor for module in modules for tensor in _short(module)]
+    before = [tensor.data for tensor in tensors]
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _widen_calls(stack: ExitStack, called: nn.Module, modules: list[nn.Module]) -> None:
+    """Widen modules whenever one of them, or their layer, is called."""
+    running = ExitStack()
+
+    def before(*_: Any) -> None:
+        running.enter_context(_widened(modules))
+
+    def after(*_: Any) -> None:
+        running.close()
+
+    _hook(stack, called, before, after)
+    stack.callback(running.close)
+
+
+def _hook(stack: ExitStack, module: nn.Module, before: Any, after: Any) -> None:
+    stack.callback(module.register_forward_pre_hook(before, with_kwargs=before is _narrowed_inputs).remove)
+    stack.callback(module.register_forward_hook(after).remove)
+
+
+def _narrowed_inputs(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    convert = partial(_converted, dtype=next(_short(module)).dtype)
+    return tuple(map(convert, args)), {name: convert(value) for name, value in keywords.items()}
+
+
+def _widened_output(module: nn.Module, _: Any, output: Any) -> Any:
+    return tuple(map(_converted, output)) if isinstance(output, tuple) else _converted(output)
+
+
+def _converted(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
