@@ -56,7 +56,7 @@ def test_blocks_are_conserved_whatever_happens(sizes: list[int], events: list[tu
         ledger.release(number)
     check_ledger(ledger)
     assert not ledger.sequences
-    assert not ledger.debts()
+    assert not ledger.owes.by_pair()
     assert all(account.used == account.homed == 0 for account in ledger.workers.values())
 
 
@@ -89,8 +89,8 @@ def test_a_home_with_a_full_batch_takes_no_more_sequences() -> None:
 def test_debts_are_the_blocks_that_others_hold_for_a_home() -> None:
     ledger = ledger_of(4, 4, 4)
     ledger.reserve(0, (Span("w1", 0, 40), Span("w2", 40, 56), Span("w0", 56, 100)))
-    assert ledger.debts() == {("w0", "w1"): 3, ("w0", "w2"): 1}
-    assert ledger.lent() == {"w1": 3, "w2": 1}
+    assert ledger.owes.by_pair() == {("w0", "w1"): 3, ("w0", "w2"): 1}
+    assert ledger.owes.by_creditor() == {"w1": 3, "w2": 1}
 
 
 def test_reserving_more_than_there_is_is_a_fault() -> None:

@@ -201,7 +201,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for number in sorted(self.blocks, reverse=True):
             self.forget(number)
         check_ledger(self.ledger)
-        assert not self.ledger.debts()
+        assert not self.ledger.owes.by_pair()
         assert not self.ledger.moves
         assert all(a.used == a.lent == a.borrowed == a.homed == 0 for a in self.ledger.workers.values())
 

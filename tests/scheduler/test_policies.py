@@ -112,7 +112,7 @@ def test_a_circle_of_debts_is_found_and_cancelled() -> None:
         for move in moves:
             ledger.finish_move(move)
     assert find_cycle(ledger) == []
-    assert not ledger.debts()
+    assert not ledger.owes.by_pair()
 
 
 def test_greedy_frees_the_memory_of_a_worker_with_a_small_batch() -> None:

@@ -158,7 +158,7 @@ def indebted(owed: list[tuple[int, int, int]], capacity: int = 40) -> Ledger:
 @given(debts)
 def test_a_circle_is_found_where_any_order_of_workers_is_one(owed: list[tuple[int, int, int]]) -> None:
     ledger = indebted(owed)
-    edges = {*ledger.debts()}
+    edges = {*ledger.owes.by_pair()}
     circles = {
         order
         for size in range(2, 6)
@@ -176,7 +176,7 @@ def test_a_circle_is_recalled_by_its_smallest_debt_as_far_as_there_is_room(sizes
     circle = find_cycle(ledger)
     assert len(circle) == len(sizes)
     pairs = [(one, circle[(at + 1) % len(circle)]) for at, one in enumerate(circle)]
-    before = ledger.debts()
+    before = ledger.owes.by_pair()
     smallest = min(before[pair] for pair in pairs)
     home = Counter[tuple[str, str]]()
     for move in policy_named("dgfm", MODEL).moves(ledger, []):

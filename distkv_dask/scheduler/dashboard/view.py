@@ -118,7 +118,7 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
     placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.requests[number].cached)
     largest = [life.requests[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
     states = states_of(life)
-    debts = heapq.nlargest(WORKERS, ledger.debts().items(), key=lambda item: item[1])
+    debts = heapq.nlargest(WORKERS, ledger.owes.by_pair().items(), key=lambda item: item[1])
     return View(
         time=now,
         engine=life.engine,

@@ -33,13 +33,13 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
         What each worker said when it opened the engine, by its address.
     """
     ledger, model = life.ledger, life.policy.model
-    lent = ledger.lent()
+    lent = ledger.owes.by_creditor()
     finished = {f"finished_{reason}": number for reason, number in figures.finished.items()}
     return EngineStatus(
         workers={worker: _worker(life, worker, lent[worker], facts.get(worker)) for worker in ledger.workers},
         # What is cached is nobody's, but part of what others lie on.
         sequences={number: _sequence(life, one) for number, one in life.requests.items() if not one.cached},
-        debts=tuple(Debt(debtor, creditor, blocks) for (debtor, creditor), blocks in ledger.debts().items()),
+        debts=tuple(Debt(debtor, creditor, blocks) for (debtor, creditor), blocks in ledger.owes.by_pair().items()),
         epoch=ledger.epoch,
         block_tokens=ledger.block_tokens,
         scheduler=SchedulerLoad(life.pacer.rate, life.pacer.task_seconds, life.pacer.load),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from distkv_dask.placement import Endpoint, Move, Placement
+from distkv_dask.placement import Endpoint, Move, Placement, Span
 
 
 @dataclass(slots=True)
@@ -119,6 +119,12 @@ class SequenceAccount:
     def own(self) -> Placement:
         """The spans whose blocks are its own."""
         return tuple(span for span in self.placement if span.document is None)
+
+    def can_share(self, span: Span) -> bool:
+        """Whether a span of a document lies where this one has it, stored, and stays there."""
+        if self.moves or span.worker in self.lost or span.stop > self.length:
+            return False
+        return any(own.worker == span.worker and own.start <= span.start < span.stop <= own.stop for own in self.own)
 
     @property
     def documents(self) -> set[int]:

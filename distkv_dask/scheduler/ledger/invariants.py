@@ -39,7 +39,7 @@ def check_ledger(ledger: Ledger) -> None:
             assert move in ledger.moves, move
             held[move.target][number] += ledger.blocks(move.tokens)
     assert len(ledger.moves) == sum(len(account.moves) for account in ledger.sequences.values())
-    assert ledger.debts() == +owed, (ledger.owes, owed)
+    assert ledger.owes.by_pair() == +owed, (ledger.owes, owed)
     for worker, entry in ledger.workers.items():
         homes = {n for n in held[worker] if ledger.sequences[n].home == worker}
         guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 
 from distkv_dask.placement import Endpoint, Move, Placement, Span
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger.debts import Debts
 from distkv_dask.scheduler.ledger.indices import Room
-from distkv_dask.scheduler.ledger.placements import blocks_of, clipped, moved, span_around
+from distkv_dask.scheduler.ledger.objections import objection
+from distkv_dask.scheduler.ledger.placements import blocks_of, clipped, moved
 
 NO_LIMIT = 2**40
 """More blocks, or sequences, than any worker ever has."""
@@ -33,7 +35,7 @@ class Ledger:
     -----
     ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
     reserved at the target and not yet free at the source.
-    ``owes`` is the debt graph: blocks by debtor (a sequence's home) and creditor (who holds blocks for it).
+    ``owes`` is the debt graph.
     """
 
     def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
@@ -43,7 +45,7 @@ class Ledger:
         self.sequences: dict[int, SequenceAccount] = {}
         self.moves: dict[Move, None] = {}
         self.room = Room(batch)
-        self.owes: dict[str, Counter[str]] = {}
+        self.owes = Debts()
 
     @property
     def decoders(self) -> int:
@@ -120,7 +122,7 @@ class Ledger:
         for span in placement:
             if span.document is None:
                 wanted[span.worker] += self.blocks(span.tokens)
-            elif not self._holds(span):
+            elif span.document not in self.sequences or not self.sequences[span.document].can_share(span):
                 raise ValueError(f"sequence {sequence}: {span} is not part of its document")
         for worker, blocks in wanted.items():
             account = self.workers.get(worker)
@@ -130,13 +132,6 @@ class Ledger:
         for document in self.sequences[sequence].documents:
             self.sequences[document].sharers.add(sequence)
         self._count(sequence, +1)
-
-    def _holds(self, span: Span) -> bool:
-        """Whether a shared span lies where its document does, stored, and stays there."""
-        account = self.sequences.get(-1 if span.document is None else span.document)
-        if account is None or account.moves or span.worker in account.lost or span.stop > account.length:
-            return False
-        return any(one.worker == span.worker and one.start <= span.start < span.stop <= one.stop for one in account.own)
 
     def is_shareable(self, document: int) -> bool:
         """Whether a stored document can be shared now: whole, at rest, and not on a worker that leaves."""
@@ -237,22 +232,7 @@ class Ledger:
         account, target = self.sequences.get(move.sequence), self.workers.get(move.target)
         if account is None or target is None or move.source not in self.workers:
             return "the sequence or a worker is gone"
-        if account.sharers:
-            return "others share the sequence's blocks"
-        around = span_around(account.placement, move, self.block_tokens)
-        if around is None or move.source in account.lost or move.source == move.target:
-            return "the source does not hold these tokens in whole blocks of one span"
-        if any(move.start < other.stop and other.start < move.stop for other in account.moves):
-            return "some of these tokens are being moved already"
-        if move.target in account.lost:
-            return "the sequence lost blocks on an earlier worker of the target's name"
-        if target.retiring or target.free < self.blocks(move.tokens):
-            return f"the target has {target.free} free blocks or is being drained"
-        if move.target != account.home and move.stop < account.stop:
-            return "" if target.lendable >= self.blocks(move.tokens) else "the target lends no more"
-        if move.stop == account.stop and not target.can_decode:
-            return "the tail goes with its home, and the target has no weights"
-        return ""
+        return objection(move, account, target, self.block_tokens)
 
     def start_move(self, move: Move) -> None:
         """Reserve a move's blocks at its target.
@@ -304,15 +284,7 @@ class Ledger:
             raise ValueError(f"{move} is not under way")
         return self.sequences[move.sequence]
 
-    # Debts
-
-    def debts(self) -> Counter[tuple[str, str]]:
-        """Blocks owed, by (debtor, creditor): the debtor is a sequence's home, the creditor holds blocks for it."""
-        return Counter({(debtor, creditor): n for debtor, owed in self.owes.items() for creditor, n in owed.items()})
-
-    def lent(self) -> Counter[str]:
-        """Blocks that each creditor holds for others."""
-        return sum(self.owes.values(), Counter())
+    # Bookkeeping
 
     def holders(self, placement: Placement, length: int | None = None, *, but: str = "") -> Iterator[Endpoint]:
         """Endpoints of a placement's workers, ``but`` one; with ``length``, of those that hold tokens below it."""
@@ -328,7 +300,9 @@ class Ledger:
             blocks = self.blocks(span.tokens)
             wanted[span.worker] += blocks
             if span.worker != home and blocks:
-                self._owe(home, span.worker, sign * blocks, account)
+                self.owes.owe(home, span.worker, sign * blocks)
+                if home not in account.lost:
+                    self.workers[home].borrowed += sign * blocks
         for move in account.moves:
             wanted[move.target] += self.blocks(move.tokens)
         for worker in account.workers():
@@ -349,13 +323,3 @@ class Ledger:
                 if worker == home and not account.idle:
                     entry.homes[sequence] = None
             self.room.enter_worker(entry)
-
-    def _owe(self, debtor: str, creditor: str, blocks: int, account: SequenceAccount) -> None:
-        owed = self.owes.setdefault(debtor, Counter())
-        owed[creditor] += blocks
-        if not owed[creditor]:
-            del owed[creditor]
-            if not owed:
-                del self.owes[debtor]
-        if debtor not in account.lost:
-            self.workers[debtor].borrowed += blocks
