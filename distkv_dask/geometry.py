@@ -42,7 +42,8 @@ class Geometry:
 
     ``kv_heads`` and ``head_dim`` are those of the pool: layers that have less are padded. ``max_positions`` is the
     longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``; ``layer_kinds`` has one kind
-    a layer, or is empty where all of them see everything.
+    a layer, or is empty where all of them see everything. Where ``latent_dim`` is not 0 (latent attention), values are
+    the first so many numbers of the keys, and stored once.
     """
 
     layers: int
@@ -53,6 +54,17 @@ class Geometry:
     max_positions: int
     dtype: str
     layer_kinds: tuple[LayerKind, ...] = ()
+    latent_dim: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value of one head."""
+        return self.latent_dim or self.head_dim
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers that are stored of a token, in all layers."""
+        return self.layers * self.kv_heads * self.head_dim * (1 if self.latent_dim else 2)
 
 
 def describe_kinds(kinds: Sequence[LayerKind]) -> str:

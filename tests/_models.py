@@ -69,8 +69,9 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 def block_bytes(family: str, tokens: int = 8) -> int:
     """Bytes of a block of so many tokens of a tiny model's KV in float32."""
     config = FAMILIES[family]()
-    head_dim = getattr(config, "qk_head_dim", config.head_dim)
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * tokens * 4
+    latent = getattr(config, "kv_lora_rank", 0)
+    numbers = latent + config.qk_rope_head_dim if latent else 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * numbers * tokens * 4
 
 
 _SEEDS = {"llama-mqa": 9, "qwen2": 7, "qwen3": 9, "phi3": 9, "qwen3-moe": 10, "mixtral": 7}

@@ -22,7 +22,7 @@ from distkv_dask.worker.holder.lane import HolderLane
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 ROW = Row(1, 30, 1, False, ((0, 40),), (30,))
 impatient = pytest.mark.parametrize("lane", [0.5], indirect=True)
-HELLO = Hello("engine", "w0", 2, HEADS, KV_HEADS, HEAD_DIM, "float32", "a=full; aa")
+HELLO = Hello("engine", "w0", 2, HEADS, KV_HEADS, HEAD_DIM, "float32", "a=full; aa", 0)
 
 
 def gang(number: int = 1, epoch: int = 1) -> Gang:

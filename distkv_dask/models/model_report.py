@@ -82,13 +82,14 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     """
     heads = max(layer_values(config, "num_attention_heads"))
     kv_heads = max(one or heads for one in layer_values(config, "num_key_value_heads"))
-    if getattr(config, "kv_lora_rank", None):  # of latent attention, keys and values are stored expanded
-        sizes = [config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim]
+    planes, rank = 2, getattr(config, "kv_lora_rank", None)
+    if rank:  # a latent and the rotated part of the keys, once for all heads
+        planes, kv_heads, sizes = 1, 1, [rank + config.qk_rope_head_dim]
     else:
         keys = "head_dim", "global_head_dim"
         sizes = [one for key in keys for one in layer_values(config, key) if one] or [config.hidden_size // heads]
     numbers = -(-max(sizes) // _NUMBERS) * _NUMBERS
-    return int(config.num_hidden_layers * 2 * kv_heads * numbers * (4 if dtype == "float32" else 2))
+    return int(config.num_hidden_layers * planes * kv_heads * numbers * (4 if dtype == "float32" else 2))
 
 
 def _kv_dtype(source: ModelSource, config: Any, dtype: str) -> str:

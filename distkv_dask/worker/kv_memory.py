@@ -122,7 +122,7 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
         with device.peak() as peak:
             ids = torch.zeros(tokens, dtype=torch.int64, device=device.torch)
             keep = torch.full((1,), tokens - 1, device=device.torch)
-            model.forward(ids, torch.arange(tokens, device=device.torch), _NoAttention(), keep)
+            model.forward(ids, torch.arange(tokens, device=device.torch), _NoAttention(model.geometry.value_dim), keep)
     except torch.OutOfMemoryError as error:
         free, total = device.memory()
         raise DeviceError(
@@ -135,6 +135,9 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
 class _NoAttention:
     """Stands for attention where only sizes matter."""
 
+    def __init__(self, value_dim: int) -> None:
+        self._value_dim = value_dim
+
     def attend(
         self,
         layer: int,
@@ -144,4 +147,4 @@ class _NoAttention:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return q
+        return q[..., : self._value_dim]

@@ -74,7 +74,7 @@ class Runtime:
         dtype = str(pool.dtype).removeprefix("torch.")
         kinds = describe_kinds(pool.layer_kinds)
         sizes = pool.layers, heads, pool.kv_heads, pool.head_dim
-        hello = Hello(spec.engine, lanes.endpoint.worker, *sizes, dtype, kinds)
+        hello = Hello(spec.engine, lanes.endpoint.worker, *sizes, dtype, kinds, pool.latent_dim)
         config = spec.config
         cluster_ucx = lanes.endpoint.worker.startswith("ucx://")
         self.dialer = Dialer(config.channel, lanes.certificates, config.unencrypted_channels, cluster_ucx)

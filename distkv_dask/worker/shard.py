@@ -109,7 +109,7 @@ class Shard:
         if self.full:
             for row, table in zip(self._rows, self._tables, strict=True):
                 self._check_room(row, table)
-        self._attend(layer, q, keys, values, scale)
+        self._attend(layer, q, keys, None if self._pool.latent_dim else values, scale)
 
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now."""

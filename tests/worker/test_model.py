@@ -15,6 +15,7 @@ from _models import FAMILIES, MAX_POSITIONS, model_dir, prompt_ids, reference_ge
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from distkv_dask.errors import ModelError, UnsupportedModelError
 from distkv_dask.geometry import LayerKind
@@ -266,6 +267,20 @@ KINDS: list[tuple[str, dict, tuple[LayerKind, ...]]] = [
 @pytest.mark.parametrize(("kind", "settings", "kinds"), KINDS, ids=lambda value: value if type(value) is str else "")
 def test_what_a_layer_sees_is_learned_from_the_model(kind: str, settings: dict, kinds: tuple[LayerKind, ...]) -> None:
     assert probe(tiny(kind, **settings)).layer_kinds == kinds
+
+
+def test_latent_attention_stores_a_latent_a_token() -> None:
+    model = load_model(str(model_dir("deepseek-v3")), "float32", 1)
+    assert (model.geometry.kv_heads, model.geometry.head_dim, model.geometry.value_dim) == (1, 24 + 32, 24)
+    assert model.geometry.kv_numbers == 3 * (24 + 32)
+
+
+def test_latents_are_expanded_where_a_layer_is_of_another_kind() -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir("deepseek-v3"), attn_implementation="distkv").eval()
+    attention = model.model.layers[1].self_attn
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)  # its weight is not at hand: quantised, for instance
+    geometry = probe(model)
+    assert (geometry.kv_heads, geometry.head_dim, geometry.latent_dim) == (4, 64, 0)
 
 
 @given(st.sampled_from(["sliding", "chunked"]), st.integers(1, 70), st.integers(2, 60))

@@ -51,7 +51,7 @@ def test_a_wrong_token_opens_nothing(lane: Holder, kind: Kind, caplog: pytest.Lo
 
 
 KINDS = {"layer_kinds": "a=sliding 8; aa"}
-CHANGES = [{"layers": 3}, {"kv_heads": 1}, {"head_dim": 32}, {"dtype": "bfloat16"}, KINDS]
+CHANGES = [{"layers": 3}, {"kv_heads": 1}, {"head_dim": 32}, {"dtype": "bfloat16"}, KINDS, {"latent_dim": 8}]
 
 
 @pytest.mark.parametrize("change", CHANGES)

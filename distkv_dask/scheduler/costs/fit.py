@@ -64,7 +64,7 @@ def shape_of(geometry: Geometry) -> Shape:
     size = _BYTES.get(geometry.dtype, 4)
     return Shape(
         layers=geometry.layers,
-        kv_bytes=geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * size,
+        kv_bytes=geometry.kv_numbers * size,
         query_bytes=geometry.heads * geometry.head_dim * size,
-        partial_bytes=geometry.heads * (geometry.head_dim + 1) * 4,
+        partial_bytes=geometry.heads * (geometry.value_dim + 1) * 4,
     )

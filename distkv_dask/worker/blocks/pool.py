@@ -27,7 +27,7 @@ class BlockShape:
     """What one block holds: keys and values of ``block_tokens`` tokens in all layers.
 
     ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees,
-    nothing where all see everything.
+    nothing where all see everything. Where ``latent_dim`` is not 0, values are the first so many numbers of the keys.
     """
 
     layers: int
@@ -36,27 +36,33 @@ class BlockShape:
     dtype: str
     block_tokens: int
     layer_kinds: tuple[LayerKind, ...] = ()
+    latent_dim: int = 0
 
     @classmethod
     def of(cls, geometry: Geometry, block_tokens: int) -> BlockShape:
         """Blocks for a model."""
         sizes = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype
-        return cls(*sizes, block_tokens, geometry.layer_kinds)
+        return cls(*sizes, block_tokens, geometry.layer_kinds, geometry.latent_dim)
+
+    @property
+    def planes(self) -> int:
+        """2 for keys and values, 1 where values lie in the keys."""
+        return 1 if self.latent_dim else 2
 
     @property
     def nbytes(self) -> int:
         """Bytes of one block."""
         element: torch.dtype = getattr(torch, self.dtype)
-        return self.layers * 2 * self.kv_heads * self.block_tokens * self.head_dim * element.itemsize
+        return self.layers * self.planes * self.kv_heads * self.block_tokens * self.head_dim * element.itemsize
 
 
 class Pool:
     """Block storage of one worker for one model.
 
-    The storage is one tensor [blocks, layers, 2, kv_heads, block_tokens, head_dim]: a block's KV of all layers is
-    contiguous, so that moving, saving or lending a block is one copy. The pool knows which blocks belong to which
-    sequence but never how many tokens are in them: lengths live in the ledger and travel in plans, and KV past the
-    committed length does not exist.
+    The storage is one tensor [blocks, layers, planes, kv_heads, block_tokens, head_dim], of keys and values, or of keys
+    in which values lie: a block's KV of all layers is contiguous, so that moving, saving or lending a block is one
+    copy. The pool knows which blocks belong to which sequence but never how many tokens are in them: lengths live in
+    the ledger and travel in plans, and KV past the committed length does not exist.
 
     Parameters
     ----------
@@ -79,16 +85,19 @@ class Pool:
         self.layers = block.layers
         self.kv_heads = block.kv_heads
         self.head_dim = block.head_dim
+        self.value_dim = block.latent_dim or block.head_dim
+        self.planes = block.planes
+        self.latent_dim = block.latent_dim
         self.dtype: torch.dtype = getattr(torch, block.dtype)
         self.block_tokens = block.block_tokens
         self.capacity_blocks = blocks
-        shape = (blocks, block.layers, 2, block.kv_heads, block.block_tokens, block.head_dim)
+        shape = (blocks, block.layers, block.planes, block.kv_heads, block.block_tokens, block.head_dim)
         self.block_bytes = block.nbytes
         self.storage = _zeros(shape, self.dtype, device)
         self._bytes = self.storage.view(blocks, -1).view(torch.uint8) if blocks else torch.empty(0, 0).byte()
         advise_huge_pages(self.storage)
         self._keys = [self.storage[:, layer, 0] for layer in range(block.layers)]
-        self._values = [self.storage[:, layer, 1] for layer in range(block.layers)]
+        self._values = [self.storage[:, layer, -1, ..., : self.value_dim] for layer in range(block.layers)]
         self._key_rows = [view.transpose(1, 2) for view in self._keys]
         self._value_rows = [view.transpose(1, 2) for view in self._values]
         self._lock = threading.Lock()
@@ -100,7 +109,7 @@ class Pool:
         return self._keys[layer]
 
     def values(self, layer: int) -> torch.Tensor:
-        """Values of a layer, a view [blocks, kv_heads, block_tokens, head_dim]."""
+        """Values of a layer, a view [blocks, kv_heads, block_tokens, value_dim]."""
         return self._values[layer]
 
     def write(
@@ -115,7 +124,7 @@ class Pool:
         slots
             int64 [n] block ids and int64 [n] offsets within them, as :meth:`slots` gives for positions.
         keys, values
-            [n, kv_heads, head_dim] in the pool's dtype.
+            [n, kv_heads, head_dim] and [n, kv_heads, value_dim] in the pool's dtype.
         """
         self._key_rows[layer].index_put_(slots, keys)
         self._value_rows[layer].index_put_(slots, values)

@@ -123,7 +123,7 @@ class LayerAttention:
             message.about: tuple(map(put, message.tensors)) for message in self._forward.wait_for_answers(layer)
         }
         self._waiting += time.perf_counter() - began
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        out = torch.zeros(*q.shape[:2], self._pool.value_dim, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         for worker, query, token, count in self._order:
             into, of = slice(token, token + count), slice(query, query + count)

@@ -48,6 +48,7 @@ class Hello(NamedTuple):
     head_dim: int
     dtype: str
     layer_kinds: str
+    latent_dim: int
 
 
 def token_digest(token: bytes) -> bytes:
@@ -70,7 +71,7 @@ def decode_hello(payload: Buffer) -> Hello:
         It is not what :func:`encode_hello` makes.
     """
     fields = _unpack(memoryview(payload)[DIGEST_BYTES:])
-    kinds = (str, str, int, int, int, int, str, str)
+    kinds = (str, str, int, int, int, int, str, str, int)
     if len(fields) != len(kinds) or any(type(got) is not kind for got, kind in zip(fields, kinds, strict=True)):
         raise ChannelError(f"a HELLO frame carries {fields!r}; engine, home and model geometry are expected")
     return Hello(*fields)

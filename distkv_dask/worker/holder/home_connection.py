@@ -169,13 +169,13 @@ class HomeConnection:
         hello = decode_hello(payload)
         self.service, pool = fitting[0], fitting[0].pool
         self.inlet.peer = hello.home
-        kinds = describe_kinds(pool.layer_kinds)
-        mine = (pool.layers, pool.kv_heads, pool.head_dim, str(pool.dtype).removeprefix("torch."), kinds)
-        theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype, hello.layer_kinds)
+        kinds, latent = describe_kinds(pool.layer_kinds), pool.latent_dim
+        mine = (pool.layers, pool.kv_heads, pool.head_dim, str(pool.dtype).removeprefix("torch."), kinds, latent)
+        theirs = (hello.layers, hello.kv_heads, hello.head_dim, hello.dtype, hello.layer_kinds, hello.latent_dim)
         if mine != theirs or hello.engine != self.service.engine:
             raise ChannelError(
-                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype, kinds) "
-                f"{theirs}; this holder has engine {self.service.engine}, {mine}"
+                f"home {hello.home} speaks of engine {hello.engine}, (layers, kv heads, head dim, dtype, kinds, latent "
+                f"dim) {theirs}; this holder has engine {self.service.engine}, {mine}"
             )
         self._hello = hello
         if (ring := self.service.ring) is not None:

@@ -98,7 +98,7 @@ class Session:
             self._shard = shard = Shard(pool, rows, heads)
         self.sequences = frozenset(row.sequence for row in rows)
         q_shape = (shard.tokens, heads, pool.head_dim)
-        kv_shape = (2, shard.appended, pool.kv_heads, pool.head_dim)
+        kv_shape = (pool.planes, shard.appended, pool.kv_heads, pool.head_dim)
         size = pool.dtype.itemsize
         q_bytes, kv_bytes = torch.Size(q_shape).numel() * size, torch.Size(kv_shape).numel() * size
         self._turn = (kind, number, epoch, 0, step, q_bytes + kv_bytes)
@@ -108,7 +108,8 @@ class Session:
             self._desk = desk = Desk(pool.device, inlet.data[HEADER_BYTES:][: q_bytes + kv_bytes], shard.result)
         data = desk.question.view(pool.dtype)
         self._q = data[: torch.Size(q_shape).numel()].view(q_shape)
-        self._keys, self._values = data[torch.Size(q_shape).numel() :].view(kv_shape)
+        kv = data[torch.Size(q_shape).numel() :].view(kv_shape)
+        self._keys, self._values = kv[0], kv[-1][..., : pool.value_dim]
         self._reply = desk.reply.view(torch.uint8).numpy().data
         reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
         self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)

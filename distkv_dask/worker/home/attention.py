@@ -41,9 +41,9 @@ class DistAttention:
         """Number of the next step, as the holders count."""
         self._pool = pool
         home = gang.gang.home
-        shape = (tokens, heads, pool.head_dim)
+        shape = (tokens, heads, pool.value_dim)
         memory = None if pool.device.is_host or parts.keys() <= {home} else _memory(parts, heads, pool)
-        size = len(parts[home].tokens) * heads * (pool.head_dim + 1) if home in parts else 0
+        size = len(parts[home].tokens) * heads * (pool.value_dim + 1) if home in parts else 0
         own, theirs = (None, None) if memory is None else (memory[:size], memory[size:])
         self._local = local = Local(parts[home], tokens, pool, heads, own) if home in parts else None
         self._exchange: Exchange | None = None
@@ -104,7 +104,7 @@ class DistAttention:
         q
             Contiguous [tokens, heads, head_dim] in the model's dtype.
         k, v
-            Contiguous [tokens, kv_heads, head_dim].
+            Contiguous [tokens, kv_heads, head_dim] and [tokens, kv_heads, value_dim].
         scale
             Factor of the scores.
         sinks
@@ -113,7 +113,7 @@ class DistAttention:
         Returns
         -------
         torch.Tensor
-            [tokens, heads, head_dim] in the dtype of ``q``; the next layer's call overwrites it.
+            [tokens, heads, value_dim] in the dtype of ``q``; the next layer's call overwrites it.
 
         Raises
         ------
@@ -177,7 +177,7 @@ class Local:
 def _memory(parts: Mapping[str, Part], heads: int, pool: Pool) -> torch.Tensor:
     """Memory on a card for the partials of all members, float32 [n]: they are merged at once there."""
     queries = sum(len(part.tokens) for part in parts.values())
-    size = queries * heads * (pool.head_dim + 1)
+    size = queries * heads * (pool.value_dim + 1)
     return torch.empty(size, dtype=torch.float32, device=pool.device.torch)
 
 

@@ -25,9 +25,9 @@ from distkv_dask.worker.plan import Part, Run
 class Asking:
     """What a step asks of its holders, and where their partials are merged.
 
-    ``out`` [tokens, heads, head_dim] and ``lse`` [tokens, heads] are float32; they begin with nothing in each layer.
+    ``out`` [tokens, heads, value_dim] and ``lse`` [tokens, heads] are float32; they begin with nothing in each layer.
     ``order`` says what is merged after what, by worker; ``local`` are the home's own partials, if it has any: float32
-    [queries, heads, head_dim] and [queries, heads]. ``limit`` is the time limit for partials in seconds. On a card
+    [queries, heads, value_dim] and [queries, heads]. ``limit`` is the time limit for partials in seconds. On a card
     ``together`` merges all of a layer's partials at once; those of holders go to ``memory`` then, float32 [n], in the
     order of the holders.
     """
@@ -199,24 +199,26 @@ class Remote:
     def __init__(self, channel: Channel, asking: Asking, part: Part) -> None:
         self.channel = channel
         pool, gang = asking.pool, asking.gang
-        tokens, heads, d = asking.out.shape
+        tokens, heads, dv = asking.out.shape
         self._index, self._appended, appended = placed_indices(part, tokens, pool.device)
         self._gang, self._epoch = gang.number, gang.epoch
-        self._q_shape = len(part.tokens), heads, d
-        self._kv_shape = 2, appended, pool.kv_heads, d
+        self._q_shape = len(part.tokens), heads, pool.head_dim
+        self._out_shape = len(part.tokens), heads, dv
+        self._kv_shape = pool.planes, appended, pool.kv_heads, pool.head_dim
         self.question_size = math.prod(self._q_shape) + math.prod(self._kv_shape)
         """Elements of a question, in the pool's dtype."""
-        self.answer_size = len(part.tokens) * heads * (d + 1)
+        self.answer_size = len(part.tokens) * heads * (dv + 1)
         """Elements of a partial, in float32."""
 
     def place(self, question: Pair, answer: Pair) -> None:
         """Use this memory."""
         elements = math.prod(self._q_shape)
         self._q = question.there[:elements].view(self._q_shape)
-        self._k, self._v = question.there[elements:].view(self._kv_shape)
+        self._kv = question.there[elements:].view(self._kv_shape)
         self._question, self._answer = bytes_of(question.host), bytes_of(answer.host)
-        self.partials = answer.there[:elements].view(self._q_shape), answer.there[elements:].view(self._q_shape[:2])
-        """What was received, on the device: float32 [queries, heads, head_dim] and [queries, heads]."""
+        elements = math.prod(self._out_shape)
+        self.partials = answer.there[:elements].view(self._out_shape), answer.there[elements:].view(self._out_shape[:2])
+        """What was received, on the device: float32 [queries, heads, value_dim] and [queries, heads]."""
 
     @property
     def asked_bytes(self) -> int:
@@ -231,9 +233,9 @@ class Remote:
     def pack(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put the queries into the question, and the KV of tokens that belong to a tail there."""
         _take(q, self._index, self._q)
-        if len(self._k):
-            _take(k, self._appended, self._k)
-            _take(v, self._appended, self._v)
+        if self._kv_shape[1]:
+            for tensor, there in zip((k, v), self._kv, strict=False):  # where values lie in the keys, keys alone
+                _take(tensor, self._appended, there)
 
     def ask(self, layer: int, step: int, scale: float) -> None:
         """Send the question, which is packed."""

@@ -66,7 +66,8 @@ class NativeExchange:
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
-        if self._ask(self._at, q.data_ptr(), k.data_ptr(), v.data_ptr(), layer, step, scale):
+        values = v.data_ptr() if self._asking.pool.planes == 2 else None
+        if self._ask(self._at, q.data_ptr(), k.data_ptr(), values, layer, step, scale):
             home = self._home
             self._collect()
             expected, _ = self._expected(home.culprit, layer, step)
@@ -92,14 +93,15 @@ class NativeExchange:
     def _fill(self, holder: Holder, channel: StreamChannel, part: Part) -> None:
         """Describe a holder's part."""
         pool, gang = self._asking.pool, self._asking.gang
-        tokens, heads, d = self._asking.out.shape
+        tokens, heads, dv = self._asking.out.shape
+        d = pool.head_dim
         size = pool.dtype.itemsize
         index, appended = indices(part, tokens)
         queries = len(part.tokens)
         picked = 0 if index is None else queries * heads * d
-        picked += 0 if len(appended) == tokens else 2 * len(appended) * pool.kv_heads * d
+        picked += 0 if len(appended) == tokens else pool.planes * len(appended) * pool.kv_heads * d
         packed = torch.empty(picked, dtype=pool.dtype)
-        answer = torch.empty(queries * heads * (d + 1), dtype=torch.float32)
+        answer = torch.empty(queries * heads * (dv + 1), dtype=torch.float32)
         self._kept += [index, appended, packed, answer]
         self._answers.append(bytes_of(answer))
         holder.fd = channel.fileno()
@@ -110,15 +112,15 @@ class NativeExchange:
         holder.kv_index = None if len(appended) == tokens else appended.data_ptr()
         holder.appended = len(appended)
         holder.packed, holder.answer, holder.answer_bytes = packed.data_ptr(), answer.data_ptr(), answer.nbytes
-        holder.part_lse = answer[queries * heads * d :].data_ptr()
-        length = queries * holder.q_bytes + 2 * len(appended) * holder.kv_bytes
+        holder.part_lse = answer[queries * heads * dv :].data_ptr()
+        length = queries * holder.q_bytes + pool.planes * len(appended) * holder.kv_bytes
         for name, kind, count in (("ask", Kind.ATTEND, length), ("expected", Kind.PARTIAL, answer.nbytes)):
             header = Header(kind, gang.number, gang.epoch, length=count)
             setattr(holder, name, HeaderBytes.from_buffer_copy(header.pack()))
 
     def _length(self, at: int) -> int:
         holder = self._holders[at]
-        return int(holder.queries * holder.q_bytes + 2 * holder.appended * holder.kv_bytes)
+        return int(holder.queries * holder.q_bytes + self._asking.pool.planes * holder.appended * holder.kv_bytes)
 
     def _expected(self, at: int, layer: int, step: int) -> tuple[Header, memoryview]:
         gang, answer = self._asking.gang, self._answers[at]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distkv_dask.geometry import Geometry
+from distkv_dask.worker.model.latent import into_latents, is_absorbed, out_of_latents
 from distkv_dask.worker.model.temperature import tempered
 
 IMPLEMENTATION = "distkv"
@@ -34,7 +36,7 @@ class AttentionStep(Protocol):
             Queries of the flattened tokens, position embedding applied: contiguous [T, heads, head_dim] in the model's
             dtype.
         k, v
-            Keys and values: contiguous [T, kv_heads, head_dim] in the model's dtype.
+            Keys and values: contiguous [T, kv_heads, head_dim] and [T, kv_heads, value_dim] in the model's dtype.
         scale
             Factor on the scores.
         sinks
@@ -43,7 +45,7 @@ class AttentionStep(Protocol):
         Returns
         -------
         Tensor
-            [T, heads, head_dim] in the model's dtype.
+            [T, heads, value_dim] in the model's dtype.
         """
         ...
 
@@ -54,7 +56,7 @@ hands keywords that it does not know down to its attention."""
 
 
 @contextmanager
-def attending_with(step: AttentionStep, positions: Tensor, kv_heads: int, head_dim: int) -> Iterator[None]:
+def attending_with(step: AttentionStep, positions: Tensor, geometry: Geometry) -> Iterator[None]:
     """Route the attention of models that run on this thread to ``step``.
 
     Parameters
@@ -63,10 +65,10 @@ def attending_with(step: AttentionStep, positions: Tensor, kv_heads: int, head_d
         What attends.
     positions
         int64 [T] of the flattened tokens.
-    kv_heads, head_dim
+    geometry
         Sizes to which keys and values are padded.
     """
-    _running.step, _running.positions, _running.kv_heads, _running.head_dim = step, positions, kv_heads, head_dim
+    _running.step, _running.positions, _running.geometry = step, positions, geometry
     try:
         yield
     finally:
@@ -112,16 +114,21 @@ def dist_attention(
     tuple
         Output [1, T, heads, dv], and None for the weights.
     """
-    kv_heads, size = _running.kv_heads, _running.head_dim
+    sizes: Geometry = _running.geometry
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = tempered(module, query, _running.positions)
+    absorbed = is_absorbed(module)
+    if absorbed:
+        query = into_latents(module, query)
     out = running_step().attend(
         cast(int, module.layer_idx),
-        _padded(tempered(module, query, _running.positions), query.shape[1], size),
-        _padded(key, kv_heads, size),
-        _padded(value, kv_heads, size),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        _padded(query, query.shape[1], sizes.head_dim),
+        _padded(key, sizes.kv_heads, sizes.head_dim),
+        _padded(value, sizes.kv_heads, sizes.value_dim),
+        scale,
         s_aux,
-    )
-    return out[..., : value.shape[-1]].unsqueeze(0), None
+    )[..., : value.shape[-1]]
+    return (out_of_latents(module, out) if absorbed else out).unsqueeze(0), None
 
 
 def _padded(tensor: Tensor, heads: int, size: int) -> Tensor:

@@ -28,9 +28,10 @@ MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """How one layer calls its attention: its number, kind, and sizes."""
+    """How one layer calls its attention: its number and module, what it sees, and sizes."""
 
     number: int
+    module: torch.nn.Module
     kind: LayerKind
     heads: int
     kv_heads: int
@@ -51,7 +52,7 @@ def look_at_layers(model: Any) -> list[Layer]:
     look = _Look(model.config.get_text_config())
     model.set_attn_implementation(_LOOKING)
     positions = torch.arange(_TOKENS, device=model.device)
-    with torch.inference_mode(), attending_with(cast(Any, look), positions, 0, 0):
+    with torch.inference_mode(), attending_with(cast(Any, look), positions, cast(Any, None)):
         # not a number: with one, Gemma 4 computes only some tokens in its last layers, with masks of their own
         model(input_ids=positions[None], position_ids=positions[None], use_cache=False, logits_to_keep=positions)
     return look.layers
@@ -98,7 +99,7 @@ def kind_of(visible: MaskFunction, longest: int, device: torch.device | None = N
     return kinds[0] if kinds else None
 
 
-def geometry_of(layers: Sequence[Layer], config: Any, dtype: str) -> Geometry:
+def geometry_of(layers: Sequence[Layer], config: Any, dtype: str, latent: bool) -> Geometry:
     """Sizes of the pool that serves layers: the largest of all, and heads of a multiple of 8 numbers.
 
     Raises
@@ -115,7 +116,7 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str) -> Geometry:
         )
     kv_heads = max(layer.kv_heads for layer in layers)
     if len({layer.heads for layer in layers}) > 1 or any(kv_heads % layer.kv_heads for layer in layers):
-        _refuse(config, f"its layers differ in (heads, kv heads): {sorted({layer[2:4] for layer in layers})}")
+        _refuse(config, f"its layers differ in (heads, kv heads): {sorted({layer[3:5] for layer in layers})}")
     kinds = tuple(layer.kind for layer in layers)
     largest = max(max(layer.d, layer.dv) for layer in layers)
     return Geometry(
@@ -127,6 +128,7 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str) -> Geometry:
         max_positions=max_positions(config),
         dtype=dtype,
         layer_kinds=() if set(kinds) == {LayerKind()} else kinds,
+        latent_dim=max(layer.dv for layer in layers) if latent else 0,
     )
 
 
@@ -158,7 +160,7 @@ class _Look:
         if kind is None:
             _refuse(self.config, "a layer's mask is neither causal, nor a sliding window, nor chunks")
         kind = LayerKind(kind.visible, kind.size, None if cap is None else float(cap))
-        self.layers.append(Layer(number, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
+        self.layers.append(Layer(number, module, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
 
 
 def _mask(

@@ -116,8 +116,7 @@ class LoadedModel:
         """
         # never a number n: transformers takes the last n rows as a view, for which torch 2.13 copies the whole lm_head
         some: Tensor | int = 0 if keep is None else keep
-        sizes = self.geometry
-        with torch.inference_mode(), attending_with(step, positions, sizes.kv_heads, sizes.head_dim):
+        with torch.inference_mode(), attending_with(step, positions, self.geometry):
             output = self._model(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=some
             )

@@ -21,6 +21,7 @@ from distkv_dask.geometry import Geometry, LayerKind
 from distkv_dask.worker.model.first_layers import first_layers
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
 from distkv_dask.worker.model.in_float32 import in_float32
+from distkv_dask.worker.model.latent import absorb, can_absorb, sizes_of
 from distkv_dask.worker.model.layer_kinds import geometry_of, look_at_layers
 from distkv_dask.worker.model.temperature import take_temperatures
 
@@ -47,10 +48,14 @@ def probe(model: Any) -> Geometry:
     ids = torch.split_with_sizes(spread.to(model.device), total)
     try:
         with torch.inference_mode():
-            geometry = geometry_of(look_at_layers(model), config, str(model.dtype).removeprefix("torch."))
+            seen = look_at_layers(model)
+            if latent := can_absorb([layer.module for layer in seen]):
+                seen = [layer._replace(**sizes_of(layer.module)) for layer in seen]
+            geometry = geometry_of(seen, config, str(model.dtype).removeprefix("torch."), latent)
             with first_layers(model, geometry) as layers, in_float32(model, layers) as exact:
                 own, ours = _both(model, ids, geometry)
             take_temperatures(model)
+            absorb([layer.module for layer in seen] if latent else [])
             model.set_attn_implementation(IMPLEMENTATION)
     except UnsupportedModelError:
         raise
@@ -67,6 +72,8 @@ def _both(model: Any, ids: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor
     model.set_attn_implementation("eager")
     own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
     take_temperatures(model)  # those of the first layers
+    if geometry.latent_dim:
+        absorb([module for module in model.modules() if can_absorb([module])])
     model.set_attn_implementation(IMPLEMENTATION)
     return own, _in_pieces(model, ids, _Dense(geometry))
 
@@ -85,7 +92,7 @@ def _in_pieces(model: Any, ids: Sequence[Tensor], dense: _Dense) -> Tensor:
         positions = torch.cat([torch.arange(*piece, device=ids[0].device) for piece in pieces])
         tokens = [sequence[slice(*piece)] for sequence, piece in zip(ids, pieces, strict=True)]
         dense.counts = counts
-        with attending_with(dense, positions, dense.geometry.kv_heads, dense.geometry.head_dim):
+        with attending_with(dense, positions, dense.geometry):
             output = _logits(model, torch.cat(tokens), positions)
         for rows, part in zip(logits, torch.split_with_sizes(output, counts), strict=True):
             rows.append(part)

@@ -78,7 +78,7 @@ Status send(Holder& holder, const void* q, const void* k, const void* v) {
   add(q, holder.q_index, holder.queries, holder.q_bytes);
   if (holder.appended) {
     add(k, holder.kv_index, holder.appended, holder.kv_bytes);
-    add(v, holder.kv_index, holder.appended, holder.kv_bytes);
+    if (v) add(v, holder.kv_index, holder.appended, holder.kv_bytes);  // null: values lie in the keys
   }
   const int64_t size = kHeaderBytes + static_cast<int64_t>(holder.ask.length);
   for (int64_t sent = 0; sent < size;) {

@@ -78,13 +78,14 @@ def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
     for tokens in (pool.block_tokens, _most(pool)):
         with _reserved(pool, 0, tokens), torch.inference_mode(), device.stream(Use.HOLDER):
             q = torch.zeros(1, heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
-            nothing = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
+            keys = torch.zeros(0, pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=device.torch)
+            values = keys[..., : pool.value_dim]
             shard = Shard(pool, [Row(0, tokens, 1, False, ((0, tokens),), (tokens,))], heads)
             seconds: list[float] = []
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS:
                 began = time.perf_counter()
                 for layer in range(pool.layers):
-                    shard.attend(layer, q, nothing, nothing, 1.0)
+                    shard.attend(layer, q, keys, values, 1.0)
                 device.finish()
                 seconds.append(time.perf_counter() - began)
             found.append((tokens, statistics.median(seconds[1:])))

@@ -8,7 +8,18 @@ import torch
 import transformers
 from _models import model_dir, prompt_ids, reference_generate
 
-FAMILIES = ["llama-gqa", "llama-mha", "qwen2", "qwen3", "phi3", "qwen3-moe", "mixtral", "gemma2", "gpt-oss"]
+FAMILIES = [
+    "llama-gqa",
+    "llama-mha",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "qwen3-moe",
+    "mixtral",
+    "gemma2",
+    "gpt-oss",
+    "deepseek-v3",
+]
 
 
 def load(family: str, **settings: object) -> transformers.PreTrainedModel:
