@@ -52,6 +52,13 @@ tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a 
 __all__ = ["cleanup", "loop", "loop_in_thread"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give tests on the emulated card more time: a step takes ten times as long there."""
+    if os.environ.get("DISTKV_TEST_DEVICE") == "emulated" and config.getoption("timeout", None) is None:
+        config.option.timeout = 900
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with files of slow tests, so that no process waits for one at the end.
 
