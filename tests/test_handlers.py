@@ -22,6 +22,7 @@ from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.scheduler.lifecycle import events
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.simulate.workers import Workers
+from distkv_dask.worker.peers import Peers
 from distkv_dask.worker.rmanager import RManager
 
 PACKAGE = Path(distkv_dask.__file__).parent
@@ -137,8 +138,8 @@ def test_a_call_names_arguments_that_its_handler_has_and_all_that_it_needs(call:
 @pytest.mark.parametrize(
     ("call", "caller", "handler"),
     [
-        (ToPeer.BLOCKS, RManager._send_piece, RManager._take_blocks),
-        (ToPeer.SPILLED, RManager._ask_spilled, RManager._read_spilled),
+        (ToPeer.BLOCKS, Peers.send_piece, Peers._take_blocks),
+        (ToPeer.SPILLED, Peers.ask_spilled, Peers._read_spilled),
     ],
 )
 def test_workers_name_the_arguments_that_other_workers_handlers_have(

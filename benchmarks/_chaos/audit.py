@@ -40,6 +40,7 @@ def engine_leaks(client: Client, state: EngineState) -> list[str]:
     accounts = dict(ledger.workers)
     left += [f"{worker} has {account.used} used blocks" for worker, account in accounts.items() if account.used]
     left += [f"{worker} has {size} bytes on its disk" for worker, size in life.disks.disk.used.items() if size]
+    left += [f"{worker} has {size} bytes in host memory" for worker, size in life.disks.memory.used.items() if size]
     try:
         pools = client.run(_used_blocks, state.spec.engine)
     except Exception as error:  # a worker that died just now

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distkv_dask.errors import CapacityError, DistKVError, EngineClosedError, GangAbortedError, in_words, portable
+from distkv_dask.errors import (
+    CapacityError,
+    DeviceLostError,
+    DistKVError,
+    EngineClosedError,
+    GangAbortedError,
+    in_words,
+    portable,
+)
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.names import Piece
@@ -139,6 +147,8 @@ class WorkerEngine:
         try:
             self._arrivals.store_piece(piece, data)
         except DistKVError as error:
+            if isinstance(error, DeviceLostError):  # the sender only hears that it was not taken
+                self._tell(did.Expected(self.worker, piece.number, str(error)))
             return str(error)
         return ""
 

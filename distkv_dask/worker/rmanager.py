@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from distributed import Worker, WorkerPlugin
 from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
-from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
@@ -32,19 +30,16 @@ from distkv_dask.messages.names import (
     TAKE_TRACE,
     TO_WORKER,
     EngineSpec,
-    Piece,
-    SpilledFile,
     ToPeer,
     pack,
     unpack,
 )
 from distkv_dask.version import VERSION
 from distkv_dask.worker.heap import give_back_freed_memory
+from distkv_dask.worker.peers import Peers
 from distkv_dask.worker.shortages import Shortages
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from distkv_dask.worker.by_layer.tasks import LayerTasks
     from distkv_dask.worker.engine import WorkerEngine
     from distkv_dask.worker.lanes import Lanes
@@ -69,8 +64,8 @@ class RManager(WorkerPlugin):
         self._sending: dict[str, set[asyncio.Task[None]]] = {}
         self._dropping: set[asyncio.Task[None]] = set()
         worker.stream_handlers[TO_WORKER] = self.receive
-        worker.handlers[ToPeer.BLOCKS] = self._take_blocks
-        worker.handlers[ToPeer.SPILLED] = self._read_spilled
+        self._peers = Peers(worker, self.engines)
+        worker.handlers.update(self._peers.handlers)
         worker.handlers[TAKE_TRACE] = self.take_trace
         worker.loop.add_callback(self._send)
 
@@ -83,8 +78,8 @@ class RManager(WorkerPlugin):
             pass  # an engine that is being opened
         worker.stream_handlers.pop(TO_WORKER, None)
         worker.handlers.pop(TAKE_TRACE, None)
-        for peer in ToPeer:
-            worker.handlers.pop(peer, None)
+        for operation in ToPeer:
+            worker.handlers.pop(operation, None)
         for name in list(self.engines):
             await self._close_engine(name)
         if worker.nanny is not None and worker.status == Status.closing:
@@ -158,7 +153,7 @@ class RManager(WorkerPlugin):
             case do.Store(_, number, sequence, ranges, saved):
                 self._spawn(engine.files.store(number, sequence, ranges, saved))
             case do.Fetch(_, sequence, ranges, saved):
-                self._spawn(engine.files.fetch(partial(self._ask_spilled, name), sequence, ranges, saved))
+                self._spawn(engine.files.fetch(partial(self._peers.ask_spilled, name), sequence, ranges, saved))
             case do.Demote(_, files):
                 engine.files.demote(files)
             case do.Discard(_, names):
@@ -167,7 +162,7 @@ class RManager(WorkerPlugin):
                 engine.abort(gang, reason, unused)
 
     def _send_blocks(self, name: str, engine: WorkerEngine, send: do.Send) -> None:
-        peer = partial(self._send_piece, name, send.target)
+        peer = partial(self._peers.send_piece, name, send.target)
         task = self._spawn(engine.send(peer, send.number, send.sequence, range(send.start, send.stop), send.pace))
         tasks = self._sending.setdefault(name, set())
         tasks.add(task)
@@ -209,39 +204,6 @@ class RManager(WorkerPlugin):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    # Messages of other rManagers
-
-    async def _send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
-        answer: str = await self.worker.rpc(target).distkv_blocks(
-            engine=engine, piece=tuple(piece), data=to_serialize(data)
-        )
-        return answer
-
-    async def _take_blocks(self, engine: str, piece: Sequence[Any], data: np.ndarray) -> str:
-        """Another worker sends a piece of a block; says why it is not taken, if it is not."""
-        if engine not in self.engines:
-            return f"engine {engine} is not open on worker {self.worker.address}"
-        store = partial(self.engines[engine].store_piece, Piece(*piece), data)
-        refusal = await asyncio.get_running_loop().run_in_executor(None, store)
-        if reason := self._broken(engine):
-            self._leave(reason)
-        return refusal
-
-    async def _ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
-        answer: dict[str, Any] = await self.worker.rpc(file.worker).distkv_spilled(
-            engine=engine, file=tuple(file), first=first, count=count
-        )
-        return answer["rows"] if "rows" in answer else str(answer["refusal"])
-
-    async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> dict[str, Any]:
-        """Another worker wants blocks that are on this one's disk: ``rows``, uint8 [count, bytes], or a ``refusal``."""
-        if engine not in self.engines:
-            return {"refusal": f"engine {engine} is not open on worker {self.worker.address}"}
-        try:
-            return {"rows": to_serialize(await self.engines[engine].files.rows(SpilledFile(*file), first, count))}
-        except DistKVError as error:
-            return {"refusal": str(error)}
 
     # Opening and closing
 

@@ -1,0 +1,73 @@
+"""What rManagers ask of each other over Dask's own comm: pieces of blocks that move, and blocks that are spilled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from distributed import Worker
+from distributed.protocol.serialize import to_serialize
+
+from distkv_dask.errors import DistKVError
+from distkv_dask.messages.names import Piece, SpilledFile, ToPeer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from distkv_dask.worker.engine import WorkerEngine
+
+
+class Peers:
+    """Both ends of that.
+
+    Parameters
+    ----------
+    worker
+        This worker.
+    engines
+        Those that are open here.
+    """
+
+    def __init__(self, worker: Worker, engines: Mapping[str, WorkerEngine]) -> None:
+        self._worker = worker
+        self._engines = engines
+
+    @property
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """What answers other workers, by Dask's operation."""
+        return {ToPeer.BLOCKS: self._take_blocks, ToPeer.SPILLED: self._read_spilled}
+
+    async def send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
+        """Send a piece of a block to another worker; why it is not taken, if it is not."""
+        answer: str = await self._worker.rpc(target).distkv_blocks(
+            engine=engine, piece=tuple(piece), data=to_serialize(data)
+        )
+        return answer
+
+    async def ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
+        """Blocks that another worker has spilled, uint8 [count, bytes]; why not, if they are not there."""
+        answer: dict[str, Any] = await self._worker.rpc(file.worker).distkv_spilled(
+            engine=engine, file=tuple(file), first=first, count=count
+        )
+        return answer["rows"] if "rows" in answer else str(answer["refusal"])
+
+    async def _take_blocks(self, engine: str, piece: Sequence[Any], data: np.ndarray) -> str:
+        """Another worker sends a piece of a block; says why it is not taken, if it is not."""
+        if engine not in self._engines:
+            return self._not_open(engine)
+        store = partial(self._engines[engine].store_piece, Piece(*piece), data)
+        return await asyncio.get_running_loop().run_in_executor(None, store)
+
+    async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> dict[str, Any]:
+        """Another worker wants blocks that are spilled here: ``rows``, uint8 [count, bytes], or a ``refusal``."""
+        if engine not in self._engines:
+            return {"refusal": self._not_open(engine)}
+        try:
+            return {"rows": to_serialize(await self._engines[engine].files.rows(SpilledFile(*file), first, count))}
+        except DistKVError as error:
+            return {"refusal": str(error)}
+
+    def _not_open(self, engine: str) -> str:
+        return f"engine {engine} is not open on worker {self._worker.address}"
