@@ -16,8 +16,8 @@ from tests._models import model_dir, prompt_ids, reference_generate
 
 TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
 MODEL = str(model_dir("llama-gqa"))
-NEW = 100
-PROMPT = prompt_ids(800)  # on two of three workers of 680 tokens
+NEW = 80
+PROMPT = prompt_ids(320)  # on two of three workers of 340 tokens, with its answer
 LONG = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
@@ -56,7 +56,7 @@ def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
 @pytest.mark.parametrize("victim", ["home", "holder"])
 def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victim: str) -> None:
     expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
-    with Engine(client, MODEL, kv_memory="2 MiB", **TINY) as engine:
+    with Engine(client, MODEL, kv_memory="1 MiB", **TINY) as engine:
         running = engine.submit(PROMPT, LONG)
         placement = decoding(engine)[0].placement
         assert len(placement) == 2
@@ -78,7 +78,7 @@ def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victi
 def test_a_card_without_memory_in_a_step_costs_a_request_no_token(client: Client, victim: str, times: int) -> None:
     """What passes costs nothing else; what does not costs the worker its engine, which opens with what fits then."""
     expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
-    with Engine(client, MODEL, kv_memory="2 MiB", **TINY) as engine:
+    with Engine(client, MODEL, kv_memory="1 MiB", **TINY) as engine:
         running = engine.submit(PROMPT, LONG)
         worker = decoding(engine)[0].placement[-1 if victim == "home" else 0].worker
         before = client.run(os.getpid)
