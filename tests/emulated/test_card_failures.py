@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from distkv_dask.errors import DeviceLostError, DeviceMemoryError
+from distkv_dask.messages.names import Piece
+from distkv_dask.worker.blocks.host_tier import HostTier
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.transfer import Arrivals
 from distkv_dask.worker.card import Card
 from distkv_dask.worker.device import Use
 from emulated import break_card, mend, run_out
@@ -64,6 +69,23 @@ def test_other_errors_of_a_card_that_still_answers_stay_as_they_are(gpu: Card, e
     with pytest.raises(type(error), match=str(error)):
         fail(gpu, error)
     assert not gpu.lost
+
+
+@pytest.mark.parametrize("use", ["a piece arrives", "blocks are read", "blocks go to host memory"])
+def test_a_card_that_breaks_as_blocks_are_copied_is_found_lost(gpu: Card, use: str) -> None:
+    pool = Pool(BlockShape(1, 1, 4, "float32", 4), 8, gpu)
+    arrivals, tier = Arrivals(pool), HostTier(pool, 4 * pool.block_bytes)
+    arrivals.expect(1, 7, 0, 8)
+    uses: dict[str, Callable[[], object]] = {
+        "a piece arrives": lambda: arrivals.store_piece(Piece(1, 0, 0, False), np.zeros(pool.block_bytes, np.uint8)),
+        "blocks are read": lambda: pool.read([0, 1]),
+        "blocks go to host memory": lambda: tier.store("a", [0, 1]),
+    }
+    break_card()
+    with pytest.raises(DeviceLostError):
+        uses[use]()
+    assert gpu.lost
+    assert "a" not in tier
 
 
 def work(gpu: Card, launches: int) -> None:
