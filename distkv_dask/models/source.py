@@ -131,6 +131,15 @@ class ModelSource:
                 return None
             raise
 
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """The model's files, each with its size in bytes and when it was changed (nanoseconds)."""
+        if self.kind == "gguf":
+            files = [*Path(self.location).parent.glob("*.gguf")]  # its parts are among them
+        else:
+            files = [*self._config_file().parent.iterdir()]
+        stats = ((str(one), one.stat()) for one in sorted(files) if one.is_file())
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
     def _config_file(self) -> Path:
         if self.kind != "hub":
             return Path(self._text_location()) / "config.json"

@@ -57,11 +57,13 @@ def build_engine(
     model, device = None, _device(spec, worker)
     if geometry is None:
         # takes seconds and memory, which memory workers do not spend
-        from distkv_dask.worker.model.loaded import load_model
+        from distkv_dask.worker.model.shared import shared_model
 
-        check_weights_fit(spec, worker, device)
+        fits = partial(check_weights_fit, spec, worker, device)
         deterministic = spec.config.deterministic
-        model = load_model(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device)
+        model = shared_model(
+            spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device, before=fits
+        )
         geometry = model.geometry
     block_tokens = spec.config.block_tokens
     block = BlockShape.of(geometry, block_tokens)

@@ -1,0 +1,49 @@
+"""Models that engines of one process share: a second engine on a model opens without its weights being read again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from distkv_dask.models.source import resolve_model
+from distkv_dask.worker.device import Device
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
+
+_lock = threading.Lock()
+_models: WeakValueDictionary[tuple[Any, ...], LoadedModel] = WeakValueDictionary()
+"""Models in use, by all that they depend on; one that no engine has any more is freed."""
+
+
+def shared_model(
+    name: str,
+    dtype: str,
+    threads: int,
+    rope_scaling: Mapping[str, Any] | None,
+    deterministic: bool,
+    device: Device,
+    before: Callable[[], None],
+) -> LoadedModel:
+    """A model that an open engine of this process has, or a newly loaded one.
+
+    For parameters and errors see :func:`~distkv_dask.worker.model.loaded.load_model`; ``before`` is called before
+    weights are read. A model whose files have changed is another model. On cards nothing is shared: the streams of an
+    engine belong to its own model.
+    """
+    load = partial(load_model, name, dtype, threads, rope_scaling, deterministic, device)
+    if not device.is_host:
+        before()
+        return load()
+    key = resolve_model(name).stamp(), dtype, json.dumps(rope_scaling, sort_keys=True), deterministic
+    with _lock:
+        model = _models.get(key)
+        if model is None:
+            before()
+            model = _models[key] = load()
+    torch.set_num_threads(threads)  # of this thread, which will run the model
+    return model
