@@ -33,12 +33,6 @@ class Call(NamedTuple):
         k, v = self.k_pool, self.v_pool
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
 
-    @property
-    def plain(self) -> bool:
-        """Whether all tokens are seen with scores as they are, and values lie as keys do."""
-        k, v = self.k_pool, self.v_pool
-        return self.first_keys is None and self.soft_cap is None and k.shape == v.shape
-
     def empty_result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for out and lse."""
         tokens, heads, _ = self.q.shape

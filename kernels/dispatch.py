@@ -75,21 +75,25 @@ def choose(
     return Choice("torch", unsupported)
 
 
-def make_ready(k_pool: torch.Tensor, heads: int) -> Choice:
+def make_ready(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, heads: int, *, windows: bool = False, soft_cap: float | None = None
+) -> Choice:
     """Choose for a pool, and compile now what its first request would otherwise wait seconds for.
 
     Parameters
     ----------
-    k_pool
-        [blocks, kv_heads, block_tokens, d].
+    k_pool, v_pool
+        [blocks, kv_heads, block_tokens, d] and, for values, at most d.
     heads
         Query heads of the model.
+    windows, soft_cap
+        Whether calls have ``first_keys``, and their soft cap: a model is made ready once for each kind of its layers.
     """
     choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2])
     if choice.name == "numba":
         numba_kernel.compiled(k_pool.dtype)
     if choice.name == "triton":
-        triton_batch.warm_up(k_pool, heads)
+        triton_batch.warm_up(k_pool, v_pool, heads, windows=windows, soft_cap=soft_cap)
     return choice
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .contract import Call, lengths_message, offsets_message, slots_message, tables_message
 from .index import Index, Ints
-from .triton_plan import MIN_PIECE, Shape, WorkList
+from .triton_plan import MIN_PIECE, Shape, WorkList, aligned
 from .triton_tiles import card_of, padded, tiles_for
 
 LOG2_E = 1.4426950408889634
@@ -42,11 +42,9 @@ class TritonBatch:
     """
 
     def __init__(self, call: Call, index: Index, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if not call.plain:
-            raise ValueError("first_keys, soft_cap, v_pool: Triton serves no windows, soft caps or short values yet")
         self._jit = importlib.import_module(".triton_jit", __package__)
         self._tables, self._index, self._results = call.block_tables, index, (out, lse)
-        tables, lengths, offsets, starts, _ = index.read()
+        tables, lengths, offsets, starts, first_keys = index.read()
         counts = np.ones(len(lengths), np.int64) if offsets is None else np.diff(offsets)
         tokens, heads, d = call.q.shape
         if offsets is not None and (offsets[0] != 0 or offsets[-1] != tokens or (counts < 0).any()):
@@ -54,22 +52,30 @@ class TritonBatch:
         blocks, kv_heads, block_tokens, _ = call.k_pool.shape
         self._limits = tables.shape[1], block_tokens, blocks
         self._usable = ((tables < 0) | (tables >= blocks)).cumsum(1, dtype=np.int64)
-        shape = Shape(counts.tolist(), heads // kv_heads, kv_heads, tables.shape[1] * block_tokens, block_tokens, d)
+        d_v, room = call.v_pool.shape[3], tables.shape[1] * block_tokens
+        shape = Shape(counts.tolist(), heads // kv_heads, kv_heads, room, block_tokens, d_v)
         card, self._int8 = card_of(out.device), call.k_scales is not None
-        tiles = tiles_for(card.family, d, block_tokens, call.q.dtype, self._int8)
+        tiles = tiles_for(card.family, d, block_tokens, call.q.dtype, self._int8, call.soft_cap is not None)
         self._work = WorkList(shape, tiles, card.processors)
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._make_buffers(tokens, heads, d)
-        self._constants = {"GROUP": shape.group, "D": d, "D_PADDED": padded(d), "BLOCK_TOKENS": block_tokens}
-        self._write(lengths, starts)
+        self._soft_cap = call.soft_cap
+        self._make_buffers(first_keys is not None)
+        self._constants = {
+            "GROUP": shape.group, "D": d, "D_PADDED": padded(d), "D_V": d_v, "V_PADDED": padded(d_v),
+            "V_TOKEN": call.v_pool.stride(2), "BLOCK_TOKENS": block_tokens,
+        }  # fmt: skip
+        self._write(lengths, starts, first_keys)
 
-    def _make_buffers(self, tokens: int, heads: int, d: int) -> None:
-        work, device = self._work, self._results[0].device
-        self._list = torch.empty(work.size + 2 * tokens, dtype=torch.int32, device=device)
+    def _make_buffers(self, windowed: bool) -> None:
+        work, out = self._work, self._results[0]
+        tokens, heads, d = out.shape
+        device, self._windows_at = out.device, aligned(work.size + 2 * tokens)
+        self._list = torch.empty(self._windows_at + tokens, dtype=torch.int32, device=device)
+        self._windows = self._list[self._windows_at :] if windowed else None
         items = [self._list[launch.at :] for launch in work.launches]
         self._launches = list(zip(work.launches, items, strict=True))
         self._merge_tokens, self._merge_entries = self._list[work.tokens_at :], self._list[work.entries_at :]
-        self._list_slots = self._list[work.size :].view(tokens, 2)
+        self._list_slots = self._list[work.size :][: 2 * tokens].view(tokens, 2)
         lse_at = work.partials * heads * d
         self._partials = torch.empty(lse_at + work.partials * heads, dtype=torch.float32, device=device)
         self._partial_lse = self._partials[lse_at:] if work.partials else self._partials
@@ -86,17 +92,17 @@ class TritonBatch:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the values of lengths, starts and slots as they are now; what is queued already uses the earlier ones.
+        """Take the values of lengths, starts, first keys and slots as they are now; queued work keeps earlier ones.
 
         Raises
         ------
         ValueError
             A length, block id or slot is out of range; nothing was changed.
         """
-        _, lengths, _, starts, _ = self._index._replace(block_tables=self._index.lengths).read()
-        self._write(lengths, starts)
+        _, lengths, _, starts, first_keys = self._index._replace(block_tables=self._index.lengths).read()
+        self._write(lengths, starts, first_keys)
 
-    def _write(self, lengths: Ints, starts: Ints | None) -> None:
+    def _write(self, lengths: Ints, starts: Ints | None, first_keys: Ints | None) -> None:
         """Check, write the list in pinned memory of its own (which torch keeps until it was copied), queue the copy."""
         width, block_tokens, blocks = self._limits
         if len(lengths) and (lengths.min() < 0 or lengths.max() > width * block_tokens):
@@ -110,7 +116,9 @@ class TritonBatch:
         values[self._work.size :] = -1
         if self._slots is not None:
             values[self._work.size :][: 2 * len(self._slots[0])] = self._read_slots(*self._slots)
-        self._work.write(values[: self._work.size], lengths, starts)
+        if first_keys is not None:
+            values[self._windows_at :] = first_keys
+        self._work.write(values[: self._work.size], lengths, starts, first_keys)
         self._list.copy_(host, non_blocking=True)
 
     def _read_slots(self, blocks: torch.Tensor, offsets: torch.Tensor) -> Ints:
@@ -129,10 +137,12 @@ class TritonBatch:
         q = q.contiguous()
         kv_heads = k_pool.shape[1]
         upcast = self._jit.INTERPRETED and q.dtype == torch.bfloat16
+        cap = self._soft_cap
+        factors = (scale * LOG2_E, None) if cap is None else (scale / cap, cap * LOG2_E)
         for launch, items in self._launches:
             self._jit.attend[(launch.items, kv_heads)](
-                q, k_pool, v_pool, self._tables, items, *scales, out, lse, self._partials, self._partial_lse,
-                scale * LOG2_E, kv_heads, self._tables.stride(0), k_pool.stride(0), v_pool.stride(0),
+                q, k_pool, v_pool, self._tables, items, self._windows, *scales, out, lse, self._partials,
+                self._partial_lse, *factors, kv_heads, self._tables.stride(0), k_pool.stride(0), v_pool.stride(0),
                 **self._constants, TILE_ROWS=launch.tiles.rows, TILE_TOKENS=launch.tiles.tokens,
                 INT8=self._int8, UPCAST=upcast, **launch.tiles.options(),
             )  # fmt: skip
@@ -140,12 +150,14 @@ class TritonBatch:
             launch_merge(self._jit, (self._partials, self._merge_tokens, self._merge_entries), out, lse)
 
     def append(self, k: torch.Tensor, v: torch.Tensor | None, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
-        """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots."""
+        """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots; v None: not."""
         appended, kv_heads, d = k.shape
-        if appended and v is not None:
+        d_v = v_pool.shape[3]
+        if appended:
             self._jit.append[(appended, kv_heads)](
-                k.contiguous(), v.contiguous(), k_pool, v_pool, self._list_slots, kv_heads, k_pool.stride(0),
-                v_pool.stride(0), D=d, D_PADDED=padded(d), BLOCK_TOKENS=k_pool.shape[2], **APPEND_OPTIONS,
+                k.contiguous(), None if v is None else v.contiguous(), k_pool, v_pool, self._list_slots, kv_heads,
+                k_pool.stride(0), v_pool.stride(0), D=d, D_PADDED=padded(d), D_V=d_v, V_PADDED=padded(d_v),
+                BLOCK_TOKENS=k_pool.shape[2], **APPEND_OPTIONS,
             )  # fmt: skip
 
 
@@ -159,25 +171,36 @@ def launch_merge(
     )
 
 
-def warm_up(k_pool: torch.Tensor, heads: int) -> None:
+def warm_up(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, heads: int, *, windows: bool = False, soft_cap: float | None = None
+) -> None:
     """Compile and load all that batches of a pool will launch, by launches that read and write nothing.
 
     Parameters
     ----------
-    k_pool
+    k_pool, v_pool
         [blocks, kv_heads, block_tokens, d].
     heads
         Query heads.
+    windows, soft_cap
+        Whether batches have first keys, and the soft cap of their scores.
     """
     _, kv_heads, block_tokens, d = k_pool.shape
     device = k_pool.device
     many = 1 + tiles_for(card_of(device).family, d, block_tokens, k_pool.dtype)[0].rows * kv_heads // heads
     q = torch.zeros(1 + many, heads, d, dtype=k_pool.dtype, device=device)
     nothing, offsets = torch.zeros(2, dtype=torch.int32), torch.tensor([0, 1, 1 + many], dtype=torch.int32)
-    index = Index(torch.zeros(2, -(-2 * MIN_PIECE // block_tokens), dtype=torch.int32), nothing, offsets, None)
-    tables, lengths, offsets_there, *_ = index.on(device)
-    call = Call(q, k_pool, k_pool, tables, lengths, 1.0, offsets_there, False, None, None, None, 1)
-    batch = TritonBatch(call, index, torch.empty_like(q, dtype=torch.float32), q.new_empty(q.shape[:2]).float())
-    fresh = torch.zeros(1, kv_heads, d, dtype=k_pool.dtype, device=device)
-    batch.append(fresh, fresh, k_pool, k_pool)
-    batch.attend(q, k_pool, k_pool, 1.0)
+    first_keys = torch.zeros(1 + many, dtype=torch.int32) if windows else None
+    table = torch.zeros(2, -(-2 * MIN_PIECE // block_tokens), dtype=torch.int32)
+    index = Index(table, nothing, offsets, None, first_keys)
+    there = index.on(device)
+    call = Call(
+        q, k_pool, v_pool, there.block_tables, there.lengths, 1.0, there.query_offsets, False, None, None, None, 1,
+        there.first_keys, soft_cap,
+    )  # fmt: skip
+    batch = TritonBatch(call, index, *call.empty_result())
+    fresh_k, fresh_v = (
+        torch.zeros(1, *pool.shape[1::2], dtype=k_pool.dtype, device=device) for pool in (k_pool, v_pool)
+    )
+    batch.append(fresh_k, None if call.values_in_keys else fresh_v, k_pool, v_pool)
+    batch.attend(q, k_pool, v_pool, 1.0)

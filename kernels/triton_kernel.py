@@ -33,9 +33,8 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
     Index tensors of a GPU are read once; :class:`distkv_dask.kernels.PreparedAttention` never reads the device.
     """
-    out = call.q.new_empty(call.q.shape, dtype=torch.float32)
-    lse = call.q.new_empty(call.q.shape[:2], dtype=torch.float32)
-    index = Index(call.block_tables, call.lengths, call.query_offsets, call.q_start)
+    out, lse = call.empty_result()
+    index = Index(call.block_tables, call.lengths, call.query_offsets, call.q_start, call.first_keys)
     batch = TritonBatch(call, index, out, lse)
     batch.attend(call.q, call.k_pool, call.v_pool, call.scale, (call.k_scales, call.v_scales))
     return out, lse

@@ -17,8 +17,8 @@ from .triton_tiles import Tiles
 
 ITEM = 8
 """int32 of an item: queries of its row (0: no item), row of the block table, first query of the row, first packed row
-of the tile, first token, token after the last, tokens before the one that query 0 sees last, and where the result goes:
-query 0's token of out, or ``-1 - partial``."""
+of the tile, first token that the tile sees, token after the last, tokens before the one that query 0 sees last, and
+where the result goes: query 0's token of out, or ``-1 - partial``."""
 MIN_PIECE = 256
 """A piece of a row is worth its merge from about so many tokens."""
 FEW_PROGRAMS = 4
@@ -35,21 +35,41 @@ class Shape(NamedTuple):
     kv_heads: int
     room: int
     block_tokens: int
-    head_dim: int
+    value_dim: int
 
 
 class Launch(NamedTuple):
     """One launch of the attention kernel: its rows, and where its items lie in the list.
 
-    Rows are cut into pieces so that ``extra`` items are added at most.
+    Rows are cut into pieces so that ``extra`` items are added at most. ``queries`` [tiles, 2] are a tile's first query
+    and last one within its row.
     """
 
     tiles: Tiles
     rows: Ints
     row_tiles: Ints
+    queries: Ints
     extra: int
     at: int
     items: int
+
+    @property
+    def tile_rows(self) -> Ints:
+        """Of each tile, which of ``rows`` it is about."""
+        return np.repeat(np.arange(len(self.rows)), self.row_tiles)
+
+    @property
+    def begins(self) -> Ints:
+        """First tile of each row."""
+        return np.cumsum(self.row_tiles) - self.row_tiles
+
+
+class Sight(NamedTuple):
+    """What the tiles of a launch see: tokens [low, high), counted in pieces from ``base`` on."""
+
+    low: Ints
+    high: Ints
+    base: Ints
 
 
 class WorkList:
@@ -92,8 +112,8 @@ class WorkList:
                 self.partials += launch.extra * int((-(-self._counts[launch.rows] // launch.row_tiles)).max())
                 self.launches.append(launch)
         self.tokens_at = at
-        self.entries_at = _aligned(at + 2 * int(self._counts.sum()))
-        self.size = _aligned(self.entries_at + 2 * self.partials)
+        self.entries_at = aligned(at + 2 * int(self._counts.sum()))
+        self.size = aligned(self.entries_at + 2 * self.partials)
 
     def _launch(self, tiles: Tiles, rows: Ints, wanted: int, at: int) -> Launch:
         row_tiles = -(-self._counts[rows] * self._shape.group // tiles.rows)
@@ -101,9 +121,15 @@ class WorkList:
         extra = min(wanted, least * (self._shape.room // MIN_PIECE))
         if self._shape.room < 2 * MIN_PIECE:
             extra = 0
-        return Launch(tiles, rows, row_tiles, extra, at, least + extra)
+        nth = np.arange(least) - np.repeat(np.cumsum(row_tiles) - row_tiles, row_tiles)
+        last = np.repeat(self._counts[rows] - 1, row_tiles)
+        group = self._shape.group
+        queries = np.stack((nth * tiles.rows // group, np.minimum(((nth + 1) * tiles.rows - 1) // group, last)), 1)
+        return Launch(tiles, rows, row_tiles, queries, extra, at, least + extra)
 
-    def write(self, to: npt.NDArray[np.int32], lengths: Ints, starts: Ints | None) -> None:
+    def write(
+        self, to: npt.NDArray[np.int32], lengths: Ints, starts: Ints | None, first_keys: Ints | None = None
+    ) -> None:
         """Write the list of a step.
 
         Parameters
@@ -114,6 +140,8 @@ class WorkList:
             Visible tokens of each row.
         starts
             Query i of a row sees tokens up to its start + i; None: all.
+        first_keys
+            Each query of the batch sees tokens from here on; None: all.
         """
         to[: self.tokens_at] = 0
         tokens = to[self.tokens_at :][: 2 * int(self._counts.sum())].reshape(-1, 2)
@@ -122,38 +150,56 @@ class WorkList:
         starts = np.full(len(lengths), NO_LIMIT) if starts is None else np.clip(starts, -NO_LIMIT, NO_LIMIT)
         used = 0
         for launch in self.launches:
-            seen = np.clip(starts + self._counts, 0, lengths)[launch.rows]
-            pieces, piece = self._cut(launch, seen)
+            sight = self._sight(launch, lengths, starts, first_keys)
+            pieces, piece = self._cut(launch, np.maximum.reduceat(sight.high - sight.base, launch.begins))
             needed = np.where(pieces > 1, pieces * self._counts[launch.rows], 0)
             bases = used + np.cumsum(needed) - needed
-            items = self._items(launch, (starts[launch.rows], seen, pieces, piece, bases))
+            items = self._items(launch, sight, (starts[launch.rows], pieces, piece, bases))
             to[launch.at :][: items.size] = items.ravel()
             self._merges(launch.rows[pieces > 1], pieces[pieces > 1], bases[pieces > 1], tokens, entries)
             used += int(needed.sum())
 
-    def _cut(self, launch: Launch, seen: Ints) -> tuple[Ints, Ints]:
-        """Pieces of each row, and tokens of a piece: about the same for all, as far as rows are long enough."""
-        step = max(launch.tiles.tokens, self._shape.block_tokens)
-        pieces = np.ones_like(seen)
-        if launch.extra:
-            share = -(-int((seen * launch.row_tiles).sum()) // launch.extra)
-            pieces = np.maximum(1, seen // max(share, MIN_PIECE))
-        piece = -(-seen // (pieces * step)) * step
-        return np.maximum(1, -(-seen // np.maximum(piece, 1))), piece
+    def _step(self, launch: Launch) -> int:
+        """Pieces begin at multiples of it."""
+        return max(launch.tiles.tokens, self._shape.block_tokens)
 
-    def _items(self, launch: Launch, cut: tuple[Ints, Ints, Ints, Ints, Ints]) -> Ints:
+    def _sight(self, launch: Launch, lengths: Ints, starts: Ints, first_keys: Ints | None) -> Sight:
+        rows = launch.rows[launch.tile_rows]
+        high = np.clip(starts[rows] + launch.queries[:, 1] + 1, 0, lengths[rows])
+        if first_keys is None:
+            return Sight(np.zeros_like(high), high, np.zeros_like(high))
+        row: Ints = np.repeat(np.arange(len(self._counts)), self._counts)
+        ends = np.minimum(lengths[row], starts[row] + np.arange(len(row)) - self._firsts[row] + 1)
+        firsts = np.append(np.where(first_keys < ends, np.maximum(first_keys, 0), NO_LIMIT), NO_LIMIT)
+        edges = np.stack((launch.queries[:, 0], launch.queries[:, 1] + 1), 1) + self._firsts[rows][:, None]
+        low = np.minimum.reduceat(firsts, edges.reshape(-1))[::2]  # what lies between tiles is left out
+        low, high = (np.where(low < high, edge, 0) for edge in (low, high))
+        step = self._step(launch)
+        return Sight(low, high, low // step * step)
+
+    def _cut(self, launch: Launch, span: Ints) -> tuple[Ints, Ints]:
+        """Pieces of each row's tiles, and tokens of a piece: about the same for all, as far as rows are long enough."""
+        step = self._step(launch)
+        pieces = np.ones_like(span)
+        if launch.extra:
+            share = -(-int((span * launch.row_tiles).sum()) // launch.extra)
+            pieces = np.maximum(1, span // max(share, MIN_PIECE))
+        piece = -(-span // (pieces * step)) * step
+        return np.maximum(1, -(-span // np.maximum(piece, 1))), piece
+
+    def _items(self, launch: Launch, sight: Sight, cut: tuple[Ints, Ints, Ints, Ints]) -> Ints:
         """Items [n, ITEM] of a launch, those that take longest first."""
-        starts, seen, pieces, piece, bases = cut
+        starts, pieces, piece, bases = cut
         counts, firsts = self._counts[launch.rows], self._firsts[launch.rows]
         programs = launch.row_tiles * pieces
         row = np.repeat(np.arange(len(programs)), programs)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(programs) - programs, programs)
         part, tile = np.divmod(nth, launch.row_tiles[row])
         packed = tile * launch.tiles.rows
-        last = np.minimum((packed + launch.tiles.rows - 1) // self._shape.group, counts[row] - 1)
-        low = part * piece[row]
-        high = np.minimum(low + piece[row], np.clip(starts[row] + last + 1, 0, seen[row]))
-        high = np.maximum(low, high)
+        tile += launch.begins[row]
+        begin = sight.base[tile] + part * piece[row]
+        low = np.maximum(begin, sight.low[tile])
+        high = np.maximum(low, np.minimum(begin + piece[row], sight.high[tile]))
         to = np.where(pieces[row] > 1, -1 - bases[row] - part * counts[row], firsts[row])
         items = np.stack((counts[row], launch.rows[row], firsts[row], packed, low, high, starts[row], to), 1)
         return items[np.argsort(low - high, kind="stable")]
@@ -171,10 +217,10 @@ class WorkList:
         part = np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)
         partial = np.repeat(bases[row] + query, parts) + part * np.repeat(counts[row], parts)
         if len(partial):
-            d = self._shape.head_dim
+            d = self._shape.value_dim
             entries[bases[0] :][: len(partial)] = np.stack((partial * d, self.partials * d + partial), 1)
 
 
-def _aligned(at: int) -> int:
+def aligned(at: int) -> int:
     """The next place whose address is a multiple of 16 bytes, as the compiled kernels expect."""
     return -(-at // 4) * 4

@@ -50,7 +50,7 @@ def padded(head_dim: int) -> int:
 
 
 def tiles_for(
-    family: Family, head_dim: int, block_tokens: int, dtype: torch.dtype, int8: bool = False
+    family: Family, head_dim: int, block_tokens: int, dtype: torch.dtype, int8: bool = False, capped: bool = False
 ) -> tuple[Tiles, Tiles]:
     """Entries of the tuning table for rows of few queries (at most 16 with the heads of a group) and of many.
 
@@ -60,15 +60,17 @@ def tiles_for(
         Of the card.
     head_dim, block_tokens
         Of the pool.
-    dtype, int8
-        Of the queries, and whether the pool is of int8.
+    dtype, int8, capped
+        Of the queries, whether the pool is of int8, and whether scores have a soft cap.
     """
     width = max(64, padded(head_dim))
     if dtype == torch.float32:
         return _FLOAT32[width], _FLOAT32[width]
     few, many = _FEW[family][width], _MANY[family][width]
-    if int8 and width == 256:  # conversions of int8 take registers, of which there are none to spare
-        few, many = few._replace(stages=2), many._replace(tokens=16 if family == "rocm" else many.tokens)
+    if width == 256 and int8:  # conversions take registers, of which there are none to spare
+        few = few._replace(stages=2)
+    if width == 256 and (int8 or capped) and family == "rocm":
+        many = many._replace(tokens=16)
     return _in_a_block(few, block_tokens), _in_a_block(many, block_tokens)
 
 

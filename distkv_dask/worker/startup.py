@@ -68,7 +68,7 @@ def build_engine(
     block_tokens = spec.config.block_tokens
     block = BlockShape.of(geometry, block_tokens)
     pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
-    make_ready(pool.keys(0), geometry.heads)
+    make_ready(pool.keys(0), pool.values(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     timings = _timings(runtime, geometry, model, device)

@@ -53,7 +53,7 @@ def test_a_captured_layer_serves_later_steps_and_nothing_waits() -> None:
     arguments = build(CUT[0], torch.bfloat16, device="cuda")
     index = {name: arguments[name].cpu() for name in INDEX if name in arguments}
     given = [arguments[name] for name in ("q", "k_pool", "v_pool", "scale")]
-    make_ready(arguments["k_pool"], arguments["q"].shape[1])
+    make_ready(arguments["k_pool"], arguments["v_pool"], arguments["q"].shape[1])
     with served_by_triton():
         attention = prepare(arguments, index)
     graph = torch.cuda.CUDAGraph()

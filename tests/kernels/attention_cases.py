@@ -40,11 +40,6 @@ class Case:
         """Queries of each row."""
         return (1,) * len(self.lengths) if self.queries is None else self.queries
 
-    @property
-    def plain(self) -> bool:
-        """Whether numba and Triton serve it."""
-        return self.first_keys is None and self.soft_cap is None and self.dv is None
-
     def window(self, row: int) -> int:
         """First token of a row that one of its queries sees."""
         length, count, before = self.lengths[row], self.counts[row], sum(self.counts[:row])

@@ -157,7 +157,7 @@ def test_without_the_core_numba_serves_and_compiles_before_the_first_request(tmp
 from distkv_dask.kernels import IMPLEMENTATIONS, choose, make_ready, micro_attention, numba_kernel
 assert "native" not in IMPLEMENTATIONS
 pool = torch.ones(2, 1, 4, 8, dtype=torch.bfloat16)
-name, reason = make_ready(pool, 2)
+name, reason = make_ready(pool, pool, 2)
 assert name == "numba" and "compiler" in reason
 codes = numba_kernel.compiled(pool.dtype)
 print(sum(sum(code.stats.cache_hits.values()) for code in codes))
@@ -198,7 +198,7 @@ assert name == "torch" and "numba does not load" in reason, reason
 
 @pytest.mark.skipif(native_kernel.missing() is not None, reason="no C++ core here")
 def test_the_core_serves_wherever_it_was_built() -> None:
-    assert make_ready(torch.zeros(1, 1, 16, 8), 1).name == "native"
+    assert make_ready(*torch.zeros(2, 1, 1, 16, 8), 1).name == "native"
 
 
 def test_huge_pages_are_asked_for_where_they_exist() -> None:

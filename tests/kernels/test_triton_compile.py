@@ -58,10 +58,13 @@ class Kernel(NamedTuple):
     dtype: str = "bf16"
     int8: bool = False
     block_tokens: int = 64
+    windows: bool = False
+    capped: bool = False
 
     def __str__(self) -> str:
         pool = "int8" if self.int8 else self.dtype
-        return f"{'few' if self.few else 'many'}-{self.d}-{pool}-blocks-of-{self.block_tokens}"
+        more = "-windows" * self.windows + "-capped" * self.capped
+        return f"{'few' if self.few else 'many'}-{self.d}-{pool}-blocks-of-{self.block_tokens}{more}"
 
 
 USUAL = [Kernel(True, 128), Kernel(False, 128)]
@@ -71,12 +74,15 @@ OTHERS = [
     *(Kernel(few, 128, block_tokens=16) for few in (True, False)),
     Kernel(True, 256, "fp32"),
 ]
+WINDOWS = [
+    Kernel(few, d, windows=True, capped=capped) for few in (True, False) for d in (128, 256) for capped in (False, True)
+]
 FORMS = [(128, "fp16"), (128, "bf16", False, 32), (80,), (64, "bf16", True)]
 NIGHTLY = [*(Kernel(few, *form) for few in (True, False) for form in FORMS), Kernel(True, 128, "fp32")]
 # All of it takes two minutes where nothing is kept from earlier compilations; sm_80 has the fewest registers to spare.
-EVERYWHERE = [*USUAL, *OTHERS, *NIGHTLY] if "EXAMPLES" in os.environ else USUAL
+EVERYWHERE = [*USUAL, *OTHERS, *WINDOWS, *NIGHTLY] if "EXAMPLES" in os.environ else USUAL
 PAIRS = [(processor, kernel) for processor in PROCESSORS for kernel in EVERYWHERE]
-PAIRS += [("sm_80", kernel) for kernel in OTHERS if kernel not in EVERYWHERE]
+PAIRS += [("sm_80", kernel) for kernel in [*OTHERS, *WINDOWS[1:6:4]] if kernel not in EVERYWHERE]
 everywhere = pytest.mark.parametrize(("processor", "kernel"), PAIRS, ids=str)
 
 
@@ -97,23 +103,26 @@ def compile_for(processor: str, function: Any, types: dict[str, str], constants:
 
 def tiles_of(processor: str, kernel: Kernel) -> Tiles:
     family = PROCESSORS[processor].family
-    tiles = tiles_for(family, kernel.d, kernel.block_tokens, DTYPES[kernel.dtype], kernel.int8)
+    tiles = tiles_for(family, kernel.d, kernel.block_tokens, DTYPES[kernel.dtype], kernel.int8, kernel.capped)
     return tiles[0 if kernel.few else 1]
 
 
 def compile_attend(processor: str, kernel: Kernel, ones: tuple[str, ...] = ()) -> Any:
     kv = "*i8" if kernel.int8 else f"*{kernel.dtype}"
-    types = {"q_ptr": f"*{kernel.dtype}", "k_ptr": kv, "v_ptr": kv, "scale_log2": "fp32"}
+    types = {"q_ptr": f"*{kernel.dtype}", "k_ptr": kv, "v_ptr": kv, "scale": "fp32", "cap_log2": "fp32"}
     types |= dict.fromkeys(["out_ptr", "lse_ptr", "part_out_ptr", "part_lse_ptr"], "*fp32")
-    types |= dict.fromkeys(["tables_ptr", "work_ptr"], "*i32")
+    types |= dict.fromkeys(["tables_ptr", "work_ptr", "first_keys_ptr"], "*i32")
     types |= dict.fromkeys(["k_scales_ptr", "v_scales_ptr"], "*fp32")
     types |= dict.fromkeys(["kv_heads", "table_stride"], "i32")
     types |= dict.fromkeys(["k_block_stride", "v_block_stride"], "i64")
     tiles = tiles_of(processor, kernel)
     constants = {
-        "GROUP": 4, "D": kernel.d, "D_PADDED": padded(kernel.d), "BLOCK_TOKENS": kernel.block_tokens,
+        "GROUP": 4, "D": kernel.d, "D_PADDED": padded(kernel.d), "D_V": kernel.d, "V_PADDED": padded(kernel.d),
+        "V_TOKEN": kernel.d, "BLOCK_TOKENS": kernel.block_tokens,
         "TILE_ROWS": tiles.rows, "TILE_TOKENS": tiles.tokens, "INT8": kernel.int8, "UPCAST": False,
     }  # fmt: skip
+    constants |= {} if kernel.windows else {"first_keys_ptr": None}
+    constants |= {} if kernel.capped else {"cap_log2": None}
     return compile_for(processor, triton_jit.attend, types, constants | dict.fromkeys(ones, 1), **tiles.options())
 
 
@@ -196,11 +205,12 @@ def test_merge_and_append_compile(processor: str, ones: tuple[str, ...]) -> None
     types = dict.fromkeys(["parts_ptr", "out_ptr", "lse_ptr"], "*fp32")
     types |= dict.fromkeys(["tokens_ptr", "entries_ptr"], "*i32") | {"heads": "i32"}
     sizes = {"D": 128, "D_PADDED": 128}
+    values = {"D_V": 128, "V_PADDED": 128}
     constants = sizes | {"CHUNK": triton_batch.MERGE_CHUNK} | dict.fromkeys(["heads"] if ones else [], 1)
     merge = compile_for(processor, triton_jit.merge_partials, types, constants, **triton_batch.MERGE_OPTIONS)
     types = dict.fromkeys(["k_ptr", "v_ptr", "k_pool_ptr", "v_pool_ptr"], "*bf16") | {"slots_ptr": "*i32"}
     types |= {"kv_heads": "i32", "k_block_stride": "i64", "v_block_stride": "i64"}
-    constants = sizes | {"BLOCK_TOKENS": 64} | dict.fromkeys(["kv_heads"] if ones else [], 1)
+    constants = sizes | values | {"BLOCK_TOKENS": 64} | dict.fromkeys(["kv_heads"] if ones else [], 1)
     append = compile_for(processor, triton_jit.append, types, constants, **triton_batch.APPEND_OPTIONS)
     for compiled in (merge, append):
         assert compiled.metadata.shared <= 16 << 10

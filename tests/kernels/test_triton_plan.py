@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,12 @@ def made(
     return WorkList(Shape(queries, group, kv_heads, room, BLOCK, D), (FEW, MANY), processors)
 
 
-def written(work: WorkList, lengths: list[int], starts: list[int] | None = None) -> np.ndarray[Any, Any]:
+def written(
+    work: WorkList, lengths: list[int], starts: list[int] | None = None, first_keys: list[int] | None = None
+) -> np.ndarray[Any, Any]:
     values = np.full(work.size, -77, np.int32)
-    work.write(values, np.array(lengths, np.int64), None if starts is None else np.array(starts, np.int64))
+    edges = (None if edge is None else np.array(edge, np.int64) for edge in (starts, first_keys))
+    work.write(values, np.array(lengths, np.int64), *edges)
     return values
 
 
@@ -37,6 +41,7 @@ def items_of(work: WorkList, values: np.ndarray[Any, Any]) -> list[tuple[Tiles, 
     ]
 
 
+EDGES = [-(2**31), -5, 0, 1, 63, 64, 65, 500, 1000, 2048, 4000, 5055, 2**31 - 1]
 rows = st.lists(
     st.tuples(st.sampled_from([0, 1, 1, 1, 3, 4, 5, 40, 97]), st.integers(0, 5000), st.integers(-60, 6000)),
     min_size=1,
@@ -45,13 +50,21 @@ rows = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows, st.booleans(), st.sampled_from([1, 3, 4, 12]), st.sampled_from([1, 2, 8]), st.sampled_from([4, 132]))
+@given(
+    rows,
+    st.booleans(),
+    st.none() | st.randoms(use_true_random=False),
+    st.sampled_from([1, 3, 4, 12]),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([4, 132]),
+)
 def test_every_visible_key_of_every_query_is_attended_to_once(
-    rows: list[tuple[int, int, int]], causal: bool, group: int, kv_heads: int, processors: int
+    rows: list[tuple[int, int, int]], causal: bool, windows: Random | None, group: int, kv_heads: int, processors: int
 ) -> None:
     counts, lengths, starts = (list(column) for column in zip(*rows, strict=True))
     work = made(counts, kv_heads, processors, room=5056, group=group)
-    values = written(work, lengths, starts if causal else None)
+    first_keys = None if windows is None else [windows.choice(EDGES) for _ in range(sum(counts))]
+    values = written(work, lengths, starts if causal else None, first_keys)
     tokens = values[work.tokens_at :][: 2 * sum(counts)].reshape(-1, 2)
     entries = values[work.entries_at :][: 2 * work.partials].reshape(-1, 2)
     firsts = np.cumsum([0, *counts])
@@ -59,18 +72,21 @@ def test_every_visible_key_of_every_query_is_attended_to_once(
     owner: dict[int, list[int]] = {}
     for tiles, (count, row, first, packed, low, high, start, to) in items_of(work, values):
         assert (count, first) == (counts[row], firsts[row])
-        assert low % max(tiles.tokens, BLOCK) == 0
-        assert low <= high <= lengths[row]
+        assert windows or low % max(tiles.tokens, BLOCK) == 0
+        assert low <= high <= lengths[row] or low == high
         for at in range(packed, min(packed + tiles.rows, count * group)):
             query, head = divmod(at, group)
-            seen[row][query, head, low : max(low, min(high, start + query + 1))] += 1
+            begin = low if first_keys is None else max(low, first_keys[first + query])
+            seen[row][query, head, begin : max(begin, min(high, start + query + 1))] += 1
             if head == 0:
                 owner.setdefault(first + query, []).append(int(to) + query if to >= 0 else int(to) - query)
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         for query in range(count):
             visible = np.clip(starts[row] + query + 1, 0, length) if causal else length
-            assert (seen[row][query, :, :visible] == 1).all()
+            begin = 0 if first_keys is None else max(0, first_keys[firsts[row] + query])
+            assert (seen[row][query, :, begin:visible] == 1).all()
             assert not seen[row][query, :, visible:].any()
+            assert not seen[row][query, :, :begin].any()
     for token in range(sum(counts)):
         begin, parts = tokens[token]
         if parts < 0:
@@ -90,6 +106,17 @@ def test_a_long_row_among_short_ones_fills_the_card_and_begins_first() -> None:
     assert len(of_long) * 8 > 132
     assert [item[1] for item in items[: len(of_long)]] == [0] * len(of_long)
     assert max(item[5] - item[4] for item in items) < 131072 / 32
+
+
+@pytest.mark.parametrize("queries", [1, 16, 2048])
+def test_a_window_over_a_long_row_is_read_as_far_as_it_goes(queries: int) -> None:
+    work, length = made([queries]), 131072
+    first_keys = list(range(length - queries - 1023, length - 1023))
+    items = [item for _, item in items_of(work, written(work, [length], [length - queries], first_keys))]
+    tokens = sum(max(0, int(item[5] - item[4])) for item in items)
+    tiles = len({int(item[3]) for item in items})
+    assert tokens <= tiles * (1024 + MANY.rows // GROUP)
+    assert len([item for item in items if item[5] > item[4]]) >= 3
 
 
 def test_short_rows_are_not_cut() -> None:

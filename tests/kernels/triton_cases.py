@@ -17,16 +17,24 @@ from distkv_dask.kernels import (
     PreparedMerges,
     micro_attention,
     prepared,
-    prepared_merges,
     triton_batch,
+    triton_kernel,
 )
 
-INDEX = ("block_tables", "lengths", "query_offsets", "q_start")
+INDEX = ("block_tables", "lengths", "query_offsets", "q_start", "first_keys")
 CUT = [
     Case("decode-cut-into-pieces", (3000, 5, 0, 700), block_tokens=64),
     Case("decode-cut-small-blocks", (900, 2100), block_tokens=16, group=3),
     Case("prefill-cut-into-pieces", (1500, 40), (9, 20), causal=True, starts=(1491, 20), group=3),
     Case("prefill-and-decode-cut", (1200, 2000, 600), (12, 1, 1), block_tokens=32),
+    Case(
+        "windows-cut-into-pieces",
+        (3000, 1500, 900),
+        (1, 12, 1),
+        first_keys=(1001, *range(300, 360, 5), 0),
+        soft_cap=20.0,
+        block_tokens=32,
+    ),
 ]
 
 
@@ -35,12 +43,12 @@ def served_by_triton() -> Iterator[None]:
     """Let prepared calls of the host's tensors go to Triton, whose interpreter takes them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared, "choose", lambda *_: Choice("triton", "for a test"))
-        patch.setattr(prepared_merges, "unsupported", lambda *_: None)
+        patch.setattr(triton_kernel, "unsupported", lambda *_: None)
         yield
 
 
 def prepare(arguments: dict[str, Any], index: dict[str, Any]) -> PreparedAttention:
-    fixed = {name: arguments[name] for name in ("k_pool", "v_pool", "causal")}
+    fixed = {name: arguments[name] for name in ("k_pool", "v_pool", "causal", "soft_cap")}
     return PreparedAttention(*arguments["q"].shape[:2], **fixed, **index)
 
 
@@ -133,21 +141,21 @@ def variant(kwargs: dict[str, Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(sorted(kwargs.items())), tuple(map(form, args))
 
 
-def check_all_variants_are_warm() -> None:
-    """What batches of any kind launch was launched when the engine opened."""
+def check_all_variants_are_warm(windows: bool = False, soft_cap: float | None = None) -> None:
+    """What batches of a kind of layers launch was launched when the engine opened."""
     from triton.runtime.interpreter import GridExecutor
 
     seen: set[tuple[Any, ...]] = set()
     with pytest.MonkeyPatch.context() as patch:
 
         def record(self: Any, *args: Any, **kwargs: Any) -> None:
-            table_stride = [13] if self.fn.__name__ == "attend" else []
+            table_stride = [15] if self.fn.__name__ == "attend" else []
             args = tuple(3 if at in table_stride else value for at, value in enumerate(args))
             seen.add((self.fn.__name__, variant(kwargs, args)))
 
         patch.setattr(GridExecutor, "__call__", record)
         pool = torch.zeros(40, 2, 2, 2, 64, 128, dtype=torch.float16)
-        triton_batch.warm_up(pool[:, 0, 0], 8)
+        triton_batch.warm_up(pool[:, 0, 0], pool[:, 0, 1], 8, windows=windows, soft_cap=soft_cap)
         warm = set(seen)
         names = [name for name, _ in warm]
         assert sorted(names) == ["append", "attend", "attend", "merge_partials"]
@@ -156,10 +164,14 @@ def check_all_variants_are_warm() -> None:
             lengths = torch.full((rows,), 310, dtype=torch.int32)
             offsets = torch.arange(rows + 1, dtype=torch.int32) * queries
             slots = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+            first_keys = torch.full((rows * queries,), 100, dtype=torch.int32) if windows else None
             with served_by_triton():
                 for layer in range(2):
                     views = pool[:, layer, 0], pool[:, layer, 1]
-                    attention = PreparedAttention(rows * queries, 8, *views, tables, lengths, query_offsets=offsets)
+                    attention = PreparedAttention(
+                        rows * queries, 8, *views, tables, lengths, query_offsets=offsets, first_keys=first_keys,
+                        soft_cap=soft_cap,
+                    )  # fmt: skip
                     layers = PreparedLayers([attention], [0], *([view] for view in views), *slots)
                     fresh = torch.zeros(2, rows, 2, 128, dtype=pool.dtype)
                     layers(0, torch.zeros(rows * queries, 8, 128, dtype=pool.dtype), *fresh, 0.1)

@@ -34,7 +34,7 @@ def test_a_layer_is_launches_only_and_a_step_one_copy_more(case: Case) -> None:
     index = {name: arguments[name].cpu() for name in INDEX if name in arguments}
     k_pool, v_pool, q = arguments["k_pool"], arguments["v_pool"], arguments["q"]
     with emulated.counting() as warm:
-        triton_batch.warm_up(k_pool, q.shape[1])
+        triton_batch.warm_up(k_pool, v_pool, q.shape[1])
     with served_by_triton():
         slots = torch.zeros(2, len(case.lengths), dtype=torch.int64)
         layers = PreparedLayers([prepare(arguments, index)], [0, 0], [k_pool] * 2, [v_pool] * 2, *slots)
