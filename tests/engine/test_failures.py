@@ -60,18 +60,18 @@ def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
     raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")
 
 
-@pytest.mark.parametrize("victim", ["home", "holder"])
-def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str) -> None:
+@pytest.mark.parametrize(("victim", "family"), [("home", "llama-gqa"), ("holder", "llama-gqa"), ("home", "gpt-oss")])
+def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str, family: str) -> None:
     prompt = prompt_ids(20, seed=9)
-    with Engine(client, str(model_dir("llama-gqa")), kv_memory="2 MiB", **TINY) as engine:  # 680 tokens a worker
+    with Engine(client, str(model_dir(family)), kv_memory="2 MiB", **TINY) as engine:  # 680 tokens a worker
         wide = engine.submit(WIDE, LONG)
         sequences = decoding(engine)
         span = sequences[0].placement[-1 if victim == "home" else 0]
         assert len(sequences[0].placement) == 2
         os.kill(pid(client, span.worker), signal.SIGKILL)
-        expected = reference_generate(model_dir("llama-gqa"), [prompt], 8)[0].tokens
+        expected = reference_generate(model_dir(family), [prompt], 8)[0].tokens
         assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
-        assert list(wide.result(120).token_ids) == reference_generate(model_dir("llama-gqa"), [WIDE], NEW)[0].tokens
+        assert list(wide.result(120).token_ids) == reference_generate(model_dir(family), [WIDE], NEW)[0].tokens
         assert engine.status().totals["repair_events"] == 1
         deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
         while len(engine.status().workers) < 3:
