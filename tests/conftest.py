@@ -17,12 +17,12 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all cluster
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where processes of any kind find that
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
-import dask.config
 import pytest
 import tqdm
-from distributed.utils import get_mp_context
 from distributed.utils_test import cleanup, loop, loop_in_thread
 from hypothesis import settings
+
+from tests._forked_workers import fork_workers
 
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
@@ -31,19 +31,10 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     emulated.install(memory=6 << 30)  # which all workers in this process share
     use_torch_kernels()
 
-# Clusters of tests fork their workers from one process that has imported all that a worker needs, which takes every
-# other worker seconds of a core. What tests start by a command (examples, the guide, dask worker) is as for users, and
-# a card needs processes that nobody has forked.
+# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and a
+# card needs processes that nobody has forked.
 if os.environ.get("DISTKV_TEST_DEVICE", "cpu") == "cpu":
-    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-    get_mp_context().set_forkserver_preload(
-        [
-            "distkv_dask.worker.rmanager",
-            "distkv_dask.worker.startup",
-            "distkv_dask.worker.model.loaded",
-            "transformers.models.llama.modeling_llama",
-        ]
-    )
+    fork_workers()
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no fault
 settings.load_profile("tests")
