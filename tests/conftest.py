@@ -31,8 +31,8 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     emulated.install(memory=6 << 30)  # which all workers in this process share
     use_torch_kernels()
 
-# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and a
-# card needs processes that nobody has forked.
+# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and
+# a card needs processes that nobody has forked.
 if os.environ.get("DISTKV_TEST_DEVICE", "cpu") == "cpu":
     fork_workers()
 
