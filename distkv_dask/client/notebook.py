@@ -115,7 +115,7 @@ def _sequences(documents: Mapping[str, Document], status: EngineStatus, colour: 
 
 
 def _pieces(sequence: SequenceStatus, colour: dict[str, str]) -> list[Piece]:
-    """Spans of a sequence; workers that were lost meanwhile get a colour, too."""
+    """Spans of a sequence; lost workers have a colour, too."""
     pieces = [Piece(span.worker, span.start, span.stop) for span in sequence.placement]
     for piece in pieces:
         colour.setdefault(piece.worker, svg.PALETTE[-1])

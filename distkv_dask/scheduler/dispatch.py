@@ -221,7 +221,7 @@ class Dispatcher:
     def handle(self, state: EngineState, event: Event) -> list[do.Command]:
         """Let an engine's state machine see to an event, and do what it asks for.
 
-        A fault in that ends the engine: half of a plan must not live on, and nothing goes through the machine any more.
+        A fault in that ends the engine: half of a plan must not survive, and the machine handles nothing after it.
         """
         if state.broken is not None:
             return []

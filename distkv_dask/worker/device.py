@@ -38,7 +38,7 @@ class Device:
     note
         What the user should know about the choice; empty if nothing.
     lost
-        Why this process cannot use the device any more; empty while it can.
+        Why this process can no longer use the device; empty while it can.
     """
 
     def __init__(self, note: str = "") -> None:
@@ -120,7 +120,7 @@ class Mark:
 class Pair:
     """A buffer in host memory and one on the device; on the host they are the same tensor.
 
-    What is copied is read or written in the calling thread's stream order: wait before the host looks, or writes anew.
+    What is copied is read or written in the calling thread's stream order: wait before the host reads, or writes again.
     """
 
     def __init__(self, host: Tensor, there: Tensor) -> None:

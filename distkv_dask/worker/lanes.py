@@ -24,7 +24,7 @@ class Lanes:
     certificates
         The worker's, where the cluster has any: TCP channels go with TLS then.
     on_end
-        Called with the reason, in any thread, when a lane ends without :meth:`close`: neither is of use any more.
+        Called with the reason, in any thread, when a lane ends without :meth:`close`: neither lane is usable then.
     """
 
     def __init__(

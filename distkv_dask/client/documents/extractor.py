@@ -118,7 +118,7 @@ def _named(error: Exception) -> str:
 
 
 def main() -> None:
-    """Read files until nobody asks any more."""
+    """Read files until the other end closes."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection = Connection(int(sys.argv[1]))

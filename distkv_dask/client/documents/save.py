@@ -2,7 +2,7 @@
 
 Every save has a random tag, which the names of all its files contain, so two of them never meet. The one that gives its
 draft the name ``document.json`` last wins whole, and then deletes what the one before it named. Beside that only files
-of its own tag are deleted, and of tags whose save left a marker that nobody holds any more: its process died.
+of its own tag are deleted, and those of a tag whose marker nobody holds: the process that saved them died.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Save:
                 self._clear(watch, self.tag)
 
     def _is_over(self, marker: str) -> bool:
-        """Whether nobody is at work on a save any more."""
+        """Whether the process that made a save is gone."""
         held = self._folder.is_held(marker)
         if held is None:
             began = b""

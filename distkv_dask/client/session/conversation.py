@@ -121,7 +121,7 @@ class Conversation:
             raise EngineClosedError("the Dask client is closed, and so are its engines: make a new client and engine")
 
     def cancel(self, number: int) -> None:
-        """Tell the gManager that nobody waits for a request any more; from any thread."""
+        """Tell the gManager that nobody waits for a request; from any thread."""
         self._soon(self._send_cancel, number)
 
     def release_document(self, number: int) -> None:
@@ -224,7 +224,7 @@ class Conversation:
             self._stop(delivery.sequence, "stop")
 
     def _break(self, error: DistKVError) -> None:
-        """Nothing can be heard of the cluster any more: end all requests."""
+        """The cluster cannot be reached: end all requests."""
         self._broken = error
         for number in list(self._requests):
             self._requests.pop(number).fail(error)

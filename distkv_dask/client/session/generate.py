@@ -61,7 +61,7 @@ def _one_for_each(
 
 
 async def wait_for_all(submitted: Submitted) -> list[Completion]:
-    """Wait for all of them; who is cancelled meanwhile cancels them."""
+    """Wait for all of them; if the waiting task is cancelled, so are they."""
     done: list[Completion] = []
     try:
         for one in submitted:

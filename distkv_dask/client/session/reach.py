@@ -72,7 +72,7 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
     Raises
     ------
     EngineClosedError
-        It is gone, or does not answer anything any more.
+        It is gone, or no longer answers.
     ClusterError
         The call failed on its way, although the scheduler is there: it may be made again.
     DistKVError

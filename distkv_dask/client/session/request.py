@@ -81,17 +81,17 @@ class Request:
             placement=delivery.placement,
             reused_tokens=delivery.reused,
         )
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+        with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_result(completion)
 
     def fail(self, error: Exception) -> None:
         """End the request with an error."""
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+        with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_exception(error)
 
 
 def checked(sampling: SamplingParams | None, tokens: int, window: float) -> SamplingParams:
-    """Sampling parameters as a prompt of so many tokens can be served, with a seed where they need one.
+    """Check sampling parameters for a prompt of ``tokens`` tokens; returns them with a seed if they need one.
 
     Raises
     ------

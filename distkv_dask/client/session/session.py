@@ -200,5 +200,5 @@ class Session:
         return status
 
     async def graph(self, tokens: int, granularity: str) -> Any:
-        """The Dask graph of a decode step of a request of so many tokens."""
+        """The Dask graph of a decode step of a request of ``tokens`` tokens."""
         return await self.conversation.ask(ClientCall.GRAPH, tokens=tokens, granularity=granularity)

@@ -13,7 +13,7 @@ from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.messages.names import Saved
 
 SAVE_TRIES = 3
-"""How often saving a document is tried, where workers die meanwhile."""
+"""Attempts to save a document while workers die."""
 
 
 class DocumentStore:
@@ -80,7 +80,7 @@ class DocumentStore:
 
 
 async def ended(operation: Operation) -> Delivery:
-    """Wait for an operation; who is cancelled meanwhile cancels it."""
+    """Wait for an operation; if the waiting task is cancelled, so is the operation."""
     try:
         return await operation
     except asyncio.CancelledError:

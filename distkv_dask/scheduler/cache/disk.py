@@ -42,7 +42,7 @@ def pays(life: MachineState, request: Request) -> bool:
 
 
 def begin_spill(life: MachineState, request: Request) -> None:
-    """Write a sequence, with which nothing is done meanwhile, to lower tiers of the workers that hold it."""
+    """Write a sequence that nothing computes on to lower tiers of the workers that hold it."""
     state, disks, sequence = request.state, life.disks, request.sequence
     assert isinstance(state, Spilling)
     sizes = _sizes(life, request)
@@ -128,7 +128,7 @@ def worker_lost(life: MachineState, worker: str) -> None:
 
 
 def _tier_for(life: MachineState, worker: str, size: int) -> Tier | None:
-    """The first tier of a worker in which so many bytes have room, if need be that of others; None if none has."""
+    """The first tier of a worker with room for ``size`` bytes, after evictions if needed; None if there is none."""
     disks = life.disks
     stays = disks.memory.used[worker] - sum(
         disks.copies[one.sequence].bytes[worker] for one in _movable(life, worker, disks.memory)

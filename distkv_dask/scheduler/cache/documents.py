@@ -29,7 +29,7 @@ def attach(life: MachineState, request: Request) -> None:
     Raises
     ------
     InvalidRequestError
-        There is no such document (any more).
+        The document does not exist, or no longer exists.
     """
     assert request.document is not None
     document = life.requests.get(request.document)

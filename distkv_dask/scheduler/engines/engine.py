@@ -60,7 +60,7 @@ class EngineState:
         self.figures = Figures()
         self.is_closing = False
         self.broken: EngineClosedError | None = None
-        """What everybody is told once its state machine has failed."""
+        """The error of every request once the state machine has failed."""
         self._pending: set[str] = set()
         self._silent: set[str] = set()
         self._failure: Exception | None = None

@@ -258,7 +258,7 @@ class Ledger:
         Raises
         ------
         ValueError
-            When the move is not under way (any more), or its source died.
+            When the move is not, or no longer, under way, or its source died.
         """
         account = self._under_way(move)
         if move.source in account.lost:

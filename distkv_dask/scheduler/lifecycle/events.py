@@ -24,7 +24,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A client wants no more of a request: cancelled, or at a stop string. Nothing happens if it ended meanwhile."""
+    """A client ends a request: cancelled, or at a stop string. Nothing happens if it has ended already."""
 
     sequence: int
     reason: FinishReason
@@ -32,7 +32,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class StopAll:
-    """The engine closes: every request ends, and none is admitted any more."""
+    """The engine closes: every request ends, and no other is admitted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def _ask(life: MachineState, request: Request, workers: Iterable[str]) -> None:
 
 
 def _next(life: MachineState, request: Request, state: Retiring) -> State:
-    """What becomes of a sequence that nothing computes on any more: it is kept, goes on, or is over."""
+    """Decide about a sequence that nothing computes on any longer: it is kept, goes on, or ends."""
     if request.is_document:
         return repaired(life, request) or Dropped()
     if state.again and (further := repaired(life, request)) is not None:

@@ -14,7 +14,7 @@ from distkv_dask.scheduler.records.states import FilesUnderWay, Waiting
 def hold_blocks(life: MachineState) -> None:
     """Count no more on blocks that wait for a disk, or a user's folder, that has long not answered.
 
-    They become free, but nobody knows when: what needs them is set aside meanwhile.
+    They become free, but nobody knows when: until then, requests that need them are set aside.
     """
     numbers: set[int] = set()
     for number, account in life.ledger.sequences.items():

@@ -101,7 +101,7 @@ class Admission:
         return ask
 
     def choose(self) -> tuple[Ask, Placement] | None:
-        """Find room for the next request that gets it, which waits no more then; None if nobody does.
+        """Find room for the next request and take it out of the queue; None if no request gets room.
 
         The first request that does not fit may be passed by those that the policy finds room for without delaying it.
         """

@@ -19,9 +19,9 @@ from distkv_dask.scheduler.ledger.placements import blocks_of, clipped
 class Cached:
     """A sequence whose blocks stay: its own ``tokens``, whole blocks from position ``start`` on, and the ``spans``.
 
-    What the ledger has of it ends at ``held``. ``keys`` are its blocks' in the index. ``users`` share its first so many
-    tokens, all before it included; ``lengths`` are those, sorted. One that is ``closed`` has lost blocks, or the engine
-    closes: nobody else may share it.
+    The ledger has its tokens up to ``held``. ``keys`` are the keys of its blocks in the index. ``users`` has, of every
+    sharer, the number of leading tokens that it shares, parents' included; ``lengths`` are these numbers, sorted.
+    It is ``closed`` once it has lost blocks or the engine closes: nobody else may share it.
     """
 
     number: int

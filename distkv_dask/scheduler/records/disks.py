@@ -46,14 +46,14 @@ class Tier:
             self.rate = KEPT * self.rate + (1 - KEPT) * size / seconds
 
     def change(self, worker: str, size: int) -> None:
-        """So many more bytes are used, or fewer; nothing happens if the worker is gone."""
+        """Count more used bytes, or fewer; nothing happens if the worker is gone."""
         if worker in self.capacity:
             self.used[worker] += size
         if not self.used[worker]:
             del self.used[worker]
 
     def fits(self, worker: str, size: int) -> bool:
-        """Whether so many more bytes fit now."""
+        """Whether this many more bytes fit now."""
         return self.used[worker] + size <= self.capacity.get(worker, 0)
 
 
@@ -71,7 +71,7 @@ class Disks:
     spills: int = 0
 
     def add(self, worker: str, disk: int, memory: int) -> None:
-        """A worker has so many bytes of each."""
+        """Set the bytes that a worker has of each."""
         self.disk.capacity[worker], self.memory.capacity[worker] = disk, memory
 
     def remove(self, worker: str) -> None:

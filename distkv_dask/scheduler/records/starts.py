@@ -31,7 +31,7 @@ class Starts:
     def late(
         self, heads: Iterable[PrefillChunk], now: float, limit: float
     ) -> list[tuple[PrefillChunk, GangAbortedError]]:
-        """Of the chunks that are computed now or next, those that should have begun long ago, and why that may be.
+        """Of the chunks that are computed now or next, those that are overdue, and the likely reason.
 
         A worker with a chunk to compute must begin a chunk or a window within ``limit`` seconds.
         """

@@ -102,7 +102,7 @@ def window_started(life: MachineState, home: str, window: int) -> None:
 
 
 def window_done(life: MachineState, event: WindowDone) -> bool:
-    """A home finished a window; False when it is not ours any more."""
+    """A home finished a window; False when the window is no longer ours."""
     chain = life.chains.get(event.worker)
     if chain is None or chain.epoch != event.epoch or event.window not in chain.outstanding:
         return False
@@ -158,7 +158,7 @@ def restart(life: MachineState, chain: WindowChain, reason: str, but: Collection
 
 
 def late_windows(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
-    """Windows that should have started long ago, and why that may be."""
+    """Windows whose start is overdue, and the likely reason."""
     limit = life.config.timeout_start
     for chain in list(life.chains.values()):
         gang = chain.late(life.now, limit)

@@ -1,7 +1,7 @@
 """KV blocks as Arrow files: a row for each block, its bytes as they lie in the pool and their checksum.
 
-What a file holds is known before it is opened: so many blocks of so many bytes, in batches of so many rows. It is read
-by that alone. What the file says of itself (rows, sizes, compression) is for other readers of Arrow files; here nothing
+How many blocks of how many bytes a file holds, in batches of how many rows, is known before it is opened. It is read by
+that alone. What the file says of itself (rows, sizes, compression) is for other readers of Arrow files; here nothing
 is allocated, unpacked or read by it, so a hostile or damaged file has wrong checksums at worst.
 """
 
@@ -237,7 +237,7 @@ def _blocks(
 
 
 def batch_rows(size: int) -> int:
-    """Blocks of so many bytes in all batches of a file but the last."""
+    """Blocks, of ``size`` bytes each, in all batches of a file but the last."""
     return max(1, BATCH_BYTES // size)
 
 

@@ -51,7 +51,7 @@ class Arrivals:
         Raises
         ------
         GangAbortedError
-            Its move is not expected here (any more).
+            Its move is not, or no longer, expected here.
         """
         with self._lock:
             if piece.number not in self._expected:

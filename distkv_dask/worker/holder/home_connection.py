@@ -120,7 +120,7 @@ class HomeConnection:
         )
 
     def leave(self, error: Exception) -> None:
-        """Tell the home why and close its channel; its gang fails here too. Strangers are told nothing."""
+        """Send the home the reason and close its channel; its gang fails here too. Strangers get no reason."""
         if self.service is None:
             self.inlet.close()
             return

@@ -1,6 +1,6 @@
 """The running parts of a holder that record what they do; used in the place of the plain ones while there is a trace.
 
-Each overrides the few methods at whose borders time is told apart; the plain classes know nothing of it.
+Each overrides the few methods that begin or end a kind of time; the plain classes do not know about traces.
 """
 
 from __future__ import annotations

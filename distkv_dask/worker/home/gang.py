@@ -27,7 +27,7 @@ class ChannelCache:
     Parameters
     ----------
     connect
-        Connects to a holder within so many seconds.
+        Connects to a holder within a number of seconds.
     hello
         Payload of the HELLO frame that every new channel starts with.
     """

@@ -22,8 +22,8 @@ SIZES = tuple(1 << power for power in range(10))
 """Numbers of rows that are tried."""
 
 BASE = 64
-"""The others are to give the bits of this number of rows, which is cheap for large batches; where the bits of a row
-depend on its place among so many, those of a smaller number."""
+"""Every batch is to give the bits of this number of rows, which is cheap for large batches; a smaller number is used
+where the bits of a row depend on its place among this many."""
 
 _ELEMENTS = 1 << 22
 """Elements of a result, at most, with which sizes are tried."""
@@ -169,7 +169,7 @@ def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:
     rows
         [n, in], with which it is tried; n is a multiple of :data:`BASE`.
     shifts
-        They are moved up to so many places: more find rarer differences.
+        Most places by which they are moved: more find rarer differences.
     """
 
     def alike(size: int, right: Tensor) -> bool:

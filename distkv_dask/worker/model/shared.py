@@ -17,7 +17,7 @@ from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 _lock = threading.Lock()
 _models: WeakValueDictionary[tuple[Any, ...], LoadedModel] = WeakValueDictionary()
-"""Models in use, by all that they depend on; one that no engine has any more is freed."""
+"""Models in use, by all that they depend on; a model is freed when its last engine closes."""
 
 
 def shared_model(
