@@ -235,10 +235,10 @@ def _few_layers(lists: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(lists, map(list, zip(*kinds, strict=True)), strict=True)) | {"num_hidden_layers": len(kinds)}
 
 
-def tiny_model(name: str) -> Any:
-    """A tiny model with random weights, always the same ones; wide, so that greedy tokens vary and are well apart."""
+def tiny_model(name: str, seed: int) -> Any:
+    """A tiny model with random weights, the same for the same seed; wide, so that greedy tokens vary."""
     kind, config = VARIANTS.get(name, (name, {}))[0], tiny_config(name)
-    torch.manual_seed(8)
+    torch.manual_seed(seed)
     auto: Any = transformers.AutoModelForCausalLM
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         auto = transformers.AutoModelForImageTextToText

@@ -30,6 +30,8 @@ from distkv_dask.errors import ModelError
 from distkv_dask.worker.model.loaded import load_model
 
 NEW = 24
+SEEDS, LEAD = 8, 1e-3
+"""Weights are drawn again, so many times at most, until every token leads by this much."""
 SPLITS = {
     45: [("w1", 16), ("w2", 16), ("w0", 45)],
     29: [("w2", 8), ("w0", 8), ("w1", 8), ("w2", 45)],
@@ -42,7 +44,8 @@ def prompt(length: int) -> list[int]:
     return torch.randint(1, VOCAB - 4, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def expected(model: Any, length: int) -> list[int]:
+def expected(model: Any, length: int) -> tuple[list[int], float]:
+    """Greedy tokens, and the smallest lead of one of them over the second best."""
     ids = torch.tensor([prompt(length)])
     made = model.generate(
         ids,
@@ -51,8 +54,23 @@ def expected(model: Any, length: int) -> list[int]:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return list(made[0, length:].tolist())
+    best = torch.cat(made.logits).float().topk(2).values
+    return list(made.sequences[0, length:].tolist()), float((best[:, 0] - best[:, 1]).min())
+
+
+def build(kind: str, folder: str) -> dict[int, list[int]]:
+    """Save a tiny model; its own tokens for every prompt, none of which rounding decides."""
+    for seed in range(8, 8 + SEEDS):
+        model = tiny_model(kind, seed)
+        model.save_pretrained(folder)
+        read: Any = type(model).from_pretrained(folder)  # Youtu's sets the padding's embedding to 0
+        right = {length: expected(read.eval(), length) for length in SPLITS}
+        if min(lead for _, lead in right.values()) > LEAD:
+            break
+    return {length: tokens for length, (tokens, _) in right.items()}
 
 
 def answered(model: Any) -> dict[int, list[int]]:
@@ -76,15 +94,9 @@ def verdict(kind: str) -> dict[str, Any]:
     """Build, load, ask and compare one type."""
     if kind in NOT_CAUSAL:
         return {"verdict": "aside", "reason": "an encoder, or an encoder and a decoder"}
-    try:
-        model = tiny_model(kind)
-    except Exception as error:
-        return {"verdict": "not built", "reason": f"{type(error).__name__}: {error}"}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(folder)
-            read: Any = type(model).from_pretrained(folder)  # Youtu's sets the padding's embedding to 0
-            right = {length: expected(read.eval(), length) for length in SPLITS}
+            right = build(kind, folder)
         except Exception as error:
             return {"verdict": "not built", "reason": f"{type(error).__name__}: {error}"}
         try:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from _models import model_dir, text_model_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distkv_dask.errors import ModelError
-from distkv_dask.models.files import _SIZES, DEEPEST, read_json, safe_config
+from distkv_dask.models.files import _SIZES, DEEPEST, check_sizes, read_json, safe_config
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.weight_files import INDEX, WEIGHTS
 from distkv_dask.worker.model.loaded import load_model
@@ -106,6 +107,15 @@ def test_sizes_of_no_model_are_named(key: str, value: Any, folder: Path) -> None
     change(folder, **{key: value})
     with pytest.raises(ModelError, match=f"{key}|cannot be read"):
         load(folder)
+
+
+def test_layers_with_other_numbers_of_heads_each_have_a_multiple_of_their_own_kv_heads() -> None:
+    config: Any = transformers.CONFIG_MAPPING["dots3_note_text"]()
+    assert {(one.num_attention_heads, one.num_key_value_heads) for one in config.per_layer_config} == {
+        (64, 64),
+        (128, 128),
+    }
+    check_sizes(config, "m")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from distkv_dask.errors import ModelError, in_words
-from distkv_dask.models.layer_values import layer_values
+from distkv_dask.models.layer_values import layer_values, layers_of
 
 LARGEST_JSON = 64 << 20
 """Bytes of the largest configuration or index."""
@@ -147,7 +146,8 @@ def check_sizes(config: Any, name: str) -> None:
                     f"config.json of model {name!r} has {key}={value!r:.100}, but must have a whole number from 1 to "
                     f"{largest}: download the model again"
                 )
-    for heads, kv_heads in product(*(layer_values(config, f"num_{key}_heads") for key in ("attention", "key_value"))):
+    for layer in layers_of(config):
+        heads, kv_heads = (getattr(layer, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
         if heads and kv_heads and heads % kv_heads:
             raise ModelError(
                 f"config.json of model {name!r} has {heads} heads for {kv_heads} kv heads, but needs a multiple of "

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def layers_of(config: Any) -> list[Any]:
+    """A transformers configuration for each layer where they differ, else the one that all have."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def layer_values(config: Any, key: str) -> list[Any]:
     """What a transformers configuration says of ``key``: each value that a layer has, once, or None where it has none.
 
@@ -16,9 +21,8 @@ def layer_values(config: Any, key: str) -> list[Any]:
     >>> layer_values(SimpleNamespace(intermediate_size=[128, 256, 128]), "intermediate_size")
     [128, 256]
     """
-    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
     values: list[Any] = []
-    for layer in layers:
+    for layer in layers_of(config):
         value = getattr(layer, key, None)
         for one in value if isinstance(value, list | tuple) and value else [value]:
             if one not in values:

@@ -24,6 +24,12 @@ _REFUSED_WHEN_SET: Mapping[str, str] = {
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
 
+_NEEDED: Mapping[str, str] = {
+    "max_position_embeddings": "sequences of any length",
+    "num_hidden_layers": "layers that are not counted",
+}
+"""Configuration keys of every model that DistAttention computes, and what it is without one."""
+
 _REFUSED_TYPES: Mapping[str, str] = {
     "bloom": "ALiBi position biases",
     "mpt": "ALiBi position biases",
@@ -78,6 +84,9 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # "vision": among tokens of an image
         yield "use_bidirectional_attention", "attention that is not causal"
     yield from _layers(config)
+    for key, feature in _NEEDED.items():
+        if getattr(config, key, None) is None:
+            yield key, feature
 
 
 def _layers(config: Any) -> Iterator[tuple[str, str]]:

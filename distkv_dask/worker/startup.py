@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distkv_dask.errors import DeviceError
+import torch
+
+from distkv_dask.errors import DeviceError, UnsupportedModelError
 from distkv_dask.geometry import Geometry, Measurement
-from distkv_dask.kernels import make_ready
+from distkv_dask.kernels import make_ready, micro_attention
 from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.worker.blocks.files import BlockFiles
@@ -68,6 +70,7 @@ def build_engine(
     block_tokens = spec.config.block_tokens
     block = BlockShape.of(geometry, block_tokens)
     pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
+    check_kernels(pool, geometry.heads)
     make_ready(pool.keys(0), pool.values(0), geometry.heads)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
@@ -91,6 +94,31 @@ def build_engine(
         measured=timings,
     )
     return WorkerEngine(runtime, model, files, facts, report)
+
+
+def check_kernels(pool: Pool, heads: int) -> None:
+    """Ask the kernels for attention of a query over no tokens of a pool, before a request does.
+
+    Parameters
+    ----------
+    pool
+        The engine's.
+    heads
+        Query heads of the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Its heads have numbers or sizes that kernels do not take.
+    """
+    k_pool, none = pool.keys(0), torch.zeros(1, dtype=torch.int32)
+    q = k_pool.new_zeros(1, heads, k_pool.shape[3])
+    try:
+        micro_attention(q, k_pool, pool.values(0), none[None], none, scale=1.0)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the model has heads that kernels do not take: {error}. Choose a model with heads of a multiple of 8 numbers"
+        ) from error
 
 
 def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, device: Device) -> Measurement | None:

@@ -176,6 +176,7 @@ REFUSED = [
     (config("qwen3_next"), "linear_attention"),
     (config("jamba"), "layers of the kind 'linear_attention'"),
     (config("mamba"), "state-space"),
+    (config("xlstm"), "max_position_embeddings=None"),
     (config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "layer_types"),
     (config("bloom"), "ALiBi"),
     (config("mpt"), "ALiBi"),
