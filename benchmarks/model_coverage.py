@@ -21,12 +21,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
+import transformers
 from _fakes import fleet, state
+from _models_page import attention_of, page
 from _report import environment, parser, report
 from _tiny import NOT_CAUSAL, VOCAB, tiny_model, types
 from transformers.utils import logging
 
 from distkv_dask.errors import ModelError
+from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.model.loaded import load_model
 
 NEW = 24
@@ -105,10 +108,18 @@ def verdict(kind: str) -> dict[str, Any]:
             return {"verdict": "refused", "reason": str(error).replace(folder, "FOLDER")}
         except Exception as error:
             return {"verdict": "fails", "reason": f"when loading: {type(error).__name__}: {error}"}
+        config = resolve_model(folder).config().get_text_config()
         try:
             found = answered(loaded)
         except Exception as error:
             return {"verdict": "fails", "reason": f"{type(error).__name__}: {error}"}
+    return compared(found, right) | {
+        "attention": attention_of(loaded.geometry, bool(getattr(config, "kv_lora_rank", None)))
+    }
+
+
+def compared(found: dict[int, list[int]], right: dict[int, list[int]]) -> dict[str, Any]:
+    """Whether the tokens of all prompts are right, and from which on they are not."""
     for length, tokens in found.items():
         if tokens != right[length]:
             at = next(at for at, (ours, theirs) in enumerate(zip(tokens, right[length], strict=True)) if ours != theirs)
@@ -124,17 +135,20 @@ def verdict(kind: str) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--types", nargs="+", default=types(), metavar="TYPE", help="only these model types")
+    arguments.add_argument("--page", type=Path, metavar="FILE", help="also write the table of docs/models.md to FILE")
     options = arguments.parse_args()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     rows = []
     for kind in options.types:
-        row = {"type": kind, "verdict": "", "differs": None, "reason": ""} | verdict(kind)
+        row = {"type": kind, "verdict": "", "differs": None, "reason": "", "attention": ""} | verdict(kind)
         rows.append(row)
         print(f"{kind:28} {row['verdict']:10} {' '.join(str(row['reason']).split())[:200]}", flush=True)
     counts = dict(Counter(row["verdict"] for row in rows))
     report(counts, {"new tokens": NEW, "prompts": sorted(SPLITS)}, None)
+    if options.page is not None:
+        options.page.write_text(page(rows, transformers.__version__))
     if options.json is not None:
         options.json.write_text(json.dumps(environment() | {"counts": counts, "models": rows}, indent=1) + "\n")
 

@@ -273,6 +273,18 @@ def test_what_the_model_of_transformers_has_no_place_for_is_named(name: str, tmp
         resolve_model(str(file)).config()
 
 
+def test_experts_that_are_weighed_in_another_way_are_named(tmp_path: Path) -> None:
+    settings, said = FAMILIES["qwen3_moe"]
+    folder = save(tmp_path / "model", "qwen3_moe", **settings)
+    for function, served in ((1, True), (2, False)):
+        file = write_gguf(folder, tmp_path / f"{function}.gguf", said | {"expert_gating_func": function})
+        if served:
+            check_same(folder, file)
+            continue
+        with pytest.raises(ModelError, match="expert_gating_func = 2"):
+            resolve_model(str(file)).config()
+
+
 @pytest.mark.parametrize("tensor", ["blk.1.attn_q.bias", "blk.0.attn_sinks.weight", "blk.0.ffn_gate_exps.weight"])
 def test_a_tensor_that_no_weight_comes_from_is_named(tensor: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "llama")

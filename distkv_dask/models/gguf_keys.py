@@ -36,7 +36,7 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
 _ELSEWHERE = frozenset(
     (
         *("block_count", "nextn_predict_layers", "attention.head_count_kv", "attention.sliding_window"),
-        *("attention.key_length", "attention.value_length", "attention.causal"),
+        *("attention.key_length", "attention.value_length", "attention.causal", "expert_gating_func"),
         *gguf_rope.KEYS,
     )
 )
@@ -45,12 +45,15 @@ _ELSEWHERE = frozenset(
 _READ_BY_TRANSFORMERS = frozenset(
     (
         *("ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size"),
-        *("shortconv.l_cache", "full_attention_interval", "rope.dimension_sections", "expert_gating_func"),
+        *("shortconv.l_cache", "full_attention_interval", "rope.dimension_sections"),
     )
 )
 """Keys that transformers reads wherever they occur, as they are meant."""
 
 _WITHOUT_MEANING = frozenset(("pooling_type", "tensor_data_layout"))
+
+_SOFTMAX = 1
+"""llama.cpp's number of the function that weighs experts; transformers reads others where it has them."""
 
 _REORDERED = frozenset(("llama", "mistral"))
 """Model types whose queries and keys llama.cpp has in another order."""
@@ -89,6 +92,8 @@ def complete_config(config: Any, model: GgufModel) -> None:
         config.num_hidden_layers = keys["block_count"] - keys.get("nextn_predict_layers", 0)
     if not keys.get("attention.causal", True):
         raise ModelError(_no_place(config, "attention.causal", False))
+    if keys.get("expert_gating_func", _SOFTMAX) != _SOFTMAX and not hasattr(config, "scoring_func"):
+        raise ModelError(_no_place(config, "expert_gating_func", keys["expert_gating_func"]))
     _set_heads(config, keys)
     _set_window(config, keys)
     gguf_rope.set_rope(config, keys, model.tensors)

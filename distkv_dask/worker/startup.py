@@ -117,7 +117,8 @@ def check_kernels(pool: Pool, heads: int) -> None:
         micro_attention(q, k_pool, pool.values(0), none[None], none, scale=1.0)
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"the model has heads that kernels do not take: {error}. Choose a model with heads of a multiple of 8 numbers"
+            f"the model has heads that kernels do not take: {error}. Choose a model whose heads have a multiple of 8 "
+            "numbers"
         ) from error
 
 
