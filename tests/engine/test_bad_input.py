@@ -129,8 +129,8 @@ async def test_an_engine_that_cannot_be_opened_says_why(client: Client, schedule
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("mistral", {"sliding_window": 64}, "sliding"),
-        ("llama-gqa", {"attn_logit_softcapping": 30.0}, "cap"),
+        ("mistral", {"index_topk": 64}, "best keys"),
+        ("llama-gqa", {"alibi": True}, "ALiBi"),
     ],
 )
 def test_a_model_with_attention_that_we_do_not_compute_is_refused(
