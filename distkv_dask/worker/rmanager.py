@@ -35,6 +35,7 @@ from distkv_dask.messages.names import (
     unpack,
 )
 from distkv_dask.version import VERSION
+from distkv_dask.worker.exit import end_process
 from distkv_dask.worker.heap import give_back_freed_memory
 from distkv_dask.worker.peers import Peers
 from distkv_dask.worker.shortages import Shortages
@@ -260,7 +261,8 @@ class RManager(WorkerPlugin):
         logger.critical("worker %s ends: %s", self.worker.address, reason)
         for name in self.engines:
             self._send(name, Lost(self.worker.address, reason))
-        self._spawn(self.worker.close(nanny=False, executor_wait=False, reason=reason))
+        limit = max(engine.spec.config.timeout_close for engine in self.engines.values())
+        self._spawn(end_process(self.worker, reason, limit))
 
     def _give_up(self, reason: str, every: bool = False) -> None:
         """Be like a worker that died to every engine whose lanes have ended; the gManager opens them here again.

@@ -9,7 +9,7 @@ from typing import Any
 
 import dask.config
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
 from emulated import break_card, run_out
 
 from distkv_dask import Engine, SamplingParams, SequenceStatus
@@ -73,6 +73,24 @@ def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victi
         until(lambda: len(engine.status().workers) == 3, "no new worker came")
         assert before not in client.run(os.getpid).values(), "it is another process: nothing helps the old one"
         assert engine.submit(PROMPT[:20], SHORT).result(60).finish_reason == "length"
+
+
+def occupy_home_lane(dask_worker: Worker) -> None:
+    """Have the home lane be in a call that does not return, as calls to a card that hangs do not."""
+    dask_worker.plugins["distkv"].lanes.home.submit(time.sleep, 10**6)
+
+
+def test_a_call_that_never_returns_keeps_no_process_whose_card_is_lost(client: Client) -> None:
+    expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
+    with Engine(client, MODEL, kv_memory="1 MiB", timeout_close=2, **TINY) as engine:
+        running = engine.submit(PROMPT, LONG)
+        worker = decoding(engine)[0].placement[0].worker
+        before = client.run(os.getpid, workers=[worker])[worker]
+        client.run(occupy_home_lane, workers=[worker])
+        client.run(break_card, workers=[worker])
+        assert list(running.result(240).token_ids) == expected
+        until(lambda: len(engine.status().workers) == 3, "no new worker came")
+        assert before not in client.run(os.getpid).values()
 
 
 @pytest.mark.parametrize(
