@@ -276,6 +276,13 @@ def test_latent_attention_stores_a_latent_a_token() -> None:
     assert model.geometry.kv_numbers == 3 * (24 + 32)
 
 
+def test_deterministic_engines_expand_latents(tmp_path: Path) -> None:
+    sizes = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 24}
+    tiny("youtu", num_key_value_heads=4, **sizes).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "float32", 1).geometry.latent_dim == 24
+    assert load_model(str(tmp_path), "float32", 1, deterministic=True).geometry.latent_dim == 0
+
+
 def test_latents_are_expanded_where_a_layer_is_of_another_kind() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("deepseek-v3"), attn_implementation="distkv").eval()
     attention = model.model.layers[1].self_attn

@@ -167,7 +167,7 @@ def load_model(
         source.check_weights(config)
         model = _read_weights(load, source, config, dtype, device)
         pin_long_rope(model, max_positions(config))
-        geometry = probe(model)
+        geometry = probe(model, latents=not deterministic)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
     if deterministic:
         compute_rows_alike(model)

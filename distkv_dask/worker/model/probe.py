@@ -32,10 +32,17 @@ _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.3
 token to another expert."""
 
 
-def probe(model: Any) -> Geometry:
+def probe(model: Any, latents: bool = True) -> Geometry:
     """Run ``model`` (a transformers causal LM) and return the geometry that its layers showed.
 
     The model is left with the attention implementation ``"distkv"``, and its temperatures with our hook.
+
+    Parameters
+    ----------
+    model
+        A transformers causal LM.
+    latents
+        Whether latent attention may be computed over latents, which rounds by how many tokens a step has.
 
     Raises
     ------
@@ -49,7 +56,7 @@ def probe(model: Any) -> Geometry:
     try:
         with torch.inference_mode():
             seen = look_at_layers(model)
-            if latent := can_absorb([layer.module for layer in seen]):
+            if latent := latents and can_absorb([layer.module for layer in seen]):
                 seen = [layer._replace(**sizes_of(layer.module)) for layer in seen]
             geometry = geometry_of(seen, config, str(model.dtype).removeprefix("torch."), latent)
             with first_layers(model, geometry) as layers, in_float32(model, layers) as exact:

@@ -99,8 +99,9 @@ class _EachItself:
     """Stands for attention: what every token makes of its own query, key and value."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
-        mixed: Tensor = q * scale + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        return mixed
+        groups = q.shape[1] // k.shape[1]
+        mixed: Tensor = q * scale + k.repeat_interleave(groups, 1)
+        return mixed[..., : v.shape[-1]] + v.repeat_interleave(groups, 1)
 
 
 class TiledLinear:
