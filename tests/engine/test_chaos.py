@@ -12,7 +12,7 @@ import pytest
 from _chaos.schedule import LOAD, WEIGHTS, errands, plan_faults
 
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
-SEED, SECONDS, EVERY = 5, 30.0, 2.0
+SEED, SECONDS, EVERY = 5, 22.0, 1.5
 
 
 def test_a_run_can_be_repeated_by_its_seed() -> None:
