@@ -1,9 +1,9 @@
 """Which models DistAttention computes exactly: a check of the configuration, made before any weight is read.
 
 DistAttention is causal softmax attention over earlier tokens: in each layer over all of them, over a sliding window, or
-over chunks, with soft caps and sinks. A configuration that asks for anything else is refused here by name. What a
-configuration does not tell is found by running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`,
-:mod:`distkv_dask.worker.model.probe`).
+over chunks, with soft caps and sinks. Recurrent layers beside attention compute with states, at a sequence's home. A
+configuration that asks for anything else is refused here by name. What a configuration does not tell is found by
+running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`, :mod:`distkv_dask.worker.model.probe`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from typing import Any
 
 from distkv_dask.errors import UnsupportedModelError
 
-_SERVED = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention"))
-"""Kinds of layers, as transformers' ``layer_types`` name them."""
+_SERVED = frozenset(
+    (
+        *("full_attention", "sliding_attention", "chunked_attention", "attention"),
+        *("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "mlp", "moe"),
+    )
+)
+"""Kinds of layers, as transformers' ``layer_types`` name them: attention, recurrent ones, both, and neither."""
 
 _REFUSED_WHEN_SET: Mapping[str, str] = {
     "alibi": "ALiBi position biases",

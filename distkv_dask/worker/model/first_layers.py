@@ -24,7 +24,7 @@ def first_layers(model: Any, geometry: Geometry) -> Iterator[nn.ModuleList | Non
     geometry
         Its sizes.
     """
-    count = geometry.layers
+    count = model.config.get_text_config().num_hidden_layers
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -48,7 +48,6 @@ def first_layers(model: Any, geometry: Geometry) -> Iterator[nn.ModuleList | Non
 def _kind(config: Any, geometry: Geometry, layer: nn.Module, at: int) -> tuple[Any, ...]:
     """What tells layers apart: what they see, the shapes of their weights, and lists with an entry for each layer."""
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-    lists = (
-        repr(value[at]) for value in vars(config).values() if isinstance(value, list) and len(value) == geometry.layers
-    )
+    count = config.num_hidden_layers
+    lists = (repr(value[at]) for value in vars(config).values() if isinstance(value, list) and len(value) == count)
     return (shapes, geometry.layer_kinds[at : at + 1], *lists)

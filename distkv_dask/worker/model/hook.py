@@ -31,7 +31,7 @@ class AttentionStep(Protocol):
         Parameters
         ----------
         layer
-            Index of the layer, from 0; each layer is called once per forward, in order.
+            Number of the layer among those with attention, from 0; each is called once per forward, in order.
         q
             Queries of the flattened tokens, position embedding applied: contiguous [T, heads, head_dim] in the model's
             dtype.
@@ -68,7 +68,7 @@ def attending_with(step: AttentionStep, positions: Tensor, geometry: Geometry) -
     geometry
         Sizes to which keys and values are padded.
     """
-    _running.step, _running.positions, _running.geometry = step, positions, geometry
+    _running.step, _running.positions, _running.geometry, _running.layer = step, positions, geometry, 0
     try:
         yield
     finally:
@@ -99,9 +99,10 @@ def dist_attention(
     Parameters
     ----------
     module
-        The layer's attention module, which knows its ``layer_idx``.
+        The layer's attention module; layers attend in the same order in every forward.
     query, key, value
-        [1, heads, T, d], [1, kv_heads, T, d] and [1, kv_heads, T, dv].
+        [n, heads, T, d], [n, kv_heads, T, d] and [n, kv_heads, T, dv]: one row of flattened tokens, or a row for each
+        sequence.
     attention_mask
         None.
     scaling
@@ -112,7 +113,7 @@ def dist_attention(
     Returns
     -------
     tuple
-        Output [1, T, heads, dv], and None for the weights.
+        Output [n, T, heads, dv], and None for the weights.
     """
     sizes: Geometry = _running.geometry
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -120,23 +121,25 @@ def dist_attention(
     absorbed = is_absorbed(module)
     if absorbed:
         query = into_latents(module, query)
+    _running.layer += 1
     out = running_step().attend(
-        cast(int, module.layer_idx),
+        _running.layer - 1,
         _padded(query, query.shape[1], sizes.head_dim),
         _padded(key, sizes.kv_heads, sizes.head_dim),
         _padded(value, sizes.kv_heads, sizes.value_dim),
         scale,
         s_aux,
     )[..., : value.shape[-1]]
-    return (out_of_latents(module, out) if absorbed else out).unsqueeze(0), None
+    rows = len(query), query.shape[2]
+    return (out_of_latents(module, out) if absorbed else out).unflatten(0, rows), None
 
 
 def _padded(tensor: Tensor, heads: int, size: int) -> Tensor:
-    """Contiguous [T, heads, size] of [1, h, T, d]: each head repeated, and zeros behind its numbers."""
+    """Contiguous [n * T, heads, size] of [n, h, T, d]: each head repeated, and zeros behind its numbers."""
     _, given, _, d = tensor.shape
     if given != heads:
         tensor = tensor.repeat_interleave(heads // given, 1)
-    tensor = tensor[0].transpose(0, 1)
+    tensor = tensor.transpose(1, 2).flatten(0, 1)
     return tensor.contiguous() if d == size else torch.nn.functional.pad(tensor, (0, size - d))
 
 

@@ -18,6 +18,7 @@ from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.geometry import Geometry, LayerKind
 from distkv_dask.models.support import max_positions
 from distkv_dask.worker.model.hook import attending_with, running_step
+from distkv_dask.worker.model.recurrent import attending_layers, has_recurrent_layers
 
 _LOOKING = "distkv-look"
 _TOKENS = 4
@@ -28,7 +29,7 @@ MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """How one layer calls its attention: its number and module, what it sees, and sizes."""
+    """How one layer calls its attention: number (-1 where several share weights), module, what it sees, and sizes."""
 
     number: int
     module: torch.nn.Module
@@ -107,13 +108,7 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str, latent: bool) 
     UnsupportedModelError
         When layers differ in their query heads, attend twice or not at all, or their KV heads have no common multiple.
     """
-    numbers = [layer.number for layer in layers]
-    if numbers != list(range(config.num_hidden_layers)):
-        _refuse(
-            config,
-            f"its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should attend once each "
-            f"through transformers' attention registry, in order, but layers {numbers} did",
-        )
+    _check_all_attend([layer.number for layer in layers], config)
     kv_heads = max(layer.kv_heads for layer in layers)
     if len({layer.heads for layer in layers}) > 1 or any(kv_heads % layer.kv_heads for layer in layers):
         _refuse(config, f"its layers differ in (heads, kv heads): {sorted({layer[3:5] for layer in layers})}")
@@ -130,6 +125,22 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str, latent: bool) 
         layer_kinds=() if set(kinds) == {LayerKind()} else kinds,
         latent_dim=max(layer.dv for layer in layers) if latent else 0,
     )
+
+
+def _check_all_attend(indices: Sequence[int], config: Any) -> None:
+    """Refuse a model of which not all layers attend that should, by the indices of those that do."""
+    if not has_recurrent_layers(config):
+        expected = config.num_hidden_layers
+        right = list(indices) == list(range(expected))
+    else:  # layers that share their attention's weights have no index
+        expected = attending_layers(config)
+        right = len(indices) == expected > 0
+    if not right:
+        _refuse(
+            config,
+            f"{expected} of its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should attend "
+            f"once each through transformers' attention registry, in order, but layers {list(indices)} did",
+        )
 
 
 def _refuse(config: Any, reason: str) -> NoReturn:
@@ -149,7 +160,8 @@ class _Look:
         self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None
     ) -> None:
         """Record a call, or refuse it."""
-        if (number := getattr(module, "layer_idx", None)) is None:
+        number = getattr(module, "layer_idx", None)
+        if number is None and not has_recurrent_layers(self.config):
             _refuse(self.config, "its attention modules do not know their layer (layer_idx)")
         kind: LayerKind | None = LayerKind()
         if mask is not None:
@@ -160,6 +172,7 @@ class _Look:
         if kind is None:
             _refuse(self.config, "a layer's mask is neither causal, nor a sliding window, nor chunks")
         kind = LayerKind(kind.visible, kind.size, None if cap is None else float(cap))
+        number = -1 if number is None else number
         self.layers.append(Layer(number, module, kind, q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
 
 

@@ -8,7 +8,7 @@ and quantised files stay transformers' business.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from distkv_dask.errors import DeviceError, ModelError, in_words
+from distkv_dask.errors import DeviceError, ModelError, UnsupportedModelError, in_words
 from distkv_dask.geometry import Geometry
 from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
@@ -30,6 +30,7 @@ from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.probe import probe
+from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
 from distkv_dask.worker.model.text_part import drop_other_parts
@@ -96,7 +97,18 @@ class LoadedModel:
         """Number of weights."""
         return int(self._model.num_parameters())
 
-    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor | None = None) -> Tensor:
+    def past(self, states: Sequence[State]) -> Past:
+        """What the recurrent layers of a forward go on from: a state of each sequence, or none of a new one."""
+        return Past(self._model.config.get_text_config(), states)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        step: AttentionStep,
+        keep: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
 
         Parameters
@@ -108,6 +120,9 @@ class LoadedModel:
         keep
             Whose logits are computed: those of the flattened tokens at the int64 indices [n] on the device, of which
             there may be none; without it, of all.
+        past
+            Of a model with recurrent layers: the states of the sequences, each with as many of the tokens, which are
+            those after the tokens then. ``keep`` is for one sequence only.
 
         Returns
         -------
@@ -116,11 +131,16 @@ class LoadedModel:
         """
         # never a number n: transformers takes the last n rows as a view, for which torch 2.13 copies the whole lm_head
         some: Tensor | int = 0 if keep is None else keep
+        rows = 1 if past is None else past.rows
         with torch.inference_mode(), attending_with(step, positions, self.geometry):
             output = self._model(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=some
+                input_ids=token_ids.view(rows, -1),
+                position_ids=positions.view(rows, -1),
+                past_key_values=past,
+                use_cache=past is not None,
+                logits_to_keep=some,
             )
-            return cast(Tensor, output.logits[0].float())
+            return cast(Tensor, output.logits.flatten(0, 1).float())
 
 
 def load_model(
@@ -170,6 +190,11 @@ def load_model(
         geometry = probe(model, latents=not deterministic)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
     if deterministic:
+        if geometry.state_bytes:
+            raise UnsupportedModelError(
+                f"model type {config.model_type!r} has recurrent layers, whose results depend on how a prompt is cut "
+                "into chunks: set distkv.deterministic to false, or choose a model whose layers all are attention"
+            )
         compute_rows_alike(model)
         check_rows_alike(loaded.forward, geometry, device.torch)
     device.finish()  # lanes have streams of their own

@@ -2,19 +2,21 @@
 
 A configuration does not tell everything. So two short sequences run through the model in two pieces, flattened into
 the same calls, over plain dense attention; then each alone with the model's own attention; and the logits must agree.
-They do so in float32, and in the first layers only, as many as have one of each kind.
-Recurrent or convolution layers, attention outside of transformers' registry, sinks, and masks other than causal are
-found this way. What matters only over long distances (windows) shows in the masks that the model asks for
-(:mod:`.layer_kinds`).
+They do so in float32, and in the first layers only, as many as have one of each kind. Sequences of a model with
+recurrent layers run one by one and, for their last token, as rows of one call. Attention outside of transformers'
+registry, sinks, and masks other than causal are found this way. What matters only over long distances (windows) shows
+in the masks that the model asks for (:mod:`.layer_kinds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.geometry import Geometry, LayerKind
@@ -23,6 +25,7 @@ from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
 from distkv_dask.worker.model.in_float32 import in_float32
 from distkv_dask.worker.model.latent import absorb, can_absorb, sizes_of
 from distkv_dask.worker.model.layer_kinds import geometry_of, look_at_layers
+from distkv_dask.worker.model.recurrent import Past, State, has_recurrent_layers, state_bytes
 from distkv_dask.worker.model.temperature import take_temperatures
 
 _PIECES = ((3, 1), (2, 3))
@@ -55,10 +58,14 @@ def probe(model: Any, latents: bool = True) -> Geometry:
     ids = torch.split_with_sizes(spread.to(model.device), total)
     try:
         with torch.inference_mode():
-            seen = look_at_layers(model)
+            seen, dtype = look_at_layers(model), str(model.dtype).removeprefix("torch.")
+            state = {}
+            if has_recurrent_layers(config):
+                model.set_attn_implementation(IMPLEMENTATION)
+                state = _state_of(model, ids[0], geometry_of(seen, config, dtype, latent=False))
             if latent := latents and can_absorb([layer.module for layer in seen]):
                 seen = [layer._replace(**sizes_of(layer.module)) for layer in seen]
-            geometry = geometry_of(seen, config, str(model.dtype).removeprefix("torch."), latent)
+            geometry = replace(geometry_of(seen, config, dtype, latent), **state)
             with first_layers(model, geometry) as layers, in_float32(model, layers) as exact:
                 own, ours = _both(model, ids, geometry)
             take_temperatures(model)
@@ -77,17 +84,39 @@ def probe(model: Any, latents: bool = True) -> Geometry:
 def _both(model: Any, ids: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Logits by the model's own attention, and by ours."""
     model.set_attn_implementation("eager")
-    own = torch.cat([_logits(model, tokens, torch.arange(len(tokens), device=tokens.device)) for tokens in ids])
+    own = torch.cat([_own_logits(model, tokens, bool(geometry.state_bytes)) for tokens in ids])
     take_temperatures(model)  # those of the first layers
     if geometry.latent_dim:
         absorb([module for module in model.modules() if can_absorb([module])])
     model.set_attn_implementation(IMPLEMENTATION)
+    if geometry.state_bytes:
+        return own, _in_pieces_with_states(model, ids, geometry)
     return own, _in_pieces(model, ids, _Dense(geometry))
 
 
-def _logits(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-    return cast(Tensor, output.logits[0].float())
+def _own_logits(model: Any, ids: Tensor, recurs: bool) -> Tensor:
+    """Logits of a sequence with the model's own attention.
+
+    The last token of a model with recurrent layers is a step of its own, as when transformers generates: Zamba 2 has no
+    least time step there.
+    """
+    positions = torch.arange(len(ids), device=ids.device)
+    if not recurs:
+        return _logits(model, ids, positions)
+    cache, last = DynamicCache(config=model.config.get_text_config()), len(ids) - 1
+    pieces = (slice(last), slice(last, None))
+    return torch.cat([_logits(model, ids[piece], positions[piece], cache) for piece in pieces])
+
+
+def _logits(model: Any, ids: Tensor, positions: Tensor, past: DynamicCache | None = None) -> Tensor:
+    rows = past.rows if isinstance(past, Past) else 1
+    output = model(
+        input_ids=ids.view(rows, -1),
+        position_ids=positions.view(rows, -1),
+        past_key_values=past,
+        use_cache=past is not None,
+    )
+    return cast(Tensor, output.logits.flatten(0, 1).float())
 
 
 def _in_pieces(model: Any, ids: Sequence[Tensor], dense: _Dense) -> Tensor:
@@ -105,6 +134,48 @@ def _in_pieces(model: Any, ids: Sequence[Tensor], dense: _Dense) -> Tensor:
             rows.append(part)
         done = [start + count for start, count in zip(done, counts, strict=True)]
     return torch.cat([part for rows in logits for part in rows])
+
+
+def _state_of(model: Any, ids: Tensor, geometry: Geometry) -> dict[str, Any]:
+    """Size of what a model keeps beside its KV, and whether several tokens at once can go on from that."""
+    config = model.config.get_text_config()
+    logits = []
+    for forget in (False, True):
+        dense, past = _Dense(geometry), Past(config)
+        _forward(model, dense, past, [(0, ids, 0, 2)])
+        state = past.state(0)
+        if forget:
+            state = {slot: one if slot.convolution else torch.zeros_like(one) for slot, one in state.items()}
+        logits.append(_forward(model, dense, Past(config, [state]), [(0, ids, 2, 4)]))
+    recurs = any(not slot.convolution for slot in state)
+    return {"state_bytes": state_bytes(state), "scan_once": recurs and torch.equal(*logits)}
+
+
+def _in_pieces_with_states(model: Any, ids: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    """The same for a model with recurrent layers: pieces of one sequence at a time, then a last token of all."""
+    config, dense = model.config.get_text_config(), _Dense(geometry)
+    logits: list[list[Tensor]] = [[] for _ in ids]
+    states: list[State] = [{} for _ in ids]
+    size = 1 if geometry.scan_once else 2
+    for sequence, tokens in enumerate(ids):
+        for start in (0, *range(2, len(tokens) - 1, size)):
+            past = Past(config, [states[sequence]])
+            piece = sequence, tokens, start, min(start + (size if start else 2), len(tokens) - 1)
+            logits[sequence].append(_forward(model, dense, past, [piece]))
+            states[sequence] = past.state(0)
+    last = [(at, tokens, len(tokens) - 1, len(tokens)) for at, tokens in enumerate(ids)]
+    rows = _forward(model, dense, Past(config, states), last)
+    return torch.cat([torch.cat([*some, row[None]]) for some, row in zip(logits, rows, strict=True)])
+
+
+def _forward(model: Any, dense: _Dense, past: Past, pieces: Sequence[tuple[int, Tensor, int, int]]) -> Tensor:
+    """Logits of pieces of sequences: number of each, its tokens, and the first and last of the piece."""
+    sizes = {sequence: stop - start for sequence, _, start, stop in pieces}
+    dense.counts = tuple(sizes.get(sequence, 0) for sequence in range(max(sizes) + 1))
+    tokens = torch.cat([ids[start:stop] for _, ids, start, stop in pieces])
+    positions = torch.cat([torch.arange(start, stop, device=tokens.device) for _, _, start, stop in pieces])
+    with attending_with(dense, positions, dense.geometry):
+        return _logits(model, tokens, positions, past)
 
 
 def _compare(model_type: str, own: Tensor, ours: Tensor, tolerance: float) -> None:
