@@ -77,12 +77,13 @@ def build(kind: str, folder: str) -> dict[int, list[int]]:
 
 
 def answered(model: Any) -> dict[int, list[int]]:
-    """Greedy tokens of every prompt, by its length."""
+    """Greedy tokens of every prompt, by its length. States of recurrent layers are at ``w0`` from the first chunk on."""
+    prefill_at = "w0" if model.geometry.state_bytes else None
     with fleet(model, 3, timeout_start=60.0, timeout_receive=60.0) as workers:
         tokens, batch = {}, []
         for length, room in SPLITS.items():
             placement = workers.place(length, *room)
-            tokens[length] = [workers.prefill(length, placement, prompt(length), 24, None)]
+            tokens[length] = [workers.prefill(length, placement, prompt(length), 24, prefill_at)]
             batch.append(state(length, placement, length, tokens[length][0], NEW - 1))
         while batch:
             result, batch = workers.decode("w0", batch, 7)

@@ -43,6 +43,25 @@ class PlanError(DistKVError):
         return str(self.args[0])
 
 
+class StateLostError(DistKVError):
+    """A home has no state of a sequence's recurrent layers; the scheduler recomputes the sequence.
+
+    Parameters
+    ----------
+    message
+        Which state is missing.
+    sequence
+        Number of the sequence.
+    """
+
+    def __init__(self, message: str, sequence: int) -> None:
+        super().__init__(message, sequence)
+        self.sequence = sequence
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ModelError(DistKVError):
     """The model cannot be found or loaded."""
 

@@ -44,6 +44,7 @@ class Recorder:
         self.eos_token_ids = model.eos_token_ids
         self.device = model.device
         self.follower = model.follower
+        self.past = model.past
         self.logits: list[Tensor] = []
         self._model = model
 

@@ -26,6 +26,7 @@ from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.decode import DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
+from distkv_dask.worker.home.states import States
 from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.sampling import Draw, sample_batch
@@ -34,6 +35,7 @@ from distkv_dask.worker.trace import Tracer, span
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past
 
 
 class Runtime:
@@ -84,6 +86,8 @@ class Runtime:
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
+        self.states = States()
+        """Of recurrent layers, of the sequences that this worker is home of."""
         self.exchanged = Exchanged()
         """What the last chunk or window exchanged with holders."""
         limits = Limits(config.timeout_start, config.timeout_receive)
@@ -95,7 +99,8 @@ class Runtime:
         self.pool.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
-        """Free a sequence's blocks."""
+        """Free a sequence's blocks and states."""
+        self.states.drop(sequence)
         self.pool.release(sequence)
 
     def open_session(self, gang: Gang) -> Session:
@@ -130,6 +135,8 @@ class Runtime:
             A holder failed, or the gang was aborted.
         PlanError
             The placement has no room for the chunk.
+        StateLostError
+            The state that the chunk begins with is not here.
         InvalidRequestError, ModelError
             No first token can be drawn.
         """
@@ -138,9 +145,11 @@ class Runtime:
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
             step, self.exchanged = 0, Exchanged()
             parts: dict[str, Part] = {}
-            put = self.pool.device.put
+            put, past = self.pool.device.put, self._past_of_chunk(chunk)
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
+                if past is not None and not past.is_empty and model.geometry.scan_once:
+                    count = 1
                 stored = Stored(chunk.sequence, chunk.placement, position)
                 old, parts = parts, cut([stored], count, self.spec.config.deterministic)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
@@ -150,11 +159,13 @@ class Runtime:
                     inputs = put(torch.tensor((some, range(position, position + count))))
                     last = chunk.sampling is not None and position + count == stop
                     keep = put(torch.tensor([count - 1] if last else [], dtype=torch.int64))
-                    logits = model.forward(inputs[0], inputs[1], attention, keep)
+                    logits = model.forward(inputs[0], inputs[1], attention, keep, past)
                 finally:
                     self.exchanged += attention.exchanged
                     attention.close()
                 position, step = position + count, step + 1
+            if past is not None:
+                self.states.put(chunk.sequence, stop, past.state(0))
         if chunk.sampling is None or logits is None:
             return None
         draw = Draw(chunk.sampling, stop, chunk.history, model.follower(chunk.sampling))
@@ -173,12 +184,20 @@ class Runtime:
             A holder failed, or the gang was aborted.
         PlanError
             A placement has no room for its next token.
+        StateLostError
+            The state that a sequence goes on from is not here.
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
             cutting = partial(cut, alike=self.spec.config.deterministic)
             loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang), cutting
-            result = (DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)).run(window)
+            decoding = DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)
+            past = None
+            if model.geometry.state_bytes:
+                past = model.past([self.states.begin(one.sequence, one.length) for one in batch])
+            result = decoding.run(window, past)
+            for sequence, length, state in decoding.states():
+                self.states.put(sequence, length, state)
             self.exchanged = result.exchanged
             return result
 
@@ -197,6 +216,13 @@ class Runtime:
         if self._model is None:
             raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
+
+    def _past_of_chunk(self, chunk: PrefillChunk) -> Past | None:
+        model = self._loaded()
+        if not model.geometry.state_bytes:
+            return None
+        documents = (span.document for span in chunk.placement if span.document is not None)
+        return model.past([self.states.begin(chunk.sequence, chunk.start, documents)])
 
     def _attention(
         self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], tokens: int, step: int

@@ -22,6 +22,7 @@ from distkv_dask.worker.plan import Part, Stored, tail_of
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past, State
 
 Attention = DistAttention | LayerAttention
 
@@ -137,10 +138,21 @@ class DecodeLoop:
         self._steps_left_as_is = 0
         self._steps = 0
         self._exchanged = Exchanged()
+        self._past: Past | None = None
+        self._rows = self._all
+        """The sequences whose states are in the past, in its order."""
 
-    def run(self, window: DecodeWindow) -> WindowResult:
-        """Run steps until the window is over or all sequences have stopped."""
-        began = time.perf_counter()
+    def run(self, window: DecodeWindow, past: Past | None = None) -> WindowResult:
+        """Run steps until the window is over or all sequences have stopped.
+
+        Parameters
+        ----------
+        window
+            The window.
+        past
+            The states of the batch's sequences, if the model has recurrent layers.
+        """
+        began, self._past = time.perf_counter(), past
         if not self._live:
             self._gang.begin({})
         try:
@@ -157,6 +169,13 @@ class DecodeLoop:
         seconds = time.perf_counter() - began
         return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, errors=errors)
 
+    def states(self) -> Iterator[tuple[int, int, State]]:
+        """Number, length and state of the sequences that have not stopped, after the window."""
+        if self._past is not None:
+            for row, one in enumerate(self._rows):
+                if one.finished is None:
+                    yield one.state.sequence, one.length, self._past.state(row)
+
     def _step(self) -> None:
         if self._steps_left_as_is == 0:
             self._cut()
@@ -167,7 +186,7 @@ class DecodeLoop:
         self._inputs.host[:] = torch.tensor([[one.last_token for one in live], [one.length for one in live]])
         self._inputs.up()
         token_ids, positions = self._inputs.there
-        logits = self._model.forward(token_ids, positions, self._attention)
+        logits = self._model.forward(token_ids, positions, self._attention, None, self._past)
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
@@ -198,6 +217,9 @@ class DecodeLoop:
             self._gang.change(self._steps, self._parts, parts)
         if not live:
             return
+        if self._past is not None and len(live) < len(self._rows):
+            self._past.keep([row for row, one in enumerate(self._rows) if one.finished is None])
+            self._rows = list(live)
         self._attention = self._new_attention(parts, len(live), self._steps)
         self._inputs = self._model.device.pair((2, len(live)), torch.int64)
         self._parts = parts

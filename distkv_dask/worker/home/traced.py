@@ -24,6 +24,7 @@ from distkv_dask.worker.trace import Ring, span
 if TYPE_CHECKING:
     from distkv_dask.worker.model.hook import AttentionStep
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past
 
 
 class TracedGang(HomeGang):
@@ -64,16 +65,18 @@ class TracedModel:
         self.eos_token_ids = model.eos_token_ids
         self.device = model.device
         self.follower = model.follower
+        self.past = model.past
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | None = None,
+        past: Past | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Run the model."""
         if not isinstance(step, TracedAttention):
-            return self._model.forward(token_ids, positions, step, keep)
+            return self._model.forward(token_ids, positions, step, keep, past)
         step.left = began = perf_counter_ns()
         try:
-            return self._model.forward(token_ids, positions, step, keep)
+            return self._model.forward(token_ids, positions, step, keep, past)
         finally:
             self._ring.put("model", step.left, step.number, step.step)
             self._ring.put("forward", began, step.number, step.step, size=len(token_ids))

@@ -48,7 +48,6 @@ class Past(DynamicCache):
     def __init__(self, config: Any, states: Sequence[State] = ({},)) -> None:
         super().__init__(config=config)
         self.rows = len(states)
-        self.is_at_start = not states[0]
         for slot in states[0]:
             self._put(slot, torch.cat([state[slot] for state in states]))
 
@@ -59,6 +58,11 @@ class Past(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always given."""
         return 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed yet."""
+        return next(self._filled(), None) is None
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the sequences, in this order."""
@@ -79,8 +83,7 @@ class Past(DynamicCache):
                             yield Slot(at, convolution, number), tensor
 
     def _put(self, slot: Slot, tensor: Tensor) -> None:
-        layer = self.layers[slot.layer]
-        assert isinstance(layer, LinearAttentionLayer)
+        layer: Any = self.layers[slot.layer]
         if slot.convolution:
             layer.dtype, layer.device = tensor.dtype, tensor.device
             layer.conv_states[slot.number], layer.conv_kernel_size[slot.number] = tensor, tensor.shape[-1]
