@@ -66,6 +66,32 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 """Name of a tiny model -> its configuration."""
 
 
+_TINY_MAMBA = {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2}
+HYBRIDS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "qwen3-next": lambda: _config(
+        "Qwen3Next", 4, 2, 32, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+    ),
+    "granite4-h": lambda: _config(
+        "GraniteMoeHybrid", 4, 2, 24, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        mamba_n_heads=4, mamba_d_head=48, mamba_n_groups=2, mamba_chunk_size=16, shared_intermediate_size=64,
+        num_local_experts=4, num_experts_per_tok=2, **_TINY_MAMBA,
+    ),
+    "lfm2": lambda: _config("Lfm2", 4, 2, 24, layer_types=["conv", "full_attention", "conv"], block_ff_dim=128),
+    "jamba": lambda: _config(
+        "Jamba", 4, 2, 24, attn_layer_period=3, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2,
+        mamba_dt_rank=8, **_TINY_MAMBA,
+    ),
+    "nemotron-h": lambda: _config(
+        "NemotronH", 4, 2, 24, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=48, n_groups=2, chunk_size=16, ssm_state_size=16,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, moe_shared_expert_intermediate_size=64,
+    ),
+}  # fmt: skip
+"""The same of tiny models with recurrent layers, of each kind one."""
+
+
 def block_bytes(family: str, tokens: int = 8) -> int:
     """Bytes of a block of so many tokens of a tiny model's KV in float32."""
     config = FAMILIES[family]()
@@ -83,13 +109,16 @@ _saved = tempfile.TemporaryDirectory(prefix="distkv-models-")
 @cache
 def model_dir(family: str) -> Path:
     """Return the directory of the tiny model called ``family``, saved in float32 on first use in the test session."""
-    return save_model(FAMILIES[family](), family)
+    return save_model({**FAMILIES, **HYBRIDS}[family](), family)
 
 
 def save_model(config: transformers.PreTrainedConfig, name: str) -> Path:
     """Save a model with random weights (always the same ones) and no tokenizer."""
     torch.manual_seed(_SEEDS.get(name, 8))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if name in HYBRIDS:
+        for weight in model.parameters():
+            weight.data.normal_(0, 0.3) if weight.ndim > 1 else weight.data.add_(0.1 * torch.randn_like(weight))
     model.lm_head.weight.data *= 0.3  # logits of a few units, so that an absolute tolerance of 1e-4 means something
     target = Path(_saved.name) / name
     model.save_pretrained(target)

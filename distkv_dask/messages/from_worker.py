@@ -29,9 +29,9 @@ class FromWorker:
 class Opened(FromWorker):
     """An engine is open on the worker.
 
-    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. ``device`` says what
-    it computes on, and what is to be said about that; ``fingerprint`` which
-    weights were loaded; ``measured`` how fast the worker is, where it was timed.
+    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. It can be home of ``places``
+    sequences at most. ``device`` says what it computes on, and what is to be said about that; ``fingerprint``
+    which weights were loaded; ``measured`` how fast the worker is, where it was timed.
     """
 
     endpoint: Endpoint
@@ -42,6 +42,7 @@ class Opened(FromWorker):
     block_bytes: int
     spill_bytes: int
     host_bytes: int
+    places: int
     geometry: Geometry
     fingerprint: str
     measured: Measurement | None

@@ -199,6 +199,9 @@ class EngineStatus:
         Tokens of one block.
     scheduler
         How busy the Dask scheduler is with decode windows.
+    state_bytes
+        State that a sequence's home keeps beside its KV, if the model has recurrent layers; 0 for others. Then a
+        sequence stays at its home, and the prefix cache is off: only whole documents are shared.
     exchange_seconds
         The scheduler's estimate for one exchange of a decode step with one holder.
     totals
@@ -212,6 +215,7 @@ class EngineStatus:
     epoch: int
     block_tokens: int
     scheduler: SchedulerLoad
+    state_bytes: int
     exchange_seconds: float
     totals: Mapping[str, float]
 
@@ -224,6 +228,7 @@ class EngineStatus:
             "epoch": self.epoch,
             "block_tokens": self.block_tokens,
             "scheduler": asdict(self.scheduler),
+            "state_bytes": self.state_bytes,
             "exchange_seconds": self.exchange_seconds,
             "totals": dict(self.totals),
         }

@@ -160,8 +160,8 @@ class Dispatcher:
             case did.Opened():
                 state.ready(message)
                 can_decode = message.role == "instance"
-                tiers = message.spill_bytes, message.host_bytes
-                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *tiers)
+                rooms = message.spill_bytes, message.host_bytes, message.places
+                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms)
                 self.handle(state, ready)
             case did.OpenFailed(worker, error):
                 logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)

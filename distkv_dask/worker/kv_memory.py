@@ -11,11 +11,15 @@ from distkv_dask.errors import CapacityError, ConfigError, DeviceError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.device import Device
+from distkv_dask.worker.home.states import KEPT
 
 if TYPE_CHECKING:
     from distributed import Worker
 
     from distkv_dask.worker.model.loaded import LoadedModel
+
+STATE_SHARE = 0.25
+"""Part of the KV memory that states of recurrent layers take at most."""
 
 MARGIN = 0.05
 """Part of a card's memory that is left free by default: for kernels, other libraries and what is in pieces."""
@@ -69,6 +73,28 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
             "raise the worker's memory_limit"
         )
     return asked
+
+
+def rooms(memory: int, block: BlockShape, state_bytes: int, batch: int) -> tuple[int, int]:
+    """Blocks of a pool, and sequences that the worker can be home of, for which KV memory of so many bytes has room.
+
+    Without states these are ``batch``; with them, as many as their part of the memory has room for, and at least one.
+
+    Raises
+    ------
+    CapacityError
+        There is no room for one state and one block.
+    """
+    state = KEPT * state_bytes
+    places = min(batch, max(1, int(STATE_SHARE * memory) // state)) if state else batch
+    blocks = (memory - places * state) // block.nbytes
+    if blocks < 1:
+        raise CapacityError(
+            f"kv_memory is {memory} bytes, but the states of one sequence need {state} bytes and one block of "
+            f"{block.block_tokens} tokens {block.nbytes}: raise kv_memory (distkv.kv-memory) or lower "
+            "distkv.block-tokens"
+        )
+    return blocks, places
 
 
 def _on_host(worker: Worker, asked: int | None) -> int:

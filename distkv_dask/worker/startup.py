@@ -23,7 +23,7 @@ from distkv_dask.worker.device import Device
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
-from distkv_dask.worker.kv_memory import host_memory, kv_memory
+from distkv_dask.worker.kv_memory import host_memory, kv_memory, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
@@ -67,9 +67,16 @@ def build_engine(
             spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device, before=fits
         )
         geometry = model.geometry
+    if geometry.scan_once and spec.config.granularity == "layer":
+        raise UnsupportedModelError(
+            "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
+            "distkv.granularity to window"
+        )
     block_tokens = spec.config.block_tokens
     block = BlockShape.of(geometry, block_tokens)
-    pool = Pool(block, kv_memory(spec, worker, block, device, model) // block.nbytes, device)
+    memory = kv_memory(spec, worker, block, device, model)
+    blocks, places = rooms(memory, block, 0 if model is None else geometry.state_bytes, spec.config.window_batch)
+    pool = Pool(block, blocks, device)
     check_kernels(pool, geometry.heads)
     make_ready(pool.keys(0), pool.values(0), geometry.heads)
     keep_freed_memory()
@@ -89,6 +96,7 @@ def build_engine(
         block_bytes=block.nbytes,
         spill_bytes=spilled.disk_bytes,
         host_bytes=spilled.host_bytes,
+        places=places,
         geometry=geometry,
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,

@@ -82,6 +82,7 @@ KEYS = [
     "scheduler.tasks_per_second",
     "scheduler.task_seconds",
     "scheduler.core_share",
+    "state_bytes",
     "exchange_seconds",
     "totals",
     "totals.prefilled_tokens",
@@ -107,7 +108,7 @@ def keys(value: Any, *path: str) -> Iterator[str]:
 def opened(worker: str) -> Opened:
     measured = Measurement() if worker == "w0" else None
     return Opened(
-        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, 0, GEOMETRY, "weights", measured
+        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, 0, 64, GEOMETRY, "weights", measured
     )
 
 

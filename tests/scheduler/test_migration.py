@@ -153,7 +153,7 @@ def test_a_tail_moves_with_its_home_to_a_worker_with_room_for_it_and_in_its_batc
     ledger.reserve(4, (Span("w3", 0, 6 * BLOCK),))
     ledger.retire_worker("w0")
     ledger.retire_worker("w4")
-    found = list(moves_away(ledger, "w0", {1: 2 * BLOCK}, batch=2))
+    found = list(moves_away(ledger, "w0", {1: 2 * BLOCK}))
     full = [move for move, pauses in found if not pauses]
     whole = [move for move, pauses in found if pauses]
     assert full[0] == Move(1, 0, 2 * BLOCK, "w0", "w1")

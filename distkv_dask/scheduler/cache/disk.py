@@ -30,7 +30,7 @@ from distkv_dask.scheduler.records.states import Fetching, Spilling
 def pays(life: MachineState, request: Request) -> bool:
     """Whether a sequence at rest should go to a lower tier: there is room, and computing it again takes longer."""
     account, sizes = life.ledger.sequences[request.sequence], _sizes(life, request)
-    if account.lost or not sizes:
+    if account.lost or life.ledger.has_states or not sizes:
         return False
     seconds = 0.0
     for worker, size in sizes.items():

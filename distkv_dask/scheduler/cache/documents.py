@@ -60,6 +60,8 @@ def share(life: MachineState, request: Request, submitted: float) -> bool:
         request.prompt = document.prompt
     own = len(request.prompt) - (not request.saves)  # a question's last token has to be computed
     request.reused = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
+    if life.ledger.has_states and request.reused < len(document.prompt):
+        request.reused = 0  # there is a state at the document's end only
     return True
 
 
@@ -88,7 +90,8 @@ def become_document(life: MachineState, request: Request, before: State) -> None
     request.prompt = array("i", [*request.prompt, *request.generated])[:tokens]
     request.generated, request.is_document, request.announced, request.used = [], True, True, life.now
     request.alone = False
-    if account.lost or account.moves or not tokens:
+    no_state = life.ledger.has_states  # at the end of its whole blocks
+    if account.lost or account.moves or not tokens or no_state:
         life.recommend(request, Dropped())
         return
     life.index.add(request.sequence, request.prompt)
@@ -213,8 +216,9 @@ def evict(life: MachineState) -> bool:
     """
     head = next(life.queue.turns(), None)
     smallest = next(life.ledger.room.smallest_batches(), None)
-    if head is None or smallest is None or smallest.homed >= life.ledger.room.batch:
-        return False  # it waits for a place in a batch
+    waits_for_place = smallest is None or not smallest.has_place
+    if head is None or (waits_for_place and not life.ledger.has_states):
+        return False  # it waits for a place in a batch, which documents do not take
     leaving = about_to_free(life)
     if leaving and room_with(life, leaving) >= life.ledger.blocks(head.tokens):
         return False  # it waits for blocks that are being written to disk
@@ -224,6 +228,8 @@ def evict(life: MachineState) -> bool:
     if head.document in accounts:
         needed |= {head.document, *accounts[head.document].documents}
     idle = resting - needed
+    if life.ledger.has_states and head.document in accounts:  # it waits for a place at its document's home
+        idle = {number for number in idle if accounts[number].home == accounts[head.document].home}
     if idle and room_with(life, idle | leaving) >= life.ledger.blocks(head.tokens):
         last = (life.requests[number] for number in idle if not accounts[number].sharers)
         oldest = min(last, key=lambda one: (one.used, one.sequence))

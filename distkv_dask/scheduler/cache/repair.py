@@ -17,10 +17,10 @@ from distkv_dask.scheduler.records.states import Decode, Prefill, State
 def repaired(life: MachineState, request: Request) -> State | None:
     """Find other room for just what a sequence lost; the state in which it goes on with that.
 
-    None if there is no such room now, or if files have what it lost.
+    None if there is no such room now, if files have what it lost, or if that needs states that nobody has.
     """
     account, number = life.ledger.sequences[request.sequence], request.sequence
-    if request.released or request.saved is not None or not account.lost:
+    if request.released or request.saved is not None or not account.lost or life.ledger.has_states:
         return None
     placement = placement_without_losses(life.ledger, life.policy, request)
     if placement is None:

@@ -92,7 +92,7 @@ def _beside(life: MachineState, ask: Ask, missing: Counter[str], last: str, ahea
 def _fits(life: MachineState, missing: Counter[str], rest: Placement) -> bool:
     """Whether there is room for blocks that come back into the ledger, and for a request's own."""
     home = life.ledger.workers[rest[-1].worker]
-    if not home.can_decode or home.retiring or home.homed >= life.ledger.room.batch:
+    if not home.can_decode or home.retiring or not home.has_place:
         return False
     blocks = missing.copy()
     for span in rest:

@@ -100,6 +100,8 @@ class EngineState:
         self.facts[facts.worker] = facts
         self.life.block_bytes = facts.block_bytes
         self.geometry = facts.geometry
+        if self.geometry.state_bytes:
+            self.life.keep_states()
         measured = {name: one.measured for name, one in self.facts.items()}
         self.life.know_costs(fit_model(self.geometry, measured, PRESET))
         self._answered(facts.worker)

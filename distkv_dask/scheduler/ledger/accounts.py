@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from distkv_dask.placement import Endpoint, Move, Placement, Span
 
+NO_LIMIT = 2**40
+"""More blocks, or sequences, than any worker ever has."""
+
 
 @dataclass(slots=True)
 class WorkerAccount:
@@ -22,6 +25,8 @@ class WorkerAccount:
         Blocks that it lends at most.
     can_decode
         False for a memory worker: it has no weights, so it is nobody's home.
+    places
+        Sequences that it is home of at most.
     retiring
         It is being drained: nothing new is placed on it.
     used
@@ -49,6 +54,7 @@ class WorkerAccount:
     capacity: int
     lend_limit: int
     can_decode: bool = True
+    places: int = NO_LIMIT
     retiring: bool = False
     used: int = 0
     lent: int = 0
@@ -86,6 +92,11 @@ class WorkerAccount:
     def homed(self) -> int:
         """How many sequences call it home."""
         return len(self.homes)
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it can be home of one more sequence."""
+        return self.homed < self.places
 
     @property
     def lends(self) -> int:

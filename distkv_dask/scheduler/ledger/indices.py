@@ -31,7 +31,7 @@ class Room:
     Parameters
     ----------
     batch
-        Sequences that one worker is home of at most.
+        Sequences that any worker is home of at most.
     """
 
     def __init__(self, batch: int) -> None:
@@ -58,7 +58,7 @@ class Room:
         """Index an account as it is now, for the first time or after a change."""
         worker, free, lendable = account.worker, account.free, account.lendable
         decodes = account.can_decode and not account.retiring
-        home = (free, -account.homed, worker) if decodes and free > 0 and account.homed < self.batch else None
+        home = (free, -account.homed, worker) if decodes and free > 0 and account.has_place else None
         batch = (account.homed, worker) if decodes else None
         load = (account.used, worker) if account.used else None
         entry = _Entry(account, account.capacity, account.endpoint.host, lendable, home, batch, load)

@@ -11,14 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from distkv_dask.placement import Endpoint, Move, Placement, Span
-from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
+from distkv_dask.scheduler.ledger.accounts import NO_LIMIT, SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.debts import Debts
 from distkv_dask.scheduler.ledger.indices import Room
 from distkv_dask.scheduler.ledger.objections import objection
 from distkv_dask.scheduler.ledger.placements import blocks_of, clipped, moved
-
-NO_LIMIT = 2**40
-"""More blocks, or sequences, than any worker ever has."""
 
 
 class Ledger:
@@ -34,13 +31,15 @@ class Ledger:
     Notes
     -----
     ``epoch`` grows with every change of a placement or of the set of workers. ``moves`` are under way: their blocks are
-    reserved at the target and not yet free at the source.
+    reserved at the target and not yet free at the source. With ``has_states`` the model keeps a state of each sequence
+    at its home: idle ones take a place there, too, and a home never changes.
     ``owes`` is the debt graph.
     """
 
     def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
         self.block_tokens = block_tokens
         self.epoch = 0
+        self.has_states = False
         self.workers: dict[str, WorkerAccount] = {}
         self.sequences: dict[int, SequenceAccount] = {}
         self.moves: dict[Move, None] = {}
@@ -68,11 +67,20 @@ class Ledger:
     # Workers
 
     def add_worker(
-        self, endpoint: Endpoint, capacity: int, *, lend_limit: int = NO_LIMIT, can_decode: bool = True
+        self,
+        endpoint: Endpoint,
+        capacity: int,
+        *,
+        lend_limit: int = NO_LIMIT,
+        can_decode: bool = True,
+        places: int = NO_LIMIT,
     ) -> None:
-        """Open an account for a worker with a pool of ``capacity`` blocks, of which it lends at most ``lend_limit``."""
+        """Open an account for a worker with a pool of ``capacity`` blocks, of which it lends at most ``lend_limit``.
+
+        It is home of ``places`` sequences at most.
+        """
         self.epoch += 1
-        account = WorkerAccount(endpoint, capacity, lend_limit, can_decode)
+        account = WorkerAccount(endpoint, capacity, lend_limit, can_decode, min(places, self.room.batch))
         self.workers[account.worker] = account
         self.room.enter_worker(account)
 
@@ -232,6 +240,8 @@ class Ledger:
         account, target = self.sequences.get(move.sequence), self.workers.get(move.target)
         if account is None or target is None or move.source not in self.workers:
             return "the sequence or a worker is gone"
+        if self.has_states and move.stop == account.stop:
+            return "the tail goes with its home, which has the sequence's state"
         return objection(move, account, target, self.block_tokens)
 
     def start_move(self, move: Move) -> None:
@@ -320,6 +330,6 @@ class Ledger:
                 entry.homes.pop(sequence, None)
             else:
                 entry.held[sequence] = wanted[worker]
-                if worker == home and not account.idle:
+                if worker == home and (self.has_states or not account.idle):
                     entry.homes[sequence] = None
             self.room.enter_worker(entry)

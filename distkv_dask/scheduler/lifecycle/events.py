@@ -8,6 +8,7 @@ from distkv_dask.messages.client_calls import Submission
 from distkv_dask.messages.from_worker import FromWorker
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import FinishReason
+from distkv_dask.scheduler.ledger.accounts import NO_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class StopAll:
 class WorkerReady:
     """A worker has a pool of ``capacity`` blocks and, if it ``can_decode``, the model.
 
-    It has ``spill_bytes`` bytes of disk, and before that ``host_bytes`` of host memory, for blocks that make room.
+    Then it can be home of ``places`` sequences. It has ``spill_bytes`` bytes of disk, and before that ``host_bytes`` of
+    host memory, for blocks that make room.
     """
 
     endpoint: Endpoint
@@ -47,6 +49,7 @@ class WorkerReady:
     can_decode: bool = True
     spill_bytes: int = 0
     host_bytes: int = 0
+    places: int = NO_LIMIT
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from distkv_dask.errors import DistKVError, without_quotes
+from distkv_dask.errors import DistKVError, StateLostError, without_quotes
 from distkv_dask.messages.from_worker import Stored
 from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.commands import Note
-from distkv_dask.scheduler.lifecycle import files
+from distkv_dask.scheduler.lifecycle import files, retries
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.lifecycle.refusals import workers_lost
-from distkv_dask.scheduler.lifecycle.retries import MAX_RETRIES
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, FilesUnderWay, Prefill, Retiring, Spilling
-from distkv_dask.scheduler.work import prefill
+from distkv_dask.scheduler.records.window_chain import WindowChain
+from distkv_dask.scheduler.work import homes, prefill
 
 MAX_LOSSES = 3
 """How many workers a request may lose blocks with before it fails, as Dask's allowed-failures: it may be the cause."""
@@ -51,8 +51,26 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
 def stalled(life: MachineState, request: Request, error: DistKVError) -> None:
     """A worker does not begin what a sequence waits for: a request is computed elsewhere, but not forever."""
     request.stalls += 1
-    if request.is_document or request.stalls > MAX_RETRIES:
+    if request.is_document or request.stalls > retries.MAX_RETRIES:
         end(life, request, "error", error)
+    else:
+        _compute_again(life, request, without_quotes(error))
+
+
+def state_lost(life: MachineState, gang: int, error: StateLostError) -> None:
+    """A home has no state that a sequence goes on from: it is recomputed from its first token, others go on."""
+    owner = retries.owner(life, gang)
+    if owner is None or (request := life.requests.get(error.sequence)) is None:
+        return
+    if isinstance(owner, WindowChain):
+        homes.restart(life, owner, without_quotes(error), but=[error.sequence])
+    request.stalls += 1
+    request.alone |= bool(request.reused)  # it was its document's
+    if request.stalls > retries.MAX_RETRIES:
+        end(life, request, "error", error)
+    elif request.is_document:
+        prefill.stop_prefill(life, request, without_quotes(error))
+        life.recommend(request, Retiring())
     else:
         _compute_again(life, request, without_quotes(error))
 

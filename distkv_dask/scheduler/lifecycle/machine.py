@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from array import array
 
-from distkv_dask.errors import DistKVError
+from distkv_dask.errors import DistKVError, StateLostError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler.cache import disk, documents, prefix_cache
 from distkv_dask.scheduler.commands import Command, Refuse
-from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
+from distkv_dask.scheduler.lifecycle import files, losses, refusals, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
 from distkv_dask.scheduler.lifecycle.ends import end, end_document
 from distkv_dask.scheduler.lifecycle.events import (
@@ -69,6 +69,7 @@ class Lifecycle:
         homes.fill(life)
         if not isinstance(event, STARTS):
             drain.start_moves(life)
+            settle(life)
             for move in life.policy.moves(life.ledger, life.queue.turns()):
                 if migration.can_start(life, move):
                     migration.start(life, move)
@@ -90,6 +91,8 @@ class Lifecycle:
                 homes.window_started(life, event.worker, event.window)
             case did.WindowDone():
                 window_done(life, event)
+            case did.GangFailed(error=StateLostError() as error):
+                losses.state_lost(life, event.gang, error)
             case did.GangFailed():
                 retries.failed(life, event.gang, event.error)
             case did.Retired():
@@ -137,7 +140,9 @@ class Lifecycle:
             return
         life.disks.add(worker, event.spill_bytes, event.host_bytes)
         lends = int(event.capacity * life.config.lend_limit) if event.can_decode else event.capacity
-        life.ledger.add_worker(event.endpoint, event.capacity, lend_limit=lends, can_decode=event.can_decode)
+        life.ledger.add_worker(
+            event.endpoint, event.capacity, lend_limit=lends, can_decode=event.can_decode, places=event.places
+        )
         life.largest_blocks = max(life.largest_blocks, life.policy.limit(life.ledger))
         homes.add(life, worker)
 
@@ -194,6 +199,8 @@ class Lifecycle:
 
     def _accept(self, request: Request) -> None:
         life = self.state
+        if life.ledger.has_states and (request.saves or request.saved is not None):
+            raise refusals.not_in_files()
         document = life.requests.get(request.document) if request.document is not None else None
         is_stored = document is not None and isinstance(document.state, Stored)
         if request.saves and is_stored and document is not None and not document.prompt:

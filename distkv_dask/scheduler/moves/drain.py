@@ -10,7 +10,8 @@ from distkv_dask.scheduler.ledger.accounts import SequenceAccount, WorkerAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.moves import migration
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.scheduler.records.states import Decode, Stored
+from distkv_dask.scheduler.records.states import Decode, Dropped, Retiring, Stored
+from distkv_dask.scheduler.work import homes
 
 
 def set_leaving(life: MachineState, worker: str, leaving: bool) -> None:
@@ -39,14 +40,29 @@ def start_moves(life: MachineState) -> None:
 def _move_away(life: MachineState, worker: str) -> None:
     whole = (n for n in life.ledger.workers[worker].held if not life.ledger.sequences[n].lost)
     held = [n for n in whole if isinstance(life.requests[n].state, Decode | Stored)]
+    if life.ledger.has_states:
+        _recompute_elsewhere(life, worker, held)
     full = {number: migration.full_tokens(life, number) for number in held}
-    for move, pause in moves_away(life.ledger, worker, full, life.config.window_batch):
+    for move, pause in moves_away(life.ledger, worker, full):
         if migration.can_start(life, move, pause=pause):
             migration.start(life, move)
             return
 
 
-def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) -> Iterator[tuple[Move, bool]]:
+def _recompute_elsewhere(life: MachineState, home: str, sequences: Iterable[int]) -> None:
+    """States stay at their home: sequences whose home leaves are computed from their first token elsewhere."""
+    for number in sequences:
+        request, account = life.requests[number], life.ledger.sequences[number]
+        if account.home != home or account.moves:
+            continue
+        if isinstance(request.state, Decode):
+            homes.leave(life, number)
+            life.recommend(request, Retiring(again=True))
+        elif not account.sharers:
+            life.recommend(request, Dropped())
+
+
+def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tuple[Move, bool]]:
     """Moves that would take blocks from a worker, the best first, and whether their sequence has to pause for it.
 
     Parameters
@@ -57,8 +73,6 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) ->
         The worker that is to be left without blocks.
     full
         The sequences that can be moved, and how many of their tokens lie in full, committed blocks.
-    batch
-        Sequences that one worker is home of at most.
     """
     later: list[tuple[Move, bool]] = []
     for sequence, tokens in full.items():
@@ -80,7 +94,7 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int], batch: int) ->
                 later.extend(
                     (Move(sequence, span.start, span.stop, worker, home.worker), True)
                     for home in _by_room(ledger.workers.values())
-                    if home.can_decode and not home.retiring and home.homed < batch
+                    if home.can_decode and not home.retiring and home.has_place
                     if home.free >= ledger.blocks(span.tokens)
                 )
     yield from later

@@ -49,7 +49,7 @@ def _creditors(ledger: Ledger) -> Iterator[WorkerAccount]:
     """Workers that could be a request's home once they have blocks back: the roomiest, then the fullest."""
     yield from islice(ledger.room.homes(), CREDITORS)
     for account in islice(ledger.room.fullest(), CREDITORS):
-        if account.can_decode and not account.retiring and account.homed < ledger.room.batch:
+        if account.can_decode and not account.retiring and account.has_place:
             yield account
 
 

@@ -95,7 +95,7 @@ class Best(Policy):
         most = _fewest(ledger, need) if slow else len(ledger.workers)
         hosts = _roomiest(ledger, need, most)
         own = ledger.room.on_host(hosts[0]) if hosts else []
-        homes = [a for a in own if a.can_decode and not a.retiring and a.free and a.homed < ledger.room.batch]
+        homes = [a for a in own if a.can_decode and not a.retiring and a.free and a.has_place]
         if homes:
             home = max(homes, key=lambda account: (account.free - account.lendable, account.free, account.worker))
             placement = self._spread(ledger, home, own, hosts[1:], tokens)

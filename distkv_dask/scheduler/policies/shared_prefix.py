@@ -20,8 +20,9 @@ def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) ->
     if ask.document is not None and not ask.tokens:
         return shared(ledger.sequences[ask.document].placement, ask.document, ask.shared)
     if ask.document is not None:
-        own = _near(ledger, ask) if ahead is None else None
-        own = own or policy.place(ledger, ask, ahead)
+        own = _near(ledger, ask) if ahead is None or ledger.has_states else None
+        if not ledger.has_states:
+            own = own or policy.place(ledger, ask, ahead)
         return None if own is None else shared(
             ledger.sequences[ask.document].placement, ask.document, ask.shared
         ) + shifted(own, ask.shared)  # fmt: skip
@@ -42,11 +43,14 @@ def _near(ledger: Ledger, ask: Ask) -> Placement | None:
     account = ledger.sequences[ask.document]
     others = Counter(ledger.sequences[n].home for n in account.sharers if not ledger.sequences[n].idle)
     need = ledger.blocks(ask.tokens)
-    for name in dict.fromkeys([*(name for name, _ in others.most_common()), account.home]):
+    near = (
+        [] if ledger.has_states else [name for name, _ in others.most_common()]
+    )  # the state is at the document's home
+    for name in dict.fromkeys([*near, account.home]):
         worker = ledger.workers.get(name)
         if worker is None or not worker.can_decode or worker.retiring:
             continue
-        if worker.free >= need and worker.homed < ledger.room.batch:
+        if worker.free >= need and worker.has_place:
             return (Span(name, 0, ask.tokens),)
     return None
 

@@ -21,7 +21,7 @@ class Single(Policy):
         """Spread the request over all workers, in proportion to their free room."""
         home = _home(ledger)
         need = ledger.blocks(ask.tokens)
-        if home is None or not home.free or home.homed >= ledger.room.batch:
+        if home is None or not home.free or not home.has_place:
             return None
         creditors = [account for account in ledger.room.creditors() if account is not home]
         room = home.free + sum(account.lendable for account in creditors)

@@ -107,6 +107,11 @@ class MachineState:
         """Let the policy decide by this model from now on, calibrated by what windows take."""
         self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
+    def keep_states(self) -> None:
+        """The model has recurrent layers: sequences stay at their homes, and begin at a document's end or at 0."""
+        self.ledger.has_states = True
+        self.cache.enabled = False
+
     def command(self, command: Command) -> None:
         """Ask the gManager for something."""
         self.commands.append(command)

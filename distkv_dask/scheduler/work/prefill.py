@@ -46,7 +46,8 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     ranges = [*state.lost, (state.start, len(known))]
     pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
     for holder, first, last in pieces:
-        worker = holder if life.ledger.workers[holder].can_decode else account.home
+        computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
+        worker = holder if computes else account.home
         holders = tuple(life.ledger.holders(placement, last, but=worker))
         gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
         draws_here = draws and last == len(known)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from distkv_dask.worker.device import Use
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.shard import Shard
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.recurrent import State
 
 logger = logging.getLogger("distributed.distkv.measuring")
 
@@ -120,6 +124,7 @@ class _Timing:
         self._lanes = lanes
         self._pool = runtime.pool
         self._numbers = count(_FIRST_GANG)
+        self._state = self._state_after_a_token() if geometry.state_bytes else None
         limit = geometry.max_positions or LONGEST
         self._most = min(_most(self._pool), limit // 2 // self._pool.block_tokens * self._pool.block_tokens)
 
@@ -151,6 +156,7 @@ class _Timing:
         with ExitStack() as reserved:
             for state in states:
                 reserved.enter_context(_reserved(pool, state.sequence, room))
+                reserved.enter_context(self._with_state(state.sequence, tokens))
             while len(seconds) < REPEATS + 1 or sum(seconds) < CASE_SECONDS / steps:
                 window = DecodeWindow(self._gang(home, holder), 0, steps, CASE_SECONDS / REPEATS)
                 result = self._lanes.home.submit(self._runtime.decode, window, states).result()
@@ -174,11 +180,31 @@ class _Timing:
     def _chunk(self, tokens: int, before: int) -> float:
         home = self._lanes.endpoint.worker
         placement = (Span(home, 0, before + tokens),)
-        with _reserved(self._pool, 0, before + tokens):
+        with _reserved(self._pool, 0, before + tokens), self._with_state(0, before):
             chunk = PrefillChunk(self._gang(home, None), 0, placement, before, (1,) * tokens)
             began = time.perf_counter()
             self._lanes.home.submit(self._runtime.prefill, chunk).result()
             return time.perf_counter() - began
+
+    @contextmanager
+    def _with_state(self, sequence: int, length: int) -> Iterator[None]:
+        """A state after so many tokens, if the model has recurrent layers: any will do."""
+        states = self._runtime.states
+        if self._state is not None:
+            states.put(sequence, length, self._state)
+        try:
+            yield
+        finally:
+            states.drop(sequence)
+
+    def _state_after_a_token(self) -> State:
+        home = self._lanes.endpoint.worker
+        with _reserved(self._pool, 0, 1):
+            chunk = PrefillChunk(self._gang(home, None), 0, (Span(home, 0, 1),), 0, (1,))
+            self._lanes.home.submit(self._runtime.prefill, chunk).result()
+        state = self._runtime.states.begin(0, 1)
+        self._runtime.states.drop(0)
+        return state
 
     def _gang(self, home: str, holder: Endpoint | None) -> Gang:
         number = next(self._numbers)

@@ -1,0 +1,115 @@
+"""Models with recurrent layers on a cluster: the tokens of plain transformers, whatever happens to their states."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from distributed import Client, Scheduler, Worker
+
+from distkv_dask import Engine, SamplingParams, SavedDocumentError
+from tests._cluster import engine_test
+from tests._models import HYBRIDS, model_dir, prompt_ids, reference_generate
+from tests._splits import force_split
+
+NEW = 12
+GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
+DOCUMENT = prompt_ids(100, seed=4)
+QUESTIONS = [prompt_ids(length, seed=length) for length in (1, 5, 30, 12)]
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_prompts_on_three_workers_get_the_tokens_of_one_process(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (130, 61, 77, 45)]
+    expected = [one.tokens for one in reference_generate(model_dir(family), prompts, NEW)]
+    workers = force_split([(1, 24), (2, 16), (0, None)], monkeypatch)
+
+    @engine_test(workers=workers)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with Engine(client, str(model_dir(family)), kv_memory="8 MiB", **SMALL) as engine:
+            done = await engine.generate(prompts, GREEDY)
+            assert [list(one.token_ids) for one in done] == expected
+            assert all(len(one.placement) == 3 for one in done)
+            status = await engine.status()
+            assert status.state_bytes > 0
+
+    run()
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_questions_go_on_from_the_state_at_the_end_of_their_document(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [DOCUMENT + question for question in QUESTIONS]
+    expected = [one.tokens for one in reference_generate(model_dir(family), prompts, NEW)]
+    workers = force_split([(1, 48), (0, None)], monkeypatch)
+
+    @engine_test(workers=workers)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with (
+            Engine(client, str(model_dir(family)), kv_memory="8 MiB", **SMALL) as engine,
+            await engine.ingest(DOCUMENT) as document,
+        ):
+            for _ in range(2):
+                done = await document.ask(QUESTIONS, GREEDY)
+                assert [list(one.token_ids) for one in done] == expected
+                assert [one.reused_tokens for one in done] == [96] * 4
+            with pytest.raises(SavedDocumentError, match="recurrent layers"):
+                await document.save("nowhere")
+
+    run()
+
+
+def test_a_chat_goes_on_with_what_it_said_before() -> None:
+    first, second = prompt_ids(40, seed=1), prompt_ids(9, seed=2)
+    said = reference_generate(model_dir("lfm2"), [DOCUMENT + first], NEW)[0].tokens
+    again = reference_generate(model_dir("lfm2"), [DOCUMENT + first + said + second], NEW)[0].tokens
+
+    @engine_test(workers=2)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with Engine(client, str(model_dir("lfm2")), kv_memory="8 MiB", **SMALL) as engine:
+            prompts = [DOCUMENT + first, DOCUMENT + first + said + second]
+            for prompt, answer in zip(prompts, (said, again), strict=True):
+                done = await engine.submit(prompt, GREEDY)
+                assert list(done.token_ids) == answer
+                assert done.reused_tokens == 0  # the prefix cache is off: KV alone is no beginning
+
+    run()
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["home", "holder"])
+def test_a_worker_that_leaves_costs_no_token(victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_ids(90, seed=3)
+    expected = reference_generate(model_dir("qwen3-next"), [prompt], 200)[0].tokens
+    workers = force_split([(1, 24), (0, None)], monkeypatch)
+
+    @engine_test(workers=workers + 1)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with Engine(client, str(model_dir("qwen3-next")), kv_memory="8 MiB", **SMALL) as engine:
+            running = engine.submit(prompt, SamplingParams(max_new_tokens=200, ignore_eos=True))
+            while not any(one.generated_tokens > 8 for one in (await engine.status()).sequences.values()):
+                await asyncio.sleep(0.02)
+            monkeypatch.undo()
+            await them[victim].close()
+            assert list((await running).token_ids) == expected
+
+    run()
+
+
+def test_a_request_that_makes_way_is_computed_again_from_its_first_token() -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (50, 60)]
+    expected = [reference_generate(model_dir("granite4-h"), [prompt], 60)[0].tokens for prompt in prompts]
+
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        async with Engine(client, str(model_dir("granite4-h")), kv_memory="400 KiB", **SMALL) as engine:
+            places = them[0].plugins["distkv"].engines[engine.id].facts.places
+            assert places == 1
+            patient = engine.submit(prompts[0], SamplingParams(max_new_tokens=60, ignore_eos=True))
+            while not any(one.generated_tokens > 8 for one in (await engine.status()).sequences.values()):
+                await asyncio.sleep(0.01)
+            urgent = engine.submit(prompts[1], SamplingParams(max_new_tokens=60, ignore_eos=True, priority=1))
+            assert [list((await one).token_ids) for one in (patient, urgent)] == expected
+
+    run()
