@@ -41,7 +41,9 @@ def _move_away(life: MachineState, worker: str) -> None:
     whole = (n for n in life.ledger.workers[worker].held if not life.ledger.sequences[n].lost)
     held = [n for n in whole if isinstance(life.requests[n].state, Decode | Stored)]
     if life.ledger.has_states:
-        _recompute_elsewhere(life, worker, held)
+        at_home = [number for number in held if life.ledger.sequences[number].home == worker]
+        _recompute_elsewhere(life, at_home)
+        held = [number for number in held if number not in at_home]
     full = {number: migration.full_tokens(life, number) for number in held}
     for move, pause in moves_away(life.ledger, worker, full):
         if migration.can_start(life, move, pause=pause):
@@ -49,11 +51,11 @@ def _move_away(life: MachineState, worker: str) -> None:
             return
 
 
-def _recompute_elsewhere(life: MachineState, home: str, sequences: Iterable[int]) -> None:
+def _recompute_elsewhere(life: MachineState, sequences: Iterable[int]) -> None:
     """States stay at their home: sequences whose home leaves are computed from their first token elsewhere."""
     for number in sequences:
         request, account = life.requests[number], life.ledger.sequences[number]
-        if account.home != home or account.moves:
+        if account.moves:
             continue
         if isinstance(request.state, Decode):
             homes.leave(life, number)

@@ -1,0 +1,235 @@
+"""Models with recurrent layers in the state machine: no sequence goes on without its state, whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from array import array
+from collections import defaultdict
+
+import pytest
+from _examples import examples
+from _simulated import BLOCK, Simulated, assert_nothing_left, expected, finish, mishaps, settle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_document_life import events, happen, prompt
+
+from distkv_dask.config import Config
+from distkv_dask.errors import CapacityError, SavedDocumentError, StateLostError, WorkerLostError
+from distkv_dask.gang import DecodeWindow, PrefillChunk
+from distkv_dask.messages import from_worker as did
+from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import Saved
+from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
+from distkv_dask.scheduler.lifecycle.machine import Lifecycle
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.worker.home.states import States
+
+
+class Stateful(Simulated):
+    """Workers that keep states as homes do, and fail as they do where one is missing."""
+
+    def __init__(self, machine: Lifecycle, rng: random.Random) -> None:
+        super().__init__(machine, rng)
+        self.states: dict[str, States] = defaultdict(States)
+        self.computed = 0
+        self.missing = 0
+
+    def enact(self, command: do.Command) -> None:
+        super().enact(command)
+        if isinstance(command, to.Release):
+            self.states[command.worker].drop(command.sequence)
+
+    def remove(self, worker: str) -> None:
+        super().remove(worker)
+        self.states.pop(worker, None)
+
+    def run_chunk(self, chunk: PrefillChunk) -> None:
+        states, stop = self.states[chunk.gang.home], chunk.start + len(chunk.tokens)
+        documents = [span.document for span in chunk.placement if span.document is not None]
+        try:
+            states.begin(chunk.sequence, chunk.start, documents)
+        except StateLostError as error:
+            self._fail(chunk.gang.home, chunk.gang.number, error)
+            return
+        self.computed += len(chunk.tokens)
+        states.put(chunk.sequence, stop, {})
+        super().run_chunk(chunk)
+
+    def run_window(self, window: DecodeWindow) -> None:
+        home = window.gang.home
+        batch, states = self.batches[home], self.states[home]
+        try:
+            for number, entry in batch.items():
+                states.begin(number, entry.length)
+        except StateLostError as error:
+            self.handle(did.WindowStarted(home, window.window))
+            self._fail(home, window.gang.number, error)
+            return
+        super().run_window(window)
+        for number, entry in self.batches.get(home, {}).items():
+            states.put(number, entry.length, {})
+
+    def forget(self) -> None:
+        """A home loses the states of a sequence."""
+        if self.life.ledger.sequences:
+            number = self.rng.choice(sorted(self.life.ledger.sequences))
+            self.states[self.life.ledger.sequences[number].home].drop(number)
+
+    def _fail(self, home: str, gang: int, error: StateLostError) -> None:
+        self.missing += 1
+        self.handle(did.GangFailed(home, gang, error))
+
+
+def stateful(seed: int, *capacities: int) -> Stateful:
+    config = Config.load(block_tokens=BLOCK, prefill_chunk_tokens=8, window_batch=4, spill=1500)
+    cluster = Stateful(
+        Lifecycle(MachineState("engine", config, itertools.count(1), block_bytes=100)), random.Random(seed)
+    )
+    cluster.life.keep_states()
+    for capacity in capacities:
+        cluster.add_worker(capacity)
+    return cluster
+
+
+def ask(cluster: Stateful, number: int, asked: array[int], new: int = 9, **how: object) -> None:
+    cluster.submit(number, asked, SamplingParams(max_new_tokens=new), **how)
+
+
+def test_a_prompt_on_three_workers_is_computed_by_its_home_alone() -> None:
+    cluster = stateful(0, 6, 6, 6)
+    ask(cluster, 0, prompt(0, 50))
+    assert len({chunk.gang.home for chunk in cluster.chunks[0]}) == 1
+    assert len({span.worker for span in cluster.chunks[0][0].placement}) == 3
+    finish(cluster)
+    assert cluster.tokens[0] == expected(0, 9)
+    assert cluster.missing == 0
+
+
+def test_a_sequence_that_lost_any_block_is_computed_again_from_its_first_token() -> None:
+    cluster = stateful(0, 6, 6, 12)
+    ask(cluster, 0, prompt(0, 50), 20)
+    while not cluster.life.ledger.sequences[0].length > 50:
+        cluster.step()
+    account, before = cluster.life.ledger.sequences[0], cluster.computed
+    generated = cluster.life.requests[0].known_tokens - 50
+    cluster.add_worker(12)
+    cluster.lose_worker(next(span.worker for span in account.placement if span.worker != account.home))
+    finish(cluster)
+    assert cluster.tokens[0] == expected(0, 20)
+    assert cluster.computed == before + 50 + generated
+
+
+def test_questions_begin_with_a_whole_document_at_its_home_or_with_nothing() -> None:
+    cluster = stateful(0, 30, 30)
+    cluster.ingest(0, prompt(0, 18))
+    finish(cluster)
+    home = cluster.life.ledger.sequences[0].home
+    ask(cluster, 1, prompt(0, 18, 7), document=0)
+    assert {chunk.gang.home for chain in cluster.chunks for chunk in chain} == {home}
+    ask(cluster, 2, prompt(0, 12, 7), document=0)
+    finish(cluster)
+    assert (cluster.reused[1], cluster.reused[2]) == (16, 0)
+    assert cluster.missing == 0
+
+
+def test_documents_take_places_and_give_them_up_to_requests() -> None:
+    cluster = stateful(0, 60)
+    for number in range(4):
+        cluster.ingest(number, prompt(number, 18))
+    finish(cluster)
+    ask(cluster, 10, prompt(9, 20))
+    finish(cluster)
+    assert cluster.tokens[10] == expected(10, 9)
+    assert sum(one.state.label == "dropped" for one in cluster.life.requests.values()) == 1
+
+
+def test_a_home_that_leaves_lets_its_sequences_be_computed_elsewhere() -> None:
+    cluster = stateful(0, 20, 20)
+    cluster.ingest(0, prompt(0, 18))
+    ask(cluster, 1, prompt(1, 18), 20)
+    finish_until = lambda: cluster.life.requests[1].generated and cluster.life.requests[0].announced  # noqa: E731
+    while not finish_until():
+        cluster.step()
+    leaving = cluster.life.ledger.sequences[1].home
+    cluster.drain(leaving)
+    finish(cluster)
+    assert cluster.life.is_drained(leaving)
+    assert cluster.tokens[1] == expected(1, 20)
+    assert cluster.missing == 0
+
+
+def test_saving_and_loading_are_refused_with_what_to_do() -> None:
+    cluster = stateful(0, 20)
+    cluster.ingest(0, prompt(0, 18))
+    finish(cluster)
+    for wanted in (
+        lambda: cluster.save(1, 0, Saved("folder")),
+        lambda: cluster.ingest(2, prompt(0, 9), saved=Saved("f")),
+    ):
+        with pytest.raises(SavedDocumentError, match="ingest its text again"):
+            wanted()
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.integers(8, 20), min_size=1, max_size=4),
+    st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    st.lists(events | st.just("forget"), max_size=100),
+)
+def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
+    seed: int, sizes: list[int], documents: list[int], happenings: list[object]
+) -> None:
+    cluster = stateful(seed, *sizes)
+    cluster.refusing = True
+    wanted: dict[int, int] = {}
+    held: set[int] = set()
+    for number, tokens in enumerate(documents):
+        try:
+            cluster.ingest(number, prompt(number, tokens))
+            held.add(number)
+        except CapacityError:
+            pass
+    for happening in happenings:
+        if happening == "forget":
+            cluster.forget()
+        else:
+            happen(cluster, happening, held, wanted)
+    if "forget" not in happenings:
+        assert cluster.missing == 0
+    for worker in list(cluster.pools):
+        cluster.drain(worker, False)
+    settle(cluster)
+    for number, new in wanted.items():
+        reason, error = cluster.ends[number]
+        right = expected(number, new)
+        assert cluster.tokens[number] == right[: len(cluster.tokens[number])]
+        assert reason not in ("stop", "length") or cluster.tokens[number] == right
+        assert (reason == "error") == (error is not None)
+        assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
+        assert not isinstance(error, StateLostError) or happenings.count("forget") > 2
+    for number in sorted(cluster.life.requests, key=lambda number: cluster.rng.random()):
+        cluster.stop(number)
+    settle(cluster)
+    assert_nothing_left(cluster)
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.integers(8, 20), min_size=1, max_size=4), mishaps)
+def test_no_request_fails_for_a_state_that_nobody_lost(seed: int, sizes: list[int], happenings: list[str]) -> None:
+    cluster = stateful(seed, *sizes)
+    for number in range(6):
+        try:
+            ask(cluster, number, array("i", range(5 + 7 * number)), 15)
+        except CapacityError:
+            continue
+    for happening in happenings:
+        cluster.happen(happening)
+    for worker in list(cluster.pools):
+        cluster.drain(worker, False)
+    settle(cluster)
+    assert cluster.missing == 0
+    assert not any(isinstance(error, StateLostError) for _, error in cluster.ends.values())
