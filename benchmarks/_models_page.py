@@ -29,7 +29,8 @@ def attention_of(geometry: Geometry, latent: bool) -> str:
     kinds = geometry.layer_kinds
     words = [word for word in ("full", "sliding", "chunked") if any(kind.visible == word for kind in kinds)]
     words = [*(words or ["full"]), *(["soft cap"] if any(kind.soft_cap for kind in kinds) else [])]
-    return ", ".join([*words, *(["latent (MLA)"] if latent else [])])
+    words = [*words, *(["latent (MLA)"] if latent else []), *(["recurrent layers"] if geometry.state_bytes else [])]
+    return ", ".join(words)
 
 
 def outcome(row: Mapping[str, Any]) -> str:

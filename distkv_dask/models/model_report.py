@@ -89,7 +89,13 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
         keys = "head_dim", "global_head_dim"
         sizes = [one for key in keys for one in layer_values(config, key) if one] or [config.hidden_size // heads]
     numbers = -(-max(sizes) // _NUMBERS) * _NUMBERS
-    return int(config.num_hidden_layers * planes * kv_heads * numbers * (4 if dtype == "float32" else 2))
+    return int(_attending(config) * planes * kv_heads * numbers * (4 if dtype == "float32" else 2))
+
+
+def _attending(config: Any) -> int:
+    """Layers with attention: others have a state, or nothing."""
+    kinds = getattr(config, "layer_types", None) or ("full_attention",) * config.num_hidden_layers
+    return sum(kind not in ("linear_attention", "conv", "mamba", "mlp", "moe") for kind in kinds)
 
 
 def _kv_dtype(source: ModelSource, config: Any, dtype: str) -> str:

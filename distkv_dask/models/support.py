@@ -37,6 +37,7 @@ _NEEDED: Mapping[str, str] = {
 
 _REFUSED_TYPES: Mapping[str, str] = {
     "bloom": "ALiBi position biases",
+    "minimax": "recurrent layers whose states are in a cache of their own",
     "mpt": "ALiBi position biases",
     "rwkv": "linear attention layers",
 }

@@ -18,9 +18,11 @@ from distkv_dask.config import Config
 from distkv_dask.models.model_report import kv_bytes_per_token, report_on
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.model.loaded import load_model
-from tests._models import FAMILIES, block_bytes, model_dir
+from tests._models import FAMILIES, HYBRIDS, block_bytes, model_dir
 
 GIB = 1 << 30
+
+SERVED = {**FAMILIES, **HYBRIDS}
 
 
 def call(*arguments: object) -> Result:
@@ -55,10 +57,10 @@ def test_a_model_that_is_not_served_has_the_reason_said_and_status_1(tmp_path: P
     assert "no-such" in call("no-such-model").output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_the_kv_memory_said_is_that_of_the_pool(family: str) -> None:
     geometry = load_model(str(model_dir(family)), "float32", 1).geometry
-    config: Any = FAMILIES[family]()
+    config: Any = SERVED[family]()
     assert kv_bytes_per_token(config.get_text_config(), "float32") == BlockShape.of(geometry, 1).nbytes
 
 
