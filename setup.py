@@ -30,7 +30,7 @@ ISA_FLAGS = {
     "isa_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 ISA_FLAGS["isa_avx512_bf16.cpp"] = [*ISA_FLAGS["isa_avx512.cpp"], "-mavx512bf16"]
-PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
+PORTABLE = ["api.cpp", "choose.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
 WIRE = Path("distkv_dask/worker/native")
 
 

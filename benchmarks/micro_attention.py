@@ -34,6 +34,7 @@ BLOCK_TOKENS = 64
 SHAPES = {"8 kv heads, group 4, d 128": (8, 4, 128), "3 kv heads, group 3, d 64": (3, 3, 64)}
 CONTEXTS = {"8K": 8192, "64K": 65536, "512K": 524288}
 QUESTIONS = 16
+WINDOW, LONG = 1024, 65536
 SECONDS_PER_IMPLEMENTATION = 1.5
 
 Rows = list[dict[str, Any]]
@@ -185,6 +186,51 @@ def prefill_case(
     return rows
 
 
+def window_case(name: str, queries: int, shape: tuple[int, int, int], device: str, threads: int) -> Rows:
+    """The last queries of a long row with a sliding window, beside the same ones of a row that ends with the window."""
+    kv_heads, group, d = shape
+    q = torch.randn(queries, kv_heads * group, d, device=device).bfloat16()
+    runs: dict[str, Callable[[], object]] = {}
+    for tokens in (LONG, WINDOW + queries - 1):
+        arguments, start = pool([tokens], kv_heads, d, device), tokens - queries
+        positions = torch.arange(start, tokens, dtype=torch.int32, device=device)
+        arguments |= {
+            "query_offsets": torch.tensor([0, queries], dtype=torch.int32, device=device),
+            "causal": True, "q_start": torch.tensor([start], dtype=torch.int32, device=device),
+            "first_keys": positions - (WINDOW - 1),
+        }  # fmt: skip
+        for impl in rivals(device, slow=False):
+            runs[f"{impl}, {tokens}"] = call(impl, q, arguments, threads)
+    best = best_seconds(runs, device)
+    rows = []
+    for impl in rivals(device, slow=False):
+        there, alone = best[f"{impl}, {LONG}"], best[f"{impl}, {WINDOW + queries - 1}"]
+        rows.append({"case": name, "threads": threads, "impl": impl, "us": round(there * 1e6, 1),
+                     "us_alone": round(alone * 1e6, 1), "ratio": round(there / alone, 3)})  # fmt: skip
+    return rows
+
+
+def latent_case(name: str, heads: int, device: str, threads: int) -> Rows:
+    """Decode over latents of 576 numbers whose first 512 are the value, beside the matrix-product rate."""
+    d, dv, tokens = 576, 512, 16384
+    arguments = pool([tokens], 1, d, device)
+    arguments["v_pool"] = arguments["k_pool"][..., :dv]
+    q = torch.randn(1, heads, d, device=device).bfloat16()
+    a, b = torch.randn(2, 2048, 2048, device=device).bfloat16()
+    runs: dict[str, Callable[[], object]] = {"gemm": lambda: a @ b}
+    for impl in rivals(device, slow=False):
+        runs[impl] = call(impl, q, arguments, threads)
+    best = best_seconds(runs, device)
+    gemm = 2 * 2048**3 / best["gemm"]
+    rows = []
+    for impl in list(runs)[1:]:
+        rate = 2 * heads * tokens * (d + dv) / best[impl]
+        rows.append({"case": name, "threads": threads, "impl": impl, "gflops": round(rate / 1e9, 1),
+                     "gbps": round(tokens * d * 2 / best[impl] / 1e9, 2), "gemm_bf16_gflops": round(gemm / 1e9, 1),
+                     "ratio": round(rate / gemm, 3)})  # fmt: skip
+    return rows
+
+
 def row(name: str, threads: int, impl: str, rate: float, roof: float) -> dict[str, Any]:
     """One decode result; rates in bytes per second."""
     gbps, roof_gbps = round(rate / 1e9, 2), round(roof / 1e9, 2)
@@ -209,6 +255,10 @@ def cases(device: str) -> list[tuple[str, Callable[[int], Rows]]]:
         add(f"prefill 512 after 6K, full, {label}", prefill_case, 512, 6144, shape, False)
         add(f"prefill 512 at 6K, causal, {label}", prefill_case, 512, 6144, shape, True)
         add(f"prefill first 512, causal, {label}", prefill_case, 512, 512, shape, True)
+        add(f"decode, window 1K of 64K, {label}", window_case, 1, shape)
+        add(f"prefill 512, window 1K of 64K, {label}", window_case, 512, shape)
+    for heads in (16, 128):
+        add(f"decode 16K latents, {heads} heads", latent_case, heads)
     return found
 
 

@@ -68,6 +68,9 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
+// The kernels of an instruction set, by name (empty: the best one); null: none of that name runs here.
+const Kernels* find(const char* name);
+
 // Whether decode asks for memory into the first-level cache or into the second. Zen 5 reads faster with the first (28
 // instead of 22 GB/s on one thread), Zen 4 with the second (24 instead of 15). Unknown processors get the second.
 extern const bool kAskIntoFirstLevel;
