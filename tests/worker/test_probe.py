@@ -42,6 +42,12 @@ def test_rounding_that_sends_tokens_to_other_experts_is_no_other_computation(see
     probe(tiny("phimoe", seed, **sizes))
 
 
+def test_a_model_that_converts_a_buffer_of_its_own_in_each_call_is_served() -> None:
+    model = tiny("ctrl", n_embd=64, n_head=4, n_layer=2, dff=64)
+    model.transformer.pos_encoding = model.transformer.pos_encoding.float()
+    probe(model)
+
+
 @pytest.mark.parametrize("leak", [0.3, 0.03, 0.01])
 def test_a_model_of_16_bits_that_sees_a_little_of_later_tokens_is_refused(leak: float) -> None:
     model = tiny("llama")

@@ -53,7 +53,7 @@ def in_float32(model: Any, layers: nn.ModuleList | None) -> Iterator[bool]:
 def _short(module: nn.Module) -> Iterator[Tensor]:
     """A module's own weights and buffers of 16 bits."""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if tensor.dtype in _SHORT:
+        if tensor.dtype in _SHORT and not tensor.is_inference():  # CTRL makes one of its own in each call
             yield tensor
 
 
@@ -65,15 +65,16 @@ def _size(module: nn.Module) -> int:
 @contextmanager
 def _widened(modules: Iterable[nn.Module]) -> Iterator[None]:
     tensors = [tensor for module in modules for tensor in _short(module)]
-    before = [tensor.data for tensor in tensors]
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False):  # or they would be tensors that only inference mode takes, ever after
+        before = [tensor.data for tensor in tensors]
         for tensor in tensors:
             tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
+        with torch.inference_mode(False):
+            for tensor, data in zip(tensors, before, strict=True):
+                tensor.data = data
 
 
 def _widen_calls(stack: ExitStack, called: nn.Module, modules: list[nn.Module]) -> None:
