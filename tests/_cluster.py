@@ -16,12 +16,16 @@ import pytest
 from distributed import Client, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["PROTOCOL", "SLOW", "about_the_host", "assert_clean", "engine_test", "gen_cluster"]
+__all__ = ["ON_CARD", "PROTOCOL", "SLOW", "about_the_host", "assert_clean", "engine_test", "gen_cluster"]
+
+
+ON_CARD = os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu"
+"""Whether workers compute on a card, be it an emulated one."""
 
 
 def about_the_host(reason: str) -> pytest.MarkDecorator:
     """Mark a test that says nothing about cards, and why."""
-    return pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu", reason=reason)
+    return pytest.mark.skipif(ON_CARD, reason=reason)
 
 
 Test = Callable[..., Awaitable[None]]

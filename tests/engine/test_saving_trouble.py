@@ -17,7 +17,7 @@ from distributed import Client, Scheduler, Worker
 from fsspec.implementations.memory import MemoryFileSystem
 
 from distkv_dask import Engine, SamplingParams, SavedDocumentError
-from distkv_dask.worker.blocks import files as block_files
+from distkv_dask.worker.blocks import storage
 from tests._cluster import engine_test
 from tests._models import block_bytes, model_dir, prompt_ids
 
@@ -108,7 +108,7 @@ async def test_saves_to_one_place_at_once_leave_a_whole_document(
 def test_a_worker_whose_disk_is_full_leaves_no_files_of_others_either(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    write = block_files.write_blocks
+    write = storage.write_blocks
 
     def full(pool: Any, sequence: int, start: int, *rest: Any, **options: Any) -> Any:
         if start > 0:
@@ -122,7 +122,7 @@ def test_a_worker_whose_disk_is_full_leaves_no_files_of_others_either(
             await document.save(tmp_path)
             before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
             with monkeypatch.context() as patch:
-                patch.setattr(block_files, "write_blocks", full)
+                patch.setattr(storage, "write_blocks", full)
                 with pytest.raises(SavedDocumentError, match="No space left"):
                     await document.save(tmp_path)
             assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

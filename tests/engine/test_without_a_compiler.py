@@ -10,7 +10,7 @@ from distributed import Client, Scheduler, Worker
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.kernels import IMPLEMENTATIONS, dispatch, native_kernel, numba_kernel
 from distkv_dask.worker.native import wire as native_wire
-from tests._cluster import engine_test
+from tests._cluster import about_the_host, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
 NEW = 12
@@ -32,6 +32,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         cached.cache_clear()
 
 
+@about_the_host("cards have kernels of their own, which need no compiler of C++")
 def test_tokens_are_those_of_one_process_and_kernels_are_compiled_at_opening(served: str) -> None:
     prompts = [prompt_ids(length, seed=length) for length in (150, 5)]
     expected = reference_generate(model_dir("llama-gqa"), prompts, NEW)

@@ -152,6 +152,8 @@ class TracedExchange(PythonExchange):
         super()._merge(remote, merge, layer, step)
         if remote is not None:
             self._ring.put("merge", began, self._number, step, layer, remote.channel.peer)
+        elif self._asking.together is not None:  # all of a layer's at once, on a card
+            self._ring.put("merge", began, self._number, step, layer)
 
 
 def traced_model(model: LoadedModel, ring: Ring | None) -> LoadedModel:
