@@ -8,6 +8,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams, SavedDocumentError
+from distkv_dask.errors import UnsupportedModelError
 from tests._cluster import engine_test
 from tests._models import HYBRIDS, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
@@ -61,19 +62,40 @@ def test_questions_go_on_from_the_state_at_the_end_of_their_document(
     run()
 
 
-def test_a_chat_goes_on_with_what_it_said_before() -> None:
-    first, second = prompt_ids(40, seed=1), prompt_ids(9, seed=2)
-    said = reference_generate(model_dir("lfm2"), [DOCUMENT + first], NEW)[0].tokens
-    again = reference_generate(model_dir("lfm2"), [DOCUMENT + first + said + second], NEW)[0].tokens
+def test_plain_requests_share_no_beginning_but_a_chat_goes_on_with_its_turns() -> None:
+    prompts, expected = [], []
+    for question in QUESTIONS[1:]:
+        prompts.append([*(prompts[-1] + expected[-1] if prompts else DOCUMENT), *question])
+        expected.append(reference_generate(model_dir("lfm2"), [prompts[-1]], NEW)[0].tokens)
 
     @engine_test(workers=2)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
         async with Engine(client, str(model_dir("lfm2")), kv_memory="8 MiB", **SMALL) as engine:
-            prompts = [DOCUMENT + first, DOCUMENT + first + said + second]
-            for prompt, answer in zip(prompts, (said, again), strict=True):
+            for prompt, answer in zip(prompts, expected, strict=True):
                 done = await engine.submit(prompt, GREEDY)
                 assert list(done.token_ids) == answer
                 assert done.reused_tokens == 0  # the prefix cache is off: KV alone is no beginning
+            async with await engine.ingest(DOCUMENT) as document, document.chat() as chat:
+                for question, prompt, answer in zip(QUESTIONS[1:], prompts, expected, strict=True):
+                    done = await chat.ask(question, GREEDY)
+                    assert list(done.token_ids) == answer
+                    assert done.reused_tokens >= (len(prompt) - len(question)) // 8 * 8 - 8
+
+    run()
+
+
+def test_tasks_by_layer_carry_attention_and_the_home_its_states() -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (70, 9)]
+    expected = [one.tokens for one in reference_generate(model_dir("qwen3-next"), prompts, NEW)]
+
+    @engine_test(workers=2)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        settings = SMALL | {"granularity": "layer"}
+        async with Engine(client, str(model_dir("qwen3-next")), kv_memory="8 MiB", **settings) as engine:
+            assert [list(one.token_ids) for one in await engine.generate(prompts, GREEDY)] == expected
+        with pytest.raises(UnsupportedModelError, match="granularity to window"):
+            async with Engine(client, str(model_dir("jamba")), kv_memory="8 MiB", **settings):
+                pass
 
     run()
 
