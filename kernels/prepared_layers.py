@@ -102,6 +102,8 @@ class PreparedLayers:
         """
         for attention in self._attentions:
             attention.refresh()
+        if all(attention.batch is not None for attention in self._attentions):
+            return  # slots went along with the work lists
         for given, used in zip(self._given, self._slots, strict=True):
             if used is not given:
                 used.copy_(given, non_blocking=True)
