@@ -119,7 +119,7 @@ def check_kernels(pool: Pool, heads: int) -> None:
     UnsupportedModelError
         Its heads have numbers or sizes that kernels do not take.
     """
-    k_pool, none = pool.keys(0), torch.zeros(1, dtype=torch.int32)
+    k_pool, none = pool.keys(0), torch.zeros(1, dtype=torch.int32, device=pool.device.torch)
     q = k_pool.new_zeros(1, heads, k_pool.shape[3])
     try:
         micro_attention(q, k_pool, pool.values(0), none[None], none, scale=1.0)
