@@ -35,8 +35,8 @@ def test_no_message_shows_an_exception_as_python_writes_it(path: Path) -> None:
     assert list(reprs_of_errors(parsed(path))) == [], "say errors.in_words(error)"
 
 
-# What named tuples offer, and what Dask documents for those who write collections.
-PUBLIC = {"_fields", "_replace", "_meta", "_meta_nonempty"}
+# What named tuples and the module os offer, and what Dask documents for those who write collections.
+PUBLIC = {"_fields", "_replace", "_meta", "_meta_nonempty", "_exit"}
 
 
 def is_private(name: str) -> bool:

@@ -78,7 +78,8 @@ def build_engine(
     blocks, places = rooms(memory, block, 0 if model is None else geometry.state_bytes, spec.config.window_batch)
     pool = Pool(block, blocks, device)
     check_kernels(pool, geometry.heads)
-    make_ready(pool.keys(0), pool.values(0), geometry.heads)
+    for windows, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in pool.layer_kinds}:
+        make_ready(pool.keys(0), pool.values(0), geometry.heads, windows=windows, soft_cap=soft_cap)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     timings = _timings(runtime, geometry, model, device)
