@@ -60,6 +60,16 @@ class CudaTensor(Tensor):
         """The tensor of such parts."""
         return CudaTensor(inner["bytes"])
 
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its gradient; setting it takes the other one's elements, too."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: CudaTensor) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.bytes, self.memory = other.bytes, other.memory
+
     def data_ptr(self) -> int:
         """An address like a card's: it tells tensors apart, and the host cannot read what is there."""
         return self.bytes.data_ptr() | _CARD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from typing import Any
@@ -54,6 +55,8 @@ async def goes_on(engine: Engine, number: int) -> None:
 def test_a_neighbour_decodes_while_the_schema_of_a_new_request_is_compiled(
     granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gc.collect()  # a model that this process has still would be shared, with the schemas that it has compiled
+
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with Engine(client, str(text_model_dir(end=True)), granularity=granularity, **TINY) as engine:

@@ -91,10 +91,8 @@ class Lifecycle:
                 homes.window_started(life, event.worker, event.window)
             case did.WindowDone():
                 window_done(life, event)
-            case did.GangFailed(error=StateLostError() as error):
-                losses.state_lost(life, event.gang, error)
             case did.GangFailed():
-                retries.failed(life, event.gang, event.error)
+                self._failed(event)
             case did.Retired():
                 self._retired(event)
             case did.Expected():
@@ -225,6 +223,13 @@ class Lifecycle:
             end_document(self.state, request)
         elif not request.is_document and request.ended is None:
             end(self.state, request, reason)
+
+    def _failed(self, event: did.GangFailed) -> None:
+        """A gang failed on a worker."""
+        if isinstance(event.error, StateLostError):
+            losses.state_lost(self.state, event.gang, event.error)
+        else:
+            retries.failed(self.state, event.gang, event.error)
 
     def _retired(self, event: did.Retired) -> None:
         """A worker computes on a sequence no more."""

@@ -52,8 +52,10 @@ def in_float32(model: Any, layers: nn.ModuleList | None) -> Iterator[bool]:
 
 def _short(module: nn.Module) -> Iterator[Tensor]:
     """A module's own weights and buffers of 16 bits."""
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if tensor.dtype in _SHORT and not tensor.is_inference():  # CTRL makes one of its own in each call
+    # a buffer of inference mode was made in a call, as CTRL's are
+    buffers = (buffer for buffer in module.buffers(recurse=False) if not buffer.is_inference())
+    for tensor in (*module.parameters(recurse=False), *buffers):
+        if tensor.dtype in _SHORT:
             yield tensor
 
 
