@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -133,8 +134,13 @@ def test_what_is_spilled_to_host_memory_is_read_from_where_it_is(
     assert fetched.error is None
     assert np.array_equal(blocks(pool, pool.find(1, [(0, 26)])), before)
     assert np.array_equal(rows, before[3:6])
-    written = sorted(one.name for one in (tmp_path / "own").glob("*"))
-    assert written == (sorted(one.name for one in spilled) if demoted else [])
+    wanted = sorted(one.name for one in spilled) if demoted else []
+    deadline = time.monotonic() + 10.0  # it is written meanwhile
+    while (
+        written := sorted(one.name for one in (tmp_path / "own").glob("*"))
+    ) != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert written == wanted
     files.discard(one.name for one in spilled)
     files.close()
     assert not (tmp_path / "own").exists()
