@@ -18,7 +18,7 @@ FILES = sorted(Path(__file__).with_name("whole_process").glob("test_*.py"))
 @pytest.mark.parametrize("tests", FILES, ids=lambda path: path.stem)
 def test_in_a_process_of_their_own(tests: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider", str(tests)],
         cwd=ROOT, env={**os.environ, "DISTKV_TEST_DEVICE": "emulated"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
