@@ -43,7 +43,7 @@ def sizes_of(module: Any) -> dict[str, Any]:
 
 def is_absorbed(module: nn.Module) -> bool:
     """Whether an attention module hands on latents."""
-    return getattr(module, _ABSORBED, False)
+    return _ABSORBED in vars(module)  # modules look long for attributes that they do not have
 
 
 def into_latents(module: Any, query: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from distkv_dask.errors import UnsupportedModelError
@@ -67,9 +67,7 @@ def probe(model: Any, latents: bool = True) -> Geometry:
                 seen = [layer._replace(**sizes_of(layer.module)) for layer in seen]
             geometry = replace(geometry_of(seen, config, dtype, latent), **state)
             with first_layers(model, geometry) as layers, in_float32(model, layers) as exact:
-                own, ours = _both(model, ids, geometry)
-            take_temperatures(model)
-            absorb([layer.module for layer in seen] if latent else [])
+                own, ours = _both(model, ids, geometry, [layer.module for layer in seen])
             model.set_attn_implementation(IMPLEMENTATION)
     except UnsupportedModelError:
         raise
@@ -81,13 +79,15 @@ def probe(model: Any, latents: bool = True) -> Geometry:
     return geometry
 
 
-def _both(model: Any, ids: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Logits by the model's own attention, and by ours."""
+def _both(
+    model: Any, ids: Sequence[Tensor], geometry: Geometry, attentions: Sequence[nn.Module]
+) -> tuple[Tensor, Tensor]:
+    """Logits by the model's own attention, and by ours, which all ``attentions`` are left with."""
     model.set_attn_implementation("eager")
     own = torch.cat([_own_logits(model, tokens, bool(geometry.state_bytes)) for tokens in ids])
-    take_temperatures(model)  # those of the first layers
+    take_temperatures(attentions)
     if geometry.latent_dim:
-        absorb([module for module in model.modules() if can_absorb([module])])
+        absorb(attentions)
     model.set_attn_implementation(IMPLEMENTATION)
     if geometry.state_bytes:
         return own, _in_pieces_with_states(model, ids, geometry)

@@ -6,6 +6,7 @@ Layers without rotary embeddings scale queries by ``1 + attn_scale * log(1 + flo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 _SCALES = "distkv_temperature"
 
 
-def take_temperatures(model: Any) -> None:
-    """Switch temperatures off in a model's own code; :func:`tempered` computes them from now on."""
-    for module in model.modules():
+def take_temperatures(attentions: Iterable[Any]) -> None:
+    """Switch temperatures off in the own code of attention modules; :func:`tempered` computes them from now on."""
+    for module in attentions:
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
             if not module.use_rope:
@@ -35,7 +36,7 @@ def tempered(module: torch.nn.Module, query: Tensor, positions: Tensor) -> Tenso
     positions
         int64 [b * t].
     """
-    scales = getattr(module, _SCALES, None)
+    scales = vars(module).get(_SCALES)  # modules look long for attributes that they do not have
     if scales is None:
         return query
     floor, factor = scales
