@@ -198,6 +198,30 @@ events = st.one_of(
 )
 
 
+def ingest_all(cluster: Simulated, documents: list[int]) -> set[int]:
+    """Ingest documents of so many tokens; the numbers of those that there is room for."""
+    held: set[int] = set()
+    for number, tokens in enumerate(documents):
+        try:
+            cluster.ingest(number, prompt(number, tokens))
+            held.add(number)
+        except CapacityError:
+            pass
+    return held
+
+
+def assert_right_ends(cluster: Simulated, wanted: dict[int, int], happenings: list[object]) -> None:
+    """Each request has ended, with its right tokens or an error that something has caused."""
+    for number, new in wanted.items():
+        reason, error = cluster.ends[number]
+        right = expected(number, new)
+        assert cluster.tokens[number] == right[: len(cluster.tokens[number])]
+        if reason in ("stop", "length"):
+            assert cluster.tokens[number] == right
+        assert (reason == "error") == (error is not None)
+        assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
+
+
 @settings(max_examples=examples(200), deadline=None)
 @given(
     st.integers(0, 2**32),
@@ -211,26 +235,13 @@ def test_every_question_ends_once_with_right_tokens_and_nothing_is_left_of_docum
     cluster = cluster_of(seed, *sizes)
     cluster.refusing = True
     wanted: dict[int, int] = {}
-    held: set[int] = set()
-    for number, tokens in enumerate(documents):
-        try:
-            cluster.ingest(number, prompt(number, tokens))
-            held.add(number)
-        except CapacityError:
-            pass
+    held = ingest_all(cluster, documents)
     for happening in happenings:
         happen(cluster, happening, held, wanted)
     for worker in list(cluster.pools):
         cluster.drain(worker, False)
     settle(cluster)
-    for number, new in wanted.items():
-        reason, error = cluster.ends[number]
-        right = expected(number, new)
-        assert cluster.tokens[number] == right[: len(cluster.tokens[number])]
-        if reason in ("stop", "length"):
-            assert cluster.tokens[number] == right
-        assert (reason == "error") == (error is not None)
-        assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
+    assert_right_ends(cluster, wanted, happenings)
     for number in sorted(cluster.life.requests, key=lambda number: cluster.rng.random()):
         assert number not in cluster.life.requests or cluster.life.requests[number].is_document
         cluster.stop(number)

@@ -12,17 +12,16 @@ from _examples import examples
 from _simulated import BLOCK, Simulated, assert_nothing_left, expected, finish, mishaps, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_document_life import events, happen, prompt
+from test_document_life import assert_right_ends, events, happen, ingest_all, prompt
 
 from distkv_dask.config import Config
-from distkv_dask.errors import CapacityError, SavedDocumentError, StateLostError, WorkerLostError
+from distkv_dask.errors import CapacityError, SavedDocumentError, StateLostError
 from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.names import Saved
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.worker.home.states import States
@@ -186,13 +185,7 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
     cluster = stateful(seed, *sizes)
     cluster.refusing = True
     wanted: dict[int, int] = {}
-    held: set[int] = set()
-    for number, tokens in enumerate(documents):
-        try:
-            cluster.ingest(number, prompt(number, tokens))
-            held.add(number)
-        except CapacityError:
-            pass
+    held = ingest_all(cluster, documents)
     for happening in happenings:
         if happening == "forget":
             cluster.forget()
@@ -203,13 +196,9 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
     for worker in list(cluster.pools):
         cluster.drain(worker, False)
     settle(cluster)
-    for number, new in wanted.items():
-        reason, error = cluster.ends[number]
-        right = expected(number, new)
-        assert cluster.tokens[number] == right[: len(cluster.tokens[number])]
-        assert reason not in ("stop", "length") or cluster.tokens[number] == right
-        assert (reason == "error") == (error is not None)
-        assert not isinstance(error, WorkerLostError) or happenings.count("lose") > MAX_LOSSES
+    assert_right_ends(cluster, wanted, happenings)
+    for number in wanted:
+        _, error = cluster.ends[number]
         assert not isinstance(error, StateLostError) or happenings.count("forget") > 2
     for number in sorted(cluster.life.requests, key=lambda number: cluster.rng.random()):
         cluster.stop(number)
