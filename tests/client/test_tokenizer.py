@@ -11,6 +11,7 @@ from time import monotonic, sleep
 import pytest
 import transformers
 from _models import model_dir
+from _texts import any_text
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
@@ -94,7 +95,7 @@ def test_prompt_that_cannot_be_served_is_refused(prompt: object, named: str) -> 
         Tokenizer(LOADED, 320).encode(prompt)  # type: ignore[arg-type]
 
 
-@given(st.text(st.characters() | st.characters(categories=["Cs"]), min_size=1, max_size=30))
+@given(any_text.filter(bool))
 def test_any_text_at_all_is_encoded_or_refused(text: str) -> None:
     whole = not any("\ud800" <= character <= "\udfff" for character in text)
     for encode in (
