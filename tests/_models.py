@@ -58,6 +58,7 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "Llama4Text", 4, 2, 64, attention_chunk_size=40, floor_scale=30, num_hidden_layers=4, num_local_experts=2,
         intermediate_size_mlp=64,
     ),
+    "mistral-window": lambda: _config("Mistral", 4, 2, 64, sliding_window=40),
     "deepseek-v3": lambda: _config(  # latent attention: values shorter than keys
         "DeepseekV3", 4, 4, 32, q_lora_rank=24, kv_lora_rank=24, qk_nope_head_dim=32, qk_rope_head_dim=32,
         v_head_dim=40, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32,

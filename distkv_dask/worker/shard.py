@@ -9,6 +9,7 @@ import torch
 
 from distkv_dask.errors import PlanError
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
+from distkv_dask.worker.asked_layers import asked_layers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.first_keys import FirstKeys
@@ -38,6 +39,8 @@ class Shard:
         self._pool = pool
         self.layers = pool.layers
         """Layers of the model."""
+        self.asked = asked_layers(rows, pool.layer_kinds)
+        """Those in which the rows see something here, or append."""
         self._rows = list(rows)
         self.tokens = sum(row.queries for row in rows)
         """Queries of all rows."""

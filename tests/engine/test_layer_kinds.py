@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 from distributed import Client, Scheduler, Worker
+from torch import Tensor
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.worker.blocks.pool import Pool
+from distkv_dask.worker.by_layer import tasks
+from distkv_dask.worker.by_layer.attention import attend_part
+from distkv_dask.worker.plan import Part
+from distkv_dask.worker.tensor_message import TensorMessage
 from tests._cluster import engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
-from tests._splits import move_at_random
+from tests._splits import force_split, move_at_random
 
 FAMILIES = ["gemma2", "gpt-oss", "llama4", "deepseek-v3"]
 SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
@@ -82,3 +88,26 @@ def test_blocks_move_between_workers_all_the_time(
             assert state.life.moves.moved_blocks > 2
 
     run()
+
+
+def test_tasks_ask_no_holder_outside_a_layers_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_ids(70)
+    expected = wanted("gemma2", [prompt])
+    size = force_split([(0, 24), (1, None)], monkeypatch)
+    layers = set()
+
+    def attended(pool: Pool, part: Part, question: TensorMessage) -> tuple[Tensor, Tensor]:
+        if not any(row.appends for row in part.rows) and part.rows[0].positions[0] >= 64:
+            layers.add(question.about.layer)
+        return attend_part(pool, part, question)
+
+    monkeypatch.setattr(tasks, "attend_part", attended)
+
+    @engine_test(workers=size)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir("gemma2")), granularity="layer", kv_memory="4 MiB", **SMALL) as engine:
+            (done,) = await engine.generate([prompt], GREEDY)
+            assert list(done.token_ids) == expected[0]
+
+    run()
+    assert layers == {1}

@@ -15,6 +15,7 @@ import torch
 
 from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import merge_into, merge_sinks, micro_attention
+from distkv_dask.worker.asked_layers import asked_layers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.first_keys import FirstKeys
@@ -96,6 +97,7 @@ class LayerAttention:
         self._parts = dict(parts)
         self._order = merge_order(parts)
         self._remote = {worker: part for worker, part in parts.items() if worker != forward.gang.home}
+        self._asked = {worker: asked_layers(part.rows, pool.layer_kinds) for worker, part in self._remote.items()}
         self._pool = pool
 
     def attend(
@@ -111,7 +113,7 @@ class LayerAttention:
         GangAbortedError
             The gang was aborted.
         """
-        asked = Asked(layer, scale, self._remote)
+        asked = Asked(layer, scale, {one: part for one, part in self._remote.items() if layer in self._asked[one]})
         self._forward.ask(layer, TensorMessage(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks take bytes of the host
         answers: dict[str, tuple[torch.Tensor, ...]] = {}
         home = self._forward.gang.home
@@ -126,6 +128,8 @@ class LayerAttention:
         out = torch.zeros(*q.shape[:2], self._pool.value_dim, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         for worker, query, token, count in self._order:
+            if worker not in answers:
+                continue
             into, of = slice(token, token + count), slice(query, query + count)
             part_out, part_lse = answers[worker]
             merge_into(out[into], lse[into], part_out[of], part_lse[of])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from distkv_dask.kernels import native_kernel
+from distkv_dask.worker.asked_layers import next_layers
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header
 from distkv_dask.worker.channels.stream_inlet import StreamInlet
 from distkv_dask.worker.native.structs import HeaderBytes, Session
@@ -45,7 +46,8 @@ class NativeTurns:
     ) -> None:
         self._ring = ring
         self._inlet = inlet
-        self._kept = shard, tensors
+        after = torch.tensor(next_layers(shard.asked, shard.layers))
+        self._kept = shard, tensors, after
         self._reply = shard.result.view(torch.uint8).numpy().data
         self._session = Session(
             fd=inlet.fileno(),
@@ -53,7 +55,7 @@ class NativeTurns:
             batch=ctypes.addressof(shard.native) if shard.native is not None else None,
             answer=shard.result.data_ptr(),
             answer_bytes=shard.result.nbytes,
-            layers=shard.layers,
+            next=after.data_ptr(),
             reply=HeaderBytes.from_buffer_copy(reply.pack()),
         )
         for name, tensor in zip("qkv", tensors, strict=True):

@@ -12,6 +12,7 @@ import torch
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError
 from distkv_dask.gang import Gang
+from distkv_dask.worker.asked_layers import next_layers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Inlet
 from distkv_dask.worker.channels.bodies import Row
@@ -53,6 +54,7 @@ class Session:
         self._ring: Ring | None = None
         self._pool = pool
         self._turn = (Kind.ATTEND, gang.number, gang.epoch, 0, 0, 0)
+        self._first = 0
         self._requests = self._bytes_in = self._bytes_out = 0
         self._busy = 0.0
 
@@ -91,7 +93,7 @@ class Session:
             The batch came in the middle of a step.
         """
         kind, number, epoch, layer, _, _ = self._turn
-        if layer:
+        if layer != self._first:
             raise ChannelError(f"a batch came where {Header(*self._turn)} was expected")
         pool = self._pool
         with self._queuing():
@@ -101,7 +103,9 @@ class Session:
         kv_shape = (pool.planes, shard.appended, pool.kv_heads, pool.head_dim)
         size = pool.dtype.itemsize
         q_bytes, kv_bytes = torch.Size(q_shape).numel() * size, torch.Size(kv_shape).numel() * size
-        self._turn = (kind, number, epoch, 0, step, q_bytes + kv_bytes)
+        self._after = next_layers(shard.asked, shard.layers)
+        self._first = self._after[-1]
+        self._turn = (kind, number, epoch, self._first, step, q_bytes + kv_bytes)
         inlet.maximum = max(inlet.maximum, q_bytes + kv_bytes)
         inlet.make_room(inlet.maximum)
         with self._queuing():
@@ -143,7 +147,7 @@ class Session:
             raise ChannelError(f"the home sent {header}; this holder expected {Header(*self._turn)}")
         self._attend(header)
         self._reply_to(inlet, header)
-        self._next((header.layer + 1) % self._pool.layers)
+        self._next(self._after[header.layer])
         self._count(1, time.perf_counter() - began)
 
     @contextmanager
@@ -178,9 +182,9 @@ class Session:
             self.result.set_exception(error)
 
     def _next(self, layer: int) -> None:
-        """It is the turn of ``layer``; of the next step, when that is the first."""
+        """It is the turn of ``layer``; of the next step, when that is the first that is asked."""
         kind, number, epoch, _, step, length = self._turn
-        if layer == 0:
+        if layer == self._first:
             with self._queuing():
                 self._shard.advance()
             step += 1

@@ -14,6 +14,7 @@ import torch
 from distkv_dask.errors import ChannelTimeoutError
 from distkv_dask.gang import Exchanged, Gang
 from distkv_dask.kernels import PreparedMerge, PreparedMerges
+from distkv_dask.worker.asked_layers import asked_layers
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
@@ -52,7 +53,10 @@ class Exchange(Protocol):
         """What was exchanged so far."""
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        """Send the queries [tokens, heads, head_dim], and the KV [tokens, kv_heads, head_dim] of tails elsewhere."""
+        """Send the queries [tokens, heads, head_dim], and the KV [tokens, kv_heads, head_dim] of tails elsewhere.
+
+        Holders that see nothing in this layer are not asked.
+        """
 
     def gather(self, layer: int, step: int) -> None:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there.
@@ -74,7 +78,8 @@ class PythonExchange:
     def __init__(self, asking: Asking) -> None:
         self._packed: tuple[Mark, float] | None = None
         self._sending = self._waiting = 0.0
-        self._layers = 0
+        self._bytes_out = self._bytes_in = 0
+        self._asked: list[Remote] = []
         self._asking = asking
         self._remotes = [Remote(channel, asking, part) for _, channel, part in asking.holders]
         self._questions, self._answers = self._buffers(asking)
@@ -110,22 +115,21 @@ class PythonExchange:
     @property
     def exchanged(self) -> Exchanged:
         """What was exchanged so far."""
-        asked = sum(remote.asked_bytes for remote in self._remotes)
-        answered = sum(remote.answer_bytes for remote in self._remotes)
-        return Exchanged(self._sending, self._waiting, self._layers * asked, self._layers * answered)
+        return Exchanged(self._sending, self._waiting, self._bytes_out, self._bytes_in)
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
         began, device = time.perf_counter(), self._asking.pool.device
-        for remote in self._remotes:
+        self._asked = [remote for remote in self._remotes if layer in remote.layers]
+        for remote in self._asked:
             remote.pack(q, k, v)
             if device.is_host:
                 self._ask(remote, layer, step, scale)
-        if not device.is_host:
+        if self._asked and not device.is_host:
             self._questions.down()
             self._packed = device.mark(), scale
         self._sending += time.perf_counter() - began
-        self._layers += 1
+        self._bytes_out += sum(remote.asked_bytes for remote in self._asked)
         if self._asking.together is None:
             self._asking.out.zero_()
             self._asking.lse.fill_(-torch.inf)
@@ -134,17 +138,30 @@ class PythonExchange:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
         self._ask_packed(layer, step)
         there: set[Remote | None] = {None}  # the home's own
+        merges = [(remote, merge) for remote, merge in self._merges if remote is None or remote in self._asked]
         merged = 0
-        while len(there) <= len(self._remotes):
+        while True:
+            while merged < len(merges) and merges[merged][0] in there:
+                self._merge(*merges[merged], layer, step)
+                merged += 1
+            if len(there) > len(self._asked):
+                break
             for remote in self._arrived(there, layer, step):
                 self._wait(remote, layer, step)
                 there.add(remote)
-            while merged < len(self._merges) and self._merges[merged][0] in there:
-                self._merge(*self._merges[merged], layer, step)
-                merged += 1
         if self._asking.together is not None:
-            self._answers.up()
+            self._take_up()
             self._merge(None, self._asking.together, layer, step)
+
+    def _take_up(self) -> None:
+        """Copy a layer's partials to the card, where those of holders that were not asked are partials of no keys."""
+        if self._asked:
+            self._answers.up()
+        for remote in self._remotes:
+            if remote not in self._asked:
+                out, lse = remote.partials
+                out.zero_()
+                lse.fill_(-torch.inf)
 
     def _ask_packed(self, layer: int, step: int) -> None:
         """Send the questions that are still on their way from the device."""
@@ -153,17 +170,17 @@ class PythonExchange:
         began = time.perf_counter()
         (mark, scale), self._packed = self._packed, None
         mark.wait()
-        for remote in self._remotes:
+        for remote in self._asked:
             self._ask(remote, layer, step, scale)
         self._sending += time.perf_counter() - began
 
     def _arrived(self, there: set[Remote | None], layer: int, step: int) -> list[Remote]:
         """Holders whose partials are on their way in."""
         if self._selector is None:
-            return self._remotes
+            return self._asked
         events = self._select(self._selector, layer, step)
         if not events:
-            raise late({one.channel.peer for one in self._remotes if one not in there}, self._asking.limit)
+            raise late({one.channel.peer for one in self._asked if one not in there}, self._asking.limit)
         return [key.data for key, _ in events]
 
     def close(self) -> None:
@@ -187,6 +204,7 @@ class PythonExchange:
     def _wait(self, remote: Remote, layer: int, step: int) -> None:
         began = time.perf_counter()
         remote.receive(layer, step)
+        self._bytes_in += remote.answer_bytes
         self._waiting += time.perf_counter() - began
 
     def _merge(self, remote: Remote | None, merge: Callable[[], None], layer: int, step: int) -> None:
@@ -200,6 +218,8 @@ class Remote:
         self.channel = channel
         pool, gang = asking.pool, asking.gang
         tokens, heads, dv = asking.out.shape
+        self.layers = frozenset(asked_layers(part.rows, pool.layer_kinds))
+        """Layers in which it is asked."""
         self._index, self._appended, appended = placed_indices(part, tokens, pool.device)
         self._gang, self._epoch = gang.number, gang.epoch
         self._q_shape = len(part.tokens), heads, pool.head_dim

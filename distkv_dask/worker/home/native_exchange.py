@@ -13,6 +13,7 @@ import torch
 from distkv_dask.errors import ChannelError
 from distkv_dask.gang import Exchanged
 from distkv_dask.kernels import native_kernel
+from distkv_dask.worker.asked_layers import asked_layers
 from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel
@@ -37,7 +38,6 @@ class NativeExchange:
         self._channels: list[StreamChannel] = []
         self._answers: list[memoryview] = []
         self._kept: list[Any] = []
-        self._layers = 0
         holders = (Holder * len(asking.holders))()
         for holder, (_, channel, part) in zip(holders, asking.holders, strict=True):
             assert isinstance(channel, StreamChannel)
@@ -61,8 +61,7 @@ class NativeExchange:
     def exchanged(self) -> Exchanged:
         """What was exchanged so far."""
         home = self._home
-        asked = sum(map(self._length, range(len(self._holders))))
-        return Exchanged(home.sent, home.waited, self._layers * asked, self._layers * sum(map(len, self._answers)))
+        return Exchanged(home.sent, home.waited, home.bytes_out, home.bytes_in)
 
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries, and the KV of tokens that belong to tails elsewhere."""
@@ -77,7 +76,6 @@ class NativeExchange:
 
     def gather(self, layer: int, step: int) -> None:
         """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
-        self._layers += 1
         status = self._gather(self._at, self._asking.limit)
         self._collect()
         if status:
@@ -97,14 +95,16 @@ class NativeExchange:
         d = pool.head_dim
         size = pool.dtype.itemsize
         index, appended = indices(part, tokens)
+        asked = torch.zeros(pool.layers, dtype=torch.bool)
+        asked[list(asked_layers(part.rows, pool.layer_kinds))] = True
         queries = len(part.tokens)
         picked = 0 if index is None else queries * heads * d
         picked += 0 if len(appended) == tokens else pool.planes * len(appended) * pool.kv_heads * d
         packed = torch.empty(picked, dtype=pool.dtype)
         answer = torch.empty(queries * heads * (dv + 1), dtype=torch.float32)
-        self._kept += [index, appended, packed, answer]
+        self._kept += [index, appended, packed, answer, asked]
         self._answers.append(bytes_of(answer))
-        holder.fd = channel.fileno()
+        holder.fd, holder.asked = channel.fileno(), asked.data_ptr()
         if self._ring is not None:
             holder.peer = self._ring.native.number(channel.peer)
         holder.q_index, holder.queries = None if index is None else index.data_ptr(), queries
@@ -131,7 +131,9 @@ class NativeExchange:
         home = self._home
         if status == _LATE and len(self._channels) > 1:
             whole = zip(self._channels, self._holders, strict=True)
-            missing = {channel.peer for channel, one in whole if one.received < HEADER_BYTES + one.answer_bytes}
+            missing = {
+                channel.peer for channel, one in whole if one.due and one.received < HEADER_BYTES + one.answer_bytes
+            }
             raise late(missing, self._asking.limit)
         channel, holder = self._channels[home.culprit], self._holders[home.culprit]
         expected, answer = self._expected(home.culprit, layer, step)

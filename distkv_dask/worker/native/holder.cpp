@@ -23,7 +23,8 @@ struct Session {
   const void* v;
   const char* answer;
   int64_t answer_bytes;
-  int64_t layer, layers;
+  int64_t layer;
+  const int64_t* next;  // [layers] the layer asked after each; not a later one where a step ends
   Header expected, reply;
   int64_t answered;
   double busy;     // seconds spent on answers
@@ -79,16 +80,18 @@ void answer(Session& session, const Header& asked, LayerCall layer) {
   note(session, kReply, replies_since, asked);
   session.filled = 0;
   ++session.answered;
-  session.layer = (session.layer + 1) % session.layers;
-  session.expected.layer = static_cast<uint16_t>(session.layer);
-  session.expected.step += session.layer == 0;
+  const int64_t next = session.next[session.layer];
+  const bool step_done = next <= session.layer;
+  session.layer = next;
+  session.expected.layer = static_cast<uint16_t>(next);
+  session.expected.step += step_done;
   if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
     session.status = kPython;  // which reads why the home is gone
     return;
   }
   session.sent = sent < 0 ? 0 : sent;
   if (session.sent < kHeaderBytes + session.answer_bytes) session.status = kUnsent;
-  else if (session.layer == 0) session.status = kStepDone;
+  else if (step_done) session.status = kStepDone;
 }
 
 // Answers what is there; whether the session goes on without Python.
@@ -140,7 +143,7 @@ DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int6
 #define AT(field) DISTKV_AT(distkv::Session, field)
 DISTKV_LAYOUT(session, distkv::Session,
               AT(fd), AT(frame), AT(filled), AT(frame_bytes), AT(batch), AT(q), AT(k), AT(v), AT(answer),
-              AT(answer_bytes), AT(layer), AT(layers), AT(expected), AT(reply), AT(answered), AT(busy), AT(sent),
+              AT(answer_bytes), AT(layer), AT(next), AT(expected), AT(reply), AT(answered), AT(busy), AT(sent),
               AT(status), AT(marks), AT(peer))
 #undef AT
 

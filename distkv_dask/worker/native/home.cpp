@@ -26,6 +26,8 @@ struct Holder {
   Header ask, expected, got;
   int64_t received;
   int64_t peer;  // its name's number in a trace
+  const uint8_t* asked;  // [layers] whether it is asked in a layer
+  int64_t due;           // whether a partial of the layer under way comes from it
 };
 
 // Partials that are merged together: `count` of a holder's answer from `query` on, for the tokens from `token` on.
@@ -50,6 +52,7 @@ struct Home {
   double waited;    // seconds spent waiting, likewise
   int64_t culprit;  // holder that a status other than kDone is about
   int64_t error;    // errno, or 0
+  int64_t bytes_out, bytes_in;  // payloads of questions and of partials, all layers together
   Marks* marks;     // what is traced; null: nothing
 };
 
@@ -120,6 +123,7 @@ int64_t merge(const Home& home, int64_t next) {
     const float *out = home.local_out, *lse = home.local_lse;
     if (run.holder >= 0) {
       const Holder& holder = home.holders[run.holder];
+      if (!holder.due) continue;
       if (!is_whole(holder)) break;
       out = holder.answer;
       lse = holder.part_lse;
@@ -139,10 +143,11 @@ Status gather(Home& home, double seconds) {
   waiting.clear();
   whose.clear();
   for (int64_t i = 0; i < home.count; ++i) {
+    if (!home.holders[i].due) continue;
     waiting.push_back({static_cast<int>(home.holders[i].fd), POLLIN, 0});
     whose.push_back(i);
   }
-  int64_t next = 0;
+  int64_t next = merge(home, 0);
   double began = seconds_now();
   const double deadline = began + seconds;
   while (!waiting.empty()) {
@@ -167,6 +172,7 @@ Status gather(Home& home, double seconds) {
       const bool whole = receive(home, holder, status);
       note(home, kReceive, reads_since, whole ? holder.peer : -1, whole ? holder.answer_bytes : -1);
       if (whole) {
+        home.bytes_in += holder.answer_bytes;
         waiting[at] = waiting.back();
         whose[at] = whose.back();
         waiting.pop_back();
@@ -182,7 +188,7 @@ Status gather(Home& home, double seconds) {
 }  // namespace
 }  // namespace distkv
 
-// Sends a layer's queries, and the KV of tails that lie elsewhere, to every holder. Returns a distkv::Status.
+// Sends a layer's queries, and the KV of tails that lie elsewhere, to the holders asked in it. Returns a distkv::Status.
 DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, const void* v, int64_t layer,
                              int64_t step, double scale) {
   const double began = distkv::seconds_now();
@@ -194,6 +200,8 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
     }
     holder.ask.scale = scale;
     holder.received = 0;
+    holder.due = holder.asked[layer];
+    if (!holder.due) continue;
     const int64_t sends_since = distkv::nanos_now(home->marks);
     const distkv::Status status = distkv::send(holder, q, k, v);
     distkv::note(*home, distkv::kSend, sends_since, holder.peer, static_cast<int64_t>(holder.ask.length));
@@ -202,6 +210,7 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
       home->error = errno;
       return status;
     }
+    home->bytes_out += static_cast<int64_t>(holder.ask.length);
   }
   home->sent += distkv::seconds_now() - began;
   std::memset(home->out, 0, home->tokens * home->heads * home->d * sizeof(float));
@@ -224,12 +233,12 @@ DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
 DISTKV_LAYOUT(holder, distkv::Holder,
               AT(fd), AT(q_index), AT(queries), AT(q_bytes), AT(kv_index), AT(appended), AT(kv_bytes), AT(packed),
               AT(answer), AT(answer_bytes), AT(part_lse), AT(ask), AT(expected), AT(got), AT(received),
-              AT(peer))
+              AT(peer), AT(asked), AT(due))
 #undef AT
 
 #define AT(field) DISTKV_AT(distkv::Home, field)
 DISTKV_LAYOUT(home, distkv::Home,
               AT(holders), AT(count), AT(merge), AT(out), AT(lse), AT(tokens), AT(heads), AT(d), AT(local_out),
               AT(local_lse), AT(runs), AT(run_count), AT(sent), AT(waited), AT(culprit), AT(error),
-              AT(marks))
+              AT(bytes_out), AT(bytes_in), AT(marks))
 #undef AT

@@ -30,6 +30,8 @@ class Holder(ctypes.Structure):
         ("got", HeaderBytes),
         ("received", ctypes.c_int64),
         ("peer", ctypes.c_int64),
+        ("asked", ctypes.c_void_p),
+        ("due", ctypes.c_int64),
     )
 
 
@@ -53,6 +55,8 @@ class Home(ctypes.Structure):
         ("waited", ctypes.c_double),
         ("culprit", ctypes.c_int64),
         ("error", ctypes.c_int64),
+        ("bytes_out", ctypes.c_int64),
+        ("bytes_in", ctypes.c_int64),
         ("marks", ctypes.c_void_p),
     )
 
@@ -72,7 +76,7 @@ class Session(ctypes.Structure):
         ("answer", ctypes.c_void_p),
         ("answer_bytes", ctypes.c_int64),
         ("layer", ctypes.c_int64),
-        ("layers", ctypes.c_int64),
+        ("next", ctypes.c_void_p),
         ("expected", HeaderBytes),
         ("reply", HeaderBytes),
         ("answered", ctypes.c_int64),
