@@ -29,6 +29,7 @@ from distkv_dask.kernels import (
     native_kernel,
     numba_kernel,
 )
+from distkv_dask.kernels.instruction_sets import time_sets
 
 BLOCK_TOKENS = 64
 SHAPES = {"8 kv heads, group 4, d 128": (8, 4, 128), "3 kv heads, group 3, d 64": (3, 3, 64)}
@@ -107,15 +108,20 @@ def call(impl: str, q: torch.Tensor, arguments: dict[str, Any], threads: int) ->
 def rivals(device: str, slow: bool) -> list[str]:
     """Implementations to compare: the one that would serve, and what could serve instead."""
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
-    useless = {served, "reference", "native", "triton", "native:portable", f"native:{best_isa(device)}"}
+    useless = {served, "reference", "native", "triton", "native:portable"}
     if device != "cpu":
         useless |= {name for name in IMPLEMENTATIONS if name.startswith(("native", "numba"))}
     return [served] if slow else [served, *[name for name in IMPLEMENTATIONS if name not in useless]]
 
 
-def best_isa(device: str) -> str | None:
-    """Instruction set that plain 'native' uses."""
-    return native_kernel.instruction_sets()[0] if device == "cpu" and native_kernel.missing() is None else None
+def use_the_fastest_sets() -> str:
+    """Make 'native' use what an engine would choose on this machine; says what that is, and why."""
+    if native_kernel.missing() is not None:
+        return "no C++ core"
+    times = time_sets(torch.bfloat16)
+    few, many = times.fastest()
+    native_kernel.serve_with(torch.bfloat16, few=few, many=many)
+    return f"decode {few}, prefill {many}, {times}"
 
 
 def decode_case(name: str, lengths: list[int], shape: tuple[int, int, int], device: str, threads: int) -> Rows:
@@ -265,7 +271,8 @@ def cases(device: str) -> list[tuple[str, Callable[[int], Rows]]]:
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on."""
     machine = _report.environment()
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{machine['processor']}, {best_isa(device)}"
+    on_cpu = f"{machine['processor']}, {use_the_fastest_sets()}"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else on_cpu
     return {
         "commit": machine["commit"],
         "hardware": hardware,

@@ -84,6 +84,8 @@ class Config:
     performance
         Whether workers are timed when an engine opens: ``"auto"`` (once for each model and hardware), ``"measure"``
         (anew) or ``"preset"`` (not at all).
+    instruction_set
+        Which instruction set of the C++ core computes attention on CPUs: ``"auto"`` (the fastest) or a name.
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
     window_seconds, window_stream_seconds
@@ -122,6 +124,7 @@ class Config:
     deterministic: bool = _key("deterministic")
     policy: str = _key("policy")
     performance: str = _key("performance")
+    instruction_set: str = _key("instruction-set")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
     window_seconds: float = _key("window.seconds")
     window_stream_seconds: float = _key("window.stream-seconds")

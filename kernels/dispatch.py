@@ -64,7 +64,7 @@ def choose(
     if device_type == "cpu":
         missing = native_kernel.missing()
         if missing is None:
-            return Choice("native", f"C++ core with {native_kernel.instruction_sets()[0]} kernels")
+            return Choice("native", "the C++ core was built")
         without = numba_kernel.missing()
         if without is None:
             return Choice("numba", missing)

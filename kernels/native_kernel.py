@@ -7,6 +7,7 @@ checks the values of index tensors itself, so a decode step pays only for lookin
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,7 +25,7 @@ _ARGS = struct.Struct("<28q2d")  # distkv::Args in native/core.h
 _POINTERS = struct.Struct("<3q")  # its first fields: q, k, v
 _SCALE = struct.Struct("<d")  # its last field
 _SCALE_AT = _ARGS.size - _SCALE.size
-_NAMES = (b"", b"avx512_bf16", b"avx512", b"avx2", b"portable")
+_NAMES = ("avx512_bf16", "avx512", "avx2", "portable")
 Packed = ctypes.Array[ctypes.c_char]
 """Arguments as the core reads them; writable."""
 PackedMerge = tuple[int | None, ...]
@@ -46,33 +47,45 @@ class PackedLayers(ctypes.Structure):
     """What the pointers point to."""
 
 
+def _file() -> Path | None:
+    paths = (Path(__file__).with_name(f"_core{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """The core, or the reason why there is none."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_core{suffix}")
-        if path.exists():
-            try:
-                core = ctypes.CDLL(str(path))
-            except OSError as error:
-                return f"{path.name} does not load: {error}"
-            layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
-            if (reason := disagreement(core, layouts)) is not None:
-                return f"{path.name} is of another version, {reason}; build it again: pip install -e ."
-            core.distkv_isa.restype = ctypes.c_char_p
-            core.distkv_has_isa.argtypes = [ctypes.c_char_p]
-            core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-            core.distkv_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-            core.distkv_layer.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_double]
-            core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
-            return core
-    return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
+    path = _file()
+    if path is None:
+        return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
+    try:
+        core = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
+    if (reason := disagreement(core, layouts)) is not None:
+        return f"{path.name} is of another version, {reason}; build it again: pip install -e ."
+    core.distkv_isa.restype = ctypes.c_char_p
+    core.distkv_isa.argtypes = [ctypes.c_int64, ctypes.c_int]
+    core.distkv_choose_isa.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_char_p]
+    core.distkv_has_isa.argtypes = [ctypes.c_char_p]
+    core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    core.distkv_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    core.distkv_layer.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_double]
+    core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    return core
 
 
 def missing() -> str | None:
     """Why the core cannot serve, or None if it can."""
     core = _load()
     return core if isinstance(core, str) else None
+
+
+def fingerprint() -> str:
+    """Differs between builds of the core."""
+    path = _file()
+    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _core() -> ctypes.CDLL:
@@ -83,18 +96,44 @@ def _core() -> ctypes.CDLL:
 
 
 def instruction_sets() -> list[str]:
-    """Instruction sets that the core has kernels for and this processor runs, best first."""
+    """Instruction sets that the core has and this processor runs; the first serves unless one was chosen."""
     core = _core()
-    return [name.decode() for name in _NAMES[1:] if core.distkv_has_isa(name)]
+    return [name for name in _NAMES if core.distkv_has_isa(name.encode())]
+
+
+def serve_with(dtype: torch.dtype, *, few: str, many: str) -> None:
+    """Choose instruction sets for all later calls of this process that name none.
+
+    Parameters
+    ----------
+    dtype
+        Of the KV.
+    few, many
+        One of :func:`instruction_sets` for rows of few queries (decode) and of many (prefill, shared prefixes).
+
+    Raises
+    ------
+    ValueError
+        The processor or the core has no such instruction set.
+    """
+    for is_many, name in enumerate((few, many)):
+        if _core().distkv_choose_isa(_DTYPES[dtype], is_many, name.encode()):
+            raise ValueError(f"instruction set: expected one of {instruction_sets()}, got {name!r}")
+
+
+def serving(dtype: torch.dtype) -> tuple[str, str]:
+    """Instruction sets that serve KV of a dtype where a call names none: of few queries, and of many."""
+    few, many = (_core().distkv_isa(_DTYPES[dtype], is_many).decode() for is_many in range(2))
+    return few, many
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with the best instruction set; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
+    """Attend with the instruction sets that serve; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
     return run_isa(call, b"")
 
 
 def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with one of :func:`instruction_sets` (empty: the best one)."""
+    """Attend with one of :func:`instruction_sets` (empty: those that serve)."""
     if not call.q.is_contiguous():
         call = call._replace(q=call.q.contiguous())
     out, lse = call.empty_result()

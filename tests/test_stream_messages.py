@@ -50,7 +50,9 @@ TO_WORKER: dict[do.ToWorker, Any] = {
 }  # fmt: skip
 
 FROM_WORKER: list[did.FromWorker] = [
-    did.Opened(WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, 0, 64, GEOMETRY, "f", None),
+    did.Opened(
+        WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, 0, 64, GEOMETRY, "f", None, "torch: for a test"
+    ),
     did.OpenFailed(WORKER, WorkerLostError("why")),
     did.Closed(WORKER),
     did.Lost(WORKER, "why"),

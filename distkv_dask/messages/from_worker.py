@@ -31,7 +31,8 @@ class Opened(FromWorker):
 
     ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. It can be home of ``places``
     sequences at most. ``device`` says what it computes on, and what is to be said about that; ``fingerprint``
-    which weights were loaded; ``measured`` how fast the worker is, where it was timed.
+    which weights were loaded; ``measured`` how fast the worker is, where it was timed; ``kernels`` which attention
+    kernels serve, and why.
     """
 
     endpoint: Endpoint
@@ -46,6 +47,7 @@ class Opened(FromWorker):
     geometry: Geometry
     fingerprint: str
     measured: Measurement | None
+    kernels: str
 
 
 @dataclass(frozen=True, slots=True)

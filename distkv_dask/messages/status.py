@@ -85,6 +85,8 @@ class WorkerStatus:
         Which kinds of channel it opens to which workers, and why.
     device
         What it computes on: ``"cpu"`` or a card's name; after a colon, what should be known about that.
+    kernels
+        Which attention kernels serve it, and why: where instruction sets were measured, the figure of each.
     window_seconds
         Length of its latest decode window.
     performance
@@ -102,6 +104,7 @@ class WorkerStatus:
     sequences: int
     channels: str
     device: str
+    kernels: str
     window_seconds: float
     performance: WorkerPerformance
 

@@ -26,6 +26,7 @@ from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.kv_memory import host_memory, kv_memory, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
+from distkv_dask.worker.timing.kernel_choice import choose_kernels
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.timing.measurement_cache import cached_measurement, hardware
 from distkv_dask.worker.weight_memory import check_weights_fit
@@ -80,9 +81,10 @@ def build_engine(
     check_kernels(pool, geometry.heads)
     for windows, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in pool.layer_kinds}:
         make_ready(pool.keys(0), pool.values(0), geometry.heads, windows=windows, soft_cap=soft_cap)
+    kernels = choose_kernels(pool, spec.config)
     keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
-    timings = _timings(runtime, geometry, model, device)
+    timings = _timings(runtime, geometry, model, kernels.name)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
     spilled = Spilled(pool, folder, spec.config, host_memory(spec, worker, device))
@@ -101,6 +103,7 @@ def build_engine(
         geometry=geometry,
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,
+        kernels=f"{kernels.name}: {kernels.reason}",
     )
     return WorkerEngine(runtime, model, files, facts, report)
 
@@ -131,7 +134,7 @@ def check_kernels(pool: Pool, heads: int) -> None:
         ) from error
 
 
-def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, device: Device) -> Measurement | None:
+def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, kernels: str) -> Measurement | None:
     """How fast this worker is with the model: kept from an earlier start, or measured now."""
     spec, lanes, blocks = runtime.spec, runtime.lanes, runtime.pool.capacity_blocks
     key = {
@@ -144,7 +147,8 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, de
         "block_tokens": spec.config.block_tokens,
         "blocks": min(blocks, LONGEST // spec.config.block_tokens + 2 * BATCH),  # more change nothing
         "channel": runtime.dialer.explain(),
-        **hardware(device.name),
+        "kernels": kernels,
+        **hardware(runtime.pool.device.name),
     }
     timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
     return cached_measurement(key, spec.config.performance, timing)

@@ -60,7 +60,7 @@ struct Seen {
 
 struct Plan {
   const Args& a;
-  const Kernels& kernels;
+  const Served kernels;
   std::vector<Row> rows;
   std::vector<Item> items;
   int64_t streamed = 0;  // the first items are for the streaming kernel
@@ -163,7 +163,7 @@ Item Plan::item(const Row& row, int64_t r, int64_t query, int64_t part) const {
 
 void Plan::add_items(const Row& row, int64_t r, int64_t part, float* out, float* lse) {
   const bool whole = streams(row);
-  scratch_bytes = std::max(scratch_bytes, (whole ? kernels.stream_bytes : kernels.tile_bytes)(a, row.step));
+  scratch_bytes = std::max(scratch_bytes, whole ? kernels.few->stream_bytes(a, row.step) : kernels.many->tile_bytes(a, row.step));
   for (int64_t q = (row.queries() - 1) / row.step * row.step; q >= 0; q -= row.step) {  // the longest first
     Item it = item(row, r, q, part);
     it.out = out + q * a.heads * a.d_v;
@@ -194,8 +194,8 @@ void Plan::merge_parts(const float* partials) const {
   for (const Row& row : rows) {
     const int64_t lses = row.queries() * a.heads, floats = lses * a.d_v;
     for (int64_t part = 1; part < row.parts; ++part, partials += floats + lses)
-      kernels.merge(a.out + row.first * a.heads * a.d_v, a.lse + row.first * a.heads, partials, partials + floats, lses,
-                    a.d_v);
+      kernels.few->merge(a.out + row.first * a.heads * a.d_v, a.lse + row.first * a.heads, partials, partials + floats,
+                         lses, a.d_v);
   }
 }
 
@@ -207,10 +207,10 @@ void work(void* context, int64_t index) {
     plan.out_of_memory = true;
     return;
   }
-  (index < plan.streamed ? plan.kernels.stream : plan.kernels.tile)(plan.a, plan.items[index], memory);
+  (index < plan.streamed ? plan.kernels.few->stream : plan.kernels.many->tile)(plan.a, plan.items[index], memory);
 }
 
-Status attend(const Args& a, const Kernels& kernels) {
+Status attend(const Args& a, Served kernels) {
   thread_local Scratch scratch;
   Plan plan{a, kernels};
   const Status status = plan.check_and_list_rows();
@@ -231,10 +231,11 @@ Status attend(const Args& a, const Kernels& kernels) {
 }  // namespace
 }  // namespace distkv
 
-// Returns a distkv::Status. `isa` is empty for the best one.
+// Returns a distkv::Status. `isa` is empty for what serves (choose.cpp).
 DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
   try {
-    return distkv::attend(*args, *distkv::find(isa));
+    const distkv::Kernels* one = *isa ? distkv::find(isa) : nullptr;
+    return distkv::attend(*args, one ? distkv::Served{one, one} : distkv::served(args->kv_dtype));
   } catch (const std::bad_alloc&) {
     return distkv::kNoMemory;
   }

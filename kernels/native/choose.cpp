@@ -1,4 +1,5 @@
-// Which kernels serve this processor: the instruction sets that are compiled in, the best first.
+// Which kernels serve this processor: what somebody chose, otherwise the first of those that are compiled in and run.
+#include <atomic>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -41,6 +42,8 @@ bool supported(const Kernels* kernels) {
   return kernels == &kPortable;
 }
 
+std::atomic<const Kernels*> chosen[kDtypes][2];  // [KV dtype][few queries, many queries]; null: nobody chose
+
 }  // namespace
 
 const Kernels* find(const char* name) {
@@ -49,10 +52,30 @@ const Kernels* find(const char* name) {
   return nullptr;
 }
 
+Served served(int64_t kv_dtype) {
+  const auto one = [&](int work) {
+    const Kernels* kernels = chosen[kv_dtype][work].load(std::memory_order_relaxed);
+    return kernels ? kernels : find("");
+  };
+  return {one(0), one(1)};
+}
+
 }  // namespace distkv
 
-// Name of the best instruction set that is compiled in and that this processor has.
-DISTKV_EXPORT const char* distkv_isa() { return distkv::find("")->name; }
+// Serves calls of a KV dtype that name no instruction set, of few queries or of many, with one (empty: the first that
+// runs here). Returns 0, or 1 where none of that name runs here.
+DISTKV_EXPORT int distkv_choose_isa(int64_t kv_dtype, int many, const char* name) {
+  const distkv::Kernels* kernels = distkv::find(name);
+  if (!kernels || kv_dtype < 0 || kv_dtype >= distkv::kDtypes) return 1;
+  distkv::chosen[kv_dtype][many ? 1 : 0] = kernels;
+  return 0;
+}
+
+// Name of the instruction set that serves such calls.
+DISTKV_EXPORT const char* distkv_isa(int64_t kv_dtype, int many) {
+  const distkv::Served served = distkv::served(kv_dtype);
+  return (many ? served.many : served.few)->name;
+}
 
 // Whether an instruction set, by name, can be used here.
 DISTKV_EXPORT int distkv_has_isa(const char* name) { return *name && distkv::find(name) != nullptr; }

@@ -12,7 +12,7 @@
 
 namespace distkv {
 
-enum Dtype : int64_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
+enum Dtype : int64_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kDtypes = 4 };
 enum Status : int { kOk = 0, kBadLengths = 1, kBadOffsets = 2, kBadTables = 3, kNoMemory = 4, kBadSlots = 5 };
 
 // One call of micro_attention. Python packs it field by field (native_kernel.py): every field has 8 bytes.
@@ -68,8 +68,15 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
-// The kernels of an instruction set, by name (empty: the best one); null: none of that name runs here.
+// The kernels of an instruction set, by name (empty: the first that runs here); null: none of that name runs here.
 const Kernels* find(const char* name);
+
+// Which kernels serve calls that name none: those for few queries, and those for many.
+struct Served {
+  const Kernels* few;
+  const Kernels* many;
+};
+Served served(int64_t kv_dtype);
 
 // Whether decode asks for memory into the first-level cache or into the second. Zen 5 reads faster with the first (28
 // instead of 22 GB/s on one thread), Zen 4 with the second (24 instead of 15). Unknown processors get the second.

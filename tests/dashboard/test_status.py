@@ -47,6 +47,7 @@ KEYS = [
     "workers.*.sequences",
     "workers.*.channels",
     "workers.*.device",
+    "workers.*.kernels",
     "workers.*.window_seconds",
     "workers.*.performance",
     "workers.*.performance.step",
@@ -107,9 +108,8 @@ def keys(value: Any, *path: str) -> Iterator[str]:
 
 def opened(worker: str) -> Opened:
     measured = Measurement() if worker == "w0" else None
-    return Opened(
-        worker, Endpoint(worker, "h", 1), "instance", "unix", "cpu", 9, 1024, 0, 0, 64, GEOMETRY, "weights", measured
-    )
+    endpoint, sizes = Endpoint(worker, "h", 1), (9, 1024, 0, 0, 64)
+    return Opened(worker, endpoint, "instance", "unix", "cpu", *sizes, GEOMETRY, "weights", measured, "torch")
 
 
 @pytest.fixture
@@ -149,6 +149,7 @@ def test_workers_have_the_ledgers_blocks_and_what_they_said(life: MachineState, 
         homed = [two for two in status.sequences.values() if two.home == worker and not two.document]
         assert one.sequences == len(homed)
     assert [one.channels for one in status.workers.values()] == ["unix", "unix", ""]
+    assert [one.kernels for one in status.workers.values()] == ["torch", "torch", ""]
     assert [one.performance.measured for one in status.workers.values()] == [True, False, False]
     assert sum(debt.blocks for debt in status.debts) == sum(one.lent_blocks for one in status.workers.values()) > 0
     for debt in status.debts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -82,6 +83,7 @@ def command(
                 check_file(path)
     with chosen.engine(texts=False) as engine:
         facts = engine.facts
+        kernels = {address: one.kernels for address, one in engine.status().workers.items()}
         title = f"{model}, {facts['dtype']}, {facts['workers']} workers"
         note(f"Measuring {title} ...")
         most = room(engine)
@@ -91,6 +93,8 @@ def command(
         filled = list(_while(prefills(engine, prompts), until))
         decoded = list(_while(decodes(engine, sizes, new_tokens), until))
     _show(title, filled, decoded)
+    for text, count in Counter(kernels.values()).items():
+        click.echo(f"Attention of {count} of {len(kernels)} workers: {text}")
     if large := len(lengths) + len(batches) - len(prompts) - len(sizes):
         click.echo(f"Left out: {large}, too long for the model, or for its KV memory of {most:,} tokens")
     if late := len(prompts) + len(sizes) - len(filled) - len(decoded):
@@ -98,6 +102,7 @@ def command(
     if json_file is not None:
         found = {
             "version": version("distkv-dask"), "model": model, "dtype": facts["dtype"], "workers": facts["workers"],
+            "kernels": kernels,
             "prefill": [asdict(one) for one in filled], "decode": [asdict(one) for one in decoded],
         }  # fmt: skip
         json_file.write_text(json.dumps(found, indent=1) + "\n")

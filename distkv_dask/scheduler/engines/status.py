@@ -63,6 +63,7 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
         sequences=account.homed,
         channels=opened.channels if opened else "",
         device=opened.device if opened else "",
+        kernels=opened.kernels if opened else "",
         window_seconds=life.chains[worker].seconds,
         performance=WorkerPerformance(
             **asdict(life.policy.model.of(worker)),

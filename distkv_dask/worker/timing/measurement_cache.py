@@ -1,4 +1,4 @@
-"""A worker's measurements, kept in the user's cache directory by model and hardware."""
+"""What was measured on this machine, kept in the user's cache directory by model and hardware."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 from distkv_dask.geometry import Measurement
 
 logger = logging.getLogger("distributed.distkv.measuring")
+Kept = TypeVar("Kept")
 
 
 def cached_measurement(
@@ -29,13 +31,19 @@ def cached_measurement(
     """
     if setting == "preset":
         return None
-    file = cache_home() / f"{_digest(key)}.json"
-    if setting == "auto" and (known := _read(file)) is not None:
+    file = cache_file(key)
+    if setting == "auto" and (known := read_kept(file, _measurement)) is not None:
         return known
     fresh = measure()
     if fresh is not None:
-        _write(file, key, fresh)
+        keep(file, key, asdict(fresh))
     return fresh
+
+
+def cache_file(key: dict[str, object]) -> Path:
+    """Where the measurement that ``key`` names is kept."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_home() / f"{digest}.json"
 
 
 def cache_home() -> Path:
@@ -53,34 +61,37 @@ def hardware(device: str) -> dict[str, object]:
     return {"host": platform.node(), "processor": processor, "cores": os.cpu_count(), "device": device, **versions}
 
 
-def _digest(key: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+def _measurement(kept: Any) -> Measurement:
+    return Measurement(
+        tuple((int(batch), int(tokens), float(seconds)) for batch, tokens, seconds in kept["decode"]),
+        tuple((int(tokens), int(before), float(seconds)) for tokens, before, seconds in kept["prompt"]),
+        tuple((int(tokens), float(seconds)) for tokens, seconds in kept["attention"]),
+        None if kept["exchange"] is None else float(kept["exchange"]),
+    )
 
 
-def _read(file: Path) -> Measurement | None:
+def read_kept(file: Path, parse: Callable[[Any], Kept]) -> Kept | None:
+    """What :func:`keep` put there; None where nothing is or where it cannot be read, which is logged.
+
+    ``parse`` takes what JSON made of the measurement.
+    """
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["measured"]
-        return Measurement(
-            tuple((int(batch), int(tokens), float(seconds)) for batch, tokens, seconds in kept["decode"]),
-            tuple((int(tokens), int(before), float(seconds)) for tokens, before, seconds in kept["prompt"]),
-            tuple((int(tokens), float(seconds)) for tokens, seconds in kept["attention"]),
-            None if kept["exchange"] is None else float(kept["exchange"]),
-        )
+        return parse(json.loads(file.read_text(encoding="utf-8"))["measured"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("measurements in %s cannot be read and are taken again: %r", file, error)
         return None
 
 
-def _write(file: Path, key: dict[str, object], fresh: Measurement) -> None:
+def keep(file: Path, key: dict[str, object], measured: dict[str, Any]) -> None:
     """Put a measurement there whole or not at all: other workers of the machine read and write it too."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump({"key": key, "measured": asdict(fresh)}, out, indent=1)
+                json.dump({"key": key, "measured": measured}, out, indent=1)
             os.replace(scratch, file)
         except BaseException:
             os.unlink(scratch)

@@ -1,0 +1,138 @@
+"""Which of the core's instruction sets is fastest on this processor, timed for few queries and for many.
+
+Flags do not tell: on one processor the bf16 dot product is the fastest way, on another it runs at half the rate of
+plain AVX-512.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import native_kernel
+from .contract import Call
+from .memory import advise_huge_pages
+
+POOL_BYTES = 64 << 20
+"""KV of the decode case: more than the caches of most processors, as the KV of all layers is."""
+BLOCK_TOKENS, KV_HEADS, GROUP, HEAD_DIM = 64, 4, 4, 128
+PREFILL_QUERIES, PREFILL_TOKENS = 64, 1024
+ROUND_SECONDS, ROUNDS = 0.08, 3
+"""Time for the rounds of one kind of work, and the fewest of them."""
+CLEARLY = 1.05
+"""A set replaces one before it in :func:`native_kernel.instruction_sets` if it is faster by this factor."""
+REPEATED = 1.05
+"""Where the two best times of a set differ by more, something else used the processor."""
+BEATEN = 1.5
+"""A set that takes longer than the best by this factor after ``ROUNDS`` rounds takes part in no more of them."""
+
+Times = Mapping[str, tuple[float, ...]]
+"""The two best times of each instruction set in seconds, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimes:
+    """Times of each instruction set: ``few`` queries (decode) over KV in memory, and ``many`` (prefill).
+
+    ``few_bytes`` are read and ``many_flop`` computed in these times.
+    """
+
+    few: Times
+    many: Times
+    few_bytes: int
+    many_flop: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether each best time came twice: otherwise something else ran, and it is worth timing again."""
+        return all(
+            max(times[name]) <= REPEATED * min(times[name])
+            for times in (self.few, self.many)
+            for name in _contenders(times)
+        )
+
+    def fastest(self) -> tuple[str, str]:
+        """Instruction sets for few and for many queries."""
+        return _fastest(self.few), _fastest(self.many)
+
+    def __str__(self) -> str:
+        read = ", ".join(f"{name} {self.few_bytes / min(best) / 1e9:.1f}" for name, best in self.few.items())
+        computed = ", ".join(f"{name} {self.many_flop / min(best) / 1e9:.0f}" for name, best in self.many.items())
+        return f"measured on one thread: decode {read} GB/s; prefill {computed} GFLOP/s"
+
+
+def time_sets(dtype: torch.dtype, known: SetTimes | None = None) -> SetTimes:
+    """Time every instruction set on one thread, in about 0.2 seconds.
+
+    They take turns, so that other load hits all of them alike.
+
+    Parameters
+    ----------
+    dtype
+        Of the KV.
+    known
+        Earlier times of the same sets, which stay where they are better.
+    """
+    names = native_kernel.instruction_sets()
+    if len(names) > 1:
+        names = [name for name in names if name != "portable"]
+    few, many = _few(dtype), _many(dtype)
+    return SetTimes(
+        _best(few, names, known.few if known else {}),
+        _best(many, names, known.many if known else {}),
+        2 * few.k_pool.numel() * few.k_pool.element_size(),
+        4 * PREFILL_QUERIES * PREFILL_TOKENS * KV_HEADS * GROUP * HEAD_DIM,
+    )
+
+
+def _fastest(times: Times) -> str:
+    names = iter(times)
+    chosen = next(names)
+    for name in names:
+        if min(times[name]) * CLEARLY < min(times[chosen]):
+            chosen = name
+    return chosen
+
+
+def _contenders(times: Times) -> list[str]:
+    best = min(map(min, times.values()))
+    return [name for name, ones in times.items() if min(ones) <= BEATEN * best]
+
+
+def _best(call: Call, names: list[str], known: Times) -> Times:
+    best = {name: tuple(sorted(known.get(name, (math.inf, math.inf)))) for name in names}
+    rounds, until = 0, time.perf_counter() + ROUND_SECONDS
+    while rounds < ROUNDS or time.perf_counter() < until:
+        for name in names if rounds < ROUNDS else _contenders(best):
+            began = time.thread_time()  # does not count while another process has the core
+            native_kernel.run_isa(call, name.encode())
+            best[name] = tuple(sorted([*best[name], time.thread_time() - began])[:2])
+        rounds += 1
+    return best
+
+
+def _few(dtype: torch.dtype) -> Call:
+    block_bytes = 2 * KV_HEADS * BLOCK_TOKENS * HEAD_DIM * dtype.itemsize
+    return _call(dtype, POOL_BYTES // block_bytes, 1)
+
+
+def _many(dtype: torch.dtype) -> Call:
+    return _call(dtype, PREFILL_TOKENS // BLOCK_TOKENS, PREFILL_QUERIES)
+
+
+def _call(dtype: torch.dtype, blocks: int, queries: int) -> Call:
+    """One row of so many queries over so many blocks that have been written to."""
+    pool = torch.empty(blocks, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, dtype=dtype)
+    advise_huge_pages(pool)
+    pool.fill_(1)
+    scales = torch.ones(blocks, KV_HEADS) if dtype == torch.int8 else None
+    q = torch.zeros(queries, KV_HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
+    return Call(
+        q, pool[:, 0], pool[:, 1], torch.arange(blocks, dtype=torch.int32)[None],
+        torch.tensor([blocks * BLOCK_TOKENS], dtype=torch.int32), HEAD_DIM**-0.5,
+        torch.tensor([0, queries], dtype=torch.int32), False, None, scales, scales, 1, None, None,
+    )  # fmt: skip
