@@ -32,8 +32,8 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     use_torch_kernels()
 
 # Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and
-# a card needs processes that nobody has forked.
-if os.environ.get("DISTKV_TEST_DEVICE", "cpu") == "cpu":
+# a real card needs processes that nobody has forked.
+if os.environ.get("DISTKV_TEST_DEVICE") != "cuda":
     fork_workers()
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no fault
