@@ -20,6 +20,7 @@ class Timed:
     step: int
     layer: int
     peer: str
+    size: int
 
     @property
     def ms(self) -> float:
@@ -41,8 +42,8 @@ def read_trace(file: Path) -> Lanes:
     for event in events:
         if event["ph"] == "X":
             numbers = [event["args"].get(name, -1) for name in ("gang", "step", "layer")]
-            began, peer = event["ts"] / 1000, event["args"].get("peer", "")
-            one = Timed(event["name"], event["cat"], began, began + event["dur"] / 1000, *numbers, peer)
+            began, peer, size = event["ts"] / 1000, event["args"].get("peer", ""), event["args"].get("size", 0)
+            one = Timed(event["name"], event["cat"], began, began + event["dur"] / 1000, *numbers, peer, size)
             lanes[workers[event["pid"]], names[event["tid"]]].append(one)
     for lane in lanes.values():
         lane.sort(key=lambda one: (one.began, -one.ended))
@@ -53,7 +54,7 @@ def during(lane: list[Timed], frame: Timed) -> list[Timed]:
     """What a lane did inside ``frame``, cut to it, without the spans that contain others."""
     return [
         Timed(one.name, one.category, max(one.began, frame.began), min(one.ended, frame.ended), one.gang, one.step,
-              one.layer, one.peer)
+              one.layer, one.peer, one.size)
         for one in lane
         if one.category != "frame" and one.began < frame.ended and one.ended > frame.began
     ]  # fmt: skip

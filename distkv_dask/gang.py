@@ -64,6 +64,11 @@ class PrefillChunk:
     sampling: SamplingParams | None = field(default=None, repr=False)
     history: tuple[int, ...] = field(default=(), repr=False)
 
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeWindow:

@@ -121,9 +121,9 @@ class Fleet:
         prompt: Sequence[int],
         chunk: int = 24,
         home: str | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> int:
-        """Prefill in chunks, each computed where its KV will lie, or all at ``home``; the first new token."""
+        sampling: SamplingParams | None = GREEDY,
+    ) -> int | None:
+        """Prefill in chunks, each computed where its KV will lie, or all at ``home``; the first new token, if any."""
         token = None
         for start, stop in self._pieces(placement, len(prompt), chunk):
             worker = home or next(span.worker for span in placement if span.start <= start < span.stop)
@@ -132,7 +132,6 @@ class Fleet:
             gang = self.gang(worker, holders)
             piece = PrefillChunk(gang, sequence, placement, start, tuple(prompt[start:stop]), last)
             token = self.run(gang, lambda runtime, piece=piece: runtime.prefill(piece))
-        assert token is not None
         return token
 
     def decode(

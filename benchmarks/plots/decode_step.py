@@ -84,7 +84,7 @@ def draw(lanes: Lanes) -> str:
     bars = [("home", lanes[home, "home lane"]), ("holder", lanes[holder, "holder lane"])]
     layers = [one for one in bars[0][1] if one.name == "model" and one.within(step)]
     middle = (len(layers) - 2) // 2
-    zoom = Timed("zoom", "frame", layers[middle].began, layers[middle + 2].began, -1, -1, -1, "")
+    zoom = Timed("zoom", "frame", layers[middle].began, layers[middle + 2].began, -1, -1, -1, "", -1)
     height = 2 * (24 + 2 * (BAR + GAP) + 24) + 70
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">']
     parts.append('<rect width="100%" height="100%" fill="white"/>')

@@ -227,8 +227,9 @@ class Dispatcher:
             return []
         try:
             commands = state.machine.handle(event, monotonic())
-            for command in commands:
-                self._enact(state, command)
+            with self.submitter.together():
+                for command in commands:
+                    self._enact(state, command)
             return commands
         except Exception as error:
             logger.exception("engine %s is broken and will be closed", state.spec.engine)

@@ -177,7 +177,7 @@ class Workers:
         """Compute the next chunk of a prompt; its last one draws the first token."""
         sequence, gang = chunk.sequence, chunk.gang
         if self.memory is not None:
-            stop = chunk.start + len(chunk.tokens)
+            stop = chunk.stop
             self._check_attended(gang, (span for span in chunk.placement if span.start < stop))
             self.memory.compute(sequence, chunk.placement, chunk.start, stop)
         self.chunks = [chain[1:] if chain[0] is chunk else chain for chain in self.chunks if chain != [chunk]]

@@ -26,16 +26,17 @@ from distkv_dask.errors import (
     in_words,
     portable,
 )
-from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.names import Piece
 from distkv_dask.placement import Endpoint, Placement
-from distkv_dask.sampling import FinishReason, SamplingParams
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.transfer import Arrivals, send_blocks
 from distkv_dask.worker.by_layer.tasks import LayerTasks
 from distkv_dask.worker.dask_metrics import computing, metered, metered_session
 from distkv_dask.worker.decode_batch import DecodeBatch
+from distkv_dask.worker.prefill_tasks import PrefillTasks
 from distkv_dask.worker.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class WorkerEngine:
         self.files = files
         self.facts = facts
         self.by_layer = LayerTasks(self)
-        self._tell = tell
+        self.chunks = PrefillTasks(self)
+        self.tell = tell
         self._lock = threading.Lock()
         self._batch = DecodeBatch(self.spec, model)
         self._retired: set[int] = set()
@@ -117,7 +119,7 @@ class WorkerEngine:
 
     def _retire_holding(self, sequence: int) -> None:
         """On the home lane, when its present call has ended: the same for the holder lane, then the answer."""
-        told = partial(self._tell, did.Retired(self.worker, sequence))
+        told = partial(self.tell, did.Retired(self.worker, sequence))
         self.lanes.holder.retire(self.spec.engine, sequence).add_done_callback(lambda _: told())
 
     def join(self, state: SequenceState, holders: tuple[Endpoint, ...]) -> None:
@@ -129,7 +131,7 @@ class WorkerEngine:
     def relocate(self, number: int, sequence: int, placement: Placement, holders: tuple[Endpoint, ...]) -> None:
         """Decode a sequence with another placement from the next window on; say when no window uses the old one."""
         self._batch.relocate(sequence, placement, holders)
-        self.lanes.home.submit(self._tell, did.Relocated(self.worker, number))
+        self.lanes.home.submit(self.tell, did.Relocated(self.worker, number))
 
     # Moves of blocks
 
@@ -140,7 +142,7 @@ class WorkerEngine:
             self._arrivals.expect(number, sequence, start, stop)
         except CapacityError as error:
             refusal = str(error)
-        self._tell(did.Expected(self.worker, number, refusal))
+        self.tell(did.Expected(self.worker, number, refusal))
 
     def store_piece(self, piece: Piece, data: np.ndarray) -> str:
         """Store a piece of a block that came; the reason why not, if it is not wanted. May run in any thread."""
@@ -148,7 +150,7 @@ class WorkerEngine:
             self._arrivals.store_piece(piece, data)
         except DistKVError as error:
             if isinstance(error, DeviceLostError):  # the sender only hears that it was not taken
-                self._tell(did.Expected(self.worker, piece.number, str(error)))
+                self.tell(did.Expected(self.worker, piece.number, str(error)))
             return str(error)
         return ""
 
@@ -174,7 +176,7 @@ class WorkerEngine:
             )
         except (DistKVError, OSError, TimeoutError) as error:
             failure = in_words(error)
-        self._tell(did.Sent(self.worker, number, failure))
+        self.tell(did.Sent(self.worker, number, failure))
 
     def free(self, sequence: int, start: int, stop: int) -> None:
         """Free blocks that moved away, or that a move was to bring."""
@@ -196,42 +198,6 @@ class WorkerEngine:
         self.runtime.abort(gang, reason)
 
     # Tasks of step graphs
-
-    def prefill(self, chunk: PrefillChunk) -> int:
-        """Compute a chunk on the home lane, and commit it."""
-        try:
-            self.prepare_chunk(chunk)
-            with metered() as parts:
-                return self.lanes.home.submit(partial(self.run_chunk, chunk, parts)).result()
-        except Exception as error:
-            self.fail(chunk.gang, error)
-            raise
-
-    def prepare_chunk(self, chunk: PrefillChunk) -> None:
-        """Compile the schema of the answer that a chunk begins: here, off the lane, it holds up nobody else."""
-        if chunk.sampling is not None and self.model is not None:
-            self.model.prepare(chunk.sampling)
-
-    def run_chunk(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
-        """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
-        self.check(chunk.gang)
-        if chunk.sequence in self._retired:
-            raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
-        self._tell(did.ChunkStarted(self.worker, chunk.gang.number))
-        with computing(parts, lambda: self.runtime.exchanged):
-            token = self.runtime.prefill(chunk)
-        if chunk.sampling is None or token is None:
-            self._tell(did.ChunkDone(self.worker, chunk.sequence, chunk.gang.number, self.runtime.exchanged))
-            return len(chunk.tokens)
-        reason: FinishReason | None = None
-        assert self.model is not None
-        if token in self.model.eos_token_ids and not chunk.sampling.ignore_eos:
-            reason = "stop"
-        elif chunk.sampling.max_new_tokens == 1:
-            reason = "length"
-        gang, exchanged = chunk.gang.number, self.runtime.exchanged
-        self._tell(did.Prefilled(self.worker, chunk.sequence, gang, token, reason, exchanged))
-        return len(chunk.tokens)
 
     def decode(self, window: DecodeWindow) -> int:
         """Run a window on the home lane over the sequences that have joined when it begins, and commit it."""
@@ -268,7 +234,7 @@ class WorkerEngine:
         """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
         self.check(window.gang)
         batch, holders = self._batch.of_window(window)
-        self._tell(did.WindowStarted(self.worker, window.window))
+        self.tell(did.WindowStarted(self.worker, window.window))
         result = WindowResult({}, {}, 0, 0.0)
         if batch:
             gap = self._batch.gap()
@@ -277,7 +243,7 @@ class WorkerEngine:
             result = replace(result, gap=gap)
         self._batch.commit(window, batch, result)
         used = tuple(holder.worker for holder in holders)
-        self._tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, used))
+        self.tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, used))
         return result.steps
 
     def attend(self, gang: Gang) -> dict[str, float]:
@@ -294,6 +260,11 @@ class WorkerEngine:
             self.fail(gang, error)
             raise
         return {"requests": stats.requests, "bytes_in": stats.bytes_in, "bytes_out": stats.bytes_out}
+
+    def is_retired(self, sequence: int) -> bool:
+        """Whether nothing new may begin on a sequence."""
+        with self._lock:
+            return sequence in self._retired
 
     def check(self, gang: Gang) -> None:
         """Raise GangAbortedError if a gang was aborted."""
@@ -312,4 +283,4 @@ class WorkerEngine:
         if isinstance(error, CancelledError):
             error = EngineClosedError(f"worker {self.worker} closed its lanes before it ran {gang.name}")
         told = portable(error, f"worker {self.worker} in {gang.name}")
-        self._tell(did.GangFailed(self.worker, gang.number, told))
+        self.tell(did.GangFailed(self.worker, gang.number, told))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ _Joined = dict[tuple[Row, int], list[tuple[range, int]]]
 """Rows, each with the tokens and the first position of every sequence that it joins."""
 
 
-def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[str, Part]:
+def cut(batch: Sequence[Stored], queries: int | Sequence[int] = 1, alike: bool = False) -> dict[str, Part]:
     """Parts of a step by worker; workers with nothing to see are left out.
 
     Sequences that share the same spans of a document are one row there, with the queries of all: a shared-prefix group,
@@ -54,7 +55,7 @@ def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[
     batch
         Sequences in the order of their tokens in the step.
     queries
-        New tokens of each sequence; they must lie in one span.
+        New tokens of each sequence, or one number for all; those of a sequence must lie in one span.
     alike
         Whether each token is a row of its own: attention rounds in another way for rows of several.
 
@@ -63,12 +64,15 @@ def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[
     PlanError
         A sequence has no room for its new tokens.
     """
+    counts = [queries] * len(batch) if isinstance(queries, int) else queries
     if alike:
-        batch = [one._replace(length=one.length + at) for one in batch for at in range(queries)]
-        queries = 1
+        both = zip(batch, counts, strict=True)
+        batch = [one._replace(length=one.length + at) for one, count in both for at in range(count)]
+        counts = [1] * len(batch)
+    ends = accumulate(counts)
     shared: dict[str, _Joined] = {}
     own: dict[str, _Joined] = {}
-    for place, (sequence, placement, length) in enumerate(batch):
+    for place, ((sequence, placement, length), count, end) in enumerate(zip(batch, counts, ends, strict=True)):
         tail = tail_of(sequence, placement, length)
         held: dict[tuple[str, int | None], list[Span]] = {}
         for span in placement:
@@ -78,9 +82,9 @@ def cut(batch: Sequence[Stored], queries: int = 1, alike: bool = False) -> dict[
             stored = sum(span.filled(length) for span in spans)
             ranges = tuple((span.start, span.stop) for span in spans)
             table = sequence if document is None else document
-            row = Row(table, stored, queries, spans[-1] is tail, ranges, ())
+            row = Row(table, stored, count, spans[-1] is tail, ranges, ())
             rows = (own if document is None else shared).setdefault(worker, {})
-            rows.setdefault((row, place * alike), []).append((range(place * queries, (place + 1) * queries), length))
+            rows.setdefault((row, place * alike), []).append((range(end - count, end), length))
     return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
 
 

@@ -90,7 +90,7 @@ class RManager(WorkerPlugin):
 
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute one chunk; see :func:`distkv_dask.graphs.tasks.prefill`."""
-        return self._engine(chunk.gang.engine).prefill(chunk)
+        return self._engine(chunk.gang.engine).chunks.prefill(chunk)
 
     def decode(self, window: DecodeWindow) -> int:
         """Run one window; see :func:`distkv_dask.graphs.tasks.decode`."""

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -141,7 +142,7 @@ class Runtime:
             No first token can be drawn.
         """
         model, logits = self._loaded(), None
-        tokens, position, stop = chunk.tokens, chunk.start, chunk.start + len(chunk.tokens)
+        tokens, position, stop = chunk.tokens, chunk.start, chunk.stop
         with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
             step, self.exchanged = 0, Exchanged()
             parts: dict[str, Part] = {}
@@ -168,12 +169,42 @@ class Runtime:
                 self.states.put(chunk.sequence, stop, past.state(0))
         if chunk.sampling is None or logits is None:
             return None
-        draw = Draw(chunk.sampling, stop, chunk.history, model.follower(chunk.sampling))
         with torch.inference_mode(), self.pool.device.stream(Use.HOME):
-            (token,) = sample_batch(logits[-1:], [draw], self.pool.device)
+            (token,) = sample_batch(logits[-1:], [self._first_draw(chunk)], self.pool.device)
         if isinstance(token, DistKVError):
             raise token
         return token
+
+    def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[int | None]:
+        """Compute chunks of several prompts in one forward: they ask no holders, and each lies in one span.
+
+        What one alone raises, in :meth:`prefill`, all raise together; computing them again changes nothing.
+
+        Returns
+        -------
+        list
+            For each chunk what :meth:`prefill` returns.
+        """
+        model, gang, self.exchanged = self._loaded(), chunks[0].gang, Exchanged()
+        counts = [len(chunk.tokens) for chunk in chunks]
+        drawing = [(end - 1, chunk) for end, chunk in zip(accumulate(counts), chunks, strict=True) if chunk.sampling]
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [at for chunk in chunks for at in range(chunk.start, chunk.stop)]
+        with self._running(gang) as running, span(self._ring, "chunk", gang.number, len(tokens)):
+            batch = [Stored(chunk.sequence, chunk.placement, chunk.start) for chunk in chunks]
+            parts = cut(batch, counts, self.spec.config.deterministic)
+            running.begin(parts)
+            attention = self._attention(running, parts, len(tokens), 0)
+            inputs = self.pool.device.put(torch.tensor((tokens, positions)))
+            keep = self.pool.device.put(torch.tensor([last for last, _ in drawing], dtype=torch.int64))
+            logits = model.forward(inputs[0], inputs[1], attention, keep)
+            attention.close()
+            drawn = sample_batch(logits, [self._first_draw(chunk) for _, chunk in drawing], self.pool.device)
+        for token in drawn:
+            if isinstance(token, DistKVError):
+                raise token
+        first = iter(cast(list[int], drawn))
+        return [next(first) if chunk.sampling else None for chunk in chunks]
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
         """Run a decode window over a batch, on the home lane's thread.
@@ -216,6 +247,11 @@ class Runtime:
         if self._model is None:
             raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
+
+    def _first_draw(self, chunk: PrefillChunk) -> Draw:
+        """How the first token after a prompt's last chunk is chosen."""
+        assert chunk.sampling is not None
+        return Draw(chunk.sampling, chunk.stop, chunk.history, self._loaded().follower(chunk.sampling))
 
     def _past_of_chunk(self, chunk: PrefillChunk) -> Past | None:
         model = self._loaded()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from _simulated import Simulated, cluster_of, finish
+from _simulated import Simulated, cluster_of, expected, finish
 from hypothesis import given
 from hypothesis import strategies as st
 from test_document_life import ask, stored
@@ -13,15 +13,18 @@ from test_document_life import ask, stored
 from distkv_dask.gang import DecodeWindow, Gang, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.client_calls import Submission
 from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import STRANGERS, Pacer
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.window_chain import PATIENCE, SURE, Outstanding, WindowChain
-from distkv_dask.scheduler.work.prefill import cut_prompt, has_room
+from distkv_dask.scheduler.work.prefill import FORWARDS, Room, cut_prompt, room
 
 HOLDER = Endpoint("holder", "host", 1)
+CHUNK = 8
+"""Tokens of a chunk in :func:`_simulated.cluster_of`."""
 
 
 def window(number: int, seconds: float = 1.0, steps: int | None = None) -> DecodeWindow:
@@ -208,7 +211,7 @@ def test_a_chunk_asks_those_with_tokens_before_its_end_and_nobody_else() -> None
 def test_as_many_prompts_are_computed_at_once_as_there_are_workers() -> None:
     cluster = cluster_of(1, 60, 60)
     for number in range(1, 5):
-        assert has_room(cluster.life) == (number <= 2)
+        assert room(cluster.life) == Room(2 - min(number - 1, 2), FORWARDS * 2 * CHUNK)
         cluster.submit(number, array("i", range(100 * number, 100 * number + 30)), SamplingParams(max_new_tokens=2))
     assert [cluster.life.requests[number].state.label for number in range(1, 5)] == ["prefill"] * 2 + ["waiting"] * 2
 
@@ -218,12 +221,76 @@ def test_questions_with_one_chunk_of_their_own_do_not_hold_up_prompts() -> None:
     for number in (1, 2, 3):
         ask(cluster, number, tokens=20)
     assert {one.state.label for one in cluster.life.requests.values()} == {"document", "prefill"}
-    assert has_room(cluster.life)
+    assert room(cluster.life).long == 2
     cluster.submit(8, array("i", range(900, 930)), SamplingParams(max_new_tokens=2))
     cluster.submit(9, array("i", range(800, 830)), SamplingParams(max_new_tokens=2))
     assert cluster.life.requests[9].state.label == "prefill"
-    assert not has_room(cluster.life)
+    assert room(cluster.life).long == 0
     finish(cluster)
+
+
+def test_short_prompts_begin_beside_long_ones_and_as_many_as_a_worker_computes_in_two_forwards() -> None:
+    cluster = cluster_of(1, 90, window_batch=16)
+    cluster.submit(1, array("i", range(100, 130)), SamplingParams(max_new_tokens=2))
+    cluster.submit(2, array("i", range(200, 230)), SamplingParams(max_new_tokens=2))
+    for number in range(3, 9):
+        cluster.submit(number, array("i", range(100 * number, 100 * number + 5)), SamplingParams(max_new_tokens=2))
+    labels = {number: one.state.label for number, one in cluster.life.requests.items()}
+    assert labels == {1: "prefill", 2: "waiting"} | {n: "prefill" if n < 3 + 4 else "waiting" for n in range(3, 9)}
+    assert room(cluster.life) == Room(0, FORWARDS * CHUNK - 4 * 5)
+    finish(cluster)
+
+
+def test_no_document_makes_way_for_a_prompt_that_waits_for_another_prompt() -> None:
+    cluster = stored([60], 20)
+    cluster.submit(1, array("i", range(100, 130)), SamplingParams(max_new_tokens=2))
+    cluster.submit(2, array("i", range(200, 400)), SamplingParams(max_new_tokens=9))
+    assert cluster.life.requests[2].state.label == "waiting"
+    assert cluster.life.requests[0].state.label == "document"
+    finish(cluster)
+
+
+# Whom a window waits for
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_sequences_of_a_batch_that_nobody_reads_along_wait_for_its_prompts(streamed: bool, at_once: bool) -> None:
+    cluster = cluster_of(1, 90)
+    prompts = {1: range(100, 108), 2: range(200, 224)}
+    sent = [
+        Submission(number, array("i", prompt), SamplingParams(max_new_tokens=6), streamed=streamed)
+        for number, prompt in prompts.items()
+    ]
+    for some in [sent] if at_once else [[one] for one in sent]:
+        cluster.send(*some)
+    cluster.run_chunk(cluster.chunks[0][0])
+    waits = at_once and not streamed
+    assert bool(cluster.windows["w0"]) != waits
+    while cluster.chunks:
+        cluster.run_chunk(cluster.chunks[0][0])
+    assert len(cluster.windows["w0"]) == 1
+    finish(cluster)
+    assert cluster.tokens == {number: expected(number, 6) for number in prompts}
+
+
+@pytest.mark.parametrize("mishap", ["cancelled", "failed", "lost"])
+def test_sequences_do_not_wait_for_a_prompt_that_does_not_come(mishap: str) -> None:
+    cluster = cluster_of(1, 90, 9)
+    prompts = {1: range(100, 108), 2: range(200, 224)}
+    cluster.send(*(Submission(n, array("i", one), SamplingParams(max_new_tokens=6)) for n, one in prompts.items()))
+    cluster.run_chunk(cluster.chunks[0][0])
+    assert not cluster.windows["w0"]
+    gang = cluster.chunks[0][0].gang
+    match mishap:
+        case "cancelled":
+            cluster.stop(2)
+        case "failed":
+            cluster.handle(did.GangFailed("w0", gang.number, ValueError("a fault")))
+        case "lost":
+            cluster.lose_worker("w0")
+    finish(cluster)
+    assert cluster.tokens[1] == expected(1, 6)
 
 
 def test_what_was_begun_is_forgotten_with_its_prompt() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from distkv_dask.scheduler.cache import documents, prefix_cache, reuse
 from distkv_dask.scheduler.lifecycle.preemption import make_way
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
@@ -13,9 +15,13 @@ from distkv_dask.scheduler.work import prefill
 
 def admit(life: MachineState) -> None:
     """Let requests begin while there is room; give up documents, or let others make way, where that makes some."""
-    while life.queue and not life.is_closing and prefill.has_room(life):
-        chosen = life.queue.choose()
+    step = life.config.prefill_chunk_tokens
+    while life.queue and not life.is_closing and (room := prefill.room(life)).is_any:
+        chosen = life.queue.choose(partial(room.has, step=step))
         if chosen is None:
+            first = next(life.queue.turns(), None)
+            if first is None or not room.has(first.prompt, step):
+                return  # its turn has come, but not that of its prompt
             if not documents.evict(life) and not make_way(life):
                 return
             settle(life)

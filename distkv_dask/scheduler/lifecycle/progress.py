@@ -41,7 +41,7 @@ def _commit_chunk(life: MachineState, sequence: int, gang: int) -> Request | Non
         return None
     chunk = state.chunks.pop(gang)
     state.failures = 0
-    life.ledger.commit(sequence, chunk.start + len(chunk.tokens) if state.chunks else request.known_tokens)
+    life.ledger.commit(sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
     life.command(ForgetTasks(chunk.gang, finished=True))
     if not state.chunks:

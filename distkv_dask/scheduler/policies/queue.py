@@ -5,7 +5,7 @@ A request that nobody's end would make room for is set aside: others go before i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 from sortedcontainers import SortedList
@@ -14,6 +14,9 @@ from distkv_dask.placement import Placement
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.shared_prefix import place
+
+PASSED = 256
+"""Requests at the head of the queue among which one is looked for whose prompt may begin."""
 
 
 class Admission:
@@ -100,13 +103,19 @@ class Admission:
         self._order.remove((rank, sequence))
         return ask
 
-    def choose(self) -> tuple[Ask, Placement] | None:
+    def choose(self, may_begin: Callable[[int], bool] = lambda tokens: True) -> tuple[Ask, Placement] | None:
         """Find room for the next request and take it out of the queue; None if no request gets room.
 
         The first request that does not fit may be passed by those that the policy finds room for without delaying it.
+
+        Parameters
+        ----------
+        may_begin
+            Whether a prompt of so many tokens may begin now: others are passed, however much room they need.
         """
         ahead = None
-        for ask in islice(self.turns(), 1 + self.policy.look_ahead):
+        ready = (ask for ask in islice(self.turns(), PASSED) if may_begin(ask.prompt))
+        for ask in islice(ready, 1 + self.policy.look_ahead):
             placement = place(self.ledger, self.policy, ask, ahead)
             if placement is not None:
                 self.withdraw(ask.sequence)

@@ -8,7 +8,8 @@ gathered, since a graph costs the scheduler as much as the tasks of several wind
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from time import monotonic
@@ -59,6 +60,7 @@ class Submitter:
         self._tasks: dict[str, _Task] = {}
         self._gathered: list[tuple[StepGraph, list[Gang], DaskSpan | None]] = []
         self._flushing: asyncio.TimerHandle | None = None
+        self._is_open = self._is_due = False
         self.ended = (0, 0)
         """Tasks that have ended well: of gangs, and all others of the cluster."""
 
@@ -101,11 +103,24 @@ class Submitter:
         Of tasks that are no gang's own, Dask forgets the results by itself. ``span`` is the Dask span of all its tasks.
         """
         self._gathered.append((graph, list(gangs), span))
-        if not patience:
+        if not patience and self._is_open:
+            self._is_due = True
+        elif not patience:
             self.flush()
         elif self._flushing is None or self._flushing.when() > asyncio.get_running_loop().time() + patience:
             self._disarm()
             self._flushing = asyncio.get_running_loop().call_later(patience, self.flush)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what is submitted inside a ``with`` statement as one graph, at its end."""
+        self._is_open, self._is_due = True, False
+        try:
+            yield
+        finally:
+            self._is_open = False
+            if self._is_due:
+                self.flush()
 
     def hurry(self, home: str) -> None:
         """Send what has been gathered, if a home waits for some of it."""

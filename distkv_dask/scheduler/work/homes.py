@@ -22,7 +22,7 @@ from distkv_dask.scheduler.records.starts import not_started
 from distkv_dask.scheduler.records.states import State
 from distkv_dask.scheduler.records.window_chain import PATIENCE, Outstanding, WindowChain
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
-from distkv_dask.scheduler.work.prefill import is_awaited_by
+from distkv_dask.scheduler.work.prefill import is_awaited_by, next_chunks
 
 # Workers
 
@@ -123,8 +123,24 @@ def fill(life: MachineState) -> None:
     homes, life.idle_homes = life.idle_homes, {}
     for home in homes:
         chain = life.chains.get(home)
+        if chain is not None and _gathers(life, chain):
+            life.idle_homes[home] = None  # seen to again at the next event, whatever that is
+            continue
         while chain is not None and chain.needs_window(life.requests):
             _submit(life, chain)
+
+
+def _gathers(life: MachineState, chain: WindowChain) -> bool:
+    """Whether a home lets its sequences wait, since it computes prompts that came together with each of them.
+
+    Who submits a batch waits for its end, and a step takes hardly longer with more sequences. Nobody waits for prompts
+    of others: those have another time of submission.
+    """
+    decoding = [life.requests[sequence] for sequence in chain.sequences]
+    if not decoding or any(one.streamed for one in decoding):
+        return False
+    coming = {life.requests[chunk.sequence].submitted for chunk in next_chunks(life) if chunk.gang.home == chain.home}
+    return all(one.submitted in coming for one in decoding)
 
 
 def _submit(life: MachineState, chain: WindowChain) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.placement import Placement
@@ -15,15 +16,42 @@ from distkv_dask.scheduler.records.states import Prefill, State
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
 
 
-def has_room(life: MachineState) -> bool:
-    """Whether another prompt may begin.
+class Room(NamedTuple):
+    """How many prompts of more than a chunk may begin, and tokens of shorter ones."""
 
-    Questions with a chunk of their own at most do not count: those run together, and then decode together.
+    long: int
+    short: int
+
+    @property
+    def is_any(self) -> bool:
+        """Whether any prompt may begin."""
+        return self.long > 0 or self.short > 0
+
+    def has(self, tokens: int, step: int) -> bool:
+        """Whether a prompt may begin, of which ``tokens`` are to be computed in chunks of ``step``."""
+        return self.long > 0 if tokens > step else self.short > 0
+
+
+def room(life: MachineState) -> Room:
+    """What may begin besides the prompts that are computed now.
+
+    Of long prompts there is one for each worker. Short ones wait for none of those: a worker computes several of them
+    together, between two chunks of a long one. While it does, as many wait for it.
     """
-    prompts = [life.requests[sequence] for sequence in life.in_prefill]
-    step = life.config.prefill_chunk_tokens
-    long = sum(not one.reused or len(one.prompt) - one.reused > step for one in prompts)
-    return long < prefill_slots(life.ledger)
+    step, slots = life.config.prefill_chunk_tokens, prefill_slots(life.ledger)
+    long, short = slots, FORWARDS * slots * step
+    for sequence in life.in_prefill:
+        request = life.requests[sequence]
+        tokens = request.known_tokens - request.reused
+        if tokens > step:
+            long -= 1
+        else:
+            short -= tokens
+    return Room(long, short)
+
+
+FORWARDS = 2
+"""Forwards of short prompts for each worker: one that runs, and one that waits."""
 
 
 def begin_prefill(life: MachineState, request: Request, before: State) -> None:

@@ -42,12 +42,12 @@ class LayerTasks:
         engine, gang = self._engine, work.gang
         if gang.number in self._paused:
             raise GangAbortedError(f"the forward of {gang.name} has already begun on this worker")
-        engine.prepare_chunk(work) if isinstance(work, PrefillChunk) else engine.prepare_window()
+        engine.chunks.prepare(work) if isinstance(work, PrefillChunk) else engine.prepare_window()
         forward = PausedForward(gang, engine.spec.config.timeout_start)
         self._paused[gang.number] = forward
         parts: dict[str, float] = {}  # layers are Dask's own tasks here, which it measures itself
         run = (
-            partial(engine.run_chunk, work, parts)
+            partial(engine.chunks.run, work, parts)
             if isinstance(work, PrefillChunk)
             else partial(engine.run_window, work, parts)
         )

@@ -1,0 +1,168 @@
+"""The tasks of prompts' chunks on one worker: short chunks that wait for the home lane are computed in one forward.
+
+A forward over few tokens takes nearly as long as one over many, since it reads all weights. So the lane computes, with
+the chunk whose turn it is, those behind it that fit into a chunk's number of tokens and need no other worker. Each
+keeps its own task and gang, and fails alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import GangAbortedError
+from distkv_dask.gang import PrefillChunk
+from distkv_dask.messages import from_worker as did
+from distkv_dask.sampling import FinishReason
+from distkv_dask.worker.dask_metrics import computing, metered
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.engine import WorkerEngine
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A chunk whose task waits for the lane: what came of it, once it was computed, and where its time went."""
+
+    chunk: PrefillChunk
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+    error: Exception | None = None
+
+
+class PrefillTasks:
+    """What an open engine does for tasks of chunks.
+
+    Parameters
+    ----------
+    engine
+        The engine on this worker.
+    """
+
+    def __init__(self, engine: WorkerEngine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._waiting: list[Waiting] = []
+
+    def prefill(self, chunk: PrefillChunk) -> int:
+        """Compute a chunk on the home lane, and commit it."""
+        engine = self._engine
+        try:
+            self.prepare(chunk)
+            with metered() as parts:
+                one = Waiting(chunk, parts)
+                with self._lock:
+                    self._waiting.append(one)
+                try:
+                    return engine.lanes.home.submit(self._turn, one).result()
+                finally:
+                    self._take([one])
+        except Exception as error:
+            engine.fail(chunk.gang, error)
+            raise
+
+    def prepare(self, chunk: PrefillChunk) -> None:
+        """Compile the schema of the answer that a chunk begins: here, off the lane, it holds up nobody else."""
+        if chunk.sampling is not None and self._engine.model is not None:
+            self._engine.model.prepare(chunk.sampling)
+
+    def run(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
+        """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
+        self._begin(chunk)
+        runtime = self._engine.runtime
+        with computing(parts, lambda: runtime.exchanged):
+            token = runtime.prefill(chunk)
+        self._tell_done(chunk, token)
+        return len(chunk.tokens)
+
+    # On the home lane
+
+    def _turn(self, one: Waiting) -> int:
+        """It is a chunk's turn, unless it was computed with an earlier one."""
+        if one.tokens is None and one.error is None:
+            together = self._together(one)
+            if len(together) == 1 or not self._run_together(together):
+                for each in together:
+                    self._run_alone(each)
+        if one.error is not None:
+            raise one.error
+        assert one.tokens is not None
+        return one.tokens
+
+    def _together(self, first: Waiting) -> list[Waiting]:
+        """Take a chunk, and those behind it that go into the same forward."""
+        with self._lock:
+            chosen, room = [first], self._engine.spec.config.prefill_chunk_tokens - len(first.chunk.tokens)
+            if self._is_joined(first.chunk):
+                for other in self._waiting:
+                    if other is not first and len(other.chunk.tokens) <= room and self._is_joined(other.chunk):
+                        chosen.append(other)
+                        room -= len(other.chunk.tokens)
+        self._take(chosen)
+        return chosen
+
+    def _take(self, some: Sequence[Waiting]) -> None:
+        with self._lock:
+            self._waiting = [one for one in self._waiting if one not in some]
+
+    def _is_joined(self, chunk: PrefillChunk) -> bool:
+        """Whether a chunk may go with others: no other worker is asked, and no state goes from token to token."""
+        assert self._engine.model is not None
+        if chunk.gang.holders or self._engine.model.geometry.state_bytes:
+            return False
+        return any(span.start <= chunk.start and chunk.stop <= span.stop for span in chunk.placement)
+
+    def _run_together(self, some: Sequence[Waiting]) -> bool:
+        """Compute chunks in one forward; False if that failed: whose fault it was, each alone will show."""
+        runtime, ready = self._engine.runtime, []
+        for one in some:
+            try:
+                self._begin(one.chunk)
+                ready.append(one)
+            except GangAbortedError as error:
+                one.error = error
+        if not ready:
+            return True
+        parts: dict[str, float] = {}
+        try:
+            with computing(parts, lambda: runtime.exchanged):
+                tokens = runtime.prefill_together([one.chunk for one in ready])
+        except Exception:
+            return False
+        total = sum(len(one.chunk.tokens) for one in ready)
+        for one, token in zip(ready, tokens, strict=True):
+            one.tokens = len(one.chunk.tokens)
+            one.parts.update({label: seconds * one.tokens / total for label, seconds in parts.items()})
+            self._tell_done(one.chunk, token)
+        return True
+
+    def _run_alone(self, one: Waiting) -> None:
+        if one.error is None:
+            try:
+                one.tokens = self.run(one.chunk, one.parts)
+            except Exception as error:
+                one.error = error
+
+    def _begin(self, chunk: PrefillChunk) -> None:
+        """Say that a chunk begins; GangAbortedError if it must not."""
+        engine = self._engine
+        engine.check(chunk.gang)
+        if engine.is_retired(chunk.sequence):
+            raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
+        engine.tell(did.ChunkStarted(engine.worker, chunk.gang.number))
+
+    def _tell_done(self, chunk: PrefillChunk, token: int | None) -> None:
+        """Tell the gManager what to commit."""
+        engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
+        if chunk.sampling is None or token is None:
+            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged))
+            return
+        reason: FinishReason | None = None
+        assert engine.model is not None
+        if token in engine.model.eos_token_ids and not chunk.sampling.ignore_eos:
+            reason = "stop"
+        elif chunk.sampling.max_new_tokens == 1:
+            reason = "length"
+        engine.tell(did.Prefilled(engine.worker, chunk.sequence, gang, token, reason, exchanged))
