@@ -85,8 +85,11 @@ def tasks(family: str, folder: Path) -> Iterator[tuple[Fleet, WorkerEngine, list
     with fleet(model, 2) as made:
         member, config = made.members["w0"], made.spec.config
         files = BlockFiles(member.pool, "w0", Spilled(member.pool, folder, config, 0), config, told.append)
-        sizes = member.pool.capacity_blocks, member.pool.block_bytes, 0, 0, 64
-        facts = did.Opened("w0", member.lanes.endpoint, "instance", "", "cpu", *sizes, model.geometry, "", None)
+        facts = did.Opened(
+            "w0", member.lanes.endpoint, role="instance", channels="", device="cpu", kernels="",
+            capacity_blocks=member.pool.capacity_blocks, block_bytes=member.pool.block_bytes, spill_bytes=0,
+            host_bytes=0, places=64, geometry=model.geometry, fingerprint="", measured=None,
+        )  # fmt: skip
         yield made, WorkerEngine(member.runtime, model, files, facts, told.append), told
         files.close()
 
