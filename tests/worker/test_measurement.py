@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from _fakes import Member, loaded
 from distkv_dask.config import Config
 from distkv_dask.geometry import Measurement
 from distkv_dask.messages.names import EngineSpec
+from distkv_dask.worker.timing.disturbance import disturbance
 from distkv_dask.worker.timing.measurement import measure
 from distkv_dask.worker.timing.measurement_cache import cached_measurement
 
@@ -86,3 +92,61 @@ def test_a_damaged_cache_is_replaced_and_one_that_cannot_be_written_costs_no_mor
     cache.rmdir()
     cache.touch()
     assert cached_measurement({}, "auto", lambda: TIMED) == TIMED
+
+
+# While others use the processors
+
+
+def kept(file: Path) -> tuple[float, int]:
+    measured = json.loads(file.read_text())["measured"]
+    return measured["waited"], measured["times"]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_was_taken_while_others_used_the_processors_is_taken_again_once_it_is_quiet(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool
+) -> None:
+    cached_measurement({}, "auto", lambda: TIMED)
+    (file,) = cache.iterdir()
+    whole = json.loads(file.read_text())
+    whole["measured"] |= {"waited": 0.4, "times": 1}
+    file.write_text(json.dumps(whole))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1 if quiet else 50.0, 0, 0))
+    better = Measurement(exchange=0.1)
+    assert cached_measurement({}, "auto", lambda: better) == (better if quiet else TIMED)
+    assert kept(file)[1] == (2 if quiet else 1)
+
+
+def test_a_worker_that_always_waits_for_processors_is_timed_three_times(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0, 0))
+    monkeypatch.setattr("distkv_dask.worker.timing.measurement_cache.MOST", -1.0)  # even what does not wait does
+    for seconds in (0.1, 0.2, 0.3):
+        latest = Measurement(exchange=seconds)
+        assert cached_measurement({}, "auto", lambda latest=latest: latest) == latest
+    assert cached_measurement({}, "auto", never) == Measurement(exchange=0.3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say how long threads wait")
+def test_threads_that_share_a_processor_are_seen_to_wait_and_one_that_sleeps_is_not() -> None:
+    def work(leave: threading.Event) -> None:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        while not leave.is_set():
+            sum(range(20_000))
+
+    with disturbance() as idle:
+        time.sleep(0.5)
+    leave = threading.Event()
+    script = "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        worker = threading.Thread(target=work, args=[leave])
+        worker.start()
+        with disturbance() as busy:
+            time.sleep(0.5)
+        leave.set()
+        worker.join()
+        other.kill()
+    assert busy.waited > max(0.2, idle.waited)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distributed.distkv.measuring")
 
-FORM = 3
+FORM = 4
 """Grows when something else is measured: what older versions have kept is not read then."""
 BATCH = 8
 """Sequences of the larger batch."""
