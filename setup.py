@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("kernels/native")
 FLAGS = [
@@ -25,12 +26,22 @@ FLAGS = [
     "-g0",
     "-Wno-uninitialized",
 ]
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_amx_model_avx512.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-ISA_FLAGS["isa_avx512_bf16.cpp"] = [*ISA_FLAGS["isa_avx512.cpp"], "-mavx512bf16"]
-PORTABLE = ["api.cpp", "choose.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp"]
+# Sources that need a new compiler, each after those that it cannot do without, and what tells choose.cpp that they are
+# there.
+OPTIONAL = {
+    "isa_avx512_bf16.cpp": "DISTKV_HAS_AVX512_BF16",
+    "isa_amx_model_avx512.cpp": "DISTKV_HAS_AVX512_BF16",
+    "isa_amx_bf16.cpp": "DISTKV_HAS_AMX_BF16",
+}
+PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"]
 WIRE = Path("distkv_dask/worker/native")
 
 
@@ -39,15 +50,25 @@ class BuildCore(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link the core; setuptools skips it on an error because it is optional."""
-        objects = []
+        objects, macros = [], []
         for source in ext.sources:
-            flags = FLAGS + ISA_FLAGS.get(Path(source).name, [])
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            name = Path(source).name
+            flags = FLAGS + ISA_FLAGS.get(name, [])
+            try:
+                objects += self.compiler.compile(
+                    [source], output_dir=self.build_temp, macros=macros, extra_postargs=flags
+                )
+            except CompileError:
+                if name not in OPTIONAL:
+                    raise
+                print(f"{name} is left out: this compiler does not know {' '.join(flags[len(FLAGS) :])}")
+            else:
+                macros += [(OPTIONAL[name], None)] if name in OPTIONAL else []
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
 
 
-names = PORTABLE + (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else [])
+names = (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else []) + PORTABLE
 core = Extension("distkv_dask.kernels._core", [str(SOURCES / name) for name in names], optional=True, language="c++")
 core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
 wire = Extension(

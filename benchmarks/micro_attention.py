@@ -109,6 +109,7 @@ def rivals(device: str, slow: bool) -> list[str]:
     """Implementations to compare: the one that would serve, and what could serve instead."""
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
     useless = {served, "reference", "native", "triton", "native:portable"}
+    useless |= {name for name in IMPLEMENTATIONS if "model" in name}  # software
     if device != "cpu":
         useless |= {name for name in IMPLEMENTATIONS if name.startswith(("native", "numba"))}
     return [served] if slow else [served, *[name for name in IMPLEMENTATIONS if name not in useless]]

@@ -27,7 +27,7 @@ def _implementations() -> dict[str, Run]:
         runs["numba"] = numba_kernel.run
     if native_kernel.missing() is None:
         runs["native"] = native_kernel.run
-        for isa in native_kernel.instruction_sets():
+        for isa in (*native_kernel.instruction_sets(), *native_kernel.software_models()):
             runs[f"native:{isa}"] = partial(native_kernel.run_isa, isa=isa.encode())
     return runs
 

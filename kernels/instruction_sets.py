@@ -77,16 +77,18 @@ def time_sets(dtype: torch.dtype, known: SetTimes | None = None) -> SetTimes:
     known
         Earlier times of the same sets, which stay where they are better.
     """
-    names = native_kernel.instruction_sets()
-    if len(names) > 1:
-        names = [name for name in names if name != "portable"]
     few, many = _few(dtype), _many(dtype)
     return SetTimes(
-        _best(few, names, known.few if known else {}),
-        _best(many, names, known.many if known else {}),
+        _best(few, _candidates(dtype, many=False), known.few if known else {}),
+        _best(many, _candidates(dtype, many=True), known.many if known else {}),
         2 * few.k_pool.numel() * few.k_pool.element_size(),
         4 * PREFILL_QUERIES * PREFILL_TOKENS * KV_HEADS * GROUP * HEAD_DIM,
     )
+
+
+def _candidates(dtype: torch.dtype, *, many: bool) -> list[str]:
+    names = native_kernel.instruction_sets(dtype, many=many)
+    return [name for name in names if name != "portable"] or names
 
 
 def _fastest(times: Times) -> str:

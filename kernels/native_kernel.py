@@ -25,7 +25,9 @@ _ARGS = struct.Struct("<28q2d")  # distkv::Args in native/core.h
 _POINTERS = struct.Struct("<3q")  # its first fields: q, k, v
 _SCALE = struct.Struct("<d")  # its last field
 _SCALE_AT = _ARGS.size - _SCALE.size
-_NAMES = ("avx512_bf16", "avx512", "avx2", "portable")
+_NAMES = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
+_MODELS = ("amx_model_avx512", "amx_model")
+_TILES_OF_BF16 = ("amx_bf16",)
 Packed = ctypes.Array[ctypes.c_char]
 """Arguments as the core reads them; writable."""
 PackedMerge = tuple[int | None, ...]
@@ -47,24 +49,25 @@ class PackedLayers(ctypes.Structure):
     """What the pointers point to."""
 
 
-def _file() -> Path | None:
-    paths = (Path(__file__).with_name(f"_core{suffix}") for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.exists()), None)
+def path() -> Path | None:
+    """The file of the core, if it was built."""
+    files = (Path(__file__).with_name(f"_core{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in files if file.exists()), None)
 
 
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """The core, or the reason why there is none."""
-    path = _file()
-    if path is None:
+    file = path()
+    if file is None:
         return "the C++ core was not built (no compiler at install time); reinstall with one: pip install -e ."
     try:
-        core = ctypes.CDLL(str(path))
+        core = ctypes.CDLL(str(file))
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{file.name} does not load: {error}"
     layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
     if (reason := disagreement(core, layouts)) is not None:
-        return f"{path.name} is of another version, {reason}; build it again: pip install -e ."
+        return f"{file.name} is of another version, {reason}; build it again: pip install -e ."
     core.distkv_isa.restype = ctypes.c_char_p
     core.distkv_isa.argtypes = [ctypes.c_int64, ctypes.c_int]
     core.distkv_choose_isa.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_char_p]
@@ -84,8 +87,8 @@ def missing() -> str | None:
 
 def fingerprint() -> str:
     """Differs between builds of the core."""
-    path = _file()
-    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    file = path()
+    return "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _core() -> ctypes.CDLL:
@@ -95,10 +98,20 @@ def _core() -> ctypes.CDLL:
     return core
 
 
-def instruction_sets() -> list[str]:
-    """Instruction sets that the core has and this processor runs; the first serves unless one was chosen."""
+def instruction_sets(dtype: torch.dtype | None = None, *, many: bool = True) -> list[str]:
+    """Instruction sets that the core has and this processor runs; the first serves unless one was chosen.
+
+    With a ``dtype`` of KV, without those that leave such KV, or rows of few queries, to one of the others.
+    """
     core = _core()
-    return [name for name in _NAMES if core.distkv_has_isa(name.encode())]
+    left = () if dtype is None or (many and dtype == torch.bfloat16) else _TILES_OF_BF16
+    return [name for name in _NAMES if name not in left and core.distkv_has_isa(name.encode())]
+
+
+def software_models() -> list[str]:
+    """Instruction sets in software: slow, and never chosen; they show on any processor what others compute."""
+    core = _core()
+    return [name for name in _MODELS if core.distkv_has_isa(name.encode())]
 
 
 def serve_with(dtype: torch.dtype, *, few: str, many: str) -> None:

@@ -15,7 +15,6 @@ namespace distkv {
 namespace {
 
 constexpr int64_t kStreamRows = 12;          // up to so many query rows per kv head, KV is streamed in place
-constexpr int64_t kTileRowsWanted = 192;     // query rows of a tile
 // How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
 constexpr int64_t kPieceTokens = 1024;       // of a piece, doubled until a row has no more pieces than kPieces
 constexpr int64_t kPieces = 32;
@@ -104,7 +103,7 @@ Status Plan::check_and_list_rows() {
 // Few queries are one tile, more are cut into equal ones.
 int64_t Plan::tile_queries(int64_t queries) const {
   if (queries * group() <= kStreamRows) return std::max<int64_t>(1, queries);
-  const int64_t most = std::max<int64_t>(1, kTileRowsWanted / group());
+  const int64_t most = std::max<int64_t>(1, kernels.many->tile_rows / group());
   const int64_t tiles = (queries + most - 1) / most;
   return (queries + tiles - 1) / tiles;
 }
@@ -235,7 +234,7 @@ Status attend(const Args& a, Served kernels) {
 DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
   try {
     const distkv::Kernels* one = *isa ? distkv::find(isa) : nullptr;
-    return distkv::attend(*args, one ? distkv::Served{one, one} : distkv::served(args->kv_dtype));
+    return distkv::attend(*args, one ? distkv::served_by(one, args->kv_dtype) : distkv::served(args->kv_dtype));
   } catch (const std::bad_alloc&) {
     return distkv::kNoMemory;
   }
@@ -245,7 +244,7 @@ DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
 // the same ones without an index. Returns 0, or 1 where an index is out of range or given twice (nothing is changed).
 DISTKV_EXPORT int distkv_merge(float* out, float* lse, const float* part_out, const float* part_lse,
                                const int64_t* index, int64_t count, int64_t tokens, int64_t heads, int64_t d) {
-  const distkv::Kernels* kernels = distkv::find("");
+  const distkv::Kernels* kernels = distkv::served(distkv::kFp32).few;
   if (!index) {
     kernels->merge(out, lse, part_out, part_lse, count * heads, d);
     return 0;

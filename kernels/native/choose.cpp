@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "core.h"
 
@@ -24,22 +28,64 @@ const bool kAskIntoFirstLevel = is_amd_zen5();
 
 namespace {
 
+// setup.py defines DISTKV_HAS_... for what the compiler could build.
 const Kernels* const kAll[] = {
-#if defined(__x86_64__)
-    &kAvx512Bf16, &kAvx512, &kAvx2,
+#if defined(DISTKV_HAS_AMX_BF16)
+    &kAmxBf16,
 #endif
-    &kPortable};
+#if defined(DISTKV_HAS_AVX512_BF16)
+    &kAvx512Bf16,
+#endif
+#if defined(__x86_64__)
+    &kAvx512, &kAvx2,
+#endif
+    &kPortable,
+// in software, for who names them: portable kernels come before and serve everywhere
+#if defined(DISTKV_HAS_AVX512_BF16)
+    &kAmxModelAvx512,
+#endif
+    &kAmxModel};
+
+#if defined(__x86_64__)
+// Whether the processor has tiles of bf16, and the system lets this process use them. Linux wants to be asked once per
+// process, for all of its threads and children: tiles make the frames of signals larger. Where a hypervisor hides tiles
+// or the kernel refuses them, the answer is no, and no tile instruction is ever executed.
+bool ask_for_tiles() {
+#if defined(DISTKV_HAS_AMX_BF16) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kOsxsave = 1u << 27, kTileStates = 3u << 17;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsxsave)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kTileStates) != kTileStates) return false;
+  constexpr long kGetPermission = 0x1022, kRequestPermission = 0x1023, kTileData = 18;
+  uint64_t permitted = 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 &&
+         syscall(SYS_arch_prctl, kGetPermission, &permitted) == 0 && (permitted >> kTileData & 1);
+#else
+  return false;
+#endif
+}
+#endif
 
 bool supported(const Kernels* kernels) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (kernels == &kAvx2) return avx2;
   if (kernels == &kAvx512) return avx512;
-  if (kernels == &kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(DISTKV_HAS_AVX512_BF16)
+  if (kernels == &kAvx512Bf16 || kernels == &kAmxModelAvx512) return avx512_bf16;
 #endif
-  return kernels == &kPortable;
+#if defined(DISTKV_HAS_AMX_BF16)
+  static const bool tiles = avx512_bf16 && ask_for_tiles();
+  if (kernels == &kAmxBf16) return tiles;
+#endif
+#endif
+  return kernels == &kPortable || kernels == &kAmxModel;
 }
 
 std::atomic<const Kernels*> chosen[kDtypes][2];  // [KV dtype][few queries, many queries]; null: nobody chose
@@ -52,12 +98,17 @@ const Kernels* find(const char* name) {
   return nullptr;
 }
 
+Served served_by(const Kernels* kernels, int64_t kv_dtype) {
+  const Kernels* base = kernels->base ? kernels->base : kernels;
+  return {base, kv_dtype == kBf16 ? kernels : base};
+}
+
 Served served(int64_t kv_dtype) {
   const auto one = [&](int work) {
     const Kernels* kernels = chosen[kv_dtype][work].load(std::memory_order_relaxed);
-    return kernels ? kernels : find("");
+    return served_by(kernels ? kernels : find(""), kv_dtype);
   };
-  return {one(0), one(1)};
+  return {one(0).few, one(1).many};
 }
 
 }  // namespace distkv

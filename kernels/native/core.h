@@ -56,27 +56,30 @@ struct Item {
 // Kernels for one instruction set. `scratch` has the size that the matching *_bytes function returned, 64-byte aligned.
 struct Kernels {
   const char* name;
+  const Kernels* base;  // serves all but many queries over bf16; null: these kernels serve everything
   int64_t (*stream_bytes)(const Args&, int64_t queries);
   void (*stream)(const Args&, const Item&, char* scratch);  // few queries: KV is streamed from memory once
+  int64_t tile_rows;                                        // query rows (queries times group) of a tile at most
   int64_t (*tile_bytes)(const Args&, int64_t queries);
   void (*tile)(const Args&, const Item&, char* scratch);    // many queries: KV is packed for a matrix product
   void (*merge)(float* out, float* lse, const float* part_out, const float* part_lse, int64_t rows, int64_t d);
 };
 
-extern const Kernels kPortable;
+extern const Kernels kPortable, kAmxModel;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kAmxModelAvx512;
 #endif
 
 // The kernels of an instruction set, by name (empty: the first that runs here); null: none of that name runs here.
 const Kernels* find(const char* name);
 
-// Which kernels serve calls that name none: those for few queries, and those for many.
+// What serves a call: kernels for few queries, and for many.
 struct Served {
   const Kernels* few;
   const Kernels* many;
 };
-Served served(int64_t kv_dtype);
+Served served(int64_t kv_dtype);                           // where a call names no instruction set
+Served served_by(const Kernels* kernels, int64_t kv_dtype);  // where it names this one
 
 // Whether decode asks for memory into the first-level cache or into the second. Zen 5 reads faster with the first (28
 // instead of 22 GB/s on one thread), Zen 4 with the second (24 instead of 15). Unknown processors get the second.

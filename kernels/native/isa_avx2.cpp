@@ -5,5 +5,5 @@
 #include "kernels.h"
 
 namespace distkv {
-const Kernels kAvx2 = {"avx2", avx2::stream_bytes, avx2::stream, avx2::tile_bytes, avx2::tile, avx2::merge};
+const Kernels kAvx2 = DISTKV_KERNELS("avx2");
 }

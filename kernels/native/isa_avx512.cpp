@@ -5,5 +5,5 @@
 #include "kernels.h"
 
 namespace distkv {
-const Kernels kAvx512 = {"avx512", avx512::stream_bytes, avx512::stream, avx512::tile_bytes, avx512::tile, avx512::merge};
+const Kernels kAvx512 = DISTKV_KERNELS("avx512");
 }

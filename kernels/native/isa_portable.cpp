@@ -5,5 +5,5 @@
 #include "kernels.h"
 
 namespace distkv {
-const Kernels kPortable = {"portable", portable::stream_bytes, portable::stream, portable::tile_bytes, portable::tile, portable::merge};
+const Kernels kPortable = DISTKV_KERNELS("portable");
 }

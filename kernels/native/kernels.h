@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 
+#include "register_tile.h"
 #include "math_fp32.h"
 #ifdef DISTKV_BF16_DOT
 #include "math_bf16.h"
@@ -73,3 +74,10 @@ static void merge(float* out, float* lse, const float* part_out, const float* pa
 
 }  // namespace DISTKV_ISA
 }  // namespace distkv
+
+// All kernels of this instruction set.
+#define DISTKV_KERNELS(name)                                                                                    \
+  {                                                                                                             \
+    name, nullptr, DISTKV_ISA::stream_bytes, DISTKV_ISA::stream, DISTKV_ISA::RegisterTile::kItemRows, DISTKV_ISA::tile_bytes, \
+        DISTKV_ISA::tile, DISTKV_ISA::merge                                                                     \
+  }

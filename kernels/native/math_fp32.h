@@ -26,6 +26,7 @@ struct Fp32 {
   using Query = float;    // stored query rows and, in the tile kernel, packed keys and values
   using Weight = float;   // stored softmax weights
   using Vec = F;
+  using Tiles = RegisterTile;
   static constexpr int kStep = 1;    // elements that one multiply-accumulate consumes per lane
   static constexpr bool kExact = sizeof(Kv) != 2;  // int8 values are exact too, their scales are fp32
 
@@ -86,7 +87,7 @@ struct Fp32 {
   }
 
   // W tokens' keys, transposed: element c of token j goes to to[c * panel + j].
-  static void pack_keys(float* to, const Kv* const* row, const float* scale, int d, int panel) {
+  static void pack_keys(float* to, const Kv* const* row, const float* scale, int d, int, int panel) {
     for (int c = 0; c < d; c += W) {
       F x[W];
       DISTKV_UNROLL

@@ -19,6 +19,8 @@ LONG = next(case for case in CASES if case.name == "decode-long-split-over-threa
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_attention_equals_float64(implementation: str, case: Case, dtype: torch.dtype) -> None:
+    if "model" in implementation and dtype != torch.bfloat16:
+        pytest.skip("tiles are of bfloat16: all else is left to kernels that have cases of their own")
     check(implementation, case, dtype)
 
 

@@ -48,6 +48,7 @@ def choose_kernels(pool: Pool, config: Config) -> Choice:
         native_kernel.serve_with(pool.dtype, few=few, many=many)
     except ValueError as error:
         raise ConfigError(f"distkv.instruction-set: {error}. Set it to auto, or leave this machine out") from error
+    few, many = native_kernel.serving(pool.dtype)  # a set may leave some of the work to another
     return Choice(f"native, decode {few}, prefill {many}", reason)
 
 
@@ -83,7 +84,7 @@ def _times_of(kept: Any) -> SetTimes:
         {str(name): (float(best), float(second)) for name, (best, second) in kept[work].items()}
         for work in ("few", "many")
     )
-    if not set(few) == set(many) <= set(native_kernel.instruction_sets()) or not few:
+    if not few or not many or not {*few, *many} <= set(native_kernel.instruction_sets()):
         raise ValueError(f"instruction sets {list(few)} and {list(many)}")
     few_bytes, many_flop = kept["work"]
     return SetTimes(few, many, int(few_bytes), int(many_flop))
