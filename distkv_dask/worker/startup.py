@@ -60,6 +60,7 @@ def build_engine(
     model, device = None, _device(spec, worker)
     if geometry is None:
         # takes seconds and memory, which memory workers do not spend
+        from distkv_dask.worker.model.packed import packing_room
         from distkv_dask.worker.model.shared import shared_model
 
         fits = partial(check_weights_fit, spec, worker, device)
@@ -68,6 +69,8 @@ def build_engine(
             spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device, before=fits
         )
         geometry = model.geometry
+        if device.is_host and not deterministic:
+            model.pack(packing_room(worker.memory_manager.memory_limit))
     if geometry.scan_once and spec.config.granularity == "layer":
         raise UnsupportedModelError(
             "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
@@ -142,6 +145,7 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, ke
         **asdict(geometry),
         "role": "memory" if model is None else "instance",
         "weights": 0 if model is None else model.parameters,
+        "packed": model is not None and model.is_packed,
         "threads": lanes.threads,
         "deterministic": spec.config.deterministic,
         "block_tokens": spec.config.block_tokens,

@@ -29,6 +29,7 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
+from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
@@ -72,7 +73,14 @@ class LoadedModel:
         self._model = model
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
+        self.is_packed = False
+        """Whether :meth:`pack` found room."""
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
+
+    def pack(self, room: int) -> None:
+        """Compute faster with few rows, by weights in another form, if that takes no more than ``room`` bytes."""
+        if not self.is_packed:
+            self.is_packed = pack_linears(self._model, room) > 0
 
     def is_prepared(self, sampling: SamplingParams) -> bool:
         """Whether :meth:`follower` does not have to compile a schema first."""
