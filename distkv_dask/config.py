@@ -61,7 +61,7 @@ class Config:
     Parameters
     ----------
     kv_memory
-        KV memory of each worker in bytes, or None for half of the worker's memory limit.
+        KV memory of each worker in bytes, or None for half of what the weights leave of the worker's memory limit.
     block_tokens
         Tokens in a block, a power of two.
     threads

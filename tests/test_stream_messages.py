@@ -51,7 +51,8 @@ TO_WORKER: dict[do.ToWorker, Any] = {
 
 FROM_WORKER: list[did.FromWorker] = [
     did.Opened(
-        WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, 0, 64, GEOMETRY, "f", None, "torch: for a test"
+        *(WORKER, HOLDERS[0], "instance", "tcp", "cpu", 10, 100, 0, 0, 64),
+        *(GEOMETRY, "f", None, "torch: for a test", "mapped"),
     ),
     did.OpenFailed(WORKER, WorkerLostError("why")),
     did.Closed(WORKER),

@@ -38,7 +38,8 @@ class Engine(Processing):
     dtype
         Dtype of weights and KV cache: ``"auto"`` (the checkpoint's), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
     kv_memory
-        KV memory of each worker: bytes, or text such as ``"64 MiB"``. None means half of the worker's memory limit.
+        KV memory of each worker: bytes, or text such as ``"64 MiB"``. None means half of what the weights leave of the
+        worker's memory limit.
     rope_scaling
         Allows sequences longer than the model was trained for: ``{"rope_type": "yarn", "factor": 4.0}`` (or
         ``"linear"``) multiplies its window by four. Answers lose some quality, more with models not trained for it.

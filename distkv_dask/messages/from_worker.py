@@ -32,7 +32,7 @@ class Opened(FromWorker):
     ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. It can be home of ``places``
     sequences at most. ``device`` says what it computes on, and what is to be said about that; ``fingerprint``
     which weights were loaded; ``measured`` how fast the worker is, where it was timed; ``kernels`` which attention
-    kernels serve, and why.
+    kernels serve, and why; ``weights`` where the weights are.
     """
 
     endpoint: Endpoint
@@ -48,6 +48,7 @@ class Opened(FromWorker):
     fingerprint: str
     measured: Measurement | None
     kernels: str
+    weights: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,8 @@ class WorkerStatus:
         What it computes on: ``"cpu"`` or a card's name; after a colon, what should be known about that.
     kernels
         Which attention kernels serve it, and why: where instruction sets were measured, the figure of each.
+    weights
+        Where the model's weights are: mapped from a file that its machine's workers share, or else, and why.
     window_seconds
         Length of its latest decode window.
     performance
@@ -105,6 +107,7 @@ class WorkerStatus:
     channels: str
     device: str
     kernels: str
+    weights: str
     window_seconds: float
     performance: WorkerPerformance
 

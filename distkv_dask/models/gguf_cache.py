@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from distkv_dask.cache_folder import cache_folder
 from distkv_dask.errors import ModelError, in_words
 from distkv_dask.models.complete import check_complete
 from distkv_dask.models.files import refuse_pointer
@@ -59,7 +60,7 @@ def _converted(file: Path, part: str, save: Callable[[Sequence[Path], Path, Path
     """Return the converted ``part`` of ``file``; the first process that asks converts while the others wait."""
     parts = gguf_parts(file)
     try:
-        home = _cache_home() / _identity(parts)
+        home = cache_folder("gguf") / _identity(parts)
         done = home / part
         if done.is_dir():
             return done
@@ -77,15 +78,11 @@ def _converted(file: Path, part: str, save: Callable[[Sequence[Path], Path, Path
         return done
     except OSError as error:
         raise ModelError(
-            f"GGUF file {str(file)!r} cannot be converted below {str(_cache_home())!r} (set XDG_CACHE_HOME for another "
+            f"GGUF file {str(file)!r} cannot be converted below {cache_folder('gguf')} (set XDG_CACHE_HOME for another "
             f"place): {in_words(error)}"
         ) from error
     except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
         raise ModelError(f"GGUF file {str(file)!r} cannot be converted: {in_words(error)}") from error
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / "gguf"
 
 
 def _identity(parts: Sequence[Path]) -> str:

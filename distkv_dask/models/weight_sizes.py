@@ -46,6 +46,24 @@ def counted_numbers(folder: Path) -> Counter[str]:
     return Counter(read_json(folder / COUNTED))
 
 
+def kv_beside(weights: int, limit: int) -> int:
+    """Bytes of KV memory that a worker with a memory limit has by default: half of what the weights leave of it."""
+    return max(0, limit - weights) // 2
+
+
+def shared_limit(weights: int, workers: int, memory: int) -> int:
+    """Memory limit, in bytes, of each of some workers of a machine that share a model's weights.
+
+    Dask counts the weights in each of them. So beside its part of the machine, each gets what it shares.
+
+    Examples
+    --------
+    >>> shared_limit(10, workers=4, memory=50)
+    20
+    """
+    return max(0, memory - weights) // workers + weights
+
+
 def memory_of(numbers: Mapping[str, int], config: Any, dtype: str) -> int:
     """Bytes of weights in memory.
 

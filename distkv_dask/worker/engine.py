@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
@@ -33,7 +34,6 @@ from distkv_dask.placement import Endpoint, Placement
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.transfer import Arrivals, send_blocks
-from distkv_dask.worker.by_layer.tasks import LayerTasks
 from distkv_dask.worker.dask_metrics import computing, metered, metered_session
 from distkv_dask.worker.decode_batch import DecodeBatch
 from distkv_dask.worker.prefill_tasks import PrefillTasks
@@ -77,8 +77,7 @@ class WorkerEngine:
         self.lanes = runtime.lanes
         self.files = files
         self.facts = facts
-        self.by_layer = LayerTasks(self)
-        self.chunks = PrefillTasks(self)
+        self.chunks = PrefillTasks(weakref.proxy(self))  # in a circle, the model would stay when the engine closes
         self.tell = tell
         self._lock = threading.Lock()
         self._batch = DecodeBatch(self.spec, model)

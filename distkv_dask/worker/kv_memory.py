@@ -9,6 +9,7 @@ import torch
 
 from distkv_dask.errors import CapacityError, ConfigError, DeviceError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
+from distkv_dask.models.weight_sizes import kv_beside
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.home.states import KEPT
@@ -28,8 +29,8 @@ MARGIN = 0.05
 def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Device, model: LoadedModel | None) -> int:
     """Bytes of KV memory on a worker: what the settings or its resources say, else a part of what there is.
 
-    On the host that is half of the worker's memory limit. On a card it is what remains after the weights and after the
-    largest prompt chunk, which is computed once to see.
+    On the host that is half of what the weights leave of the worker's memory limit. On a card it is what remains after
+    the weights and after the largest prompt chunk, which is computed once to see.
 
     Raises
     ------
@@ -39,7 +40,7 @@ def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Devic
     asked = spec.config.kv_memory
     if KV_MEMORY_RESOURCE in worker.state.total_resources:
         asked = int(worker.state.total_resources[KV_MEMORY_RESOURCE])
-    found = _on_host(worker, asked) if device.is_host else _on_card(spec, device, model, asked, block)
+    found = _on_host(worker, asked, model) if device.is_host else _on_card(spec, device, model, asked, block)
     if found < block.nbytes:
         raise CapacityError(
             f"kv_memory is {found} bytes, but one block of {block.block_tokens} tokens of this model needs "
@@ -97,14 +98,14 @@ def rooms(memory: int, block: BlockShape, state_bytes: int, batch: int) -> tuple
     return blocks, places
 
 
-def _on_host(worker: Worker, asked: int | None) -> int:
+def _on_host(worker: Worker, asked: int | None, model: LoadedModel | None) -> int:
     limit = worker.memory_manager.memory_limit
     if asked is None:
         if not limit:
             raise ConfigError(
                 f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
             )
-        asked = limit // 2
+        asked = kv_beside(0 if model is None else model.weight_bytes, limit)
     resident = psutil.Process().memory_info().rss
     if limit and resident + asked > PAUSE_FRACTION * limit:
         raise CapacityError(

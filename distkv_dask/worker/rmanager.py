@@ -90,7 +90,8 @@ class RManager(WorkerPlugin):
 
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute one chunk; see :func:`distkv_dask.graphs.tasks.prefill`."""
-        return self._engine(chunk.gang.engine).chunks.prefill(chunk)
+        engine = self._engine(chunk.gang.engine)  # it stays for as long as the chunk computes
+        return engine.chunks.prefill(chunk)
 
     def decode(self, window: DecodeWindow) -> int:
         """Run one window; see :func:`distkv_dask.graphs.tasks.decode`."""
@@ -102,7 +103,9 @@ class RManager(WorkerPlugin):
 
     def layers(self, engine: str) -> LayerTasks:
         """What tasks at layer granularity call."""
-        return self._engine(engine).by_layer
+        from distkv_dask.worker.by_layer.tasks import LayerTasks
+
+        return LayerTasks(self._engine(engine))
 
     def _engine(self, name: str) -> WorkerEngine:
         try:

@@ -107,6 +107,7 @@ def build_engine(
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,
         kernels=f"{kernels.name}: {kernels.reason}",
+        weights="" if model is None else model.weights.where,
     )
     return WorkerEngine(runtime, model, files, facts, report)
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import psutil
+from distributed.system import MEMORY_LIMIT
 
 from distkv_dask.errors import CapacityError, DeviceError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported
+from distkv_dask.models.weight_sizes import kv_beside
 from distkv_dask.worker.device import Device
+
+SHARED = (
+    "which may add up to more than the machine has: workers of a machine share weights, but Dask counts them in each "
+    "(distkv models check --workers N says the limit of N workers)"
+)
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -39,10 +46,19 @@ def check_weights_fit(spec: EngineSpec, worker: Worker, device: Device) -> None:
                 "choose a smaller model or dtype, or a larger card"
             )
         return
-    limit = worker.memory_manager.memory_limit or psutil.virtual_memory().total
+    free = free_memory()
+    limit = worker.memory_manager.memory_limit
+    asked = _asked(spec, worker, weights, limit or free)
+    if weights + asked > free:
+        raise CapacityError(
+            f"model {source.name!r} does not fit the machine of worker {worker.address}: its weights {need}, which all "
+            f"workers of the machine share, and kv_memory is {asked}, but {free} bytes are available. Lower kv_memory "
+            "(distkv.kv-memory), choose a smaller model or dtype, or a larger machine"
+        )
+    if not limit:
+        return
     resident = psutil.Process().memory_info().rss
     left = int(PAUSE_FRACTION * limit) - resident
-    asked = _asked(spec, worker, limit)
     if weights + asked <= left:
         return
     there = (
@@ -53,19 +69,23 @@ def check_weights_fit(spec: EngineSpec, worker: Worker, device: Device) -> None:
     if weights >= left:
         raise CapacityError(
             f"model {source.name!r} does not fit worker {worker.address}: its weights {need}, but {there}. Start "
-            f"fewer workers on a machine, each with a memory_limit of at least {least} bytes, or choose a smaller "
-            "model or dtype"
+            f"workers with a memory_limit of at least {least} bytes, {SHARED}, or choose a smaller model or dtype"
         )
     raise CapacityError(
         f"kv_memory of {asked} bytes does not fit worker {worker.address} beside the weights of model {source.name!r}, "
         f"which {need}: {there}. Lower kv_memory (distkv.kv-memory) to at most {left - weights} bytes, or raise the "
-        f"worker's memory_limit to at least {least}"
+        f"worker's memory_limit to at least {least}, {SHARED}"
     )
 
 
-def _asked(spec: EngineSpec, worker: Worker, limit: int) -> int:
+def free_memory() -> int:
+    """Bytes that this machine has for more: pages of files that can be read again, such as weights, count as free."""
+    return min(psutil.virtual_memory().available, MEMORY_LIMIT)
+
+
+def _asked(spec: EngineSpec, worker: Worker, weights: int, limit: int) -> int:
     """Bytes of KV memory that the worker will have, as :mod:`distkv_dask.worker.kv_memory` sees it."""
     resources = worker.state.total_resources
     if KV_MEMORY_RESOURCE in resources:
         return int(resources[KV_MEMORY_RESOURCE])
-    return limit // 2 if spec.config.kv_memory is None else spec.config.kv_memory
+    return kv_beside(weights, limit) if spec.config.kv_memory is None else spec.config.kv_memory

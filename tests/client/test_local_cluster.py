@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 from distributed import LocalCluster
+from distributed.system import MEMORY_LIMIT
 
 from distkv_dask.client.commands import connect
 
@@ -51,6 +52,13 @@ def test_without_dask_cuda_there_is_one_worker_for_the_card(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "dask_cuda", None)
     with connect.local_cluster(None, 1, None, processes=False, dashboard_address=None) as cluster:
         assert len(cluster.workers) == 1
+
+
+def test_workers_of_a_machine_have_the_weights_that_they_share_in_their_limit() -> None:
+    weights = MEMORY_LIMIT // 2
+    with connect.local_cluster(2, 1, None, weights, processes=False, dashboard_address=None) as cluster:
+        for worker in cluster.workers.values():
+            assert worker.memory_manager.memory_limit == pytest.approx(MEMORY_LIMIT * 3 / 4, rel=1e-6)
 
 
 @pytest.mark.usefixtures("cards")

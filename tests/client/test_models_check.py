@@ -11,6 +11,7 @@ import pytest
 import transformers
 from click.testing import CliRunner, Result
 from distributed import LocalCluster
+from distributed.system import MEMORY_LIMIT
 
 from distkv_dask.client.cli import main
 from distkv_dask.client.commands.models import room_on
@@ -73,19 +74,29 @@ def test_the_longest_sequence_counts_workers_that_the_model_fits() -> None:
     report = replace(report, window=1 << 20)
     config = replace(Config.load(), kv_memory=None, block_tokens=16)
     said = room_on({"a": worker(8 * GIB), "b": worker(4 * GIB), "c": worker(8 * GIB)}, report, config)
-    assert said["longest_context"] == 2 * 4 * 1024
+    assert said["longest_context"] == (3 + 1 + 3) * 1024
+    assert not said["workers_too_small"]
+    said = room_on({"a": worker(8 * GIB), "b": worker(4 * GIB, GIB)}, report, config)
+    assert said["longest_context"] == 3 * 1024
     assert list(said["workers_too_small"]) == ["b"]
     assert said["workers_too_small"]["b"]["memory_limit_needed"] == int(4 * GIB / 0.8)
     own = {"distkv-kv-memory": GIB}
-    said = room_on({"a": worker(8 * GIB, GIB), "b": worker(4 * GIB, **own)}, report, config)
-    assert said["longest_context"] == 1024  # a has no room for 4 GiB beside what it holds, b for its own
+    said = room_on({"a": worker(8 * GIB, 2 * GIB), "b": worker(4 * GIB, **own)}, report, config)
+    assert said["longest_context"] == 1024  # a has no room for 3 GiB beside what it holds, b for its own
     only = {"distkv-memory": 1}
     assert room_on({"a": worker(4 * GIB, **only)}, report, config)["longest_context"] == 0
     said = room_on({"a": worker(8 * GIB), "b": worker(4 * GIB, **only)}, report, config)
-    assert said["longest_context"] == (4 + 2) * 1024
+    assert said["longest_context"] == (3 + 2) * 1024
     said = room_on({"a": worker(0)}, report, replace(config, kv_memory=3 * GIB))
     assert said["longest_context"] == 3 * 1024
     assert room_on({"a": worker(8 * GIB)}, replace(report, window=500), config)["longest_context"] == 500
+
+
+def test_the_memory_limit_of_workers_that_share_weights_is_said() -> None:
+    said = json.loads(call(model_dir("llama-gqa"), "--json", "--workers", 3).output)
+    beside = said["memory_limit"] - said["weight_bytes"]
+    assert 3 * beside + said["weight_bytes"] == pytest.approx(MEMORY_LIMIT, rel=1e-6)
+    assert "memory limit of each worker here" in call(model_dir("llama-gqa"), "--workers", 3).output
 
 
 def test_a_running_cluster_is_asked_for_its_memory() -> None:

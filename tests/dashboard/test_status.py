@@ -48,6 +48,7 @@ KEYS = [
     "workers.*.channels",
     "workers.*.device",
     "workers.*.kernels",
+    "workers.*.weights",
     "workers.*.window_seconds",
     "workers.*.performance",
     "workers.*.performance.step",
@@ -109,7 +110,8 @@ def keys(value: Any, *path: str) -> Iterator[str]:
 def opened(worker: str) -> Opened:
     measured = Measurement() if worker == "w0" else None
     endpoint, sizes = Endpoint(worker, "h", 1), (9, 1024, 0, 0, 64)
-    return Opened(worker, endpoint, "instance", "unix", "cpu", *sizes, GEOMETRY, "weights", measured, "torch")
+    said = measured, "torch", "mapped"
+    return Opened(worker, endpoint, "instance", "unix", "cpu", *sizes, GEOMETRY, "weights", *said)
 
 
 @pytest.fixture

@@ -63,3 +63,19 @@ async def test_two_engines_with_one_model_answer_as_one(client: Client, schedule
             assert [list((await done).token_ids) for done in running] == expected
         done = await one.submit(prompts[1], wanted)
         assert list(done.token_ids) == expected[1]
+
+
+@engine_test(workers=1)
+async def test_the_model_is_freed_when_its_last_engine_closes(
+    client: Client, scheduler: Scheduler, worker: Worker
+) -> None:
+    gc.collect()
+    gc.disable()  # Python may not look for cycles for minutes
+    try:
+        async with Engine(client, str(model_dir("llama-gqa")), **SMALL) as engine:
+            used = ref(worker.plugins["distkv"].engines[engine.id].model)
+            await engine.submit(prompt_ids(20), SamplingParams(max_new_tokens=4))
+            assert used() is not None
+        assert used() is None
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, DeviceError, UnsupportedModelError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.models.source import resolve_model
+from distkv_dask.worker import weight_memory
 from distkv_dask.worker.device import HOST
 from distkv_dask.worker.model.loaded import load_model
 from distkv_dask.worker.weight_memory import check_weights_fit
@@ -42,6 +44,17 @@ def large(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A machine with a lot of memory; a test can give it another."""
+
+    def give(free: int) -> None:
+        monkeypatch.setattr(weight_memory, "free_memory", lambda: free)
+
+    give(1 << 40)
+    return give
+
+
 def worker(left: int, **resources: int) -> Any:
     """A worker with so many bytes left."""
     limit = int((psutil.Process().memory_info().rss + left) / 0.8)
@@ -64,6 +77,7 @@ def test_weights_that_do_not_fit_are_refused_with_both_numbers(large: Path) -> N
     left, least = (int(one) for one in re.search(r"but (\d+) bytes.*at least (\d+)", str(caught.value)).groups())
     assert left == pytest.approx(5 * GIB, rel=0.1)
     assert 0.8 * least >= 7 * GIB
+    assert "share weights" in str(caught.value)
     check_weights_fit(spec(large), worker(8 * GIB), HOST)
 
 
@@ -75,6 +89,27 @@ def test_kv_memory_that_does_not_fit_beside_the_weights_is_refused_with_what_doe
     check_weights_fit(spec(large, kv_memory=most - GIB // 4), worker(8 * GIB), HOST)
     with pytest.raises(CapacityError, match=f"kv_memory of {4 * GIB} bytes"):
         check_weights_fit(spec(large), worker(8 * GIB, **{KV_MEMORY_RESOURCE: 4 * GIB}), HOST)
+
+
+def test_a_machine_that_is_too_small_is_told_so_whatever_dask_allows(
+    large: Path, machine: Callable[[int], None]
+) -> None:
+    machine(int(6.5 * GIB))
+    with pytest.raises(
+        CapacityError, match=rf"machine.*need {6 * GIB} bytes.*share.*{GIB}, but {int(6.5 * GIB)} bytes"
+    ):
+        check_weights_fit(spec(large), worker(8 * GIB), HOST)
+    unlimited = worker(0)
+    unlimited.memory_manager.memory_limit = None
+    with pytest.raises(CapacityError, match=r"machine"):
+        check_weights_fit(spec(large), unlimited, HOST)
+    machine(8 * GIB)
+    check_weights_fit(spec(large), unlimited, HOST)
+
+
+def test_by_default_kv_gets_half_of_what_weights_leave(large: Path) -> None:
+    """Half of the limit itself would not fit beside weights of more than 0.3 of it."""
+    check_weights_fit(spec(large, kv_memory=None), worker(9 * GIB), HOST)
 
 
 def test_another_dtype_needs_another_amount(large: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from distkv_dask.client.commands.connect import MODEL, check_cluster, check_model, local_cluster
+from distkv_dask.client.commands.connect import MODEL, check_cluster, check_model, local_cluster, weights_of
 from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.client.commands.options import model_options, size_options, was_given
 from distkv_dask.client.engine import Engine
@@ -56,16 +56,18 @@ def command(
     """  # noqa: D301
     if not load and (given := [name for name in MODEL if was_given(name)]):
         raise click.UsageError(f"--{given[0].replace('_', '-')} applies to the model that --load loads: add --load")
+    weights = None
     with clear_failures():
         check_cluster(None)
         _check_free(host, port)
         if load:
-            check_model(resolve_model(model["model"], model["rope_scaling"]), texts=False)
+            check_model(source := resolve_model(model["model"], model["rope_scaling"]), texts=False)
+            weights = weights_of(source, model["dtype"])
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
     settings = {"host": host, "scheduler_port": port, "dashboard_address": f":{dashboard_port}"}
-    with local_cluster(workers, threads, memory_limit, **settings) as cluster:
+    with local_cluster(workers, threads, memory_limit, weights, **settings) as cluster:
         click.echo(cluster.scheduler_address)
         click.echo(f"{len(cluster.workers)} workers, dashboard {cluster.dashboard_link}")
         if not load:

@@ -21,6 +21,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, ModelError
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported
+from distkv_dask.models.weight_sizes import shared_limit
 
 SIZES = ("workers", "threads", "memory_limit")
 MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
@@ -28,10 +29,22 @@ MODEL = ("model", "dtype", "kv_memory", "rope_scaling")
 
 
 @contextmanager
-def local_cluster(workers: int | None, threads: int | None, memory_limit: str | None, **settings: Any) -> Iterator[Any]:
-    """A Dask cluster of this machine, sized as Dask does where nothing else is said; on cards, one worker for each."""
-    from distributed import LocalCluster
+def local_cluster(
+    workers: int | None,
+    threads: int | None,
+    memory_limit: str | int | None,
+    weights: int | None = None,
+    **settings: Any,
+) -> Iterator[Any]:
+    """A Dask cluster of this machine, sized as Dask does where nothing else is said; on cards, one worker for each.
 
+    ``weights`` are bytes that a number of workers share.
+    """
+    from distributed import LocalCluster
+    from distributed.system import MEMORY_LIMIT
+
+    if workers is not None and memory_limit is None and weights is not None:
+        memory_limit = shared_limit(weights, workers, MEMORY_LIMIT)
     sizes = {"n_workers": workers, "threads_per_worker": threads, "memory_limit": memory_limit}
     try:
         kind = _kind_of_cluster()
@@ -123,9 +136,12 @@ class Chosen:
     @contextmanager
     def _client(self, texts: bool) -> Iterator[Any]:
         with clear_failures():
+            weights = None
             if self.source is not None:
                 check_model(self.source, texts)
-            with client_of(self.scheduler, **self.sizes) as client:
+                if self.scheduler is None:
+                    weights = weights_of(self.source, self.model["dtype"])
+            with client_of(self.scheduler, **self.sizes, weights=weights) as client:
                 if self.attached is None:
                     note(f"Loading {self.model['model']} on every worker ...")
                 yield client
@@ -188,6 +204,11 @@ def check_model(source: ModelSource, texts: bool) -> None:
         raise ModelError(
             f"model {source.name!r} has no tokenizer, so it cannot read texts: choose a folder that has tokenizer files"
         )
+
+
+def weights_of(source: ModelSource, dtype: str) -> int | None:
+    """Bytes of a model's weights, which workers on this machine will share; None where its files are not here yet."""
+    return source.weight_bytes(source.config(), dtype)
 
 
 def _check_address(scheduler: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from dask.utils import format_bytes
+from distributed.system import MEMORY_LIMIT
 
 from distkv_dask.client.commands.engines import LIMIT, running_cluster
 from distkv_dask.client.commands.failures import FAILED, clear_failures
@@ -16,6 +17,7 @@ from distkv_dask.client.commands.options import loading_options
 from distkv_dask.config import Config
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, MEMORY_RESOURCE, PAUSE_FRACTION
 from distkv_dask.models.model_report import ModelReport, report_on
+from distkv_dask.models.weight_sizes import kv_beside, shared_limit
 
 
 @click.group("models")
@@ -32,6 +34,11 @@ def command() -> None:
     envvar="DASK_SCHEDULER_ADDRESS",
     help="Dask scheduler of a running cluster, to learn how long sequences may be there.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Say the memory limit with which so many workers, which share the weights, use all memory of this machine.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
     model: str,
@@ -39,6 +46,7 @@ def check(
     rope_scaling: dict[str, Any] | None,
     kv_memory: str | None,
     scheduler: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Say whether MODEL is served and why not, and what memory it needs; exit status 1 where it is not.
@@ -51,6 +59,8 @@ def check(
     said: dict[str, Any] = {"served": report.reason is None} | asdict(report)
     if scheduler is not None and report.reason is None:
         said |= room_on(_workers(scheduler), report, config)
+    if workers is not None and report.weight_bytes is not None:
+        said["memory_limit"] = shared_limit(report.weight_bytes, workers, MEMORY_LIMIT)
     click.echo(json.dumps(said, indent=1) if as_json else "\n".join(_lines(said)))
     if report.reason is not None:
         click.get_current_context().exit(FAILED)
@@ -73,8 +83,10 @@ def room_on(workers: Mapping[str, Mapping[str, Any]], report: ModelReport, confi
     for address, worker in workers.items():
         limit, resources = int(worker["memory_limit"] or 0), worker.get("resources", {})
         holds_only = MEMORY_RESOURCE in resources
-        kv = int(resources.get(KV_MEMORY_RESOURCE, limit // 2 if config.kv_memory is None else config.kv_memory))
-        needed = kv + (0 if holds_only else report.weight_bytes or 0) + int(worker["metrics"].get("memory", 0))
+        weights = 0 if holds_only else report.weight_bytes or 0
+        default = kv_beside(weights, limit) if config.kv_memory is None else config.kv_memory
+        kv = int(resources.get(KV_MEMORY_RESOURCE, default))
+        needed = kv + weights + int(worker["metrics"].get("memory", 0))
         if limit and needed > PAUSE_FRACTION * limit:
             too_small[address] = {"memory_limit": limit, "memory_limit_needed": int(needed / PAUSE_FRACTION)}
             continue
@@ -100,13 +112,15 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
         return [f"{said['model']}{kind} is not served: {said['reason']}"]
     weights = "unknown until they are downloaded"
     if said["weight_bytes"] is not None:
-        weights = format_bytes(said["weight_bytes"])
+        weights = f"{format_bytes(said['weight_bytes'])}, once for all workers of a machine"
     lines = [
         f"{said['model']}{kind} is served",
-        f"weights: {weights} on each worker",
+        f"weights: {weights}",
         f"KV cache: {format_bytes(said['kv_bytes_per_token'])} a token",
         f"longest sequence of the model: {said['window']:,} tokens",
     ]
+    if "memory_limit" in said:
+        lines.append(f"memory limit of each worker here: {format_bytes(said['memory_limit'])} (--memory-limit)")
     if "workers" in said:
         lines.append(
             f"longest sequence on this cluster of {said['workers']} workers: {said['longest_context']:,} tokens"

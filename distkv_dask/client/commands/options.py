@@ -73,7 +73,8 @@ def size_options(command: Command) -> Command:
             "--memory-limit",
             metavar="BYTES",
             callback=_memory_limit,
-            help="Memory limit of each worker, such as '8 GiB'.",
+            help="Memory limit of each worker, such as '8 GiB'. With --workers, by default its part of the machine's "
+            "memory, and the weights, which they share.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
         click.option(
@@ -116,7 +117,8 @@ def loading_options(command: Command) -> Command:
             "--kv-memory",
             metavar="BYTES",
             callback=_kv_memory,
-            help="Memory of each worker's KV cache, such as '4 GiB'; by default half of its memory limit.",
+            help="Memory of each worker's KV cache, such as '4 GiB'; by default half of what the weights leave of its "
+            "memory limit.",
         ),
         click.option(
             "--rope-scaling",

@@ -64,6 +64,7 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
         channels=opened.channels if opened else "",
         device=opened.device if opened else "",
         kernels=opened.kernels if opened else "",
+        weights=opened.weights if opened else "",
         window_seconds=life.chains[worker].seconds,
         performance=WorkerPerformance(
             **asdict(life.policy.model.of(worker)),

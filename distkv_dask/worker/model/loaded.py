@@ -10,31 +10,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from distkv_dask.errors import DeviceError, ModelError, UnsupportedModelError, in_words
+from distkv_dask.errors import ModelError, UnsupportedModelError
 from distkv_dask.geometry import Geometry
-from distkv_dask.models.complete import check_complete
-from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.model_class import model_class
-from distkv_dask.models.source import ModelSource, resolve_model
+from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported, max_positions
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
-from distkv_dask.worker.model.hook import IMPLEMENTATION, AttentionStep, attending_with
+from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.probe import probe
+from distkv_dask.worker.model.read_weights import Weights, read_weights
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
-from distkv_dask.worker.model.text_part import drop_other_parts
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
 
@@ -57,8 +54,8 @@ class LoadedModel:
         Tokens that end a sequence.
     tokenizer
         Loads its tokenizer, or None where it has none; called for answers of a JSON schema only.
-    device
-        Where the weights are.
+    weights
+        Where its weights are.
     """
 
     def __init__(
@@ -66,10 +63,11 @@ class LoadedModel:
         model: Any,
         geometry: Geometry,
         eos_token_ids: frozenset[int],
-        tokenizer: Callable[[], Any | None] = lambda: None,
-        device: Device = HOST,
+        tokenizer: Callable[[], Any | None],
+        weights: Weights,
     ) -> None:
-        self.device = device
+        self.device = weights.device
+        self.weights = weights
         self._model = model
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
@@ -104,6 +102,11 @@ class LoadedModel:
     def parameters(self) -> int:
         """Number of weights."""
         return int(self._model.num_parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(weight.nbytes for weight in self._model.parameters())
 
     def past(self, states: Sequence[State]) -> Past:
         """What the recurrent layers of a forward go on from: a state of each sequence, or none of a new one."""
@@ -193,10 +196,10 @@ def load_model(
         check_supported(config := source.config())
         load = model_class(config, source.name).from_pretrained
         source.check_weights(config)
-        model = _read_weights(load, source, config, dtype, device)
+        model, weights = read_weights(load, source, config, dtype, device)
         pin_long_rope(model, max_positions(config))
         geometry = probe(model, latents=not deterministic)
-    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, device)
+    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
     if deterministic:
         if geometry.state_bytes:
             raise UnsupportedModelError(
@@ -207,35 +210,6 @@ def load_model(
         check_rows_alike(loaded.forward, geometry, device.torch)
     device.finish()  # lanes have streams of their own
     return loaded
-
-
-def _read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> Any:
-    if source.kind == "gguf" and dtype == "auto":
-        dtype = "bfloat16"
-    location = str(converted_weights(Path(source.location), dtype)) if source.kind == "gguf" else source.location
-    try:
-        model, found = load(
-            location,
-            config=config,
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **({} if device.is_host else {"device_map": {"": device.torch}}),
-        )
-    except torch.OutOfMemoryError as error:
-        free, total = device.memory()
-        raise DeviceError(
-            f"the weights of model {source.name!r} do not fit {device.name}, which has {total} bytes of memory, "
-            f"{free} of them free: choose a smaller model or dtype, or a larger card. {in_words(error)}"
-        ) from error
-    except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
-        raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
-    check_complete(found, config.get_text_config(), source.name)
-    drop_other_parts(model)
-    return model.eval().requires_grad_(False)
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distkv_dask.cache_folder import cache_folder
 from distkv_dask.geometry import Measurement
 from distkv_dask.worker.timing.disturbance import MOST, disturbance, is_quiet
 
@@ -57,7 +58,7 @@ def cache_file(key: dict[str, object]) -> Path:
 
 def cache_home() -> Path:
     """Where measurements are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / "performance"
+    return cache_folder("performance")
 
 
 def hardware(device: str) -> dict[str, object]:

@@ -1,0 +1,11 @@
+"""Where the user's processes keep what later runs on a machine need again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder(part: str) -> Path:
+    """A folder below ``$XDG_CACHE_HOME/distkv-dask`` (``~/.cache/distkv-dask``), which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv-dask" / part

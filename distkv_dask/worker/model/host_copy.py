@@ -1,0 +1,172 @@
+"""Weights that cannot be mapped from their checkpoint, once on a machine: a file of them in the form they are used in.
+
+Weights in a checkpoint's own dtype and form are mapped, so processes of one machine share their pages. Where they are
+converted to another dtype, or joined (experts), each process would have a copy of its own. So the first process writes
+its copy to the user's cache directory, and all of them map this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from distkv_dask.cache_folder import cache_folder
+from distkv_dask.errors import ModelError, in_words
+from distkv_dask.worker.model.fingerprint import fingerprint
+from distkv_dask.worker.model.mapped import FileMaps
+
+logger = logging.getLogger("distributed.distkv.opening")
+
+LEAST = 16 << 20
+"""Bytes of weights of its own from which a process shares them: less is not worth a file."""
+
+FREE = 0.1
+"""Part of a disk that stays free: older files go, and where that is not enough, nothing is shared."""
+
+WAIT = 600.0
+"""Seconds to wait for another process that writes the file."""
+
+_FORM = 1
+"""Counted up when the same model would be written in another form."""
+
+Read = Callable[[Mapping[str, Tensor] | None], Any]
+"""Loads a transformers model: from its checkpoint, or from tensors under the names of its weights."""
+
+
+def loaded_once(read: Read, name: str, key: object) -> tuple[Any, str]:
+    """Load a model so that processes of this machine share its weights.
+
+    Parameters
+    ----------
+    read
+        Loads it.
+    name
+        What messages call it.
+    key
+        All that its weights depend on, with a ``repr`` that is the same in all processes.
+
+    Returns
+    -------
+    model, where
+        The model, and where its weights are, in words.
+
+    Raises
+    ------
+    ModelError
+        Another process has been loading it for :data:`WAIT` seconds.
+    """
+    file = (
+        cache_folder("weights")
+        / f"{hashlib.sha256(repr((_FORM, _transformers(), key)).encode()).hexdigest()[:24]}.safetensors"
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock", timeout=WAIT):
+            return _first_or_mapped(read, file)
+    except Timeout as error:
+        raise ModelError(
+            f"another process of this machine has been loading model {name!r} for {WAIT:.0f} s, and still holds "
+            f"{file}.lock: end it, or choose another XDG_CACHE_HOME"
+        ) from error
+    except OSError as error:
+        return _alone(read(None), f"{file.parent} cannot be written ({in_words(error)}): set XDG_CACHE_HOME")
+
+
+def own_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights that are not mapped from files, and so in memory once for each process.
+
+    Where the operating system does not say (outside Linux), 0.
+    """
+    maps = FileMaps()
+    return sum(weight.nbytes for weight in model.parameters() if maps.of(weight) is None) if maps.are_known else 0
+
+
+def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
+    """With the lock: map the file, or write it first if it is needed."""
+    from safetensors.torch import load_file
+
+    if file.exists():
+        os.utime(file)  # the files that were used last stay longest
+        return read(load_file(file)), _mapped(file)
+    model = read(None)
+    if own_bytes(model) < LEAST:
+        return model, "mapped from the checkpoint"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return _alone(model, "they are quantised")
+    form = _form(model)
+    tensors = {name: tensor for name, tensor in _persistent(model)}
+    if not _make_room(file.parent, need := sum(tensor.nbytes for tensor in tensors.values())):
+        return _alone(model, f"{need} bytes for all processes do not fit the disk of {file.parent}")
+    _write(tensors, file)
+    del model, tensors  # or the weights would be in memory twice
+    model = read(load_file(file))
+    if _form(model) == form:
+        return model, _mapped(file)
+    file.unlink()  # transformers converts weights of these names again
+    return _alone(read(None), "transformers does not read them back as they are")
+
+
+def _mapped(file: Path) -> str:
+    return f"mapped from {file}"
+
+
+def _alone(model: Any, reason: str) -> tuple[Any, str]:
+    where = f"of this process alone: {reason}"
+    logger.warning("weights of a model are %s", where)
+    return model, where
+
+
+def _form(model: Any) -> tuple[object, ...]:
+    """What tells a model from one that was not read back as it was written."""
+    return fingerprint(model), *((name, weight.dtype, weight.shape) for name, weight in model.named_parameters())
+
+
+def _persistent(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers that belong to a checkpoint, tied ones under one name only."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach().contiguous()
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    scratch = file.with_suffix(".new")
+    try:
+        save_file(tensors, scratch)
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())  # or a power failure could leave a whole file of zeros
+        os.replace(scratch, file)
+    finally:
+        with suppress(FileNotFoundError):
+            scratch.unlink()
+
+
+def _make_room(folder: Path, need: int) -> bool:
+    """Remove the files that were used longest ago, until there is room; processes that map one keep it."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
+    while (disk := shutil.disk_usage(folder)).free - need < FREE * disk.total:
+        if not files:
+            return False
+        victim = files.pop(0)
+        with suppress(Timeout, FileNotFoundError), FileLock(f"{victim}.lock", timeout=0):
+            victim.unlink()
+    return True
+
+
+def _transformers() -> str:
+    from transformers import __version__
+
+    return __version__

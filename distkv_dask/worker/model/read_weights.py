@@ -1,0 +1,103 @@
+"""A model's weights, read through transformers from its files, or from tensors that are in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distkv_dask.errors import DeviceError, ModelError, in_words
+from distkv_dask.models.complete import check_complete
+from distkv_dask.models.gguf_cache import converted_weights
+from distkv_dask.models.source import ModelSource
+from distkv_dask.worker.device import Device
+from distkv_dask.worker.model.hook import IMPLEMENTATION
+from distkv_dask.worker.model.host_copy import loaded_once
+from distkv_dask.worker.model.text_part import drop_other_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where the weights of a model are.
+
+    Parameters
+    ----------
+    device
+        In whose memory.
+    where
+        Whether other processes share that memory, in words.
+    """
+
+    device: Device
+    where: str
+
+
+def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> tuple[Any, Weights]:
+    """Read a model with its weights.
+
+    Parameters
+    ----------
+    load
+        ``from_pretrained`` of its class.
+    source, config
+        Where it is, and its configuration.
+    dtype, device
+        As :func:`~distkv_dask.worker.model.loaded.load_model` takes them.
+
+    Returns
+    -------
+    model, weights
+        The model, and where its weights are.
+
+    Raises
+    ------
+    DeviceError, ModelError
+        They do not fit the device, or cannot be read.
+    """
+    if source.kind == "gguf" and dtype == "auto":
+        dtype = "bfloat16"
+    read = partial(_read, load, source, config, dtype, device)
+    if device.is_host:
+        model, where = loaded_once(read, source.name, (source.stamp(), dtype))
+    else:
+        model, where = read(None), f"on {device.name}"
+    drop_other_parts(model)
+    return model.eval().requires_grad_(False), Weights(device, where)
+
+
+def _read(
+    load: Any, source: ModelSource, config: Any, dtype: str, device: Device, tensors: Mapping[str, Tensor] | None
+) -> Any:
+    """Read the weights from the model's files, or take the given ones."""
+    location: str | None = None
+    if tensors is None:
+        is_gguf = source.kind == "gguf"
+        location = str(converted_weights(Path(source.location), dtype)) if is_gguf else source.location
+    try:
+        model, found = load(
+            location,
+            state_dict=tensors,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **({} if device.is_host else {"device_map": {"": device.torch}}),
+        )
+    except torch.OutOfMemoryError as error:
+        free, total = device.memory()
+        raise DeviceError(
+            f"the weights of model {source.name!r} do not fit {device.name}, which has {total} bytes of memory, "
+            f"{free} of them free: choose a smaller model or dtype, or a larger card. {in_words(error)}"
+        ) from error
+    except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
+        raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
+    check_complete(found, config.get_text_config(), source.name)
+    return model

@@ -1,0 +1,70 @@
+"""How much memory a model's weights take in one process, and in two: a program, run with a folder and dtypes.
+
+It prints a JSON object with ``[bytes in one, bytes in both, bytes of own copies]`` for each dtype. Both processes fork
+from this one, which has imported all that takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from distkv_dask.worker.model.host_copy import own_bytes
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
+
+
+def pss(weights: list[torch.Tensor]) -> int:
+    """Bytes of the memory that holds weights, shared pages counted in part, as the kernel says."""
+    found, holds = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, stop = (int(one, 16) for one in head.groups())
+            holds = any(start <= weight.data_ptr() < stop for weight in weights)
+        elif holds and line.startswith("Pss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+def serve(pipe: Connection) -> None:
+    """Load a model when told, and measure."""
+    models: list[LoadedModel] = []
+    while command := pipe.recv():
+        match command:
+            case ["load", folder, dtype]:
+                models = [load_model(folder, dtype, 1)]
+                with torch.inference_mode():
+                    for weight in models[0]._model.parameters():
+                        weight.view(torch.uint8).sum()  # maps its pages
+        model = models[0]._model
+        pipe.send((pss(list(model.parameters())), own_bytes(model)))
+
+
+def main(folder: str, dtypes: list[str]) -> None:
+    """Measure each dtype."""
+    fork = multiprocessing.get_context("fork")
+    pipes = []
+    for _ in range(2):
+        here, there = fork.Pipe()
+        fork.Process(target=serve, args=[there], daemon=True).start()
+        pipes.append(here)
+
+    def ask(at: int, *command: str) -> tuple[int, int]:
+        pipes[at].send(command)
+        return pipes[at].recv()
+
+    said = {}
+    for dtype in dtypes:
+        alone, _ = ask(0, "load", folder, dtype)
+        _, own = ask(1, "load", folder, dtype)
+        said[dtype] = alone, ask(0, "measure")[0] + ask(1, "measure")[0], own
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
