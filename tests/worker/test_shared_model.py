@@ -79,3 +79,16 @@ async def test_the_model_is_freed_when_its_last_engine_closes(
         assert used() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_weights_are_freed_with_their_model(deterministic: bool) -> None:
+    model: Any = load(model_dir("llama-gqa"), deterministic=deterministic)
+    used = [ref(weight) for weight in model._model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(weight() is not None for weight in used)
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ threads, so they are found by trying, and everything is computed in such numbers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def compute_rows_alike(model: torch.nn.Module) -> None:
             key = module.in_features, module.out_features, module.bias is None
             if key not in linears:
                 linears[key] = linear_sizes(module)
-            module.forward = TiledLinear(module.forward, linears[key])  # type: ignore[assignment]
+            plain = partial(functional.linear, weight=module.weight, bias=module.bias)  # without a cycle to the module
+            module.forward = TiledLinear(plain, linears[key])  # type: ignore[assignment]
         elif type(module).__module__ in _ACTIVATIONS:
             module.forward = TiledActivation(module.forward)
         elif not isinstance(module, torch.nn.Embedding):
