@@ -109,7 +109,7 @@ def test_a_machine_that_is_too_small_is_told_so_whatever_dask_allows(
 
 def test_by_default_kv_gets_half_of_what_weights_leave(large: Path) -> None:
     """Half of the limit itself would not fit beside weights of more than 0.3 of it."""
-    check_weights_fit(spec(large, kv_memory=None), worker(9 * GIB), HOST)
+    check_weights_fit(spec(large, kv_memory=None), worker(10 * GIB), HOST)
 
 
 def test_another_dtype_needs_another_amount(large: Path) -> None:
