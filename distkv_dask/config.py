@@ -78,7 +78,7 @@ class Config:
     prefix_cache
         Whether blocks of requests that ended stay, until their room is needed, for requests that begin alike.
     deterministic
-        Whether an answer has the same bits beside any number of other requests.
+        Whether an answer has the same bits with any number of other requests in the batch.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance

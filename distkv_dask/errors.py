@@ -149,7 +149,7 @@ def in_words(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         text = str(error)
-    except Exception:  # of somebody else's class
+    except Exception:  # a class from outside this package
         text = ""
     text = text or ("no answer in time" if isinstance(error, TimeoutError) else "it gives no reason")
     return text.encode("utf-8", "backslashreplace").decode()

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from distributed import Client
 
 from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.library import Library
+from distkv_dask.client.handle import Handle
 from distkv_dask.client.notebook import engine_html
 from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.generate import several, submit_all, wait_for_all
 from distkv_dask.client.session.generation import Generation, TextPieces
 from distkv_dask.client.session.owned_engine import OwnedEngine
 from distkv_dask.client.session.session import Session
-from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
-from distkv_dask.errors import EngineClosedError
-from distkv_dask.models.source import ModelSource
 from distkv_dask.sampling import Prompt, SamplingParams
 
 
-class Engine(Processing):
+class Engine(Handle, Processing):
     """A model served by all workers of a Dask cluster, whose KV caches form one pool.
 
     Parameters
@@ -110,72 +108,6 @@ class Engine(Processing):
     def _start(self, session: Session) -> None:
         self._session = session
         self._library = Library(session)
-
-    # What it is
-
-    @property
-    def client(self) -> Client:
-        """The Dask client."""
-        return self._session.client
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, once the engine is open."""
-        return self._session.tokenizer
-
-    @property
-    def id(self) -> str:
-        """The engine's id in the cluster, for :meth:`attach`, ``distkv status`` and the dashboard."""
-        return self._session.id
-
-    @property
-    def config(self) -> Config:
-        """The engine's settings."""
-        return self._session.config
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of weights and KV cache, as requested."""
-        return self._session.dtype
-
-    @property
-    def model(self) -> ModelSource:
-        """Where the model comes from."""
-        return self._session.model
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an engine cannot be sent to a task: send its id, and use Engine.attach(id) there")
-
-    # Opening and closing
-
-    async def _opened(self) -> Self:
-        await self._session.open()
-        return self
-
-    def close(self) -> Any:
-        """End all requests (their futures are cancelled) and free everything on the cluster; returns when done.
-
-        An attached handle only ends its own requests and documents.
-        """
-        return self._session.close()
-
-    def __enter__(self) -> Self:
-        if not self._session.was_opened:
-            raise EngineClosedError("the engine is not open: with an asynchronous client, use `async with`")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __await__(self) -> Generator[Any, None, Self]:
-        """Open the engine, or attach to it (asynchronous clients)."""
-        return self._opened().__await__()
-
-    async def __aenter__(self) -> Self:
-        return await self._opened()
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._session.end()
 
     # Requests
 
@@ -300,11 +232,6 @@ class Engine(Processing):
 
     # Status
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What the workers reported at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
-        return self._session.facts
-
     def status(self) -> Any:
         """Where everything is: workers, sequences, debts, totals.
 
@@ -341,16 +268,5 @@ class Engine(Processing):
         tokens = len(self.tokenizer.encode(prompt)) + (sampling or SamplingParams()).max_new_tokens - 1
         return self.client.sync(self._session.graph, tokens, chosen)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it can be asked."""
-        return self._session.is_open
-
     def _repr_html_(self) -> str:
         return engine_html(self._session, self._library.documents)
-
-    def __repr__(self) -> str:
-        session = self._session
-        if session.state == "attaching":
-            return "<Engine attaching>"
-        return f"<Engine {self.id} {self.model.name!r} {session.state}, {len(session.conversation)} requests>"

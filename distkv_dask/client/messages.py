@@ -78,7 +78,7 @@ def _part(part: Any, where: str) -> str:
         raise InvalidRequestError(f"{where} has a 'text' of type {type(text).__name__}: give a text")
     for key, value in part.items():
         if key not in _PART_KEYS and not _is_nothing(value):
-            raise InvalidRequestError(f"{where} has {key!r:.100} beside its text: only text is answered")
+            raise InvalidRequestError(f"{where} has {key!r:.100} in addition to its text: only text is supported")
     return text
 
 

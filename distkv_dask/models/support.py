@@ -1,9 +1,9 @@
 """Which models DistAttention computes exactly: a check of the configuration, made before any weight is read.
 
 DistAttention is causal softmax attention over earlier tokens: in each layer over all of them, over a sliding window, or
-over chunks, with soft caps and sinks. Recurrent layers beside attention compute with states, at a sequence's home. A
-configuration that asks for anything else is refused here by name. What a configuration does not tell is found by
-running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`, :mod:`distkv_dask.worker.model.probe`).
+over chunks, with soft caps and sinks. Recurrent layers of models with attention compute with states, at a sequence's
+home. A configuration that asks for anything else is refused here by name. What a configuration does not tell is found
+by running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`, :mod:`distkv_dask.worker.model.probe`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SERVED = frozenset(
 _REFUSED_WHEN_SET: Mapping[str, str] = {
     "alibi": "ALiBi position biases",
     "index_topk": "attention to the best keys only (DSA)",
-    "is_encoder_decoder": "an encoder beside the decoder",
+    "is_encoder_decoder": "an encoder in addition to the decoder",
     "state_size": "state-space layers",
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""

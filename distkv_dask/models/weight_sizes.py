@@ -24,7 +24,7 @@ _CONVERTED = frozenset(("F64", "F32", "BF16", "F16"))
 _DTYPES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 COUNTED = "weights.json"
-"""File beside a converted GGUF file's configuration: how many numbers its weights are, by safetensors' names."""
+"""File next to a converted GGUF file's configuration: how many numbers each dtype of its weights has."""
 
 
 def stored_numbers(files: Iterable[Path]) -> Counter[str]:

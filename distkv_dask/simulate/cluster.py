@@ -31,7 +31,7 @@ from distkv_dask.simulate.workers import Asked, Workers
 TICK = 1.0
 """Seconds between two ticks of the state machine at first."""
 TICKS = 50
-"""With time they become rarer: so many in the time that has passed."""
+"""Later, the pause between two ticks is the time that has passed, divided by this."""
 IDLE = 10_000
 """Ticks in which nothing else happens, until that is a fault: waiting for other workers is over long before."""
 

@@ -129,7 +129,7 @@ class Memory:
     def _reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
         table = self.pools[worker].setdefault(sequence, {})
         for block in self.blocks(start, stop):
-            table.setdefault(block, ())  # a sequence that is mended keeps what it has
+            table.setdefault(block, ())  # a repaired sequence keeps what it has
         assert sum(map(len, self.pools[worker].values())) <= self.life.ledger.workers[worker].capacity
 
     # Work

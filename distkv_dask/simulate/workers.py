@@ -20,7 +20,7 @@ from distkv_dask.scheduler import commands as do
 from distkv_dask.simulate.memory import Memory
 
 ANSWERS = 1000
-"""The first token of a sequence's answer is so many times its number, each further one is one more."""
+"""The first token of a sequence's answer is this times its number; each further one is one more."""
 SEQUENCES = 2_000_000
 """Sequences whose answers differ; their tokens fit 32 bits."""
 

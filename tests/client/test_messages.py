@@ -34,7 +34,7 @@ def test_text_parts_are_the_text_that_they_make_together() -> None:
     [
         (user([text("look"), IMAGE]), r"part 1 of chat message 0 is of type 'image_url'"),
         (user([{"type": "input_audio", "input_audio": {}}]), "'input_audio'"),
-        (user([text("x", image_url={"url": "u"})]), "'image_url' beside its text"),
+        (user([text("x", image_url={"url": "u"})]), "'image_url' in addition to its text"),
         (user([text(["x"])]), "'text' of type list"),
         (user([text("x", 7)]), "type 7"),
         (user([{"text": "x"}]), "type None"),

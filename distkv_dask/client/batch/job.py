@@ -130,7 +130,7 @@ class Job:
 
 
 def parameters_of(spec: BatchSpec, model: ModelSource, dtype: str) -> dict[str, Any]:
-    """All that the answers of a batch depend on, beside the source's columns."""
+    """Everything that the answers of a batch depend on, apart from the source's columns."""
     return {"model": model.name, "rope_scaling": model.rope_scaling, "dtype": dtype, **spec.parameters()}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
@@ -18,9 +18,6 @@ from distkv_dask.client.batch.target import target_of
 from distkv_dask.client.session.session import Session
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 
 class Processing:

@@ -38,7 +38,7 @@ LOST = (WorkerLostError, GangAbortedError, ChannelError)
 """Errors that tell of the cluster and not of the row: the request is tried again."""
 
 RETRIES = 2
-"""Times that a request is tried again beside others. Then it is tried once alone: it may be what kills workers."""
+"""Retries of a request together with others. Then it is tried once alone, because it may be what kills workers."""
 
 TICK = 1.0
 """Seconds after which a caller hears that nothing has finished."""

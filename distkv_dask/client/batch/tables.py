@@ -22,7 +22,7 @@ from distkv_dask.client.batch.rows import Content, Row, fingerprint
 from distkv_dask.errors import InvalidRequestError, SourceError
 
 CHUNK = 64
-"""Rows that are in memory at once, beside those in flight."""
+"""Rows that are in memory at once, in addition to those in flight."""
 
 MOST_COLUMNS = 10_000
 """Columns of records, at most: keys that differ from record to record are no columns."""

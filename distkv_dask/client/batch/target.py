@@ -54,7 +54,7 @@ def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
         read = Path(source).resolve()
         for one in (target.path, target.folder):
             if read == one.resolve() or (read.is_dir() and read in one.resolve().parents):
-                raise OutputError(f"{one} is, or lies in, the source {source}: choose an output beside it")
+                raise OutputError(f"{one} is the source {source} or inside it: choose an output outside the source")
     if lines is not None and lines.exists() and not (target.folder / MANIFEST).exists():
         raise OutputError(f"{lines} already exists, and was not written by a known batch: choose another output")
     return target

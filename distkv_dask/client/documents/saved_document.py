@@ -1,4 +1,4 @@
-"""What is saved of a document beside its blocks: which model they are of, its tokens, and how it is asked.
+"""What is saved of a document with its blocks: the model they belong to, its tokens, and how it is asked.
 
 A saved document may come from anybody. It is data: every field has a type and a range, there are no others, and none of
 them names anything but files of its own folder.

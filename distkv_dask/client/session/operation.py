@@ -1,4 +1,4 @@
-"""What an engine asks of the cluster beside answers: a document to be computed, saved or loaded."""
+"""Requests to the cluster other than completions: a document to be computed, saved or loaded."""
 
 from __future__ import annotations
 

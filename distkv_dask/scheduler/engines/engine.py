@@ -223,7 +223,7 @@ class EngineState:
         return [number for number in self.life.requests if number // HANDLE_NUMBERS == handle]
 
     def handles_of(self, client: str) -> list[int]:
-        """Handles that a Dask client has, beside the owner's own one."""
+        """Handles that a Dask client has, in addition to the owner's own one."""
         return [handle for handle, outbox in self.handles.items() if handle and outbox.client == client]
 
     def deliver(self, delivery: Delivery) -> None:

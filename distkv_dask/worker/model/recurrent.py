@@ -95,7 +95,7 @@ class Past(DynamicCache):
 
 
 def has_recurrent_layers(config: Any) -> bool:
-    """Whether a model keeps a state beside its keys and values, by its configuration."""
+    """Whether a model keeps a state in addition to its keys and values, by its configuration."""
     return any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in _cache_kinds(config))
 
 
