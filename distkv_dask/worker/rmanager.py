@@ -26,6 +26,7 @@ from distkv_dask.messages import to_worker as do
 from distkv_dask.messages.from_worker import Closed, FromWorker, Lost, OpenFailed
 from distkv_dask.messages.names import (
     FROM_WORKER,
+    MEMORY_RESOURCE,
     PLUGIN,
     TAKE_TRACE,
     TO_WORKER,
@@ -69,6 +70,8 @@ class RManager(WorkerPlugin):
         worker.handlers.update(self._peers.handlers)
         worker.handlers[TAKE_TRACE] = self.take_trace
         worker.loop.add_callback(self._send)
+        if MEMORY_RESOURCE not in worker.state.total_resources:
+            worker.loop.run_in_executor(None, _import_ahead)
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
@@ -324,3 +327,9 @@ class RManager(WorkerPlugin):
         """In a thread: close the lanes of a worker without engines, and be like any other of Dask's workers again."""
         lanes.close()
         give_back_freed_memory()
+
+
+def _import_ahead() -> None:
+    """In a thread: import what opening an engine will need, while its client still looks at the model."""
+    from distkv_dask.worker import startup  # noqa: F401
+    from distkv_dask.worker.model import shared  # noqa: F401

@@ -57,6 +57,7 @@ def build_engine(
     CapacityError, ConfigError
         KV memory is too small for a block or does not fit the worker.
     """
+    keep_freed_memory()
     model, device = None, _device(spec, worker)
     if geometry is None:
         # takes seconds and memory, which memory workers do not spend
@@ -85,7 +86,6 @@ def build_engine(
     for windows, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in pool.layer_kinds}:
         make_ready(pool.keys(0), pool.values(0), geometry.heads, windows=windows, soft_cap=soft_cap)
     kernels = choose_kernels(pool, spec.config)
-    keep_freed_memory()
     runtime = Runtime(spec, model, pool, lanes)
     timings = _timings(runtime, geometry, model, kernels.name)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"

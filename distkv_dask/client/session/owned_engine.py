@@ -54,8 +54,10 @@ class OwnedEngine:
         if self.spec.config.trace:
             fetch = partial(conversation.ask, ClientCall.TRACE)
             self._trace = TraceFetcher(TraceFile(self.spec.config.trace, engine), fetch)
-        await loop.run_in_executor(None, lambda: check_supported(self.model.config()))
-        await _install(client)
+        checking = loop.run_in_executor(None, lambda: check_supported(self.model.config()))
+        checking.add_done_callback(_retrieved)
+        await _install(client)  # meanwhile: this process and the workers import for seconds
+        await checking
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id, version=VERSION)
@@ -63,7 +65,7 @@ class OwnedEngine:
                 raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
             tokenizer = Tokenizer(await loading, facts["vocab_size"])
         except BaseException:  # interrupted ones too: no worker may be left with a model that nobody uses
-            loading.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
+            loading.add_done_callback(_retrieved)
             await asyncio.shield(self._close(conversation))
             raise
         conversation.listen_to(engine)
@@ -80,6 +82,11 @@ class OwnedEngine:
     async def _close(self, conversation: Conversation) -> None:
         with contextlib.suppress(EngineClosedError, ClusterError):
             await conversation.call(ClientCall.CLOSE, engine=self.spec.engine)
+
+
+def _retrieved(done: asyncio.Future[Any]) -> None:
+    """Whatever comes of it, asyncio need not complain that nobody looked."""
+    _ = done.cancelled() or done.exception()
 
 
 def dask_span(*tags: str) -> DaskSpan:
