@@ -25,8 +25,8 @@ struct Factors {
   bool capped;
   float inner, outer;
 
-  Factors(const Args& a, float k_scale)
-      : capped(a.soft_cap > 0),
+  Factors(const Args& a, bool may_cap, float k_scale)
+      : capped(may_cap && a.soft_cap > 0),
         inner(capped ? (float)(a.scale / a.soft_cap) * k_scale : 1),
         outer(capped ? (float)a.soft_cap * kLog2E : (float)a.scale * kLog2E * k_scale) {}
 

@@ -124,7 +124,14 @@ struct Stream {
     return rows * (width(a) * 8 + 8) + per_head * kChunk * 8 + 256;
   }
 
+  // Most calls have neither a soft cap nor first keys: what those cost stays out of their loop.
   static void run(const Args& a, const Item& it, char* scratch) {
+    a.soft_cap > 0 || it.first_keys ? walk<false>(a, it, scratch) : walk<true>(a, it, scratch);
+  }
+
+ private:
+  template <bool Plain>
+  static void walk(const Args& a, const Item& it, char* scratch) {
     const int64_t group = a.heads / a.kv_heads, rows = it.queries * group, wide = width(a);
     float* acc = (float*)scratch;
     float* s = acc + it.heads * rows * wide;
@@ -153,12 +160,11 @@ struct Stream {
         ahead.next(a, it);
       }
       const int64_t base = (now.head - it.head) * rows;
-      chunk(a, it, now, k, v, q + base * wide, acc + base * wide, top + base, sum + base, s, p);
+      chunk<Plain>(a, it, now, k, v, q + base * wide, acc + base * wide, top + base, sum + base, s, p);
     }
     finish(a, it, acc, top, sum);
   }
 
- private:
   static void pack(const Args& a, const Item& it, typename M::Query* q) {
     const int64_t group = a.heads / a.kv_heads, wide = width(a);
     for (int64_t h = 0; h < it.heads; ++h)
@@ -169,6 +175,7 @@ struct Stream {
         }
   }
 
+  template <bool Plain>
   static void chunk(const Args& a, const Item& it, const Cursor& at, Ahead& ahead_k, Ahead& ahead_v,
                     const typename M::Query* q, float* acc, float* top, float* sum, float* s, typename M::Weight* p) {
     const Kv *k = at.key<Kv>(a), *v = at.value<Kv>(a);
@@ -184,11 +191,11 @@ struct Stream {
       case 1: M::template scores<1, D>(q + r * wide, wide, k, n, d, s + r * kChunk, ahead_k); break;
     }
     const float value_scale = a.v_scales ? a.v_scales[at.block * a.kv_heads + at.head] : 1;
-    const Factors factors(a, a.k_scales ? a.k_scales[at.block * a.kv_heads + at.head] : 1);
+    const Factors factors(a, !Plain, a.k_scales ? a.k_scales[at.block * a.kv_heads + at.head] : 1);
     for (r = 0; r < rows; ++r) {
-      factors.cap(s + r * kChunk, n);
+      if (!Plain) factors.cap(s + r * kChunk, n);
       const int query = r / group;
-      const Range seen = {it.first_keys ? clamp(it.first_keys[query] - at.token, n) : 0,
+      const Range seen = {!Plain && it.first_keys ? clamp(it.first_keys[query] - at.token, n) : 0,
                           clamp(it.limit + query - at.token + 1, n)};
       soften<M>(s + r * kChunk, p + r * kChunk, seen, n, factors.outer, value_scale, acc + r * wide, wide, top[r],
                 sum[r]);

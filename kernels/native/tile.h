@@ -204,7 +204,7 @@ struct Tile {
     const int first = skipped(r, token, n), count = padded(r, token, n) - first;
     if (count <= 0) return;
     float* scores = s + place(r) + first;
-    const Factors factors(a, 1);  // keys were scaled when they were packed
+    const Factors factors(a, true, 1);  // keys were scaled when they were packed
     factors.cap(scores, count);
     const int last = visible(r, token, n) - first;
     const Range seen = {clamp(from[r] - token, n) - first, last < 0 ? 0 : last};
