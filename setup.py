@@ -27,19 +27,23 @@ FLAGS = [
     "-Wno-uninitialized",
 ]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_FLAGS = {
+X86 = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_model_avx512.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+ARM = {"isa_neon.cpp": [], "isa_neon_bf16.cpp": ["-march=armv8.2-a+bf16"]}
+ISA_FLAGS = X86 | ARM
+SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), {})
 # Sources that need a new compiler, each after those that it cannot do without, and what tells choose.cpp that they are
 # there.
 OPTIONAL = {
     "isa_avx512_bf16.cpp": "DISTKV_HAS_AVX512_BF16",
     "isa_amx_model_avx512.cpp": "DISTKV_HAS_AVX512_BF16",
     "isa_amx_bf16.cpp": "DISTKV_HAS_AMX_BF16",
+    "isa_neon_bf16.cpp": "DISTKV_HAS_NEON_BF16",
 }
 PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"]
 WIRE = Path("distkv_dask/worker/native")
@@ -68,8 +72,8 @@ class BuildCore(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
 
 
-names = (list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else []) + PORTABLE
-core = Extension("distkv_dask.kernels._core", [str(SOURCES / name) for name in names], optional=True, language="c++")
+sources = [str(SOURCES / name) for name in (*SETS, *PORTABLE)]
+core = Extension("distkv_dask.kernels._core", sources, optional=True, language="c++")
 core.depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
 wire = Extension(
     "distkv_dask.worker.native._wire",

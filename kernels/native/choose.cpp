@@ -6,6 +6,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -38,6 +39,12 @@ const Kernels* const kAll[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx512, &kAvx2,
+#endif
+#if defined(DISTKV_HAS_NEON_BF16)
+    &kNeonBf16,
+#endif
+#if defined(__aarch64__)
+    &kNeon,
 #endif
     &kPortable,
 // in software, for who names them: portable kernels come before and serve everywhere
@@ -84,6 +91,13 @@ bool supported(const Kernels* kernels) {
   static const bool tiles = avx512_bf16 && ask_for_tiles();
   if (kernels == &kAmxBf16) return tiles;
 #endif
+#endif
+#if defined(__aarch64__)
+#if defined(DISTKV_HAS_NEON_BF16) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  if (kernels == &kNeonBf16) return getauxval(AT_HWCAP2) & kBf16;
+#endif
+  if (kernels == &kNeon) return true;
 #endif
   return kernels == &kPortable || kernels == &kAmxModel;
 }

@@ -68,6 +68,8 @@ struct Kernels {
 extern const Kernels kPortable, kAmxModel;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kAmxModelAvx512;
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonBf16;
 #endif
 
 // The kernels of an instruction set, by name (empty: the first that runs here); null: none of that name runs here.

@@ -1,4 +1,4 @@
-// Vector operations on 4 floats in the compiler's own vector extension: any processor, Arm's NEON among them.
+// Vector operations on 4 floats in the compiler's own vector extension: any processor.
 #pragma once
 #include <string.h>
 
