@@ -29,8 +29,8 @@ test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tc
 test-all: $(VENV)/.installed-test  ## Run those over UCX, too, which takes another 250 MB (CHANNEL=ucx: engines use it)
 	$(PYTEST)
 
-nightly: $(VENV)/.installed  ## Try the state machine, ledger and policies with 20 times as many random cases, and compile all GPU kernels (takes minutes)
-	EXAMPLES=20 $(PYTEST) tests/scheduler tests/kernels/test_triton_compile.py
+nightly: $(VENV)/.installed  ## Try the state machine, ledger, policies and control tokens with 20 times as many random cases, and compile all GPU kernels (takes minutes)
+	EXAMPLES=20 $(PYTEST) tests/scheduler tests/kernels/test_triton_compile.py tests/client/test_control_tokens.py
 
 # The copy of the package in build/sanitize goes before the one in .venv. Python itself is not built for AddressSanitizer, which
 # therefore comes first by LD_PRELOAD, with the C++ library whose exceptions it watches. Python frees little when it ends: leaks

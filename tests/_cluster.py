@@ -8,15 +8,29 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import dask.config
 import pytest
-from distributed import Client, Scheduler, Worker
+from distributed import Client, LocalCluster, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-__all__ = ["ON_CARD", "PROTOCOL", "SLOW", "about_the_host", "assert_clean", "engine_test", "gen_cluster"]
+from distkv_dask import Engine, SequenceStatus
+
+__all__ = [
+    "ON_CARD",
+    "PROTOCOL",
+    "SLOW",
+    "about_the_host",
+    "assert_clean",
+    "client_of_all",
+    "decoding",
+    "engine_test",
+    "gen_cluster",
+]
 
 
 ON_CARD = os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu"
@@ -86,3 +100,22 @@ def _left(scheduler: Scheduler, workers: Sequence[Worker]) -> list[object]:
             plugin = worker.plugins["distkv"]
             left += [*plugin.engines, *([plugin.lanes] if plugin.lanes is not None else [])]
     return left + [thread for thread in threading.enumerate() if thread.name.startswith("distkv-")]
+
+
+@contextmanager
+def client_of_all(cluster: LocalCluster) -> Iterator[Client]:
+    """A client, once all worker processes of a cluster are there, whatever the test before has done to them."""
+    with Client(cluster) as client:
+        client.wait_for_workers(len(cluster.worker_spec), timeout=60)
+        yield client
+
+
+def decoding(engine: Engine, seconds: float = 60 * (1 + 4 * SLOW)) -> Mapping[int, SequenceStatus]:
+    """Wait until every sequence of an engine is decoding, and return them."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        sequences = engine.status().sequences
+        if sequences and all(one.generated_tokens > 1 for one in sequences.values()):
+            return sequences
+        time.sleep(0.05)
+    raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")

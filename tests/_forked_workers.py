@@ -1,14 +1,16 @@
-"""Clusters whose workers fork from one process that has imported all that a worker needs.
+"""Clusters and commands that fork from one process that has imported all that a worker needs.
 
-Importing torch and transformers takes each worker seconds of a core otherwise. As a program, run scripts one after the
-other in such a process, and write what each prints to a file of its name.
+Importing torch and transformers takes each of them five seconds of a core otherwise. As a program, run scripts one
+after the other in such a process, and write what each prints to a file of its name.
 """
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -27,6 +29,46 @@ def fork_workers() -> None:
             "transformers.models.llama.modeling_llama",
         ]
     )
+
+
+class Forked:
+    """``python -m MODULE ARGUMENTS`` without its output, with the methods of :class:`subprocess.Popen` that tests use.
+
+    Parameters
+    ----------
+    module, arguments
+        What it runs.
+    environment
+        Variables that are set there.
+    """
+
+    def __init__(self, module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+        command = [module, *map(str, arguments)]
+        self._process = get_mp_context().Process(target=_run, args=(command, {**os.environ, **(environment or {})}))
+        self._process.start()
+        self.pid = self._process.pid
+        self.kill = self._process.kill
+        self.terminate = self._process.terminate
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int | None:
+        """The same, once it has ended or this time has passed."""
+        self._process.join(seconds)
+        return self.poll()
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    dask.config.refresh()
+    fork_workers()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    sys.argv = command
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def main(folder: Path, scripts: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,3 +20,18 @@ def freeze(process: int, seconds: float = 60.0) -> None:
 
 def _stopped(thread: Path) -> bool:
     return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
+
+
+def tracebacks(printed: str) -> list[str]:
+    r"""The last lines of tracebacks in what processes printed, without one of Dask's.
+
+    A worker whose heartbeat is due while it closes logs that its connections are closed (Dask 2026.7.1).
+
+    Examples
+    --------
+    >>> said = "Traceback (most recent call last):\n  File ...\n    {}\n{}\n"
+    >>> tracebacks(said.format("call()", "RuntimeError: ConnectionPool is closed") + said.format("f()", "KeyError: 3"))
+    ['KeyError: 3']
+    """
+    found = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)*(.*)", printed, re.MULTILINE)
+    return [error for error in found if error != "RuntimeError: ConnectionPool is closed"]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests._processes import tracebacks
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
 OF_README = "02_three_workers.py"
@@ -35,7 +37,7 @@ def run(folder: Path, *command: object) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
+    assert not tracebacks(done.stderr), done.stderr
     return done.stdout
 
 

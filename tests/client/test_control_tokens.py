@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from _examples import examples
 from _tokenizers import CONTROL, KINDS, TEMPLATES, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -64,8 +65,8 @@ def innocent(text: str) -> bool:
     return not any(mark.casefold() in plain for mark in MARKS if mark)
 
 
-unhurried = settings(deadline=None)
-"""The first example of a kind makes its tokenizers."""
+unhurried = settings(deadline=None, max_examples=examples(25))
+"""The first example of a kind makes its tokenizers; many kinds are tried with many templates."""
 
 
 def asks(content: str, **more: str) -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -20,6 +18,7 @@ from distributed import Client
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams
 from distkv_dask.client.session import reach
+from tests._forked_workers import Forked
 from tests._models import text_model_dir
 from tests._processes import freeze
 
@@ -32,13 +31,12 @@ SECONDS = 10.0
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def cluster(folder: Path) -> Iterator[tuple[str, Forked]]:
     """A scheduler and a worker, each a process: the scheduler's file and process."""
     where = str(folder / "scheduler.json")
     local = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", where]
     commands = [["scheduler", "--port", "0", *local], ["worker", "--nthreads", "1", "--no-nanny", *local]]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [subprocess.Popen([sys.executable, "-m", "dask", *command], **quiet) for command in commands]
+    processes = [Forked("dask", *command) for command in commands]
     try:
         yield where, processes[0]
     finally:
@@ -141,7 +139,7 @@ def test_after_the_clients_end_every_call_ends_too(tmp_path: Path) -> None:
 
 
 def test_asynchronous_calls_end_at_once_too(tmp_path: Path) -> None:
-    async def run(where: str, scheduler: subprocess.Popen[bytes]) -> None:
+    async def run(where: str, scheduler: Forked) -> None:
         async with Client(scheduler_file=where, timeout=60, asynchronous=True) as client:
             await client.wait_for_workers(1, timeout=60)
             engine = await Engine(client, str(text_model_dir()), **TINY)
@@ -192,12 +190,12 @@ def test_a_scheduler_that_was_restarted_is_another_one(tmp_path: Path) -> None:
         running = engine.submit("Who?", LONG)
         port = client.scheduler.address.rpartition(":")[2]
         scheduler.kill()
-        again = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--no-dashboard", "--port", port]
-        with subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                assert_refused(running.result, words=["lost", "restarted"])
-                assert_refused(engine.status, words=["lost", "restarted"])
-                assert in_time(engine.close) is None
-                client.close(1)
-            finally:
-                process.kill()
+        process = Forked("dask", "scheduler", "--host", "127.0.0.1", "--no-dashboard", "--port", port)
+        try:
+            assert_refused(running.result, words=["lost", "restarted"])
+            assert_refused(engine.status, words=["lost", "restarted"])
+            assert in_time(engine.close) is None
+            client.close(1)
+        finally:
+            process.kill()
+            process.wait(30)

@@ -16,6 +16,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from distkv_dask import Engine, SamplingParams
+from tests._forked_workers import fork_workers
 from tests._models import model_dir, prompt_ids, reference_generate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -85,4 +86,5 @@ def main(model: str, out: str, protocol: str, channels: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    fork_workers()
     main(*sys.argv[1:4], sys.argv[4:])

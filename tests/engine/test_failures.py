@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
-from distkv_dask import Engine, EngineClosedError, SamplingParams, SequenceStatus
-from tests._cluster import PROTOCOL
+from distkv_dask import Engine, EngineClosedError, SamplingParams
+from tests._cluster import PROTOCOL, client_of_all, decoding
+from tests._forked_workers import Forked
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._processes import freeze
 
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 # Short windows: however fast the machine, a long request is seen decoding before it ends.
 TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
-NEW = 900 if PROTOCOL is None else 240  # processes of a UCX cluster poll: on two cores little is left for decoding
+NEW = 300
 WIDE = prompt_ids(1200 - NEW)
 LONG = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -39,25 +38,12 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def client(cluster: LocalCluster) -> Iterator[Client]:
-    """Client of three workers, whatever the test before has done to them."""
-    with Client(cluster) as client:
-        client.wait_for_workers(3, timeout=60)
+    with client_of_all(cluster) as client:
         yield client
 
 
 def pid(client: Client, worker: str) -> int:
     return client.run(os.getpid, workers=[worker])[worker]
-
-
-def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
-    """Wait until every sequence is decoding, and return them."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        sequences = engine.status().sequences
-        if sequences and all(one.generated_tokens > 1 for one in sequences.values()):
-            return sequences
-        time.sleep(0.05)
-    raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")
 
 
 @pytest.mark.parametrize(("victim", "family"), [("home", "llama-gqa"), ("holder", "llama-gqa"), ("home", "gpt-oss")])
@@ -160,9 +146,7 @@ def test_a_scheduler_that_dies_ends_requests_with_a_clear_error(tmp_path: Path) 
     where = str(tmp_path / "scheduler.json")
     local = ["--host", "127.0.0.1", "--no-dashboard"]
     commands = [["scheduler", "--port", "0", *local], ["worker", "--nthreads", "1", *local]]
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "dask", *command, "--scheduler-file", where]) for command in commands
-    ]
+    processes = [Forked("dask", *command, "--scheduler-file", where) for command in commands]
     try:
         with Client(scheduler_file=where, timeout=60) as client:
             client.wait_for_workers(1, timeout=60)

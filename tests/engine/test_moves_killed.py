@@ -22,8 +22,8 @@ from tests._models import model_dir, prompt_ids, reference_generate
 
 pytestmark = pytest.mark.slow
 
-NEW = 900
-WIDE = prompt_ids(700)  # with the room for its answer 1600 tokens, on two workers of 1365
+NEW = 400
+WIDE = prompt_ids(1200)  # with the room for its answer 1600 tokens, on two workers of 1365
 SHORT = prompt_ids(20, seed=9)
 SLOW: dict[str, Any] = {
     "dtype": "float32",

@@ -199,6 +199,6 @@ def give_everything_back(users: Users) -> None:
             users.stop(number)
 
 
-@pytest.mark.parametrize("seed", range(examples(100)))
+@pytest.mark.parametrize("seed", range(examples(50)))
 def test_once_faults_stop_what_fits_is_answered_and_nothing_waits_for_nobody(seed: int) -> None:
     live_through(seed)

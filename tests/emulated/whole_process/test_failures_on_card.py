@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask.config
@@ -12,7 +12,8 @@ import pytest
 from distributed import Client, LocalCluster, Worker
 from emulated import break_card, run_out
 
-from distkv_dask import Engine, SamplingParams, SequenceStatus
+from distkv_dask import Engine, SamplingParams
+from tests._cluster import client_of_all, decoding
 from tests._models import model_dir, prompt_ids, reference_generate
 
 TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
@@ -36,8 +37,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def client(cluster: LocalCluster) -> Iterator[Client]:
-    with Client(cluster) as client:
-        client.wait_for_workers(3, timeout=60)
+    with client_of_all(cluster) as client:
         yield client
 
 
@@ -48,14 +48,6 @@ def until(found: Callable[[], Any], what: str) -> Any:
             return answer
         time.sleep(0.05)
     raise AssertionError(what)
-
-
-def decoding(engine: Engine) -> Mapping[int, SequenceStatus]:
-    def all_decode() -> Mapping[int, SequenceStatus]:
-        sequences = engine.status().sequences
-        return sequences if all(one.generated_tokens > 1 for one in sequences.values()) else {}
-
-    return until(all_decode, "nothing decodes")
 
 
 @pytest.mark.parametrize("victim", ["home", "holder"])
