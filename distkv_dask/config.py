@@ -71,6 +71,9 @@ class Config:
         worker.
     device
         What workers compute on: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    weights
+        Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk
+        where they do not fit).
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     unencrypted_channels
@@ -118,6 +121,7 @@ class Config:
     threads: int | None = _key("threads")
     granularity: str = _key("granularity")
     device: str = _key("device")
+    weights: str = _key("weights")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")

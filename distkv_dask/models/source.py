@@ -20,7 +20,13 @@ from distkv_dask.models.gguf_cache import converted_text
 from distkv_dask.models.gguf_parts import gguf_parts
 from distkv_dask.models.rope_scaling import checked, scale
 from distkv_dask.models.weight_files import check_weights, weight_files
-from distkv_dask.models.weight_sizes import counted_numbers, memory_of, stored_numbers
+from distkv_dask.models.weight_sizes import (
+    counted_numbers,
+    disk_memory_of,
+    memory_of,
+    numbers_by_layer,
+    stored_numbers,
+)
 
 _HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub when it is asked whether a model exists."""
@@ -130,6 +136,15 @@ class ModelSource:
             if self.kind == "hub":  # they are downloaded when the model is loaded
                 return None
             raise
+
+    def disk_memory(self, config: Any, dtype: str) -> int | None:
+        """Bytes in memory where layers are read from disk; None where they are not here, or converted when loaded."""
+        if self.kind == "gguf":
+            return None
+        try:
+            return disk_memory_of(numbers_by_layer(weight_files(self._config_file().parent)), config, dtype)
+        except ModelError:
+            return None
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """The model's files, each with its size in bytes and when it was changed (nanoseconds)."""

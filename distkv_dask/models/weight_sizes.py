@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,27 +24,60 @@ _CONVERTED = frozenset(("F64", "F32", "BF16", "F16"))
 
 _DTYPES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+_STORED: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
 COUNTED = "weights.json"
 """File next to a converted GGUF file's configuration: how many numbers each dtype of its weights has."""
 
 
 def stored_numbers(files: Iterable[Path]) -> Counter[str]:
     """Numbers in safetensors files, by safetensors' name of their dtype, without parts that a text model leaves out."""
+    return sum(numbers_by_layer(files).values(), Counter())
+
+
+def numbers_by_layer(files: Iterable[Path]) -> dict[str, Counter[str]]:
+    """The same by layer, as the names of tensors tell them; those outside of layers are under ``""``."""
     from safetensors import safe_open
 
-    numbers: Counter[str] = Counter()
+    layers: dict[str, Counter[str]] = {}
     for file in files:
         with safe_open(file, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                 if not beside_the_text_model(name):
-                    tensor = opened.get_slice(name)
+                    tensor, layer = opened.get_slice(name), _LAYER.search(name)
+                    numbers = layers.setdefault(layer[1] if layer else "", Counter())
                     numbers[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    return numbers
+    return layers
 
 
 def counted_numbers(folder: Path) -> Counter[str]:
     """Numbers in a GGUF file whose configuration was converted into ``folder``."""
     return Counter(read_json(folder / COUNTED))
+
+
+def disk_memory_of(layers: Mapping[str, Mapping[str, int]], config: Any, dtype: str) -> int | None:
+    """Bytes in memory where layers are read from disk: of two layers, and of what is outside of them.
+
+    Parameters
+    ----------
+    layers
+        As :func:`numbers_by_layer` counts them.
+    config, dtype
+        As :func:`memory_of` takes them.
+
+    Returns
+    -------
+    int or None
+        None where weights would be converted, so that they cannot be read as they are stored.
+    """
+    target = _STORED.get(_target(config, dtype))
+    if target is not None and any(stored in _CONVERTED - {target} for numbers in layers.values() for stored in numbers):
+        return None
+    sizes = {layer: memory_of(numbers, config, dtype) for layer, numbers in layers.items()}
+    outside = sizes.pop("", 0)
+    return outside + 2 * max(sizes.values(), default=0)
 
 
 def kv_beside(weights: int, limit: int) -> int:
@@ -82,8 +116,13 @@ def memory_of(numbers: Mapping[str, int], config: Any, dtype: str) -> int:
     >>> memory_of({"BF16": 100, "I8": 10}, SimpleNamespace(dtype=None), "float32")
     410
     """
-    target = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
+    target = _target(config, dtype)
     return sum(
         number * (_DTYPES[target] if stored in _CONVERTED and target in _DTYPES else _BYTES.get(stored, 1))
         for stored, number in numbers.items()
     )
+
+
+def _target(config: Any, dtype: str) -> str:
+    """Name of torch's dtype into which weights are converted; another text where they stay as they are."""
+    return str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype

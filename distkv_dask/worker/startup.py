@@ -29,7 +29,7 @@ from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.timing.kernel_choice import choose_kernels
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.timing.measurement_cache import cached_measurement, hardware
-from distkv_dask.worker.weight_memory import check_weights_fit
+from distkv_dask.worker.weight_memory import is_from_disk
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -64,13 +64,13 @@ def build_engine(
         from distkv_dask.worker.model.packed import packing_room
         from distkv_dask.worker.model.shared import shared_model
 
-        fits = partial(check_weights_fit, spec, worker, device)
-        deterministic = spec.config.deterministic
+        config = spec.config
         model = shared_model(
-            spec.model, spec.dtype, lanes.threads, spec.rope_scaling, deterministic, device, before=fits
+            *(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, config.deterministic, device, config.weights),
+            place=partial(is_from_disk, spec, worker, device),
         )
         geometry = model.geometry
-        if device.is_host and not deterministic:
+        if device.is_host and not config.deterministic:
             model.pack(packing_room(worker.memory_manager.memory_limit))
     if geometry.scan_once and spec.config.granularity == "layer":
         raise UnsupportedModelError(
@@ -107,7 +107,7 @@ def build_engine(
         fingerprint="" if model is None else model.fingerprint,
         measured=timings,
         kernels=f"{kernels.name}: {kernels.reason}",
-        weights="" if model is None else model.weights.where,
+        weights="" if model is None else model.where,
     )
     return WorkerEngine(runtime, model, files, facts, report)
 
@@ -155,6 +155,8 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, ke
         "kernels": kernels,
         **hardware(runtime.pool.device.name),
     }
+    if model is not None and model.weights.disk is not None:
+        key["layers"] = "from disk"
     timing = partial(measure, spec.engine, geometry, runtime, lanes, has_model=model is not None)
     return cached_measurement(key, spec.config.performance, timing)
 

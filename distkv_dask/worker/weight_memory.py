@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import TYPE_CHECKING
 
 import psutil
@@ -14,17 +16,19 @@ from distkv_dask.models.support import check_supported
 from distkv_dask.models.weight_sizes import kv_beside
 from distkv_dask.worker.device import Device
 
+if TYPE_CHECKING:
+    from distributed import Worker
+
+logger = logging.getLogger("distributed.distkv.opening")
+
 SHARED = (
     "which may add up to more than the machine has: workers of a machine share weights, but Dask counts them in each "
     "(distkv models check --workers N says the limit of N workers)"
 )
 
-if TYPE_CHECKING:
-    from distributed import Worker
 
-
-def check_weights_fit(spec: EngineSpec, worker: Worker, device: Device) -> None:
-    """Refuse a model whose weights do not fit where they would go, with the KV memory that is asked for.
+def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
+    """Whether a model's layers are to be read from disk; refuses weights that do not fit with the KV memory asked for.
 
     Raises
     ------
@@ -35,32 +39,56 @@ def check_weights_fit(spec: EngineSpec, worker: Worker, device: Device) -> None:
     """
     source = resolve_model(spec.model, spec.rope_scaling)
     check_supported(config := source.config())
-    if (weights := source.weight_bytes(config, spec.dtype)) is None:
-        return
-    need = f"need {weights} bytes (dtype {spec.dtype})"
+    weights, setting = source.weight_bytes(config, spec.dtype), spec.config.weights
     if not device.is_host:
-        free, total = device.memory()
-        if weights > free:
-            raise DeviceError(
-                f"the weights of model {source.name!r} {need}, but {device.name} has {free} of {total} bytes free: "
-                "choose a smaller model or dtype, or a larger card"
-            )
-        return
-    free = free_memory()
-    limit = worker.memory_manager.memory_limit
+        _check_card(device, source.name, weights, spec)
+        return False
+    if weights is None:
+        return setting == "disk"
+    need: int | None = weights
+    from_disk = setting == "disk" or (setting == "auto" and weights >= min(free_memory(), _left(worker)))
+    if from_disk:
+        need = source.disk_memory(config, spec.dtype)
+        if need is None and setting == "auto":
+            need, from_disk = weights, False
+    if need is not None:
+        on_disk = f", layers on disk, of {weights}" if from_disk else ""
+        _check_fit(spec, worker, need, f"model {source.name!r}", f"need {need} bytes (dtype {spec.dtype}{on_disk})")
+    if from_disk:
+        logger.warning(
+            "worker %s reads layers of model %r from disk (distkv.weights: %s): in memory its weights need %d bytes",
+            *(worker.address, source.name, setting, weights),
+        )
+    return from_disk
+
+
+def _check_card(device: Device, name: str, weights: int | None, spec: EngineSpec) -> None:
+    if spec.config.weights == "disk":
+        raise DeviceError(
+            f"distkv.weights is disk, but weights of a worker with a card ({device.name}) are in its memory: set "
+            "distkv.weights to auto, or distkv.device to cpu"
+        )
+    free, total = device.memory()
+    if weights is not None and weights > free:
+        raise DeviceError(
+            f"the weights of model {name!r} need {weights} bytes (dtype {spec.dtype}), but {device.name} has {free} of "
+            f"{total} bytes free: choose a smaller model or dtype, or a larger card"
+        )
+
+
+def _check_fit(spec: EngineSpec, worker: Worker, weights: int, model: str, need: str) -> None:
+    """Refuse weights that do not fit the machine or Dask's limit together with KV memory; ``need`` says it in words."""
+    free, limit = free_memory(), worker.memory_manager.memory_limit
     asked = _asked(spec, worker, weights, limit or free)
     if weights + asked > free:
         raise CapacityError(
-            f"model {source.name!r} does not fit the machine of worker {worker.address}: its weights {need}, which all "
-            f"workers of the machine share, and kv_memory is {asked}, but {free} bytes are available. Lower kv_memory "
+            f"{model} does not fit the machine of worker {worker.address}: its weights {need}, which all workers of "
+            f"the machine share, and kv_memory is {asked}, but {free} bytes are available. Lower kv_memory "
             "(distkv.kv-memory), choose a smaller model or dtype, or a larger machine"
         )
-    if not limit:
+    if not limit or weights + asked <= (left := _left(worker)):
         return
     resident = psutil.Process().memory_info().rss
-    left = int(PAUSE_FRACTION * limit) - resident
-    if weights + asked <= left:
-        return
     there = (
         f"{max(0, left)} bytes are left of its memory limit of {limit}, since Dask pauses it above "
         f"{PAUSE_FRACTION:.0%} and its process holds {resident}"
@@ -68,14 +96,20 @@ def check_weights_fit(spec: EngineSpec, worker: Worker, device: Device) -> None:
     least = int((weights + asked + resident) / PAUSE_FRACTION)
     if weights >= left:
         raise CapacityError(
-            f"model {source.name!r} does not fit worker {worker.address}: its weights {need}, but {there}. Start "
-            f"workers with a memory_limit of at least {least} bytes, {SHARED}, or choose a smaller model or dtype"
+            f"{model} does not fit worker {worker.address}: its weights {need}, but {there}. Start workers with a "
+            f"memory_limit of at least {least} bytes, {SHARED}, or choose a smaller model or dtype"
         )
     raise CapacityError(
-        f"kv_memory of {asked} bytes does not fit worker {worker.address} beside the weights of model {source.name!r}, "
-        f"which {need}: {there}. Lower kv_memory (distkv.kv-memory) to at most {left - weights} bytes, or raise the "
-        f"worker's memory_limit to at least {least}, {SHARED}"
+        f"kv_memory of {asked} bytes does not fit worker {worker.address} beside the weights of {model}, which {need}: "
+        f"{there}. Lower kv_memory (distkv.kv-memory) to at most {left - weights} bytes, raise the worker's "
+        f"memory_limit to at least {least}, {SHARED}, or set distkv.weights to disk"
     )
+
+
+def _left(worker: Worker) -> float:
+    """Bytes until Dask pauses a worker."""
+    limit = worker.memory_manager.memory_limit
+    return int(PAUSE_FRACTION * limit) - psutil.Process().memory_info().rss if limit else math.inf
 
 
 def free_memory() -> int:

@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": "2 MiB", "block_tokens
 
 
 def load(folder: Path, dtype: str = "float32", deterministic: bool = False) -> LoadedModel:
-    return shared_model(str(folder), dtype, 1, None, deterministic, HOST, before=lambda: None)
+    return shared_model(str(folder), dtype, 1, None, deterministic, HOST, "auto", place=lambda: False)
 
 
 def test_a_model_is_loaded_once_and_freed_with_its_last_user(tmp_path: Path) -> None:
@@ -43,12 +43,12 @@ def test_a_model_is_loaded_once_and_freed_with_its_last_user(tmp_path: Path) -> 
 
 
 def test_what_is_refused_before_weights_are_read_is_refused_again(tmp_path: Path) -> None:
-    def refuse() -> None:
+    def refuse() -> bool:
         raise ModelError("too large")
 
     for _ in range(2):
         with pytest.raises(ModelError, match="too large"):
-            shared_model(str(model_dir("llama-mqa")), "float16", 1, None, False, HOST, before=refuse)
+            shared_model(str(model_dir("llama-mqa")), "float16", 1, None, False, HOST, "auto", place=refuse)
 
 
 @engine_test(workers=1)

@@ -28,7 +28,7 @@ from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.probe import probe
-from distkv_dask.worker.model.read_weights import Weights, read_weights
+from distkv_dask.worker.model.read_weights import Weights, on_disk, read_weights
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
 from distkv_dask.worker.model.structured import Follower, Grammars
@@ -77,7 +77,7 @@ class LoadedModel:
 
     def pack(self, room: int) -> None:
         """Compute faster with few rows, by weights in another form, if that takes no more than ``room`` bytes."""
-        if not self.is_packed:
+        if not self.is_packed and self.weights.disk is None:
             self.is_packed = pack_linears(self._model, room) > 0
 
     def is_prepared(self, sampling: SamplingParams) -> bool:
@@ -94,9 +94,15 @@ class LoadedModel:
         return None if sampling.schema is None else self._grammars.follow(str(sampling.schema), generated)
 
     @property
+    def where(self) -> str:
+        """Where its weights are, in words."""
+        packed = "; those of linears also packed, which takes as much memory of this process alone"
+        return self.weights.where + packed * self.is_packed
+
+    @property
     def fingerprint(self) -> str:
         """What tells the model from others."""
-        return fingerprint(self._model)
+        return self.weights.fingerprint
 
     @property
     def parameters(self) -> int:
@@ -105,8 +111,9 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its weights."""
-        return sum(weight.nbytes for weight in self._model.parameters())
+        """Bytes of its weights in memory."""
+        whole: int = sum(weight.nbytes for weight in self._model.parameters())
+        return whole if self.weights.disk is None else whole - self.weights.disk.saved_bytes
 
     def past(self, states: Sequence[State]) -> Past:
         """What the recurrent layers of a forward go on from: a state of each sequence, or none of a new one."""
@@ -161,6 +168,7 @@ def load_model(
     rope_scaling: Mapping[str, Any] | None = None,
     deterministic: bool = False,
     device: Device = HOST,
+    from_disk: bool = False,
 ) -> LoadedModel:
     """Load a model on this machine and check that DistAttention computes it exactly.
 
@@ -178,6 +186,8 @@ def load_model(
         Whether logits must not depend on how many rows are computed at once.
     device
         Where its weights go.
+    from_disk
+        Whether layers are read from disk while others compute.
 
     Raises
     ------
@@ -196,9 +206,14 @@ def load_model(
         check_supported(config := source.config())
         load = model_class(config, source.name).from_pretrained
         source.check_weights(config)
-        model, weights = read_weights(load, source, config, dtype, device)
+        model, where = read_weights(load, source, config, dtype, device)
         pin_long_rope(model, max_positions(config))
+        weights = Weights(device, where, fingerprint(model))
+        if from_disk:
+            weights = on_disk(model, weights)
         geometry = probe(model, latents=not deterministic)
+        if weights.disk is not None:
+            weights.disk.check_taken()
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
     if deterministic:
         if geometry.state_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import ModelSource
 from distkv_dask.worker.device import Device
+from distkv_dask.worker.model.from_disk import DiskLayers
 from distkv_dask.worker.model.hook import IMPLEMENTATION
 from distkv_dask.worker.model.host_copy import loaded_once
 from distkv_dask.worker.model.text_part import drop_other_parts
@@ -30,14 +31,20 @@ class Weights:
     device
         In whose memory.
     where
-        Whether other processes share that memory, in words.
+        Whether other processes share that memory, or that layers are on disk, in words.
+    fingerprint
+        What tells them from others.
+    disk
+        Reads layers from disk.
     """
 
     device: Device
     where: str
+    fingerprint: str
+    disk: DiskLayers | None = None
 
 
-def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> tuple[Any, Weights]:
+def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> tuple[Any, str]:
     """Read a model with its weights.
 
     Parameters
@@ -51,8 +58,8 @@ def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device
 
     Returns
     -------
-    model, weights
-        The model, and where its weights are.
+    model, where
+        The model, and where its weights are, in words.
 
     Raises
     ------
@@ -67,7 +74,19 @@ def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device
     else:
         model, where = read(None), f"on {device.name}"
     drop_other_parts(model)
-    return model.eval().requires_grad_(False), Weights(device, where)
+    return model.eval().requires_grad_(False), where
+
+
+def on_disk(model: Any, weights: Weights) -> Weights:
+    """Have a model, whose weights are mapped from files, read its layers from them from now on; where weights are then.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Its layers are not in one list, or their weights are not used as they are stored.
+    """
+    disk = DiskLayers(model)
+    return replace(weights, where=f"layers from disk, {disk.buffer_bytes} bytes in memory at a time", disk=disk)
 
 
 def _read(

@@ -27,23 +27,26 @@ def shared_model(
     rope_scaling: Mapping[str, Any] | None,
     deterministic: bool,
     device: Device,
-    before: Callable[[], None],
+    weights: str,
+    place: Callable[[], bool],
 ) -> LoadedModel:
     """A model that an open engine of this process has, or a newly loaded one.
 
-    For parameters and errors see :func:`~distkv_dask.worker.model.loaded.load_model`; ``before`` is called before
-    weights are read. A model whose files have changed is another model. On cards nothing is shared: the streams of an
-    engine belong to its own model.
+    For parameters and errors see :func:`~distkv_dask.worker.model.loaded.load_model`; ``place`` is called before
+    weights are read, and says whether layers are to be read from disk; ``weights`` is the setting that it goes by. A
+    model whose files have changed is another model. On cards nothing is shared: the streams of an engine belong to its
+    own model; nor where layers are read from disk, in the buffers of one model.
     """
     load = partial(load_model, name, dtype, threads, rope_scaling, deterministic, device)
     if not device.is_host:
-        before()
-        return load()
-    key = resolve_model(name).stamp(), dtype, json.dumps(rope_scaling, sort_keys=True), deterministic
+        return load(from_disk=place())
+    key = resolve_model(name).stamp(), dtype, json.dumps(rope_scaling, sort_keys=True), deterministic, weights
     with _lock:
         model = _models.get(key)
         if model is None:
-            before()
-            model = _models[key] = load()
+            from_disk = place()
+            model = load(from_disk=from_disk)
+            if not from_disk:
+                _models[key] = model
     torch.set_num_threads(threads)  # of this thread, which will run the model
     return model
