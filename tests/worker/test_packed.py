@@ -44,6 +44,14 @@ def test_weights_and_names_stay_as_they_were() -> None:
     assert made[4].weight is made[0].weight
 
 
+def test_a_linear_that_computes_in_another_way_goes_on_doing_so() -> None:
+    made = model()
+    made[1].forward = skips = made[1].forward
+    pack_linears(made, 1 << 20)
+    assert made[1].forward is skips
+    assert isinstance(made[3].forward, PackedLinear)
+
+
 def test_nothing_is_packed_without_room_or_in_float32() -> None:
     for made, room in ((model(), 100), (model(torch.float32), 1 << 20)):
         assert pack_linears(made, room) == 0

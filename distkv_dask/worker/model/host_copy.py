@@ -36,6 +36,9 @@ FREE = 0.1
 WAIT = 600.0
 """Seconds to wait for another process that writes the file."""
 
+_COLUMNS = "columns:"
+"""Stands before the names of matrices whose columns lie together; they are written transposed."""
+
 _FORM = 1
 """Counted up when the same model would be written in another form."""
 
@@ -93,11 +96,9 @@ def own_bytes(model: torch.nn.Module) -> int:
 
 def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
     """With the lock: map the file, or write it first if it is needed."""
-    from safetensors.torch import load_file
-
     if file.exists():
         os.utime(file)  # the files that were used last stay longest
-        return read(load_file(file)), _mapped(file)
+        return read(_tensors(file)), _mapped(file)
     model = read(None)
     if own_bytes(model) < LEAST:
         return model, "mapped from the checkpoint"
@@ -109,7 +110,7 @@ def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
         return _alone(model, f"{need} bytes for all processes do not fit the disk of {file.parent}")
     _write(tensors, file)
     del model, tensors  # or the weights would be in memory twice
-    model = read(load_file(file))
+    model = read(_tensors(file))
     if _form(model) == form:
         return model, _mapped(file)
     file.unlink()  # transformers converts weights of these names again
@@ -132,12 +133,26 @@ def _form(model: Any) -> tuple[object, ...]:
 
 
 def _persistent(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights and buffers that belong to a checkpoint, tied ones under one name only."""
+    """Weights and buffers that belong to a checkpoint, as they lie in memory; tied ones under one name only."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor.detach().contiguous()
+            plain = tensor.detach()
+            if plain.is_contiguous() or plain.dim() != 2:
+                yield name, plain.contiguous()
+            else:
+                yield _COLUMNS + name, plain.t().contiguous()
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Map a file."""
+    from safetensors.torch import load_file
+
+    return {
+        name.removeprefix(_COLUMNS): tensor.t() if name.startswith(_COLUMNS) else tensor
+        for name, tensor in load_file(file).items()
+    }
 
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:

@@ -28,9 +28,10 @@ from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.probe import probe
-from distkv_dask.worker.model.read_weights import Weights, on_disk, read_weights
+from distkv_dask.worker.model.read_weights import Weights, in_rows, on_disk, read_weights
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
+from distkv_dask.worker.model.sparse_rows import has_sparse_rows
 from distkv_dask.worker.model.structured import Follower, Grammars
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
@@ -206,7 +207,8 @@ def load_model(
         check_supported(config := source.config())
         load = model_class(config, source.name).from_pretrained
         source.check_weights(config)
-        model, where = read_weights(load, source, config, dtype, device)
+        rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic
+        model, where = read_weights(load, source, config, dtype, device, rows)
         pin_long_rope(model, max_positions(config))
         weights = Weights(device, where, fingerprint(model))
         if from_disk:
@@ -214,6 +216,8 @@ def load_model(
         geometry = probe(model, latents=not deterministic)
         if weights.disk is not None:
             weights.disk.check_taken()
+        if rows:
+            weights = in_rows(model, weights)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
     if deterministic:
         if geometry.state_bytes:

@@ -18,7 +18,8 @@ from distkv_dask.models.source import ModelSource
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.model.from_disk import DiskLayers
 from distkv_dask.worker.model.hook import IMPLEMENTATION
-from distkv_dask.worker.model.host_copy import loaded_once
+from distkv_dask.worker.model.host_copy import Read, loaded_once
+from distkv_dask.worker.model.sparse_rows import RowCounts, lay_in_rows, skip_zero_rows
 from distkv_dask.worker.model.text_part import drop_other_parts
 
 
@@ -36,15 +37,20 @@ class Weights:
         What tells them from others.
     disk
         Reads layers from disk.
+    rows
+        Of which rows of zeros are skipped: what was read of them.
     """
 
     device: Device
     where: str
     fingerprint: str
     disk: DiskLayers | None = None
+    rows: RowCounts | None = None
 
 
-def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device: Device) -> tuple[Any, str]:
+def read_weights(
+    load: Any, source: ModelSource, config: Any, dtype: str, device: Device, rows: bool
+) -> tuple[Any, str]:
     """Read a model with its weights.
 
     Parameters
@@ -55,6 +61,8 @@ def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device
         Where it is, and its configuration.
     dtype, device
         As :func:`~distkv_dask.worker.model.loaded.load_model` takes them.
+    rows
+        Whether the weights of down projections are to lie row by row.
 
     Returns
     -------
@@ -70,11 +78,26 @@ def read_weights(load: Any, source: ModelSource, config: Any, dtype: str, device
         dtype = "bfloat16"
     read = partial(_read, load, source, config, dtype, device)
     if device.is_host:
-        model, where = loaded_once(read, source.name, (source.stamp(), dtype))
+        once = partial(_laid, read) if rows else read
+        model, where = loaded_once(once, source.name, (source.stamp(), dtype, rows))
     else:
         model, where = read(None), f"on {device.name}"
     drop_other_parts(model)
     return model.eval().requires_grad_(False), where
+
+
+def _laid(read: Read, tensors: Mapping[str, Tensor] | None) -> Any:
+    model = read(tensors)
+    if tensors is None:
+        lay_in_rows(model)
+    return model
+
+
+def in_rows(model: Any, weights: Weights) -> Weights:
+    """Have a model skip rows of zeros from now on where that pays; where weights are then."""
+    counts = skip_zero_rows(model)
+    said = f"; rows of zeros are skipped in steps of up to {counts.most_tokens} tokens" if counts.most_tokens else ""
+    return replace(weights, where=weights.where + said, rows=counts)
 
 
 def on_disk(model: Any, weights: Weights) -> Weights:
