@@ -1,60 +1,60 @@
-"""What layers from disk cost: prefill by length of a prompt and decoding by batch, beside weights in memory.
+"""What layers from disk cost: a forward over a chunk of a prompt and over a decode step, beside weights in memory.
 
-SmolLM2-135M on one worker. Engines of both kinds take turns in one process tree; figures are medians over the turns.
-The page cache is warm: the file fits memory and was read just before, so this is the cost of copying, not of a disk.
+SmolLM2-135M. Both models are in one process and take turns; figures are medians over the turns. Attention is left out,
+which would take as long with both. The page cache is warm: the file was read just before, so this is the cost of
+copying layers while others compute, not that of a disk.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from _report import parser, report
-from distributed import Client, LocalCluster
 
-from distkv_dask import Engine
-from distkv_dask.client.bench import decodes, prefills
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import resolve_model
+from distkv_dask.worker.model.loaded import LoadedModel, load_model
 
 
-def measure(client: Client, folder: Path, weights: str, options: Any) -> tuple[dict[str, float], str]:
-    """Tokens per second of one turn, by what was measured; where the weights were."""
-    settings = {"dtype": options.dtype, "kv_memory": "512 MiB", "prefix_cache": False, "weights": weights}
-    with Engine(client, str(folder), **settings) as engine:
-        found = {f"prefill {one.prompt_tokens}": one.tokens_per_second for one in prefills(engine, options.prompts)}
-        decoded = decodes(engine, options.batches, options.new)
-        found |= {f"decode {one.batch}": one.tokens_per_second for one in decoded}
-        return found, next(iter(engine.status().workers.values())).weights
+class NoAttention:
+    """Stands for attention."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
+    ) -> torch.Tensor:
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def seconds(model: LoadedModel, tokens: int, keep: int) -> float:
+    """Of a forward over some tokens, of which the last ``keep`` have their logits computed."""
+    began = time.perf_counter()
+    model.forward(torch.arange(tokens), torch.arange(tokens), NoAttention(), torch.arange(tokens - keep, tokens))
+    return time.perf_counter() - began
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the model")
-    arguments.add_argument("--prompts", type=int, nargs="+", default=[512, 1024], help="lengths, in tokens")
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="requests that decode together")
-    arguments.add_argument("--threads", type=int, default=1, help="of the worker")
-    arguments.add_argument("--new", type=int, default=24, help="new tokens of each request")
-    arguments.add_argument("--turns", type=int, default=3, help="of each")
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--turns", type=int, default=9)
     options = arguments.parse_args()
-    folder = converted_weights(Path(resolve_model("smollm2-135m").location), options.dtype)
-    turns: dict[str, list[dict[str, float]]] = {"memory": [], "disk": []}
-    where = {}
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=options.threads, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        for number in range(options.turns):
-            for weights in ("memory", "disk") if number % 2 == 0 else ("disk", "memory"):
-                found, where[weights] = measure(client, folder, weights, options)
-                turns[weights].append(found)
-    figures: dict[str, Any] = {"weights": where}
-    for name in turns["memory"][0]:
-        memory, disk = (statistics.median(turn[name] for turn in turns[way]) for way in ("memory", "disk"))
-        figures[name] = {"memory": memory, "disk": disk, "of_memory": disk / memory}
-    named = {name: getattr(options, name) for name in ("dtype", "prompts", "batches", "threads", "new", "turns")}
-    report(figures, named, options.json)
+    folder = str(converted_weights(Path(resolve_model("smollm2-135m").location), options.dtype))
+    models = {"memory": load_model(folder, options.dtype, options.threads)}
+    models["disk"] = load_model(folder, options.dtype, options.threads, from_disk=True)
+    models["memory"].pack(1 << 40)  # as an engine does where that takes little of a worker's memory
+    figures: dict[str, Any] = {"weights": {name: model.where for name, model in models.items()}}
+    for name, tokens, keep in (("prefill 512", 512, 1), ("decode 64", 64, 64), ("decode 1", 1, 1)):
+        turns: dict[str, list[float]] = {kind: [] for kind in models}
+        for turn in range(options.turns + 1):
+            for kind in sorted(models, reverse=turn % 2 == 0):
+                turns[kind].append(seconds(models[kind], tokens, keep))
+        memory, disk = (statistics.median(turns[kind][1:]) for kind in ("memory", "disk"))
+        figures[name] = {"memory_ms": 1e3 * memory, "disk_ms": 1e3 * disk, "speed_of_memory": memory / disk}
+    report(figures, {name: getattr(options, name) for name in ("dtype", "threads", "turns")}, options.json)
 
 
 if __name__ == "__main__":
