@@ -13,12 +13,16 @@ from distkv_dask.sampling import FinishReason
 class Timings:
     """Seconds a request spent waiting for room, in prefill (to its first token), and in decode.
 
-    If a worker was lost, the interrupted phase lasts until the KV cache is recomputed.
+    If a worker was lost, the interrupted phase lasts until the KV cache is recomputed. ``proposed_tokens`` were tried
+    in decode steps before they were drawn, and ``accepted_tokens`` of them were drawn then: each saved a step
+    (``distkv.speculation``).
     """
 
     queued: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class Config:
         Whether blocks of requests that ended stay, until their room is needed, for requests that begin alike.
     deterministic
         Whether an answer has the same bits with any number of other requests in the batch.
+    speculation
+        How many tokens a decode step tries ahead for each sequence at most: a number, ``"auto"`` or ``"off"``.
     policy
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance
@@ -126,6 +128,7 @@ class Config:
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")
     deterministic: bool = _key("deterministic")
+    speculation: str | int = _key("speculation")
     policy: str = _key("policy")
     performance: str = _key("performance")
     instruction_set: str = _key("instruction-set")
@@ -198,6 +201,8 @@ def _checked(key: str, given: Any, label: str) -> Any:
     """``given`` as the number, word or None that it stands for; ConfigError if the schema does not allow it."""
     schema = _KEYS[key]
     value = _number(given, schema.get("unit"))
+    if value is False and "off" in schema.get("enum", ()):
+        value = "off"  # which YAML reads as false
     finite = not isinstance(value, float) or math.isfinite(value)
     unread = isinstance(value, str) and "unit" in schema
     if unread or not finite or not Draft202012Validator(schema).is_valid(value):

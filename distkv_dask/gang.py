@@ -5,7 +5,10 @@ Units: positions and lengths are tokens, times are seconds, memory is bytes. A w
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from distkv_dask.errors import DistKVError
 from distkv_dask.placement import Endpoint, Placement
@@ -33,8 +36,8 @@ class SequenceState:
     """What a home needs to decode a sequence: committed facts only, so that a window can be retried from it.
 
     ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
-    ``length``. ``history`` holds prompt and generated token ids when the repetition penalty needs them, ``generated``
-    the latter when a schema does, else nothing. What users wrote is left out of its ``repr``, and so of logs.
+    ``length``. ``generated`` holds all tokens of the answer so far, ``prompt`` those before them when the repetition
+    penalty or speculation needs them, else nothing. What users wrote is left out of its ``repr``, and so of logs.
     """
 
     sequence: int
@@ -43,7 +46,7 @@ class SequenceState:
     last_token: int = field(repr=False)
     remaining: int
     sampling: SamplingParams = field(repr=False)
-    history: tuple[int, ...] = field(default=(), repr=False)
+    prompt: array[int] = field(default_factory=partial(array, "i"), repr=False, hash=False)
     generated: tuple[int, ...] = field(default=(), repr=False)
 
 
@@ -101,13 +104,25 @@ class Exchanged:
         )
 
 
+class Speculated(NamedTuple):
+    """Tokens of a sequence that were tried in steps before they were drawn, and how many were drawn then."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+    def more(self, proposed: int, accepted: int) -> Speculated:
+        """With those of another step or window."""
+        return Speculated(self.proposed + proposed, self.accepted + accepted)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowResult:
     """What a window generated: new token ids by sequence, and why those that ended did.
 
     ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
     this one, when the home had sequences to decode all the while. ``errors`` has those of the sequences that ended with
-    ``"error"``: each failed alone, with the tokens that it had before.
+    ``"error"``: each failed alone, with the tokens that it had before. ``speculated`` has those for which tokens were
+    proposed: they may have more tokens than there were steps.
     """
 
     tokens: dict[int, list[int]] = field(repr=False)
@@ -117,3 +132,4 @@ class WindowResult:
     exchanged: Exchanged = Exchanged()
     gap: float = 0.0
     errors: dict[int, DistKVError] = field(default_factory=dict)
+    speculated: dict[int, Speculated] = field(default_factory=dict)

@@ -153,7 +153,11 @@ class Fleet:
 
 def advanced(state: SequenceState, tokens: Sequence[int]) -> SequenceState:
     return replace(
-        state, length=state.length + len(tokens), last_token=tokens[-1], remaining=state.remaining - len(tokens)
+        state,
+        length=state.length + len(tokens),
+        last_token=tokens[-1],
+        remaining=state.remaining - len(tokens),
+        generated=(*state.generated, *tokens),
     )
 
 

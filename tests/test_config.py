@@ -110,6 +110,9 @@ def run(code, environment):
         ("block_tokens", 1, 1),
         ("threads", 2, 2),
         ("granularity", "layer", "layer"),
+        ("speculation", "off", "off"),
+        ("speculation", False, "off"),  # as YAML reads it without quotes
+        ("speculation", 8, 8),
         ("window_seconds", "250 ms", 0.25),
         ("window_seconds", 2, 2.0),
         ("timeout_close", "1 minute", 60.0),
@@ -138,6 +141,8 @@ def test_text_and_numbers_are_read(field, given, expected):
         ("threads", 0, "a whole number of at least 1, or null"),
         ("granularity", "step", "one of window, layer"),
         ("granularity", 1, "one of window, layer"),
+        ("speculation", True, "one of auto, off, 1, 2, 4"),
+        ("speculation", 0, "one of auto, off, 1, 2, 4"),
         ("channel", "pigeon", "one of auto, tcp, unix, ucx"),
         ("channel", 1, "one of auto, tcp, unix, ucx"),
         ("unencrypted_channels", "yes", "true or false"),

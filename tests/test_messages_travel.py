@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from distkv_dask import errors
 from distkv_dask.config import Config
+from distkv_dask.gang import SequenceState
 from distkv_dask.messages import client_calls, from_worker, names, status, to_worker
 from distkv_dask.messages.names import FROM_WORKER, TO_WORKER, pack, unpack
+from distkv_dask.placement import Placement
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.version import VERSION
 from distkv_dask.worker.rmanager import RManager
@@ -61,6 +63,7 @@ st.register_type_strategy(SamplingParams, a_sampling)
 st.register_type_strategy(Exception, st.one_of([an_error(one) for one in ERRORS]))
 
 
+tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(lambda some: array("i", some))
 GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "EngineSpec": {
         "engine": words,
@@ -73,7 +76,7 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "Submission": {
         "number": numbers,
-        "prompt": st.lists(st.integers(0, 2**31 - 1), max_size=5).map(lambda some: array("i", some)),
+        "prompt": tokens,
         "sampling": st.none() | a_sampling,
         "streamed": st.booleans(),
         "document": st.none() | numbers,
@@ -88,6 +91,16 @@ GIVEN["Attached"] = {
     "facts": st.dictionaries(words, numbers | words),
     "handle": numbers,
 }
+a_state = st.builds(
+    SequenceState,
+    numbers,
+    st.from_type(Placement),
+    *[numbers] * 3,
+    a_sampling,
+    tokens,
+    st.lists(numbers, max_size=5).map(tuple),
+)
+st.register_type_strategy(SequenceState, a_state)
 st.register_type_strategy(names.EngineSpec, st.builds(names.EngineSpec, **GIVEN["EngineSpec"]))
 
 

@@ -27,7 +27,7 @@ HOLDERS = (Endpoint("tcp://b", "host", 1),)
 PLACEMENT = (Span("tcp://a", 0, 8),)
 SAVED = Saved("folder", (SavedFile("name", 0, 8, 100, 7),))
 SPILLED = (SpilledFile("name", 0, 8, 100, 0, "tcp://a"),)
-STATE = SequenceState(7, PLACEMENT, 8, SECRET, 5, SamplingParams(stop=("secret",)), (SECRET,), (SECRET,))
+STATE = SequenceState(7, PLACEMENT, 8, SECRET, 5, SamplingParams(stop=("secret",)), array("i", [SECRET]), (SECRET,))
 GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")
 WORKER = "tcp://a"
 

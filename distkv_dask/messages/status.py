@@ -208,10 +208,14 @@ class EngineStatus:
     state_bytes
         State that a sequence's home keeps beside its KV, if the model has recurrent layers; 0 for others. Then a
         sequence stays at its home, and the prefix cache is off: only whole documents are shared.
+    speculation
+        How many tokens decode steps try ahead (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
+        reason where the settings do not say so.
     exchange_seconds
         The scheduler's estimate for one exchange of a decode step with one holder.
     totals
-        Since the engine opened: ``generated_tokens``, ``decode_steps``, ``moved_blocks``, ``finished_stop`` and others.
+        Since the engine opened: ``generated_tokens``, ``decode_steps``, ``accepted_tokens``, ``moved_blocks``,
+        ``finished_stop`` and others.
         A counter may be missing until its event has happened.
     """
 
@@ -222,6 +226,7 @@ class EngineStatus:
     block_tokens: int
     scheduler: SchedulerLoad
     state_bytes: int
+    speculation: str
     exchange_seconds: float
     totals: Mapping[str, float]
 
@@ -235,6 +240,7 @@ class EngineStatus:
             "block_tokens": self.block_tokens,
             "scheduler": asdict(self.scheduler),
             "state_bytes": self.state_bytes,
+            "speculation": self.speculation,
             "exchange_seconds": self.exchange_seconds,
             "totals": dict(self.totals),
         }

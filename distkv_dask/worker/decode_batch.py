@@ -123,6 +123,5 @@ class DecodeBatch:
             length=state.length + len(tokens),
             last_token=tokens[-1],
             remaining=state.remaining - len(tokens),
-            history=(*state.history, *tokens) if state.history else (),
-            generated=(*state.generated, *tokens) if state.generated else (),
+            generated=(*state.generated, *tokens),
         )

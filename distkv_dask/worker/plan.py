@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +13,15 @@ from distkv_dask.worker.channels.bodies import Row
 
 
 class Stored(NamedTuple):
-    """A sequence as a step sees it: where its KV lies, and how many of its tokens are stored."""
+    """A sequence as a step sees it: where its KV lies, how many of its tokens are stored, and how many are new.
+
+    The new ones lie in one span.
+    """
 
     sequence: int
     placement: Placement
     length: int
+    queries: int = 1
 
 
 class Part(NamedTuple):
@@ -41,10 +44,10 @@ class Run(NamedTuple):
 
 
 _Joined = dict[tuple[Row, int], list[tuple[range, int]]]
-"""Rows, each with the tokens and the first position of every sequence that it joins."""
+"""Rows without queries, each with the tokens and the first position of every sequence that it joins."""
 
 
-def cut(batch: Sequence[Stored], queries: int | Sequence[int] = 1, alike: bool = False) -> dict[str, Part]:
+def cut(batch: Sequence[Stored], alike: bool = False) -> dict[str, Part]:
     """Parts of a step by worker; workers with nothing to see are left out.
 
     Sequences that share the same spans of a document are one row there, with the queries of all: a shared-prefix group,
@@ -54,8 +57,6 @@ def cut(batch: Sequence[Stored], queries: int | Sequence[int] = 1, alike: bool =
     ----------
     batch
         Sequences in the order of their tokens in the step.
-    queries
-        New tokens of each sequence, or one number for all; those of a sequence must lie in one span.
     alike
         Whether each token is a row of its own: attention rounds in another way for rows of several.
 
@@ -64,15 +65,13 @@ def cut(batch: Sequence[Stored], queries: int | Sequence[int] = 1, alike: bool =
     PlanError
         A sequence has no room for its new tokens.
     """
-    counts = [queries] * len(batch) if isinstance(queries, int) else queries
     if alike:
-        both = zip(batch, counts, strict=True)
-        batch = [one._replace(length=one.length + at) for one, count in both for at in range(count)]
-        counts = [1] * len(batch)
-    ends = accumulate(counts)
+        batch = [one._replace(length=one.length + at, queries=1) for one in batch for at in range(one.queries)]
     shared: dict[str, _Joined] = {}
     own: dict[str, _Joined] = {}
-    for place, ((sequence, placement, length), count, end) in enumerate(zip(batch, counts, ends, strict=True)):
+    token = 0
+    for place, (sequence, placement, length, queries) in enumerate(batch):
+        tokens, token = range(token, token + queries), token + queries
         tail = tail_of(sequence, placement, length)
         held: dict[tuple[str, int | None], list[Span]] = {}
         for span in placement:
@@ -82,9 +81,9 @@ def cut(batch: Sequence[Stored], queries: int | Sequence[int] = 1, alike: bool =
             stored = sum(span.filled(length) for span in spans)
             ranges = tuple((span.start, span.stop) for span in spans)
             table = sequence if document is None else document
-            row = Row(table, stored, count, spans[-1] is tail, ranges, ())
+            row = Row(table, stored, 0, spans[-1] is tail, ranges, ())
             rows = (own if document is None else shared).setdefault(worker, {})
-            rows.setdefault((row, place * alike), []).append((range(end - count, end), length))
+            rows.setdefault((row, place * alike), []).append((tokens, length))
     return {worker: _part(shared.get(worker, {}), own.get(worker, {})) for worker in {**own, **shared}}
 
 
@@ -127,13 +126,14 @@ def _part(*rows: _Joined) -> Part:
     """Rows with the tokens that they serve, one after the other."""
     both = [(row, joined) for some in rows for (row, _), joined in some.items()]
     tokens = tuple(token for _, joined in both for some, _ in joined for token in some)
-    return Part(
-        tuple(
-            row._replace(queries=row.queries * len(joined), positions=tuple(position for _, position in joined))
-            for row, joined in both
-        ),
-        tokens,
-    )
+    return Part(tuple(_filled(row, joined) for row, joined in both), tokens)
+
+
+def _filled(row: Row, joined: Sequence[tuple[range, int]]) -> Row:
+    """A row with the queries of all that it joins; with each one's position, where some have more than others."""
+    if len({len(some) for some, _ in joined}) > 1:
+        joined = [(range(token, token + 1), first + token - some.start) for some, first in joined for token in some]
+    return row._replace(queries=sum(len(some) for some, _ in joined), positions=tuple(first for _, first in joined))
 
 
 def tail_of(sequence: int, placement: Placement, length: int) -> Span:

@@ -32,6 +32,7 @@ from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, Tr
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
+from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.trace import Tracer, span
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class Runtime:
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
+        speculates = model is not None and not model.geometry.state_bytes and config.speculation != "off"
+        self.speculation = Speculation(config.speculation) if speculates else None
+        """What decode steps try; None where they try nothing."""
         self.states = States()
         """Of recurrent layers, of the sequences that this worker is home of."""
         self.exchanged = Exchanged()
@@ -151,8 +155,8 @@ class Runtime:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
                 if past is not None and not past.is_empty and model.geometry.scan_once:
                     count = 1
-                stored = Stored(chunk.sequence, chunk.placement, position)
-                old, parts = parts, cut([stored], count, self.spec.config.deterministic)
+                stored = Stored(chunk.sequence, chunk.placement, position, count)
+                old, parts = parts, cut([stored], self.spec.config.deterministic)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
                 attention = self._attention(gang, parts, count, step)
                 try:
@@ -191,8 +195,8 @@ class Runtime:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [at for chunk in chunks for at in range(chunk.start, chunk.stop)]
         with self._running(gang) as running, span(self._ring, "chunk", gang.number, len(tokens)):
-            batch = [Stored(chunk.sequence, chunk.placement, chunk.start) for chunk in chunks]
-            parts = cut(batch, counts, self.spec.config.deterministic)
+            batch = [Stored(one.sequence, one.placement, one.start, len(one.tokens)) for one in chunks]
+            parts = cut(batch, self.spec.config.deterministic)
             running.begin(parts)
             attention = self._attention(running, parts, len(tokens), 0)
             inputs = self.pool.device.put(torch.tensor((tokens, positions)))
@@ -226,7 +230,7 @@ class Runtime:
             past = None
             if model.geometry.state_bytes:
                 past = model.past([self.states.begin(one.sequence, one.length) for one in batch])
-            result = decoding.run(window, past)
+            result = decoding.run(window, past, None if self.speculation is None else self.speculation.begin(batch))
             for sequence, length, state in decoding.states():
                 self.states.put(sequence, length, state)
             self.exchanged = result.exchanged

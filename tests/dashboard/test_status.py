@@ -85,6 +85,7 @@ KEYS = [
     "scheduler.task_seconds",
     "scheduler.core_share",
     "state_bytes",
+    "speculation",
     "exchange_seconds",
     "totals",
     "totals.prefilled_tokens",

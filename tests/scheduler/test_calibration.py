@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from distkv_dask.gang import WindowResult
+from distkv_dask.gang import Speculated, WindowResult
 from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.scheduler.costs.calibration import MOST, Calibration
 from distkv_dask.scheduler.costs.model import Curve, Link, PerformanceModel, Shape
@@ -51,6 +51,15 @@ def test_a_worker_that_became_slower_is_known_to_be_after_a_few_seconds_and_othe
     for _ in range(20):
         calibration.observe("w0", window(16 * step, 16, 0))
     assert model.of("w0").decode(1, 1000) == pytest.approx(step, rel=0.02)
+
+
+def test_tokens_that_are_tried_are_rows_and_read_nothing_more(ledger: Ledger) -> None:
+    calibration = Calibration(ledger)
+    calibration.follow(MODEL)
+    place(ledger, 0, (Span("w0", 0, 1008),))
+    step = 0.04 + 4 * 0.002 + 1000 * 1e-5
+    tried = replace(window(8 * step, 8, 0), tokens={0: [1] * 16}, speculated={0: Speculated(24, 8)})
+    assert calibration.expected("w0", tried) == pytest.approx(step)
 
 
 def test_long_windows_count_for_more_than_short_ones(ledger: Ledger) -> None:

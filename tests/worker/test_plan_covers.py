@@ -44,65 +44,78 @@ def sequences(draw: st.DrawFn) -> tuple[Placement, int]:
     return tuple(spans), draw(st.integers(tail.start, tail.stop - 3))
 
 
+def stored(some: list[tuple[Placement, int]], queries: list[int]) -> list[Stored]:
+    """A batch of sequences, each with its own number of new tokens."""
+    return [
+        Stored(number, placement, length, new)
+        for number, ((placement, length), new) in enumerate(zip(some, queries, strict=False))
+    ]
+
+
+new_tokens = st.lists(st.integers(1, 3), min_size=5, max_size=5) | st.integers(1, 3).map(lambda count: [count] * 5)
+
+
 @settings(max_examples=examples(200), deadline=None)
-@given(st.lists(sequences(), min_size=1, max_size=5), st.integers(1, 3), st.booleans())
+@given(st.lists(sequences(), min_size=1, max_size=5), new_tokens, st.booleans())
 def test_every_query_meets_every_token_before_it_once(
-    some: list[tuple[Placement, int]], queries: int, alike: bool
+    some: list[tuple[Placement, int]], queries: list[int], alike: bool
 ) -> None:
-    batch = [Stored(number, placement, length) for number, (placement, length) in enumerate(some)]
-    parts = cut(batch, queries, alike)
+    batch = stored(some, queries)
+    parts = cut(batch, alike)
     met: defaultdict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
     appended: Counter[int] = Counter()
     for part in parts.values():
         tokens = iter(part.tokens)
         for row in part.rows:
-            stored = [at for start, stop in row.spans for at in range(start, stop)]
+            held = [at for start, stop in row.spans for at in range(start, stop)]
             for query in range(row.queries):
                 token = next(tokens)
-                seen = stored[: row.length + (query + 1 if row.appends else 0)]
+                seen = held[: row.length + (query + 1 if row.appends else 0)]
                 met[token].update((row.sequence, at) for at in seen)
                 appended[token] += row.appends
         assert next(tokens, None) is None
-    for number, (placement, length) in enumerate(some):
-        owner = {at: span.document for span in placement for at in range(span.start, span.stop)}
-        for query in range(queries):
-            wanted = {(number if owner[at] is None else owner[at], at) for at in range(length + query + 1)}
-            assert met[number * queries + query] == Counter(wanted)
-            assert appended[number * queries + query] == 1, "its KV is stored in one place"
+    owners = [(one, at) for one in batch for at in range(one.queries)]
+    for token, (one, query) in enumerate(owners):
+        owner = {at: span.document for span in one.placement for at in range(span.start, span.stop)}
+        wanted = {(one.sequence if owner[at] is None else owner[at], at) for at in range(one.length + query + 1)}
+        assert met[token] == Counter(wanted)
+        assert appended[token] == 1, "its KV is stored in one place"
 
 
 kinds = st.builds(LayerKind, st.sampled_from(["sliding", "chunked"]), st.integers(1, 30))
 
 
 @settings(max_examples=examples(200), deadline=None)
-@given(st.lists(sequences(), min_size=1, max_size=5), st.integers(1, 3), st.booleans(), kinds, st.integers(0, 2))
+@given(st.lists(sequences(), min_size=1, max_size=5), new_tokens, st.booleans(), kinds, st.integers(0, 2))
 def test_windows_and_chunks_hide_the_tokens_before_them_wherever_they_lie(
-    some: list[tuple[Placement, int]], queries: int, alike: bool, kind: LayerKind, steps: int
+    some: list[tuple[Placement, int]], queries: list[int], alike: bool, kind: LayerKind, steps: int
 ) -> None:
-    batch = [Stored(number, placement, length) for number, (placement, length) in enumerate(some)]
-    for part in cut(batch, queries, alike).values():
+    batch = stored(some, queries)
+    owners = [(one, at) for one in batch for at in range(one.queries)]
+    steps *= len({one.queries for one in batch}) == 1 or alike  # parts of unlike sequences serve one step
+    for part in cut(batch, alike).values():
         first = FirstKeys(part.rows, [LayerKind(), kind])
         for _ in range(steps):
             first.advance()
         seen = iter(zip(part.tokens, first.tensors[kind].tolist(), strict=True))
-        each = 1 if alike else queries
         for row in part.rows:
-            stored = [at for start, stop in row.spans for at in range(start, stop)]
+            held = [at for start, stop in row.spans for at in range(start, stop)]
             for _ in range(row.queries):
                 token, at = next(seen)
-                position = some[token // queries][1] + token % queries + steps * each
+                one, ahead = owners[token]
+                position = one.length + ahead + steps * (1 if alike else one.queries)
                 begin = position - kind.size + 1 if kind.visible == "sliding" else position - position % kind.size
-                assert stored[at:] == [one for one in stored if one >= begin]
+                assert held[at:] == [one for one in held if one >= begin]
         assert first.tensors.keys() == {kind}
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(st.lists(sequences(), min_size=1, max_size=5), st.integers(1, 3), st.booleans())
+@given(st.lists(sequences(), min_size=1, max_size=5), new_tokens, st.booleans())
 def test_partials_are_merged_once_each_in_the_order_of_what_they_are_about(
-    some: list[tuple[Placement, int]], queries: int, alike: bool
+    some: list[tuple[Placement, int]], queries: list[int], alike: bool
 ) -> None:
-    batch = [Stored(number, placement, length) for number, (placement, length) in enumerate(some)]
-    parts = cut(batch, queries, alike)
+    batch = stored(some, queries)
+    parts = cut(batch, alike)
     runs = merge_order(parts)
     first = {
         worker: [row.spans[0][0] for row in part.rows for _ in range(row.queries)] for worker, part in parts.items()
@@ -125,8 +138,8 @@ def test_alike_a_sequences_rows_do_not_depend_on_who_decodes_beside_it(
 ) -> None:
     batch = [Stored(number, placement, length) for number, (placement, length) in enumerate(some)]
     chosen = data.draw(st.sampled_from(batch))
-    alone = cut([chosen], 1, alike=True)
-    beside = cut(batch, 1, alike=True)
+    alone = cut([chosen], alike=True)
+    beside = cut(batch, alike=True)
     place = batch.index(chosen)
     for worker, part in alone.items():
         tokens = iter(beside[worker].tokens)

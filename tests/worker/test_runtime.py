@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _channels import Way
-from _fakes import GREEDY, NEW, PROMPT, ROOM, Recorder, fleet, generate, loaded, reference, state
+from _fakes import GREEDY, NEW, PROMPT, ROOM, Recorder, advanced, fleet, generate, loaded, reference, state
 from _models import prompt_ids
 
 from distkv_dask import ModelError
@@ -167,11 +168,10 @@ def test_a_window_that_is_run_again_draws_the_same_tokens() -> None:
     with fleet(loaded("llama-gqa"), 2) as made:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         first = made.prefill(1, placement, prompt_ids(PROMPT))
-        history = (*prompt_ids(PROMPT), first)
-        one = SequenceState(1, placement, PROMPT, first, NEW, sampled, history)
+        one = SequenceState(1, placement, PROMPT, first, NEW, sampled, array("i", prompt_ids(PROMPT)), (first,))
         results = [made.decode("w0", [one], NEW)[0].tokens for _ in range(3)]
         halves = made.decode("w0", [one], 5)[0].tokens[1]
-        rest = replace(one, length=PROMPT + 5, last_token=halves[-1], remaining=NEW - 5, history=(*history, *halves))
+        rest = advanced(one, halves)
         halves = halves + made.decode("w0", [rest], NEW)[0].tokens[1]
         assert results[0] == results[1] == results[2] == {1: halves}
         assert len(set(halves)) > 3
@@ -265,7 +265,7 @@ def test_what_users_wrote_is_in_no_repr_of_what_tasks_and_messages_carry() -> No
     sampling = SamplingParams(schema='{"const": "secret"}')
     carried = [
         PrefillChunk(Gang("e", 1, "n", 0, "w", ()), 1, (), 0, (4711,), sampling, (4711,)),
-        SequenceState(1, (), 5, 4711, 9, sampling, (4711,), (4711,)),
+        SequenceState(1, (), 5, 4711, 9, sampling, array("i", [4711]), (4711,)),
         WindowResult({1: [4711]}, {}, 1, 0.0),
     ]
     for one in carried:

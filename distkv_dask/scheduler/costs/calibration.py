@@ -57,8 +57,9 @@ class Calibration:
             account = self._ledger.sequences.get(sequence)
             if account is None:
                 continue
-            part = len(new) / result.steps
-            rows += part
+            proposed, accepted = result.speculated.get(sequence, (0, 0))
+            part = (len(new) - accepted) / result.steps
+            rows += part + proposed / result.steps
             length = account.length + len(new) / 2
             for span in account.placement:
                 if span.start >= length:

@@ -30,6 +30,8 @@ COUNTERS = {
     "sending_seconds": ("distkv_sending_seconds", "Part of it that they spent sending queries", "seconds"),
     "waiting_seconds": ("distkv_waiting_seconds", "Part of it that they waited for partials", "seconds"),
     "gap_seconds": ("distkv_gap_seconds", "Time between decode windows", "seconds"),
+    "proposed_tokens": ("distkv_proposed_tokens", "Tokens that decode steps tried before they were drawn", ""),
+    "accepted_tokens": ("distkv_accepted_tokens", "Those of them that were drawn", ""),
 }
 """Total of an engine -> metric, help text and unit."""
 

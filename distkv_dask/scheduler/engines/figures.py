@@ -116,6 +116,8 @@ class Figures:
             ("sending_seconds", result.exchanged.sending),
             ("waiting_seconds", result.exchanged.waiting),
             ("gap_seconds", result.gap),
+            ("proposed_tokens", sum(one.proposed for one in result.speculated.values())),
+            ("accepted_tokens", sum(one.accepted for one in result.speculated.values())),
         ):
             self.totals[name] += value
         one = self.anatomy[home]

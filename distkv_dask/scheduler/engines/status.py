@@ -44,9 +44,15 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
         block_tokens=ledger.block_tokens,
         scheduler=SchedulerLoad(life.pacer.rate, life.pacer.task_seconds, life.pacer.load),
         state_bytes=max((opened.geometry.state_bytes for opened in facts.values()), default=0),
+        speculation=_speculation(life),
         exchange_seconds=model.exchange(model.inside, 1),
         totals={**figures.totals, **finished, "moved_blocks": life.moves.moved_blocks},
     )
+
+
+def _speculation(life: MachineState) -> str:
+    chosen = str(life.config.speculation)
+    return chosen if life.speculates or chosen == "off" else "off: states of recurrent layers cannot go back"
 
 
 def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:

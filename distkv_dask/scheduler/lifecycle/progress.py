@@ -62,6 +62,7 @@ def window_done(life: MachineState, event: WindowDone) -> None:
         if request is None or not isinstance(request.state, Decode):
             continue
         request.generated.extend(tokens)
+        request.speculated = request.speculated.more(*result.speculated.get(sequence, (0, 0)))
         life.ledger.commit(sequence, request.known_tokens)
         if tokens:
             life.command(Delivery(sequence, tuple(tokens)))

@@ -99,6 +99,11 @@ class MachineState:
         """Decides who is next, where KV goes, and what moves."""
         return self.queue.policy
 
+    @property
+    def speculates(self) -> bool:
+        """Whether homes try tokens before they are drawn; recurrent layers could not go back from wrong ones."""
+        return self.config.speculation != "off" and not self.ledger.has_states
+
     def is_drained(self, worker: str) -> bool:
         """Whether a worker has no blocks."""
         return worker not in self.ledger.workers or not self.ledger.workers[worker].held

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from distkv_dask.completion import Timings
-from distkv_dask.gang import SequenceState
+from distkv_dask.gang import SequenceState, Speculated
 from distkv_dask.messages.names import Saved
 from distkv_dask.messages.to_worker import Retire
 from distkv_dask.placement import Placement
@@ -52,6 +52,7 @@ class Request:
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
+    speculated: Speculated = field(default_factory=Speculated)
     ended: FinishReason | None = None
     lost: list[str] = field(default_factory=list)
     retires: Counter[str] = field(default_factory=Counter)
@@ -125,8 +126,8 @@ class Request:
         self.retires[worker] -= 1
         return not self.retires[worker]
 
-    def state_at(self, placement: Placement, length: int) -> SequenceState:
-        """Committed state, for a home to decode from."""
+    def state_at(self, placement: Placement, length: int, speculates: bool) -> SequenceState:
+        """Committed state, for a home to decode from; one that ``speculates`` looks at the prompt."""
         return SequenceState(
             self.sequence,
             placement,
@@ -134,14 +135,16 @@ class Request:
             self.generated[-1],
             self.remaining,
             self.sampling,
-            self.history,
-            tuple(self.generated) if self.sampling.schema is not None else (),
+            self.prompt if speculates or self.sampling.repetition_penalty != 1 else array("i"),
+            tuple(self.generated),
         )
 
     def timings(self, now: float) -> Timings:
-        """How long it waited, prefilled and decoded until now."""
+        """How long it waited, prefilled and decoded until now, and what decode steps tried."""
         return Timings(
             queued=(self.admitted or now) - self.submitted,
             prefill=(self.decoding or now) - self.admitted if self.admitted else 0.0,
             decode=now - self.decoding if self.decoding else 0.0,
+            proposed_tokens=self.speculated.proposed,
+            accepted_tokens=self.speculated.accepted,
         )

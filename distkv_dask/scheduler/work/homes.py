@@ -53,7 +53,8 @@ def join(life: MachineState, request: Request) -> None:
     """A sequence decodes: its home gets its committed state, and begins with its next window."""
     account = life.ledger.sequences[request.sequence]
     placement, holders = placed(life, request.sequence)
-    life.command(Join(account.home, request.state_at(placement, account.length), holders))
+    state = request.state_at(placement, account.length, life.speculates)
+    life.command(Join(account.home, state, holders))
     attend(life, account.home, request.sequence, holders)
 
 

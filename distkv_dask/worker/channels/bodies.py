@@ -23,7 +23,8 @@ class Row(NamedTuple):
     ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
     ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal. ``spans``
     are the sequence's token ranges that the worker has room for up to there, in order: all but the last are full.
-    ``positions`` are the first positions of the sequences that the row joins, each of which has as many new tokens.
+    ``positions`` are the first positions of the sequences that the row joins, each of which has as many new tokens; of
+    each of its tokens, where they have not.
     """
 
     sequence: int

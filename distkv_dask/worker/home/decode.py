@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from distkv_dask.errors import DistKVError, PlanError, portable
+from distkv_dask.errors import DistKVError
 from distkv_dask.gang import DecodeWindow, Exchanged, SequenceState, WindowResult
-from distkv_dask.sampling import FinishReason
 from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.gang import HomeGang
-from distkv_dask.worker.model.sampling import Draw, sample_batch
-from distkv_dask.worker.model.structured import Follower
-from distkv_dask.worker.plan import Part, Stored, tail_of
+from distkv_dask.worker.home.progress import Progress
+from distkv_dask.worker.model.sampling import sample_batch
+from distkv_dask.worker.plan import Part, Stored
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
@@ -27,74 +26,14 @@ if TYPE_CHECKING:
 Attention = DistAttention | LayerAttention
 
 
-class Progress:
-    """A sequence in a window: its committed state, and what the window added.
+class Speculator(Protocol):
+    """Proposes what sequences may say next, and learns what came of it."""
 
-    What goes wrong with it alone ends it alone, with an ``error``: :meth:`guard` is around all that is done for it.
-    """
+    def propose(self, room: Mapping[int, int]) -> Mapping[int, Sequence[int]]:
+        """Tokens to try in a step behind the last ones, of some sequences; ``room`` says how many of each at most."""
 
-    def __init__(self, state: SequenceState) -> None:
-        self.state = state
-        self.follower: Follower | None = None
-        self.length = state.length
-        self.last_token = state.last_token
-        self.tokens: list[int] = []
-        self.history = list(state.history)
-        self.finished: FinishReason | None = None
-        self.error: DistKVError | None = None
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """End this sequence with an exception that is raised inside, and go on."""
-        try:
-            yield
-        except Exception as error:
-            self.fail(portable(error, f"sequence {self.state.sequence}"))
-
-    def fail(self, error: DistKVError) -> None:
-        """End with an error."""
-        self.error, self.finished = error, "error"
-
-    def follow(self, model: LoadedModel) -> None:
-        """Go on with the schema, if there is one, from the committed tokens."""
-        self.follower = model.follower(self.state.sampling, self.state.generated)
-
-    @property
-    def draw(self) -> Draw:
-        """How its next token is chosen."""
-        return Draw(self.state.sampling, self.length + 1, self.history, self.follower)
-
-    def take_token(self, token: int, eos_token_ids: frozenset[int]) -> None:
-        """Count a step, at whose end ``token`` was drawn."""
-        self.length += 1
-        if token in eos_token_ids and not self.state.sampling.ignore_eos:
-            self.finished = "stop"
-            return
-        if self.follower is not None:
-            self.follower.take_token(token)
-        self.last_token = token
-        self.tokens.append(token)
-        if self.state.history:
-            self.history.append(token)
-        if len(self.tokens) == self.state.remaining:
-            self.finished = "length"
-
-    def check_plan(self, members: Collection[str]) -> None:
-        """Raise PlanError when its next token has no place, or what is stored lies on none of the ``members``."""
-        tail = tail_of(self.state.sequence, self.state.placement, self.length)
-        for span in self.state.placement:
-            if (span is tail or span.filled(self.length)) and span.worker not in members:
-                raise PlanError(
-                    f"tokens {span.start} to {span.stop} of sequence {self.state.sequence} were planned on "
-                    f"{span.worker}, which is not in its gang; this is a fault of the plan, please report it",
-                    self.state.sequence,
-                )
-
-    @property
-    def steps_in_span(self) -> int:
-        """Steps until the tail moves on to another worker."""
-        tail = tail_of(self.state.sequence, self.state.placement, self.length)
-        return tail.stop - self.length
+    def learn(self, seconds: float, taken: Mapping[int, Sequence[int]]) -> None:
+        """What the step took, and the tokens that each sequence took in it."""
 
 
 class DecodeLoop:
@@ -139,10 +78,11 @@ class DecodeLoop:
         self._steps = 0
         self._exchanged = Exchanged()
         self._past: Past | None = None
+        self._speculator: Speculator | None = None
         self._rows = self._all
         """The sequences whose states are in the past, in its order."""
 
-    def run(self, window: DecodeWindow, past: Past | None = None) -> WindowResult:
+    def run(self, window: DecodeWindow, past: Past | None = None, speculator: Speculator | None = None) -> WindowResult:
         """Run steps until the window is over or all sequences have stopped.
 
         Parameters
@@ -151,8 +91,10 @@ class DecodeLoop:
             The window.
         past
             The states of the batch's sequences, if the model has recurrent layers.
+        speculator
+            Proposes tokens that steps try; not of a model with recurrent layers, whose states would have to go back.
         """
-        began, self._past = time.perf_counter(), past
+        began, self._past, self._speculator = time.perf_counter(), past, speculator
         if not self._live:
             self._gang.begin({})
         try:
@@ -166,8 +108,9 @@ class DecodeLoop:
         tokens = {one.state.sequence: one.tokens for one in self._all}
         finished = {one.state.sequence: one.finished for one in self._all if one.finished is not None}
         errors = {one.state.sequence: one.error for one in self._all if one.error is not None}
+        speculated = {one.state.sequence: one.speculated for one in self._all if one.speculated.proposed}
         seconds = time.perf_counter() - began
-        return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, errors=errors)
+        return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, 0.0, errors, speculated)
 
     def states(self) -> Iterator[tuple[int, int, State]]:
         """Number, length and state of the sequences that have not stopped, after the window."""
@@ -177,28 +120,60 @@ class DecodeLoop:
                     yield one.state.sequence, one.length, self._past.state(row)
 
     def _step(self) -> None:
-        if self._steps_left_as_is == 0:
+        if self._propose() or self._steps_left_as_is == 0:
             self._cut()
         live = self._live
         if not live:
             return
+        began = time.perf_counter()  # a cut may have waited for holders to begin
         assert self._attention is not None
-        self._inputs.host[:] = torch.tensor([[one.last_token for one in live], [one.length for one in live]])
+        tokens = [token for one in live for token in (one.last_token, *one.drafts)]
+        at = [one.length + ahead for one in live for ahead in range(1 + len(one.drafts))]
+        self._inputs.host[:] = torch.tensor([tokens, at])
         self._inputs.up()
         token_ids, positions = self._inputs.there
         logits = self._model.forward(token_ids, positions, self._attention, None, self._past)
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
-        for one, drawn in zip(live, sample_batch(logits, [one.draw for one in live], self._model.device), strict=True):
-            if isinstance(drawn, DistKVError):
-                one.fail(drawn)
-                continue
-            with one.guard():
-                one.take_token(drawn, self._model.eos_token_ids)
+        taken = self._draw(logits)
+        if self._speculator is not None:
+            self._speculator.learn(time.perf_counter() - began, taken)
         self._drop_finished()
-        if len(self._live) < len(live):
+        if len(self._live) < len(live) or len(tokens) > len(live):
             self._steps_left_as_is = 0
+
+    def _propose(self) -> bool:
+        """Set what the next step tries; whether that is anything."""
+        if self._speculator is None:
+            return False
+        drafts = self._speculator.propose({one.state.sequence: one.room for one in self._live})
+        for one in self._live:
+            one.drafts = drafts.get(one.state.sequence, ())
+        return any(one.drafts for one in self._live)
+
+    def _draw(self, logits: torch.Tensor) -> dict[int, list[int]]:
+        """Take the token of each sequence, and the next as long as it is the one that was tried; the tokens of each."""
+        before = [len(one.tokens) for one in self._live]
+        device, going, ahead = self._model.device, self._live, 0
+        firsts = list(accumulate((1 + len(one.drafts) for one in going), initial=0))
+        rows = dict(zip(going, firsts, strict=False))
+        while going:
+            some = logits
+            if len(going) < len(logits):
+                some = logits[device.put(torch.tensor([rows[one] + ahead for one in going]))]
+            for one, drawn in zip(going, sample_batch(some, [one.draw for one in going], device), strict=True):
+                if isinstance(drawn, DistKVError):
+                    one.fail(drawn)
+                    continue
+                with one.guard():
+                    one.take_token(drawn, self._model.eos_token_ids)
+            going = [one for one in going if one.is_right(ahead)]
+            ahead += 1
+        taken = {one.state.sequence: one.tokens[at:] for one, at in zip(self._live, before, strict=True)}
+        for one in self._live:
+            one.count_drafts(len(taken[one.state.sequence]))
+        return taken
 
     def _cut(self) -> None:
         """Cut the batch again: it begins, or lost sequences, or a tail moves on to the next span."""
@@ -210,7 +185,13 @@ class DecodeLoop:
                 one.check_plan(members)
         self._drop_finished()
         live = self._live
-        parts = self._cutting([Stored(one.state.sequence, one.state.placement, one.length) for one in live])
+        new = [1 + len(one.drafts) for one in live]
+        parts = self._cutting(
+            [
+                Stored(one.state.sequence, one.state.placement, one.length, count)
+                for one, count in zip(live, new, strict=True)
+            ]
+        )
         if self._steps == 0:
             self._gang.begin(parts)
         else:
@@ -220,8 +201,8 @@ class DecodeLoop:
         if self._past is not None and len(live) < len(self._rows):
             self._past.keep([row for row, one in enumerate(self._rows) if one.finished is None])
             self._rows = list(live)
-        self._attention = self._new_attention(parts, len(live), self._steps)
-        self._inputs = self._model.device.pair((2, len(live)), torch.int64)
+        self._attention = self._new_attention(parts, sum(new), self._steps)
+        self._inputs = self._model.device.pair((2, sum(new)), torch.int64)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)
 

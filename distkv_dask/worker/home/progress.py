@@ -1,0 +1,104 @@
+"""A sequence in a decode window: its committed state, and what the window added."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from distkv_dask.errors import DistKVError, PlanError, portable
+from distkv_dask.gang import SequenceState, Speculated
+from distkv_dask.sampling import FinishReason
+from distkv_dask.worker.model.sampling import Draw
+from distkv_dask.worker.model.structured import Follower
+from distkv_dask.worker.plan import tail_of
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+
+
+class Progress:
+    """A sequence in a window: its committed state, and what the window added.
+
+    What goes wrong with it alone ends it alone, with an ``error``: :meth:`guard` is around all that is done for it.
+    """
+
+    def __init__(self, state: SequenceState) -> None:
+        self.state = state
+        self.follower: Follower | None = None
+        self.length = state.length
+        self.last_token = state.last_token
+        self.tokens: list[int] = []
+        self.drafts: Sequence[int] = ()
+        """Tokens that the present step tries behind the last one."""
+        self.speculated = Speculated()
+        self.history = [*state.prompt, *state.generated] if state.sampling.repetition_penalty != 1 else []
+        self.finished: FinishReason | None = None
+        self.error: DistKVError | None = None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """End this sequence with an exception that is raised inside, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(portable(error, f"sequence {self.state.sequence}"))
+
+    def fail(self, error: DistKVError) -> None:
+        """End with an error."""
+        self.error, self.finished = error, "error"
+
+    def follow(self, model: LoadedModel) -> None:
+        """Go on with the schema, if there is one, from the committed tokens."""
+        self.follower = model.follower(self.state.sampling, self.state.generated)
+
+    @property
+    def draw(self) -> Draw:
+        """How its next token is chosen."""
+        return Draw(self.state.sampling, self.length + 1, self.history, self.follower)
+
+    def take_token(self, token: int, eos_token_ids: frozenset[int]) -> None:
+        """Count a step, at whose end ``token`` was drawn."""
+        self.length += 1
+        if token in eos_token_ids and not self.state.sampling.ignore_eos:
+            self.finished = "stop"
+            return
+        if self.follower is not None:
+            self.follower.take_token(token)
+        self.last_token = token
+        self.tokens.append(token)
+        if self.history:
+            self.history.append(token)
+        if len(self.tokens) == self.state.remaining:
+            self.finished = "length"
+
+    def check_plan(self, members: Collection[str]) -> None:
+        """Raise PlanError when its next token has no place, or what is stored lies on none of the ``members``."""
+        tail = tail_of(self.state.sequence, self.state.placement, self.length)
+        for span in self.state.placement:
+            if (span is tail or span.filled(self.length)) and span.worker not in members:
+                raise PlanError(
+                    f"tokens {span.start} to {span.stop} of sequence {self.state.sequence} were planned on "
+                    f"{span.worker}, which is not in its gang; this is a fault of the plan, please report it",
+                    self.state.sequence,
+                )
+
+    def is_right(self, ahead: int) -> bool:
+        """Whether the token that was just taken is the one that was tried with so many others ahead of it."""
+        return self.finished is None and ahead < len(self.drafts) and self.drafts[ahead] == self.last_token
+
+    def count_drafts(self, taken: int) -> None:
+        """Count what a step tried that took so many tokens: all but the last of them were right."""
+        self.speculated = self.speculated.more(len(self.drafts), max(0, taken - 1))
+
+    @property
+    def room(self) -> int:
+        """How many tokens may be tried behind the last one: they lie in its span, and all of them may be taken."""
+        stop = next((span.stop for span in self.state.placement if span.start <= self.length < span.stop), 0)
+        return max(0, min(stop - self.length, self.state.remaining - len(self.tokens)) - 1)
+
+    @property
+    def steps_in_span(self) -> int:
+        """Steps until the tail moves on to another worker."""
+        tail = tail_of(self.state.sequence, self.state.placement, self.length)
+        return tail.stop - self.length
