@@ -43,6 +43,8 @@ def test_tokens_are_those_of_one_process_and_kernels_are_compiled_at_opening(ser
             compiled = numba_kernel.compiled.cache_info().currsize
             assert compiled == (served == "numba")
             done = await engine.generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+            told = (await engine.status()).workers.values()
+            assert all(one.kernels.startswith(served) for one in told)
             assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
             assert numba_kernel.compiled.cache_info().currsize == compiled
 

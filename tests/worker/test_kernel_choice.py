@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import Client, Scheduler, Worker
 
+from distkv_dask import Engine, SamplingParams
 from distkv_dask.config import Config
 from distkv_dask.errors import ConfigError
 from distkv_dask.kernels import native_kernel
 from distkv_dask.kernels.instruction_sets import SetTimes
 from distkv_dask.worker.timing import kernel_choice
 from distkv_dask.worker.timing.kernel_choice import choose_kernels
+from tests._cluster import about_the_host, engine_test
+from tests._models import model_dir, prompt_ids, reference_generate
 
 pytestmark = pytest.mark.skipif(native_kernel.missing() is not None, reason="no C++ core here")
 SETS = native_kernel.instruction_sets() if native_kernel.missing() is None else []
@@ -158,3 +162,20 @@ def test_an_instruction_set_that_is_not_there_is_told_with_those_that_are(monkey
     config = SimpleNamespace(instruction_set="avx9", performance="auto")
     with pytest.raises(ConfigError, match=r"distkv.instruction-set: .*\['portable'\].* 'avx9'.*Set it to auto"):
         choose_kernels(POOL, config)  # type: ignore[arg-type]
+
+
+@about_the_host("instruction sets are those of the host's processor")
+@engine_test(workers=2)
+async def test_an_engine_uses_the_set_that_was_named_and_says_so(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (70, 5)]
+    expected = reference_generate(model_dir("llama-gqa"), prompts, 8)
+    settings = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "instruction_set": "portable"}
+    async with Engine(client, str(model_dir("llama-gqa")), **settings) as engine:
+        done = await engine.generate(prompts, SamplingParams(max_new_tokens=8, ignore_eos=True))
+        assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]
+        assert native_kernel.serving(torch.float32) == ("portable", "portable")
+        told = {one.kernels for one in (await engine.status()).workers.values()}
+    assert told == {"native, decode portable, prefill portable: distkv.instruction-set names it"}
+    native_kernel.serve_with(torch.float32, few="", many="")
