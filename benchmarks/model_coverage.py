@@ -78,7 +78,7 @@ def build(kind: str, folder: str) -> dict[int, list[int]]:
 
 def answered(model: Any) -> dict[int, list[int]]:
     """Greedy tokens of every prompt, by its length; ``w0`` has the states of recurrent layers from the first chunk."""
-    prefill_at = "w0" if model.geometry.state_bytes else None
+    prefill_at = "w0" if model.geometry.home_bytes else None
     with fleet(model, 3, timeout_start=60.0, timeout_receive=60.0) as workers:
         tokens, batch = {}, []
         for length, room in SPLITS.items():

@@ -45,7 +45,8 @@ class Geometry:
     a layer, or is empty where all of them see everything. Where ``latent_dim`` is not 0 (latent attention), values are
     the first so many numbers of the keys, and stored once. ``layers`` are those with attention: a model may have
     recurrent ones beside them, which keep ``state_bytes`` of a sequence. Where they ``scan_once``, they cannot go on
-    from a state with several tokens at once.
+    from a state with several tokens at once. KV of ``home_layers`` stays at the home of its sequence, that of
+    ``far_layers`` is on any workers.
     """
 
     layers: int
@@ -66,9 +67,53 @@ class Geometry:
         return self.latent_dim or self.head_dim
 
     @property
+    def home_layers(self) -> tuple[int, ...]:
+        """Layers that see only a window, which is short beside the longest sequence."""
+        return near_layers(self.layer_kinds, self.max_positions)
+
+    @property
+    def far_layers(self) -> tuple[int, ...]:
+        """The other layers with attention."""
+        return tuple(sorted({*range(self.layers)} - {*self.home_layers}))
+
+    @property
+    def window(self) -> int:
+        """Tokens that ``home_layers`` see at most."""
+        return max((self.layer_kinds[layer].size for layer in self.home_layers), default=0)
+
+    @property
+    def layer_numbers(self) -> int:
+        """Numbers that a layer stores of a token."""
+        return self.kv_heads * self.head_dim * (1 if self.latent_dim else 2)
+
+    @property
     def kv_numbers(self) -> int:
-        """Numbers that are stored of a token, in all layers."""
-        return self.layers * self.kv_heads * self.head_dim * (1 if self.latent_dim else 2)
+        """Numbers that are stored of a token in ``far_layers``."""
+        return len(self.far_layers) * self.layer_numbers
+
+    @property
+    def home_bytes(self) -> int:
+        """Bytes of a sequence that only its home has: a state, and the KV of ``home_layers``."""
+        size = 4 if self.dtype == "float32" else 2
+        return self.state_bytes + len(self.home_layers) * self.window * self.layer_numbers * size
+
+
+def near_layers(kinds: Sequence[LayerKind], max_positions: int) -> tuple[int, ...]:
+    """Which layers' KV stays at the home of its sequence: that of windows, freed as it leaves them.
+
+    There must be others, and windows so short that keeping two of them takes half of the memory at most that the
+    longest sequence would.
+
+    Examples
+    --------
+    >>> near_layers((LayerKind("sliding", 512), LayerKind()), 4096)
+    (0,)
+    >>> near_layers((LayerKind("sliding", 2048), LayerKind()), 4096)
+    ()
+    """
+    near = tuple(layer for layer, kind in enumerate(kinds) if kind.visible != "full")
+    longest = max((kinds[layer].size for layer in near), default=0)
+    return near if len(near) < len(kinds) and (not max_positions or 4 * longest <= max_positions) else ()
 
 
 def describe_kinds(kinds: Sequence[LayerKind]) -> str:

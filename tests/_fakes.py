@@ -20,11 +20,15 @@ from distkv_dask.placement import Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.device_choice import choose_device
+from distkv_dask.worker.home.windows import new_windows
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.loaded import LoadedModel, load_model
 from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 8
+SEQUENCES = 5
+"""How many a home has windows for."""
+LONGEST_CHUNK = 128
 GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 PROMPT, NEW = 70, 14
 ROOM = PROMPT + NEW + BLOCK_TOKENS
@@ -63,7 +67,8 @@ class Member:
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
         block = BlockShape.of(geometry, block_tokens)
         self.pool = Pool(block, blocks, model.device)
-        self.runtime = Runtime(spec, model, self.pool, self.lanes)
+        windows = new_windows(geometry, spec.config, address, SEQUENCES, model.device) if geometry.home_layers else None
+        self.runtime = Runtime(spec, model, self.pool, self.lanes, windows)
 
     def close(self) -> None:
         self.runtime.close()
@@ -77,6 +82,7 @@ class Fleet:
         self, model: Any, size: int, way: Way = TCP, block_tokens: int = BLOCK_TOKENS, **limits: float
     ) -> None:
         settings = {"channel": way.channel, "timeout_start": 20.0, "timeout_receive": 20.0, **limits}
+        settings |= {"block_tokens": block_tokens, "prefill_chunk_tokens": LONGEST_CHUNK}
         config = replace(Config.load(), **settings)
         self.spec = EngineSpec("engine", "tiny", "float32", TOKEN, config)
         blocks = 1024 // block_tokens

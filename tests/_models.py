@@ -58,13 +58,27 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "Llama4Text", 4, 2, 64, attention_chunk_size=40, floor_scale=30, num_hidden_layers=4, num_local_experts=2,
         intermediate_size_mlp=64,
     ),
-    "mistral-window": lambda: _config("Mistral", 4, 2, 64, sliding_window=40),
     "deepseek-v3": lambda: _config(  # latent attention: values shorter than keys
         "DeepseekV3", 4, 4, 32, q_lora_rank=24, kv_lora_rank=24, qk_nope_head_dim=32, qk_rope_head_dim=32,
         v_head_dim=40, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32,
     ),
 }  # fmt: skip
 """Name of a tiny model -> its configuration."""
+
+
+_SHORT = {"max_position_embeddings": 179}
+PAGED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "gemma2-short": lambda: _config("Gemma2", 4, 2, 64, sliding_window=45, query_pre_attn_scalar=64, **_SHORT),
+    "gpt-oss-short": lambda: _config(
+        "GptOss", 4, 2, 64, sliding_window=45, num_local_experts=4, num_experts_per_tok=2, rope_scaling=None, **_SHORT
+    ),
+    "llama4-short": lambda: _config(
+        "Llama4Text", 4, 2, 64, attention_chunk_size=45, floor_scale=30, num_hidden_layers=4, num_local_experts=2,
+        intermediate_size_mlp=64, **_SHORT,
+    ),
+    "mistral-window": lambda: _config("Mistral", 4, 2, 64, sliding_window=45),
+}  # fmt: skip
+"""The same of models whose windows are long beside their longest sequence, or that have nothing else."""
 
 
 _TINY_MAMBA = {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2}
@@ -93,12 +107,26 @@ HYBRIDS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 """The same of tiny models with recurrent layers, of each kind one."""
 
 
+WINDOWED = ("gemma2", "gpt-oss", "llama4")
+"""Models of which one layer sees everything, and the others windows, whose KV stays at homes."""
+
+
 def block_bytes(family: str, tokens: int = 8) -> int:
     """Bytes of a block of so many tokens of a tiny model's KV in float32."""
-    config = FAMILIES[family]()
+    config = {**FAMILIES, **PAGED}[family]()
     latent = getattr(config, "kv_lora_rank", 0)
     numbers = latent + config.qk_rope_head_dim if latent else 2 * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * numbers * tokens * 4
+    return (1 if family in WINDOWED else config.num_hidden_layers) * numbers * tokens * 4
+
+
+def kv_memory(family: str, blocks: int, sequences: int = 1) -> int:
+    """Bytes for so many blocks of 8 tokens, and for so many sequences' windows with prompt chunks of 32 tokens.
+
+    A home keeps windows of two lengths that chunks may lie between, whose ends lie in blocks.
+    """
+    config = FAMILIES[family]()
+    near = config.num_hidden_layers - 1 if family in WINDOWED else 0
+    return (blocks + near * (sequences * (3 + (40 + 32) // 8) + 1 + 32 // 8)) * block_bytes(family)
 
 
 _SEEDS = {"llama-mqa": 9, "qwen2": 7, "qwen3": 9, "phi3": 9, "qwen3-moe": 10, "mixtral": 7}
@@ -110,7 +138,7 @@ _saved = tempfile.TemporaryDirectory(prefix="distkv-models-")
 @cache
 def model_dir(family: str) -> Path:
     """Return the directory of the tiny model called ``family``, saved in float32 on first use in the test session."""
-    return save_model({**FAMILIES, **HYBRIDS}[family](), family)
+    return save_model({**FAMILIES, **PAGED, **HYBRIDS}[family](), family)
 
 
 def save_model(config: transformers.PreTrainedConfig, name: str) -> Path:

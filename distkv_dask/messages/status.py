@@ -206,8 +206,9 @@ class EngineStatus:
     scheduler
         How busy the Dask scheduler is with decode windows.
     state_bytes
-        State that a sequence's home keeps beside its KV, if the model has recurrent layers; 0 for others. Then a
-        sequence stays at its home, and the prefix cache is off: only whole documents are shared.
+        What only the home of a sequence has: a state, if the model has recurrent layers, and KV of layers that see a
+        short window; 0 for others. Then a sequence stays at its home, and the prefix cache is off: only whole documents
+        are shared.
     speculation
         How many tokens decode steps try ahead (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
         reason where the settings do not say so.

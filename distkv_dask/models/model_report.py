@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distkv_dask.errors import ModelError
+from distkv_dask.geometry import LayerKind, near_layers
 from distkv_dask.models.layer_values import layer_values
 from distkv_dask.models.model_class import model_class
 from distkv_dask.models.source import ModelSource, resolve_model
@@ -32,7 +33,10 @@ class ModelReport:
     weight_bytes
         Memory of its weights; None where its files are not on this machine.
     kv_bytes_per_token
-        Memory of a token's keys and values in all layers; None where it is not served.
+        Memory of a token's keys and values on whatever worker it is; None where it is not served.
+    window_bytes
+        Memory of a sequence's keys and values in the layers that see a short window only, at its home, twice that at
+        most while something runs; None where it is not served.
     window
         Longest sequence in tokens.
     """
@@ -42,6 +46,7 @@ class ModelReport:
     reason: str | None = None
     weight_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    window_bytes: int | None = None
     window: int | None = None
 
 
@@ -65,13 +70,16 @@ def report_on(name: str, dtype: str = "auto", rope_scaling: Mapping[str, Any] | 
         source.check_weights(config)
         weights = source.weight_bytes(config, dtype)
         per_token = kv_bytes_per_token(text, _kv_dtype(source, config, dtype))
+        windows = window_bytes(text, _kv_dtype(source, config, dtype))
     except ModelError as error:
         return ModelReport(source.name, text.model_type, str(error))
-    return ModelReport(source.name, text.model_type, None, weights, per_token, max_positions(config))
+    return ModelReport(source.name, text.model_type, None, weights, per_token, windows, max_positions(config))
 
 
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
-    """Bytes of a token's keys and values in all layers, in the form of the pool: the largest of all layers in each.
+    """Bytes of a token's keys and values in the pool: in all layers but those whose KV stays at homes.
+
+    Each layer takes as much as the largest.
 
     Parameters
     ----------
@@ -80,6 +88,25 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     dtype
         torch's name of the KV cache's dtype.
     """
+    kinds = _kinds(config)
+    return (len(kinds) - len(near_layers(kinds, max_positions(config)))) * _layer_bytes(config, dtype)
+
+
+def window_bytes(config: Any, dtype: str) -> int:
+    """Bytes of a sequence's keys and values in the layers whose KV stays at its home.
+
+    Parameters
+    ----------
+    config, dtype
+        As for :func:`kv_bytes_per_token`.
+    """
+    kinds = _kinds(config)
+    near = near_layers(kinds, max_positions(config))
+    return len(near) * max((kinds[at].size for at in near), default=0) * _layer_bytes(config, dtype)
+
+
+def _layer_bytes(config: Any, dtype: str) -> int:
+    """Bytes of a token's keys and values in one layer."""
     heads = max(layer_values(config, "num_attention_heads"))
     kv_heads = max(one or heads for one in layer_values(config, "num_key_value_heads"))
     planes, rank = 2, getattr(config, "kv_lora_rank", None)
@@ -89,13 +116,24 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
         keys = "head_dim", "global_head_dim"
         sizes = [one for key in keys for one in layer_values(config, key) if one] or [config.hidden_size // heads]
     numbers = -(-max(sizes) // _NUMBERS) * _NUMBERS
-    return int(_attending(config) * planes * kv_heads * numbers * (4 if dtype == "float32" else 2))
+    return int(planes * kv_heads * numbers * (4 if dtype == "float32" else 2))
 
 
-def _attending(config: Any) -> int:
-    """Layers with attention: others have a state, or nothing."""
-    kinds = getattr(config, "layer_types", None) or ("full_attention",) * config.num_hidden_layers
-    return sum(kind not in ("linear_attention", "conv", "mamba", "mlp", "moe") for kind in kinds)
+def _kinds(config: Any) -> tuple[LayerKind, ...]:
+    """What the layers with attention see, as the configuration says it; others have a state, or nothing."""
+    names = getattr(config, "layer_types", None) or ("full_attention",) * config.num_hidden_layers
+    sliding, chunk = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    kinds: dict[str, tuple[Literal["sliding", "chunked"], int | None]] = {
+        "sliding_attention": ("sliding", sliding),
+        "hybrid_sliding": ("sliding", sliding),
+        "chunked_attention": ("chunked", chunk),
+    }
+    found = []
+    for name in names:
+        if name not in ("linear_attention", "conv", "mamba", "mlp", "moe"):
+            visible, size = kinds.get(name, ("sliding", None))
+            found.append(LayerKind(visible, size) if size and size < max_positions(config) else LayerKind())
+    return tuple(found)
 
 
 def _kv_dtype(source: ModelSource, config: Any, dtype: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 
+from distkv_dask.config import Config
 from distkv_dask.errors import CapacityError, ConfigError, DeviceError
+from distkv_dask.geometry import Geometry
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
 from distkv_dask.models.weight_sizes import kv_beside
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.home.states import KEPT
+from distkv_dask.worker.home.windows import blocks_per_chunk, blocks_per_sequence
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 STATE_SHARE = 0.25
 """Part of the KV memory that states of recurrent layers take at most."""
+WINDOW_SHARE = 0.5
+"""The same where windows of layers are kept there, which without that would take most of it."""
 
 MARGIN = 0.05
 """Part of a card's memory that is left free by default: for kernels, other libraries and what is in pieces."""
@@ -76,23 +81,42 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
     return asked
 
 
-def rooms(memory: int, block: BlockShape, state_bytes: int, batch: int) -> tuple[int, int]:
+class Needs(NamedTuple):
+    """Bytes of KV memory that a home needs besides blocks: for each of its sequences, and once for all of them."""
+
+    each: int = 0
+    once: int = 0
+    share: float = STATE_SHARE
+
+
+def needs_of(geometry: Geometry, config: Config) -> Needs:
+    """What states of recurrent layers need, and layers that keep a window of their KV at the home."""
+    states = KEPT * geometry.state_bytes
+    if not geometry.home_layers:
+        return Needs(states)
+    size, chunk = config.block_tokens, config.prefill_chunk_tokens
+    block = BlockShape.of(geometry, size, geometry.home_layers).nbytes
+    window = blocks_per_sequence(geometry, size, chunk) * block
+    return Needs(states + window, blocks_per_chunk(size, chunk) * block, WINDOW_SHARE)
+
+
+def rooms(memory: int, block: BlockShape, needs: Needs, batch: int) -> tuple[int, int]:
     """Blocks of a pool, and sequences that the worker can be home of, for which KV memory of so many bytes has room.
 
-    Without states these are ``batch``; with them, as many as their part of the memory has room for, and at least one.
+    Without needs of each these are ``batch``; else as many as their part of the memory has room for, and at least one.
 
     Raises
     ------
     CapacityError
-        There is no room for one state and one block.
+        There is no room for one sequence and one block.
     """
-    state = KEPT * state_bytes
-    places = min(batch, max(1, int(STATE_SHARE * memory) // state)) if state else batch
-    blocks = (memory - places * state) // block.nbytes
+    each, once, share = needs
+    places = min(batch, max(1, (int(share * memory) - once) // each)) if each else batch
+    blocks = (memory - places * each - once) // block.nbytes
     if blocks < 1:
         raise CapacityError(
-            f"kv_memory is {memory} bytes, but the states of one sequence need {state} bytes and one block of "
-            f"{block.block_tokens} tokens {block.nbytes}: raise kv_memory (distkv.kv-memory) or lower "
+            f"kv_memory is {memory} bytes, but states and windows of one sequence need {each + once} bytes and one "
+            f"block of {block.block_tokens} tokens {block.nbytes}: raise kv_memory (distkv.kv-memory) or lower "
             "distkv.block-tokens"
         )
     return blocks, places

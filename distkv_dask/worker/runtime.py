@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -25,10 +26,12 @@ from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
-from distkv_dask.worker.home.decode import DecodeLoop
+from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
+from distkv_dask.worker.home.near_layers import NearAttention, SplitAttention
 from distkv_dask.worker.home.states import States
 from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
+from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, Stored, cut, tail_of
@@ -55,6 +58,8 @@ class Runtime:
         The engine's pool on this worker.
     lanes
         The worker's lanes.
+    windows
+        KV of layers that stays at the home, if the model has such.
 
     Raises
     ------
@@ -64,8 +69,11 @@ class Runtime:
         The channel that the settings ask for is not encrypted, or needs ``ucxx``.
     """
 
-    def __init__(self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes) -> None:
+    def __init__(
+        self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes, windows: Windows | None = None
+    ) -> None:
         self.pool = pool
+        self.windows = windows
         self.paused: dict[int, PausedForward] = {}
         """Gangs by number whose bytes travel with tasks instead of on channels; put here before they run."""
         self.tracer = Tracer() if spec.config.trace else None
@@ -88,7 +96,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
-        speculates = model is not None and not model.geometry.state_bytes and config.speculation != "off"
+        speculates = model is not None and not model.geometry.home_bytes and config.speculation != "off"
         self.speculation = Speculation(config.speculation) if speculates else None
         """What decode steps try; None where they try nothing."""
         self.states = States()
@@ -106,6 +114,8 @@ class Runtime:
     def release(self, sequence: int) -> None:
         """Free a sequence's blocks and states."""
         self.states.drop(sequence)
+        if self.windows is not None:
+            self.windows.drop(sequence)
         self.pool.release(sequence)
 
     def open_session(self, gang: Gang) -> Session:
@@ -151,6 +161,8 @@ class Runtime:
             step, self.exchanged = 0, Exchanged()
             parts: dict[str, Part] = {}
             put, past = self.pool.device.put, self._past_of_chunk(chunk)
+            if self.windows is not None:
+                self.windows.begin(chunk.sequence, position, stop, documents_of(chunk))
             while position < stop:
                 count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
                 if past is not None and not past.is_empty and model.geometry.scan_once:
@@ -158,7 +170,7 @@ class Runtime:
                 stored = Stored(chunk.sequence, chunk.placement, position, count)
                 old, parts = parts, cut([stored], self.spec.config.deterministic)
                 gang.begin(parts) if step == 0 else gang.change(step, old, parts)
-                attention = self._attention(gang, parts, count, step)
+                attention = self._attention(gang, parts, [stored], step)
                 try:
                     some = tokens[position - chunk.start : position - chunk.start + count]
                     inputs = put(torch.tensor((some, range(position, position + count))))
@@ -171,6 +183,8 @@ class Runtime:
                 position, step = position + count, step + 1
             if past is not None:
                 self.states.put(chunk.sequence, stop, past.state(0))
+            if self.windows is not None:
+                self.windows.put(chunk.sequence, stop)
         if chunk.sampling is None or logits is None:
             return None
         with torch.inference_mode(), self.pool.device.stream(Use.HOME):
@@ -198,11 +212,17 @@ class Runtime:
             batch = [Stored(one.sequence, one.placement, one.start, len(one.tokens)) for one in chunks]
             parts = cut(batch, self.spec.config.deterministic)
             running.begin(parts)
-            attention = self._attention(running, parts, len(tokens), 0)
+            if self.windows is not None:
+                for chunk in chunks:
+                    self.windows.begin(chunk.sequence, chunk.start, chunk.stop, documents_of(chunk))
+            attention = self._attention(running, parts, batch, 0)
             inputs = self.pool.device.put(torch.tensor((tokens, positions)))
             keep = self.pool.device.put(torch.tensor([last for last, _ in drawing], dtype=torch.int64))
             logits = model.forward(inputs[0], inputs[1], attention, keep)
             attention.close()
+            if self.windows is not None:
+                for chunk in chunks:
+                    self.windows.put(chunk.sequence, chunk.stop)
             drawn = sample_batch(logits, [self._first_draw(chunk) for _, chunk in drawing], self.pool.device)
         for token in drawn:
             if isinstance(token, DistKVError):
@@ -230,9 +250,17 @@ class Runtime:
             past = None
             if model.geometry.state_bytes:
                 past = model.past([self.states.begin(one.sequence, one.length) for one in batch])
+            if self.windows is not None:
+                steps = self.windows.steps if window.steps is None else min(self.windows.steps, window.steps)
+                window = replace(window, steps=steps)
+                for one in batch:
+                    self.windows.begin(one.sequence, one.length, one.length + steps)
             result = decoding.run(window, past, None if self.speculation is None else self.speculation.begin(batch))
             for sequence, length, state in decoding.states():
                 self.states.put(sequence, length, state)
+            if self.windows is not None:
+                for sequence, length in decoding.lengths():
+                    self.windows.put(sequence, length)
             self.exchanged = result.exchanged
             return result
 
@@ -261,10 +289,19 @@ class Runtime:
         model = self._loaded()
         if not model.geometry.state_bytes:
             return None
-        documents = (span.document for span in chunk.placement if span.document is not None)
-        return model.past([self.states.begin(chunk.sequence, chunk.start, documents)])
+        return model.past([self.states.begin(chunk.sequence, chunk.start, documents_of(chunk))])
 
     def _attention(
+        self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], batch: Sequence[Stored], step: int
+    ) -> Attention:
+        geometry, tokens = self._loaded().geometry, sum(one.queries for one in batch)
+        far = self._far_attention(gang, parts, tokens, step)
+        if self.windows is None:
+            return far
+        rows = cut(self.windows.stored(batch), self.spec.config.deterministic)[gang.gang.home]
+        return SplitAttention(geometry, far, NearAttention(rows, tokens, self.windows.pool, geometry.heads))
+
+    def _far_attention(
         self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], tokens: int, step: int
     ) -> DistAttention | LayerAttention:
         if isinstance(gang, PausedForward):
@@ -294,6 +331,11 @@ class Runtime:
         finally:
             with self._lock:
                 self._gang = None
+
+
+def documents_of(chunk: PrefillChunk) -> Iterator[int]:
+    """The documents that a chunk's sequence begins with."""
+    return (span.document for span in chunk.placement if span.document is not None)
 
 
 def _nothing() -> None:

@@ -23,7 +23,8 @@ from distkv_dask.worker.device import Device
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
-from distkv_dask.worker.kv_memory import host_memory, kv_memory, rooms
+from distkv_dask.worker.home.windows import new_windows
+from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, needs_of, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.timing.kernel_choice import choose_kernels
@@ -80,13 +81,16 @@ def build_engine(
     block_tokens = spec.config.block_tokens
     block = BlockShape.of(geometry, block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
-    blocks, places = rooms(memory, block, 0 if model is None else geometry.state_bytes, spec.config.window_batch)
+    needs = Needs() if model is None else needs_of(geometry, spec.config)
+    blocks, places = rooms(memory, block, needs, spec.config.window_batch)
     pool = Pool(block, blocks, device)
-    check_kernels(pool, geometry.heads)
-    for windows, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in pool.layer_kinds}:
-        make_ready(pool.keys(0), pool.values(0), geometry.heads, windows=windows, soft_cap=soft_cap)
+    windows = new_windows(geometry, spec.config, worker.address, places, device) if needs.once else None
+    for each in (pool, *((windows.pool,) if windows is not None else ())):
+        check_kernels(each, geometry.heads)
+        for some, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in each.layer_kinds}:
+            make_ready(each.keys(0), each.values(0), geometry.heads, windows=some, soft_cap=soft_cap)
     kernels = choose_kernels(pool, spec.config)
-    runtime = Runtime(spec, model, pool, lanes)
+    runtime = Runtime(spec, model, pool, lanes, windows)
     timings = _timings(runtime, geometry, model, kernels.name)
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)

@@ -16,7 +16,7 @@ from distributed.system import MEMORY_LIMIT
 from distkv_dask.client.cli import main
 from distkv_dask.client.commands.models import room_on
 from distkv_dask.config import Config
-from distkv_dask.models.model_report import kv_bytes_per_token, report_on
+from distkv_dask.models.model_report import kv_bytes_per_token, report_on, window_bytes
 from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.model.loaded import load_model
 from tests._models import FAMILIES, HYBRIDS, block_bytes, model_dir
@@ -63,6 +63,7 @@ def test_the_kv_memory_said_is_that_of_the_pool(family: str) -> None:
     geometry = load_model(str(model_dir(family)), "float32", 1).geometry
     config: Any = SERVED[family]()
     assert kv_bytes_per_token(config.get_text_config(), "float32") == BlockShape.of(geometry, 1).nbytes
+    assert window_bytes(config.get_text_config(), "float32") == geometry.home_bytes - geometry.state_bytes
 
 
 def worker(limit: int, held: int = 0, **resources: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import resolve_model
 from tests._cluster import about_the_host, engine_test
-from tests._models import FAMILIES, block_bytes, model_dir, prompt_ids, reference_generate
+from tests._models import FAMILIES, block_bytes, kv_memory, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
 NEW = 12
@@ -29,7 +29,7 @@ def test_a_prompt_larger_than_two_pools_gets_the_tokens_of_one_process(family: s
 
     @engine_test(workers=3)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
-        memory = 12 * block_bytes(family)  # 96 tokens on each worker
+        memory = kv_memory(family, 12)  # 96 tokens on each worker
         async with Engine(client, str(model_dir(family)), kv_memory=memory, **SMALL) as engine:
             done = await engine.generate(prompts, GREEDY)
             assert [list(one.token_ids) for one in done] == [one.tokens for one in expected]

@@ -19,7 +19,7 @@ from tests._cluster import engine_test
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split, move_at_random
 
-FAMILIES = ["gemma2", "gpt-oss", "llama4", "deepseek-v3"]
+FAMILIES = ["gemma2-short", "gpt-oss-short", "llama4-short", "deepseek-v3"]
 SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32}
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 DOCUMENT = prompt_ids(100, seed=4)
@@ -85,15 +85,15 @@ def test_blocks_move_between_workers_all_the_time(
             (state,) = scheduler.plugins["distkv"].engines.values()
             done = await engine.generate(prompts, GREEDY)
             assert [list(one.token_ids) for one in done] == expected
-            assert state.life.moves.moved_blocks > 2
+            assert state.life.moves.moved_blocks > 0
 
     run()
 
 
 def test_tasks_ask_no_holder_outside_a_layers_window(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = prompt_ids(70)
-    expected = wanted("gemma2", [prompt])
-    size = force_split([(0, 24), (1, None)], monkeypatch)
+    expected = wanted("gemma2-short", [prompt])
+    size = force_split([(0, 16), (1, None)], monkeypatch)
     layers = set()
 
     def attended(pool: Pool, part: Part, question: TensorMessage) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,9 @@ def test_tasks_ask_no_holder_outside_a_layers_window(monkeypatch: pytest.MonkeyP
 
     @engine_test(workers=size)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
-        async with Engine(client, str(model_dir("gemma2")), granularity="layer", kv_memory="4 MiB", **SMALL) as engine:
+        async with Engine(
+            client, str(model_dir("gemma2-short")), granularity="layer", kv_memory="4 MiB", **SMALL
+        ) as engine:
             (done,) = await engine.generate([prompt], GREEDY)
             assert list(done.token_ids) == expected[0]
 

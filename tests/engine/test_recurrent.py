@@ -1,4 +1,4 @@
-"""Models with recurrent layers on a cluster: the tokens of plain transformers, whatever happens to their states."""
+"""Models with recurrent layers, or windows at homes, on a cluster: the tokens of plain transformers, come what may."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from distributed import Client, Scheduler, Worker
 from distkv_dask import Engine, SamplingParams, SavedDocumentError
 from distkv_dask.errors import UnsupportedModelError
 from tests._cluster import engine_test
-from tests._models import HYBRIDS, model_dir, prompt_ids, reference_generate
+from tests._models import HYBRIDS, WINDOWED, kv_memory, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
 NEW = 12
 GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
 DOCUMENT = prompt_ids(100, seed=4)
+FAMILIES = [*HYBRIDS, *WINDOWED]
 QUESTIONS = [prompt_ids(length, seed=length) for length in (1, 5, 30, 12)]
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_on_three_workers_get_the_tokens_of_one_process(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [prompt_ids(length, seed=length) for length in (130, 61, 77, 45)]
     expected = [one.tokens for one in reference_generate(model_dir(family), prompts, NEW)]
@@ -38,7 +39,7 @@ def test_prompts_on_three_workers_get_the_tokens_of_one_process(family: str, mon
     run()
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_questions_go_on_from_the_state_at_the_end_of_their_document(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,7 +57,7 @@ def test_questions_go_on_from_the_state_at_the_end_of_their_document(
                 done = await document.ask(QUESTIONS, GREEDY)
                 assert [list(one.token_ids) for one in done] == expected
                 assert [one.reused_tokens for one in done] == [96] * 4
-            with pytest.raises(SavedDocumentError, match="recurrent layers"):
+            with pytest.raises(SavedDocumentError, match="stay at homes"):
                 await document.save("nowhere")
 
     run()
@@ -84,14 +85,15 @@ def test_plain_requests_share_no_beginning_but_a_chat_goes_on_with_its_turns() -
     run()
 
 
-def test_tasks_by_layer_carry_attention_and_the_home_its_states() -> None:
+@pytest.mark.parametrize("family", ["qwen3-next", "llama4"])
+def test_tasks_by_layer_carry_attention_and_the_home_its_states(family: str) -> None:
     prompts = [prompt_ids(length, seed=length) for length in (70, 9)]
-    expected = [one.tokens for one in reference_generate(model_dir("qwen3-next"), prompts, NEW)]
+    expected = [one.tokens for one in reference_generate(model_dir(family), prompts, NEW)]
 
     @engine_test(workers=2)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
         settings = SMALL | {"granularity": "layer"}
-        async with Engine(client, str(model_dir("qwen3-next")), kv_memory="8 MiB", **settings) as engine:
+        async with Engine(client, str(model_dir(family)), kv_memory="8 MiB", **settings) as engine:
             assert [list(one.token_ids) for one in await engine.generate(prompts, GREEDY)] == expected
         with pytest.raises(UnsupportedModelError, match="granularity to window"):
             async with Engine(client, str(model_dir("jamba")), kv_memory="8 MiB", **settings):
@@ -100,15 +102,16 @@ def test_tasks_by_layer_carry_attention_and_the_home_its_states() -> None:
     run()
 
 
+@pytest.mark.parametrize("family", ["qwen3-next", "gemma2"])
 @pytest.mark.parametrize("victim", [0, 1], ids=["home", "holder"])
-def test_a_worker_that_leaves_costs_no_token(victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_leaves_costs_no_token(victim: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = prompt_ids(90, seed=3)
-    expected = reference_generate(model_dir("qwen3-next"), [prompt], 200)[0].tokens
+    expected = reference_generate(model_dir(family), [prompt], 200)[0].tokens
     workers = force_split([(1, 24), (0, None)], monkeypatch)
 
     @engine_test(workers=workers + 1)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
-        async with Engine(client, str(model_dir("qwen3-next")), kv_memory="8 MiB", **SMALL) as engine:
+        async with Engine(client, str(model_dir(family)), kv_memory="8 MiB", **SMALL) as engine:
             running = engine.submit(prompt, SamplingParams(max_new_tokens=200, ignore_eos=True))
             while not any(one.generated_tokens > 8 for one in (await engine.status()).sequences.values()):
                 await asyncio.sleep(0.02)
@@ -119,13 +122,14 @@ def test_a_worker_that_leaves_costs_no_token(victim: int, monkeypatch: pytest.Mo
     run()
 
 
-def test_a_request_that_makes_way_is_computed_again_from_its_first_token() -> None:
+@pytest.mark.parametrize(("family", "memory"), [("granite4-h", 400 << 10), ("gpt-oss", kv_memory("gpt-oss", 20))])
+def test_a_request_that_makes_way_is_computed_again_from_its_first_token(family: str, memory: int) -> None:
     prompts = [prompt_ids(length, seed=length) for length in (50, 60)]
-    expected = [reference_generate(model_dir("granite4-h"), [prompt], 60)[0].tokens for prompt in prompts]
+    expected = [reference_generate(model_dir(family), [prompt], 60)[0].tokens for prompt in prompts]
 
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
-        async with Engine(client, str(model_dir("granite4-h")), kv_memory="400 KiB", **SMALL) as engine:
+        async with Engine(client, str(model_dir(family)), kv_memory=memory, **SMALL) as engine:
             places = them[0].plugins["distkv"].engines[engine.id].facts.places
             assert places == 1
             patient = engine.submit(prompts[0], SamplingParams(max_new_tokens=60, ignore_eos=True))

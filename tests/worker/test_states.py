@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from _fakes import GREEDY, NEW, PROMPT, fleet, loaded, reference, state
-from _models import HYBRIDS, prompt_ids
+from _models import HYBRIDS, WINDOWED, prompt_ids
 
 from distkv_dask.errors import StateLostError
 from distkv_dask.gang import PrefillChunk
@@ -15,7 +15,10 @@ SPLIT = (("w1", 24), ("w2", 16), ("w0", PROMPT + NEW - 40))
 TAIL_ELSEWHERE = (("w0", 40), ("w1", 32), ("w2", 20))
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+KEPT_AT_HOMES = [*HYBRIDS, *WINDOWED]
+
+
+@pytest.mark.parametrize("family", KEPT_AT_HOMES)
 @pytest.mark.parametrize("room", [SPLIT, TAIL_ELSEWHERE], ids=["tail at home", "tail elsewhere"])
 def test_tokens_are_those_of_one_process_whatever_the_split(family: str, room) -> None:
     with fleet(loaded(family), 3) as made:
@@ -28,7 +31,7 @@ def test_tokens_are_those_of_one_process_whatever_the_split(family: str, room) -
     assert tokens == reference(family).tokens
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", KEPT_AT_HOMES)
 def test_sequences_that_join_and_leave_a_batch_keep_their_own_states(family: str) -> None:
     lengths = {1: 31, 2: 9, 3: 1, 4: 44}
     news = {1: 14, 2: 5, 3: 9, 4: 12}
@@ -51,7 +54,7 @@ def test_sequences_that_join_and_leave_a_batch_keep_their_own_states(family: str
         assert tokens[number] == reference(family, length, number, news[number]).tokens
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", KEPT_AT_HOMES)
 def test_a_window_or_chunk_that_runs_again_begins_from_the_committed_state(family: str) -> None:
     with fleet(loaded(family), 2) as made:
         placement = made.place(1, ("w1", 24), ("w0", PROMPT + NEW - 24))
@@ -69,8 +72,9 @@ def test_a_window_or_chunk_that_runs_again_begins_from_the_committed_state(famil
     assert [first, *result.tokens[1], *rest.tokens[1]] == reference(family).tokens
 
 
-def test_a_home_without_the_state_says_so_and_computes_nothing() -> None:
-    with fleet(loaded("lfm2"), 2) as made:
+@pytest.mark.parametrize("family", ["lfm2", "gemma2"])
+def test_a_home_without_the_state_says_so_and_computes_nothing(family: str) -> None:
+    with fleet(loaded(family), 2) as made:
         placement = made.place(1, ("w1", 16), ("w0", 40))
         first = made.prefill(1, placement, prompt_ids(30), 24, "w0")
         for wrong in (state(1, placement, 29, first, 9), state(2, placement, 30, first, 9)):

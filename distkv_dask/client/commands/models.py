@@ -78,7 +78,7 @@ def room_on(workers: Mapping[str, Mapping[str, Any]], report: ModelReport, confi
     config
         Settings of the engine.
     """
-    blocks, too_small, instances = 0, {}, 0
+    blocks, too_small, instances, windows = 0, {}, 0, 2 * (report.window_bytes or 0)
     block_bytes = (report.kv_bytes_per_token or 1) * config.block_tokens
     for address, worker in workers.items():
         limit, resources = int(worker["memory_limit"] or 0), worker.get("resources", {})
@@ -91,7 +91,7 @@ def room_on(workers: Mapping[str, Mapping[str, Any]], report: ModelReport, confi
             too_small[address] = {"memory_limit": limit, "memory_limit_needed": int(needed / PAUSE_FRACTION)}
             continue
         instances += not holds_only
-        blocks += kv // block_bytes
+        blocks += max(0, kv - (0 if holds_only else windows)) // block_bytes
     room = blocks * config.block_tokens if instances else 0
     return {
         "workers": len(workers),
@@ -116,7 +116,8 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{said['model']}{kind} is served",
         f"weights: {weights}",
-        f"KV cache: {format_bytes(said['kv_bytes_per_token'])} a token",
+        f"KV cache: {format_bytes(said['kv_bytes_per_token'])} a token"
+        + (f", and {format_bytes(said['window_bytes'])} of windows a sequence" if said["window_bytes"] else ""),
         f"longest sequence of the model: {said['window']:,} tokens",
     ]
     if "memory_limit" in said:

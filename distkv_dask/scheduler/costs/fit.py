@@ -24,7 +24,7 @@ def fit_model(
     inside = preset.inside
     exchanges = [one.exchange for one in measured.values() if one is not None and one.exchange is not None]
     if exchanges:
-        inside = Link(median(exchanges) / (2 * geometry.layers), inside.bandwidth)
+        inside = Link(median(exchanges) / (2 * len(geometry.far_layers)), inside.bandwidth)
     return PerformanceModel(shape_of(geometry), first, inside, preset.between, curves)
 
 
@@ -63,7 +63,7 @@ def shape_of(geometry: Geometry) -> Shape:
     """A model's sizes in bytes: KV and queries in its dtype, partials (out and log-sum-exp) in float32."""
     size = _BYTES.get(geometry.dtype, 4)
     return Shape(
-        layers=geometry.layers,
+        layers=len(geometry.far_layers),
         kv_bytes=geometry.kv_numbers * size,
         query_bytes=geometry.heads * geometry.head_dim * size,
         partial_bytes=geometry.heads * (geometry.value_dim + 1) * 4,

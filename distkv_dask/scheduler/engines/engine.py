@@ -78,8 +78,8 @@ class EngineState:
 
     @property
     def layers(self) -> int:
-        """Layers of the model; 0 before a worker has loaded it."""
-        return 0 if self.geometry is None else self.geometry.layers
+        """Layers of the model whose KV is on any workers; 0 before a worker has loaded it."""
+        return 0 if self.geometry is None else len(self.geometry.far_layers)
 
     # Opening and closing
 
@@ -100,7 +100,7 @@ class EngineState:
         self.facts[facts.worker] = facts
         self.life.block_bytes = facts.block_bytes
         self.geometry = facts.geometry
-        if self.geometry.state_bytes:
+        if self.geometry.home_bytes:
             self.life.keep_states()
         measured = {name: one.measured for name, one in self.facts.items()}
         self.life.know_costs(fit_model(self.geometry, measured, PRESET))

@@ -43,7 +43,7 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
         epoch=ledger.epoch,
         block_tokens=ledger.block_tokens,
         scheduler=SchedulerLoad(life.pacer.rate, life.pacer.task_seconds, life.pacer.load),
-        state_bytes=max((opened.geometry.state_bytes for opened in facts.values()), default=0),
+        state_bytes=max((opened.geometry.home_bytes for opened in facts.values()), default=0),
         speculation=_speculation(life),
         exchange_seconds=model.exchange(model.inside, 1),
         totals={**figures.totals, **finished, "moved_blocks": life.moves.moved_blocks},

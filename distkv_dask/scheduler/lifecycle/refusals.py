@@ -39,10 +39,10 @@ def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
 
 
 def not_in_files() -> DistKVError:
-    """Files have no place for states yet."""
+    """Files have no place yet for what only a home has."""
     return SavedDocumentError(
-        "documents of a model with recurrent layers (engine.status().state_bytes) cannot be saved or loaded: keep the "
-        "document's handle, or ingest its text again"
+        "documents of a model with recurrent layers, or with windows that stay at homes (engine.status().state_bytes), "
+        "cannot be saved or loaded: keep the document's handle, or ingest its text again"
     )
 
 

@@ -39,10 +39,12 @@ class BlockShape:
     latent_dim: int = 0
 
     @classmethod
-    def of(cls, geometry: Geometry, block_tokens: int) -> BlockShape:
-        """Blocks for a model."""
-        sizes = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype
-        return cls(*sizes, block_tokens, geometry.layer_kinds, geometry.latent_dim)
+    def of(cls, geometry: Geometry, block_tokens: int, layers: Sequence[int] | None = None) -> BlockShape:
+        """Blocks for some layers of a model: without them, for those whose KV is on any workers."""
+        layers = geometry.far_layers if layers is None else layers
+        kinds = tuple(geometry.layer_kinds[layer] for layer in layers) if geometry.layer_kinds else ()
+        sizes = len(layers), geometry.kv_heads, geometry.head_dim, geometry.dtype
+        return cls(*sizes, block_tokens, kinds, geometry.latent_dim)
 
     @property
     def planes(self) -> int:

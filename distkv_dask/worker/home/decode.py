@@ -15,6 +15,7 @@ from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.home.progress import Progress
 from distkv_dask.worker.model.sampling import sample_batch
 from distkv_dask.worker.plan import Part, Stored
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
     from distkv_dask.worker.model.recurrent import Past, State
 
-Attention = DistAttention | LayerAttention
+Attention = DistAttention | LayerAttention | SplitAttention
 
 
 class Speculator(Protocol):
@@ -48,8 +49,8 @@ class DecodeLoop:
     batch
         The sequences.
     attention
-        Makes the attention of the steps until the batch changes, from their parts by worker, their number of tokens and
-        the number of the first of them.
+        Makes the attention of the steps until the batch changes, from their parts by worker, the batch, and the number
+        of the first of them.
     cutting
         Cuts the batch into parts by worker, as :func:`distkv_dask.worker.plan.cut`.
     """
@@ -59,7 +60,7 @@ class DecodeLoop:
         gang: HomeGang | PausedForward,
         model: LoadedModel,
         batch: Sequence[SequenceState],
-        attention: Callable[[Mapping[str, Part], int, int], Attention],
+        attention: Callable[[Mapping[str, Part], Sequence[Stored], int], Attention],
         cutting: Callable[[Sequence[Stored]], dict[str, Part]],
     ) -> None:
         self._gang = gang
@@ -111,6 +112,10 @@ class DecodeLoop:
         speculated = {one.state.sequence: one.speculated for one in self._all if one.speculated.proposed}
         seconds = time.perf_counter() - began
         return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, 0.0, errors, speculated)
+
+    def lengths(self) -> Iterator[tuple[int, int]]:
+        """Number and length of the sequences that have not stopped, after the window."""
+        return ((one.state.sequence, one.length) for one in self._all if one.finished is None)
 
     def states(self) -> Iterator[tuple[int, int, State]]:
         """Number, length and state of the sequences that have not stopped, after the window."""
@@ -186,12 +191,11 @@ class DecodeLoop:
         self._drop_finished()
         live = self._live
         new = [1 + len(one.drafts) for one in live]
-        parts = self._cutting(
-            [
-                Stored(one.state.sequence, one.state.placement, one.length, count)
-                for one, count in zip(live, new, strict=True)
-            ]
-        )
+        batch = [
+            Stored(one.state.sequence, one.state.placement, one.length, count)
+            for one, count in zip(live, new, strict=True)
+        ]
+        parts = self._cutting(batch)
         if self._steps == 0:
             self._gang.begin(parts)
         else:
@@ -201,7 +205,7 @@ class DecodeLoop:
         if self._past is not None and len(live) < len(self._rows):
             self._past.keep([row for row, one in enumerate(self._rows) if one.finished is None])
             self._rows = list(live)
-        self._attention = self._new_attention(parts, sum(new), self._steps)
+        self._attention = self._new_attention(parts, batch, self._steps)
         self._inputs = self._model.device.pair((2, sum(new)), torch.int64)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)

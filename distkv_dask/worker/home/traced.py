@@ -18,6 +18,7 @@ from distkv_dask.worker.home.decode import DecodeLoop
 from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, Remote
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.native_exchange import new_exchange
+from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.trace import Ring, span
 
@@ -72,14 +73,15 @@ class TracedModel:
         past: Past | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model."""
-        if not isinstance(step, TracedAttention):
+        traced = step.far if isinstance(step, SplitAttention) else step
+        if not isinstance(traced, TracedAttention):
             return self._model.forward(token_ids, positions, step, keep, past)
-        step.left = began = perf_counter_ns()
+        traced.left = began = perf_counter_ns()
         try:
             return self._model.forward(token_ids, positions, step, keep, past)
         finally:
-            self._ring.put("model", step.left, step.number, step.step)
-            self._ring.put("forward", began, step.number, step.step, size=len(token_ids))
+            self._ring.put("model", traced.left, traced.number, traced.step)
+            self._ring.put("forward", began, traced.number, traced.step, size=len(token_ids))
 
 
 class TracedAttention(DistAttention):

@@ -8,15 +8,18 @@ from torch import nn
 
 
 def drop_other_parts(model: Any) -> None:
-    """Free what of a model is not for text; a model of one part stays as it is.
+    """Free what of a model is not for text, and forget masks of images; a model of one part stays as it is.
 
     Parameters
     ----------
     model
         A transformers model; changed in place.
     """
-    if model.config.get_text_config() is model.config:
+    text = model.config.get_text_config()
+    if text is model.config:
         return
+    if getattr(text, "use_bidirectional_attention", None) == "vision":
+        text.use_bidirectional_attention = None  # no image comes, whose tokens would see each other
     kept = {model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()}
     for parent in (model, model.base_model):
         for name, child in [*parent.named_children()]:

@@ -125,6 +125,10 @@ class _Timing:
         self._pool = runtime.pool
         self._numbers = count(_FIRST_GANG)
         self._state = self._state_after_a_token() if geometry.state_bytes else None
+        windows = runtime.windows
+        self._batch = BATCH if windows is None else min(BATCH, windows.sequences)
+        longest = CHUNKS[-1] if windows is None else windows.chunk_tokens
+        self._chunks = [size for size in CHUNKS if size <= longest] or [longest]
         limit = geometry.max_positions or LONGEST
         self._most = min(_most(self._pool), limit // 2 // self._pool.block_tokens * self._pool.block_tokens)
 
@@ -133,7 +137,12 @@ class _Timing:
         small, large = size, max(size, self._most // BATCH // size * size)
         decode = [
             (batch, batch * tokens, self._decode(batch, tokens))
-            for batch, tokens in ((1, small), (BATCH, small), (1, max(small + size, self._most)), (BATCH, large))
+            for batch, tokens in (
+                (1, small),
+                (self._batch, small),
+                (1, max(small + size, self._most)),
+                (self._batch, large),
+            )
         ]
         endpoint = self._lanes.endpoint
         own = replace(endpoint, worker=f"{endpoint.worker}#holder")
@@ -165,9 +174,9 @@ class _Timing:
 
     def _prompt(self) -> Iterator[tuple[int, int, float]]:
         """A chunk at a prompt's beginning, and one behind as many tokens as there is room for."""
-        tokens = CHUNKS[0]
+        tokens = self._chunks[0]
         seconds = self._chunk(tokens, 0)
-        for tokens in CHUNKS[1:]:
+        for tokens in self._chunks[1:]:
             if 2 * seconds > CHUNK_SECONDS or 2 * tokens > self._most:
                 tokens //= 2
                 break
@@ -188,14 +197,18 @@ class _Timing:
 
     @contextmanager
     def _with_state(self, sequence: int, length: int) -> Iterator[None]:
-        """A state after so many tokens, if the model has recurrent layers: any will do."""
-        states = self._runtime.states
+        """A state after so many tokens, if the model has recurrent layers, and windows: any will do."""
+        states, windows = self._runtime.states, self._runtime.windows
         if self._state is not None:
             states.put(sequence, length, self._state)
+        if windows is not None:
+            windows.put(sequence, length)
         try:
             yield
         finally:
             states.drop(sequence)
+            if windows is not None:
+                windows.drop(sequence)
 
     def _state_after_a_token(self) -> State:
         home = self._lanes.endpoint.worker
@@ -203,7 +216,7 @@ class _Timing:
             chunk = PrefillChunk(self._gang(home, None), 0, (Span(home, 0, 1),), 0, (1,))
             self._lanes.home.submit(self._runtime.prefill, chunk).result()
         state = self._runtime.states.begin(0, 1)
-        self._runtime.states.drop(0)
+        self._runtime.release(0)
         return state
 
     def _gang(self, home: str, holder: Endpoint | None) -> Gang:

@@ -1,0 +1,159 @@
+"""KV of layers that see only a window, at the home of its sequence: blocks are freed as they leave the window.
+
+The pool, rows and kernels are those of distributed layers; only placements differ, which name one worker and begin
+where the window does. As with states of recurrent layers (:mod:`~distkv_dask.worker.home.states`), a window or chunk
+that runs again begins with the KV that it began with before, and KV that is not here is said to be so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from distkv_dask.config import Config
+from distkv_dask.errors import StateLostError
+from distkv_dask.geometry import Geometry
+from distkv_dask.placement import Span
+from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.device import HOST, Device
+from distkv_dask.worker.plan import Stored
+
+_EVERYTHING = 1 << 60
+
+
+def blocks_per_sequence(geometry: Geometry, block_tokens: int, chunk_tokens: int) -> int:
+    """Blocks that a sequence has here at rest: its window after the last commit, and after what ran since.
+
+    Parameters
+    ----------
+    geometry
+        The model.
+    block_tokens
+        Tokens of a block.
+    chunk_tokens
+        Tokens of the largest prompt chunk.
+    """
+    return 3 + -(-(geometry.window + steps_at_once(geometry, chunk_tokens)) // block_tokens)
+
+
+def steps_at_once(geometry: Geometry, chunk_tokens: int) -> int:
+    """Steps that a decode window has at most, so that a sequence fits its blocks without a commit."""
+    return min(geometry.window, chunk_tokens)
+
+
+class Windows:
+    """Blocks of the sequences that a worker is home of, for the layers of a model that see only a window.
+
+    Any thread may drop a sequence that nothing computes on; all else is for the home lane's thread.
+
+    Parameters
+    ----------
+    geometry
+        The model.
+    pool
+        Memory for :func:`blocks_per_sequence` blocks of each sequence, and for a prompt chunk.
+    home
+        This worker.
+    chunk_tokens
+        Tokens of the largest prompt chunk.
+    """
+
+    def __init__(self, geometry: Geometry, pool: Pool, home: str, chunk_tokens: int) -> None:
+        self.pool = pool
+        self.steps = steps_at_once(geometry, chunk_tokens)
+        """Steps that a decode window has at most."""
+        self.chunk_tokens = chunk_tokens
+        """Tokens of the largest prompt chunk."""
+        self.sequences = pool.capacity_blocks // blocks_per_sequence(geometry, pool.block_tokens, chunk_tokens)
+        """Sequences for which there is room."""
+        self._home = home
+        self._kinds = set(pool.layer_kinds)
+        self._lengths: dict[int, set[int]] = {}
+        self._spans: dict[int, Span] = {}
+
+    def begin(self, sequence: int, length: int, stop: int, documents: Iterable[int] = ()) -> None:
+        """Make room for tokens ``[length, stop)`` of a sequence; what none of them sees is freed.
+
+        Parameters
+        ----------
+        sequence
+            Its number.
+        length
+            Its tokens until now.
+        stop
+            Its tokens at the end of what runs now, at most.
+        documents
+            Documents that it begins with: the KV of one that ends there is copied.
+
+        Raises
+        ------
+        StateLostError
+            The KV that its next token sees is not here.
+        """
+        pool, first = self.pool, self._first(length)
+        if not length:
+            pool.release(sequence)
+        elif length not in self._lengths.get(sequence, ()):
+            self._copy(sequence, range(first, length), self._document(sequence, length, documents))
+        pool.free(sequence, 0, first)
+        pool.free(sequence, self._end(stop), _EVERYTHING)
+        pool.reserve(sequence, first, stop)
+        self._lengths[sequence] = {length}
+        self._spans[sequence] = Span(self._home, first, stop)
+
+    def put(self, sequence: int, length: int) -> None:
+        """Keep a sequence's window after ``length`` tokens beside the one that it began with."""
+        pool, lengths = self.pool, self._lengths.setdefault(sequence, set())
+        pool.free(sequence, self._end(max(lengths, default=0)), self._first(length))
+        pool.free(sequence, self._end(length), _EVERYTHING)
+        pool.reserve(sequence, self._first(length), length)
+        lengths.add(length)
+
+    def drop(self, sequence: int) -> None:
+        """Keep nothing of a sequence."""
+        self._lengths.pop(sequence, None)
+        self._spans.pop(sequence, None)
+        self.pool.release(sequence)
+
+    def stored(self, batch: Sequence[Stored]) -> list[Stored]:
+        """Sequences of a step as they lie here."""
+        return [one._replace(placement=(self._spans[one.sequence],)) for one in batch]
+
+    def _first(self, length: int) -> int:
+        """Where the first block begins that the token at ``length`` sees."""
+        seen: int = min(kind.first(length) for kind in self._kinds)
+        return max(0, seen) // self.pool.block_tokens * self.pool.block_tokens
+
+    def _end(self, length: int) -> int:
+        """Where the block of the last of so many tokens ends."""
+        return -(-length // self.pool.block_tokens) * self.pool.block_tokens
+
+    def _document(self, sequence: int, length: int, documents: Iterable[int]) -> int:
+        """The document that ends after so many tokens."""
+        for one in documents:
+            if length in self._lengths.get(one, ()):
+                return one
+        raise StateLostError(
+            f"this worker does not have what windows see of sequence {sequence} after {length} tokens: it is "
+            "recomputed from its first token",
+            sequence,
+        )
+
+    def _copy(self, sequence: int, tokens: range, document: int) -> None:
+        pool, span = self.pool, [(tokens.start, tokens.stop)]
+        pool.release(sequence)
+        pool.reserve(sequence, tokens.start, tokens.stop)
+        for there, here in zip(pool.find(document, span), pool.find(sequence, span), strict=True):
+            pool.storage[here].copy_(pool.storage[there])
+
+
+def blocks_per_chunk(block_tokens: int, chunk_tokens: int) -> int:
+    """Blocks that the prompt chunk under way takes besides."""
+    return 1 + -(-chunk_tokens // block_tokens)
+
+
+def new_windows(geometry: Geometry, config: Config, home: str, sequences: int, device: Device = HOST) -> Windows:
+    """Memory for the windows of so many sequences, whose home is this worker."""
+    size, chunk = config.block_tokens, config.prefill_chunk_tokens
+    blocks = sequences * blocks_per_sequence(geometry, size, chunk) + blocks_per_chunk(size, chunk)
+    pool = Pool(BlockShape.of(geometry, size, geometry.home_layers), blocks, device)
+    return Windows(geometry, pool, home, chunk)
