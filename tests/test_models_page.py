@@ -35,7 +35,8 @@ def test_no_type_differs_or_fails_after_it_opened() -> None:
 
 SAMPLE = [
     *("llama", "qwen2, windows", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "phi3, longrope", "mistral3"),
-    *("gemma4_text, layers share KV", "llama, head size 12", "falcon", "bloom", "mamba", "qwen3_next", "deepseek_v32"),
+    *("gemma4_text, layers share KV", "gemma4_unified", "llama, head size 12", "falcon", "bloom", "mamba"),
+    *("qwen3_next", "deepseek_v32"),
 ]
 
 

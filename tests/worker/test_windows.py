@@ -9,10 +9,12 @@ from _models import WINDOWED, prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkv_dask.errors import StateLostError
+from distkv_dask.config import Config
+from distkv_dask.errors import CapacityError, StateLostError
 from distkv_dask.geometry import Geometry, LayerKind
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
-from distkv_dask.worker.home.windows import Windows, blocks_per_chunk, blocks_per_sequence
+from distkv_dask.worker.home.windows import Windows, blocks_per_chunk, blocks_per_sequence, new_windows
+from distkv_dask.worker.kv_memory import needs_of, rooms
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -29,11 +31,33 @@ def test_a_long_sequence_takes_no_more_at_its_home_than_its_window(family: str) 
         while batch:
             assert windows.pool.used_blocks <= bound < prompt // BLOCK_TOKENS
             result, batch = made.decode("w0", batch, 1000)
-            assert result.steps <= geometry.window
+            assert result.steps <= windows.steps == 64
             tokens += result.tokens[1]
         made.release(1)
         assert windows.pool.used_blocks == 0
     assert tokens == reference(family, prompt, 0, new).tokens
+
+
+@given(st.integers(0, 3), st.integers(1, 64), st.integers(1, 99), st.integers(1, 60), st.integers(1, 9), st.booleans())
+def test_windows_and_blocks_fit_the_memory_of_a_home(
+    near: int, window: int, chunk: int, blocks: int, batch: int, recurs: bool
+) -> None:
+    kinds = (LayerKind(),) * 2 + (LayerKind("sliding", window),) * near
+    geometry = Geometry(len(kinds), 2, 1, 8, 10, 4 * window, "float32", kinds, state_bytes=999 * recurs)
+    config = Config.load(block_tokens=BLOCK_TOKENS, prefill_chunk_tokens=chunk)
+    needs = needs_of(geometry, config)
+    assert bool(needs.each) == bool(geometry.home_bytes) == bool(near or recurs)
+    block = BlockShape.of(geometry, BLOCK_TOKENS)
+    assert block.layers == 2
+    memory = needs.each + needs.once + blocks * block.nbytes
+    found, places = rooms(memory, block, needs, batch)
+    windows = new_windows(geometry, config, "home", places).pool.storage.nbytes if near else 0
+    assert 1 <= places <= batch
+    assert windows + places * 2 * geometry.state_bytes + found * block.nbytes <= memory
+    if near:
+        assert windows >= places * geometry.home_bytes - places * geometry.state_bytes
+    with pytest.raises(CapacityError, match="one sequence need"):
+        rooms(needs.each + needs.once + block.nbytes - 1, block, needs, batch)
 
 
 kinds = st.builds(LayerKind, st.sampled_from(["sliding", "chunked"]), st.integers(1, 30))

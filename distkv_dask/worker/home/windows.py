@@ -18,6 +18,8 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.plan import Stored
 
 _EVERYTHING = 1 << 60
+_STEPS = 64
+"""Steps of a decode window for which there is room however short the layers' window is."""
 
 
 def blocks_per_sequence(geometry: Geometry, block_tokens: int, chunk_tokens: int) -> int:
@@ -37,7 +39,7 @@ def blocks_per_sequence(geometry: Geometry, block_tokens: int, chunk_tokens: int
 
 def steps_at_once(geometry: Geometry, chunk_tokens: int) -> int:
     """Steps that a decode window has at most, so that a sequence fits its blocks without a commit."""
-    return min(geometry.window, chunk_tokens)
+    return min(max(geometry.window, _STEPS), chunk_tokens)
 
 
 class Windows:
