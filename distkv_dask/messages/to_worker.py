@@ -120,21 +120,29 @@ class Relocate(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Store(ToWorker):
-    """Write these token ranges of a sequence to files, for request ``number`` (the worker answers Stored)."""
+    """Write these token ranges of a sequence to files, for request ``number`` (the worker answers Stored).
+
+    Its home, which has more than blocks after ``home`` tokens, writes that, too; 0 for others.
+    """
 
     number: int
     sequence: int
     ranges: tuple[tuple[int, int], ...]
     saved: Saved
+    home: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch(ToWorker):
-    """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers Fetched)."""
+    """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers Fetched).
+
+    Its home reads what it has beside blocks after ``home`` tokens, too; 0 for others.
+    """
 
     sequence: int
     ranges: tuple[tuple[int, int], ...]
     saved: Saved
+    home: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from distkv_dask.worker.blocks.pool import BlockShape
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.home.states import KEPT
 from distkv_dask.worker.home.windows import blocks_per_chunk, blocks_per_sequence
+from distkv_dask.worker.model.no_attention import NoAttention
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -173,7 +174,7 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
         with device.peak() as peak:
             ids = torch.zeros(tokens, dtype=torch.int64, device=device.torch)
             keep = torch.full((1,), tokens - 1, device=device.torch)
-            model.forward(ids, torch.arange(tokens, device=device.torch), _NoAttention(model.geometry.value_dim), keep)
+            model.forward(ids, torch.arange(tokens, device=device.torch), NoAttention(model.geometry.value_dim), keep)
     except torch.OutOfMemoryError as error:
         free, total = device.memory()
         raise DeviceError(
@@ -181,21 +182,3 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
             "beside the weights: lower distkv.prefill.chunk-tokens, or choose a smaller model or a larger card"
         ) from error
     return peak.bytes
-
-
-class _NoAttention:
-    """Stands for attention where only sizes matter."""
-
-    def __init__(self, value_dim: int) -> None:
-        self._value_dim = value_dim
-
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return q[..., : self._value_dim]

@@ -157,10 +157,10 @@ class RManager(WorkerPlugin):
                 self._send_blocks(name, engine, message)
             case do.Relocate(_, number, sequence, placement, holders):
                 engine.relocate(number, sequence, placement, holders)
-            case do.Store(_, number, sequence, ranges, saved):
-                self._spawn(engine.files.store(number, sequence, ranges, saved))
-            case do.Fetch(_, sequence, ranges, saved):
-                self._spawn(engine.files.fetch(partial(self._peers.ask_spilled, name), sequence, ranges, saved))
+            case do.Store(_, number, sequence, ranges, saved, home):
+                self._spawn(engine.files.store(number, sequence, ranges, saved, home))
+            case do.Fetch(_, sequence, ranges, saved, home):
+                self._spawn(engine.files.fetch(partial(self._peers.ask_spilled, name), sequence, ranges, saved, home))
             case do.Demote(_, files):
                 engine.files.demote(files)
             case do.Discard(_, names):

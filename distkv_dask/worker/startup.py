@@ -23,6 +23,7 @@ from distkv_dask.worker.device import Device
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
+from distkv_dask.worker.home.home_files import HomeFiles
 from distkv_dask.worker.home.windows import new_windows
 from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, needs_of, rooms
 from distkv_dask.worker.lanes import Lanes
@@ -95,7 +96,10 @@ def build_engine(
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     report = partial(tell, spec.engine)
     spilled = Spilled(pool, folder, spec.config, host_memory(spec, worker, device))
-    files = BlockFiles(pool, worker.address, spilled, spec.config, report)
+    home = None
+    if model is not None and geometry.home_bytes:
+        home = HomeFiles(runtime.states, model.state_of_a_token(), windows, device)
+    files = BlockFiles(worker.address, spilled, spec.config, report, home)
     facts = Opened(
         worker.address,
         lanes.endpoint,

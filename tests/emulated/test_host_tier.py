@@ -98,7 +98,7 @@ def told() -> list[FromWorker]:
 @pytest.fixture
 def files(pool: Pool, tmp_path: Path, told: list[FromWorker]) -> Iterator[BlockFiles]:
     config = Config.load()
-    made = BlockFiles(pool, "here", Spilled(pool, tmp_path / "own", config, ROWS * SHAPE.nbytes), config, told.append)
+    made = BlockFiles("here", Spilled(pool, tmp_path / "own", config, ROWS * SHAPE.nbytes), config, told.append)
     yield made
     made.close()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from distkv_dask import Engine, SamplingParams, SavedDocumentError
+from distkv_dask import Engine, SamplingParams
 from distkv_dask.errors import UnsupportedModelError
 from tests._cluster import engine_test
 from tests._models import HYBRIDS, WINDOWED, kv_memory, model_dir, prompt_ids, reference_generate
@@ -41,7 +42,7 @@ def test_prompts_on_three_workers_get_the_tokens_of_one_process(family: str, mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_go_on_from_the_state_at_the_end_of_their_document(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [DOCUMENT + question for question in QUESTIONS]
     expected = [one.tokens for one in reference_generate(model_dir(family), prompts, NEW)]
@@ -57,8 +58,15 @@ def test_questions_go_on_from_the_state_at_the_end_of_their_document(
                 done = await document.ask(QUESTIONS, GREEDY)
                 assert [list(one.token_ids) for one in done] == expected
                 assert [one.reused_tokens for one in done] == [96] * 4
-            with pytest.raises(SavedDocumentError, match="stay at homes"):
-                await document.save("nowhere")
+            await document.save(tmp_path)
+        monkeypatch.undo()
+        async with (
+            Engine(client, str(model_dir(family)), kv_memory="8 MiB", **SMALL) as engine,
+            await engine.load(tmp_path) as document,
+        ):
+            done = await document.ask(QUESTIONS, GREEDY)
+            assert [list(one.token_ids) for one in done] == expected
+            assert [one.reused_tokens for one in done] == [96] * 4
 
     run()
 

@@ -7,7 +7,6 @@ import random
 from array import array
 from collections import defaultdict
 
-import pytest
 from _examples import examples
 from _simulated import BLOCK, Simulated, assert_nothing_left, expected, finish, mishaps, settle
 from hypothesis import given, settings
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from test_document_life import assert_right_ends, events, happen, ingest_all, prompt
 
 from distkv_dask.config import Config
-from distkv_dask.errors import CapacityError, SavedDocumentError, StateLostError
+from distkv_dask.errors import CapacityError, StateLostError
 from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
@@ -24,6 +23,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.simulate.workers import Asked
 from distkv_dask.worker.home.states import States
 
 
@@ -70,6 +70,12 @@ class Stateful(Simulated):
         super().run_window(window)
         for number, entry in self.batches.get(home, {}).items():
             states.put(number, entry.length, {})
+
+    def go_on(self, message: Asked) -> None:
+        """A home has a state again once it has read it."""
+        if isinstance(message, to.Fetch) and message.home:
+            self.states[message.worker].put(message.sequence, message.home, {})
+        super().go_on(message)
 
     def forget(self) -> None:
         """A home loses the states of a sequence."""
@@ -160,16 +166,26 @@ def test_a_home_that_leaves_lets_its_sequences_be_computed_elsewhere() -> None:
     assert cluster.missing == 0
 
 
-def test_saving_and_loading_are_refused_with_what_to_do() -> None:
-    cluster = stateful(0, 20)
-    cluster.ingest(0, prompt(0, 18))
+def test_homes_write_and_read_states_with_the_blocks_of_documents() -> None:
+    cluster = stateful(0, 5, 20)
+    cluster.ingest(0, prompt(0, 30))
     finish(cluster)
-    for wanted in (
-        lambda: cluster.save(1, 0, Saved("folder")),
-        lambda: cluster.ingest(2, prompt(0, 9), saved=Saved("f")),
-    ):
-        with pytest.raises(SavedDocumentError, match="ingest its text again"):
-            wanted()
+    account = cluster.life.ledger.sequences[0]
+    cluster.save(1, 0, Saved("folder"))
+    stores = [one for one in cluster.files if isinstance(one, to.Store)]
+    assert {one.worker: one.home for one in stores} == {
+        worker: account.length * (worker == account.home) for worker in account.workers()
+    }
+    finish(cluster)
+    files = cluster.life.requests[0].saved.files
+    cluster.stop(0)
+    finish(cluster)
+    cluster.ingest(2, prompt(0, 30), saved=Saved("folder", files))
+    ask(cluster, 3, prompt(0, 30, 7), document=2)
+    before = cluster.computed
+    finish(cluster)
+    assert cluster.tokens[3] == expected(3, 9)
+    assert (cluster.missing, cluster.computed - before) == (0, 31 - account.length)
 
 
 @settings(max_examples=examples(150), deadline=None)

@@ -30,7 +30,7 @@ async def no_peer(file: SavedFile, first: int, count: int) -> Any:
 def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> None:
     told: list[Any] = []
     pool, config = pool_of(8), Config.load(spill=0)
-    files = BlockFiles(pool, "here", Spilled(pool, tmp_path / "own", config), config, told.append)
+    files = BlockFiles("here", Spilled(pool, tmp_path / "own", config), config, told.append)
     pool.reserve(1, 0, 16)
     pool.storage.copy_(torch.rand(pool.storage.shape))
     before = pool.storage[list(pool.table(1))].clone()

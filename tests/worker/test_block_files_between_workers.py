@@ -40,7 +40,7 @@ class Workers:
         self.pools = {name: Pool(SHAPE, 20) for name in names}
         self.files = {
             name: BlockFiles(
-                pool, name, Spilled(pool, folder / name, Config.load(**config)), Config.load(**config), self.told.append
+                name, Spilled(pool, folder / name, Config.load(**config)), Config.load(**config), self.told.append
             )
             for name, pool in self.pools.items()
         }

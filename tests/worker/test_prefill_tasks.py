@@ -84,7 +84,7 @@ def tasks(family: str, folder: Path) -> Iterator[tuple[Fleet, WorkerEngine, list
     model, told = loaded(family), list[did.FromWorker]()
     with fleet(model, 2) as made:
         member, config = made.members["w0"], made.spec.config
-        files = BlockFiles(member.pool, "w0", Spilled(member.pool, folder, config, 0), config, told.append)
+        files = BlockFiles("w0", Spilled(member.pool, folder, config, 0), config, told.append)
         facts = did.Opened(
             "w0", member.lanes.endpoint, role="instance", channels="", device="cpu", kernels="",
             capacity_blocks=member.pool.capacity_blocks, block_bytes=member.pool.block_bytes, spill_bytes=0,

@@ -118,7 +118,9 @@ class Save:
         names, kept = self._folder.names(), set[str]()
         if FILE in names:
             kept = {file.name for file in document_in(self._folder).files}
-        ours = re.compile(rf"blocks-{tag}[0-9]?-[0-9]+-[0-9]+\.arrow|{re.escape(FILE)}\.{tag}\.unfinished")
+        ours = re.compile(
+            rf"(?:blocks|state|window)-{tag}[0-9]?-[0-9]+-[0-9]+\.arrow|{re.escape(FILE)}\.{tag}\.unfinished"
+        )
         for name in names:
             watch.step()
             if ours.fullmatch(name) and name not in kept:

@@ -25,7 +25,7 @@ VERSION = 2
 MOST_BYTES = 256 << 20
 """A ``document.json`` has this many bytes at most: 10 million tokens and their text need less."""
 
-BLOCKS_NAME = re.compile(r"blocks-[0-9a-f]+-[0-9]+-[0-9]+\.arrow")
+FILE_NAME = re.compile(r"(blocks|state|window)-[0-9a-f]+-[0-9]+-[0-9]+\.arrow")
 TOP = 2**63
 
 
@@ -158,20 +158,24 @@ def _checked_file(file: Any) -> SavedFile:
     kept = len(SavedFile._fields)
     _require(isinstance(file, list) and len(file) == kept, f"the entry of a file has not {kept} fields")
     name, *numbers = file
-    _require(isinstance(name, str) and BLOCKS_NAME.fullmatch(name) is not None, f"a file is called {name!r:.100}")
+    _require(isinstance(name, str) and FILE_NAME.fullmatch(name) is not None, f"a file is called {name!r:.100}")
     _require(all(_is_number(one, 0, TOP) for one in numbers), f"an entry of {name} is no number")
     return SavedFile(name, *numbers)
 
 
 def _check_files(document: SavedDocument) -> None:
-    """Whole blocks of all tokens, one file after the other, each once."""
+    """Whole blocks of all tokens, one file after the other, each once; of what homes have, the last."""
     size, end = document.block_tokens, 0
+    kept = len(document.ids) // size * size
     for file in document.files:
+        if not file.name.startswith("blocks"):
+            _require(file.start < file.stop == kept, f"{file.name} is not of the document's end")
+            continue
         rows = (file.stop - file.start) // size
         _require(file.start == end and rows > 0 and file.stop % size == 0, "its files do not follow each other")
         _require(file.bytes >= rows * document.block_bytes, f"{file.name} is too small for its blocks")
         end = file.stop
-    _require(end == len(document.ids) // size * size, f"its files hold {end} of its tokens")
+    _require(end == kept, f"its files hold {end} of its tokens")
     _require(len({file.name for file in document.files}) == len(document.files), "a file is named twice")
 
 

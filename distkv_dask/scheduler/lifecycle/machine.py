@@ -14,7 +14,7 @@ from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler.cache import disk, documents, prefix_cache
 from distkv_dask.scheduler.commands import Command, Refuse
-from distkv_dask.scheduler.lifecycle import files, losses, refusals, retirement, retries, stalls
+from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
 from distkv_dask.scheduler.lifecycle.ends import end, end_document
 from distkv_dask.scheduler.lifecycle.events import (
@@ -197,8 +197,6 @@ class Lifecycle:
 
     def _accept(self, request: Request) -> None:
         life = self.state
-        if life.ledger.has_states and (request.saves or request.saved is not None):
-            raise refusals.not_in_files()
         document = life.requests.get(request.document) if request.document is not None else None
         is_stored = document is not None and isinstance(document.state, Stored)
         if request.saves and is_stored and document is not None and not document.prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distkv_dask.errors import CapacityError, DistKVError, SavedDocumentError, WorkerLostError
+from distkv_dask.errors import CapacityError, DistKVError, WorkerLostError
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.records.request import Request
@@ -35,14 +35,6 @@ def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
     return CapacityError(
         f"{what} was set aside for more than {limit:g} s (distkv.timeouts.open): {reason}. Submit it again "
         f"once that is over, or add workers; engine.status() says what they hold."
-    )
-
-
-def not_in_files() -> DistKVError:
-    """Files have no place yet for what only a home has."""
-    return SavedDocumentError(
-        "documents of a model with recurrent layers, or with windows that stay at homes (engine.status().state_bytes), "
-        "cannot be saved or loaded: keep the document's handle, or ingest its text again"
     )
 
 

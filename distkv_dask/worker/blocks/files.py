@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +20,18 @@ from distkv_dask.filesystems import folder_at
 from distkv_dask.messages.from_worker import Fetched, FromWorker, Stored
 from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SavedFile, SpilledFile
 from distkv_dask.watch import Watch, watched
-from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.blocks.spilled import Spilled
-from distkv_dask.worker.blocks.storage import blocks_within, overlapping, read_blocks, uncovered, write_files
+from distkv_dask.worker.blocks.storage import (
+    BLOCKS,
+    blocks_within,
+    overlapping,
+    read_blocks,
+    uncovered,
+    write_files,
+)
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.home.home_files import HomeFiles
 
 logger = logging.getLogger("distributed.distkv.files")
 
@@ -38,36 +47,42 @@ class BlockFiles:
 
     Parameters
     ----------
-    pool
-        Whose blocks are written and filled.
     worker
         This worker's address.
     spilled
-        What is spilled here.
+        What is spilled here, and the pool whose blocks are written and filled.
     config
         Limits in time: for answers of other workers, and for a folder that takes or gives a piece.
     tell
         Sends an event of the engine to the gManager.
+    home
+        What a home has beside blocks, if the model needs that.
     """
 
     def __init__(
         self,
-        pool: Pool,
         worker: str,
         spilled: Spilled,
         config: Config,
         tell: Callable[[FromWorker], None],
+        home: HomeFiles | None = None,
     ) -> None:
         self.spilled = spilled
-        self._pool = pool
+        self._pool = spilled.pool
+        self._home = home
         self._worker = worker
         self._silence = config.timeout_receive
         self._standstill = config.timeout_files
         self._tell = tell
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 
-    async def store(self, number: int, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
-        """Write the blocks of token ranges of a sequence, which nobody changes, and tell the end of ``number``."""
+    async def store(
+        self, number: int, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
+    ) -> None:
+        """Write the blocks of token ranges of a sequence, which nobody changes, and tell the end of ``number``.
+
+        What a home has beside them after ``home`` tokens is written, too, unless that is 0.
+        """
         files: tuple[SavedFile, ...] = ()
         error: DistKVError | None = None
         try:
@@ -76,19 +91,28 @@ class BlockFiles:
                 files = await loop.run_in_executor(self._disk, self.spilled.write, Watch(), sequence, ranges, saved)
             else:
                 what = f"saving in {saved.place}"
-                files = await watched(self._standstill, what, self._write, sequence, ranges, saved)
+                files = await watched(self._standstill, what, self._write, sequence, ranges, saved, home)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in saving sequence {sequence}")
         self._tell(Stored(self._worker, number, files, error))
 
-    async def fetch(self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved) -> None:
-        """Fill the blocks of token ranges of a sequence from where they are saved; tell the end."""
+    async def fetch(
+        self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
+    ) -> None:
+        """Fill the blocks of token ranges of a sequence from where they are saved; tell the end.
+
+        What a home has beside them after ``home`` tokens is read, too, unless that is 0.
+        """
         error: DistKVError | None = None
         try:
+            files = [file for file in saved.files if file.name.startswith(BLOCKS)]
+            if home and self._home is not None:
+                what = f"reading in {saved.place}"
+                await watched(self._standstill, what, self._read_home, sequence, home, saved)
             for start, stop in ranges:
-                if (gap := uncovered(start, stop, saved.files)) < stop:
+                if (gap := uncovered(start, stop, files)) < stop:
                     raise SavedDocumentError(f"tokens {gap} to {stop} of sequence {sequence} are in none of its files")
-                for file in overlapping(start, stop, saved.files):
+                for file in overlapping(start, stop, files):
                     if isinstance(file, SpilledFile) and file.worker != self._worker:
                         await self._ask(peer, sequence, start, stop, file)
                     else:
@@ -126,9 +150,21 @@ class BlockFiles:
         self.spilled.close()
 
     def _write(
-        self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved
+        self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int
     ) -> tuple[SavedFile, ...]:
-        return write_files(self._pool, sequence, ranges, folder_at(saved.place), saved.tag, watch, durable=True)
+        folder, files = folder_at(saved.place), tuple[SavedFile, ...]()
+        if home and self._home is not None:
+            files = self._home.write(sequence, home, folder, saved.tag, watch)
+        try:
+            return files + write_files(self._pool, sequence, ranges, folder, saved.tag, watch, durable=True)
+        except BaseException:
+            for file in files:
+                folder.delete(file.name)
+            raise
+
+    def _read_home(self, watch: Watch, sequence: int, tokens: int, saved: Saved) -> None:
+        assert self._home is not None
+        self._home.read(sequence, tokens, folder_at(saved.place), saved.files, watch)
 
     def _read(
         self, watch: Watch, sequence: int, start: int, stop: int, saved: Saved, file: SavedFile | SpilledFile

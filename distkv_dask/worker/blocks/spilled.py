@@ -55,7 +55,7 @@ class Spilled:
     def __init__(self, pool: Pool, folder: Path, config: Config, host_bytes: int = 0) -> None:
         self.disk_bytes = min(config.spill, int(shutil.disk_usage(folder.parent).free * FREE_PART))
         self.place = str(folder)
-        self._pool = pool
+        self.pool = pool
         self._folder = LocalFolder(folder)
         self._host = HostTier(pool, host_bytes)
         self.host_bytes = self._host.capacity
@@ -67,13 +67,13 @@ class Spilled:
         """Write token ranges of a sequence to where the gManager says; nothing is left if one cannot be written."""
         if saved.place == OWN_DISK:
             self._folder.make()
-            return write_files(self._pool, sequence, ranges, self._folder, saved.tag, watch)
+            return write_files(self.pool, sequence, ranges, self._folder, saved.tag, watch)
         files = list[SavedFile]()
         try:
             for start, stop in ranges:
-                blocks, name = self._pool.find(sequence, [(start, stop)]), file_name(saved.tag, start, stop)
+                blocks, name = self.pool.find(sequence, [(start, stop)]), file_name(saved.tag, start, stop)
                 self._host.store(name, blocks)
-                files.append(SavedFile(name, start, stop, len(blocks) * self._pool.block_bytes, 0))
+                files.append(SavedFile(name, start, stop, len(blocks) * self.pool.block_bytes, 0))
         except BaseException:
             for file in files:
                 self.delete(file.name)
@@ -83,22 +83,22 @@ class Spilled:
     def read(self, watch: Watch, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of this worker holds them."""
         if file.name in self._host:
-            into, first = blocks_within(self._pool, sequence, start, stop, file)
+            into, first = blocks_within(self.pool, sequence, start, stop, file)
             self._host.fill(file.name, first, into, watch.change)
         else:
-            read_blocks(self._pool, sequence, start, stop, self._folder, self._on_disk(file), watch)
+            read_blocks(self.pool, sequence, start, stop, self._folder, self._on_disk(file), watch)
 
     def rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file, uint8 [count, bytes of a block], for another worker."""
         if file.name in self._host:
             return np.stack(list(self._host.read(file.name, first, count)))
-        size, tokens = self._pool.block_bytes, self._pool.block_tokens
+        size, tokens = self.pool.block_bytes, self.pool.block_tokens
         return np.stack(list(read_rows(self._folder, self._on_disk(file), size, tokens, first, count, watch)))
 
     def demote(self, file: SpilledFile) -> None:
         """Move a file from host memory to the disk; if it cannot be written it is lost, and reading it fails."""
-        size = self._pool.block_bytes
-        count, most = -(-(file.stop - file.start) // self._pool.block_tokens), batch_rows(size)
+        size = self.pool.block_bytes
+        count, most = -(-(file.stop - file.start) // self.pool.block_tokens), batch_rows(size)
         batches = (
             np.stack(list(self._host.read(file.name, at, min(most, count - at)))) for at in range(0, count, most)
         )

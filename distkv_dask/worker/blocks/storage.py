@@ -71,9 +71,12 @@ def write_files(
     return tuple(files)
 
 
-def file_name(tag: str, start: int, stop: int) -> str:
+BLOCKS = "blocks"
+
+
+def file_name(tag: str, start: int, stop: int, what: str = BLOCKS) -> str:
     """Name of the file of tokens ``[start, stop)``."""
-    return f"blocks-{tag}-{start}-{stop}.arrow"
+    return f"{what}-{tag}-{start}-{stop}.arrow"
 
 
 def write_batches(

@@ -47,11 +47,21 @@ class States:
         if not length:
             self.drop(sequence)
             return {}
+        state = self.kept(sequence, length, documents)
+        self._kept[sequence] = {length: state}
+        return state
+
+    def kept(self, sequence: int, length: int, documents: Iterable[int] = ()) -> State:
+        """State of a sequence, or of a document that it begins with, after ``length`` tokens.
+
+        Raises
+        ------
+        StateLostError
+            No such state is here.
+        """
         for one in (sequence, *documents):
             if length in self._kept.get(one, ()):
-                state = self._kept[one][length]
-                self._kept[sequence] = {length: state}
-                return state
+                return self._kept[one][length]
         raise StateLostError(
             f"this worker has no state of sequence {sequence} after {length} tokens: it is recomputed from its first "
             "token",

@@ -91,11 +91,11 @@ class Windows:
         StateLostError
             The KV that its next token sees is not here.
         """
-        pool, first = self.pool, self._first(length)
+        pool, first = self.pool, self.first(length)
         if not length:
             pool.release(sequence)
         elif length not in self._lengths.get(sequence, ()):
-            self._copy(sequence, range(first, length), self._document(sequence, length, documents))
+            self._copy(sequence, range(first, length), self._holder(sequence, length, documents))
         pool.free(sequence, 0, first)
         pool.free(sequence, self._end(stop), _EVERYTHING)
         pool.reserve(sequence, first, stop)
@@ -105,9 +105,9 @@ class Windows:
     def put(self, sequence: int, length: int) -> None:
         """Keep a sequence's window after ``length`` tokens beside the one that it began with."""
         pool, lengths = self.pool, self._lengths.setdefault(sequence, set())
-        pool.free(sequence, self._end(max(lengths, default=0)), self._first(length))
+        pool.free(sequence, self._end(max(lengths, default=0)), self.first(length))
         pool.free(sequence, self._end(length), _EVERYTHING)
-        pool.reserve(sequence, self._first(length), length)
+        pool.reserve(sequence, self.first(length), length)
         lengths.add(length)
 
     def drop(self, sequence: int) -> None:
@@ -120,7 +120,18 @@ class Windows:
         """Sequences of a step as they lie here."""
         return [one._replace(placement=(self._spans[one.sequence],)) for one in batch]
 
-    def _first(self, length: int) -> int:
+    def kept(self, sequence: int, length: int) -> int:
+        """Where the first block of a sequence's window after ``length`` tokens begins.
+
+        Raises
+        ------
+        StateLostError
+            It is not here.
+        """
+        self._holder(sequence, length)
+        return self.first(length)
+
+    def first(self, length: int) -> int:
         """Where the first block begins that the token at ``length`` sees."""
         seen: int = min(kind.first(length) for kind in self._kinds)
         return max(0, seen) // self.pool.block_tokens * self.pool.block_tokens
@@ -129,9 +140,9 @@ class Windows:
         """Where the block of the last of so many tokens ends."""
         return -(-length // self.pool.block_tokens) * self.pool.block_tokens
 
-    def _document(self, sequence: int, length: int, documents: Iterable[int]) -> int:
-        """The document that ends after so many tokens."""
-        for one in documents:
+    def _holder(self, sequence: int, length: int, documents: Iterable[int] = ()) -> int:
+        """A sequence that has a window after so many tokens: itself, or a document that it begins with."""
+        for one in (sequence, *documents):
             if length in self._lengths.get(one, ()):
                 return one
         raise StateLostError(

@@ -26,6 +26,7 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
+from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.read_weights import Weights, in_rows, on_disk, read_weights
@@ -119,6 +120,15 @@ class LoadedModel:
     def past(self, states: Sequence[State]) -> Past:
         """What the recurrent layers of a forward go on from: a state of each sequence, or none of a new one."""
         return Past(self._model.config.get_text_config(), states)
+
+    def state_of_a_token(self) -> State:
+        """State of a sequence of one token, whose tensors have the sizes of all; empty without recurrent layers."""
+        if not self.geometry.state_bytes:
+            return {}
+        past, token = self.past([{}]), torch.zeros(1, dtype=torch.int64, device=self.device.torch)
+        self.forward(token, token, NoAttention(self.geometry.value_dim), None, past)
+        self.device.finish()
+        return past.state(0)
 
     def forward(
         self,

@@ -1,0 +1,30 @@
+"""Stands for attention where only the sizes of what else a model computes matter."""
+
+from __future__ import annotations
+
+import torch
+
+
+class NoAttention:
+    """Gives a layer's queries back.
+
+    Parameters
+    ----------
+    value_dim
+        Numbers of a value of one head.
+    """
+
+    def __init__(self, value_dim: int) -> None:
+        self._value_dim = value_dim
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """First numbers of the queries, [T, heads, value_dim]."""
+        return q[..., : self._value_dim]
