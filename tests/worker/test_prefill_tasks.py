@@ -86,7 +86,7 @@ def tasks(family: str, folder: Path) -> Iterator[tuple[Fleet, WorkerEngine, list
         member, config = made.members["w0"], made.spec.config
         files = BlockFiles("w0", Spilled(member.pool, folder, config, 0), config, told.append)
         facts = did.Opened(
-            "w0", member.lanes.endpoint, role="instance", channels="", device="cpu", kernels="",
+            "w0", member.lanes.endpoint, role="instance", channels="", device="cpu", kernels="", weights="",
             capacity_blocks=member.pool.capacity_blocks, block_bytes=member.pool.block_bytes, spill_bytes=0,
             host_bytes=0, places=64, geometry=model.geometry, fingerprint="", measured=None,
         )  # fmt: skip
