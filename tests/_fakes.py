@@ -28,7 +28,7 @@ from distkv_dask.worker.runtime import Runtime
 BLOCK_TOKENS = 8
 SEQUENCES = 5
 """How many a home has windows for."""
-LONGEST_CHUNK = 128
+LONGEST_CHUNK = 512
 GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 PROMPT, NEW = 70, 14
 ROOM = PROMPT + NEW + BLOCK_TOKENS

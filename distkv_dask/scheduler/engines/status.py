@@ -52,7 +52,7 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
 
 def _speculation(life: MachineState) -> str:
     chosen = str(life.config.speculation)
-    return chosen if life.speculates or chosen == "off" else "off: states of recurrent layers cannot go back"
+    return chosen if life.speculates or chosen == "off" else "off: what only homes have cannot go back"
 
 
 def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:
