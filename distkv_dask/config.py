@@ -71,6 +71,8 @@ class Config:
         worker.
     device
         What workers compute on: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    cuda_graphs
+        Whether decode steps on a card are captured as CUDA graphs.
     weights
         Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk
         where they do not fit).
@@ -123,6 +125,7 @@ class Config:
     threads: int | None = _key("threads")
     granularity: str = _key("granularity")
     device: str = _key("device")
+    cuda_graphs: bool = _key("cuda-graphs")
     weights: str = _key("weights")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")

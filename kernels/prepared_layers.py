@@ -82,6 +82,8 @@ class PreparedLayers:
         self._layers = [
             _layer(attentions[kind], k, v, len(blocks)) for kind, k, v in zip(of_layer, k_layers, v_layers, strict=True)
         ]
+        self.queued = all(attention.batch is not None for attention in attentions)
+        """Whether a call only queues work on a card, always in the same memory; it can be captured in a graph then."""
         for attention in attentions:
             if attention.batch is not None:
                 attention.batch.take_slots(blocks, offsets)
@@ -102,7 +104,7 @@ class PreparedLayers:
         """
         for attention in self._attentions:
             attention.refresh()
-        if all(attention.batch is not None for attention in self._attentions):
+        if self.queued:
             return  # slots went along with the work lists
         for given, used in zip(self._given, self._slots, strict=True):
             if used is not given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -57,12 +58,18 @@ class Recorder:
         self.logits.append(logits.cpu())
         return logits
 
+    def repeated(self, inputs: Tensor, step: Any, queued: bool, past: Any, steps: int) -> Callable[[], Tensor]:
+        return lambda: self.forward(inputs[0], inputs[1], step, None, past)
+
 
 class Member:
     """One worker: lanes, pool and runtime."""
 
     def __init__(self, address: str, model: Any, blocks: int, block_tokens: int, spec: EngineSpec, way: Way) -> None:
         geometry = model.geometry
+        if isinstance(model, LoadedModel):  # each worker has streams of its own
+            model = copy(model)
+            model.device = choose_device(Config.load().device)
         self.address = address
         self.lanes = Lanes(address, "127.0.0.1", 1, way.certificates)
         block = BlockShape.of(geometry, block_tokens)

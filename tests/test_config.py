@@ -146,6 +146,7 @@ def test_text_and_numbers_are_read(field, given, expected):
         ("channel", "pigeon", "one of auto, tcp, unix, ucx"),
         ("channel", 1, "one of auto, tcp, unix, ucx"),
         ("unencrypted_channels", "yes", "true or false"),
+        ("cuda_graphs", "yes", "true or false"),
         ("prefill_chunk_tokens", 0, "a whole number of at least 1"),
         ("window_steps", -1, "a whole number of at least 1"),
         ("window_steps", "many", "a whole number of at least 1"),

@@ -6,6 +6,7 @@ to the same names.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,18 +18,21 @@ import torch
 from torch import Tensor
 
 from distkv_dask.errors import DeviceError, DeviceLostError, DeviceMemoryError, in_words
-from distkv_dask.worker.device import Device, Mark, Peak, Use
+from distkv_dask.worker.device import Device, Graph, Mark, Peak, Use
 
 BOUNCE_BYTES = 16 << 20
 """Pinned memory through which blocks go to and from a card, a piece at a time."""
 
+
+_capturing = threading.RLock()
+"""Held while a stream of the process is captured: nobody may wait for the whole card then."""
 
 _NO_MEMORY = "out of memory", "ALLOC_FAILED"
 """What errors of other classes than torch's own say where memory is short: pinned memory, Triton's, cuBLAS's."""
 
 
 class Card(Device):
-    """A GPU: ``cuda:0`` of this process. Use :func:`choose_device`, which makes one for all engines of a process."""
+    """A GPU: ``cuda:0`` of this process. Each engine of a worker has streams and graphs of its own on it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +41,8 @@ class Card(Device):
         self._streams = {use: torch.cuda.Stream(self.torch, priority=-(use is Use.HOLDER)) for use in Use}
         self._bounce = self.host_buffer((BOUNCE_BYTES,), torch.uint8)
         self._copying = threading.Lock()
+        self._graph_memory = torch.cuda.MemPool()
+        """Of all graphs: a lane runs them, one after the other, and each takes what the one before it has left."""
 
     def stream(self, use: Use) -> AbstractContextManager[Any]:
         """Queue what the calling thread does inside a ``with`` statement on the stream of a use.
@@ -96,6 +102,10 @@ class Card(Device):
             free += torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return free, total
 
+    def graph(self) -> Graph:
+        """A new graph, which records what a thread queues; its intermediate results are in memory shared by graphs."""
+        return _CardGraph(self._graph_memory)
+
     def explain(self, error: RuntimeError) -> DeviceError | None:
         """What an error of torch, or of a library on top of it, says of the card; None if nothing."""
         if not self._answers():
@@ -114,7 +124,8 @@ class Card(Device):
     def _answers(self) -> bool:
         """Whether the card can still be used: an error that ends that is repeated by every later call."""
         try:
-            torch.cuda.synchronize(self.torch)
+            with _capturing:
+                torch.cuda.synchronize(self.torch)
         except RuntimeError:
             return False
         return True
@@ -151,6 +162,40 @@ class _Queueing(AbstractContextManager[None]):
         self._context.__exit__(kind, error, trace)
         if isinstance(error, RuntimeError) and (explained := self._card.explain(error)) is not None:
             raise explained from error
+
+
+class _CardGraph(Graph):
+    """A CUDA graph."""
+
+    def __init__(self, memory: torch.cuda.MemPool) -> None:
+        self._memory = memory
+        self._graph = torch.cuda.CUDAGraph()
+
+    def begin(self) -> None:
+        """Record what the calling thread queues; other threads may use their streams as always."""
+        _capturing.acquire()
+        gc.disable()  # an older graph that is freed meanwhile would make the recording void
+        memory: Any = self._memory.id  # a tuple, as its documentation says; not what torch's types say
+        try:
+            self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        except RuntimeError:
+            self._ended()
+            raise
+
+    def end(self) -> None:
+        """End the recording."""
+        try:
+            self._graph.capture_end()
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        gc.enable()
+        _capturing.release()
+
+    def replay(self) -> None:
+        """Queue what was recorded."""
+        self._graph.replay()
 
 
 class _CardMark(Mark):

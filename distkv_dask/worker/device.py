@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +97,10 @@ class Device:
         """Bytes of its memory that this process can still have, and of all of it; on the host both are 0: unlimited."""
         return 0, 0
 
+    def graph(self) -> Graph | None:
+        """A new graph, which records what a thread queues; None on the host, where nothing is queued."""
+        return None
+
     @contextmanager
     def peak(self) -> Iterator[Peak]:
         """Find what the calling thread allocates inside a ``with`` statement."""
@@ -108,6 +112,31 @@ class Peak:
 
     def __init__(self) -> None:
         self.bytes = 0
+
+
+class Graph(Protocol):
+    """Work of one thread, recorded once and repeated in the same memory; launching it costs the host one call."""
+
+    def begin(self) -> None:
+        """Record, and do not run, what the calling thread queues until :meth:`end`.
+
+        Raises
+        ------
+        RuntimeError
+            What is queued meanwhile may raise it too: something in it has to wait for the card.
+        """
+
+    def end(self) -> None:
+        """End the recording.
+
+        Raises
+        ------
+        RuntimeError
+            It is void.
+        """
+
+    def replay(self) -> None:
+        """Queue what was recorded; it reads what its memory holds by then."""
 
 
 class Mark:

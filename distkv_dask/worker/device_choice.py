@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ _INSTALL = "install distkv-dask[gpu] and a torch that was built for it (https://
 
 
 def choose_device(setting: str) -> Device:
-    """The device that this process computes on.
+    """The device that an engine of this process computes on: on a card, one with streams of its own.
 
     Parameters
     ----------
@@ -33,18 +32,13 @@ def choose_device(setting: str) -> Device:
         return HOST
     try:
         if torch.cuda.is_available():
-            return _card()
+            return Card()
         reason = _not_found()
     except Exception as error:  # a driver that is too old, a card that is broken or taken: each says so in its own way
         reason = f"torch {torch.__version__} cannot use the card: {in_words(error)}"
     if setting == "cuda":
         raise DeviceError(f"distkv.device is cuda, but {reason}")
     return Device(note=f"computes on the CPU: {reason}") if _sees_a_card() else HOST
-
-
-@cache
-def _card() -> Card:
-    return Card()
 
 
 def _not_found() -> str:

@@ -89,6 +89,8 @@ class Shard:
         )
         self.native = self._attend.native
         """The batch as the kernels' core takes it; None where that does not serve."""
+        self.queued = self._attend.queued
+        """Whether :meth:`attend` only queues work on a card, always in the same memory."""
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
         """Append, then attend: :attr:`out` and :attr:`lse` are overwritten.

@@ -71,6 +71,8 @@ def build_engine(
             *(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, config.deterministic, device, config.weights),
             place=partial(is_from_disk, spec, worker, device),
         )
+        if not spec.config.cuda_graphs:
+            model.uncaptured = "distkv.cuda-graphs is false"
         geometry = model.geometry
         if device.is_host and not config.deterministic:
             model.pack(packing_room(worker.memory_manager.memory_limit))
@@ -105,7 +107,7 @@ def build_engine(
         lanes.endpoint,
         role="memory" if model is None else "instance",
         channels=runtime.dialer.explain(),
-        device=device.name if not device.note else f"{device.name}: {device.note}",
+        device=": ".join(filter(None, (device.name, device.note, _launches(model, device)))),
         capacity_blocks=pool.capacity_blocks,
         block_bytes=block.nbytes,
         spill_bytes=spilled.disk_bytes,
@@ -118,6 +120,13 @@ def build_engine(
         weights="" if model is None else model.where,
     )
     return WorkerEngine(runtime, model, files, facts, report)
+
+
+def _launches(model: LoadedModel | None, device: Device) -> str:
+    """What a user of a card should know of its decode steps; empty if nothing."""
+    if model is None or device.is_host or not model.uncaptured:
+        return ""
+    return f"decode steps are launched by Python, not as CUDA graphs: {model.uncaptured}"
 
 
 def check_kernels(pool: Pool, heads: int) -> None:

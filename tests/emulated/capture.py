@@ -30,7 +30,9 @@ class Capture:
     that what is recorded is ordered among itself only.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, pool: object) -> None:
+        self.pool = pool
+        """The memory that it shares with other graphs: what one of them has taken there stays valid for all."""
         self.steps: list[tuple[Work, str]] = []
         """The work, and which line asked for it."""
         self.outside: dict[int, tuple[weakref.ref[DeviceMemory], str]] = {}
@@ -61,7 +63,7 @@ class Capture:
         """Record work; what it makes."""
         what = stream.what(tick)
         for memory in work.memories():
-            if memory.graph is not self:
+            if memory.graph is None or memory.graph.pool is not self.pool:
                 self.outside.setdefault(id(memory), (weakref.ref(memory), what))
         for held in work.written():
             octets = _all_of(held.untyped_storage())

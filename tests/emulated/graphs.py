@@ -29,6 +29,14 @@ def graph_pool_handle() -> Pool:
     return (0, next(_handles))
 
 
+class MemPool:
+    """Memory for graphs, like ``torch.cuda.MemPool``: it stays when none of them is left."""
+
+    def __init__(self) -> None:
+        self.id = graph_pool_handle()
+        self._memory = _pools.setdefault(self.id, Memory(1))
+
+
 class CUDAGraph:
     """Captured work, like ``torch.cuda.CUDAGraph``."""
 
@@ -48,7 +56,7 @@ class CUDAGraph:
             raise CaptureError("the stream is being captured already, or the graph was: reset() it first")
         self._pool = graph_pool_handle() if pool is None else pool
         self._memory = _pools.setdefault(self._pool, self._memory)
-        self._capture = Capture(capture_error_mode)
+        self._capture = Capture(capture_error_mode, self._memory)
         self._capture.join(stream)
 
     def capture_end(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from emulated.faults import FAULTS
-from emulated.graphs import CUDAGraph, graph, graph_pool_handle
+from emulated.graphs import CUDAGraph, MemPool, graph, graph_pool_handle
 from emulated.memory import Card
 from emulated.streams import (
     DEFAULT,
@@ -102,6 +102,7 @@ def _streams() -> dict[str, Any]:
         "set_stream": set_stream,
         "synchronize": synchronize,
         "CUDAGraph": CUDAGraph,
+        "MemPool": MemPool,
         "graph": graph,
         "graph_pool_handle": graph_pool_handle,
         "is_current_stream_capturing": lambda: current_stream().capture is not None,

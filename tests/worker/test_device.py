@@ -9,7 +9,6 @@ import torch
 
 from distkv_dask.errors import DeviceError
 from distkv_dask.worker import device_choice
-from distkv_dask.worker.card import Card
 from distkv_dask.worker.device import HOST
 from distkv_dask.worker.device_choice import choose_device
 
@@ -62,7 +61,6 @@ def test_a_card_that_cannot_be_opened_is_quoted(what: str, setting: str, monkeyp
     def fail(*_: object) -> None:
         raise RuntimeError(what)
 
-    monkeypatch.setattr(device_choice, "_card", Card)  # not one that this process has opened for another test
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", fail)
     monkeypatch.setattr(device_choice, "_sees_a_card", lambda: True)

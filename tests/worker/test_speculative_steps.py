@@ -65,7 +65,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma2"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-short"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_wherever_the_wrong_token_stands_tokens_and_logits_are_those_of_one_process(family: str, split: str) -> None:
     model, right = Recorder(loaded(family)), reference(family)
@@ -154,7 +154,7 @@ def test_a_schema_follows_the_tokens_that_were_drawn_and_no_others() -> None:
 def test_questions_on_one_document_try_different_numbers_of_tokens(way: Way, deterministic: bool) -> None:
     """Where the document lies, their queries are one row; its KV is read once."""
     prompts = {number: [*prompt_ids(48), *prompt_ids(PROMPT - 48, number)] for number in (1, 2, 3)}
-    with fleet(loaded("gemma2"), 3, way, deterministic=deterministic) as made:
+    with fleet(loaded("gemma2-short"), 3, way, deterministic=deterministic) as made:
         shared = made.place(9, ("w1", 32), ("w2", 16))
         made.prefill(9, shared, prompt_ids(48))
         batch, right = [], {}
@@ -169,7 +169,7 @@ def test_questions_on_one_document_try_different_numbers_of_tokens(way: Way, det
             batch.append(state(number, placement, PROMPT, first, NEW - 1))
             right[number] = [first]
         plain, _ = made.decode("w0", batch, NEW)
-        assert plain.tokens[1] == reference_generate(model_dir("gemma2"), [prompts[1]], NEW)[0].tokens[1:]
+        assert plain.tokens[1] == reference_generate(model_dir("gemma2-short"), [prompts[1]], NEW)[0].tokens[1:]
         right = {number: [*right[number], *plain.tokens[number]] for number in right}
         told = tell(made, right, (3, 1), (0, 0), (4, 9), (2, 0), (1, 1))
         tried, _ = made.decode("w0", batch, NEW)

@@ -91,6 +91,9 @@ class LayerAttention:
         The home's pool.
     """
 
+    queued = False
+    """It waits for tasks."""
+
     def __init__(self, forward: PausedForward, parts: Mapping[str, Part], pool: Pool) -> None:
         self._waiting = 0.0
         self._forward = forward

@@ -87,6 +87,11 @@ class DistAttention:
             self._merge = together
 
     @property
+    def queued(self) -> bool:
+        """Whether :meth:`attend` only queues work on a card, always in the same memory, and waits for nobody."""
+        return self._exchange is None and (self._local is None or self._local.shard.queued)
+
+    @property
     def exchanged(self) -> Exchanged:
         """What was exchanged with holders so far."""
         return Exchanged() if self._exchange is None else self._exchange.exchanged

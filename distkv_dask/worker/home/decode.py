@@ -95,7 +95,7 @@ class DecodeLoop:
         speculator
             Proposes tokens that steps try; not of a model with recurrent layers, whose states would have to go back.
         """
-        began, self._past, self._speculator = time.perf_counter(), past, speculator
+        began, self._past, self._speculator, self._window = time.perf_counter(), past, speculator, window
         if not self._live:
             self._gang.begin({})
         try:
@@ -136,8 +136,7 @@ class DecodeLoop:
         at = [one.length + ahead for one in live for ahead in range(1 + len(one.drafts))]
         self._inputs.host[:] = torch.tensor([tokens, at])
         self._inputs.up()
-        token_ids, positions = self._inputs.there
-        logits = self._model.forward(token_ids, positions, self._attention, None, self._past)
+        logits = self._forward()
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
@@ -209,6 +208,20 @@ class DecodeLoop:
         self._inputs = self._model.device.pair((2, sum(new)), torch.int64)
         self._parts = parts
         self._steps_left_as_is = min(one.steps_in_span for one in live)
+        self._forward = self._model.repeated(
+            self._inputs.there, self._attention, self._attention.queued, self._past, self._steps_alike()
+        )
+
+    def _steps_alike(self) -> int:
+        """For how many steps the attention stays as it is, if no sequence stops by itself."""
+        if isinstance(self._gang, PausedForward):
+            return 1  # its attention makes new tensors in every step
+        if any(one.drafts for one in self._live):
+            return 1
+        most = [self._steps_left_as_is, *(one.state.remaining - len(one.tokens) for one in self._live)]
+        if self._window.steps is not None:
+            most.append(self._window.steps - self._steps)
+        return min(most)
 
     def _drop_finished(self) -> None:
         self._live = [one for one in self._live if one.finished is None]

@@ -33,6 +33,11 @@ class NearAttention:
         out = self._local.shard.out
         self._result = out if pool.dtype == torch.float32 else torch.empty_like(out, dtype=pool.dtype)
 
+    @property
+    def queued(self) -> bool:
+        """Whether :meth:`attend` only queues work on a card, always in the same memory."""
+        return self._local.shard.queued
+
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         sinks: torch.Tensor | None = None,
@@ -77,6 +82,11 @@ class SplitAttention:
         """Attention of one layer, as :meth:`distkv_dask.worker.home.attention.DistAttention.attend`."""
         part, at = self._parts[layer]
         return part.attend(at, q, k, v, scale, sinks)
+
+    @property
+    def queued(self) -> bool:
+        """Whether :meth:`attend` only queues work on a card, always in the same memory."""
+        return self.far.queued and self._near.queued
 
     @property
     def exchanged(self) -> Exchanged:

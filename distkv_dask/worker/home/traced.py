@@ -24,7 +24,7 @@ from distkv_dask.worker.trace import Ring, span
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.hook import AttentionStep
-    from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.loaded import LoadedModel, Repeated
     from distkv_dask.worker.model.recurrent import Past
 
 
@@ -73,15 +73,26 @@ class TracedModel:
         past: Past | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model."""
+        return self._recorded(
+            partial(self._model.forward, token_ids, positions, step, keep, past), step, len(token_ids)
+        )
+
+    def repeated(
+        self, inputs: torch.Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int
+    ) -> Repeated:
+        """The forward of steps that are alike."""
+        return partial(self._recorded, self._model.repeated(inputs, step, queued, past, steps), step, len(inputs[0]))
+
+    def _recorded(self, forward: Repeated, step: AttentionStep, tokens: int) -> torch.Tensor:
         traced = step.far if isinstance(step, SplitAttention) else step
         if not isinstance(traced, TracedAttention):
-            return self._model.forward(token_ids, positions, step, keep, past)
+            return forward()
         traced.left = began = perf_counter_ns()
         try:
-            return self._model.forward(token_ids, positions, step, keep, past)
+            return forward()
         finally:
             self._ring.put("model", traced.left, traced.number, traced.step)
-            self._ring.put("forward", began, traced.number, traced.step, size=len(token_ids))
+            self._ring.put("forward", began, traced.number, traced.step, size=tokens)
 
 
 class TracedAttention(DistAttention):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,8 @@ from distkv_dask.models.model_class import model_class
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported, max_positions
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.worker.device import HOST, Device
+from distkv_dask.worker.device import HOST, Device, Use
+from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.long_rope import pin_long_rope
@@ -36,6 +38,11 @@ from distkv_dask.worker.model.sparse_rows import has_sparse_rows
 from distkv_dask.worker.model.structured import Follower, Grammars
 
 __all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
+
+Repeated = Callable[[], Tensor]
+
+LEAST_STEPS = 6
+"""Steps for which a capture pays: it takes as long as one or two steps that Python launches."""
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -76,6 +83,8 @@ class LoadedModel:
         self.is_packed = False
         """Whether :meth:`pack` found room."""
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
+        self.uncaptured = "the host has no graphs"
+        """Why steps on a card are not captured in CUDA graphs; empty if they are."""
 
     def pack(self, room: int) -> None:
         """Compute faster with few rows, by weights in another form, if that takes no more than ``room`` bytes."""
@@ -171,6 +180,38 @@ class LoadedModel:
             )
             return cast(Tensor, output.logits.flatten(0, 1).float())
 
+    def repeated(self, inputs: Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int) -> Repeated:
+        """The forward of steps that are alike, for a call a step.
+
+        Parameters
+        ----------
+        inputs
+            int64 [2, T] on the device: tokens and positions, as :meth:`forward` takes them, of the step to come.
+        step
+            Attends, always in the same memory.
+        queued
+            Whether that only queues work on the device.
+        past
+            As :meth:`forward` takes it.
+        steps
+            How many steps there will be at most.
+        """
+
+        def forward(attention: AttentionStep) -> Tensor:
+            return self.forward(inputs[0], inputs[1], attention, None, past)
+
+        if self.uncaptured or steps < LEAST_STEPS:
+            return partial(forward, step)
+        return CapturedForward(self.device, forward, step, queued)
+
+    def try_capture(self) -> None:
+        """Find out whether steps can be captured in CUDA graphs, on the thread and stream that will run them."""
+        if self.geometry.state_bytes:
+            self.uncaptured = "recurrent layers make new states in every step"
+            return
+        one = torch.zeros(1, dtype=torch.int64, device=self.device.torch)
+        self.uncaptured = why_not_captured(self.device, partial(self.forward, one, one), self.geometry)
+
 
 def load_model(
     name: str,
@@ -237,6 +278,10 @@ def load_model(
             )
         compute_rows_alike(model)
         check_rows_alike(loaded.forward, geometry, device.torch)
+    if not device.is_host:
+        with device.stream(Use.HOME):
+            loaded.try_capture()
+            device.finish()
     device.finish()  # lanes have streams of their own
     return loaded
 

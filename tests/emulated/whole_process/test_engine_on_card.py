@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
 from distributed import Client, Scheduler, Worker
@@ -34,6 +35,20 @@ def test_documents_that_fit_on_no_card_are_answered_and_come_back_from_files(tmp
             await kept.release()
             again = await engine.load(str(tmp_path / "kept"))
             assert list((await again.ask(question, GREEDY)).token_ids) == expected.tokens
+
+    run()
+
+
+def test_graphs_can_be_switched_off_and_status_says_so() -> None:
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
+        async with Engine(client, MODEL, kv_memory=12 * block_bytes("qwen3"), cuda_graphs=False, **SMALL) as engine:
+            (one,) = (await engine.status()).workers.values()
+            assert "launched by Python, not as CUDA graphs: distkv.cuda-graphs is false" in one.device
+            with emulated.counting() as counts:
+                (done,) = await engine.generate([prompt_ids(60)], SamplingParams(max_new_tokens=12, ignore_eos=True))
+        assert list(done.token_ids) == reference_generate(model_dir("qwen3"), [prompt_ids(60)], 12)[0].tokens
+        assert counts.of("replay") == 0
 
     run()
 

@@ -1,0 +1,161 @@
+"""Forwards as CUDA graphs: Python launches the kernels of a step once, and the card repeats them.
+
+A model of 36 layers has over a thousand launches in a step, which at small batches take Python longer than the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from distkv_dask.errors import in_words
+from distkv_dask.geometry import Geometry
+from distkv_dask.worker.device import Device, Graph
+from distkv_dask.worker.model.hook import AttentionStep
+
+Forward = Callable[[AttentionStep], Tensor]
+"""A forward whose inputs are always in the same memory; it gives the logits."""
+
+
+class CapturedForward:
+    """The forward of steps that are alike: the same tensors with other numbers.
+
+    The first step is launched by Python, for libraries make handles, workspaces and kernels when they are first used.
+    The second is captured and run. The steps after it are replayed.
+
+    Parameters
+    ----------
+    device
+        Where the model is; a card.
+    forward
+        The forward.
+    attention
+        Its attention, which uses the same memory in every step.
+    queued
+        Whether the attention only queues work on the card. Then one graph holds the whole forward; otherwise the
+        attention stays out of graphs, and each holds what lies between the attention of two layers.
+    """
+
+    def __init__(self, device: Device, forward: Forward, attention: AttentionStep, queued: bool) -> None:
+        self._device = device
+        self._forward = forward
+        self._attention = attention
+        self._queued = queued
+        self._warm = False
+        self._pieces: list[Callable[[], object]] = []
+        """What a step runs, one after the other: graphs, and attention between them."""
+        self._logits: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Run a step; its logits, which the next step overwrites."""
+        if not self._warm:
+            self._warm = True
+            return self._forward(self._attention)
+        if self._logits is None:
+            self._pieces, self._logits = self._capture()
+            return self._logits
+        for piece in self._pieces:
+            piece()
+        return self._logits
+
+    def _capture(self) -> tuple[list[Callable[[], object]], Tensor]:
+        recorder = _Recorder(self._device, self._attention)
+        with recorder:
+            logits = self._forward(self._attention if self._queued else recorder)
+        return recorder.pieces, logits
+
+
+class _Recorder:
+    """Captures what is queued inside a ``with`` statement, in pieces, and runs each when it is whole.
+
+    As the attention of a forward it ends a piece, attends as always, and begins the next piece.
+    """
+
+    def __init__(self, device: Device, attention: AttentionStep) -> None:
+        self._device = device
+        self._attention = attention
+        self._open: Graph | None = None
+        self.pieces: list[Callable[[], object]] = []
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._end()
+        elif self._open is not None:
+            with suppress(RuntimeError):
+                self._open.end()
+
+    def attend(self, layer: int, *given: Any) -> Tensor:
+        """Attend between two pieces."""
+        self._end()
+        attend = partial(self._attention.attend, layer, *given)
+        self.pieces.append(attend)
+        out = attend()
+        self._begin()
+        return out
+
+    def _begin(self) -> None:
+        graph = self._device.graph()
+        assert graph is not None, "the host has no graphs"
+        graph.begin()
+        self._open = graph
+
+    def _end(self) -> None:
+        assert self._open is not None
+        graph, self._open = self._open, None
+        graph.end()
+        graph.replay()
+        self.pieces.append(graph.replay)
+
+
+def why_not_captured(device: Device, forward: Forward, geometry: Geometry) -> str:
+    """Try to capture a forward; nothing of it is run.
+
+    Parameters
+    ----------
+    device
+        Where the model is.
+    forward
+        A forward over any tokens.
+    geometry
+        Sizes of the model.
+
+    Returns
+    -------
+    str
+        Why it cannot be captured, for example because experts are chosen on the host; empty if it can be.
+    """
+    nothing = _NoAttention(geometry)
+    forward(nothing)
+    graph = device.graph()
+    if graph is None:
+        return "the host has no graphs"
+    try:
+        graph.begin()
+        try:
+            forward(nothing)
+        except RuntimeError:
+            with suppress(RuntimeError):  # which only says that there was an error
+                graph.end()
+            raise
+        graph.end()
+    except RuntimeError as error:
+        return in_words(error)
+    return ""
+
+
+class _NoAttention:
+    """Attention over nothing."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+
+    def attend(self, layer: int, q: Tensor, *_: object) -> Tensor:
+        """Zeros."""
+        return q.new_zeros(len(q), self._geometry.heads, self._geometry.value_dim)
