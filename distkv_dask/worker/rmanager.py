@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ class RManager(WorkerPlugin):
         worker.handlers[TAKE_TRACE] = self.take_trace
         worker.loop.add_callback(self._send)
         if MEMORY_RESOURCE not in worker.state.total_resources:
-            worker.loop.run_in_executor(None, _import_ahead)
+            # a daemon: Python waits for threads of executors when it ends, and a nanny does not wait for Python
+            threading.Thread(target=_import_ahead, name="distkv-import-ahead", daemon=True).start()
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
