@@ -43,7 +43,7 @@ TO_WORKER: dict[do.ToWorker, Any] = {
     do.Demote(WORKER, SPILLED): call.files.demote(SPILLED),
     do.Discard(WORKER, ("name",)): call.files.discard(("name",)),
     do.Abort(WORKER, 5, "why", True): call.abort(5, "why", True),
-    do.Store(WORKER, 9, 7, ((0, 8),), SAVED): call.files.store(9, 7, ((0, 8),), SAVED),
+    do.Store(WORKER, 9, 7, ((0, 8),), SAVED): call.files.store(9, 7, ((0, 8),), SAVED, 0),
     do.Fetch(WORKER, 7, ((0, 8),), SAVED): None,
     do.Send(WORKER, 1, 7, 0, 8, "tcp://b", 0.5): None,
     do.Close(WORKER): None,

@@ -66,14 +66,16 @@ async def test_two_engines_with_one_model_answer_as_one(client: Client, schedule
         assert list(done.token_ids) == expected[1]
 
 
-@engine_test(workers=1)
-async def test_the_model_is_freed_when_its_last_engine_closes(
-    client: Client, scheduler: Scheduler, worker: Worker
-) -> None:
-    gc.collect()
-    gc.disable()  # Python may not look for cycles for minutes
-    try:
-        async with Engine(client, str(model_dir("llama-gqa")), **SMALL) as engine:
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A model that no other test of this process has."""
+    return Path(shutil.copytree(model_dir("llama-gqa"), tmp_path / "model"))
+
+
+def test_the_model_is_freed_when_its_last_engine_closes(own: Path) -> None:
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
+        async with Engine(client, str(own), **SMALL) as engine:
             used = ref(worker.plugins["distkv"].engines[engine.id].model)
             await engine.submit(prompt_ids(20), SamplingParams(max_new_tokens=4))
             assert used() is not None
@@ -82,13 +84,18 @@ async def test_the_model_is_freed_when_its_last_engine_closes(
                 break
             await asyncio.sleep(0.01)
         assert used() is None
+
+    gc.collect()
+    gc.disable()  # Python may not look for cycles for minutes
+    try:
+        run()
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_weights_are_freed_with_their_model(deterministic: bool) -> None:
-    model: Any = load(model_dir("llama-gqa"), deterministic=deterministic)
+def test_weights_are_freed_with_their_model(own: Path, deterministic: bool) -> None:
+    model: Any = load(own, deterministic=deterministic)
     used = [ref(weight) for weight in model._model.parameters()]
     gc.collect()
     gc.disable()

@@ -111,7 +111,7 @@ def test_a_machine_that_is_too_small_is_told_so_whatever_dask_allows(
 
 def test_by_default_kv_gets_half_of_what_weights_leave(large: Path) -> None:
     """Half of the limit itself would not fit beside weights of more than 0.3 of it."""
-    is_from_disk(spec(large, kv_memory=None), worker(10 * GIB), HOST)
+    is_from_disk(spec(large, kv_memory=None), worker(14 * GIB), HOST)  # the limit is larger by what this process holds
 
 
 @pytest.fixture
