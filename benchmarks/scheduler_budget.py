@@ -37,15 +37,17 @@ MODES = ("fixed", "budget")
 class SleepingModel(LoadedModel):
     """A model whose forward takes as long as a real one and computes nothing."""
 
-    def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None, past: Any = None
+    ) -> torch.Tensor:
         """Logits [n, vocab] of n tokens, after a while."""
         time.sleep(float(os.environ["STEP_SECONDS"]))
         return torch.zeros(len(token_ids if keep is None else keep), VOCAB)
 
 
-def _load(name: str, dtype: str, threads: int, *_: Any) -> SleepingModel:
+def _load(name: str, dtype: str, threads: int, *_: Any, **__: Any) -> SleepingModel:
     real = load_model(name, dtype, threads)
-    return SleepingModel(real._model, real.geometry, frozenset())
+    return SleepingModel(real._model, real.geometry, frozenset(), lambda: None, real.weights)
 
 
 def run_scheduler(address: Any) -> None:
