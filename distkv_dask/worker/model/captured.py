@@ -16,6 +16,7 @@ from distkv_dask.errors import in_words
 from distkv_dask.geometry import Geometry
 from distkv_dask.worker.device import Device, Graph
 from distkv_dask.worker.model.hook import AttentionStep
+from distkv_dask.worker.model.no_attention import NoAttention
 
 Forward = Callable[[AttentionStep], Tensor]
 """A forward whose inputs are always in the same memory; it gives the logits."""
@@ -88,7 +89,7 @@ class _Recorder:
         if kind is None:
             self._end()
         elif self._open is not None:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # which only says that there was an error
                 self._open.end()
 
     def attend(self, layer: int, *given: Any) -> Tensor:
@@ -115,12 +116,12 @@ class _Recorder:
 
 
 def why_not_captured(device: Device, forward: Forward, geometry: Geometry) -> str:
-    """Try to capture a forward; nothing of it is run.
+    """Try to capture a forward, without attention.
 
     Parameters
     ----------
     device
-        Where the model is.
+        Where the model is; a card.
     forward
         A forward over any tokens.
     geometry
@@ -131,31 +132,11 @@ def why_not_captured(device: Device, forward: Forward, geometry: Geometry) -> st
     str
         Why it cannot be captured, for example because experts are chosen on the host; empty if it can be.
     """
-    nothing = _NoAttention(geometry)
+    nothing = NoAttention(geometry.value_dim)
     forward(nothing)
-    graph = device.graph()
-    if graph is None:
-        return "the host has no graphs"
     try:
-        graph.begin()
-        try:
+        with _Recorder(device, nothing):
             forward(nothing)
-        except RuntimeError:
-            with suppress(RuntimeError):  # which only says that there was an error
-                graph.end()
-            raise
-        graph.end()
     except RuntimeError as error:
         return in_words(error)
     return ""
-
-
-class _NoAttention:
-    """Attention over nothing."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
-
-    def attend(self, layer: int, q: Tensor, *_: object) -> Tensor:
-        """Zeros."""
-        return q.new_zeros(len(q), self._geometry.heads, self._geometry.value_dim)
