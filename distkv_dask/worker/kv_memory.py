@@ -17,6 +17,7 @@ from distkv_dask.worker.device import Device
 from distkv_dask.worker.home.states import KEPT
 from distkv_dask.worker.home.windows import blocks_per_chunk, blocks_per_sequence
 from distkv_dask.worker.model.no_attention import NoAttention
+from distkv_dask.worker.weight_memory import until_paused
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -70,7 +71,7 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
     asked, limit = spec.config.host_memory, worker.memory_manager.memory_limit
     if not limit:
         return asked or 0
-    room = int(PAUSE_FRACTION * limit) - psutil.Process().memory_info().rss
+    room = int(until_paused(worker))
     if asked is None:
         return max(0, min(limit // 4, room))
     if asked > room:
@@ -131,8 +132,8 @@ def _on_host(worker: Worker, asked: int | None, model: LoadedModel | None) -> in
                 f"worker {worker.address} has no memory limit to take half of: give kv_memory (distkv.kv-memory)"
             )
         asked = kv_beside(0 if model is None else model.weight_bytes, limit)
-    resident = psutil.Process().memory_info().rss
-    if limit and resident + asked > PAUSE_FRACTION * limit:
+    if asked > until_paused(worker):
+        resident = psutil.Process().memory_info().rss
         raise CapacityError(
             f"kv_memory of {asked} bytes does not fit worker {worker.address}: its process holds {resident} bytes "
             f"(model included), and Dask pauses it above {PAUSE_FRACTION:.0%} of its memory limit of {limit} bytes. "

@@ -46,7 +46,7 @@ def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
     if weights is None:
         return setting == "disk"
     need: int | None = weights
-    from_disk = setting == "disk" or (setting == "auto" and weights >= min(free_memory(), _left(worker)))
+    from_disk = setting == "disk" or (setting == "auto" and weights >= min(free_memory(), until_paused(worker)))
     if from_disk:
         need = source.disk_memory(config, spec.dtype)
         if need is None and setting == "auto":
@@ -86,7 +86,7 @@ def _check_fit(spec: EngineSpec, worker: Worker, weights: int, model: str, need:
             f"the machine share, and kv_memory is {asked}, but {free} bytes are available. Lower kv_memory "
             "(distkv.kv-memory), choose a smaller model or dtype, or a larger machine"
         )
-    if not limit or weights + asked <= (left := _left(worker)):
+    if not limit or weights + asked <= (left := until_paused(worker)):
         return
     resident = psutil.Process().memory_info().rss
     there = (
@@ -106,7 +106,7 @@ def _check_fit(spec: EngineSpec, worker: Worker, weights: int, model: str, need:
     )
 
 
-def _left(worker: Worker) -> float:
+def until_paused(worker: Worker) -> float:
     """Bytes until Dask pauses a worker."""
     limit = worker.memory_manager.memory_limit
     return int(PAUSE_FRACTION * limit) - psutil.Process().memory_info().rss if limit else math.inf
