@@ -21,7 +21,8 @@ from distkv_dask.placement import Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.runtime import Runtime
 
 GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)

@@ -17,7 +17,8 @@ from _report import parser, report
 
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import resolve_model
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 
 class NoAttention:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from distkv_dask.errors import ModelError
 from distkv_dask.models.source import resolve_model
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 
 NEW = 24
 SEEDS, LEAD = 8, 1e-3

@@ -23,8 +23,9 @@ from _report import parser, report
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.worker.model import loaded
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model import load
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
 PROMPT = int(1.2 * BLOCK * BLOCKS) - NEW
@@ -64,7 +65,7 @@ def run_scheduler(address: Any) -> None:
 def run_workers(scheduler: str, count: int, step_seconds: float) -> None:
     """A process with workers."""
     os.environ["STEP_SECONDS"] = str(step_seconds)
-    loaded.load_model = _load  # type: ignore[assignment]
+    load.load_model = _load  # type: ignore[assignment]
 
     async def serve() -> None:
         workers = [Worker(scheduler, nthreads=1, memory_limit=0, dashboard=False) for _ in range(count)]

@@ -16,7 +16,8 @@ import torch
 import transformers
 from _report import parser, report
 
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.sparse_rows import down_projections
 
 TOKENS = (1, 2, 4, 8)

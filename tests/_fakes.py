@@ -23,7 +23,8 @@ from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.home.windows import new_windows
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 8

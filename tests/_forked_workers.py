@@ -25,7 +25,7 @@ def fork_workers() -> None:
         [
             "distkv_dask.worker.rmanager",
             "distkv_dask.worker.startup",
-            "distkv_dask.worker.model.loaded",
+            "distkv_dask.worker.model.load",
             "transformers.models.llama.modeling_llama",
         ]
     )

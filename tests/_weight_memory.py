@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from distkv_dask.worker.model.host_copy import own_bytes
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 
 def pss(weights: list[torch.Tensor]) -> int:

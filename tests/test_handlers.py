@@ -138,7 +138,7 @@ def test_a_call_names_arguments_that_its_handler_has_and_all_that_it_needs(call:
 @pytest.mark.parametrize(
     ("call", "caller", "handler"),
     [
-        (ToPeer.BLOCKS, Peers.send_piece, Peers._take_blocks),
+        (ToPeer.BLOCKS, Peers._send_piece, Peers._take_blocks),
         (ToPeer.SPILLED, Peers.ask_spilled, Peers._read_spilled),
     ],
 )

@@ -24,7 +24,7 @@ from distkv_dask.errors import ModelError
 from distkv_dask.models.files import _SIZES, DEEPEST, check_sizes, read_json, safe_config
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.weight_files import INDEX, WEIGHTS
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError
 from distkv_dask.messages.names import Piece, SpilledFile, ToPeer
+from distkv_dask.messages.to_worker import Send
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,13 +34,29 @@ class Peers:
     def __init__(self, worker: Worker, engines: Mapping[str, WorkerEngine]) -> None:
         self._worker = worker
         self._engines = engines
+        self._sending: dict[asyncio.Task[None], str] = {}
 
     @property
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """What answers other workers, by Dask's operation."""
         return {ToPeer.BLOCKS: self._take_blocks, ToPeer.SPILLED: self._read_spilled}
 
-    async def send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
+    def send_blocks(self, engine: str, send: Send) -> None:
+        """Copy blocks of an engine that is open here to another worker, beside everything else."""
+        peer = partial(self._send_piece, engine, send.target)
+        tokens = range(send.start, send.stop)
+        sending = self._engines[engine].send(peer, send.number, send.sequence, tokens, send.pace)
+        task = asyncio.create_task(sending)
+        self._sending[task] = engine
+        task.add_done_callback(self._sending.pop)
+
+    def stop_sending(self, engine: str) -> None:
+        """Send no more blocks of an engine, which closes."""
+        for task, sender in self._sending.items():
+            if sender == engine:
+                task.cancel()
+
+    async def _send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
         """Send a piece of a block to another worker; why it is not taken, if it is not."""
         answer: str = await self._worker.rpc(target).distkv_blocks(
             engine=engine, piece=tuple(piece), data=to_serialize(data)

@@ -11,12 +11,10 @@ import asyncio
 import contextlib
 import gc
 import logging
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import Worker, WorkerPlugin
-from distributed.comm.addressing import get_address_host
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
@@ -38,7 +36,8 @@ from distkv_dask.messages.names import (
 )
 from distkv_dask.version import VERSION
 from distkv_dask.worker.exit import end_process
-from distkv_dask.worker.heap import give_back_freed_memory
+from distkv_dask.worker.import_ahead import import_ahead
+from distkv_dask.worker.open_lanes import OpenLanes
 from distkv_dask.worker.peers import Peers
 from distkv_dask.worker.shortages import Shortages
 
@@ -59,12 +58,11 @@ class RManager(WorkerPlugin):
         """Listen to the gManager and say hello."""
         self.worker = worker
         self.engines: dict[str, WorkerEngine] = {}
-        self.lanes: Lanes | None = None
+        self._lanes = OpenLanes(worker, self._lane_ended)
         self._changing = asyncio.Lock()
         self._leaving = False
         self._shortages = Shortages()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sending: dict[str, set[asyncio.Task[None]]] = {}
         self._dropping: set[asyncio.Task[None]] = set()
         worker.stream_handlers[TO_WORKER] = self.receive
         self._peers = Peers(worker, self.engines)
@@ -72,8 +70,12 @@ class RManager(WorkerPlugin):
         worker.handlers[TAKE_TRACE] = self.take_trace
         worker.loop.add_callback(self._send)
         if MEMORY_RESOURCE not in worker.state.total_resources:
-            # a daemon: Python waits for threads of executors when it ends, and a nanny does not wait for Python
-            threading.Thread(target=_import_ahead, name="distkv-import-ahead", daemon=True).start()
+            import_ahead()
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """Its lanes, while an engine is open."""
+        return self._lanes.current
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
@@ -156,7 +158,7 @@ class RManager(WorkerPlugin):
             case do.Expect(_, number, sequence, start, stop):
                 engine.expect(number, sequence, start, stop)
             case do.Send():
-                self._send_blocks(name, engine, message)
+                self._peers.send_blocks(name, message)
             case do.Relocate(_, number, sequence, placement, holders):
                 engine.relocate(number, sequence, placement, holders)
             case do.Store(_, number, sequence, ranges, saved, home):
@@ -169,13 +171,6 @@ class RManager(WorkerPlugin):
                 engine.files.discard(names)
             case do.Abort(_, gang, reason, unused):
                 engine.abort(gang, reason, unused)
-
-    def _send_blocks(self, name: str, engine: WorkerEngine, send: do.Send) -> None:
-        peer = partial(self._peers.send_piece, name, send.target)
-        task = self._spawn(engine.send(peer, send.number, send.sequence, range(send.start, send.stop), send.pace))
-        tasks = self._sending.setdefault(name, set())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
 
     def take_trace(self, engine: str) -> Any:
         """What the lanes did for a traced engine since the last call (packed)."""
@@ -237,21 +232,13 @@ class RManager(WorkerPlugin):
                 self._send(spec.engine, engine.facts)
                 self._give_up("a compute thread of this worker ended while it opened the engine")
             if not self.engines:
-                await self._close_lanes()
+                await self._lanes.close()
 
     def _build(self, spec: EngineSpec, geometry: Geometry | None) -> WorkerEngine:
         """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
-        from distkv_dask.worker.channels.tls import Certificates
-        from distkv_dask.worker.lanes import Lanes
         from distkv_dask.worker.startup import build_engine
 
-        if (lanes := self.lanes) is None:
-            address = self.worker.address
-            host = "127.0.0.1" if address.startswith("inproc://") else get_address_host(address)
-            threads = spec.config.threads or self.worker.state.nthreads
-            certificates = Certificates.of(self.worker.security)
-            self.lanes = lanes = Lanes(address, host, threads, certificates, self._lane_ended)
-        return build_engine(spec, geometry, lanes, self.worker, self.tell)
+        return build_engine(spec, geometry, self._lanes.start(spec.config.threads), self.worker, self.tell)
 
     def _lane_ended(self, reason: str) -> None:
         """In the thread that ends."""
@@ -282,8 +269,7 @@ class RManager(WorkerPlugin):
         if self._leaving or not lost:
             return
         lanes = next(iter(lost.values())).lanes
-        if self.lanes is lanes:
-            self.lanes = None
+        self._lanes.give_up(lanes)
         for name in lost:
             del self.engines[name]
         for name in lost:
@@ -296,42 +282,22 @@ class RManager(WorkerPlugin):
         async with self._changing:
             while lost:
                 name, engine = lost.popitem()
-                self._stop_sending(name)
+                self._peers.stop_sending(name)
                 await asyncio.get_running_loop().run_in_executor(None, engine.close)
                 del engine
-            await asyncio.get_running_loop().run_in_executor(None, self._end, lanes)
+            await self._lanes.close(lanes)
 
     async def _close_engine(self, name: str) -> None:
         try:
             async with self._changing:
                 engine = self.engines.pop(name, None)
-                self._stop_sending(name)
+                self._peers.stop_sending(name)
                 if engine is not None:
                     await asyncio.get_running_loop().run_in_executor(None, engine.close)
                 del engine
                 if not self.engines:
-                    await self._close_lanes()
+                    await self._lanes.close()
             if self._dropping:  # a lane ended while this waited for its turn
                 await asyncio.wait(self._dropping)
         finally:
             self.tell(name, Closed(self.worker.address))
-
-    def _stop_sending(self, engine: str) -> None:
-        for task in self._sending.pop(engine, ()):
-            task.cancel()
-
-    async def _close_lanes(self) -> None:
-        lanes, self.lanes = self.lanes, None
-        if lanes is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._end, lanes)
-
-    def _end(self, lanes: Lanes) -> None:
-        """In a thread: close the lanes of a worker without engines, and be like any other of Dask's workers again."""
-        lanes.close()
-        give_back_freed_memory()
-
-
-def _import_ahead() -> None:
-    """In a thread: import what opening an engine will need, while its client still looks at the model."""
-    from distkv_dask.worker import startup  # noqa: F401
-    from distkv_dask.worker.model import shared  # noqa: F401

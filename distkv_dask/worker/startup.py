@@ -24,7 +24,7 @@ from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.home.home_files import HomeFiles
-from distkv_dask.worker.home.windows import new_windows
+from distkv_dask.worker.home.windows import Windows, new_windows
 from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, needs_of, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
@@ -60,29 +60,63 @@ def build_engine(
         KV memory is too small for a block or does not fit the worker.
     """
     keep_freed_memory()
-    model, device = None, _device(spec, worker)
+    device = _device(spec, worker)
+    model = _model(spec, worker, lanes, device) if geometry is None else None
     if geometry is None:
-        # takes seconds and memory, which memory workers do not spend
-        from distkv_dask.worker.model.packed import packing_room
-        from distkv_dask.worker.model.shared import shared_model
-
-        config = spec.config
-        model = shared_model(
-            *(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, config.deterministic, device, config.weights),
-            place=partial(is_from_disk, spec, worker, device),
-        )
-        if not spec.config.cuda_graphs:
-            model.uncaptured = "distkv.cuda-graphs is false"
+        assert model is not None
         geometry = model.geometry
-        if device.is_host and not config.deterministic:
-            model.pack(packing_room(worker.memory_manager.memory_limit))
     if geometry.scan_once and spec.config.granularity == "layer":
         raise UnsupportedModelError(
             "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
             "distkv.granularity to window"
         )
-    block_tokens = spec.config.block_tokens
-    block = BlockShape.of(geometry, block_tokens)
+    pool, windows, places = _pools(spec, worker, geometry, device, model)
+    kernels = choose_kernels(pool, spec.config)
+    runtime = Runtime(spec, model, pool, lanes, windows)
+    report = partial(tell, spec.engine)
+    files = _files(runtime, model, worker, report)
+    facts = Opened(
+        worker.address,
+        lanes.endpoint,
+        role="memory" if model is None else "instance",
+        channels=runtime.dialer.explain(),
+        device=": ".join(filter(None, (device.name, device.note, _launches(model, device)))),
+        capacity_blocks=pool.capacity_blocks,
+        block_bytes=pool.block_bytes,
+        spill_bytes=files.spilled.disk_bytes,
+        host_bytes=files.spilled.host_bytes,
+        places=places,
+        geometry=geometry,
+        fingerprint="" if model is None else model.fingerprint,
+        measured=_timings(runtime, geometry, model, kernels.name),
+        kernels=f"{kernels.name}: {kernels.reason}",
+        weights="" if model is None else model.where,
+    )
+    return WorkerEngine(runtime, model, files, facts, report)
+
+
+def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> LoadedModel:
+    # takes seconds and memory, which memory workers do not spend
+    from distkv_dask.worker.model.packed import packing_room
+    from distkv_dask.worker.model.shared import shared_model
+
+    config = spec.config
+    model = shared_model(
+        *(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, config.deterministic, device, config.weights),
+        place=partial(is_from_disk, spec, worker, device),
+    )
+    if not config.cuda_graphs:
+        model.uncaptured = "distkv.cuda-graphs is false"
+    if device.is_host and not config.deterministic:
+        model.pack(packing_room(worker.memory_manager.memory_limit))
+    return model
+
+
+def _pools(
+    spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None
+) -> tuple[Pool, Windows | None, int]:
+    """Where KV goes: blocks, windows of layers that keep no more, and for how many sequences there is a place."""
+    block = BlockShape.of(geometry, spec.config.block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
     needs = Needs() if model is None else needs_of(geometry, spec.config)
     blocks, places = rooms(memory, block, needs, spec.config.window_batch)
@@ -92,34 +126,20 @@ def build_engine(
         check_kernels(each, geometry.heads)
         for some, soft_cap in {(kind.visible != "full", kind.soft_cap) for kind in each.layer_kinds}:
             make_ready(each.keys(0), each.values(0), geometry.heads, windows=some, soft_cap=soft_cap)
-    kernels = choose_kernels(pool, spec.config)
-    runtime = Runtime(spec, model, pool, lanes, windows)
-    timings = _timings(runtime, geometry, model, kernels.name)
+    return pool, windows, places
+
+
+def _files(
+    runtime: Runtime, model: LoadedModel | None, worker: Worker, report: Callable[[FromWorker], None]
+) -> BlockFiles:
+    """What saves and spills the blocks of an engine, and with a model what homes keep beside them."""
+    spec, device = runtime.spec, runtime.pool.device
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
-    report = partial(tell, spec.engine)
-    spilled = Spilled(pool, folder, spec.config, host_memory(spec, worker, device))
+    spilled = Spilled(runtime.pool, folder, spec.config, host_memory(spec, worker, device))
     home = None
-    if model is not None and geometry.home_bytes:
-        home = HomeFiles(runtime.states, model.state_of_a_token(), windows, device)
-    files = BlockFiles(worker.address, spilled, spec.config, report, home)
-    facts = Opened(
-        worker.address,
-        lanes.endpoint,
-        role="memory" if model is None else "instance",
-        channels=runtime.dialer.explain(),
-        device=": ".join(filter(None, (device.name, device.note, _launches(model, device)))),
-        capacity_blocks=pool.capacity_blocks,
-        block_bytes=block.nbytes,
-        spill_bytes=spilled.disk_bytes,
-        host_bytes=spilled.host_bytes,
-        places=places,
-        geometry=geometry,
-        fingerprint="" if model is None else model.fingerprint,
-        measured=timings,
-        kernels=f"{kernels.name}: {kernels.reason}",
-        weights="" if model is None else model.where,
-    )
-    return WorkerEngine(runtime, model, files, facts, report)
+    if model is not None and model.geometry.home_bytes:
+        home = HomeFiles(runtime.states, model.state_of_a_token(), runtime.windows, device)
+    return BlockFiles(worker.address, spilled, spec.config, report, home)
 
 
 def _launches(model: LoadedModel | None, device: Device) -> str:

@@ -18,7 +18,7 @@ from distkv_dask.client.commands.models import room_on
 from distkv_dask.config import Config
 from distkv_dask.models.model_report import kv_bytes_per_token, report_on, window_bytes
 from distkv_dask.worker.blocks.pool import BlockShape
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 from tests._models import FAMILIES, HYBRIDS, block_bytes, model_dir
 
 GIB = 1 << 30

@@ -23,7 +23,8 @@ from distkv_dask.gang import PrefillChunk
 from distkv_dask.placement import Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.channels.bodies import Row
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.plan import Part, merge_order
 

@@ -19,7 +19,8 @@ from distkv_dask import Engine, SamplingParams
 from distkv_dask.errors import DistKVError, ModelError, UnsupportedModelError
 from distkv_dask.worker.model import host_copy
 from distkv_dask.worker.model.from_disk import DiskLayers, WeightFile
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.mapped import FileMaps
 from tests._cluster import about_the_host, engine_test
 from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from distkv_dask.errors import ModelError
 from distkv_dask.worker.model import host_copy
 from distkv_dask.worker.model.host_copy import own_bytes
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from tests._cluster import about_the_host
 from tests._models import FAMILIES, HYBRIDS, model_dir
 

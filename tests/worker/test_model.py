@@ -22,7 +22,8 @@ from distkv_dask.geometry import LayerKind
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported
 from distkv_dask.worker.model.layer_kinds import MaskFunction, kind_of
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.probe import probe
 
 NEW_TOKENS = 20

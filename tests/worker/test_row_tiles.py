@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distkv_dask.errors import UnsupportedModelError
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.row_tiles import SIZES, check_rows_alike, compute_rows_alike, in_tiles, row_sizes
 
 

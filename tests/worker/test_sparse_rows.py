@@ -16,7 +16,7 @@ from distributed import Client, Scheduler, Worker
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.worker.model import host_copy, sparse_rows
 from distkv_dask.worker.model.host_copy import own_bytes
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.sparse_rows import down_projections, measured_limits, sparse_product
 from tests._cluster import about_the_host, engine_test
 from tests._models import model_dir, prompt_ids, reference_generate

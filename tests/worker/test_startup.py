@@ -31,7 +31,7 @@ def test_heads_that_kernels_take_pass(kv_heads: int, head_dim: int, heads: int) 
 def test_workers_import_what_opening_needs_before_an_engine_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that only hold KV have no model, and import nothing for one."""
     imported = threading.Semaphore(0)
-    monkeypatch.setattr("distkv_dask.worker.rmanager._import_ahead", imported.release)
+    monkeypatch.setattr("distkv_dask.worker.rmanager.import_ahead", imported.release)
     memory = {"resources": {"distkv-memory": 1}}
 
     @gen_cluster(client=True, nthreads=[("127.0.0.1", 1), ("127.0.0.1", 1, memory)])

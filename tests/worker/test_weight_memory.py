@@ -20,7 +20,7 @@ from distkv_dask.messages.names import KV_MEMORY_RESOURCE, EngineSpec
 from distkv_dask.models.source import resolve_model
 from distkv_dask.worker import weight_memory
 from distkv_dask.worker.device import HOST
-from distkv_dask.worker.model.loaded import load_model
+from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.weight_memory import is_from_disk
 
 GIB = 1 << 30

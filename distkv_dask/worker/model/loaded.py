@@ -7,47 +7,29 @@ and quantised files stay transformers' business.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from distkv_dask.errors import ModelError, UnsupportedModelError
 from distkv_dask.geometry import Geometry
-from distkv_dask.models.model_class import model_class
-from distkv_dask.models.source import resolve_model
-from distkv_dask.models.support import check_supported, max_positions
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.worker.device import HOST, Device, Use
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
-from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
-from distkv_dask.worker.model.long_rope import pin_long_rope
 from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import pack_linears
-from distkv_dask.worker.model.probe import probe
-from distkv_dask.worker.model.read_weights import Weights, in_rows, on_disk, read_weights
+from distkv_dask.worker.model.read_weights import Weights
 from distkv_dask.worker.model.recurrent import Past, State
-from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
-from distkv_dask.worker.model.sparse_rows import has_sparse_rows
 from distkv_dask.worker.model.structured import Follower, Grammars
 
-__all__ = ["AttentionStep", "Geometry", "LoadedModel", "load_model"]
+__all__ = ["AttentionStep", "Geometry", "LoadedModel"]
 
 Repeated = Callable[[], Tensor]
 
 LEAST_STEPS = 6
 """Steps for which a capture pays: it takes as long as one or two steps that Python launches."""
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-_loading = threading.Lock()
-"""Loading changes torch's default dtype and transformers' verbosity, which all threads of a process share."""
 
 
 class LoadedModel:
@@ -211,105 +193,3 @@ class LoadedModel:
             return
         one = torch.zeros(1, dtype=torch.int64, device=self.device.torch)
         self.uncaptured = why_not_captured(self.device, partial(self.forward, one, one), self.geometry)
-
-
-def load_model(
-    name: str,
-    dtype: str,
-    threads: int,
-    rope_scaling: Mapping[str, Any] | None = None,
-    deterministic: bool = False,
-    device: Device = HOST,
-    from_disk: bool = False,
-) -> LoadedModel:
-    """Load a model on this machine and check that DistAttention computes it exactly.
-
-    Call it on the thread that will run the model: the number of torch threads is set for it.
-
-    Parameters
-    ----------
-    name, rope_scaling
-        As :func:`~distkv_dask.models.source.resolve_model` takes them.
-    dtype
-        ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: that of the checkpoint (of a GGUF file: bfloat16).
-    threads
-        Torch threads.
-    deterministic
-        Whether logits must not depend on how many rows are computed at once.
-    device
-        Where its weights go.
-    from_disk
-        Whether layers are read from disk while others compute.
-
-    Raises
-    ------
-    DeviceError
-        When they do not fit there.
-    ModelError
-        When the model does not exist or cannot be loaded, or the dtype is unknown.
-    UnsupportedModelError
-        When its attention is not what DistAttention computes, or it cannot be ``deterministic``.
-    """
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
-    source = resolve_model(name, rope_scaling)
-    torch.set_num_threads(threads)
-    with _loading, _quiet():
-        check_supported(config := source.config())
-        load = model_class(config, source.name).from_pretrained
-        source.check_weights(config)
-        rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic
-        model, where = read_weights(load, source, config, dtype, device, rows)
-        pin_long_rope(model, max_positions(config))
-        weights = Weights(device, where, fingerprint(model))
-        if from_disk:
-            weights = on_disk(model, weights)
-        geometry = probe(model, latents=not deterministic)
-        if weights.disk is not None:
-            weights.disk.check_taken()
-        if rows:
-            weights = in_rows(model, weights)
-    loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
-    if deterministic:
-        if geometry.state_bytes:
-            raise UnsupportedModelError(
-                f"model type {config.model_type!r} has recurrent layers, whose results depend on how a prompt is cut "
-                "into chunks: set distkv.deterministic to false, or choose a model whose layers all are attention"
-            )
-        compute_rows_alike(model)
-        check_rows_alike(loaded.forward, geometry, device.torch)
-    if not device.is_host:
-        with device.stream(Use.HOME):
-            loaded.try_capture()
-            device.finish()
-    device.finish()  # lanes have streams of their own
-    return loaded
-
-
-def _eos_token_ids(model: Any) -> frozenset[int]:
-    """Return the ids that end a sequence; the generation configuration may know more of them than the model's."""
-    for config in (model.generation_config, model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            several = ids if isinstance(ids, list | tuple) else [ids]
-            if not all(isinstance(one, int) for one in several):
-                raise ModelError(
-                    f"the model's eos_token_id is {ids!r:.100}, but must be one token id or a list of them"
-                )
-            return frozenset(several)
-    return frozenset()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and hints out of the workers' logs."""
-    logging: Any = transformers_logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -60,7 +60,7 @@ def read_weights(
     source, config
         Where it is, and its configuration.
     dtype, device
-        As :func:`~distkv_dask.worker.model.loaded.load_model` takes them.
+        As :func:`~distkv_dask.worker.model.load.load_model` takes them.
     rows
         Whether the weights of down projections are to lie row by row.
 

@@ -13,7 +13,8 @@ import torch
 
 from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.device import Device
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 _lock = threading.Lock()
 _models: WeakValueDictionary[tuple[Any, ...], LoadedModel] = WeakValueDictionary()
@@ -32,7 +33,7 @@ def shared_model(
 ) -> LoadedModel:
     """A model that an open engine of this process has, or a newly loaded one.
 
-    For parameters and errors see :func:`~distkv_dask.worker.model.loaded.load_model`; ``place`` is called before
+    For parameters and errors see :func:`~distkv_dask.worker.model.load.load_model`; ``place`` is called before
     weights are read, and says whether layers are to be read from disk; ``weights`` is the setting that it goes by. A
     model whose files have changed is another model. On cards nothing is shared: the streams of an engine belong to its
     own model; nor where layers are read from disk, in the buffers of one model.

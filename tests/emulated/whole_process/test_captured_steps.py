@@ -15,7 +15,8 @@ from distkv_dask.kernels import dispatch, triton_kernel
 from distkv_dask.worker.device import Use
 from distkv_dask.worker.device_choice import choose_device
 from distkv_dask.worker.model.captured import why_not_captured
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 PROMPT, NEW = 20, 10
 SPLITS = {

@@ -11,7 +11,8 @@ from _models import model_dir, prompt_ids
 
 from distkv_dask.kernels import dispatch, triton_kernel
 from distkv_dask.worker.device_choice import choose_device
-from distkv_dask.worker.model.loaded import LoadedModel, load_model
+from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.loaded import LoadedModel
 
 PROMPT, STEPS, NEW = 20, 4, 7
 SPLITS = {
