@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.gang import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.geometry import describe_kinds
 from distkv_dask.messages.names import EngineSpec
+from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
@@ -28,19 +28,19 @@ from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
-from distkv_dask.worker.home.near_layers import NearAttention, SplitAttention
-from distkv_dask.worker.home.states import States
+from distkv_dask.worker.home.home_state import Begun, HomeState
+from distkv_dask.worker.home.near_layers import SplitAttention
+from distkv_dask.worker.home.prefill import PrefillRun
 from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.sampling import Draw, sample_batch
-from distkv_dask.worker.plan import Part, Stored, cut, tail_of
+from distkv_dask.worker.plan import Part, Stored, cut
 from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.trace import Tracer, span
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
-    from distkv_dask.worker.model.recurrent import Past
 
 
 class Runtime:
@@ -73,7 +73,6 @@ class Runtime:
         self, spec: EngineSpec, model: LoadedModel | None, pool: Pool, lanes: Lanes, windows: Windows | None = None
     ) -> None:
         self.pool = pool
-        self.windows = windows
         self.paused: dict[int, PausedForward] = {}
         """Gangs by number whose bytes travel with tasks instead of on channels; put here before they run."""
         self.tracer = Tracer() if spec.config.trace else None
@@ -99,8 +98,8 @@ class Runtime:
         speculates = model is not None and not model.geometry.home_bytes and config.speculation != "off"
         self.speculation = Speculation(config.speculation) if speculates else None
         """What decode steps try; None where they try nothing."""
-        self.states = States()
-        """Of recurrent layers, of the sequences that this worker is home of."""
+        self.home_state = HomeState(windows)
+        """What only a home has of its sequences."""
         self.exchanged = Exchanged()
         """What the last chunk or window exchanged with holders."""
         limits = Limits(config.timeout_start, config.timeout_receive)
@@ -112,10 +111,8 @@ class Runtime:
         self.pool.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
-        """Free a sequence's blocks and states."""
-        self.states.drop(sequence)
-        if self.windows is not None:
-            self.windows.drop(sequence)
+        """Free a sequence's blocks, and what only its home has."""
+        self.home_state.drop(sequence)
         self.pool.release(sequence)
 
     def open_session(self, gang: Gang) -> Session:
@@ -151,47 +148,11 @@ class Runtime:
         PlanError
             The placement has no room for the chunk.
         StateLostError
-            The state that the chunk begins with is not here.
+            What the chunk begins with is not here.
         InvalidRequestError, ModelError
             No first token can be drawn.
         """
-        model, logits = self._loaded(), None
-        tokens, position, stop = chunk.tokens, chunk.start, chunk.stop
-        with self._running(chunk.gang) as gang, span(self._ring, "chunk", chunk.gang.number, len(tokens)):
-            step, self.exchanged = 0, Exchanged()
-            parts: dict[str, Part] = {}
-            put, past = self.pool.device.put, self._past_of_chunk(chunk)
-            if self.windows is not None:
-                self.windows.begin(chunk.sequence, position, stop, documents_of(chunk))
-            while position < stop:
-                count = min(stop, tail_of(chunk.sequence, chunk.placement, position).stop) - position
-                if past is not None and not past.is_empty and model.geometry.scan_once:
-                    count = 1
-                stored = Stored(chunk.sequence, chunk.placement, position, count)
-                old, parts = parts, cut([stored], self.spec.config.deterministic)
-                gang.begin(parts) if step == 0 else gang.change(step, old, parts)
-                attention = self._attention(gang, parts, [stored], step)
-                try:
-                    some = tokens[position - chunk.start : position - chunk.start + count]
-                    inputs = put(torch.tensor((some, range(position, position + count))))
-                    last = chunk.sampling is not None and position + count == stop
-                    keep = put(torch.tensor([count - 1] if last else [], dtype=torch.int64))
-                    logits = model.forward(inputs[0], inputs[1], attention, keep, past)
-                finally:
-                    self.exchanged += attention.exchanged
-                    attention.close()
-                position, step = position + count, step + 1
-            if past is not None:
-                self.states.put(chunk.sequence, stop, past.state(0))
-            if self.windows is not None:
-                self.windows.put(chunk.sequence, stop)
-        if chunk.sampling is None or logits is None:
-            return None
-        with torch.inference_mode(), self.pool.device.stream(Use.HOME):
-            (token,) = sample_batch(logits[-1:], [self._first_draw(chunk)], self.pool.device)
-        if isinstance(token, DistKVError):
-            raise token
-        return token
+        return self.prefill_together([chunk])[0]
 
     def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[int | None]:
         """Compute chunks of several prompts in one forward: they ask no holders, and each lies in one span.
@@ -204,26 +165,18 @@ class Runtime:
             For each chunk what :meth:`prefill` returns.
         """
         model, gang, self.exchanged = self._loaded(), chunks[0].gang, Exchanged()
-        counts = [len(chunk.tokens) for chunk in chunks]
-        drawing = [(end - 1, chunk) for end, chunk in zip(accumulate(counts), chunks, strict=True) if chunk.sampling]
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        positions = [at for chunk in chunks for at in range(chunk.start, chunk.stop)]
-        with self._running(gang) as running, span(self._ring, "chunk", gang.number, len(tokens)):
-            batch = [Stored(one.sequence, one.placement, one.start, len(one.tokens)) for one in chunks]
-            parts = cut(batch, self.spec.config.deterministic)
-            running.begin(parts)
-            if self.windows is not None:
-                for chunk in chunks:
-                    self.windows.begin(chunk.sequence, chunk.start, chunk.stop, documents_of(chunk))
-            attention = self._attention(running, parts, batch, 0)
-            inputs = self.pool.device.put(torch.tensor((tokens, positions)))
-            keep = self.pool.device.put(torch.tensor([last for last, _ in drawing], dtype=torch.int64))
-            logits = model.forward(inputs[0], inputs[1], attention, keep)
-            attention.close()
-            if self.windows is not None:
-                for chunk in chunks:
-                    self.windows.put(chunk.sequence, chunk.stop)
-            drawn = sample_batch(logits, [self._first_draw(chunk) for _, chunk in drawing], self.pool.device)
+        count = sum(len(chunk.tokens) for chunk in chunks)
+        with self._running(gang) as running, span(self._ring, "chunk", gang.number, count):
+            run = PrefillRun(running, model, chunks, *self._planning(running))
+            with self.home_state.change(model, run.begun()) as change:
+                try:
+                    logits = run.run(change.past)
+                finally:
+                    self.exchanged = run.exchanged
+                change.after = run.ended(change.past)
+        draws = [self._first_draw(chunk, chunk.sampling) for chunk in chunks if chunk.sampling is not None]
+        with torch.inference_mode(), self.pool.device.stream(Use.HOME):
+            drawn = sample_batch(logits, draws, self.pool.device)
         for token in drawn:
             if isinstance(token, DistKVError):
                 raise token
@@ -244,23 +197,14 @@ class Runtime:
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
-            cutting = partial(cut, alike=self.spec.config.deterministic)
-            loop: tuple[Any, ...] = gang, model, batch, partial(self._attention, gang), cutting
+            loop: tuple[Any, ...] = gang, model, batch, *self._planning(gang)
             decoding = DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)
-            past = None
-            if model.geometry.state_bytes:
-                past = model.past([self.states.begin(one.sequence, one.length) for one in batch])
-            if self.windows is not None:
-                steps = self.windows.steps if window.steps is None else min(self.windows.steps, window.steps)
-                window = replace(window, steps=steps)
-                for one in batch:
-                    self.windows.begin(one.sequence, one.length, one.length + steps)
-            result = decoding.run(window, past, None if self.speculation is None else self.speculation.begin(batch))
-            for sequence, length, state in decoding.states():
-                self.states.put(sequence, length, state)
-            if self.windows is not None:
-                for sequence, length in decoding.lengths():
-                    self.windows.put(sequence, length)
+            window = replace(window, steps=self.home_state.most_steps(window.steps))
+            begun = (Begun(one.sequence, one.length, one.length + (window.steps or 0)) for one in batch)
+            with self.home_state.change(model, begun) as change:
+                speculator = None if self.speculation is None else self.speculation.begin(batch)
+                result = decoding.run(window, change.past, speculator)
+                change.after = decoding.ended()
             self.exchanged = result.exchanged
             return result
 
@@ -280,26 +224,23 @@ class Runtime:
             raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
 
-    def _first_draw(self, chunk: PrefillChunk) -> Draw:
+    def _first_draw(self, chunk: PrefillChunk, sampling: SamplingParams) -> Draw:
         """How the first token after a prompt's last chunk is chosen."""
-        assert chunk.sampling is not None
-        return Draw(chunk.sampling, chunk.stop, chunk.history, self._loaded().follower(chunk.sampling))
+        return Draw(sampling, chunk.stop, chunk.history, self._loaded().follower(sampling))
 
-    def _past_of_chunk(self, chunk: PrefillChunk) -> Past | None:
-        model = self._loaded()
-        if not model.geometry.state_bytes:
-            return None
-        return model.past([self.states.begin(chunk.sequence, chunk.start, documents_of(chunk))])
+    def _planning(self, gang: HomeGang | PausedForward) -> tuple[Callable[..., Attention], Callable[..., Any]]:
+        """What makes the attention of a gang's steps, and what cuts their batches."""
+        return partial(self._attention, gang), partial(cut, alike=self.spec.config.deterministic)
 
     def _attention(
         self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], batch: Sequence[Stored], step: int
     ) -> Attention:
         geometry, tokens = self._loaded().geometry, sum(one.queries for one in batch)
-        far = self._far_attention(gang, parts, tokens, step)
-        if self.windows is None:
+        far, windows = self._far_attention(gang, parts, tokens, step), self.home_state.windows
+        if windows is None:
             return far
-        rows = cut(self.windows.stored(batch), self.spec.config.deterministic)[gang.gang.home]
-        return SplitAttention(geometry, far, NearAttention(rows, tokens, self.windows.pool, geometry.heads))
+        rows = cut(windows.stored(batch), self.spec.config.deterministic)
+        return SplitAttention(geometry, far, DistAttention(None, rows, tokens, windows.pool, geometry.heads))
 
     def _far_attention(
         self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], tokens: int, step: int
@@ -331,11 +272,6 @@ class Runtime:
         finally:
             with self._lock:
                 self._gang = None
-
-
-def documents_of(chunk: PrefillChunk) -> Iterator[int]:
-    """The documents that a chunk's sequence begins with."""
-    return (span.document for span in chunk.placement if span.document is not None)
 
 
 def _nothing() -> None:

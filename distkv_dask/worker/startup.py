@@ -138,7 +138,7 @@ def _files(
     spilled = Spilled(runtime.pool, folder, spec.config, host_memory(spec, worker, device))
     home = None
     if model is not None and model.geometry.home_bytes:
-        home = HomeFiles(runtime.states, model.state_of_a_token(), runtime.windows, device)
+        home = HomeFiles(runtime.home_state, model.state_of_a_token(), device)
     return BlockFiles(worker.address, spilled, spec.config, report, home)
 
 

@@ -13,8 +13,9 @@ from distkv_dask.local_folder import LocalFolder
 from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
+from distkv_dask.worker.blocks.storage import all_or_none
 from distkv_dask.worker.home.home_files import HomeFiles
-from distkv_dask.worker.home.states import States
+from distkv_dask.worker.home.home_state import HomeState
 from distkv_dask.worker.home.windows import Windows
 
 GEOMETRY = Geometry(
@@ -28,9 +29,9 @@ class Home:
     """A home of one sequence, or of none."""
 
     def __init__(self, template: dict = TEMPLATE) -> None:
-        self.states = States()
         self.windows = Windows(GEOMETRY, Pool(BlockShape.of(GEOMETRY, 8, GEOMETRY.home_layers), 40), "home", 16)
-        self.files = HomeFiles(self.states, template, self.windows)
+        kept = HomeState(self.windows)
+        self.states, self.files = kept.states, HomeFiles(kept, template)
 
     def fill(self) -> None:
         self.states.put(1, TOKENS, {slot: torch.randn_like(one) for slot, one in TEMPLATE.items()})
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> LocalFolder:
 def test_another_home_goes_on_with_the_same_bytes(folder: LocalFolder) -> None:
     one, other = Home(), Home()
     one.fill()
-    files = one.files.write(1, TOKENS, folder, "00ff", Watch())
+    files = [*one.files.write(1, TOKENS, folder, "00ff", Watch())]
     assert [(file.name.partition("-")[0], file.start, file.stop) for file in files] == [
         ("state", 0, TOKENS), ("window", 24, TOKENS),
     ]  # fmt: skip
@@ -90,5 +91,5 @@ def test_what_is_not_here_cannot_be_written_and_leaves_nothing(folder: LocalFold
     home.fill()
     home.windows.drop(1)
     with pytest.raises(StateLostError):
-        home.files.write(1, TOKENS, folder, "00ff", Watch())
+        all_or_none(home.files.write(1, TOKENS, folder, "00ff", Watch()), folder.delete)
     assert list(folder.names()) == []

@@ -21,7 +21,7 @@ from distkv_dask.worker.kv_memory import needs_of, rooms
 def test_a_long_sequence_takes_no_more_at_its_home_than_its_window(family: str) -> None:
     prompt, new = 300, 60
     with fleet(loaded(family), 2) as made:
-        windows, geometry = made.members["w0"].runtime.windows, loaded(family).geometry
+        windows, geometry = made.members["w0"].runtime.home_state.windows, loaded(family).geometry
         assert windows is not None
         assert (geometry.window, len(geometry.far_layers)) == (40, 1)
         bound = blocks_per_sequence(geometry, BLOCK_TOKENS, LONGEST_CHUNK)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from distkv_dask.watch import Watch, watched
 from distkv_dask.worker.blocks.spilled import Spilled
 from distkv_dask.worker.blocks.storage import (
     BLOCKS,
+    all_or_none,
     blocks_within,
     overlapping,
     read_blocks,
@@ -152,15 +154,12 @@ class BlockFiles:
     def _write(
         self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int
     ) -> tuple[SavedFile, ...]:
-        folder, files = folder_at(saved.place), tuple[SavedFile, ...]()
+        folder = folder_at(saved.place)
+        more: Iterable[SavedFile] = ()
         if home and self._home is not None:
-            files = self._home.write(sequence, home, folder, saved.tag, watch)
-        try:
-            return files + write_files(self._pool, sequence, ranges, folder, saved.tag, watch, durable=True)
-        except BaseException:
-            for file in files:
-                folder.delete(file.name)
-            raise
+            more = self._home.write(sequence, home, folder, saved.tag, watch)
+        blocks = write_files(self._pool, sequence, ranges, folder, saved.tag, watch, durable=True)
+        return all_or_none(chain(more, blocks), folder.delete)
 
     def _read_home(self, watch: Watch, sequence: int, tokens: int, saved: Saved) -> None:
         assert self._home is not None

@@ -7,7 +7,7 @@ another one starts there. The gManager decides where blocks go; whoever reads th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.host_tier import HostTier
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.blocks.storage import (
+    all_or_none,
     batch_rows,
     blocks_within,
     file_name,
@@ -67,18 +68,16 @@ class Spilled:
         """Write token ranges of a sequence to where the gManager says; nothing is left if one cannot be written."""
         if saved.place == OWN_DISK:
             self._folder.make()
-            return write_files(self.pool, sequence, ranges, self._folder, saved.tag, watch)
-        files = list[SavedFile]()
-        try:
-            for start, stop in ranges:
-                blocks, name = self.pool.find(sequence, [(start, stop)]), file_name(saved.tag, start, stop)
-                self._host.store(name, blocks)
-                files.append(SavedFile(name, start, stop, len(blocks) * self.pool.block_bytes, 0))
-        except BaseException:
-            for file in files:
-                self.delete(file.name)
-            raise
-        return tuple(files)
+            return all_or_none(
+                write_files(self.pool, sequence, ranges, self._folder, saved.tag, watch), self._folder.delete
+            )
+        return all_or_none(self._to_memory(sequence, ranges, saved.tag), self.delete)
+
+    def _to_memory(self, sequence: int, ranges: Sequence[tuple[int, int]], tag: str) -> Iterator[SavedFile]:
+        for start, stop in ranges:
+            blocks, name = self.pool.find(sequence, [(start, stop)]), file_name(tag, start, stop)
+            self._host.store(name, blocks)
+            yield SavedFile(name, start, stop, len(blocks) * self.pool.block_bytes, 0)
 
     def read(self, watch: Watch, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of this worker holds them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,18 +57,22 @@ def write_blocks(
 def write_files(
     pool: Pool, sequence: int, ranges: Iterable[tuple[int, int]], folder: Folder, tag: str, watch: Watch,
     durable: bool = False,
-) -> tuple[SavedFile, ...]:  # fmt: skip
-    """Save token ranges of a sequence, each as a file; none is left if one cannot be written."""
-    files = list[SavedFile]()
+) -> Iterator[SavedFile]:  # fmt: skip
+    """Save token ranges of a sequence, each as a file, as they are asked for (:func:`all_or_none`)."""
+    for start, stop in ranges:
+        yield write_blocks(pool, sequence, start, stop, folder, file_name(tag, start, stop), watch, durable)
+
+
+def all_or_none(files: Iterable[SavedFile], delete: Callable[[str], None]) -> tuple[SavedFile, ...]:
+    """Files that are written as they are asked for; if one cannot be, those before it are deleted."""
+    written = list[SavedFile]()
     try:
-        for start, stop in ranges:
-            name = file_name(tag, start, stop)
-            files.append(write_blocks(pool, sequence, start, stop, folder, name, watch, durable))
+        written.extend(files)  # those before one that fails are in it
     except BaseException:
-        for file in files:
-            folder.delete(file.name)
+        for file in written:
+            delete(file.name)
         raise
-    return tuple(files)
+    return tuple(written)
 
 
 BLOCKS = "blocks"

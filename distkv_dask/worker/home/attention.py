@@ -25,7 +25,7 @@ class DistAttention:
     Parameters
     ----------
     gang
-        The running gang, with a channel to every holder in ``parts``.
+        The running gang, with a channel to every holder in ``parts``; None where all is at the home.
     parts
         Parts of a step by worker, as :func:`distkv_dask.worker.plan.cut` gives.
     tokens
@@ -36,11 +36,11 @@ class DistAttention:
         Query heads of the model.
     """
 
-    def __init__(self, gang: HomeGang, parts: Mapping[str, Part], tokens: int, pool: Pool, heads: int) -> None:
+    def __init__(self, gang: HomeGang | None, parts: Mapping[str, Part], tokens: int, pool: Pool, heads: int) -> None:
         self.step = 0
         """Number of the next step, as the holders count."""
         self._pool = pool
-        home = gang.gang.home
+        home = gang.gang.home if gang is not None else next(iter(parts))
         shape = (tokens, heads, pool.value_dim)
         memory = None if pool.device.is_host or parts.keys() <= {home} else _memory(parts, heads, pool)
         size = len(parts[home].tokens) * heads * (pool.value_dim + 1) if home in parts else 0
@@ -53,20 +53,25 @@ class DistAttention:
         else:
             self._out = torch.empty(shape, dtype=torch.float32, device=pool.device.torch)
             self._lse = torch.empty(shape[:2], dtype=torch.float32, device=pool.device.torch)
-            self._begin_merging(gang, parts, memory, theirs)
+            self._begin_merging(gang, home, parts, memory, theirs)
         self._result = self._out if pool.dtype == torch.float32 else torch.empty_like(self._out, dtype=pool.dtype)
 
     def _begin_merging(
-        self, gang: HomeGang, parts: Mapping[str, Part], memory: torch.Tensor | None, theirs: torch.Tensor | None
+        self,
+        gang: HomeGang | None,
+        home: str,
+        parts: Mapping[str, Part],
+        memory: torch.Tensor | None,
+        theirs: torch.Tensor | None,
     ) -> None:
         """Make what merges the partials, in an order that neither time nor the rest of the batch changes.
 
         On a card with holders, ``memory`` takes all partials: the home's own, then ``theirs``.
         """
-        home, order = gang.gang.home, merge_order(parts)
+        order, channels = merge_order(parts), {} if gang is None else gang.channels
         local = None if self._local is None else (self._local.shard.out, self._local.shard.lse)
         holders = [
-            (worker, gang.channels[worker], part)
+            (worker, channels[worker], part)
             for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
             if worker != home
         ]
@@ -78,7 +83,7 @@ class DistAttention:
             queries = [len(parts[worker].tokens) for worker in sources]
             runs = [(sources.index(one.worker), one.query, one.token, one.queries) for one in order]
             together = PreparedMerges(self._out, self._lse, memory, queries, runs)
-        if holders:
+        if holders and gang is not None:
             limit = gang.timeout_receive
             merged = self._out, self._lse, order, local
             asking = Asking(gang.gang, holders, self._pool, *merged, limit, together, theirs)

@@ -15,6 +15,7 @@ from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.home.home_state import Ended
 from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.home.progress import Progress
 from distkv_dask.worker.model.sampling import sample_batch
@@ -22,7 +23,7 @@ from distkv_dask.worker.plan import Part, Stored
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
-    from distkv_dask.worker.model.recurrent import Past, State
+    from distkv_dask.worker.model.recurrent import Past
 
 Attention = DistAttention | LayerAttention | SplitAttention
 
@@ -113,16 +114,11 @@ class DecodeLoop:
         seconds = time.perf_counter() - began
         return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, 0.0, errors, speculated)
 
-    def lengths(self) -> Iterator[tuple[int, int]]:
-        """Number and length of the sequences that have not stopped, after the window."""
-        return ((one.state.sequence, one.length) for one in self._all if one.finished is None)
-
-    def states(self) -> Iterator[tuple[int, int, State]]:
-        """Number, length and state of the sequences that have not stopped, after the window."""
-        if self._past is not None:
-            for row, one in enumerate(self._rows):
-                if one.finished is None:
-                    yield one.state.sequence, one.length, self._past.state(row)
+    def ended(self) -> Iterator[Ended]:
+        """The sequences that have not stopped, after the window."""
+        for row, one in enumerate(self._rows):
+            if one.finished is None:
+                yield Ended(one.state.sequence, one.length, None if self._past is None else self._past.state(row))
 
     def _step(self) -> None:
         if self._propose() or self._steps_left_as_is == 0:

@@ -6,7 +6,7 @@ blocks (:mod:`~distkv_dask.worker.blocks.storage`), so nothing is read by what a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,15 @@ from distkv_dask.errors import SavedDocumentError
 from distkv_dask.folder import Folder
 from distkv_dask.messages.names import SavedFile, SpilledFile
 from distkv_dask.watch import Watch
-from distkv_dask.worker.blocks.storage import file_name, read_blocks, read_rows, write_batches, write_blocks
+from distkv_dask.worker.blocks.storage import (
+    file_name,
+    read_blocks,
+    read_rows,
+    write_batches,
+    write_blocks,
+)
 from distkv_dask.worker.device import HOST, Device, Use
-from distkv_dask.worker.home.states import States
-from distkv_dask.worker.home.windows import Windows
+from distkv_dask.worker.home.home_state import HomeState
 
 STATE, WINDOW = "state", "window"
 """What names of such files begin with."""
@@ -30,50 +35,39 @@ class HomeFiles:
 
     Parameters
     ----------
-    states
-        Its states.
+    kept
+        What its home has.
     template
         A state, whose tensors have the sizes of all; empty where the model has no recurrent layers.
-    windows
-        Its windows, if the model has layers that keep them.
     device
         Where states are.
     """
 
-    def __init__(
-        self, states: States, template: Mapping[Any, torch.Tensor], windows: Windows | None, device: Device = HOST
-    ) -> None:
-        self._states = states
+    def __init__(self, kept: HomeState, template: Mapping[Any, torch.Tensor], device: Device = HOST) -> None:
+        self._states = kept.states
+        self._windows = kept.windows
         self._template = dict(sorted(template.items()))
-        self._windows = windows
         self._device = device
 
-    def write(self, sequence: int, tokens: int, folder: Folder, tag: str, watch: Watch) -> tuple[SavedFile, ...]:
-        """Save what a sequence has here after so many tokens as new files of a folder.
+    def write(self, sequence: int, tokens: int, folder: Folder, tag: str, watch: Watch) -> Iterator[SavedFile]:
+        """Save what a sequence has here after so many tokens as new files of a folder, as they are asked for.
 
         Raises
         ------
         SavedDocumentError
-            A file cannot be written; nothing is left of any.
+            A file cannot be written.
         StateLostError
             It is not here.
         """
-        files = list[SavedFile]()
-        try:
-            if self._template:
-                state = self._states.kept(sequence, tokens)
-                row = np.concatenate([self._bytes(state[slot]) for slot in self._template])[None]
-                name = file_name(tag, 0, tokens, STATE)
-                files.append(SavedFile(name, 0, tokens, *write_batches([row], row.size, folder, name, watch, True)))
-            if self._windows is not None:
-                pool, start = self._windows.pool, self._windows.kept(sequence, tokens)
-                name = file_name(tag, start, tokens, WINDOW)
-                files.append(write_blocks(pool, sequence, start, tokens, folder, name, watch, True))
-        except BaseException:
-            for file in files:
-                folder.delete(file.name)
-            raise
-        return tuple(files)
+        if self._template:
+            state = self._states.kept(sequence, tokens)
+            row = np.concatenate([self._bytes(state[slot]) for slot in self._template])[None]
+            name = file_name(tag, 0, tokens, STATE)
+            yield SavedFile(name, 0, tokens, *write_batches([row], row.size, folder, name, watch, True))
+        if self._windows is not None:
+            pool, start = self._windows.pool, self._windows.kept(sequence, tokens)
+            name = file_name(tag, start, tokens, WINDOW)
+            yield write_blocks(pool, sequence, start, tokens, folder, name, watch, True)
 
     def read(
         self, sequence: int, tokens: int, folder: Folder, files: Iterable[SavedFile | SpilledFile], watch: Watch

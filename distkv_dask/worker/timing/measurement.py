@@ -125,7 +125,7 @@ class _Timing:
         self._pool = runtime.pool
         self._numbers = count(_FIRST_GANG)
         self._state = self._state_after_a_token() if geometry.state_bytes else None
-        windows = runtime.windows
+        windows = runtime.home_state.windows
         self._batch = BATCH if windows is None else min(BATCH, windows.sequences)
         longest = CHUNKS[-1] if windows is None else windows.chunk_tokens
         self._chunks = [size for size in CHUNKS if size <= longest] or [longest]
@@ -198,24 +198,19 @@ class _Timing:
     @contextmanager
     def _with_state(self, sequence: int, length: int) -> Iterator[None]:
         """A state after so many tokens, if the model has recurrent layers, and windows: any will do."""
-        states, windows = self._runtime.states, self._runtime.windows
-        if self._state is not None:
-            states.put(sequence, length, self._state)
-        if windows is not None:
-            windows.put(sequence, length)
+        kept = self._runtime.home_state
+        kept.put(sequence, length, self._state)
         try:
             yield
         finally:
-            states.drop(sequence)
-            if windows is not None:
-                windows.drop(sequence)
+            kept.drop(sequence)
 
     def _state_after_a_token(self) -> State:
         home = self._lanes.endpoint.worker
         with _reserved(self._pool, 0, 1):
             chunk = PrefillChunk(self._gang(home, None), 0, (Span(home, 0, 1),), 0, (1,))
             self._lanes.home.submit(self._runtime.prefill, chunk).result()
-        state = self._runtime.states.begin(0, 1)
+        state = self._runtime.home_state.states.begin(0, 1)
         self._runtime.release(0)
         return state
 

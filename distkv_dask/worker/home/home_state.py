@@ -1,0 +1,99 @@
+"""What only the home of a sequence has: states of recurrent layers, and KV of layers that see a window.
+
+Both are kept after the committed tokens until what runs has ended, so a window or chunk that runs again begins with
+what it began with before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from distkv_dask.worker.home.states import States
+from distkv_dask.worker.home.windows import Windows
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past, State
+
+
+class Begun(NamedTuple):
+    """A sequence that something runs on, from ``length`` tokens to at most ``stop``; ``documents`` it begins with."""
+
+    sequence: int
+    length: int
+    stop: int
+    documents: tuple[int, ...] = ()
+
+
+class Ended(NamedTuple):
+    """A sequence after what ran: its tokens, and its state if the model has recurrent layers."""
+
+    sequence: int
+    length: int
+    state: State | None
+
+
+@dataclass(slots=True)
+class Change:
+    """What something that runs begins with (the model's ``past``), and what is kept ``after`` it, once that is set."""
+
+    past: Past | None
+    after: Iterable[Ended] = ()
+
+
+class HomeState:
+    """States and windows of the sequences that a worker is home of.
+
+    Any thread may drop a sequence that nothing computes on; all else is for the home lane's thread.
+
+    Parameters
+    ----------
+    windows
+        KV of layers that see only a window, if the model has such.
+    """
+
+    def __init__(self, windows: Windows | None = None) -> None:
+        self.states = States()
+        self.windows = windows
+
+    @contextmanager
+    def change(self, model: LoadedModel, begun: Iterable[Begun]) -> Iterator[Change]:
+        """Let something run on sequences; what it leaves is kept unless it fails.
+
+        Raises
+        ------
+        StateLostError
+            What a sequence goes on from is not here.
+        """
+        begun, past = list(begun), None
+        if model.geometry.state_bytes:
+            past = model.past([self.states.begin(one.sequence, one.length, one.documents) for one in begun])
+        if self.windows is not None:
+            for one in begun:
+                self.windows.begin(*one)
+        change = Change(past)
+        yield change
+        for sequence, length, state in change.after:
+            self.put(sequence, length, state)
+
+    def put(self, sequence: int, length: int, state: State | None) -> None:
+        """Keep what a sequence has after so many tokens beside what it began with."""
+        if state is not None:
+            self.states.put(sequence, length, state)
+        if self.windows is not None:
+            self.windows.put(sequence, length)
+
+    def drop(self, sequence: int) -> None:
+        """Keep nothing of a sequence."""
+        self.states.drop(sequence)
+        if self.windows is not None:
+            self.windows.drop(sequence)
+
+    def most_steps(self, steps: int | None) -> int | None:
+        """Steps that a decode window may have, of which ``steps`` are wanted: the room of windows ends it sooner."""
+        if self.windows is None:
+            return steps
+        return self.windows.steps if steps is None else min(self.windows.steps, steps)

@@ -1,0 +1,120 @@
+"""Chunks of prompts: computed in one forward if there are several, piece by piece where a tail moves on to a span."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from distkv_dask.gang import Exchanged, PrefillChunk
+from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.home.decode import Attention
+from distkv_dask.worker.home.gang import HomeGang
+from distkv_dask.worker.home.home_state import Begun, Ended
+from distkv_dask.worker.plan import Part, Stored, tail_of
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past
+
+
+class PrefillRun:
+    """Computes chunks.
+
+    Parameters
+    ----------
+    gang
+        The running gang.
+    model
+        The weights.
+    chunks
+        A chunk, or several that lie in one span each and ask no holders.
+    attention
+        Makes the attention of a step from its parts by worker, the sequences, and its number.
+    cutting
+        Cuts sequences into parts by worker, as :func:`distkv_dask.worker.plan.cut`.
+    """
+
+    def __init__(
+        self,
+        gang: HomeGang | PausedForward,
+        model: LoadedModel,
+        chunks: Sequence[PrefillChunk],
+        attention: Callable[[Mapping[str, Part], Sequence[Stored], int], Attention],
+        cutting: Callable[[Sequence[Stored]], dict[str, Part]],
+    ) -> None:
+        self._gang = gang
+        self._model = model
+        self._chunks = chunks
+        self._new_attention = attention
+        self._cutting = cutting
+        self.exchanged = Exchanged()
+        """What was exchanged with holders so far."""
+
+    def begun(self) -> Iterator[Begun]:
+        """The sequences, before the first step."""
+        for chunk in self._chunks:
+            documents = tuple(span.document for span in chunk.placement if span.document is not None)
+            yield Begun(chunk.sequence, chunk.start, chunk.stop, documents)
+
+    def ended(self, past: Past | None) -> Iterator[Ended]:
+        """The sequences, after the last step."""
+        for row, chunk in enumerate(self._chunks):
+            yield Ended(chunk.sequence, chunk.stop, None if past is None else past.state(row))
+
+    def run(self, past: Past | None) -> torch.Tensor:
+        """Compute all; logits, float32 [n, vocabulary], of the last token of each chunk from which one is drawn.
+
+        Parameters
+        ----------
+        past
+            State of the sequence, if the model has recurrent layers.
+        """
+        positions, parts, step = [chunk.start for chunk in self._chunks], dict[str, Part](), 0
+        logits = torch.empty(0, 0)
+        while counts := self._counts(positions, past):
+            batch = [
+                Stored(chunk.sequence, chunk.placement, at, count)
+                for chunk, at, count in zip(self._chunks, positions, counts, strict=True)
+            ]
+            old, parts = parts, self._cutting(batch)
+            self._gang.begin(parts) if step == 0 else self._gang.change(step, old, parts)
+            attention = self._new_attention(parts, batch, step)
+            try:
+                logits = self._forward(batch, attention, past)
+            finally:
+                self.exchanged += attention.exchanged
+                attention.close()
+            positions = [at + count for at, count in zip(positions, counts, strict=True)]
+            step += 1
+        return logits
+
+    def _counts(self, positions: Sequence[int], past: Past | None) -> list[int]:
+        """How many tokens of each chunk the next step computes; nothing if all are."""
+        ends = [
+            min(chunk.stop, tail_of(chunk.sequence, chunk.placement, at).stop)
+            for chunk, at in zip(self._chunks, positions, strict=True)
+            if at < chunk.stop
+        ]
+        if ends and past is not None and not past.is_empty and self._model.geometry.scan_once:
+            return [1]
+        return [end - at for end, at in zip(ends, positions, strict=False)]
+
+    def _forward(self, batch: Sequence[Stored], attention: Attention, past: Past | None) -> torch.Tensor:
+        put, ends = self._model.device.put, [one.length + one.queries for one in batch]
+        positions = [at for one, end in zip(batch, ends, strict=True) for at in range(one.length, end)]
+        tokens = [
+            token
+            for chunk, one, end in zip(self._chunks, batch, ends, strict=True)
+            for token in chunk.tokens[one.length - chunk.start : end - chunk.start]
+        ]
+        lasts = accumulate(one.queries for one in batch)
+        drawing = [
+            last - 1
+            for chunk, last, end in zip(self._chunks, lasts, ends, strict=True)
+            if chunk.sampling is not None and end == chunk.stop
+        ]
+        inputs, keep = put(torch.tensor((tokens, positions))), put(torch.tensor(drawing, dtype=torch.int64))
+        return self._model.forward(inputs[0], inputs[1], attention, keep, past)
