@@ -11,11 +11,11 @@ from distkv_dask.geometry import Geometry
 HEAD = """\
 # Which models are served
 
-Made by `python benchmarks/model_coverage.py --page docs/models.md` with transformers {version}; tests run parts of it
-again. Of each causal model type of transformers, and some vision-language types as text models, a tiny model with
-random weights answers three prompts that are longer than its windows, in float32, with its KV on three workers. *Exact*
-means that all 72 greedy tokens were those of transformers' `generate`. `distkv models check MODEL` says the same of one
-model, with the memory that it needs.
+`python benchmarks/model_coverage.py --page docs/models.md` made this page with transformers {version}; tests repeat
+parts of it. For each causal model type of transformers, and some vision-language types as text models, a tiny model
+with random weights answers three prompts longer than its windows, in float32, with its KV on three workers. *Exact*
+means that all 72 greedy tokens equal those of transformers' `generate`. `distkv models check MODEL` checks one model
+and says how much memory it needs.
 
 {counts}
 

@@ -24,7 +24,7 @@ def model_class(config: Any, name: str) -> Any:
     Raises
     ------
     UnsupportedModelError
-        There is none, or it computes attention in code of its own.
+        There is none, or it computes attention in its own code.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, __version__
 
@@ -32,12 +32,12 @@ def model_class(config: Any, name: str) -> Any:
     found: Any = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     if found is None:
         raise UnsupportedModelError(
-            f"model {name!r} of type {config.model_type!r} is no causal language model of transformers {__version__}: "
-            "choose one that generates text from text"
+            f"model {name!r} of type {config.model_type!r} is not a causal language model of transformers "
+            f"{__version__}: choose one that generates text from text"
         )
     if not (getattr(found, _SUPPORTS, False) or getattr(found, _CAN_SET)()):
         raise UnsupportedModelError(
-            f"model {name!r} of type {config.model_type!r} computes attention in code of its own ({found.__name__}), "
-            "not through transformers' attention interface, where DistAttention takes its place: choose a newer model"
+            f"model {name!r} of type {config.model_type!r} computes attention in its own code ({found.__name__}), "
+            "not through transformers' attention interface, which DistAttention replaces: choose a newer model"
         )
     return found

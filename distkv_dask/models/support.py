@@ -23,21 +23,21 @@ _SERVED = frozenset(
 
 _REFUSED_WHEN_SET: Mapping[str, str] = {
     "alibi": "ALiBi position biases",
-    "index_topk": "attention to the best keys only (DSA)",
+    "index_topk": "sparse attention to selected keys (DSA)",
     "is_encoder_decoder": "an encoder in addition to the decoder",
     "state_size": "state-space layers",
 }
 """Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
 
 _NEEDED: Mapping[str, str] = {
-    "max_position_embeddings": "sequences of any length",
-    "num_hidden_layers": "layers that are not counted",
+    "max_position_embeddings": "unlimited sequence lengths",
+    "num_hidden_layers": "an unknown number of layers",
 }
 """Configuration keys of every model that DistAttention computes, and what it is without one."""
 
 _REFUSED_TYPES: Mapping[str, str] = {
     "bloom": "ALiBi position biases",
-    "minimax": "recurrent layers whose states are in a cache of their own",
+    "minimax": "recurrent layers with a separate cache",
     "mpt": "ALiBi position biases",
     "rwkv": "linear attention layers",
 }
@@ -63,7 +63,7 @@ def check_supported(config: Any) -> None:
         value = getattr(text, key, None)
         raise UnsupportedModelError(
             f"model type {text.model_type!r} uses {feature} (configuration key {key}={value!r}), which DistAttention "
-            "does not compute. Choose a model whose layers all are softmax attention, for example of the Llama, Qwen3, "
+            "does not compute. Choose a model with softmax attention in all layers, for example of the Llama, Qwen3, "
             "Mistral, Gemma 3, Phi-4 or gpt-oss families."
         )
 
@@ -100,4 +100,4 @@ def _layers(config: Any) -> Iterator[tuple[str, str]]:
     # two names of one list: some types have the first as an alias of the second, and others the other way round
     key = next((key for key in ("layer_types", "layers_block_type") if getattr(config, key, None)), "layer_types")
     for kind in sorted(set(getattr(config, key, None) or ()) - _SERVED):
-        yield key, f"layers of the kind {kind!r}"
+        yield key, f"layers of type {kind!r}"

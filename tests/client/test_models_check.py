@@ -52,7 +52,7 @@ def test_a_model_that_is_not_served_has_the_reason_said_and_status_1(tmp_path: P
     done = call(tmp_path)
     assert (done.exit_code, "(mamba) is not served: " in done.output) == (1, True)
     transformers.GPTJConfig(n_layer=2, n_embd=64, n_head=4, rotary_dim=16).save_pretrained(tmp_path)
-    assert "attention in code of its own" in call(tmp_path).output
+    assert "attention in its own code" in call(tmp_path).output
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read as JSON" in call(tmp_path).output
     assert "no-such" in call("no-such-model").output

@@ -129,7 +129,7 @@ async def test_an_engine_that_cannot_be_opened_says_why(client: Client, schedule
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("mistral", {"index_topk": 64}, "best keys"),
+        ("mistral", {"index_topk": 64}, "sparse attention"),
         ("llama-gqa", {"alibi": True}, "ALiBi"),
     ],
 )

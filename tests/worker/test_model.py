@@ -234,10 +234,10 @@ def tiny(kind: str, **settings: object) -> torch.nn.Module:
     ("kind", "settings", "named"),
     [
         ("bert", {"is_decoder": False}, "neither causal"),
-        ("mamba", {}, "should attend once"),
-        ("falcon", {}, "should attend once"),
-        ("diffllama", {}, "should attend once"),
-        ("gptj", {"rotary_dim": 16}, "should attend once"),
+        ("mamba", {}, "should each attend"),
+        ("falcon", {}, "should each attend"),
+        ("diffllama", {}, "should each attend"),
+        ("gptj", {"rotary_dim": 16}, "should each attend"),
         ("minimax", {"num_local_experts": 2, "head_dim": 16}, "cache of its own"),
     ],
 )
@@ -343,7 +343,7 @@ def test_probe_refuses_a_layer_that_keeps_a_state_of_its_own() -> None:
 )
 def test_attention_in_code_of_its_own_is_refused_before_weights_are_read(settings: dict, tmp_path: Path) -> None:
     tiny(**settings).config.save_pretrained(tmp_path)  # a configuration and no weights
-    with pytest.raises(UnsupportedModelError, match="computes attention in code of its own"):
+    with pytest.raises(UnsupportedModelError, match="computes attention in its own code"):
         load_model(str(tmp_path), "float32", 1)
 
 

@@ -153,7 +153,7 @@ class DiskLayers:
         """
         if len(self._taken) < len(self._layers):
             raise UnsupportedModelError(
-                "this model computes its layers in a way of its own, so they cannot be read from disk: set "
+                "this model does not call its layers in the usual way, so they cannot be read from disk: set "
                 "distkv.weights to memory"
             )
 

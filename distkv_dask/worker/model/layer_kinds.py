@@ -138,8 +138,8 @@ def _check_all_attend(indices: Sequence[int], config: Any) -> None:
     if not right:
         _refuse(
             config,
-            f"{expected} of its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should attend "
-            f"once each through transformers' attention registry, in order, but layers {list(indices)} did",
+            f"{expected} of its {config.num_hidden_layers} layers (configuration key num_hidden_layers) should each "
+            f"attend once through transformers' attention registry, in order, but layers {list(indices)} did",
         )
 
 
@@ -167,7 +167,7 @@ class _Look:
         if mask is not None:
             kinds = [kind for given, kind in self.masks if given is mask]
             if not kinds:
-                _refuse(self.config, "a layer brings its own attention mask or position bias")
+                _refuse(self.config, "a layer has its own attention mask or position bias")
             kind = kinds[0]
         if kind is None:
             _refuse(self.config, "a layer's mask is neither causal, nor a sliding window, nor chunks")

@@ -183,7 +183,7 @@ def _compare(model_type: str, own: Tensor, ours: Tensor, tolerance: float) -> No
     error = float((own - ours).norm() / own.norm().clamp_min(1e-12))
     if not error <= tolerance:
         raise UnsupportedModelError(
-            f"model type {model_type!r} computes something other than causal attention as its masks show it: with "
+            f"model type {model_type!r} does not compute the causal attention that its masks describe: with "
             f"DistAttention its logits differ from its own by {error:.2g} (relative; up to {tolerance:g} is rounding). "
             "Choose another model."
         )
