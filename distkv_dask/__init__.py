@@ -28,6 +28,7 @@ from distkv_dask.errors import (
     UnsupportedModelError,
     WorkerLostError,
 )
+from distkv_dask.logprobs import TokenLogprob, perplexity
 from distkv_dask.messages.status import EngineStatus, SequenceStatus, WorkerStatus
 from distkv_dask.placement import Span
 from distkv_dask.sampling import SamplingParams
@@ -59,9 +60,11 @@ __all__ = [
     "SourceError",
     "Span",
     "Timings",
+    "TokenLogprob",
     "TooManyErrorsError",
     "UnsupportedModelError",
     "WorkerLostError",
     "WorkerStatus",
     "__version__",
+    "perplexity",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from distkv_dask import svg
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import FinishReason
 
@@ -32,6 +33,10 @@ class Completion:
     ``token_ids`` are the generated ids, without the end-of-sequence token. ``placement`` says where the sequence's KV
     was. ``error`` is the error's text if ``finish_reason`` is ``"error"``. ``reused_tokens`` counts prompt tokens that
     were not computed: their KV came from a document, or from an earlier request that began alike.
+
+    ``logprobs`` are those of ``token_ids``, and ``prompt_logprobs`` those of the prompt's tokens, None for its first;
+    both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
+    ``engine.tokenizer.decode([token_id], special=True)`` is the text of one.
     """
 
     text: str
@@ -42,6 +47,8 @@ class Completion:
     timings: Timings = field(default_factory=Timings)
     placement: Placement = ()
     reused_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def _repr_html_(self) -> str:
         """What notebooks show: the answer, its times, and a picture of where the KV lay."""

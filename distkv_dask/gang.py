@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from distkv_dask.errors import DistKVError
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.placement import Endpoint, Placement
 from distkv_dask.sampling import FinishReason, SamplingParams
 
@@ -55,8 +56,9 @@ class PrefillChunk:
     """One chunk of one prompt: ``tokens`` are computed by ``gang.home``, whose span holds their KV.
 
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
-    carries the first generated token. Dask logs tasks that fail with their arguments: no text of users is in its
-    ``repr``.
+    carries the first generated token. ``targets`` are the tokens that come after its own where their log probabilities
+    are wanted, with those of so many of the ``best``. Dask logs tasks that fail with their arguments: no text of users
+    is in its ``repr``.
     """
 
     gang: Gang
@@ -66,11 +68,25 @@ class PrefillChunk:
     tokens: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams | None = field(default=None, repr=False)
     history: tuple[int, ...] = field(default=(), repr=False)
+    targets: tuple[int, ...] = field(default=(), repr=False)
+    best: int = 0
 
     @property
     def stop(self) -> int:
         """The position after the last token."""
         return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What came of a chunk: the first generated ``token`` behind a prompt's last, with its ``logprob`` if wanted.
+
+    ``scored`` has the log probabilities of the chunk's targets.
+    """
+
+    token: int | None = field(default=None, repr=False)
+    logprob: TokenLogprob | None = field(default=None, repr=False)
+    scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +138,8 @@ class WindowResult:
     ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
     this one, when the home had sequences to decode all the while. ``errors`` has those of the sequences that ended with
     ``"error"``: each failed alone, with the tokens that it had before. ``speculated`` has those for which tokens were
-    proposed: they may have more tokens than there were steps.
+    proposed: they may have more tokens than there were steps. ``logprobs`` has those of the tokens of sequences that
+    want them.
     """
 
     tokens: dict[int, list[int]] = field(repr=False)
@@ -133,3 +150,4 @@ class WindowResult:
     gap: float = 0.0
     errors: dict[int, DistKVError] = field(default_factory=dict)
     speculated: dict[int, Speculated] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict, repr=False)

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.logprobs import MOST_LOGPROBS
 from distkv_dask.texts import checked_text
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -46,6 +47,12 @@ class SamplingParams:
         From -100 to 100. While requests wait for room, each step of priority lets a request go before those that came
         up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
         forever.
+    logprobs
+        Return the log probability of every generated token, and of so many of the most likely ones in its place (0 to
+        20): :attr:`Completion.logprobs`. None returns none.
+    prompt_logprobs
+        The same for the tokens of the prompt: :attr:`Completion.prompt_logprobs`. The whole prompt is computed then,
+        nothing of it is reused.
 
     Raises
     ------
@@ -64,6 +71,8 @@ class SamplingParams:
     ignore_eos: bool = False
     schema: str | Mapping[str, Any] | None = None
     priority: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -78,6 +87,9 @@ class SamplingParams:
             put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
         put("stop", _strings("stop", self.stop))
         put("priority", _whole("priority", self.priority, low=-100, high=100))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                put(name, _whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
         if self.schema is not None:

@@ -145,7 +145,7 @@ class Fleet:
             last = sampling if stop == len(prompt) else None
             gang = self.gang(worker, holders)
             piece = PrefillChunk(gang, sequence, placement, start, tuple(prompt[start:stop]), last)
-            token = self.run(gang, lambda runtime, piece=piece: runtime.prefill(piece))
+            token = self.run(gang, lambda runtime, piece=piece: runtime.prefill(piece)).token
         return token
 
     def decode(

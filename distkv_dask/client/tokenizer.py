@@ -106,11 +106,11 @@ class Tokenizer:
             raise InvalidRequestError("the question is empty")
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens; empty when the model has no tokenizer."""
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of token ids, without ``special`` tokens or with; empty when the model has no tokenizer."""
         if self._loaded is None:
             return ""
-        text: str = self._loaded.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._loaded.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return text
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:

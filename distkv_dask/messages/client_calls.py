@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from distkv_dask.completion import Timings
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec, Saved, SavedFile
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import FinishReason, SamplingParams
@@ -61,7 +62,9 @@ class Submission(NamedTuple):
 class Delivery:
     """New tokens of a request, and its end when ``reason`` is set.
 
-    ``generated`` counts the tokens of an answer that ended; it is None for documents and saves.
+    ``generated`` counts the tokens of an answer that ended; it is None for documents and saves. ``logprobs`` are those
+    of the tokens, where they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
+    come again if the prompt is computed again.
     """
 
     sequence: int
@@ -73,3 +76,6 @@ class Delivery:
     reused: int = 0
     files: tuple[SavedFile, ...] = ()
     generated: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    scored: tuple[TokenLogprob, ...] = ()
+    scored_from: int = 0

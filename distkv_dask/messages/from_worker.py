@@ -10,6 +10,7 @@ from typing import Literal
 
 from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.geometry import Geometry, Measurement
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import SavedFile
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import FinishReason
@@ -82,18 +83,20 @@ class ChunkStarted(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(FromWorker):
-    """A chunk of a prompt is computed, after which no token was to be drawn."""
+    """A chunk of a prompt is computed, after which no token was to be drawn; ``scored`` has its targets."""
 
     sequence: int
     gang: int
     exchanged: Exchanged
+    scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled(FromWorker):
     """A prompt's last chunk is computed, and its first token drawn.
 
-    ``reason`` says that the answer ended with it; with "stop" the token is no part of it.
+    ``reason`` says that the answer ended with it; with "stop" the token is no part of it. ``logprob`` is its, if
+    wanted; ``scored`` has the targets of the chunk.
     """
 
     sequence: int
@@ -101,6 +104,8 @@ class Prefilled(FromWorker):
     token: int = field(repr=False)
     reason: FinishReason | None
     exchanged: Exchanged
+    logprob: TokenLogprob | None = field(default=None, repr=False)
+    scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

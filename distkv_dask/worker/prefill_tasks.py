@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.gang import PrefillChunk
+from distkv_dask.gang import ChunkResult, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.sampling import FinishReason
 from distkv_dask.worker.dask_metrics import computing, metered
@@ -73,8 +73,8 @@ class PrefillTasks:
         self._begin(chunk)
         runtime = self._engine.runtime
         with computing(parts, lambda: runtime.exchanged):
-            token = runtime.prefill(chunk)
-        self._tell_done(chunk, token)
+            result = runtime.prefill(chunk)
+        self._tell_done(chunk, result)
         return len(chunk.tokens)
 
     # On the home lane
@@ -108,9 +108,12 @@ class PrefillTasks:
             self._waiting = [one for one in self._waiting if one not in some]
 
     def _is_joined(self, chunk: PrefillChunk) -> bool:
-        """Whether a chunk may go with others: no other worker is asked, and no state goes from token to token."""
+        """Whether a chunk may go with others: it asks no other worker, no state goes from token to token.
+
+        Nor are all of its tokens scored, whose logits take much memory.
+        """
         assert self._engine.model is not None
-        if chunk.gang.holders or self._engine.model.geometry.state_bytes:
+        if chunk.gang.holders or chunk.targets or self._engine.model.geometry.state_bytes:
             return False
         return any(span.start <= chunk.start and chunk.stop <= span.stop for span in chunk.placement)
 
@@ -128,14 +131,14 @@ class PrefillTasks:
         parts: dict[str, float] = {}
         try:
             with computing(parts, lambda: runtime.exchanged):
-                tokens = runtime.prefill_together([one.chunk for one in ready])
+                results = runtime.prefill_together([one.chunk for one in ready])
         except Exception:
             return False
         total = sum(len(one.chunk.tokens) for one in ready)
-        for one, token in zip(ready, tokens, strict=True):
+        for one, result in zip(ready, results, strict=True):
             one.tokens = len(one.chunk.tokens)
             one.parts.update({label: seconds * one.tokens / total for label, seconds in parts.items()})
-            self._tell_done(one.chunk, token)
+            self._tell_done(one.chunk, result)
         return True
 
     def _run_alone(self, one: Waiting) -> None:
@@ -153,11 +156,12 @@ class PrefillTasks:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
         engine.tell(did.ChunkStarted(engine.worker, chunk.gang.number))
 
-    def _tell_done(self, chunk: PrefillChunk, token: int | None) -> None:
+    def _tell_done(self, chunk: PrefillChunk, result: ChunkResult) -> None:
         """Tell the gManager what to commit."""
         engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
+        token, scored = result.token, result.scored
         if chunk.sampling is None or token is None:
-            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged))
+            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored))
             return
         reason: FinishReason | None = None
         assert engine.model is not None
@@ -165,4 +169,5 @@ class PrefillTasks:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
-        engine.tell(did.Prefilled(engine.worker, chunk.sequence, gang, token, reason, exchanged))
+        told = chunk.sequence, gang, token, reason, exchanged, result.logprob, scored
+        engine.tell(did.Prefilled(engine.worker, *told))

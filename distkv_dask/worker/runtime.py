@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
-from distkv_dask.gang import DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
+from distkv_dask.gang import ChunkResult, DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.geometry import describe_kinds
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.sampling import SamplingParams
@@ -34,7 +34,8 @@ from distkv_dask.worker.home.prefill import PrefillRun
 from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model.sampling import Draw, sample_batch
+from distkv_dask.worker.model.logprobs import Drawn, draw_batch
+from distkv_dask.worker.model.sampling import Draw
 from distkv_dask.worker.plan import Part, Stored, cut
 from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.trace import Tracer, span
@@ -133,13 +134,13 @@ class Runtime:
                 running.abort(reason)
         self.lanes.holder.abort(self.spec.engine, gang, reason)
 
-    def prefill(self, chunk: PrefillChunk) -> int | None:
+    def prefill(self, chunk: PrefillChunk) -> ChunkResult:
         """Compute a chunk of a prompt, on the home lane's thread.
 
         Returns
         -------
-        int or None
-            The first generated token (perhaps one that ends the sequence), when the chunk is the prompt's last.
+        ChunkResult
+            With the first generated token (perhaps one that ends the sequence), when the chunk is the prompt's last.
 
         Raises
         ------
@@ -154,7 +155,7 @@ class Runtime:
         """
         return self.prefill_together([chunk])[0]
 
-    def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[int | None]:
+    def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[ChunkResult]:
         """Compute chunks of several prompts in one forward: they ask no holders, and each lies in one span.
 
         What one alone raises, in :meth:`prefill`, all raise together; computing them again changes nothing.
@@ -176,12 +177,15 @@ class Runtime:
                 change.after = run.ended(change.past)
         draws = [self._first_draw(chunk, chunk.sampling) for chunk in chunks if chunk.sampling is not None]
         with torch.inference_mode(), self.pool.device.stream(Use.HOME):
-            drawn = sample_batch(logits, draws, self.pool.device)
-        for token in drawn:
-            if isinstance(token, DistKVError):
-                raise token
-        first = iter(cast(list[int], drawn))
-        return [next(first) if chunk.sampling else None for chunk in chunks]
+            drawn = draw_batch(logits, draws, self.pool.device)
+        for one in drawn:
+            if isinstance(one, DistKVError):
+                raise one
+        first, results = iter(cast(list[Drawn], drawn)), []
+        for chunk, scored in zip(chunks, run.scored, strict=True):
+            token, logprob = next(first) if chunk.sampling else (None, None)
+            results.append(ChunkResult(token, logprob, tuple(scored)))
+        return results
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
         """Run a decode window over a batch, on the home lane's thread.

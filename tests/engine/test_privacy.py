@@ -131,7 +131,7 @@ def raises(*given: Any, **named: Any) -> Any:
 SPOILED = {
     "nothing": lambda patch: None,
     "forwards": lambda patch: patch.setattr(LoadedModel, "forward", raises),
-    "draws": lambda patch: patch.setattr(decode, "sample_batch", raises),
+    "draws": lambda patch: patch.setattr(decode, "draw_batch", raises),
     "schemas": lambda patch: patch.setattr(LoadedModel, "follower", raises),
     "answers": lambda patch: patch.setattr(TextStream, "add", raises),
 }

@@ -210,7 +210,7 @@ def test_deterministic_logits_have_the_same_bits_however_many_ask_about_one_docu
                 placement = (*(replace(span, document=100) for span in document), Span("w0", 40, 80))
                 asked = tuple(question if number == 1 else prompt_ids(7, number))
                 chunk = PrefillChunk(made.gang("w0", ["w1"]), number, placement, 40, asked, DRAWN)
-                token = made.run(chunk.gang, lambda runtime, chunk=chunk: runtime.prefill(chunk))
+                token = made.run(chunk.gang, lambda runtime, chunk=chunk: runtime.prefill(chunk)).token
                 batch.insert(0, state(number, placement, 40 + len(asked), token, 20))
             model.logits.clear()
             made.decode("w0", batch, 5)

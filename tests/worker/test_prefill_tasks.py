@@ -16,7 +16,7 @@ from _fakes import GREEDY, Fleet, Recorder, fleet, loaded, reference, state
 from _models import prompt_ids
 
 from distkv_dask.errors import GangAbortedError, PlanError
-from distkv_dask.gang import PrefillChunk
+from distkv_dask.gang import ChunkResult, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.placement import Placement, Span
 from distkv_dask.worker.blocks.files import BlockFiles
@@ -47,13 +47,14 @@ def test_prompts_of_one_forward_have_the_tokens_that_each_has_alone(family: str,
         chunks = [whole(made, sequence, length) for sequence, length in LENGTHS.items()]
         begun = replace(chunks[3], tokens=chunks[3].tokens[:20], sampling=None)
         goes_on = replace(chunks[3], start=20, tokens=chunks[3].tokens[20:])
-        assert made.run(begun.gang, lambda runtime: runtime.prefill_together([begun])) == [None]
+        assert made.run(begun.gang, lambda runtime: runtime.prefill_together([begun])) == [ChunkResult()]
         some = [*chunks[:3], goes_on]
         model.logits.clear()
-        firsts = made.run(some[0].gang, lambda runtime: runtime.prefill_together(some))
+        results = made.run(some[0].gang, lambda runtime: runtime.prefill_together(some))
         assert len(model.logits) == 1
-        for chunk, first in zip(some, firsts, strict=True):
-            assert decoded(made, chunk, first) == reference(family, LENGTHS[chunk.sequence], chunk.sequence, NEW).tokens
+        for chunk, result in zip(some, results, strict=True):
+            expected = reference(family, LENGTHS[chunk.sequence], chunk.sequence, NEW).tokens
+            assert decoded(made, chunk, result.token) == expected
 
 
 def test_questions_of_one_forward_share_their_document() -> None:
@@ -66,8 +67,8 @@ def test_questions_of_one_forward_share_their_document() -> None:
             made.members["w0"].runtime.reserve(sequence, 32, 32 + length + NEW)
             placement: Placement = (replace(document[0], document=100), Span("w0", 32, 32 + length + NEW))
             chunks.append(PrefillChunk(made.gang("w0", []), sequence, placement, 32, tuple(own), GREEDY))
-        firsts = made.run(chunks[0].gang, lambda runtime: runtime.prefill_together(chunks))
-        answers = [decoded(made, chunk, first) for chunk, first in zip(chunks, firsts, strict=True)]
+        results = made.run(chunks[0].gang, lambda runtime: runtime.prefill_together(chunks))
+        answers = [decoded(made, chunk, result.token) for chunk, result in zip(chunks, results, strict=True)]
         for chunk, answer in zip(chunks, answers, strict=True):
             made.release(chunk.sequence)
             alone = made.place(chunk.sequence, ("w0", 32 + len(chunk.tokens) + NEW))

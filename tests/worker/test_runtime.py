@@ -80,7 +80,7 @@ def test_one_home_can_compute_chunks_whose_kv_belongs_to_others(way: Way, room: 
         gang = made.gang("w0", [worker for worker, _ in room if worker != "w0"])
         ids = tuple(prompt_ids(PROMPT))
         chunk = PrefillChunk(gang, 1, placement, 0, ids, GREEDY)  # crosses spans
-        first = made.run(gang, lambda runtime: runtime.prefill(chunk))
+        first = made.run(gang, lambda runtime: runtime.prefill(chunk)).token
         result, _ = made.decode("w0", [state(1, placement, PROMPT, first, NEW - 1)], NEW)
         assert [first, *result.tokens[1]] == reference("qwen2").tokens
 

@@ -313,7 +313,7 @@ def test_a_worker_without_weights_holds_but_does_not_compute(way: Way) -> None:
         placement = made.place(1, ("w1", 40), ("w0", ROOM))
         gang = made.gang("w0", ["w1"])
         chunk = PrefillChunk(gang, 1, placement, 0, tuple(prompt_ids(PROMPT)), GREEDY)
-        first = made.run(gang, lambda runtime: runtime.prefill(chunk))
+        first = made.run(gang, lambda runtime: runtime.prefill(chunk)).token
         assert first == reference("llama-gqa").tokens[0]
         with pytest.raises(ModelError, match="no model"):
             holder.runtime.decode(DecodeWindow(gang, 0, 1, 1.0), [])

@@ -165,7 +165,7 @@ def test_questions_on_one_document_try_different_numbers_of_tokens(way: Way, det
             placement = (*(replace(span, document=9) for span in shared), *own)
             gang = made.gang("w0", ["w1", "w2"])
             chunk = PrefillChunk(gang, number, placement, 48, tuple(prompt[48:]), GREEDY)
-            first = made.run(gang, lambda runtime, chunk=chunk: runtime.prefill(chunk))
+            first = made.run(gang, lambda runtime, chunk=chunk: runtime.prefill(chunk)).token
             batch.append(state(number, placement, PROMPT, first, NEW - 1))
             right[number] = [first]
         plain, _ = made.decode("w0", batch, NEW)

@@ -63,7 +63,7 @@ def test_a_window_or_chunk_that_runs_again_begins_from_the_committed_state(famil
             gang = made.gang("w0", ["w1"])
             sampling = GREEDY if stop == PROMPT else None
             chunk = PrefillChunk(gang, 1, placement, start, tuple(prompt[start:stop]), sampling)
-            first = made.run(gang, lambda runtime, chunk=chunk: runtime.prefill(chunk))
+            first = made.run(gang, lambda runtime, chunk=chunk: runtime.prefill(chunk)).token
         batch = [state(1, placement, PROMPT, first, NEW - 1)]
         lost, _ = made.decode("w0", batch, 6)
         result, batch = made.decode("w0", batch, 6)

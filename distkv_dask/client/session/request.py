@@ -12,6 +12,7 @@ from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.models.json_schema import grammar_of
 from distkv_dask.sampling import FinishReason, SamplingParams
@@ -45,6 +46,8 @@ class Request:
         self._on_text = on_text
         self._stream = stream
         self._told = False
+        self._logprobs: list[TokenLogprob] = []
+        self._scored: dict[int, TokenLogprob] = {}
 
     def receive(self, delivery: Delivery) -> bool:
         """Take tokens or the end; returns True when the request is over."""
@@ -55,6 +58,8 @@ class Request:
         if delivery.reason == "cancelled":  # nobody here asked for it
             self.fail(EngineClosedError("the engine was closed before the request ended"))
             return True
+        self._logprobs += delivery.logprobs
+        self._scored |= enumerate(delivery.scored, delivery.scored_from)
         self._say(self._stream.add(delivery.tokens))
         if delivery.reason is None:
             return False
@@ -72,14 +77,19 @@ class Request:
             self._on_text(piece)
 
     def _complete(self, reason: FinishReason, delivery: Delivery) -> None:
+        sampling, tokens = self.submission.sampling, len(self.submission.prompt)
+        assert sampling is not None
+        scored = None if sampling.prompt_logprobs is None else tuple(self._scored.get(at) for at in range(tokens))
         completion = Completion(
             text=self._stream.text,
             token_ids=tuple(self._stream.token_ids),
-            prompt_tokens=len(self.submission.prompt),
+            prompt_tokens=tokens,
             finish_reason=reason,
             timings=delivery.timings or Timings(),
             placement=delivery.placement,
             reused_tokens=delivery.reused,
+            logprobs=None if sampling.logprobs is None else tuple(self._logprobs[: len(self._stream.token_ids)]),
+            prompt_logprobs=scored,
         )
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_result(completion)

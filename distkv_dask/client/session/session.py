@@ -171,12 +171,14 @@ class Session:
         ids, sampling, on_text
             As for :meth:`submit`.
         document
-            Number of the document that the prompt begins with.
+            Number of the document that the prompt begins with; not shared where the prompt's tokens are scored.
         keeps
             Whether prompt and answer become a document, which has the request's number.
         """
         sampling = checked(sampling, len(ids), self.facts["max_positions"])
         number = self.conversation.number()
+        if sampling.prompt_logprobs is not None:
+            document = None
         submission = Submission(number, array("i", ids), sampling, on_text is not None, document, keeps)
         generation = Generation(lambda: self.conversation.cancel(number))
         request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text)

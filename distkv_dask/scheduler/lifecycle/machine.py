@@ -189,6 +189,7 @@ class Lifecycle:
             keeps=one.keeps,
             saves=saves,
             saved=one.saved,
+            alone=sampling.prompt_logprobs is not None,  # what is shared is not computed, and has no logits
         )
         try:
             self._accept(request)
@@ -206,7 +207,7 @@ class Lifecycle:
             raise stalls.refusal(life, request)
         if request.document is not None:
             documents.attach(life, request)
-        elif not request.is_document:
+        elif not request.is_document and not request.alone:
             documents.borrow(life, request)
         life.requests[request.sequence] = request
         life.lowest_priority = min(life.lowest_priority, request.sampling.priority)

@@ -14,32 +14,36 @@ from distkv_dask.scheduler.work import homes
 
 def chunk_done(life: MachineState, event: ChunkDone) -> None:
     """A worker finished a chunk after which no token was drawn."""
-    request = _commit_chunk(life, event.sequence, event.gang)
+    request = _commit_chunk(life, event)
     if request is not None and event.sequence not in life.in_prefill:
         life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
 
 
 def prefilled(life: MachineState, event: Prefilled) -> None:
     """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
-    request = _commit_chunk(life, event.sequence, event.gang)
+    request = _commit_chunk(life, event)
     if request is None:
         return
     request.decoding = life.now
     if event.reason != "stop":
         request.generated.append(event.token)
-        life.command(Delivery(event.sequence, (event.token,)))
+        logprobs = () if event.logprob is None else (event.logprob,)
+        life.command(Delivery(event.sequence, (event.token,), logprobs=logprobs))
     if event.reason is not None:
         end(life, request, event.reason, settled=True)
     else:
         life.recommend(request, Decode())
 
 
-def _commit_chunk(life: MachineState, sequence: int, gang: int) -> Request | None:
+def _commit_chunk(life: MachineState, event: ChunkDone | Prefilled) -> Request | None:
     """Record that a chunk is computed; its request, if it is one that is waited for."""
+    sequence = event.sequence
     request = life.requests.get(sequence)
-    if request is None or not isinstance(state := request.state, Prefill) or gang not in state.chunks:
+    if request is None or not isinstance(state := request.state, Prefill) or event.gang not in state.chunks:
         return None
-    chunk = state.chunks.pop(gang)
+    chunk = state.chunks.pop(event.gang)
+    if event.scored:
+        life.command(Delivery(sequence, (), scored=event.scored, scored_from=chunk.start + 1))
     state.failures = 0
     life.ledger.commit(sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
@@ -65,6 +69,7 @@ def window_done(life: MachineState, event: WindowDone) -> None:
         request.speculated = request.speculated.more(*result.speculated.get(sequence, (0, 0)))
         life.ledger.commit(sequence, request.known_tokens)
         if tokens:
-            life.command(Delivery(sequence, tuple(tokens)))
+            logprobs = tuple(result.logprobs.get(sequence, ()))
+            life.command(Delivery(sequence, tuple(tokens), logprobs=logprobs))
         if sequence in result.finished:
             end(life, request, result.finished[sequence], result.errors.get(sequence), settled=True)

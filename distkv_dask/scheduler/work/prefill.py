@@ -54,6 +54,10 @@ FORWARDS = 2
 """Forwards of short prompts for each worker: one that runs, and one that waits."""
 
 
+SCORED_TOKENS = 128
+"""Tokens of a chunk whose log probabilities are wanted: the logits of all of them are there at once."""
+
+
 def begin_prefill(life: MachineState, request: Request, before: State) -> None:
     """Compute what is known of a sequence that is in prefill now."""
     submit_chunks(life, request)
@@ -70,6 +74,9 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     account, step = life.ledger.sequences[request.sequence], life.config.prefill_chunk_tokens
     placement, known = account.placement, request.known
     draws = not request.is_document and not request.generated
+    best = request.sampling.prompt_logprobs if draws else None
+    if best is not None:
+        step = min(step, SCORED_TOKENS)
     chunks: list[PrefillChunk] = []
     ranges = [*state.lost, (state.start, len(known))]
     pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
@@ -88,6 +95,8 @@ def submit_chunks(life: MachineState, request: Request) -> None:
                 tuple(known[first:last]),
                 request.sampling if draws_here else None,
                 request.history if draws_here else (),
+                tuple(known[first + 1 : last + 1]) if best is not None else (),
+                best or 0,
             )
         )
     state.chunks = {chunk.gang.number: chunk for chunk in chunks}

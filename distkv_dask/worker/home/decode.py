@@ -18,7 +18,7 @@ from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.home_state import Ended
 from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.home.progress import Progress
-from distkv_dask.worker.model.sampling import sample_batch
+from distkv_dask.worker.model.logprobs import draw_batch
 from distkv_dask.worker.plan import Part, Stored
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class DecodeLoop:
         errors = {one.state.sequence: one.error for one in self._all if one.error is not None}
         speculated = {one.state.sequence: one.speculated for one in self._all if one.speculated.proposed}
         seconds = time.perf_counter() - began
-        return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, 0.0, errors, speculated)
+        logprobs = {one.state.sequence: one.logprobs for one in self._all if one.logprobs}
+        return WindowResult(tokens, finished, self._steps, seconds, self._exchanged, 0.0, errors, speculated, logprobs)
 
     def ended(self) -> Iterator[Ended]:
         """The sequences that have not stopped, after the window."""
@@ -162,7 +163,7 @@ class DecodeLoop:
             some = logits
             if len(going) < len(logits):
                 some = logits[device.put(torch.tensor([rows[one] + ahead for one in going]))]
-            for one, drawn in zip(going, sample_batch(some, [one.draw for one in going], device), strict=True):
+            for one, drawn in zip(going, draw_batch(some, [one.draw for one in going], device), strict=True):
                 if isinstance(drawn, DistKVError):
                     one.fail(drawn)
                     continue

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from distkv_dask.gang import Exchanged, PrefillChunk
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.home.decode import Attention
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.home_state import Begun, Ended
+from distkv_dask.worker.model.logprobs import token_logprobs
 from distkv_dask.worker.plan import Part, Stored, tail_of
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class PrefillRun:
         self._cutting = cutting
         self.exchanged = Exchanged()
         """What was exchanged with holders so far."""
+        self.scored: list[list[TokenLogprob]] = [[] for _ in chunks]
+        """Log probabilities of each chunk's targets so far."""
 
     def begun(self) -> Iterator[Begun]:
         """The sequences, before the first step."""
@@ -83,7 +87,7 @@ class PrefillRun:
             self._gang.begin(parts) if step == 0 else self._gang.change(step, old, parts)
             attention = self._new_attention(parts, batch, step)
             try:
-                logits = self._forward(batch, attention, past)
+                logits = self._score(batch, self._forward(batch, attention, past))
             finally:
                 self.exchanged += attention.exchanged
                 attention.close()
@@ -110,11 +114,43 @@ class PrefillRun:
             for chunk, one, end in zip(self._chunks, batch, ends, strict=True)
             for token in chunk.tokens[one.length - chunk.start : end - chunk.start]
         ]
-        lasts = accumulate(one.queries for one in batch)
-        drawing = [
-            last - 1
-            for chunk, last, end in zip(self._chunks, lasts, ends, strict=True)
-            if chunk.sampling is not None and end == chunk.stop
+        firsts = accumulate((one.queries for one in batch), initial=0)
+        kept = [
+            first + at
+            for chunk, one, first in zip(self._chunks, batch, firsts, strict=False)
+            for at in _kept(chunk, one)
         ]
-        inputs, keep = put(torch.tensor((tokens, positions))), put(torch.tensor(drawing, dtype=torch.int64))
+        inputs, keep = put(torch.tensor((tokens, positions))), put(torch.tensor(kept, dtype=torch.int64))
         return self._model.forward(inputs[0], inputs[1], attention, keep, past)
+
+    def _score(self, batch: Sequence[Stored], logits: torch.Tensor) -> torch.Tensor:
+        """Score the targets of a step, and return the logits that tokens are drawn from."""
+        drawing, at = list[int](), 0
+        for chunk, one, scored in zip(self._chunks, batch, self.scored, strict=True):
+            targets, stop = _targets(chunk, one), at + len(_kept(chunk, one))
+            if targets:
+                scored += token_logprobs(logits[at : at + len(targets)], targets, chunk.best, self._model.device)
+            if _draws(chunk, one):
+                drawing.append(stop - 1)
+            at = stop
+        if len(drawing) == len(logits):
+            return logits
+        return logits[self._model.device.put(torch.tensor(drawing, dtype=torch.int64))]
+
+
+def _targets(chunk: PrefillChunk, step: Stored) -> tuple[int, ...]:
+    """The chunk's targets of the tokens that a step computes."""
+    first = step.length - chunk.start
+    return chunk.targets[first : first + step.queries]
+
+
+def _draws(chunk: PrefillChunk, step: Stored) -> bool:
+    """Whether a token is drawn after a step."""
+    return chunk.sampling is not None and step.length + step.queries == chunk.stop
+
+
+def _kept(chunk: PrefillChunk, step: Stored) -> range:
+    """Which of a step's tokens are those whose logits are needed."""
+    if _targets(chunk, step):
+        return range(step.queries)
+    return range(step.queries - 1 if _draws(chunk, step) else step.queries, step.queries)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from distkv_dask.errors import DistKVError, PlanError, portable
 from distkv_dask.gang import SequenceState, Speculated
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.sampling import FinishReason
+from distkv_dask.worker.model.logprobs import Drawn
 from distkv_dask.worker.model.sampling import Draw
 from distkv_dask.worker.model.structured import Follower
 from distkv_dask.worker.plan import tail_of
@@ -29,6 +31,8 @@ class Progress:
         self.length = state.length
         self.last_token = state.last_token
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        """Those of the tokens, if they are wanted."""
         self.drafts: Sequence[int] = ()
         """Tokens that the present step tries behind the last one."""
         self.speculated = Speculated()
@@ -57,8 +61,9 @@ class Progress:
         """How its next token is chosen."""
         return Draw(self.state.sampling, self.length + 1, self.history, self.follower)
 
-    def take_token(self, token: int, eos_token_ids: frozenset[int]) -> None:
-        """Count a step, at whose end ``token`` was drawn."""
+    def take_token(self, drawn: Drawn, eos_token_ids: frozenset[int]) -> None:
+        """Count a step, at whose end a token was drawn."""
+        token = drawn.token
         self.length += 1
         if token in eos_token_ids and not self.state.sampling.ignore_eos:
             self.finished = "stop"
@@ -67,6 +72,8 @@ class Progress:
             self.follower.take_token(token)
         self.last_token = token
         self.tokens.append(token)
+        if drawn.logprob is not None:
+            self.logprobs.append(drawn.logprob)
         if self.history:
             self.history.append(token)
         if len(self.tokens) == self.state.remaining:

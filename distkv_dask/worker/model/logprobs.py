@@ -1,0 +1,85 @@
+"""Log probabilities of tokens, in float64 on the logits' device, and draws that come with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distkv_dask.errors import DistKVError, ModelError
+from distkv_dask.logprobs import TokenLogprob
+from distkv_dask.worker.device import HOST, Device
+from distkv_dask.worker.model.sampling import Draw, sample_batch
+
+ROWS = 16
+"""Rows that become float64 at once: the vocabulary of more would take hundreds of megabytes."""
+
+
+class Drawn(NamedTuple):
+    """A token, with its log probability if that was asked for."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+def draw_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -> list[Drawn | DistKVError]:
+    """Choose the next tokens of a batch as :func:`sample_batch` does, with log probabilities for those that want them.
+
+    Those are of the logits as they come: schemas forbid tokens only in what is drawn from.
+    """
+    wanting = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not wanting:
+        return [Drawn(one) if isinstance(one, int) else one for one in sample_batch(logits, draws, device)]
+    raw = logits[device.put(torch.tensor(wanting))]  # a copy
+    found: list[Drawn | DistKVError] = []
+    scored = dict(zip(wanting, range(len(wanting)), strict=True))
+    for row, one in enumerate(sample_batch(logits, draws, device)):
+        if not isinstance(one, int):
+            found.append(one)
+        elif row not in scored:
+            found.append(Drawn(one))
+        else:
+            at, best = scored[row], draws[row].params.logprobs
+            found.append(Drawn(one, token_logprobs(raw[at : at + 1], [one], best or 0, device)[0]))
+    return found
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], best: int, device: Device = HOST) -> list[TokenLogprob]:
+    """Log probabilities of one token for each row.
+
+    Parameters
+    ----------
+    logits
+        float32 [rows, vocab] on the device.
+    tokens
+        The token of each row.
+    best
+        How many of the most likely tokens come with it.
+    device
+        Where the logits are.
+
+    Raises
+    ------
+    ModelError
+        When logits are not finite.
+    """
+    ids, best = device.put(torch.tensor(tokens, dtype=torch.int64)), min(best, logits.shape[1])
+    rows: list[list[float]] = []
+    for at in range(0, len(tokens), ROWS):
+        wide = logits[at : at + ROWS].double()
+        whole = wide.logsumexp(-1, keepdim=True)
+        most = wide.topk(best)
+        own = wide.gather(1, ids[at : at + ROWS, None])
+        rows += torch.cat((whole, own - whole, most.values - whole, most.indices.double()), 1).cpu().tolist()
+    if not all(isfinite(whole) for whole, *_ in rows):
+        raise ModelError(
+            "the model's logits of a prompt token are not finite: its weights are damaged, or its dtype overflows; "
+            "open the engine with dtype='float32'"
+        )
+    return [
+        TokenLogprob(token, own, tuple(zip(map(int, others[best:]), others[:best], strict=True)))
+        for token, (_, own, *others) in zip(tokens, rows, strict=True)
+    ]
