@@ -332,7 +332,7 @@ def test_probe_refuses_a_layer_that_keeps_a_state_of_its_own() -> None:
         return plain(hidden_states=mixed, **keywords)
 
     attention.forward = shifted
-    with pytest.raises(UnsupportedModelError, match="other than causal"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the causal attention"):
         probe(model)
 
 
