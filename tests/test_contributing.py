@@ -49,6 +49,6 @@ def test_the_example_of_a_state_names_states_and_functions_that_exist() -> None:
         assert "Suspended" in (before, after)
         assert all(hasattr(transitions, state) for state in {before, after} - {"Suspended"})
         assert module == "suspension" or hasattr(getattr(transitions, module), function)
-    (called,) = re.findall(r"calls\n`documents\.(\w+)`", TEXT)
+    (called,) = re.findall(r"calls\s+`documents\.(\w+)`", TEXT)
     assert hasattr(transitions.documents, called)
     assert {"recommend", "command"} <= vars(MachineState).keys()

@@ -1,5 +1,5 @@
-"""What runs with the user: the engine. Never imports torch.
+"""What runs in the user's process: the engine and the command line. Never imports torch.
 
-May import: `messages` and the modules outside of the folders; of the scheduler only the plugin that it installs.
+May import: `messages`, `models` and the modules outside of the packages.
 May not touch: workers and the ledger; everything goes through calls to the gManager.
 """

@@ -1,5 +1,5 @@
-"""Everything that travels between client, gManager and rManagers, each message spelled once and sent as it is.
+"""Everything sent between client, gManager and rManagers; each message is defined once and sent unchanged.
 
-May import: the modules outside of the folders (`types`, `errors`, `config`).
-May not touch: Dask's comms; whoever sends a message packs it (`names.pack`).
+May import: the modules outside of the packages (`gang`, `placement`, `errors`).
+May not touch: Dask's comms; senders pack their messages (`names.pack`).
 """

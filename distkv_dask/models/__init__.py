@@ -1,5 +1,5 @@
-"""Models before torch: where their files are, what those say, and whether we compute what they need.
+"""What is known of a model without torch: its files, its configuration, and whether it can be served.
 
-May import: errors, transformers' configurations and tokenizers; every process imports this.
-May not touch: weights, but to convert a GGUF file once; `worker/model` loads them.
+May import: the modules outside of the packages, transformers' configurations and tokenizers.
+May not touch: weights, except to convert a GGUF file once; `worker/model` loads them.
 """

@@ -1,4 +1,4 @@
-"""A discrete-event simulator: the state machine that runs an engine, on modelled workers.
+"""A discrete-event simulator: the engine's own state machine on modelled workers.
 
 May import: `scheduler` and `messages`.
 May not touch: real clocks, Dask, torch.

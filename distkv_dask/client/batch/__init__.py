@@ -1,5 +1,5 @@
-"""Batches: a table or folder of documents in, a table of answers out, and nothing lost on the way.
+"""Batches: a table or folder of documents in, a table of answers out, resumable at any time.
 
-Imports the ground, the session, and of documents and the client what reads files and makes prompts.
-It knows no engine and no commands.
+May import: `session`, `documents`, `models`, and modules of `client` that read files and make prompts.
+May not touch: engines and commands; a batch gets a session.
 """

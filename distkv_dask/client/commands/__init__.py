@@ -1,5 +1,5 @@
-"""The commands of ``distkv``, one a file.
+"""The commands of ``distkv``, one per file.
 
-May import: everything of the client, and what it prints.
-May not touch: anything before all that the user said has been checked.
+May import: everything in `client`, `messages` and `models`.
+May not touch: the cluster before all arguments have been checked.
 """

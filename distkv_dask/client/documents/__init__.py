@@ -1,5 +1,5 @@
-"""Documents and chats as users hold them, their prompts, and how they are saved and loaded.
+"""Documents and chats for users, their prompts, and how they are saved and loaded.
 
-Imports the ground, the session, and of the client what reads files and makes token ids of texts.
-It knows no engine, no batches and no commands.
+May import: `session`, `messages`, and modules of `client` that read files and encode texts.
+May not touch: engines, batches and commands.
 """

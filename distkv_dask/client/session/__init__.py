@@ -1,5 +1,5 @@
-"""Between a user and an engine: requests and their answers, opening and closing, a scheduler that is gone.
+"""Requests and answers between a user and an engine; opening and closing; schedulers that stop.
 
-Imports the ground, and of the client what makes token ids of texts and keeps traces.
-It knows no documents, batches or commands: those stand on it.
+May import: `messages`, `models`, modules of `client` that encode texts and keep traces, and the plugin of `scheduler`.
+May not touch: documents, batches and commands, which build on it.
 """

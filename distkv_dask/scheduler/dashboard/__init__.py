@@ -1,5 +1,5 @@
-"""What people see of the engines of a cluster: a page on Dask's dashboard, JSON, and Prometheus metrics.
+"""Views of a cluster's engines: a page on Dask's dashboard, JSON, and Prometheus metrics.
 
-May import: every other room of the scheduler.
-May not touch: anything; it only looks.
+May import: `engines`, `lifecycle`, `records`, `ledger` and `messages`.
+May not touch: anything; it only reads.
 """

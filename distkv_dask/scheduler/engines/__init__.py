@@ -1,5 +1,5 @@
-"""Engines as the scheduler sees them: opening, closing, handles, figures, status.
+"""Engines in the scheduler: opening, closing, handles, figures, status.
 
-May import: every other room of the scheduler but the gManager's plugin and `tasks`.
+May import: `lifecycle`, `moves`, `records`, `costs` and `messages`.
 May not touch: Dask's scheduler and its streams; the gManager does that.
 """

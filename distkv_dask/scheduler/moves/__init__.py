@@ -1,5 +1,5 @@
-"""Blocks that change their worker while requests go on, and workers that are emptied before they leave.
+"""Moves of blocks while their sequences decode, and draining of workers before they leave.
 
-May import: `work`, `cache`, `records` and what that may import.
-May not touch: a request's state; what to move is the policy's decision.
+May import: `work`, `cache`, `records`, `ledger` and `messages`.
+May not touch: a request's state; the policy decides what moves.
 """

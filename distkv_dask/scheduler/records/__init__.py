@@ -1,5 +1,5 @@
-"""What the state machine knows of one engine, as plain records: requests and their states, homes, moves, disks.
+"""The state of one engine as plain records: requests and their states, homes, moves, disks.
 
-May import: `ledger`, `policies`, `costs`.
-May not touch: each other, or workers; the rooms that act (`work`, `cache`, `moves`, `lifecycle`) are functions of them.
+May import: `ledger`, `policies`, `costs` and `messages`.
+May not touch: each other, or workers; `work`, `cache`, `moves` and `lifecycle` are functions of these records.
 """

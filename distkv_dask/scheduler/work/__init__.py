@@ -1,5 +1,5 @@
-"""What homes and prompts compute: chunks of prompts, decode windows and their gangs.
+"""The work of homes: chunks of prompts, decode windows and their gangs.
 
-May import: `records` and what that may import.
+May import: `records`, `policies`, `costs` and `messages`.
 May not touch: a request's state; it recommends the next one.
 """

@@ -1,5 +1,5 @@
-"""KV blocks: the pool, moves from pool to pool, and blocks in Arrow files.
+"""KV blocks: the pool, copies from pool to pool, and blocks in Arrow files.
 
-May import: kernels (huge pages), and the modules outside of the folders.
+May import: `kernels` (huge pages), `messages`, and the worker's device.
 May not touch: models, lanes and channels.
 """

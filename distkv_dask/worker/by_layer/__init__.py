@@ -1,5 +1,5 @@
-"""The same attention in one Dask task per layer and worker: slow, visible, the oracle of the fast way.
+"""The same attention with one Dask task per layer and worker: slow, visible, and a reference for the fast way.
 
-May import: `home`, `holder`, `blocks`, and graphs' tasks.
-May not touch: channels; bytes travel with tasks here.
+May import: `blocks`, `kernels`, and the worker's plan and device.
+May not touch: channels; tasks carry the bytes here.
 """

@@ -1,5 +1,5 @@
-"""Channels: bytes of queries and partials straight from worker to worker; one contract, one implementation a file.
+"""Channels carry queries and partials from worker to worker: one contract, one implementation per file.
 
-May import: the modules outside of the folders, `messages`.
-May not touch: pools and plans; a channel carries bytes, whatever they mean.
+May import: the modules outside of the packages.
+May not touch: pools and plans; a channel does not know what its bytes mean.
 """

@@ -1,5 +1,5 @@
-"""The home's side: the lane that runs forwards, and attention that asks holders and merges what they answer.
+"""The home's side: the lane that runs forwards, and attention that queries holders and merges their partials.
 
-May import: `blocks`, `channels`, `model`, `native`, kernels and graphs.
+May import: `blocks`, `by_layer`, `channels`, `model`, `native`, `kernels`, `messages`, the worker's plan and device.
 May not touch: other workers' pools, and the event loop; it runs on the home lane.
 """

@@ -1,5 +1,5 @@
-"""Speculation without a draft model: what a text says already is proposed as what comes next.
+"""Speculation without a draft model: proposes tokens that followed the same words earlier.
 
 May import: numpy, `gang`.
-May not touch: torch, the model, channels; the home's decode loop verifies what is proposed.
+May not touch: torch, the model, channels; the home's decode loop verifies the proposals.
 """

@@ -1,5 +1,5 @@
 """How fast this worker is: short timings, kept on this machine by model and hardware.
 
-May import: `home`, `blocks`, `model`, whatever runs a step.
-May not touch: engines; it times before one is open.
+May import: `blocks`, `channels`, `kernels`, and the worker's runtime.
+May not touch: open engines; it runs before one opens.
 """
