@@ -11,6 +11,7 @@ COMMANDS = {
     "run": ("distkv_dask.client.commands.run:command", "Ask about every row of a table or file of a folder."),
     "ask": ("distkv_dask.client.commands.ask:command", "Ask one question, about a document or none."),
     "ingest": ("distkv_dask.client.commands.ingest:command", "Save a document's KV cache, to ask about it later."),
+    "serve": ("distkv_dask.client.commands.serve:command", "Answer OpenAI's clients over HTTP."),
     "status": ("distkv_dask.client.commands.status:command", "Show what a cluster is doing."),
     "documents": ("distkv_dask.client.commands.documents:command", "List the documents that a cluster keeps."),
     "models": ("distkv_dask.client.commands.models:command", "Check if a model is served, and the memory it needs."),
@@ -49,7 +50,7 @@ class LazyGroup(click.Group):
 def main(**_: Any) -> None:
     """Ask a language model on a Dask cluster about documents too long for one machine.
 
-    Without --scheduler, run, ask, ingest and bench start a cluster on this machine and stop it when they end.
+    Without --scheduler, run, ask, ingest, serve and bench start a cluster on this machine and stop it when they end.
     """
 
 

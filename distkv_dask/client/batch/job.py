@@ -51,8 +51,18 @@ class Job:
         self._errors = 0
         self._results = Results(source, spec)
 
-    def write(self, target: Target, retry_errors: bool, progress: bool | None) -> BatchSummary:
-        """Answer everything that is not in the output yet."""
+    def write(
+        self,
+        target: Target,
+        retry_errors: bool,
+        progress: bool | None,
+        on_tick: Callable[[int, int], None] | None = None,
+    ) -> BatchSummary:
+        """Answer everything that is not in the output yet.
+
+        ``on_tick`` is called every second or so with the rows that are done and those of them that have errors; what it
+        raises ends the run.
+        """
         began = time.monotonic()
         source, folder = self._source, target.folder
         parameters = parameters_of(self._spec, self._session.model, self._session.dtype)
@@ -69,10 +79,12 @@ class Job:
                 for lot in self._run(self._todo(output.done)):
                     if lot is None:
                         output.rotate()
-                        continue
-                    output.append(lot.batch)
-                    advance(len(lot.outcomes), len(lot.errors))
-                    rows += len(lot.outcomes)
+                    else:
+                        output.append(lot.batch)
+                        advance(len(lot.outcomes), len(lot.errors))
+                        rows += len(lot.outcomes)
+                    if on_tick is not None:
+                        on_tick(rows, self._errors)
             output.rotate(now=True)
             if target.lines is not None:
                 _write_lines(folder, target.lines, self._session.model.name)

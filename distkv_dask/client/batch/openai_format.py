@@ -33,14 +33,22 @@ class OpenAIBatchSource:
     The engine's model answers, whatever model a request names. A request that asks for something that the engine
     does not do (tools, several choices, ...) is an error row, and so is one whose ``custom_id`` is no text or was there
     before; the output has as JSON what is no text.
+
+    Parameters
+    ----------
+    path
+        The file.
+    endpoint
+        The one path that requests may have; None allows all.
     """
 
     label = "row"
     fields = ()
     kept = pa.schema([("custom_id", pa.string()), ("url", pa.string())])
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, endpoint: str | None = None) -> None:
         self._path = path
+        self._endpoint = endpoint
 
     def count(self) -> int:
         """Number of lines."""
@@ -56,7 +64,7 @@ class OpenAIBatchSource:
                 if (found := seen.setdefault(key, number)) != number:
                     earlier = found
             if number >= start:
-                yield _row(number, record, earlier)
+                yield _row(number, record, earlier, self._endpoint)
 
 
 def is_openai_batch(path: Path) -> bool:
@@ -94,7 +102,7 @@ def _is_request(record: Mapping[str, Any]) -> bool:
     )
 
 
-def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None) -> Row:
+def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None, endpoint: str | None) -> Row:
     known = {} if isinstance(record, str) else record
     kept = {name: None if known.get(name) is None else _text(known[name]) for name in OpenAIBatchSource.kept.names}
     try:
@@ -108,6 +116,8 @@ def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None) -> R
             raise InvalidRequestError(record)
         if earlier is not None:
             raise InvalidRequestError(f"custom_id {kept['custom_id']} is already used by row {earlier}: rename one")
+        if endpoint is not None and record.get("url") != endpoint:
+            raise InvalidRequestError(f"url is {record.get('url')!r:.100}, but this batch is for {endpoint}")
         return content_of(record)
 
     return Row(number, mark, pa.RecordBatch.from_pylist([kept], OpenAIBatchSource.kept), read)

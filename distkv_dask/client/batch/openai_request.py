@@ -63,6 +63,11 @@ def content_of(record: Mapping[str, Any]) -> Content:
         raise InvalidRequestError(f"url is {url!r:.100}, but only {CHAT} and {COMPLETIONS} are answered")
     if method is not None and not (isinstance(method, str) and method.upper() == "POST"):
         raise InvalidRequestError(f"method is {method!r:.100}, but requests are POST")
+    return body_content(body, url)
+
+
+def body_content(body: Mapping[str, Any], url: str) -> Content:
+    """What the body of a request to a path of OpenAI's API asks; raises as :func:`content_of` does."""
     for field, value in body.items():
         if value is None or field in _SAMPLING or field in _READ or field in _WITHOUT_EFFECT:
             continue

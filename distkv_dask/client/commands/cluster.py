@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from typing import Any
 
@@ -13,7 +12,7 @@ from distkv_dask.client.commands.connect import MODEL, check_cluster, check_mode
 from distkv_dask.client.commands.failures import clear_failures
 from distkv_dask.client.commands.options import model_options, size_options, was_given
 from distkv_dask.client.engine import Engine
-from distkv_dask.errors import ClusterError
+from distkv_dask.client.listener import listener_at
 from distkv_dask.models.source import resolve_model
 
 
@@ -59,7 +58,7 @@ def command(
     weights = None
     with clear_failures():
         check_cluster(None)
-        _check_free(host, port)
+        listener_at(host, port).close()
         if load:
             check_model(source := resolve_model(model["model"], model["rope_scaling"]), texts=False)
             weights = weights_of(source, model["dtype"])
@@ -78,14 +77,3 @@ def command(
         with clear_failures(), Client(cluster) as client, Engine(client, **model) as engine:
             click.echo(f"engine {engine.id}: {engine.model.name}")
             over.wait()
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raise :class:`ClusterError` if nothing can listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise ClusterError(f"nothing can listen at {host}:{port}: {error}; choose another --host or --port") from error

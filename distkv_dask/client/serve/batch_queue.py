@@ -1,0 +1,169 @@
+"""Batches of a server, answered one after the other by a thread; a server that is started again goes on with them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from distkv_dask.client.batch.job import Job
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
+from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.batch.target import Target
+from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.client.serve.serving import Serving
+from distkv_dask.client.serve.store import Store
+from distkv_dask.errors import DistKVError, in_words, without_quotes
+
+logger = logging.getLogger("distributed.distkv.serve")
+
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+"""What a batch is before it has ended."""
+
+PRIORITY = -10
+"""Of requests of batches: those of people who wait overtake them, up to ten minutes."""
+
+
+class _Ended(DistKVError):
+    """A run that is to end: its batch was cancelled, or the server stops."""
+
+
+class BatchQueue:
+    """Batches and their files.
+
+    Parameters
+    ----------
+    serving
+        Has the engine.
+    store
+        Keeps files and batches.
+    """
+
+    def __init__(self, serving: Serving, store: Store) -> None:
+        self.store = store
+        self._serving = serving
+        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._current: str | None = None
+        self._thread = threading.Thread(target=self._work, name="distkv-batches", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with what an earlier server left open."""
+        for record in reversed(self.store.records("batch")):
+            if record["status"] in OPEN:
+                self._waiting.put(record["id"])
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End what runs, and keep what it has so far; returns when it has ended."""
+        self._stopping.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a new batch."""
+        self.store.write(record)
+        self._waiting.put(record["id"])
+
+    def cancel(self, name: str) -> dict[str, Any]:
+        """End a batch soon; raises :class:`Refusal` if it has ended."""
+        with self._lock:
+            record = self.store.read(name)
+            if record["status"] not in OPEN:
+                raise Refusal(f"batch {name} has ended: it is {record['status']}", 409)
+            now = int(time.time())
+            if name != self._current:  # its turn has not come, and never will
+                return self._note(record, status="cancelled", cancelling_at=now, cancelled_at=now)
+            return self._note(record, status="cancelling", cancelling_at=now)
+
+    def needed(self) -> set[str]:
+        """Ids of files that are still read."""
+        return {one["input_file_id"] for one in self.store.records("batch") if one["status"] in OPEN}
+
+    def _work(self) -> None:
+        while (name := self._waiting.get()) is not None and not self._stopping.is_set():
+            with self._lock:
+                self._current = name
+                if self.store.read(name)["status"] not in OPEN:
+                    continue
+            try:
+                self._answer(name)
+            except _Ended:
+                continue  # the next server goes on
+            except Exception as error:
+                logger.error("batch %s failed: %s", name, without_quotes(error))
+                said = in_words(error) if isinstance(error, DistKVError) else "the server failed: see its log"
+                errors = {"object": "list", "data": [{"code": "failed", "message": said, "line": None, "param": None}]}
+                self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
+
+    def _answer(self, name: str) -> None:
+        """Answer a batch, or go on with it, and write its files."""
+        record = self.store.read(name)
+        source = OpenAIBatchSource(self.store.path(record["input_file_id"]), record["endpoint"])
+        session, folder = self._serving.session, self.store.folder / f"{name}.parquet"
+        counts = {"total": source.count(), "completed": 0, "failed": 0}
+
+        def tick(rows: int, errors: int) -> None:
+            changed = {"total": counts["total"], "completed": rows - errors, "failed": errors}
+            if changed != counts:
+                counts.update(changed)
+                self._change(name, request_counts=dict(counts))
+            if self._stopping.is_set() or self.store.read(name)["status"] == "cancelling":
+                raise _Ended
+
+        if record["status"] != "cancelling":
+            self._change(name, status="in_progress", in_progress_at=int(time.time()), request_counts=dict(counts))
+            spec = BatchSpec(sampling=self._serving.batch_sampling(PRIORITY))
+            with contextlib.suppress(_Ended):
+                Job(session, source, spec).write(Target(folder), False, False, tick)
+        cancelled = self.store.read(name)["status"] == "cancelling"
+        if self._stopping.is_set() and not cancelled:
+            raise _Ended
+        if not cancelled:
+            self._change(name, status="finalizing", finalizing_at=int(time.time()))
+        files = self._written(name, folder)
+        end = "cancelled" if cancelled else "completed"
+        self._change(name, status=end, **{f"{end}_at": int(time.time())}, **files)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _written(self, name: str, folder: Path) -> dict[str, str]:
+        """Write the files of answers and of errors; one that would be empty is not written."""
+        if not folder.exists():
+            return {}
+        table = pq.read_table(folder, partitioning=None)
+        failed = pc.is_valid(table.column("error"))
+        found = {}
+        for kind, rows in (("output", table.filter(pc.invert(failed))), ("error", table.filter(failed))):
+            if rows.num_rows:
+                found[f"{kind}_file_id"] = self._file(f"{name}_{kind}.jsonl", rows)
+        return found
+
+    def _file(self, name: str, rows: pa.Table) -> str:
+        unfinished = self.store.folder / f"{name}.unfinished"
+        with unfinished.open("w+b") as file:
+            write_openai_answers(rows, self._serving.names[0], file)
+            file.seek(0)
+            record = self.store.add_file(file, name, "batch_output")
+        unfinished.unlink()
+        return str(record["id"])
+
+    def _change(self, name: str, **changes: Any) -> None:
+        with self._lock:
+            record = self.store.read(name)
+            if record["status"] == "cancelling" and changes.get("status") in ("in_progress", "finalizing"):
+                del changes["status"]  # it was cancelled meanwhile
+            self._note(record, **changes)
+
+    def _note(self, record: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        self.store.write(changed := record | changes)
+        return changed

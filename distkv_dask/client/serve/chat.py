@@ -1,0 +1,59 @@
+"""``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from distkv_dask.client.batch.openai_request import CHAT
+from distkv_dask.client.serve.answers import answered, usage_of
+from distkv_dask.client.serve.serving import serving_of
+from distkv_dask.completion import Completion
+
+
+async def chat(request: Request) -> Response:
+    """Answer chat messages."""
+    return await answered(request, CHAT, ChatForm(serving_of(request).names[0]))
+
+
+class ChatForm:
+    """A chat's answer as OpenAI writes it.
+
+    Parameters
+    ----------
+    model
+        The name that answers give.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, done: Completion) -> dict[str, Any]:
+        """An answer as one object."""
+        message = {"role": "assistant", "content": done.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish_reason}
+        return {**self._about, "object": "chat.completion", "choices": [choice], "usage": usage_of(done)}
+
+    def first(self) -> dict[str, Any]:
+        """Says who speaks."""
+        return self._chunk({"role": "assistant", "content": ""}, None)
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """A piece of a stream."""
+        return self._chunk({"content": text}, None)
+
+    def last(self, done: Completion) -> dict[str, Any]:
+        """The end of a stream, with its reason."""
+        return self._chunk({}, done.finish_reason)
+
+    def usage(self, done: Completion) -> dict[str, Any]:
+        """The tokens of a stream."""
+        return {**self._about, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(done)}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**self._about, "object": "chat.completion.chunk", "choices": [choice]}

@@ -1,0 +1,78 @@
+"""``/v1/files``: requests of batches go up, answers come down."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from distkv_dask.client.serve.batch_queue import BatchQueue
+from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.client.serve.lists import page
+from distkv_dask.client.serve.store import Store
+
+UPLOAD_SECONDS = 600.0
+"""Time in which a file has to be there."""
+
+
+async def upload(request: Request) -> Response:
+    """Keep a file that has ``purpose="batch"``."""
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS), request.form(max_files=1, max_fields=4) as form:
+            if unknown := form.keys() - {"file", "purpose"}:
+                raise Refusal(f"{min(unknown)!r:.100} is not supported: send file and purpose")
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise Refusal("the form has no file: send it as the part 'file' of multipart/form-data")
+            if purpose != "batch":
+                raise Refusal(f"purpose is {purpose!r:.100}, but only files of requests (batch) are kept")
+            store, name = _store(request), file.filename or "file"
+            return JSONResponse(await asyncio.to_thread(store.add_file, file.file, name[-200:], "batch"))
+    except HTTPException as error:
+        raise Refusal(f"the form cannot be read: {error.detail}") from error
+    except TimeoutError:
+        raise Refusal(f"the file was not there within {UPLOAD_SECONDS:g} s", 408) from None
+    except ClientDisconnect:
+        raise Refusal("the client left before its file was whole", 400) from None
+
+
+async def files(request: Request) -> Response:
+    """List files, the newest first."""
+    purpose = request.query_params.get("purpose")
+    found = [one for one in _store(request).records("file") if purpose in (None, one["purpose"])]
+    return JSONResponse(page(found, request, frozenset({"purpose"})))
+
+
+async def file(request: Request) -> Response:
+    """What is known of a file."""
+    return JSONResponse(_store(request).read(_id(request)))
+
+
+async def content(request: Request) -> Response:
+    """A file itself."""
+    _store(request).read(_id(request))
+    return FileResponse(_store(request).path(_id(request)), media_type="application/octet-stream")
+
+
+async def delete(request: Request) -> Response:
+    """Keep a file no longer, unless a batch needs it."""
+    batches: BatchQueue = request.app.state.batches
+    if _id(request) in batches.needed():
+        raise Refusal("a batch that has not ended reads the file: cancel it first", 409, "in_use")
+    _store(request).remove(_id(request))
+    return JSONResponse({"id": _id(request), "object": "file", "deleted": True})
+
+
+def _id(request: Request) -> str:
+    name: str = request.path_params["name"]
+    if not name.startswith("file-"):
+        raise Refusal(f"{name!r:.100} is not the id of a file", 404, "not_found")
+    return name
+
+
+def _store(request: Request) -> Store:
+    batches: BatchQueue = request.app.state.batches
+    return batches.store

@@ -1,0 +1,84 @@
+"""What every endpoint needs: the engine, the model's names, how answers are drawn, and which ones are under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+
+from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.client.serve.gate import Limits
+from distkv_dask.client.serve.metrics import Metrics
+from distkv_dask.client.session.generation import Generation
+from distkv_dask.client.session.session import Session
+from distkv_dask.completion import Completion
+from distkv_dask.sampling import SamplingParams
+
+
+class Serving:
+    """An open engine behind a server.
+
+    Parameters
+    ----------
+    session
+        The engine's.
+    names
+        What clients may call the model; the first is what answers say.
+    sampling
+        Where a request says nothing. Its ``max_new_tokens`` gives way where the model's window is shorter.
+    limits
+        What the server takes.
+    """
+
+    def __init__(self, session: Session, names: Sequence[str], sampling: SamplingParams, limits: Limits) -> None:
+        self.session = session
+        self.names = tuple(dict.fromkeys(names))
+        self.limits = limits
+        self.metrics = Metrics()
+        self.began = int(time.time())
+        self._sampling = sampling
+        self._running: set[Future[Completion]] = set()
+
+    def check_name(self, name: Any) -> None:
+        """Raise :class:`Refusal` if a request is for another model."""
+        if not isinstance(name, str):
+            raise Refusal(f"model is {name!r:.100}, but must be a text: name {self.names[0]!r}")
+        if name not in self.names:
+            raise Refusal(f"model {name!r:.100} is not served here: name {self.names[0]!r}", 404, "model_not_found")
+
+    def sampling(self, said: Mapping[str, Any], prompt_tokens: int) -> SamplingParams:
+        """How an answer to a prompt is drawn, of which a request says so much."""
+        usual = self._sampling
+        if "max_new_tokens" not in said:
+            room = self.session.facts["max_positions"] - prompt_tokens
+            usual = replace(usual, max_new_tokens=int(max(1, min(usual.max_new_tokens, room))))
+        return replace(usual, **said)
+
+    def batch_sampling(self, priority: int) -> SamplingParams:
+        """How answers to requests of a batch are drawn that say nothing."""
+        return replace(self._sampling, priority=priority)
+
+    def watch(self, generation: Generation) -> None:
+        """Know of a request until it ends."""
+        self._running.add(generation)
+        generation.add_done_callback(self._ended)
+
+    def _ended(self, generation: Future[Completion]) -> None:
+        self._running.discard(generation)
+        if generation.cancelled():
+            self.metrics.cancelled.inc()
+
+    def cancel_all(self) -> None:
+        """End all requests that are under way."""
+        for generation in list(self._running):
+            generation.cancel()
+
+
+def serving_of(request: Request) -> Serving:
+    """The server that a call came to."""
+    found: Serving = request.app.state.serving
+    return found

@@ -1,0 +1,99 @@
+"""Files that clients upload and that batches write: each in a folder of the server, beside what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.local_folder import LocalFolder, sync
+
+_ID = re.compile(r"(?:file|batch)-[0-9a-f]{24}")
+
+
+class Store:
+    """Records in JSON by their ids, of which some have a file.
+
+    All of it is for its owner alone, and is there after a crash.
+
+    Parameters
+    ----------
+    folder
+        Made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        LocalFolder(folder).make()
+        for left in folder.glob("*.unfinished"):
+            left.unlink()
+
+    def path(self, name: str) -> Path:
+        """Where the file of an id lies; raises :class:`Refusal` for what is no id."""
+        if not _ID.fullmatch(name):
+            raise Refusal(f"{name!r:.100} is not the id of a file or batch", 404, "not_found")
+        return self.folder / name
+
+    def read(self, name: str) -> dict[str, Any]:
+        """What is known of an id; raises :class:`Refusal` if nothing is."""
+        try:
+            found: dict[str, Any] = json.loads(self._record(name).read_bytes())
+        except FileNotFoundError:
+            raise Refusal(f"there is no {name}", 404, "not_found") from None
+        return found
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Keep what is known of an id."""
+        path = self._record(record["id"])
+        unfinished = path.with_suffix(".unfinished")
+        with _private(unfinished) as file:
+            file.write(json.dumps(record).encode())
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(self.folder)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """All records of a kind (``"file"`` or ``"batch"``), the newest first."""
+        found = [json.loads(path.read_bytes()) for path in self.folder.glob(f"{kind}-*.json")]
+        return sorted(found, key=lambda one: (one["created_at"], one["id"]), reverse=True)
+
+    def add_file(self, source: BinaryIO, name: str, purpose: str) -> dict[str, Any]:
+        """Keep a file."""
+        record = {
+            "id": f"file-{secrets.token_hex(12)}", "object": "file", "bytes": 0, "created_at": int(time.time()),
+            "filename": name, "purpose": purpose, "status": "processed",
+        }  # fmt: skip
+        path = self.path(str(record["id"]))
+        try:
+            with _private(path) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            sync(path)
+            record["bytes"] = path.stat().st_size
+            self.write(record)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise Refusal(f"the file cannot be kept: {error.strerror or error}", 507) from error
+        return record
+
+    def remove(self, name: str) -> None:
+        """Keep a file no longer."""
+        self.read(name)
+        self._record(name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path(name).unlink()
+
+    def _record(self, name: str) -> Path:
+        return self.path(name).with_suffix(".json")
+
+
+def _private(path: Path) -> BinaryIO:
+    """Open a new file for its owner alone."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb")
