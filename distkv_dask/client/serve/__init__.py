@@ -1,5 +1,5 @@
 """An engine behind OpenAI's HTTP API: chats, completions, models, files and batches.
 
-Imports the session and the batches of the client, Starlette and uvicorn (extra ``serve``).
-It knows no commands, and opens no engine: it is given one that is open.
+May import: `session`, `batch`, Starlette and uvicorn (extra ``serve``).
+May not touch: commands and engines; a server gets a session.
 """
