@@ -7,6 +7,8 @@ by a time limit also :class:`TimeoutError`, so that callers may catch the built-
 
 from __future__ import annotations
 
+import copy
+
 
 class DistKVError(Exception):
     """Base class of all errors raised by this package."""
@@ -156,9 +158,12 @@ def _text(error: BaseException) -> str:
 
 
 def portable(error: Exception, where: str) -> DistKVError:
-    """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey."""
+    """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey.
+
+    It has no traceback: whoever keeps it would keep everything that the calls there had, a model for instance.
+    """
     if isinstance(error, DistKVError):
-        return error
+        return copy.copy(error)
     return DistKVError(f"{type(error).__name__} on {where}: {_text(error)}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.logprobs import MOST_LOGPROBS
@@ -17,6 +17,21 @@ from distkv_dask.texts import checked_text
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Form(NamedTuple):
+    """What the text of an answer follows."""
+
+    kind: Literal["schema", "regex", "grammar"]
+    text: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return _FORMS[self.kind]
+
+
+_FORMS = {"schema": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,12 @@ class SamplingParams:
     schema
         A JSON schema (a dict, or its JSON). The answer is always JSON that follows it, unless ``max_new_tokens`` cuts
         the answer short. Needs the extra ``schema``. The schema is kept as JSON.
+    regex
+        A regular expression, in the syntax of Rust's ``regex`` (without look-around), that the whole answer always
+        matches, unless ``max_new_tokens`` cuts it short. Needs the extra ``schema``.
+    grammar
+        As ``regex``, but a context-free grammar in llguidance's variant of Lark
+        (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
     priority
         From -100 to 100. While requests wait for room, each step of priority lets a request go before those that came
         up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
@@ -73,6 +94,8 @@ class SamplingParams:
     priority: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -94,10 +117,22 @@ class SamplingParams:
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
         if self.schema is not None:
             put("schema", _schema(self.schema))
-            if self.ignore_eos or self.stop:
-                raise InvalidRequestError(
-                    "an answer with a schema ends where its JSON ends: leave out ignore_eos and stop"
-                )
+        for name in ("regex", "grammar"):
+            if getattr(self, name) is not None:
+                put(name, _text(name, getattr(self, name)))
+        given = [kind for kind in _FORMS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise InvalidRequestError(f"an answer follows one of {' and '.join(given)}: leave out the others")
+        if given and (self.ignore_eos or self.stop):
+            raise InvalidRequestError(
+                f"an answer with a {given[0]} ends where that ends: leave out ignore_eos and stop"
+            )
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer follows, if it may not be any text."""
+        kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
+        return next((Form(kind, str(text)) for kind in kinds if (text := getattr(self, kind)) is not None), None)
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
@@ -131,6 +166,12 @@ def _schema(value: object) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
     raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, str) and value:
+        return checked_text(value, name)
+    raise _refusal(name, value, "a text that is not empty")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ a_sampling = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=3), max_size=2),
     ignore_eos=st.booleans(),
     priority=st.integers(-100, 100),
-) | st.just(SamplingParams(schema={"type": "object"}))
+) | st.sampled_from(
+    [SamplingParams(schema={"type": "object"}), SamplingParams(regex="[a-z]+"), SamplingParams(grammar='start: "é"')]
+)
 
 
 def an_error(kind: type) -> st.SearchStrategy[Exception]:

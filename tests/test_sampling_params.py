@@ -55,6 +55,8 @@ def test_an_allowed_value_is_kept_in_its_declared_type(name, given, kept):
         ("seed", [-1, 2**63, 0.5, "x", True], f"a whole number from 0 to {2**63 - 1}"),
         ("stop", ["", [""], [1], None, 3, b"x"], "a string that is not empty, or a list of such strings"),
         ("ignore_eos", [1, "yes", None], "True or False"),
+        ("regex", ["", ["a"], 1, b"a"], "a text that is not empty"),
+        ("grammar", ["", ["a"], 1, b"a"], "a text that is not empty"),
     ],
 )
 def test_a_wrong_value_names_parameter_value_and_range(name, values, allowed):
@@ -62,6 +64,22 @@ def test_a_wrong_value_names_parameter_value_and_range(name, values, allowed):
         with pytest.raises(InvalidRequestError) as refusal:
             SamplingParams(**{name: value})
         assert str(refusal.value) == f"{name} is {value!r}, but must be {allowed}."
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"regex": "a", "grammar": 'start: "a"'},
+        {"schema": {}, "regex": "a"},
+        {"schema": {}, "regex": "a", "grammar": 'start: "a"'},
+        {"regex": "a", "stop": "b"},
+        {"grammar": 'start: "a"', "ignore_eos": True},
+        {"schema": {}, "stop": "b"},
+    ],
+)
+def test_what_contradicts_itself_is_refused(together):
+    with pytest.raises(InvalidRequestError, match="leave out"):
+        SamplingParams(**together)
 
 
 def test_params_travel_and_compare_as_values():

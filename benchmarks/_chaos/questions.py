@@ -173,7 +173,7 @@ class Questions:
 
     def _answered(self, name: str, prompt: Sequence[int], sampling: SamplingParams) -> Question | None:
         """The question with the tokens that transformers generates; None if rounding decides one of them."""
-        follower = None if sampling.schema is None else self._grammars.follow(str(sampling.schema))
+        follower = None if (form := sampling.form) is None else self._grammars.follow(form)
         draw, end = _Draw(sampling, follower), None if sampling.ignore_eos else self._vocab - 1
         output = self._plain.generate(
             torch.tensor([list(prompt)]),

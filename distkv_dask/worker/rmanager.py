@@ -18,7 +18,7 @@ from distributed import Worker, WorkerPlugin
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
-from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
+from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words, portable
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages import to_worker as do
@@ -220,7 +220,7 @@ class RManager(WorkerPlugin):
             except EngineClosedError as error:  # a lane ended meanwhile
                 self.tell(spec.engine, Lost(self.worker.address, str(error)))
             except DistKVError as error:
-                self.tell(spec.engine, OpenFailed(self.worker.address, error))
+                self.tell(spec.engine, OpenFailed(self.worker.address, portable(error, self.worker.address)))
             except Exception as error:
                 logger.exception("engine %s cannot be opened", spec.engine)
                 failure = ModelError(

@@ -84,6 +84,13 @@ BAD = {
     "ask Who? --schema @/text.json": "cannot be read",
     "ask Who? --schema @/never.json": "cannot be followed",
     "ask Who? --schema @/good.json --stop x": "leave out",
+    "ask Who? --regex (": "cannot be followed",
+    "ask Who? --regex [^\\s\\S]": "no text matches",
+    "ask Who? --regex a --stop x": "leave out",
+    "ask Who? --regex a --schema @/good.json": "leave out the others",
+    "ask Who? --grammar @/missing.lark": "does not exist",
+    "ask Who? --grammar @/a.txt": "cannot be followed",
+    "ask Who? --grammar @/utf16.txt": "cannot be read as text",
     "ingest @/missing.txt @/saved": "does not exist",
     "ingest s3://bucket/report.pdf @/saved": "not on this machine",
     "ask Who? file://@/missing.txt": "No such file",
@@ -127,6 +134,7 @@ BAD = {
     f"{LINES} --combine {{answers}}": "leave out combine",
     f"{LINES} --text-column body": "leave out text_column",
     f"{LINES} --schema @/good.json": "response_format",
+    f"{LINES} --regex a": "response_format",
     # where answers go
     "run @/t.parquet -o s3://bucket/out --model MODEL": "not a folder on this machine",
     "run @/t.parquet -o memory://out --model MODEL": "not a folder on this machine",
@@ -197,7 +205,7 @@ def test_a_command_that_cannot_be_done_starts_nothing(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
-    if any(word in command for word in ("--schema @/n", "--schema @/g")):
+    if any(word in command for word in ("--schema @/n", "--schema @/g", "--regex", "--grammar")):
         pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     done = call(place, command)
@@ -215,6 +223,7 @@ def test_a_command_that_cannot_be_done_starts_nothing(
     [
         f"{RUN} -q Who?",
         f"{RUN} --schema @/good.json",
+        f"{RUN} --regex [a-c]+",
         LINES,
         "run @/docs -o file://@/out --model MODEL",
         "run file://@/t.parquet -o @/out --model MODEL",

@@ -44,6 +44,7 @@ HARMLESS: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     "tools": [{"type": "function"}], "functions": [{}], "tool_choice": "required", "top_logprobs": 3, "n": 2,
     "logit_bias": {"5": 1}, "stream": True, "logprobs": True, "response_format": {"type": "grammar"},
+    "structured_outputs": {"regex": "a", "json": {}},
     "frequency_penalty": 0.5, "modalities": ["text", "audio"], "audio": {}, "reasoning_effort": "high",
     "web_search_options": {}, "best_of": 3, "echo": True, "guided_regex": "x", "n_": 1, "prompt": "x",
 }  # fmt: skip
@@ -73,6 +74,12 @@ def test_what_can_be_done_is_done() -> None:
     assert content_of(chat(**said, max_completion_tokens=9)).sampling == said | {"max_new_tokens": 9}
     assert content_of(chat(top_k=-1)).sampling == {"top_k": 0}
     assert content_of(chat(response_format={"type": "json_object"})).sampling == {"schema": {"type": "object"}}
+    for structured, ours in (
+        ({"json": {}}, "schema"),
+        ({"regex": "a+"}, "regex"),
+        ({"grammar": "start: A"}, "grammar"),
+    ):
+        assert content_of(chat(structured_outputs=structured)).sampling == {ours: next(iter(structured.values()))}
     assert content_of(chat(chat_template_kwargs={"enable_thinking": False})).template == {"enable_thinking": False}
     assert content_of(completion(["one text"])).prompt == "one text"
     assert content_of(completion([5, 6])).prompt == [5, 6]

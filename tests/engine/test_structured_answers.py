@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import re
+import weakref
 from typing import Any
 
 import jsonschema
@@ -30,16 +33,17 @@ SCHEMA: dict[str, Any] = {
     "required": ["who", "years"],
     "additionalProperties": False,
 }
+PATTERN = "[A-C]{2,5}-[0-9]{4}(, [a-c]{3})?"
+LARK = f"start: code\ncode: /{PATTERN}/"
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "512 KiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
 
 
-def reference(prompt: list[int]) -> list[int]:
+def reference(prompt: list[int], grammar: str) -> list[int]:
     """Greedy tokens of one process, with llguidance's bits applied to the logits of a whole forward each."""
     folder = text_model_dir(end=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = from_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), n_vocab=VOCAB, eos_token=END)
-    options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(SCHEMA, defaults=options))
+    matcher = LLMatcher(tokenizer, grammar)
     tokens = list[int]()
     while True:
         with torch.no_grad():
@@ -56,7 +60,10 @@ def reference(prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("steps", [1, 3, 400])
 def test_answers_are_those_of_one_process_and_follow_the_schema(steps: int) -> None:
     prompts = [prompt_ids(150, seed=4), prompt_ids(20, seed=5)]  # the first lies on two workers
-    expected = [reference(prompt) for prompt in prompts]
+    options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    json_grammar = LLMatcher.grammar_from_json_schema(SCHEMA, defaults=options)
+    expected = [reference(prompt, json_grammar) for prompt in prompts]
+    expected_to_match = reference(prompts[1], f"start: /{PATTERN}/")
 
     @engine_test()
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
@@ -68,6 +75,13 @@ def test_answers_are_those_of_one_process_and_follow_the_schema(steps: int) -> N
             assert {one.finish_reason for one in done} == {"stop"}
             for one in done:
                 jsonschema.validate(json.loads(one.text), SCHEMA)
+            done = await engine.generate(
+                [prompts[1]] * 2, [SamplingParams(regex=PATTERN), SamplingParams(grammar=LARK)]
+            )
+            assert [list(one.token_ids) for one in done] == [expected_to_match] * 2
+            assert re.fullmatch(PATTERN, done[0].text)
+            with pytest.raises(InvalidRequestError, match="no text matches"):
+                engine.submit(prompts[0], SamplingParams(regex=r"[^\s\S]"))
             with pytest.raises(InvalidRequestError, match="Unknown format"):
                 engine.submit(prompts[0], SamplingParams(schema={"type": "string", "format": "nonsense"}))
 
@@ -108,6 +122,9 @@ def test_a_schema_that_takes_too_long_and_an_odd_temperature_harm_no_neighbour(g
                 assert done[at].finish_reason == "error"
                 assert "schema" in (done[at].error or "")
                 assert "secret" not in (done[at].error or "")
+            model = weakref.ref(workers[0].plugins["distkv"].engines[engine.id].model)
+        gc.collect()
+        assert model() is None, "an error keeps the calls that it comes from"
 
     logger = logging.getLogger("distributed")
     logger.addHandler(log)

@@ -1,8 +1,9 @@
-"""Whatever a model would rather say, an answer with a schema is JSON of that schema."""
+"""Whatever a model would rather say, an answer with a schema is JSON of that schema; so it is with other forms."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -13,6 +14,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed (extra: sc
 
 from distkv_dask import InvalidRequestError
 from distkv_dask.models.source import resolve_model
+from distkv_dask.sampling import Form
 from distkv_dask.worker.model.structured import Grammars
 from tests._models import VOCAB, text_model_dir
 
@@ -44,11 +46,10 @@ def text_of(tokens: list[int]) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("seed", range(5))
-def test_any_preferences_give_json_of_the_schema_then_the_end(grammars: Grammars, name: str, seed: int) -> None:
+def answer(grammars: Grammars, form: Form, seed: int) -> str:
+    """What a model of random preferences says."""
     generator = torch.Generator().manual_seed(seed)
-    follower, tokens = grammars.follow(json.dumps(SCHEMAS[name])), list[int]()
+    follower, tokens = grammars.follow(form), list[int]()
     for _ in range(200):
         logits = torch.randn(VOCAB + 5, generator=generator)  # models have more logits than tokens
         token = int(logits.masked_fill(follower.forbidden(len(logits)), -torch.inf).argmax())
@@ -56,11 +57,37 @@ def test_any_preferences_give_json_of_the_schema_then_the_end(grammars: Grammars
             break
         follower.take_token(token)
         tokens.append(token)
-    jsonschema.validate(json.loads(text_of(tokens)), SCHEMAS[name])
+    else:
+        pytest.fail("it does not end")
+    return text_of(tokens)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("seed", range(5))
+def test_any_preferences_give_json_of_the_schema_then_the_end(grammars: Grammars, name: str, seed: int) -> None:
+    said = answer(grammars, Form("schema", json.dumps(SCHEMAS[name])), seed)
+    jsonschema.validate(json.loads(said), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "pattern", [r"[A-C]{2,5}-[0-9]{4}", r"(yes|no)(, (perhaps|never)){0,2}\.", r"[^a-z]{3} [0-9a-f]{1,4}"]
+)
+def test_any_preferences_match_the_regex(grammars: Grammars, pattern: str, seed: int) -> None:
+    assert re.fullmatch(pattern, answer(grammars, Form("regex", pattern), seed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_preferences_are_of_the_grammar(grammars: Grammars, seed: int) -> None:
+    """Balanced brackets, which no regular expression describes."""
+    said = answer(grammars, Form("grammar", 'start: pair\npair: "(" inner ")" | "x"\ninner: pair | "y" pair "z"'), seed)
+    while (shorter := re.sub(r"\(x\)|\(yxz\)", "x", said)) != said:
+        said = shorter
+    assert said == "x"
 
 
 def test_a_follower_made_anew_from_the_committed_tokens_allows_the_same(grammars: Grammars) -> None:
-    schema, generator = json.dumps(SCHEMAS["object"]), torch.Generator().manual_seed(3)
+    schema, generator = Form("schema", json.dumps(SCHEMAS["object"])), torch.Generator().manual_seed(3)
     follower, tokens = grammars.follow(schema), list[int]()
     while True:
         wishes = torch.randn(VOCAB + 5, generator=generator)
@@ -81,4 +108,4 @@ def test_a_model_that_cannot_follow_a_schema_says_what_it_lacks(
 ) -> None:
     tokenizer = resolve_model(str(text_model_dir(end=True))).tokenizer if has_tokenizer else lambda: None
     with pytest.raises(InvalidRequestError, match=match):
-        Grammars(tokenizer, frozenset(end), VOCAB).follow("{}")
+        Grammars(tokenizer, frozenset(end), VOCAB).follow(Form("schema", "{}"))

@@ -91,8 +91,10 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
             raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
     if keep is not None:
         raise InvalidRequestError("an OpenAI batch file always keeps custom_id and url: leave out keep")
-    if spec.sampling.schema is not None:
-        raise InvalidRequestError("requests of an OpenAI batch file have their own response_format: leave out schema")
+    if (form := spec.sampling.form) is not None:
+        raise InvalidRequestError(
+            f"requests of an OpenAI batch file have their own response_format: leave out {form.kind}"
+        )
 
 
 def _is_request(record: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ _SAMPLING = {
 }  # fmt: skip
 """Fields of OpenAI's API, and of vLLM's beyond it -> ours."""
 
-_READ = {"messages", "prompt", "response_format", "chat_template_kwargs"}
+_READ = {"messages", "prompt", "response_format", "structured_outputs", "chat_template_kwargs"}
 
 _WITHOUT_EFFECT = {
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -95,7 +95,21 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
             sampling["schema"] = {"type": "object"}
         case other:
             raise InvalidRequestError(f"response_format={other!r:.100} is not supported")
-    return sampling
+    return sampling | _structured(body.get("structured_outputs"))
+
+
+def _structured(given: Any) -> dict[str, Any]:
+    """VLLM's way to say what an answer follows beyond JSON."""
+    match given:
+        case None:
+            return {}
+        case {"json": dict(schema) | str(schema), **others} if not others:
+            return {"schema": schema}
+        case {"regex": str(text), **others} if not others:
+            return {"regex": text}
+        case {"grammar": str(text), **others} if not others:
+            return {"grammar": text}
+    raise InvalidRequestError(f"structured_outputs={given!r:.100} is not supported")
 
 
 def _prompt(body: Mapping[str, Any], url: str) -> Prompt:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.models.json_schema import grammar_of
+from distkv_dask.models.grammars import grammar_of
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.texts import checked_text
 
@@ -77,8 +77,11 @@ class BatchSpec:
             checked_text(text or "", "a question or template")
         _check_formats(self.full_template, ("text", "question", self.text_column))
         _check_formats(self.combine, ("answers", "question"))
-        if self.sampling.schema is not None:
-            _check_schema(str(self.sampling.schema))
+        if (form := self.sampling.form) is not None:
+            grammar_of(form)
+            checked_text(form.text, form.name)
+            if form.kind == "schema":
+                _check_schema(form.text)
 
     @property
     def full_template(self) -> str:
@@ -126,8 +129,7 @@ class _Names(string.Formatter):
 
 
 def _check_schema(schema: str) -> None:
-    """Refuse a schema that no answer can follow, or of whose answers no columns can be made."""
-    grammar_of(schema)
+    """Refuse a schema of whose answers no columns can be made."""
     read = json.loads(schema)
     checked_text(json.dumps(read, ensure_ascii=False), "the JSON schema")
     kind = read.get("type", "object")

@@ -88,6 +88,13 @@ def size_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """Add the options that say how answers are drawn."""
     for option in (
+        click.option(
+            "--grammar",
+            type=LocalFile(),
+            callback=_text_of,
+            help="File with a grammar in llguidance's variant of Lark. Answers follow it.",
+        ),
+        click.option("--regex", metavar="PATTERN", help="Regular expression that whole answers match."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
         click.option("--seed", type=int, help="Seed that makes draws repeatable."),
         click.option(
@@ -148,6 +155,13 @@ def _rope_scaling(_: click.Context, __: click.Parameter, text: str | None) -> di
         raise click.BadParameter(f"{text!r} is not like yarn:4 ({error})") from error
 
 
+def _text_of(_: click.Context, __: click.Parameter, path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} cannot be read as text: {error}") from error
+
+
 def _kv_memory(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
     try:
         if text is not None:
@@ -168,7 +182,7 @@ def _memory_limit(_: click.Context, __: click.Parameter, text: str | None) -> st
 
 def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
     """Sampling parameters of a command, and those that were given explicitly; removes them from ``options``."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "regex", "grammar")
     given = {name: options.pop(name) for name in names}
     with clear_failures():
         return SamplingParams(**given), {name: value for name, value in given.items() if was_given(name)}

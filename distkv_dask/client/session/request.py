@@ -14,7 +14,7 @@ from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.client_calls import Delivery, Submission
-from distkv_dask.models.json_schema import grammar_of
+from distkv_dask.models.grammars import grammar_of
 from distkv_dask.sampling import FinishReason, SamplingParams
 
 
@@ -106,14 +106,14 @@ def checked(sampling: SamplingParams | None, tokens: int, window: float) -> Samp
     Raises
     ------
     InvalidRequestError
-        When they are of another type, their schema cannot be followed, or prompt and answer do not fit into the model's
-        ``window`` of tokens.
+        When they are of another type, their schema, regex or grammar cannot be followed, or prompt and answer do not
+        fit into the model's ``window`` of tokens.
     """
     sampling = SamplingParams() if sampling is None else sampling
     if not isinstance(sampling, SamplingParams):
         raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
-    if sampling.schema is not None:
-        grammar_of(str(sampling.schema))
+    if (form := sampling.form) is not None:
+        grammar_of(form)
     if tokens + sampling.max_new_tokens > window:
         raise InvalidRequestError(
             f"a prompt of {tokens} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "

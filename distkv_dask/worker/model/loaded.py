@@ -44,7 +44,7 @@ class LoadedModel:
     eos_token_ids
         Tokens that end a sequence.
     tokenizer
-        Loads its tokenizer, or None where it has none; called for answers of a JSON schema only.
+        Loads its tokenizer, or None where it has none; called for answers that follow a grammar only.
     weights
         Where its weights are.
     """
@@ -74,17 +74,17 @@ class LoadedModel:
             self.is_packed = pack_linears(self._model, room) > 0
 
     def is_prepared(self, sampling: SamplingParams) -> bool:
-        """Whether :meth:`follower` does not have to compile a schema first."""
-        return sampling.schema is None or self._grammars.is_prepared(str(sampling.schema))
+        """Whether :meth:`follower` does not have to compile a grammar first."""
+        return (form := sampling.form) is None or self._grammars.is_prepared(form)
 
     def prepare(self, sampling: SamplingParams) -> None:
-        """Compile the schema of an answer, if it has one; takes seconds, on any thread, and raises nothing."""
-        if sampling.schema is not None:
-            self._grammars.prepare(str(sampling.schema))
+        """Compile the grammar of an answer, if it has one; takes seconds, on any thread, and raises nothing."""
+        if (form := sampling.form) is not None:
+            self._grammars.prepare(form)
 
     def follower(self, sampling: SamplingParams, generated: Iterable[int] = ()) -> Follower | None:
-        """Follow the schema of an answer, if it has one, from after the tokens ``generated``."""
-        return None if sampling.schema is None else self._grammars.follow(str(sampling.schema), generated)
+        """Follow the schema, regex or grammar of an answer, if it has one, from after the tokens ``generated``."""
+        return None if (form := sampling.form) is None else self._grammars.follow(form, generated)
 
     @property
     def where(self) -> str:

@@ -1,4 +1,4 @@
-"""Sampling that follows a JSON schema: before each draw, tokens that would break the schema get the logit -inf.
+"""Sampling that follows a grammar (of a JSON schema, say): before each draw, tokens that would break it get -inf.
 
 A follower is built again from the committed tokens in each window, so a retried window follows the same way.
 """
@@ -6,8 +6,7 @@ A follower is built again from the committed tokens in each window, so a retried
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,43 +15,49 @@ import torch
 from torch import Tensor
 
 from distkv_dask.errors import DistKVError, InvalidRequestError, portable
-from distkv_dask.models.json_schema import grammar_of
+from distkv_dask.models.grammars import grammar_of, no_panic
+from distkv_dask.sampling import Form
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
 class Follower:
-    """Where one answer stands in its schema.
+    """Where one answer stands in its grammar.
 
     Parameters
     ----------
+    form
+        What the answer follows.
     matcher
         At the answer's beginning.
     generated
         The answer's tokens so far.
     """
 
-    def __init__(self, matcher: LLMatcher, generated: Iterable[int] = ()) -> None:
+    def __init__(self, form: Form, matcher: LLMatcher, generated: Iterable[int] = ()) -> None:
+        self._form = form
         self._matcher = matcher
         for token in generated:
             self.take_token(token)
 
     def forbidden(self, vocab: int) -> Tensor:
-        """Which of the model's tokens would break the schema, bool [vocab].
+        """Which of the model's tokens would break the form, bool [vocab].
 
         Those that end the answer would until it is complete.
 
         Raises
         ------
         InvalidRequestError
-            The schema cannot be followed any further: it takes llguidance too long, or the model has no token for it.
+            The form cannot be followed any further: it takes llguidance too long, or the model has no token for it.
         """
         allowed = np.unpackbits(np.frombuffer(self._ask(self._matcher.compute_bitmask), np.uint8), bitorder="little")
         forbidden = torch.ones(vocab, dtype=torch.bool)
         forbidden[: len(allowed)] = torch.from_numpy(allowed[:vocab] == 0)
         if forbidden.all():
-            raise InvalidRequestError("the JSON schema cannot be followed any further: no token of the model fits it")
+            raise InvalidRequestError(
+                f"{self._form.name} cannot be followed any further: no token of the model fits it"
+            )
         return forbidden
 
     def take_token(self, token: int) -> None:
@@ -60,35 +65,24 @@ class Follower:
         self._ask(partial(self._matcher.consume_token, token))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Ask the matcher; its own words of what went wrong would quote the schema and the answer."""
-        with _no_panic():
+        """Ask the matcher; its own words of what went wrong would quote the form and the answer."""
+        with no_panic(self._form):
             answer = question()
             if not self._matcher.is_error():
                 return answer
             reason = str(self._matcher.stop_reason())
         hint = "make it simpler: fewer properties or alternatives" if "TooComplex" in reason else "simplify it"
-        raise InvalidRequestError(f"the JSON schema cannot be followed any further ({reason}); {hint}")
-
-
-@contextmanager
-def _no_panic() -> Iterator[None]:
-    """Make a panic of llguidance, which is no ``Exception``, an error of the one schema that it is about."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InvalidRequestError("the JSON schema cannot be followed: llguidance gave up on it; simplify it") from None
+        raise InvalidRequestError(f"{self._form.name} cannot be followed any further ({reason}); {hint}")
 
 
 KEPT = 256
-"""Schemas that are kept compiled: more than decode together."""
+"""Grammars that are kept compiled: more than decode together."""
 
 
 class Grammars:
-    """Followers of schemas for one model; its tokenizer is read when the first is asked for.
+    """Followers of grammars for one model; its tokenizer is read when the first is asked for.
 
-    A large schema takes seconds to compile, so whoever may not wait has another thread :meth:`prepare` it first.
+    A large one takes seconds to compile, so whoever may not wait has another thread :meth:`prepare` it first.
 
     Parameters
     ----------
@@ -106,59 +100,59 @@ class Grammars:
         self._vocab_size = vocab_size
         self._tokenizer: LLTokenizer | None = None
         self._compiling = threading.Lock()
-        self._made: dict[str, LLMatcher | DistKVError] = {}
+        self._made: dict[Form, LLMatcher | DistKVError] = {}
 
-    def is_prepared(self, schema: str) -> bool:
-        """Whether :meth:`follow` needs not compile a schema."""
-        return schema in self._made
+    def is_prepared(self, form: Form) -> bool:
+        """Whether :meth:`follow` needs not compile a form's grammar."""
+        return form in self._made
 
-    def prepare(self, schema: str) -> LLMatcher | DistKVError:
-        """Compile a schema, on any thread; what came of it, also if that is an error."""
-        if (made := self._made.get(schema)) is not None:
+    def prepare(self, form: Form) -> LLMatcher | DistKVError:
+        """Compile a form's grammar, on any thread; what came of it, also if that is an error."""
+        if (made := self._made.get(form)) is not None:
             return made
         with self._compiling:
-            if schema not in self._made:
+            if form not in self._made:
                 try:
-                    made = self._compiled(schema)
+                    made = self._compiled(form)
                 except Exception as error:
-                    made = portable(error, "the compilation of a JSON schema")
-                self._made = dict([*self._made.items(), (schema, made)][-KEPT:])  # others may read the old one
-            return self._made[schema]
+                    made = portable(error, "the compilation of a grammar")
+                self._made = dict([*self._made.items(), (form, made)][-KEPT:])  # others may read the old one
+            return self._made[form]
 
-    def follow(self, schema: str, generated: Iterable[int] = ()) -> Follower:
-        """Follow a schema from after the tokens ``generated``, on one thread; :meth:`prepare` it before.
+    def follow(self, form: Form, generated: Iterable[int] = ()) -> Follower:
+        """Follow a form from after the tokens ``generated``, on one thread; :meth:`prepare` it before.
 
         Raises
         ------
         MissingProgramError
             When llguidance is not installed.
         InvalidRequestError
-            When the schema cannot be followed, or the model has no fast tokenizer or no end-of-sequence token.
+            When it cannot be followed, or the model has no fast tokenizer or no end-of-sequence token.
         """
-        made = self.prepare(schema)
+        made = self.prepare(form)
         if isinstance(made, DistKVError):
-            raise made
-        return Follower(made.deep_copy(), generated)
+            raise portable(made, "")  # not itself: it would keep the calls of everybody who raises it
+        return Follower(form, made.deep_copy(), generated)
 
-    def _compiled(self, schema: str) -> LLMatcher:
-        grammar = grammar_of(schema)
+    def _compiled(self, form: Form) -> LLMatcher:
+        grammar = grammar_of(form)
         from llguidance import LLMatcher
 
         if self._tokenizer is None:
-            self._tokenizer = self._read_tokenizer()
-        with _no_panic():
+            self._tokenizer = self._read_tokenizer(form)
+        with no_panic(form):
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
             if matcher.is_error():
-                reason = matcher.get_error().partition("\n")[0]  # what follows quotes the whole schema
-                raise InvalidRequestError(f"the JSON schema cannot be followed: {reason}")
+                reason = matcher.get_error().partition("\n")[0]  # what follows quotes the whole grammar
+                raise InvalidRequestError(f"{form.name} cannot be followed: {reason}")
         return matcher
 
-    def _read_tokenizer(self) -> LLTokenizer:
+    def _read_tokenizer(self, form: Form) -> LLTokenizer:
         from llguidance.hf import from_tokenizer
 
         loaded = self._load()
         if loaded is None or not getattr(loaded, "is_fast", False):
-            raise InvalidRequestError("a JSON schema needs a model with a fast Hugging Face tokenizer")
+            raise InvalidRequestError(f"{form.name} needs a model with a fast Hugging Face tokenizer")
         if not self._eos:
-            raise InvalidRequestError("a JSON schema needs a model with an end-of-sequence token")
+            raise InvalidRequestError(f"{form.name} needs a model with an end-of-sequence token")
         return from_tokenizer(loaded, n_vocab=max(self._vocab_size, len(loaded)), eos_token=self._eos)
