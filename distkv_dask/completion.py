@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distkv_dask import svg
@@ -36,7 +37,8 @@ class Completion:
 
     ``logprobs`` are those of ``token_ids``, and ``prompt_logprobs`` those of the prompt's tokens, None for its first;
     both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
-    ``engine.tokenizer.decode([token_id], special=True)`` is the text of one.
+    ``engine.tokenizer.decode([token_id], special=True)`` is the text of one. ``scores`` has the probability of each of
+    ``SamplingParams(choices=...)`` among all of them.
     """
 
     text: str
@@ -49,6 +51,7 @@ class Completion:
     reused_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    scores: Mapping[str | tuple[int, ...], float] | None = None
 
     def _repr_html_(self) -> str:
         """What notebooks show: the answer, its times, and a picture of where the KV lay."""

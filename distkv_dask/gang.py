@@ -56,9 +56,9 @@ class PrefillChunk:
     """One chunk of one prompt: ``tokens`` are computed by ``gang.home``, whose span holds their KV.
 
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
-    carries the first generated token. ``targets`` are the tokens that come after its own where their log probabilities
-    are wanted, with those of so many of the ``best``. Dask logs tasks that fail with their arguments: no text of users
-    is in its ``repr``.
+    carries the first generated token, or which of the ``choices`` was chosen. ``targets`` are, for each of the tokens,
+    those behind it whose log probabilities are wanted, with those of so many of the ``best``. Dask logs tasks that fail
+    with their arguments: no text of users is in its ``repr``.
     """
 
     gang: Gang
@@ -68,25 +68,44 @@ class PrefillChunk:
     tokens: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams | None = field(default=None, repr=False)
     history: tuple[int, ...] = field(default=(), repr=False)
-    targets: tuple[int, ...] = field(default=(), repr=False)
+    targets: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     best: int = 0
+    choices: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     @property
     def stop(self) -> int:
         """The position after the last token."""
         return self.start + len(self.tokens)
 
+    @property
+    def reach(self) -> int:
+        """The position after the last token that is computed: those of choices, but for their last, come behind it."""
+        return self.stop + max(0, *(len(choice) - 1 for choice in self.choices)) if self.choices else self.stop
+
+
+class Chosen(NamedTuple):
+    """The choice that a request is answered with: its tokens, with their log probabilities if wanted.
+
+    ``scores`` has the probability of each choice among all of them.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    scores: tuple[float, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
     """What came of a chunk: the first generated ``token`` behind a prompt's last, with its ``logprob`` if wanted.
 
-    ``scored`` has the log probabilities of the chunk's targets.
+    ``scored`` has the log probabilities of the chunk's targets; ``chosen`` is there instead of a token if the request
+    has choices.
     """
 
     token: int | None = field(default=None, repr=False)
     logprob: TokenLogprob | None = field(default=None, repr=False)
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    chosen: Chosen | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,11 @@ class SamplingParams:
     prompt_logprobs
         The same for the tokens of the prompt: :attr:`Completion.prompt_logprobs`. The whole prompt is computed then,
         nothing of it is reused.
+    choices
+        Texts, or lists of token ids: the answer is exactly one of them, the most likely, or one drawn by their
+        probabilities at a temperature above 0. :attr:`Completion.scores` has the probability of each. They are scored
+        in short forwards behind the prompt and need no decode steps; ``max_new_tokens`` does not matter. Where one
+        choice is the beginning of another in tokens, the end-of-sequence token counts as part of the shorter one.
 
     Raises
     ------
@@ -96,6 +101,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     regex: str | None = None
     grammar: str | None = None
+    choices: tuple[str | tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -115,6 +121,9 @@ class SamplingParams:
                 put(name, _whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        if self.choices is not None:
+            put("choices", _choices(self.choices))
+            self._check_choices()
         if self.schema is not None:
             put("schema", _schema(self.schema))
         for name in ("regex", "grammar"):
@@ -133,6 +142,13 @@ class SamplingParams:
         """What the answer follows, if it may not be any text."""
         kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
         return next((Form(kind, str(text)) for kind in kinds if (text := getattr(self, kind)) is not None), None)
+
+    def _check_choices(self) -> None:
+        """Refuse what makes no sense for an answer that is one of some choices."""
+        usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, **dict.fromkeys(_FORMS)}
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise InvalidRequestError(f"an answer that is one of some choices has no {name}: leave out one of them")
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
@@ -172,6 +188,23 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, str) and value:
         return checked_text(value, name)
     raise _refusal(name, value, "a text that is not empty")
+
+
+def _choices(value: object) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
+        raise _refusal("choices", value, "a list of texts, or of lists of token ids")
+    found: list[str | tuple[int, ...]] = []
+    for one in value:
+        if isinstance(one, str) and one:
+            found.append(checked_text(one, "a choice"))
+        elif isinstance(one, list | tuple) and one:
+            found.append(tuple(_whole("a choice's token", token, low=0) for token in one))
+        else:
+            raise InvalidRequestError(f"a choice is {one!r:.100}, but must be a text that is not empty, or token ids")
+    if len(set(found)) < len(found):
+        twice = next(one for one in found if found.count(one) > 1)
+        raise InvalidRequestError(f"the choice {twice!r:.100} is there twice: give each once")
+    return tuple(found)
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

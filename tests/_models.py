@@ -183,6 +183,20 @@ def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attenti
     return Reference(output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float())
 
 
+def choice_probabilities(
+    model: Path | str, prompt: Sequence[int], choices: Sequence[tuple[int, ...]], end: int | None = None
+) -> list[float]:
+    """Probabilities of choices, by one forward of plain transformers each; ``end`` follows those that begin others."""
+    likelihoods = []
+    for choice in choices:
+        begins = any(other != choice and other[: len(choice)] == choice for other in choices)
+        tokens = [*choice, end] if begins and end is not None else [*choice]
+        with torch.no_grad():
+            logits = _plain(str(model), None)(torch.tensor([[*prompt, *tokens]])).logits[0].double().log_softmax(-1)
+        likelihoods.append(sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(tokens)))
+    return torch.tensor(likelihoods, dtype=torch.float64).softmax(-1).tolist()
+
+
 @lru_cache(maxsize=2)
 def _plain(model: str, attention: str | None) -> transformers.PreTrainedModel:
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)

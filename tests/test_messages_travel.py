@@ -85,6 +85,7 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "keeps": st.booleans(),
         "saved": st.none() | st.from_type(names.Saved),
         "name": words,
+        "choices": st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple), max_size=3).map(tuple),
     },
 }
 """Values of fields whose types say too little about them."""

@@ -72,6 +72,11 @@ class Tokenizer:
             raise InvalidRequestError("the prompt is empty: give at least one token")
         return ids
 
+    @property
+    def unknown(self) -> int | None:
+        """The token that stands for what the tokenizer does not know, if it has one."""
+        return None if self._loaded is None else self._loaded.unk_token_id
+
     def with_variables(self, variables: Mapping[str, Any]) -> Self:
         """The same tokenizer with variables for its chat template, such as ``{"enable_thinking": False}``.
 

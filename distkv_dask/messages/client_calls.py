@@ -45,7 +45,8 @@ class Submission(NamedTuple):
 
     ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
     ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
-    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there. ``name`` is a document's.
+    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there. ``name`` is a document's;
+    ``choices`` are the tokens of those that the request is answered with one of.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Submission(NamedTuple):
     keeps: bool = False
     saved: Saved | None = None
     name: str = ""
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Delivery:
 
     ``generated`` counts the tokens of an answer that ended; it is None for documents and saves. ``logprobs`` are those
     of the tokens, where they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
-    come again if the prompt is computed again.
+    come again if the prompt is computed again. ``scores`` are the probabilities of the request's choices.
     """
 
     sequence: int
@@ -79,3 +81,4 @@ class Delivery:
     logprobs: tuple[TokenLogprob, ...] = ()
     scored: tuple[TokenLogprob, ...] = ()
     scored_from: int = 0
+    scores: tuple[float, ...] = ()

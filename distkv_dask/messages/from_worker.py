@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.gang import Exchanged, WindowResult
+from distkv_dask.gang import Chosen, Exchanged, WindowResult
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import SavedFile
@@ -96,7 +96,7 @@ class Prefilled(FromWorker):
     """A prompt's last chunk is computed, and its first token drawn.
 
     ``reason`` says that the answer ended with it; with "stop" the token is no part of it. ``logprob`` is its, if
-    wanted; ``scored`` has the targets of the chunk.
+    wanted; ``scored`` has the targets of the chunk. With ``chosen``, the answer is a choice, and ends with it.
     """
 
     sequence: int
@@ -106,6 +106,7 @@ class Prefilled(FromWorker):
     exchanged: Exchanged
     logprob: TokenLogprob | None = field(default=None, repr=False)
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    chosen: Chosen | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class PrefillTasks:
         assert self._engine.model is not None
         if chunk.gang.holders or chunk.targets or self._engine.model.geometry.state_bytes:
             return False
-        return any(span.start <= chunk.start and chunk.stop <= span.stop for span in chunk.placement)
+        return any(span.start <= chunk.start and chunk.reach <= span.stop for span in chunk.placement)
 
     def _run_together(self, some: Sequence[Waiting]) -> bool:
         """Compute chunks in one forward; False if that failed: whose fault it was, each alone will show."""
@@ -160,6 +160,12 @@ class PrefillTasks:
         """Tell the gManager what to commit."""
         engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
         token, scored = result.token, result.scored
+        if (chosen := result.chosen) is not None:
+            first = chosen.tokens[0]
+            engine.tell(
+                did.Prefilled(engine.worker, chunk.sequence, gang, first, "stop", exchanged, None, scored, chosen)
+            )
+            return
         if chunk.sampling is None or token is None:
             engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored))
             return
@@ -169,5 +175,6 @@ class PrefillTasks:
             reason = "stop"
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
-        told = chunk.sequence, gang, token, reason, exchanged, result.logprob, scored
-        engine.tell(did.Prefilled(engine.worker, *told))
+        engine.tell(
+            did.Prefilled(engine.worker, chunk.sequence, gang, token, reason, exchanged, result.logprob, scored)
+        )

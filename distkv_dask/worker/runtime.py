@@ -15,6 +15,7 @@ import torch
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
 from distkv_dask.gang import ChunkResult, DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.geometry import describe_kinds
+from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
@@ -26,11 +27,12 @@ from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.attention import DistAttention
+from distkv_dask.worker.home.choosing import Choosing, rounds
 from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
 from distkv_dask.worker.home.home_state import Begun, HomeState
 from distkv_dask.worker.home.near_layers import SplitAttention
-from distkv_dask.worker.home.prefill import PrefillRun
+from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
 from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
@@ -166,26 +168,52 @@ class Runtime:
             For each chunk what :meth:`prefill` returns.
         """
         model, gang, self.exchanged = self._loaded(), chunks[0].gang, Exchanged()
+        choosing = {at: Choosing(chunk, model.eos_token_ids) for at, chunk in enumerate(chunks) if chunk.choices}
+        chunks = [choosing[at].chunk if at in choosing else chunk for at, chunk in enumerate(chunks)]
         count = sum(len(chunk.tokens) for chunk in chunks)
         with self._running(gang) as running, span(self._ring, "chunk", gang.number, count):
-            run = PrefillRun(running, model, chunks, *self._planning(running))
-            with self.home_state.change(model, run.begun()) as change:
-                try:
-                    logits = run.run(change.past)
-                finally:
-                    self.exchanged = run.exchanged
-                change.after = run.ended(change.past)
-        draws = [self._first_draw(chunk, chunk.sampling) for chunk in chunks if chunk.sampling is not None]
+            run = PrefillRun(running, model, *self._planning(running))
+            logits, scored = self._compute(run, chunks)
+            for at, one in choosing.items():
+                one.begin(scored[at])
+            for batch in rounds([*choosing.values()]):
+                found = self._compute(run, [chunk for _, chunk in batch], keeps=False)[1]
+                for (one, chunk), some in zip(batch, found, strict=True):
+                    one.learn(chunk.tokens, some)
+        draws = [
+            self._first_draw(chunk, chunk.sampling)
+            for chunk in chunks
+            if chunk.sampling is not None and not chunk.choices
+        ]
         with torch.inference_mode(), self.pool.device.stream(Use.HOME):
             drawn = draw_batch(logits, draws, self.pool.device)
-        for one in drawn:
-            if isinstance(one, DistKVError):
-                raise one
+        for result in drawn:
+            if isinstance(result, DistKVError):
+                raise result
         first, results = iter(cast(list[Drawn], drawn)), []
-        for chunk, scored in zip(chunks, run.scored, strict=True):
-            token, logprob = next(first) if chunk.sampling else (None, None)
-            results.append(ChunkResult(token, logprob, tuple(scored)))
+        for at, chunk in enumerate(chunks):
+            if at in choosing:
+                results.append(choosing[at].result())
+            else:
+                token, logprob = next(first) if chunk.sampling else (None, None)
+                results.append(ChunkResult(token, logprob, tuple(scored[at])))
         return results
+
+    def _compute(
+        self, run: PrefillRun, chunks: Sequence[PrefillChunk], keeps: bool = True
+    ) -> tuple[torch.Tensor, list[list[TokenLogprob]]]:
+        """Compute chunks; the logits that tokens are drawn from, and what is scored in each.
+
+        Nothing ``keeps`` what only a home has after choices, which are not part of the sequence.
+        """
+        with self.home_state.change(self._loaded(), begun(chunks)) as change:
+            try:
+                logits = run.run(chunks, change.past)
+            finally:
+                self.exchanged = run.exchanged
+            if keeps:
+                change.after = ended(chunks, change.past)
+        return logits, run.scored
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
         """Run a decode window over a batch, on the home lane's thread.
@@ -204,8 +232,8 @@ class Runtime:
             loop: tuple[Any, ...] = gang, model, batch, *self._planning(gang)
             decoding = DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)
             window = replace(window, steps=self.home_state.most_steps(window.steps))
-            begun = (Begun(one.sequence, one.length, one.length + (window.steps or 0)) for one in batch)
-            with self.home_state.change(model, begun) as change:
+            rows = (Begun(one.sequence, one.length, one.length + (window.steps or 0)) for one in batch)
+            with self.home_state.change(model, rows) as change:
                 speculator = None if self.speculation is None else self.speculation.begin(batch)
                 result = decoding.run(window, change.past, speculator)
                 change.after = decoding.ended()

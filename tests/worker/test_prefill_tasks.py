@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from _channels import TCP
 from _fakes import GREEDY, Fleet, Recorder, fleet, loaded, reference, state
-from _models import prompt_ids
+from _models import choice_probabilities, model_dir, prompt_ids
 
 from distkv_dask.errors import GangAbortedError, PlanError
 from distkv_dask.gang import ChunkResult, PrefillChunk
@@ -55,6 +55,18 @@ def test_prompts_of_one_forward_have_the_tokens_that_each_has_alone(family: str,
         for chunk, result in zip(some, results, strict=True):
             expected = reference(family, LENGTHS[chunk.sequence], chunk.sequence, NEW).tokens
             assert decoded(made, chunk, result.token) == expected
+
+
+def test_choices_of_many_questions_are_scored_in_one_forward_a_path() -> None:
+    choices = (7,), (9, 3), (9, 4, 5), (9, 4, 6, 2), (11, 12, 13)
+    model = Recorder(loaded("llama-gqa"))
+    with fleet(model, 1) as made:
+        chunks = [replace(whole(made, sequence, length), choices=choices) for sequence, length in LENGTHS.items()]
+        results = made.run(chunks[0].gang, lambda runtime: runtime.prefill_together(chunks))
+    assert [len(logits) for logits in model.logits] == [4, 4 * 3, 4 * 2], "the prompts' ends, 9 4 6, and 11 12"
+    for chunk, result in zip(chunks, results, strict=True):
+        expected = choice_probabilities(model_dir("llama-gqa"), chunk.tokens, choices)
+        assert result.chosen.scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_questions_of_one_forward_share_their_document() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from dataclasses import replace
 
+from distkv_dask.client.session.choices import chosen_text
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import TextStream
 from distkv_dask.completion import Completion, Timings
@@ -48,6 +49,7 @@ class Request:
         self._told = False
         self._logprobs: list[TokenLogprob] = []
         self._scored: dict[int, TokenLogprob] = {}
+        self._scores: tuple[float, ...] = ()
 
     def receive(self, delivery: Delivery) -> bool:
         """Take tokens or the end; returns True when the request is over."""
@@ -59,6 +61,7 @@ class Request:
             self.fail(EngineClosedError("the engine was closed before the request ended"))
             return True
         self._logprobs += delivery.logprobs
+        self._scores = delivery.scores or self._scores
         self._scored |= enumerate(delivery.scored, delivery.scored_from)
         self._say(self._stream.add(delivery.tokens))
         if delivery.reason is None:
@@ -81,7 +84,7 @@ class Request:
         assert sampling is not None
         scored = None if sampling.prompt_logprobs is None else tuple(self._scored.get(at) for at in range(tokens))
         completion = Completion(
-            text=self._stream.text,
+            text=chosen_text(self.submission, self._stream.token_ids, self._stream.text),
             token_ids=tuple(self._stream.token_ids),
             prompt_tokens=tokens,
             finish_reason=reason,
@@ -90,6 +93,7 @@ class Request:
             reused_tokens=delivery.reused,
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs[: len(self._stream.token_ids)]),
             prompt_logprobs=scored,
+            scores=None if sampling.choices is None else dict(zip(sampling.choices, self._scores, strict=True)),
         )
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_result(completion)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Self
 
 from distributed import Client, get_client
 
 from distkv_dask.client.session.attached_engine import AttachedEngine
+from distkv_dask.client.session.choices import choice_ids
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.session.in_task import check_seceded
@@ -175,11 +177,16 @@ class Session:
         keeps
             Whether prompt and answer become a document, which has the request's number.
         """
+        choices: tuple[tuple[int, ...], ...] = ()
+        if isinstance(sampling, SamplingParams) and sampling.choices is not None:
+            choices = choice_ids(sampling.choices, self.tokenizer, self.config)
+            sampling = replace(sampling, max_new_tokens=max(map(len, choices)))
         sampling = checked(sampling, len(ids), self.facts["max_positions"])
         number = self.conversation.number()
         if sampling.prompt_logprobs is not None:
             document = None
-        submission = Submission(number, array("i", ids), sampling, on_text is not None, document, keeps)
+        told = sampling, on_text is not None, document, keeps
+        submission = Submission(number, array("i", ids), *told, choices=choices)
         generation = Generation(lambda: self.conversation.cancel(number))
         request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text)
         self.conversation.submit(request)

@@ -189,6 +189,7 @@ class Lifecycle:
             keeps=one.keeps,
             saves=saves,
             saved=one.saved,
+            choices=one.choices,
             alone=sampling.prompt_logprobs is not None,  # what is shared is not computed, and has no logits
         )
         try:

@@ -25,7 +25,11 @@ def prefilled(life: MachineState, event: Prefilled) -> None:
     if request is None:
         return
     request.decoding = life.now
-    if event.reason != "stop":
+    if event.chosen is not None:
+        tokens, logprobs, scores = event.chosen
+        request.generated.extend(tokens)
+        life.command(Delivery(event.sequence, tokens, logprobs=logprobs, scores=scores))
+    elif event.reason != "stop":
         request.generated.append(event.token)
         logprobs = () if event.logprob is None else (event.logprob,)
         life.command(Delivery(event.sequence, (event.token,), logprobs=logprobs))

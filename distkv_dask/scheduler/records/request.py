@@ -67,6 +67,8 @@ class Request:
     rank: float = math.inf
     behind: float = -math.inf
     used: float = 0.0
+    choices: tuple[tuple[int, ...], ...] = ()
+    """Tokens of the choices that it is answered with one of."""
     stalls: int = 0
     """How often a worker did not begin a chunk of it."""
     stuck_since: float | None = None

@@ -83,9 +83,11 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     for holder, first, last in pieces:
         computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
         worker = holder if computes else account.home
-        holders = tuple(life.ledger.holders(placement, last, but=worker))
-        gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
         draws_here = draws and last == len(known)
+        choices = request.choices if draws_here else ()
+        reach = last + max((len(choice) - 1 for choice in choices), default=0)
+        holders = tuple(life.ledger.holders(placement, reach, but=worker))
+        gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
         chunks.append(
             PrefillChunk(
                 gang,
@@ -95,8 +97,9 @@ def submit_chunks(life: MachineState, request: Request) -> None:
                 tuple(known[first:last]),
                 request.sampling if draws_here else None,
                 request.history if draws_here else (),
-                tuple(known[first + 1 : last + 1]) if best is not None else (),
+                tuple((token,) for token in known[first + 1 : last + 1]) if best is not None else (),
                 best or 0,
+                choices,
             )
         )
     state.chunks = {chunk.gang.number: chunk for chunk in chunks}

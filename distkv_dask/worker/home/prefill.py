@@ -31,8 +31,6 @@ class PrefillRun:
         The running gang.
     model
         The weights.
-    chunks
-        A chunk, or several that lie in one span each and ask no holders.
     attention
         Makes the attention of a step from its parts by worker, the sequences, and its number.
     cutting
@@ -43,56 +41,48 @@ class PrefillRun:
         self,
         gang: HomeGang | PausedForward,
         model: LoadedModel,
-        chunks: Sequence[PrefillChunk],
         attention: Callable[[Mapping[str, Part], Sequence[Stored], int], Attention],
         cutting: Callable[[Sequence[Stored]], dict[str, Part]],
     ) -> None:
         self._gang = gang
         self._model = model
-        self._chunks = chunks
         self._new_attention = attention
         self._cutting = cutting
         self.exchanged = Exchanged()
         """What was exchanged with holders so far."""
-        self.scored: list[list[TokenLogprob]] = [[] for _ in chunks]
-        """Log probabilities of each chunk's targets so far."""
+        self.scored: list[list[TokenLogprob]] = []
+        """Log probabilities of the last chunks' targets, chunk by chunk."""
+        self._chunks: Sequence[PrefillChunk] = ()
+        self._parts: dict[str, Part] = {}
+        self._step = 0
 
-    def begun(self) -> Iterator[Begun]:
-        """The sequences, before the first step."""
-        for chunk in self._chunks:
-            documents = tuple(span.document for span in chunk.placement if span.document is not None)
-            yield Begun(chunk.sequence, chunk.start, chunk.stop, documents)
-
-    def ended(self, past: Past | None) -> Iterator[Ended]:
-        """The sequences, after the last step."""
-        for row, chunk in enumerate(self._chunks):
-            yield Ended(chunk.sequence, chunk.stop, None if past is None else past.state(row))
-
-    def run(self, past: Past | None) -> torch.Tensor:
-        """Compute all; logits, float32 [n, vocabulary], of the last token of each chunk from which one is drawn.
+    def run(self, chunks: Sequence[PrefillChunk], past: Past | None) -> torch.Tensor:
+        """Compute chunks; logits, float32 [n, vocabulary], of the last token of each from which one is drawn.
 
         Parameters
         ----------
+        chunks
+            A chunk, or several that lie in one span each and ask no holders.
         past
             State of the sequence, if the model has recurrent layers.
         """
-        positions, parts, step = [chunk.start for chunk in self._chunks], dict[str, Part](), 0
-        logits = torch.empty(0, 0)
+        self._chunks, self.scored = chunks, [[] for _ in chunks]
+        positions, logits = [chunk.start for chunk in chunks], torch.empty(0, 0)
         while counts := self._counts(positions, past):
             batch = [
                 Stored(chunk.sequence, chunk.placement, at, count)
                 for chunk, at, count in zip(self._chunks, positions, counts, strict=True)
             ]
-            old, parts = parts, self._cutting(batch)
-            self._gang.begin(parts) if step == 0 else self._gang.change(step, old, parts)
-            attention = self._new_attention(parts, batch, step)
+            old, self._parts = self._parts, self._cutting(batch)
+            self._gang.begin(self._parts) if self._step == 0 else self._gang.change(self._step, old, self._parts)
+            attention = self._new_attention(self._parts, batch, self._step)
             try:
                 logits = self._score(batch, self._forward(batch, attention, past))
             finally:
                 self.exchanged += attention.exchanged
                 attention.close()
             positions = [at + count for at, count in zip(positions, counts, strict=True)]
-            step += 1
+            self._step += 1
         return logits
 
     def _counts(self, positions: Sequence[int], past: Past | None) -> list[int]:
@@ -127,9 +117,9 @@ class PrefillRun:
         """Score the targets of a step, and return the logits that tokens are drawn from."""
         drawing, at = list[int](), 0
         for chunk, one, scored in zip(self._chunks, batch, self.scored, strict=True):
-            targets, stop = _targets(chunk, one), at + len(_kept(chunk, one))
-            if targets:
-                scored += token_logprobs(logits[at : at + len(targets)], targets, chunk.best, self._model.device)
+            kept, targets = _kept(chunk, one), _targets(chunk, one)
+            stop, some = at + len(kept), [targets[row] for row in kept if row < len(targets)]
+            scored += token_logprobs(logits[at : at + len(some)], some, chunk.best, self._model.device)
             if _draws(chunk, one):
                 drawing.append(stop - 1)
             at = stop
@@ -138,19 +128,31 @@ class PrefillRun:
         return logits[self._model.device.put(torch.tensor(drawing, dtype=torch.int64))]
 
 
-def _targets(chunk: PrefillChunk, step: Stored) -> tuple[int, ...]:
-    """The chunk's targets of the tokens that a step computes."""
+def begun(chunks: Sequence[PrefillChunk]) -> Iterator[Begun]:
+    """The sequences of chunks, before they are computed."""
+    for chunk in chunks:
+        documents = tuple(span.document for span in chunk.placement if span.document is not None)
+        yield Begun(chunk.sequence, chunk.start, chunk.stop, documents)
+
+
+def ended(chunks: Sequence[PrefillChunk], past: Past | None) -> Iterator[Ended]:
+    """The sequences of chunks, once they are computed."""
+    for row, chunk in enumerate(chunks):
+        yield Ended(chunk.sequence, chunk.stop, None if past is None else past.state(row))
+
+
+def _targets(chunk: PrefillChunk, step: Stored) -> tuple[tuple[int, ...], ...]:
+    """The chunk's targets behind the tokens that a step computes."""
     first = step.length - chunk.start
     return chunk.targets[first : first + step.queries]
 
 
 def _draws(chunk: PrefillChunk, step: Stored) -> bool:
     """Whether a token is drawn after a step."""
-    return chunk.sampling is not None and step.length + step.queries == chunk.stop
+    return chunk.sampling is not None and not chunk.choices and step.length + step.queries == chunk.stop
 
 
-def _kept(chunk: PrefillChunk, step: Stored) -> range:
+def _kept(chunk: PrefillChunk, step: Stored) -> list[int]:
     """Which of a step's tokens are those whose logits are needed."""
-    if _targets(chunk, step):
-        return range(step.queries)
-    return range(step.queries - 1 if _draws(chunk, step) else step.queries, step.queries)
+    kept, last = [at for at, some in enumerate(_targets(chunk, step)) if some], step.queries - 1
+    return [*kept, last] if _draws(chunk, step) and last not in kept else kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -43,19 +43,21 @@ def draw_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -> 
             found.append(Drawn(one))
         else:
             at, best = scored[row], draws[row].params.logprobs
-            found.append(Drawn(one, token_logprobs(raw[at : at + 1], [one], best or 0, device)[0]))
+            found.append(Drawn(one, token_logprobs(raw[at : at + 1], [[one]], best or 0, device)[0]))
     return found
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], best: int, device: Device = HOST) -> list[TokenLogprob]:
-    """Log probabilities of one token for each row.
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[Sequence[int]], best: int, device: Device = HOST
+) -> list[TokenLogprob]:
+    """Log probabilities of tokens, one row after the other.
 
     Parameters
     ----------
     logits
         float32 [rows, vocab] on the device.
     tokens
-        The token of each row.
+        Some tokens for each row.
     best
         How many of the most likely tokens come with it.
     device
@@ -66,20 +68,23 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], best: int, device: Dev
     ModelError
         When logits are not finite.
     """
-    ids, best = device.put(torch.tensor(tokens, dtype=torch.int64)), min(best, logits.shape[1])
-    rows: list[list[float]] = []
-    for at in range(0, len(tokens), ROWS):
-        wide = logits[at : at + ROWS].double()
-        whole = wide.logsumexp(-1, keepdim=True)
-        most = wide.topk(best)
-        own = wide.gather(1, ids[at : at + ROWS, None])
-        rows += torch.cat((whole, own - whole, most.values - whole, most.indices.double()), 1).cpu().tolist()
-    if not all(isfinite(whole) for whole, *_ in rows):
+    best, found = min(best, logits.shape[1]), list[TokenLogprob]()
+    for first in range(0, len(tokens), ROWS):
+        found += _few_logprobs(logits[first : first + ROWS].double(), tokens[first : first + ROWS], best, device)
+    return found
+
+
+def _few_logprobs(logits: Tensor, tokens: Sequence[Sequence[int]], best: int, device: Device) -> Iterator[TokenLogprob]:
+    """Log probabilities of tokens of a few rows, float64 [rows, vocab]."""
+    flat = [(row, token) for row, some in enumerate(tokens) for token in some]
+    rows, ids = device.put(torch.tensor(flat, dtype=torch.int64).reshape(-1, 2).T)
+    whole, most = logits.logsumexp(-1, keepdim=True), logits.topk(best)
+    by_row = torch.cat((whole, most.values - whole, most.indices.double()), 1).cpu().tolist()
+    own = (logits[rows, ids] - whole[rows, 0]).tolist()
+    if not all(isfinite(whole) for whole, *_ in by_row):
         raise ModelError(
             "the model's logits of a prompt token are not finite: its weights are damaged, or its dtype overflows; "
             "open the engine with dtype='float32'"
         )
-    return [
-        TokenLogprob(token, own, tuple(zip(map(int, others[best:]), others[:best], strict=True)))
-        for token, (_, own, *others) in zip(tokens, rows, strict=True)
-    ]
+    others = [tuple(zip(map(int, more[best:]), more[:best], strict=True)) for _, *more in by_row]
+    return (TokenLogprob(token, logprob, others[row]) for (row, token), logprob in zip(flat, own, strict=True))
