@@ -22,6 +22,7 @@ from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.target import Target
 from distkv_dask.completion import Completion
+from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SourceError
 from distkv_dask.sampling import SamplingParams
 
@@ -31,15 +32,15 @@ KEPT = pa.schema([("id", pa.int64()), ("when", pa.timestamp("s"))])
 class Engine(FakeEngine):
     """A fake engine with what a whole batch needs."""
 
-    config = SimpleNamespace(window_batch=4, block_tokens=4)
-    facts = {"max_positions": 10_000, "workers": 1}  # noqa: RUF012
+    config = Config.load(block_tokens=4)
+    facts = {"max_positions": 10_000, "workers": 1, "fingerprint": "f00d"}  # noqa: RUF012
     model = SimpleNamespace(name="m", rope_scaling=None)
     dtype = "float32"
 
     def __init__(self, answer: Callable[[str], str] = lambda text: f"re {text}") -> None:
         super().__init__(lambda *_: None)
         self.answer = answer
-        self.store = SimpleNamespace(begin=lambda ids: SimpleNamespace(number=7), end=lambda number: None)
+        self.store = SimpleNamespace(begin_ingest=lambda ids: SimpleNamespace(number=7), end=lambda number: None)
 
     def in_span(self, *tags: str) -> Any:
         import contextlib

@@ -16,13 +16,14 @@ from distkv_dask.client.batch.answer_plan import check_servable
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
 from distkv_dask.client.batch.progress import progress_bar
+from distkv_dask.client.batch.record import Run
 from distkv_dask.client.batch.results import Lot, Results
 from distkv_dask.client.batch.rows import Row, Source
 from distkv_dask.client.batch.runner import Runner
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import Target
-from distkv_dask.errors import OutputError, SourceError, TooManyErrorsError
+from distkv_dask.errors import OutputError, SourceError, TooManyErrorsError, in_words
 from distkv_dask.local_folder import sync
 
 if TYPE_CHECKING:
@@ -64,31 +65,45 @@ class Job:
         raises ends the run.
         """
         began = time.monotonic()
-        source, folder = self._source, target.folder
+        folder = target.folder
         parameters = parameters_of(self._spec, self._session.model, self._session.dtype)
         with (
             Output(folder, self._results.schema, parameters, retry_errors) as output,
             self._session.in_span("distkv", f"batch {folder.name}"),
         ):
             earlier, self._errors = len(output.done), output.errors
-            rows = earlier
-            total = source.count()
-            total = None if total is None else total * len(self._spec.questions)
-            with progress_bar(total, earlier, self._errors, progress) as advance:
-                self._check_errors(f"in {folder} already")
-                for lot in self._run(self._todo(output.done)):
-                    if lot is None:
-                        output.rotate()
-                    else:
-                        output.append(lot.batch)
-                        advance(len(lot.outcomes), len(lot.errors))
-                        rows += len(lot.outcomes)
-                    if on_tick is not None:
-                        on_tick(rows, self._errors)
+            run = Run(self._session, output.recorded, target.source)
+            output.keep(run.record(output.parts))
+            try:
+                rows = self._fill(output, run, progress, on_tick)
+            except BaseException as error:
+                with contextlib.suppress(OutputError):  # which is what ended it, perhaps
+                    output.rotate(now=True)
+                    output.keep(run.record(output.parts, f"stopped: {in_words(error)}"))
+                raise
             output.rotate(now=True)
+            output.keep(run.record(output.parts, "completed"))
             if target.lines is not None:
                 _write_lines(folder, target.lines, self._session.model.name)
         return BatchSummary(target.path, rows, earlier, self._errors, time.monotonic() - began)
+
+    def _fill(self, output: Output, run: Run, progress: bool | None, on_tick: Callable[[int, int], None] | None) -> int:
+        """Answer what an output lacks; returns how many rows it has then."""
+        rows, total = len(output.done), self._source.count()
+        total = None if total is None else total * len(self._spec.questions)
+        with progress_bar(total, rows, self._errors, progress) as advance:
+            self._check_errors(f"in {output.path} already")
+            for lot in self._run(self._todo(output.done)):
+                if lot is None:
+                    output.rotate()
+                else:
+                    output.append(lot.batch)
+                    run.add(lot)
+                    advance(len(lot.outcomes), len(lot.errors))
+                    rows += len(lot.outcomes)
+                if on_tick is not None:
+                    on_tick(rows, self._errors)
+        return rows
 
     def table(self, start: int = 0, stop: int | None = None, on_tick: Callable[[], None] | None = None) -> pa.Table:
         """Answer rows ``start`` to ``stop`` of the source, and return them in its order.

@@ -1,4 +1,7 @@
-"""What a batch was begun with: all that its answers depend on, kept in the manifest and in each of its files."""
+"""What a batch was begun with: all that its answers depend on, kept in the manifest and in each of its files.
+
+The manifest also has the record of the batch's runs (:mod:`distkv_dask.client.batch.record`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.digest import new_digest
-from distkv_dask.client.batch.parts import BEGUN, DIGESTS, LOCK, UNFINISHED, Parts
+from distkv_dask.client.batch.parts import BEGUN, DIGESTS, LOCK, README, UNFINISHED, Parts
 from distkv_dask.errors import OutputError
 from distkv_dask.local_folder import sync
 
@@ -41,19 +44,35 @@ def begin_or_check(path: Path, begun: Mapping[str, Any]) -> None:
     """
     check_begun(path, begun)
     if _read(path / MANIFEST) is None:
-        unfinished = path / (UNFINISHED + MANIFEST)
-        unfinished.write_bytes(manifest(begun))
-        sync(unfinished)
-        unfinished.replace(path / MANIFEST)
-        sync(path)
+        _replace(path / MANIFEST, manifest(begun))
         sync(path.absolute().parent)
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """The record in the manifest of an output; empty if there is none, or a damaged one."""
+    body = _body((path / MANIFEST).read_bytes(), path) if (path / MANIFEST).exists() else None
+    return {} if body is None else body.get("record", {})
+
+
+def keep_record(path: Path, begun: Mapping[str, Any], record: Mapping[str, Any], readme: str) -> None:
+    """Write the record of an output that was begun so; raises :class:`OSError` if that cannot be done."""
+    _replace(path / MANIFEST, manifest(begun, record))
+    _replace(path / README, readme.encode("utf-8", "backslashreplace"))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(UNFINISHED + path.name)
+    unfinished.write_bytes(data)
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
 
 
 def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
     """Check what :func:`begin_or_check` does, and write nothing; None are parameters that are not known yet."""
     found = _read(path / MANIFEST) or _restored(path)
     if found is None:
-        ours = (LOCK, UNFINISHED, MANIFEST, DIGESTS)
+        ours = (LOCK, UNFINISHED, MANIFEST, DIGESTS, README)
         if others := sorted(one.name for one in path.iterdir() if not one.name.startswith(ours)):
             raise OutputError(
                 f"{path} is no output of distkv (it holds {others[0]}), or one of which {MANIFEST} and all Parquet "
@@ -66,9 +85,9 @@ def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
         )
 
 
-def manifest(begun: Mapping[str, Any]) -> bytes:
-    """The parameters as they are kept."""
-    body = {"distkv": VERSION, "parameters": begun}
+def manifest(begun: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> bytes:
+    """The parameters as they are kept, and the record if there is one."""
+    body = {"distkv": VERSION, "parameters": begun, **({} if record is None else {"record": record})}
     return json.dumps({"digest": _digest(body), **body}, indent=1).encode()
 
 
@@ -89,16 +108,21 @@ def _restored(path: Path) -> Mapping[str, Any] | None:
 
 
 def _parameters(said: bytes, where: Path) -> Mapping[str, Any] | None:
+    return None if (body := _body(said, where)) is None else body["parameters"]
+
+
+def _body(said: bytes, where: Path) -> dict[str, Any] | None:
+    """What a manifest holds; None if it is damaged."""
     try:
-        body = json.loads(said)
+        body: dict[str, Any] = json.loads(said)
         if body.pop("digest") != _digest(body):
             return None
-        version, parameters = body["distkv"], body["parameters"]
+        version, _ = body["distkv"], body["parameters"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if version != VERSION:
         raise OutputError(f"{where} was written by another version of distkv ({version}): choose another output")
-    return parameters  # type: ignore[no-any-return]
+    return body
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.journal import Journal, recovered
-from distkv_dask.client.batch.manifest import begin_or_check, begun_with, manifest
+from distkv_dask.client.batch.manifest import begin_or_check, begun_with, keep_record, manifest, recorded
 from distkv_dask.client.batch.parts import BEGUN, LOCK, UNFINISHED, Parts
+from distkv_dask.client.batch.readme import in_words
 from distkv_dask.errors import OutputError
 
 logger = logging.getLogger("distributed.distkv.batch")
@@ -84,7 +85,7 @@ class Output:
         """How many of them have errors."""
         self._journal: Journal | None = None
         self._opened = time.monotonic()
-        begun = begun_with(schema, parameters)
+        self._begun = begun = begun_with(schema, parameters)
         self._schema = schema.with_metadata({BEGUN: manifest(begun)})
         with self._writing():
             self._lock = locked(path)
@@ -94,6 +95,8 @@ class Output:
                 begin_or_check(path, begun)
                 self._repair()
                 self._look(retry_errors)
+                self.recorded = recorded(path)
+                """The record of earlier runs."""
         except BaseException:
             self._lock.release()
             raise
@@ -111,6 +114,16 @@ class Output:
                 self._journal = Journal(self._journal_path(self._number), self._schema)
             self._journal.append(batch)
             self.rotate()
+
+    @property
+    def parts(self) -> Iterable[Path]:
+        """The Parquet files; rows of the journal are not in them yet."""
+        return self._parts
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Keep the record of the batch beside its answers; raises as :meth:`append` does."""
+        with self._writing():
+            keep_record(self.path, self._begun, record, in_words(self._begun, record))
 
     def rotate(self, now: bool = False) -> None:
         """Make the journal a Parquet file if it is time; raises as :meth:`append` does."""

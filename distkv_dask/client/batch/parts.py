@@ -15,7 +15,7 @@ from distkv_dask.client.batch.digest import new_digest
 from distkv_dask.errors import OutputError
 from distkv_dask.local_folder import sync
 
-UNFINISHED, DIGESTS, LOCK = "_unfinished-", "_digests", "_lock"
+UNFINISHED, DIGESTS, LOCK, README = "_unfinished-", "_digests", "_lock", "_README.md"
 
 BEGUN = b"distkv"
 """Key of the files' metadata under which stands what the batch was begun with."""

@@ -66,7 +66,8 @@ class Processing:
             line, and the question. If the model has a chat template, the prompt is a user's message.
         out
             Folder of Parquet files, readable at any time: ``pyarrow.parquet.read_table(out)``. Rows are in the order in
-            which they finished; ``row`` (or ``path``) names them. A name that ends in ``.jsonl`` is for OpenAI batch
+            which they finished; ``row`` (or ``path``) names them. ``_README.md`` and ``_distkv.json`` in it record what
+            answered. A name that ends in ``.jsonl`` is for OpenAI batch
             files: at the end, answers are written there in OpenAI's format, next to a folder of that name with
             ``.parquet`` added. None returns a lazy Dask DataFrame instead. Its tasks read files where they run and
             attach to the engine (:meth:`distkv_dask.Engine.attach`), which has to stay open. Its rows are in the order

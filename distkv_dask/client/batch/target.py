@@ -17,10 +17,14 @@ from distkv_dask.filesystems import local_path
 
 
 class Target(NamedTuple):
-    """The folder of Parquet files, and the JSONL file that is written from it in the end, if one is wanted."""
+    """The folder of Parquet files, the JSONL file that is written from it in the end, if one is wanted, and the source.
+
+    The source is as people call it: a path, or what kind of thing it is.
+    """
 
     folder: Path
     lines: Path | None = None
+    source: str = ""
 
     @property
     def path(self) -> Path:
@@ -49,7 +53,8 @@ def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
     lines = path if path.suffix == ".jsonl" else None
     if lines is not None and not requests:
         raise OutputError(f"{path}: only answers to an OpenAI batch file are written as JSONL; name a folder")
-    target = Target(path if lines is None else path.with_name(path.name + ".parquet"), lines)
+    named = os.fspath(source) if isinstance(source, str | PathLike) else f"a {type(source).__name__}"
+    target = Target(path if lines is None else path.with_name(path.name + ".parquet"), lines, named)
     if isinstance(source, str | PathLike):
         read = Path(source).resolve()
         for one in (target.path, target.folder):

@@ -119,7 +119,7 @@ class BatchQueue:
                 counts.update(changed)
                 self._change(name, request_counts=dict(counts))
             if self._stopping.is_set() or self.store.read(name)["status"] == "cancelling":
-                raise _Ended
+                raise _Ended("the server stopped, or the batch was cancelled")
 
         if record["status"] != "cancelling":
             self._change(name, status="in_progress", in_progress_at=int(time.time()), request_counts=dict(counts))
