@@ -43,6 +43,24 @@ class Reserve(ToWorker):
 
 
 @dataclass(frozen=True, slots=True)
+class Begin(ToWorker):
+    """Let a sequence begin with what its home keeps of another one, the ``source``, after ``length`` tokens."""
+
+    sequence: int
+    source: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(ToWorker):
+    """Keep of a sequence's snapshots at its home those after so many tokens; nothing else of one that has ``ended``."""
+
+    sequence: int
+    lengths: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Retire(ToWorker):
     """Begin no more work on a sequence, and say when none is under way (the worker answers Retired)."""
 

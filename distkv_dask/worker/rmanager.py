@@ -145,6 +145,10 @@ class RManager(WorkerPlugin):
         match message:
             case do.Reserve(_, sequence, start, stop):
                 engine.reserve(sequence, start, stop)
+            case do.Begin(_, sequence, source, length):
+                engine.runtime.home_state.adopt(sequence, source, length)
+            case do.Keep(_, sequence, lengths, ended):
+                engine.runtime.home_state.keep(sequence, lengths, ended)
             case do.Retire(_, sequence):
                 engine.retire(sequence)
             case do.Release(_, sequence):

@@ -71,24 +71,28 @@ def test_questions_go_on_from_the_state_at_the_end_of_their_document(
     run()
 
 
-def test_plain_requests_share_no_beginning_but_a_chat_goes_on_with_its_turns() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_and_chats_go_on_from_the_last_snapshot_in_what_they_have_in_common(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts, expected = [], []
     for question in QUESTIONS[1:]:
         prompts.append([*(prompts[-1] + expected[-1] if prompts else DOCUMENT), *question])
-        expected.append(reference_generate(model_dir("lfm2"), [prompts[-1]], NEW)[0].tokens)
+        expected.append(reference_generate(model_dir(family), [prompts[-1]], NEW)[0].tokens)
+    workers = force_split([(1, 24), (0, None)], monkeypatch)
 
-    @engine_test(workers=2)
+    @engine_test(workers=workers)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
-        async with Engine(client, str(model_dir("lfm2")), kv_memory="8 MiB", **SMALL) as engine:
-            for prompt, answer in zip(prompts, expected, strict=True):
-                done = await engine.submit(prompt, GREEDY)
-                assert list(done.token_ids) == answer
-                assert done.reused_tokens == 0  # the prefix cache is off: KV alone is no beginning
+        async with Engine(client, str(model_dir(family)), kv_memory="8 MiB", **SMALL) as engine:
+            done = [await engine.submit(prompt, GREEDY) for prompt in [*prompts, *prompts]]
+            assert [list(one.token_ids) for one in done] == expected * 2
+            # chunks end at 24, 56, 88; the second turn leaves the first at 112, and ends a chunk at 144; and so on
+            assert [one.reused_tokens for one in done] == [0, 88, 144, 88, 144, 168]
             async with await engine.ingest(DOCUMENT) as document, document.chat() as chat:
-                for question, prompt, answer in zip(QUESTIONS[1:], prompts, expected, strict=True):
-                    done = await chat.ask(question, GREEDY)
-                    assert list(done.token_ids) == answer
-                    assert done.reused_tokens >= (len(prompt) - len(question)) // 8 * 8 - 8
+                for question, answer in zip(QUESTIONS[1:], expected, strict=True):
+                    turn = await chat.ask(question, GREEDY)
+                    assert list(turn.token_ids) == answer
+                    assert turn.reused_tokens >= 96
 
     run()
 
@@ -131,7 +135,7 @@ def test_a_worker_that_leaves_costs_no_token(victim: int, family: str, monkeypat
 
 
 @pytest.mark.parametrize(("family", "memory"), [("granite4-h", 400 << 10), ("gpt-oss", kv_memory("gpt-oss", 20))])
-def test_a_request_that_makes_way_is_computed_again_from_its_first_token(family: str, memory: int) -> None:
+def test_a_request_that_makes_way_goes_on_from_where_it_was(family: str, memory: int) -> None:
     prompts = [prompt_ids(length, seed=length) for length in (50, 60)]
     expected = [reference_generate(model_dir(family), [prompt], 60)[0].tokens for prompt in prompts]
 
@@ -145,5 +149,8 @@ def test_a_request_that_makes_way_is_computed_again_from_its_first_token(family:
                 await asyncio.sleep(0.01)
             urgent = engine.submit(prompts[1], SamplingParams(max_new_tokens=60, ignore_eos=True, priority=1))
             assert [list((await one).token_ids) for one in (patient, urgent)] == expected
+            totals = (await engine.status()).totals
+            assert (totals["spill_events"], totals["restore_events"]) == (1, 1)
+            assert totals["prefilled_tokens"] == 110, "nothing was computed twice"
 
     run()

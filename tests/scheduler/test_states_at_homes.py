@@ -38,8 +38,13 @@ class Stateful(Simulated):
 
     def enact(self, command: do.Command) -> None:
         super().enact(command)
-        if isinstance(command, to.Release):
-            self.states[command.worker].drop(command.sequence)
+        match command:
+            case to.Release(worker, sequence):
+                self.states[worker].drop(sequence)
+            case to.Begin(worker, sequence, source, length):
+                self.states[worker].adopt(sequence, source, length)
+            case to.Keep(worker, sequence, lengths, ended):
+                self.states[worker].keep(sequence, lengths, ended)
 
     def remove(self, worker: str) -> None:
         super().remove(worker)
@@ -47,14 +52,15 @@ class Stateful(Simulated):
 
     def run_chunk(self, chunk: PrefillChunk) -> None:
         states, stop = self.states[chunk.gang.home], chunk.start + len(chunk.tokens)
-        documents = [span.document for span in chunk.placement if span.document is not None]
         try:
-            states.begin(chunk.sequence, chunk.start, documents)
+            states.begin(chunk.sequence, chunk.start)
         except StateLostError as error:
             self._fail(chunk.gang.home, chunk.gang.number, error)
             return
         self.computed += len(chunk.tokens)
         states.put(chunk.sequence, stop, {})
+        if chunk.snapshot:
+            states.snapshot(chunk.sequence, stop)
         super().run_chunk(chunk)
 
     def run_window(self, window: DecodeWindow) -> None:
@@ -75,7 +81,22 @@ class Stateful(Simulated):
         """A home has a state again once it has read it."""
         if isinstance(message, to.Fetch) and message.home:
             self.states[message.worker].put(message.sequence, message.home, {})
+        if isinstance(message, to.Store) and message.home and message.worker in self.pools:
+            try:
+                self.states[message.worker].kept(message.sequence, message.home)
+            except StateLostError as error:
+                self.missing += message.number >= 0 or message.number in self.life.disks.numbers  # else it was given up
+                self.handle(did.Stored(message.worker, message.number, (), error))
+                return
         super().go_on(message)
+
+    def check(self) -> None:
+        """No home keeps more than its places, nor less or more snapshots than the gManager knows."""
+        super().check()
+        snapshots = self.life.snapshots
+        for worker, account in self.life.ledger.workers.items():
+            assert len(snapshots.recent[worker]) <= max(0, account.places - account.homed)
+            assert self.states[worker].sequences() <= {*self.life.ledger.sequences, *snapshots.of}
 
     def forget(self) -> None:
         """A home loses the states of a sequence."""
@@ -93,7 +114,7 @@ def stateful(seed: int, *capacities: int) -> Stateful:
     cluster = Stateful(
         Lifecycle(MachineState("engine", config, itertools.count(1), block_bytes=100)), random.Random(seed)
     )
-    cluster.life.keep_states()
+    cluster.life.keep_states(100)
     for capacity in capacities:
         cluster.add_worker(capacity)
     return cluster
@@ -127,7 +148,7 @@ def test_a_sequence_that_lost_any_block_is_computed_again_from_its_first_token()
     assert cluster.computed == before + 50 + generated
 
 
-def test_questions_begin_with_a_whole_document_at_its_home_or_with_nothing() -> None:
+def test_questions_begin_with_the_last_snapshot_of_their_document_at_its_home() -> None:
     cluster = stateful(0, 30, 30)
     cluster.ingest(0, prompt(0, 18))
     finish(cluster)
@@ -136,7 +157,41 @@ def test_questions_begin_with_a_whole_document_at_its_home_or_with_nothing() -> 
     assert {chunk.gang.home for chain in cluster.chunks for chunk in chain} == {home}
     ask(cluster, 2, prompt(0, 12, 7), document=0)
     finish(cluster)
-    assert (cluster.reused[1], cluster.reused[2]) == (16, 0)
+    assert (cluster.reused[1], cluster.reused[2]) == (16, 8)
+    assert cluster.missing == 0
+
+
+def test_prompts_leave_snapshots_near_their_beginning_their_end_and_where_they_part() -> None:
+    cluster = stateful(0, 60)
+    cluster.life.ledger.workers["w0"].places = 20
+    ask(cluster, 0, prompt(0, 90))
+    ends = {chunk.start + len(chunk.tokens) for chunk in cluster.chunks[0] if chunk.snapshot}
+    assert ends == {8, 16, 32, 64} | {88, 80, 64, 32}
+    finish(cluster)
+    ask(cluster, 1, prompt(0, 50, 30))  # nothing is kept between 32 and 64
+    assert [chunk.start for chunk in cluster.chunks[0]][:2] == [32, 40]
+    finish(cluster)
+    ask(cluster, 2, prompt(0, 50, 20))
+    assert cluster.chunks[0][0].start == 48
+    finish(cluster)
+    assert [cluster.tokens[number] for number in range(3)] == [expected(number, 9) for number in range(3)]
+    assert cluster.missing == 0
+
+
+def test_a_snapshot_goes_with_its_blocks_and_before_others_that_were_used() -> None:
+    cluster = stateful(0, 60)
+    for number in range(3):
+        ask(cluster, number, prompt(number, 20))
+        finish(cluster)
+    assert {number for number, _ in cluster.life.snapshots.recent["w0"]} == {1, 2}  # of four places, each takes two
+    for number, text in ((3, 1), (4, 4)):
+        ask(cluster, number, prompt(text, 20))
+        finish(cluster)
+    assert {number for number, _ in cluster.life.snapshots.recent["w0"]} == {1, 4}
+    ask(cluster, 5, prompt(5, 210), 30)
+    assert not cluster.life.cache.by_number
+    assert cluster.life.snapshots.of.keys() == {5}
+    finish(cluster)
     assert cluster.missing == 0
 
 
@@ -220,6 +275,8 @@ def test_every_request_ends_once_with_right_tokens_and_nothing_is_left(
         cluster.stop(number)
     settle(cluster)
     assert_nothing_left(cluster)
+    assert not any(states.sequences() for states in cluster.states.values())
+    assert not cluster.life.snapshots.of
 
 
 @settings(max_examples=examples(100), deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ class Home:
         kept = HomeState(self.windows)
         self.states, self.files = kept.states, HomeFiles(kept, template)
 
+    def read(self, sequence: int, folder: LocalFolder, files: Iterable[SavedFile]) -> None:
+        for file in self.files.wanted(TOKENS, files):
+            rows = self.files.rows(folder, file, 0, self.files.shape(file)[0], Watch())
+            self.files.fill(sequence, file, rows, Watch())
+
     def fill(self) -> None:
         self.states.put(1, TOKENS, {slot: torch.randn_like(one) for slot, one in TEMPLATE.items()})
         self.windows.put(1, TOKENS)
@@ -55,7 +61,7 @@ def test_another_home_goes_on_with_the_same_bytes(folder: LocalFolder) -> None:
         ("state", 0, TOKENS), ("window", 24, TOKENS),
     ]  # fmt: skip
     other.windows.put(9, 16)  # its blocks are others
-    other.files.read(7, TOKENS, folder, [SavedFile("blocks-00ff-0-48.arrow", 0, 48, 9, 9), *files], Watch())
+    other.read(7, folder, [SavedFile("blocks-00ff-0-48.arrow", 0, 48, 9, 9), *files])
     mine, theirs = one.states.begin(1, TOKENS), other.states.begin(7, TOKENS)
     assert all(torch.equal(mine[slot], theirs[slot]) for slot in TEMPLATE)
     pools = [(one.windows.pool, 1), (other.windows.pool, 7)]
@@ -73,7 +79,7 @@ def test_what_is_missing_damaged_or_of_another_length_is_said(kind: str, folder:
     rest = [file for name, file in files.items() if name != kind]
     for wrong in ([], [files[kind]._replace(stop=40)]):
         with pytest.raises(SavedDocumentError, match=f"no {kind} of layers after 48 tokens"):
-            other.files.read(1, TOKENS, folder, rest + wrong, Watch())
+            other.read(1, folder, rest + wrong)
     path = Path(folder.place) / files[kind].name
     data = bytearray(path.read_bytes())
     held = {
@@ -83,7 +89,7 @@ def test_what_is_missing_damaged_or_of_another_length_is_said(kind: str, folder:
     data[data.index(held[kind].numpy().tobytes()[:16])] ^= 1
     path.write_bytes(data)
     with pytest.raises(SavedDocumentError, match="damaged"):
-        other.files.read(1, TOKENS, folder, files.values(), Watch())
+        other.read(1, folder, files.values())
 
 
 def test_what_is_not_here_cannot_be_written_and_leaves_nothing(folder: LocalFolder) -> None:

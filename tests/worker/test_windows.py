@@ -114,10 +114,12 @@ def test_what_is_seen_is_there_in_bounded_room_whatever_runs_again(
         length += count
         assert kept.pool.used_blocks <= kept.each
         if not length % block_tokens:
-            kept.windows.begin(2, length, length + 1, [1])
+            kept.windows.adopt(2, 1, length)
+            kept.windows.begin(2, length, length + 1)
             kept.check(2, length, 0)
             kept.windows.drop(2)
+    kept.windows.adopt(3, 1, length + 1)
     with pytest.raises(StateLostError, match="from its first token"):
-        kept.windows.begin(3, length + 1, length + 2, [1])
+        kept.windows.begin(3, length + 1, length + 2)
     kept.windows.drop(1)
     assert kept.pool.used_blocks == 0

@@ -35,14 +35,14 @@ def find(life: MachineState, tokens: array[int], near: str) -> tuple[int, int] |
     some = list(islice(found, CANDIDATES))
     there = (number for number in some if _worker_at(life.cache.by_number[number], length - 1) == near)
     number = next(there, some[0])
-    return (number, length) if _begins(life, number, tokens, length) else None
+    return (number, length) if begins(life, number, tokens, length) else None
 
 
 def _worker_at(cached: Cached, position: int) -> str:
     return next(span.worker for span in cached.spans if position < span.stop)
 
 
-def _begins(life: MachineState, number: int | None, tokens: array[int], length: int) -> bool:
+def begins(life: MachineState, number: int | None, tokens: array[int], length: int) -> bool:
     """Whether a prompt really begins like a sequence: hashes may agree by chance."""
     while number is not None:
         cached = life.cache.by_number.get(number)

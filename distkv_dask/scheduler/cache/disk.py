@@ -30,15 +30,24 @@ from distkv_dask.scheduler.records.states import Fetching, Spilling
 def pays(life: MachineState, request: Request) -> bool:
     """Whether a sequence at rest should go to a lower tier: there is room, and computing it again takes longer."""
     account, sizes = life.ledger.sequences[request.sequence], _sizes(life, request)
-    if account.lost or life.ledger.has_states or not sizes:
+    if account.lost or not sizes or not _can_go_on(life, request):
         return False
     seconds = 0.0
     for worker, size in sizes.items():
-        if (tier := _tier_for(life, worker, size)) is None:
+        if (tier := _tier_for(life, request, worker, size)) is None:
             return False
         seconds = max(seconds, 2 * size / tier.rate)
     own = account.length - request.reused
     return seconds < life.policy.model.of(account.home).prefill(own, request.reused)
+
+
+def _can_go_on(life: MachineState, request: Request) -> bool:
+    """Whether a sequence can go on from what would be written: all known tokens, and what its home has beside KV."""
+    if life.ledger.sequences[request.sequence].length < request.known_tokens:
+        return False
+    if not life.ledger.has_states or not request.is_document:
+        return True
+    return len(request.prompt) in life.snapshots.of.get(request.sequence, ())
 
 
 def begin_spill(life: MachineState, request: Request) -> None:
@@ -46,7 +55,7 @@ def begin_spill(life: MachineState, request: Request) -> None:
     state, disks, sequence = request.state, life.disks, request.sequence
     assert isinstance(state, Spilling)
     sizes = _sizes(life, request)
-    in_memory = {worker for worker, size in sizes.items() if _tier_for(life, worker, size) is disks.memory}
+    in_memory = {worker for worker, size in sizes.items() if _tier_for(life, request, worker, size) is disks.memory}
     disks.spills += 1
     number, copy = -disks.spills, Copy(-disks.spills, sizes, life.now, in_memory=in_memory)
     for worker, size in sizes.items():
@@ -55,12 +64,20 @@ def begin_spill(life: MachineState, request: Request) -> None:
     disks.copies[sequence] = copy
     disks.numbers[number] = sequence
     account = life.ledger.sequences[sequence]
-    ranges = ranges_of(account.own, account.length)
-    state.answering, state.asked = set(ranges), life.now
-    for worker, some in ranges.items():
+    ranges, home = ranges_of(account.own, account.length), with_home(life, request)
+    state.answering, state.asked = {*ranges, *home}, life.now
+    for worker in dict.fromkeys([*ranges, *home]):
+        some = ranges.get(worker, ())
         place, where = (HOST_MEMORY, HOST_MEMORY) if worker in in_memory else (OWN_DISK, "disk")
         life.command(Note("spill", f"tokens {in_words(some)} of sequence {sequence} to the {where} of {worker}"))
-        life.command(Store(worker, number, sequence, some, Saved(place, tag=f"{sequence}{number}")))
+        saved = Saved(place, tag=f"{sequence}{number}")
+        life.command(Store(worker, number, sequence, some, saved, home.get(worker, 0)))
+
+
+def with_home(life: MachineState, request: Request) -> dict[str, int]:
+    """The home of a sequence, if it has more of it than blocks, and after how many tokens."""
+    home = life.ledger.sequences[request.sequence].home
+    return {home: request.known_tokens} if life.ledger.has_states and request.known_tokens else {}
 
 
 def stored(life: MachineState, event: Stored) -> Request | None:
@@ -127,9 +144,14 @@ def worker_lost(life: MachineState, worker: str) -> None:
             forget_copy(life, life.requests[number])
 
 
-def _tier_for(life: MachineState, worker: str, size: int) -> Tier | None:
-    """The first tier of a worker with room for ``size`` bytes, after evictions if needed; None if there is none."""
+def _tier_for(life: MachineState, request: Request, worker: str, size: int) -> Tier | None:
+    """The first tier of a worker with room for ``size`` bytes, after evictions if needed; None if there is none.
+
+    What a home has beside blocks only goes to its disk.
+    """
     disks = life.disks
+    if worker in with_home(life, request):
+        return disks.disk if size <= disks.disk.capacity.get(worker, 0) else None
     stays = disks.memory.used[worker] - sum(
         disks.copies[one.sequence].bytes[worker] for one in _movable(life, worker, disks.memory)
     )
@@ -179,6 +201,8 @@ def _sizes(life: MachineState, request: Request) -> Counter[str]:
     account, sizes = life.ledger.sequences[request.sequence], Counter[str]()
     for worker, ranges in ranges_of(account.own, account.length).items():
         sizes[worker] = sum(life.ledger.blocks(stop - start) for start, stop in ranges) * life.block_bytes
+    for worker in with_home(life, request):
+        sizes[worker] += life.home_bytes
     return sizes
 
 

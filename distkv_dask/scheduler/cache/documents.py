@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.to_worker import Free
-from distkv_dask.scheduler.cache import disk, prefix_cache
+from distkv_dask.scheduler.cache import disk, prefix_cache, snapshots
 from distkv_dask.scheduler.cache.repair import repaired
 from distkv_dask.scheduler.policies.shared_prefix import common_tokens
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -60,8 +60,9 @@ def share(life: MachineState, request: Request, submitted: float) -> bool:
         request.prompt = document.prompt
     own = len(request.prompt) - (not request.saves)  # a question's last token has to be computed
     request.reused = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
-    if life.ledger.has_states and request.reused < len(document.prompt):
-        request.reused = 0  # there is a state at the document's end only
+    if life.ledger.has_states and request.reused and not request.saves:
+        request.common = request.reused
+        request.begins, request.reused = snapshots.nearest(life, document.sequence, request.common) or (None, 0)
     return True
 
 
@@ -74,6 +75,9 @@ def stored(life: MachineState, request: Request, before: State) -> None:
     if request.prompt:
         life.ledger.make_document(request.sequence, len(request.prompt))
         life.index.add(request.sequence, request.prompt)
+        if life.ledger.has_states:
+            home = life.ledger.sequences[request.sequence].home
+            life.snapshots.add(request.sequence, len(request.prompt), home)
     if not request.announced:
         request.announced = True
         account = life.ledger.sequences.get(request.sequence)
@@ -90,13 +94,14 @@ def become_document(life: MachineState, request: Request, before: State) -> None
     request.prompt = array("i", [*request.prompt, *request.generated])[:tokens]
     request.generated, request.is_document, request.announced, request.used = [], True, True, life.now
     request.alone = False
-    no_state = life.ledger.has_states  # at the end of its whole blocks
-    if account.lost or account.moves or not tokens or no_state:
+    if account.lost or account.moves or not tokens:
         life.recommend(request, Dropped())
         return
     life.index.add(request.sequence, request.prompt)
+    snapshots.end(life, request.sequence, account.home, tokens)
     for span in life.ledger.make_document(request.sequence, tokens):
         life.command(Free(span.worker, request.sequence, span.start, span.stop))
+    snapshots.make_room(life, account.home)  # perhaps another one, without the last blocks
     _wake(life, request)
 
 
@@ -229,7 +234,7 @@ def evict(life: MachineState) -> bool:
         needed |= {head.document, *accounts[head.document].documents}
     idle = resting - needed
     if life.ledger.has_states and head.document in accounts:  # it waits for a place at its document's home
-        idle = {number for number in idle if accounts[number].home == accounts[head.document].home}
+        idle = {number for number in idle if accounts[number].home == head.home}
     if idle and room_with(life, idle | leaving) >= life.ledger.blocks(head.tokens):
         last = (life.requests[number] for number in idle if not accounts[number].sharers)
         oldest = min(last, key=lambda one: (one.used, one.sequence))

@@ -16,7 +16,7 @@ from array import array
 from distkv_dask.messages.to_worker import Free, Release, Reserve
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.scheduler.cache import beginnings
+from distkv_dask.scheduler.cache import beginnings, snapshots
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.records.cached import Cached
@@ -50,7 +50,7 @@ def share_cached(life: MachineState, number: int, tokens: int, user: int) -> Non
 def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) -> None:
     """Make a sequence that is shared again a document, which nobody has named."""
     number = cached.number
-    life.ledger.reserve(number, placement, cached.held, idle=True)
+    life.ledger.reserve(number, placement, cached.held, idle=True, cached=True)
     life.ledger.commit(number, cached.held)
     life.requests[number] = Request(
         number, array("i"), SamplingParams(), life.now, document=cached.parent, is_document=True, cached=True,
@@ -93,7 +93,8 @@ def free_or_cache(life: MachineState, request: Request) -> None:
     else:
         for child in life.cache.beyond(request.sequence, 0):
             _cut(life, child, child.start)
-        for worker in workers:
+        home = snapshots.drop(life, request.sequence)
+        for worker in dict.fromkeys([*workers, *home]):
             life.command(Release(worker, request.sequence))
 
 
@@ -113,7 +114,9 @@ def _worth_caching(life: MachineState, request: Request, account: SequenceAccoun
         return None
     tokens = request.known[:stop]
     keys = list(chain(tokens, size))[start // size :]
-    if start and keys[-1] in cache.index:  # the one whose beginning it shared went on just like that
+    has_snapshots = request.sequence in life.snapshots.of
+    if start and keys[-1] in cache.index and not has_snapshots:
+        # the one whose beginning it shared went on just like that
         cache.touch(next(iter(cache.index[keys[-1]])))
         return None
     spans = tuple(clipped(account.own, start, stop))
@@ -124,13 +127,20 @@ def _add(life: MachineState, cached: Cached, account: SequenceAccount, workers: 
     """Cache a sequence's whole blocks, and free the room that it did not need."""
     life.cache.add(cached)
     _set_bounds(life, cached, cached.start, cached.stop)
-    there = {span.worker for span in cached.spans}
+    snapshots.end(life, cached.number, account.home, cached.stop)
+    there = _there(life, cached)
     for worker in workers:
         if worker not in there:
             life.command(Release(worker, cached.number))
     for span in clipped(account.own, cached.stop, account.stop):
         if span.worker in there:
             life.command(Free(span.worker, cached.number, span.start, span.stop))
+
+
+def _there(life: MachineState, cached: Cached) -> set[str]:
+    """Workers that keep something of a sequence."""
+    home = life.snapshots.homes.get(cached.number)
+    return {*(span.worker for span in cached.spans), *([home] if home is not None else [])}
 
 
 # Room
@@ -146,6 +156,7 @@ def make_room(life: MachineState, worker: str) -> None:
 
 def allocate(life: MachineState, sequence: int) -> None:
     """Let the workers allocate what the ledger reserved for a sequence; cached blocks go first."""
+    snapshots.make_room(life, life.ledger.sequences[sequence].home)
     for span in life.ledger.sequences[sequence].own:
         make_room(life, span.worker)
         life.command(Reserve(span.worker, sequence, span.start, span.stop))
@@ -213,7 +224,8 @@ def _cut(life: MachineState, cached: Cached, stop: int) -> None:
         _cut(life, child, child.start)
     gone = list(clipped(cached.spans, stop, cached.stop))
     _set_bounds(life, cached, cached.held, stop)
-    there = {span.worker for span in cached.spans}
+    snapshots.forget(life, cached.number, stop)
+    there = _there(life, cached)
     for worker in dict.fromkeys(span.worker for span in gone if span.worker in life.ledger.workers):
         if worker not in there:
             life.command(Release(worker, cached.number))

@@ -7,12 +7,13 @@ paid for in every step, where a worker with the beginning has to be asked or has
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from distkv_dask.placement import Placement, Span
-from distkv_dask.scheduler.cache import beginnings, prefix_cache
+from distkv_dask.scheduler.cache import beginnings, prefix_cache, snapshots
 from distkv_dask.scheduler.ledger.placements import clipped, shifted
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -25,7 +26,11 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     if not life.cache or not request.is_plain or released:
         return ask, placement
     known = request.known
-    found = beginnings.find(life, known[: len(known) - 1], placement[-1].worker)  # the last one has to be computed
+    beginning = known[: len(known) - 1]  # the last one has to be computed
+    found = beginnings.find(life, beginning, placement[-1].worker)
+    if found is not None and life.ledger.has_states:
+        request.common = max(request.common, found[1])
+        found = _with_snapshot(life, beginning)
     if found is None or found[1] <= ask.shared or not beginnings.can_be_shared(life, found[0]):
         return ask, placement
     better = _better(life, request, ask, placement, *found)
@@ -33,9 +38,15 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
         return ask, placement
     if request.document is not None:
         life.requests[request.document].dependents.discard(request.sequence)
-    request.document, request.borrows, request.reused = found[0], True, found[1]
+    request.document, request.borrows, request.reused, request.begins = found[0], True, found[1], found[0]
     prefix_cache.share_cached(life, *found, request.sequence)
     return better
+
+
+def _with_snapshot(life: MachineState, tokens: array[int]) -> tuple[int, int] | None:
+    """The cached sequence with the last snapshot in a prompt's beginning, and how many tokens that is after."""
+    some = ((number, length) for number, length in snapshots.find(life, tokens) if number in life.cache.by_number)
+    return next((one for one in some if beginnings.begins(life, one[0], tokens, one[1])), None)
 
 
 def _better(
@@ -43,7 +54,8 @@ def _better(
 ) -> tuple[Ask, Placement] | None:
     """The request and its placement with a cached beginning, if it takes less time than without."""
     more = tokens - ask.shared
-    less = replace(ask, document=document, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more)
+    home = life.snapshots.homes[document] if life.ledger.has_states else ""
+    less = replace(ask, document=document, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more, home=home)
     prefix = beginnings.prefix(life, document, tokens)
     some = [((*prefix, *rest), less) for rest in _rests(life, ask, less, placement, prefix)]
     best, asked = min([(placement, ask), *some], key=lambda one: _seconds(life, request, one[1], one[0]))
@@ -60,7 +72,7 @@ def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix
     if any(life.ledger.workers[span.worker].retiring for span in prefix):
         return
     anyway = tuple(clipped(placement, less.shared, placement[-1].stop))
-    behind = (Span(prefix[-1].worker, less.shared, placement[-1].stop),)
+    behind = (Span(less.home or prefix[-1].worker, less.shared, placement[-1].stop),)
     ahead = next(life.queue.turns(), None)
     rank = life.policy.rank
     passes = ahead is not None and rank(life.ledger, ahead) < rank(life.ledger, ask)
@@ -69,7 +81,7 @@ def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix
         workers = missing.keys() | {span.worker for span in rest}
         if passes and not workers <= {span.worker for span in placement}:
             continue  # it may not take the room that another one waits for
-        if rest and _fits(life, missing, rest):
+        if rest and less.home in ("", rest[-1].worker) and _fits(life, missing, rest):
             yield rest
 
 

@@ -101,7 +101,7 @@ class EngineState:
         self.life.block_bytes = facts.block_bytes
         self.geometry = facts.geometry
         if self.geometry.home_bytes:
-            self.life.keep_states()
+            self.life.keep_states(self.geometry.home_bytes)
         measured = {name: one.measured for name, one in self.facts.items()}
         self.life.know_costs(fit_model(self.geometry, measured, PRESET))
         self._answered(facts.worker)

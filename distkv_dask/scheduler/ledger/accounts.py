@@ -114,7 +114,8 @@ class SequenceAccount:
     """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
 
     ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
-    blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch. ``sharers`` are
+    blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch; one that was
+    ``cached`` has none even where homes keep more than KV of documents. ``sharers`` are
     the sequences in whose placements spans of it stand.
     """
 
@@ -124,6 +125,7 @@ class SequenceAccount:
     moves: list[Move] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
     idle: bool = False
+    cached: bool = False
     sharers: set[int] = field(default_factory=set)
 
     @property

@@ -113,6 +113,6 @@ class Books:
                 entry.homes.pop(sequence, None)
             else:
                 entry.held[sequence] = wanted[worker]
-                if worker == home and (self.has_states or not account.idle):
+                if worker == home and (not account.idle or (self.has_states and not account.cached)):
                     entry.homes[sequence] = None
             self.room.enter_worker(entry)

@@ -44,7 +44,9 @@ def check_ledger(ledger: Ledger) -> None:
         homes = {n for n in held[worker] if ledger.sequences[n].home == worker}
         guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
         assert entry.held == held[worker], (worker, entry)
-        placed = {n for n in homes if ledger.has_states or not ledger.sequences[n].idle}
+        placed = {
+            n for n in homes if not ledger.sequences[n].idle or (ledger.has_states and not ledger.sequences[n].cached)
+        }
         assert entry.homes.keys() == placed, (worker, entry)
         assert entry.used == sum(held[worker].values()) <= entry.capacity - entry.cached, (worker, entry)
         assert entry.cached >= 0, (worker, entry)

@@ -59,10 +59,12 @@ class Ledger(Books):
 
     # Sequences
 
-    def reserve(self, sequence: int, placement: Placement, prompt: int = 0, *, idle: bool = False) -> None:
+    def reserve(
+        self, sequence: int, placement: Placement, prompt: int = 0, *, idle: bool = False, cached: bool = False
+    ) -> None:
         """Reserve the blocks of a placement that the policy chose from this very ledger, for a prompt so long.
 
-        Nothing will be decoded of an ``idle`` one.
+        Nothing will be decoded of an ``idle`` one; a ``cached`` one ended before.
 
         Spans of documents are shared: they take no blocks, and cannot be freed or moved before the sequence is
         released.
@@ -83,7 +85,7 @@ class Ledger(Books):
             account = self.workers.get(worker)
             if account is None or account.free < blocks:
                 raise ValueError(f"sequence {sequence}: {blocks} blocks on {worker} do not fit the ledger")
-        self.sequences[sequence] = SequenceAccount(placement, prompt, idle=idle)
+        self.sequences[sequence] = SequenceAccount(placement, prompt, idle=idle, cached=cached)
         for document in self.sequences[sequence].documents:
             self.sequences[document].sharers.add(sequence)
         self._count(sequence, +1)

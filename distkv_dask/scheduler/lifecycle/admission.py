@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from distkv_dask.scheduler.cache import documents, prefix_cache, reuse
+from distkv_dask.scheduler.cache import documents, prefix_cache, reuse, snapshots
 from distkv_dask.scheduler.lifecycle.preemption import make_way
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -30,6 +30,7 @@ def admit(life: MachineState) -> None:
         ask, placement = reuse.share(life, request, *chosen)
         life.queue.reserve(ask, placement)
         request.admitted = request.admitted or life.now
+        snapshots.begin(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
         transition(life, request, _first(request, ask.shared))
 

@@ -37,17 +37,18 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     assert saved is not None
     assert isinstance(state, FilesUnderWay)
     ranges = disk.ranges_of(account.placement if request.saves else account.own, request.known_tokens)
-    state.answering, state.asked = set(ranges), life.now
-    for worker, some in ranges.items():
-        home = request.known_tokens if life.ledger.has_states and worker == account.home else 0
+    home = disk.with_home(life, request)
+    state.answering, state.asked = {*ranges, *home}, life.now
+    for worker in dict.fromkeys([*ranges, *home]):
+        some = ranges.get(worker, ())
         if request.saves:
             assert request.document is not None
-            life.command(Store(worker, request.sequence, request.document, some, saved, home))
+            life.command(Store(worker, request.sequence, request.document, some, saved, home.get(worker, 0)))
             continue
         if saved.place == OWN_DISK:
             text = f"tokens {disk.in_words(some)} of sequence {request.sequence} from disk to {worker}"
             life.command(Note("restore", text))
-        life.command(Fetch(worker, request.sequence, some, saved, home))
+        life.command(Fetch(worker, request.sequence, some, saved, home.get(worker, 0)))
 
 
 # Written

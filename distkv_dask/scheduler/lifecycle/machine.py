@@ -12,7 +12,7 @@ from distkv_dask.errors import DistKVError, StateLostError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.sampling import FinishReason, SamplingParams
-from distkv_dask.scheduler.cache import disk, documents, prefix_cache
+from distkv_dask.scheduler.cache import disk, documents, prefix_cache, snapshots
 from distkv_dask.scheduler.commands import Command, Refuse
 from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
@@ -150,6 +150,7 @@ class Lifecycle:
             return
         lost = life.ledger.remove_worker(worker)
         lost = [number for number in lost if not isinstance(life.requests[number].state, Retiring)]
+        snapshots.worker_lost(life, worker)
         prefix_cache.worker_lost(life, worker)
         life.calibration.forget_worker(worker)
         life.leaving.discard(worker)

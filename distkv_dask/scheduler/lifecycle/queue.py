@@ -18,7 +18,7 @@ def enqueue(life: MachineState, request: Request, before: State) -> None:
     if request.sequence in life.queue:
         return
     submitted, priority = _turn(life, request, state)
-    request.reused = 0
+    request.reused, request.common, request.begins = 0, 0, None
     has_document = request.document is not None and not request.alone
     if has_document and not documents.share(life, request, submitted):
         return
@@ -31,6 +31,7 @@ def enqueue(life: MachineState, request: Request, before: State) -> None:
         document=request.document if request.reused else None,
         shared=request.reused,
         is_document=request.is_document,
+        home=life.snapshots.homes.get(request.begins, "") if request.begins is not None else "",
     )
     rank = life.policy.rank(life.ledger, ask) if state.rank is None else state.rank
     request.rank = min(rank, state.latest)

@@ -41,6 +41,8 @@ class Ask:
         The document whose first ``shared`` tokens it begins with; policies place the rest.
     is_document
         It will be kept, for others to share.
+    home
+        The worker that has what it begins with, beside KV; empty if any will do.
     """
 
     sequence: int
@@ -51,6 +53,7 @@ class Ask:
     document: int | None = None
     shared: int = 0
     is_document: bool = False
+    home: str = ""
 
 
 @dataclass(frozen=True, slots=True)

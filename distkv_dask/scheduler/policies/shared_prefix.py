@@ -20,8 +20,8 @@ def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) ->
     if ask.document is not None and not ask.tokens:
         return shared(ledger.sequences[ask.document].placement, ask.document, ask.shared)
     if ask.document is not None:
-        own = _near(ledger, ask) if ahead is None or ledger.has_states else None
-        if not ledger.has_states:
+        own = _near(ledger, ask) if ahead is None or ask.home else None
+        if not ask.home:
             own = own or policy.place(ledger, ask, ahead)
         return None if own is None else shared(
             ledger.sequences[ask.document].placement, ask.document, ask.shared
@@ -43,10 +43,8 @@ def _near(ledger: Ledger, ask: Ask) -> Placement | None:
     account = ledger.sequences[ask.document]
     others = Counter(ledger.sequences[n].home for n in account.sharers if not ledger.sequences[n].idle)
     need = ledger.blocks(ask.tokens)
-    near = (
-        [] if ledger.has_states else [name for name, _ in others.most_common()]
-    )  # the state is at the document's home
-    for name in dict.fromkeys([*near, account.home]):
+    near = [ask.home] if ask.home else [*(name for name, _ in others.most_common()), account.home]
+    for name in dict.fromkeys(near):
         worker = ledger.workers.get(name)
         if worker is None or not worker.can_decode or worker.retiring:
             continue

@@ -21,6 +21,7 @@ from distkv_dask.scheduler.records.disks import Disks
 from distkv_dask.scheduler.records.moves import Moves
 from distkv_dask.scheduler.records.prefix_index import PrefixIndex
 from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.snapshots import Snapshots
 from distkv_dask.scheduler.records.starts import Starts
 from distkv_dask.scheduler.records.states import State
 from distkv_dask.scheduler.records.window_chain import WindowChain
@@ -49,6 +50,8 @@ class MachineState:
     numbers: Iterator[int]
     pacer: Pacer = field(default_factory=Pacer)
     block_bytes: int = 0
+    home_bytes: int = 0
+    """Bytes that a home has of a sequence beside KV in blocks."""
     now: float = 0.0
     """The gManager's clock at the event that is being handled, in seconds."""
     ledger: Ledger = field(init=False)
@@ -71,6 +74,7 @@ class MachineState:
     """Stored documents by how they begin."""
     cache: CachedSequences = field(init=False)
     """Sequences that ended and whose blocks stay."""
+    snapshots: Snapshots = field(default_factory=Snapshots)
     disks: Disks = field(default_factory=Disks)
     largest_blocks: int = 0
     """Blocks of the largest request that could ever run."""
@@ -112,10 +116,9 @@ class MachineState:
         """Let the policy decide by this model from now on, calibrated by what windows take."""
         self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
-    def keep_states(self) -> None:
-        """The model has recurrent layers: sequences stay at their homes, and begin at a document's end or at 0."""
-        self.ledger.has_states = True
-        self.cache.enabled = False
+    def keep_states(self, nbytes: int) -> None:
+        """Homes have so many bytes of a sequence beside KV: it stays there, and begins with a snapshot or at 0."""
+        self.ledger.has_states, self.home_bytes = True, nbytes
 
     def command(self, command: Command) -> None:
         """Ask the gManager for something."""

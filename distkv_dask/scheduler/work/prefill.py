@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.placement import Placement
+from distkv_dask.scheduler.cache import snapshots
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.policies.queue import prefill_slots
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -79,7 +80,10 @@ def submit_chunks(life: MachineState, request: Request) -> None:
         step = min(step, SCORED_TOKENS)
     chunks: list[PrefillChunk] = []
     ranges = [*state.lost, (state.start, len(known))]
-    pieces = (piece for first, last in ranges for piece in cut_prompt(placement, first, last, step))
+    if parts := snapshots.border(life, request, state.start):
+        ranges[-1:] = [(state.start, parts), (parts, len(known))]
+    pieces = [piece for first, last in ranges for piece in cut_prompt(placement, first, last, step)]
+    kept = snapshots.plan(life, request, [last for _, _, last in pieces])
     for holder, first, last in pieces:
         computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
         worker = holder if computes else account.home
@@ -100,6 +104,7 @@ def submit_chunks(life: MachineState, request: Request) -> None:
                 tuple((token,) for token in known[first + 1 : last + 1]) if best is not None else (),
                 best or 0,
                 choices,
+                last in kept,
             )
         )
     state.chunks = {chunk.gang.number: chunk for chunk in chunks}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError, SavedDocumentError, portable
 from distkv_dask.filesystems import folder_at
+from distkv_dask.folder import Folder
 from distkv_dask.messages.from_worker import Fetched, FromWorker, Stored
 from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SavedFile, SpilledFile
 from distkv_dask.watch import Watch, watched
@@ -90,7 +91,7 @@ class BlockFiles:
         try:
             if saved.place in (OWN_DISK, HOST_MEMORY):
                 loop = asyncio.get_running_loop()
-                files = await loop.run_in_executor(self._disk, self.spilled.write, Watch(), sequence, ranges, saved)
+                files = await loop.run_in_executor(self._disk, self._spill, sequence, ranges, saved, home)
             else:
                 what = f"saving in {saved.place}"
                 files = await watched(self._standstill, what, self._write, sequence, ranges, saved, home)
@@ -109,8 +110,8 @@ class BlockFiles:
         try:
             files = [file for file in saved.files if file.name.startswith(BLOCKS)]
             if home and self._home is not None:
-                what = f"reading in {saved.place}"
-                await watched(self._standstill, what, self._read_home, sequence, home, saved)
+                for file in self._home.wanted(home, saved.files):
+                    await self._fetch_home(peer, sequence, saved, file, self._home)
             for start, stop in ranges:
                 if (gap := uncovered(start, stop, files)) < stop:
                     raise SavedDocumentError(f"tokens {gap} to {stop} of sequence {sequence} are in none of its files")
@@ -132,9 +133,12 @@ class BlockFiles:
         SavedDocumentError
             It is not there or damaged.
         """
-        return await watched(
-            self._standstill, f"reading {file.name} for another worker", self.spilled.rows, file, first, count
-        )
+        rows = self.spilled.rows if file.name.startswith(BLOCKS) else self._rows_of_home
+        return await watched(self._standstill, f"reading {file.name} for another worker", rows, file, first, count)
+
+    def _rows_of_home(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
+        assert self._home is not None
+        return np.stack(list(self._home.rows(self.spilled.folder, file, first, count, watch)))
 
     def demote(self, files: Iterable[SpilledFile]) -> None:
         """Move what is spilled here from host memory to disk, after all that was asked before."""
@@ -161,9 +165,32 @@ class BlockFiles:
         blocks = write_files(self._pool, sequence, ranges, folder, saved.tag, watch, durable=True)
         return all_or_none(chain(more, blocks), folder.delete)
 
-    def _read_home(self, watch: Watch, sequence: int, tokens: int, saved: Saved) -> None:
-        assert self._home is not None
-        self._home.read(sequence, tokens, folder_at(saved.place), saved.files, watch)
+    def _spill(
+        self, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int
+    ) -> tuple[SavedFile, ...]:
+        watch, folder = Watch(), self.spilled.folder
+        more: Iterable[SavedFile] = ()
+        if home and self._home is not None:
+            folder.make()
+            more = self._home.write(sequence, home, folder, saved.tag, watch, durable=False)
+        return all_or_none(chain(more, self.spilled.write(watch, sequence, ranges, saved)), self.spilled.delete)
+
+    async def _fetch_home(
+        self, peer: Peer, sequence: int, saved: Saved, file: SavedFile | SpilledFile, home: HomeFiles
+    ) -> None:
+        """Have here what a file says that a home has beside blocks."""
+        if isinstance(file, SpilledFile) and file.worker != self._worker:
+            count, size = home.shape(file)
+            rows = [row async for some in self._rows_of(peer, file, 0, count, size) for row in some]
+            await asyncio.get_running_loop().run_in_executor(None, home.fill, sequence, file, rows, Watch())
+            return
+        folder = self.spilled.folder if isinstance(file, SpilledFile) else folder_at(saved.place)
+        what = f"reading {file.name} in {folder.place}"
+        await watched(self._standstill, what, self._read_home, sequence, folder, file, home)
+
+    @staticmethod
+    def _read_home(watch: Watch, sequence: int, folder: Folder, file: SavedFile | SpilledFile, home: HomeFiles) -> None:
+        home.fill(sequence, file, home.rows(folder, file, 0, home.shape(file)[0], watch), watch)
 
     def _read(
         self, watch: Watch, sequence: int, start: int, stop: int, saved: Saved, file: SavedFile | SpilledFile
@@ -176,13 +203,20 @@ class BlockFiles:
     async def _ask(self, peer: Peer, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill blocks from a file on another worker's disk."""
         into, first = blocks_within(self._pool, sequence, start, stop, file)
-        step = max(1, PIECE_BYTES // self._pool.block_bytes)
-        for at in range(0, len(into), step):
-            some = into[at : at + step]
-            rows = await asyncio.wait_for(peer(file, first + at, len(some)), self._silence)
+        async for rows in self._rows_of(peer, file, first, len(into), self._pool.block_bytes):
+            some, into = into[: len(rows)], into[len(rows) :]
+            await asyncio.get_running_loop().run_in_executor(None, self._fill, some, rows)
+
+    async def _rows_of(
+        self, peer: Peer, file: SpilledFile, first: int, count: int, size: int
+    ) -> AsyncIterator[np.ndarray]:
+        """Rows of a file on another worker's disk, uint8 [n, size], a few at once."""
+        step = max(1, PIECE_BYTES // size)
+        for at in range(0, count, step):
+            rows = await asyncio.wait_for(peer(file, first + at, min(step, count - at)), self._silence)
             if isinstance(rows, str):
                 raise SavedDocumentError(rows)
-            await asyncio.get_running_loop().run_in_executor(None, self._fill, some, rows)
+            yield rows
 
     def _fill(self, blocks: list[int], rows: np.ndarray) -> None:
         for block, row in zip(blocks, rows, strict=True):

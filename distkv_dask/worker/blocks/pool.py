@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -105,6 +106,7 @@ class Pool:
         self._lock = threading.Lock()
         self._runs = {0: blocks} if blocks else {}
         self._tables: dict[int, dict[int, int]] = {}
+        self._sharers: Counter[int] = Counter()
 
     def keys(self, layer: int) -> torch.Tensor:
         """Keys of a layer, a view [blocks, kv_heads, block_tokens, head_dim]."""
@@ -159,7 +161,7 @@ class Pool:
     def used_blocks(self) -> int:
         """Number of blocks that belong to sequences."""
         with self._lock:
-            return sum(map(len, self._tables.values()))
+            return sum(map(len, self._tables.values())) - self._sharers.total()
 
     def table(self, sequence: int) -> tuple[int, ...]:
         """Ids of all blocks that a sequence has here, in the order of its tokens."""
@@ -213,6 +215,21 @@ class Pool:
             if table:
                 self._tables[sequence] = table  # a new dict: lanes may be reading the old one
 
+    def share(self, source: int, sequence: int, start: int, stop: int) -> None:
+        """Let another sequence have the blocks of tokens ``[start, stop)`` as well, until both have freed them.
+
+        Raises
+        ------
+        PlanError
+            The source has no such blocks here.
+        """
+        with self._lock:
+            blocks = self.find(source, [(start, stop)])
+            self._sharers.update(blocks)
+            table = {**self._tables.get(sequence, {}), **dict(zip(self._logical(start, stop), blocks, strict=True))}
+            if table:
+                self._tables[sequence] = table
+
     def free(self, sequence: int, start: int, stop: int) -> None:
         """Free those of a sequence's blocks of tokens ``[start, stop)`` that are here."""
         with self._lock:
@@ -236,7 +253,10 @@ class Pool:
 
     def _give_back(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            self._runs[block] = 1
+            if self._sharers[block]:
+                self._sharers[block] -= 1
+            else:
+                self._runs[block] = 1
         merged: dict[int, int] = {}
         last = None
         for start in sorted(self._runs):

@@ -19,7 +19,6 @@ from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.host_tier import HostTier
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.blocks.storage import (
-    all_or_none,
     batch_rows,
     blocks_within,
     file_name,
@@ -51,31 +50,29 @@ class Spilled:
     ----------
     disk_bytes, host_bytes
         Bytes that each takes, at most.
+    folder
+        The own disk.
     """
 
     def __init__(self, pool: Pool, folder: Path, config: Config, host_bytes: int = 0) -> None:
         self.disk_bytes = min(config.spill, int(shutil.disk_usage(folder.parent).free * FREE_PART))
         self.place = str(folder)
         self.pool = pool
-        self._folder = LocalFolder(folder)
+        self.folder = LocalFolder(folder)
         self._host = HostTier(pool, host_bytes)
         self.host_bytes = self._host.capacity
         self._demoted: dict[str, SavedFile] = {}
 
     def write(
         self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved
-    ) -> tuple[SavedFile, ...]:
-        """Write token ranges of a sequence to where the gManager says; nothing is left if one cannot be written."""
+    ) -> Iterator[SavedFile]:
+        """Write token ranges of a sequence to where the gManager says, as they are asked for."""
         if saved.place == OWN_DISK:
-            self._folder.make()
-            return all_or_none(
-                write_files(self.pool, sequence, ranges, self._folder, saved.tag, watch), self._folder.delete
-            )
-        return all_or_none(self._to_memory(sequence, ranges, saved.tag), self.delete)
-
-    def _to_memory(self, sequence: int, ranges: Sequence[tuple[int, int]], tag: str) -> Iterator[SavedFile]:
+            self.folder.make()
+            yield from write_files(self.pool, sequence, ranges, self.folder, saved.tag, watch)
+            return
         for start, stop in ranges:
-            blocks, name = self.pool.find(sequence, [(start, stop)]), file_name(tag, start, stop)
+            blocks, name = self.pool.find(sequence, [(start, stop)]), file_name(saved.tag, start, stop)
             self._host.store(name, blocks)
             yield SavedFile(name, start, stop, len(blocks) * self.pool.block_bytes, 0)
 
@@ -85,14 +82,14 @@ class Spilled:
             into, first = blocks_within(self.pool, sequence, start, stop, file)
             self._host.fill(file.name, first, into, watch.change)
         else:
-            read_blocks(self.pool, sequence, start, stop, self._folder, self._on_disk(file), watch)
+            read_blocks(self.pool, sequence, start, stop, self.folder, self._on_disk(file), watch)
 
     def rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file, uint8 [count, bytes of a block], for another worker."""
         if file.name in self._host:
             return np.stack(list(self._host.read(file.name, first, count)))
         size, tokens = self.pool.block_bytes, self.pool.block_tokens
-        return np.stack(list(read_rows(self._folder, self._on_disk(file), size, tokens, first, count, watch)))
+        return np.stack(list(read_rows(self.folder, self._on_disk(file), size, tokens, first, count, watch)))
 
     def demote(self, file: SpilledFile) -> None:
         """Move a file from host memory to the disk; if it cannot be written it is lost, and reading it fails."""
@@ -102,8 +99,8 @@ class Spilled:
             np.stack(list(self._host.read(file.name, at, min(most, count - at)))) for at in range(0, count, most)
         )
         try:
-            self._folder.make()
-            written = write_batches(batches, size, self._folder, file.name, Watch(), durable=False)
+            self.folder.make()
+            written = write_batches(batches, size, self.folder, file.name, Watch(), durable=False)
             self._demoted[file.name] = SavedFile(file.name, file.start, file.stop, *written)
         finally:
             self._host.discard(file.name)
@@ -114,11 +111,11 @@ class Spilled:
             self._host.discard(name)
         else:
             self._demoted.pop(name, None)
-            self._folder.delete(name)
+            self.folder.delete(name)
 
     def close(self) -> None:
         """Delete everything. Can be called again."""
-        shutil.rmtree(self._folder.path, ignore_errors=True)
+        shutil.rmtree(self.folder.path, ignore_errors=True)
 
     def _on_disk(self, file: SpilledFile) -> SavedFile | SpilledFile:
         """A file as it is on the disk, where its size is another one than in memory."""

@@ -18,7 +18,6 @@ from distkv_dask.messages.names import SavedFile, SpilledFile
 from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.storage import (
     file_name,
-    read_blocks,
     read_rows,
     write_batches,
     write_blocks,
@@ -28,6 +27,8 @@ from distkv_dask.worker.home.home_state import HomeState
 
 STATE, WINDOW = "state", "window"
 """What names of such files begin with."""
+
+File = SavedFile | SpilledFile
 
 
 class HomeFiles:
@@ -49,7 +50,9 @@ class HomeFiles:
         self._template = dict(sorted(template.items()))
         self._device = device
 
-    def write(self, sequence: int, tokens: int, folder: Folder, tag: str, watch: Watch) -> Iterator[SavedFile]:
+    def write(
+        self, sequence: int, tokens: int, folder: Folder, tag: str, watch: Watch, durable: bool = True
+    ) -> Iterator[SavedFile]:
         """Save what a sequence has here after so many tokens as new files of a folder, as they are asked for.
 
         Raises
@@ -63,33 +66,59 @@ class HomeFiles:
             state = self._states.kept(sequence, tokens)
             row = np.concatenate([self._bytes(state[slot]) for slot in self._template])[None]
             name = file_name(tag, 0, tokens, STATE)
-            yield SavedFile(name, 0, tokens, *write_batches([row], row.size, folder, name, watch, True))
+            yield SavedFile(name, 0, tokens, *write_batches([row], row.size, folder, name, watch, durable))
         if self._windows is not None:
             pool, start = self._windows.pool, self._windows.kept(sequence, tokens)
             name = file_name(tag, start, tokens, WINDOW)
-            yield write_blocks(pool, sequence, start, tokens, folder, name, watch, True)
+            yield write_blocks(pool, sequence, start, tokens, folder, name, watch, durable)
 
-    def read(
-        self, sequence: int, tokens: int, folder: Folder, files: Iterable[SavedFile | SpilledFile], watch: Watch
-    ) -> None:
-        """Have here what files say of a sequence after so many tokens.
+    def wanted(self, tokens: int, files: Iterable[File]) -> list[File]:
+        """The files, of some, that say what a sequence has after so many tokens.
 
         Raises
         ------
         SavedDocumentError
-            A file is missing or damaged; the message says which and what is wrong.
+            One is missing.
         """
         named = {file.name.partition("-")[0]: file for file in files}
-        if self._template:
-            file, size = _named(named, STATE, 0, tokens), sum(one.nbytes for one in self._template.values())
-            (row,) = read_rows(folder, file, size, tokens, 0, 1, watch)
-            with watch.change():
-                self._states.put(sequence, tokens, self._state(row))
+        starts = {STATE: 0} if self._template else {}
         if self._windows is not None:
-            file = _named(named, WINDOW, self._windows.first(tokens), tokens)
+            starts[WINDOW] = self._windows.first(tokens)
+        return [_named(named, kind, start, tokens) for kind, start in starts.items()]
+
+    def shape(self, file: File) -> tuple[int, int]:
+        """Rows of a file, and bytes of a row."""
+        if file.name.startswith(STATE) or self._windows is None:
+            return 1, sum(one.nbytes for one in self._template.values())
+        pool = self._windows.pool
+        return -(-(file.stop - file.start) // pool.block_tokens), pool.block_bytes
+
+    def rows(self, folder: Folder, file: File, first: int, count: int, watch: Watch) -> Iterator[np.ndarray]:
+        """Rows of a file, uint8 [bytes of a row] each, checked.
+
+        Raises
+        ------
+        SavedDocumentError
+            The file is missing or damaged; the message says which and what is wrong.
+        """
+        is_state = file.name.startswith(STATE) or self._windows is None
+        tokens = file.stop if is_state or self._windows is None else self._windows.pool.block_tokens
+        return read_rows(folder, file, self.shape(file)[1], tokens, first, count, watch)
+
+    def fill(self, sequence: int, file: File, rows: Iterable[np.ndarray], watch: Watch) -> None:
+        """Have here what all rows of a file say of a sequence."""
+        if file.name.startswith(STATE) or self._windows is None:
+            (row,) = rows
             with watch.change():
-                self._windows.put(sequence, tokens)
-            read_blocks(self._windows.pool, sequence, file.start, tokens, folder, file, watch)
+                self._states.put(sequence, file.stop, self._state(row))
+            return
+        pool = self._windows.pool
+        with watch.change():
+            self._windows.put(sequence, file.stop)
+            blocks = pool.find(sequence, [(file.start, file.stop)])
+        for block, row in zip(blocks, rows, strict=True):
+            with watch.change():  # a read that was given up must not land in what is somebody else's block by now
+                pool.fill(block, row)
 
     def _state(self, row: np.ndarray) -> dict[Any, torch.Tensor]:
         """A state of its bytes, uint8 [n]."""
@@ -108,11 +137,11 @@ class HomeFiles:
         return self._device.read(flat)
 
 
-def _named(files: Mapping[str, SavedFile | SpilledFile], kind: str, start: int, stop: int) -> SavedFile | SpilledFile:
+def _named(files: Mapping[str, File], kind: str, start: int, stop: int) -> File:
     file = files.get(kind)
     if file is None or (file.start, file.stop) != (start, stop):
         raise SavedDocumentError(
-            f"the document has no {kind} of layers after {stop} tokens, without which its model cannot go on: ingest "
-            "its source again"
+            f"there is no {kind} of layers after {stop} tokens, without which the model cannot go on: ingest the "
+            "document's source again"
         )
     return file

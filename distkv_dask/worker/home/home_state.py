@@ -1,12 +1,13 @@
 """What only the home of a sequence has: states of recurrent layers, and KV of layers that see a window.
 
 Both are kept after the committed tokens until what runs has ended, so a window or chunk that runs again begins with
-what it began with before.
+what it began with before. Snapshots are kept as well, after numbers of tokens that the gManager names: others begin
+with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class Begun(NamedTuple):
-    """A sequence that something runs on, from ``length`` tokens to at most ``stop``; ``documents`` it begins with."""
+    """A sequence that something runs on, from ``length`` tokens to at most ``stop``."""
 
     sequence: int
     length: int
     stop: int
-    documents: tuple[int, ...] = ()
 
 
 class Ended(NamedTuple):
-    """A sequence after what ran: its tokens, and its state if the model has recurrent layers."""
+    """A sequence after what ran: its tokens, its state if the model has recurrent layers; whether it is a snapshot."""
 
     sequence: int
     length: int
     state: State | None
+    snapshot: bool = False
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class Change:
 class HomeState:
     """States and windows of the sequences that a worker is home of.
 
-    Any thread may drop a sequence that nothing computes on; all else is for the home lane's thread.
+    Snapshots, and sequences that nothing computes on, may be changed by any thread; all else by the home lane's.
 
     Parameters
     ----------
@@ -70,14 +71,17 @@ class HomeState:
         """
         begun, past = list(begun), None
         if model.geometry.state_bytes:
-            past = model.past([self.states.begin(one.sequence, one.length, one.documents) for one in begun])
+            past = model.past([self.states.begin(one.sequence, one.length) for one in begun])
         if self.windows is not None:
             for one in begun:
                 self.windows.begin(*one)
         change = Change(past)
         yield change
-        for sequence, length, state in change.after:
+        for sequence, length, state, snapshot in change.after:
             self.put(sequence, length, state)
+            if snapshot:
+                for part in self._parts(state is not None):
+                    part.snapshot(sequence, length)
 
     def put(self, sequence: int, length: int, state: State | None) -> None:
         """Keep what a sequence has after so many tokens beside what it began with."""
@@ -86,11 +90,24 @@ class HomeState:
         if self.windows is not None:
             self.windows.put(sequence, length)
 
+    def adopt(self, sequence: int, source: int, length: int) -> None:
+        """Let a sequence begin with what is here of another after so many tokens, if anything is."""
+        for one in self._parts():
+            one.adopt(sequence, source, length)
+
+    def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
+        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        for one in self._parts():
+            one.keep(sequence, lengths, ended)
+
     def drop(self, sequence: int) -> None:
         """Keep nothing of a sequence."""
-        self.states.drop(sequence)
-        if self.windows is not None:
-            self.windows.drop(sequence)
+        for one in self._parts():
+            one.drop(sequence)
+
+    def _parts(self, states: bool = True) -> list[States | Windows]:
+        """What there is of both."""
+        return [*([self.states] if states else []), *([self.windows] if self.windows is not None else [])]
 
     def most_steps(self, steps: int | None) -> int | None:
         """Steps that a decode window may have, of which ``steps`` are wanted: the room of windows ends it sooner."""

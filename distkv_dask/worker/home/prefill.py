@@ -131,14 +131,13 @@ class PrefillRun:
 def begun(chunks: Sequence[PrefillChunk]) -> Iterator[Begun]:
     """The sequences of chunks, before they are computed."""
     for chunk in chunks:
-        documents = tuple(span.document for span in chunk.placement if span.document is not None)
-        yield Begun(chunk.sequence, chunk.start, chunk.stop, documents)
+        yield Begun(chunk.sequence, chunk.start, chunk.stop)
 
 
 def ended(chunks: Sequence[PrefillChunk], past: Past | None) -> Iterator[Ended]:
     """The sequences of chunks, once they are computed."""
     for row, chunk in enumerate(chunks):
-        yield Ended(chunk.sequence, chunk.stop, None if past is None else past.state(row))
+        yield Ended(chunk.sequence, chunk.stop, None if past is None else past.state(row), chunk.snapshot)
 
 
 def _targets(chunk: PrefillChunk, step: Stored) -> tuple[tuple[int, ...], ...]:

@@ -1,12 +1,13 @@
 """States of recurrent layers at their home: of each sequence the committed one, and the one after what runs now.
 
 A window or chunk that runs again begins with the state that it began with before: forwards never change a state that is
-kept here. A length that no state is kept for is said to be so; it is never guessed.
+kept here. A length that no state is kept for is said to be so; it is never guessed. Snapshots are states on the way,
+which other sequences begin with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from distkv_dask.errors import StateLostError
@@ -21,14 +22,16 @@ KEPT = 2
 class States:
     """States by sequence and the number of tokens that they are after.
 
-    The home lane's thread reads and keeps them; any thread may drop those of a sequence that nothing computes on.
+    The home lane's thread reads and keeps them. Any thread may change snapshots, and drop the states of a sequence that
+    nothing computes on.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, dict[int, State]] = {}
+        self._snapshots: dict[int, dict[int, State]] = {}
 
-    def begin(self, sequence: int, length: int, documents: Iterable[int] = ()) -> State:
-        """State of a sequence after ``length`` tokens, of which nothing else is kept from now on.
+    def begin(self, sequence: int, length: int) -> State:
+        """State of a sequence after ``length`` tokens, beside which only snapshots are kept from now on.
 
         Parameters
         ----------
@@ -36,8 +39,6 @@ class States:
             Its number.
         length
             Its tokens until now; a new one has an empty state.
-        documents
-            Documents that it begins with: one that ends there has the state.
 
         Raises
         ------
@@ -45,23 +46,22 @@ class States:
             No such state is here.
         """
         if not length:
-            self.drop(sequence)
+            self._kept.pop(sequence, None)
             return {}
-        state = self.kept(sequence, length, documents)
+        state = self.kept(sequence, length)
         self._kept[sequence] = {length: state}
         return state
 
-    def kept(self, sequence: int, length: int, documents: Iterable[int] = ()) -> State:
-        """State of a sequence, or of a document that it begins with, after ``length`` tokens.
+    def kept(self, sequence: int, length: int) -> State:
+        """State of a sequence after ``length`` tokens.
 
         Raises
         ------
         StateLostError
             No such state is here.
         """
-        for one in (sequence, *documents):
-            if length in self._kept.get(one, ()):
-                return self._kept[one][length]
+        if length in self._kept.get(sequence, ()):
+            return self._kept[sequence][length]
         raise StateLostError(
             f"this worker has no state of sequence {sequence} after {length} tokens: it is recomputed from its first "
             "token",
@@ -72,6 +72,28 @@ class States:
         """Keep a state beside the one that a sequence began with."""
         self._kept.setdefault(sequence, {})[length] = state
 
+    def snapshot(self, sequence: int, length: int) -> None:
+        """Keep the state after ``length`` tokens until it is said otherwise."""
+        self._snapshots.setdefault(sequence, {})[length] = self.kept(sequence, length)
+
+    def adopt(self, sequence: int, source: int, length: int) -> None:
+        """Let a sequence begin with the state of another after ``length`` tokens, if that is here."""
+        for states in (self._snapshots, self._kept):
+            if length in states.get(source, ()):
+                self._kept[sequence] = {length: states[source][length]}
+
+    def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
+        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        kept = {at: one for at, one in self._snapshots.pop(sequence, {}).items() if at in lengths}
+        if kept:
+            self._snapshots[sequence] = kept
+        if ended:
+            self._kept.pop(sequence, None)
+
+    def sequences(self) -> set[int]:
+        """Sequences of which anything is kept."""
+        return {*self._kept, *self._snapshots}
+
     def drop(self, sequence: int) -> None:
         """Keep nothing of a sequence."""
-        self._kept.pop(sequence, None)
+        self.keep(sequence, (), ended=True)

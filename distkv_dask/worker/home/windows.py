@@ -7,7 +7,8 @@ that runs again begins with the KV that it began with before, and KV that is not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from itertools import count
 
 from distkv_dask.config import Config
 from distkv_dask.errors import StateLostError
@@ -45,7 +46,8 @@ def steps_at_once(geometry: Geometry, chunk_tokens: int) -> int:
 class Windows:
     """Blocks of the sequences that a worker is home of, for the layers of a model that see only a window.
 
-    Any thread may drop a sequence that nothing computes on; all else is for the home lane's thread.
+    Any thread may change snapshots, and drop a sequence that nothing computes on; all else is for the home lane's.
+    Snapshots, and sequences that begin with one, share blocks: whole ones, which nobody changes.
 
     Parameters
     ----------
@@ -71,8 +73,10 @@ class Windows:
         self._kinds = set(pool.layer_kinds)
         self._lengths: dict[int, set[int]] = {}
         self._spans: dict[int, Span] = {}
+        self._snapshots: dict[int, dict[int, int]] = {}
+        self._numbers = count(1)
 
-    def begin(self, sequence: int, length: int, stop: int, documents: Iterable[int] = ()) -> None:
+    def begin(self, sequence: int, length: int, stop: int) -> None:
         """Make room for tokens ``[length, stop)`` of a sequence; what none of them sees is freed.
 
         Parameters
@@ -83,8 +87,6 @@ class Windows:
             Its tokens until now.
         stop
             Its tokens at the end of what runs now, at most.
-        documents
-            Documents that it begins with: the KV of one that ends there is copied.
 
         Raises
         ------
@@ -94,8 +96,8 @@ class Windows:
         pool, first = self.pool, self.first(length)
         if not length:
             pool.release(sequence)
-        elif length not in self._lengths.get(sequence, ()):
-            self._copy(sequence, range(first, length), self._holder(sequence, length, documents))
+        else:
+            self.kept(sequence, length)
         pool.free(sequence, 0, first)
         pool.free(sequence, self._end(stop), _EVERYTHING)
         pool.reserve(sequence, first, stop)
@@ -110,11 +112,38 @@ class Windows:
         pool.reserve(sequence, self.first(length), length)
         lengths.add(length)
 
+    def snapshot(self, sequence: int, length: int) -> None:
+        """Keep a sequence's window after ``length`` tokens, whole blocks, until it is said otherwise."""
+        kept = self._snapshots.setdefault(sequence, {})
+        if length not in kept:
+            kept[length] = number = -next(self._numbers)
+            self.pool.share(sequence, number, self.kept(sequence, length), length)
+
+    def adopt(self, sequence: int, source: int, length: int) -> None:
+        """Let a sequence begin with the window of another after ``length`` tokens, if that is here."""
+        number = self._snapshots.get(source, {}).get(length)
+        if number is None and length in self._lengths.get(source, ()):
+            number = source
+        if number is not None:
+            self.pool.release(sequence)
+            self.pool.share(number, sequence, self.first(length), length)
+            self._lengths[sequence] = {length}
+
+    def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
+        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        kept = self._snapshots.pop(sequence, {})
+        for length in kept.keys() - lengths:
+            self.pool.release(kept.pop(length))
+        if kept:
+            self._snapshots[sequence] = kept
+        if ended:
+            self._lengths.pop(sequence, None)
+            self._spans.pop(sequence, None)
+            self.pool.release(sequence)
+
     def drop(self, sequence: int) -> None:
         """Keep nothing of a sequence."""
-        self._lengths.pop(sequence, None)
-        self._spans.pop(sequence, None)
-        self.pool.release(sequence)
+        self.keep(sequence, (), ended=True)
 
     def stored(self, batch: Sequence[Stored]) -> list[Stored]:
         """Sequences of a step as they lie here."""
@@ -128,7 +157,12 @@ class Windows:
         StateLostError
             It is not here.
         """
-        self._holder(sequence, length)
+        if length not in self._lengths.get(sequence, ()):
+            raise StateLostError(
+                f"this worker does not have what windows see of sequence {sequence} after {length} tokens: it is "
+                "recomputed from its first token",
+                sequence,
+            )
         return self.first(length)
 
     def first(self, length: int) -> int:
@@ -139,24 +173,6 @@ class Windows:
     def _end(self, length: int) -> int:
         """Where the block of the last of so many tokens ends."""
         return -(-length // self.pool.block_tokens) * self.pool.block_tokens
-
-    def _holder(self, sequence: int, length: int, documents: Iterable[int] = ()) -> int:
-        """A sequence that has a window after so many tokens: itself, or a document that it begins with."""
-        for one in (sequence, *documents):
-            if length in self._lengths.get(one, ()):
-                return one
-        raise StateLostError(
-            f"this worker does not have what windows see of sequence {sequence} after {length} tokens: it is "
-            "recomputed from its first token",
-            sequence,
-        )
-
-    def _copy(self, sequence: int, tokens: range, document: int) -> None:
-        pool, span = self.pool, [(tokens.start, tokens.stop)]
-        pool.release(sequence)
-        pool.reserve(sequence, tokens.start, tokens.stop)
-        for there, here in zip(pool.find(document, span), pool.find(sequence, span), strict=True):
-            pool.storage[here].copy_(pool.storage[there])
 
 
 def blocks_per_chunk(block_tokens: int, chunk_tokens: int) -> int:

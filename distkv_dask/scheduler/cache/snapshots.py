@@ -1,0 +1,149 @@
+"""Snapshots of models whose homes have more than KV: where prompts leave them, which go, and what can begin with one.
+
+KV alone is no beginning for a model with recurrent layers, or with windows at homes. So a home keeps what it has of a
+sequence after some of its tokens: after a document, and on the way through any prompt. A snapshot takes a free place of
+a home, as cached blocks take free blocks: when somebody needs the place, those not used for longest go.
+
+On the way, snapshots are taken between chunks, each twice as far from the prompt's beginning, or from its end, as the
+one before: prompts that begin alike leave each other early (a system prompt) or late (a question on a text). And one is
+taken just where a prompt leaves what an earlier one had in common with it, for the third.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+from distkv_dask.messages.to_worker import Begin, Keep
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.prefix_index import chain
+from distkv_dask.scheduler.records.request import Request
+
+LEAST = 1 / 8
+"""Part of a chunk that a snapshot where prompts part must save: it takes a forward of its own."""
+
+# Where they are taken
+
+
+def border(life: MachineState, request: Request, start: int) -> int:
+    """Where a prompt that is computed from ``start`` on leaves an earlier one, if a snapshot pays there; else 0."""
+    if not life.ledger.has_states or request.is_document:
+        return 0
+    least = start + max(1, int(LEAST * life.config.prefill_chunk_tokens))
+    return request.common if least <= request.common < request.known_tokens else 0
+
+
+def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
+    """After which of its chunks a prompt leaves snapshots; others make room for them.
+
+    Parameters
+    ----------
+    ends
+        Where its chunks end, in order.
+    """
+    home, size = life.ledger.sequences[request.sequence].home, life.ledger.block_tokens
+    if not life.ledger.has_states or not life.cache.enabled:
+        return set()
+    between = [end for end in ends[:-1] if end % size == 0]
+    wanted = [
+        end
+        for at, end in enumerate(between)
+        if _is_power(at + 1) or _is_power(len(between) - at) or end == request.common
+    ]
+    wanted = wanted[-_room(life, home) :] if _room(life, home) else []
+    if wanted:
+        keys = list(chain(request.known[: wanted[-1]], size))
+        for tokens in wanted:
+            life.snapshots.add(request.sequence, tokens, home, keys[tokens // size - 1])
+        make_room(life, home)
+    return set(wanted)
+
+
+def _is_power(number: int) -> bool:
+    """Whether a number is a power of two."""
+    return number & (number - 1) == 0
+
+
+# Use
+
+
+def find(life: MachineState, tokens: array[int]) -> Iterable[tuple[int, int]]:
+    """Sequences with a snapshot after tokens with which a prompt begins, by their hash; the longest beginning first."""
+    index, size = life.snapshots.index, life.ledger.block_tokens
+    keys = [(key, at * size) for at, key in enumerate(chain(tokens, size) if index else (), 1) if key in index]
+    return ((number, length) for key, length in reversed(keys) for number in index[key])
+
+
+def nearest(life: MachineState, document: int, tokens: int) -> tuple[int, int] | None:
+    """The sequence, and the tokens, of the last snapshot in the first tokens of a document, or before its own."""
+    ends = {document: tokens}
+    for span in life.ledger.sequences[document].placement:
+        if span.document is not None:
+            ends[span.document] = min(tokens, span.stop)
+    found = [(at, one) for one, end in ends.items() for at in life.snapshots.of.get(one, ()) if at <= end]
+    return max(found)[::-1] if found else None
+
+
+def begin(life: MachineState, request: Request, tokens: int) -> None:
+    """Let an admitted request begin with the snapshot that it found."""
+    if not life.ledger.has_states or not tokens or request.saves:
+        return
+    assert request.begins is not None
+    if tokens in life.snapshots.of.get(request.begins, ()):
+        life.snapshots.touch(request.begins, tokens)
+    home = life.ledger.sequences[request.sequence].home
+    life.command(Begin(home, request.sequence, request.begins, tokens))
+
+
+# Which go
+
+
+def make_room(life: MachineState, home: str) -> None:
+    """Give up snapshots for which a home has no free place, those not used for longest first."""
+    recent = life.snapshots.recent[home]
+    while len(recent) > _room(life, home):
+        number, tokens = next(iter(recent))
+        life.snapshots.remove(number, tokens)
+        _keep_rest(life, home, number)
+
+
+def forget(life: MachineState, number: int, beyond: int) -> None:
+    """A sequence has no more than so many tokens: its home keeps only snapshots of those."""
+    home = life.snapshots.homes.get(number)
+    gone = [tokens for tokens in life.snapshots.of.get(number, ()) if tokens > beyond]
+    for tokens in gone:
+        life.snapshots.remove(number, tokens)
+    if home is not None and gone:
+        _keep_rest(life, home, number)
+
+
+def end(life: MachineState, number: int, home: str, beyond: int) -> None:
+    """Nothing goes on with a sequence: its home keeps nothing but snapshots of so many tokens."""
+    forget(life, number, beyond)
+    if life.ledger.has_states:
+        _keep_rest(life, home, number, ended=True)
+
+
+def drop(life: MachineState, number: int) -> list[str]:
+    """A home, which is returned if it lives, is told to keep nothing of a sequence."""
+    home = life.snapshots.homes.get(number)
+    for tokens in list(life.snapshots.of.get(number, ())):
+        life.snapshots.remove(number, tokens)
+    return [home] if home in life.ledger.workers else []
+
+
+def worker_lost(life: MachineState, worker: str) -> None:
+    """A worker is gone, with all snapshots there."""
+    for number in [number for number, home in life.snapshots.homes.items() if home == worker]:
+        drop(life, number)
+
+
+def _keep_rest(life: MachineState, home: str, number: int, ended: bool = False) -> None:
+    if home in life.ledger.workers:
+        life.command(Keep(home, number, tuple(sorted(life.snapshots.of.get(number, ()))), ended))
+
+
+def _room(life: MachineState, home: str) -> int:
+    """Places of a home that no sequence has."""
+    account = life.ledger.workers[home]
+    return max(0, account.places - account.homed)
