@@ -31,6 +31,7 @@ from distkv_dask.errors import (
 from distkv_dask.logprobs import TokenLogprob, perplexity
 from distkv_dask.messages.status import EngineStatus, SequenceStatus, WorkerStatus
 from distkv_dask.placement import Span
+from distkv_dask.quotes import Quote
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.version import VERSION as __version__
 
@@ -53,6 +54,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PlanError",
+    "Quote",
     "ResultTimeoutError",
     "SamplingParams",
     "SavedDocumentError",

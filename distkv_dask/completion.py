@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from distkv_dask import svg
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.placement import Placement
+from distkv_dask.quotes import Quote
 from distkv_dask.sampling import FinishReason
 
 
@@ -38,7 +39,8 @@ class Completion:
     ``logprobs`` are those of ``token_ids``, and ``prompt_logprobs`` those of the prompt's tokens, None for its first;
     both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
     ``engine.tokenizer.decode([token_id], special=True)`` is the text of one. ``scores`` has the probability of each of
-    ``SamplingParams(choices=...)`` among all of them.
+    ``SamplingParams(choices=...)`` among all of them. ``quote`` is where the answer quotes its document
+    (``SamplingParams(quotes=...)``).
     """
 
     text: str
@@ -52,6 +54,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     scores: Mapping[str | tuple[int, ...], float] | None = None
+    quote: Quote | None = None
 
     def _repr_html_(self) -> str:
         """What notebooks show: the answer, its times, and a picture of where the KV lay."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.logprobs import MOST_LOGPROBS
+from distkv_dask.quotes import QuoteForm, quote_grammar
 from distkv_dask.texts import checked_text
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -64,6 +65,10 @@ class SamplingParams:
     grammar
         As ``regex``, but a context-free grammar in llguidance's variant of Lark
         (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+    quotes
+        Of questions on a document (``document.ask``, ``engine.process``): True makes every answer a span of the
+        document, word for word; ``"evidence"`` lets such a quote follow a free answer of one line.
+        :attr:`Completion.quote` says where it is. Needs the extra ``schema``.
     priority
         From -100 to 100. While requests wait for room, each step of priority lets a request go before those that came
         up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
@@ -102,6 +107,7 @@ class SamplingParams:
     regex: str | None = None
     grammar: str | None = None
     choices: tuple[str | tuple[int, ...], ...] | None = None
+    quotes: QuoteForm | bool | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -121,21 +127,44 @@ class SamplingParams:
                 put(name, _whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
-        if self.choices is not None:
-            put("choices", _choices(self.choices))
-            self._check_choices()
         if self.schema is not None:
             put("schema", _schema(self.schema))
         for name in ("regex", "grammar"):
             if getattr(self, name) is not None:
                 put(name, _text(name, getattr(self, name)))
-        given = [kind for kind in _FORMS if getattr(self, kind) is not None]
+        if not (self.quotes is None or isinstance(self.quotes, bool) or self.quotes in get_args(QuoteForm)):
+            raise _refusal("quotes", self.quotes, 'True, False or "evidence"')
+        put("quotes", "answer" if self.quotes is True else self.quotes or None)
+        if self.choices is not None:
+            put("choices", _choices(self.choices))
+            self._check_choices()
+        given = [kind for kind in (*_FORMS, "quotes") if getattr(self, kind) is not None]
         if len(given) > 1:
             raise InvalidRequestError(f"an answer follows one of {' and '.join(given)}: leave out the others")
         if given and (self.ignore_eos or self.stop):
             raise InvalidRequestError(
                 f"an answer with a {given[0]} ends where that ends: leave out ignore_eos and stop"
             )
+
+    def quoting(self, document: str | None) -> SamplingParams:
+        """The same for a question on a document of this text: its quotes are a grammar now.
+
+        Raises
+        ------
+        InvalidRequestError
+            When quotes are asked for, but there is no text to quote.
+        """
+        if (form := self.quotes) is None or isinstance(form, bool):
+            return self
+        if document is None:
+            raise InvalidRequestError(
+                "quotes are of a document that is a text: ask with document.ask, engine.process, distkv ask or run"
+            )
+        return replace(self, quotes=None, grammar=quote_grammar(document, form))
+
+    def without_form(self) -> SamplingParams:
+        """The same for an answer that may be any text."""
+        return replace(self, schema=None, regex=None, grammar=None, quotes=None, choices=None)
 
     @property
     def form(self) -> Form | None:
@@ -145,7 +174,7 @@ class SamplingParams:
 
     def _check_choices(self) -> None:
         """Refuse what makes no sense for an answer that is one of some choices."""
-        usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, **dict.fromkeys(_FORMS)}
+        usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, **dict.fromkeys((*_FORMS, "quotes"))}
         for name, value in usual.items():
             if getattr(self, name) != value:
                 raise InvalidRequestError(f"an answer that is one of some choices has no {name}: leave out one of them")

@@ -26,8 +26,7 @@ def grammar_of(form: Form) -> str:
     InvalidRequestError
         When no text has this form, or it uses what llguidance does not know; the message says what.
     """
-    if find_spec("llguidance") is None:
-        raise MissingProgramError(f"answers that follow {form.name} need llguidance: pip install 'distkv-dask[schema]'")
+    check_installed(f"answers that follow {form.name}")
     from llguidance import LLMatcher
 
     with no_panic(form):
@@ -41,6 +40,12 @@ def grammar_of(form: Form) -> str:
         if form.kind != "schema" and _is_of_nothing(grammar):
             raise InvalidRequestError(f"{form.name} cannot be followed: no text matches it")
     return grammar
+
+
+def check_installed(what: str) -> None:
+    """Raise :class:`~distkv_dask.errors.MissingProgramError` where there is no llguidance, which ``what`` needs."""
+    if find_spec("llguidance") is None:
+        raise MissingProgramError(f"{what} need llguidance: pip install 'distkv-dask[schema]'")
 
 
 def _grammar(form: Form) -> str:

@@ -20,6 +20,7 @@ from distkv_dask.client.documents.extract import TextReader, plain_text
 from distkv_dask.client.documents.prompts import read_text
 from distkv_dask.client.files import label_of
 from distkv_dask.errors import InvalidRequestError, MissingProgramError, SourceError
+from tests._pdf import save_pdf
 
 pytest.importorskip("selectolax")
 
@@ -179,19 +180,7 @@ def test_a_reader_leaves_no_process_behind() -> None:
 
 
 def test_a_pdf_that_is_a_trap_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pypdf = pytest.importorskip("pypdf")
-    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
-
-    writer = pypdf.PdfWriter()
-    font = {"/Type": "/Font", "/Subtype": "/Type1", "/BaseFont": "/Helvetica"}
-    named = DictionaryObject({NameObject(name): NameObject(value) for name, value in font.items()})
-    fonts = DictionaryObject({NameObject("/F1"): writer._add_object(named)})
-    content = DecodedStreamObject()
-    content.set_data(b"BT /F1 1 Tf " + b"(x) Tj " * 1_000_000 + b"ET")
-    page = writer.add_blank_page(9, 9)
-    page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-    page[NameObject("/Contents")] = writer._add_object(content)
-    writer.write(tmp_path / "trap.pdf")
+    save_pdf(tmp_path / "trap.pdf", ["x"], times=1_000_000)
     monkeypatch.setattr(extract, "SECONDS", (1.0, 0.0))
     (tmp_path / "z.txt").write_text("fine")
     assert documents(tmp_path) == {"trap.pdf": "! the file takes more than 1 s to read", "z.txt": "fine"}

@@ -46,13 +46,13 @@ def submissions(engine: Engine) -> list[Any]:
     """From now on, the prompts that are submitted."""
     seen: list[Any] = []
     session = engine._session
-    submit = session.submit
+    submit = session.submit_ids
 
-    def noted(prompt: Any, sampling: Any = None) -> Any:
+    def noted(prompt: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(prompt)
-        return submit(prompt, sampling)
+        return submit(prompt, *arguments, **options)
 
-    session.submit = noted  # type: ignore[assignment, method-assign]
+    session.submit_ids = noted  # type: ignore[assignment, method-assign]
     return seen
 
 

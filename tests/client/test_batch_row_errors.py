@@ -47,9 +47,6 @@ class Engine(FakeEngine):
 
         return contextlib.nullcontext()
 
-    def submit_ids(self, ids: list[int], sampling: SamplingParams, document: int) -> Any:
-        return SimpleNamespace(generation=self.submit(ids, sampling))
-
     def submit(self, prompt: list[int], sampling: SamplingParams) -> Any:
         generation = super().submit(prompt[:80], sampling)
         text, _ = self.flying.pop()
@@ -181,7 +178,7 @@ STEPS = [
     ("distkv_dask.client.batch.answer_plan.prompt_ids", 1),
     ("distkv_dask.client.batch.answer_plan.Answer", 1),
     ("distkv_dask.client.batch.runner._Ask", 1),
-    ("distkv_dask.client.batch.results.schema_values", 1),
+    ("distkv_dask.client.batch.results.answer_values", 1),
 ]
 
 

@@ -33,6 +33,9 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.asked: list[str] = []
 
+    def submit_ids(self, ids: list[int], sampling: SamplingParams, **document: Any) -> Any:
+        return SimpleNamespace(generation=self.submit(ids, sampling))
+
     def submit(self, prompt: list[int], sampling: SamplingParams) -> Generation:
         text = "".join(map(chr, prompt))
         if len(prompt) > 90:

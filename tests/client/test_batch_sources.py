@@ -19,6 +19,7 @@ from distkv_dask.client.batch.sources import open_source
 from distkv_dask.client.batch.tables import Columns
 from distkv_dask.errors import InvalidRequestError, SourceError
 from tests._cluster import gen_cluster
+from tests._pdf import save_pdf
 
 TEXTS = ["one", 'two, "quoted"\nand a second line', "trois été ☃", "four " * 40_000]
 TABLE = pa.table({"id": ["a", "b", "c", "d"], "text": TEXTS, "pages": [1, 2, 3, None]})
@@ -134,23 +135,11 @@ def test_a_folder_of_documents_is_read_by_what_each_file_is(tmp_path: Path) -> N
 
 
 def test_pdfs_give_their_text_and_a_damaged_or_scanned_one_an_error(tmp_path: Path) -> None:
-    pypdf = pytest.importorskip("pypdf")
-    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
-
-    writer = pypdf.PdfWriter()
-    page = writer.add_blank_page(200, 200)
-    writer.write(tmp_path / "scanned.pdf")
-    font = {"/Type": "/Font", "/Subtype": "/Type1", "/BaseFont": "/Helvetica"}
-    named = DictionaryObject({NameObject(name): NameObject(value) for name, value in font.items()})
-    fonts = DictionaryObject({NameObject("/F1"): writer._add_object(named)})
-    page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-    stream = DecodedStreamObject()
-    stream.set_data(b"BT /F1 12 Tf 20 100 Td (Hello from a page) Tj ET")
-    page[NameObject("/Contents")] = writer._add_object(stream)
-    writer.write(tmp_path / "good.pdf")
+    save_pdf(tmp_path / "scanned.pdf", [""])
+    save_pdf(tmp_path / "good.pdf", ["Hello from a page", "and another"])
     (tmp_path / "damaged.pdf").write_bytes(b"%PDF-1.7 nothing")
     found = dict(read(opened(tmp_path)))
-    assert found["good.pdf"] == "Hello from a page"
+    assert found["good.pdf"] == "Hello from a page\n\fand another\n\f"
     assert found["damaged.pdf"].startswith("! the PDF cannot be read")
     assert found["scanned.pdf"].startswith("! the PDF holds no text")
 

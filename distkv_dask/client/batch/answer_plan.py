@@ -15,6 +15,7 @@ from distkv_dask.client.documents.prompts import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.quotes import Quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Answer:
     parts: int = 1
     dropped_tokens: int = 0
     reused_tokens: int = 0
+    quote: Quote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
 def _plain(prompt: list[int], dropped: int = 0) -> Plan:
     (done,) = yield Round([prompt])
     new, reused = len(done.token_ids), done.reused_tokens
-    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused)
+    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused, done.quote)
 
 
 def _map_reduce(
@@ -114,7 +116,8 @@ def _map_reduce(
     last = asked[-1]
     prompt_tokens, new_tokens = (sum(one.prompt_tokens for one in asked), sum(len(one.token_ids) for one in asked))
     reused = sum(one.reused_tokens for one in asked)
-    return Answer(answers[0], last.finish_reason, prompt_tokens, new_tokens, len(parts), reused_tokens=reused)
+    reason, quote = last.finish_reason, last.quote
+    return Answer(answers[0], reason, prompt_tokens, new_tokens, len(parts), reused_tokens=reused, quote=quote)
 
 
 def _groups(

@@ -1,4 +1,4 @@
-"""Columns of the output for answers that follow a JSON schema: one of Arrow's types for each property."""
+"""Columns of the output for what answers hold: properties of a JSON schema, each of an Arrow type, and quotes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,41 @@ from typing import Any
 
 import pyarrow as pa
 
+from distkv_dask.client.batch.answer_plan import Answer
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.quotes import free_answer
+from distkv_dask.sampling import SamplingParams
+
+QUOTE = (
+    pa.field("quote", pa.string()), pa.field("start", pa.int64()), pa.field("stop", pa.int64()),
+    pa.field("page", pa.int32()),
+)  # fmt: skip
+"""Columns of a quote: see :class:`~distkv_dask.Quote`."""
 
 _PLAIN = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+
+
+def answer_fields(sampling: SamplingParams) -> list[pa.Field]:
+    """Return the columns of the output that hold what answers say."""
+    if sampling.quotes is not None:
+        return list(QUOTE)
+    return [] if sampling.schema is None else schema_fields(json.loads(str(sampling.schema)))
+
+
+def answer_values(sampling: SamplingParams, answer: Answer) -> dict[str, Any]:
+    """Read those columns' values from an answer; what is left of it as its text is among them, as ``"answer"``.
+
+    Raises
+    ------
+    InvalidRequestError
+        When it was cut before them, or they cannot be read.
+    """
+    if sampling.quotes is not None:
+        if (quote := answer.quote) is None:
+            raise InvalidRequestError("the answer was cut before its quote: raise max_new_tokens")
+        found = {"quote": quote.text, "start": quote.start, "stop": quote.stop, "page": quote.page}
+        return found | ({"answer": free_answer(answer.text)} if sampling.quotes == "evidence" else {})
+    return {} if sampling.schema is None else schema_values(json.loads(str(sampling.schema)), answer.text)
 
 
 def schema_fields(schema: Mapping[str, Any]) -> list[pa.Field]:

@@ -91,6 +91,8 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
             raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
     if keep is not None:
         raise InvalidRequestError("an OpenAI batch file always keeps custom_id and url: leave out keep")
+    if spec.sampling.quotes is not None:
+        raise InvalidRequestError("an OpenAI batch file has no documents to quote: leave out quotes")
     if (form := spec.sampling.form) is not None:
         raise InvalidRequestError(
             f"requests of an OpenAI batch file have their own response_format: leave out {form.kind}"

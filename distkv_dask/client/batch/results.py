@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distkv_dask.client.batch.columns import schema_fields, schema_values
+from distkv_dask.client.batch.columns import answer_fields, answer_values
 from distkv_dask.client.batch.output import RESULT
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.runner import Outcome
@@ -45,11 +44,10 @@ class Results:
     """
 
     def __init__(self, source: Source, spec: BatchSpec) -> None:
-        text = spec.sampling.schema
         self._kept = source.kept
-        self._answers: Mapping[str, Any] = {} if text is None else json.loads(str(text))
-        self.schema = _columns(source, schema_fields(self._answers))
-        """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and the answers' properties."""
+        self._sampling = spec.sampling
+        self.schema = _columns(source, answer_fields(spec.sampling))
+        """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and what answers hold."""
 
     def lot(self, outcomes: Sequence[Outcome]) -> Lot:
         """Rows of the output; one that cannot be written there as it is has an error, and no other has it."""
@@ -61,11 +59,11 @@ class Results:
             return Lot([one.outcomes[0] for one in alone], pa.concat_batches([one.batch for one in alone]))
 
     def _read(self, outcome: Outcome) -> Outcome:
-        """Read an answer that follows a JSON schema into the columns of its properties."""
-        if outcome.answer is None or not self._answers:
+        """Read what an answer holds into its columns."""
+        if outcome.answer is None:
             return outcome
         try:
-            return replace(outcome, values=schema_values(self._answers, outcome.answer.text))
+            return replace(outcome, values=answer_values(self._sampling, outcome.answer))
         except Exception as error:
             return replace(outcome, error=in_words(error))
 
@@ -99,7 +97,7 @@ def _columns(source: Source, properties: Sequence[pa.Field]) -> pa.Schema:
     known = [source.label, *RESULT.names]
     for what, names, hint in (
         ("source's column", source.kept.names, "leave it out by naming those to keep (keep=...)"),
-        ("answers' property", [field.name for field in properties], "rename it in the JSON schema"),
+        ("answers' property", [field.name for field in properties], "rename it in the JSON schema, or in the source"),
     ):
         if taken := [name for name in names if name in known]:
             raise SourceError(f"the {what} {taken[0]!r} has the name of another column of the output: {hint}")

@@ -71,6 +71,7 @@ class _Work:
     question: str | None
     began: float
     sampling: SamplingParams
+    text: str | None = None
     document: RowDocument | None = None
     plan: Plan | None = None
     waiting: int = 0
@@ -194,6 +195,8 @@ class Runner:
         with self._row(work):
             content: Content = row.read()
             work.sampling = replace(work.sampling, **content.sampling)
+            if content.prompt is None:
+                work.text = str(content.values[self._spec.text_column])
             work.document = self._documents.begin_question(row, content)
             window = self._session.facts["max_positions"]
             work.plan = plan_answer(content, question, self._spec, self._session.tokenizer, window)
@@ -208,7 +211,7 @@ class Runner:
             self._end(work, answer=stop.value)
         else:
             work.done, work.waiting = [None] * len(asked.prompts), len(asked.prompts)
-            sampling = work.sampling if asked.last else replace(work.sampling, schema=None)
+            sampling = work.sampling if asked.last else work.sampling.without_form()
             self._ready.extend(_Ask(work, place, prompt, sampling) for place, prompt in enumerate(asked.prompts))
 
     def _end(self, work: _Work, answer: Answer | None = None, error: BaseException | None = None) -> None:
@@ -224,13 +227,10 @@ class Runner:
             return
         with self._row(ask.work):
             shared = None if ask.failures else ask.work.document  # what failed is tried on its own
-            if shared is None:
-                generation = self._session.submit(ask.prompt, ask.sampling)
-            else:
-                request = self._session.submit_ids(ask.prompt, ask.sampling, document=shared.number)
-                generation = request.generation
-            self._running[generation] = ask
-            generation.add_done_callback(self._ended.put)
+            number = None if shared is None else shared.number
+            request = self._session.submit_ids(ask.prompt, ask.sampling, document=number, text=ask.work.text)
+            self._running[request.generation] = ask
+            request.generation.add_done_callback(self._ended.put)
 
     def _collect(self) -> None:
         """Wait for a request to end, and take all that have."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.models.grammars import grammar_of
+from distkv_dask.models.grammars import check_installed, grammar_of
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.texts import checked_text
 
@@ -77,6 +77,8 @@ class BatchSpec:
             checked_text(text or "", "a question or template")
         _check_formats(self.full_template, ("text", "question", self.text_column))
         _check_formats(self.combine, ("answers", "question"))
+        if self.sampling.quotes is not None:
+            check_installed("quotes of documents")
         if (form := self.sampling.form) is not None:
             grammar_of(form)
             checked_text(form.text, form.name)

@@ -74,6 +74,9 @@ def command(question: str, document: str | None, schema: Path | None, **options:
         click.echo()
         done = pieces.completion
         if done is not None:
+            if (quote := done.quote) is not None:
+                page = "" if quote.page is None else f", page {quote.page}"
+                note(f"characters {quote.start} to {quote.stop} of the document{page}")
             workers = len({span.worker for span in done.placement})
             note(
                 f"{done.prompt_tokens} tokens ({done.reused_tokens} reused) on {workers} worker{'s' * (workers > 1)}, "
@@ -96,9 +99,13 @@ def _question(question: str, document: str | None, sampling: SamplingParams) -> 
             return saved.stream(question, sampling)
 
         return about_saved
+    if sampling.quotes is not None and document is None:
+        raise InvalidRequestError("there is no document to quote: name one, or leave out --quotes and --evidence")
     text = question
     if path is not None:
         read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(path)
+        if sampling.quotes is not None:
+            return lambda engine: engine.ingest(read).stream(question, sampling)
         text = spec.render({"text": read}, question)
     return lambda engine: engine.stream(prompt_ids(text, engine.tokenizer), sampling)
 

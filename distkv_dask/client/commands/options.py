@@ -94,6 +94,14 @@ def sampling_options(command: Command) -> Command:
             callback=_text_of,
             help="File with a grammar in llguidance's variant of Lark. Answers follow it.",
         ),
+        click.option(
+            "--evidence",
+            is_flag=True,
+            help="Let a quote of the document, word for word, follow the answer, which is one line.",
+        ),
+        click.option(
+            "--quotes", is_flag=True, help="Answer with a quote of the document, word for word, and say where it is."
+        ),
         click.option("--regex", metavar="PATTERN", help="Regular expression that whole answers match."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
         click.option("--seed", type=int, help="Seed that makes draws repeatable."),
@@ -184,8 +192,12 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
     """Sampling parameters of a command, and those that were given explicitly; removes them from ``options``."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "regex", "grammar")
     given = {name: options.pop(name) for name in names}
+    if (quotes := options.pop("quotes")) and options["evidence"]:
+        raise click.UsageError("--quotes makes the whole answer a quote, and --evidence not: give one of them")
+    given["quotes"] = "evidence" if options.pop("evidence") else quotes
     with clear_failures():
-        return SamplingParams(**given), {name: value for name, value in given.items() if was_given(name)}
+        said = {name: value for name, value in given.items() if was_given(name)}
+        return SamplingParams(**given), said | ({"quotes": given["quotes"]} if given["quotes"] else {})
 
 
 def check_drawn(sampling: SamplingParams) -> None:

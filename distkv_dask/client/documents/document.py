@@ -80,6 +80,11 @@ class Document(_Kept):
         """Number of tokens with which every prompt on the document begins."""
         return len(self.ids)
 
+    @property
+    def text(self) -> str | None:
+        """What it was ingested from, if that was a text or a file: offsets of quotes are in it, in characters."""
+        return self._text.source if isinstance(self._text.source, str) else None
+
     def prompt(self, question: Question) -> list[int]:
         """Token ids of a question's whole prompt; ``engine.generate`` gives them the same answer, but computes all.
 
@@ -211,7 +216,8 @@ class Document(_Kept):
         self, question: Question, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
     ) -> Generation:
         self._check()
-        return self._session.submit_ids(self.prompt(question), sampling, on_text, self.number).generation
+        ids = self.prompt(question)
+        return self._session.submit_ids(ids, sampling, on_text, self.number, text=self.text).generation
 
 
 class Chat(_Kept):
@@ -243,7 +249,7 @@ class Chat(_Kept):
             raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
         last = self._numbers[-1] if self._numbers else self.document.number
         ids = self.document._prompt(question, self.turns)
-        request = self._session.submit_ids(ids, sampling, None, last, keeps=True)
+        request = self._session.submit_ids(ids, sampling, None, last, keeps=True, text=self.document.text)
         self._asking = True
         return self._session.client.sync(self._take, question, request.number, request.generation)
 

@@ -49,7 +49,7 @@ def html_text(data: bytes) -> str:
 
 
 def pdf_text(data: bytes) -> str:
-    """Text of all pages of a PDF."""
+    """Text of all pages of a PDF, a form feed at the end of each, as ``pdftotext`` writes it."""
     from pypdf import PdfReader
 
     try:
@@ -58,7 +58,7 @@ def pdf_text(data: bytes) -> str:
         raise
     except Exception as error:  # of a damaged file: pypdf raises whatever its parser stumbles over
         raise Unreadable(f"the PDF cannot be read: {_named(error):.200}") from error
-    text = "\n\n".join(pages)
+    text = "".join(page.replace("\f", "\n") + "\n\f" for page in pages)
     if not text.strip():
         raise Unreadable("the PDF holds no text: scanned pages need character recognition first")
     return text

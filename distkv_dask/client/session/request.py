@@ -16,6 +16,7 @@ from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.models.grammars import grammar_of
+from distkv_dask.quotes import Quoting
 from distkv_dask.sampling import FinishReason, SamplingParams
 
 
@@ -32,6 +33,8 @@ class Request:
         The user's future.
     on_text
         Called with each piece of text.
+    quoting
+        Finds what it quotes of its document, if it does.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class Request:
         stream: TextStream,
         generation: Generation,
         on_text: Callable[[str], None] | None = None,
+        quoting: Quoting | None = None,
     ) -> None:
         self.number = submission.number
         self.submission = submission
         self.generation = generation
         self._on_text = on_text
+        self._quoting = quoting
         self._stream = stream
         self._told = False
         self._logprobs: list[TokenLogprob] = []
@@ -94,6 +99,7 @@ class Request:
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs[: len(self._stream.token_ids)]),
             prompt_logprobs=scored,
             scores=None if sampling.choices is None else dict(zip(sampling.choices, self._scores, strict=True)),
+            quote=None if self._quoting is None else self._quoting.find(self._stream.text),
         )
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_result(completion)
@@ -104,8 +110,10 @@ class Request:
             self.generation.set_exception(error)
 
 
-def checked(sampling: SamplingParams | None, tokens: int, window: float) -> SamplingParams:
-    """Check sampling parameters for a prompt of ``tokens`` tokens; returns them with a seed if they need one.
+def checked(sampling: SamplingParams | None, tokens: int, window: float, text: str | None = None) -> SamplingParams:
+    """Check sampling parameters for a prompt of ``tokens`` tokens, on a document of ``text`` perhaps.
+
+    Returns them with a seed if they need one, and with the grammar of quotes if the answer quotes.
 
     Raises
     ------
@@ -116,6 +124,7 @@ def checked(sampling: SamplingParams | None, tokens: int, window: float) -> Samp
     sampling = SamplingParams() if sampling is None else sampling
     if not isinstance(sampling, SamplingParams):
         raise InvalidRequestError(f"sampling is {sampling!r:.100}, but must be SamplingParams(...)")
+    sampling = sampling.quoting(text)
     if (form := sampling.form) is not None:
         grammar_of(form)
     if tokens + sampling.max_new_tokens > window:

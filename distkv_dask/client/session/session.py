@@ -26,6 +26,7 @@ from distkv_dask.errors import EngineClosedError
 from distkv_dask.messages.client_calls import ClientCall, Submission
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.models.source import ModelSource
+from distkv_dask.quotes import Quoting
 from distkv_dask.sampling import Prompt, SamplingParams
 
 
@@ -165,6 +166,7 @@ class Session:
         on_text: Callable[[str], None] | None = None,
         document: int | None = None,
         keeps: bool = False,
+        text: str | None = None,
     ) -> Request:
         """Ask with token ids.
 
@@ -176,19 +178,23 @@ class Session:
             Number of the document that the prompt begins with; not shared where the prompt's tokens are scored.
         keeps
             Whether prompt and answer become a document, which has the request's number.
+        text
+            The document's text, which answers may have to quote.
         """
         choices: tuple[tuple[int, ...], ...] = ()
         if isinstance(sampling, SamplingParams) and sampling.choices is not None:
             choices = choice_ids(sampling.choices, self.tokenizer, self.config)
             sampling = replace(sampling, max_new_tokens=max(map(len, choices)))
-        sampling = checked(sampling, len(ids), self.facts["max_positions"])
+        quotes = sampling.quotes if isinstance(sampling, SamplingParams) else None
+        sampling = checked(sampling, len(ids), self.facts["max_positions"], text)
         number = self.conversation.number()
         if sampling.prompt_logprobs is not None:
             document = None
         told = sampling, on_text is not None, document, keeps
         submission = Submission(number, array("i", ids), *told, choices=choices)
         generation = Generation(lambda: self.conversation.cancel(number))
-        request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text)
+        quoting = None if quotes is None or text is None else Quoting(text, quotes)
+        request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text, quoting)
         self.conversation.submit(request)
         return request
 
