@@ -14,7 +14,7 @@ from distkv_dask.messages.status import EngineStatus
 from distkv_dask.sampling import SamplingParams
 
 SHORT = 16
-"""Tokens of the prompts of a batch: so few that decoding is nearly all there is."""
+"""Tokens of the prompts of a batch: so few that nearly all time is decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def decodes(engine: Engine, batches: Sequence[int], new_tokens: int) -> Iterator
 
 
 def _ask(engine: Engine, lengths: Sequence[int], new_tokens: int, seed: int) -> list[Completion]:
-    """Prompts of random tokens, so that no two begin alike."""
+    """Prompts of random tokens, so that no two share a prefix."""
     draw, vocabulary = random.Random(seed), engine.facts["vocab_size"]
     prompts = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
     done: list[Completion] = engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))

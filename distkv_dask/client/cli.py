@@ -17,7 +17,7 @@ COMMANDS = {
     "models": ("distkv_dask.client.commands.models:command", "Check if a model is served, and the memory it needs."),
     "bench": ("distkv_dask.client.commands.bench:command", "Measure a cluster and a model, in a minute."),
     "cluster": ("distkv_dask.client.commands.cluster:command", "Start a Dask cluster on this machine."),
-    "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a cluster that does not exist."),
+    "simulate": ("distkv_dask.simulate.command:simulate", "Try policies on a simulated cluster."),
 }
 """Name of a command -> where it is (module and name), and its line in the list."""
 

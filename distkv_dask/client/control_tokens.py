@@ -1,9 +1,9 @@
-"""Control tokens: a model's own, such as ``<|im_start|>``, are never made of what users and documents say.
+"""Control tokens: texts of users and documents never become tokens such as ``<|im_start|>``.
 
-Transformers encodes ``<|im_start|>`` in any text as the token, so a document could begin a message of the system. Here
-the tokenizer runs a second time under other names: a copy of it in which every control token is called by a secret. A
-user's text cannot say the secret, and is encoded as the letters that it is; what a chat template says is translated to
-the secrets first. All else of the copy is as it was, hence all other texts have the same ids.
+Transformers encodes ``<|im_start|>`` in any text as the token, so a document could begin a system message. Here a copy
+of the tokenizer is used in which every control token has a secret name. A user's text cannot contain the secret, so it
+is encoded as plain characters. Control tokens of a chat template are translated to the secrets first. Nothing else
+differs in the copy, so all other texts have the same ids.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIGNS = range(0x12000, 0x1236F)
 
 
 def secret() -> str:
-    """Return a word that nobody can guess (2 ** 117 of them)."""
+    """Return a word that cannot be guessed (one of 2 ** 117)."""
     return "".join(chr(secrets.choice(_SIGNS)) for _ in range(12))
 
 
@@ -62,7 +62,7 @@ class ControlTokens:
         self._longest = max(map(len, self._names), default=0)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a user's text; control tokens in it are encoded as their letters.
+        """Return the ids of a user's text; control tokens in it are encoded as plain characters.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class ControlTokens:
         return self._ids(text, add_special_tokens)
 
     def encode_rendered(self, render: Callable[[Hidden], str]) -> list[int]:
-        """Return the ids of a template's output, in which the control tokens are the template's own.
+        """Return the ids of a template's output, with control tokens only from the template.
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class ControlTokens:
         Raises
         ------
         InvalidRequestError
-            When the tokenizer cannot encode it, or the template cuts or changes control tokens in what users said.
+            When the tokenizer cannot encode it, or the template cuts or changes control tokens in users' texts.
         """
         hidden = Hidden(self)
         text = render(hidden)
@@ -104,7 +104,7 @@ class ControlTokens:
         return self._ids(hidden.show(named), add_special_tokens=False)
 
     def count(self, text: str) -> dict[str, int]:
-        """How often each control token stands in a text."""
+        """How often each control token occurs in a text."""
         counts: dict[str, int] = {}
         for name in self._anywhere.findall(text):
             counts[name] = counts.get(name, 0) + 1
@@ -148,7 +148,7 @@ class ControlTokens:
 
 
 class Hidden:
-    """Control tokens in what users say, hidden while a chat template runs."""
+    """Control tokens in users' texts, hidden while a chat template runs."""
 
     def __init__(self, control: ControlTokens) -> None:
         self.found = False
@@ -158,7 +158,7 @@ class Hidden:
         self._pieces: list[str] = []
 
     def hide(self, text: str) -> str:
-        """Return the text with a secret where a control token stands, or at either end a part of one."""
+        """Return the text with secrets in place of control tokens, and of parts of them at either end."""
         return self._control.hide(text, self._keep)
 
     def show(self, text: str) -> str:

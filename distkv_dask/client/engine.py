@@ -151,7 +151,7 @@ class Engine(Handle, Processing):
         Raises
         ------
         InvalidRequestError
-            When the prompt cannot be served as it is.
+            When the prompt is invalid or too long.
         EngineClosedError
             When the engine is closed.
         """
@@ -192,7 +192,7 @@ class Engine(Handle, Processing):
         Raises
         ------
         InvalidRequestError, SourceError
-            When the document cannot be served as it is, or its file cannot be read.
+            When the document is invalid or too long, or its file cannot be read.
         CapacityError
             When the document is larger than the memory of all workers.
         """
@@ -233,7 +233,7 @@ class Engine(Handle, Processing):
     # Status
 
     def status(self) -> Any:
-        """Where everything is: workers, sequences, debts, totals.
+        """A snapshot of the engine: workers, sequences, debts, totals.
 
         Returns
         -------
@@ -244,7 +244,7 @@ class Engine(Handle, Processing):
         return self.client.sync(self._session.status)
 
     def graph(self, prompt: Prompt, sampling: SamplingParams | None = None, granularity: str | None = None) -> Any:
-        """Build the Dask graph of one decode step of a prompt as it would be placed now; nothing is computed.
+        """Build the Dask graph of one decode step of a prompt, placed as it would be now; nothing is computed.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""The files of a folder as a batch sees them: links are followed, and what cannot be read is named."""
+"""The files of a folder for a batch: links are followed, and unreadable folders are returned, too."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 HIDDEN = "."
-"""What names of files and folders begin with that are left out."""
+"""Prefixes of files and folders that are skipped."""
 
 
 class Folder(NamedTuple):
-    """All files below a folder, and the folders that cannot be looked into; both are sorted."""
+    """All files below a folder, and unreadable folders; both are sorted."""
 
     root: Path
     files: list[Path]
@@ -22,7 +22,7 @@ class Folder(NamedTuple):
     def ending_in(self, suffixes: Iterable[str], hidden: tuple[str, ...] = (HIDDEN,)) -> list[Path]:
         """Files whose names end in one of ``suffixes``, and unreadable folders, which may hold some.
 
-        Names that begin as ``hidden`` says, of files or of folders, are left out, but not those of Hive partitions.
+        Files and folders with a ``hidden`` prefix are skipped, except for Hive partitions.
         """
         ends = tuple(suffixes)
         wanted = [path for path in self.files if path.name.lower().endswith(ends)]
@@ -36,9 +36,9 @@ class Folder(NamedTuple):
 def look_into(root: Path) -> Folder:
     """List a folder with everything below it.
 
-    Every folder is listed once, however many links lead to it, and under its own path where it has one below ``root``.
-    Links to ``root`` or to what it lies in are loops, and are left out. Whatever is no folder counts as a file:
-    :func:`open_file` says what is wrong with it.
+    Every folder is listed once, however many links lead to it, and under its own path if that is below ``root``. Links
+    to ``root`` or its parents are loops and skipped. Everything that is not a folder counts as a file;
+    :func:`open_file` raises if it is not one.
     """
     real = root.resolve()
     identity = _identity(real)
@@ -68,12 +68,12 @@ def look_into(root: Path) -> Folder:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading; never waits for a pipe's other end.
+    """Open a regular file for reading, without ever waiting for the other end of a pipe.
 
     Raises
     ------
     OSError
-        When it cannot be opened, or is something else.
+        When it cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -85,8 +85,8 @@ def open_file(path: Path) -> BinaryIO:
 def label_of(path: Path) -> str:
     r"""Return a relative path as text.
 
-    A name that is not UTF-8 is written with ``\xff`` for a byte that is none, ``\\`` for a backslash, and ``./`` before
-    it, which no other path begins with: two files never have the same label.
+    A name that is not UTF-8 is written with ``\xff`` for an invalid byte, ``\\`` for a backslash, and the prefix
+    ``./``, which no other path has: two files never have the same label.
 
     Examples
     --------

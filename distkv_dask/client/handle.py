@@ -1,4 +1,4 @@
-"""A handle to an engine on a cluster: what it says of itself, and how it opens and closes."""
+"""A handle to an engine on a cluster: its identity, opening and closing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distkv_dask.models.source import ModelSource
 
 
 class Handle:
-    """The part of :class:`~distkv_dask.Engine` that asks for nothing: identity, opening and closing."""
+    """The part of :class:`~distkv_dask.Engine` without requests: identity, opening and closing."""
 
     _session: Session
 
-    # What it is
+    # Identity
 
     @property
     def client(self) -> Client:
@@ -58,7 +58,7 @@ class Handle:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be asked."""
+        """Whether it accepts requests."""
         return self._session.is_open
 
     def __repr__(self) -> str:

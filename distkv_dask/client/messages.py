@@ -1,4 +1,4 @@
-"""Chat messages as templates take them: every value is text; what is no text is refused by name, never written out."""
+"""Chat messages for templates: every value is text; other values are refused by name, never converted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plain_messages(messages: Iterable[Any]) -> list[dict[str, str]]:
     Raises
     ------
     InvalidRequestError
-        When a message is none, or something in it is no text: an image, a tool call, a number. The message names it.
+        When a message is invalid or has a value that is not text: an image, a tool call, a number. The error names it.
 
     Examples
     --------

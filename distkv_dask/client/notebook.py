@@ -1,6 +1,6 @@
-"""What notebooks show of an engine and of a document. The engine is asked where it can be without awaiting anything.
+"""Notebook views of an engine and of a document. The engine is queried if that is possible without awaiting.
 
-An engine of an asynchronous client shows what its client knows by itself.
+An engine of an asynchronous client shows what its client knows.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from distkv_dask.messages.status import EngineStatus, SequenceStatus
 
 PATIENCE = 3.0
-"""Seconds that a notebook waits for an engine's answer before it shows what is known without."""
+"""Seconds that a notebook waits for an engine's answer; then it shows what the client knows."""
 
 WORKERS = 16
-"""Workers that are shown one by one: those with most in use."""
+"""Number of workers shown individually: those with the most blocks in use."""
 
 SEQUENCES = 12
-"""Documents and requests that are shown one by one: the longest."""
+"""Number of documents and requests shown individually: the longest."""
 
 ASYNCHRONOUS = "With an asynchronous client, <code>await engine.status()</code> says where the KV lies."
 
 
 def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
-    """The engine: its model, its workers' pools, and where the longest sequences lie."""
+    """The engine: its model, its workers' pools, and the placement of the longest sequences."""
     title = f"Engine {session.id}: {session.model.name}"
     if not session.is_open:
         return svg.card(title, "closed, or not open yet")
@@ -48,7 +48,7 @@ def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
 
 
 def document_html(document: Document, session: Session) -> str:
-    """The document: its name and size, and where its KV lies, or lay when it was stored."""
+    """The document: its name and size, and where its KV is, or was when it was stored."""
     title = f"Document {document.name}"
     size = f"{document.tokens:,} tokens"
     if document.is_released:
@@ -76,7 +76,7 @@ def _link(session: Session) -> str:
 
 
 def _status(session: Session) -> EngineStatus | None:
-    """What the engine says, unless that has to be awaited or takes too long."""
+    """The engine's status, unless it has to be awaited or takes too long."""
     if session.client.asynchronous:
         return None
     try:

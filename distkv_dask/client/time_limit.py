@@ -1,7 +1,7 @@
-"""A limit of time for Python code of others, which an exception ends from within.
+"""A time limit for others' Python code, which is ended by an exception raised within it.
 
-Only loops and calls of Python are ended: a single operation in C, such as a huge power, is not. One thread watches all
-limits of a process, since starting one takes longer than most of what is limited.
+Only Python's loops and calls are ended: a single operation in C, such as a huge power, is not. One thread watches all
+limits of a process, because starting a thread takes longer than most limited code.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import threading
 from time import monotonic
 
 IDLE_SECONDS = 1.0
-"""Time without a new limit after which nobody watches; the next limit starts a new thread."""
+"""Seconds without a new limit after which the watching thread ends; the next limit starts a new one."""
 
 
 class OutOfTime(BaseException):
-    """The time is over; no :class:`Exception`, so that the code that is ended does not catch it."""
+    """The time is up; not an :class:`Exception`, so that the limited code does not catch it."""
 
 
 class TimeLimit:
-    """A context in which this thread gets :class:`OutOfTime` when its block takes longer.
+    """A context that raises :class:`OutOfTime` in this thread when its block takes longer.
 
     Parameters
     ----------
     seconds
-        How long it may take.
+        The limit.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -32,7 +32,7 @@ class TimeLimit:
         self._thread = 0
         self._is_over = False
         self.ends = 0.0
-        """When the time is over, by :func:`time.monotonic`."""
+        """The deadline, by :func:`time.monotonic`."""
 
     def __enter__(self) -> None:
         self._thread = threading.get_ident()
@@ -42,7 +42,7 @@ class TimeLimit:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _watcher.remove(self)
         if self._is_over and kind is not OutOfTime:
-            for _count in range(1000):  # it arrives in here if it is on its way, and not later
+            for _count in range(1000):  # a pending exception arrives here, and not later
                 pass
 
     def end_block(self) -> None:
@@ -52,9 +52,9 @@ class TimeLimit:
 
 
 class _Watcher:
-    """Ends blocks whose time is over, each once and while it runs: what comes later would hit something else.
+    """Ends blocks after their deadline, each once and while it runs: a late exception would hit other code.
 
-    Threads that may get the exception any time take the plain lock, which is given back in any case.
+    Threads that may get the exception at any time use the plain lock, which is always released.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Watcher:
     def add(self, limit: TimeLimit) -> None:
         """Watch a limit from now on."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # it is not where this process was forked
+            if self._thread is None or not self._thread.is_alive():  # a forked process does not have the thread
                 self._thread = threading.Thread(target=self._watch, name="time-limits", daemon=True)
                 self._thread.start()
             elif limit.ends < self._wakes:
@@ -77,7 +77,7 @@ class _Watcher:
             self._limits.add(limit)
 
     def remove(self, limit: TimeLimit) -> None:
-        """Its block is left."""
+        """Its block has ended."""
         with self._lock:
             self._limits.discard(limit)
 

@@ -17,18 +17,18 @@ from distkv_dask.sampling import Prompt
 from distkv_dask.texts import checked_text
 
 TEMPLATE_SECONDS = 10.0
-"""Time that a chat template, which is a program of the model's author, may take for a prompt."""
+"""Time limit of a chat template, which is a program by the model's author, for a prompt."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes to where the bytes of a character are not complete."""
+"""What a tokenizer returns for the bytes of an incomplete character."""
 
 
 class Tokenizer:
     """A model's tokenizer, or the lack of one: token ids then still work as prompts, and texts are empty.
 
-    All texts of users come through here. What looks like a control token in one (``<|im_start|>``) is encoded as the
-    text that it is; only a chat template's own are tokens (:mod:`distkv_dask.client.control_tokens`). Whoever wants
-    others gives token ids, which are taken as they are.
+    All texts of users are encoded here. Text that looks like a control token (``<|im_start|>``) is encoded as text;
+    only a chat template's own control tokens are tokens (:mod:`distkv_dask.client.control_tokens`). For others, give
+    token ids, which are used unchanged.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class Tokenizer:
         Raises
         ------
         InvalidRequestError
-            When one is no variable of a template: it would change what the template is, or what is made of it.
+            When one is not a template variable: it would change the template, or how it is rendered.
         """
         taken = {"messages"}
         if self._loaded is not None:
@@ -155,8 +155,8 @@ class Tokenizer:
     def _render_safely(self, messages: Sequence[Mapping[str, str]], hidden: Hidden) -> str:
         """Render messages whose control tokens are hidden.
 
-        Templates cut an assistant's reasoning off where they find ``</think>``. So an assistant's own are shown to the
-        template, as long as none of them is left in what it makes of them.
+        Templates cut off an assistant's reasoning at ``</think>``. So an assistant's control tokens are shown to the
+        template, unless some of them remain in its output.
         """
         assert self._control is not None
         shown = {at: dict(one) for at, one in enumerate(messages) if one["role"] == "assistant"}
@@ -187,7 +187,7 @@ class Tokenizer:
             ) from None
         except TemplateError as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
-        except Exception as error:  # a template is a program of its own
+        except Exception as error:  # a template is a program
             raise InvalidRequestError(
                 f"the model's chat template fails on these messages: {in_words(error):.200}"
             ) from error
@@ -208,9 +208,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of one answer, grown token by token.
+    """The text of one answer, extended token by token.
 
-    It never gives out half a character, nor text that may still turn out to begin a stop string.
+    It never returns half a character, or text that may be the start of a stop string.
 
     Parameters
     ----------
@@ -222,9 +222,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.token_ids: list[int] = []
-        """Tokens that the text needs; those of a stop string are not among them."""
+        """Tokens of the text, without those of a stop string."""
         self.text = ""
-        """All text so far, what is not given out yet included."""
+        """All text so far, including text that was not returned yet."""
         self.stopped = False
         """Whether a stop string ended the text."""
         self._tokenizer = tokenizer
@@ -235,7 +235,7 @@ class TextStream:
         self._decoded = 0  # ... and tokens from this one on are not in the text yet
 
     def add(self, tokens: Iterable[int]) -> str:
-        """Take the next tokens; returns the text that can be given out. After a stop string, tokens are ignored."""
+        """Add the next tokens; returns the text that is final. After a stop string, tokens are ignored."""
         for token in tokens:
             if self.stopped:
                 break
@@ -248,7 +248,7 @@ class TextStream:
         return self._give(self._safe_length())
 
     def finish(self) -> str:
-        """End the text; returns the rest of it, with U+FFFD for bytes that make no character."""
+        """End the text; returns the rest of it, with U+FFFD for incomplete characters."""
         if not self.stopped:
             piece = self._pending()
             self._grow(piece)
@@ -282,7 +282,7 @@ class TextStream:
             del self.token_ids[needed:]
 
     def _safe_length(self) -> int:
-        """Length of the text that no stop string can begin in."""
+        """Length of the text in which no stop string can begin."""
         if self.stopped:
             return len(self.text)
         longest = 0

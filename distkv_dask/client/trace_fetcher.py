@@ -1,4 +1,4 @@
-"""Fetches what the workers' lanes record, again and again while an engine is open, so that their rings can be small."""
+"""Fetches the spans recorded by the workers' lanes at intervals, so that their ring buffers can be small."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class TraceFetcher:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Fetch from now on."""
+        """Start fetching."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Fetch what is left, and no more after that."""
-        async with self._busy:  # what is under way has left the rings already
+        """Fetch the remaining spans, then stop."""
+        async with self._busy:  # spans of a running call have left the rings already
             if self._task is not None:
                 self._task.cancel()
         with contextlib.suppress(EngineClosedError):
@@ -57,5 +57,5 @@ class TraceFetcher:
             try:
                 spans = await self._fetch()
                 await asyncio.get_running_loop().run_in_executor(None, self._file.add, spans)
-            except (OSError, ClusterError):  # no trace is worth a request
+            except (OSError, ClusterError):  # a trace must not fail a request
                 logger.exception("a part of the trace is lost")

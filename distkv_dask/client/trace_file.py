@@ -29,14 +29,14 @@ CATEGORIES = {
     "send": "send",
     "receive": "send",
 }
-"""What time is spent on, by name of the spans that contain no others; those that do are the frame around these."""
+"""Category of time by name of the spans that contain no others; other spans are frames."""
 
 _END = b"\n]}\n"
 _FLOW = {"send": "s", "answer": "t", "wait": "f"}
 
 
 class TraceFile:
-    """A file that can be opened at any time, also when its writer was killed: every addition leaves it complete.
+    """A file that can be opened at any time, even after its writer was killed: it is complete after every addition.
 
     Each worker is a process in it and each of its lanes a thread; arrows lead from a query that a home sends over the
     holder's answer to the end of the home's wait.
@@ -46,7 +46,7 @@ class TraceFile:
     path
         The file, which is overwritten, or a folder for it.
     engine
-        The engine's id, which names the file in a folder and stands in it.
+        The engine's id: the file's name within a folder, also written into the file.
 
     Raises
     ------

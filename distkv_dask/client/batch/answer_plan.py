@@ -1,4 +1,4 @@
-"""How one row is answered: with one request, or with several where the document is longer than the model's window.
+"""How one row is answered: with one request, or several if the document is longer than the model's window.
 
 A plan is a generator: it yields rounds of prompts to be answered together, is sent their completions, and returns the
 row's answer.
@@ -20,9 +20,9 @@ from distkv_dask.quotes import Quote
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What comes of a row: ``parts`` of its document were asked, ``dropped_tokens`` of it were left out.
+    """The result of a row: its document was asked in ``parts``, and ``dropped_tokens`` of it were left out.
 
-    ``reused_tokens`` of all prompts were not computed.
+    ``reused_tokens`` of its prompts were not computed.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Prompts (token ids) to be answered together; ``last`` says that the answer is the row's."""
+    """Prompts (token ids) to be answered together; ``last`` marks the one with the row's answer."""
 
     prompts: list[list[int]]
     last: bool = True
@@ -47,7 +47,7 @@ Plan = Generator[Round, list[Completion], Answer]
 
 
 def check_servable(spec: BatchSpec, tokenizer: Tokenizer, window: float) -> None:
-    """Raise :class:`InvalidRequestError` if an engine can answer no row of a batch, whatever is in it."""
+    """Raise :class:`InvalidRequestError` if an engine cannot answer any row of a batch, whatever its text."""
     if len(prompt_ids("x", tokenizer)) + spec.sampling.max_new_tokens > window:
         raise InvalidRequestError(
             f"max_new_tokens={spec.sampling.max_new_tokens} leaves no room for a prompt in the model's window of "
@@ -61,7 +61,7 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
     Parameters
     ----------
     content, question, spec
-        What is asked.
+        The row's content, the question, and the batch's settings.
     tokenizer
         The model's.
     window
@@ -83,7 +83,7 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
         return prompt_ids(spec.render({**content.values, spec.text_column: document}, question), tokenizer)
 
     whole, room = prompt(text), window - spec.sampling.max_new_tokens
-    if len(whole) <= room or spec.too_long == "refuse":  # what is too long is then refused when it is submitted
+    if len(whole) <= room or spec.too_long == "refuse":  # a prompt that is too long is refused when it is submitted
         return (yield from _plain(whole))
     document = tokenizer.encode(text)
     share = int(room) - (len(whole) - len(document))
@@ -103,7 +103,7 @@ def _plain(prompt: list[int], dropped: int = 0) -> Plan:
 def _map_reduce(
     parts: list[list[int]], question: str | None, spec: BatchSpec, tokenizer: Tokenizer, room: float
 ) -> Plan:
-    """Ask every part, then combine answers, as many at a time as fit, until one is left."""
+    """Ask about every part, then combine as many answers at a time as fit, until one is left."""
     done = yield Round(parts, last=len(parts) == 1)
     asked, answers = list(done), [one.text.strip() for one in done]
     while len(answers) > 1:
@@ -111,7 +111,7 @@ def _map_reduce(
         done = yield Round([prompt for size, prompt in groups if size > 1], last=len(groups) == 1)
         asked += done
         combined = iter(done)
-        # Only the last group can be of one answer: it waits for the next round.
+        # Only the last group can have one answer: it waits for the next round.
         answers = [next(combined).text.strip() if size > 1 else answers[-1] for size, _ in groups]
     last = asked[-1]
     prompt_tokens, new_tokens = (sum(one.prompt_tokens for one in asked), sum(len(one.token_ids) for one in asked))
@@ -151,7 +151,7 @@ def _fitting(
     tokenizer: Tokenizer,
     room: float,
 ) -> tuple[list[list[int]], int]:
-    """Return prompts about pieces of at most ``size`` tokens, or of fewer if text makes other tokens when cut."""
+    """Return prompts about pieces of at most ``size`` tokens, or fewer if cutting the text changes its tokens."""
     while size > 0:
         prompts = [prompt(tokenizer.decode(piece).strip("\N{REPLACEMENT CHARACTER}")) for piece in cuts(size)]
         excess = max(map(len, prompts)) - room

@@ -1,4 +1,4 @@
-"""Types of columns that hold every value unchanged: found, widened, and refused for the rows that do not fit."""
+"""Types of columns that store every value unchanged; values that do not fit are errors of their rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PLAIN: Mapping[type, pa.DataType] = {bool: pa.bool_(), float: pa.float64(), str
 
 
 class ColumnType:
-    """The type of a column, found by looking at its values one after the other.
+    """The type of a column, inferred from its values one after the other.
 
-    Numbers are widened as far as the values go. Kinds that no type holds together, and nested values, become JSON
-    texts, when the first :data:`SAMPLE` values are such.
+    Number types are widened as needed. If the first :data:`SAMPLE` values are nested, or of kinds without a common
+    type, the column has JSON texts.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class ColumnType:
         self._negative = False
 
     def add(self, value: Any) -> None:
-        """Look at the next value."""
+        """Take the next value into account."""
         if value is None or self._type is None:
             return
         self._seen += 1
@@ -48,7 +48,7 @@ class ColumnType:
             self._type = wider
 
     def field(self, name: str) -> pa.Field:
-        """The column; one without values is of texts."""
+        """The column; without values, a column of texts."""
         if self._type is None:
             return json_field(name)
         if self._type == _DECIMAL_64 and not self._negative:
@@ -57,7 +57,7 @@ class ColumnType:
 
 
 def value_type(value: Any) -> pa.DataType | None:
-    """Arrow's type that holds a value unchanged; None where JSON text has to do."""
+    """Arrow's type that stores a value unchanged; None if only JSON text can."""
     if (plain := _PLAIN.get(type(value))) is not None:
         return plain
     if isinstance(value, int):
@@ -74,19 +74,19 @@ def value_type(value: Any) -> pa.DataType | None:
 
 
 def json_field(name: str) -> pa.Field:
-    """A column of texts, in which values that are no texts stand as JSON."""
+    """A column of texts, in which other values are written as JSON."""
     return pa.field(name, pa.string(), metadata=_JSON)
 
 
 def is_json(field: pa.Field) -> bool:
-    """Whether a column is one of :func:`json_field`."""
+    """Whether :func:`json_field` made a column."""
     return bool(field.metadata == _JSON)
 
 
 def widened(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both types, numbers as equal numbers; None if there is none.
+    """The type that stores the values of both types, numbers as equal numbers; None if there is none.
 
-    Integers beyond 2 ** 53 are no doubles: :func:`exactly` refuses them one by one.
+    Integers beyond 2 ** 53 may have no equal double: :func:`exactly` refuses them one by one.
 
     Examples
     --------
@@ -115,7 +115,7 @@ def widened(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def decoded(kind: pa.DataType) -> pa.DataType:
-    """The plain type of the same values: dictionaries differ from batch to batch, runs cannot be written to Parquet."""
+    """The plain type of the same values: dictionaries differ by batch, and Parquet cannot store runs."""
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return decoded(kind.value_type)
     return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
@@ -131,7 +131,7 @@ def parquet_refuses(field: pa.Field) -> Exception | None:
 
 
 def exactly(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
-    """Return an array as one of a type, null in the places (returned too) of values that this would change."""
+    """Cast an array, with nulls for values that this would change; returns their positions, too."""
     if pa.types.is_run_end_encoded(array.type):
         array = pc.run_end_decode(array)
     fits = widened(kind, array.type) == kind or _checked(array.type, kind)
@@ -153,7 +153,7 @@ def exactly(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
 
 
 def fitted(values: list[Any], field: pa.Field) -> tuple[pa.Array, list[int]]:
-    """Return values as the array of a column, null in the places (returned too) of those that it does not hold."""
+    """Return values as the array of a column, with nulls for those that do not fit; returns their positions, too."""
     wrong: list[int] = []
     if is_json(field):
         values = [_text(value, at, wrong) for at, value in enumerate(values)]
@@ -171,7 +171,7 @@ def fitted(values: list[Any], field: pa.Field) -> tuple[pa.Array, list[int]]:
 
 
 def _checked(one: pa.DataType, other: pa.DataType) -> bool:
-    """Whether a cast to a narrower type fails where it would change a value."""
+    """Whether a cast to a narrower type fails if it would change a value."""
     if pa.types.is_integer(other):
         return bool(pa.types.is_integer(one) or pa.types.is_floating(one))
     return _is_text(decoded(one)) and _is_text(other)
@@ -179,7 +179,7 @@ def _checked(one: pa.DataType, other: pa.DataType) -> bool:
 
 def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
     cast = array if array.type == kind else array.cast(kind)
-    cast.validate(full=True)  # texts of some writers are not UTF-8
+    cast.validate(full=True)  # some writers' texts are not UTF-8
     return cast
 
 
@@ -213,7 +213,7 @@ def _text(value: Any, at: int, wrong: list[int]) -> str | None:
 
 
 def _json(value: Any) -> Any:
-    """What stands in JSON for a value that JSON has not."""
+    """The JSON form of a value that JSON does not have."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal | uuid.UUID):

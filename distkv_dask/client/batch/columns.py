@@ -46,9 +46,9 @@ def answer_values(sampling: SamplingParams, answer: Answer) -> dict[str, Any]:
 
 
 def schema_fields(schema: Mapping[str, Any]) -> list[pa.Field]:
-    """Return a column for each property of an object's schema; none for other schemas.
+    """Return a column for each property of an object's schema, and none for other schemas.
 
-    What Arrow has no type for (unions, references, maps, objects that may have more properties) is a column of JSON
+    Properties without an Arrow type (unions, references, maps, objects that may have more properties) become JSON
     texts.
 
     Examples
@@ -61,12 +61,12 @@ def schema_fields(schema: Mapping[str, Any]) -> list[pa.Field]:
 
 
 def schema_values(schema: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Read an answer: the value of each property, None for those that it leaves out.
+    """Read an answer: the value of each property, None for missing ones.
 
     Raises
     ------
     InvalidRequestError
-        When the answer is no JSON (it was cut) or no object, or a value is larger than its column's type can hold.
+        When the answer is not JSON (it was cut) or not an object, or a value does not fit its column's type.
     """
     try:
         answer = json.loads(text)

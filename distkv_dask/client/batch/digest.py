@@ -1,4 +1,4 @@
-"""The digest by which one knows that a batch's output holds what was written."""
+"""The digest that detects changes to a batch's output."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def new_digest(data: bytes = b"") -> hashlib.blake2b:
-    """Begin a digest with some data; its ``hexdigest()`` has 32 digits."""
+    """Start a digest with some data; its ``hexdigest()`` has 32 digits."""
     return hashlib.blake2b(data, digest_size=16)

@@ -19,7 +19,7 @@ _NOTHING = pa.RecordBatch.from_struct_array(pa.array([{}], pa.struct([])))
 class DocumentSource:
     """``.txt``, ``.md``, ``.html`` and ``.pdf`` files, read one at a time, in the order of their paths.
 
-    A file that comes to the folder later is a new row.
+    A file that is added to the folder later is a new row.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ def frame_schema(frame: Any, text_column: str) -> pa.Schema:
 
 
 def dask_frame_schema(frame: Any, text_column: str) -> pa.Schema:
-    """Types of a Dask DataFrame's columns, as its metadata has them: columns of objects become JSON texts."""
+    """Types of a Dask DataFrame's columns, from its metadata: columns of objects become JSON texts."""
     meta = frame._meta_nonempty
     return pa.schema(
         [_field(meta.iloc[:, at], str(name), text_column, whole=False) for at, name in enumerate(meta.columns)]
@@ -39,7 +39,7 @@ def dask_frame_schema(frame: Any, text_column: str) -> pa.Schema:
 
 
 def frame_chunks(frame: Any, columns: Columns, kept: pa.Schema) -> Iterator[Chunk]:
-    """Cut a pandas frame into chunks; all its rows are errors where it lacks a column that others have."""
+    """Cut a pandas frame into chunks; if it lacks a column that others have, all its rows are errors."""
     places = {str(name): at for at, name in enumerate(frame.columns)}
     fields = {field.name: field for field in kept}
     missing = sorted(fields.keys() - places.keys())
@@ -96,7 +96,7 @@ def _named(item: Mapping[Any, Any]) -> Record:
 
 
 def _field(series: Any, name: str, text_column: str, whole: bool) -> pa.Field:
-    """The type of a pandas column; ``whole`` says that all its values are there."""
+    """The type of a pandas column; with ``whole``, no other partition can have more values."""
     if name == text_column:
         return pa.field(name, pa.string())
     try:
@@ -122,7 +122,7 @@ def _objects_field(values: list[Any], name: str) -> pa.Field:
 
 
 def _column(series: Any, field: pa.Field | None) -> pa.Array | list[Any]:
-    """A pandas column as Arrow has it; objects, and what becomes JSON text, as Python values."""
+    """A pandas column as an Arrow array; objects and values that become JSON text as Python values."""
     if series.dtype == object or (field is not None and is_json(field)):
         return _values(series)
     try:
@@ -132,13 +132,13 @@ def _column(series: Any, field: pa.Field | None) -> pa.Array | list[Any]:
 
 
 def _values(series: Any) -> list[Any]:
-    """The values of a pandas column as Python has them, None for all that pandas calls missing."""
+    """The values of a pandas column as Python values, None for all that pandas calls missing."""
     values: list[Any] = [None if no else one for one, no in zip(series.tolist(), series.isna(), strict=True)]
     return [one.tolist() if hasattr(one, "tolist") else one for one in values]
 
 
 def _computed(collection: Any, client: Client) -> Iterator[Any]:
-    """Results of the partitions; the next one is computed while one is looked at."""
+    """Results of the partitions; the next one is computed while one is used."""
     parts = iter(collection.to_delayed())
     ahead = [client.compute(part) for part in itertools.islice(parts, 2)]
     while ahead:

@@ -1,4 +1,4 @@
-"""Columns that a table's folders give, as Hive and Spark write them: ``year=2024/country=DE/part-0.parquet``."""
+"""Columns from folder names, as Hive and Spark write them: ``year=2024/country=DE/part-0.parquet``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NULL = "__HIVE_DEFAULT_PARTITION__"
 def folder_columns(root: Path, paths: list[Path]) -> list[Mapping[str, int | str | None]]:
     """Return the columns that the folders between ``root`` and each file give.
 
-    A column is of integers where all its values are written as integers are; ``007`` is a text.
+    A column has integers if all its values are written as integers; ``007`` is a text.
     """
     found = [_columns(path, root) for path in paths]
     names = {name for one in found for name in one}

@@ -1,8 +1,8 @@
-"""INT96, the times of older writers: read in microseconds, and refused where that would change them.
+"""INT96, the timestamps of older writers: read in microseconds, and refused if that would change them.
 
-They hold nanoseconds of eleven million years, of which 64 bits hold a part: nanoseconds until 2262, or microseconds
-until the year 294,247. So they are read in three units, and what these do not agree on is an error of its row. (The
-first of their days, in the year -4713, is 1970 to pyarrow in every unit: a mark of nulls.)
+INT96 covers eleven million years in nanoseconds. 64 bits cover only a part: nanoseconds until 2262, or microseconds
+until the year 294,247. So timestamps are read in three units, and one on which these disagree is an error of its row.
+(pyarrow reads INT96's first day, in the year -4713, as 1970 in every unit: a mark of nulls.)
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _REFUSED = "holds an INT96 time that microseconds do not hold: nanoseconds, or a
 
 
 def open_parquet(path: Path, unit: str = "us") -> pq.ParquetFile:
-    """Open a Parquet file with INT96 in a unit; nothing is read ahead."""
+    """Open a Parquet file with INT96 in a unit, without prefetching."""
     open_file(path).close()
-    source = pa.OSFile(os.fsencode(path))  # pyarrow takes no names that are not UTF-8, but bytes
+    source = pa.OSFile(os.fsencode(path))  # pyarrow accepts names that are not UTF-8 only as bytes
     return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, coerce_int96_timestamp_unit=unit)
 
 
 class TimeReader:
-    """Reads a file's rows, and knows those of which INT96 times would be changed.
+    """Reads a file's rows, and finds those with INT96 timestamps that would be changed.
 
     Parameters
     ----------
     path
-        A Parquet file; use the reader as a context, in which it is open.
+        A Parquet file. The reader is a context manager that keeps it open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class TimeReader:
         self._stack.close()
 
     def batches(self, columns: Sequence[str], **how: Any) -> Iterator[tuple[pa.RecordBatch, dict[int, str]]]:
-        """Read as ``iter_batches`` does; each batch comes with what is wrong with its rows, by their place in it."""
+        """Read as ``iter_batches`` does; each batch comes with the errors of its rows, by position."""
         times = [path for path in self._times if any(f"{path}.".startswith(f"{name}.") for name in columns)]
         in_units = [file.iter_batches(columns=times, **how) for file in self._all] if times else []
         for batch in self.file.iter_batches(columns=columns, **how):
@@ -62,7 +62,7 @@ class TimeReader:
 
 
 def _checked(batch: pa.RecordBatch, times: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, dict[int, str]]:
-    """Take out values in which a time was changed, by what its columns hold of times in each unit."""
+    """Remove values in which a timestamp was changed, by comparing the columns in each unit."""
     wrong: dict[int, str] = {}
     for name in times[0].schema.names:
         bad = _changed(*(_plain(one.column(name)) for one in times))
@@ -74,7 +74,7 @@ def _checked(batch: pa.RecordBatch, times: Sequence[pa.RecordBatch]) -> tuple[pa
 
 
 def _changed(*units: pa.Array) -> frozenset[int]:
-    """The places in which a time was changed, which may be anywhere within nested values."""
+    """Positions at which a timestamp was changed, which may be within nested values."""
     if _same(*units):
         return frozenset()
     # taken, not sliced: a slice of lists is cast with all their values
@@ -82,7 +82,7 @@ def _changed(*units: pa.Array) -> frozenset[int]:
 
 
 def _same(micros: pa.Array, nanos: pa.Array, millis: pa.Array) -> bool:
-    """Whether nothing finer was cut off, and nothing is beyond the range of microseconds."""
+    """Whether all timestamps keep their precision and are within the range of microseconds."""
     try:
         millis.cast(micros.type)  # fails beyond the range
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""One run of a batch: what the source has and the output lacks is answered, into a folder or into a table in memory."""
+"""One run of a batch: answers the rows that the output lacks, into a folder or into a table in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """One run; :func:`distkv_dask.client.batch.process.process` says what the parameters are."""
+    """One run; :func:`distkv_dask.client.batch.process.process` describes the parameters."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""The journal of a batch's output: rows that were appended are on disk, and can be told from what a crash made of them.
+"""The journal of a batch's output: appended rows are on disk, and are recognized after a crash.
 
-It is an Arrow IPC stream. Each batch of rows is followed by one without rows, whose metadata hold a digest of the bytes
-before it: what a crash of the machine left half written, empty or as garbage is not taken for rows.
+It is an Arrow IPC stream. Each batch of rows is followed by one without rows, with a digest of the preceding bytes in
+its metadata. So data that a crash of the machine left half written, empty or as garbage is not taken for rows.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Journal:
         self._file.close()
 
     def abandon(self) -> None:
-        """Leave it as it is, for :func:`recovered`."""
+        """Leave the file unchanged, for :func:`recovered`."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def recovered(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], bool]:
-    """Return all batches that are on disk as they were appended, and whether that is the whole journal.
+    """Return all batches that are intact on disk, and whether this is the whole journal.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def recovered(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], bool
 
 
 class _Digested:
-    """A file that knows the digest of what was written to it since it was last asked for."""
+    """A file with a digest of the bytes written since the digest was last read."""
 
     closed = False
 

@@ -1,4 +1,4 @@
-"""Answers as a Dask DataFrame: every partition is a task that attaches to the engine and asks; nothing runs before."""
+"""Answers as a lazy Dask DataFrame: every partition is a task that attaches to the engine and asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distkv_dask.client.session.session import Session
 
 PARTS = 4
-"""Partitions for each worker, of sources that have none."""
+"""Partitions per worker, for sources without partitions."""
 
 
 def answers_frame(
@@ -34,7 +34,7 @@ def answers_frame(
     max_errors: int | None,
     in_flight: int | None,
 ) -> Any:
-    """Make the Dask DataFrame; :func:`distkv_dask.client.batch.process.process` says what the parameters are."""
+    """Make the Dask DataFrame; :func:`distkv_dask.client.batch.process.process` describes the parameters."""
     import dask.dataframe as dd
     from dask.delayed import delayed
 
@@ -68,5 +68,5 @@ def answers_frame(
 
 
 def _meta(source: Source, spec: BatchSpec, label: bool) -> pd.DataFrame:
-    """No rows of the answers of a source."""
+    """An empty frame with the columns of a source's answers."""
     return as_pandas(Results(source, spec).schema.empty_table(), label)

@@ -22,7 +22,7 @@ from distkv_dask.local_folder import sync
 MANIFEST = "_distkv.json"
 
 VERSION = 2
-"""Of what lies in an output's folder."""
+"""Names of files in an output's folder."""
 
 
 def begun_with(schema: pa.Schema, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,14 +31,14 @@ def begun_with(schema: pa.Schema, parameters: Mapping[str, Any]) -> dict[str, An
 
 
 def begin_or_check(path: Path, begun: Mapping[str, Any]) -> None:
-    """Begin an output in a folder that holds nothing, or check that the one in it was begun with the same parameters.
+    """Begin an output in an empty folder, or check that the existing one has the same parameters.
 
-    A manifest that is damaged is written again.
+    A damaged manifest is written again.
 
     Raises
     ------
     OutputError
-        The folder holds something else, or an output that was begun with other parameters.
+        The folder has other files, or an output with other parameters.
     OSError
         The manifest cannot be read or written.
     """
@@ -69,7 +69,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
-    """Check what :func:`begin_or_check` does, and write nothing; None are parameters that are not known yet."""
+    """Make the checks of :func:`begin_or_check` without writing; None stands for parameters that are not known yet."""
     found = _read(path / MANIFEST) or _restored(path)
     if found is None:
         ours = (LOCK, UNFINISHED, MANIFEST, DIGESTS, README)
@@ -92,12 +92,12 @@ def manifest(begun: Mapping[str, Any], record: Mapping[str, Any] | None = None) 
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:
-    """What the manifest says; None if there is none, or a damaged one."""
+    """The manifest's parameters; None if it is missing or damaged."""
     return _parameters(path.read_bytes(), path) if path.exists() else None
 
 
 def _restored(path: Path) -> Mapping[str, Any] | None:
-    """What a whole Parquet file says that the output was begun with; None if no file does."""
+    """The parameters in the first intact Parquet file; None if there is none."""
     parts = Parts(path)
     for part in parts:
         with contextlib.suppress(pa.ArrowException, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""OpenAI's batch files: a JSONL line is a whole request, with its own messages and sampling, and so is an answer's."""
+"""OpenAI's batch files: each JSONL line is a complete request or answer, with its own messages and sampling."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=1.0)
-"""Sampling of requests where neither they nor the batch say another: OpenAI draws at a temperature of 1."""
+"""Default sampling of requests and batches: OpenAI uses a temperature of 1."""
 
 SAMPLE = 1000
-"""Lines by which a file is told from other JSONL files."""
+"""Number of lines that decide whether a JSONL file is a batch file."""
 
 
 class OpenAIBatchSource:
     """Requests of an OpenAI batch file; ``custom_id`` and ``url`` go to the output.
 
-    The engine's model answers, whatever model a request names. A request that asks for something that the engine
-    does not do (tools, several choices, ...) is an error row, and so is one whose ``custom_id`` is no text or was there
-    before; the output has as JSON what is no text.
+    The engine's model answers, whatever model a request names. A request for an unsupported feature (tools, several
+    choices, ...) is an error row, and so is one with a ``custom_id`` that is not text or is repeated. In the output, a
+    ``custom_id`` that is not text is written as JSON.
 
     Parameters
     ----------
     path
         The file.
     endpoint
-        The one path that requests may have; None allows all.
+        The only path that requests may have; None allows all.
     """
 
     label = "row"
@@ -68,21 +68,21 @@ class OpenAIBatchSource:
 
 
 def is_openai_batch(path: Path) -> bool:
-    """Whether at least half of the first lines of a JSONL file that can be read are requests in OpenAI's format."""
+    """Whether at least half of the readable first lines of a JSONL file are requests in OpenAI's format."""
     records = itertools.islice(jsonl_records(path), SAMPLE)
     found = [_is_request(record) for record in records if isinstance(record, Mapping)]
     return any(found) and 2 * sum(found) >= len(found)
 
 
 def default_sampling(source: Any) -> SamplingParams:
-    """Sampling of a batch for which nobody says another."""
+    """Default sampling of a batch."""
     path = Path(source) if isinstance(source, str | PathLike) else None
     lines = path is not None and path.name.lower().endswith(endings(JSONL)) and path.is_file()
     return DEFAULTS if lines and is_openai_batch(Path(source)) else SamplingParams()
 
 
 def check_spec(spec: BatchSpec, keep: Any) -> None:
-    """Raise :class:`InvalidRequestError` if a batch asks for more of an OpenAI batch file than answers and sampling."""
+    """Raise :class:`InvalidRequestError` if a batch on an OpenAI batch file has parameters other than sampling."""
     plain = BatchSpec(sampling=spec.sampling)
     if spec.questions != (None,) or spec.template is not None:
         raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
@@ -128,9 +128,9 @@ def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None, endp
 
 
 def _text(value: Any) -> str | None:
-    """A text as it is, anything else as JSON."""
+    """A text unchanged, anything else as JSON."""
     try:
-        # Half of a surrogate pair is no text.
+        # Half of a surrogate pair is not text.
         whole = isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
         return value if whole else json.dumps(value)
     except (RecursionError, ValueError):

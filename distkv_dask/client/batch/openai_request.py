@@ -1,4 +1,4 @@
-"""One request in OpenAI's format: what it asks, in our terms; what we do not do is refused by name, never left out."""
+"""One request in OpenAI's format, translated to our parameters; unsupported fields are refused by name."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _HARMLESS: Mapping[str, Callable[[Any], bool]] = {
     "tool_choice": _is("none", "auto"), "function_call": _is("none", "auto"), "use_beam_search": _is(False),
     "skip_special_tokens": _is(True), "add_generation_prompt": _is(True), "length_penalty": _is(1, 1.0),
 }  # fmt: skip
-"""Fields that may be there as long as they say what is done anyway: without tools, "auto" calls none."""
+"""Fields that are accepted with their default only: without tools, "auto" calls none."""
 
 
 def content_of(record: Mapping[str, Any]) -> Content:
-    """What a line of a batch file asks.
+    """The request in a line of a batch file.
 
     Raises
     ------
     InvalidRequestError
-        When it is no request, or asks for something that is not done; the message names it.
+        When it is not a request, or asks for something unsupported; the message names it.
     """
     body, url, method = record.get("body"), record.get("url"), record.get("method")
     if not isinstance(name := record.get("custom_id"), str):

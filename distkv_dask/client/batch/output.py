@@ -1,10 +1,10 @@
 """A batch's output: a folder of Parquet files that can be read at any time and that survives any crash.
 
-Rows that are answered go to a journal at once (:mod:`distkv_dask.client.batch.journal`), which is synced to disk. From
-time to time the journal becomes a Parquet file: written under a hidden name, synced, renamed. A journal that a crash
-left behind becomes one when the output is opened again; if its Parquet file is there already, it is thrown away. All
-that is written has a digest, so that damaged files are found; what a batch was begun with stands in the manifest and in
-every Parquet file. Names that begin with ``_`` are skipped by everything that reads Parquet folders.
+Answered rows go to a journal at once (:mod:`distkv_dask.client.batch.journal`), which is synced to disk. From time to
+time the journal becomes a Parquet file: written under a hidden name, synced, renamed. A journal left by a crash becomes
+one when the output is opened again, or is deleted if its Parquet file already exists. All files have digests, so that
+damage is found. The batch's parameters are in the manifest and in every Parquet file. Readers of Parquet folders skip
+names that begin with ``_``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESULT = pa.schema(
         ("fingerprint", pa.string()),
     ]
 )
-"""Columns that follow the label and the columns kept of the source."""
+"""Columns after the label and the source's columns."""
 
 PART_ROWS = 10_000
 """Rows after which a journal becomes a Parquet file."""
@@ -64,9 +64,9 @@ class Output:
     schema
         Label, columns kept of the source, :data:`RESULT`, and those of the answers' JSON schema.
     parameters
-        All that answers depend on; an output that was begun with others is refused.
+        All that answers depend on; an output with other parameters is refused.
     retry_errors
-        Drop the rows with errors of earlier runs, so that they are done again.
+        Drop rows with errors of earlier runs, so that they are answered again.
 
     Raises
     ------
@@ -80,7 +80,7 @@ class Output:
     ) -> None:
         self.path = path
         self.done: dict[tuple[int | str, str | None], str] = {}
-        """(label, question) -> fingerprint of all rows that are there."""
+        """(label, question) -> fingerprint of all rows in the output."""
         self.errors = 0
         """How many of them have errors."""
         self._journal: Journal | None = None
@@ -107,7 +107,7 @@ class Output:
         Raises
         ------
         OutputError
-            They cannot be written: the disk is full, for instance. What was there before stays.
+            They cannot be written: the disk is full, for instance. Earlier rows are kept.
         """
         with self._writing():
             if self._journal is None:
@@ -153,7 +153,7 @@ class Output:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Say what could not be written; a journal that may be torn is left to who opens the output next."""
+        """Raise the error; a journal that may be torn is repaired when the output is opened again."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
@@ -169,7 +169,7 @@ class Output:
         return self.path / f"{JOURNAL}{number:06}"
 
     def _repair(self) -> None:
-        """Bring what a crash may have left behind into order."""
+        """Repair what a crash may have left behind."""
         for left in self.path.glob(f"{UNFINISHED}*"):
             left.unlink()
         for journal in sorted(self.path.glob(f"{JOURNAL}*")):
@@ -177,12 +177,12 @@ class Output:
                 self._publish(journal, int(number))
         self._parts.check()
         self._number = self._parts.next_number()
-        if not self._number:  # an empty one, so that there is something to read from the first moment
+        if not self._number:  # an empty one, so that the output can be read from the start
             self._parts.write(self._schema.empty_table(), self._parts.path(0))
             self._number = 1
 
     def _look(self, retry_errors: bool) -> None:
-        """Learn which rows are there."""
+        """Read which rows exist."""
         for part in self._parts:
             columns = [self._schema[0].name, "question", "fingerprint", "error"]
             table = pq.read_table(part, columns=columns, partitioning=None)

@@ -1,4 +1,4 @@
-"""Parquet files and folders of them: one schema for all files, each read on its own, row group by row group."""
+"""Parquet files and folders of them: one schema for all files, each read separately, row group by row group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BROKEN = (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, Memo
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file, looked at: how many rows it has (one, for the error, if it cannot be read), and its columns.
+    """A file's columns and number of rows (one, for the error, if it cannot be read).
 
     ``folders`` are the columns that its Hive partition gives.
     """
@@ -46,7 +46,7 @@ def parquet_source(root: Path, paths: list[Path], columns: Columns) -> TableSour
     paths
         The files.
     columns
-        Which columns are looked at.
+        The columns that are used.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def _looked_at(path: Path, root: Path, folders: Mapping[str, Any]) -> _File:
 
 
 def _one_schema(files: list[_File]) -> pa.Schema:
-    """The columns of all files, widened; where no type holds a column of two files, it keeps the first one's."""
+    """The columns of all files, widened; a column without a common type keeps the type of the first file."""
     found: dict[str, pa.Field] = {}
     twice: dict[str, pa.Field] = {}
     for file in files:
@@ -95,7 +95,7 @@ def _one_schema(files: list[_File]) -> pa.Schema:
 
 
 def _chunks(file: _File, needed: list[str], columns: Columns, kept: pa.Schema) -> Iterator[Chunk]:
-    """Read a file; a row group that is damaged costs its own rows."""
+    """Read a file; the rows of a damaged row group are errors."""
     if file.error is not None:
         yield errors_chunk(file.error, 1, kept)
         return
@@ -134,6 +134,6 @@ def _group_chunks(
 
 def _lost(file: _File, rows: int, error: BaseException, kept: pa.Schema) -> Iterable[Chunk]:
     message = f"file {file.label} cannot be read: {error}"
-    left = min(rows, file.path.stat().st_size if file.path.exists() else rows)  # what is damaged may claim any number
+    left = min(rows, file.path.stat().st_size if file.path.exists() else rows)  # damaged metadata may claim any number
     for start in range(0, left, CHUNK):
         yield errors_chunk(message, min(CHUNK, left - start), kept)

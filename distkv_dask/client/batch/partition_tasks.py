@@ -23,10 +23,10 @@ from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.session import Session
 
 AT_ONCE = 2
-"""Partitions that a worker has answered at the same time: one more is ready when one ends with its longest answers."""
+"""Partitions that a worker answers at the same time: another one is ready while one waits for its longest answers."""
 
 TICK = 1.0
-"""Seconds after which a partition that waits for its turn looks whether it is still wanted."""
+"""Seconds between checks of a waiting partition whether it was cancelled."""
 
 _turns: WeakKeyDictionary[Worker, threading.BoundedSemaphore] = WeakKeyDictionary()
 _turns_lock = threading.Lock()
@@ -34,7 +34,7 @@ _turns_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked of every row, and of which engine (its id)."""
+    """The batch's questions, and the engine's id."""
 
     engine: str
     spec: BatchSpec
@@ -43,7 +43,7 @@ class Asked:
 
 
 def answer_frame(part: pd.DataFrame, kept: Sequence[Any], asked: Asked) -> pd.DataFrame:
-    """Answer the rows of a pandas frame; the columns ``kept`` and the index are repeated for each question."""
+    """Answer the rows of a pandas frame; ``kept`` columns and the index are repeated for each question."""
     table = _answer(lambda client: source_for(part, asked.spec, (), client), asked)
     left = part[list(kept)].iloc[table.column("row").to_pylist()]
     right = as_pandas(table, label=False)
@@ -64,7 +64,7 @@ def answer_records(part: Iterable[Any], keep: Sequence[str] | None, schema: pa.S
 
 
 def as_pandas(table: pa.Table, label: bool) -> pd.DataFrame:
-    """A table of answers with pandas' nullable types, or Arrow's where it has none; ``label`` keeps rows' labels."""
+    """A table of answers with pandas' nullable types, or Arrow's if there is none; ``label`` keeps rows' labels."""
     dropped = ["fingerprint"] if label else [table.schema.names[0], "fingerprint"]
     return table.drop_columns(dropped).to_pandas(types_mapper=_dtype)
 
@@ -87,7 +87,7 @@ def _answer(open_source: Callable[[Client], Source], asked: Asked, start: int = 
 
 @contextmanager
 def _turn() -> Iterator[Callable[[], None]]:
-    """Leave the worker's threads to the engine, and wait for a turn; gives what looks whether it is still wanted."""
+    """Leave the worker's threads to the engine, and wait for a turn; yields a function that ends a cancelled task."""
     try:
         worker = get_worker()
     except ValueError:  # computed by threads of the client's process
@@ -106,7 +106,7 @@ def _turn() -> Iterator[Callable[[], None]]:
 
 
 def _check_wanted(worker: Worker, key: Any) -> None:
-    """End a task whose future was cancelled; Dask begins it again should somebody want it after all."""
+    """End a task if its future was cancelled; Dask starts it again if it is needed after all."""
     task = worker.state.tasks.get(key)
     if task is None or task.state == "cancelled":
         raise Reschedule

@@ -1,4 +1,4 @@
-"""The Parquet files of a batch's output, and the list of digests by which one knows that they are what was written."""
+"""The Parquet files of a batch's output, and the list of digests that detects changes to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distkv_dask.local_folder import sync
 UNFINISHED, DIGESTS, LOCK, README = "_unfinished-", "_digests", "_lock", "_README.md"
 
 BEGUN = b"distkv"
-"""Key of the files' metadata under which stands what the batch was begun with."""
+"""Key of the batch's parameters in the files' metadata."""
 
 _NAME = re.compile(r"part-(\d{6,})\.parquet")
 
@@ -29,7 +29,7 @@ class Parts:
     Parameters
     ----------
     folder
-        It is there, and nobody else writes to it.
+        It exists, and no other process writes to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,16 +46,16 @@ class Parts:
         return iter(sorted(path for path in self._folder.glob("part-*.parquet") if _NAME.fullmatch(path.name)))
 
     def next_number(self) -> int:
-        """The first number that is free, and so are those after it."""
+        """The first number after all used ones."""
         numbers = [int(found.group(1)) for path in self if (found := _NAME.fullmatch(path.name))]
         return max(numbers, default=-1) + 1
 
     def path(self, number: int) -> Path:
-        """Where the file of a number is, or will be."""
+        """Path of the file of a number."""
         return self._folder / f"part-{number:06}.parquet"
 
     def write(self, table: pa.Table, part: Path) -> None:
-        """Write a file, or another one in its place, in an order that no crash of the machine can turn around."""
+        """Write or replace a file, in an order that survives a crash of the machine."""
         unfinished = part.with_name(UNFINISHED + part.name)
         try:
             pq.write_table(table, unfinished, write_page_checksum=True)
@@ -68,7 +68,7 @@ class Parts:
             raise
 
     def is_whole(self, part: Path) -> bool:
-        """Whether a file is what was written; one without a digest is, if all of it can be read."""
+        """Whether a file is unchanged; one without a digest counts as unchanged if all of it can be read."""
         if part.name in self._digests:
             return _digest(part) in self._digests[part.name]
         try:
@@ -82,7 +82,7 @@ class Parts:
         return True
 
     def check(self) -> None:
-        """Raise :class:`OutputError` if a file is not what was written."""
+        """Raise :class:`OutputError` if a file is damaged or was changed."""
         for part in self:
             if not self.is_whole(part):
                 raise OutputError(

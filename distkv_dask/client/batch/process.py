@@ -110,7 +110,7 @@ class Processing:
         Raises
         ------
         SourceError, InvalidRequestError, MissingProgramError
-            When the source cannot be read as it was named, or was changed; when what is asked does not go together.
+            When the source cannot be read or was changed, or when parameters contradict each other.
         OutputError
             When ``out`` was begun with other parameters, or is being written to.
         TooManyErrorsError
@@ -140,7 +140,7 @@ class Processing:
 
         def work() -> Any:
             if out is None:
-                from distkv_dask.client.batch.lazy import answers_frame  # imports pandas, which few need
+                from distkv_dask.client.batch.lazy import answers_frame  # imports pandas, which is rarely needed
 
                 return answers_frame(session, source, spec, keep, max_errors, in_flight)
             opened = source_for(source, spec, keep, session.client)
@@ -156,7 +156,7 @@ def spec_of(
     schema: Mapping[str, Any] | str | PathLike[str] | None,
     **options: Any,
 ) -> BatchSpec:
-    """What is asked of every row; raises as :func:`read_schema` and :class:`BatchSpec` do."""
+    """The batch's settings; raises as :func:`read_schema` and :class:`BatchSpec` do."""
     if isinstance(questions, str):
         raise InvalidRequestError(f"questions is the text {questions!r:.100}: give a list, or question=... for one")
     if schema is not None:

@@ -1,4 +1,4 @@
-"""How far a batch is: rows, rate and time left, on a terminal or in a notebook; nothing where output is piped."""
+"""Progress of a batch: rows, rate and time left, on a terminal or in a notebook; none if output is piped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def progress_bar(total: int | None, done: int, errors: int, show: bool | None) -
     done, errors
         Rows of earlier runs, and how many of them have errors.
     show
-        None decides by whether somebody can see it.
+        None shows it if standard error is a terminal or a notebook.
     """
     console = Console(stderr=True)
     visible = (console.is_terminal or console.is_jupyter) if show is None else show

@@ -1,4 +1,4 @@
-"""Rows of the output: what comes of a row is written into the output's columns, or is an error of that row alone."""
+"""Rows of the output: a row's result is written into the output's columns, or is an error of that row alone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from distkv_dask.errors import SourceError, in_words
 
 
 class Lot(NamedTuple):
-    """Rows that are done with: as what came of them, and as rows of the output."""
+    """Finished rows: their results, and their rows of the output."""
 
     outcomes: Sequence[Outcome]
     batch: pa.RecordBatch
 
     @property
     def errors(self) -> list[str]:
-        """What is wrong with those that have errors."""
+        """Errors of rows."""
         return [one.error for one in self.outcomes if one.error is not None]
 
 
@@ -50,7 +50,7 @@ class Results:
         """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and what answers hold."""
 
     def lot(self, outcomes: Sequence[Outcome]) -> Lot:
-        """Rows of the output; one that cannot be written there as it is has an error, and no other has it."""
+        """Rows of the output; one that cannot be written has an error and does not affect others."""
         read = [self._read(one) for one in outcomes]
         try:
             return Lot(read, self._written(read))
@@ -68,7 +68,7 @@ class Results:
             return replace(outcome, error=in_words(error))
 
     def _alone(self, outcome: Outcome) -> Lot:
-        """One row: without what the answer's properties are, or without what is kept of the source, if need be."""
+        """One row; if needed, without the answer's properties, or without the source's columns."""
         try:
             return Lot([outcome], self._written([outcome]))
         except Exception as error:
@@ -88,7 +88,7 @@ class Results:
         added = [schema.field(at) for at in range(1 + columns, len(schema))]
         filled = [pa.array([one.get(field.name) for one in results], field.type) for field in added]
         batch = pa.RecordBatch.from_arrays([labels, *kept, *filled], schema=schema)
-        # Values that Parquet has no room for (seconds beyond those that fit as milliseconds) should fail now.
+        # Values that Parquet cannot store (seconds beyond the range of milliseconds) should fail now.
         pq.write_table(pa.Table.from_batches([batch]), pa.MockOutputStream())
         return batch
 

@@ -1,4 +1,4 @@
-"""Several questions about each row: what their prompts begin with is computed once, and kept until all are answered."""
+"""Several questions about each row: their prompts' common prefix is computed once, and kept until all are answered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class RowDocument:
-    """A row's document: its number at the engine, and how many of its questions are open (``more`` may come)."""
+    """A row's document: its number at the engine, and the number of its open questions (``more`` may follow)."""
 
     number: int
     open: int = 0
@@ -23,7 +23,7 @@ class RowDocument:
 
 
 class RowDocuments:
-    """Documents of the rows that are being answered; questions of one row come one after the other.
+    """Documents of the rows that are being answered; questions of one row are consecutive.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class RowDocuments:
         self._held: set[RowDocument] = set()
 
     def begin_question(self, row: Row, content: Content) -> RowDocument | None:
-        """A question about a row begins; the document that it shares with the others, if there is one."""
+        """A question about a row begins; returns the document that it shares with the others, if there is one."""
         if len(self._spec.questions) < 2 or content.prompt is not None:
             return None
         if self._row is not row:
@@ -54,20 +54,20 @@ class RowDocuments:
         return self._last
 
     def ended(self, document: RowDocument | None) -> None:
-        """A question that began so has ended."""
+        """A question has ended."""
         if document is not None:
             document.open -= 1
             self._release(document)
 
     def finish(self) -> None:
-        """No more questions about the last row come."""
+        """The last row has no more questions."""
         if self._last is not None:
             self._last.more = False
             self._release(self._last)
         self._row = self._last = None
 
     def close(self) -> None:
-        """Give back all documents, also those with open questions."""
+        """Release all documents, also those with open questions."""
         for document in list(self._held):
             document.open, document.more = 0, False
             self._release(document)
@@ -78,7 +78,7 @@ class RowDocuments:
             self._session.store.end(document.number)
 
     def _prefix(self, content: Content) -> list[int]:
-        """What the prompts of all questions begin with; nothing where they are too long for the model's window."""
+        """The common prefix of the prompts of all questions; empty if they are too long for the model's window."""
         window = self._session.facts["max_positions"]
         try:
             if not str(content.values[self._spec.text_column] or "").strip():
@@ -87,7 +87,7 @@ class RowDocuments:
                 prompt_ids(self._spec.render(content.values, question), self._session.tokenizer)
                 for question in self._spec.questions[:2]
             )
-        except Exception:  # each question will say so
+        except Exception:  # each question will raise the error
             return []
         fits = max(len(one), len(other)) + self._spec.sampling.max_new_tokens <= window
         return one[: common_length(one, other)] if fits else []

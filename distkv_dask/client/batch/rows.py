@@ -1,4 +1,4 @@
-"""A row of a batch as it comes from its source: how it is called, what is kept of it, and what it says."""
+"""A row of a batch's source: its label, the columns that are kept, and its content."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a prompt is made of.
+    """The parts of a prompt.
 
     Parameters
     ----------
     values
         Fields for the template, by name.
     prompt
-        A whole prompt, where the source has those (OpenAI batch files); no template is used then.
+        A whole prompt, if the source has prompts (OpenAI batch files); then no template is used.
     sampling
-        What the row itself says about sampling, by the names of :class:`~distkv_dask.sampling.SamplingParams`; the
-        batch's own sampling says the rest.
+        The row's own sampling parameters, by the names of :class:`~distkv_dask.sampling.SamplingParams`; the batch's
+        sampling supplies the others.
     template
         Variables for the model's chat template, if the prompt is chat messages.
     """
@@ -43,7 +43,7 @@ class Row:
     Parameters
     ----------
     label
-        What the row is called in its source forever: its number, or its file's path.
+        The permanent name of the row in its source: its number, or its file's path.
     fingerprint
         Hash of all that its answers depend on.
     kept
@@ -59,7 +59,7 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows in a fixed order, read as they are asked for."""
+    """Rows in a fixed order, read on demand."""
 
     @property
     def label(self) -> str:
@@ -77,11 +77,11 @@ class Source(Protocol):
         """Every row, from number ``start`` on."""
 
     def count(self) -> int | None:
-        """Number of rows, or None where that is not known before all are read."""
+        """Number of rows, or None if it is not known before all are read."""
 
 
 def fingerprint(*parts: bytes | str) -> str:
-    """Return 16 hexadecimal digits that stand for ``parts``."""
+    """Return a hash of ``parts`` as 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

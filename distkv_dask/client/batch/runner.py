@@ -1,7 +1,7 @@
-"""Rows in, answers out, as they finish: a bounded number of requests in flight, and retries where workers were lost.
+"""Rows in, answers out, as they finish: a bounded number of requests in flight, and retries after lost workers.
 
-Whatever goes wrong with one row is the error of that row (:meth:`Runner._row`). What ends the batch concerns all rows:
-the engine is gone, or the source cannot be read any further. Rows that are answered by then are handed on first.
+An error in one row is an error of that row alone (:meth:`Runner._row`). Only two errors end the batch: the engine was
+closed, or the source cannot be read any further. Rows answered by then are returned first.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
     from distkv_dask.client.session.session import Session
 
 LOST = (WorkerLostError, GangAbortedError, ChannelError)
-"""Errors that tell of the cluster and not of the row: the request is tried again."""
+"""Errors of the cluster, not of the row: the request is tried again."""
 
 RETRIES = 2
-"""Retries of a request together with others. Then it is tried once alone, because it may be what kills workers."""
+"""Retries of a request together with others. Then it is tried once alone, because it may be what kills the workers."""
 
 TICK = 1.0
-"""Seconds after which a caller hears that nothing has finished."""
+"""Seconds after which a caller learns that nothing has finished."""
 
 GATHER = 256
-"""Rows that finish without a request (those with errors) are handed on in lots of this many."""
+"""Rows that finish without a request (those with errors) are returned in groups of this size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A row and a question that are done with: an answer or an error, and the seconds since the row's first request.
+    """A finished row and question: an answer or an error, and the seconds since the row's first request.
 
-    ``values`` are those of the answer's properties, where answers follow a JSON schema. An answer that cannot be read
-    so is there beside the error.
+    ``values`` are the answer's properties, if answers follow a JSON schema. An answer that cannot be parsed is kept
+    next to the error.
     """
 
     row: Row
@@ -81,7 +81,7 @@ class _Work:
 
 @dataclass(slots=True)
 class _Ask:
-    """One request of a work."""
+    """One request of a question."""
 
     work: _Work
     place: int
@@ -96,9 +96,9 @@ class Runner:
     Parameters
     ----------
     session
-        An open one.
+        An open session.
     spec
-        What is asked of each row.
+        The batch's settings.
     in_flight
         Requests that the engine has at once.
     """
@@ -116,7 +116,7 @@ class Runner:
         self._broken: DistKVError | None = None
 
     def run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[list[Outcome]]:
-        """Answer everything; yields what has finished at least every :data:`TICK` seconds, which may be nothing.
+        """Answer everything; yields what has finished (possibly nothing) at least every :data:`TICK` seconds.
 
         Closing the iterator cancels what is in flight.
 
@@ -125,7 +125,7 @@ class Runner:
         EngineClosedError
             When the engine is closed or its scheduler is gone.
         SourceError
-            When ``todo`` raises it or anything that is not ours, once what was begun has been answered.
+            When ``todo`` raises it or an error of another library, once all open requests have been answered.
         """
         try:
             while True:
@@ -154,7 +154,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _row(self, work: _Work) -> Iterator[None]:
-        """All that is done for one row is done in here: what goes wrong is its error, and no other row's."""
+        """All work for one row happens in this context, so that an exception becomes an error of that row alone."""
         try:
             yield
         except EngineClosedError:
@@ -163,7 +163,7 @@ class Runner:
             self._end(work, error=error)
 
     def _fill(self, todo: Iterator[tuple[Row, str | None]]) -> None:
-        """Submit as much as may be in flight."""
+        """Submit requests up to the limit in flight."""
         while len(self._running) < self._in_flight and len(self._outcomes) < GATHER:
             if self._suspects:
                 if not self._running:
@@ -178,7 +178,7 @@ class Runner:
                 return
 
     def _next(self, todo: Iterator[tuple[Row, str | None]]) -> tuple[Row, str | None] | None:
-        """The next question; None after the last one, and after what cannot be read any further."""
+        """The next question; None after the last one, and after an error of the source."""
         if self._broken is not None:
             return None
         try:
@@ -203,7 +203,7 @@ class Runner:
             self._advance(work, None)
 
     def _advance(self, work: _Work, done: list[Completion] | None) -> None:
-        """Let a work go on with the completions that it waited for."""
+        """Continue a question with the completions that it waited for."""
         assert work.plan is not None
         try:
             asked = next(work.plan) if done is None else work.plan.send(done)
@@ -226,14 +226,14 @@ class Runner:
         if ask.work.over:  # another part of the document has failed
             return
         with self._row(ask.work):
-            shared = None if ask.failures else ask.work.document  # what failed is tried on its own
+            shared = None if ask.failures else ask.work.document  # a failed request is tried alone
             number = None if shared is None else shared.number
             request = self._session.submit_ids(ask.prompt, ask.sampling, document=number, text=ask.work.text)
             self._running[request.generation] = ask
             request.generation.add_done_callback(self._ended.put)
 
     def _collect(self) -> None:
-        """Wait for a request to end, and take all that have."""
+        """Wait for a request to end, and take all that have ended."""
         with contextlib.suppress(queue.Empty):
             generation = self._ended.get(timeout=TICK)
             while True:

@@ -1,4 +1,4 @@
-"""What a user names as a batch's source, opened: files by what they are, frames and collections by their library."""
+"""Opens a batch's source: files by their kind, frames and collections by their library."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _KINDS = {
     "JSONL": text_tables.endings(text_tables.JSONL),
     "documents": DOCUMENTS,
 }
-"""What files hold, by the endings of their names."""
+"""Kinds of files, by the endings of their names."""
 
 
 def located(source: Any) -> Any:
-    """A source of which a path is one of this machine; others are as they are.
+    """A source, with a path checked to be on this machine; other sources are returned unchanged.
 
     Raises
     ------
     SourceError
-        When it lies elsewhere.
+        When it is elsewhere.
     """
     if not isinstance(source, str | PathLike):
         return source
@@ -54,7 +54,7 @@ def located(source: Any) -> Any:
 
 
 def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client | None) -> Source:
-    """Open a source of which questions are asked; raises as :func:`open_source` and :func:`checked` do."""
+    """Open a source for questions; raises as :func:`open_source` and :func:`checked` do."""
     opened = open_source(source, columns_of(spec, keep), client)
     if isinstance(opened, OpenAIBatchSource):
         check_spec(spec, keep)
@@ -65,7 +65,7 @@ def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client:
 
 
 def _check_documents(spec: BatchSpec, keep: Sequence[str] | None) -> None:
-    """Refuse what is about columns, which documents have not."""
+    """Refuse parameters about columns, since documents have none."""
     if keep:
         raise InvalidRequestError(f"documents have no columns such as {keep[0]!r}: leave out keep")
     if spec.text_column != TEXT and not spec.uses(spec.text_column):
@@ -78,12 +78,12 @@ def columns_of(spec: BatchSpec, keep: Sequence[str] | None) -> Columns:
 
 
 def checked(opened: Source, spec: BatchSpec) -> Source:
-    """Return a source of which may be asked what is asked.
+    """Return a source after checking that it has what the questions need.
 
     Raises
     ------
     InvalidRequestError
-        When the template uses columns that the source has not.
+        When the template uses columns that the source does not have.
     """
     for name in spec.columns:
         if name not in opened.fields:
@@ -111,7 +111,7 @@ def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
     SourceError
         When it cannot be read, is not of this machine, or lacks a column.
     MissingProgramError
-        When it holds PDFs or HTML and what reads them is not installed.
+        When it has PDFs or HTML and the package that reads them is not installed.
     """
     source = located(source)
     match kind_of(source):
@@ -144,7 +144,7 @@ def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
 
 
 def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
-    """What a source is, without importing what it may not be; raises SourceError for what cannot be one."""
+    """The kind of a source, without importing libraries for others; raises SourceError for other objects."""
     if isinstance(source, str | PathLike):
         return "path"
     if isinstance(source, pa.Table):
@@ -164,7 +164,7 @@ def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
 def records_source(
     records: Callable[[], Iterable[Record]], columns: Columns, schema: pa.Schema, count: Callable[[], int | None]
 ) -> Source:
-    """Records whose types are known; one that is a text says what is wrong with it."""
+    """Records with known types; a text instead of a record is its error."""
     return TableSource(
         lambda kept: tables.record_chunks(records(), columns, kept, schema.names), columns, schema, count
     )

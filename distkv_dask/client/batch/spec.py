@@ -1,4 +1,4 @@
-"""What is asked of every row of a batch, checked once; and how a row and a question become a prompt."""
+"""The settings of a batch, checked once; and how a row and a question become a prompt."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.texts import checked_text
 
 TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
-"""What happens to a prompt longer than the model's window; "truncate-head" drops the document's beginning."""
+"""How to handle a prompt longer than the model's window; "truncate-head" drops the document's beginning."""
 
 TEXT = "text"
-"""The column that holds the text, where nothing else is said."""
+"""The default column of the text."""
 
 OVERLAP = 64
 """Tokens that neighbouring parts of map-reduce share."""
@@ -36,7 +36,7 @@ class BatchSpec:
     Raises
     ------
     InvalidRequestError
-        When they do not go together; the message says what to change.
+        When they contradict each other; the message says what to change.
     """
 
     questions: tuple[str | None, ...] = (None,)
@@ -48,7 +48,7 @@ class BatchSpec:
     combine: str = COMBINE
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the source is known: what is wrong here is wrong for every row."""
+        """Check what does not depend on the source: errors here affect every row."""
         if not self.questions or not all(one is None or (isinstance(one, str) and one) for one in self.questions):
             raise InvalidRequestError(f"questions should be texts that are not empty: {self.questions!r:.200}")
         if len(set(self.questions)) < len(self.questions):
@@ -94,7 +94,7 @@ class BatchSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The source's columns that prompts are made of."""
+        """The source's columns that prompts use."""
         names = [name for name in _fields(self.full_template) if name not in ("text", "question")]
         return tuple(dict.fromkeys((self.text_column, *names)))
 
@@ -103,7 +103,7 @@ class BatchSpec:
         return name in _fields(self.full_template)
 
     def parameters(self) -> dict[str, Any]:
-        """Everything that answers depend on, as JSON would read it back."""
+        """Everything that answers depend on, as JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -113,7 +113,7 @@ class BatchSpec:
         Raises
         ------
         InvalidRequestError
-            When a value does not go with the template's format for it.
+            When a value does not fit the template's format for it.
         """
         known = {name: "" if value is None else value for name, value in values.items()}
         return _filled(self.full_template, known | {"text": known[self.text_column], "question": question})
@@ -124,14 +124,14 @@ class BatchSpec:
 
 
 class _Names(string.Formatter):
-    """Fields are names, also those that are digits: columns of pandas frames may be called so."""
+    """A formatter with fields by name only, also for digits: columns of pandas frames may have such names."""
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return kwargs[str(key)]
 
 
 def _check_schema(schema: str) -> None:
-    """Refuse a schema of whose answers no columns can be made."""
+    """Refuse a schema that gives no columns."""
     read = json.loads(schema)
     checked_text(json.dumps(read, ensure_ascii=False), "the JSON schema")
     kind = read.get("type", "object")
@@ -145,7 +145,7 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _check_formats(template: str, texts: Sequence[str]) -> None:
-    """Refuse formats that can never be filled in; of columns that may hold anything, only the conversion is known."""
+    """Refuse formats that can never be filled in; for columns of any type, only the conversion is known."""
     for _, name, how, as_ in string.Formatter().parse(template):
         if name is not None:
             _field(name, how if name in texts else "", as_, {name: "x"})
@@ -155,7 +155,7 @@ def _field(name: str, how: str | None, as_: str | None, values: Mapping[str, Any
     field = f"{{{name}{f'!{as_}' if as_ else ''}{f':{how}' if how else ''}}}"
     try:
         return _Names().vformat(field, (), values)
-    except Exception as error:  # of whatever class the value is
+    except Exception as error:  # whatever the value's class
         raise InvalidRequestError(f"the template's {field} cannot be filled in: {error}") from error
 
 

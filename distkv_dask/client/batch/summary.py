@@ -1,4 +1,4 @@
-"""What a batch did, in figures."""
+"""A summary of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """What a batch did: rows of the output, how many were there before, how many have errors, and seconds it took."""
+    """Rows of a batch's output, how many of them are from earlier runs or have errors, and the seconds it took."""
 
     out: Path
     rows: int

@@ -1,4 +1,4 @@
-"""Tables as a source: Arrow batches, or Python records brought to Arrow types; a row's label is its number."""
+"""Tables as a source: Arrow batches, or Python records converted to Arrow types; a row's label is its number."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ CHUNK = 64
 """Rows that are in memory at once, in addition to those in flight."""
 
 MOST_COLUMNS = 10_000
-"""Columns of records, at most: keys that differ from record to record are no columns."""
+"""Maximum number of columns of records: keys that differ from record to record are not columns."""
 
 _UNREADABLE = (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError)
 
 Record = Mapping[str, Any] | str
-"""A row by column; a text says what is wrong with it."""
+"""A row by column, or a text with its error."""
 
 
 class Columns(NamedTuple):
-    """Which columns are looked at: the text, those kept in the output (None: all others), those in the template."""
+    """The columns that are used: the text, those kept in the output (None: all others), those in the template."""
 
     text: str
     keep: Sequence[str] | None
@@ -46,7 +46,7 @@ class Columns(NamedTuple):
         Raises
         ------
         SourceError
-            When a column is not there, is there twice, or has a type that Parquet has not.
+            When a column is missing, occurs twice, or has a type that Parquet does not have.
         """
         for name in dict.fromkeys((self.text, *(self.keep or ()))):
             if name not in schema.names:
@@ -64,7 +64,7 @@ class Columns(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some rows: what is kept of them, and for each the fields of the template, or what is wrong with it."""
+    """Some rows: the columns that are kept, and for each row the fields of the template, or its error."""
 
     kept: pa.RecordBatch
     values: Sequence[Record]
@@ -76,9 +76,9 @@ class TableSource:
     Parameters
     ----------
     chunks
-        Begins a pass over the table; gets the columns that are kept.
+        Starts a pass over the table, given the columns that are kept.
     columns
-        Which columns are looked at.
+        The columns that are used.
     schema
         All columns.
     count
@@ -142,9 +142,9 @@ def record_chunks(
 
 
 def chunk_of(wanted: Mapping[str, pa.Array | list[Any]], rows: int, columns: Columns, kept: pa.Schema) -> Chunk:
-    """Make a chunk of columns, of Arrow or of Python values; those that are not there are null.
+    """Make a chunk from columns of Arrow or Python values; missing columns are null.
 
-    What a kept column does not hold unchanged is an error of its row.
+    A value that a kept column cannot store unchanged is an error of its row.
     """
     values = [_values(wanted, at, columns) for at in range(rows)]
     arrays = []
@@ -158,7 +158,7 @@ def chunk_of(wanted: Mapping[str, pa.Array | list[Any]], rows: int, columns: Col
 
 
 def errors_chunk(message: str, rows: int, kept: pa.Schema) -> Chunk:
-    """Rows of which nothing is known but what is wrong with them."""
+    """Rows with an error and no values."""
     return Chunk(_batch([pa.nulls(rows, field.type) for field in kept], kept, rows), [message] * rows)
 
 
@@ -221,7 +221,7 @@ def _shown(found: pa.Array | list[Any], at: int) -> str:
 
 
 def _wrong(record: Record, known: frozenset[str] | None) -> str | None:
-    """What is wrong with a record: what it says itself, or a column that is not known and not null."""
+    """The error of a record: its own, or an unknown column that is not null."""
     if isinstance(record, str) or known is None:
         return record if isinstance(record, str) else None
     new = next((name for name in record.keys() - known if record[name] is not None), None)

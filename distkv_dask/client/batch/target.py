@@ -1,4 +1,4 @@
-"""Where the answers of a batch go: a folder of this machine, checked before anything is started for it."""
+"""Where the answers of a batch go: a folder on this machine, checked before anything is started for it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Target(NamedTuple):
 
 
 def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
-    """Read what a user named as the output.
+    """Interpret the user's ``out``.
 
     Parameters
     ----------
     out
-        A path of this machine; also as ``file:///...``.
+        A path on this machine; also as ``file:///...``.
     source
         The batch's source: a path, or anything else.
     requests
-        Whether the source is an OpenAI batch file, of which answers may be JSONL.
+        Whether the source is an OpenAI batch file; its answers may be written as JSONL.
 
     Raises
     ------
@@ -66,14 +66,14 @@ def target_of(out: str | PathLike[str], source: Any, requests: bool) -> Target:
 
 
 def check_target(target: Target, begun: Mapping[str, Any] | None) -> None:
-    """Raise :class:`OutputError` if an output cannot be begun or gone on with; nothing is left there that was not.
+    """Raise :class:`OutputError` if an output cannot be started or continued; leaves no files behind.
 
     Parameters
     ----------
     target
-        Where it is to be.
+        Where the output will be.
     begun
-        What it is begun with; None where that is not known yet.
+        Its parameters; None if they are not known yet.
     """
     folder = target.folder
     try:
@@ -109,7 +109,7 @@ def _local(out: str) -> Path:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder for a moment, with those above it."""
+    """Make a folder and its parents temporarily."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield

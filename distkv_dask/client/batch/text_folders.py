@@ -1,4 +1,4 @@
-"""CSV or JSONL files as one table: the columns of all files, and an error row for a file that cannot be read."""
+"""CSV or JSONL files as one table: the columns of all files, and an error row for each unreadable file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _source(
 def _records(
     paths: list[Path], folders: Sequence[Mapping[str, Any]], reader: Callable[[Path], Iterator[Record]]
 ) -> Iterator[Record]:
-    """All files' records, with the columns that their folders give."""
+    """All files' records, with the columns from their folder names."""
     for path, given in zip(paths, folders, strict=True):
         try:
             for record in reader(path):

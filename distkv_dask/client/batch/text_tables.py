@@ -1,4 +1,4 @@
-"""CSV and JSONL files as records, line by line; what cannot be read is an error of its row alone."""
+"""CSV and JSONL files as records, line by line; an unreadable line is an error of its row alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distkv_dask.texts import LONGEST_TEXT
 CSV = (".csv", ".tsv")
 JSONL = (".jsonl", ".ndjson")
 COMPRESSED = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-"""Ending after those of tables -> what pyarrow calls it."""
+"""Ending of a compressed file -> pyarrow's name of the compression."""
 
 _DELIMITERS = ",;\t|"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -81,12 +81,12 @@ class _Csv:
     """A CSV file: opened at once, read as :func:`csv_records` says."""
 
     def __init__(self, path: Path, text_column: str) -> None:
-        csv.field_size_limit(sys.maxsize)  # documents are longer than the 128 KiB that the module allows by itself
+        csv.field_size_limit(sys.maxsize)  # documents are longer than the module's default of 128 KiB
         self._path = path
         self._lines = _RowLines(path)
         try:
             first = self._first()
-            named = re.fullmatch(r"sep=(.)\r?\n?", first)  # what Excel writes, and heeds
+            named = re.fullmatch(r"sep=(.)\r?\n?", first)  # Excel writes and reads this line
             if named:
                 first = self._first()
             self._delimiter = named.group(1) if named else _delimiter(first, text_column)
@@ -135,7 +135,7 @@ class _Csv:
 
 
 class _RowLines:
-    """Lines of a file for a CSV reader; those of the present row can be read again."""
+    """Lines of a file for a CSV reader; those of the current row can be read again."""
 
     def __init__(self, path: Path) -> None:
         self._lines = _lines(path, newline="")
@@ -143,7 +143,7 @@ class _RowLines:
         self.begin_row()
 
     def begin_row(self) -> None:
-        """A row begins."""
+        """Start a row."""
         self._row: list[str] = []
         self._characters = 0
 
@@ -168,7 +168,7 @@ class _RowLines:
 
 
 def _lines(path: Path, newline: str) -> Iterator[str | Exception | None]:
-    """Lines of a text file, None for one that is too long; an error ends them."""
+    """Lines of a text file, None for one that is too long; the last item may be an error."""
     try:
         with _opened(path, newline) as file:
             while line := file.readline(LONGEST_TEXT + 1):
@@ -219,7 +219,7 @@ def _object(line: str) -> Record:
 
 
 def _float(literal: str) -> float:
-    """A number, unless it is beyond what a float can be."""
+    """A number within the range of floats."""
     number = float(literal)
     if number in (float("inf"), float("-inf")) or (not number and re.match(r"[-.0]*[1-9]", literal)):
         raise ValueError(f"the number {literal:.50} is beyond a 64-bit float")
@@ -227,7 +227,7 @@ def _float(literal: str) -> float:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    """An object, unless it has a key twice."""
+    """An object with distinct keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
@@ -236,7 +236,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
 
 
 def _decodable(text: str) -> bool:
-    """Whether a text is made of characters; half of a surrogate pair is none."""
+    """Whether a text has only whole characters, that is, no half of a surrogate pair."""
     try:
         return text.isascii() or bool(text.encode()) or not text
     except UnicodeEncodeError:

@@ -56,7 +56,7 @@ def command(question: str, document: str | None, schema: Path | None, **options:
     \b
         distkv ask "What are the risks?" report.pdf
 
-    DOCUMENT may also be a folder, or its URI, in which `distkv ingest` saved a document. It is then not computed again.
+    DOCUMENT may also be a folder, or its URI, with a document saved by `distkv ingest`, which is not computed again.
 
     The answer goes to standard output as it is generated.
     """  # noqa: D301
@@ -85,7 +85,7 @@ def command(question: str, document: str | None, schema: Path | None, **options:
 
 
 def _question(question: str, document: str | None, sampling: SamplingParams) -> Callable[[Engine], TextPieces]:
-    """Read what is asked about, and return what asks an engine and gives the answer as it is generated."""
+    """Read the document, and return a function that asks an engine and yields the answer as it is generated."""
     spec = BatchSpec(questions=(question,), sampling=sampling)
     if not question.strip():
         raise InvalidRequestError("the question is empty")
@@ -116,7 +116,7 @@ def document_text(path: Path) -> str:
     Raises
     ------
     SourceError, InvalidRequestError
-        When it cannot be read, or there is nothing in it.
+        When it cannot be read or is empty.
     """
     if path.is_dir():
         raise SourceError(f"{path} is a folder without a saved document: name a file, or use distkv run")

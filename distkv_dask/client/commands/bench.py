@@ -111,7 +111,7 @@ def command(
 
 
 def _while(points: Iterator[Point], until: float) -> Iterator[Point]:
-    """Points until the time is over; the first in any case."""
+    """Points until the time is up, but always the first."""
     for point in points:
         yield point
         if perf_counter() > until:

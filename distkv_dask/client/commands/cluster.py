@@ -1,4 +1,4 @@
-"""``distkv cluster``: a Dask cluster on this machine, with a model if wanted, that others connect to."""
+"""``distkv cluster``: a Dask cluster on this machine for other commands, optionally with a loaded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command's options to an engine: all that can be checked is checked before a cluster is started or asked."""
+"""From a command's options to an engine: options are checked before a cluster is started or contacted."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def local_cluster(
     weights: int | None = None,
     **settings: Any,
 ) -> Iterator[Any]:
-    """A Dask cluster of this machine, sized as Dask does where nothing else is said; on cards, one worker for each.
+    """A Dask cluster on this machine, by default sized by Dask; with GPUs, one worker for each.
 
-    ``weights`` are bytes that a number of workers share.
+    ``weights`` are bytes that the workers share.
     """
     from distributed import LocalCluster
     from distributed.system import MEMORY_LIMIT
@@ -60,12 +60,12 @@ def local_cluster(
     finally:
         try:
             cluster.close()
-        except TimeoutError:  # Dask kills a worker that ends too slowly, and gives it no time to be dead
+        except TimeoutError:  # Dask kills a worker that ends too slowly, and does not wait for the kill
             note("A worker took too long to end, and was killed.")
 
 
 def _kind_of_cluster() -> Callable[..., Any]:
-    """What starts workers here: dask-cuda where there are cards, which gives each worker its own."""
+    """The cluster class for this machine: with GPUs dask-cuda's, which gives each worker its own."""
     from distributed import LocalCluster
 
     if not _sees_cards():
@@ -83,7 +83,7 @@ def _sees_cards() -> bool:
 
 
 def _cards() -> int:
-    """How many cards the machine has, as Dask's own diagnostics count them."""
+    """Number of the machine's GPUs, counted by Dask's diagnostics."""
     from distributed.diagnostics.nvml import device_get_count
 
     return int(device_get_count())
@@ -91,7 +91,7 @@ def _cards() -> int:
 
 @contextmanager
 def client_of(scheduler: str | None, **sizes: Any) -> Iterator[Any]:
-    """Connect to a scheduler, or start a cluster for the time being."""
+    """Connect to a scheduler, or start a cluster for the duration of the command."""
     from distributed import Client
 
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def client_of(scheduler: str | None, **sizes: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The cluster and the model that a command's options name, checked as far as that needs neither."""
+    """The cluster and the model of a command's options, checked as far as possible without loading them."""
 
     scheduler: str | None
     sizes: dict[str, Any]
@@ -119,7 +119,7 @@ class Chosen:
 
     @contextmanager
     def engine(self, texts: bool = True) -> Iterator[Engine]:
-        """Open the engine, after checking the model; ``texts`` says that it is to be asked with texts."""
+        """Open the engine, after checking the model; with ``texts``, the model needs a tokenizer."""
         with self._client(texts) as client:
             attached, model = self.attached, self.model
             with Engine(client, **model) if attached is None else Engine.attach(_id(attached), client) as engine:
@@ -192,12 +192,12 @@ def check_cluster(scheduler: str | None) -> None:
 
 
 def check_model(source: ModelSource, texts: bool) -> None:
-    """Check that a model is one that can be served, and asked with texts.
+    """Check that a model can be served and has a tokenizer.
 
     Raises
     ------
     ModelError, ConfigError
-        When it is not.
+        When one of these is not true.
     """
     check_supported(source.config())
     if texts and source.tokenizer() is None:
@@ -207,7 +207,7 @@ def check_model(source: ModelSource, texts: bool) -> None:
 
 
 def weights_of(source: ModelSource, dtype: str) -> int | None:
-    """Bytes of a model's weights, which workers on this machine will share; None where its files are not here yet."""
+    """Bytes of a model's weights, which workers on this machine will share; None if its files are not here yet."""
     return source.weight_bytes(source.config(), dtype)
 
 

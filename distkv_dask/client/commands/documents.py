@@ -12,11 +12,11 @@ from distkv_dask.client.commands.engines import engines_of, running_cluster
 from distkv_dask.client.commands.options import running_option
 from distkv_dask.messages.status import EngineStatus, SequenceStatus
 
-STATES = {"document": "stored", "dropped": "given up; recomputed when it is next asked"}
-"""What people call a document's states that have other names inside."""
+STATES = {"document": "stored", "dropped": "evicted; recomputed at the next question"}
+"""Names of a document's states for users, where they differ."""
 
-SAVED = "in files; read when it is next asked"
-"""What they call one that was given up and saved or spilled."""
+SAVED = "in files; read at the next question"
+"""The name of the state of an evicted document that was saved or spilled."""
 
 
 @click.command("documents")

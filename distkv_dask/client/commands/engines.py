@@ -1,4 +1,4 @@
-"""What commands ask of a running cluster and its engines, whoever opened them."""
+"""Questions of commands to a running cluster and its engines, whoever opened them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Engines = dict[str, EngineSummary]
 
 @contextmanager
 def running_cluster(scheduler: str) -> Iterator[Any]:
-    """A Dask client of a running cluster; one that stops answering is an error on one line."""
+    """A Dask client of a running cluster; if the cluster stops answering, the error is one line."""
     with clear_failures():
         check_cluster(scheduler)
     with clear_failures(), client_of(scheduler) as client:
@@ -34,7 +34,7 @@ def running_cluster(scheduler: str) -> Iterator[Any]:
 
 
 def engines_of(client: Any) -> tuple[int, Engines]:
-    """Number of workers, and engines by id (none where no engine was ever opened).
+    """Number of workers, and engines by id (none if no engine was ever opened).
 
     Raises
     ------

@@ -27,6 +27,6 @@ def clear_failures() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Tell somebody who watches what is going on; nothing where standard error is piped."""
+    """Print progress for a user; prints nothing if standard error is piped."""
     if sys.stderr.isatty():
         click.echo(text, err=True)

@@ -1,4 +1,4 @@
-"""``distkv ingest``: a document's KV cache computed once and saved, to be asked any time later."""
+"""``distkv ingest``: computes a document's KV cache once and saves it for later questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``distkv models check``: is a model served, and how long may a sequence be on a cluster, before any engine opens."""
+"""``distkv models check``: whether a model is served, and the longest sequence on a cluster, before an engine opens."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def command() -> None:
     "--scheduler",
     metavar="ADDRESS",
     envvar="DASK_SCHEDULER_ADDRESS",
-    help="Dask scheduler of a running cluster, to learn how long sequences may be there.",
+    help="Dask scheduler of a running cluster, to compute the longest sequence there.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(1),
-    help="Say the memory limit with which so many workers, which share the weights, use all memory of this machine.",
+    help="Print the memory limit with which this many workers, sharing the weights, use all memory of this machine.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
@@ -49,9 +49,9 @@ def check(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Say whether MODEL is served and why not, and what memory it needs; exit status 1 where it is not.
+    """Say whether MODEL is served or why not, and how much memory it needs; exit status 1 if it is not served.
 
-    MODEL is a directory, a GGUF file or a Hugging Face name. Its files are looked at, but its weights are not read.
+    MODEL is a directory, a GGUF file or a Hugging Face name. Its files are checked, but its weights are not read.
     """
     with clear_failures():
         report = report_on(model, dtype, rope_scaling)
@@ -67,12 +67,12 @@ def check(
 
 
 def room_on(workers: Mapping[str, Mapping[str, Any]], report: ModelReport, config: Config) -> dict[str, Any]:
-    """How long a sequence may be on workers, in tokens, and which of them are too small for the model.
+    """The longest sequence on the workers, in tokens, and the workers that are too small for the model.
 
     Parameters
     ----------
     workers
-        Address to what Dask's scheduler knows of a worker.
+        Address -> information of Dask's scheduler about a worker.
     report
         The model.
     config

@@ -1,4 +1,4 @@
-"""The options that commands share: cluster, model, and how answers are drawn; each is checked when it is read."""
+"""Options that commands share: cluster, model and sampling; each is checked when it is parsed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class LocalFile(click.Path):
-    """A file of this machine, by a path or a ``file:`` URI."""
+    """A file on this machine, as a path or a ``file:`` URI."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path, exists=True, dir_okay=False)
@@ -46,7 +46,7 @@ def scheduler_option(command: Command) -> Command:
 
 
 def running_option(command: Command) -> Command:
-    """Add ``--scheduler`` to a command that looks at a running cluster."""
+    """Add ``--scheduler`` to a command that inspects a running cluster."""
     return click.option(
         "--scheduler",
         metavar="ADDRESS",
@@ -86,7 +86,7 @@ def size_options(command: Command) -> Command:
 
 
 def sampling_options(command: Command) -> Command:
-    """Add the options that say how answers are drawn."""
+    """Add the sampling options."""
     for option in (
         click.option(
             "--grammar",
@@ -201,11 +201,11 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
 
 
 def check_drawn(sampling: SamplingParams) -> None:
-    """Refuse options about drawing where nothing is drawn."""
+    """Refuse sampling options for greedy answers."""
     for name in ("top_p", "seed"):
         if sampling.temperature == 0 and was_given(name):
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is for drawn answers, but --temperature 0 takes the most likely token: "
+                f"--{name.replace('_', '-')} is for sampled answers, but --temperature 0 takes the most likely token: "
                 f"leave it out, or add --temperature 1"
             )
 

@@ -95,14 +95,14 @@ def command(out: str, **options: Any) -> None:
 
 
 def _run(out: str, options: dict[str, Any]) -> BatchSummary:
-    """Check everything, and do it."""
+    """Check everything, then run the batch."""
     sampling, said = sampling_of(options)
     chosen = chosen_of(options)
     max_errors, retry_errors, in_flight = (options.pop(name) for name in ("max_errors", "retry_errors", "in_flight"))
     path, keep = options.pop("source"), options.pop("keep") or None
     with clear_failures():
         path = located(path)
-        # An OpenAI batch file has defaults of its own.
+        # An OpenAI batch file has its own defaults.
         given = {name: getattr(sampling, name) for name in said}
         questions = options.pop("questions") or None
         spec = spec_of(questions, replace(default_sampling(path), **given), **options)

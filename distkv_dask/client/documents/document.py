@@ -1,4 +1,4 @@
-"""Documents as users hold them: ingested once, asked often, and finally released."""
+"""Documents for users: ingested once, asked often, and finally released."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Kept(ABC):
 
     @abstractmethod
     async def _end(self) -> None:
-        """Give it back."""
+        """Release it."""
 
     def _leave(self) -> Any:
         return self._session.leave(self._end)
@@ -86,7 +86,7 @@ class Document(_Kept):
         return self._text.source if isinstance(self._text.source, str) else None
 
     def prompt(self, question: Question) -> list[int]:
-        """Token ids of a question's whole prompt; ``engine.generate`` gives them the same answer, but computes all.
+        """Token ids of a question's whole prompt; ``engine.generate`` gives the same answer to them, but prefills all.
 
         Raises
         ------
@@ -177,7 +177,7 @@ class Document(_Kept):
             )  # fmt: skip
             await watched(limit, what, save.commit, saved)
         finally:
-            with contextlib.suppress(SavedDocumentError):  # what could not be deleted goes with the next save there
+            with contextlib.suppress(SavedDocumentError):  # the next save there deletes what could not be deleted
                 await watched(limit, what, save.end)
 
     async def _end(self) -> None:
@@ -235,7 +235,7 @@ class Chat(_Kept):
         self._asking = False
 
     def ask(self, question: Question, sampling: SamplingParams | None = None) -> Any:
-        """Ask the next question; returns the :class:`Completion`. A failed question is no turn and can be repeated.
+        """Ask the next question; returns the :class:`Completion`. A failed question is not a turn and can be repeated.
 
         Raises
         ------

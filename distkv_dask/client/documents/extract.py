@@ -23,10 +23,10 @@ DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf")
 """Endings of documents' names."""
 
 LARGEST = 1 << 29
-"""Bytes of a document file, at most."""
+"""Maximum size of a document file in bytes."""
 
 SECONDS = 15.0, 30.0
-"""Processor time that the text of an HTML or PDF file may take: so much, and so much for each MiB of it."""
+"""CPU seconds for extracting the text of an HTML or PDF file: a constant, and an amount per MiB."""
 
 _PROGRAM = Path(__file__).with_name("extractor.py")
 _NEEDED = {
@@ -37,7 +37,7 @@ _NEEDED = {
 """Endings of files that another process reads -> what they are, the module that reads them, the extra that has it."""
 
 _PATIENCE = 10
-"""Times the processor time that a file may take, until it is given up on a busy machine."""
+"""On a busy machine, a file fails after this multiple of its CPU time."""
 
 
 def read_file(path: Path) -> bytes:
@@ -50,7 +50,7 @@ def read_file(path: Path) -> bytes:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = b"" if size > LARGEST else file.read(LARGEST + 1)  # a size may grow, or be none
+        data = b"" if size > LARGEST else file.read(LARGEST + 1)  # a file may grow, or have no size
     if max(size, len(data)) > LARGEST:
         raise InvalidRequestError(f"it has more than {LARGEST:,} bytes: cut it into several files")
     return data
@@ -62,7 +62,7 @@ def plain_text(data: bytes) -> str:
     Raises
     ------
     InvalidRequestError
-        When it is no text.
+        When it is not text.
     """
     encoding = json.detect_encoding(data[:4])
     try:
@@ -82,8 +82,8 @@ def check_support(suffixes: Iterable[str]) -> None:
 class TextReader:
     """Gives the texts of files.
 
-    HTML and PDF are read by a process of its own, which is started when it is needed, may use a bounded amount of time
-    and memory for a file, and ends with this object.
+    HTML and PDF are read by a separate process. It is started on demand, has limits of time and memory for each file,
+    and ends with this object.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class TextReader:
         Raises
         ------
         InvalidRequestError
-            When the file cannot be read as what its name says, or takes too much time or memory.
+            When the file is not of the kind that its name says, or takes too much time or memory.
         """
         if suffix not in _NEEDED:
             return plain_text(data)

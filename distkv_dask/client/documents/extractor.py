@@ -1,7 +1,7 @@
-"""A program of its own that gives the texts of HTML and PDF files; ``extract.py`` starts it, and ends it.
+"""A separate program that extracts the text of HTML and PDF files; ``extract.py`` starts and ends it.
 
-It imports nothing of the package, so that it starts at once. A file that takes more processor time than it may ends the
-process by a signal, which also works in the middle of a library's C code.
+It imports nothing from the package, so that it starts fast. A file that exceeds its CPU time ends the process by a
+signal, which also works within a library's C code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MEMORY = 2 << 30
 """Bytes of address space that the program may use."""
 
 LONGEST = 1 << 26
-"""Characters of a text, at most."""
+"""Maximum number of characters of a text."""
 
 BLOCKS = re.compile(
     "address|article|aside|blockquote|body|br|caption|center|d[dlt]|details|dialog|dir|div|fieldset|figcaption|figure|"
@@ -36,11 +36,11 @@ _UTF16 = {b"<\0": "utf-16le", b"\0<": "utf-16be"}
 
 
 class Unreadable(Exception):
-    """Says what is wrong with a file."""
+    """The error of a file."""
 
 
 def html_text(data: bytes) -> str:
-    """What a reader of a web page sees, a line for each block."""
+    """The visible text of a web page, with a line for each block."""
     from selectolax.lexbor import LexborHTMLParser
 
     pieces = "".join(_pieces(LexborHTMLParser(_decoded(data)).root))
@@ -56,7 +56,7 @@ def pdf_text(data: bytes) -> str:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file: pypdf raises whatever its parser stumbles over
+    except Exception as error:  # pypdf's parser raises many kinds of errors for a damaged file
         raise Unreadable(f"the PDF cannot be read: {_named(error):.200}") from error
     text = "".join(page.replace("\f", "\n") + "\n\f" for page in pages)
     if not text.strip():
@@ -65,7 +65,7 @@ def pdf_text(data: bytes) -> str:
 
 
 def _pieces(root: Any) -> Iterator[str]:
-    """Texts of a page in their order; a NUL, which no parsed text has, stands where a block begins or ends."""
+    """Texts of a page in order, with a NUL, which no parsed text contains, where a block begins or ends."""
     node = root
     while node is not None:
         tag = node.tag
@@ -82,7 +82,7 @@ def _pieces(root: Any) -> Iterator[str]:
 
 
 def _decoded(data: bytes) -> str:
-    """A page as browsers decode it: a BOM beats what is declared, which beats UTF-8, which beats windows-1252."""
+    """A page decoded as in browsers: by its BOM, else its declaration, else UTF-8, else windows-1252."""
     import webencodings
 
     if data[:2] in _UTF16 and data[2:4] != b"\0\0":
@@ -91,7 +91,7 @@ def _decoded(data: bytes) -> str:
     declared = _XML.match(start) or _META.search(start)
     encoding = webencodings.lookup(declared.group(1).decode("latin-1")) if declared else None
     if encoding is not None and encoding.name.startswith("utf-16"):
-        encoding = webencodings.UTF8  # could the declaration be read as it is, then UTF-16 it is not
+        encoding = webencodings.UTF8  # a declaration that can be read as ASCII is not in UTF-16
     if encoding is not None and encoding.name == "x-user-defined":
         encoding = webencodings.lookup("windows-1252")
     if encoding is not None:
@@ -113,7 +113,7 @@ def _strictly(data: bytes, encoding: Any) -> str:
 
 
 def _named(error: Exception) -> str:
-    """What an error says, which may be nothing."""
+    """The text of an error, or its class if it has none."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
@@ -138,7 +138,7 @@ def main() -> None:
             answer = {"error": str(error)}
         except MemoryError:
             answer = {"error": f"reading the file needs more than {MEMORY >> 30} GiB of memory"}
-        except Exception as error:  # of a library, about this file
+        except Exception as error:  # any error of a library on this file
             answer = {"error": f"the file cannot be read: {_named(error):.200}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(json.dumps(answer).encode())

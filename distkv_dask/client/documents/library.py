@@ -1,4 +1,4 @@
-"""The documents of one session by name: handed in and loaded."""
+"""The documents of one session by name: ingested and loaded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distkv_dask.watch import watched
 
 
 class Library:
-    """Documents by name; used on the session's event loop, but for :attr:`documents`.
+    """Documents by name; used on the session's event loop, except for :attr:`documents`.
 
     Parameters
     ----------
     session
-        Where they are handed in.
+        The session that submits them.
     """
 
     def __init__(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""How a document and a question become a prompt, and which tokens all prompts on one document begin with."""
+"""How a document and a question become a prompt, and the common prefix of all prompts on a document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Question = str | Sequence[int]
 Turn = tuple[Question, str, tuple[int, ...]]
 """A question of a chat, and its answer as text and as token ids."""
 PROBES = "What is it about?", "Is there more?"
-"""Two questions without a common beginning or end: what their prompts begin with, all prompts do."""
+"""Two questions without a common prefix or suffix: their prompts' common prefix is that of all prompts."""
 
 
 class DocumentPrompts(Protocol):
@@ -36,7 +36,7 @@ class DocumentPrompts(Protocol):
 
 
 class MessagePrompts:
-    """A document within chat messages; or a text, which stands above the first question in one message.
+    """A document within chat messages; or a text, followed by the first question in one message.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class TextPrompts:
 
 
 class TokenPrompts:
-    """Token ids with those of the question behind them."""
+    """A document of token ids; a question's ids follow."""
 
     def __init__(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
         self._ids = list(ids)
@@ -97,7 +97,7 @@ class TokenPrompts:
         return self._ids
 
     def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
-        """Ids of document, turns and question in a row."""
+        """Ids of document, turns and question, concatenated."""
         ids = list(self._ids)
         for asked, _, answer in turns:
             ids += [*self._tokenizer.encode_more(asked), *answer]
@@ -139,14 +139,14 @@ def prompts_of(source: Prompt, tokenizer: Tokenizer) -> DocumentPrompts:
             raise InvalidRequestError("the document is empty: give a text that is not empty")
         chats = tokenizer.has_chat_template
         return MessagePrompts(source, tokenizer) if chats else TextPrompts(source, tokenizer)
-    ids = tokenizer.encode(source)  # says what is wrong with it, if anything
+    ids = tokenizer.encode(source)  # raises for an invalid document
     if any(isinstance(one, Mapping) for one in source):
         return MessagePrompts(source, tokenizer)  # type: ignore[arg-type]
     return TokenPrompts(ids, tokenizer)
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a prompt: a user's message where the model has a chat template, the text as it is elsewhere."""
+    """Token ids of a prompt: a user's message if the model has a chat template, otherwise the plain text."""
     return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
 
 
@@ -167,7 +167,7 @@ def read_text(path: Path) -> str:
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with.
+    """Length of the common prefix.
 
     Examples
     --------

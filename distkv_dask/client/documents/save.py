@@ -1,8 +1,8 @@
-"""One save of a document in a folder: whole or not at all, whatever else happens in that folder.
+"""One save of a document in a folder: complete or not at all, whatever else happens in that folder.
 
-Every save has a random tag, which the names of all its files contain, so two of them never meet. The one that gives its
-draft the name ``document.json`` last wins whole, and then deletes what the one before it named. Beside that only files
-of its own tag are deleted, and those of a tag whose marker nobody holds: the process that saved them died.
+Every save has a random tag in the names of all its files, so two saves never share a file. The last save to rename its
+draft to ``document.json`` wins, and deletes the files of the previous one. Otherwise a save deletes only files with its
+own tag, and those of saves whose marker is not locked, because their process died.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from distkv_dask.folder import Folder
 from distkv_dask.watch import Watch
 
 HELD_SECONDS = 86_400.0
-"""A save counts as under way for so long, where locks are not known; the marker says when it began."""
+"""Without locks, a save counts as running for this time; the marker has its start."""
 
 MARKER = re.compile(re.escape(FILE) + r"\.([0-9a-f]{16})\.saving")
 
 
 class Save:
-    """What is called here blocks, and may hang with the folder.
+    """One save; its methods block, and may hang with the folder.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Save:
     Raises
     ------
     SavedDocumentError
-        It is no folder that can be written to.
+        It is not a folder, or cannot be written to.
     """
 
     def __init__(self, watch: Watch, place: str | os.PathLike[str]) -> None:
@@ -70,7 +70,7 @@ class Save:
         Raises
         ------
         SavedDocumentError
-            It cannot be written there. What was there before is there still.
+            It cannot be written there. An earlier document is kept.
         """
         draft = f"{FILE}.{self.tag}.unfinished"
         with explained(f"{FILE} could not be written to {self.place}"):
@@ -79,7 +79,7 @@ class Save:
                 watch.step()
             with self._folder.lock(watch):
                 before: set[str] = set()
-                with contextlib.suppress(SavedDocumentError):  # there was none, or one that cannot be read
+                with contextlib.suppress(SavedDocumentError):  # there was none, or it cannot be read
                     before = {file.name for file in document_in(self._folder).files}
                 if f"{FILE}.{self.tag}.saving" not in self._folder.names():
                     raise SavedDocumentError("somebody deleted this save because it took too long: save again")
@@ -92,7 +92,7 @@ class Save:
                     self._folder.delete(name)
 
     def end(self, watch: Watch) -> None:
-        """Clear away what this save leaves of itself: all of it, if it did not come to its end.
+        """Delete temporary files of this save, or all of its files if it did not finish.
 
         Raises
         ------
@@ -100,11 +100,11 @@ class Save:
             Something cannot be deleted. The next save in this folder tries again.
         """
         with self._held, explained(f"what is left of the save in {self.place} could not be deleted"):
-            if self._stage != "committing":  # else it may become the folder's document yet
+            if self._stage != "committing":  # otherwise it may still become the folder's document
                 self._clear(watch, self.tag)
 
     def _is_over(self, marker: str) -> bool:
-        """Whether the process that made a save is gone."""
+        """Whether the process that made a save has ended."""
         held = self._folder.is_held(marker)
         if held is None:
             began = b""
@@ -114,7 +114,7 @@ class Save:
         return not held
 
     def _clear(self, watch: Watch, tag: str) -> None:
-        """Delete files of a save that are none of the folder's document; its marker last."""
+        """Delete files of a save that do not belong to the folder's document; its marker last."""
         names, kept = self._folder.names(), set[str]()
         if FILE in names:
             kept = {file.name for file in document_in(self._folder).files}
@@ -129,5 +129,5 @@ class Save:
 
 
 def try_place(watch: Watch, place: str | os.PathLike[str]) -> None:
-    """Raise :class:`SavedDocumentError` if nothing can be saved in a folder, which is made if it does not exist."""
+    """Raise :class:`SavedDocumentError` if nothing can be saved in a folder, which is created if needed."""
     Save(watch, place).end(watch)

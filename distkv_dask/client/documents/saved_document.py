@@ -1,7 +1,7 @@
-"""What is saved of a document with its blocks: the model they belong to, its tokens, and how it is asked.
+"""Metadata of a saved document: its model, its tokens, and how questions are asked.
 
-A saved document may come from anybody. It is data: every field has a type and a range, there are no others, and none of
-them names anything but files of its own folder.
+A saved document is untrusted. Every field has a type and a range, there are no other fields, and they name only files
+in the document's folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distkv_dask.watch import Watch
 FILE = "document.json"
 VERSION = 2
 MOST_BYTES = 256 << 20
-"""A ``document.json`` has this many bytes at most: 10 million tokens and their text need less."""
+"""Maximum size of ``document.json`` in bytes: 10 million tokens and their text need less."""
 
 FILE_NAME = re.compile(r"(blocks|state|window)-[0-9a-f]+-[0-9]+-[0-9]+\.arrow")
 TOP = 2**63
@@ -33,8 +33,8 @@ TOP = 2**63
 class SavedDocument:
     """Metadata of a saved document.
 
-    ``source`` is the text, chat messages or token ids that it was ingested from; ``ids`` are the tokens that all
-    prompts on it begin with, of which ``files`` hold the KV.
+    ``source`` is the ingested text, chat messages or token ids; ``ids`` is the common prefix of all prompts on it, and
+    ``files`` have the KV of these tokens.
     """
 
     name: str
@@ -48,7 +48,7 @@ class SavedDocument:
     files: tuple[SavedFile, ...]
 
     def check(self, place: str, facts: Mapping[str, Any], block_tokens: int) -> None:
-        """Raise :class:`SavedDocumentError` if an engine cannot use it; ``facts`` are the engine's."""
+        """Raise :class:`SavedDocumentError` if an engine with these ``facts`` cannot use it."""
         wanted = {
             "dtype": (self.dtype, facts["dtype"], f"is in {self.dtype}: open the engine with dtype={self.dtype!r}"),
             "model": (self.fingerprint, facts["fingerprint"], f"is of model {self.model!r}, or other weights of it"),
@@ -74,7 +74,7 @@ class SavedDocument:
         Raises
         ------
         SavedDocumentError
-            It would be too large to be read again.
+            It would be too large to be read.
         """
         body = {"format": "distkv-document", "version": VERSION, **asdict(self)}
         text = json.dumps({"checksum": _checksum(body), **body}).encode()
@@ -103,7 +103,7 @@ def document_in(folder: Folder) -> SavedDocument:
         text = source.read(source.size, 0)
     try:
         body = json.loads(text)
-        canonical = json.dumps(body).encode() == text  # nothing is written twice, or in another way than ours
+        canonical = json.dumps(body).encode() == text  # the text must be exactly what we would write
         checksum, kind, version = body.pop("checksum"), body.pop("format"), body.pop("version")
         right = canonical and _checksum({"format": kind, "version": version, **body}) == checksum
         if kind == "distkv-document" and version != VERSION:
@@ -121,12 +121,12 @@ def document_in(folder: Folder) -> SavedDocument:
 
 
 def plain_source(source: Any) -> str | list[Any]:
-    """A document's source as JSON keeps it.
+    """A document's source as JSON.
 
     Raises
     ------
     SavedDocumentError
-        It cannot be kept.
+        It cannot be written as JSON.
     """
     plain = source if isinstance(source, str) else list(source) if isinstance(source, Sequence) else source
     try:
@@ -137,7 +137,7 @@ def plain_source(source: Any) -> str | list[Any]:
 
 
 def _checked(body: dict[str, Any]) -> SavedDocument:
-    """A document of fields from a file; raises ValueError for what is none."""
+    """A document from the fields of a file; raises ValueError if they are invalid."""
     names = [field.name for field in fields(SavedDocument)]
     _require(sorted(body) == sorted(names), f"it has the fields {sorted(body)}")
     for name in ("name", "model", "fingerprint", "dtype"):
@@ -164,7 +164,7 @@ def _checked_file(file: Any) -> SavedFile:
 
 
 def _check_files(document: SavedDocument) -> None:
-    """Whole blocks of all tokens, one file after the other, each once; of what homes have, the last."""
+    """Check that the files cover all tokens once, in whole blocks; files of homes' states are for the end."""
     size, end = document.block_tokens, 0
     kept = len(document.ids) // size * size
     for file in document.files:

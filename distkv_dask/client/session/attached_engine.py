@@ -1,4 +1,4 @@
-"""How one comes to use an engine that somebody else opened, from any process that has a Dask client, and leaves it."""
+"""Attaches to an engine that was opened elsewhere, from any process with a Dask client, and detaches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distkv_dask.version import VERSION
 
 
 class AttachedEngine:
-    """Takes a handle on an open engine, which the engine survives.
+    """A handle on an open engine; the engine outlives it.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class AttachedEngine:
     Attributes
     ----------
     spec, model
-        What the engine's owner asked for, once it is attached.
+        The settings of the engine's owner, once attached.
     """
 
     spec: EngineSpec
@@ -38,7 +38,7 @@ class AttachedEngine:
         self._handle = 0
 
     async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
-        """Attach to it; returns what the workers said, and the model's tokenizer."""
+        """Attach to it; returns the workers' reports, and the model's tokenizer."""
         client = conversation.client
         if not await answered(client, client.get_metadata([PLUGIN], default=False)):
             raise ClusterError("no engine is open on this cluster: open one with Engine(client, model=...)")
@@ -56,6 +56,6 @@ class AttachedEngine:
         return dict(facts), tokenizer
 
     async def close(self, conversation: Conversation) -> None:
-        """Give the handle back: its requests end, its documents are released, the engine goes on."""
+        """Detach: the handle's requests end, its documents are released, and the engine stays open."""
         with contextlib.suppress(EngineClosedError, ClusterError):
             await conversation.call(ClientCall.DETACH, engine=self.spec.engine, handle=self._handle)

@@ -1,6 +1,6 @@
-"""What an engine at the client and the gManager say to each other: requests out, news in, and calls in between.
+"""The connection of a client's engine with the gManager: requests out, events in, and calls.
 
-All of it happens on the event loop of the Dask client; what other threads may call says so.
+Everything runs on the event loop of the Dask client, except for methods documented as callable from any thread.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from distkv_dask.sampling import FinishReason
 logger = logging.getLogger("distributed.distkv.engine")
 
 POLL = 9.0
-"""Seconds that a call for news waits at the gManager: less than the scheduler may be silent."""
+"""Seconds that a long poll waits at the gManager; shorter than the scheduler may be silent."""
 
 ANSWERED = frozenset({ClientCall.ATTACH, ClientCall.SUBMIT, ClientCall.EVENTS, ClientCall.STATUS, ClientCall.GRAPH})
-"""Calls that a gManager always answers with something: a scheduler without one says nothing."""
+"""Calls that a gManager always answers: None means that the scheduler has no gManager."""
 
 
 class Conversation:
-    """Knows every request from its submission to its end.
+    """Tracks every request from its submission to its end.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Conversation:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.is_closed = False
-        """Whether the user has had enough of it."""
+        """Whether the user has closed it."""
         self._engine = ""
         self._handle = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,7 +61,7 @@ class Conversation:
     # Its beginning and end
 
     def listen_to(self, engine: str, handle: int = 0) -> None:
-        """The engine of this id is open: listen to what the gManager says to this handle."""
+        """The engine with this id is open: receive the gManager's events for this handle."""
         self._engine, self._handle = engine, handle
         self._numbers = itertools.count(handle * HANDLE_NUMBERS)
         self._loop = asyncio.get_running_loop()
@@ -84,7 +84,7 @@ class Conversation:
             raise EngineClosedError(why)
 
     def end(self) -> None:
-        """Cancel all requests, and listen no more. Calls can still be made."""
+        """Cancel all requests, and receive no more events. Calls can still be made."""
         self.is_closed = True
         for request in list(self._requests.values()):
             request.generation.cancel()
@@ -92,9 +92,9 @@ class Conversation:
             task.cancel()
 
     def leave(self, end: Callable[[], Awaitable[None]]) -> Any:
-        """Run ``end``, which gives something back to the cluster; with a synchronous client wait for it.
+        """Run ``end``, which releases something on the cluster; with a synchronous client, wait for it.
 
-        Where the Dask client is closed there is nobody to give it to.
+        If the Dask client is closed, nothing is done.
         """
         if self.client.status == "closed" and not self.client.asynchronous:
             return None
@@ -107,7 +107,7 @@ class Conversation:
         return next(self._numbers)
 
     def submit(self, request: Request | Operation) -> None:
-        """Send a request on its way, after those before it; from any thread.
+        """Send a request, after earlier ones; from any thread.
 
         Raises
         ------
@@ -121,22 +121,22 @@ class Conversation:
             raise EngineClosedError("the Dask client is closed, and so are its engines: make a new client and engine")
 
     def cancel(self, number: int) -> None:
-        """Tell the gManager that nobody waits for a request; from any thread."""
+        """Tell the gManager that a request is no longer needed; from any thread."""
         self._soon(self._send_cancel, number)
 
     def release_document(self, number: int) -> None:
-        """Need a document no more, after the requests so far; from any thread."""
+        """Release a document, after the requests so far; from any thread."""
         if not self.is_closed:
             self._soon(lambda: self._spawn(self._release(number)))
 
     async def flushed(self) -> None:
         """Wait until the requests so far have arrived at the gManager."""
-        await asyncio.sleep(0)  # those of this moment are about to be sent
+        await asyncio.sleep(0)  # requests submitted now are about to be sent
         if self._flushing is not None and not lost(self.client):
             await asyncio.wait([self._flushing])
 
     async def give_up(self, number: int) -> None:
-        """Tell the gManager that a request, or a document, is needed no more; one that is gone has nothing left."""
+        """Tell the gManager that a request or document is no longer needed; if the gManager is gone, so are they."""
         if not self.is_closed and self._broken is None:
             await self.ask_quietly(ClientCall.STOP, request=number, reason="cancelled")
 
@@ -145,7 +145,7 @@ class Conversation:
         await self.give_up(number)
 
     def _soon(self, call: Any, *arguments: Any) -> bool:
-        """Call something on the event loop; False if that is closed."""
+        """Call a function on the event loop; False if the loop is closed."""
         assert self._loop is not None  # it was checked when the request was submitted
         try:
             self._loop.call_soon_threadsafe(call, *arguments)
@@ -154,9 +154,9 @@ class Conversation:
         return True
 
     def _send(self, request: Request | Operation) -> None:
-        """Requests that arrive together travel together, and all of them in order.
+        """Send requests in order, those that arrive together in one call.
 
-        One call is under way at a time: two could overtake each other, and a question the document that it is about.
+        Only one call runs at a time: of two, the second could arrive first, and a question before its document.
         """
         self._outgoing.append(request)
         if self._flushing is None or self._flushing.done():
@@ -178,7 +178,7 @@ class Conversation:
             if (refusal := self._requests.pop(number, None)) is not None:
                 refusal.fail(error)
         for request in requests:
-            if request.generation.cancelled():  # perhaps before the cluster knew of it
+            if request.generation.cancelled():  # perhaps before the cluster received it
                 self._stop(request.number, "cancelled")
 
     def _send_cancel(self, number: int) -> None:
@@ -191,7 +191,7 @@ class Conversation:
     # News
 
     async def _listen(self) -> None:
-        """Take news from the gManager until the engine closes or the scheduler is gone."""
+        """Receive events from the gManager until the engine closes or the scheduler is gone."""
         heard, failures = 0, 0
         while not self.is_closed:
             wait = 0.0 if failures else POLL
@@ -201,7 +201,7 @@ class Conversation:
             except Exception as error:
                 failures += 1
                 if failures == 1 and not isinstance(error, EngineClosedError):
-                    continue  # once more: the gManager keeps what was not heard
+                    continue  # poll again: the gManager keeps unacknowledged events
                 self._break(_ours(error))
                 return
             heard += len(news)
@@ -213,7 +213,7 @@ class Conversation:
             return
         try:
             over = request.receive(delivery)
-        except Exception as error:  # a tokenizer that cannot decode what its model says, for instance
+        except Exception as error:  # a tokenizer that cannot decode its model's tokens, for instance
             logger.exception("request %d of engine %s", delivery.sequence, self._engine)
             request.fail(_ours(error))
             over = True
@@ -237,9 +237,9 @@ class Conversation:
         Raises
         ------
         EngineClosedError
-            The scheduler is gone or silent, or another one than before.
+            The scheduler is gone, silent, or was restarted.
         DistKVError
-            What the gManager says, or that the call did not reach it.
+            The gManager's error, or a call that did not reach it.
         """
         if why := lost(self.client):
             raise EngineClosedError(why)
@@ -253,12 +253,12 @@ class Conversation:
         return await self.call(call, engine=self._engine, **arguments)
 
     async def ask_quietly(self, call: ClientCall, **arguments: Any) -> None:
-        """Call the gManager about the engine, which may be gone."""
+        """Call the gManager about the engine; ignores that either is gone."""
         with contextlib.suppress(EngineClosedError, ClusterError):
             await self.ask(call, **arguments)
 
     def ask_soon(self, call: ClientCall, **arguments: Any) -> None:
-        """Call the gManager about the engine, which may be gone, and do not wait; from any thread."""
+        """As :meth:`tell`, without waiting; from any thread."""
         self._soon(lambda: self._spawn(self.ask_quietly(call, **arguments)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

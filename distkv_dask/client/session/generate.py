@@ -1,4 +1,4 @@
-"""Several prompts answered together: submitted one by one, waited for as a whole, answered in their order."""
+"""Several prompts answered together: submitted one by one, awaited as a whole, returned in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestErr
 from distkv_dask.sampling import Prompt, SamplingParams
 
 Submitted = list[Generation | Completion]
-"""Requests under way, and those that were refused at once."""
+"""Running requests, and those that were refused at once."""
 
 
 def submit_all(
@@ -22,8 +22,8 @@ def submit_all(
 ) -> Submitted:
     """Submit prompts, or questions on a document; ``sampling`` is one for all of them or one for each.
 
-    A prompt that cannot be submitted, for whatever reason, becomes a completion that says so. What concerns all of them
-    ends them all: those submitted already are cancelled.
+    A prompt that cannot be submitted becomes a completion with the error. An error that concerns all prompts cancels
+    those already submitted.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def submit_all(
                 submitted.append(submit(prompt, one))
             except (EngineClosedError, MissingProgramError):
                 raise
-            except Exception as error:  # of a prompt with code of its own, for instance: the others are answered
+            except Exception as error:  # a prompt object's own code, for instance: the others are answered
                 submitted.append(_failed(error))
     except BaseException:
         _cancel(submitted)
@@ -76,7 +76,7 @@ async def wait_for_all(submitted: Submitted) -> list[Completion]:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
-                done.append(Completion("", (), 0, "cancelled"))  # the request was, not who waits for it
+                done.append(Completion("", (), 0, "cancelled"))  # the request, not the waiting task
     except asyncio.CancelledError:
         _cancel(submitted)
         raise
@@ -84,12 +84,12 @@ async def wait_for_all(submitted: Submitted) -> list[Completion]:
 
 
 def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list; one alone that is not a text could be mistaken for several, so it is refused.
+    """Prompts as a list; a single prompt that is not a text could be mistaken for several and is refused.
 
     Raises
     ------
     InvalidRequestError
-        When it is one, or nothing of the kind.
+        When it is a single prompt, or not a list of prompts.
     """
     if isinstance(prompts, str):
         return [prompts]

@@ -1,4 +1,4 @@
-"""A request as its user holds it: a future of a completion, and a stream of text."""
+"""A request for its user: a future of a completion, and a stream of text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Generation(concurrent.futures.Future[Completion]):
     def __init__(self, cancel: Callable[[], None]) -> None:
         super().__init__()
         self.timings = Timings()
-        """Of a request that failed: how far it had come."""
+        """The partial completion of a request that failed."""
         self._cancel_request = cancel
 
     def result(self, timeout: float | None = None) -> Completion:
@@ -96,7 +96,7 @@ class TextPieces:
             one.set_result(None)
 
     def _arrival(self, number: int) -> concurrent.futures.Future[None]:
-        """Future that is done when piece ``number`` is there."""
+        """Future that is done when piece ``number`` has arrived."""
         arrival: concurrent.futures.Future[None] = concurrent.futures.Future()
         arrival.set_running_or_notify_cancel()
         with self._lock:

@@ -1,4 +1,4 @@
-"""Engines in tasks: one that waits for an engine must not keep the worker's thread that the engine needs."""
+"""Engines in tasks: a task that waits for an engine must not hold the worker's thread that the engine needs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from distkv_dask.errors import ClusterError
 
 
 def check_seceded(client: Client) -> None:
-    """Raise :class:`ClusterError` in a task that keeps a thread of a worker of the client's cluster."""
-    if not getattr(thread_state, "proceed", False):  # no thread of a pool of Dask's, or one that has left it
+    """Raise :class:`ClusterError` in a task that holds a thread of a worker of the client's cluster."""
+    if not getattr(thread_state, "proceed", False):  # not a thread of Dask's pools, or one that has seceded
         return
     try:
         worker = get_worker()

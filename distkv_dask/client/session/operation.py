@@ -12,12 +12,12 @@ from distkv_dask.messages.client_calls import Delivery, Submission
 
 
 class Operation(concurrent.futures.Future[Delivery]):
-    """Future of the one delivery that ends it; stands where requests do. It can be awaited.
+    """Future of the single delivery that ends it, handled like a request. It can be awaited.
 
     Parameters
     ----------
     submission
-        What the gManager has to know.
+        What is sent to the gManager.
     cancel
         Stops it.
     """
@@ -30,11 +30,11 @@ class Operation(concurrent.futures.Future[Delivery]):
 
     @property
     def generation(self) -> Operation:
-        """The future, as requests call theirs."""
+        """The future, under the name that requests use."""
         return self
 
     def receive(self, delivery: Delivery) -> bool:
-        """Take the news that it is done, or is not going to be; True since nothing follows."""
+        """Receive its result or its error; returns True because nothing follows."""
         if delivery.error is not None:
             self.fail(delivery.error)
         elif delivery.reason == "cancelled":
@@ -53,7 +53,7 @@ class Operation(concurrent.futures.Future[Delivery]):
             self.set_exception(error)
 
     def cancel(self) -> bool:
-        """Stop it; True unless it had ended."""
+        """Stop it; returns True unless it had ended."""
         cancelled = super().cancel()
         if cancelled:
             self._cancel(self.number)

@@ -1,4 +1,4 @@
-"""How an engine comes to be on a cluster, and how it ends: the gManager installed, the model checked and loaded."""
+"""Opens and closes an engine on a cluster: installs the gManager, checks and loads the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OwnedEngine:
     Parameters
     ----------
     model, dtype, config
-        What the workers are to load, and how.
+        What the workers load, and how.
     """
 
     def __init__(self, model: ModelSource, dtype: str, config: Config) -> None:
@@ -45,11 +45,11 @@ class OwnedEngine:
 
     @classmethod
     def of(cls, model: str, dtype: str, rope_scaling: Mapping[str, Any] | None, **settings: Any) -> Self:
-        """What a user asked for; raises :class:`ConfigError` or :class:`ModelError` where it is wrong."""
+        """Check a user's settings; raises :class:`ConfigError` or :class:`ModelError`."""
         return cls(resolve_model(model, rope_scaling), dtype, Config.load(**settings))
 
     async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
-        """Open it; returns what the workers said, and the model's tokenizer."""
+        """Open it; returns the workers' reports, and the model's tokenizer."""
         engine, client, loop = self.spec.engine, conversation.client, asyncio.get_running_loop()
         if self.spec.config.trace:
             fetch = partial(conversation.ask, ClientCall.TRACE)
@@ -61,10 +61,10 @@ class OwnedEngine:
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id, version=VERSION)
-            if not facts:  # Dask answers nothing to calls that nobody handles
+            if not facts:  # Dask answers calls without a handler with None
                 raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
             tokenizer = Tokenizer(await loading, facts["vocab_size"])
-        except BaseException:  # interrupted ones too: no worker may be left with a model that nobody uses
+        except BaseException:  # also if interrupted: no worker may keep a model that is not used
             loading.add_done_callback(_retrieved)
             await asyncio.shield(self._close(conversation))
             raise
@@ -85,12 +85,12 @@ class OwnedEngine:
 
 
 def _retrieved(done: asyncio.Future[Any]) -> None:
-    """Whatever comes of it, asyncio need not complain that nobody looked."""
+    """Retrieve an exception, so that asyncio does not warn about it."""
     _ = done.cancelled() or done.exception()
 
 
 def dask_span(*tags: str) -> DaskSpan:
-    """A Dask span within the one that the caller is in."""
+    """A Dask span within the caller's span."""
     with span(*tags):
         found: DaskSpan = get_annotations()["span"]
         return found

@@ -1,4 +1,4 @@
-"""Calls of the Dask scheduler that end when it is gone or silent, not when Dask's client gives up much later."""
+"""Calls to the Dask scheduler that fail as soon as it is gone or silent; Dask's client fails much later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_
 T = TypeVar("T")
 
 LOOK = 0.25
-"""Seconds between looks at the connection to the scheduler."""
+"""Seconds between checks of the connection to the scheduler."""
 
 PATIENCE = 10.0
 """Seconds that a client may take to connect; that a scheduler may be silent before it is asked whether it is there; and
@@ -23,7 +23,7 @@ AGAIN = "Its engines ended with it: connect a client to a scheduler that runs, a
 
 
 def lost(client: Client) -> str:
-    """Why the scheduler of a client that was connected cannot be asked, and what to do; empty while it can.
+    """Why the scheduler of a connected client cannot be reached, and what to do; empty if it can.
 
     From any thread.
     """
@@ -47,7 +47,7 @@ def is_closed(client: Client) -> bool:
 
 
 async def connected(client: Client) -> None:
-    """Wait for a client that is about to be connected.
+    """Wait for a client that is still connecting.
 
     Dask gives the client that the first task of a worker makes to the next task before it is connected, and a user's
     client connects again where its scheduler was restarted.
@@ -67,16 +67,16 @@ async def connected(client: Client) -> None:
 
 
 async def answered(client: Client, call: Awaitable[T]) -> T:
-    """What the scheduler answers.
+    """Return the scheduler's answer.
 
     Raises
     ------
     EngineClosedError
-        It is gone, or no longer answers.
+        The scheduler is gone, or no longer answers.
     ClusterError
-        The call failed on its way, although the scheduler is there: it may be made again.
+        The call did not arrive, although the scheduler is reachable: it may be repeated.
     DistKVError
-        What the gManager says.
+        The gManager's error.
     """
     work, gone = asyncio.ensure_future(call), asyncio.ensure_future(_gone(client))
     try:
@@ -87,7 +87,7 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
     except DistKVError:
         raise
     except OSError as error:
-        for _ in range(_looks(1.0)):  # its end may be seen here before Dask's client sees it
+        for _ in range(_looks(1.0)):  # this may notice its end before Dask's client does
             _check(client)
             await asyncio.sleep(LOOK)
         raise ClusterError(f"the Dask scheduler{_at(client)} took no calls ({in_words(error)}): try again") from error
@@ -97,9 +97,9 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
 
 
 async def _gone(client: Client) -> str:
-    """Wait until the scheduler is gone or silent; returns why it cannot be waited for any longer.
+    """Wait until the scheduler is gone or silent; returns the reason.
 
-    Looks are counted and not seconds: where this process itself stood still, nothing can be said of others.
+    Checks are counted, not seconds: if this process itself was stopped, elapsed time says nothing about the scheduler.
     """
     quiet, greeting = 0, None
     try:
@@ -111,7 +111,7 @@ async def _gone(client: Client) -> str:
                     "the engine again."
                 )
             if quiet == _looks(PATIENCE) and client.scheduler is not None:
-                greeting = asyncio.ensure_future(client.scheduler.identity(n_workers=0))  # any scheduler can say this
+                greeting = asyncio.ensure_future(client.scheduler.identity(n_workers=0))  # every scheduler has it
             await asyncio.sleep(LOOK)
             quiet += 1
             if greeting is not None and greeting.done() and greeting.exception() is None:
@@ -123,7 +123,7 @@ async def _gone(client: Client) -> str:
 
 
 def _drop(work: asyncio.Future[Any]) -> None:
-    """Wait for something no more, whatever comes of it."""
+    """Cancel a task and ignore its result."""
     work.add_done_callback(lambda done: done.cancelled() or done.exception())
     work.cancel()
 

@@ -26,9 +26,9 @@ class Request:
     Parameters
     ----------
     submission
-        What the gManager has to know.
+        What is sent to the gManager.
     stream
-        Makes text of its tokens, and knows where it ends.
+        Decodes its tokens, and detects stop strings.
     generation
         The user's future.
     on_text
@@ -57,12 +57,12 @@ class Request:
         self._scores: tuple[float, ...] = ()
 
     def receive(self, delivery: Delivery) -> bool:
-        """Take tokens or the end; returns True when the request is over."""
+        """Receive tokens or the end; returns True when the request has ended."""
         if delivery.error is not None:
             self.generation.timings = delivery.timings or Timings()
             self.fail(delivery.error)
             return True
-        if delivery.reason == "cancelled":  # nobody here asked for it
+        if delivery.reason == "cancelled":  # this client did not cancel it
             self.fail(EngineClosedError("the engine was closed before the request ended"))
             return True
         self._logprobs += delivery.logprobs
@@ -76,7 +76,7 @@ class Request:
         return True
 
     def wants_stop(self) -> bool:
-        """Whether a stop string ended the text while the cluster goes on; True once."""
+        """Whether a stop string ended the text while the cluster continues; True once."""
         wants, self._told = self._stream.stopped and not self._told, self._told or self._stream.stopped
         return wants
 

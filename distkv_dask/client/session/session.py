@@ -1,4 +1,4 @@
-"""A session: an engine as one client uses it, by token ids. Engine, Document and batch stand on it."""
+"""A session: an engine as used by one client, with token ids. Engine, Document and batch build on it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from distkv_dask.sampling import Prompt, SamplingParams
 
 
 class Session:
-    """What is asked of an engine goes through here, and what it answers.
+    """All requests to an engine, and its answers.
 
-    With a synchronous client it is open when it is made; with an asynchronous one, :meth:`open` it.
+    With a synchronous client it opens when created; with an asynchronous one, :meth:`open` it.
 
     Parameters
     ----------
     client
         Dask client; None takes the current one, in a task the one of its worker.
     engine
-        How it begins and ends: with an engine of its own, or with a handle on another's.
+        Opens and closes it: a new engine, or a handle on an open one.
 
     Attributes
     ----------
@@ -90,13 +90,13 @@ class Session:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the workers said at opening; raises :class:`EngineClosedError` once it is closed."""
+        """The workers' reports at opening; raises :class:`EngineClosedError` once it is closed."""
         self.check_open()
         return MappingProxyType(self._facts)
 
     @property
     def state(self) -> str:
-        """For people: ``attaching, opening, open`` or ``closed``."""
+        """State for display: ``attaching, opening, open`` or ``closed``."""
         if self.conversation.is_closed:
             return "closed"
         if self._facts:
@@ -106,14 +106,14 @@ class Session:
     # Opening and closing
 
     async def open(self) -> Self:
-        """Open the engine, or attach to it, unless that was done."""
+        """Open the engine, or attach to it, unless already done."""
         if not self._facts:
             await connected(self.client)
             self._facts, self.tokenizer = await self._engine.open(self.conversation)
         return self
 
     async def end(self) -> None:
-        """End all requests, and what this session began on the cluster."""
+        """End all requests, and release everything of this session on the cluster."""
         if not self.conversation.is_closed:
             self.conversation.end()
             await self._engine.close(self.conversation)
@@ -125,7 +125,7 @@ class Session:
         return self.leave(self.end)
 
     def leave(self, end: Callable[[], Any]) -> Any:
-        """Run the coroutine function ``end``, which gives something back; with a synchronous client wait for it."""
+        """Run the coroutine function ``end``, which releases something; with a synchronous client, wait for it."""
         return self.conversation.leave(end)
 
     @property
@@ -200,7 +200,7 @@ class Session:
 
     @contextlib.contextmanager
     def in_span(self, *tags: str) -> Iterator[None]:
-        """Let the engine's Dask tasks belong to a span of their own for a while."""
+        """Put the engine's Dask tasks into a separate span for a while."""
         self.conversation.ask_soon(ClientCall.SPAN, span=dask_span(*tags))
         try:
             yield
@@ -210,7 +210,7 @@ class Session:
     # Questions about the engine
 
     async def status(self) -> EngineStatus:
-        """Where everything is, see :meth:`distkv_dask.Engine.status`."""
+        """A snapshot of the engine, see :meth:`distkv_dask.Engine.status`."""
         status: EngineStatus = await self.conversation.ask(ClientCall.STATUS)
         return status
 

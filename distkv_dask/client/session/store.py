@@ -1,4 +1,4 @@
-"""Documents as the cluster keeps them, by number: computed, saved and given back."""
+"""Documents on the cluster, by number: computed, saved and released."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class DocumentStore:
         self._conversation = conversation
 
     def begin_ingest(self, ids: Sequence[int], name: str = "", saved: Saved | None = None) -> Operation:
-        """Hand in the tokens that prompts begin with, from any thread, and return at once.
+        """Submit a document's tokens, from any thread, and return at once.
 
         Parameters
         ----------
         ids
             Token ids.
         name
-            The document's, for people.
+            The document's, for display.
         saved
-            Where its blocks lie; None has them computed.
+            Where its blocks are saved; None computes them.
 
         Returns
         -------
         Operation
-            A future of the delivery that says where its KV lies; ``number`` is the document's.
+            A future of the delivery with the placement of its KV; ``number`` is the document's.
         """
         number = self._conversation.number()
         return self._submit(Submission(number, array("i", ids), None, saved=saved, name=name))
 
     async def save(self, document: int, saved: Saved) -> Delivery:
-        """Have a document's blocks written; the delivery names the files.
+        """Write a document's blocks; the delivery names the files.
 
-        Once more, where a worker that was writing died: the document is whole again when its turn comes.
+        If a worker dies while it writes, the save is repeated: the document is complete again when its turn comes.
         """
         for attempt in range(SAVE_TRIES):
             number, tag = self._conversation.number(), f"{saved.tag}{attempt or ''}"
@@ -64,13 +64,13 @@ class DocumentStore:
         raise AssertionError("not reached")
 
     async def release_documents(self, *documents: int) -> None:
-        """Need documents no more, after the questions that are on their way to them."""
+        """Release documents, after the questions on them that are being sent."""
         await self._conversation.flushed()
         for document in documents:
             await self._conversation.give_up(document)
 
     def end(self, document: int) -> None:
-        """Need a document no more, after the questions that are on their way to it; from any thread."""
+        """Release a document, after the questions on it that are being sent; from any thread."""
         self._conversation.release_document(document)
 
     def _submit(self, submission: Submission) -> Operation:
