@@ -1,4 +1,4 @@
-"""What a state machine asks the gManager to do: messages to workers, step graphs for Dask, news for clients."""
+"""Commands of a state machine to the gManager: messages to workers, step graphs for Dask, events for clients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distkv_dask.placement import Endpoint
 
 @dataclass(frozen=True, slots=True)
 class SubmitPrefill:
-    """Run these chunks of one prompt as a graph, each after the one before."""
+    """Run these chunks of one prompt as a graph, each after the previous one."""
 
     chunks: tuple[PrefillChunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitWindow:
-    """Run a decode window after the home's window before (``after``), if one is under way.
+    """Run a decode window after the home's previous window (``after``), if that is still running.
 
     It is not needed for another ``patience`` seconds.
     """
@@ -31,7 +31,7 @@ class SubmitWindow:
 
 @dataclass(frozen=True, slots=True)
 class AddHolders:
-    """Let more holders attend a window that is queued already."""
+    """Add holders to a window that is already queued."""
 
     gang: Gang
     holders: tuple[Endpoint, ...]
@@ -39,7 +39,7 @@ class AddHolders:
 
 @dataclass(frozen=True, slots=True)
 class ForgetTasks:
-    """Let Dask forget the tasks of a gang: each once it is done (``finished``), or at once, cancelling them."""
+    """Let Dask forget the tasks of a gang: each when it is done (``finished``), or cancel them at once."""
 
     gang: Gang
     finished: bool
@@ -47,7 +47,7 @@ class ForgetTasks:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell a client, in answer to its call, that a request is not taken."""
+    """Tell a client, in reply to its call, that a request is refused."""
 
     sequence: int
     error: Exception
@@ -55,7 +55,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Show people something that happened: a ``kind`` of event, and what it was."""
+    """Record an event for users: its ``kind`` and a text."""
 
     kind: str
     text: str

@@ -1,4 +1,4 @@
-"""Departures: workers that Dask takes away are emptied first, and those whose blocks fit nowhere else stay."""
+"""Departures: workers that Dask retires are drained first; those whose blocks fit nowhere else stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distkv_dask.scheduler.tasks.submitter import DRAIN_INTERVAL
 
 
 async def retire(dispatcher: Dispatcher, workers: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Move all blocks away from workers, and let Dask retire those that are empty then; what Dask answers.
+    """Move all blocks away from workers, and let Dask retire those that are empty then; returns Dask's result.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ async def retire(dispatcher: Dispatcher, workers: list[str], options: Mapping[st
         drained = [one.is_drained for one in engines.values()]
         empty = [worker for worker in workers if all(is_drained(worker) for is_drained in drained)]
         retired = await dispatcher.scheduler.retire_workers(workers=empty, **options)
-    finally:  # those that stay, for whatever reason, get work again
+    finally:  # workers that stay for any reason get work again
         for state in engines.values():
             for worker in set(workers) - set(retired):
                 dispatcher.handle(state, Drain(worker, False))
@@ -36,7 +36,7 @@ async def retire(dispatcher: Dispatcher, workers: list[str], options: Mapping[st
 
 
 async def _drain(dispatcher: Dispatcher, state: EngineState, workers: list[str]) -> None:
-    """Move an engine's blocks away from workers; gives up after ``distkv.timeouts.drain``."""
+    """Move an engine's blocks away from workers, for at most ``distkv.timeouts.drain``."""
     deadline = monotonic() + state.spec.config.timeout_drain
     for worker in workers:
         dispatcher.handle(state, Drain(worker, True))

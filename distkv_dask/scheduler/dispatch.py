@@ -1,4 +1,4 @@
-"""Dispatch: events go into the state machines of all engines, and what those ask for is carried out.
+"""Dispatch: passes events to the state machines of all engines, and carries out their commands.
 
 Messages to a worker travel over Dask's scheduler-to-worker stream, and tasks as step graphs through a Dask client that
 lives in the scheduler process (:mod:`distkv_dask.scheduler.tasks.submitter`), both in order: a task never runs before
@@ -69,7 +69,7 @@ class Dispatcher:
     # Engines
 
     async def add_engine(self, spec: EngineSpec, client: str) -> EngineState:
-        """A client wants an engine: no worker has opened it yet."""
+        """Add an engine for a client; no worker has opened it yet."""
         await self.submitter.open()
         engine = EngineState(spec, client, self._numbers, self._pacer)
         self.engines[spec.engine] = engine
@@ -107,7 +107,7 @@ class Dispatcher:
         self.handle(state, StopAll())
         limit = state.spec.config.timeout_close
         if state.broken is None:
-            await self.submitter.drained(engine, limit)  # so that what still runs ends by itself, not with errors
+            await self.submitter.drained(engine, limit)  # so that running tasks end normally, not with errors
         else:
             self.submitter.cancel(engine)  # nobody ends it
         for worker in state.open_on():
@@ -124,7 +124,7 @@ class Dispatcher:
         self.scheduler.log_event(PLUGIN, {"action": "close", "engine": engine})
 
     def close_soon(self, engine: str) -> None:
-        """Close an engine when what happens now has been seen to."""
+        """Close an engine after the current event has been handled."""
         task = asyncio.create_task(self.close_engine(engine))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -141,7 +141,7 @@ class Dispatcher:
     # Workers
 
     def worker_came(self, worker: str, version: str) -> None:
-        """A worker is there, and runs this version of the package."""
+        """A worker has joined with this version of the package."""
         self.versions[worker] = version
         for state in self.engines.values():
             if not state.is_closing:
@@ -155,7 +155,7 @@ class Dispatcher:
         self.submitter.worker_lost(worker)
 
     def take_message(self, state: EngineState, message: did.FromWorker) -> None:
-        """See to a message of a worker."""
+        """Handle a message of a worker."""
         match message:
             case did.Opened():
                 state.ready(message)
@@ -168,7 +168,7 @@ class Dispatcher:
                 state.open_failed(worker, error)
             case did.Closed(worker) if state.is_closing:
                 state.closed(worker)
-            case did.Closed(worker):  # nobody asked for it: the worker is about to leave
+            case did.Closed(worker):  # not requested: the worker is about to leave
                 self._lose(state, worker, "closes")
             case did.Lost(worker, reason):
                 self._engine_lost(state, worker, reason)
@@ -187,14 +187,14 @@ class Dispatcher:
                 self.handle(state, message)
 
     def _lose(self, state: EngineState, worker: str, how: str) -> None:
-        """An engine lost a worker: what lay there is recomputed."""
+        """An engine lost a worker: its blocks are recomputed."""
         if worker in state.facts:
             state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
         state.worker_lost(worker)
         self.handle(state, WorkerLost(worker))
 
     def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
-        """A worker lives, but lost all it had of an engine, since ``reason``: it opens the engine again."""
+        """A live worker lost everything of an engine because of ``reason``: it opens the engine again."""
         if state.is_closing:
             return
         logger.error("engine %s was lost on %s: %s", state.spec.engine, worker, reason)
@@ -212,16 +212,16 @@ class Dispatcher:
         self.handle(state, failed)
 
     def _task_failed(self, engine: str, gang: int, error: Exception) -> None:
-        """A task failed without its rManager telling: it could not be unpickled, was cancelled by somebody, ..."""
+        """A task failed without a report from its rManager: it could not be unpickled, was cancelled, ..."""
         if engine in self.engines:
             self._gang_failed(self.engines[engine], did.GangFailed("", gang, error))
 
     # Events and commands
 
     def handle(self, state: EngineState, event: Event) -> list[do.Command]:
-        """Let an engine's state machine see to an event, and do what it asks for.
+        """Pass an event to an engine's state machine, and carry out its commands.
 
-        A fault in that ends the engine: half of a plan must not survive, and the machine handles nothing after it.
+        An exception ends the engine: a plan must not be carried out in part, and the machine handles no more events.
         """
         if state.broken is not None:
             return []
@@ -257,12 +257,12 @@ class Dispatcher:
                 state.deliver(command)
 
     def _send(self, state: EngineState, message: ToWorker) -> None:
-        if message.worker in self.scheduler.stream_comms:  # else it is gone, and remove_worker is about to be called
+        if message.worker in self.scheduler.stream_comms:  # otherwise remove_worker is about to be called
             packed = {"op": TO_WORKER, "engine": state.spec.engine, "message": pack(message)}
             self.scheduler.worker_send(message.worker, packed)
 
     async def _tick(self) -> None:
-        # a scheduler with a process of its own has its loop in the main thread; other threads are a user's elsewhere
+        # in a separate scheduler process, the loop is in the main thread; elsewhere other threads are a user's
         clock = process_time if threading.current_thread() is threading.main_thread() else thread_time
         while True:
             began, cpu, counted = monotonic(), clock(), self.submitter.ended

@@ -1,6 +1,6 @@
 """The gManager: a Dask scheduler plugin that owns placement, admission and epochs of all engines of a cluster.
 
-Here are only Dask's hooks and the calls of clients. What to do is decided by the pure
+This module has only Dask's hooks and the calls of clients. Decisions are made by the pure
 :class:`~distkv_dask.scheduler.lifecycle.machine.Lifecycle`, and carried out by :mod:`distkv_dask.scheduler.dispatch`.
 """
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.distkv.gmanager")
 
 TRACE_SECONDS = 2.0
-"""Time that a worker has to hand out its spans; a frozen one must not keep those of the others."""
+"""Seconds that a worker has to return its spans; a frozen one must not delay those of others."""
 
 
 class GManager(SchedulerPlugin):
@@ -86,7 +86,7 @@ class GManager(SchedulerPlugin):
         }
         scheduler.handlers.update(self._handlers)
         scheduler.stream_handlers[FROM_WORKER] = self.worker_event
-        scheduler.set_metadata([PLUGIN], True)  # who only looks asks this first: Dask logs calls that nobody handles
+        scheduler.set_metadata([PLUGIN], True)  # status commands ask this: Dask logs calls without a handler
         replies = await scheduler.register_worker_plugin(None, pickle.dumps(RManager()), name=PLUGIN, idempotent=False)
         failed = {worker: reply for worker, reply in replies.items() if reply["status"] != "OK"}
         self.started.set()
@@ -119,7 +119,7 @@ class GManager(SchedulerPlugin):
             )
         engine = await self.dispatcher.add_engine(spec, client)
         try:
-            for memory in (False, True):  # instances first: they know what memory workers have to be told
+            for memory in (False, True):  # instances first: memory workers need the geometry of their model
                 for worker in list(self.scheduler.stream_comms):
                     if self.dispatcher.is_memory(worker) is memory:
                         self.dispatcher.open_on(worker, engine)
@@ -131,7 +131,7 @@ class GManager(SchedulerPlugin):
         return engine.summary()
 
     async def attach(self, engine: str, client: str, version: str = "") -> Any:
-        """Give a client a handle (packed :class:`Attached`) on an engine; ``""`` is the only one that is open."""
+        """Give a client a handle (packed :class:`Attached`) on an engine; ``""`` names the only open one."""
         _check_version(version)
         if not engine:
             names = [name for name, state in self.engines.items() if not state.is_closing]
@@ -148,7 +148,7 @@ class GManager(SchedulerPlugin):
         return pack(state.attach(client))
 
     def detach(self, engine: str, handle: int) -> None:
-        """Take a handle back: its requests end, its documents are released."""
+        """Remove a handle: its requests end, its documents are released."""
         if (state := self.engines.get(engine)) is not None and not state.is_closing:
             for number in state.detach(handle):
                 self.dispatcher.handle(state, Stop(number, "cancelled"))
@@ -156,7 +156,7 @@ class GManager(SchedulerPlugin):
     def submit(self, engine: str, requests: Any) -> Any:
         """Take requests (packed :class:`Submission`); returns the refused ones with their reasons.
 
-        All of them are in the queue before one is admitted: the policy says who is first, not their order here.
+        All of them are queued before the first is admitted, so that the policy decides their order.
         """
         state = self._engine(engine)
         if state.is_closing:
@@ -172,7 +172,7 @@ class GManager(SchedulerPlugin):
         self.dispatcher.handle(state, Stop(request, reason))
 
     async def events(self, engine: str, handle: int, heard: int, wait: float) -> Any:
-        """New tokens and ends but for the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
+        """Tokens and ends after the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
         return pack(await self._engine(engine).take_events(handle, heard, wait))
 
     def status(self, engine: str) -> Any:
@@ -180,7 +180,7 @@ class GManager(SchedulerPlugin):
         return pack(self._engine(engine).status())
 
     def enter_span(self, engine: str, span: DaskSpan | None) -> None:
-        """Let an engine's tasks belong to a Dask span from now on."""
+        """Put an engine's tasks into a Dask span from now on."""
         state = self._engine(engine)
         state.span = span and {"name": tuple(span["name"]), "ids": tuple(span["ids"])}
 
@@ -200,7 +200,7 @@ class GManager(SchedulerPlugin):
         return pack(step_graph(state.life, tokens, granularity, state.layers))
 
     async def trace(self, engine: str) -> Any:
-        """What every worker's lanes recorded since the last call (packed); those that do not answer are left out."""
+        """Spans of every worker's lanes since the last call (packed); workers that do not answer are left out."""
         workers = list(self._engine(engine).facts)
         answers = await asyncio.gather(*(self._take_trace(worker, engine) for worker in workers))
         return pack({worker: answer for worker, answer in zip(workers, answers, strict=True) if answer})
@@ -216,7 +216,7 @@ class GManager(SchedulerPlugin):
     def worker_event(self, worker: str, version: str, engine: str = "", message: Any = None) -> None:
         """One message of an rManager (a packed :class:`~distkv_dask.messages.from_worker.FromWorker`).
 
-        One without a message says that the worker is there, and which version of this package it runs.
+        Without a message, it announces the worker and its version of this package.
         """
         if message is None:
             self.dispatcher.worker_came(worker, version)
@@ -228,7 +228,7 @@ class GManager(SchedulerPlugin):
         self.dispatcher.worker_left(worker)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
-        """Dask hook: workers that an engine needs just now are not taken away by scaling down."""
+        """Dask hook: workers that an engine needs now are not removed by scaling down."""
         needed = {worker for state in self.engines.values() for worker in state.needs()}
         return [worker for worker in workers if worker.address not in needed]
 
@@ -241,7 +241,7 @@ class GManager(SchedulerPlugin):
         stimulus_id: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Dask's call of that name, but blocks are moved away first; workers that keep some are not retired."""
+        """Dask's call, but blocks are moved away first; workers that keep some are not retired."""
         if workers is None and names is None:
             workers = self.scheduler.workers_to_close(**kwargs)
         elif workers is None:

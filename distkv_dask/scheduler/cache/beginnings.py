@@ -1,4 +1,4 @@
-"""Which cached sequence begins like a prompt, where that beginning lies, and whether it can be shared now."""
+"""Cached prefixes of a prompt: the longest one, where it is, and whether it can be shared now."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.prefix_index import chain
 
 DEEPEST = 64
-"""Sequences of which each shares the one before; behind the last of them, a request is recomputed as a whole."""
+"""Maximum length of a chain of sequences that share prefixes; after it, a request is recomputed as a whole."""
 
 CANDIDATES = 8
-"""Sequences with equally long beginnings that are looked at."""
+"""Number of sequences with equally long prefixes that are compared."""
 
 
 def find(life: MachineState, tokens: array[int], near: str) -> tuple[int, int] | None:
-    """The sequence that has most blocks in common with a prompt, and how many tokens these are; None without any.
+    """The sequence with the longest common prefix in whole blocks, and its tokens; None if there is none.
 
-    Of several, one whose last common block is on the worker ``near``, if there is one.
+    Of several, one with its last common block on the worker ``near`` is preferred.
     """
     index, size = life.cache.index, life.ledger.block_tokens
     found, length = None, 0
@@ -43,7 +43,7 @@ def _worker_at(cached: Cached, position: int) -> str:
 
 
 def begins(life: MachineState, number: int | None, tokens: array[int], length: int) -> bool:
-    """Whether a prompt really begins like a sequence: hashes may agree by chance."""
+    """Whether a prompt really begins with a sequence's tokens: hashes may collide."""
     while number is not None:
         cached = life.cache.by_number.get(number)
         if cached is None:
@@ -55,7 +55,7 @@ def begins(life: MachineState, number: int | None, tokens: array[int], length: i
 
 
 def prefix(life: MachineState, number: int, tokens: int) -> Placement:
-    """The spans of a sequence's first tokens, as those have them that share it."""
+    """The spans of a sequence's first tokens, for a sequence that shares them."""
     cached = life.cache.by_number.get(number)
     if cached is None:
         return shared(life.ledger.sequences[number].placement, number, tokens)
@@ -69,7 +69,7 @@ def before(life: MachineState, cached: Cached) -> Placement:
 
 
 def missing(life: MachineState, number: int, tokens: int) -> Counter[str]:
-    """Blocks by worker that the ledger has to take back for somebody to share a sequence's first tokens."""
+    """Blocks by worker that have to return to the ledger before a sequence's first tokens can be shared."""
     found: Counter[str] = Counter()
     at: int | None = number
     while at is not None and (cached := life.cache.by_number.get(at)) is not None:
@@ -79,7 +79,7 @@ def missing(life: MachineState, number: int, tokens: int) -> Counter[str]:
 
 
 def can_be_shared(life: MachineState, number: int) -> bool:
-    """Whether nothing of a sequence, and of those that it shares, is about to go."""
+    """Whether no blocks of a sequence, and of those that it shares, are about to be freed."""
     at: int | None = number
     depth = 0
     while at is not None and (cached := life.cache.by_number.get(at)) is not None:

@@ -1,10 +1,9 @@
-"""Spilling: blocks that make room go to lower tiers of the workers that hold them, where reading back beats computing.
+"""Spilling: evicted blocks go to lower tiers of their workers, if reading them back is faster than recomputing.
 
-The tiers are the host memory of a worker with a card and, when that is full or there is no card, its disk. Two kinds
-of sequences are spilled: a document that nobody asks just now, of which a copy stays until it is released, so that
-giving it up again costs nothing; and a request that makes way for one of higher priority, whose copy goes when it comes
-back. Tokens stay at the gManager, so what a tier loses is recomputed. What a tier is for is decided here alone: workers
-do as they are told, and find a copy wherever they have it.
+The tiers are the host memory of a worker with a card and, when that is full or there is no card, its disk. Two kinds of
+sequences are spilled. An idle document keeps its copy until it is released, so that evicting it again costs nothing.
+The copy of a preempted request is deleted when the request continues. The gManager keeps all tokens, so lost copies are
+recomputed. Only this module chooses the tier; workers find a copy in either.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from distkv_dask.scheduler.records.states import Fetching, Spilling
 
 
 def pays(life: MachineState, request: Request) -> bool:
-    """Whether a sequence at rest should go to a lower tier: there is room, and computing it again takes longer."""
+    """Whether an idle sequence should be spilled: a tier has room, and recomputing would take longer."""
     account, sizes = life.ledger.sequences[request.sequence], _sizes(life, request)
     if account.lost or not sizes or not _can_go_on(life, request):
         return False
@@ -51,7 +50,7 @@ def _can_go_on(life: MachineState, request: Request) -> bool:
 
 
 def begin_spill(life: MachineState, request: Request) -> None:
-    """Write a sequence that nothing computes on to lower tiers of the workers that hold it."""
+    """Write an idle sequence to lower tiers of the workers that hold it."""
     state, disks, sequence = request.state, life.disks, request.sequence
     assert isinstance(state, Spilling)
     sizes = _sizes(life, request)
@@ -100,7 +99,7 @@ def _writes(request: Request, worker: str) -> bool:
 
 
 def answered(life: MachineState, request: Request, worker: str, error: Exception | None) -> Request | None:
-    """A worker is done with its part, or dead; the sequence, if it was the last."""
+    """A worker has finished its part or died; returns the sequence if that was the last part."""
     state = request.state
     assert isinstance(state, Spilling)
     if not state.answered(worker, error):
@@ -116,7 +115,7 @@ def answered(life: MachineState, request: Request, worker: str, error: Exception
 
 
 def late_spills(life: MachineState, limit: float) -> list[Request]:
-    """Sequences that are being written for longer than ``limit`` seconds."""
+    """Sequences that have been written for longer than ``limit`` seconds."""
     disks = life.disks
     return [life.requests[number] for number in disks.under_way if life.now - disks.copies[number].began > limit]
 
@@ -137,7 +136,7 @@ def forget_copy(life: MachineState, request: Request) -> None:
 
 
 def worker_lost(life: MachineState, worker: str) -> None:
-    """A worker's tiers are gone: drop every copy that had a part there."""
+    """A worker's tiers are lost: drop every copy with a part there."""
     life.disks.remove(worker)
     for number, copy in list(life.disks.copies.items()):
         if copy.whole and worker in copy.bytes:
@@ -186,7 +185,7 @@ def _demote(life: MachineState, request: Request, worker: str) -> None:
 
 
 def _movable(life: MachineState, worker: str, tier: Tier) -> list[Request]:
-    """Sequences with copies in a worker's tier, in the order in which they go: first those that are in the pool."""
+    """Sequences with copies in a worker's tier in eviction order: first those that are also in the pool."""
     disks = life.disks
     there = [
         life.requests[number]

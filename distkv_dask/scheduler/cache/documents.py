@@ -1,8 +1,8 @@
 """Documents: sequences that are prefilled and then kept, so that others can share their blocks.
 
-A document is waiting, in prefill, stored, or dropped: its blocks were lost or given to others, and come back from its
-tokens when it is next asked. Its blocks are free again when its handle is released and the last sequence that shares
-them is gone. The answer to a question of a chat becomes a document itself, which shares the blocks of the one before.
+A document is waiting, in prefill, stored, or dropped: its blocks were lost or evicted, and are recomputed at its next
+question. Its blocks are freed when its handle is released and the last sequence that shares them has ended. The answer
+to a question of a chat becomes a document, which shares the blocks of the previous one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Dropped, Spilling, State, Stored, Waiting
 
-# Requests that come
+# Arriving requests
 
 
 def attach(life: MachineState, request: Request) -> None:
-    """A request that names a document depends on it from now on.
+    """Make a request depend on the document that it names.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def attach(life: MachineState, request: Request) -> None:
 
 
 def borrow(life: MachineState, request: Request) -> None:
-    """A request that names no document shares one that begins like its prompt, if there is one."""
+    """Let a request without a document share one that is a prefix of its prompt, if there is one."""
     found = life.index.find(request.prompt[: len(request.prompt) - 1])
     if found is not None and not life.requests[found].released:
         request.document, request.borrows = found, True
@@ -47,7 +47,7 @@ def borrow(life: MachineState, request: Request) -> None:
 
 
 def share(life: MachineState, request: Request, submitted: float) -> bool:
-    """Let a request share its document; False if that is not stored now, and the request waits until it is."""
+    """Let a request share its document; False if that is not stored now, so that the request waits for it."""
     assert request.document is not None
     document = life.requests[request.document]
     if not isinstance(document.state, Stored):
@@ -66,11 +66,11 @@ def share(life: MachineState, request: Request, submitted: float) -> bool:
     return True
 
 
-# Documents that are stored
+# Stored documents
 
 
 def stored(life: MachineState, request: Request, before: State) -> None:
-    """All of a document's tokens are there: its client hears of it, and questions can be admitted."""
+    """A document is computed: tell its client, and admit questions."""
     request.used = life.now
     if request.prompt:
         life.ledger.make_document(request.sequence, len(request.prompt))
@@ -88,7 +88,7 @@ def stored(life: MachineState, request: Request, before: State) -> None:
 
 
 def become_document(life: MachineState, request: Request, before: State) -> None:
-    """A question has its answer, and both become a document: whole blocks of them."""
+    """A question is answered; whole blocks of both become a document."""
     account, size = life.ledger.sequences[request.sequence], life.ledger.block_tokens
     tokens = account.length // size * size
     request.prompt = array("i", [*request.prompt, *request.generated])[:tokens]
@@ -106,18 +106,18 @@ def become_document(life: MachineState, request: Request, before: State) -> None
 
 
 def _wake(life: MachineState, request: Request) -> None:
-    """A document is stored: what waited for that waits for room now."""
+    """A document is stored: requests that waited for it now wait for room."""
     awaited, request.awaited = request.awaited, {}
     for sequence, submitted in awaited.items():
         life.recommend(life.requests[sequence], Waiting(submitted, latest=request.rank))
     life.idle_documents[request.sequence] = None
 
 
-# Documents that go
+# Eviction
 
 
 def drop_blocks(life: MachineState, request: Request, before: State) -> None:
-    """Free a document's blocks, which nothing computes on; its tokens stay, and bring them back for who waits."""
+    """Free an idle document's blocks; its tokens are kept to recompute it for waiting requests."""
     defer_questions(life, request)
     free_blocks(life, request)
     if not request.prompt:
@@ -128,7 +128,7 @@ def drop_blocks(life: MachineState, request: Request, before: State) -> None:
 
 
 def stop_waiting(life: MachineState, request: Request, before: State) -> None:
-    """Nobody waits for a document that waits for room: it leaves the queue, and so do those that only it waits for."""
+    """Take a document that is no longer awaited out of the queue, and documents that only it awaits."""
     if request.sequence in life.queue:
         life.queue.withdraw(request.sequence)
     parent = life.requests.get(request.document) if request.document is not None else None
@@ -138,13 +138,13 @@ def stop_waiting(life: MachineState, request: Request, before: State) -> None:
 
 
 def lost(life: MachineState, request: Request) -> None:
-    """A document at rest lost blocks: they are computed now if there is room, else all of it when it is asked."""
+    """An idle document lost blocks: recompute them now if there is room, else all of it at its next question."""
     defer_questions(life, request)
     life.recommend(request, repaired(life, request) or Dropped())
 
 
 def defer_questions(life: MachineState, request: Request) -> None:
-    """Who waits for room next to a document waits for that document first, or does without it."""
+    """Requests that wait for room while sharing a document now wait for the document, or run without it."""
     life.index.drop(request.sequence, request.prompt)
     for ask in [ask for ask in life.queue if ask.document == request.sequence]:
         life.queue.withdraw(ask.sequence)
@@ -153,32 +153,32 @@ def defer_questions(life: MachineState, request: Request) -> None:
             request.dependents.discard(ask.sequence)
             life.recommend(waiting, Waiting())
         elif life.ledger.blocks(ask.tokens) > life.queue.limit:
-            waiting.alone = True  # it cannot run beside the document either, which should not come back for it
+            waiting.alone = True  # it cannot run next to the document, so the document should not be restored for it
             life.recommend(waiting, Waiting(ask.submitted, waiting.rank))
         else:
             request.awaited[ask.sequence] = ask.submitted
 
 
 def spill(life: MachineState, request: Request, before: State) -> None:
-    """Write a sequence's blocks to disks before it gives them up."""
+    """Write a sequence's blocks to lower tiers before they are freed."""
     if request.is_document:
         defer_questions(life, request)
     disk.begin_spill(life, request)
 
 
 def leave_queue(life: MachineState, request: Request) -> None:
-    """Wait no more for room for a document that nobody waits for."""
+    """Stop waiting for room for a document that is no longer awaited."""
     if isinstance(request.state, Waiting) and not request.awaited and request.announced:
         life.recommend(request, Dropped())
 
 
 def is_unneeded(request: Request) -> bool:
-    """Whether a document was released, nobody depends on it, and nothing computes it."""
+    """Whether a document was released, has no dependents, and is not being computed."""
     return request.released and not request.dependents and isinstance(request.state, Stored | Dropped)
 
 
 def remove(life: MachineState, request: Request) -> None:
-    """A request, or a document that nobody needs, is over: free its blocks, and what only it needed."""
+    """A request or document is finished: free its blocks, and documents that only it needed."""
     life.index.drop(request.sequence, request.prompt if request.is_document else array("i"))
     free_blocks(life, request)
     disk.forget_copy(life, request)
@@ -187,7 +187,7 @@ def remove(life: MachineState, request: Request) -> None:
 
 
 def leave_document(life: MachineState, request: Request) -> None:
-    """A request depends on its document no more."""
+    """A request no longer depends on its document."""
     document = life.requests.get(request.document) if request.document is not None else None
     if document is not None:
         document.dependents.discard(request.sequence)
@@ -199,25 +199,25 @@ def leave_document(life: MachineState, request: Request) -> None:
 
 
 def free_blocks(life: MachineState, request: Request) -> None:
-    """Give back a sequence's blocks, on which nothing computes; those that can be reused are cached."""
+    """Free an idle sequence's blocks; those that can be reused are cached."""
     account = life.ledger.sequences.get(request.sequence)
     if account is None:
         return
     life.moves.end(request.sequence)
     prefix_cache.free_or_cache(life, request)
     for number in account.documents:
-        document = life.ledger.sequences.get(number)  # None: it went with one that shared it
+        document = life.ledger.sequences.get(number)  # None: it was freed with one that shared it
         if document is not None and document.lost and not document.sharers:
             lost(life, life.requests[number])
 
 
-# Room
+# Choice of a document to evict
 
 
 def evict(life: MachineState) -> bool:
-    """Give up one document for the request whose turn it is: the one not used for longest. False if none helps.
+    """Evict the least recently used document for the next request. False if no eviction helps.
 
-    A question whose own document takes the room is answered without it, when nothing else is left to wait for.
+    A question whose own document takes the room is answered without it, if nothing else can free room.
     """
     head = next(life.queue.turns(), None)
     smallest = next(life.ledger.room.smallest_batches(), None)
@@ -251,13 +251,13 @@ def evict(life: MachineState) -> bool:
 
 
 def about_to_free(life: MachineState) -> set[int]:
-    """Sequences that are about to give up their blocks."""
+    """Sequences whose blocks are about to be freed."""
     again = (number for number in life.ledger.sequences if life.requests[number].goes_on_later)
     return {*again, *life.disks.under_way}
 
 
 def _rests(life: MachineState, number: int) -> bool:
-    """Whether a sequence is a stored document that nothing is done with."""
+    """Whether a sequence is a stored document that is not in use."""
     return isinstance(life.requests[number].state, Stored) and not life.ledger.sequences[number].moves
 
 

@@ -1,12 +1,13 @@
-"""The prefix cache: blocks of requests that ended stay until somebody needs their room.
+"""The prefix cache: blocks of finished requests are kept until their room is needed.
 
-As in vLLM's automatic prefix caching, cached blocks count as free: the ledger does not know them, so they delay, split
-and move nothing. The pools still have them, under the number of the request that computed them. When the ledger gives
-their room to somebody, they are released first, those not used for longest first and each sequence's last blocks first.
+As in vLLM's automatic prefix caching, cached blocks count as free: the ledger does not know them, so they never delay,
+split or move requests. The pools still have them, under the number of the request that computed them. When the ledger
+reserves their room, they are released first: the least recently used sequence first, and of each sequence its last
+blocks first.
 
-What is shared of a cached sequence comes back into the ledger, as a document that nobody has named, as long as the
-longest use of it: ``held`` is the position up to which it is there, the blocks beyond are cached. A request that shared
-a beginning is cached behind it: its ``parent`` has the tokens before ``start``.
+The shared part of a cached sequence returns to the ledger as a document without a name: ``held`` is the position up to
+which the ledger has it, and the blocks beyond are cached. A request that shared a prefix is cached behind it: its
+``parent`` has the tokens before ``start``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from distkv_dask.scheduler.records.states import Stored
 
 
 def share_cached(life: MachineState, number: int, tokens: int, user: int) -> None:
-    """Let ``user`` share a sequence's first tokens; the ledger has room for what of them is missing there."""
+    """Let ``user`` share a sequence's first tokens; the ledger has room for those that it lacks."""
     cached = life.cache.by_number.get(number)
     if cached is not None:
         cached.users[user] = tokens
@@ -48,7 +49,7 @@ def share_cached(life: MachineState, number: int, tokens: int, user: int) -> Non
 
 
 def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) -> None:
-    """Make a sequence that is shared again a document, which nobody has named."""
+    """Make a sequence that is shared again a document without a name."""
     number = cached.number
     life.ledger.reserve(number, placement, cached.held, idle=True, cached=True)
     life.ledger.commit(number, cached.held)
@@ -59,9 +60,9 @@ def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) 
 
 
 def stop_sharing(life: MachineState, number: int, user: int) -> None:
-    """A sharer of a sequence has ended: blocks that nobody else shares are cached again.
+    """A sharer of a sequence has ended: blocks without other sharers are cached again.
 
-    (Where nobody is left, :func:`free_or_cache` is called next.)
+    (Without any sharer, :func:`free_or_cache` is called next.)
     """
     cached = life.cache.by_number.get(number)
     if cached is None or user not in cached.users:
@@ -77,7 +78,7 @@ def stop_sharing(life: MachineState, number: int, user: int) -> None:
 
 
 def free_or_cache(life: MachineState, request: Request) -> None:
-    """A sequence is no longer computed on: free its blocks in the ledger, and keep or release them."""
+    """A sequence is idle: free its blocks in the ledger, and cache or release them."""
     account = life.ledger.sequences[request.sequence]
     workers = life.ledger.release(request.sequence)
     cached = life.cache.by_number.get(request.sequence)
@@ -99,7 +100,7 @@ def free_or_cache(life: MachineState, request: Request) -> None:
 
 
 def _worth_caching(life: MachineState, request: Request, account: SequenceAccount) -> Cached | None:
-    """What would be cached of a sequence that ended, if it is a plain request that went well."""
+    """The part of a finished sequence to cache, if it is a plain request that succeeded."""
     cache, size = life.cache, life.ledger.block_tokens
     went_well = request.is_plain and request.ended in ("stop", "length") and not (account.lost or account.moves)
     if not (cache.enabled and went_well):
@@ -116,7 +117,7 @@ def _worth_caching(life: MachineState, request: Request, account: SequenceAccoun
     keys = list(chain(tokens, size))[start // size :]
     has_snapshots = request.sequence in life.snapshots.of
     if start and keys[-1] in cache.index and not has_snapshots:
-        # the one whose beginning it shared went on just like that
+        # the sequence whose prefix it shared continues with the same tokens
         cache.touch(next(iter(cache.index[keys[-1]])))
         return None
     spans = tuple(clipped(account.own, start, stop))
@@ -124,7 +125,7 @@ def _worth_caching(life: MachineState, request: Request, account: SequenceAccoun
 
 
 def _add(life: MachineState, cached: Cached, account: SequenceAccount, workers: list[str]) -> None:
-    """Cache a sequence's whole blocks, and free the room that it did not need."""
+    """Cache a sequence's whole blocks, and free its unused room."""
     life.cache.add(cached)
     _set_bounds(life, cached, cached.start, cached.stop)
     snapshots.end(life, cached.number, account.home, cached.stop)
@@ -163,7 +164,7 @@ def allocate(life: MachineState, sequence: int) -> None:
 
 
 def _stop_without(life: MachineState, cached: Cached, worker: str, blocks: int) -> int:
-    """The position from which on a sequence has this many cached blocks on a worker, or all that it has there."""
+    """The position from which a sequence has this many cached blocks on a worker, or all of them."""
     stop = cached.stop
     for span in reversed(list(clipped(cached.spans, cached.held, cached.stop))):
         if span.worker == worker and blocks:
@@ -174,14 +175,14 @@ def _stop_without(life: MachineState, cached: Cached, worker: str, blocks: int) 
 
 
 def drain(life: MachineState, worker: str) -> None:
-    """Blocks leave a worker: cached ones are given up."""
+    """A worker is drained: drop its cached blocks."""
     for number in list(life.cache.recent.get(worker, ())):
         if number in life.cache.by_number:
             _cut_at_leaving(life, life.cache.by_number[number])
 
 
 def _cut_at_leaving(life: MachineState, cached: Cached) -> None:
-    """Give up what of a sequence is cached from the first block on that is on a worker that leaves."""
+    """Drop the cached blocks of a sequence from its first block on a leaving worker on."""
     spans = clipped(cached.spans, cached.held, cached.stop)
     leaving = [span.start for span in spans if life.ledger.workers[span.worker].retiring]
     if leaving:
@@ -189,7 +190,7 @@ def _cut_at_leaving(life: MachineState, cached: Cached) -> None:
 
 
 def worker_lost(life: MachineState, worker: str) -> None:
-    """A worker is gone, in the ledger already, and all that lay behind its blocks is of no use."""
+    """A worker is lost (the ledger knows): drop all cached blocks from its blocks on."""
     life.cache.recent.pop(worker, None)
     for cached in list(life.cache.by_number.values()):
         lost = [span.start for span in cached.spans if span.worker == worker]
@@ -198,7 +199,7 @@ def worker_lost(life: MachineState, worker: str) -> None:
 
 
 def _break(life: MachineState, cached: Cached, position: int) -> None:
-    """What a sequence has from a position on is lost; what is shared of that goes with the last who shares it."""
+    """A sequence is lost from a position on; shared blocks are dropped with their last sharer."""
     for child in life.cache.beyond(cached.number, position):
         _break(life, child, child.start)
     if cached.held > position:
@@ -219,7 +220,7 @@ def close(life: MachineState) -> None:
 
 
 def _cut(life: MachineState, cached: Cached, stop: int) -> None:
-    """Give up the cached blocks of a sequence from a position on, and all that builds on them."""
+    """Drop the cached blocks of a sequence from a position on, and all sequences that build on them."""
     for child in life.cache.beyond(cached.number, stop):
         _cut(life, child, child.start)
     gone = list(clipped(cached.spans, stop, cached.stop))
@@ -237,7 +238,7 @@ def _cut(life: MachineState, cached: Cached, stop: int) -> None:
 
 
 def _set_bounds(life: MachineState, cached: Cached, held: int, stop: int) -> None:
-    """Change what the ledger has of a sequence, and where it ends; recount its cached blocks."""
+    """Change how much of a sequence the ledger has, and where it ends; recount its cached blocks."""
     size, recent = life.ledger.block_tokens, life.cache.recent
     earlier = cached.blocks(cached.held, cached.stop, size)
     life.cache.unindex(cached, (stop - cached.start) // size)

@@ -1,4 +1,4 @@
-"""Repair: a sequence that lost blocks with a worker gets other room for just these, and keeps the rest."""
+"""Repair: a sequence that lost blocks with a worker gets new room for only these, and keeps the rest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from distkv_dask.scheduler.records.states import Decode, Prefill, State
 
 
 def repaired(life: MachineState, request: Request) -> State | None:
-    """Find other room for just what a sequence lost; the state in which it goes on with that.
+    """Find new room for only the lost blocks of a sequence; returns the state in which it continues.
 
-    None if there is no such room now, if files have what it lost, or if that needs states that nobody has.
+    None if there is no such room now, if the lost blocks are in files, or if they cannot be computed without a lost
+    state.
     """
     account, number = life.ledger.sequences[request.sequence], request.sequence
     if request.released or request.saved is not None or not account.lost or life.ledger.has_states:
@@ -37,9 +38,9 @@ def repaired(life: MachineState, request: Request) -> State | None:
 
 
 def placement_without_losses(ledger: Ledger, policy: Policy, request: Request) -> Placement | None:
-    """A sequence's placement with what it lost laid elsewhere, where the policy finds room for that now.
+    """A sequence's placement with its lost blocks elsewhere, if the policy finds room for them now.
 
-    None if there is none, if nothing of its own is left to keep, or if blocks are gone that it shares with others.
+    None if there is no room, if none of its own blocks are left, or if blocks are lost that it shares with others.
     """
     account = ledger.sequences[request.sequence]
     lost = [span for span in account.placement if span.worker in account.lost]

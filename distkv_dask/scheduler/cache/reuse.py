@@ -1,8 +1,8 @@
-"""Whether a request takes a cached beginning, and where it lies then.
+"""Whether a request uses a cached prefix, and where the rest is placed then.
 
-The cache must not change what is admitted when, so room was found for a request already when it comes here: what it
-shares is decided between placements that keep to that room. Sharing is not always worth it: what a prompt is spared is
-paid for in every step, where a worker with the beginning has to be asked or has more to do than others.
+The cache must not change which requests are admitted when. So room has already been found for a request, and this
+module only compares placements within that room. Sharing does not always pay: the saved prefill is paid for in every
+step if a worker with the prefix has to be queried, or has more work than others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distkv_dask.scheduler.records.request import Request
 
 
 def share(life: MachineState, request: Request, ask: Ask, placement: Placement) -> tuple[Ask, Placement]:
-    """What a request that just found room computes, and where: with a cached beginning, if that takes less time."""
+    """What an admitted request computes, and where: with a cached prefix, if that takes less time."""
     released = request.document is not None and life.requests[request.document].released
     if not life.cache or not request.is_plain or released:
         return ask, placement
@@ -52,7 +52,7 @@ def _with_snapshot(life: MachineState, tokens: array[int]) -> tuple[int, int] | 
 def _better(
     life: MachineState, request: Request, ask: Ask, placement: Placement, document: int, tokens: int
 ) -> tuple[Ask, Placement] | None:
-    """The request and its placement with a cached beginning, if it takes less time than without."""
+    """The request and its placement with a cached prefix, if it takes less time than without."""
     more = tokens - ask.shared
     home = life.snapshots.homes[document] if life.ledger.has_states else ""
     less = replace(ask, document=document, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more, home=home)
@@ -63,9 +63,9 @@ def _better(
 
 
 def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix: Placement) -> Iterator[Placement]:
-    """Where the tokens may lie that are not shared.
+    """Candidate placements of the tokens that are not shared.
 
-    Where they would anyway, all of them where the shared ones end, or where the policy lays them beside those.
+    As admitted, all on the worker where the shared ones end, or as the policy places them next to the shared ones.
     """
     assert less.document is not None
     missing = beginnings.missing(life, less.document, less.shared)
@@ -80,13 +80,13 @@ def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix
     for rest in dict.fromkeys((anyway, behind, beside)):
         workers = missing.keys() | {span.worker for span in rest}
         if passes and not workers <= {span.worker for span in placement}:
-            continue  # it may not take the room that another one waits for
+            continue  # it may not take the room that another request waits for
         if rest and less.home in ("", rest[-1].worker) and _fits(life, missing, rest):
             yield rest
 
 
 def _beside(life: MachineState, ask: Ask, missing: Counter[str], last: str, ahead: Ask | None) -> Placement:
-    """Where the policy lays the rest of a request when what it shares has its room; nothing if it has none."""
+    """The policy's placement of the rest of a request, with room for the shared part; empty if it finds none."""
     taken, at = [], 0
     for worker in sorted(missing, key=last.__eq__):  # the last one counts as its home, the others lend
         if missing[worker] > life.ledger.workers[worker].free:
@@ -102,7 +102,7 @@ def _beside(life: MachineState, ask: Ask, missing: Counter[str], last: str, ahea
 
 
 def _fits(life: MachineState, missing: Counter[str], rest: Placement) -> bool:
-    """Whether there is room for blocks that come back into the ledger, and for a request's own."""
+    """Whether there is room for blocks that return to the ledger, and for a request's own."""
     home = life.ledger.workers[rest[-1].worker]
     if not home.can_decode or home.retiring or not home.has_place:
         return False
@@ -129,7 +129,7 @@ def _seconds(life: MachineState, request: Request, ask: Ask, placement: Placemen
 
 
 def _exchange_seconds(life: MachineState, ask: Ask, placement: Placement) -> float:
-    """How long a prompt's tokens travel: each is attended to by all workers that hold tokens before it."""
+    """Seconds for the exchanges of a prompt's tokens: all workers with earlier tokens attend to each."""
     model, accounts = life.policy.model, life.ledger.workers
     seconds, before = 0.0, set[str]()
     for span in placement:

@@ -1,7 +1,7 @@
-"""How much slower than when it was timed a worker is just now: every decode window says so.
+"""How much slower a worker is now than when it was timed, measured with every decode window.
 
-A machine is timed once, when the first engine opens on it, and that may be weeks ago: timings are kept. What else runs
-there changes within seconds. Pure.
+A machine is timed when the first engine opens on it, perhaps weeks ago, because timings are kept. Its other load
+changes within seconds. Pure.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from distkv_dask.scheduler.costs.model import Curve, PerformanceModel
 from distkv_dask.scheduler.ledger.ledger import Ledger
 
 SECONDS = 2.0
-"""Of decoding, until what was known before counts for 1 / e."""
+"""Seconds of decoding after which earlier measurements have a weight of 1 / e."""
 MOST = 3.0
-"""How many times slower or faster a worker can seem: one that seems slow gets less work, which measures it."""
+"""Bound of the factor: a worker that seems slow gets less work, and so is measured less."""
 
 
 class Calibration:
-    """What the windows of an engine's homes say about a fitted model.
+    """Calibrates a fitted model with the windows of an engine's homes.
 
-    Only workers that were timed are followed: a preset says how workers compare, not how fast they are.
+    Only timed workers are calibrated: a preset says how workers compare, not how fast they are.
 
     Parameters
     ----------
     ledger
-        Where the sequences lie.
+        The engine's ledger.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -43,11 +43,11 @@ class Calibration:
         return replace(model, curves=self._curves)
 
     def slower(self, worker: str) -> float:
-        """How many times slower a worker is than when it was timed; 1 where nothing is known."""
+        """How many times slower a worker is than when it was timed; 1 if unknown."""
         return self._slower.get(worker, 1.0)
 
     def expected(self, home: str, result: WindowResult) -> float:
-        """Seconds of a step of a window, by the model as it was fitted; 0 where that cannot be said."""
+        """Seconds of a step of a window, by the model as fitted; 0 if unknown."""
         if not result.steps or self._fitted is None or home not in self._fitted.curves:
             return 0.0
         rows = tokens = 0.0
@@ -77,7 +77,7 @@ class Calibration:
         return self._fitted.step(home, rows, tokens, remote) if rows else 0.0
 
     def observe(self, home: str, result: WindowResult) -> None:
-        """A home finished a window; to be called before the ledger knows."""
+        """A home finished a window; to be called before the ledger is updated."""
         expected = self.expected(home, result)
         if not expected or self._fitted is None:
             return

@@ -1,4 +1,4 @@
-"""The performance model of an engine, fitted to what its workers measured of themselves. Pure."""
+"""The performance model of an engine, fitted to its workers' own timings. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def fit_model(
     geometry: Geometry, measured: Mapping[str, Measurement | None], preset: PerformanceModel
 ) -> PerformanceModel:
-    """Curves of all workers that were measured; the preset stands in for whatever was not.
+    """Curves of all workers that were measured, with the preset for missing values.
 
     The curve of other workers is the first measured one's, and the latency inside a host the median of those measured.
     """
@@ -31,7 +31,7 @@ def fit_model(
 def fit_curve(measured: Measurement, preset: Curve) -> Curve:
     """One worker's curve."""
     curve = replace(preset, step=0.0, row=0.0) if measured.attention and not measured.decode else preset
-    if measured.attention:  # timed by itself, since in a step of a small model it drowns in noise
+    if measured.attention:  # timed separately, since in a step of a small model it is below the noise
         (few, short), (many, long) = measured.attention[0], measured.attention[-1]
         curve = replace(curve, token=max(0.0, (long - short) / max(1, many - few)))
     if measured.decode and measured.attention:
@@ -52,11 +52,11 @@ def fit_curve(measured: Measurement, preset: Curve) -> Curve:
 
 
 def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Intercept and slope, none of them negative, of (batch, seconds)."""
+    """Non-negative intercept and slope of (batch, seconds)."""
     small, large = min(batch for batch, _ in samples), max(batch for batch, _ in samples)
     one, many = (fmean(seconds for batch, seconds in samples if batch == size) for size in (small, large))
     row = min(max(0.0, (many - one) / max(1, large - small)), one / small)
-    return max(0.0, one - small * row), row  # rounding may leave a little less than nothing
+    return max(0.0, one - small * row), row  # rounding may make it slightly negative
 
 
 def shape_of(geometry: Geometry) -> Shape:

@@ -1,4 +1,4 @@
-"""The performance model (paper v2): what a step costs on a worker, and what an instance's throughput is. Pure.
+"""The performance model (paper v2): the time of a step on a worker, and an instance's throughput. Pure.
 
 ``T_layer = W(b) / f(b) + sum_r S_r / g(S)`` plus communication, here for all layers at once: the non-attention part is
 a straight line in the batch, attention is a straight line in the tokens that are read.
@@ -74,7 +74,7 @@ def fit_decode(samples: Iterable[tuple[int, float, float]]) -> tuple[float, floa
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A connection of two workers: seconds of latency one way, bytes per second."""
+    """A connection between two workers: one-way latency in seconds, bytes per second."""
 
     latency: float
     bandwidth: float
@@ -103,11 +103,11 @@ class PerformanceModel:
     shape
         The model's sizes.
     curve
-        Of every worker that ``curves`` does not name.
+        The curve of workers that ``curves`` does not name.
     inside, between
         Links of two workers on one host, and on two hosts.
     curves
-        By worker, where workers differ. Whoever gave them may change them
+        By worker, where workers differ. Their owner may change them
         (:mod:`~distkv_dask.scheduler.costs.calibration`).
     """
 
@@ -131,10 +131,10 @@ class PerformanceModel:
         return shape.layers * (2 * link.latency + rows * (shape.query_bytes + shape.partial_bytes) / link.bandwidth)
 
     def step(self, home: str, batch: float, tokens: float, remote: Mapping[str, tuple[float, float]]) -> float:
-        """A decode step of ``batch`` sequences (on average) of a home that holds ``tokens`` tokens of their KV itself.
+        """A decode step of ``batch`` sequences (on average) of a home with ``tokens`` tokens of their KV.
 
-        ``remote`` says of each holder, on the same host, for how many sequences it holds how many tokens. Holders and
-        home attend at the same time; queries go out and partials come in one after the other.
+        ``remote`` has, for each holder, whether it is on the same host, its sequences and its tokens. Holders and home
+        attend at the same time; queries are sent and partials received one after the other.
         """
         attention = max((count * self.of(holder).token for holder, (_, count) in remote.items()), default=0.0)
         exchanges = sum(self.exchange(self.inside, rows) for rows, _ in remote.values())

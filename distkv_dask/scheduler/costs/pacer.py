@@ -1,9 +1,8 @@
-"""How long decode windows are: as short as somebody waits for, and long enough for the scheduler to keep up.
+"""The length of decode windows: short if a request or user waits, and long enough for the scheduler to keep up.
 
-Every window costs the Dask scheduler one task for its home and one for each holder. What the scheduler may spend on
-them is a part of one core (``distkv.window.scheduler-share``), so the more homes and holders there are, the longer
-their windows become: at any number of workers the scheduler has as much to do. What a task costs is measured while it
-runs. Pure: clocks are read by whoever calls.
+Every window costs the Dask scheduler one task for its home and one for each holder. The scheduler may spend a share of
+one core on them (``distkv.window.scheduler-share``), so with more homes and holders, windows become longer, and the
+scheduler's load stays the same. The cost of a task is measured while it runs. Pure: callers read the clocks.
 """
 
 from __future__ import annotations
@@ -14,34 +13,34 @@ TASK_SECONDS = 0.003
 """CPU time of the scheduler for one task of a gang, until it is measured."""
 
 CHEAPEST, DEAREST = 0.0005, 0.01
-"""Bounds of the measured cost of a task: what else the scheduler does must not stretch windows without end."""
+"""Bounds of the measured cost of a task: other work of the scheduler must not stretch windows indefinitely."""
 
 AIM = 0.8
-"""Part of the share that is aimed at: what tasks cost changes faster than it is measured."""
+"""Target fraction of the share: the cost of tasks changes faster than it is measured."""
 
 MOST_IDLE = 0.5
-"""Part of the budget that heartbeats and the like may take from it; a scheduler busier than that serves others."""
+"""Maximum part of the budget for heartbeats and the like; a busier scheduler has other users."""
 
 KEPT = 0.7
 """Weight of earlier measurements against a new one."""
 
 PRIOR_TASKS = 50.0
-"""Tasks that :data:`TASK_SECONDS` counts for at first."""
+"""Weight of :data:`TASK_SECONDS` at first, in tasks."""
 
 STRANGERS = 0.1
-"""Others' tasks, as a part of ours, up to which all of the scheduler's work is taken for ours."""
+"""Others' tasks, as a part of ours, up to which all of the scheduler's work is attributed to ours."""
 
 LEAST_FOR_DECODE = 0.25
-"""Part of the budget that decode windows have, however many prompts are computed."""
+"""Part of the budget reserved for decode windows, however many prompts are computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
     """Bounds of a window in seconds, and the part of one core that all windows together may cost the scheduler.
 
-    ``watched`` is its length while somebody waits for it: a user who reads along, a request that is about to join the
-    home, or one that needs the room of another; ``unwatched`` its length otherwise; ``longest`` what the budget may
-    stretch either to.
+    ``watched`` is its length while its end is awaited: by a user who streams, a request that is about to join the home,
+    or one that needs the room of another. ``unwatched`` is its length otherwise; the budget may stretch both up to
+    ``longest``.
     """
 
     watched: float
@@ -54,18 +53,18 @@ class Pace:
 class Pacer:
     """The budget of one scheduler, which all engines of its cluster share.
 
-    ``rounds`` holds for each engine the number of tasks that one window of each of its homes takes.
+    ``rounds`` has, for each engine, the number of tasks for one window of each of its homes.
     """
 
     rounds: dict[str, int] = field(default_factory=dict)
     rate: float = 0.0
     """Tasks of gangs per second, lately."""
     prefill_rate: float = 0.0
-    """Those of prompts among them."""
+    """Tasks of prompts among them."""
     load: float = 0.0
-    """What the scheduler took of one core, lately."""
+    """The scheduler's recent use of one core."""
     idle: float = 0.0
-    """What it takes without any task."""
+    """Its use without any task."""
     _prefilled: int = 0
     _cpu: float = PRIOR_TASKS * TASK_SECONDS
     _tasks: float = PRIOR_TASKS
@@ -102,15 +101,15 @@ class Pacer:
         self._prefilled += tasks
 
     def measured(self, seconds: float, cpu: float, tasks: int, others: int) -> None:
-        """What the scheduler did in the last ``seconds``.
+        """Record the scheduler's work of the last ``seconds``.
 
         Parameters
         ----------
         cpu
-            Seconds of CPU time that it took.
+            Its CPU time in seconds.
         tasks, others
-            Tasks that ended: of gangs, and those of other users of the cluster. Where those are many, nothing is
-            learned of what ours cost.
+            Finished tasks: of gangs, and of other users of the cluster. If there are many of the latter, the
+            measurement is not used.
         """
         self.rate += (1 - KEPT) * (tasks / seconds - self.rate)
         self.prefill_rate += (1 - KEPT) * (self._prefilled / seconds - self.prefill_rate)

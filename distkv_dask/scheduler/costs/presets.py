@@ -23,7 +23,7 @@ class Preset:
     Parameters
     ----------
     model
-        What things cost.
+        The performance model.
     kv_tokens
         Tokens of KV that a worker has room for.
     per_host
@@ -76,4 +76,4 @@ def _cpu_smollm2() -> Preset:
 PRESETS = {"a100-7b": _a100_7b(), "cpu-smollm2": _cpu_smollm2()}
 
 PRESET = PRESETS["cpu-smollm2"].model
-"""Costs of workers that were not timed."""
+"""The model for workers that were not timed."""

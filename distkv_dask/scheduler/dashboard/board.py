@@ -1,4 +1,4 @@
-"""The board: where pages, JSON and metrics find the engines of a scheduler, and what samples their history."""
+"""The board: gives pages, JSON and metrics access to a scheduler's engines, and samples their history."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from distkv_dask.scheduler.engines.engine import EngineState
 
 FRESH = 0.4
-"""Seconds for which a view serves everybody who looks, so that many open pages cost as much as one."""
+"""Seconds for which a view is reused, so that many open pages cost as much as one."""
 
 SHARE = 0.005
-"""Part of a core that views may take: those of a large cluster, which cost more, serve for longer."""
+"""Part of a core that views may use: expensive views of large clusters are reused for longer."""
 
 SAMPLE = 1.0
 """Seconds between samples of the history."""
 
 
 class Board:
-    """What the gManager shows to people and monitoring.
+    """The gManager's views for users and monitoring.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class Board:
         self._installed: Installation | None = None
 
     def start(self) -> None:
-        """The first engine opens: add the page, the JSON route and the metrics, and begin to sample."""
+        """The first engine opens: add the page, the JSON route and the metrics, and start sampling."""
         if self._installed is None:
             self._installed = Installation(self._scheduler, self)
         self._installed.metrics(True)
@@ -75,13 +75,13 @@ class Board:
         return self._views
 
     def status(self) -> dict[str, Any]:
-        """What ``Engine.status`` gives, for each engine, for JSON."""
+        """The result of ``Engine.status`` for each engine, for JSON."""
         return {
             "engines": {name: {"model": one.spec.model, **one.status().as_dict()} for name, one in self.engines.items()}
         }
 
     def label(self, worker: str) -> str:
-        """Short name of a worker: the one that Dask knows it by, where that is shorter than its address."""
+        """Short name of a worker: Dask's name if it is shorter than the address."""
         state = self._scheduler.workers.get(worker)
         name = worker if state is None else str(state.name)
         return name.split("://")[-1]

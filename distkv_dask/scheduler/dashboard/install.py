@@ -1,7 +1,7 @@
 """Adds page, plots, JSON route and metrics to a scheduler that is running already, by public interfaces only.
 
-Where something optional is not installed (bokeh, prometheus-client) or the scheduler has no dashboard, that part is
-left out, and the log says so once.
+If an optional package (bokeh, prometheus-client) is not installed or the scheduler has no dashboard, that part is left
+out, and the log says so once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger("distributed.distkv.dashboard")
 
 
 class IndividualPlots(RequestHandler):
-    """``/individual-plots.json``, from which JupyterLab's extension learns of plots; Dask's own lists its own only."""
+    """``/individual-plots.json``, from which JupyterLab's extension gets its plots; Dask's own lists only its own."""
 
     def get(self) -> None:
         """Answer a GET."""
@@ -34,7 +34,7 @@ class IndividualPlots(RequestHandler):
 
 
 class Installation:
-    """What was added to one scheduler.
+    """Handlers that were added to one scheduler.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Installation:
         scheduler.http_application.add_handlers(r".*$", handlers)
 
     def metrics(self, wanted: bool) -> None:
-        """Register the collector of Prometheus metrics, or take it away."""
+        """Register or remove the collector of Prometheus metrics."""
         try:
             from prometheus_client import REGISTRY
         except ImportError:

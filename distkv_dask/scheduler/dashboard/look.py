@@ -1,4 +1,4 @@
-"""How the panels look: colours that colour-blind people can tell apart, text that is readable on light and dark."""
+"""Style of the panels: colours that colour-blind people can distinguish, text readable on light and dark."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Page:
 
     @without_property_validation  # type: ignore[untyped-decorator]
     def update(self) -> None:
-        """Show what is now."""
+        """Show the current view."""
         views = self._board.views()
         newest = next(reversed(views), "")
         if self._select is not None:

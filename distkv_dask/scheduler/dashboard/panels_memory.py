@@ -1,4 +1,4 @@
-"""Panels about where KV lies: pools of workers, and who holds how much for whom."""
+"""Panels about KV memory: pools of workers, and which workers hold how much for others."""
 
 from __future__ import annotations
 

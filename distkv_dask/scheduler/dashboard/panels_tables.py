@@ -1,4 +1,4 @@
-"""Panels that are tables: sequences with a strip of where their KV lies, latencies, and events."""
+"""Tables: sequences with a bar of their KV's placement, latencies, and events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distkv_dask.scheduler.dashboard.view import SequenceRow, View
 from distkv_dask.svg import PALETTE
 
 MARKUP = "<%= value %>"
-"""Template of cells that are markup already; whatever comes from outside is escaped where the cell is made."""
+"""Template of cells with markup; external text is escaped where the cell is made."""
 
 
 class _Table:
@@ -70,7 +70,7 @@ class SequencesPanel(_Table):
         "generated": ("generated", 65),
         "rate": ("tokens/s", 60),
         "home": ("home", 110),
-        "strip": ("where its KV lies", 420),
+        "strip": ("where its KV is", 420),
     }
     markup = frozenset({"home", "strip"})
     height = 250
@@ -117,7 +117,7 @@ def strip(row: SequenceRow, colours: dict[str, str]) -> str:
 
 
 class LatencyPanel(_Table):
-    """Percentiles of what requests waited for."""
+    """Percentiles of latencies."""
 
     name = "latencies"
     columns: ClassVar = {
@@ -137,12 +137,12 @@ class LatencyPanel(_Table):
 
 
 def seconds(value: float) -> str:
-    """A time as people read it."""
+    """A time in readable units."""
     return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
 class EventsPanel(_Table):
-    """What does not happen all the time, the newest first."""
+    """Recent events, the newest first."""
 
     name = "events"
     columns: ClassVar = {"when": ("seconds ago", 70), "kind": ("event", 80), "text": ("", 500)}

@@ -1,4 +1,4 @@
-"""Panels about time: throughput, requests under way, and what a decode step is made of."""
+"""Panels about time: throughput, running requests, and the parts of a decode step."""
 
 from __future__ import annotations
 

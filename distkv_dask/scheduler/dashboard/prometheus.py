@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 COUNTERS = {
     "prefilled_tokens": ("distkv_prompt_tokens", "Prompt tokens whose KV was computed", ""),
-    "generated_tokens": ("distkv_generated_tokens", "Tokens that went to clients", ""),
+    "generated_tokens": ("distkv_generated_tokens", "Tokens sent to clients", ""),
     "windows": ("distkv_windows", "Decode windows", ""),
     "decode_steps": ("distkv_decode_steps", "Decode steps", ""),
     "decode_seconds": ("distkv_decode_seconds", "Time that homes spent in decode windows", "seconds"),
     "sending_seconds": ("distkv_sending_seconds", "Part of it that they spent sending queries", "seconds"),
     "waiting_seconds": ("distkv_waiting_seconds", "Part of it that they waited for partials", "seconds"),
     "gap_seconds": ("distkv_gap_seconds", "Time between decode windows", "seconds"),
-    "proposed_tokens": ("distkv_proposed_tokens", "Tokens that decode steps tried before they were drawn", ""),
-    "accepted_tokens": ("distkv_accepted_tokens", "Those of them that were drawn", ""),
+    "proposed_tokens": ("distkv_proposed_tokens", "Tokens that were proposed to decode steps", ""),
+    "accepted_tokens": ("distkv_accepted_tokens", "Proposed tokens that were accepted", ""),
 }
 """Total of an engine -> metric, help text and unit."""
 
@@ -43,23 +43,23 @@ LATENCIES = {
 
 
 class Collector(CollectorBase):
-    """Reads the board whenever somebody scrapes.
+    """Reads the board at every scrape.
 
     Parameters
     ----------
     board
-        Where the engines are found.
+        Gives access to the engines.
     """
 
     def __init__(self, board: Board) -> None:
         self._board = board
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: names are known when they are collected, and two schedulers in one process have the same."""
+        """Nothing: two schedulers in one process would register the same names."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics as they are now."""
+        """The current values of all metrics."""
         engines = list(self._board.engines.values())
         yield GaugeMetricFamily("distkv_engines", "Engines that are open", value=len(engines))
         yield from self._pools()
@@ -76,7 +76,7 @@ class Collector(CollectorBase):
         for total, (name, text, unit) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=sum(one.totals[total] for one in figures), unit=unit)
         sent = CounterMetricFamily(
-            "distkv_channel_bytes", "Queries and partials that went over channels", labels=["direction"], unit="bytes"
+            "distkv_channel_bytes", "Queries and partials sent over channels", labels=["direction"], unit="bytes"
         )
         for direction in ("to_holders", "to_homes"):
             sent.add_metric([direction], sum(one.totals[f"bytes_{direction}"] for one in figures))

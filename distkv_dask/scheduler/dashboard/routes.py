@@ -1,4 +1,4 @@
-"""``/distkv/status.json``: what ``Engine.status`` gives, of all engines of the cluster.
+"""``/distkv/status.json``: the result of ``Engine.status`` for all engines of the cluster.
 
 The gManager adds the route to a running scheduler. To have it from the start, name this module in Dask's setting
 ``distributed.scheduler.http.routes``.

@@ -1,7 +1,7 @@
-"""What the dashboard shows of one engine at one moment, cut to what a person can read. Pure.
+"""The dashboard's view of one engine at one moment, limited to a readable size. Pure.
 
-However many workers and sequences there are, a view has at most :data:`WORKERS` bars and :data:`SEQUENCES` rows; what
-is left out is counted. It is made from running totals, so that looking costs the scheduler little.
+A view has at most :data:`WORKERS` bars and :data:`SEQUENCES` rows, and counts the rest. It is made from running totals,
+so that it costs the scheduler little.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import ASIDE, UNDER_WAY
 
 WORKERS = 40
-"""Workers that are shown one by one: those with most blocks in use."""
+"""Number of workers shown individually: those with the most blocks in use."""
 
 SEQUENCES = 30
-"""Sequences that are shown one by one: those with most tokens that have a place."""
+"""Number of sequences shown individually: those with the most placed tokens."""
 
 STATES = (*(state.label for state in UNDER_WAY), ASIDE)
-"""States of requests that are under way."""
+"""States of live requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,14 @@ class View:
 
 
 def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[str], str], now: float) -> View:
-    """Look at an engine.
+    """Make a view of an engine.
 
     Parameters
     ----------
     life, figures
         The engine's.
     model
-        Its name, for people.
+        The model's name, for display.
     label
         Gives a short name for a worker's address.
     now
@@ -145,7 +145,7 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
 
 
 def states_of(life: MachineState) -> Counter[str]:
-    """How many live requests are in which state."""
+    """Number of live requests by state."""
     return Counter(
         ASIDE if aside(life, live) else live.state.label for live in life.requests.values() if not live.cached
     )

@@ -1,4 +1,4 @@
-"""One engine as the gManager sees it: where it is open, its lifecycle, and the handles through which it is used."""
+"""One engine in the gManager: its workers, its lifecycle, and the handles of its clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Prefill, Waiting
 
 MAX_REOPENINGS = 3
-"""How many times a worker opens an engine again that it lost: what ends its lanes again and again must not go on so."""
+"""How many times a worker reopens an engine that it lost, so that a permanent fault of its lanes ends."""
 
 
 class EngineState:
@@ -54,9 +54,9 @@ class EngineState:
         self.machine = Lifecycle(MachineState(spec.engine, spec.config, gang_numbers, pacer))
         self.facts: dict[str, Opened] = {}
         self.geometry: Geometry | None = None
-        """Sizes of the model, once a worker has loaded it; memory workers are told them."""
+        """Sizes of the model, once a worker has loaded it; they are sent to memory workers."""
         self.span = spec.span
-        """Dask span of the tasks that are submitted from now on; None: Dask's default one."""
+        """Dask span of tasks submitted from now on; None: Dask's default one."""
         self.figures = Figures()
         self.is_closing = False
         self.broken: EngineClosedError | None = None
@@ -69,16 +69,16 @@ class EngineState:
         self._changed = asyncio.Event()
         self._handle_numbers = itertools.count(1)
         self.handles = {0: Outbox(client)}
-        """Who uses the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
+        """Handles of the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
 
     @property
     def life(self) -> MachineState:
-        """What its state machine knows."""
+        """The state of its state machine."""
         return self.machine.state
 
     @property
     def layers(self) -> int:
-        """Layers of the model whose KV is on any workers; 0 before a worker has loaded it."""
+        """Layers of the model with distributed KV; 0 before a worker has loaded it."""
         return 0 if self.geometry is None else len(self.geometry.far_layers)
 
     # Opening and closing
@@ -89,7 +89,7 @@ class EngineState:
         self._silent.discard(worker)
 
     def await_hello(self, worker: str) -> None:
-        """A worker will be asked once it has said which version it runs."""
+        """A worker will be asked to open it once its version is known."""
         self._pending.add(worker)
         self._silent.add(worker)
 
@@ -107,13 +107,13 @@ class EngineState:
         self._answered(facts.worker)
 
     def open_failed(self, worker: str, error: Exception) -> None:
-        """A worker could not open the engine; it takes no part in it."""
+        """A worker could not open the engine and is not part of it."""
         if not self.is_closing:
             self._failure = self._failure or error
             self._answered(worker)
 
     def closed(self, worker: str) -> None:
-        """A worker freed all it had for the engine."""
+        """A worker freed everything of the engine."""
         self.facts.pop(worker, None)
         self._answered(worker)
 
@@ -125,7 +125,7 @@ class EngineState:
         self._answered(worker)
 
     def may_open_again(self, worker: str) -> bool:
-        """Whether a worker that lost the engine, but lives, is to open it once more; counts that."""
+        """Whether a live worker that lost the engine should reopen it; counts the attempts."""
         self._openings[worker] += 1
         return self._openings[worker] <= MAX_REOPENINGS
 
@@ -134,7 +134,7 @@ class EngineState:
         return (worker in self._pending and worker not in self._silent) or worker in self.facts
 
     def waits_for(self, gang: int) -> bool:
-        """Whether a chunk or window is still waited for, in an engine that goes on."""
+        """Whether a chunk or window is still expected, and the engine is not closing."""
         return not self.is_closing and retries.owner(self.life, gang) is not None
 
     def is_drained(self, worker: str) -> bool:
@@ -142,7 +142,7 @@ class EngineState:
         return self.life.is_drained(worker)
 
     def needs(self) -> set[str]:
-        """Workers that scaling down must leave alone: opening, waited for, or with blocks that fit nowhere else."""
+        """Workers that must not be scaled down: opening, expected, or with blocks that fit nowhere else."""
         life = self.life
         if any(isinstance(request.state, Waiting) for request in life.requests.values()):
             return self._pending | set(self.facts)
@@ -161,7 +161,7 @@ class EngineState:
         self._changed.set()
 
     async def _settled(self, limit: float) -> bool:
-        """Wait until all workers have answered; False when that takes longer than ``limit`` seconds."""
+        """Wait until all workers have answered; False after ``limit`` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
         while self._pending:
@@ -194,40 +194,40 @@ class EngineState:
             )
 
     def start_closing(self) -> None:
-        """From now on answers mean that a worker closed the engine; nobody waits for news."""
+        """From now on answers mean that a worker closed the engine; long polls end."""
         self.is_closing = True
         for outbox in self.handles.values():
             outbox.close()
         self._pending |= set(self.facts)
 
     def open_on(self) -> list[str]:
-        """Workers that have to be told to close."""
+        """Workers that have to close it."""
         return sorted(self._pending)
 
     async def wait_closed(self, limit: float) -> None:
         """Wait for all workers to close the engine, but not longer than ``limit`` seconds."""
         await self._settled(limit)
 
-    # Handles and their news
+    # Handles and their events
 
     def attach(self, client: str) -> Attached:
-        """Give a Dask client a handle; it hears of its own requests only."""
+        """Give a Dask client a handle, which receives events of its own requests only."""
         handle = next(self._handle_numbers)
         self.handles[handle] = Outbox(client)
         return Attached(replace(self.spec, token=""), self.summary(), handle)
 
     def detach(self, handle: int) -> list[int]:
-        """Take a handle back; returns the requests and documents that nobody waits for."""
+        """Remove a handle; returns its requests and documents, which are no longer needed."""
         if (outbox := self.handles.pop(handle, None)) is not None:
             outbox.close()
         return [number for number in self.life.requests if number // HANDLE_NUMBERS == handle]
 
     def handles_of(self, client: str) -> list[int]:
-        """Handles that a Dask client has, in addition to the owner's own one."""
+        """Handles of a Dask client, except for the owner's first."""
         return [handle for handle, outbox in self.handles.items() if handle and outbox.client == client]
 
     def deliver(self, delivery: Delivery) -> None:
-        """Tell whose request it is of tokens or an end."""
+        """Deliver tokens or an end to the handle of the request."""
         if (outbox := self.handles.get(delivery.sequence // HANDLE_NUMBERS)) is not None:
             outbox.put(delivery)
         self.figures.generated(len(delivery.tokens))
@@ -240,12 +240,12 @@ class EngineState:
             self.deliver(Delivery(sequence, (), "error", error))
 
     async def take_events(self, handle: int, heard: int, wait: float) -> list[Delivery]:
-        """What a handle has yet to hear, as :meth:`Outbox.take` gives it.
+        """Events that a handle has not received, as :meth:`Outbox.take` returns them.
 
         Raises
         ------
         EngineClosedError
-            The handle was taken back.
+            The handle was removed.
         """
         if handle not in self.handles:
             raise EngineClosedError("the scheduler lost this handle of the engine: attach again")
@@ -261,7 +261,7 @@ class EngineState:
             self.figures.prefilled(len(request.state.chunks[done.gang].tokens))
 
     def summary(self) -> dict[str, Any]:
-        """What a client has to know about the open engine."""
+        """Facts about the open engine for clients."""
         one = next(iter(self.facts.values()))
         return {
             "max_positions": one.geometry.max_positions or math.inf,
@@ -273,5 +273,5 @@ class EngineState:
         }
 
     def status(self) -> EngineStatus:
-        """Where everything is: workers, sequences, debts and totals."""
+        """A snapshot: workers, sequences, debts and totals."""
         return status_of(self.life, self.figures, self.facts)

@@ -1,7 +1,7 @@
-"""Figures of one engine: totals, latencies, where its workers' time goes, a history, and what happened. Pure.
+"""Figures of one engine: totals, latencies, its workers' time, a history, and recent events. Pure.
 
-Events come in where they happen and cost a few additions; whoever looks (status, dashboard, Prometheus) reads. Counters
-only grow, so that rates can be taken of them. Times are seconds.
+Recording an event costs a few additions; status, dashboard and Prometheus read the totals. Counters only grow, so that
+rates can be computed. Times are seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HISTORY = 600
 """Samples of the history that are kept: ten minutes at one a second."""
 
 RECENT = 1000
-"""Requests that percentiles of latencies are taken of."""
+"""Number of requests for percentiles of latencies."""
 
 EVENTS = 200
 """Events that are remembered."""
@@ -56,7 +56,7 @@ class Latency:
 
 @dataclass(slots=True)
 class Anatomy:
-    """Where the decode time of one home went: steps, and the seconds of its windows and of the gaps between them.
+    """Decode time of one home: steps, and the seconds of its windows and of the gaps between them.
 
     ``sending`` and ``waiting`` are the parts of ``seconds`` in which it sent queries and waited for partials.
     """
@@ -69,7 +69,7 @@ class Anatomy:
 
 
 class Sample(NamedTuple):
-    """One moment: time, tokens prefilled and generated so far, and requests by what they do."""
+    """One sample: time, tokens prefilled and generated so far, and requests by state."""
 
     time: float
     prefilled: int
@@ -80,7 +80,7 @@ class Sample(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that does not happen all the time: when, what kind, and what about it."""
+    """An event: its time, kind and text."""
 
     time: float
     kind: str
@@ -101,7 +101,7 @@ class Figures:
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS))
 
     def prefilled(self, tokens: int) -> None:
-        """So many tokens of a prompt were computed."""
+        """Count computed tokens of a prompt."""
         self.totals["prefilled_tokens"] += tokens
 
     def window(self, home: str, result: WindowResult) -> None:
@@ -133,7 +133,7 @@ class Figures:
         self.totals["bytes_to_homes"] += one.received_bytes
 
     def generated(self, tokens: int) -> None:
-        """So many tokens went to the client."""
+        """Count tokens sent to the client."""
         self.totals["generated_tokens"] += tokens
 
     def ended(self, reason: FinishReason, timings: Timings, generated: int) -> None:
@@ -151,7 +151,7 @@ class Figures:
         self.events.append(Event(now, kind, text))
 
     def sample(self, now: float, states: Counter[str]) -> None:
-        """Add a moment to the history; ``states`` counts the live requests by their state."""
+        """Add a sample to the history; ``states`` counts the live requests by state."""
         self.history.append(
             Sample(
                 now,

@@ -1,4 +1,4 @@
-"""What one handle of an engine has yet to hear: kept until it says that it has heard it."""
+"""Events for one handle of an engine, kept until it acknowledges them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Outbox:
         self._news.set()
 
     def close(self) -> None:
-        """Nobody waits for news; news that has arrived can still be read."""
+        """End waiting polls; events that have arrived can still be read."""
         self._closed = True
         self._news.set()
 
     async def take_unheard(self, heard: int, wait: float) -> list[Delivery]:
-        """What somebody who heard ``heard`` items has yet to hear; waits up to ``wait`` seconds for something.
+        """Items after the first ``heard``; waits up to ``wait`` seconds for one.
 
-        Items are kept until they are known to have been heard, so that a reply that is lost loses nothing.
+        Items are kept until they are acknowledged, so that a lost reply loses nothing.
         """
-        heard = max(heard, self._heard)  # a poll that a later one has overtaken says less
+        heard = max(heard, self._heard)  # a poll overtaken by a later one acknowledges less
         del self._items[: heard - self._heard]
         self._heard = heard
         if not self._items and not self._closed:

@@ -1,4 +1,4 @@
-"""Where everything of an engine is, from what its state machine knows, its figures and what its workers said. Pure."""
+"""The status of an engine, from its state machine, its figures and its workers' reports. Pure."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from distkv_dask.scheduler.records.states import ASIDE
 
 
 def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened]) -> EngineStatus:
-    """Look at an engine.
+    """Take a snapshot of an engine.
 
     Parameters
     ----------
     life, figures
         The engine's.
     facts
-        What each worker said when it opened the engine, by its address.
+        Each worker's report when it opened the engine, by address.
     """
     ledger, model = life.ledger, life.policy.model
     lent = ledger.owes.by_creditor()
     finished = {f"finished_{reason}": number for reason, number in figures.finished.items()}
     return EngineStatus(
         workers={worker: _worker(life, worker, lent[worker], facts.get(worker)) for worker in ledger.workers},
-        # What is cached is nobody's, but part of what others lie on.
+        # Cached sequences belong to no request, but others may share them.
         sequences={number: _sequence(life, one) for number, one in life.requests.items() if not one.cached},
         debts=tuple(Debt(debtor, creditor, blocks) for (debtor, creditor), blocks in ledger.owes.by_pair().items()),
         epoch=ledger.epoch,

@@ -24,15 +24,15 @@ class WorkerAccount:
     lend_limit
         Blocks that it lends at most.
     can_decode
-        False for a memory worker: it has no weights, so it is nobody's home.
+        False for a memory worker: it has no weights, so it cannot be a home.
     places
-        Sequences that it is home of at most.
+        Maximum number of sequences that it is home of.
     retiring
         It is being drained: nothing new is placed on it.
     used
-        Blocks that spans of sequences, or moves under way to it, have reserved.
+        Blocks reserved by spans of sequences, or by moves to it.
     lent
-        Those of them that are reserved for sequences with another home.
+        Blocks of ``used`` for sequences with another home.
     borrowed
         Blocks that others hold for sequences whose home it is.
     pending
@@ -40,14 +40,14 @@ class WorkerAccount:
     due
         Tokens that sequences whose home it is may still generate.
     documents, documents_lent
-        Those of ``used``, and of ``lent``, that are documents', or shared of requests that ended: no running request's.
+        Blocks of ``used`` and of ``lent`` that belong to documents or finished requests, not to a running request.
     cached
-        Free blocks in which the KV of requests that ended still stands
+        Free blocks that still have KV of finished requests
         (:mod:`~distkv_dask.scheduler.cache.prefix_cache`).
     held
         Reserved blocks by sequence.
     homes
-        The sequences that call it home, in the order in which they came (the values mean nothing).
+        The sequences that it is home of, in order of arrival (the values mean nothing).
     """
 
     endpoint: Endpoint
@@ -74,11 +74,11 @@ class WorkerAccount:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody has reserved."""
+        """Blocks that are not reserved."""
         return self.capacity - self.used
 
     def parts(self) -> dict[str, int]:
-        """The capacity in parts: of running requests at home here, of others', of documents, cached, and free."""
+        """Parts of the capacity: own running requests, lent to others, documents, cached, and free."""
         lent = self.lent - self.documents_lent
         return {
             "own": self.used - self.documents - lent,
@@ -90,7 +90,7 @@ class WorkerAccount:
 
     @property
     def homed(self) -> int:
-        """How many sequences call it home."""
+        """Number of sequences that it is home of."""
         return len(self.homes)
 
     @property
@@ -111,7 +111,7 @@ class WorkerAccount:
 
 @dataclass(slots=True)
 class SequenceAccount:
-    """One live sequence: where its blocks are reserved, and how many tokens' KV is committed (``length``).
+    """One live sequence: its placement, and the number of tokens with committed KV (``length``).
 
     ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
     blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch; one that was
@@ -130,18 +130,18 @@ class SequenceAccount:
 
     @property
     def own(self) -> Placement:
-        """The spans whose blocks are its own."""
+        """The spans that it owns."""
         return tuple(span for span in self.placement if span.document is None)
 
     def can_share(self, span: Span) -> bool:
-        """Whether a span of a document lies where this one has it, stored, and stays there."""
+        """Whether a span matches where this document is stored and will stay."""
         if self.moves or span.worker in self.lost or span.stop > self.length:
             return False
         return any(own.worker == span.worker and own.start <= span.start < span.stop <= own.stop for own in self.own)
 
     @property
     def documents(self) -> set[int]:
-        """The documents that it shares spans of."""
+        """The documents with which it shares spans."""
         return {span.document for span in self.placement if span.document is not None}
 
     @property
@@ -161,7 +161,7 @@ class SequenceAccount:
 
     @property
     def stop(self) -> int:
-        """Tokens that there is room for."""
+        """Tokens that have room."""
         return self.placement[-1].stop
 
     def lies_on(self, worker: str) -> bool:
@@ -169,6 +169,6 @@ class SequenceAccount:
         return any(span.worker == worker for span in self.placement)
 
     def workers(self) -> Iterator[str]:
-        """Live workers with blocks of the sequence, each once: its holders and the targets of moves under way."""
+        """Live workers with blocks of the sequence, each once: its holders and the targets of its moves."""
         named = (*(span.worker for span in self.placement), *(move.target for move in self.moves))
         return (worker for worker in dict.fromkeys(named) if worker not in self.lost)

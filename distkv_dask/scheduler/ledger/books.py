@@ -1,4 +1,4 @@
-"""The ledger's books: who has how many blocks, and what a sequence's reservation adds to whose account."""
+"""The ledger's books: accounts of workers and sequences, and how reservations change them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Books:
     block_tokens
         Tokens in one block.
     batch
-        Sequences that one worker is home of at most.
+        Maximum number of sequences that one worker is home of.
 
     Notes
     -----
@@ -64,9 +64,9 @@ class Books:
         can_decode: bool = True,
         places: int = NO_LIMIT,
     ) -> None:
-        """Open an account for a worker with a pool of ``capacity`` blocks, of which it lends at most ``lend_limit``.
+        """Open an account for a worker with a pool of ``capacity`` blocks; it lends at most ``lend_limit`` of them.
 
-        It is home of ``places`` sequences at most.
+        It can be home of at most ``places`` sequences.
         """
         self.epoch += 1
         account = WorkerAccount(endpoint, capacity, lend_limit, can_decode, min(places, self.room.batch))
@@ -74,7 +74,7 @@ class Books:
         self.room.enter_worker(account)
 
     def retire_worker(self, worker: str, retiring: bool = True) -> None:
-        """Place nothing new on a worker from now on, because its blocks are about to be moved away (or do again)."""
+        """Stop (or resume) placing on a worker, because its blocks are about to be moved away."""
         self.epoch += 1
         self.workers[worker].retiring = retiring
         self.room.enter_worker(self.workers[worker])
@@ -85,7 +85,7 @@ class Books:
         return (self.workers[worker].endpoint for worker in dict.fromkeys(named) if worker != but)
 
     def _count(self, sequence: int, sign: int) -> None:
-        """Add all that a sequence reserves to the accounts (``sign`` 1), or take it out of them (-1)."""
+        """Add a sequence's reservations to the accounts (``sign`` 1), or subtract them (-1)."""
         account = self.sequences[sequence]
         home = account.home
         wanted: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class Debts(dict[str, Counter[str]]):
-    """Blocks by debtor (a sequence's home) and creditor (who holds blocks for it), those that are owed.
+    """Blocks owed by debtor (a sequence's home) and creditor (a holder of its blocks).
 
     Examples
     --------

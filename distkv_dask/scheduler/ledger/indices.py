@@ -1,4 +1,4 @@
-"""Which workers have room: indices over the ledger's accounts, so that no decision has to look at all workers.
+"""Indices of workers by their free room, so that no decision has to scan all workers.
 
 A change costs a few binary searches, whatever the number of workers.
 """
@@ -14,7 +14,7 @@ from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 
 
 class _Entry(NamedTuple):
-    """What an account is indexed by; a part is None where the worker takes nothing of that kind."""
+    """The keys of an account; a key is None if the worker takes nothing of that kind."""
 
     account: WorkerAccount
     capacity: int
@@ -26,12 +26,12 @@ class _Entry(NamedTuple):
 
 
 class Room:
-    """Workers ordered by the room that they have: for sequences of their own, and for others' blocks.
+    """Workers ordered by their room for own sequences, and for others' blocks.
 
     Parameters
     ----------
     batch
-        Sequences that any worker is home of at most.
+        Maximum number of sequences that a worker is home of.
     """
 
     def __init__(self, batch: int) -> None:
@@ -55,7 +55,7 @@ class Room:
         return len(self._batches)
 
     def enter_worker(self, account: WorkerAccount) -> None:
-        """Index an account as it is now, for the first time or after a change."""
+        """Index an account, for the first time or after a change."""
         worker, free, lendable = account.worker, account.free, account.lendable
         decodes = account.can_decode and not account.retiring
         home = (free, -account.homed, worker) if decodes and free > 0 and account.has_place else None
@@ -97,7 +97,7 @@ class Room:
             self._loads.remove(old.load)
 
     def _lend(self, entry: _Entry, sign: int) -> None:
-        """Count what a worker can lend in (1) or out (-1), for itself and for its host."""
+        """Add (1) or subtract (-1) what a worker can lend, for the worker and its host."""
         if not entry.lendable:
             return
         self.lendable += sign * entry.lendable
@@ -139,7 +139,7 @@ class Room:
         return list(self._hosts.get(host, {}).values())
 
     def check(self, accounts: dict[str, WorkerAccount]) -> None:
-        """Assert that the indices say what the accounts say."""
+        """Assert that the indices match the accounts."""
         fresh = Room(self.batch)
         for account in accounts.values():
             fresh.enter_worker(account)

@@ -1,4 +1,4 @@
-"""What is always true of a ledger, found by recounting everything: tests ask after every event."""
+"""Invariants of a ledger, checked by recounting everything: tests do so after every event."""
 
 from __future__ import annotations
 

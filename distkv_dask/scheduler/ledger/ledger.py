@@ -1,8 +1,8 @@
 """The debt ledger: which worker holds how many blocks of which sequence, for whom.
 
-The facts of the paper's debt ledger (v1) and request placement map (v2), and the moves of blocks under way. Pure
-bookkeeping: no clock, no input or output, no torch. One ledger belongs to one engine. Every event costs time by the
-spans of the sequences it is about, and never by the number of workers or sequences.
+It combines the paper's debt ledger (v1) and request placement map (v2), and has the running moves of blocks. Pure
+bookkeeping: no clock, no I/O, no torch. One ledger belongs to one engine. The time of an event depends on the spans of
+its sequences, never on the number of workers or sequences.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Ledger(Books):
     block_tokens
         Tokens in one block.
     batch
-        Sequences that one worker is home of at most.
+        Maximum number of sequences that one worker is home of.
 
     Notes
     -----
-    ``moves`` are under way: their blocks are reserved at the target and not yet free at the source. With ``has_states``
-    a home never changes.
+    The blocks of running ``moves`` are reserved at the target and not yet free at the source. With ``has_states`` a
+    home never changes.
     """
 
     def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
@@ -38,10 +38,10 @@ class Ledger(Books):
         self.moves: dict[Move, None] = {}
 
     def remove_worker(self, worker: str) -> list[int]:
-        """Close a worker's account and return the sequences that lost blocks by it (still to be released).
+        """Close a worker's account and return the sequences that lost blocks with it (still to be released).
 
-        Moves to the worker are over. Moves from it keep their reservation until they are cancelled or their sequence is
-        released, since something may still be written at their targets.
+        Moves to the worker end. Moves from it keep their reservation until they are cancelled or their sequence is
+        released, since their targets may still be written to.
         """
         self.epoch += 1
         account = self.workers.pop(worker, None)
@@ -62,7 +62,7 @@ class Ledger(Books):
     def reserve(
         self, sequence: int, placement: Placement, prompt: int = 0, *, idle: bool = False, cached: bool = False
     ) -> None:
-        """Reserve the blocks of a placement that the policy chose from this very ledger, for a prompt so long.
+        """Reserve the blocks of a placement that the policy chose from this ledger, for a prompt of this length.
 
         Nothing will be decoded of an ``idle`` one; a ``cached`` one ended before.
 
@@ -91,7 +91,7 @@ class Ledger(Books):
         self._count(sequence, +1)
 
     def is_shareable(self, document: int) -> bool:
-        """Whether a stored document can be shared now: whole, at rest, and not on a worker that leaves."""
+        """Whether a stored document can be shared now: complete, not moving, and not on a leaving worker."""
         account = self.sequences.get(document)
         if account is None or account.lost or account.moves:
             return False
@@ -108,12 +108,12 @@ class Ledger(Books):
             home.due += account.due - due
 
     def make_document(self, sequence: int, tokens: int) -> list[Span]:
-        """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of its other room.
+        """Make a document of a sequence's first ``tokens`` tokens, whole blocks; returns the spans of the freed room.
 
         Raises
         ------
         ValueError
-            When nothing of the sequence is to be kept, or blocks of it are being moved or shared.
+            When the sequence would have no blocks, or its blocks are being moved or shared.
         """
         account = self.sequences[sequence]
         if account.moves or account.sharers or not 0 < tokens <= account.length or tokens % self.block_tokens:
@@ -129,7 +129,7 @@ class Ledger(Books):
         return [span for span in rest if span.worker not in account.lost]
 
     def replace_lost(self, sequence: int, placement: Placement) -> None:
-        """Lay what a sequence lost elsewhere, as the policy chose from this very ledger; the rest stays as it is.
+        """Replace the lost spans of a sequence as the policy chose from this ledger; the others are unchanged.
 
         Raises
         ------
@@ -145,7 +145,7 @@ class Ledger(Books):
         self._count(sequence, +1)
 
     def resize(self, sequence: int, own: Iterable[Span]) -> None:
-        """Let a stored document have other spans of its own, more or fewer; who shares it shares none of those that go.
+        """Extend or shorten the own spans of a stored document; no sequence shares the removed ones.
 
         Raises
         ------
@@ -163,7 +163,7 @@ class Ledger(Books):
             raise ValueError(f"sequence {sequence}: no room for more of it")
 
     def release(self, sequence: int) -> list[str]:
-        """Settle all of a sequence's debts and moves, and return the live workers that have blocks of it.
+        """End all of a sequence's debts and moves, and return the live workers that have blocks of it.
 
         Raises
         ------
@@ -196,7 +196,7 @@ class Ledger(Books):
     def start_move(self, move: Move) -> None:
         """Reserve a move's blocks at its target.
 
-        Who comes first is served first: what a move has reserved, no later one can.
+        Moves are served in order: blocks reserved by one are not available to later ones.
 
         Raises
         ------
@@ -231,7 +231,7 @@ class Ledger(Books):
         return account.placement
 
     def cancel_move(self, move: Move) -> None:
-        """Give a move's reservation back; the placement stays as it is (no error if the move is over)."""
+        """Release a move's reservation; the placement is unchanged (no error if the move has ended)."""
         if move in self.moves:
             self._count(move.sequence, -1)
             self.sequences[move.sequence].moves.remove(move)

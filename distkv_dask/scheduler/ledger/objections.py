@@ -1,4 +1,4 @@
-"""Which moves of blocks can start, and why not the others."""
+"""Why a move of blocks cannot start."""
 
 from __future__ import annotations
 

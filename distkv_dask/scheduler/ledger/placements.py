@@ -1,4 +1,4 @@
-"""Placements as values: how many blocks, and what a move makes of them. Pure functions."""
+"""Placements as values: their blocks, and how moves change them. Pure functions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shifted(placement: Placement, tokens: int) -> Placement:
 
 
 def clipped(placement: Iterable[Span], start: int, stop: int) -> Iterator[Span]:
-    """What of a placement lies within tokens ``[start, stop)``.
+    """The part of a placement within tokens ``[start, stop)``.
 
     Examples
     --------
@@ -70,7 +70,7 @@ def moved(placement: Placement, move: Move, block_tokens: int) -> Placement:
 
 
 def relaid(placement: Placement, lost: Collection[str], laid: Placement, block_tokens: int) -> Placement:
-    """A placement in which the spans of ``lost`` workers are replaced, in order, by those of ``laid``.
+    """A placement with the spans of ``lost`` workers replaced, in order, by those of ``laid``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Admission: room that is free goes to requests that wait, in the policy's order."""
+"""Admission: gives free room to waiting requests, in the policy's order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distkv_dask.scheduler.work import prefill
 
 
 def admit(life: MachineState) -> None:
-    """Let requests begin while there is room; give up documents, or let others make way, where that makes some."""
+    """Admit requests while there is room; evict documents or preempt requests if that makes enough."""
     step = life.config.prefill_chunk_tokens
     while life.queue and not life.is_closing and (room := prefill.room(life)).is_any:
         chosen = life.queue.choose(partial(room.has, step=step))
         if chosen is None:
             first = next(life.queue.turns(), None)
             if first is None or not room.has(first.prompt, step):
-                return  # its turn has come, but not that of its prompt
+                return  # it is next, but its prompt may not begin yet
             if not documents.evict(life) and not make_way(life):
                 return
             settle(life)
@@ -36,7 +36,7 @@ def admit(life: MachineState) -> None:
 
 
 def _first(request: Request, start: int) -> State:
-    """The state in which a request with room begins, whose tokens from ``start`` on are missing."""
+    """The first state of an admitted request, which lacks the tokens from ``start`` on."""
     if request.saves:
         return Saving()
     return Prefill(start) if request.saved is None else Fetching()

@@ -1,4 +1,4 @@
-"""Ends: a request is answered, cancelled or fails, and its client hears of it once."""
+"""Ends: a request is answered, cancelled or fails, and its client is told once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def end(
     *,
     settled: bool = False,
 ) -> None:
-    """Tell the client, and free the blocks: at once when nobody computes on them (``settled``), else later."""
+    """Tell the client, and free the blocks: at once if they are not in use (``settled``), else later."""
     if request.is_document:
         end_document(life, request, error)
         return
@@ -40,7 +40,7 @@ def end(
     )
     life.moves.end(request.sequence)
     request.ended = reason
-    if isinstance(request.state, Retiring | Spilling) and request.state.again:  # it gives up its blocks already
+    if isinstance(request.state, Retiring | Spilling) and request.state.again:  # it is being retired already
         request.state.again = False
     elif account is None:
         if request.sequence in life.queue:
@@ -53,7 +53,7 @@ def end(
 
 
 def end_document(life: MachineState, request: Request, error: Exception | None = None) -> None:
-    """A document is needed no more, or could not be computed: then who waits for it fails with it."""
+    """A document was released, or could not be computed: then requests that wait for it fail, too."""
     if not request.announced:
         reason: FinishReason = "cancelled" if error is None else "error"
         life.command(Delivery(request.sequence, (), reason, error, request.timings(life.now)))
@@ -69,7 +69,7 @@ def end_document(life: MachineState, request: Request, error: Exception | None =
 
 
 def forget_request(life: MachineState, request: Request, before: State) -> None:
-    """A request is over, and nothing is kept of it."""
+    """Forget a request that has ended."""
     assert isinstance(request.state, Gone)
     lost = InvalidRequestError("the answer that this question builds on was not finished: ask that one again")
     _fail_awaited(life, request, request.state.error or lost)

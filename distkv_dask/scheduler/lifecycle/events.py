@@ -1,4 +1,4 @@
-"""What happens to an engine that no message of a worker says: calls of clients, workers that come and go, time."""
+"""Events of an engine other than messages of workers: calls of clients, joining and leaving workers, time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from distkv_dask.scheduler.ledger.accounts import NO_LIMIT
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Clients ask. All are in the queue before one is admitted: the policy says who is first, not their order here.
+    """Clients submit requests. All are queued before one is admitted, so that the policy decides their order.
 
-    Those that are not taken are answered by the command Refuse: a request larger than the pools of all workers together
-    ever were, or one whose document was released. (If workers are missing just now, a request waits for them, but not
-    forever.)
+    Refused ones are answered by the command Refuse: a request larger than all pools together ever were, or one with a
+    released document. (If workers are missing now, a request waits for them for a limited time.)
     """
 
     submissions: tuple[Submission, ...]
@@ -40,8 +39,8 @@ class StopAll:
 class WorkerReady:
     """A worker has a pool of ``capacity`` blocks and, if it ``can_decode``, the model.
 
-    Then it can be home of ``places`` sequences. It has ``spill_bytes`` bytes of disk, and before that ``host_bytes`` of
-    host memory, for blocks that make room.
+    Then it can be home of ``places`` sequences. For evicted blocks it has ``host_bytes`` bytes of host memory and then
+    ``spill_bytes`` bytes of disk.
     """
 
     endpoint: Endpoint
@@ -54,7 +53,7 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker died or left: what lay on it is recomputed, and all requests go on from their last commit."""
+    """A worker died or left: its blocks are recomputed, and all requests continue from their last commit."""
 
     worker: str
 
@@ -76,7 +75,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """About a second has passed: what waits for something that does not come is ended."""
+    """About a second has passed: requests that waited too long are ended."""
 
 
 Event = FromWorker | Submit | Stop | StopAll | WorkerReady | WorkerLost | Drain | Pause | Tick

@@ -1,7 +1,7 @@
-"""Blocks that go to files and come back: documents that users save and load, and sequences that are spilled.
+"""Blocks written to and read from files: documents that users save and load, and spilled sequences.
 
-Saving is a request of its own, which shares the whole document and generates nothing: so the document is there, and its
-blocks stay where they are, until all workers have written theirs.
+A save is a separate request that shares the whole document and generates nothing. So the document is in memory, and its
+blocks do not move until all workers have written theirs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distkv_dask.scheduler.records.states import (
 
 
 def begin_transfer(life: MachineState, request: Request, before: State) -> None:
-    """A request to save has its document, or a sequence that is saved somewhere has room."""
+    """Start writing for a save whose document is stored, or reading for a saved sequence that has room."""
     account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
     assert saved is not None
     assert isinstance(state, FilesUnderWay)
@@ -64,7 +64,7 @@ def stored(life: MachineState, event: Stored) -> None:
     if request is None or not isinstance(state := request.state, Saving) or event.worker not in state.answering:
         return
     state.files += event.files
-    if not state.answered(event.worker, event.error):  # a save that failed waits, too: all that it wrote can be deleted
+    if not state.answered(event.worker, event.error):  # a failed save waits, too, so that all its files can be deleted
         return
     if state.failure is not None:
         end(life, request, "error", state.failure)
@@ -79,13 +79,13 @@ def stored(life: MachineState, event: Stored) -> None:
 
 
 def spill_lost(life: MachineState, request: Request, worker: str) -> None:
-    """A worker died that was writing a part of a sequence that is spilled."""
+    """A worker died while it wrote a part of a spilled sequence."""
     if disk.answered(life, request, worker, GangAbortedError(f"worker {worker} is gone")) is not None:
         _spilled(life, request)
 
 
 def expire(life: MachineState) -> None:
-    """Wait no more for disks that are too slow: what they hold is recomputed."""
+    """Stop waiting for disks that are too slow; their blocks are recomputed."""
     for request in disk.late_spills(life, life.config.timeout_start):
         assert isinstance(request.state, Spilling)
         for worker in tuple(request.state.answering):
@@ -94,12 +94,12 @@ def expire(life: MachineState) -> None:
 
 
 def _spilled(life: MachineState, request: Request) -> None:
-    """All workers wrote their parts of a sequence, or did not: it gives up its blocks."""
+    """All workers have written their parts of a sequence, or failed: its blocks are freed."""
     if request.is_document:
         life.recommend(request, Dropped())
     elif request.goes_on_later:
         life.recommend(request, Waiting(rank=request.rank))
-    else:  # it ended meanwhile
+    else:  # it has ended meanwhile
         life.recommend(request, Gone())
 
 
@@ -107,7 +107,7 @@ def _spilled(life: MachineState, request: Request) -> None:
 
 
 def fetched(life: MachineState, event: Fetched) -> None:
-    """A worker read its part of a sequence, or could not: then it is computed, if it was there once."""
+    """A worker read its part of a sequence, or could not: then the sequence is recomputed, if its tokens are known."""
     request = life.requests.get(event.sequence)
     if request is None or not isinstance(state := request.state, Fetching):
         return

@@ -1,4 +1,4 @@
-"""Losses: what becomes of a sequence whose worker is gone or begins nothing, whatever was being done with it."""
+"""Losses: how sequences continue when a worker is lost or does not start their work, in any state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from distkv_dask.scheduler.records.window_chain import WindowChain
 from distkv_dask.scheduler.work import homes, prefill
 
 MAX_LOSSES = 3
-"""How many workers a request may lose blocks with before it fails, as Dask's allowed-failures: it may be the cause."""
+"""Workers with which a request may lose blocks before it fails, as Dask's allowed-failures: it may be the cause."""
 
 
 def lost(life: MachineState, request: Request, worker: str) -> None:
-    """A sequence lost blocks: it is recomputed, a document when it is next asked."""
+    """A sequence lost blocks: it is recomputed, a document at its next question."""
     state = request.state
     if isinstance(state, Retiring):
         return
@@ -44,12 +44,12 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
             state.answering.discard(worker)
         prefill.stop_prefill(life, request, "a worker with blocks of the document is gone")
         life.recommend(request, Retiring())
-    elif not life.ledger.sequences[request.sequence].sharers:  # else with the last of them
+    elif not life.ledger.sequences[request.sequence].sharers:  # otherwise with the last of them
         documents.lost(life, request)
 
 
 def stalled(life: MachineState, request: Request, error: DistKVError) -> None:
-    """A worker does not begin what a sequence waits for: a request is computed elsewhere, but not forever."""
+    """A worker does not start a sequence's work: the request is computed elsewhere, a limited number of times."""
     request.stalls += 1
     if request.is_document or request.stalls > retries.MAX_RETRIES:
         end(life, request, "error", error)
@@ -58,7 +58,7 @@ def stalled(life: MachineState, request: Request, error: DistKVError) -> None:
 
 
 def state_lost(life: MachineState, gang: int, error: StateLostError) -> None:
-    """A home has no state that a sequence goes on from: it is recomputed from its first token, others go on."""
+    """A home lacks a sequence's state: the sequence is recomputed from its first token, others continue."""
     owner = retries.owner(life, gang)
     if owner is None or (request := life.requests.get(error.sequence)) is None:
         return
@@ -76,7 +76,7 @@ def state_lost(life: MachineState, gang: int, error: StateLostError) -> None:
 
 
 def _compute_again(life: MachineState, request: Request, reason: str) -> None:
-    """Free what is left of a request's blocks, once nobody computes on them, and let it wait for room again."""
+    """Free a request's remaining blocks once they are not in use, and let it wait for room again."""
     life.moves.end(request.sequence)
     prefill.stop_prefill(life, request, reason)
     life.recommend(request, Retiring(again=True))

@@ -1,7 +1,7 @@
 """The state machine of one engine: events and times go in, commands come out.
 
-Each event is seen to by the room that it concerns; then requests change their states, room that is free is given away,
-homes get their next windows, and moves begin. Nothing is lazy, and nothing happens between two events.
+The package that an event concerns handles it. Then requests change their states, free room is given to waiting
+requests, homes get their next windows, and moves start. Nothing is lazy, and nothing happens between two events.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from distkv_dask.scheduler.records.states import Fetching, Retiring, Stored, Wai
 from distkv_dask.scheduler.work import homes, prefill
 
 STARTS = did.WindowStarted | did.ChunkStarted
-"""Events that free no room: something has begun."""
+"""Events that free no room: a start."""
 
 
 class Lifecycle:
@@ -46,14 +46,14 @@ class Lifecycle:
     Parameters
     ----------
     state
-        All that is known of the engine; others may look at it.
+        The engine's state; others may read it.
     """
 
     def __init__(self, state: MachineState) -> None:
         self.state = state
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """See to an event at a time of the gManager's clock, in seconds.
+        """Handle an event at a time of the gManager's clock, in seconds.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class Lifecycle:
             saves=saves,
             saved=one.saved,
             choices=one.choices,
-            alone=sampling.prompt_logprobs is not None,  # what is shared is not computed, and has no logits
+            alone=sampling.prompt_logprobs is not None,  # shared tokens are not computed and have no logits
         )
         try:
             self._accept(request)
@@ -233,7 +233,7 @@ class Lifecycle:
             retries.failed(self.state, event.gang, event.error)
 
     def _retired(self, event: did.Retired) -> None:
-        """A worker computes on a sequence no more."""
+        """A worker no longer computes on a sequence."""
         life, request = self.state, self.state.requests.get(event.sequence)
         if request is None or not request.answered(event.worker):
             return

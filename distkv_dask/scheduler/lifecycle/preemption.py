@@ -1,4 +1,4 @@
-"""Preemption: which running requests make way for a waiting one of higher priority."""
+"""Preemption: running requests are stopped for a waiting one of higher priority."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from distkv_dask.scheduler.work import homes
 
 
 def make_way(life: MachineState) -> bool:
-    """Let running requests make way for the one whose turn it is, if it is more urgent and that helps.
+    """Preempt running requests for the next one, if it has a higher priority and then fits.
 
-    False if none does.
+    False if none is preempted.
     """
     head = next(life.queue.turns(), None)
     if head is None or head.priority <= life.lowest_priority:
-        return False  # as always where nobody uses priorities
+        return False  # always, if priorities are not used
     going = documents.about_to_free(life)
     need = life.ledger.blocks(head.tokens) - documents.room_with(life, going)
     if need <= 0 and going:
-        return False  # one at a time where it does not fit for another reason
+        return False  # one at a time if it does not fit for another reason
     chosen = victims(life, head, need)
     for number in chosen:
         homes.leave(life, number)
@@ -30,17 +30,17 @@ def make_way(life: MachineState) -> bool:
 
 
 def victims(life: MachineState, head: Ask, need: int) -> list[int]:
-    """Requests that should make way, the latest and least urgent first; none if it would be in vain.
+    """Requests to preempt, the latest and least urgent first; none if the next one would still not fit.
 
-    A request only makes way for one of higher priority that is before it in the queue's order, too: so nobody is passed
-    by all who come after, forever, and the one that waits gets the room.
+    A request is preempted only for one of higher priority that also precedes it in the queue's order. So no request is
+    overtaken forever, and the waiting one gets the room.
 
     Parameters
     ----------
     head
-        The request whose turn it is, and that does not fit.
+        The next request, which does not fit.
     need
-        Blocks that it lacks; one has to make way where it lacks none, and still does not fit.
+        Blocks that it lacks; if it lacks none and still does not fit, one request is preempted.
     """
     rank = life.requests[head.sequence].rank
     running = (life.requests[number] for number in life.ledger.sequences)

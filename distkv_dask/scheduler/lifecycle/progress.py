@@ -1,4 +1,4 @@
-"""Progress: chunks and windows that workers finished, and the tokens that came out of them."""
+"""Progress: finished chunks and windows, and their tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distkv_dask.scheduler.work import homes
 
 
 def chunk_done(life: MachineState, event: ChunkDone) -> None:
-    """A worker finished a chunk after which no token was drawn."""
+    """A worker finished a chunk that draws no token."""
     request = _commit_chunk(life, event)
     if request is not None and event.sequence not in life.in_prefill:
         life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
@@ -40,7 +40,7 @@ def prefilled(life: MachineState, event: Prefilled) -> None:
 
 
 def _commit_chunk(life: MachineState, event: ChunkDone | Prefilled) -> Request | None:
-    """Record that a chunk is computed; its request, if it is one that is waited for."""
+    """Record that a chunk is computed; returns its request, if the chunk is still expected."""
     sequence = event.sequence
     request = life.requests.get(sequence)
     if request is None or not isinstance(state := request.state, Prefill) or event.gang not in state.chunks:

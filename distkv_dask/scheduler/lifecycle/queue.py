@@ -1,4 +1,4 @@
-"""Waiting: requests that stand in the queue for room, or wait until their document is stored."""
+"""Waiting requests: for room, in the queue, or until their document is stored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def enqueue(life: MachineState, request: Request, before: State) -> None:
 
 
 def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, int]:
-    """When a request is taken to have come, and its priority; of a document that others wait for, the first one's."""
+    """Submission time and priority of a request; for an awaited document, those of the first waiting request."""
     if request.awaited:
         turns = [(since, life.requests[one].sampling.priority) for one, since in request.awaited.items()]
         return min(turns, key=lambda turn: turn[0] - turn[1] * PRIORITY_SECONDS)
@@ -50,7 +50,7 @@ def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, 
 
 
 def requeue(life: MachineState, request: Request, before: State) -> None:
-    """A request that lost blocks, or made way, gives back the others, and waits for room in its turn."""
+    """Free the blocks of a request that lost some or was preempted, and let it wait for room in its turn."""
     documents.free_blocks(life, request)
     if request.document is not None and life.requests[request.document].cached:
         documents.leave_document(life, request)

@@ -1,4 +1,4 @@
-"""Why a request is not served: errors that say what it needed, what there is, and what to do."""
+"""Errors of refused requests: what they needed, what is available, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distkv_dask.scheduler.records.request import Request
 
 
 def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int) -> DistKVError:
-    """All workers together have too little room."""
+    """The error of a request that is larger than all workers' memory."""
     need, have = ledger.blocks(request.tokens), policy.limit(ledger)
     lost = ""
     if request.lost:
@@ -30,7 +30,7 @@ def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int
 
 
 def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
-    """It could not run for too long, for another reason than its size."""
+    """The error of a request that was set aside for too long for another reason than its size."""
     what = "the document" if request.is_document else "the request"
     return CapacityError(
         f"{what} was set aside for more than {limit:g} s (distkv.timeouts.open): {reason}. Submit it again "
@@ -39,7 +39,7 @@ def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
 
 
 def workers_lost(request: Request) -> DistKVError:
-    """It lost blocks, and is not recomputed."""
+    """The error of a request that lost blocks and is not recomputed."""
     if request.saves:
         return WorkerLostError(
             f"worker {request.lost[-1]}, which held part of the document, died or left while it was saved: save it "

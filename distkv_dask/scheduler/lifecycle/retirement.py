@@ -1,6 +1,6 @@
-"""Retirement: workers say that they compute on a sequence no more, and only then its blocks are free, or kept.
+"""Retirement: workers confirm that they no longer compute on a sequence; only then are its blocks freed or kept.
 
-So a late write never lands in somebody else's block.
+So a late write never changes another sequence's block.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from distkv_dask.scheduler.records.states import (
 
 
 def begin_retirement(life: MachineState, request: Request, before: State) -> None:
-    """Let the workers that run forwards of a sequence, then its holders, say that they compute on it no more."""
+    """Ask the workers that run a sequence's forwards, then its holders, to stop computing on it."""
     state, account = request.state, life.ledger.sequences[request.sequence]
     assert isinstance(state, Retiring)
-    if isinstance(before, Fetching):  # who still reads files says so when it is done
+    if isinstance(before, Fetching):  # workers that still read files report when they are done
         state.workers, state.reading, state.forwards_ended = set(before.answering), True, True
     elif state.settled:
         state.forwards_ended = True
@@ -39,10 +39,10 @@ def begin_retirement(life: MachineState, request: Request, before: State) -> Non
 
 
 def retired(life: MachineState, request: Request, worker: str) -> None:
-    """A worker computes on a sequence that retires no more.
+    """A worker no longer computes on a retiring sequence.
 
-    First those that run its forwards are waited for; then all of its holders, so that none has a frame of them left to
-    answer; then its blocks are freed.
+    First the workers that run its forwards answer, then all of its holders, so that no frame is left to be answered;
+    then its blocks are freed.
     """
     state = request.state
     assert isinstance(state, Retiring)
@@ -60,12 +60,12 @@ def _ask(life: MachineState, request: Request, workers: Iterable[str]) -> None:
     assert isinstance(request.state, Retiring)
     asked = [worker for worker in workers if worker in life.ledger.workers]
     request.state.workers = set(asked)
-    for worker in asked:  # a set's order is another one in every process
+    for worker in asked:  # a set's order differs between processes
         life.command(request.retire(worker))
 
 
 def _next(life: MachineState, request: Request, state: Retiring) -> State:
-    """Decide about a sequence that nothing computes on any longer: it is kept, goes on, or ends."""
+    """Decide whether an idle sequence is kept, continues, or ends."""
     if request.is_document:
         return repaired(life, request) or Dropped()
     if state.again and (further := repaired(life, request)) is not None:

@@ -1,7 +1,7 @@
-"""Retries: a gang failed while all its workers live, as far as the scheduler knows, so it is tried again.
+"""Retries: a gang that failed although all its workers seem to be alive is tried again.
 
-A few times at once, then with pauses for as long as a peer may be silent: a network that is cut comes back, and of a
-worker that died while it was cut off, the scheduler hears later than those who try to reach it.
+A few times at once, then with pauses for as long as a peer may be silent: a cut network recovers, and the scheduler
+learns of a dead worker later than its peers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAUSE = 1.0
 
 
 def owner(life: MachineState, gang: int) -> Request | WindowChain | None:
-    """Whose gang it is, if its chunk or window is still waited for."""
+    """The owner of a gang, if its chunk or window is still expected."""
     for sequence in life.in_prefill:
         request = life.requests[sequence]
         if isinstance(request.state, Prefill) and gang in request.state.chunks:
@@ -42,7 +42,7 @@ def failed(life: MachineState, gang: int, error: Exception) -> None:
 
 
 def _window_failed(life: MachineState, chain: WindowChain, error: Exception, again: bool) -> None:
-    """Start a home's windows over, in a while if that did not help; fail those of its sequences that may be why."""
+    """Restart a home's windows, later if that did not help; fail the sequences that may be the cause."""
     chain.failing_since = chain.failing_since if chain.failures else life.now
     chain.failures += 1
     blamed = _to_blame(life, chain, error)
@@ -59,7 +59,7 @@ def _window_failed(life: MachineState, chain: WindowChain, error: Exception, aga
 
 
 def _to_blame(life: MachineState, chain: WindowChain, error: Exception) -> list[int]:
-    """Sequences of a home whose own plan is the reason: those that decode with them go on without them."""
+    """Sequences of a home with a faulty plan: those that decode with them continue without them."""
     if not isinstance(error, PlanError):
         return []
     return [one for one in chain.sequences if error.sequence in (one, life.requests[one].document)]
@@ -85,7 +85,7 @@ def _is_hopeless(life: MachineState, failures: int, since: float) -> bool:
 
 
 def retry_rested(life: MachineState) -> None:
-    """Try again what has rested."""
+    """Retry after a pause."""
     for chain in life.chains.values():
         if chain.rests_until is not None and chain.rests_until <= life.now:
             chain.rests_until = None

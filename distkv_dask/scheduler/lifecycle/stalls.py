@@ -1,4 +1,4 @@
-"""Stalls: what waits for something that does not come, seen once a second."""
+"""Stalls: ends work that waits too long, checked once a second."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distkv_dask.scheduler.records.states import FilesUnderWay, Waiting
 
 
 def hold_blocks(life: MachineState) -> None:
-    """Count no more on blocks that wait for a disk, or a user's folder, that has long not answered.
+    """Stop counting on blocks that wait for a disk, or a user's folder, that has not answered for long.
 
-    They become free, but nobody knows when: until then, requests that need them are set aside.
+    It is not known when they become free; until then, requests that need them are set aside.
     """
     numbers: set[int] = set()
     for number, account in life.ledger.sequences.items():
@@ -32,7 +32,7 @@ def hold_blocks(life: MachineState) -> None:
 
 
 def refuse(life: MachineState) -> None:
-    """End requests that have been set aside for longer than replacements of lost workers may take to come."""
+    """End requests that have been set aside for longer than a replacement of a lost worker may take."""
     limit = life.config.timeout_open
     for ask in list(life.queue):
         request = life.requests[ask.sequence]
@@ -52,7 +52,7 @@ def refusal(life: MachineState, request: Request) -> Exception:
 
 
 def aside(life: MachineState, request: Request) -> str:
-    """Why a waiting request is set aside while others run (or its document is); empty if it is not."""
+    """Why a waiting request, or its document, is set aside while others run; empty if it is not."""
     if request.sequence in life.queue:
         return life.queue.aside(life.queue.ask(request.sequence))
     document = life.requests.get(request.document) if request.document is not None else None

@@ -1,7 +1,7 @@
-"""The one place where requests change their state: a table of what may follow what, and what is done then.
+"""The only place where requests change their state: a table of allowed transitions and their functions.
 
-Rooms of the scheduler recommend states; :func:`settle` carries that out, one after the other, until nothing is left to
-do. What is not in the table is a fault of ours, and ends the engine.
+Packages of the scheduler recommend states; :func:`settle` carries out these recommendations in order, until none is
+left. A transition that is not in the table is a bug, and ends the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distkv_dask.scheduler.records.states import (
 from distkv_dask.scheduler.work import homes, prefill
 
 Enter = Callable[[MachineState, Request, State], None]
-"""What is done when a request (second) has just come from a state (third)."""
+"""Called when a request (second) has just left a state (third)."""
 
 TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     # room
@@ -75,11 +75,11 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
 
 
 def settle(life: MachineState) -> None:
-    """Carry out what is recommended, and what that recommends, until nothing is left."""
+    """Carry out recommendations, and those that follow from them, until none is left."""
     while True:
         if life.recommendations:
             request, state = life.recommendations.popleft()
-            if life.requests.get(request.sequence) is request:  # else it is gone already
+            if life.requests.get(request.sequence) is request:  # otherwise it is gone already
                 transition(life, request, state)
         elif life.idle_documents:
             number, _ = life.idle_documents.popitem()
@@ -90,7 +90,7 @@ def settle(life: MachineState) -> None:
 
 
 def transition(life: MachineState, request: Request, state: State) -> None:
-    """Give a request another state, and do what belongs to that.
+    """Change a request's state, and call the function of this transition.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which blocks of a worker that leaves go where, one move after the other."""
+"""Draining: moves the blocks of leaving workers to others, one move after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distkv_dask.scheduler.work import homes
 
 
 def set_leaving(life: MachineState, worker: str, leaving: bool) -> None:
-    """A worker is about to leave, and nothing is placed on it; or it stays after all."""
+    """A worker is about to leave, so nothing is placed on it; or it stays after all."""
     (life.leaving.add if leaving else life.leaving.discard)(worker)
     life.ledger.retire_worker(worker, leaving or worker in life.paused)
     life.largest_blocks = max(life.largest_blocks, life.policy.limit(life.ledger))
@@ -31,7 +31,7 @@ def set_paused(life: MachineState, paused: Set[str]) -> None:
 
 
 def start_moves(life: MachineState) -> None:
-    """Begin one move from each worker that leaves, has blocks and takes part in no move."""
+    """Start one move from each leaving worker that has blocks and is not part of a move."""
     for worker in sorted(life.leaving):
         if not life.moves.busy(worker):
             _move_away(life, worker)
@@ -52,7 +52,7 @@ def _move_away(life: MachineState, worker: str) -> None:
 
 
 def _recompute_elsewhere(life: MachineState, sequences: Iterable[int]) -> None:
-    """States stay at their home: sequences whose home leaves are computed from their first token elsewhere."""
+    """States do not move: sequences of a leaving home are recomputed from their first token elsewhere."""
     for number in sequences:
         request, account = life.requests[number], life.ledger.sequences[number]
         if account.moves:
@@ -65,14 +65,14 @@ def _recompute_elsewhere(life: MachineState, sequences: Iterable[int]) -> None:
 
 
 def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tuple[Move, bool]]:
-    """Moves that would take blocks from a worker, the best first, and whether their sequence has to pause for it.
+    """Moves that would take blocks from a worker, the best first, and whether their sequence has to pause.
 
     Parameters
     ----------
     ledger
-        Where everything lies.
+        The ledger.
     worker
-        The worker that is to be left without blocks.
+        The worker to drain.
     full
         The sequences that can be moved, and how many of their tokens lie in full, committed blocks.
     """
@@ -91,7 +91,7 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tu
                     (_move(ledger, sequence, span, target, room), True)
                     for target, room in _holders(ledger, account, worker)
                 )
-            # a home leaves with all that is left of its last span, to where it all fits
+            # a home moves with the whole rest of its last span, to a worker with room for it
             if span.stop == account.stop:
                 later.extend(
                     (Move(sequence, span.start, span.stop, worker, home.worker), True)
@@ -110,7 +110,7 @@ def fits_elsewhere(ledger: Ledger, leaving: set[str]) -> bool:
 
 
 def _holders(ledger: Ledger, account: SequenceAccount, worker: str) -> Iterator[tuple[str, int]]:
-    """Workers that could take blocks of a sequence, and how many: its home before others."""
+    """Workers that could take blocks of a sequence, and how many; its home first."""
     home = ledger.workers[account.home]
     if home.worker != worker and home.free and not home.retiring:
         yield home.worker, home.free
@@ -124,6 +124,6 @@ def _by_room(accounts: Iterable[WorkerAccount]) -> list[WorkerAccount]:
 
 
 def _move(ledger: Ledger, sequence: int, span: Span, target: str, room: int) -> Move:
-    """As much of a span as there is room for."""
+    """The part of a span that fits."""
     stop = min(span.stop, span.start + room * ledger.block_tokens)
     return Move(sequence, span.start, stop, span.worker, target)

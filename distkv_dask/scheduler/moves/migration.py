@@ -1,12 +1,11 @@
 """Moves of live sequences' blocks: reserved at the target, copied while decoding runs, switched over between windows.
 
-Blocks that are full and committed never change, so they are copied without stopping anybody. Others, the tail's above
-all, are moved only from a worker that leaves: the sequence pauses between two windows. What to move is not decided
-here.
+Full, committed blocks never change, so they are copied while their sequence decodes. Others, mainly the tail's, are
+moved only from a leaving worker: the sequence pauses between two windows. The policy decides what moves.
 
 One move goes through: Expect (the target allocates, or refuses) -> Send (the source copies) -> Relocate (the home uses
-the new placement from its next window on, and says when no window uses the old one) -> Free (at the source). One with a
-pause: Expect -> Retire (home and source compute on the sequence no more) -> Send -> Join (at the home) and Free.
+the new placement from its next window on, and reports when no window uses the old one) -> Free (at the source). One
+with a pause: Expect -> Retire (home and source stop computing on the sequence) -> Send -> Join (at the home) and Free.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from distkv_dask.scheduler.work import homes
 
 
 def can_start(life: MachineState, move: Move, *, pause: bool = False) -> bool:
-    """Whether a move can start now, without a pause or with one: its proposer may have seen another state."""
+    """Whether a move can start now, with or without a pause: the state may have changed since it was proposed."""
     request, moves = life.requests.get(move.sequence), life.moves
     if request is None or not isinstance(request.state, Decode | Stored):
         return False
@@ -37,7 +36,7 @@ def can_start(life: MachineState, move: Move, *, pause: bool = False) -> bool:
 
 
 def full_tokens(life: MachineState, sequence: int) -> int:
-    """Tokens of a sequence that lie in full, committed blocks, which never change; the tail's last block is not."""
+    """Tokens of a sequence in full, committed blocks, which never change; the tail's last block is excluded."""
     account, size = life.ledger.sequences[sequence], life.ledger.block_tokens
     if account.idle:
         return account.length
@@ -58,7 +57,7 @@ def start(life: MachineState, move: Move) -> None:
 
 
 def expected(life: MachineState, event: Expected) -> None:
-    """The target allocated the blocks, or refused: then nothing else is tried, the next plan knows better."""
+    """The target allocated the blocks, or refused: then the move is dropped."""
     one = life.moves.under_way.get(event.number)
     if one is None or one.phase != "expecting":
         return
@@ -75,7 +74,7 @@ def expected(life: MachineState, event: Expected) -> None:
 
 
 def paused(life: MachineState, event: Retired) -> None:
-    """A worker computes on a sequence no more, first its home, then the source: now nothing changes its blocks."""
+    """A worker stopped computing on a sequence, first its home, then the source: its blocks no longer change."""
     for one in life.moves.of(event.sequence):
         if one.phase not in ("pausing", "resuming") or one.computing[:1] != [event.worker]:
             continue
@@ -136,7 +135,7 @@ def expire(life: MachineState) -> None:
 
 
 def _send(life: MachineState, one: UnderWay) -> None:
-    """Copy what is filled of the blocks, at a pace that hides under the steps of all who take part."""
+    """Copy what is filled of the blocks, at a rate that overlaps with the steps of all workers involved."""
     move, account = one.move, life.ledger.sequences[one.move.sequence]
     members = {move.source, move.target, account.home} & life.chains.keys()
     steps = [life.moves.step_seconds.get(home, 0.0) for home in members if life.chains[home].sequences]

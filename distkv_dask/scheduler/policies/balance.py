@@ -1,7 +1,7 @@
 """Moves that pay under any policy that borrows: lent blocks recalled, and a share for a worker that has just joined.
 
-Both end by themselves: a recall only happens while a request waits that the creditor would then have room for, and a
-share only goes to a worker that holds nothing at all, which it does not after that. So nothing moves to and fro.
+Both are self-limiting: a recall requires a waiting request that the creditor would then have room for, and a share goes
+only to a worker that holds nothing. So blocks do not move back and forth.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies.base import Ask
 
 CREDITORS = 4
-"""Creditors that one decision looks at: those with most room."""
+"""Creditors considered by one decision: those with the most room."""
 SEQUENCES = 256
-"""Sequences of one worker that one decision looks at: those that came first."""
+"""Sequences of one worker considered by one decision: the oldest."""
 GAIN = 0.1
 """Part of a decode step that a share for an idle worker has to save."""
 LEAST = 1024
-"""Tokens of the smallest share: what fewer would save is less than what timings are sure of."""
+"""Tokens of the smallest share: the gain of fewer would be below the precision of timings."""
 WORTH = 8
-"""So many tokens are moved, at most, for each that may still be generated."""
+"""Maximum number of moved tokens for each token that may still be generated."""
 
 
 def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
-    """Moves home of lent blocks, in whose room the first waiting request would fit on their creditor.
+    """Moves of lent blocks back home, so that the first waiting request fits on their creditor.
 
-    Blocks go to their sequences' homes only, where those have room: what one creditor takes back, no other has to lend.
+    Blocks move only to their sequences' homes, if these have room, so that no other worker has to lend.
     """
     ask = next(iter(waiting), None)
     roomiest = next(ledger.room.homes(), None)
@@ -46,7 +46,7 @@ def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
 
 
 def _creditors(ledger: Ledger) -> Iterator[WorkerAccount]:
-    """Workers that could be a request's home once they have blocks back: the roomiest, then the fullest."""
+    """Workers that could be a request's home after a recall: those with the most room, then the fullest."""
     yield from islice(ledger.room.homes(), CREDITORS)
     for account in islice(ledger.room.fullest(), CREDITORS):
         if account.can_decode and not account.retiring and account.has_place:
@@ -54,7 +54,7 @@ def _creditors(ledger: Ledger) -> Iterator[WorkerAccount]:
 
 
 def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move]:
-    """Moves home of ``blocks`` blocks that a creditor has lent, or of as many as can move."""
+    """Moves back home of ``blocks`` blocks that a creditor has lent, or of as many as can move."""
     room: dict[str, int] = {}
     for sequence in islice(creditor.held, SEQUENCES):
         account = ledger.sequences[sequence]
@@ -74,11 +74,11 @@ def _home(ledger: Ledger, creditor: WorkerAccount, blocks: int) -> Iterator[Move
 
 
 def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
-    """Half of the longest sequence's part on the fullest worker for a worker that holds nothing, where that is faster.
+    """Move half of the longest sequence's part on the fullest worker to a worker that holds nothing, if that is faster.
 
-    Half of the attention is computed there at the same time then; what an exchange costs more must be less than that,
-    and the move must be over before half of the sequence's time is. A prompt that is still computed stays where it is:
-    each of its tokens would cost an exchange.
+    Then half of the attention is computed there in parallel. The exchanges must cost less than this saves, and the move
+    must end within half of the sequence's remaining time. A prompt in prefill does not move: each of its tokens would
+    cost an exchange.
     """
     idle = next((one for one in islice(ledger.room.creditors(), CREDITORS) if not one.held), None)
     full = next(ledger.room.fullest(), None)

@@ -1,7 +1,7 @@
-"""The interface of a policy: where blocks go, what moves, and in which order requests run.
+"""The interface of a policy: where blocks are placed, what moves, and in which order requests run.
 
-A policy decides from the ledger alone (and the performance model that it is built with); it enacts nothing. What it
-proposes, the manager carries out or vetoes.
+A policy decides from the ledger alone (and the performance model that it is built with). It only proposes; the
+lifecycle carries out or vetoes its proposals.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ PRIORITY_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request as policies see it.
+    """A request for policies.
 
     Parameters
     ----------
     sequence
         Its number.
     prompt, tokens
-        Tokens of the prompt, and tokens that need room: the prompt and the longest possible answer. Those that it
-        shares with a document are not among them.
+        Tokens of the prompt, and tokens that need room: the prompt and the longest possible answer. Both exclude tokens
+        shared with a document.
     submitted
-        When it came, in seconds.
+        When it was submitted, in seconds.
     priority
         Higher runs earlier.
     document, shared
         The document whose first ``shared`` tokens it begins with; policies place the rest.
     is_document
-        It will be kept, for others to share.
+        It will be kept for others to share.
     home
         The worker that has what it begins with, beside KV; empty if any will do.
     """
@@ -63,24 +63,24 @@ class Policy(ABC):
     Parameters
     ----------
     model
-        What steps, transfers and prompts cost.
+        The performance model.
     """
 
     model: PerformanceModel
     name: ClassVar[str]
     look_ahead: ClassVar[int] = 0
-    """How many later requests are tried when one does not fit."""
+    """Number of later requests that are tried when one does not fit."""
 
     @abstractmethod
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
-        """Choose where a request's blocks lie, or None while there is no room for it.
+        """Choose the placement of a request, or None while there is no room for it.
 
         The last span is its home's; inner borders are multiples of a block; each worker has at most one span. ``ahead``
-        is a request that waits for room and may be passed by those that do not delay it.
+        is a request that waits for room and may be overtaken by those that do not delay it.
         """
 
     def limit(self, ledger: Ledger, held: Mapping[str, int] = NOTHING) -> int:
-        """Blocks of the largest request that fits when there is no other: a home, and what all others lend.
+        """Blocks of the largest request that fits on an empty cluster: a home, and what all others lend.
 
         Workers that are about to leave do not count, nor do the blocks by worker that are ``held``.
         """
@@ -93,13 +93,13 @@ class Policy(ABC):
         return 0 if own is None else own + sum(max(0, lends) for _, lends, _ in rooms)
 
     def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
-        """Propose moves of blocks, best first. All of them can start together, as the ledger is now."""
+        """Propose moves of blocks, best first, that can all start together in the ledger's current state."""
         return []
 
     def rank(self, ledger: Ledger, ask: Ask) -> float:
         """Requests with a lower rank are placed first.
 
-        It is asked for once, when a request comes: all that wait grow older alike. It is in seconds, so a request can
-        be overtaken only by those that came within a bounded time after it.
+        It is computed once, when a request is submitted: all waiting requests age alike. It is in seconds, so a request
+        can be overtaken only by requests submitted within a bounded time after it.
         """
         return ask.submitted - ask.priority * PRIORITY_SECONDS

@@ -1,17 +1,16 @@
-"""Our own policy: every request on as few hosts as its size allows, work spread evenly, waiting room used by others.
+"""Our own policy: each request on as few hosts as possible, work spread evenly, room of waiting requests used.
 
-What it does beyond the paper's greedy:
+Beyond the paper's greedy:
 
-* Links first. A request that fits on one worker stays there, one that fits on a host stays on that host; only what is
-  larger goes over the network between hosts. It rather waits than lies across a slow link for all its life.
-* While it waits, the workers that it will get are kept free for it and later requests take the others: nobody
-  starves, and little room is idle.
-* What takes longest, prompt and answer, starts first, so that short requests fill the room between long ones and a
-  batch ends without a tail of one long request on an idle cluster. Requests with a priority want latency: among them,
-  short ones start first. Both are bounded by a lead in seconds, so all grow old enough to be next.
-* The home is, of the workers with room, the one that would be done first, by the performance model.
-* On a host, blocks are spread so that all workers keep equal room: attention to a long request is computed by all of
-  them at a time, and no worker becomes a bottleneck.
+* Links first. A request that fits on one worker stays there, one that fits on a host stays on that host; only larger
+ones use the network between hosts. A request waits rather than use a slow link in every step. * While it waits, its
+future workers are kept free for it and later requests use the others: no request starves, and little room is idle. *
+The request that takes longest (prompt and answer) starts first, so that short requests fill the room between long ones
+and a batch does not end with one long request on an idle cluster. Requests with a priority want latency: among them,
+short ones start first. Both are bounded by a lead in seconds, so no request waits forever.
+* The home is the worker with room that would finish first, by the performance model.
+* On a host, blocks are spread so that all workers keep equal room: all of them compute attention over a long request in
+parallel, and none becomes a bottleneck.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.shares import borrow_shares, overflow, placement_from_shares
 
 CANDIDATES = 16
-"""Workers among which a home is chosen: those with most room."""
+"""Number of candidates for a home: the workers with the most room."""
 LEAD = 600.0
-"""Seconds by which one request may overtake another, at most, for the work that it brings."""
+"""Maximum seconds by which one request may overtake another because of its work."""
 SLOW = 0.25
 """Hosts are far apart when the exchange for one sequence takes this share of a step without sequences."""
 
 
 class Best(Policy):
-    """Few hosts, even work, waiting room used by others."""
+    """Few hosts, even work, room of waiting requests used by others."""
 
     name: ClassVar[str] = "best"
     look_ahead: ClassVar[int] = 64
 
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
-        """Place a request on one worker, or one host, or as few hosts as can hold it."""
+        """Place a request on one worker, or one host, or as few hosts as possible."""
         need = ledger.blocks(ask.tokens)
         kept = self._kept(ledger, ledger.blocks(ahead.tokens)) if ahead else frozenset()
         homes = (account for account in ledger.room.homes() if account.worker not in kept)
@@ -57,17 +56,17 @@ class Best(Policy):
         return recalls(ledger, waiting) or share_with_idle(ledger, self.model)
 
     def rank(self, ledger: Ledger, ask: Ask) -> float:
-        """What takes longest first, or what takes least among those with a priority."""
+        """The longest requests first, or the shortest among those with a priority."""
         curve = self.model.curve
         pool = ledger.capacity_blocks * ledger.block_tokens // max(1, len(ledger.workers))
-        step = curve.decode(1, min(ask.tokens, pool))  # what is larger than a pool is attended to by several workers
+        step = curve.decode(1, min(ask.tokens, pool))  # several workers attend to what is larger than a pool
         lead = min(LEAD, curve.prefill(ask.prompt) + (ask.tokens - ask.prompt) * step)
         return Policy.rank(self, ledger, ask) + (lead if ask.priority > 0 else -lead)
 
     def _done(self, ledger: Ledger, account: WorkerAccount, ask: Ask) -> float:
-        """Seconds until a worker would be done with what it has and one more request: its prompts, then its steps.
+        """Seconds until a worker would finish its requests and one more: prompts, then steps.
 
-        It decodes for as many steps as its sequences have tokens left in the mean, and each step reads all its KV.
+        It decodes for as many steps as its sequences have tokens left on average, and each step reads all its KV.
         """
         curve, batch = self.model.of(account.worker), account.homed + 1
         steps = (account.due + ask.tokens - ask.prompt) / batch
@@ -75,7 +74,7 @@ class Best(Policy):
         return curve.prefill(account.pending) + steps * curve.decode(batch, tokens)
 
     def _kept(self, ledger: Ledger, need: int) -> frozenset[str]:
-        """Workers that are kept free for a request that waits: the roomiest of those that could serve it."""
+        """Workers that are kept free for a waiting request: those with the most room that could serve it."""
         roomiest = next(ledger.room.homes(), None)
         if roomiest is not None and need <= roomiest.capacity:
             return frozenset([roomiest.worker])
@@ -89,7 +88,7 @@ class Best(Policy):
         return frozenset(kept)
 
     def _on_hosts(self, ledger: Ledger, tokens: int) -> Placement | None:
-        """Place a request on the hosts with most room; where links are slow, on no more of them than it has to be."""
+        """Place a request on the hosts with the most room; if links are slow, on as few as possible."""
         need = ledger.blocks(tokens)
         slow = self.model.exchange(self.model.between, 1) >= SLOW * self.model.curve.step
         most = _fewest(ledger, need) if slow else len(ledger.workers)
@@ -101,7 +100,7 @@ class Best(Policy):
             placement = self._spread(ledger, home, own, hosts[1:], tokens)
             if placement is not None or any(islice(ledger.room.hosts(), most, None)):
                 return placement
-        return overflow(ledger, tokens)  # those are all hosts: maybe with another home
+        return overflow(ledger, tokens)  # these are all hosts: perhaps with another home
 
     def _spread(
         self, ledger: Ledger, home: WorkerAccount, own: list[WorkerAccount], others: list[str], tokens: int
@@ -120,7 +119,7 @@ class Best(Policy):
 
 
 def _roomiest(ledger: Ledger, need: int, most: int) -> list[str]:
-    """Hosts with most room that together have enough, ``most`` of them at most."""
+    """The hosts with the most room that together have enough, at most ``most`` of them."""
     hosts: list[str] = []
     for room, host in islice(ledger.room.hosts(), most):
         if need <= 0:
@@ -131,7 +130,7 @@ def _roomiest(ledger: Ledger, need: int, most: int) -> list[str]:
 
 
 def _fewest(ledger: Ledger, need: int) -> int:
-    """How many hosts a request of ``need`` blocks would lie on if nothing but documents were there."""
+    """Number of hosts for a request of ``need`` blocks on a cluster with only documents."""
     hosts = 0
     for _, host in ledger.room.hosts():
         if need <= 0:
@@ -145,21 +144,21 @@ def _fewest(ledger: Ledger, need: int) -> int:
 
 
 def _own(account: WorkerAccount) -> int:
-    """Blocks that requests at home on a worker may have, if it is empty but for documents."""
+    """Blocks for own requests of a worker that has only documents."""
     return account.capacity - account.documents
 
 
 def _lends(account: WorkerAccount) -> int:
-    """Blocks that it lends then."""
+    """Blocks that such a worker lends."""
     return max(0, min(_own(account), account.lend_limit - account.documents_lent))
 
 
 def _level(home: WorkerAccount, own: list[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:
-    """Shares of a host's other workers that leave all, and the home, equally much room; the home gets at least one."""
+    """Shares of a host's other workers that leave all, and the home, equal room; the home gets at least one block."""
     rooms = sorted([(account.lendable, account.worker) for account in own if account is not home])
     left, size = blocks, len(rooms) + 1
     total = home.free + sum(room for room, _ in rooms)
-    level = (total - blocks) / size  # a worker with less room than this gives nothing, so the others go lower
+    level = (total - blocks) / size  # a worker with less room than this gives nothing, so the others give more
     for room, worker in rooms:
         share = min(room, left - 1, max(0, round(room - level)))
         total -= room

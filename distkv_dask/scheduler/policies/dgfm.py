@@ -1,7 +1,7 @@
 """DGFM (paper v1): borrowing, and cycles in the debt graph are cancelled by recalling blocks.
 
-An instance that lends and borrows at once wastes its links: where debts go round in a circle, each member takes back
-as many blocks as the smallest debt of the circle.
+An instance that lends and borrows at once wastes its links: in a cycle of debts, each member recalls as many blocks as
+the smallest debt of the cycle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Dgfm(Overflow):
     name: ClassVar[str] = "dgfm"
 
     def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
-        """Recall, along one cycle of debts, what fits: the others' recalls make room for the rest."""
+        """Recall blocks along one cycle of debts as far as they fit: the recalls of others make room for the rest."""
         cycle = find_cycle(ledger)
         if not cycle:
             return []
@@ -63,7 +63,7 @@ def _debtors_among(ledger: Ledger, debtor: str) -> list[str]:
 
 
 def recalls(ledger: Ledger, debtor: str, creditor: str, blocks: int) -> Iterator[Move]:
-    """Moves that bring up to ``blocks`` blocks of the debtor's sequences home from a creditor."""
+    """Moves of up to ``blocks`` blocks of the debtor's sequences from a creditor back home."""
     for sequence in ledger.workers[debtor].homes:
         account = ledger.sequences[sequence]
         for span in account.placement:

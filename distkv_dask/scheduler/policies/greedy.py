@@ -18,7 +18,7 @@ from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.overflow import Overflow
 
 DEBTORS = 4
-"""Debtors that one decision looks at."""
+"""Debtors considered by one decision."""
 FULL = 0.9
 """A worker that uses less than this share of its pool may become a creditor."""
 SWEEP = 8
@@ -31,7 +31,7 @@ class Greedy(Overflow):
     name: ClassVar[str] = "greedy"
 
     def moves(self, ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
-        """The best number of blocks of the longest request for each of the smallest batches."""
+        """Moves of the best number of blocks of the longest request, for each of the smallest batches."""
         sample = [ask.tokens for ask in islice(waiting, 16)]
         mean = ledger.blocks(sum(sample) // len(sample)) if sample else 0
         batch = len(ledger.sequences) / max(1, ledger.decoders)

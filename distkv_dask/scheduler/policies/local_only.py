@@ -1,4 +1,4 @@
-"""No sharing (the paper's vLLM-multi): a request lies on one worker or waits."""
+"""No sharing (the paper's vLLM-multi): a request is on one worker or waits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Borrowing (paper v1): home first, and what does not fit there overflows to the workers with most room.
+"""Borrowing (paper v1): home first; blocks that do not fit there overflow to the workers with the most room.
 
-Lent blocks are recalled where a request waits for their room, and idle workers get a share of long sequences.
+Lent blocks are recalled if a request waits for their room, and idle workers get a share of long sequences.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Admission: which waiting request gets room next. Pure.
+"""The queue: which waiting request gets room next. Pure.
 
-A request that nobody's end would make room for is set aside: others go before it until it can run.
+A request that would not fit even after all others end is set aside: others overtake it until it can run.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.shared_prefix import place
 
 PASSED = 256
-"""Requests at the head of the queue among which one is looked for whose prompt may begin."""
+"""Number of requests at the head of the queue that are searched for one whose prompt may begin."""
 
 
 class Admission:
-    """The requests that wait, in the policy's order.
+    """The waiting requests, in the policy's order.
 
     Parameters
     ----------
     ledger
-        Where admitted requests are reserved.
+        Reserves admitted requests.
     policy
-        Decides order and place.
+        Decides order and placement.
 
     Attributes
     ----------
     held
-        Blocks by worker that do not become free by themselves: a disk or folder does not answer.
+        Blocks by worker that will not become free, because a disk or folder does not answer.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy) -> None:
@@ -54,10 +54,10 @@ class Admission:
         return (self._asks[sequence][1] for _, sequence in self._order)
 
     def ask(self, sequence: int) -> Ask:
-        """What a waiting request needs."""
+        """A waiting request's needs."""
         return self._asks[sequence][1]
 
-    # Whose turn it is
+    # Order
 
     def turns(self) -> Iterator[Ask]:
         """The waiting requests that can run on the workers that stay, in order."""
@@ -77,7 +77,7 @@ class Admission:
 
     @property
     def limit(self) -> int:
-        """Blocks of the largest request that can run; counted again only when workers came, went or began to leave."""
+        """Blocks of the largest request that can run; recounted only when workers joined, left or began to leave."""
         epoch, limit = self._limit
         if epoch != self.ledger.epoch:
             limit = self.policy.limit(self.ledger, self.held)
@@ -85,20 +85,20 @@ class Admission:
         return limit
 
     def hold(self, held: Mapping[str, int]) -> None:
-        """Count on these blocks no more (those by worker that were ``held`` before count again)."""
+        """Stop counting on these blocks by worker (those ``held`` before count again)."""
         if held != self.held:
             self.held, self._limit = held, (-1, 0)
 
-    # Coming and going
+    # Changes
 
     def enqueue(self, ask: Ask, rank: float | None = None) -> None:
-        """A request waits from now on; the lowest ``rank`` is first (the policy's, if none is given)."""
+        """Add a request; the lowest ``rank`` is first (the policy's, if none is given)."""
         rank = self.policy.rank(self.ledger, ask) if rank is None else rank
         self._asks[ask.sequence] = rank, ask
         self._order.add((rank, ask.sequence))
 
     def withdraw(self, sequence: int) -> Ask:
-        """A request waits no more."""
+        """Remove a request."""
         rank, ask = self._asks.pop(sequence)
         self._order.remove((rank, sequence))
         return ask
@@ -106,12 +106,12 @@ class Admission:
     def choose(self, may_begin: Callable[[int], bool] = lambda tokens: True) -> tuple[Ask, Placement] | None:
         """Find room for the next request and take it out of the queue; None if no request gets room.
 
-        The first request that does not fit may be passed by those that the policy finds room for without delaying it.
+        The first request that does not fit may be overtaken by those that the policy can place without delaying it.
 
         Parameters
         ----------
         may_begin
-            Whether a prompt of so many tokens may begin now: others are passed, however much room they need.
+            Whether a prompt of this many tokens may begin now; others are skipped, however much room they need.
         """
         ahead = None
         ready = (ask for ask in islice(self.turns(), PASSED) if may_begin(ask.prompt))
@@ -124,13 +124,13 @@ class Admission:
         return None
 
     def reserve(self, ask: Ask, placement: Placement) -> None:
-        """Take the room that was found."""
+        """Reserve the room that was found."""
         idle = ask.is_document or not ask.tokens
         self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
         self.ledger.commit(ask.sequence, ask.shared)
 
     def admit(self) -> tuple[Ask, Placement] | None:
-        """Find room for the next request, and take it."""
+        """Find room for the next request, and reserve it."""
         chosen = self.choose()
         if chosen is not None:
             self.reserve(*chosen)
@@ -138,8 +138,8 @@ class Admission:
 
 
 def prefill_slots(ledger: Ledger) -> int:
-    """How many prompts may be in prefill at once: one for each worker, so that every worker has a chunk to compute.
+    """Number of prompts that may be in prefill at once: one per worker, so that each has a chunk to compute.
 
-    More would only delay everybody's first token: prefill is bound by compute, not by memory.
+    More would only delay all first tokens: prefill is limited by compute, not by memory.
     """
     return max(1, sum(account.can_decode for account in ledger.workers.values()))

@@ -1,4 +1,4 @@
-"""Where documents and the questions on them are placed: what they share is taken as it lies. Pure."""
+"""Placement of documents and of questions on them; shared blocks stay where they are. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distkv_dask.scheduler.ledger.placements import clipped, shared, shifted
 from distkv_dask.scheduler.policies.base import Ask, Policy
 
 HEADROOM = 512
-"""Tokens that a document's home should have room for besides, so that questions can decode next to it."""
+"""Additional tokens for which a document's home should have room, so that questions can decode there."""
 
 
 def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) -> Placement | None:
-    """Choose where a document, a question on one, or any other request lies; None while there is no room."""
+    """Choose the placement of a document, a question on one, or any other request; None while there is no room."""
     if ask.document is not None and not ask.tokens:
         return shared(ledger.sequences[ask.document].placement, ask.document, ask.shared)
     if ask.document is not None:
@@ -35,7 +35,7 @@ def place(ledger: Ledger, policy: Policy, ask: Ask, ahead: Ask | None = None) ->
 
 
 def _near(ledger: Ledger, ask: Ask) -> Placement | None:
-    """All of a question's own tokens on one worker: where others on the document decode, or where it ends itself.
+    """All of a question's own tokens on one worker: where others on the document decode, or where the document ends.
 
     Questions of one home decode in the same steps, which read the document's blocks once for all of them.
     """
@@ -54,7 +54,7 @@ def _near(ledger: Ledger, ask: Ask) -> Placement | None:
 
 
 def common_tokens(one: array[int], other: array[int], block_tokens: int) -> int:
-    """Tokens in whole blocks with which both begin.
+    """Tokens of the common prefix in whole blocks.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""From shares of blocks to a placement: the pieces that policies have in common."""
+"""From shares of blocks to a placement: functions that policies have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distkv_dask.scheduler.ledger.ledger import Ledger
 
 
 def placement_from_shares(ledger: Ledger, home: str, shares: Iterable[tuple[str, int]], tokens: int) -> Placement:
-    """Blocks of creditors, in this order, then what is left at home.
+    """Spans of creditors in this order, then the rest at home.
 
     The home takes the *last* span: its tail grows there without a hop, and the prompt's last chunk is computed where
     decoding starts.
@@ -26,7 +26,7 @@ def placement_from_shares(ledger: Ledger, home: str, shares: Iterable[tuple[str,
 
 
 def borrow_shares(creditors: Iterable[WorkerAccount], blocks: int) -> Iterator[tuple[str, int]]:
-    """Shares of as few creditors as possible, those that come first."""
+    """Shares of as few creditors as possible, in their order."""
     for creditor in creditors:
         if blocks <= 0:
             return
@@ -44,7 +44,7 @@ def nearest_creditors(ledger: Ledger, home: WorkerAccount) -> Iterator[WorkerAcc
 
 
 def overflow(ledger: Ledger, tokens: int) -> Placement | None:
-    """Home first, and what does not fit there to the nearest workers that can lend most; None when there is no room.
+    """Home first; the rest on the nearest workers that can lend most. None if there is no room.
 
     The home is the worker with most free blocks, then the one with fewest sequences. At least one block is its own.
     """

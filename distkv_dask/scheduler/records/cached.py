@@ -1,6 +1,6 @@
-"""Sequences that ended and whose blocks stay in the pools: by number, by beginning, and by when they were used.
+"""Finished sequences with blocks in the pools: by number, by prefix, and by last use.
 
-:mod:`~distkv_dask.scheduler.cache.prefix_cache` says what is done with them.
+:mod:`~distkv_dask.scheduler.cache.prefix_cache` uses them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from distkv_dask.scheduler.ledger.placements import blocks_of, clipped
 
 @dataclass(slots=True)
 class Cached:
-    """A sequence whose blocks stay: its own ``tokens``, whole blocks from position ``start`` on, and the ``spans``.
+    """A cached sequence: its own ``tokens``, whole blocks from position ``start`` on, and the ``spans``.
 
     The ledger has its tokens up to ``held``. ``keys`` are the keys of its blocks in the index. ``users`` has, of every
     sharer, the number of leading tokens that it shares, parents' included; ``lengths`` are these numbers, sorted.
-    It is ``closed`` once it has lost blocks or the engine closes: nobody else may share it.
+    It is ``closed`` once it has lost blocks or the engine closes: it gets no more sharers.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Cached:
 
     @property
     def stop(self) -> int:
-        """Position behind its last token."""
+        """Position after its last token."""
         return self.start + len(self.tokens)
 
     def blocks(self, start: int, stop: int, block_tokens: int) -> Counter[str]:
@@ -52,12 +52,12 @@ class Cached:
 class CachedSequences:
     """All cached sequences of one engine, by number.
 
-    ``children`` are those that share another's beginning, sorted by where they leave it; ``recent`` those with cached
-    blocks on a worker, the one not used for longest first; ``index`` those that have a block, by the block's hash.
+    ``children`` share another's prefix, sorted by its length; ``recent`` are those with cached blocks on a worker, the
+    least recently used first; ``index`` those that have a block, by the block's hash.
     """
 
     enabled: bool
-    """Whether anything is cached at all."""
+    """Whether anything is cached."""
     by_number: dict[int, Cached] = field(default_factory=dict)
     children: dict[int, SortedList] = field(default_factory=dict)
     recent: defaultdict[str, OrderedDict[int, None]] = field(default_factory=lambda: defaultdict(OrderedDict))
@@ -68,7 +68,7 @@ class CachedSequences:
         return len(self.by_number)
 
     def add(self, cached: Cached) -> None:
-        """A sequence is cached from now on."""
+        """Add a sequence."""
         self.by_number[cached.number] = cached
         for key in cached.keys:
             self.index.setdefault(key, {})[cached.number] = None
@@ -76,7 +76,7 @@ class CachedSequences:
             self.children.setdefault(cached.parent, SortedList()).add((cached.start, cached.number))
 
     def remove(self, cached: Cached) -> None:
-        """Stop caching a sequence of which nothing is left."""
+        """Remove a sequence without cached blocks."""
         del self.by_number[cached.number]
         if cached.parent is not None:
             self.children[cached.parent].remove((cached.start, cached.number))
@@ -84,7 +84,7 @@ class CachedSequences:
                 del self.children[cached.parent]
 
     def beyond(self, number: int, position: int) -> list[Cached]:
-        """Cached sequences that share more than this many tokens of one."""
+        """Cached sequences that share more than this many tokens of a sequence."""
         children = self.children.get(number, SortedList())
         return [self.by_number[child] for _, child in children.irange((position + 1, -1))]
 
@@ -95,7 +95,7 @@ class CachedSequences:
                 self.recent[span.worker].move_to_end(number)
 
     def unindex(self, cached: Cached, blocks: int) -> None:
-        """Let only a sequence's first blocks be found."""
+        """Remove all but a sequence's first blocks from the index."""
         for key in cached.keys[blocks:]:
             del self.index[key][cached.number]
             if not self.index[key]:

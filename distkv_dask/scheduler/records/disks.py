@@ -1,4 +1,4 @@
-"""What is in the workers' lower tiers (host memory of those with a card, then disks), and on its way there."""
+"""Contents of the workers' lower tiers (host memory of those with a card, then disks), and writes to them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from distkv_dask.messages.names import SpilledFile
 
 BYTES_PER_SECOND = 0.5e9
-"""What a disk is taken to read and write before it has shown."""
+"""Assumed speed of a disk until it is measured, in bytes per second."""
 
 MEMORY_BYTES_PER_SECOND = 10e9
-"""What host memory is taken to give to a card and to take from it before it has shown."""
+"""Assumed speed of copies between host memory and card until it is measured, in bytes per second."""
 
 KEPT = 0.7
-"""Weight of what was known of a tier when it shows its speed again."""
+"""Weight of earlier measurements of a tier against a new one."""
 
 
 @dataclass(slots=True)
 class Copy:
-    """Number of a spill, bytes of the sequence by worker, since when they are written, and the files that are there.
+    """Number of a spill, bytes of the sequence by worker, the start of writing, and the existing files.
 
-    ``in_memory`` are the workers where it lies in host memory; elsewhere it is on disk.
+    ``in_memory`` are the workers that have it in host memory; others have it on disk.
     """
 
     number: int
@@ -41,12 +41,12 @@ class Tier:
     used: Counter[str] = field(default_factory=Counter)
 
     def wrote(self, size: int, seconds: float) -> None:
-        """It took ``size`` bytes in ``seconds``."""
+        """Record a measurement: ``size`` bytes in ``seconds``."""
         if seconds > 0:
             self.rate = KEPT * self.rate + (1 - KEPT) * size / seconds
 
     def change(self, worker: str, size: int) -> None:
-        """Count more used bytes, or fewer; nothing happens if the worker is gone."""
+        """Change the used bytes; ignored if the worker is gone."""
         if worker in self.capacity:
             self.used[worker] += size
         if not self.used[worker]:
@@ -61,7 +61,7 @@ class Tier:
 class Disks:
     """Copies of sequences, by sequence, and the two tiers in which they are.
 
-    Spills are numbered below zero, requests to save are not; ``numbers`` has the sequences of those that are under way.
+    Spills have negative numbers, saves do not; ``numbers`` has the sequences of running spills.
     """
 
     memory: Tier = field(default_factory=lambda: Tier(MEMORY_BYTES_PER_SECOND))
@@ -81,10 +81,10 @@ class Disks:
             del tier.used[worker]
 
     def tier(self, copy: Copy, worker: str) -> Tier:
-        """Where a worker has its part of a copy."""
+        """The tier with a worker's part of a copy."""
         return self.memory if worker in copy.in_memory else self.disk
 
     @property
     def under_way(self) -> list[int]:
-        """Sequences whose blocks are being written: they are free soon."""
+        """Sequences whose blocks are being written and will be freed soon."""
         return [number for number, copy in self.copies.items() if not copy.whole]

@@ -1,4 +1,4 @@
-"""All that one engine's state machine knows. Rooms of the scheduler are functions of it."""
+"""The state of one engine's state machine. Packages of the scheduler are functions of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MachineState:
     engine
         The engine's id.
     config
-        Sizes of blocks, chunks and windows; limits in time.
+        The engine's settings.
     numbers
         Numbers of gangs and moves, unique over all engines of the gManager.
     pacer
@@ -71,24 +71,24 @@ class MachineState:
     paused: set[str] = field(default_factory=set)
     """Workers that Dask has paused for their memory."""
     index: PrefixIndex = field(init=False)
-    """Stored documents by how they begin."""
+    """Stored documents by prefix."""
     cache: CachedSequences = field(init=False)
-    """Sequences that ended and whose blocks stay."""
+    """Finished sequences with cached blocks."""
     snapshots: Snapshots = field(default_factory=Snapshots)
     disks: Disks = field(default_factory=Disks)
     largest_blocks: int = 0
     """Blocks of the largest request that could ever run."""
     lowest_priority: float = float("inf")
-    """Of all requests that ever came."""
+    """The lowest priority of all requests so far."""
     is_closing: bool = False
     commands: list[Command] = field(default_factory=list)
-    """What this event asks for, in order."""
+    """Commands of the current event, in order."""
     recommendations: deque[tuple[Request, State]] = field(default_factory=deque)
-    """Requests that should have another state, in order."""
+    """Recommended states of requests, in order."""
     idle_documents: dict[int, None] = field(default_factory=dict)
     """Documents that may no longer be needed."""
     idle_homes: dict[str, None] = field(default_factory=dict)
-    """Homes that perhaps need another window."""
+    """Homes that may need another window."""
 
     def __post_init__(self) -> None:
         """Build the parts that depend on the configuration."""
@@ -100,12 +100,12 @@ class MachineState:
 
     @property
     def policy(self) -> Policy:
-        """Decides who is next, where KV goes, and what moves."""
+        """Decides the order of requests, placements and moves."""
         return self.queue.policy
 
     @property
     def speculates(self) -> bool:
-        """Whether homes try tokens before they are drawn; recurrent layers could not go back from wrong ones."""
+        """Whether homes speculate; recurrent layers could not undo wrong proposals."""
         return self.config.speculation != "off" and not self.ledger.has_states
 
     def is_drained(self, worker: str) -> bool:
@@ -113,7 +113,7 @@ class MachineState:
         return worker not in self.ledger.workers or not self.ledger.workers[worker].held
 
     def know_costs(self, model: PerformanceModel) -> None:
-        """Let the policy decide by this model from now on, calibrated by what windows take."""
+        """Use this performance model from now on, calibrated by windows."""
         self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
     def keep_states(self, nbytes: int) -> None:
@@ -121,9 +121,9 @@ class MachineState:
         self.ledger.has_states, self.home_bytes = True, nbytes
 
     def command(self, command: Command) -> None:
-        """Ask the gManager for something."""
+        """Add a command to the gManager."""
         self.commands.append(command)
 
     def recommend(self, request: Request, state: State) -> None:
-        """Let a request have another state, once what is under way is done."""
+        """Recommend a state for a request; applied after the current function."""
         self.recommendations.append((request, state))

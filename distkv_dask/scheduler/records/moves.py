@@ -1,4 +1,4 @@
-"""Moves on their way: at most one for each sequence, source and target."""
+"""Running moves: at most one for each sequence, source and target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distkv_dask.scheduler.ledger.placements import moved
 
 @dataclass(slots=True)
 class UnderWay:
-    """A move on its way; ``late`` is the time after which it is given up.
+    """A running move; ``late`` is its deadline.
 
     With a pause, ``computing`` are the workers that may still compute on the sequence.
     """
@@ -28,8 +28,7 @@ class UnderWay:
 class Moves:
     """Moves of one engine, by number.
 
-    ``step_seconds`` is how long a decode step of each home takes, ``moved_blocks`` how many blocks have changed their
-    worker so far.
+    ``step_seconds`` is the time of a decode step of each home, ``moved_blocks`` the number of blocks moved so far.
     """
 
     under_way: dict[int, UnderWay] = field(default_factory=dict)
@@ -45,13 +44,13 @@ class Moves:
         return [one for one in self.under_way.values() if one.move.sequence == sequence]
 
     def placement(self, sequence: int, placement: Placement, block_tokens: int) -> Placement:
-        """Where the home of a sequence looks for its blocks: the ledger's placement, or the one it switches to."""
+        """The placement that a sequence's home uses: the ledger's, or the one it switches to."""
         for one in self.of(sequence):
             if one.phase == "switching":
                 return moved(placement, one.move, block_tokens)
         return placement
 
     def end(self, sequence: int) -> None:
-        """A sequence ended; its blocks are released at the target too, which takes no more of them then."""
+        """A sequence ended; its blocks are released at the target, too, which then refuses further pieces."""
         for one in self.of(sequence):
             del self.under_way[one.number]

@@ -1,7 +1,7 @@
-"""Which stored document begins like a prompt: an index of hash chains over whole blocks. Pure.
+"""Stored documents by prefix: an index of hash chains over whole blocks. Pure.
 
-The hash of a block covers all tokens before it, too, so the longest common beginning is found block by block. Whoever
-asks compares tokens afterwards: two beginnings of one hash cost a comparison, never a wrong answer.
+The hash of a block covers all tokens before it, too, so the longest common prefix is found block by block. Callers
+compare tokens afterwards: a hash collision costs a comparison, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 class PrefixIndex:
-    """Documents by their beginnings.
+    """Documents by their prefixes.
 
     Parameters
     ----------
@@ -31,12 +31,12 @@ class PrefixIndex:
         self._documents: dict[int, dict[int, None]] = {}
 
     def add(self, document: int, tokens: array[int]) -> None:
-        """A document is stored."""
+        """Add a document."""
         for key in chain(tokens, self._size):
             self._documents.setdefault(key, {})[document] = None
 
     def drop(self, document: int, tokens: array[int]) -> None:
-        """A document is stored no more (no error if it was not)."""
+        """Remove a document (no error if it is not there)."""
         for key in chain(tokens, self._size):
             if (documents := self._documents.get(key)) is not None:
                 documents.pop(document, None)
@@ -44,7 +44,7 @@ class PrefixIndex:
                     del self._documents[key]
 
     def find(self, tokens: array[int]) -> int | None:
-        """The document, of those that have most blocks in common with a prompt, that was stored first."""
+        """The document with the most blocks in common with a prompt; of several, the one stored first."""
         found = None
         for key in chain(tokens, self._size):
             if key not in self._documents:

@@ -1,4 +1,4 @@
-"""A request as the gManager sees it: what was asked, how far it is, and the state that it is in.
+"""A request in the gManager: its submission, its progress, and its state.
 
 Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state.
 """
@@ -21,7 +21,7 @@ from distkv_dask.scheduler.records.states import Retiring, Spilling, State, Wait
 
 @dataclass(slots=True)
 class Request:
-    """One request, document or save: what was asked, and when it got how far (seconds of the gManager's clock).
+    """One request, document or save: its submission and its progress (seconds of the gManager's clock).
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one; one that ``saves`` its document generates nothing. ``document`` is the one whose blocks it shares,
@@ -74,20 +74,20 @@ class Request:
     choices: tuple[tuple[int, ...], ...] = ()
     """Tokens of the choices that it is answered with one of."""
     stalls: int = 0
-    """How often a worker did not begin a chunk of it."""
+    """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None
     """The time since which it is set aside in the queue."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a request whose client has not named what it shares, and does not keep it."""
+        """Whether it is a plain request: its client named no document, and does not keep its answer as one."""
         if self.is_document or self.saves or self.keeps or self.alone:
             return False
         return self.document is None or self.borrows
 
     @property
     def goes_on_later(self) -> bool:
-        """Whether it gives up its blocks now, to wait for room once more."""
+        """Whether its blocks are being freed, and it will wait for room again."""
         return isinstance(self.state, Retiring | Spilling) and self.state.again
 
     @property
@@ -99,15 +99,15 @@ class Request:
 
     @property
     def known(self) -> array[int]:
-        """Tokens whose KV has to be there before the next one is drawn: the prompt, and what was generated so far.
+        """Tokens whose KV is needed before the next one is drawn: the prompt and the generated tokens.
 
-        Not the last one generated: its forward draws the next.
+        The last generated token is excluded: its forward draws the next.
         """
         return self.prompt + array("i", self.generated[:-1])
 
     @property
     def known_tokens(self) -> int:
-        """How many those are, without a copy of them."""
+        """The number of these tokens, without copying them."""
         return len(self.prompt) + max(0, len(self.generated) - 1)
 
     @property
@@ -117,18 +117,18 @@ class Request:
 
     @property
     def history(self) -> tuple[int, ...]:
-        """Prompt and generated tokens where the repetition penalty needs them, else nothing."""
+        """Prompt and generated tokens if the repetition penalty needs them, else empty."""
         return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
 
     def retire(self, worker: str) -> Retire:
-        """Ask a worker to compute on it no more; the answer that is to come is counted."""
+        """Ask a worker to stop computing on it; counts the expected answer."""
         self.retires[worker] += 1
         return Retire(worker, self.sequence)
 
     def answered(self, worker: str) -> bool:
-        """A worker says that it computes on it no more; whether that is its last answer that is to come."""
+        """A worker stopped computing on it; returns whether that was its last expected answer."""
         if not self.retires[worker]:
-            return False  # nobody asked it
+            return False  # it was not asked
         self.retires[worker] -= 1
         return not self.retires[worker]
 
@@ -146,7 +146,7 @@ class Request:
         )
 
     def timings(self, now: float) -> Timings:
-        """How long it waited, prefilled and decoded until now, and what decode steps tried."""
+        """Its seconds of waiting, prefill and decode so far, and counts of speculated tokens."""
         return Timings(
             queued=(self.admitted or now) - self.submitted,
             prefill=(self.decoding or now) - self.admitted if self.admitted else 0.0,

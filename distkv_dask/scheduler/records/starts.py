@@ -1,4 +1,4 @@
-"""Starts: chunks of prompts that their worker should have begun, because it does nothing else."""
+"""Starts: chunks that their otherwise idle worker should have started."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from distkv_dask.gang import PrefillChunk
 
 @dataclass(slots=True)
 class Starts:
-    """Which of one engine's workers begin what they are given.
+    """Tracks which of one engine's workers start their work.
 
-    Dask does not start tasks on a worker that it paused for its memory, and tells nobody. ``begun`` are gangs of chunks
-    that are being computed, ``idle_since`` workers that have a chunk to compute, and begin nothing.
+    Dask does not start tasks on a worker that it paused for its memory, and does not report this. ``begun`` are gangs
+    of running chunks; ``idle_since`` are workers that have a chunk to compute but start nothing.
     """
 
     begun: set[int] = field(default_factory=set)
     idle_since: dict[str, float] = field(default_factory=dict)
 
     def chunk_began(self, gang: int) -> None:
-        """A worker began the chunk of a gang."""
+        """A worker started the chunk of a gang."""
         self.begun.add(gang)
 
     def window_began(self, home: str) -> None:
-        """A worker began a window."""
+        """A worker started a window."""
         self.idle_since.pop(home, None)
 
     def late(
         self, heads: Iterable[PrefillChunk], now: float, limit: float
     ) -> list[tuple[PrefillChunk, GangAbortedError]]:
-        """Of the chunks that are computed now or next, those that are overdue, and the likely reason.
+        """Overdue chunks among those that are running or next, with the likely reason.
 
-        A worker with a chunk to compute must begin a chunk or a window within ``limit`` seconds.
+        A worker with a chunk to compute must start a chunk or a window within ``limit`` seconds.
         """
         heads = list(heads)
         self.begun &= {chunk.gang.number for chunk in heads}
@@ -45,7 +45,7 @@ class Starts:
 
 
 def not_started(worker: str, what: str, limit: float) -> GangAbortedError:
-    """Error for what a worker was given to compute, and did not begin within ``limit`` seconds."""
+    """The error for work that a worker did not start within ``limit`` seconds."""
     return GangAbortedError(
         f"worker {worker} did not start {what} within {limit:g} s (distkv.timeouts.start): Dask paused it for its "
         "memory, or it is busy with other tasks. Lower kv_memory (distkv.kv-memory) or give the worker a larger memory "

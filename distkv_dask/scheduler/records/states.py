@@ -1,4 +1,4 @@
-"""States of a request: what it waits for, or what is being done with it, with what only that state knows.
+"""States of a request, each with the data that only this state has.
 
 Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state.
 """
@@ -13,12 +13,12 @@ from distkv_dask.gang import PrefillChunk
 from distkv_dask.messages.names import SavedFile
 
 ASIDE = "aside"
-"""What is said of a request that waits, but not in the queue's order: it cannot run on the workers that stay."""
+"""Label of a waiting request that others overtake, because it cannot run on the workers that stay."""
 
 
 @dataclass(slots=True)
 class State:
-    """Base of all states; ``label`` is what users read of it."""
+    """Base of all states; users see the ``label``."""
 
     label: ClassVar[str] = ""
 
@@ -27,8 +27,8 @@ class State:
 class Waiting(State):
     """It waits for room, or for its document to be stored.
 
-    ``submitted`` is when it is taken to have come, if that is not when it did; ``rank`` its place in the queue, if it
-    had one before; ``latest`` that of its document, which has come for it and must not make way for others meanwhile.
+    ``submitted`` replaces its submission time, if given; ``rank`` is its earlier place in the queue, if it had one;
+    ``latest`` that of its document, which was restored for it and must not be evicted for others meanwhile.
     """
 
     label: ClassVar[str] = "waiting"
@@ -39,10 +39,10 @@ class Waiting(State):
 
 @dataclass(slots=True)
 class Prefill(State):
-    """Its prompt, or what it lost, is computed: tokens from ``start`` on, and before that the ranges that it ``lost``.
+    """Its prompt or lost KV is computed: first the ``lost`` ranges, then tokens from ``start`` on.
 
-    ``chunks`` are those that are not done yet, by gang number. ``failures`` says how often a chunk failed since the
-    last that did not, ``failing_since`` since when, and ``rests_until`` when it is tried again.
+    ``chunks`` are the unfinished ones, by gang number. ``failures`` counts failures since the last success, which began
+    at ``failing_since``; the next attempt is at ``rests_until``.
     """
 
     label: ClassVar[str] = "prefill"
@@ -63,7 +63,7 @@ class Decode(State):
 
 @dataclass(slots=True)
 class Retiring(State):
-    """It stops in the middle of something: workers say that they compute on it no more, and only then it goes on.
+    """It is being stopped: it continues or ends only when workers confirm that they no longer compute on it.
 
     First those are waited for that run its forwards, then all its holders, so that none has a frame left to answer
     (``forwards_ended``); ``workers`` have not answered yet. One whose files are being read (``reading``) waits for
@@ -81,23 +81,23 @@ class Retiring(State):
 
 @dataclass(slots=True)
 class Stored(State):
-    """A document whose blocks are there, for others to share."""
+    """A document whose blocks are stored for others to share."""
 
     label: ClassVar[str] = "document"
 
 
 @dataclass(slots=True)
 class Dropped(State):
-    """A document that was given up; it is recomputed from its tokens when it is next asked."""
+    """An evicted document; it is recomputed from its tokens at its next question."""
 
     label: ClassVar[str] = "dropped"
 
 
 @dataclass(slots=True)
 class FilesUnderWay(State):
-    """Workers write or read its blocks: those that are ``answering`` have not said yet that they are done.
+    """Workers write or read its blocks; those in ``answering`` have not reported yet.
 
-    ``asked`` is when they began, ``failure`` the first that went wrong.
+    ``asked`` is when they started, ``failure`` the first error.
     """
 
     answering: set[str] = field(default_factory=set)
@@ -105,7 +105,7 @@ class FilesUnderWay(State):
     failure: Exception | None = None
 
     def answered(self, worker: str, error: Exception | None) -> bool:
-        """A worker that was asked is done, or could not do its part; whether all are."""
+        """A worker has finished its part or failed; returns whether all have."""
         if worker not in self.answering:
             return False
         self.failure = self.failure or error
@@ -115,7 +115,7 @@ class FilesUnderWay(State):
 
 @dataclass(slots=True)
 class Saving(FilesUnderWay):
-    """A request to save a document: its blocks are written into a user's folder. ``files`` are there already."""
+    """A request to save a document: its blocks are written into a user's folder. ``files`` are finished."""
 
     label: ClassVar[str] = "saving"
     files: list[SavedFile] = field(default_factory=list)
@@ -123,7 +123,7 @@ class Saving(FilesUnderWay):
 
 @dataclass(slots=True)
 class Spilling(FilesUnderWay):
-    """Its blocks go to the workers' disks; with ``again`` it waits for room after that, else it is a document."""
+    """Its blocks are written to lower tiers; with ``again`` it waits for room afterwards, else it is a document."""
 
     label: ClassVar[str] = "spilling"
     again: bool = False
@@ -131,17 +131,17 @@ class Spilling(FilesUnderWay):
 
 @dataclass(slots=True)
 class Fetching(FilesUnderWay):
-    """Its blocks come back from files."""
+    """Its blocks are read from files."""
 
     label: ClassVar[str] = "fetching"
 
 
 @dataclass(slots=True)
 class Gone(State):
-    """It is over, and nothing is kept of it. Who waits for it fails with the ``error``."""
+    """It has ended and is forgotten. Requests that wait for it fail with the ``error``."""
 
     error: Exception | None = None
 
 
 UNDER_WAY: tuple[type[State], ...] = (Waiting, Prefill, Decode, Retiring, Saving, Spilling, Fetching)
-"""States in which something is being done, or waited for."""
+"""States of requests that are running or waiting."""

@@ -1,7 +1,7 @@
 """A home's chain of decode windows: which sequences it decodes, which windows are queued, running or done.
 
-Two windows are outstanding at most: one that runs and one that waits at the home lane for the first to end, so that
-nothing stands between them; none waits behind one that is going to end all sequences.
+At most two windows are outstanding: one that runs, and one that waits at the home lane, so that there is no gap between
+them. None is queued behind a window in which all sequences are going to end.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from distkv_dask.scheduler.records.request import Request
 OUTSTANDING = 2
 
 PATIENCE = 0.2
-"""Part of the running window within which the one behind it must be on its way to the home."""
+"""Part of the running window within which the next one must be sent to the home."""
 
 SURE = 0.8
-"""Part of a window's expected steps within which sequences are expected to end by themselves."""
+"""Part of a window's expected steps within which sequences are expected to reach their last token."""
 
 
 @dataclass(slots=True)
 class Outstanding:
-    """A window that was submitted and not yet reported done; ``batch`` are the sequences it began with."""
+    """A submitted window that has not been reported done; ``batch`` are the sequences it starts with."""
 
     window: DecodeWindow
     started: bool = False
@@ -59,7 +59,7 @@ class WindowChain:
         return self.members if self.sequences else 0
 
     def needs_window(self, requests: Mapping[int, Request]) -> bool:
-        """Whether another window is to be submitted now, for sequences of these requests."""
+        """Whether another window should be submitted now for sequences of these requests."""
         return (
             bool(self.sequences)
             and self.rests_until is None
@@ -68,9 +68,9 @@ class WindowChain:
         )
 
     def _ends_all(self, running: Outstanding, requests: Mapping[int, Request]) -> bool:
-        """Whether every sequence is expected to reach its last token in the window that runs.
+        """Whether every sequence is expected to reach its last token in the running window.
 
-        Nothing would be left for a window behind it. A wrong guess costs the time of a new one's start.
+        Then a queued window would have no work. A wrong guess costs the start of a new window.
         """
         if not self.step_seconds:
             return False
@@ -86,7 +86,7 @@ class WindowChain:
         return min(window.seconds, window.steps * self.step_seconds)
 
     def late(self, now: float, limit: float) -> Gang | None:
-        """The window that should run and has not been started for ``limit`` seconds, if there is one."""
+        """The next window if it has not been started for ``limit`` seconds, else None."""
         first = next(iter(self.outstanding.values()), None)
         if first is None or first.started:
             return None

@@ -1,8 +1,8 @@
 """Submits step graphs from within the scheduler process, and lets Dask forget them when they are done.
 
-A Dask client of the gManager's own, connected to its own scheduler, submits the graphs: only public interfaces are
-used, and the cadence of windows does not depend on a user's client, which may be far away or busy. What has time is
-gathered, since a graph costs the scheduler as much as the tasks of several windows.
+The gManager has its own Dask client, connected to its own scheduler, that submits the graphs. So only public interfaces
+are used, and the cadence of windows does not depend on a user's client, which may be far away or busy. Windows that are
+not urgent are collected, since a graph costs the scheduler as much as the tasks of several windows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
 DRAIN_INTERVAL = 0.02
-"""Seconds between looks at whether an engine's last tasks have ended."""
+"""Seconds between checks whether an engine's last tasks have ended."""
 
 PRIORITY = 100
 """Tasks of a gang go before a user's other tasks: members that started wait for those that did not."""
@@ -49,7 +49,7 @@ class Submitter:
     scheduler
         The scheduler this process runs.
     failed
-        Called with (engine, gang number, error) when a task fails that nobody asked to forget.
+        Called with (engine, gang number, error) when a task fails that was not dropped.
     """
 
     def __init__(self, scheduler: Scheduler, failed: Callable[[str, int, Exception], None]) -> None:
@@ -62,7 +62,7 @@ class Submitter:
         self._flushing: asyncio.TimerHandle | None = None
         self._is_open = self._is_due = False
         self.ended = (0, 0)
-        """Tasks that have ended well: of gangs, and all others of the cluster."""
+        """Tasks that have finished: of gangs, and all others of the cluster."""
 
     async def open(self) -> None:
         """Connect, once.
@@ -113,7 +113,7 @@ class Submitter:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Send what is submitted inside a ``with`` statement as one graph, at its end."""
+        """Send everything submitted inside a ``with`` statement as one graph at its end."""
         self._is_open, self._is_due = True, False
         try:
             yield
@@ -123,12 +123,12 @@ class Submitter:
                 self.flush()
 
     def hurry(self, home: str) -> None:
-        """Send what has been gathered, if a home waits for some of it."""
+        """Send collected windows, if a home waits for one of them."""
         if any(gang.home == home for _, gangs, _ in self._gathered for gang in gangs):
             self.flush()
 
     def flush(self) -> None:
-        """Send what has been gathered."""
+        """Send collected windows."""
         self._disarm()
         gathered, self._gathered = self._gathered, []
         for span, several in groupby(gathered, key=lambda one: one[2]):
@@ -162,12 +162,12 @@ class Submitter:
             if task is None:
                 continue
             task.forget = True
-            state = self._scheduler.tasks.get(key)  # the future hears of it later
+            state = self._scheduler.tasks.get(key)  # the future learns of it later
             if not finished or (state is not None and state.state in ("memory", "erred")):
                 self._drop(key)
 
     def worker_lost(self, worker: str, engine: str | None = None) -> None:
-        """Drop the tasks of a worker that is gone, or of just one engine that is gone from there."""
+        """Drop the tasks of a lost worker, or only those of one engine that it lost."""
         lost = [key for key, task in self._tasks.items() if task.worker == worker and engine in (None, task.engine)]
         self._forget_keys(lost, finished=False)
 
@@ -177,7 +177,7 @@ class Submitter:
         self._forget_keys([key for key, task in self._tasks.items() if task.engine == engine], finished=False)
 
     async def drained(self, engine: str, limit: float) -> None:
-        """Wait until no task of an engine is left, but not longer than ``limit`` seconds."""
+        """Wait until no task of an engine is left, for at most ``limit`` seconds."""
         self.flush()
         deadline = monotonic() + limit
         while monotonic() < deadline and any(task.engine == engine for task in self._tasks.values()):
@@ -194,7 +194,7 @@ class Submitter:
         if finish == "memory" and task.forget:
             self._drop(key)
         elif finish in ("forgotten", "erred") and task.worker not in self._scheduler.workers:
-            self._drop(key)  # its worker is gone: the gManager hears of that next, and sees to the whole gang
+            self._drop(key)  # its worker is gone: the gManager learns of that next, and handles the whole gang
         elif finish == "forgotten" and not task.forget:
             self._drop(key)
             self._failed(task.engine, task.gang, GangAbortedError(f"task {key} was cancelled by somebody else"))

@@ -1,4 +1,4 @@
-"""Gangs: numbered over all engines of a gManager, and given up with all their members."""
+"""Gangs: numbered over all engines of a gManager, and aborted on all their members."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 
 
 def new_gang(life: MachineState, title: str, epoch: int, home: str, holders: tuple[Endpoint, ...]) -> Gang:
-    """The gang of a chunk or window; ``title`` says which, for people: its kind, owner and part."""
+    """The gang of a chunk or window; ``title`` is for display: its kind, owner and part."""
     number, (kind, rest) = next(life.numbers), title.split("-", 1)
     return Gang(life.engine, number, f"{kind}-{life.engine}-{rest}-{number}", epoch, home, holders)
 
 
 def abandon(life: MachineState, gang: Gang, reason: str) -> None:
-    """Let all members of a gang end, and forget its tasks."""
+    """Abort a gang on all its members, and forget its tasks."""
     for worker in (gang.home, *(holder.worker for holder in gang.holders)):
         if worker in life.ledger.workers:
             life.command(Abort(worker, gang.number, reason))

@@ -40,7 +40,7 @@ def remove(life: MachineState, worker: str) -> None:
 
 
 def holder_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
-    """A worker that held blocks for others is gone: they go on without the sequences that are ``lost`` with it."""
+    """A worker that held blocks for others is gone: they continue without the ``lost`` sequences."""
     for chain in life.chains.values():
         if any(holder.worker == worker for holder in chain.holders()):
             restart(life, chain, f"holder {worker} is gone", but=lost)
@@ -50,7 +50,7 @@ def holder_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
 
 
 def join(life: MachineState, request: Request) -> None:
-    """A sequence decodes: its home gets its committed state, and begins with its next window."""
+    """Start decoding a sequence: send its committed state to its home, which includes it in its next window."""
     account = life.ledger.sequences[request.sequence]
     placement, holders = placed(life, request.sequence)
     state = request.state_at(placement, account.length, life.speculates)
@@ -59,7 +59,7 @@ def join(life: MachineState, request: Request) -> None:
 
 
 def placed(life: MachineState, sequence: int) -> tuple[Placement, tuple[Endpoint, ...]]:
-    """Where the home of a sequence looks for its blocks, and the holders that it asks."""
+    """The placement that a sequence's home uses, and the holders that it queries."""
     account = life.ledger.sequences[sequence]
     placement = life.moves.placement(sequence, account.placement, life.ledger.block_tokens)
     return placement, tuple(life.ledger.holders(placement, but=account.home))
@@ -84,7 +84,7 @@ def attend(life: MachineState, home: str, sequence: int, holders: tuple[Endpoint
 
 
 def leave(life: MachineState, sequence: int) -> None:
-    """A sequence decodes no more, if it did."""
+    """Stop decoding a sequence, if it was decoding."""
     chain = life.chains.get(life.ledger.sequences[sequence].home)
     if chain is not None:
         chain.sequences.pop(sequence, None)
@@ -103,7 +103,7 @@ def window_started(life: MachineState, home: str, window: int) -> None:
 
 
 def window_done(life: MachineState, event: WindowDone) -> bool:
-    """A home finished a window; False when the window is no longer ours."""
+    """A home finished a window; False if the window is no longer expected."""
     chain = life.chains.get(event.worker)
     if chain is None or chain.epoch != event.epoch or event.window not in chain.outstanding:
         return False
@@ -125,17 +125,17 @@ def fill(life: MachineState) -> None:
     for home in homes:
         chain = life.chains.get(home)
         if chain is not None and _gathers(life, chain):
-            life.idle_homes[home] = None  # seen to again at the next event, whatever that is
+            life.idle_homes[home] = None  # checked again at the next event of any kind
             continue
         while chain is not None and chain.needs_window(life.requests):
             _submit(life, chain)
 
 
 def _gathers(life: MachineState, chain: WindowChain) -> bool:
-    """Whether a home lets its sequences wait, since it computes prompts that came together with each of them.
+    """Whether a home delays its sequences because it is computing prompts that came together with each of them.
 
-    Who submits a batch waits for its end, and a step takes hardly longer with more sequences. Nobody waits for prompts
-    of others: those have another time of submission.
+    A client that submits a batch waits for its end, and a step hardly takes longer with more sequences. No sequence
+    waits for prompts of others, which have another time of submission.
     """
     decoding = [life.requests[sequence] for sequence in chain.sequences]
     if not decoding or any(one.streamed for one in decoding):
@@ -184,7 +184,7 @@ def late_windows(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
 
 
 def count_tasks(life: MachineState) -> None:
-    """Tell the pacer how many tasks one window of each home takes now."""
+    """Update the pacer's number of tasks in one window of each home."""
     life.pacer.rounds[life.engine] = sum(chain.tasks for chain in life.chains.values())
 
 
