@@ -18,7 +18,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 from distributed.utils_test import gen_cluster
 
-from distkv_dask import Engine, SequenceStatus
+from distkv_dask import Engine, EngineStatus, SequenceStatus
 
 __all__ = [
     "ON_CARD",
@@ -30,6 +30,8 @@ __all__ = [
     "decoding",
     "engine_test",
     "gen_cluster",
+    "until_idle",
+    "when_idle",
 ]
 
 
@@ -119,3 +121,27 @@ def decoding(engine: Engine, seconds: float = 60 * (1 + 4 * SLOW)) -> Mapping[in
             return sequences
         time.sleep(0.05)
     raise AssertionError(f"nothing decodes: {engine!r} {engine.status()}")
+
+
+async def until_idle(engine: Engine) -> EngineStatus:
+    """The status of an engine on which no request is under way any more.
+
+    An answer may arrive, and a call to cancel return, before the last worker has said that it is done with a request:
+    until then its status is ``retiring``.
+    """
+    for _ in range(600):
+        status = await engine.status()
+        if not status.sequences:
+            return status
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"still under way: {status.sequences}")
+
+
+def when_idle(engine: Engine) -> EngineStatus:
+    """The same, for an engine that is not used from a coroutine."""
+    for _ in range(600):
+        status = engine.status()
+        if not status.sequences:
+            return status
+        time.sleep(0.05)
+    raise AssertionError(f"still under way: {status.sequences}")

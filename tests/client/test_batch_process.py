@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, InvalidRequestError, OutputError, SamplingParams, SourceError, TooManyErrorsError
 from distkv_dask.completion import Completion
-from tests._cluster import engine_test
+from tests._cluster import engine_test, until_idle
 from tests._models import MAX_POSITIONS, text_model_dir
 
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "8 MiB", "block_tokens": 8, "prefill_chunk_tokens": 256}
@@ -115,11 +114,7 @@ async def test_several_questions_about_a_row_compute_its_text_once(
         assert [one["answer"] for one in found if one["error"] is None] == [one.text for one in expected]
         assert all(one["reused_tokens"] > 100 for one in found if one["error"] is None)
         assert (await engine.status()).totals["prefilled_tokens"] - before < 0.6 * before
-        for _ in range(100):
-            if not (status := await engine.status()).sequences:
-                break
-            await asyncio.sleep(0.05)
-        assert status.sequences == {}
+        await until_idle(engine)
 
 
 @engine_test(workers=1)

@@ -16,7 +16,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, EngineClosedError, InvalidRequestError, SamplingParams, SourceError
-from tests._cluster import engine_test
+from tests._cluster import engine_test, until_idle
 from tests._models import text_model_dir
 
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "8 MiB", "block_tokens": 8, "prefill_chunk_tokens": 256}
@@ -78,7 +78,7 @@ def test_every_source_gives_the_answers_of_plain_requests_in_its_order(kind: str
                 assert frame["path"].tolist() == [f"{number}.txt" for number in range(9)]
             elif kind != "texts":
                 assert [str(one) for one in frame["id"]] == FRAME["id"].tolist()
-            assert not (await engine.status()).sequences
+            await until_idle(engine)
 
     run()
 
@@ -138,10 +138,5 @@ async def test_a_computation_that_is_cancelled_stops_asking(
         while not (await engine.status()).sequences:
             await asyncio.sleep(0.05)
         await future.cancel()
-        for _ in range(200):
-            if not (await engine.status()).sequences:
-                break
-            await asyncio.sleep(0.05)
-        status = await engine.status()
-        assert not status.sequences
+        status = await until_idle(engine)
         assert not status.totals.get("finished_length")

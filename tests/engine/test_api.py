@@ -9,7 +9,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import Completion, Engine, EngineClosedError, ResultTimeoutError, SamplingParams
-from tests._cluster import engine_test
+from tests._cluster import engine_test, until_idle, when_idle
 from tests._models import model_dir, prompt_ids, reference_generate
 
 TINY = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
@@ -38,9 +38,7 @@ def test_synchronous_use_from_a_plain_script() -> None:
         assert list(pieces) == []  # the tiny model has no tokenizer: no text
         assert pieces.completion is not None
         assert pieces.completion.token_ids == expected
-        status = engine.status()
-        assert len(status.workers) == 2
-        assert status.sequences == {}
+        assert len(when_idle(engine).workers) == 2
         assert "open" in repr(engine)
     with pytest.raises(EngineClosedError):
         engine.generate([prompt])
@@ -248,7 +246,5 @@ async def test_after_many_requests_nothing_has_grown(client: Client, scheduler: 
         assert after[0] == 0
         assert after[1] <= before[1]
         assert after[2] <= before[2] + channels
-        status = await engine.status()
-        assert status.sequences == {}
-        assert not status.debts
+        assert not (await until_idle(engine)).debts
         assert not tasks()

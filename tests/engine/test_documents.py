@@ -19,7 +19,7 @@ from distkv_dask import (
     SamplingParams,
     SourceError,
 )
-from tests._cluster import engine_test
+from tests._cluster import engine_test, until_idle
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
 
@@ -124,7 +124,7 @@ async def test_the_blocks_of_a_document_are_there_once_and_freed_with_its_last_q
         assert pools(engine, *workers) >= 12
         running[1].cancel()
         assert await emptied(engine, *workers)
-        assert (await engine.status()).sequences == {}
+        await until_idle(engine)
 
 
 @engine_test(workers=2)
@@ -248,7 +248,7 @@ async def test_short_documents_are_answered_too(client: Client, scheduler: Sched
             ]
             assert [list(one.token_ids) for one in done] == expected
             assert [one.reused_tokens for one in done] == [0, 0]
-        assert (await engine.status()).sequences == {}
+        await until_idle(engine)
 
 
 @engine_test(workers=1)

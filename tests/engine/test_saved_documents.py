@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import Engine, EngineClosedError, SamplingParams, SavedDocumentError
-from tests._cluster import PROTOCOL, engine_test
+from tests._cluster import PROTOCOL, engine_test, until_idle
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
 from tests._processes import freeze
 
@@ -71,7 +70,7 @@ def test_a_document_gives_the_same_tokens_after_loading_on_another_number_of_wor
             assert [list(one.token_ids) for one in done] == expected
             assert [one.reused_tokens for one in done] == [96] * 3
             await document.release()
-            assert (await engine.status()).sequences == {}
+            await until_idle(engine)
 
     run()
 
@@ -165,11 +164,7 @@ def test_what_is_damaged_or_of_another_model_is_refused_with_the_reason(tmp_path
                 with pytest.raises(SavedDocumentError, match=words):
                     await engine.load(folder)
                 assert engine.documents() == {}
-                for _ in range(100):
-                    if not (await engine.status()).sequences:
-                        break
-                    await asyncio.sleep(0.05)
-                assert (await engine.status()).sequences == {}
+                await until_idle(engine)
         async with engine_of(client, 40) as engine:
             document = await engine.load(tmp_path / "whole")
             with pytest.raises(SavedDocumentError, match="no place"):

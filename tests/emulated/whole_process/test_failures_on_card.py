@@ -50,7 +50,7 @@ def until(found: Callable[[], Any], what: str) -> Any:
     raise AssertionError(what)
 
 
-@pytest.mark.parametrize("victim", ["home", "holder"])
+@pytest.mark.parametrize("victim", [pytest.param("home", marks=pytest.mark.thorough), "holder"])
 def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victim: str) -> None:
     expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
     with Engine(client, MODEL, kv_memory="1 MiB", **TINY) as engine:
@@ -72,6 +72,7 @@ def occupy_home_lane(dask_worker: Worker) -> None:
     dask_worker.plugins["distkv"].lanes.home.submit(time.sleep, 10**6)
 
 
+@pytest.mark.thorough
 def test_a_call_that_never_returns_keeps_no_process_whose_card_is_lost(client: Client) -> None:
     expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
     with Engine(client, MODEL, kv_memory="1 MiB", timeout_close=2, **TINY) as engine:
@@ -87,8 +88,12 @@ def test_a_call_that_never_returns_keeps_no_process_whose_card_is_lost(client: C
 
 @pytest.mark.parametrize(
     ("victim", "times"),
-    [("holder", 2), ("home", 2), ("holder", 3), ("home", 10**6)],
-    ids=["it passes", "it passes at the home", "the engine is opened again", "it stays"],
+    [
+        pytest.param("holder", 2, marks=pytest.mark.thorough, id="it passes"),
+        pytest.param("home", 2, marks=pytest.mark.thorough, id="it passes at the home"),
+        pytest.param("holder", 3, id="the engine is opened again"),
+        pytest.param("home", 10**6, marks=pytest.mark.thorough, id="it stays"),
+    ],
 )
 def test_a_card_without_memory_in_a_step_costs_a_request_no_token(client: Client, victim: str, times: int) -> None:
     """What passes costs nothing else; what does not costs the worker its engine, which opens with what fits then."""

@@ -45,8 +45,11 @@ def cluster_of(workers: Sequence[tuple[str, int]]) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize("workers", CLUSTERS.values(), ids=CLUSTERS)
-def test_a_prompt_over_cards_and_cpus_gets_the_tokens_of_one_process(workers: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=[pytest.mark.thorough] * ("memory" in one)) for one in CLUSTERS]
+)
+def test_a_prompt_over_cards_and_cpus_gets_the_tokens_of_one_process(kind: str) -> None:
+    workers = CLUSTERS[kind]
     expected = [one.tokens for one in reference_generate(model_dir(FAMILY), PROMPTS, NEW)]
     with cluster_of(workers) as client, Engine(client, MODEL, dtype="float32", **SMALL) as engine:
         status = engine.status().workers
@@ -59,6 +62,7 @@ def test_a_prompt_over_cards_and_cpus_gets_the_tokens_of_one_process(workers: li
         assert {status[span.worker].device for span in done[0].placement} == {CARD, CPU}
 
 
+@pytest.mark.thorough
 def test_cpus_serve_halves_of_a_card() -> None:
     """No reference rounds as a split does: each token is one that single precision finds about as likely as its own."""
     done: list[Completion] = []
@@ -76,7 +80,7 @@ def test_cpus_serve_halves_of_a_card() -> None:
         assert missed.max() < 0.4 * logits.std(), "a wrong one misses by two to four"
 
 
-@pytest.mark.parametrize("leaves", [CARD, CPU])
+@pytest.mark.parametrize("leaves", [CARD, pytest.param(CPU, marks=pytest.mark.thorough)])
 def test_blocks_move_between_cards_and_cpus_while_their_request_decodes(leaves: str) -> None:
     prompt, new = prompt_ids(200), 120
     expected = reference_generate(model_dir(FAMILY), [prompt], new)[0].tokens
