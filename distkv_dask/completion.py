@@ -40,7 +40,7 @@ class Completion:
     both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
     ``engine.tokenizer.decode([token_id], special=True)`` is the text of one. ``scores`` has the probability of each of
     ``SamplingParams(choices=...)`` among all of them. ``quote`` is where the answer quotes its document
-    (``SamplingParams(quotes=...)``).
+    (``SamplingParams(quotes=...)``). ``others`` are the other answers of ``SamplingParams(n=...)``.
     """
 
     text: str
@@ -55,6 +55,12 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     scores: Mapping[str | tuple[int, ...], float] | None = None
     quote: Quote | None = None
+    others: tuple[Completion, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Completion, ...]:
+        """All answers to the prompt, this one first."""
+        return (self, *self.others)
 
     def _repr_html_(self) -> str:
         """What notebooks show: the answer, its times, and a picture of where the KV lay."""

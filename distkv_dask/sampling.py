@@ -17,6 +17,8 @@ from distkv_dask.texts import checked_text
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
+MOST_ANSWERS = 128
+"""Most answers to one prompt."""
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -84,6 +86,12 @@ class SamplingParams:
         probabilities at a temperature above 0. :attr:`Completion.scores` has the probability of each. They are scored
         in short forwards behind the prompt and need no decode steps; ``max_new_tokens`` does not matter. Where one
         choice is the beginning of another in tokens, the end-of-sequence token counts as part of the shorter one.
+    n
+        How many answers to draw for the prompt (1 to 128), each with a seed of its own that depends only on ``seed``.
+        The prompt is computed once, and its KV shared. :attr:`Completion.answers` has them. Needs a temperature above
+        0.
+    best_of
+        How many answers are drawn of which the ``n`` best are returned, by their log probability per token.
 
     Raises
     ------
@@ -108,6 +116,8 @@ class SamplingParams:
     grammar: str | None = None
     choices: tuple[str | tuple[int, ...], ...] | None = None
     quotes: QuoteForm | bool | None = None
+    n: int = 1
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -127,6 +137,13 @@ class SamplingParams:
                 put(name, _whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        put("n", _whole("n", self.n, low=1, high=MOST_ANSWERS))
+        if self.best_of is not None:
+            put("best_of", _whole("best_of", self.best_of, low=self.n, high=MOST_ANSWERS))
+        if self.temperature == 0 and max(self.n, self.best_of or 1) > 1:
+            raise InvalidRequestError(
+                "at temperature 0 all answers are the same: set a temperature, or leave out n and best_of"
+            )
         if self.schema is not None:
             put("schema", _schema(self.schema))
         for name in ("regex", "grammar"):
@@ -164,7 +181,7 @@ class SamplingParams:
 
     def without_form(self) -> SamplingParams:
         """The same for an answer that may be any text."""
-        return replace(self, schema=None, regex=None, grammar=None, quotes=None, choices=None)
+        return replace(self, schema=None, regex=None, grammar=None, quotes=None, choices=None, n=1, best_of=None)
 
     @property
     def form(self) -> Form | None:
@@ -174,7 +191,8 @@ class SamplingParams:
 
     def _check_choices(self) -> None:
         """Refuse what makes no sense for an answer that is one of some choices."""
-        usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, **dict.fromkeys((*_FORMS, "quotes"))}
+        usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, "n": 1}
+        usual |= dict.fromkeys(("best_of", "quotes", *_FORMS))
         for name, value in usual.items():
             if getattr(self, name) != value:
                 raise InvalidRequestError(f"an answer that is one of some choices has no {name}: leave out one of them")

@@ -228,9 +228,9 @@ class Runner:
         with self._row(ask.work):
             shared = None if ask.failures else ask.work.document  # a failed request is tried alone
             number = None if shared is None else shared.number
-            request = self._session.submit_ids(ask.prompt, ask.sampling, document=number, text=ask.work.text)
-            self._running[request.generation] = ask
-            request.generation.add_done_callback(self._ended.put)
+            generation = self._session.ask_ids(ask.prompt, ask.sampling, document=number, text=ask.work.text)
+            self._running[generation] = ask
+            generation.add_done_callback(self._ended.put)
 
     def _collect(self) -> None:
         """Wait for a request to end, and take all that have ended."""

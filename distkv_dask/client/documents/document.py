@@ -216,8 +216,7 @@ class Document(_Kept):
         self, question: Question, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
     ) -> Generation:
         self._check()
-        ids = self.prompt(question)
-        return self._session.submit_ids(ids, sampling, on_text, self.number, text=self.text).generation
+        return self._session.ask_ids(self.prompt(question), sampling, on_text, self.number, self.text)
 
 
 class Chat(_Kept):

@@ -12,6 +12,7 @@ from typing import Any, Self
 from distributed import Client, get_client
 
 from distkv_dask.client.session.attached_engine import AttachedEngine
+from distkv_dask.client.session.branches import branch_samplings, joined
 from distkv_dask.client.session.choices import choice_ids
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.generation import Generation
@@ -22,7 +23,7 @@ from distkv_dask.client.session.request import Request, checked
 from distkv_dask.client.session.store import DocumentStore
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
-from distkv_dask.errors import EngineClosedError
+from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.messages.client_calls import ClientCall, Submission
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.models.source import ModelSource
@@ -157,7 +158,36 @@ class Session:
             Called with each piece of text.
         """
         self.check_open()
-        return self.submit_ids(self.tokenizer.encode(prompt), sampling, on_text).generation
+        return self.ask_ids(self.tokenizer.encode(prompt), sampling, on_text)
+
+    def ask_ids(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+        document: int | None = None,
+        text: str | None = None,
+    ) -> Generation:
+        """Ask with token ids, for one answer or for several, which share the prompt's KV; as :meth:`submit_ids`."""
+        if not isinstance(sampling, SamplingParams) or max(sampling.n, sampling.best_of or 1) == 1:
+            return self.submit_ids(ids, sampling, on_text, document, text=text).generation
+        if on_text is not None:
+            raise InvalidRequestError("one answer can be read as it is generated, not several: leave out n and best_of")
+        seed = checked(sampling, len(ids), self.facts["max_positions"], text).seed
+        own = document is None and len(ids) > self.config.block_tokens
+        shared = self.store.begin_ingest(ids[:-1]).number if own else document
+        branches: list[Generation] = []
+        try:
+            some = branch_samplings(replace(sampling, seed=seed))
+            branches += (self.submit_ids(ids, one, document=shared, text=text).generation for one in some)
+        except BaseException:
+            for begun in branches:
+                begun.cancel()
+            raise
+        finally:
+            if own and shared is not None:
+                self.store.end(shared)
+        return joined(branches, sampling, 0 if own else None)
 
     def submit_ids(
         self,
@@ -187,6 +217,8 @@ class Session:
             sampling = replace(sampling, max_new_tokens=max(map(len, choices)))
         quotes = sampling.quotes if isinstance(sampling, SamplingParams) else None
         sampling = checked(sampling, len(ids), self.facts["max_positions"], text)
+        if sampling.n > 1 or sampling.best_of is not None:
+            raise InvalidRequestError("a turn of a chat has one answer: leave out n and best_of")
         number = self.conversation.number()
         if sampling.prompt_logprobs is not None:
             document = None
