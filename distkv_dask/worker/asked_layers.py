@@ -1,4 +1,4 @@
-"""In which layers a worker's part of a step is asked: a window may begin behind all that the worker holds."""
+"""Layers in which a holder is queried: a layer's window may begin after everything that the holder has."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from distkv_dask.worker.channels.bodies import Row
 
 
 def asked_layers(rows: Sequence[Row], kinds: Sequence[LayerKind]) -> tuple[int, ...]:
-    """Layers in which some row's first query sees something of what lies here, or in which KV is appended here.
+    """Layers in which some row's first query sees KV on this worker, or in which KV is appended here.
 
-    Both ends of a channel find the same, as long as they have the same rows. Later queries see less, so a layer that is
-    left out has nothing to say in later steps, too.
+    Both ends of a channel compute the same layers from the same rows. Later queries see less, so a layer that is left
+    out is not needed in later steps either.
 
     Parameters
     ----------
     rows
         The part's rows.
     kinds
-        What each layer sees.
+        The kind of each layer.
 
     Examples
     --------
@@ -35,7 +35,7 @@ def asked_layers(rows: Sequence[Row], kinds: Sequence[LayerKind]) -> tuple[int, 
 
 
 def next_layers(asked: Sequence[int], layers: int) -> list[int]:
-    """The layer asked after each of ``layers``: a step ends where that is not a later one.
+    """The layer queried after each of ``layers``: a step ends if that is not a later one.
 
     Examples
     --------

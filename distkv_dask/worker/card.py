@@ -1,7 +1,7 @@
-"""A card: memory, streams and pinned buffers of the GPU that a worker was given.
+"""A card: memory, streams and pinned buffers of a worker's GPU.
 
-It is ``cuda:0`` of its process: dask-cuda gives each worker its own by ``CUDA_VISIBLE_DEVICES``. ROCm's torch answers
-to the same names.
+It is ``cuda:0`` of its process: dask-cuda gives each worker its own by ``CUDA_VISIBLE_DEVICES``. ROCm's torch uses the
+same names.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ BOUNCE_BYTES = 16 << 20
 
 
 _capturing = threading.RLock()
-"""Held while a stream of the process is captured: nobody may wait for the whole card then."""
+"""Held while a stream of the process is captured: no thread may wait for the whole card then."""
 
 _NO_MEMORY = "out of memory", "ALLOC_FAILED"
-"""What errors of other classes than torch's own say where memory is short: pinned memory, Triton's, cuBLAS's."""
+"""Texts of out-of-memory errors of other classes than torch's: pinned memory, Triton's, cuBLAS's."""
 
 
 class Card(Device):
-    """A GPU: ``cuda:0`` of this process. Each engine of a worker has streams and graphs of its own on it."""
+    """A GPU: ``cuda:0`` of this process. Each engine of a worker has its own streams and graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Card(Device):
         self._bounce = self.host_buffer((BOUNCE_BYTES,), torch.uint8)
         self._copying = threading.Lock()
         self._graph_memory = torch.cuda.MemPool()
-        """Of all graphs: a lane runs them, one after the other, and each takes what the one before it has left."""
+        """Memory pool of all graphs: a lane runs them one after the other, so they can share it."""
 
     def stream(self, use: Use) -> AbstractContextManager[Any]:
         """Queue what the calling thread does inside a ``with`` statement on the stream of a use.
@@ -50,16 +50,16 @@ class Card(Device):
         Raises
         ------
         DeviceMemoryError, DeviceLostError
-            What torch raised inside says that the card has no memory left, or that it failed.
+            For an error of torch that says that the card is out of memory or has failed.
         """
         return _Queueing(self, self._streams[use])
 
     def finish(self) -> None:
-        """Wait until all that the calling thread has queued on its stream is done."""
+        """Wait until everything that the calling thread has queued on its stream is done."""
         torch.cuda.current_stream(self.torch).synchronize()
 
     def mark(self) -> Mark:
-        """A mark behind all that the calling thread has queued so far."""
+        """A mark after everything that the calling thread has queued so far."""
         return _CardMark()
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -96,9 +96,9 @@ class Card(Device):
                 self.finish()
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of its memory that this process can still have (with what torch keeps for it), and of all of it."""
+        """Bytes that this process can still allocate (torch's cached memory included), and total bytes."""
         free, total = torch.cuda.mem_get_info(self.torch)
-        with suppress(RuntimeError):  # another allocator than torch's, such as RMM's, does not say
+        with suppress(RuntimeError):  # another allocator than torch's, such as RMM's, does not report this
             free += torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return free, total
 
@@ -107,13 +107,13 @@ class Card(Device):
         return _CardGraph(self._graph_memory)
 
     def explain(self, error: RuntimeError) -> DeviceError | None:
-        """What an error of torch, or of a library on top of it, says of the card; None if nothing."""
+        """The card's failure behind an error of torch or a library that uses it; None if there is none."""
         if not self._answers():
             self.lost = f"{self.name} failed: {in_words(error)}"
             return DeviceLostError(f"{self.lost}. The worker's process ends; look for the card's Xid in dmesg")
         if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
             return None
-        with suppress(RuntimeError):  # memory in pieces of other sizes may be enough once it is put together
+        with suppress(RuntimeError):  # fragmented memory may suffice once it is returned
             torch.cuda.empty_cache()
         free, total = self.memory()
         return DeviceMemoryError(
@@ -122,7 +122,7 @@ class Card(Device):
         )
 
     def _answers(self) -> bool:
-        """Whether the card can still be used: an error that ends that is repeated by every later call."""
+        """Whether the card can still be used: after a permanent error, every later call fails."""
         try:
             with _capturing:
                 torch.cuda.synchronize(self.torch)
@@ -132,10 +132,10 @@ class Card(Device):
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        """Find what the calling thread allocates inside a ``with`` statement."""
+        """Measure the peak memory of the calling thread inside a ``with`` statement."""
         found, (free, _) = Peak(), torch.cuda.mem_get_info(self.torch)
         before = None
-        with suppress(RuntimeError):  # another allocator than torch's does not say: what it has taken by then counts
+        with suppress(RuntimeError):  # another allocator than torch's does not report the peak: the final use counts
             torch.cuda.reset_peak_memory_stats(self.torch)
             before = torch.cuda.memory_allocated(self.torch)
         yield found
@@ -147,7 +147,7 @@ class Card(Device):
 
 
 class _Queueing(AbstractContextManager[None]):
-    """Work on one stream; what torch raises there is explained."""
+    """Work on one stream; translates torch's errors."""
 
     def __init__(self, card: Card, stream: torch.cuda.Stream) -> None:
         self._card = card
@@ -172,10 +172,10 @@ class _CardGraph(Graph):
         self._graph = torch.cuda.CUDAGraph()
 
     def begin(self) -> None:
-        """Record what the calling thread queues; other threads may use their streams as always."""
+        """Record what the calling thread queues; other threads may use their streams as usual."""
         _capturing.acquire()
-        gc.disable()  # an older graph that is freed meanwhile would make the recording void
-        memory: Any = self._memory.id  # a tuple, as its documentation says; not what torch's types say
+        gc.disable()  # freeing an older graph meanwhile would invalidate the recording
+        memory: Any = self._memory.id  # a tuple, as documented, unlike torch's types
         try:
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
         except RuntimeError:

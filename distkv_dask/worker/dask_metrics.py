@@ -1,6 +1,6 @@
-"""Where a task's time goes, told to Dask: the *Fine Performance Metrics* of its dashboard and its spans show it.
+"""Reports a task's time by activity to Dask's *Fine Performance Metrics* and spans.
 
-Dask takes what it is told in the task's own thread from the time that it measures itself, so the sum stays right.
+Dask subtracts times reported in the task's own thread from the time that it measures, so the sum stays right.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ COMPUTE, SEND, WAIT = "distkv compute", "distkv send queries", "distkv wait for 
 
 @contextmanager
 def metered() -> Iterator[dict[str, float]]:
-    """Tell Dask how the time of a home's task divides: seconds by label as the yielded dict says, and the lane's rest.
+    """Report a home task's time to Dask: seconds by label from the yielded dict, and the rest as waiting for the lane.
 
-    A task that fails tells nothing.
+    A failed task reports nothing.
     """
     began = perf_counter()
     parts: dict[str, float] = {}
@@ -33,7 +33,7 @@ def metered() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def computing(parts: dict[str, float], exchanged: Callable[[], Exchanged]) -> Iterator[None]:
-    """Measure a forward on the home lane, of which ``exchanged`` tells how long it dealt with holders."""
+    """Measure a forward on the home lane; ``exchanged`` has its time with holders."""
     began = perf_counter()
     yield
     done = exchanged()
@@ -43,7 +43,7 @@ def computing(parts: dict[str, float], exchanged: Callable[[], Exchanged]) -> It
 
 @contextmanager
 def metered_session() -> Iterator[list[SessionStats]]:
-    """Tell Dask what a holder's session did, of which the stats are put into the yielded list."""
+    """Report a holder's session to Dask; its stats are put into the yielded list."""
     began = perf_counter()
     done: list[SessionStats] = []
     yield done

@@ -1,4 +1,4 @@
-"""The sequences that one home decodes: they join between windows, and each window takes those that are ready."""
+"""The sequences of one home: they join between windows, and each window decodes those that are ready."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DecodeBatch:
     Parameters
     ----------
     spec
-        How many sequences a window takes, and whether holders are known when it is submitted.
+        The largest batch of a window, and whether holders are known when it is submitted.
     model
-        Knows which schemas are compiled; None on a memory worker, which decodes nothing.
+        Has the compiled schemas; None on a memory worker, which decodes nothing.
     """
 
     def __init__(self, spec: EngineSpec, model: LoadedModel | None) -> None:
@@ -44,7 +44,7 @@ class DecodeBatch:
             self._holders[state.sequence] = holders
 
     def leave(self, sequence: int) -> None:
-        """Decode a sequence no more, from the next window on."""
+        """Stop decoding a sequence, from the next window on."""
         with self._lock:
             self._states.pop(sequence, None)
             self._holders.pop(sequence, None)
@@ -57,7 +57,7 @@ class DecodeBatch:
                 self._holders[sequence] = holders
 
     def reset(self, epoch: int) -> None:
-        """Leave all sequences; windows of an older epoch, running ones included, commit nothing."""
+        """Remove all sequences; windows of an older epoch, running ones included, commit nothing."""
         with self._lock:
             self._epoch = epoch
             self._decoded_until = 0.0
@@ -65,7 +65,7 @@ class DecodeBatch:
             self._holders.clear()
 
     def samplings(self) -> list[SamplingParams]:
-        """How the sequences are drawn."""
+        """Sampling parameters of the sequences."""
         with self._lock:
             return [state.sampling for state in self._states.values()]
 
@@ -80,7 +80,7 @@ class DecodeBatch:
             return batch, tuple(holders.values())
 
     def _may_join(self, state: SequenceState, gang: Gang) -> bool:
-        """Whether a gang has all the holders of a sequence, whose schema is compiled.
+        """Whether a gang has all holders of a sequence and its schema is compiled.
 
         The gManager adds holders later where tasks are few.
         """
@@ -90,11 +90,11 @@ class DecodeBatch:
         return self._spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
 
     def gap(self) -> float:
-        """Seconds since the last window ended, if there has been something to decode all the while; else 0."""
+        """Seconds since the last window ended, if there were sequences to decode all the time; else 0."""
         return time.perf_counter() - self._decoded_until if self._decoded_until else 0.0
 
     def commit(self, window: DecodeWindow, batch: list[SequenceState], result: WindowResult) -> None:
-        """Go on from a window's tokens.
+        """Commit a window's tokens.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class DecodeBatch:
             self._decoded_until = time.perf_counter() if self._states else 0.0
 
     def _advance(self, state: SequenceState, result: WindowResult) -> None:
-        """Commit a window's tokens to one sequence of the batch, unless it left meanwhile."""
+        """Commit a window's tokens to one sequence of the batch, unless it has left meanwhile."""
         tokens = result.tokens.get(state.sequence, [])
         present = self._states.get(state.sequence)  # perhaps relocated
         if present is None:

@@ -1,8 +1,8 @@
-"""What a worker computes on, as the rest of the engine sees it: memory, streams, buffers and marks.
+"""The interface of a worker's device: memory, streams, buffers and marks.
 
 The host is one device, on which waiting and copying do nothing; :mod:`distkv_dask.worker.card` is the other. Work on a
-card is queued, on one stream for each of a worker's lanes; what a lane has told others is complete, because it waits
-for its stream first (:meth:`Device.finish`).
+card is queued on one stream for each of a worker's lanes. What a lane reports is complete, because it waits for its
+stream first (:meth:`Device.finish`).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class Use(Enum):
 
     HOME = "home"
     HOLDER = "holder"
-    """Goes first where the card has to choose: others wait for it."""
+    """The stream with priority: others wait for its results."""
     COPIES = "copies"
 
 
 class Device:
-    """The host: memory is shared by all, nothing is queued, and buffers of both sides are the same.
+    """The host: memory is shared, nothing is queued, and buffers of both sides are the same.
 
     Attributes
     ----------
     torch
         The device as torch names it.
     name
-        What it is called in ``engine.status()`` and in the names of kept timings.
+        Its name in ``engine.status()`` and of kept timings.
     note
-        What the user should know about the choice; empty if nothing.
+        A note on the choice for the user, or empty.
     lost
         Why this process can no longer use the device; empty while it can.
     """
@@ -58,7 +58,7 @@ class Device:
         Raises
         ------
         DeviceMemoryError, DeviceLostError
-            What torch raised inside says that a card has no memory left, or that it failed.
+            For an error of torch that says that a card is out of memory or has failed.
         """
         return nullcontext()
 
@@ -86,15 +86,15 @@ class Device:
         return values
 
     def read(self, source: Tensor) -> np.ndarray[Any, Any]:
-        """Bytes uint8 [n, size] of a tensor like that on the device: its memory itself where the host can read it."""
+        """Bytes uint8 [n, size] of such a tensor on the device: its own memory if the host can read it."""
         return source.numpy()
 
     def write(self, target: Tensor, data: np.ndarray[Any, Any]) -> None:
-        """Copy bytes uint8 [n] into a tensor like that on the device; they are there when this returns."""
+        """Copy bytes uint8 [n] into such a tensor on the device; returns when they are copied."""
         target.numpy()[:] = data
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of its memory that this process can still have, and of all of it; on the host both are 0: unlimited."""
+        """Bytes that this process can still allocate, and total bytes; on the host both are 0: unlimited."""
         return 0, 0
 
     def graph(self) -> Graph | None:
@@ -103,12 +103,12 @@ class Device:
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        """Find what the calling thread allocates inside a ``with`` statement."""
+        """Measure the peak memory of the calling thread inside a ``with`` statement."""
         yield Peak()
 
 
 class Peak:
-    """Bytes of a device's memory that something took at most; 0 on the host, where nobody counts."""
+    """Peak bytes of a device's memory; 0 on the host, where they are not counted."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -123,7 +123,7 @@ class Graph(Protocol):
         Raises
         ------
         RuntimeError
-            What is queued meanwhile may raise it too: something in it has to wait for the card.
+            Queued operations may raise it, too, if one of them has to wait for the card.
         """
 
     def end(self) -> None:
@@ -132,11 +132,11 @@ class Graph(Protocol):
         Raises
         ------
         RuntimeError
-            It is void.
+            The recording is invalid.
         """
 
     def replay(self) -> None:
-        """Queue what was recorded; it reads what its memory holds by then."""
+        """Queue the recorded work; it reads the current contents of its memory."""
 
 
 class Mark:
@@ -149,7 +149,7 @@ class Mark:
 class Pair:
     """A buffer in host memory and one on the device; on the host they are the same tensor.
 
-    What is copied is read or written in the calling thread's stream order: wait before the host reads, or writes again.
+    Copies run in the calling thread's stream order: wait before the host reads or writes the buffer.
     """
 
     def __init__(self, host: Tensor, there: Tensor) -> None:
@@ -169,4 +169,4 @@ class Pair:
 
 
 HOST = Device()
-"""The host, where nothing else is to be said."""
+"""The host, without a note."""

@@ -1,4 +1,4 @@
-"""Which device a worker computes on, and what to say where that is not what a user would expect."""
+"""Chooses a worker's device, and explains an unexpected choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INSTALL = "install distkv-dask[gpu] and a torch that was built for it (https://
 
 
 def choose_device(setting: str) -> Device:
-    """The device that an engine of this process computes on: on a card, one with streams of its own.
+    """The device of an engine of this process: on a card, one with separate streams.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def choose_device(setting: str) -> Device:
         if torch.cuda.is_available():
             return Card()
         reason = _not_found()
-    except Exception as error:  # a driver that is too old, a card that is broken or taken: each says so in its own way
+    except Exception as error:  # an old driver, a broken card or a busy one raise different errors
         reason = f"torch {torch.__version__} cannot use the card: {in_words(error)}"
     if setting == "cuda":
         raise DeviceError(f"distkv.device is cuda, but {reason}")
@@ -56,7 +56,7 @@ def _not_found() -> str:
 
 
 def _sees_a_card() -> bool:
-    """Whether the machine has a card that this worker was not kept from."""
+    """Whether the machine has a card that is not hidden from this worker."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return not _hides_all(visible)
@@ -64,5 +64,5 @@ def _sees_a_card() -> bool:
 
 
 def _hides_all(visible: str | None) -> bool:
-    """Whether a value of CUDA_VISIBLE_DEVICES leaves a process no card."""
+    """Whether a value of CUDA_VISIBLE_DEVICES hides all cards."""
     return visible is not None and visible.strip() in ("", "-1")

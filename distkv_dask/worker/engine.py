@@ -1,7 +1,7 @@
-"""One engine on one worker: what the gManager says of its sequences, and the tasks of its gangs.
+"""One engine on one worker: the gManager's messages on its sequences, and the tasks of its gangs.
 
-Threads: messages arrive on the worker's event loop, tasks in threads of the worker, and compute happens on the home
-lane. What they share is small and under one lock.
+Threads: messages arrive on the worker's event loop, tasks run in threads of the worker, and computing happens on the
+home lane. Their small shared state is protected by one lock.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class WorkerEngine:
     Parameters
     ----------
     runtime
-        What computes.
+        Computes the gangs.
     model
         The weights; None on a memory worker.
     files
-        What is saved and spilled here.
+        Saves and spills blocks.
     facts
-        What the gManager has to know of it.
+        Facts for the gManager.
     tell
         Sends a message to the gManager.
     """
@@ -77,7 +77,7 @@ class WorkerEngine:
         self.lanes = runtime.lanes
         self.files = files
         self.facts = facts
-        self.chunks = PrefillTasks(weakref.proxy(self))  # in a circle, the model would stay when the engine closes
+        self.chunks = PrefillTasks(weakref.proxy(self))  # a reference cycle would keep the model when the engine closes
         self.tell = tell
         self._lock = threading.Lock()
         self._batch = DecodeBatch(self.spec, model)
@@ -87,7 +87,7 @@ class WorkerEngine:
         self._preparing: threading.Thread | None = None
 
     def close(self) -> None:
-        """End everything and free the pool, the model and the disk; blocks until no thread uses them."""
+        """End all work and free the pool, the model and the disk; blocks until no thread uses them."""
         self.runtime.close()
         self.files.close()
         if self._preparing is not None:
@@ -96,13 +96,13 @@ class WorkerEngine:
     # Messages of the gManager
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
-        """Allocate blocks that are not there yet; the ledger made sure that they are free. Work may begin (again)."""
+        """Allocate missing blocks, which the ledger knows to be free. Work on the sequence may start (again)."""
         with self._lock:
             self._retired.discard(sequence)
         self.runtime.reserve(sequence, start, stop)
 
     def release(self, sequence: int) -> None:
-        """Free all blocks of a sequence, which nobody computes on."""
+        """Free all blocks of an idle sequence."""
         self._batch.leave(sequence)
         with self._lock:
             self._retired.discard(sequence)
@@ -110,14 +110,14 @@ class WorkerEngine:
         self.runtime.release(sequence)
 
     def retire(self, sequence: int) -> None:
-        """Begin nothing new on a sequence, and tell the gManager when what is under way has ended."""
+        """Start no new work on a sequence, and tell the gManager when running work has ended."""
         with self._lock:
             self._retired.add(sequence)
         self._batch.leave(sequence)
         self.lanes.home.submit_next(self._retire_holding, sequence)
 
     def _retire_holding(self, sequence: int) -> None:
-        """On the home lane, when its present call has ended: the same for the holder lane, then the answer."""
+        """On the home lane, after its current call: wait for the holder lane, too, then answer."""
         told = partial(self.tell, did.Retired(self.worker, sequence))
         self.lanes.holder.retire(self.spec.engine, sequence).add_done_callback(lambda _: told())
 
@@ -128,14 +128,14 @@ class WorkerEngine:
         self._batch.join(state, holders)
 
     def relocate(self, number: int, sequence: int, placement: Placement, holders: tuple[Endpoint, ...]) -> None:
-        """Decode a sequence with another placement from the next window on; say when no window uses the old one."""
+        """Decode a sequence with another placement from the next window on; report when no window uses the old one."""
         self._batch.relocate(sequence, placement, holders)
         self.lanes.home.submit(self.tell, did.Relocated(self.worker, number))
 
     # Moves of blocks
 
     def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
-        """Allocate blocks that a move brings, and say so, or that there is no room."""
+        """Allocate blocks for a move, and report whether there was room."""
         refusal = ""
         try:
             self._arrivals.expect(number, sequence, start, stop)
@@ -144,11 +144,11 @@ class WorkerEngine:
         self.tell(did.Expected(self.worker, number, refusal))
 
     def store_piece(self, piece: Piece, data: np.ndarray) -> str:
-        """Store a piece of a block that came; the reason why not, if it is not wanted. May run in any thread."""
+        """Store a received piece of a block; returns the reason if it is refused. May run in any thread."""
         try:
             self._arrivals.store_piece(piece, data)
         except DistKVError as error:
-            if isinstance(error, DeviceLostError):  # the sender only hears that it was not taken
+            if isinstance(error, DeviceLostError):  # the sender only learns that it was refused
                 self.tell(did.Expected(self.worker, piece.number, str(error)))
             return str(error)
         return ""
@@ -161,7 +161,7 @@ class WorkerEngine:
         tokens: range,
         pace: float,
     ) -> None:
-        """Copy a sequence's blocks to ``peer``, which answers each piece, and say how that ended."""
+        """Copy a sequence's blocks to ``peer``, which answers each piece, and report the result."""
 
         async def send(piece: Piece, data: np.ndarray) -> None:
             refusal = await asyncio.wait_for(peer(piece, data), self.spec.config.timeout_receive)
@@ -178,18 +178,18 @@ class WorkerEngine:
         self.tell(did.Sent(self.worker, number, failure))
 
     def free(self, sequence: int, start: int, stop: int) -> None:
-        """Free blocks that moved away, or that a move was to bring."""
+        """Free blocks that moved away, or that a cancelled move had allocated."""
         self._arrivals.drop(sequence)
         self.runtime.pool.free(sequence, start, stop)
         with self._lock:
             self._retired.discard(sequence)
 
     def reset(self, epoch: int) -> None:
-        """Decode nothing further; windows of an older epoch, running ones included, commit nothing."""
+        """Stop decoding; windows of an older epoch, running ones included, commit nothing."""
         self._batch.reset(epoch)
 
     def abort(self, gang: int, reason: str, unused: bool) -> None:
-        """End this worker's part in a gang, also when it has not begun."""
+        """End this worker's part in a gang, even if it has not started."""
         with self._lock:
             self._aborted[gang] = (reason, unused)
             if len(self._aborted) > _REMEMBERED:
@@ -199,7 +199,7 @@ class WorkerEngine:
     # Tasks of step graphs
 
     def decode(self, window: DecodeWindow) -> int:
-        """Run a window on the home lane over the sequences that have joined when it begins, and commit it."""
+        """Run a window on the home lane over the sequences that have joined by its start, and commit it."""
         try:
             self.prepare_window()
             with metered() as parts:
@@ -209,9 +209,9 @@ class WorkerEngine:
             raise
 
     def prepare_window(self) -> None:
-        """Compile schemas of sequences that join: during the windows of others, or before the first window if all wait.
+        """Compile schemas of joining sequences: during the windows of others, or before the first window if all wait.
 
-        Their own worker has done it in most cases, when their prompt was computed.
+        In most cases, the task of their prompt has already done it on this worker.
         """
         assert self.model is not None
         samplings = self._batch.samplings()
@@ -230,7 +230,7 @@ class WorkerEngine:
             self.model.prepare(one)
 
     def run_window(self, window: DecodeWindow, parts: dict[str, float]) -> int:
-        """On the home lane: run a window and tell the gManager what to commit; the number of its steps."""
+        """On the home lane: run a window and send its tokens to the gManager; returns the number of its steps."""
         self.check(window.gang)
         batch, holders = self._batch.of_window(window)
         self.tell(did.WindowStarted(self.worker, window.window))
@@ -246,7 +246,7 @@ class WorkerEngine:
         return result.steps
 
     def attend(self, gang: Gang) -> dict[str, float]:
-        """Serve one gang as a holder until its home says that it is over."""
+        """Serve one gang as a holder until its home ends it."""
         try:
             self.check(gang)
             with metered_session() as done:
@@ -261,7 +261,7 @@ class WorkerEngine:
         return {"requests": stats.requests, "bytes_in": stats.bytes_in, "bytes_out": stats.bytes_out}
 
     def is_retired(self, sequence: int) -> bool:
-        """Whether nothing new may begin on a sequence."""
+        """Whether no new work may start on a sequence."""
         with self._lock:
             return sequence in self._retired
 
@@ -274,7 +274,7 @@ class WorkerEngine:
     def fail(self, gang: Gang, error: Exception) -> None:
         """Tell the gManager that a gang failed here, unless it aborted it.
 
-        What a lane that closes still had to do is cancelled: this worker leaves.
+        Pending work of a closing lane is cancelled: this worker leaves.
         """
         with self._lock:
             if gang.number in self._aborted:

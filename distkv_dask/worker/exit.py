@@ -1,4 +1,4 @@
-"""The end of a worker's process that cannot use its card any more."""
+"""Ends a worker's process that can no longer use its card."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ async def end_process(worker: Worker, reason: str, limit: float) -> None:
     worker
         The worker.
     reason
-        Why, for its log.
+        The reason, for its log.
     limit
-        Seconds after which the process ends all the same, if there is a nanny: a call to a dead card may never return.
+        Seconds after which the process ends in any case, if there is a nanny: a call to a dead card may never return.
     """
     if worker.nanny is not None:
         timer = threading.Timer(limit, os._exit, (1,))

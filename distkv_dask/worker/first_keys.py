@@ -1,4 +1,4 @@
-"""Where the visible part of a worker's KV begins for each query, in layers that do not see everything."""
+"""First visible position of each query in a worker's KV, in layers with windows or chunks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from distkv_dask.worker.channels.bodies import Row
 class FirstKeys:
     """First visible tokens of the queries of some rows, by kind of layer, step after step.
 
-    A worker holds some ranges of a sequence, and its kernel counts tokens without the gaps: positions become indices
-    into what is held.
+    A worker holds some ranges of a sequence, and its kernel counts tokens without the gaps, so positions are converted
+    to indices into these ranges.
 
     Parameters
     ----------
     rows
-        The rows, which say their positions.
+        The rows, with their positions.
     kinds
-        Kinds of layers; those that see everything are left out.
+        Kinds of layers; those that see everything are skipped.
     """
 
     def __init__(self, rows: Sequence[Row], kinds: Iterable[LayerKind]) -> None:

@@ -1,4 +1,4 @@
-"""What keeps a lane's thread alive, and what is said when it ends nevertheless."""
+"""Keeps a lane's thread alive, and reports if it ends nevertheless."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("distributed.distkv.lanes")
 
 
 def attempt(call: Callable[[], object]) -> Exception | None:
-    """Call, and return what went wrong instead of raising it: no peer, and no one call, may end a lane."""
+    """Call a function and return its exception instead of raising it: no peer or call may end a lane."""
     try:
         call()
     except Exception as error:
@@ -21,12 +21,12 @@ def attempt(call: Callable[[], object]) -> Exception | None:
 
 
 def run_lane(name: str, work: Callable[[], None], on_end: Callable[[str], None]) -> None:
-    """Do a lane's work; an exception that ends it is reported, since nobody waits for the thread.
+    """Run a lane's work; an exception that ends it is reported, because no code joins the thread.
 
     Parameters
     ----------
     name
-        The lane's name, for people.
+        The lane's name, for display.
     work
         Returns when the lane was closed.
     on_end
@@ -37,4 +37,4 @@ def run_lane(name: str, work: Callable[[], None], on_end: Callable[[str], None])
     except BaseException as error:
         logger.critical("the %s of this worker ended", name, exc_info=error)
         if (failure := attempt(partial(on_end, f"its {name} ended: {in_words(error)}"))) is not None:
-            logger.error("nobody could be told that the %s ended", name, exc_info=failure)
+            logger.error("the end of the %s could not be reported", name, exc_info=failure)

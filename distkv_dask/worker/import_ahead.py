@@ -1,4 +1,4 @@
-"""Imports that opening an engine needs, made in the background while its client still looks at the model."""
+"""Imports that opening an engine needs, run in the background while its client still checks the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 def import_ahead() -> None:
-    """Begin to import torch, transformers and what opens an engine; returns at once."""
+    """Start importing torch, transformers and the modules that open an engine; returns at once."""
     # a daemon: Python waits for threads of executors when it ends, and a nanny does not wait for Python
     threading.Thread(target=_import, name="distkv-import-ahead", daemon=True).start()
 

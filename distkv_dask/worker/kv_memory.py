@@ -1,4 +1,4 @@
-"""How much KV memory a worker has for an engine, and how much host memory for what makes room there."""
+"""Sizes of a worker's KV memory for an engine, and of host memory for evicted blocks."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
 
 STATE_SHARE = 0.25
-"""Part of the KV memory that states of recurrent layers take at most."""
+"""Maximum part of the KV memory for states of recurrent layers."""
 WINDOW_SHARE = 0.5
-"""The same where windows of layers are kept there, which without that would take most of it."""
+"""The same with windows of layers, which would otherwise take most of it."""
 
 MARGIN = 0.05
-"""Part of a card's memory that is left free by default: for kernels, other libraries and what is in pieces."""
+"""Part of a card's memory left free by default: for kernels, other libraries and fragmentation."""
 
 
 def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Device, model: LoadedModel | None) -> int:
-    """Bytes of KV memory on a worker: what the settings or its resources say, else a part of what there is.
+    """Bytes of KV memory on a worker: from the settings or its resources, else a part of the available memory.
 
-    On the host that is half of what the weights leave of the worker's memory limit. On a card it is what remains after
-    the weights and after the largest prompt chunk, which is computed once to see.
+    On the host this is half of what the weights leave of the worker's memory limit. On a card it is the rest after the
+    weights and the largest prompt chunk, which is computed once to measure it.
 
     Raises
     ------
     ConfigError, CapacityError, DeviceError
-        It has no memory limit to take half of; it is less than a block, or does not fit beside what is there.
+        There is no memory limit to take half of; or the result is less than a block, or does not fit.
     """
     asked = spec.config.kv_memory
     if KV_MEMORY_RESOURCE in worker.state.total_resources:
@@ -57,14 +57,14 @@ def kv_memory(spec: EngineSpec, worker: Worker, block: BlockShape, device: Devic
 
 
 def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
-    """Bytes of host memory for blocks that make room on a card; none on the host, where the pool itself is.
+    """Bytes of host memory for blocks evicted from a card; none on the host, where the pool itself is.
 
-    By default a quarter of the worker's memory limit, or less where that is not free.
+    By default a quarter of the worker's memory limit, or less if that is not free.
 
     Raises
     ------
     CapacityError
-        What the settings say does not fit beside what is there.
+        The configured size does not fit.
     """
     if device.is_host:
         return 0
@@ -84,7 +84,7 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
 
 
 class Needs(NamedTuple):
-    """Bytes of KV memory that a home needs besides blocks: for each of its sequences, and once for all of them."""
+    """Bytes of KV memory that a home needs in addition to blocks: per sequence, and once for all of them."""
 
     each: int = 0
     once: int = 0
@@ -92,7 +92,7 @@ class Needs(NamedTuple):
 
 
 def needs_of(geometry: Geometry, config: Config) -> Needs:
-    """What states of recurrent layers need, and layers that keep a window of their KV at the home."""
+    """Memory of recurrent layers' states, and of layers that keep a window of their KV at the home."""
     states = KEPT * geometry.state_bytes
     if not geometry.home_layers:
         return Needs(states)
@@ -103,9 +103,9 @@ def needs_of(geometry: Geometry, config: Config) -> Needs:
 
 
 def rooms(memory: int, block: BlockShape, needs: Needs, batch: int) -> tuple[int, int]:
-    """Blocks of a pool, and sequences that the worker can be home of, for which KV memory of so many bytes has room.
+    """Blocks of a pool, and sequences that the worker can be home of, that fit into this much KV memory.
 
-    Without needs of each these are ``batch``; else as many as their part of the memory has room for, and at least one.
+    Without needs per sequence these are ``batch``; else as many as fit into their part of the memory, at least one.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def _on_card(spec: EngineSpec, device: Device, model: LoadedModel | None, asked:
 
 
 def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
-    """Bytes that the largest prompt chunk takes on a card in addition to weights and KV, found by computing one."""
+    """Bytes that the largest prompt chunk needs on a card in addition to weights and KV, measured by computing one."""
     tokens = min(tokens, model.geometry.max_positions or tokens)
     try:
         with device.peak() as peak:

@@ -1,4 +1,4 @@
-"""A worker's two compute threads and the address at which others reach its holder lane."""
+"""A worker's two compute threads, and the address of its holder lane."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Lanes:
     worker
         The worker's Dask address.
     host
-        Host on which the holder lane listens, and at which other workers reach it.
+        Host on which the holder lane listens, as other workers reach it.
     threads
         torch threads of each lane.
     certificates
-        The worker's, where the cluster has any: TCP channels go with TLS then.
+        The worker's, if the cluster has any: then TCP channels use TLS.
     on_end
-        Called with the reason, in any thread, when a lane ends without :meth:`close`: neither lane is usable then.
+        Called with the reason, in any thread, when a lane ends without :meth:`close`: then neither lane is usable.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Lanes:
 
     @property
     def closed(self) -> bool:
-        """Whether a lane was closed or has ended by itself."""
+        """Whether a lane was closed or has ended."""
         return self.home.closed or self.holder.closed
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where others reach the holder lane."""
+        """The address of the holder lane."""
         return Endpoint(*self._address, self.holder.port, self.holder.unix, self.holder.ucx)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -57,7 +57,7 @@ class Lanes:
         Raises
         ------
         TimeoutError
-            A lane is still at work after ``timeout`` seconds.
+            A lane is still busy after ``timeout`` seconds.
         """
         self.holder.close(timeout)
         self.home.close(timeout)

@@ -23,17 +23,17 @@ class OpenLanes:
     worker
         This worker.
     ended
-        Called with the reason, on the thread that ends, when a lane ends although nobody closed it.
+        Called with the reason, on the ending thread, when a lane ends without being closed.
     """
 
     def __init__(self, worker: Worker, ended: Callable[[str], None]) -> None:
         self._worker = worker
         self._ended = ended
         self.current: Lanes | None = None
-        """Those, while an engine is open."""
+        """The lanes, while an engine is open."""
 
     def start(self, threads: int | None) -> Lanes:
-        """The lanes, started if they were not; in a thread, since the imports alone take seconds."""
+        """The lanes, started if needed; in a thread, since the imports alone take seconds."""
         from distkv_dask.worker.channels.tls import Certificates
         from distkv_dask.worker.lanes import Lanes
 
@@ -46,7 +46,7 @@ class OpenLanes:
         return lanes
 
     def give_up(self, lanes: Lanes) -> None:
-        """Start others for the next engine, if these are the current ones; whoever calls this closes them."""
+        """Start new lanes for the next engine, if these are the current ones; the caller closes them."""
         if self.current is lanes:
             self.current = None
 
@@ -60,4 +60,4 @@ class OpenLanes:
 
 def _end(lanes: Lanes) -> None:
     lanes.close()
-    give_back_freed_memory()  # be like any other of Dask's workers again
+    give_back_freed_memory()  # behave like an ordinary Dask worker again

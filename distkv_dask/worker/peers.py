@@ -1,4 +1,4 @@
-"""What rManagers ask of each other over Dask's own comm: pieces of blocks that move, and blocks that are spilled."""
+"""Calls between rManagers over Dask's own comm: pieces of moving blocks, and spilled blocks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Peers:
-    """Both ends of that.
+    """Both ends of these calls.
 
     Parameters
     ----------
     worker
         This worker.
     engines
-        Those that are open here.
+        Engines that are open here.
     """
 
     def __init__(self, worker: Worker, engines: Mapping[str, WorkerEngine]) -> None:
@@ -38,11 +38,11 @@ class Peers:
 
     @property
     def handlers(self) -> dict[str, Callable[..., Any]]:
-        """What answers other workers, by Dask's operation."""
+        """Handlers for other workers' calls, by Dask's operation."""
         return {ToPeer.BLOCKS: self._take_blocks, ToPeer.SPILLED: self._read_spilled}
 
     def send_blocks(self, engine: str, send: Send) -> None:
-        """Copy blocks of an engine that is open here to another worker, beside everything else."""
+        """Copy blocks of an engine to another worker in the background."""
         peer = partial(self._send_piece, engine, send.target)
         tokens = range(send.start, send.stop)
         sending = self._engines[engine].send(peer, send.number, send.sequence, tokens, send.pace)
@@ -51,34 +51,34 @@ class Peers:
         task.add_done_callback(self._sending.pop)
 
     def stop_sending(self, engine: str) -> None:
-        """Send no more blocks of an engine, which closes."""
+        """Stop sending blocks of a closing engine."""
         for task, sender in self._sending.items():
             if sender == engine:
                 task.cancel()
 
     async def _send_piece(self, engine: str, target: str, piece: Piece, data: np.ndarray) -> str:
-        """Send a piece of a block to another worker; why it is not taken, if it is not."""
+        """Send a piece of a block to another worker; returns the reason if it is refused."""
         answer: str = await self._worker.rpc(target).distkv_blocks(
             engine=engine, piece=tuple(piece), data=to_serialize(data)
         )
         return answer
 
     async def ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
-        """Blocks that another worker has spilled, uint8 [count, bytes]; why not, if they are not there."""
+        """Blocks that another worker has spilled, uint8 [count, bytes]; raises the reason if it has none."""
         answer: dict[str, Any] = await self._worker.rpc(file.worker).distkv_spilled(
             engine=engine, file=tuple(file), first=first, count=count
         )
         return answer["rows"] if "rows" in answer else str(answer["refusal"])
 
     async def _take_blocks(self, engine: str, piece: Sequence[Any], data: np.ndarray) -> str:
-        """Another worker sends a piece of a block; says why it is not taken, if it is not."""
+        """Receive a piece of a block from another worker; returns the reason if it is refused."""
         if engine not in self._engines:
             return self._not_open(engine)
         store = partial(self._engines[engine].store_piece, Piece(*piece), data)
         return await asyncio.get_running_loop().run_in_executor(None, store)
 
     async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> dict[str, Any]:
-        """Another worker wants blocks that are spilled here: ``rows``, uint8 [count, bytes], or a ``refusal``."""
+        """Return blocks spilled here to another worker: ``rows``, uint8 [count, bytes], or a ``refusal``."""
         if engine not in self._engines:
             return {"refusal": self._not_open(engine)}
         try:

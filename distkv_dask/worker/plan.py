@@ -1,4 +1,4 @@
-"""Which worker does what in a step: pure cutting of a batch by the placements of its sequences."""
+"""The plan of a step: splits a batch by the placements of its sequences. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distkv_dask.worker.channels.bodies import Row
 
 
 class Stored(NamedTuple):
-    """A sequence as a step sees it: where its KV lies, how many of its tokens are stored, and how many are new.
+    """A sequence in a step: its placement, the number of its stored tokens, and the number of new ones.
 
-    The new ones lie in one span.
+    The new ones are in one span.
     """
 
     sequence: int
@@ -25,9 +25,9 @@ class Stored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One worker's part of a step: rows, and which of the step's tokens their queries are, row after row.
+    """One worker's part of a step: rows, and the step's tokens of their queries, row after row.
 
-    A token may stand there several times: once for what its sequence shares with a document, once for its own KV.
+    A token may occur several times: for KV that its sequence shares with a document, and for its own KV.
     """
 
     rows: tuple[Row, ...]
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Partials merged together: ``queries`` of a worker's from ``query`` on, for the tokens from ``token`` on."""
+    """Partials merged together: ``queries`` of a worker from ``query`` on, for the tokens from ``token`` on."""
 
     worker: str
     query: int
@@ -58,7 +58,7 @@ def cut(batch: Sequence[Stored], alike: bool = False) -> dict[str, Part]:
     batch
         Sequences in the order of their tokens in the step.
     alike
-        Whether each token is a row of its own: attention rounds in another way for rows of several.
+        Whether each token is a separate row: attention rounds differently for rows of several.
 
     Raises
     ------
@@ -88,10 +88,9 @@ def cut(batch: Sequence[Stored], alike: bool = False) -> dict[str, Part]:
 
 
 def merge_order(parts: Mapping[str, Part]) -> list[Run]:
-    """In which order the partials of a step are merged: each token's by the first position that they are about.
+    """The order in which partials of a step are merged: each token's by the first position that they cover.
 
-    Rounding depends on that order, so it must not depend on when partials arrive, on who holds what, or on the rest of
-    the batch.
+    Rounding depends on the order, so the order must not depend on arrival, on the holders, or on the rest of the batch.
 
     Examples
     --------
@@ -130,7 +129,7 @@ def _part(*rows: _Joined) -> Part:
 
 
 def _filled(row: Row, joined: Sequence[tuple[range, int]]) -> Row:
-    """A row with the queries of all that it joins; with each one's position, where some have more than others."""
+    """A row with the queries of all sequences that it joins, with their positions if the numbers of queries differ."""
     if len({len(some) for some, _ in joined}) > 1:
         joined = [(range(token, token + 1), first + token - some.start) for some, first in joined for token in some]
     return row._replace(queries=sum(len(some) for some, _ in joined), positions=tuple(first for _, first in joined))

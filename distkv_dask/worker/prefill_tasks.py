@@ -1,8 +1,8 @@
 """The tasks of prompts' chunks on one worker: short chunks that wait for the home lane are computed in one forward.
 
-A forward over few tokens takes nearly as long as one over many, since it reads all weights. So the lane computes, with
-the chunk whose turn it is, those behind it that fit into a chunk's number of tokens and need no other worker. Each
-keeps its own task and gang, and fails alone.
+A forward over few tokens takes nearly as long as one over many, since it reads all weights. So the lane computes the
+next chunk together with queued ones that need no other worker, up to a chunk's number of tokens. Each keeps its own
+task and gang, and fails alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """A chunk whose task waits for the lane: what came of it, once it was computed, and where its time went."""
+    """A chunk with a task that waits for the lane; its result, once computed, and its time by activity."""
 
     chunk: PrefillChunk
     parts: dict[str, float] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Waiting:
 
 
 class PrefillTasks:
-    """What an open engine does for tasks of chunks.
+    """An open engine's tasks of chunks.
 
     Parameters
     ----------
@@ -64,12 +64,12 @@ class PrefillTasks:
             raise
 
     def prepare(self, chunk: PrefillChunk) -> None:
-        """Compile the schema of the answer that a chunk begins: here, off the lane, it holds up nobody else."""
+        """Compile the schema for a prompt's last chunk, outside the lane, so that others do not wait for it."""
         if chunk.sampling is not None and self._engine.model is not None:
             self._engine.model.prepare(chunk.sampling)
 
     def run(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
-        """On the home lane: compute a chunk and tell the gManager; the number of its tokens."""
+        """On the home lane: compute a chunk and tell the gManager; returns the number of its tokens."""
         self._begin(chunk)
         runtime = self._engine.runtime
         with computing(parts, lambda: runtime.exchanged):
@@ -80,7 +80,7 @@ class PrefillTasks:
     # On the home lane
 
     def _turn(self, one: Waiting) -> int:
-        """It is a chunk's turn, unless it was computed with an earlier one."""
+        """Compute a chunk, unless it was computed with an earlier one."""
         if one.tokens is None and one.error is None:
             together = self._together(one)
             if len(together) == 1 or not self._run_together(together):
@@ -92,7 +92,7 @@ class PrefillTasks:
         return one.tokens
 
     def _together(self, first: Waiting) -> list[Waiting]:
-        """Take a chunk, and those behind it that go into the same forward."""
+        """Take a chunk, and queued ones that fit into the same forward."""
         with self._lock:
             chosen, room = [first], self._engine.spec.config.prefill_chunk_tokens - len(first.chunk.tokens)
             if self._is_joined(first.chunk):
@@ -108,9 +108,9 @@ class PrefillTasks:
             self._waiting = [one for one in self._waiting if one not in some]
 
     def _is_joined(self, chunk: PrefillChunk) -> bool:
-        """Whether a chunk may go with others: it asks no other worker, no state goes from token to token.
+        """Whether a chunk may be computed with others: it needs no other worker and has no recurrent state.
 
-        Nor are all of its tokens scored, whose logits take much memory.
+        Nor are all of its tokens scored, because their logits take much memory.
         """
         assert self._engine.model is not None
         if chunk.gang.holders or chunk.targets or self._engine.model.geometry.state_bytes:
@@ -118,7 +118,7 @@ class PrefillTasks:
         return any(span.start <= chunk.start and chunk.reach <= span.stop for span in chunk.placement)
 
     def _run_together(self, some: Sequence[Waiting]) -> bool:
-        """Compute chunks in one forward; False if that failed: whose fault it was, each alone will show."""
+        """Compute chunks in one forward; False if that failed: then each is computed alone, to find the cause."""
         runtime, ready = self._engine.runtime, []
         for one in some:
             try:
@@ -149,7 +149,7 @@ class PrefillTasks:
                 one.error = error
 
     def _begin(self, chunk: PrefillChunk) -> None:
-        """Say that a chunk begins; GangAbortedError if it must not."""
+        """Report the start of a chunk; raises GangAbortedError if it must not start."""
         engine = self._engine
         engine.check(chunk.gang)
         if engine.is_retired(chunk.sequence):
@@ -157,7 +157,7 @@ class PrefillTasks:
         engine.tell(did.ChunkStarted(engine.worker, chunk.gang.number))
 
     def _tell_done(self, chunk: PrefillChunk, result: ChunkResult) -> None:
-        """Tell the gManager what to commit."""
+        """Send the tokens to commit to the gManager."""
         engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
         token, scored = result.token, result.scored
         if (chosen := result.chosen) is not None:

@@ -55,7 +55,7 @@ class RManager(WorkerPlugin):
     name = PLUGIN
 
     def setup(self, worker: Worker) -> None:
-        """Listen to the gManager and say hello."""
+        """Register handlers and announce this worker to the gManager."""
         self.worker = worker
         self.engines: dict[str, WorkerEngine] = {}
         self._lanes = OpenLanes(worker, self._lane_ended)
@@ -74,13 +74,13 @@ class RManager(WorkerPlugin):
 
     @property
     def lanes(self) -> Lanes | None:
-        """Its lanes, while an engine is open."""
+        """The worker's lanes, while an engine is open."""
         return self._lanes.current
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything (the worker leaves, or the plugin is removed)."""
         self._leaving = True
-        for name in self.engines:  # before anything fails for it: what runs here is a loss, to be repeated elsewhere
+        for name in self.engines:  # before tasks fail: the gManager then repeats them elsewhere
             self.tell(name, Closed(self.worker.address))
         async with self._changing:
             pass  # an engine that is being opened
@@ -91,13 +91,13 @@ class RManager(WorkerPlugin):
         for name in list(self.engines):
             await self._close_engine(name)
         if worker.nanny is not None and worker.status == Status.closing:
-            gc.freeze()  # or Python looks through all of torch as it ends, on busy CPUs for longer than the nanny waits
+            gc.freeze()  # else Python's last garbage collection outlasts the nanny's patience
 
     # Tasks of step graphs: these run in threads of the worker and block
 
     def prefill(self, chunk: PrefillChunk) -> int:
         """Compute one chunk; see :func:`distkv_dask.graphs.tasks.prefill`."""
-        engine = self._engine(chunk.gang.engine)  # it stays for as long as the chunk computes
+        engine = self._engine(chunk.gang.engine)  # keep the engine while the chunk is computed
         return engine.chunks.prefill(chunk)
 
     def decode(self, window: DecodeWindow) -> int:
@@ -109,7 +109,7 @@ class RManager(WorkerPlugin):
         return self._engine(gang.engine).attend(gang)
 
     def layers(self, engine: str) -> LayerTasks:
-        """What tasks at layer granularity call."""
+        """The attention for tasks at layer granularity."""
         from distkv_dask.worker.by_layer.tasks import LayerTasks
 
         return LayerTasks(self._engine(engine))
@@ -123,14 +123,14 @@ class RManager(WorkerPlugin):
     # Messages of the gManager: these run on the worker's event loop and never block
 
     def receive(self, engine: str, message: Any) -> None:
-        """Do what a message (a packed :class:`~distkv_dask.messages.to_worker.ToWorker`) says, for one engine.
+        """Carry out a message (a packed :class:`~distkv_dask.messages.to_worker.ToWorker`) for one engine.
 
-        An error must not leave this: Dask would close the worker, and others' data with it.
+        No exception may leave this function: Dask would close the worker, with others' data.
         """
         try:
             self._do(engine, unpack(message))
-        except Exception:  # the gang that needs it will fail, and say why
-            logger.exception("a message of the gManager could not be taken")  # what it says may be a user's
+        except Exception:  # the gang that needs it will fail with the reason
+            logger.exception("a message of the gManager failed")  # without the message, which may have users' text
 
     def _do(self, name: str, message: do.ToWorker) -> None:
         match message:
@@ -177,26 +177,26 @@ class RManager(WorkerPlugin):
                 engine.abort(gang, reason, unused)
 
     def take_trace(self, engine: str) -> Any:
-        """What the lanes did for a traced engine since the last call (packed)."""
+        """Spans of the lanes for a traced engine since the last call (packed)."""
         tracer = self.engines[engine].runtime.tracer if engine in self.engines else None
         return pack({} if tracer is None else tracer.take_spans())
 
     def tell(self, engine: str, message: FromWorker) -> None:
-        """Tell the gManager something, from any thread; messages of one thread arrive in order."""
+        """Send a message to the gManager, from any thread; messages of one thread arrive in order."""
         self.worker.loop.add_callback(self._send, engine, message)
 
     def _send(self, engine: str = "", message: FromWorker | None = None) -> None:
-        """Send a message; without one, say hello: plain values are read whatever version the other end has."""
+        """Send a message; without one, announce this worker in plain values, which every version can read."""
         if message is not None and self._is_loss(engine, message):
             return
         told = {"op": FROM_WORKER, "version": VERSION, "engine": engine}
         if message is not None:
             told["message"] = pack(message)
-        with contextlib.suppress(CommClosedError):  # the scheduler is gone, and with it whoever wanted to know
+        with contextlib.suppress(CommClosedError):  # the scheduler is gone
             self.worker.batched_stream.send(told)
 
     def _is_loss(self, engine: str, message: FromWorker) -> bool:
-        """Whether a message comes of a card that failed: what is told instead is that the engine is lost here."""
+        """Whether a message is due to a failed card: then the engine is reported as lost here instead."""
         if isinstance(message, Lost):
             return False
         if reason := self._broken(engine):
@@ -221,7 +221,7 @@ class RManager(WorkerPlugin):
                 return
             try:
                 engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry)
-            except EngineClosedError as error:  # a lane ended meanwhile
+            except EngineClosedError as error:  # a lane has ended meanwhile
                 self.tell(spec.engine, Lost(self.worker.address, str(error)))
             except DistKVError as error:
                 self.tell(spec.engine, OpenFailed(self.worker.address, portable(error, self.worker.address)))
@@ -249,11 +249,11 @@ class RManager(WorkerPlugin):
         self.worker.loop.add_callback(self._give_up, reason)
 
     def _broken(self, engine: str) -> str:
-        """Why the card of an engine cannot be used any more; empty while it can."""
+        """Why the card of an engine can no longer be used; empty while it can."""
         return self.engines[engine].runtime.pool.device.lost if engine in self.engines else ""
 
     def _leave(self, reason: str) -> None:
-        """End this process, which cannot use its card any more: a nanny starts another one, with a card or without."""
+        """End this process, which can no longer use its card: a nanny starts another one, with a card or without."""
         if self._leaving:
             return
         self._leaving = True
@@ -264,10 +264,10 @@ class RManager(WorkerPlugin):
         self._spawn(end_process(self.worker, reason, limit))
 
     def _give_up(self, reason: str, every: bool = False) -> None:
-        """Be like a worker that died to every engine whose lanes have ended; the gManager opens them here again.
+        """Report engines whose lanes have ended as lost, as if the worker had died; the gManager reopens them here.
 
-        They are gone from here before it hears of that: what it had sent until then is for what was lost. One that is
-        being opened or closed just now is seen to there.
+        They are removed before it is told, because messages sent until then are for the lost engines. An engine that is
+        being opened or closed now is handled there.
         """
         lost = {name: engine for name, engine in self.engines.items() if every or engine.lanes.closed}
         if self._leaving or not lost:
@@ -277,7 +277,7 @@ class RManager(WorkerPlugin):
         for name in lost:
             del self.engines[name]
         for name in lost:
-            self._send(name, Lost(self.worker.address, reason))  # before the failures that its end causes
+            self._send(name, Lost(self.worker.address, reason))  # before the failures that result from its end
         task = self._spawn(self._drop(lost, lanes))
         self._dropping.add(task)
         task.add_done_callback(self._dropping.discard)

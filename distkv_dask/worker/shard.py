@@ -40,7 +40,7 @@ class Shard:
         self.layers = pool.layers
         """Layers of the model."""
         self.asked = asked_layers(rows, pool.layer_kinds)
-        """Those in which the rows see something here, or append."""
+        """Layers in which the rows see KV here, or append."""
         self._rows = list(rows)
         self.tokens = sum(row.queries for row in rows)
         """Queries of all rows."""
@@ -76,7 +76,7 @@ class Shard:
             )  # fmt: skip
             result = attention.result
         self.out, self.lse = attention.out, attention.lse
-        """float32 [tokens, heads, head_dim] and [tokens, heads]: what the last :meth:`attend` gave."""
+        """float32 [tokens, heads, head_dim] and [tokens, heads]: results of the last :meth:`attend`."""
         self.result = attention.result
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
@@ -88,7 +88,7 @@ class Shard:
             *self._slots,
         )
         self.native = self._attend.native
-        """The batch as the kernels' core takes it; None where that does not serve."""
+        """The batch prepared for the kernels' core; None if that is not used."""
         self.queued = self._attend.queued
         """Whether :meth:`attend` only queues work on a card, always in the same memory."""
 
@@ -117,7 +117,7 @@ class Shard:
         self._attend(layer, q, keys, None if self._pool.latent_dim else values, scale)
 
     def advance(self) -> None:
-        """Go on to the next step: what was appended is stored now."""
+        """Advance to the next step: appended tokens now count as stored."""
         self._rows = [row._replace(length=row.length + row.queries) if row.appends else row for row in self._rows]
         if self._first is not None:
             self._first.advance()

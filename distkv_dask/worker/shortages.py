@@ -1,4 +1,4 @@
-"""Shortages: how often in a row a worker's card had too little memory for what it was to compute. Pure."""
+"""Counts successive failures of a worker's card for lack of memory. Pure."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from distkv_dask.errors import DeviceMemoryError
 from distkv_dask.messages.from_worker import ChunkDone, FromWorker, GangFailed, Prefilled, WindowDone
 
 MOST = 3
-"""Failures after which engines are opened again, with the KV memory that fits then: something else has taken some."""
+"""Failures after which engines are reopened, with the KV memory that fits then: others use the card, too."""
 
 
 class Shortages:
-    """Counts them by what the worker tells the gManager."""
+    """Counts failures from the worker's messages to the gManager."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def are_too_many(self, message: FromWorker) -> bool:
-        """Whether this failure is one too many; another chunk or window that is computed makes up for all before it."""
+        """Whether a message is the last allowed failure in a row; a finished chunk or window resets the count."""
         match message:
             case GangFailed(error=DeviceMemoryError()):
                 self._count += 1

@@ -50,7 +50,7 @@ def build_engine(
 ) -> WorkerEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
-    A memory worker is given the model's ``geometry`` instead, which is all that it needs.
+    A memory worker gets the model's ``geometry`` instead, and needs no model.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def build_engine(
 
 
 def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> LoadedModel:
-    # takes seconds and memory, which memory workers do not spend
+    # takes seconds and memory, so memory workers do not import it
     from distkv_dask.worker.model.packed import packing_room
     from distkv_dask.worker.model.shared import shared_model
 
@@ -115,7 +115,7 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> Lo
 def _pools(
     spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None
 ) -> tuple[Pool, Windows | None, int]:
-    """Where KV goes: blocks, windows of layers that keep no more, and for how many sequences there is a place."""
+    """Memory for KV: blocks, windows of layers, and places for sequences."""
     block = BlockShape.of(geometry, spec.config.block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
     needs = Needs() if model is None else needs_of(geometry, spec.config)
@@ -132,7 +132,7 @@ def _pools(
 def _files(
     runtime: Runtime, model: LoadedModel | None, worker: Worker, report: Callable[[FromWorker], None]
 ) -> BlockFiles:
-    """What saves and spills the blocks of an engine, and with a model what homes keep beside them."""
+    """Saves and spills the blocks of an engine and, with a model, the states that homes keep."""
     spec, device = runtime.spec, runtime.pool.device
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
     spilled = Spilled(runtime.pool, folder, spec.config, host_memory(spec, worker, device))
@@ -143,14 +143,14 @@ def _files(
 
 
 def _launches(model: LoadedModel | None, device: Device) -> str:
-    """What a user of a card should know of its decode steps; empty if nothing."""
+    """A note for the user on decode steps without CUDA graphs, or empty."""
     if model is None or device.is_host or not model.uncaptured:
         return ""
     return f"decode steps are launched by Python, not as CUDA graphs: {model.uncaptured}"
 
 
 def check_kernels(pool: Pool, heads: int) -> None:
-    """Ask the kernels for attention of a query over no tokens of a pool, before a request does.
+    """Try the kernels with a query over no tokens of a pool, before the first request.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def check_kernels(pool: Pool, heads: int) -> None:
 
 
 def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, kernels: str) -> Measurement | None:
-    """How fast this worker is with the model: kept from an earlier start, or measured now."""
+    """Timings of the worker with the model: from an earlier start, or measured now."""
     spec, lanes, blocks = runtime.spec, runtime.lanes, runtime.pool.capacity_blocks
     key = {
         "form": FORM,
@@ -199,7 +199,7 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, ke
 
 
 def _device(spec: EngineSpec, worker: Worker) -> Device:
-    """What the worker computes on; DeviceError where that cannot keep what the settings promise."""
+    """The worker's device; raises DeviceError if it cannot satisfy the settings."""
     device = choose_device(spec.config.device)
     if device.note:
         logger.warning("worker %s %s", worker.address, device.note)

@@ -1,9 +1,9 @@
-"""Tensors in Dask's own messages: a wrapper that its comms carry in any dtype and from any device, without a pickle.
+"""Tensors in Dask's own messages: a wrapper that its comms send in any dtype and from any device, without pickle.
 
-Dask's own serialisation of torch tensors goes through numpy, which has no bfloat16 and no CUDA. The serializer pairs
-here look at a tensor's bytes instead; importing this module registers them. Comms that take GPU memory (``ucx://``) ask
-for Dask's ``cuda`` family first: CUDA tensors are lent to them as CuPy arrays then, without a copy. Elsewhere their
-bytes go through host memory.
+Dask's own serialization of torch tensors goes through numpy, which has no bfloat16 and no CUDA. The serializers here
+use a tensor's bytes instead; importing this module registers them. Comms that take GPU memory (``ucx://``) ask for
+Dask's ``cuda`` family first: CUDA tensors are lent to them as CuPy arrays then, without a copy. Elsewhere their bytes
+go through host memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from distkv_dask.errors import MissingProgramError
 
 @dataclass(frozen=True, slots=True)
 class TensorMessage:
-    """Tensors of any dtypes, shapes and devices, and what is to be known about them.
+    """Tensors of any dtypes, shapes and devices, and metadata.
 
-    CUDA tensors arrive on the receiver's current CUDA device, or in host memory where it has none. Who takes a message
-    does not write into its tensors: within a process they are the sender's.
+    CUDA tensors arrive on the receiver's current CUDA device, or in host memory if it has none. Receivers must not
+    write into the tensors: within a process they are the sender's.
     """
 
     about: Any
@@ -73,7 +73,7 @@ def _header(message: TensorMessage) -> dict[str, Any]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes, uint8; they are copied only when they do not lie in order."""
+    """A tensor's bytes, uint8; copied only if they are not contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
@@ -81,7 +81,7 @@ def _on_host(frame: Any) -> torch.Tensor:
     data = np.frombuffer(frame, np.uint8)
     if not data.size:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.from_numpy(data if data.flags.writeable else data.copy())  # torch warns of memory that is not
+    return torch.from_numpy(data if data.flags.writeable else data.copy())  # torch warns about read-only memory
 
 
 def _on_gpu(frame: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a worker's two lanes spend their time on: spans in rings of bounded size, kept while ``distkv.trace`` is set."""
+"""The time of a worker's two lanes: spans in ring buffers of bounded size, recorded while ``distkv.trace`` is set."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from distkv_dask.messages.names import Span, Spans
 from distkv_dask.worker.native.marks import NativeMarks, Recorded
 
 CAPACITY = 50_000
-"""Spans that a lane keeps until the engine fetches them (about 12 MB); where it comes too late, the oldest are lost."""
+"""Spans that a lane keeps until the engine fetches them (about 12 MB); if it is too late, the oldest are lost."""
 
 
 class Ring:
-    """Spans of one lane. One thread records, another takes.
+    """Spans of one lane. One thread records, another fetches.
 
-    Clocks of processes are compared by :func:`time.time_ns`, and read with :func:`time.perf_counter_ns`, which never
-    jumps: what lies between them is measured once.
+    Times are read with :func:`time.perf_counter_ns`, which never jumps, and compared between processes by
+    :func:`time.time_ns`; the offset is measured once.
     """
 
     def __init__(self) -> None:
         self.last = 0
         """End of the last recorded span (:func:`time.perf_counter_ns`), 0 when there is none yet."""
         self.native = NativeMarks()
-        """Where C++ records what this lane does without Python, until :meth:`collect`."""
+        """Buffer in which C++ records this lane's work without Python, until :meth:`collect`."""
         self._spans: deque[Recorded] = deque(maxlen=CAPACITY)
         self._lost = 0
         self._offset = time.time_ns() - time.perf_counter_ns()
@@ -33,12 +33,12 @@ class Ring:
     def put(
         self, name: str, began: int, gang: int, step: int = -1, layer: int = -1, peer: str = "", size: int = -1
     ) -> int:
-        """Record a span that ends now; see :class:`~distkv_dask.messages.names.Span`, but for ``began``.
+        """Record a span that ends now; see :class:`~distkv_dask.messages.names.Span`, except for ``began``.
 
         Parameters
         ----------
         began
-            Its begin, by :func:`time.perf_counter_ns`.
+            Its start, by :func:`time.perf_counter_ns`.
 
         Returns
         -------
@@ -50,7 +50,7 @@ class Ring:
         return ended
 
     def collect(self) -> None:
-        """Take over what C++ has recorded, by the same clock."""
+        """Add the spans that C++ has recorded, by the same clock."""
         self._lost += self.native.take_lost()
         for one in self.native.take_marks():
             self._add(one)
@@ -70,7 +70,7 @@ class Ring:
 
 
 def span(ring: Ring | None, name: str, gang: int, size: int) -> AbstractContextManager[None]:
-    """Record the time inside a ``with`` statement, where there is a ring."""
+    """Record the time inside a ``with`` statement, if there is a ring."""
     return nullcontext() if ring is None else _span(ring, name, gang, size)
 
 
@@ -91,5 +91,5 @@ class Tracer:
         self.holder = Ring()
 
     def take_spans(self) -> dict[str, Spans]:
-        """What both lanes did since the last call."""
+        """Spans of both lanes since the last call."""
         return {"home lane": self.home.take_spans(), "holder lane": self.holder.take_spans()}

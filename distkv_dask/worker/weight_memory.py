@@ -1,4 +1,4 @@
-"""Whether a model's weights fit a worker, asked before they are loaded: too late, and Dask kills the worker."""
+"""Checks whether a model's weights fit a worker before they are loaded; otherwise Dask would kill the worker."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SHARED = (
 
 
 def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
-    """Whether a model's layers are to be read from disk; refuses weights that do not fit with the KV memory asked for.
+    """Whether to read a model's layers from disk; refuses weights that do not fit with the configured KV memory.
 
     Raises
     ------
     ModelError, UnsupportedModelError
-        The model cannot be served, whatever there is of memory.
+        The model cannot be served, with any amount of memory.
     CapacityError, DeviceError
-        Naming what they need and what there is, in bytes.
+        With the bytes needed and available.
     """
     source = resolve_model(spec.model, spec.rope_scaling)
     check_supported(config := source.config())
@@ -77,7 +77,7 @@ def _check_card(device: Device, name: str, weights: int | None, spec: EngineSpec
 
 
 def _check_fit(spec: EngineSpec, worker: Worker, weights: int, model: str, need: str) -> None:
-    """Refuse weights that do not fit the machine or Dask's limit together with KV memory; ``need`` says it in words."""
+    """Refuse weights that do not fit the machine or Dask's limit with the KV memory; ``need`` is for the message."""
     free, limit = free_memory(), worker.memory_manager.memory_limit
     asked = _asked(spec, worker, weights, limit or free)
     if weights + asked > free:
@@ -113,12 +113,12 @@ def until_paused(worker: Worker) -> float:
 
 
 def free_memory() -> int:
-    """Bytes that this machine has for more: pages of files that can be read again, such as weights, count as free."""
+    """Available bytes of this machine: pages of files that can be read again, such as weights, count as free."""
     return min(psutil.virtual_memory().available, MEMORY_LIMIT)
 
 
 def _asked(spec: EngineSpec, worker: Worker, weights: int, limit: int) -> int:
-    """Bytes of KV memory that the worker will have, as :mod:`distkv_dask.worker.kv_memory` sees it."""
+    """Bytes of KV memory that the worker will have by the rules of :mod:`distkv_dask.worker.kv_memory`."""
     resources = worker.state.total_resources
     if KV_MEMORY_RESOURCE in resources:
         return int(resources[KV_MEMORY_RESOURCE])
