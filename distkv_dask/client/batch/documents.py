@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,14 @@ class DocumentSource:
     def count(self) -> int:
         """Number of files."""
         return len(self._paths)
+
+    def sizes(self) -> dict[int | str, int]:
+        """Bytes of the files, by their labels; those that cannot be looked at are left out."""
+        found: dict[int | str, int] = {}
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                found[label_of(path.relative_to(self._base))] = path.stat().st_size
+        return found
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Read one file after the other."""

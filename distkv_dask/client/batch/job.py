@@ -13,8 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.answer_plan import check_servable
+from distkv_dask.client.batch.documents import DocumentSource
+from distkv_dask.client.batch.means import means_of
+from distkv_dask.client.batch.meter import Meter
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_openai_answers
 from distkv_dask.client.batch.output import Output
+from distkv_dask.client.batch.pace import new_tokens
 from distkv_dask.client.batch.progress import progress_bar
 from distkv_dask.client.batch.record import Run
 from distkv_dask.client.batch.results import Lot, Results
@@ -92,6 +96,7 @@ class Job:
         rows, total = len(output.done), self._source.count()
         total = None if total is None else total * len(self._spec.questions)
         with progress_bar(total, rows, self._errors, progress) as advance:
+            meter = None if advance is None else self._meter(total, output.done)
             self._check_errors(f"in {output.path} already")
             for lot in self._run(self._todo(output.done)):
                 if lot is None:
@@ -99,8 +104,11 @@ class Job:
                 else:
                     output.append(lot.batch)
                     run.add(lot)
-                    advance(len(lot.outcomes), len(lot.errors))
                     rows += len(lot.outcomes)
+                if advance is not None and meter is not None:
+                    meter.add(() if lot is None else lot.outcomes)
+                    ended, failed = (0, 0) if lot is None else (len(lot.outcomes), len(lot.errors))
+                    advance(ended, failed, meter.left(self._runner.flying))
                 if on_tick is not None:
                     on_tick(rows, self._errors)
         return rows
@@ -122,10 +130,20 @@ class Job:
                     on_tick()
         return pa.Table.from_batches([found[row.label, question] for row, question in todo], self._results.schema)
 
+    def _meter(self, total: int | None, done: Mapping[tuple[int | str, str | None], str]) -> Meter:
+        """What measures how much is left of what is not done."""
+        answered = {label for label, _ in done}
+        sizes = self._source.sizes() if isinstance(self._source, DocumentSource) else {}
+        left = {label: size for label, size in sizes.items() if label not in answered}
+        means = means_of(self._session)
+        together = min(means.batch, max(1, self._in_flight // len(means.speeds)))
+        return Meter(None if total is None else total - len(done), left, new_tokens(means.speeds[0], together))
+
     def _run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[Lot | None]:
         """Answer rows; yields them as they finish, and None now and then."""
-        with contextlib.closing(Runner(self._session, self._spec, self._in_flight).run(todo)) as runner:
-            for ended in runner:
+        self._runner = Runner(self._session, self._spec, self._in_flight)
+        with contextlib.closing(self._runner.run(todo)) as ends:
+            for ended in ends:
                 if not ended:
                     yield None
                     continue

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from distkv_dask.client.batch.estimate import Estimate, estimate_batch
 from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
 from distkv_dask.client.batch.sources import located, source_for
@@ -146,6 +147,50 @@ class Processing:
             opened = source_for(source, spec, keep, session.client)
             target = target_of(out, source, isinstance(opened, OpenAIBatchSource))
             return Job(session, opened, spec, max_errors, in_flight).write(target, retry_errors, progress)
+
+        return asyncio.to_thread(work) if session.client.asynchronous else work()
+
+    def estimate(
+        self,
+        source: Any,
+        *,
+        question: str | None = None,
+        questions: Sequence[str] | None = None,
+        sampling: SamplingParams | None = None,
+        schema: Mapping[str, Any] | str | PathLike[str] | None = None,
+        **how: Any,
+    ) -> Any:
+        """Say what :meth:`process` would take, and which rows it would refuse; nothing is answered.
+
+        Tokens are counted by the model's tokenizer, of many rows by the workers. The time follows from the speeds of
+        the workers (:class:`~distkv_dask.messages.status.WorkerPerformance`), if nobody else asks the engine.
+
+        Parameters
+        ----------
+        source, question, questions, sampling, schema
+            As for :meth:`process`.
+        **how
+            ``template``, ``text_column``, ``too_long``, ``overlap`` and ``combine``, as there.
+
+        Returns
+        -------
+        Estimate
+            It holds if every answer is as long as ``max_new_tokens`` allows. With an asynchronous client, an awaitable.
+
+        Raises
+        ------
+        SourceError, InvalidRequestError, MissingProgramError
+            As :meth:`process` does.
+        """
+        if question is not None and questions is not None:
+            raise InvalidRequestError("give either question or questions")
+        source = located(source)
+        drawn = default_sampling(source) if sampling is None else sampling
+        spec = spec_of(questions if question is None else [question], drawn, schema, **how)
+        session = self._session
+
+        def work() -> Estimate:
+            return estimate_batch(session, source_for(source, spec, None, session.client), spec)
 
         return asyncio.to_thread(work) if session.client.asynchronous else work()
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-Advance = Callable[[int, int], None]
-"""Called with rows that are done and how many of them have errors."""
+Advance = Callable[[int, int, float | None], None]
+"""Called with rows that are done, how many of them have errors, and the seconds that are left, None if nobody knows."""
 
 
 @contextmanager
-def progress_bar(total: int | None, done: int, errors: int, show: bool | None) -> Iterator[Advance]:
-    """Show progress on standard error.
+def progress_bar(total: int | None, done: int, errors: int, show: bool | None) -> Iterator[Advance | None]:
+    """Show progress on standard error; gives None where nothing is shown.
 
     Parameters
     ----------
@@ -33,17 +34,20 @@ def progress_bar(total: int | None, done: int, errors: int, show: bool | None) -
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        _Left(),
         TextColumn("{task.fields[errors]} errors"),
     )
-    with Progress(*columns, console=console, disable=not visible) as bar:
-        task = bar.add_task("", total=total, completed=done, errors=errors)
+    if not visible:
+        yield None
+        return
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=done, errors=errors, left=None)
         failed = errors
 
-        def advance(rows: int, wrong: int) -> None:
+        def advance(rows: int, wrong: int, left: float | None) -> None:
             nonlocal failed
             failed += wrong
-            bar.update(task, advance=rows, errors=failed)
+            bar.update(task, advance=rows, errors=failed, left=left)
 
         yield advance
 
@@ -56,3 +60,11 @@ class _Rate(ProgressColumn):
         if not speed:
             return Text("-")
         return Text(f"{speed:.1f} rows/s" if speed >= 1 else f"{speed * 60:.1f} rows/min")
+
+
+class _Left(ProgressColumn):
+    """The time left, by tokens; the time that it took in the end."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.fields["left"]
+        return Text("-:--:--" if seconds is None else str(timedelta(seconds=round(seconds))))

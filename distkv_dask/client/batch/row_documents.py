@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from distkv_dask.client.batch.rows import Content, Row
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.documents.prompts import common_length, prompt_ids
+from distkv_dask.client.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from distkv_dask.client.session.session import Session
@@ -44,7 +45,8 @@ class RowDocuments:
             return None
         if self._row is not row:
             self.finish()
-            ids = self._prefix(content)
+            window = self._session.facts["max_positions"]
+            ids = shared_prefix(content, self._spec, self._session.tokenizer, window)
             self._row = row
             if len(ids) >= self._session.config.block_tokens:
                 self._last = RowDocument(self._session.store.begin_ingest(ids).number)
@@ -77,17 +79,14 @@ class RowDocuments:
             self._held.discard(document)
             self._session.store.end(document.number)
 
-    def _prefix(self, content: Content) -> list[int]:
-        """The common prefix of the prompts of all questions; empty if they are too long for the model's window."""
-        window = self._session.facts["max_positions"]
-        try:
-            if not str(content.values[self._spec.text_column] or "").strip():
-                return []
-            one, other = (
-                prompt_ids(self._spec.render(content.values, question), self._session.tokenizer)
-                for question in self._spec.questions[:2]
-            )
-        except Exception:  # each question will raise the error
+
+def shared_prefix(content: Content, spec: BatchSpec, tokenizer: Tokenizer, window: float) -> list[int]:
+    """The common prefix of the prompts of all questions; empty if they are too long for the model's window."""
+    try:
+        if not str(content.values[spec.text_column] or "").strip():
             return []
-        fits = max(len(one), len(other)) + self._spec.sampling.max_new_tokens <= window
-        return one[: common_length(one, other)] if fits else []
+        one, other = (prompt_ids(spec.render(content.values, question), tokenizer) for question in spec.questions[:2])
+    except Exception:  # each question will raise the error
+        return []
+    fits = max(len(one), len(other)) + spec.sampling.max_new_tokens <= window
+    return one[: common_length(one, other)] if fits else []

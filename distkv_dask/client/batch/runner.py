@@ -46,6 +46,9 @@ TICK = 1.0
 GATHER = 256
 """Rows that finish without a request (those with errors) are returned in groups of this size."""
 
+Flying = tuple[int | str, int, int]
+"""A request that has not ended: the label of its row, tokens of its prompt, and most tokens of its answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -114,6 +117,12 @@ class Runner:
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outcomes: list[Outcome] = []
         self._broken: DistKVError | None = None
+
+    @property
+    def flying(self) -> list[Flying]:
+        """Requests that have not ended."""
+        asks = (*self._running.values(), *self._ready, *self._suspects)
+        return [(one.work.row.label, len(one.prompt), one.sampling.max_new_tokens) for one in asks]
 
     def run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[list[Outcome]]:
         """Answer everything; yields what has finished (possibly nothing) at least every :data:`TICK` seconds.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import click
 
@@ -14,11 +14,13 @@ from distkv_dask.client.batch.manifest import begun_with
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sampling
 from distkv_dask.client.batch.process import spec_of
 from distkv_dask.client.batch.results import Results
+from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import located, source_for
-from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, TooLong
+from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, BatchSpec, TooLong
 from distkv_dask.client.batch.summary import BatchSummary
 from distkv_dask.client.batch.target import check_target, target_of
-from distkv_dask.client.commands.connect import chosen_of
+from distkv_dask.client.commands.connect import Chosen, chosen_of
+from distkv_dask.client.commands.dry_run import dry_run
 from distkv_dask.client.commands.failures import SOME_ROWS_FAILED, clear_failures
 from distkv_dask.client.commands.options import (
     check_drawn,
@@ -29,13 +31,14 @@ from distkv_dask.client.commands.options import (
     scheduler_option,
     size_options,
 )
+from distkv_dask.scheduler.costs.presets import PRESETS
 
 
 @click.command("run")
 @click.argument("source")
 @click.option("-q", "--question", "questions", multiple=True, help="Question about each row; may be repeated.")
 @click.option("--template", help="Prompt template, with {text}, {question} and other columns in braces.")
-@click.option("-o", "--out", required=True, help="Folder of Parquet files to write.")
+@click.option("-o", "--out", help="Folder of Parquet files to write.")
 @click.option("--text-column", default=TEXT, show_default=True, help="Column that holds the text.")
 @click.option(
     "--keep", multiple=True, metavar="COLUMN", help="Column to copy to the output; by default all but the text."
@@ -65,12 +68,24 @@ from distkv_dask.client.commands.options import (
 @click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Repeat rows that had errors in earlier runs.")
 @click.option("--in-flight", type=click.IntRange(1), help="Most requests to run at once.")
+@click.option(
+    "--dry-run",
+    "dry",
+    is_flag=True,
+    help="Answer nothing: count tokens, say which rows will be refused, and how long the rest will take.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="With --dry-run: no cluster is needed, and --workers workers are as fast as those of this preset.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @sampling_options
 @model_options
 @scheduler_option
 @engine_option
 @size_options
-def command(out: str, **options: Any) -> None:
+def command(out: str | None, dry: bool, preset: str | None, as_json: bool, **options: Any) -> None:
     """Ask questions about every row of SOURCE and write a table of answers.
 
     SOURCE is a Parquet file or folder, a CSV or JSONL file, an OpenAI batch file, a document, or a folder of documents
@@ -84,7 +99,17 @@ def command(out: str, **options: Any) -> None:
 
     Exit status: 0 if every row has an answer, 3 if some rows have errors, 1 if the batch failed (answers so far are
     kept), 2 if the command line is wrong.
+
+    With --dry-run nothing is answered; what is printed holds if every answer is as long as --max-new-tokens allows.
     """  # noqa: D301
+    if not dry and (preset is not None or as_json):
+        raise click.UsageError("--preset and --json are for --dry-run: add that, or leave them out")
+    if dry:
+        chosen, source, spec, *_ = _asked(options)
+        dry_run(chosen, source, spec, preset, as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out': name a folder for the answers, or add --dry-run")
     done = _run(out, options)
     errors = f", {done.errors} with errors" if done.errors else ""
     click.echo(
@@ -94,11 +119,21 @@ def command(out: str, **options: Any) -> None:
         sys.exit(SOME_ROWS_FAILED)
 
 
-def _run(out: str, options: dict[str, Any]) -> BatchSummary:
-    """Check everything, then run the batch."""
+class _Asked(NamedTuple):
+    """What is asked of which source, and by which cluster and model; and how a run goes."""
+
+    chosen: Chosen
+    source: Source
+    spec: BatchSpec
+    path: Any
+    how: dict[str, Any]
+
+
+def _asked(options: dict[str, Any]) -> _Asked:
+    """Check everything that needs no cluster and no output."""
     sampling, said = sampling_of(options)
     chosen = chosen_of(options)
-    max_errors, retry_errors, in_flight = (options.pop(name) for name in ("max_errors", "retry_errors", "in_flight"))
+    how = {name: options.pop(name) for name in ("max_errors", "retry_errors", "in_flight")}
     path, keep = options.pop("source"), options.pop("keep") or None
     with clear_failures():
         path = located(path)
@@ -107,13 +142,21 @@ def _run(out: str, options: dict[str, Any]) -> BatchSummary:
         questions = options.pop("questions") or None
         spec = spec_of(questions, replace(default_sampling(path), **given), **options)
         source = source_for(path, spec, keep, None)
-        requests = isinstance(source, OpenAIBatchSource)
-        if not requests:
+        if not isinstance(source, OpenAIBatchSource):
             check_drawn(sampling)
+    return _Asked(chosen, source, spec, path, how)
+
+
+def _run(out: str, options: dict[str, Any]) -> BatchSummary:
+    """Check everything, then run the batch."""
+    chosen, source, spec, path, how = _asked(options)
+    requests = isinstance(source, OpenAIBatchSource)
+    with clear_failures():
         target = target_of(out, path, requests)
         begun = None
         if chosen.source is not None:
             begun = begun_with(Results(source, spec).schema, parameters_of(spec, chosen.source, chosen.model["dtype"]))
         check_target(target, begun)
     with chosen.session(texts=not requests) as session:
-        return Job(session, source, spec, max_errors, in_flight).write(target, retry_errors, None)
+        job = Job(session, source, spec, how["max_errors"], how["in_flight"])
+        return job.write(target, how["retry_errors"], None)
