@@ -95,6 +95,8 @@ class Config:
         Which instruction set of the C++ core computes attention on CPUs: ``"auto"`` (the fastest) or a name.
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
+    prefill_workers
+        Workers that compute one prompt at the same time at most, or ``"auto"``.
     window_seconds, window_stream_seconds
         Length of a decode window, and its length while somebody reads along or waits for its end.
     window_scheduler_share, window_max_seconds
@@ -136,6 +138,7 @@ class Config:
     performance: str = _key("performance")
     instruction_set: str = _key("instruction-set")
     prefill_chunk_tokens: int = _key("prefill.chunk-tokens")
+    prefill_workers: str | int = _key("prefill.workers")
     window_seconds: float = _key("window.seconds")
     window_stream_seconds: float = _key("window.stream-seconds")
     window_scheduler_share: float = _key("window.scheduler-share")

@@ -16,12 +16,20 @@ from distkv_dask.placement import Endpoint, Placement
 from distkv_dask.sampling import FinishReason, SamplingParams
 
 
+class Earlier(NamedTuple):
+    """An earlier chunk of the same prompt that may still be under way: the number of its gang, and its worker."""
+
+    gang: int
+    worker: str
+
+
 @dataclass(frozen=True, slots=True)
 class Gang:
     """The Dask tasks, one per member worker, that run one decode window or one prefill chunk together.
 
     ``number`` is unique in a gManager's life and stands in every frame on the wire; ``name`` is what people read on the
-    dashboard; ``epoch`` is the placement version the gang was planned with.
+    dashboard; ``epoch`` is the placement version the gang was planned with. A chunk ``follows`` earlier ones whose end
+    nobody has waited for: each of its layers comes after the same layer of theirs.
     """
 
     engine: str
@@ -30,6 +38,11 @@ class Gang:
     epoch: int
     home: str
     holders: tuple[Endpoint, ...]
+    follows: tuple[Earlier, ...] = ()
+
+    def follows_at(self, worker: str) -> tuple[Earlier, ...]:
+        """Those of the chunks that it follows which a worker computes."""
+        return tuple(earlier for earlier in self.follows if earlier.worker == worker)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class Simulation:
         self._runs: dict[int, Run] = {}
         self._left = self._tasks = self._idle = 0
         self._ready: list[Lane] = []
+        self._held: dict[int, tuple[Lane, PrefillChunk]] = {}
         self._events: list[tuple[float, int, Any, tuple[Any, ...]]] = []
         self._order = count()
 
@@ -246,19 +247,26 @@ class Simulation:
             self._handle(self.workers.decode(window, work.parts, work.steps, work.seconds, work.used))
 
     def _lane_chunk_done(self, lane: Lane, chunk: PrefillChunk) -> None:
-        if lane.current is chunk:
-            self._free(lane)
-            self._tasks += 1 + len(chunk.gang.holders)
-            self._chunk_done(chunk)
+        if lane.current is not chunk:
+            return
+        if self.workers.waits(chunk):  # its last layer does, for that of another one
+            self._held[chunk.gang.number] = lane, chunk
+            return
+        self._free(lane)
+        self._tasks += 1 + len(chunk.gang.holders)
+        self._chunk_done(chunk)
 
     def _chunk_done(self, chunk: PrefillChunk) -> None:
-        if self.workers.head(chunk.sequence) is not chunk:
+        if not self.workers.is_next(chunk):
             return  # it was given up
+        following = next(chain[1:2] for chain in self.workers.chunks if chain[0] is chunk)
         answer = self.workers.compute(chunk)
-        following = self.workers.head(chunk.sequence)
-        if following is not None:
-            self._prefill(following)
+        for one in following:
+            self._prefill(one)
         self._handle(answer)
+        held, self._held = self._held, {}
+        for waiting in held.values():
+            self._lane_chunk_done(*waiting)
 
     # Time and losses
 

@@ -170,8 +170,17 @@ class Workers:
     # Work
 
     def head(self, sequence: int) -> PrefillChunk | None:
-        """The chunk of a prompt that is computed now, or next."""
+        """The first chunk of a prompt that is computed now, or next."""
         return next((chain[0] for chain in self.chunks if chain[0].sequence == sequence), None)
+
+    def is_next(self, chunk: PrefillChunk) -> bool:
+        """Whether a chunk is computed now or next; others of its prompt may be, too."""
+        return any(chain[0] is chunk for chain in self.chunks)
+
+    def waits(self, chunk: PrefillChunk) -> bool:
+        """Whether chunks that one follows are still under way."""
+        under_way = {one.gang.number for chain in self.chunks for one in chain}
+        return any(earlier.gang in under_way for earlier in chunk.gang.follows)
 
     def compute(self, chunk: PrefillChunk) -> did.ChunkDone | did.Prefilled:
         """Compute the next chunk of a prompt; its last one draws the first token."""

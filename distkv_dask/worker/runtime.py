@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from distkv_dask.errors import DistKVError, EngineClosedError, ModelError
+from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
 from distkv_dask.gang import ChunkResult, DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.geometry import describe_kinds
 from distkv_dask.logprobs import TokenLogprob
@@ -39,6 +39,7 @@ from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.logprobs import Drawn, draw_batch
 from distkv_dask.worker.model.sampling import Draw
 from distkv_dask.worker.plan import Part, Stored, cut
+from distkv_dask.worker.showing import Showing
 from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.trace import Tracer, span
 
@@ -107,7 +108,9 @@ class Runtime:
         """What the last chunk or window exchanged with holders."""
         limits = Limits(config.timeout_start, config.timeout_receive)
         ring = None if self.tracer is None else self.tracer.holder
-        lanes.holder.attach(Service(spec.engine, token, pool, limits, ring))
+        service = Service(spec.engine, token, pool, limits, ring)
+        self._under_way = service.under_way
+        lanes.holder.attach(service)
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
         """Reserve room for tokens ``[start, stop)`` of a sequence; CapacityError when there is none."""
@@ -126,7 +129,8 @@ class Runtime:
         EngineClosedError
             The runtime is closed.
         """
-        return self.lanes.holder.open_session(self.spec.engine, gang)
+        here = replace(gang, follows=gang.follows_at(self.lanes.endpoint.worker))
+        return self.lanes.holder.open_session(self.spec.engine, here)
 
     def abort(self, gang: int, reason: str) -> None:
         """End this worker's part in a gang, from any thread: all its members fail with ``reason``."""
@@ -170,9 +174,10 @@ class Runtime:
         model, gang, self.exchanged = self._loaded(), chunks[0].gang, Exchanged()
         choosing = {at: Choosing(chunk, model.eos_token_ids) for at, chunk in enumerate(chunks) if chunk.choices}
         chunks = [choosing[at].chunk if at in choosing else chunk for at, chunk in enumerate(chunks)]
-        count = sum(len(chunk.tokens) for chunk in chunks)
-        with self._running(gang) as running, span(self._ring, "chunk", gang.number, count):
+        recording = span(self._ring, "chunk", gang.number, sum(len(chunk.tokens) for chunk in chunks))
+        with self._showing(chunks) as showing, self._running(gang) as running, recording:
             run = PrefillRun(running, model, *self._planning(running))
+            run.showing = showing
             logits, scored = self._compute(run, chunks)
             for at, one in choosing.items():
                 one.begin(scored[at])
@@ -283,6 +288,20 @@ class Runtime:
         attention = DistAttention(*of) if self._ring is None else TracedAttention(self._ring, *of)
         attention.step = step
         return attention
+
+    @contextmanager
+    def _showing(self, chunks: Sequence[PrefillChunk]) -> Iterator[Showing]:
+        """Let later chunks follow these; GangAbortedError if one that they follow here failed."""
+        gangs, here, lane = [chunk.gang for chunk in chunks], self.lanes.endpoint.worker, self.lanes.holder
+        self._under_way.check_computed(earlier.gang for gang in gangs for earlier in gang.follows_at(here))
+        numbers = [gang.number for gang in gangs]
+        showing = Showing(numbers, self._under_way, lane, self.spec.engine, self.pool.device)
+        try:
+            yield showing
+        except BaseException as error:
+            showing.failed(in_words(error))
+            raise
+        showing.computed()
 
     @contextmanager
     def _running(self, gang: Gang) -> Iterator[HomeGang | PausedForward]:

@@ -293,11 +293,19 @@ class Simulated(Workers):
 
     def step(self) -> bool:
         """Run one task or answer one message; False when there is nothing to do."""
+        choices = self.choices()
+        if choices:
+            self.take(self.rng.choice(choices))
+        return bool(choices)
+
+    def choices(self) -> list[object]:
+        """Prompts whose next chunk may be computed, homes with windows, and messages that may be answered."""
         busy = [home for home, queue in self.windows.items() if queue and home in self.pools]
-        choices = [*self.chunks, *busy, *self.retirements, *self.moves, *self.files]
-        if not choices:
-            return False
-        match choice := self.rng.choice(choices):
+        return [*self.chunks, *busy, *self.retirements, *self.moves, *self.files]
+
+    def take(self, choice: object) -> None:
+        """Do one of these."""
+        match choice:
             case str():
                 self.run_window(self.windows[choice][0])
             case to.Expect() | to.Send() | to.Relocate():
@@ -311,7 +319,6 @@ class Simulated(Workers):
             case tuple():
                 self.retirements.remove(choice)
                 self.go_on(to.Retire(*choice))
-        return True
 
     def run_chunk(self, chunk: PrefillChunk) -> None:
         self.handle(did.ChunkStarted(chunk.gang.home, chunk.gang.number))

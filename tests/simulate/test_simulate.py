@@ -60,6 +60,20 @@ def test_one_request_alone_takes_what_the_model_says() -> None:
     assert (output - 1) * low <= end - run.first <= (output - 1) * high
 
 
+def with_workers(workers: int | str, arrivals: list[Arrival]) -> tuple[float, float]:
+    """Seconds to the first token of the first request, and of all, on four workers."""
+    with dask.config.set({"distkv.prefill.workers": workers}):
+        outcome = Simulation(PRESETS["cpu-smollm2"], 4, "overflow").run(arrivals)
+    assert len(outcome.finished) == len(arrivals)
+    return min(run.first for run, _ in outcome.finished), outcome.seconds
+
+
+def test_all_workers_compute_a_prompt_that_comes_alone_and_a_batch_ends_as_soon_as_before() -> None:
+    alone, batch = [Arrival(0.0, 6000, 64)], [Arrival(0.0, 6000, 64)] * 9
+    assert with_workers("auto", alone)[0] < with_workers(1, alone)[0] / 3.5
+    assert with_workers("auto", batch) == with_workers(1, batch)
+
+
 def test_of_requests_that_come_together_the_one_that_takes_longest_is_first_whatever_their_order() -> None:
     prompts = [7_000, 9_000, 11_000]
     one = replace(A100, kv_tokens=12_000)  # room for one at a time

@@ -10,7 +10,7 @@ from distkv_dask.scheduler.lifecycle.transitions import settle, transition
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Prefill, Saving, State
-from distkv_dask.scheduler.work import prefill
+from distkv_dask.scheduler.work import prefill, spread
 
 
 def admit(life: MachineState) -> None:
@@ -28,6 +28,7 @@ def admit(life: MachineState) -> None:
             continue
         request = life.requests[chosen[0].sequence]
         ask, placement = reuse.share(life, request, *chosen)
+        placement = spread.spread(life, ask, placement)
         life.queue.reserve(ask, placement)
         request.admitted = request.admitted or life.now
         snapshots.begin(life, request, ask.shared)

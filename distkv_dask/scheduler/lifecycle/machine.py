@@ -28,7 +28,7 @@ from distkv_dask.scheduler.lifecycle.events import (
     WorkerLost,
     WorkerReady,
 )
-from distkv_dask.scheduler.lifecycle.progress import chunk_done, prefilled, window_done
+from distkv_dask.scheduler.lifecycle.progress import chunk_done, window_done
 from distkv_dask.scheduler.lifecycle.transitions import settle
 from distkv_dask.scheduler.moves import drain, migration
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -82,10 +82,9 @@ class Lifecycle:
         match event:
             case did.ChunkStarted():
                 life.starts.chunk_began(event.gang)
-            case did.ChunkDone():
+                prefill.chunk_began(life, event.gang)
+            case did.ChunkDone() | did.Prefilled():
                 chunk_done(life, event)
-            case did.Prefilled():
-                prefilled(life, event)
             case did.WindowStarted():
                 life.starts.window_began(event.worker)
                 homes.window_started(life, event.worker, event.window)

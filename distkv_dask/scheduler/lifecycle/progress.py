@@ -9,21 +9,27 @@ from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
-from distkv_dask.scheduler.work import homes
+from distkv_dask.scheduler.work import homes, wavefront
 
 
-def chunk_done(life: MachineState, event: ChunkDone) -> None:
-    """A worker finished a chunk that draws no token."""
-    request = _commit_chunk(life, event)
-    if request is not None and event.sequence not in life.in_prefill:
-        life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
-
-
-def prefilled(life: MachineState, event: Prefilled) -> None:
-    """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
-    request = _commit_chunk(life, event)
-    if request is None:
+def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
+    """A worker finished a chunk; it is recorded when all before it are, which others may compute at the same time."""
+    request = life.requests.get(event.sequence)
+    if request is None or not isinstance(state := request.state, Prefill) or event.gang not in state.chunks:
         return
+    state.early[event.gang] = event
+    while state.chunks and (done := state.early.pop(next(iter(state.chunks)), None)) is not None:
+        _commit_chunk(life, request, state, done)
+        if isinstance(done, Prefilled):
+            _prefilled(life, request, done)
+        elif not state.chunks:
+            life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
+    if state.wavefront:
+        wavefront.submit(life, state)
+
+
+def _prefilled(life: MachineState, request: Request, event: Prefilled) -> None:
+    """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
     request.decoding = life.now
     if event.chosen is not None:
         tokens, logprobs, scores = event.chosen
@@ -39,22 +45,17 @@ def prefilled(life: MachineState, event: Prefilled) -> None:
         life.recommend(request, Decode())
 
 
-def _commit_chunk(life: MachineState, event: ChunkDone | Prefilled) -> Request | None:
-    """Record that a chunk is computed; returns its request, if the chunk is still expected."""
-    sequence = event.sequence
-    request = life.requests.get(sequence)
-    if request is None or not isinstance(state := request.state, Prefill) or event.gang not in state.chunks:
-        return None
+def _commit_chunk(life: MachineState, request: Request, state: Prefill, event: ChunkDone | Prefilled) -> None:
+    """Record that a chunk is computed."""
     chunk = state.chunks.pop(event.gang)
     if event.scored:
-        life.command(Delivery(sequence, (), scored=event.scored, scored_from=chunk.start + 1))
+        life.command(Delivery(request.sequence, (), scored=event.scored, scored_from=chunk.start + 1))
     state.failures = 0
-    life.ledger.commit(sequence, chunk.stop if state.chunks else request.known_tokens)
+    life.ledger.commit(request.sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
     life.command(ForgetTasks(chunk.gang, finished=True))
     if not state.chunks:
-        life.in_prefill.pop(sequence, None)
-    return request
+        life.in_prefill.pop(request.sequence, None)
 
 
 def window_done(life: MachineState, event: WindowDone) -> None:

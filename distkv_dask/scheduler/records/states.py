@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from distkv_dask.gang import PrefillChunk
+from distkv_dask.messages.from_worker import ChunkDone, Prefilled
 from distkv_dask.messages.names import SavedFile
 
 ASIDE = "aside"
@@ -43,6 +44,9 @@ class Prefill(State):
 
     ``chunks`` are the unfinished ones, by gang number. ``failures`` counts failures since the last success, which began
     at ``failing_since``; the next attempt is at ``rests_until``.
+
+    In a ``wavefront`` several workers compute chunks at once: those ``under_way`` were submitted. Results that came
+    before those of earlier chunks are in ``early``.
     """
 
     label: ClassVar[str] = "prefill"
@@ -52,6 +56,15 @@ class Prefill(State):
     failures: int = 0
     failing_since: float = 0.0
     rests_until: float | None = None
+    wavefront: bool = False
+    under_way: set[int] = field(default_factory=set)
+    early: dict[int, ChunkDone | Prefilled] = field(default_factory=dict)
+
+    def heads(self) -> list[PrefillChunk]:
+        """The chunks that are computed now, or next."""
+        if not self.wavefront:
+            return list(self.chunks.values())[:1]
+        return [chunk for number, chunk in self.chunks.items() if number in self.under_way and number not in self.early]
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from distkv_dask.gang import PrefillChunk
@@ -14,6 +13,7 @@ from distkv_dask.scheduler.policies.queue import prefill_slots
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Prefill, State
+from distkv_dask.scheduler.work import wavefront
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
 
 
@@ -108,7 +108,19 @@ def submit_chunks(life: MachineState, request: Request) -> None:
             )
         )
     state.chunks = {chunk.gang.number: chunk for chunk in chunks}
-    life.command(SubmitPrefill(tuple(chunks)))
+    state.wavefront = wavefront.is_possible(life, state)
+    if state.wavefront:
+        wavefront.submit(life, state)
+    else:
+        life.command(SubmitPrefill(tuple(chunks)))
+
+
+def chunk_began(life: MachineState, gang: int) -> None:
+    """A worker began a chunk: the next one may follow it."""
+    for sequence in life.in_prefill:
+        state = life.requests[sequence].state
+        if isinstance(state, Prefill) and state.wavefront and gang in state.chunks:
+            wavefront.submit(life, state)
 
 
 def resubmit_chunks(life: MachineState, request: Request) -> None:
@@ -122,9 +134,11 @@ def resubmit_chunks(life: MachineState, request: Request) -> None:
 def stop_prefill(life: MachineState, request: Request, reason: str) -> None:
     """Give up the chunks that are not done, if it is in prefill."""
     if isinstance(request.state, Prefill):
-        for chunk in request.state.chunks.values():
-            abandon(life, chunk.gang, reason)
-        request.state.chunks = {}
+        state = request.state
+        for number, chunk in state.chunks.items():
+            if number in state.under_way or not state.wavefront:
+                abandon(life, chunk.gang, reason)
+        state.chunks, state.under_way, state.early = {}, set(), {}
         life.in_prefill.pop(request.sequence, None)
 
 
@@ -135,11 +149,11 @@ def is_awaited_by(life: MachineState, home: str) -> bool:
 
 
 def next_chunks(life: MachineState) -> Iterator[PrefillChunk]:
-    """The chunk of each prompt that is computed now, or next."""
+    """The chunks of each prompt that are computed now, or next."""
     for sequence in life.in_prefill:
         state = life.requests[sequence].state
         if isinstance(state, Prefill):
-            yield from islice(state.chunks.values(), 1)
+            yield from state.heads()
 
 
 def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterator[tuple[str, int, int]]:

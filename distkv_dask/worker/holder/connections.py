@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import selectors
 import time
@@ -72,12 +73,19 @@ class Connections:
             return
         inlet = home.inlet
         try:
-            before = inlet.events
+            before = inlet.events, home.is_held
             work()
-            if inlet.events != before:
-                self._selector.modify(inlet, inlet.events, self._selector.get_key(inlet).data)
+            if (inlet.events, home.is_held) != before:
+                self._unwatch(inlet)
+                self._watch(home)
         except Exception as error:
             self.dismiss(home, error)
+
+    def go_on(self, service: Service) -> None:
+        """Look again at an engine's questions that wait for KV."""
+        for home in self.of(service):
+            if home.is_held:
+                self.serve(home, home.serve)
 
     def dismiss(self, home: HomeConnection, error: Exception) -> None:
         """End a connection, saying why; never raises."""
@@ -88,7 +96,7 @@ class Connections:
             self._log.dropped(home.host, inlet.peer, error, time.monotonic())
         elif not isinstance(error, DistKVError):
             logger.error("MicroAttention for %s failed", inlet.peer, exc_info=error)
-        for step in (partial(self._selector.unregister, inlet), partial(home.leave, error), inlet.close):
+        for step in (partial(self._unwatch, inlet), partial(home.leave, error), inlet.close):
             if (failure := attempt(step)) is not None:
                 logger.error("the channel of %s did not end as it should", inlet.peer, exc_info=failure)
 
@@ -131,8 +139,17 @@ class Connections:
 
     def _add(self, inlet: Inlet, listener: Listener) -> None:
         home = HomeConnection(inlet, self._services)
-        self._selector.register(inlet, inlet.events, partial(self.serve, home, home.serve))
+        self._watch(home)
         self._connections[home] = listener
+
+    def _watch(self, home: HomeConnection) -> None:
+        """Watch a channel; not while its question is held, since nothing that it sends then is read."""
+        if not home.is_held:
+            self._selector.register(home.inlet, home.inlet.events, partial(self.serve, home, home.serve))
+
+    def _unwatch(self, inlet: Inlet) -> None:
+        with contextlib.suppress(KeyError):  # its question was held
+            self._selector.unregister(inlet)
 
     def _make_room(self, listener: Listener) -> None:
         """Drop a stranger if there are too many, unless its token has come: the oldest from where most of them are."""

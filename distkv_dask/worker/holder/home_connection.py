@@ -47,6 +47,8 @@ class HomeConnection:
         self._gang: tuple[int, int] | None = None
         self._begun: tuple[int, list[Row]] = (0, [])
         self._session: Session | None = None
+        self.is_held = False
+        """Whether a question waits for KV that the home lane is computing."""
 
     def serve(self) -> None:
         """Send what is left of an answer, then work on the frames that are there.
@@ -66,11 +68,20 @@ class HomeConnection:
                 return
             session = self._session
             if header.kind is Kind.ATTEND and session is not None:
+                if self._holds(session, header):
+                    return
                 session.answer(inlet, header)
                 self.deadline = time.monotonic() + self._own_service.silence
             else:
                 self._take(header)
             more = inlet.consume(header)
+
+    def _holds(self, session: Session, header: Header) -> bool:
+        """Whether a question cannot be answered yet; it stays where it is, and has a time limit."""
+        held, self.is_held = self.is_held, not session.is_stored(header)
+        if self.is_held and not held:
+            self.deadline = time.monotonic() + self._own_service.silence
+        return self.is_held
 
     def hand_to_native(self) -> NativeTurns | None:
         """Let the session's requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
@@ -114,6 +125,11 @@ class HomeConnection:
         if self._session is None:
             limit = f"{self.service.timeout_start:g} s (distkv.timeouts.start)"
             return ChannelTimeoutError(f"this holder's session was not opened within {limit}")
+        if self.is_held:
+            return ChannelTimeoutError(
+                f"gang {self._session.gang.name} waited {self.service.silence:g} s for KV of an earlier chunk (twice "
+                "distkv.timeouts.receive); the home lane here may hang. If it is only slow, raise that limit"
+            )
         return ChannelTimeoutError(
             f"home {self.inlet.peer} was silent for too long in gang {self._session.gang.name}; it may be frozen or "
             "cut off. If it is only slow, raise distkv.timeouts.receive"

@@ -170,6 +170,16 @@ class HolderLane:
             self._nudge()
         return future
 
+    def go_on(self, engine: str) -> None:
+        """Answer questions that waited for KV which the home lane has stored by now."""
+
+        def look() -> None:
+            if (service := self._services.get(engine)) is not None:
+                self._connections.go_on(service)
+
+        with contextlib.suppress(EngineClosedError):
+            self.submit(look)
+
     def retire(self, engine: str, sequence: int) -> Future[None]:
         """Complete when nothing writes to the blocks of a sequence whose home has stopped computing on it.
 

@@ -13,6 +13,7 @@ from distkv_dask.worker.channels.bodies import token_digest
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.holder.traced import TracedSession
 from distkv_dask.worker.trace import Ring
+from distkv_dask.worker.under_way import UnderWay
 
 if TYPE_CHECKING:
     from distkv_dask.worker.holder.home_connection import HomeConnection
@@ -61,6 +62,8 @@ class Service:
         self.silence = 2 * limits.receive
         """Seconds that a home may be silent in a gang: it may itself wait ``timeout_receive`` for another holder, and
         its report of that must come first."""
+        self.under_way = UnderWay()
+        """Chunks that this worker computes for the engine."""
         self._waiting: dict[int, tuple[Session, float]] = {}
         self._running: dict[int, tuple[Session, HomeConnection]] = {}
         self._early: dict[int, HomeConnection] = {}
@@ -68,7 +71,9 @@ class Service:
 
     def session(self, gang: Gang) -> Session:
         """A session of a gang, to be opened with :meth:`open`."""
-        return Session(gang, self.pool) if self.ring is None else TracedSession(self.ring, gang, self.pool)
+        session = Session(gang, self.pool) if self.ring is None else TracedSession(self.ring, gang, self.pool)
+        session.under_way = self.under_way
+        return session
 
     def open(self, session: Session) -> HomeConnection | None:
         """Take a new session; the home that waits for it already, if there is one."""

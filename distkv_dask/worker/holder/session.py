@@ -22,6 +22,7 @@ from distkv_dask.worker.holder.desk import Desk
 from distkv_dask.worker.holder.native_turns import NativeTurns, new_turns
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.trace import Ring
+from distkv_dask.worker.under_way import UnderWay
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class Session:
         self.result: Future[SessionStats] = Future()
         self.sequences: frozenset[int] = frozenset()
         """Sequences of the batch under way."""
+        self.under_way = UnderWay()
+        """Chunks that are computed here, some of which it may follow."""
+        self._follows = [earlier.gang for earlier in gang.follows]
         self._native: NativeTurns | None = None
         self._ring: Ring | None = None
         self._pool = pool
@@ -118,9 +122,20 @@ class Session:
         reply = Header(Kind.PARTIAL, number, epoch, length=len(self._reply))
         self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)
 
+    def is_stored(self, header: Header) -> bool:
+        """Whether all that an ATTEND frame is about is stored here: chunks that this one follows may be under way.
+
+        Raises
+        ------
+        GangAbortedError
+            Some of it never will be.
+        """
+        self._follows = [gang for gang in self._follows if not self.under_way.is_computed(gang)]
+        return all(self.under_way.is_stored(gang, header.layer) for gang in self._follows)
+
     def hand_to_native(self) -> NativeTurns | None:
         """Let requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
-        if self._native is None or self._shard.full:
+        if self._native is None or self._shard.full or self._follows:
             return None
         self._native.hand_to_native(Header(*self._turn))
         return self._native

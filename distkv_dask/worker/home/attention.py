@@ -14,6 +14,7 @@ from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.shard import Shard
+from distkv_dask.worker.showing import Showing
 
 
 class DistAttention:
@@ -39,6 +40,8 @@ class DistAttention:
     def __init__(self, gang: HomeGang | None, parts: Mapping[str, Part], tokens: int, pool: Pool, heads: int) -> None:
         self.step = 0
         """Number of the next step, as the holders count."""
+        self.showing: Showing | None = None
+        """Tells the holder lane which layers are stored, where later chunks may follow."""
         self._pool = pool
         home = gang.gang.home if gang is not None else next(iter(parts))
         shape = (tokens, heads, pool.value_dim)
@@ -135,6 +138,8 @@ class DistAttention:
             exchange.ask(layer, self.step, q, k, v, scale)
         if self._local is not None:
             self._attend_locally(self._local, layer, q, k, v, scale)
+        if self.showing is not None:
+            self.showing.stored(layer)
         if exchange is not None:
             exchange.gather(layer, self.step)
         if self._merge is not None:  # a token has several partials here

@@ -11,11 +11,13 @@ import torch
 from distkv_dask.gang import Exchanged, PrefillChunk
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.worker.by_layer.paused import PausedForward
+from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.decode import Attention
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.home_state import Begun, Ended
 from distkv_dask.worker.model.logprobs import token_logprobs
 from distkv_dask.worker.plan import Part, Stored, tail_of
+from distkv_dask.worker.showing import Showing
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
@@ -52,6 +54,8 @@ class PrefillRun:
         """What was exchanged with holders so far."""
         self.scored: list[list[TokenLogprob]] = []
         """Log probabilities of the last chunks' targets, chunk by chunk."""
+        self.showing: Showing | None = None
+        """Tells the holder lane how far the chunks are."""
         self._chunks: Sequence[PrefillChunk] = ()
         self._parts: dict[str, Part] = {}
         self._step = 0
@@ -76,12 +80,14 @@ class PrefillRun:
             old, self._parts = self._parts, self._cutting(batch)
             self._gang.begin(self._parts) if self._step == 0 else self._gang.change(self._step, old, self._parts)
             attention = self._new_attention(self._parts, batch, self._step)
+            positions = [at + count for at, count in zip(positions, counts, strict=True)]
+            if isinstance(attention, DistAttention) and positions == [chunk.stop for chunk in chunks]:
+                attention.showing = self.showing
             try:
                 logits = self._score(batch, self._forward(batch, attention, past))
             finally:
                 self.exchanged += attention.exchanged
                 attention.close()
-            positions = [at + count for at, count in zip(positions, counts, strict=True)]
             self._step += 1
         return logits
 

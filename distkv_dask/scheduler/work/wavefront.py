@@ -1,0 +1,48 @@
+"""Wavefronts: chunks of one prompt under way on several workers at once, each layer of one behind that of the last.
+
+A chunk waits at its worker's lane, layer by layer, for those before it. So it is submitted only when the one before it
+has begun: whatever a running chunk waits for is running too, down to one that waits for nobody. Prompts that use the
+same workers in any order cannot wait for each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distkv_dask.gang import Earlier
+from distkv_dask.scheduler.commands import SubmitPrefill
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.states import Prefill
+
+
+def is_possible(life: MachineState, state: Prefill) -> bool:
+    """Whether the chunks of a prompt are computed at once.
+
+    Those that failed are computed one after the other, as are those of models with states, which go from chunk to
+    chunk, and those whose KV does not stay where it is computed.
+    """
+    config, chunks = life.config, state.chunks.values()
+    if config.prefill_workers == 1 or config.granularity != "window" or life.ledger.has_states or state.failures:
+        return False
+    stays = all(
+        span.worker == chunk.gang.home
+        for chunk in chunks
+        for span in chunk.placement
+        if span.start <= chunk.start < span.stop
+    )
+    return stays and len({chunk.gang.home for chunk in chunks}) > 1
+
+
+def submit(life: MachineState, state: Prefill) -> None:
+    """Submit the chunk that may begin next, if there is one: the one before it has begun."""
+    earlier: list[Earlier] = []
+    for number, chunk in state.chunks.items():
+        if number not in state.under_way:
+            chunk = replace(chunk, gang=replace(chunk.gang, follows=tuple(earlier)))
+            state.chunks[number] = chunk
+            state.under_way.add(number)
+            life.command(SubmitPrefill((chunk,)))
+            return
+        if number not in life.starts.begun and number not in state.early:
+            return
+        earlier.append(Earlier(number, chunk.gang.home))

@@ -1,0 +1,36 @@
+"""One prompt on all workers at once: its tokens are those of plain transformers, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from distributed import Client, Scheduler, Worker
+
+from distkv_dask import Engine, SamplingParams
+from tests._cluster import engine_test
+from tests._models import model_dir, prompt_ids, reference_generate
+
+NEW = 12
+GREEDY = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "kv_memory": "4 MiB"}
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-short", "deepseek-v3", "gpt-oss", "lfm2"])
+def test_a_prompt_that_all_workers_compute_has_the_tokens_of_one_process(family: str) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (160, 61)]
+    expected = reference_generate(model_dir(family), prompts, NEW)
+    stays = family in ("gpt-oss", "lfm2")  # windows and states are at homes
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, str(model_dir(family)), prefill_workers=3, **SMALL) as engine:
+            for prompt, right in zip(prompts, expected, strict=True):
+                done = (await engine.generate([prompt], GREEDY))[0]
+                assert list(done.token_ids) == right.tokens
+                assert len({span.worker for span in done.placement}) == (1 if stays else 3)
+                assert len(done.placement) > 3 or stays or len(prompt) < 100
+            status = await engine.status()
+            assert status.totals.get("wavefront_events", 0) == (0 if stays else 2)
+
+    run()
