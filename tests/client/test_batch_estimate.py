@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,6 +71,20 @@ def test_a_bar_that_somebody_sees_tells_the_time_left(
     assert "6/6" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("drawn", [{"n": 3, "temperature": 1.0}, {"choices": ("Yes", "No way")}], ids=str)
+def test_several_answers_and_choices_are_counted_as_they_are_drawn(
+    engine: Engine, tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    table = pa.table({"text": ["a word", "another word"]})
+    asked = {"question": "Who?", "sampling": SamplingParams(max_new_tokens=8, **drawn)}
+    found = engine.estimate(table, **asked)
+    assert (found.refused, found.new_tokens) == (0, 48 if "n" in drawn else 2 * len(b"No way"))
+    prompts = [
+        engine.estimate(pa.table({"text": [text]}), question="Who?").prompt_tokens for text in table["text"].to_pylist()
+    ]
+    assert found.prompt_tokens == sum(prompts)
+
+
 def test_parts_of_long_documents_are_counted_with_what_combines_them(engine: Engine, tmp_path: Path) -> None:
     table, window = pa.table({"text": ["w" * 9000]}), engine.facts["max_positions"]
     asked = {"question": "Who?", "too_long": "map-reduce", "sampling": SamplingParams(max_new_tokens=16)}
@@ -118,6 +133,12 @@ def test_a_shared_document_is_computed_once_and_what_follows_attends_to_it() -> 
     pace = pace_of(asked, means())
     document, rest = 1000 + 1000 * 500e-3, 10 + 10 * 1005e-3 + 20 + 20 * 1010e-3
     assert pace.prefill == pytest.approx((document + rest) * 1e-3)
+
+
+def test_answers_to_one_prompt_are_decoded_each_and_computed_once() -> None:
+    one, four = (pace_of([Need(0, None, (1000,), new=10, answers=count)], means()) for count in (1, 4))
+    assert four.prefill == one.prefill
+    assert four.decode == pytest.approx(10 * (0.05 + 4 * (0.002 + 1005 * 1e-6)))
 
 
 def test_requests_that_decode_together_share_their_steps() -> None:

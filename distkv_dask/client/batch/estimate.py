@@ -117,7 +117,7 @@ def summed(needs: Iterable[Need], means: Means) -> Estimate:
         refused_rows=tuple(wrong[:NAMED]),
         prompt_tokens=sum(sum(one.prompts) for one in asked),
         shared_tokens=sum(one.shared * len(one.prompts) - one.document for one in asked),
-        new_tokens=sum(one.new * len(one.prompts) for one in asked),
+        new_tokens=sum(one.answers * one.new * len(one.prompts) for one in asked),
         sharing=sum(count for count in sharers.values() if count > 1),
         largest_tokens=max(map(kv_tokens, asked), default=0),
         kv_tokens=means.kv_tokens,

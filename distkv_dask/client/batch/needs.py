@@ -37,6 +37,8 @@ class Need:
         Tokens of the document, where this question is the one that has it computed.
     new
         Most tokens of each answer.
+    answers
+        Answers that are drawn to each prompt.
     error
         Why it will be refused.
     """
@@ -47,6 +49,7 @@ class Need:
     shared: int = 0
     document: int = 0
     new: int = 0
+    answers: int = 1
     error: str | None = None
 
 
@@ -84,15 +87,20 @@ def count_row(
     for question in spec.questions:
         try:
             sampling = replace(spec.sampling, **content.sampling)
-            prompts = _prompts(plan_answer(content, question, spec, tokenizer, how.window), sampling, tokenizer, how)
-            begun = any(one.error is None for one in found)
-            found.append(Need(label, question, prompts, shared, 0 if begun else shared, sampling.max_new_tokens))
+            text = None if content.prompt is not None else str(content.values[spec.text_column])
+            plan = plan_answer(content, question, spec, tokenizer, how.window)
+            prompts = _prompts(plan, sampling, text, tokenizer, how.window)
+            document = 0 if any(one.error is None for one in found) else shared
+            new, drawn = _longest(sampling, tokenizer), sampling.best_of or sampling.n
+            found.append(Need(label, question, prompts, shared, document, new, drawn))
         except Exception as error:  # as the row's own in a run
             found.append(Need(label, question, error=in_words(error)))
     return found
 
 
-def _prompts(plan: Plan, sampling: SamplingParams, tokenizer: Tokenizer, how: Counting) -> tuple[int, ...]:
+def _prompts(
+    plan: Plan, sampling: SamplingParams, text: str | None, tokenizer: Tokenizer, window: float
+) -> tuple[int, ...]:
     """Lengths of all prompts of a plan, whose answers are as long as they may be."""
     lengths: list[int] = []
     done: list[Completion] | None = None
@@ -103,11 +111,18 @@ def _prompts(plan: Plan, sampling: SamplingParams, tokenizer: Tokenizer, how: Co
             return tuple(lengths)
         done = []
         for ids in asked.prompts:
-            drawn = checked(sampling if asked.last else replace(sampling, schema=None), len(ids), how.window)
+            drawn = checked(sampling if asked.last else sampling.without_form(), len(ids), window, text)
             tokens = tuple(ids[: drawn.max_new_tokens])
-            text = "" if asked.last else tokenizer.decode(tokens)
-            done.append(Completion(text, tokens, len(ids), "length"))
+            said = "" if asked.last else tokenizer.decode(tokens)
+            done.append(Completion(said, tokens, len(ids), "length"))
             lengths.append(len(ids))
+
+
+def _longest(sampling: SamplingParams, tokenizer: Tokenizer) -> int:
+    """Most tokens of an answer: those of the longest choice, where it is one of some."""
+    if sampling.choices is None:
+        return sampling.max_new_tokens
+    return max(len(tokenizer.encode_more(choice)) for choice in sampling.choices)
 
 
 @lru_cache(maxsize=1)

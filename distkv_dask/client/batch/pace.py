@@ -73,7 +73,7 @@ def pace_of(needs: Iterable[Need], means: Means) -> Pace:
 
 def kv_tokens(need: Need) -> int:
     """Tokens of KV that its largest request has in the end; those of its document, too."""
-    return max(need.prompts) + need.new - 1
+    return max(need.prompts) + need.answers * need.new - 1
 
 
 def prefill_seconds(need: Need, speed: WorkerPerformance) -> float:
@@ -84,7 +84,7 @@ def prefill_seconds(need: Need, speed: WorkerPerformance) -> float:
 
 def decode_seconds(needs: Sequence[Need], speed: WorkerPerformance, together: int, exchange: float) -> float:
     """Decode steps of all requests of a worker, of which so many are decoded together."""
-    answers = sorted((one.new for one in needs for _ in one.prompts), reverse=True)
+    answers = sorted((one.new for one in needs for _ in range(len(one.prompts) * one.answers)), reverse=True)
     steps = sum(answers[::together])  # those that begin together, the longest first
     return steps * (speed.step + exchange) + sum(_rows(one, speed) for one in needs)
 
@@ -101,17 +101,18 @@ def _prefill(tokens: int, before: int, speed: WorkerPerformance) -> float:
 def _rows(need: Need, speed: WorkerPerformance) -> float:
     """What its rows add to the steps that they are part of; tokens of a shared document are read once for all."""
     own = sum(tokens - need.shared + need.new / 2 for tokens in need.prompts) + need.document
-    return need.new * (len(need.prompts) * speed.row + own * speed.token)
+    return need.answers * need.new * (len(need.prompts) * speed.row + own * speed.token)
 
 
 def _share(need: Need, speed: WorkerPerformance, together: int) -> float:
-    return len(need.prompts) * need.new * speed.step / together + _rows(need, speed)
+    return need.answers * len(need.prompts) * need.new * speed.step / together + _rows(need, speed)
 
 
 def _together(asked: Sequence[Need], means: Means) -> int:
     """How many requests a worker decodes together."""
-    workers, requests = len(means.speeds), sum(len(one.prompts) for one in asked)
-    each = sum(sum(one.prompts) + len(one.prompts) * (one.new - one.shared) + one.document for one in asked) / requests
+    workers, requests = len(means.speeds), sum(one.answers * len(one.prompts) for one in asked)
+    kept = sum(sum(one.prompts) + len(one.prompts) * (one.answers * one.new - one.shared) for one in asked)
+    each = (kept + sum(one.document for one in asked)) / requests
     room = int(means.kv_tokens / max(1.0, each) / workers)
     return max(1, min(means.batch, room, ceil(requests / workers)))
 

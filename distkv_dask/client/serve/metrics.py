@@ -33,7 +33,7 @@ class Metrics:
         """Count the tokens of an answer."""
         self.tokens.labels("prompt").inc(done.prompt_tokens)
         self.tokens.labels("reused").inc(done.reused_tokens)
-        self.tokens.labels("new").inc(len(done.token_ids))
+        self.tokens.labels("new").inc(sum(len(one.token_ids) for one in done.answers))
 
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
