@@ -1,7 +1,7 @@
-"""Blocks in files: documents that their users save, and what is spilled on this worker or on others.
+"""Blocks in files: saved documents, and blocks spilled on this worker or on others.
 
-One thread writes, moves and deletes what is spilled here, in the order of what it is asked, so nothing is deleted
-before it is written. What is spilled on another worker is read through that worker.
+One thread writes, moves and deletes blocks spilled here, in the order of its calls, so nothing is deleted before it is
+written. Blocks spilled on another worker are read through that worker.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.distkv.files")
 
 PIECE_BYTES = 16 << 20
-"""Bytes of blocks that are asked of another worker at once, at most (or one block)."""
+"""Maximum bytes of blocks requested from another worker at once (or one block)."""
 
 Peer = Callable[[SpilledFile, int, int], Awaitable[Any]]
-"""Asks the worker that has a file for blocks of it: the first row, and how many."""
+"""Requests blocks of a file from its worker: the first row, and the number of rows."""
 
 
 class BlockFiles:
@@ -53,13 +53,13 @@ class BlockFiles:
     worker
         This worker's address.
     spilled
-        What is spilled here, and the pool whose blocks are written and filled.
+        Blocks spilled here, and the pool.
     config
-        Limits in time: for answers of other workers, and for a folder that takes or gives a piece.
+        Time limits for answers of other workers, and for progress of a folder.
     tell
         Sends an event of the engine to the gManager.
     home
-        What a home has beside blocks, if the model needs that.
+        The states that a home has in addition to blocks, if the model needs them.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class BlockFiles:
     async def store(
         self, number: int, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
     ) -> None:
-        """Write the blocks of token ranges of a sequence, which nobody changes, and tell the end of ``number``.
+        """Write the blocks of token ranges of an idle sequence, and report the end of ``number``.
 
         What a home has beside them after ``home`` tokens is written, too, unless that is 0.
         """
@@ -102,7 +102,7 @@ class BlockFiles:
     async def fetch(
         self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
     ) -> None:
-        """Fill the blocks of token ranges of a sequence from where they are saved; tell the end.
+        """Fill the blocks of token ranges of a sequence from files, and report the end.
 
         What a home has beside them after ``home`` tokens is read, too, unless that is 0.
         """
@@ -126,12 +126,12 @@ class BlockFiles:
         self._tell(Fetched(self._worker, sequence, error))
 
     async def rows(self, file: SpilledFile, first: int, count: int) -> np.ndarray:
-        """Blocks of a file on the own disk, uint8 [count, bytes of a block], for another worker.
+        """Blocks of a file on this worker's disk, uint8 [count, bytes of a block], for another worker.
 
         Raises
         ------
         SavedDocumentError
-            It is not there or damaged.
+            It is missing or damaged.
         """
         rows = self.spilled.rows if file.name.startswith(BLOCKS) else self._rows_of_home
         return await watched(self._standstill, f"reading {file.name} for another worker", rows, file, first, count)
@@ -141,17 +141,17 @@ class BlockFiles:
         return np.stack(list(self._home.rows(self.spilled.folder, file, first, count, watch)))
 
     def demote(self, files: Iterable[SpilledFile]) -> None:
-        """Move what is spilled here from host memory to disk, after all that was asked before."""
+        """Move blocks spilled here from host memory to disk, after all earlier calls."""
         for file in files:
             self._disk.submit(self._logged, self.spilled.demote, file)
 
     def discard(self, names: Iterable[str]) -> None:
-        """Delete what is spilled here, after all that was asked before."""
+        """Delete blocks spilled here, after all earlier calls."""
         for name in names:
             self._disk.submit(self._logged, self.spilled.delete, name)
 
     def close(self) -> None:
-        """Wait for what is under way, and delete what is spilled here. Can be called again."""
+        """Wait for running calls, and delete all blocks spilled here. Can be repeated."""
         self._disk.shutdown()
         self.spilled.close()
 
@@ -210,7 +210,7 @@ class BlockFiles:
     async def _rows_of(
         self, peer: Peer, file: SpilledFile, first: int, count: int, size: int
     ) -> AsyncIterator[np.ndarray]:
-        """Rows of a file on another worker's disk, uint8 [n, size], a few at once."""
+        """Rows of a file on another worker's disk, uint8 [n, size], a few at a time."""
         step = max(1, PIECE_BYTES // size)
         for at in range(0, count, step):
             rows = await asyncio.wait_for(peer(file, first + at, min(step, count - at)), self._silence)
@@ -224,7 +224,7 @@ class BlockFiles:
 
     @staticmethod
     def _logged(work: Callable[[Any], None], what: SpilledFile | str) -> None:
-        """Nobody waits for this: whoever needs what could not be done finds out."""
+        """Log an error that no caller waits for; a later read of the blocks fails."""
         try:
             work(what)
         except Exception:

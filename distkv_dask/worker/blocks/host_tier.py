@@ -1,7 +1,7 @@
-"""The host tier: blocks that made room on a card, in pinned host memory, from where they come back at the bus's speed.
+"""The host tier: blocks evicted from a card, in pinned host memory, restored at the speed of the bus.
 
-The gManager says what goes there, what goes on to the disk and what is deleted. Its memory is taken when the engine
-opens: pinning more later would hold up the card. Nothing is taken of a worker whose pool is in host memory itself.
+The gManager decides what is stored here, moved on to disk, or deleted. The memory is allocated when the engine opens,
+because pinning more later would stall the card. A worker whose pool is in host memory has no host tier.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLAB_BYTES = 1 << 30
 """Bytes that are pinned together, or those of a block: torch rounds each up to a power of two."""
 
 PIECE_BYTES = 64 << 20
-"""Bytes that are copied at once, at most (or one block): others wait no longer than for that."""
+"""Maximum bytes of one copy (or one block), so that other copies do not wait for long."""
 
 
 class HostTier:
@@ -31,7 +31,7 @@ class HostTier:
     Parameters
     ----------
     pool
-        Whose blocks these are.
+        The pool of these blocks.
     capacity
         Bytes of host memory; whole blocks of it are used.
     """
@@ -76,9 +76,9 @@ class HostTier:
     def fill(
         self, name: str, first: int, blocks: Sequence[int], change: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Copy what is here of a name, from its block ``first`` on, into blocks of the pool.
+        """Copy the blocks of a name, from block ``first`` on, into blocks of the pool.
 
-        ``change`` is entered for every piece: what nobody waits for any more must not land in others' blocks.
+        ``change`` is entered for every piece, so that an abandoned call cannot change others' blocks.
 
         Raises
         ------
@@ -86,12 +86,12 @@ class HostTier:
             It is not here any more.
         """
         for at, some in self._pieces(range(first, first + len(blocks))):
-            with change(), self._lock:  # so that nobody else gets the memory meanwhile
+            with change(), self._lock:  # so that the memory is not reused meanwhile
                 rows = self._known(name)
                 self._copy(blocks[at : at + len(some)], [rows[one] for one in some], into_pool=True)
 
     def read(self, name: str, first: int, count: int) -> Iterator[np.ndarray]:
-        """Blocks ``first`` to ``first + count`` of what is here of a name: copies, uint8 [bytes of a block] each.
+        """Copies of blocks ``first`` to ``first + count`` of a name, uint8 [bytes of a block] each.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class HostTier:
         return ((at, rows[at : at + step]) for at in range(0, len(rows), step))
 
     def _copy(self, blocks: Sequence[int], rows: Sequence[int], into_pool: bool) -> None:
-        """Copy between blocks and rows, those that follow each other on both sides at once; done when it returns."""
+        """Copy between blocks and rows, in runs that are consecutive on both sides; blocks until done."""
         device = self._pool.device
         with device.stream(Use.COPIES):
             for start, stop in _runs(blocks, rows, self._slab_rows):
@@ -133,7 +133,7 @@ class HostTier:
 
 
 def _runs(blocks: Sequence[int], rows: Sequence[int], slab: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions in which both follow each other, and rows lie in the same slab.
+    """Ranges of positions in which both are consecutive, and rows are in the same slab.
 
     Examples
     --------

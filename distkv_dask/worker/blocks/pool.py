@@ -1,8 +1,8 @@
 """The KV pool: preallocated rBlocks of one worker and the block table of each sequence (paper section 4).
 
-A block table leads from a sequence's *logical* blocks (number ``n`` holds the tokens from ``n * block_tokens`` on) to
-blocks of the pool. A worker has those logical blocks whose spans it holds, wherever they lie in the sequence; old and
-new placements of a sequence whose blocks move are read through the same table.
+A block table maps a sequence's *logical* blocks (number ``n`` holds the tokens from ``n * block_tokens`` on) to blocks
+of the pool. A worker has the logical blocks of its spans, anywhere in the sequence. Old and new placements of a moving
+sequence are read through the same table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distkv_dask.worker.device import HOST, Device
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """What one block holds: keys and values of ``block_tokens`` tokens in all layers.
+    """The content of a block: keys and values of ``block_tokens`` tokens in all layers.
 
     ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees,
     nothing where all see everything. Where ``latent_dim`` is not 0, values are the first so many numbers of the keys.
@@ -49,7 +49,7 @@ class BlockShape:
 
     @property
     def planes(self) -> int:
-        """2 for keys and values, 1 where values lie in the keys."""
+        """2 for keys and values, 1 if values are part of the keys."""
         return 1 if self.latent_dim else 2
 
     @property
@@ -64,22 +64,22 @@ class Pool:
 
     The storage is one tensor [blocks, layers, planes, kv_heads, block_tokens, head_dim], of keys and values, or of keys
     in which values lie: a block's KV of all layers is contiguous, so that moving, saving or lending a block is one
-    copy. The pool knows which blocks belong to which sequence but never how many tokens are in them: lengths live in
-    the ledger and travel in plans, and KV past the committed length does not exist.
+    copy. The pool knows which blocks belong to which sequence, but not how many tokens are in them: lengths are in the
+    ledger and in plans, and KV past the committed length is not valid.
 
     Parameters
     ----------
     block
-        What a block holds.
+        The content of a block.
     blocks
         Number of blocks to allocate.
     device
-        In whose memory.
+        The device that has the memory.
 
     Raises
     ------
     DeviceError
-        A card has not enough memory in one piece.
+        A card does not have enough contiguous memory.
     """
 
     def __init__(self, block: BlockShape, blocks: int, device: Device = HOST) -> None:
@@ -134,14 +134,14 @@ class Pool:
         self._value_rows[layer].index_put_(slots, values)
 
     def read(self, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Bytes of blocks as they lie here, uint8 [n, bytes of a block]; on the host, those of a run are not copied."""
+        """Bytes of blocks, uint8 [n, bytes of a block]; on the host, consecutive blocks are not copied."""
         run = range(blocks[0], blocks[0] + len(blocks)) if blocks else range(0)
         if list(blocks) == list(run):
             return self.device.read(self._bytes[run.start : run.stop])
         return np.concatenate([self.device.read(self._bytes[block : block + 1]) for block in blocks])
 
     def bytes_of(self, block: int, count: int) -> torch.Tensor:
-        """Memory of blocks that follow each other, uint8 [count, bytes of a block]."""
+        """Memory of consecutive blocks, uint8 [count, bytes of a block]."""
         return self._bytes[block : block + count]
 
     def read_piece(self, block: int, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -171,7 +171,7 @@ class Pool:
     def find(self, sequence: int, spans: Iterable[tuple[int, int]]) -> list[int]:
         """Block ids of token ranges ``[start, stop)`` of a sequence, in order.
 
-        All ranges begin, and all but the last end, where a block does: tokens follow each other without a gap then.
+        All ranges start, and all but the last end, on a block border, so that tokens have no gaps.
 
         Raises
         ------
@@ -190,7 +190,7 @@ class Pool:
         return cast(list[int], blocks)
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
-        """Make sure that a sequence has room for its tokens ``[start, stop)`` here; blocks that it has are kept.
+        """Ensure that a sequence has room for its tokens ``[start, stop)``; existing blocks are kept.
 
         Raises
         ------
@@ -231,7 +231,7 @@ class Pool:
                 self._tables[sequence] = table
 
     def free(self, sequence: int, start: int, stop: int) -> None:
-        """Free those of a sequence's blocks of tokens ``[start, stop)`` that are here."""
+        """Free a sequence's blocks of tokens ``[start, stop)`` on this worker."""
         with self._lock:
             table = self._tables.get(sequence, {})
             gone = self._logical(start, stop)
@@ -243,7 +243,7 @@ class Pool:
                 self._tables.pop(sequence, None)
 
     def release(self, sequence: int) -> None:
-        """Free all blocks of a sequence; nothing happens when it has none."""
+        """Free all blocks of a sequence; no error if it has none."""
         with self._lock:
             self._give_back(self._tables.pop(sequence, {}).values())
 
@@ -284,8 +284,8 @@ class Pool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Memory in one piece."""
-    if device.is_host:  # numpy's take no memory until they are written to; torch's would touch all of them at once
+    """Contiguous memory."""
+    if device.is_host:  # numpy's arrays take no memory until they are written to; torch would touch all pages at once
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
     try:
         made = torch.zeros(shape, dtype=dtype, device=device.torch)
@@ -295,5 +295,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.
             f"the KV pool needs {math.prod(shape) * dtype.itemsize} bytes in one piece, but {device.name} has "
             f"{free} of {total} bytes left: lower kv_memory (distkv.kv-memory). {in_words(error)}"
         ) from error
-    device.finish()  # lanes have streams of their own
+    device.finish()  # lanes have separate streams
     return made

@@ -1,7 +1,7 @@
 """Blocks that were spilled on this worker: in the host memory of a worker with a card, or on its own disk.
 
-The own disk is a folder in the worker's local directory, which Dask deletes with the worker, or after a crash when
-another one starts there. The gManager decides where blocks go; whoever reads them finds them in either place.
+The disk is a folder in the worker's local directory, which Dask deletes with the worker, or after a crash when another
+worker starts there. The gManager chooses the tier; reads find blocks in either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distkv_dask.worker.blocks.storage import (
 )
 
 FREE_PART = 0.5
-"""Part of the free disk that is filled at most."""
+"""Maximum part of the free disk space that is used."""
 
 
 class Spilled:
@@ -38,18 +38,18 @@ class Spilled:
     Parameters
     ----------
     pool
-        Whose blocks these are.
+        The pool of these blocks.
     folder
-        Of the own disk; it is made when the first file is written.
+        The folder on disk, created with the first file.
     config
-        Bytes of files there, at most (less where less is free on that disk).
+        Maximum bytes of files there (less if less is free).
     host_bytes
         Bytes of host memory.
 
     Attributes
     ----------
     disk_bytes, host_bytes
-        Bytes that each takes, at most.
+        Maximum bytes of each.
     folder
         The own disk.
     """
@@ -66,7 +66,7 @@ class Spilled:
     def write(
         self, watch: Watch, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved
     ) -> Iterator[SavedFile]:
-        """Write token ranges of a sequence to where the gManager says, as they are asked for."""
+        """Write token ranges of a sequence to the tier that the gManager chose, one per iteration."""
         if saved.place == OWN_DISK:
             self.folder.make()
             yield from write_files(self.pool, sequence, ranges, self.folder, saved.tag, watch)
@@ -77,7 +77,7 @@ class Spilled:
             yield SavedFile(name, start, stop, len(blocks) * self.pool.block_bytes, 0)
 
     def read(self, watch: Watch, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
-        """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of this worker holds them."""
+        """Fill the blocks of tokens ``[start, stop)`` of a sequence that are in a file of this worker."""
         if file.name in self._host:
             into, first = blocks_within(self.pool, sequence, start, stop, file)
             self._host.fill(file.name, first, into, watch.change)

@@ -1,8 +1,8 @@
-"""KV blocks as Arrow files: a row for each block, its bytes as they lie in the pool and their checksum.
+"""KV blocks as Arrow files: a row for each block, with its bytes as in the pool and their checksum.
 
-How many blocks of how many bytes a file holds, in batches of how many rows, is known before it is opened. It is read by
-that alone. What the file says of itself (rows, sizes, compression) is for other readers of Arrow files; here nothing
-is allocated, unpacked or read by it, so a hostile or damaged file has wrong checksums at worst.
+The number of blocks, their size and the rows per batch are known before a file is opened, and only these determine how
+it is read. The file's own metadata (rows, sizes, compression) is for other readers of Arrow files. Nothing is
+allocated, unpacked or read by it, so a hostile or damaged file causes a checksum error at worst.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.pool import Pool
 
 BATCH_BYTES = 64 << 20
-"""Bytes of blocks in one record batch (or one block): all but the last of a file are as large. Part of the format."""
+"""Bytes of blocks in one record batch (or one block); only the last batch is smaller. Part of the format."""
 
 PIECE_BYTES = 4 << 20
-"""Bytes of blocks that are read at once, at most (or one block)."""
+"""Maximum bytes of blocks read at once (or one block)."""
 
 MAGIC = b"ARROW1\0\0"
 MESSAGE = struct.Struct("<Ii")
-"""What a message begins with: a mark, and the bytes of its metadata. One without metadata ends the stream."""
+"""Start of a message: a mark, and the bytes of its metadata. One without metadata ends the stream."""
 
 CONTINUES = 0xFFFFFFFF
 METADATA_BYTES = 1 << 20
@@ -39,7 +39,7 @@ METADATA_BYTES = 1 << 20
 def write_blocks(
     pool: Pool, sequence: int, start: int, stop: int, folder: Folder, name: str, watch: Watch, durable: bool
 ) -> SavedFile:
-    """Save the blocks of tokens ``[start, stop)`` of a sequence, which nobody changes, as a new file of a folder.
+    """Save the blocks of tokens ``[start, stop)`` of an idle sequence as a new file of a folder.
 
     Raises
     ------
@@ -58,13 +58,13 @@ def write_files(
     pool: Pool, sequence: int, ranges: Iterable[tuple[int, int]], folder: Folder, tag: str, watch: Watch,
     durable: bool = False,
 ) -> Iterator[SavedFile]:  # fmt: skip
-    """Save token ranges of a sequence, each as a file, as they are asked for (:func:`all_or_none`)."""
+    """Save token ranges of a sequence, one file per iteration (:func:`all_or_none`)."""
     for start, stop in ranges:
         yield write_blocks(pool, sequence, start, stop, folder, file_name(tag, start, stop), watch, durable)
 
 
 def all_or_none(files: Iterable[SavedFile], delete: Callable[[str], None]) -> tuple[SavedFile, ...]:
-    """Files that are written as they are asked for; if one cannot be, those before it are deleted."""
+    """Write files one per iteration; if one fails, the earlier ones are deleted."""
     written = list[SavedFile]()
     try:
         written.extend(files)  # those before one that fails are in it
@@ -121,7 +121,7 @@ def read_blocks(
     into, first = blocks_within(pool, sequence, start, stop, file)
     rows = read_rows(folder, file, pool.block_bytes, pool.block_tokens, first, len(into), watch)
     for block, data in zip(into, rows, strict=True):
-        with watch.change():  # a read that was given up must not land in what is somebody else's block by now
+        with watch.change():  # an abandoned read must not change a block that has a new owner
             pool.fill(block, data)
 
 
@@ -136,7 +136,7 @@ def blocks_within(
 
 
 def overlapping(start: int, stop: int, files: Iterable[Any]) -> list[Any]:
-    """The files that hold some of the tokens ``[start, stop)``: no other needs to be opened."""
+    """The files that have some of the tokens ``[start, stop)``."""
     return [file for file in files if file.start < stop and start < file.stop]
 
 
@@ -184,13 +184,13 @@ def read_rows(
 
 
 class _Damaged(Exception):
-    """A file is not what it should be."""
+    """A file is damaged."""
 
 
 def _checked_bodies(
     source: Source, file: SavedFile | SpilledFile, rows: int, size: int, watch: Watch
 ) -> list[tuple[int, np.ndarray]]:
-    """As :func:`_bodies`, if their checksums are those of the file."""
+    """As :func:`_bodies`, after checking the checksums against the document's."""
     if source.size != file.bytes:
         raise _Damaged(f"{source.size} bytes instead of {file.bytes}, so truncated or another file")
     bodies, checksum = list(_bodies(source, rows, size, watch)), 0
@@ -204,7 +204,7 @@ def _checked_bodies(
 def _bodies(source: Source, rows: int, size: int, watch: Watch) -> Iterator[tuple[int, np.ndarray]]:
     """Where the blocks of each batch begin, and their checksums, uint32 [rows of the batch].
 
-    Raises what says that there is something else than such batches.
+    Raises if the file has anything other than such batches.
     """
     if source.read(len(MAGIC), 0) != MAGIC:
         raise _Damaged("it is not an Arrow file")

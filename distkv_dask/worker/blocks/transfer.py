@@ -1,4 +1,4 @@
-"""Moving blocks between pools while both workers compute: the source's copying, and what the target waits for.
+"""Moves of blocks between pools while both workers compute: copying at the source, expected moves at the target.
 
 Bytes go over Dask's own comm from worker to worker (encrypted where the cluster's is), off the lanes. A block of the
 pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they lie there. What a
@@ -25,7 +25,7 @@ class Arrivals:
     Parameters
     ----------
     pool
-        Where their blocks go.
+        The pool of the target.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -34,7 +34,7 @@ class Arrivals:
         self._expected: dict[int, tuple[int, int]] = {}
 
     def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
-        """Allocate blocks for tokens ``[start, stop)`` of a sequence, which a move brings.
+        """Allocate blocks for tokens ``[start, stop)`` of a moving sequence.
 
         Raises
         ------
@@ -46,7 +46,7 @@ class Arrivals:
             self._expected[number] = sequence, start // self._pool.block_tokens
 
     def store_piece(self, piece: Piece, data: np.ndarray) -> None:
-        """Store a piece that came, uint8 [bytes].
+        """Store a received piece, uint8 [bytes].
 
         Raises
         ------
@@ -64,7 +64,7 @@ class Arrivals:
                 del self._expected[piece.number]
 
     def drop(self, sequence: int) -> None:
-        """Take no more of a sequence."""
+        """Refuse further pieces of a sequence."""
         with self._lock:
             self._expected = {number: one for number, one in self._expected.items() if one[0] != sequence}
 
@@ -78,7 +78,7 @@ async def send_blocks(
     per_step: int,
     pace: float,
 ) -> None:
-    """Send the blocks of a range of tokens, piece by piece, each after the one before was taken.
+    """Send the blocks of a range of tokens, piece by piece, each after the previous one was accepted.
 
     Parameters
     ----------

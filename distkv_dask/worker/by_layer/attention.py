@@ -1,8 +1,8 @@
-"""DistAttention in tasks: the home's forward asks in each layer, every member attends its part, the home merges.
+"""DistAttention in tasks: in each layer the home's forward queries, every member attends, and the home merges.
 
-Plan, kernel and merge are those of :mod:`distkv_dask.worker.home.attention`. Everything around them is done in the
-simplest way, by the same few lines at home and holders, one sequence at a time and again in each layer: the fast way,
-which prepares and batches, is compared with this one.
+Plan, kernel and merge are those of :mod:`distkv_dask.worker.home.attention`. Everything else is as simple as possible:
+the same few lines at home and holders, one sequence at a time, repeated in each layer. It is a reference for the fast
+way, which prepares and batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distkv_dask.worker.tensor_message import TensorMessage
 
 
 class Asked(NamedTuple):
-    """What a home asks of its holders in a layer; q, k and v of all the step's tokens come beside it."""
+    """A home's request to its holders in a layer; q, k and v of all the step's tokens are sent with it."""
 
     layer: int
     scale: float
@@ -79,7 +79,7 @@ def attend_part(pool: Pool, part: Part, question: TensorMessage) -> tuple[torch.
 
 
 class LayerAttention:
-    """What a model's attention layers call where tasks carry queries and partials; serves one step.
+    """Called by a model's attention layers if tasks carry queries and partials; used for one step.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class LayerAttention:
             The gang was aborted.
         """
         asked = Asked(layer, scale, {one: part for one, part in self._remote.items() if layer in self._asked[one]})
-        self._forward.ask(layer, TensorMessage(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks take bytes of the host
+        self._forward.ask(layer, TensorMessage(asked, (q.cpu(), k.cpu(), v.cpu())))  # tasks carry host memory
         answers: dict[str, tuple[torch.Tensor, ...]] = {}
         home = self._forward.gang.home
         if home in self._parts:
@@ -142,7 +142,7 @@ class LayerAttention:
 
     @property
     def exchanged(self) -> Exchanged:
-        """What was exchanged so far: bytes travel with Dask's tasks, on no channel."""
+        """Bytes exchanged over channels so far: none, because Dask's tasks carry them."""
         return Exchanged(waiting=self._waiting)
 
     def advance(self) -> None:

@@ -1,8 +1,8 @@
-"""A home's forward that pauses in every layer: the home lane computes, tasks fetch its questions and bring answers.
+"""A home's forward that pauses in every layer: the home lane computes, tasks fetch its queries and bring partials.
 
-The forward keeps the home lane while it is paused, as one that waits for channels does: a home's work stays in order.
-It goes on when a task brings the layer's partials; it ends with an error when its gang is aborted, or nobody comes in
-time.
+The forward holds the home lane while it is paused, like one that waits for channels, so a home's work stays in order.
+It continues when a task brings the layer's partials, and ends with an error when its gang is aborted or no task comes
+in time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PausedForward:
     def __init__(self, gang: Gang, limit: float) -> None:
         self.gang = gang
         self.result: Future[int]
-        """What the home lane makes of it."""
+        """The result of the home lane."""
         self._limit = limit
         self._changed = threading.Condition()
         self._layer = -1
@@ -49,14 +49,14 @@ class PausedForward:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave no tensors behind."""
+        """Drop all tensors."""
         self._question = self._answers = None
 
     def begin(self, parts: Mapping[str, Part]) -> None:
-        """Nothing to open: each question carries the rows that it is about."""
+        """Nothing to open: each request carries its rows."""
 
     def change(self, step: int, old: Mapping[str, Part], new: Mapping[str, Part]) -> None:
-        """Nothing to tell."""
+        """Nothing to send."""
 
     def check(self) -> None:
         """Raise GangAbortedError if the gang was aborted."""
@@ -92,7 +92,7 @@ class PausedForward:
     # Other threads
 
     def question(self, layer: int) -> TensorMessage | None:
-        """Wait until the forward asks in a layer; None when it ends without asking."""
+        """Wait for the forward's request in a layer; None if it ends without one."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._layer == layer)
             return None if self._ended else self._question
@@ -118,7 +118,7 @@ class PausedForward:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The home lane is done with it: no more requests will come."""
+        """The home lane has finished it: no more requests will come."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class LayerTasks:
-    """What an open engine does for tasks at layer granularity.
+    """An open engine's tasks at layer granularity.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class LayerTasks:
         engine.chunks.prepare(work) if isinstance(work, PrefillChunk) else engine.prepare_window()
         forward = PausedForward(gang, engine.spec.config.timeout_start)
         self._paused[gang.number] = forward
-        parts: dict[str, float] = {}  # layers are Dask's own tasks here, which it measures itself
+        parts: dict[str, float] = {}  # Dask itself measures layers, which are its tasks here
         run = (
             partial(engine.chunks.run, work, parts)
             if isinstance(work, PrefillChunk)
@@ -60,19 +60,19 @@ class LayerTasks:
         return self._question(forward, 0)
 
     def layer(self, gang: Gang, layer: int, answers: Sequence[TensorMessage | None]) -> TensorMessage | None:
-        """Let a forward go on with the partials of the layer before; the question of this layer."""
+        """Continue a forward with the partials of the previous layer; returns the request of this layer."""
         forward = self._forward(gang)
         forward.answer(layer - 1, [one for one in answers if one is not None])
         return self._question(forward, layer)
 
     def finish(self, gang: Gang, layers: int, answers: Sequence[TensorMessage | None]) -> int:
-        """Let a forward end with the partials of the last layer; returns its decode steps, or its prompt tokens."""
+        """End a forward with the partials of the last layer; returns its decode steps, or its prompt tokens."""
         forward = self._forward(gang)
         forward.answer(layers - 1, [one for one in answers if one is not None])
         return forward.result.result()
 
     def attend(self, gang: Gang, question: TensorMessage) -> TensorMessage | None:
-        """Answer a question as a holder, on the holder lane; None when it asks nothing of this worker."""
+        """Answer a request as a holder, on the holder lane; None if it needs nothing from this worker."""
         engine = self._engine
         try:
             return engine.lanes.holder.submit(partial(self._attend, gang, question)).result()
@@ -105,7 +105,7 @@ class LayerTasks:
         return question
 
     def _ended(self, forward: PausedForward, result: Future[int]) -> None:
-        """On the home lane: the forward is over."""
+        """On the home lane: the forward has ended."""
         del self._paused[forward.gang.number]
         forward.end()
         if not result.cancelled() and isinstance(error := result.exception(), Exception):

@@ -43,7 +43,7 @@ class Channel(Protocol):
         GangAbortedError
             The peer sent a failure frame.
         ChannelTimeoutError
-            Nothing came in time.
+            No frame came in time.
         ChannelError
             The peer closed, or sent another frame: the message has both sides' view.
         """
@@ -85,24 +85,24 @@ class Inlet(Protocol):
         """Make ``data`` large enough for payloads of that many bytes; it may become another tensor."""
 
     def receive(self) -> Header | None:
-        """Read what is there; the header once a whole frame is, else None. The frame stays until :meth:`consume`.
+        """Read available bytes; returns the header of a complete frame, which stays until :meth:`consume`, else None.
 
         Raises
         ------
         ChannelError
-            The peer closed, or sent what is no frame, or one that is longer than ``maximum``.
+            The peer closed, or sent bytes that are not a frame, or a frame longer than ``maximum``.
         """
 
     def payload(self, header: Header) -> memoryview:
         """Payload of the current frame, valid until :meth:`consume`."""
 
     def consume(self, header: Header) -> bool:
-        """Drop the current frame; True when bytes of a next one are there already."""
+        """Drop the current frame; True if bytes of the next one have arrived already."""
 
     def send(self, header: Header, *buffers: Buffer) -> None:
         """Send as much of a frame as possible; the rest leaves with :meth:`flush`.
 
-        The buffers must stay as they are while :attr:`sending`: not every transport copies what it cannot send at once.
+        The buffers must not change while :attr:`sending`: not every transport copies bytes that it cannot send at once.
 
         Raises
         ------
@@ -130,7 +130,7 @@ class Listener(Protocol):
     """Where homes connect."""
 
     def accept(self) -> Inlet | None:
-        """Next connection, or None when there is none just now.
+        """Next connection, or None if there is none now.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class Listener(Protocol):
         """
 
     def fileno(self) -> int:
-        """Descriptor that becomes readable when somebody connects."""
+        """Descriptor that becomes readable when a peer connects."""
 
     def close(self) -> None:
         """Stop listening."""

@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
     ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal. ``spans``
-    are the sequence's token ranges that the worker has room for up to there, in order: all but the last are full.
+    are the sequence's token ranges that the worker has room for so far, in order: all but the last are full.
     ``positions`` are the first positions of the sequences that the row joins, each of which has as many new tokens; of
     each of its tokens, where they have not.
     """
@@ -53,7 +53,7 @@ class Hello(NamedTuple):
 
 
 def token_digest(token: bytes) -> bytes:
-    """What a HELLO frame shows of the engine's random token."""
+    """The digest of the engine's random token in a HELLO frame."""
     return hashlib.sha256(token).digest()
 
 
@@ -69,7 +69,7 @@ def decode_hello(payload: Buffer) -> Hello:
     Raises
     ------
     ChannelError
-        It is not what :func:`encode_hello` makes.
+        It is not the format of :func:`encode_hello`.
     """
     fields = _unpack(memoryview(payload)[DIGEST_BYTES:])
     kinds = (str, str, int, int, int, int, str, str, int)
@@ -90,7 +90,7 @@ def decode_rows(payload: Buffer) -> list[Row]:
     Raises
     ------
     ChannelError
-        It is not what :func:`encode_rows` makes.
+        It is not the format of :func:`encode_rows`.
     """
     rows = []
     for fields in _unpack(payload):

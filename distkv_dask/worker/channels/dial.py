@@ -19,12 +19,12 @@ class Dialer:
     choice
         ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     certificates
-        Where they are given, TCP goes with TLS. A Unix socket never does: its bytes stay in the kernel of one machine,
-        which shows them to the worker's own user only.
+        If given, TCP uses TLS. A Unix socket never does: its bytes stay in the kernel of one machine, which shows them
+        only to the worker's own user.
     unencrypted
         Whether UCX, which cannot be encrypted, may be used although there are certificates.
     cluster_ucx
-        Whether the cluster itself speaks ``ucx://``: ``"auto"`` takes UCX between machines then.
+        Whether the cluster itself uses ``ucx://``: then ``"auto"`` uses UCX between machines.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class Dialer:
         return TcpChannel.open(*address)
 
     def explain(self) -> str:
-        """The rule in words, for people."""
+        """The rule in words, for display."""
         far = "tcp" if self._certificates is None else "tcp with the cluster's TLS"
         if self._choice == "ucx":
             plain = "" if self._certificates is None else ", not encrypted (distkv.unencrypted-channels: true)"

@@ -1,6 +1,6 @@
 """Frames: a 64-byte header and a payload of exact length, the unit that channels carry.
 
-Every header names gang, epoch, layer and step, so that a leftover of a failed window is never taken for an answer.
+Every header names gang, epoch, layer and step, so that a late frame of a failed window is never taken for an answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADER_BYTES = _LAYOUT.size
 
 
 class Kind(IntEnum):
-    """What a frame means. H is sent by the home, A by the holder (which answers)."""
+    """Kinds of frames. H is sent by the home, A by the holder (which answers)."""
 
     HELLO = 1
     """H: token, engine and geometry; the first frame of a connection."""
@@ -41,7 +41,7 @@ class Kind(IntEnum):
     END = 8
     """H: the gang is complete."""
     FAIL = 9
-    """Both: the sender's part of the gang failed, payload is who is to blame and why; the connection ends."""
+    """Both: the sender's part of the gang failed; the payload has the culprit and the reason; the connection ends."""
 
 
 class Header(NamedTuple):
@@ -73,7 +73,7 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 def parse_header(data: Buffer) -> Header | None:
-    """Header at the start of ``data`` (at least :data:`HEADER_BYTES`); None when it is none of ours."""
+    """Header at the start of ``data`` (at least :data:`HEADER_BYTES`); None if it is not one of ours."""
     magic, kind, layer, step, epoch, gang, length, scale = _LAYOUT.unpack_from(data)
     if magic != _MAGIC or kind not in _KINDS:
         return None
@@ -137,7 +137,7 @@ def checked(peer: str, header: Header | None, maximum: int) -> Header:
     Raises
     ------
     ChannelError
-        It is none, or announces more than ``maximum`` bytes.
+        It is invalid, or announces more than ``maximum`` bytes.
     """
     if header is None:
         raise ChannelError(f"{peer} sent bytes that are no frame")

@@ -1,4 +1,4 @@
-"""UCX channels where ``ucxx`` is installed: everything else reaches them through here, and imports without it."""
+"""UCX channels if ``ucxx`` is installed: other modules use them through this one, which imports without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UcxHome:
         self._left: Left = []
 
     def open(self, host: str, port: int, peer: str, seconds: float) -> UcxChannel:
-        """Begin to connect; see :meth:`distkv_dask.worker.channels.ucx.UcxChannel.open`."""
+        """Start connecting; see :meth:`distkv_dask.worker.channels.ucx.UcxChannel.open`."""
         from distkv_dask.worker.channels.ucx import UcxChannel, close_left
 
         close_left(self._left)

@@ -81,7 +81,7 @@ class StreamChannel:
             raise self._broken("send", expected, broken) from broken
 
     def not_sent(self, header: Header, error: OSError) -> Exception:
-        """What to raise for a frame that was not sent: the reason that the peer gave, when it did."""
+        """The error for a frame that was not sent: the peer's reason, if it gave one."""
         return self._failure_sent() or self._broken("take", header, error)
 
     def fail(self, gang: int, epoch: int, message: str) -> None:
@@ -115,7 +115,7 @@ class StreamChannel:
         """Descriptor that becomes readable when a frame comes."""
         return self._sock.fileno()
 
-    # What a socket with encryption does in another way
+    # Overridden by encrypted sockets
 
     def _write(self, header: Header, buffers: tuple[Buffer, ...]) -> None:
         """Send a whole frame."""
@@ -129,18 +129,18 @@ class StreamChannel:
         self._sock.sendmsg(frame, (), socket.MSG_DONTWAIT)
 
     def _begin(self, buffer: memoryview | None) -> int:
-        """Read a header, and of its payload what is there; the number of bytes."""
+        """Read a header and available bytes of its payload; returns the number of bytes."""
         return self._sock.recvmsg_into((self._head,) if buffer is None else (self._head, buffer))[0]
 
     def _read(self, view: memoryview) -> int:
-        """Read into ``view``, as much as comes in time; 0 when the peer closed."""
+        """Read into ``view`` as much as arrives in time; 0 if the peer closed."""
         return self._sock.recv_into(view, len(view), socket.MSG_WAITALL)
 
     def _read_now(self, count: int) -> bytes:
         """Read what has arrived, at most this many bytes."""
         return self._sock.recv(count, socket.MSG_DONTWAIT)
 
-    # What all have in common
+    # Common to all
 
     def _finish(self, got: int, expected: Header, buffer: memoryview | None) -> None:
         """Read the rest of a frame that must be ``expected``; ``got`` bytes of it are there already."""
@@ -154,7 +154,7 @@ class StreamChannel:
             self._fill(buffer[got - HEADER_BYTES :], got)
 
     def _fill(self, view: memoryview, got: int) -> None:
-        """Fill ``view``; ``got`` bytes of the frame are there already. A trickle ends at the limit too."""
+        """Fill ``view``; ``got`` bytes of the frame have been read. A slow trickle also ends at the time limit."""
         deadline = time.monotonic() + self._seconds
         count = got
         while True:
@@ -203,7 +203,7 @@ def connected(sock: socket.socket, address: tuple[str, int] | str, peer: str, se
     Raises
     ------
     ChannelTimeoutError, ChannelError
-        Nobody accepts in time; it refuses.
+        It does not accept in time, or refuses.
     """
     name = repr(address) if isinstance(address, str) else "{}:{}".format(*address)
     try:

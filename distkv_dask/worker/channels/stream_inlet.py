@@ -56,7 +56,7 @@ class StreamInlet:
         return self._filled
 
     def go_on(self, filled: int, sent: int, *unsent: Buffer) -> None:
-        """Go on after somebody else read up to ``filled`` bytes, and sent ``sent`` bytes of the frame ``unsent``."""
+        """Continue after C++ has read up to ``filled`` bytes and sent ``sent`` bytes of the frame ``unsent``."""
         self._filled, self._header = filled, None
         if unsent:
             self._unsent = memoryview(b"".join(unsent))[sent:]
@@ -75,7 +75,7 @@ class StreamInlet:
             self.data, self._view = data, view
 
     def receive(self) -> Header | None:
-        """Read what is there; the header once a whole frame is."""
+        """Read available bytes; returns the header of a complete frame."""
         while True:
             header = self._header
             if header is None and self._filled >= HEADER_BYTES:
@@ -98,7 +98,7 @@ class StreamInlet:
         return self._view[HEADER_BYTES : HEADER_BYTES + header.length]
 
     def consume(self, header: Header) -> bool:
-        """Drop the current frame; True when bytes of a next one are there already."""
+        """Drop the current frame; True if bytes of the next one have arrived already."""
         end, filled = HEADER_BYTES + header.length, self._filled
         self._header = None
         self._filled = filled - end
@@ -147,22 +147,22 @@ class StreamInlet:
         """Descriptor for :mod:`selectors`."""
         return self._sock.fileno()
 
-    # What a socket with encryption does in another way
+    # Overridden by encrypted sockets
 
     def _read(self, view: memoryview) -> int:
-        """Read what is there; 0 when the peer closed, BlockingIOError when nothing is there."""
+        """Read available bytes; 0 if the peer closed, BlockingIOError if there are none."""
         return self._sock.recv_into(view)
 
     def _write(self, buffers: Iterable[Buffer]) -> int:
-        """Send what the kernel takes; the number of bytes."""
+        """Send as much as the kernel accepts; returns the number of bytes."""
         return self._sock.sendmsg(buffers)
 
 
 class StreamListener:
     """Listening socket; see :class:`distkv_dask.worker.channels.base.Listener`.
 
-    It keeps a spare file descriptor. Where the process has no other left, a connection is taken with it and closed:
-    left where it is, it would wake the lane without end.
+    It keeps a spare file descriptor. If the process has no other left, it accepts a connection with it and closes it; a
+    pending connection would wake the lane forever.
     """
 
     def __init__(self, sock: socket.socket, maximum: int) -> None:
@@ -187,7 +187,7 @@ class StreamListener:
             raise
 
     def fileno(self) -> int:
-        """Descriptor that becomes readable when somebody connects."""
+        """Descriptor that becomes readable when a peer connects."""
         return self._sock.fileno()
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class StreamListener:
         self._spare.close()
 
     def _turn_away(self) -> None:
-        """Take a connection and close it; raises OSError where the spare descriptor is lost to another thread."""
+        """Accept a connection and close it; raises OSError if another thread has taken the spare descriptor."""
         self._spare.close()
         try:
             self._sock.accept()[0].close()
@@ -209,5 +209,5 @@ class StreamListener:
 
 
 def _spare() -> BinaryIO:
-    """A file that can be closed for the sake of its descriptor."""
+    """A file that can be closed to free its descriptor."""
     return open(os.devnull, "rb", buffering=0)

@@ -1,4 +1,4 @@
-"""Channels over TCP with TLS: on a cluster that has certificates, both ends show theirs and everything is encrypted."""
+"""Channels over TCP with TLS: on a cluster with certificates, both ends are authenticated and all is encrypted."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class TlsChannel(StreamChannel):
 class TlsInlet(StreamInlet):
     """Holder's end over TLS; see :class:`distkv_dask.worker.channels.base.Inlet`. Its first reads are the handshake.
 
-    TLS begins with the first read and not before: it fails for whoever has hung up already, and to accept somebody must
-    not depend on that.
+    TLS starts with the first read: it would fail for a peer that has hung up already, and accepting must not fail for
+    that.
     """
 
     _sock: ssl.SSLSocket

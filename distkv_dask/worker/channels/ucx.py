@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 LINGER_SECONDS = 0.2
-"""How long what was sent is given to arrive: closing a UCX endpoint can overtake it."""
+"""Seconds for sent data to arrive: closing a UCX endpoint can overtake it."""
 
 Left = list[tuple[Any, UcxLine]]
 """UCX workers and connections on which something is still being sent, to holders that are frozen or cut off."""
 
 
 def close_left(left: Left) -> None:
-    """Close the connections whose holders have taken what was sent, or are gone."""
+    """Close connections whose holders have received all data, or are gone."""
     for worker, line in left:
         work(worker)
         if not line.busy:
@@ -46,8 +46,8 @@ def close_left(left: Left) -> None:
 class UcxChannel:
     """Home's end over UCX; see :class:`distkv_dask.worker.channels.base.Channel`.
 
-    It has a UCX worker of its own, so that it has a descriptor of its own to wait for, and takes everything that UCX
-    keeps for it along when it is closed.
+    It has its own UCX worker, so that it has its own descriptor to wait for, and closing it frees everything that UCX
+    keeps for it.
     """
 
     def __init__(self, worker: Any, line: UcxLine, address: str, seconds: float, left: Left) -> None:
@@ -68,7 +68,7 @@ class UcxChannel:
 
     @classmethod
     def open(cls, host: str, port: int, peer: str, seconds: float, context: Any, left: Left) -> Self:
-        """Begin to connect to a holder's listener; whether it answers is known with the first frame.
+        """Start connecting to a holder's listener; the first frame shows whether it answers.
 
         Parameters
         ----------
@@ -78,7 +78,7 @@ class UcxChannel:
         Raises
         ------
         ChannelError
-            There is no such host.
+            The host does not exist.
         """
         address = f"{host}:{port}"
         worker = new_worker(context)
@@ -206,7 +206,7 @@ class UcxChannel:
             os.eventfd_write(self._ready, 1)
 
     def _failure_came(self) -> bool:
-        """Whether the peer's failure frame is there."""
+        """Whether the peer's failure frame has arrived."""
         try:
             header = parse_header(self._line.head) if self._line.arrived() else None
         except ChannelError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 LINGER_SECONDS = 1.0
-"""How long what was sent is given to arrive: closing a UCX endpoint can overtake it."""
+"""Seconds for sent data to arrive: closing a UCX endpoint can overtake it."""
 
 
 class UcxInlet:
@@ -44,7 +44,7 @@ class UcxInlet:
 
     @property
     def peer(self) -> str:
-        """Who is at the other end."""
+        """The peer's name."""
         return self._line.peer
 
     @peer.setter
@@ -53,7 +53,7 @@ class UcxInlet:
 
     @property
     def sending(self) -> bool:
-        """Whether a frame has not yet left its buffers; False also when it never will."""
+        """Whether a frame is still being sent; False also if it never will be."""
         try:
             return self._line.sending
         except ChannelError:
@@ -71,7 +71,7 @@ class UcxInlet:
             self._view = self.data.numpy().data
 
     def receive(self) -> Header | None:
-        """Read what is there; the header once a whole frame is."""
+        """Read available bytes; returns the header of a complete frame."""
         if not self._progress():
             self._listener.work()
             if not self._progress():
@@ -86,7 +86,7 @@ class UcxInlet:
         return self._view[HEADER_BYTES : HEADER_BYTES + header.length]
 
     def consume(self, header: Header) -> bool:
-        """Drop the current frame; True when bytes of a next one are there already."""
+        """Drop the current frame; True if bytes of the next one have arrived already."""
         self._header, self._whole, self._taken = None, False, False
         self._line.consume()
         self._listener.work()
@@ -130,7 +130,7 @@ class UcxInlet:
     # For the listener
 
     def has_work(self) -> bool:
-        """Whether a whole frame is there that :meth:`receive` has not given yet, or an error that it will raise."""
+        """Whether :meth:`receive` will return a complete frame, or raise an error."""
         try:
             return not self._taken and not self._line.sending and self._progress()
         except ChannelError:
@@ -148,7 +148,7 @@ class UcxInlet:
             os.eventfd_read(self._ready)
 
     def _progress(self) -> bool:
-        """Take what UCX has; whether the whole frame is there."""
+        """Receive from UCX; returns whether the frame is complete."""
         line = self._line
         if self._header is None:
             if not line.arrived():
@@ -202,7 +202,7 @@ class UcxListener:
         return inlet
 
     def work(self) -> None:
-        """Let UCX do what it can, and wake the inlets that it did something for."""
+        """Let UCX make progress, and wake the inlets concerned."""
         work(self._worker)
         for inlet in self._inlets:
             if inlet.has_work():
@@ -218,7 +218,7 @@ class UcxListener:
             self.work()
 
     def fileno(self) -> int:
-        """Descriptor that becomes readable when somebody connects, and when anything else happens."""
+        """Descriptor that becomes readable when a peer connects, or on any other event."""
         return int(self._worker.epoll_file_descriptor)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """One end of a UCX connection: whole frames in order, and no step ever waits.
 
-Connections are made to a listener and not to worker addresses: both ends belong together then and each sees the other's
-end, and a holder never connects to an address that somebody names who has shown no token.
+Connections are made to a listener, not to worker addresses: then endpoints are created in pairs, each sees the other's
+end, and a holder never connects to an address named by an unauthenticated peer.
 
 The holder gives each connection a random tag. Frames are messages under this tag: a header, then its payload, which
 UCX moves between the two buffers themselves (over RDMA where the network has it). An end looks for messages instead of
@@ -46,7 +46,7 @@ def new_worker(context: Any) -> Any:
 
 
 def work(worker: Any) -> None:
-    """Do what there is to do now, and have the worker's descriptor become readable when there is more."""
+    """Make progress, and arm the worker's descriptor for further events."""
     worker.progress()
     while not worker.arm():
         worker.progress()
@@ -58,11 +58,11 @@ class UcxLine:
     Parameters
     ----------
     worker
-        The UCX worker of the endpoint; somebody has to call :func:`work` for it.
+        The UCX worker of the endpoint; callers must run :func:`work` for it.
     endpoint
-        UCX endpoint with error handling, without which nobody would notice a peer that is gone.
+        UCX endpoint with error handling, which is needed to notice a lost peer.
     peer
-        Who is at the other end, for errors.
+        The peer's name, for errors.
     accepted
         Whether this is the holder's end.
     """
@@ -70,7 +70,7 @@ class UcxLine:
     def __init__(self, worker: Any, endpoint: Any, peer: str, accepted: bool) -> None:
         self.peer = peer
         self.head = bytearray(HEADER_BYTES)
-        """The header that came, when :meth:`arrived`."""
+        """The received header, once :meth:`arrived`."""
         self._worker = worker
         self._endpoint = endpoint
         self._sends: deque[tuple[Any, Array]] = deque()
@@ -104,7 +104,7 @@ class UcxLine:
 
     @property
     def sending(self) -> bool:
-        """Whether a buffer is still in use by what was sent.
+        """Whether a buffer is still in use by a send.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class UcxLine:
 
     @property
     def busy(self) -> bool:
-        """Whether the connection is there and something sent on it has not been taken."""
+        """Whether the connection is open and sent data has not been received."""
         return self.alive and any(not request.completed for request, _ in self._sends)
 
     def send(self, header: Header, *buffers: Buffer) -> None:
@@ -141,7 +141,7 @@ class UcxLine:
         Raises
         ------
         ChannelError
-            The peer closed or sent what is no header, or the connection broke.
+            The peer closed or sent an invalid header, or the connection broke.
         """
         return self._receive(0, self._tag, memoryview(self.head))
 
@@ -156,11 +156,11 @@ class UcxLine:
         return self._receive(1, self._tag, buffer)
 
     def consume(self) -> None:
-        """Forget the frame that came."""
+        """Drop the received frame."""
         self._receives.clear()
 
     def drop(self) -> None:
-        """Take what has come and forget it, so that the peer's sends end."""
+        """Receive and discard messages, so that the peer's sends end."""
         try:
             while self.alive and all(self._done(request) for request, _ in self._receives):
                 found = self._worker.tag_probe(self._tag)

@@ -1,4 +1,4 @@
-"""Everybody who is connected to a holder lane: let in, served, dismissed; few of them before they show a token."""
+"""Connections of a holder lane: accepted, served, closed; only a few without a token."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 STRANGERS = 128
-"""Connections of one listener that have shown no token; a home shows its own with its first bytes."""
+"""Maximum unauthenticated connections of one listener; a home sends its token with its first bytes."""
 ACCEPTS = 256
 """Connections taken in one turn, so that a flood of them does not keep the lane from its homes."""
 
 
 class Connections:
-    """Listeners and connections of one holder lane; used by the lane's thread only, but for :attr:`poller`.
+    """Listeners and connections of one holder lane; used by the lane's thread only, except for :attr:`poller`.
 
-    Whatever goes wrong with a connection ends that connection and nothing else.
+    An error of a connection ends only that connection.
 
     Parameters
     ----------
@@ -50,16 +50,16 @@ class Connections:
         self._poller: int = self._selector.fileno() if hasattr(self._selector, "fileno") else -1
 
     def watch(self, sock: socket.socket, call: Callable[[], None]) -> None:
-        """Call when a socket of the lane's own is readable."""
+        """Set a callback for a readable socket of the lane."""
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def listen(self, listener: Listener) -> None:
-        """Let homes in through a listener."""
+        """Accept homes through a listener."""
         self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
         self._listeners.append(listener)
 
     def wait(self, seconds: float) -> None:
-        """Serve whoever has something; otherwise wait for one, at most this many seconds."""
+        """Serve connections with pending data; otherwise wait at most this many seconds for some."""
         for key, _ in self._selector.select(0 if self._serve_natively(seconds) else seconds):
             key.data()
 
@@ -68,7 +68,7 @@ class Connections:
         return [home for home in self._connections if home.service is service]
 
     def serve(self, home: HomeConnection, work: Callable[[], None]) -> None:
-        """Do what a connected home wants; every call of theirs is made here, and one that fails ends its channel."""
+        """Serve a connected home; a call that fails ends its channel."""
         if home not in self._connections:
             return
         inlet = home.inlet
@@ -88,7 +88,7 @@ class Connections:
                 self.serve(home, home.serve)
 
     def dismiss(self, home: HomeConnection, error: Exception) -> None:
-        """End a connection, saying why; never raises."""
+        """Close a connection with a reason; never raises."""
         if self._connections.pop(home, None) is None:
             return
         inlet = home.inlet
@@ -101,18 +101,18 @@ class Connections:
                 logger.error("the channel of %s did not end as it should", inlet.peer, exc_info=failure)
 
     def check_clock(self, now: float) -> None:
-        """Dismiss who is late, and listen again where that had failed."""
+        """Close connections that are late, and resume listeners that had failed."""
         for home in list(self._connections):
             self.serve(home, partial(home.check_clock, now))
         for listener in self._listeners:
             if listener in self._resting:
                 self._resting.discard(listener)
                 self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
-            self._let_in(listener)  # over UCX somebody may have come while others were served, and says so once
+            self._let_in(listener)  # over UCX a peer that connects meanwhile is reported only once
         self._log.report(now)
 
     def close(self, error: Exception) -> None:
-        """Dismiss everybody and stop listening."""
+        """Close all connections and stop listening."""
         for home in list(self._connections):
             self.dismiss(home, error)
         closables: tuple[selectors.BaseSelector | Listener, ...] = (self._selector, *self._listeners)

@@ -1,4 +1,4 @@
-"""Where a holder finds a request and leaves its answer: in the channel's own memory, or on a card."""
+"""Buffers of a holder's requests and answers: in the channel's own memory, or on a card."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Desk:
     Parameters
     ----------
     device
-        Where they are answered.
+        The device that answers them.
     body
-        uint8 [bytes]: where the channel leaves each request.
+        uint8 [bytes]: the channel's buffer with each request.
     result
         float32 [n]: the answers, on the device.
 
@@ -36,12 +36,12 @@ class Desk:
         self.reply = self._left.host
 
     def fetch(self) -> None:
-        """Queue the copy of the request that has come to the device."""
+        """Queue the copy of the received request to the device."""
         if self._came.host is not self._body:
             self._came.host.copy_(self._body)
             self._came.up()
 
     def leave(self) -> None:
-        """Copy the answer to the host, and wait for it: the one stop of a request."""
+        """Copy the answer to the host, and wait for it: the only host wait of a request."""
         self._left.down()
         self._device.finish()

@@ -17,7 +17,7 @@ from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.holder.traced import traced_receive
 
 HELLO_BYTES = 4096
-"""Longest HELLO; nothing longer is read from somebody who has not shown a token."""
+"""Longest HELLO; nothing longer is read from an unauthenticated peer."""
 HELLO_SECONDS = 5.0
 """Time to say hello, so that a silent connection cannot pin resources."""
 ROWS_BYTES = 1 << 20
@@ -38,7 +38,7 @@ class HomeConnection:
     def __init__(self, inlet: Inlet, services: Mapping[str, Service]) -> None:
         self.inlet = inlet
         self.host = inlet.peer.rpartition(":")[0] or inlet.peer
-        """Where it comes from, if that is known."""
+        """Its address, if known."""
         self.service: Service | None = None
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._services = services
@@ -51,12 +51,12 @@ class HomeConnection:
         """Whether a question waits for KV that the home lane is computing."""
 
     def serve(self) -> None:
-        """Send what is left of an answer, then work on the frames that are there.
+        """Send the rest of an answer, then handle the frames that have arrived.
 
         Raises
         ------
         DistKVError
-            The home must be dismissed with :meth:`leave`.
+            The home must be disconnected with :meth:`leave`.
         """
         inlet = self.inlet
         if inlet.sending:
@@ -88,7 +88,7 @@ class HomeConnection:
         return None if self._session is None or self.inlet.sending else self._session.hand_to_native()
 
     def take_from_native(self) -> None:
-        """Go on in Python after :meth:`hand_to_native`; raises as :meth:`serve` does."""
+        """Continue in Python after :meth:`hand_to_native`; raises as :meth:`serve` does."""
         assert self._session is not None
         answered, waits = self._session.take_from_native()
         if answered:
@@ -114,7 +114,7 @@ class HomeConnection:
         Raises
         ------
         ChannelTimeoutError
-            The home must be dismissed with :meth:`leave`.
+            The home must be disconnected with :meth:`leave`.
         """
         if now > self.deadline:
             raise self._late()
@@ -154,7 +154,7 @@ class HomeConnection:
         return self.service
 
     def _take(self, header: Header) -> None:
-        """Work on any frame but a session's ATTEND."""
+        """Handle any frame except a session's ATTEND."""
         payload = self.inlet.payload(header)
         if self.service is None:
             self._greet(header, payload)
@@ -177,7 +177,7 @@ class HomeConnection:
             raise ChannelError(f"{self.inlet.peer} sent {header}, which no home sends")
 
     def _greet(self, header: Header, payload: memoryview) -> None:
-        """Accept a HELLO with a right token and a fitting model; anything else is dropped."""
+        """Accept a HELLO with a valid token and the same model; anything else is dropped."""
         shown = bytes(payload[:DIGEST_BYTES])
         fitting = [service for service in self._services.values() if hmac.compare_digest(service.digest, shown)]
         if header.kind is not Kind.HELLO or not fitting:

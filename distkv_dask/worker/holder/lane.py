@@ -1,4 +1,4 @@
-"""The holder lane: one thread that answers MicroAttention requests of all homes and never waits for any of them."""
+"""The holder lane: one thread that answers MicroAttention requests of all homes and never blocks on one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distkv_dask.worker.holder.session import Session
 
 T = TypeVar("T")
 TICK = 0.2
-"""Seconds between looks at the time limits."""
+"""Seconds between checks of the time limits."""
 
 
 class HolderLane:
@@ -43,7 +43,7 @@ class HolderLane:
     threads
         torch threads of an operation.
     certificates
-        Where they are given, homes that come over TCP speak TLS.
+        If given, homes that connect over TCP use TLS.
     on_end
         Called with the reason, on the lane's thread, when the lane ends without :meth:`close`.
     """
@@ -81,11 +81,11 @@ class HolderLane:
 
     @property
     def closed(self) -> bool:
-        """Whether the lane was closed or has ended by itself."""
+        """Whether the lane was closed or has ended."""
         return self._closed
 
     def offer_ucx(self) -> None:
-        """Serve homes that come over UCX too, on port :attr:`ucx` (0 before). Can be called again.
+        """Also serve homes over UCX, on port :attr:`ucx` (0 before). Can be repeated.
 
         Raises
         ------
@@ -119,7 +119,7 @@ class HolderLane:
         self.submit(lambda: self._services.__setitem__(service.engine, service)).result()
 
     def detach(self, engine: str) -> None:
-        """Serve an engine no longer: its sessions fail, its channels close. Can be called again."""
+        """Stop serving an engine: its sessions fail, its channels close. Can be repeated."""
 
         def drop() -> None:
             service = self._services.pop(engine, None)
@@ -133,7 +133,7 @@ class HolderLane:
             self.submit(drop).result()
 
     def open_session(self, engine: str, gang: Gang) -> Session:
-        """Begin to serve a gang; returns at once, the session ends by itself.
+        """Start serving a gang; returns at once, the session ends with its gang.
 
         Raises
         ------
@@ -155,7 +155,7 @@ class HolderLane:
                 self.submit(lambda: self._abort(service, gang, GangAbortedError(reason)))
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run ``call`` on the lane, after everything that the lane was asked before; it must not wait for anybody.
+        """Run ``call`` on the lane, after all earlier calls; it must not block.
 
         Raises
         ------
@@ -235,7 +235,7 @@ class HolderLane:
                     self._look_at_clock(now)
 
     def _end(self, reason: str) -> None:
-        """The lane ends by itself: say so before its sessions fail, so that nobody tries them here again."""
+        """The lane has ended: report it before its sessions fail, so that they are not retried here."""
         with self._lock:
             self._closed = True
         self._on_end(reason)
@@ -269,7 +269,7 @@ class HolderLane:
     def _open(self, service: Service, session: Session) -> None:
         try:
             home = service.open(session)
-        except Exception as error:  # nobody looks at what became of this command: the session's waiter does
+        except Exception as error:  # the session's waiter gets the result, not the caller of this command
             session.fail(error)
             raise
         if home is not None:

@@ -1,4 +1,4 @@
-"""A session's turns in C++ (worker/native/holder.cpp): requests that come as expected are answered without Python."""
+"""A session's turns in C++ (worker/native/holder.cpp): expected requests are answered without Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PYTHON, _UNSENT, _BAD_BATCH = 2, 3, 4  # distkv::Turn in native/holder.cpp
 
 
 class NativeTurns:
-    """A session's batch, as :func:`serve` answers it. Between calls of that, Python has the frames and the turn.
+    """A session's batch for :func:`serve`. Between its calls, Python owns the frames and the turn.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class NativeTurns:
     tensors
         q, k and v of every request, views of the inlet's buffer.
     reply
-        Header of every answer, but for layer and step.
+        Header of every answer, except for layer and step.
     ring
-        Where answers are recorded, if they are.
+        Records answers, if given.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class NativeTurns:
         self.address = ctypes.addressof(self._session)
 
     def hand_to_native(self, turn: Header) -> None:
-        """Let :func:`serve` go on from a turn."""
+        """Let :func:`serve` continue from a turn."""
         session = self._session
         session.filled, session.frame_bytes = self._inlet.filled, HEADER_BYTES + turn.length
         session.layer, session.status = turn.layer, 0
@@ -74,7 +74,7 @@ class NativeTurns:
             self._ring.native.start_behind(self._ring.last)
 
     def take_from_native(self) -> tuple[int, float, int, bool]:
-        """Go on in Python: requests answered, seconds spent on them, next layer, whether frames wait for Python."""
+        """Continue in Python; returns answered requests, their seconds, the next layer, and if frames are pending."""
         session = self._session
         if self._ring is not None:
             self._ring.collect()
@@ -94,7 +94,7 @@ def new_turns(
     reply: Header,
     ring: Ring | None = None,
 ) -> NativeTurns | None:
-    """Turns in C++, where the channel is a plain socket and the library is there."""
+    """Turns in C++, if the channel is a plain socket and the library is available."""
     if type(inlet) is not StreamInlet or shard.native is None or wire() is None:
         return None
     return NativeTurns(inlet, shard, tensors, reply, ring)

@@ -1,4 +1,4 @@
-"""What a holder lane serves for one engine: its sessions, homes that came early, and gangs that have ended."""
+"""A holder lane's service for one engine: its sessions, homes that came early, and ended gangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from distkv_dask.worker.holder.home_connection import HomeConnection
 
 REMEMBERED = 1024
-"""Ended gangs that are remembered, so that a late member or home is told at once."""
+"""Number of ended gangs that are remembered, so that a late member or home is refused at once."""
 
 
 class Limits(NamedTuple):
@@ -37,13 +37,13 @@ class Service:
     engine
         The engine's name.
     token
-        Random secret that its homes show.
+        Random secret that its homes send.
     pool
-        Where its KV lies on this worker.
+        The worker's pool of its KV.
     limits
-        How long it waits for homes.
+        Time limits for homes.
     ring
-        Where its requests are recorded, if they are.
+        Records its requests, if given.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Service:
         return session
 
     def open(self, session: Session) -> HomeConnection | None:
-        """Take a new session; the home that waits for it already, if there is one."""
+        """Add a new session; returns the home that already waits for it, if there is one."""
         number = session.gang.number
         if number in self._ended:
             session.fail(GangAbortedError(f"gang {session.gang.name} has ended on this worker: {self._ended[number]}"))
@@ -110,7 +110,7 @@ class Service:
         return session
 
     def finish(self, number: int, error: Exception | None) -> None:
-        """Complete a gang, or fail its session if it has one; it cannot begin again."""
+        """Complete a gang, or fail its session if it has one; it cannot be started again."""
         self._early.pop(number, None)
         session = (self._waiting.pop(number, None) or self._running.pop(number, None) or (None,))[0]
         self._remember(number, "it is complete" if error is None else str(error))
@@ -120,13 +120,13 @@ class Service:
             session.end()
 
     def abort(self, number: int, error: DistKVError) -> HomeConnection | None:
-        """Fail a gang; the home that is to be told, if there is one."""
+        """Fail a gang; returns the home to notify, if there is one."""
         home = self._early.get(number) or self._running.get(number, (None, None))[1]
         self.finish(number, error)
         return home
 
     def gangs_of(self, sequence: int) -> list[int]:
-        """Numbers of the gangs under way whose batch has a sequence."""
+        """Numbers of the running gangs that have a sequence in their batch."""
         return [number for number, (session, _) in self._running.items() if sequence in session.sequences]
 
     def fail_all(self, error: DistKVError) -> None:

@@ -87,7 +87,7 @@ class Session:
             raise ChannelTimeoutError(f"the session of gang {self.gang.name} did not end in {timeout} s") from error
 
     def set_batch(self, inlet: Inlet, heads: int, step: int, rows: list[Row]) -> None:
-        """Take these rows from ``step`` on and make the tensors that all their requests will be read through.
+        """Use these rows from ``step`` on, and make the tensors for all their requests.
 
         Raises
         ------
@@ -141,7 +141,7 @@ class Session:
         return self._native
 
     def take_from_native(self) -> tuple[int, bool]:
-        """Go on in Python: how many requests C++ answered, and whether frames wait for Python."""
+        """Continue in Python; returns the number of requests that C++ answered, and whether frames are pending."""
         assert self._native is not None
         answered, busy, layer, waits = self._native.take_from_native()
         if answered:
@@ -167,7 +167,7 @@ class Session:
 
     @contextmanager
     def _queuing(self) -> Iterator[None]:
-        """Queue on the holder's stream; after an error nothing is left there that could write to others' blocks."""
+        """Queue on the holder's stream; after an error, wait until nothing there can write to others' blocks."""
         device = self._pool.device
         with device.stream(Use.HOLDER):
             try:
@@ -197,7 +197,7 @@ class Session:
             self.result.set_exception(error)
 
     def _next(self, layer: int) -> None:
-        """It is the turn of ``layer``; of the next step, when that is the first that is asked."""
+        """Set the expected layer to ``layer``, and advance the step if that is the first queried layer."""
         kind, number, epoch, _, step, length = self._turn
         if layer == self._first:
             with self._queuing():

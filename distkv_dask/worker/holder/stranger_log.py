@@ -1,4 +1,4 @@
-"""What the log says of strangers: a line a minute for each address, and few lines for all of them."""
+"""Log lines on unauthenticated peers: one per minute for each address, and few for all of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class StrangerLog:
         self._left_out = 0
 
     def dropped(self, host: str, peer: str, error: Exception, now: float) -> None:
-        """Somebody at ``host``, more exactly ``peer``, was dropped.
+        """Log that ``peer`` at ``host`` was dropped.
 
         Parameters
         ----------
         host
-            Who shares it shares a line.
+            Peers of one host share a line.
         peer, error
-            What the line says.
+            The content of the line.
         now
             Seconds of a clock that never goes back.
         """
@@ -43,7 +43,7 @@ class StrangerLog:
         logger.warning("dropped a connection from %s: %s", peer, error, exc_info=unforeseen)
 
     def report(self, now: float) -> None:
-        """Begin a new period, if it is time, and say how many connections had no line in the last one."""
+        """Start a new period, if it is time, and log how many connections had no line in the last one."""
         if now < self._ends:
             return
         if self._left_out:

@@ -1,6 +1,6 @@
-"""The running parts of a holder that record what they do; used in the place of the plain ones while there is a trace.
+"""Parts of a holder that record their work; used instead of the plain ones while there is a trace.
 
-Each overrides the few methods that begin or end a kind of time; the plain classes do not know about traces.
+Each overrides the few methods that start or end an activity; the plain classes do not know about traces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distkv_dask.worker.trace import Ring
 
 
 class TracedSession(Session):
-    """A holder's part in a gang whose requests are recorded: here those that Python answers, by C++ its own."""
+    """A holder's part in a gang with recorded requests: those answered by Python here, others by C++."""
 
     def __init__(self, ring: Ring, gang: Gang, pool: Pool) -> None:
         super().__init__(gang, pool)
@@ -43,7 +43,7 @@ class TracedSession(Session):
 
 
 def traced_receive(ring: Ring, receive: Callable[[], Header | None]) -> Callable[[], Header | None]:
-    """``receive`` of an inlet, recorded, as is the time since this lane did something for the engine."""
+    """``receive`` of an inlet, recorded with the idle time since this lane last worked for the engine."""
 
     def receive_traced() -> Header | None:
         began = ring.put("idle", ring.last, -1) if ring.last else perf_counter_ns()

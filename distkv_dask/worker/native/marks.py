@@ -1,4 +1,4 @@
-"""What C++ records of a traced engine's layers (worker/native/marks.h): room for it, and spans of it afterwards."""
+"""Marks that C++ records for a traced engine's layers (worker/native/marks.h), and spans made from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from distkv_dask.worker.native.structs import Mark, Marks
 
 CAPACITY = 4096
-"""Marks between two looks at them: a layer of a home, or a step of the sessions that a holder serves at once."""
+"""Maximum marks between two reads: a layer of a home, or a step of the sessions that a holder serves at once."""
 
 NAMES = ("send", "wait", "wait", "merge", "idle", "receive", "attend", "send", "answer")
 """Names of spans, by distkv::What."""
@@ -34,17 +34,17 @@ class NativeMarks:
         return self._peers.index(peer)
 
     def start_behind(self, last: int) -> None:
-        """Go on behind what Python recorded last."""
+        """Continue after Python's last span."""
         self._marks.last = last
 
     def take_marks(self) -> Iterator[Recorded]:
-        """What was marked since the last call."""
+        """Spans since the last call."""
         count, self._marks.count = self._marks.count, 0
         for one in self._room[:count]:
             peer = self._peers[one.peer] if one.peer >= 0 else ""
             yield NAMES[one.what], one.began, one.ended, one.gang, one.step, one.layer, peer, one.size
 
     def take_lost(self) -> int:
-        """How many marks found no room since the last call."""
+        """Number of marks lost since the last call."""
         lost, self._marks.lost = self._marks.lost, 0
         return int(lost)

@@ -1,4 +1,4 @@
-"""The structures that the exchange's C++ reads and writes (worker/native), as Python lays them out."""
+"""Structures of the exchange's C++ (worker/native), as Python lays them out."""
 
 from __future__ import annotations
 

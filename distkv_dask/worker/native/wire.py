@@ -1,7 +1,7 @@
 """The C++ half of an exchange (worker/native), loaded through ctypes: a layer without Python on plain sockets.
 
-ctypes releases the interpreter lock during a call, so a holder answers while its own home lane runs Python. Where the
-library or the kernels' core is missing, and on channels that are no plain sockets, Python does the same.
+ctypes releases the interpreter lock during a call, so a holder answers while its own home lane runs Python. If the
+library or the kernels' core is missing, and on channels other than plain sockets, Python does the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRUCTURES = {"holder": Holder, "home": Home, "session": Session, "mark": Mark, 
 
 @lru_cache(maxsize=1)
 def wire() -> ctypes.CDLL | None:
-    """The library, or None where it was not built, is of another version, or has no kernels to call."""
+    """The library, or None if it was not built, has another version, or has no kernels to call."""
     if native_kernel.missing() is not None or sys.byteorder != "little":
         return None
     for suffix in EXTENSION_SUFFIXES:
@@ -40,7 +40,7 @@ def wire() -> ctypes.CDLL | None:
 
 
 def _load(path: Path) -> ctypes.CDLL | str:
-    """The library, or what is wrong with it."""
+    """The library, or why it cannot be used."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -1,8 +1,8 @@
-"""What followed the same words before: pairs of tokens to where they stand in a text, and the longest match there.
+"""Finds earlier occurrences of the last tokens: an index of pairs of tokens in a text, and the longest match.
 
-Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding), as transformers' ``prompt_lookup_num_tokens`` and
-vLLM's ``ngram`` method do it. They read the whole text in every step. Here an index is made once of what does not
-change; questions on one document share its index.
+Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding), like transformers' ``prompt_lookup_num_tokens``
+and vLLM's ``ngram`` method. Those read the whole text in every step. Here the unchanging part is indexed once, and
+questions on one document share its index.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 
 SHORTEST = 2
-"""Tokens of the shortest match: one word alone says little about the next."""
+"""Tokens of the shortest match: a single word says little about the next."""
 LONGEST = 16
-"""Tokens of a match that are compared at most: a longer one is hardly surer."""
+"""Maximum length of a match: longer ones are hardly more reliable."""
 NEAREST = 4096
-"""Places of a pair that are looked at, the last ones of each text: in a table, some stand everywhere."""
+"""Maximum occurrences of a pair that are compared, the last ones of each text: in a table, some are everywhere."""
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class PairIndex:
-    """Where each pair of tokens ends in a part of a text; 12 bytes a token.
+    """An index of where each pair of tokens ends in a part of a text; 12 bytes per token.
 
     Parameters
     ----------
     text
         The tokens; they are kept.
     start, stop
-        The positions that are found, of tokens after a pair.
+        The range of positions (of tokens after a pair) that are indexed.
     """
 
     def __init__(self, text: Tokens, start: int, stop: int) -> None:
@@ -49,7 +49,7 @@ class PairIndex:
 
 
 def scan(text: Tokens, start: int, stop: int) -> Positions:
-    """Positions in ``[start, stop)`` after the pair that ``text`` ends with, as an index gives them."""
+    """Positions in ``[start, stop)`` after the pair that ``text`` ends with, as from an index."""
     first = max(SHORTEST, start)
     a, b = text[-2:]
     alike = (text[first - 2 : stop - 2] == a) & (text[first - 1 : stop - 1] == b)
@@ -57,12 +57,12 @@ def scan(text: Tokens, start: int, stop: int) -> Positions:
 
 
 def longest_match(text: Tokens, positions: Positions) -> tuple[int, int]:
-    """Of positions after the last pair of a text, the one with the most tokens alike before it, the last of several.
+    """The position with the longest match before it; of several, the last.
 
     Returns
     -------
     tuple
-        The position, and how many tokens are alike, :data:`LONGEST` at most; (0, 0) if there are no positions.
+        The position, and the length of the match, at most :data:`LONGEST`; (0, 0) without positions.
     """
     if not len(positions):
         return 0, 0

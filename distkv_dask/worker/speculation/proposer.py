@@ -1,4 +1,4 @@
-"""What one sequence may say next: its prompt, with a document that others ask about too, and its answer so far."""
+"""Proposals for one sequence, from its prompt, a shared document and its answer so far."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from distkv_dask.worker.speculation.ngrams import SHORTEST, PairIndex, Tokens, longest_match, scan
 
 KEPT_TOKENS = 1 << 22
-"""Tokens of documents whose indices are kept for the next question, 16 bytes each."""
+"""Maximum tokens of documents with cached indices, 16 bytes each."""
 
 
 class DocumentIndices:
-    """Indices of documents by number, those that were asked last."""
+    """Indices of recently used documents by number."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[int, PairIndex] = OrderedDict()
 
     def of(self, document: int, text: Tokens) -> PairIndex:
-        """The index of a document, which is made if there is none of just this text."""
+        """The index of a document, created if there is none of this text."""
         index = self._kept.pop(document, None)
         if index is None or not np.array_equal(index.text, text):
             index = PairIndex(text.copy(), 0, len(text))
@@ -31,7 +31,7 @@ class DocumentIndices:
 
 
 class Proposer:
-    """Tokens of one sequence, and what followed the last of them before.
+    """Tokens of one sequence, and proposals from earlier occurrences of the last ones.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class Proposer:
         return self._text[self._prompt : self.length]
 
     def take(self, tokens: Sequence[int]) -> None:
-        """Go on after more tokens of the answer."""
+        """Add tokens of the answer."""
         stop = self.length + len(tokens)
         if stop > len(self._text):
             grown = np.empty(max(2 * stop - self._prompt, self._prompt + 64), np.int32)
@@ -69,10 +69,9 @@ class Proposer:
         self.length = stop
 
     def propose(self, most: int) -> tuple[list[int], int]:
-        """Up to ``most`` tokens that may come next, and how many tokens before them were alike; of nothing, 0.
+        """Up to ``most`` proposed tokens, and the length of the match before them; 0 without a match.
 
-        What followed the longest match is proposed, the last of several. Where it reaches the end of the text, it is
-        repeated.
+        The tokens after the longest match (of several, the last) are proposed. At the end of the text they repeat.
         """
         text = self.text
         if most < 1 or len(text) <= SHORTEST:

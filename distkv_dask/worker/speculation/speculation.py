@@ -1,4 +1,4 @@
-"""Speculation at a home: proposers of the sequences that it decodes, and the decision what a step tries."""
+"""Speculation at a home: proposers of its sequences, and the number of proposals in a step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distkv_dask.worker.speculation.gate import Budget, Chances, StepSeconds, wo
 from distkv_dask.worker.speculation.proposer import DocumentIndices, Proposer
 
 MOST = 16
-"""Tokens that a step tries of a sequence, where the settings leave that open."""
+"""Maximum proposals per sequence and step with the setting ``auto``."""
 
 
 class Speculation:
-    """What is known of the sequences of a home, window after window; used on the home lane's thread only.
+    """Proposers and rates of a home's sequences over all windows; used on the home lane's thread only.
 
     Parameters
     ----------
     most
-        Tokens that a step tries of a sequence at most; ``"auto"``: :data:`MOST`.
+        Maximum proposals per sequence and step; ``"auto"``: :data:`MOST`.
     """
 
     def __init__(self, most: int | str) -> None:
@@ -38,13 +38,13 @@ class Speculation:
         self._searched = 0.0
 
     def begin(self, batch: Sequence[SequenceState]) -> Speculation:
-        """Begin a window with committed states; those without a prompt are not speculated on."""
+        """Start a window with committed states; those without a prompt get no proposals."""
         known, self._known = self._known, {}
         for state in batch:
             if not state.prompt:
                 continue
             proposer, chances = known.get(state.sequence) or (self._proposer(state), Chances(self._chances))
-            if not np.array_equal(proposer.answer, state.generated):  # the window before was given up
+            if not np.array_equal(proposer.answer, state.generated):  # the previous window was abandoned
                 proposer = self._proposer(state)
             self._known[state.sequence] = proposer, chances
         return self
@@ -60,7 +60,7 @@ class Speculation:
         return made
 
     def propose(self, room: Mapping[int, int]) -> Mapping[int, Sequence[int]]:
-        """Tokens to try in a step behind the last ones, of some sequences; ``room`` says how many of each at most."""
+        """Proposals for a step by sequence; ``room`` has the maximum number for each."""
         began, self._proposed = time.perf_counter(), {}
         seconds = self._seconds[len(room)]
         once, each = seconds.added()
@@ -74,7 +74,7 @@ class Speculation:
         return {sequence: tokens for sequence, (tokens, _) in self._proposed.items()}
 
     def _likely(self, sequence: int, most: int) -> tuple[list[int], int, list[float]]:
-        """What a sequence may say next, behind how many tokens that are alike, and how likely all of it up to each."""
+        """A sequence's proposals, the length of the match, and the probabilities that all up to each are accepted."""
         if sequence not in self._known:
             return [], 0, []
         proposer, chances = self._known[sequence]
@@ -82,7 +82,7 @@ class Speculation:
         return tokens, alike, list(accumulate((chances.of(alike + at) for at in range(len(tokens))), mul))
 
     def learn(self, seconds: float, taken: Mapping[int, Sequence[int]]) -> None:
-        """What the step took, and the tokens that each sequence took in it."""
+        """Record the step's time, and the tokens of each sequence."""
         tried = gained = 0
         for sequence, tokens in taken.items():
             if sequence not in self._known:

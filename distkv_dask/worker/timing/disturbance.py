@@ -1,4 +1,4 @@
-"""Whether others use this machine's processors, so that what is timed just now says little about later."""
+"""Whether other processes use this machine's processors, which makes timings unreliable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST = 0.1
-"""Part of the time for which a thread may wait for a processor while it is timed."""
+"""Maximum part of the time that a thread may wait for a processor while it is timed."""
 
 QUIET = 0.5
 """Load of a processor below which the machine is quiet enough to time it again."""
@@ -20,14 +20,14 @@ THREADS = Path("/proc/self/task")
 
 @dataclass(slots=True)
 class Disturbance:
-    """How long a thread of this process waited for a processor, as a part of the time, at most: 0 where not known."""
+    """The longest wait of a thread of this process for a processor, as a part of the time; 0 if not known."""
 
     waited: float = 0.0
 
 
 @contextmanager
 def disturbance() -> Iterator[Disturbance]:
-    """Find, at the end of a ``with`` statement, how long the threads waited that lived all the while (on Linux)."""
+    """Measure how long threads that exist throughout a ``with`` statement wait in it (on Linux)."""
     found, before, began = Disturbance(), _waited(), time.perf_counter()
     yield found
     seconds = time.perf_counter() - began
@@ -36,7 +36,7 @@ def disturbance() -> Iterator[Disturbance]:
 
 
 def is_quiet() -> bool:
-    """Whether processors had little to do in the last minute, as far as the system says."""
+    """Whether the processors' load was low in the last minute, as far as the system reports it."""
     try:
         return os.getloadavg()[0] < QUIET * (os.cpu_count() or 1)
     except OSError:
@@ -44,7 +44,7 @@ def is_quiet() -> bool:
 
 
 def _waited() -> dict[str, float]:
-    """Seconds that each thread of this process was ready to run and did not."""
+    """Seconds that each thread of this process was ready but did not run."""
     waited: dict[str, float] = {}
     for file in THREADS.glob("*/schedstat"):  # none on other systems
         with suppress(OSError):  # it has just ended

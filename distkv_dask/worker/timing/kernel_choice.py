@@ -1,4 +1,4 @@
-"""Which attention kernels serve a worker: measured once per machine, kept beside the worker's other measurements."""
+"""Chooses a worker's attention kernels: measured once per machine, kept with the worker's other measurements."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.timing.measurement_cache import cache_file, hardware, keep, read_kept
 
 FORM = 1
-"""Grows when something else is measured."""
+"""Version of the measurement."""
 KEPT_SECONDS = 30 * 24 * 3600
-"""After this, a machine is measured again: whatever disturbed the last time is over."""
+"""After this time, a machine is measured again: earlier disturbances have ended."""
 LOCK_SECONDS = 10
 
 _times: dict[torch.dtype, SetTimes] = {}
@@ -30,10 +30,10 @@ _lock = Lock()
 
 
 def choose_kernels(pool: Pool, config: Config) -> Choice:
-    """Choose the kernels for a pool, and say which and why.
+    """Choose the kernels for a pool; returns their names and the reason.
 
-    Instruction sets of the C++ core are chosen for all engines of the process that keep KV of this dtype. What was
-    measured stays until the process ends: an open engine's answers do not change their bits.
+    Instruction sets of the C++ core are chosen for all engines of the process with KV of this dtype. Measurements are
+    kept until the process ends, so that an open engine's answers do not change their bits.
 
     Raises
     ------
@@ -67,10 +67,10 @@ def _sets(dtype: torch.dtype, config: Config) -> tuple[str, str, str]:
 
 
 def _measured(dtype: torch.dtype, setting: str) -> SetTimes:
-    """Times that this machine has kept, or fresh ones; those of a busy moment only until somebody takes better ones."""
+    """Kept times of this machine, or new ones; disturbed ones are replaced at the next opportunity."""
     key = {"form": FORM, "kernels": native_kernel.fingerprint(), "dtype": str(dtype), **hardware("cpu")}
     file = cache_file(key)
-    with _alone(file):  # who comes while the first worker of a host measures reads what that one finds
+    with _alone(file):  # other workers wait while the first one of a host measures, and read its result
         known = read_kept(file, _times_of) if setting == "auto" and _is_young(file) else None
         if known is not None and known.settled:
             return known
@@ -98,7 +98,7 @@ def _is_young(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Hold a lock of the host; without one where the folder takes none, or somebody has hung with it."""
+    """Hold a lock of the host; continues without one if the folder has no locks or the lock is stuck."""
     lock = FileLock(file.with_suffix(".lock"), timeout=LOCK_SECONDS)
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError, Timeout):

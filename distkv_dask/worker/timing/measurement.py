@@ -1,8 +1,8 @@
-"""Short timings of this worker, by which the performance model (paper v2) knows how fast it is.
+"""Short timings of this worker for the performance model (paper v2).
 
-Everything is timed as it will run: decode windows and prompt chunks of made-up sequences on the home lane, and for the
-exchange a gang whose holder is this worker's own holder lane. KV contents do not matter. It happens before the engine
-is open here, so the pool and both lanes are free.
+The code that serves requests is timed: decode windows and prompt chunks of artificial sequences on the home lane and,
+for the exchange, a gang with this worker's own holder lane as holder. KV contents do not matter. The engine is not open
+yet, so the pool and both lanes are free.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.distkv.measuring")
 
 FORM = 4
-"""Grows when something else is measured: what older versions have kept is not read then."""
+"""Version of the measurement: results of older versions are not read."""
 BATCH = 8
 """Sequences of the larger batch."""
 LONGEST = 4096
@@ -48,14 +48,14 @@ REPEATS = 3
 CHUNKS = (32, 64, 128, 256)
 """Tokens of prompt chunks: the largest that is expected to take ``CHUNK_SECONDS`` is timed."""
 CHUNK_SECONDS = 0.5
-"""Short chunks would say little: with 64 tokens, SmolLM2-135M needs 1.7 times as long for each as with 512."""
+"""Short chunks would be misleading: with 64 tokens, SmolLM2-135M needs 1.7 times as long per token as with 512."""
 _GREEDY = SamplingParams(max_new_tokens=1 << 30, ignore_eos=True)
 _FIRST_GANG = 1 << 60
-"""Far beyond the numbers that the gManager gives to gangs."""
+"""Far above the gManager's numbers of gangs."""
 
 
 def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, has_model: bool) -> Measurement | None:
-    """Time this worker; None where its pool is too small, or where something failed (which is logged).
+    """Time this worker; None if its pool is too small, or after an error (which is logged).
 
     Not to be called on a lane; it takes about a second.
     """
@@ -72,7 +72,7 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
         return None
     finally:
         if runtime.tracer is not None:
-            runtime.tracer.take_spans()  # a trace shows what requests caused
+            runtime.tracer.take_spans()  # a trace shows only work for requests
 
 
 def _attention(pool: Pool, heads: int) -> list[tuple[int, float]]:
@@ -104,7 +104,7 @@ def _most(pool: Pool) -> int:
 
 @contextmanager
 def _reserved(pool: Pool, sequence: int, tokens: int) -> Iterator[None]:
-    """Blocks that have been written to: reading memory that never was would be too fast."""
+    """Blocks that have been written to: reading untouched memory would be too fast."""
     pool.reserve(sequence, 0, tokens)
     zeros = np.zeros(pool.block_bytes, np.uint8)
     for block in pool.table(sequence):
@@ -147,7 +147,7 @@ class _Timing:
         endpoint = self._lanes.endpoint
         own = replace(endpoint, worker=f"{endpoint.worker}#holder")
         exchange = None
-        if not self._runtime.dialer.uses_ucx:  # a small difference of two large times: they are taken in turns
+        if not self._runtime.dialer.uses_ucx:  # a small difference of two large times, so they are measured in turns
             more = [self._decode(1, 2 * size, own) - self._decode(1, 2 * size) for _ in range(REPEATS)]
             exchange = max(0.0, statistics.median(more))
         return Measurement(tuple(decode), tuple(self._prompt()), exchange=exchange)
@@ -173,7 +173,7 @@ class _Timing:
         return statistics.median(seconds[1:])
 
     def _prompt(self) -> Iterator[tuple[int, int, float]]:
-        """A chunk at a prompt's beginning, and one behind as many tokens as there is room for."""
+        """A chunk at a prompt's start, and one after as many tokens as fit."""
         tokens = self._chunks[0]
         seconds = self._chunk(tokens, 0)
         for tokens in self._chunks[1:]:
@@ -197,7 +197,7 @@ class _Timing:
 
     @contextmanager
     def _with_state(self, sequence: int, length: int) -> Iterator[None]:
-        """A state after so many tokens, if the model has recurrent layers, and windows: any will do."""
+        """An arbitrary state after this many tokens, if the model has recurrent layers, and windows."""
         kept = self._runtime.home_state
         kept.put(sequence, length, self._state)
         try:

@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in the user's cache directory by model and hardware."""
+"""Measurements of this machine, kept in the user's cache directory by model and hardware."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from distkv_dask.worker.timing.disturbance import MOST, disturbance, is_quiet
 logger = logging.getLogger("distributed.distkv.measuring")
 Kept = TypeVar("Kept")
 TIMES = 3
-"""How often a worker is timed at most: where threads always wait, they will when it serves, too."""
+"""Maximum number of repeated timings: if threads always wait, they will also wait while serving."""
 
 
 def cached_measurement(
     key: dict[str, object], setting: str, measure: Callable[[], Measurement | None]
 ) -> Measurement | None:
-    """The measurement that ``key`` names: from the cache (``setting`` "auto"), or taken now and put there.
+    """The measurement named by ``key``: from the cache (``setting`` "auto"), or measured now and stored there.
 
-    What was taken while others used the processors serves until the machine is quiet, and is then taken again. None
-    with the setting "preset", and where nothing could be measured. A cache that cannot be read or written costs time
-    and nothing else.
+    A disturbed measurement is used until the machine is quiet, and is then repeated. None with the setting "preset",
+    and if nothing could be measured. A cache that cannot be read or written only costs time.
     """
     if setting == "preset":
         return None
@@ -51,18 +50,18 @@ def cached_measurement(
 
 
 def cache_file(key: dict[str, object]) -> Path:
-    """Where the measurement that ``key`` names is kept."""
+    """The file of the measurement named by ``key``."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_home() / f"{digest}.json"
 
 
 def cache_home() -> Path:
-    """Where measurements are kept."""
+    """The folder of measurements."""
     return cache_folder("performance")
 
 
 def hardware(device: str) -> dict[str, object]:
-    """What makes this machine as fast as it is with a device, without timing it."""
+    """Properties of this machine and device that determine its speed."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -72,7 +71,7 @@ def hardware(device: str) -> dict[str, object]:
 
 
 def _kept(kept: Any) -> tuple[Measurement, float, int]:
-    """A measurement, how long threads waited for processors meanwhile (as a part), and how often it was taken."""
+    """A measurement, the part of the time that threads waited for processors, and the number of attempts."""
     measured = Measurement(
         tuple((int(batch), int(tokens), float(seconds)) for batch, tokens, seconds in kept["decode"]),
         tuple((int(tokens), int(before), float(seconds)) for tokens, before, seconds in kept["prompt"]),
@@ -83,9 +82,9 @@ def _kept(kept: Any) -> tuple[Measurement, float, int]:
 
 
 def read_kept(file: Path, parse: Callable[[Any], Kept]) -> Kept | None:
-    """What :func:`keep` put there; None where nothing is or where it cannot be read, which is logged.
+    """The measurement stored by :func:`keep`; None if there is none or if it cannot be read (which is logged).
 
-    ``parse`` takes what JSON made of the measurement.
+    ``parse`` converts the measurement from JSON.
     """
     try:
         return parse(json.loads(file.read_text(encoding="utf-8"))["measured"])
@@ -97,7 +96,7 @@ def read_kept(file: Path, parse: Callable[[Any], Kept]) -> Kept | None:
 
 
 def keep(file: Path, key: dict[str, object], measured: dict[str, Any]) -> None:
-    """Put a measurement there whole or not at all: other workers of the machine read and write it too."""
+    """Store a measurement atomically: other workers of the machine read and write it, too."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
