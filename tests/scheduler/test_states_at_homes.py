@@ -7,6 +7,7 @@ import random
 from array import array
 from collections import defaultdict
 
+import pytest
 from _examples import examples
 from _simulated import BLOCK, Simulated, assert_nothing_left, expected, finish, mishaps, settle
 from hypothesis import given, settings
@@ -134,18 +135,35 @@ def test_a_prompt_on_three_workers_is_computed_by_its_home_alone() -> None:
     assert cluster.missing == 0
 
 
-def test_a_sequence_that_lost_any_block_is_computed_again_from_its_first_token() -> None:
-    cluster = stateful(0, 6, 6, 12)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_sequence_that_lost_blocks_goes_on_from_the_last_snapshot_before_them(lost: int) -> None:
+    cluster = stateful(0, 6, 6, 6)
     ask(cluster, 0, prompt(0, 50), 20)
     while not cluster.life.ledger.sequences[0].length > 50:
         cluster.step()
     account, before = cluster.life.ledger.sequences[0], cluster.computed
-    generated = cluster.life.requests[0].known_tokens - 50
+    generated, kept = cluster.life.requests[0].known_tokens - 50, [*cluster.life.snapshots.of[0]]
+    span = account.placement[lost]
     cluster.add_worker(12)
-    cluster.lose_worker(next(span.worker for span in account.placement if span.worker != account.home))
+    cluster.lose_worker(span.worker)
     finish(cluster)
     assert cluster.tokens[0] == expected(0, 20)
-    assert cluster.computed == before + 50 + generated
+    begins = max((at for at in kept if at <= span.start), default=0)
+    assert cluster.computed == before + 50 + generated - begins
+    assert bool(begins) == bool(lost)
+    assert cluster.missing == 0
+
+
+def test_a_sequence_whose_home_is_lost_is_computed_again_from_its_first_token() -> None:
+    cluster = stateful(0, 14, 14)
+    ask(cluster, 0, prompt(0, 30), 20)
+    while not cluster.life.ledger.sequences[0].length > 30:
+        cluster.step()
+    before, known = cluster.computed, cluster.life.requests[0].known_tokens
+    cluster.lose_worker(cluster.life.ledger.sequences[0].home)
+    finish(cluster)
+    assert cluster.tokens[0] == expected(0, 20)
+    assert cluster.computed == before + known
 
 
 def test_questions_begin_with_the_last_snapshot_of_their_document_at_its_home() -> None:

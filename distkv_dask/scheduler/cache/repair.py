@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from distkv_dask.messages.to_worker import Begin
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import prefix_cache
+from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.ledger.placements import clipped, relaid
 from distkv_dask.scheduler.policies.base import Ask, Policy
@@ -17,24 +19,51 @@ from distkv_dask.scheduler.records.states import Decode, Prefill, State
 def repaired(life: MachineState, request: Request) -> State | None:
     """Find new room for only the lost blocks of a sequence; returns the state in which it continues.
 
-    None if there is no such room now, if the lost blocks are in files, or if they cannot be computed without a lost
-    state.
+    None if there is no such room now, if the lost blocks are in files, or if the home lacks the state before them.
     """
     account, number = life.ledger.sequences[request.sequence], request.sequence
-    if request.released or request.saved is not None or not account.lost or life.ledger.has_states:
+    if request.released or request.saved is not None or not account.lost:
+        return None
+    begins = _begins(life, request) if life.ledger.has_states else None
+    if life.ledger.has_states and begins is None:
         return None
     placement = placement_without_losses(life.ledger, life.policy, request)
     if placement is None:
         return None
     length = account.length
-    computed = clipped(account.placement, 0, length)
-    lost = tuple((span.start, span.stop) for span in computed if span.worker in account.lost)
+    lost = _lost(account)
     life.ledger.commit(number, min([length, *(start for start, _ in lost)]))
     life.ledger.replace_lost(number, placement)
     prefix_cache.allocate(life, number)
+    if begins is not None and lost:
+        source, start = begins
+        life.ledger.commit(number, start)
+        if start:
+            life.command(Begin(account.home, number, source, start))
+        return Prefill(start)
     if lost or length < request.known_tokens:
         return Prefill(length, lost)
     return Decode()  # only room was lost
+
+
+def _lost(account: SequenceAccount) -> tuple[tuple[int, int], ...]:
+    """Token ranges whose KV is lost."""
+    computed = clipped(account.placement, 0, account.length)
+    return tuple((span.start, span.stop) for span in computed if span.worker in account.lost)
+
+
+def _begins(life: MachineState, request: Request) -> tuple[int, int] | None:
+    """From whose snapshot after how many tokens a sequence goes on that lost KV behind these; None if home is lost."""
+    account = life.ledger.sequences[request.sequence]
+    if account.home in account.lost:
+        return None
+    first = min((start for start, _ in _lost(account)), default=account.length)
+    known = [(at, request.sequence) for at in life.snapshots.of.get(request.sequence, ()) if at <= first]
+    if request.begins is not None and request.reused in life.snapshots.of.get(request.begins, ()):
+        known.append((request.reused, request.begins))
+    if not request.reused:
+        known.append((0, request.sequence))
+    return max(known)[::-1] if known else None
 
 
 def placement_without_losses(ledger: Ledger, policy: Policy, request: Request) -> Placement | None:

@@ -45,23 +45,16 @@ def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
     if not life.ledger.has_states or not life.cache.enabled:
         return set()
     between = [end for end in ends[:-1] if end % size == 0]
-    wanted = [
-        end
-        for at, end in enumerate(between)
-        if _is_power(at + 1) or _is_power(len(between) - at) or end == request.common
-    ]
-    wanted = wanted[-_room(life, home) :] if _room(life, home) else []
+    doubled = [2**power for power in range(len(between).bit_length())]
+    late, early = [between[-at] for at in doubled], [between[at - 1] for at in doubled]
+    best = dict.fromkeys([*(end for end in between if end == request.common), *late, *early])
+    wanted = sorted([*best][: _room(life, home)])
     if wanted:
         keys = list(chain(request.known[: wanted[-1]], size))
         for tokens in wanted:
             life.snapshots.add(request.sequence, tokens, home, keys[tokens // size - 1])
         make_room(life, home)
     return set(wanted)
-
-
-def _is_power(number: int) -> bool:
-    """Whether a number is a power of two."""
-    return number & (number - 1) == 0
 
 
 # Use
