@@ -1,7 +1,8 @@
-"""Documents of models whose homes have more than KV go to disk and come back: with all that their answers need."""
+"""Models whose homes have more than KV: it goes to disk and comes back, and moves with the home."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distkv_dask.worker.kv_memory import needs_of
 from tests._cluster import engine_test
 from tests._fakes import loaded
 from tests._models import model_dir, prompt_ids, reference_generate
+from tests._splits import force_split
 
 SMALL: dict[str, Any] = {"block_tokens": 8, "prefill_chunk_tokens": 32, "window_batch": 2}
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -50,6 +52,34 @@ def test_a_document_comes_back_to_another_home_with_what_only_homes_have(family:
             assert list(done.token_ids) == expected[0]
             computed = (await engine.status()).totals["prefilled_tokens"] - before
             assert computed == len(text) % 8 + len(QUESTION), "only the question was computed"
+            await document.release()
+
+    run()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "qwen3-next", "granite4-h", "lfm2"])
+def test_a_home_that_leaves_hands_over_what_only_homes_have(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, text, new = prompt_ids(90, seed=3), prompt_ids(100, seed=4), 200
+    (answer,) = reference_generate(model_dir(family), [prompt], new)
+    (asked,) = reference_generate(model_dir(family), [text + QUESTION], 10)
+    workers = force_split([(1, 24), (0, None)], monkeypatch)
+
+    @engine_test(workers=workers + 1)
+    async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:
+        settings = {"kv_memory": "8 MiB", "dtype": "float32", "window_steps": 4, **SMALL, "window_batch": 4}
+        async with Engine(client, str(model_dir(family)), **settings) as engine:
+            document = await engine.ingest(text)
+            running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))
+            while not any(one.generated_tokens > 8 for one in (await engine.status()).sequences.values()):
+                await asyncio.sleep(0.02)
+            home = document.placement[-1].worker
+            assert home in await client.retire_workers([home])
+            assert (await engine.status()).sequences, "it went on"
+            monkeypatch.undo()
+            assert list((await running).token_ids) == answer.tokens
+            assert list((await document.ask(QUESTION, GREEDY)).token_ids) == asked.tokens
+            computed = (await engine.status()).totals["prefilled_tokens"]
+            assert computed == 90 + 96 + 4 + len(QUESTION), "nothing was computed twice"
             await document.release()
 
     run()

@@ -224,7 +224,7 @@ def test_documents_take_places_and_give_them_up_to_requests() -> None:
     assert sum(one.state.label == "dropped" for one in cluster.life.requests.values()) == 1
 
 
-def test_a_home_that_leaves_lets_its_sequences_be_computed_elsewhere() -> None:
+def test_a_home_that_leaves_hands_its_sequences_over_with_their_states() -> None:
     cluster = stateful(0, 20, 20)
     cluster.ingest(0, prompt(0, 18))
     ask(cluster, 1, prompt(1, 18), 20)
@@ -232,10 +232,14 @@ def test_a_home_that_leaves_lets_its_sequences_be_computed_elsewhere() -> None:
     while not finish_until():
         cluster.step()
     leaving = cluster.life.ledger.sequences[1].home
+    before = cluster.computed
     cluster.drain(leaving)
     finish(cluster)
     assert cluster.life.is_drained(leaving)
     assert cluster.tokens[1] == expected(1, 20)
+    ask(cluster, 2, prompt(0, 18, 7), document=0)
+    finish(cluster)
+    assert (cluster.reused[2], cluster.computed - before) == (16, 3)
     assert cluster.missing == 0
 
 

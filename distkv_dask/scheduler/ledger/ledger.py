@@ -30,7 +30,7 @@ class Ledger(Books):
     Notes
     -----
     The blocks of running ``moves`` are reserved at the target and not yet free at the source. With ``has_states`` a
-    home never changes.
+    home changes only when it leaves.
     """
 
     def __init__(self, block_tokens: int, batch: int = NO_LIMIT) -> None:
@@ -190,7 +190,10 @@ class Ledger(Books):
         if account is None or target is None or move.source not in self.workers:
             return "the sequence or a worker is gone"
         if self.has_states and move.stop == account.stop:
-            return "the tail goes with its home, which has the sequence's state"
+            if not self.workers[move.source].retiring:
+                return "the tail goes with its home, which has the sequence's state"
+            if not target.has_place:
+                return "the tail goes with its home, and the target has no place for one more sequence"
         return objection(move, account, target, self.block_tokens)
 
     def start_move(self, move: Move) -> None:

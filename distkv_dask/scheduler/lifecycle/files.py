@@ -14,6 +14,7 @@ from distkv_dask.messages.to_worker import Fetch, Store
 from distkv_dask.scheduler.cache import disk
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.lifecycle.ends import end
+from distkv_dask.scheduler.moves import migration
 from distkv_dask.scheduler.records import states
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -57,6 +58,8 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
 def stored(life: MachineState, event: Stored) -> None:
     """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
     if event.number < 0:
+        if migration.stored(life, event):
+            return
         if (request := disk.stored(life, event)) is not None:
             _spilled(life, request)
         return

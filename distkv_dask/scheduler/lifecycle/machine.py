@@ -249,6 +249,8 @@ class Lifecycle:
             retirement.retired(self.state, request, event.worker)
         elif isinstance(state, Fetching):
             files.fetched(self.state, event)
+        else:
+            migration.fetched(self.state, event)
 
     # Time
 

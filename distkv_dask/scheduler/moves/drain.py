@@ -41,9 +41,9 @@ def _move_away(life: MachineState, worker: str) -> None:
     whole = (n for n in life.ledger.workers[worker].held if not life.ledger.sequences[n].lost)
     held = [n for n in whole if isinstance(life.requests[n].state, Decode | Stored)]
     if life.ledger.has_states:
-        at_home = [number for number in held if life.ledger.sequences[number].home == worker]
-        _recompute_elsewhere(life, at_home)
-        held = [number for number in held if number not in at_home]
+        stuck = [number for number in held if _fits_no_home(life, number, worker)]
+        _recompute_elsewhere(life, stuck)
+        held = [number for number in held if number not in stuck]
     full = {number: migration.full_tokens(life, number) for number in held}
     for move, pause in moves_away(life.ledger, worker, full):
         if migration.can_start(life, move, pause=pause):
@@ -52,7 +52,7 @@ def _move_away(life: MachineState, worker: str) -> None:
 
 
 def _recompute_elsewhere(life: MachineState, sequences: Iterable[int]) -> None:
-    """States do not move: sequences of a leaving home are recomputed from their first token elsewhere."""
+    """Sequences of a leaving home for which no other home has a place wait for one."""
     for number in sequences:
         request, account = life.requests[number], life.ledger.sequences[number]
         if account.moves:
@@ -62,6 +62,21 @@ def _recompute_elsewhere(life: MachineState, sequences: Iterable[int]) -> None:
             life.recommend(request, Retiring(again=True))
         elif not account.sharers:
             life.recommend(request, Dropped())
+
+
+def _fits_no_home(life: MachineState, number: int, worker: str) -> bool:
+    """Whether a worker is home of a sequence for which no other one has a place, and room for its last blocks."""
+    account = life.ledger.sequences[number]
+    last = min(account.stop - 1, migration.full_tokens(life, number))
+    return account.home == worker and next(_homes(life.ledger, account.stop - last), None) is None
+
+
+def _homes(ledger: Ledger, tokens: int) -> Iterator[WorkerAccount]:
+    """Workers to which a home may move with so many tokens."""
+    for home in _by_room(ledger.workers.values()):
+        fits = home.free >= ledger.blocks(tokens)
+        if home.can_decode and not home.retiring and home.has_place and fits:
+            yield home
 
 
 def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tuple[Move, bool]]:
@@ -93,12 +108,8 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tu
                 )
             # a home moves with the whole rest of its last span, to a worker with room for it
             if span.stop == account.stop:
-                later.extend(
-                    (Move(sequence, span.start, span.stop, worker, home.worker), True)
-                    for home in _by_room(ledger.workers.values())
-                    if home.can_decode and not home.retiring and home.has_place
-                    if home.free >= ledger.blocks(span.tokens)
-                )
+                fitting = _homes(ledger, span.tokens)
+                later.extend((Move(sequence, span.start, span.stop, worker, one.worker), True) for one in fitting)
     yield from later
 
 

@@ -6,21 +6,26 @@ moved only from a leaving worker: the sequence pauses between two windows. The p
 One move goes through: Expect (the target allocates, or refuses) -> Send (the source copies) -> Relocate (the home uses
 the new placement from its next window on, and reports when no window uses the old one) -> Free (at the source). One
 with a pause: Expect -> Retire (home and source stop computing on the sequence) -> Send -> Join (at the home) and Free.
+If homes have more than KV, and the home moves, Store (at the source) and Fetch (at the target) come between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from distkv_dask.messages.from_worker import Expected, Relocated, Retired, Sent
-from distkv_dask.messages.to_worker import Expect, Free, Relocate, Send
+from distkv_dask.messages.from_worker import Expected, Fetched, Relocated, Retired, Sent, Stored
+from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.to_worker import Discard, Expect, Fetch, Free, Keep, Relocate, Send, Store
 from distkv_dask.placement import Move
-from distkv_dask.scheduler.cache import prefix_cache
+from distkv_dask.scheduler.cache import prefix_cache, snapshots
 from distkv_dask.scheduler.commands import Note
+from distkv_dask.scheduler.records import states
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.moves import UnderWay
-from distkv_dask.scheduler.records.states import Decode, Stored
 from distkv_dask.scheduler.work import homes
+
+COPYING = ("sending", "writing", "reading")
+"""Phases of a move in which blocks, or what a home has beside them, go to the target."""
 
 # What may move
 
@@ -28,7 +33,7 @@ from distkv_dask.scheduler.work import homes
 def can_start(life: MachineState, move: Move, *, pause: bool = False) -> bool:
     """Whether a move can start now, with or without a pause: the state may have changed since it was proposed."""
     request, moves = life.requests.get(move.sequence), life.moves
-    if request is None or not isinstance(request.state, Decode | Stored):
+    if request is None or not isinstance(request.state, states.Decode | states.Stored):
         return False
     if moves.busy(move.source) or moves.busy(move.target) or moves.of(move.sequence):
         return False
@@ -95,17 +100,48 @@ def sent(life: MachineState, event: Sent) -> None:
         return
     if event.failure:
         _give_up(life, one)
-    elif life.ledger.sequences[one.move.sequence].idle:
-        _finish(life, one)
-    elif one.pauses:
-        _finish(life, one)
-        homes.join(life, life.requests[one.move.sequence])
+    elif _hands_over(life, one.move):
+        _write(life, one)
+    elif one.pauses or life.ledger.sequences[one.move.sequence].idle:
+        _arrive(life, one)
     else:
         one.phase = "switching"
         sequence, home = one.move.sequence, life.ledger.sequences[one.move.sequence].home
         placement, holders = homes.placed(life, sequence)
         life.command(Relocate(home, one.number, sequence, placement, holders))
         homes.attend(life, home, sequence, holders)
+
+
+def stored(life: MachineState, event: Stored) -> bool:
+    """A home wrote what it has beside KV of a sequence that moves, or could not; False if no move waits for that."""
+    for one in life.moves.under_way.values():
+        if one.phase != "writing" or one.handed != event.number:
+            continue
+        if event.error is not None:
+            _give_up(life, one)
+            return True
+        files = tuple(SpilledFile(*file, event.worker) for file in event.files)
+        life.moves.handed[one.number] = event.worker, tuple(file.name for file in files)
+        move, account = one.move, life.ledger.sequences[one.move.sequence]
+        one.phase, one.late = "reading", life.now + life.config.timeout_start
+        life.command(Fetch(move.target, move.sequence, (), Saved(OWN_DISK, files), account.length))
+        return True
+    return False
+
+
+def fetched(life: MachineState, event: Fetched) -> None:
+    """The new home has what the old one had beside KV, or could not read it; or it read that in vain."""
+    reading = [one for one in life.moves.of(event.sequence) if one.phase == "reading"]
+    account = life.ledger.sequences.get(event.sequence)
+    for one in reading:
+        if one.move.target == event.worker and event.error is None:
+            _arrive(life, one)
+            return
+        if one.move.target == event.worker:
+            _give_up(life, one)
+    in_vain = event.worker in life.ledger.workers and (account is None or account.home != event.worker)
+    if life.ledger.has_states and in_vain:
+        life.command(Keep(event.worker, event.sequence, (), True))
 
 
 def relocated(life: MachineState, event: Relocated) -> None:
@@ -123,15 +159,19 @@ def worker_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
             one.phase = "resuming"
             continue
         del life.moves.under_way[one.number]
-        if one.pauses and one.phase == "sending" and one.move.sequence not in lost:
+        if one.pauses and one.phase in COPYING and one.move.sequence not in lost:
             homes.join(life, life.requests[one.move.sequence])
 
 
 def expire(life: MachineState) -> None:
     """Give up moves that take too long; a switch is never given up, since the home may have made it."""
     for one in list(life.moves.under_way.values()):
-        if one.late < life.now and one.phase in ("expecting", "sending"):
+        if one.late < life.now and one.phase in ("expecting", *COPYING):
             _give_up(life, one)
+    for number in life.moves.handed.keys() - life.moves.under_way.keys():
+        worker, names = life.moves.handed.pop(number)
+        if worker in life.ledger.workers:
+            life.command(Discard(worker, names))
 
 
 def _send(life: MachineState, one: UnderWay) -> None:
@@ -149,18 +189,50 @@ def _send(life: MachineState, one: UnderWay) -> None:
     life.command(Send(move.source, one.number, move.sequence, move.start, stop, move.target, pace))
 
 
+def _hands_over(life: MachineState, move: Move) -> bool:
+    """Whether a home moves that has more than KV of a sequence; of a document it may not have what is at its end."""
+    account = life.ledger.sequences[move.sequence]
+    if not life.ledger.has_states or move.stop < account.stop or not account.length:
+        return False
+    return not account.idle or account.length in life.snapshots.of.get(move.sequence, ())
+
+
+def _write(life: MachineState, one: UnderWay) -> None:
+    """Let the home write what it has beside KV."""
+    move, account = one.move, life.ledger.sequences[one.move.sequence]
+    life.disks.spills += 1
+    one.handed, one.phase, one.late = -life.disks.spills, "writing", life.now + life.config.timeout_start
+    saved = Saved(OWN_DISK, tag=f"{move.sequence}{one.handed}")
+    life.command(Store(move.source, one.handed, move.sequence, (), saved, account.length))
+
+
+def _arrive(life: MachineState, one: UnderWay) -> None:
+    """All is at the target of a move for which a sequence paused, or whose sequence is at rest."""
+    _finish(life, one)
+    if not life.ledger.sequences[one.move.sequence].idle:
+        homes.join(life, life.requests[one.move.sequence])
+
+
 def _finish(life: MachineState, one: UnderWay) -> None:
-    move = one.move
+    move, account = one.move, life.ledger.sequences[one.move.sequence]
     del life.moves.under_way[one.number]
     life.ledger.finish_move(move)
     life.moves.moved_blocks += life.ledger.blocks(move.tokens)
     life.command(Free(move.source, move.sequence, move.start, move.stop))
+    if life.ledger.has_states and move.stop == account.stop:
+        snapshots.drop(life, move.sequence)
+        life.command(Keep(move.source, move.sequence, (), True))
+        if account.idle and one.handed:
+            life.snapshots.add(move.sequence, account.length, move.target)
+        snapshots.make_room(life, move.target)
 
 
 def _give_up(life: MachineState, one: UnderWay) -> None:
-    move, was_paused = one.move, one.pauses and one.phase == "sending"
+    move, was_paused = one.move, one.pauses and one.phase in COPYING
     del life.moves.under_way[one.number]
     life.ledger.cancel_move(move)
     life.command(Free(move.target, move.sequence, move.start, move.stop))
+    if one.phase == "reading":
+        life.command(Keep(move.target, move.sequence, (), True))
     if was_paused:
         homes.join(life, life.requests[move.sequence])

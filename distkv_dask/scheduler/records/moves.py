@@ -13,15 +13,17 @@ from distkv_dask.scheduler.ledger.placements import moved
 class UnderWay:
     """A running move; ``late`` is its deadline.
 
-    With a pause, ``computing`` are the workers that may still compute on the sequence.
+    With a pause, ``computing`` are the workers that may still compute on the sequence. ``handed`` is the number under
+    which its home writes what it has beside KV, 0 where it has no more.
     """
 
     number: int
     move: Move
     pauses: bool
     late: float
-    phase: Literal["expecting", "pausing", "sending", "switching", "resuming"] = "expecting"
+    phase: Literal["expecting", "pausing", "sending", "writing", "reading", "switching", "resuming"] = "expecting"
     computing: list[str] = field(default_factory=list)
+    handed: int = 0
 
 
 @dataclass(slots=True)
@@ -29,9 +31,11 @@ class Moves:
     """Moves of one engine, by number.
 
     ``step_seconds`` is the time of a decode step of each home, ``moved_blocks`` the number of blocks moved so far.
+    ``handed`` has, by move, the worker with the files in which a home wrote what it has beside KV, and their names.
     """
 
     under_way: dict[int, UnderWay] = field(default_factory=dict)
+    handed: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     step_seconds: dict[str, float] = field(default_factory=dict)
     moved_blocks: int = 0
 

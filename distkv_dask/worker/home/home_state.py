@@ -7,6 +7,7 @@ with them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Change:
 class HomeState:
     """States and windows of the sequences that a worker is home of.
 
-    Snapshots, and sequences that nothing computes on, may be changed by any thread; all else by the home lane's.
+    Snapshots, and sequences that nothing computes on, may be changed by any thread; all else by the home lane's. What
+    the gManager said last of a sequence's snapshots holds for chunks too that were planned before.
 
     Parameters
     ----------
@@ -59,6 +61,8 @@ class HomeState:
     def __init__(self, windows: Windows | None = None) -> None:
         self.states = States()
         self.windows = windows
+        self._lock = threading.Lock()
+        self._wanted: dict[int, frozenset[int]] = {}
 
     @contextmanager
     def change(self, model: LoadedModel, begun: Iterable[Begun]) -> Iterator[Change]:
@@ -79,9 +83,10 @@ class HomeState:
         yield change
         for sequence, length, state, snapshot in change.after:
             self.put(sequence, length, state)
-            if snapshot:
-                for part in self._parts(state is not None):
-                    part.snapshot(sequence, length)
+            with self._lock:
+                if snapshot and length in self._wanted.get(sequence, {length}):
+                    for part in self._parts(state is not None):
+                        part.snapshot(sequence, length)
 
     def put(self, sequence: int, length: int, state: State | None) -> None:
         """Keep what a sequence has after so many tokens beside what it began with."""
@@ -92,18 +97,23 @@ class HomeState:
 
     def adopt(self, sequence: int, source: int, length: int) -> None:
         """Let a sequence begin with what is here of another after so many tokens, if anything is."""
-        for one in self._parts():
-            one.adopt(sequence, source, length)
+        with self._lock:
+            for one in self._parts():
+                one.adopt(sequence, source, length)
 
     def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
         """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
-        for one in self._parts():
-            one.keep(sequence, lengths, ended)
+        with self._lock:
+            for one in self._parts():
+                one.keep(sequence, lengths, ended)
+            if ended:
+                self._wanted.pop(sequence, None)
+            else:
+                self._wanted[sequence] = frozenset(lengths)
 
     def drop(self, sequence: int) -> None:
         """Keep nothing of a sequence."""
-        for one in self._parts():
-            one.drop(sequence)
+        self.keep(sequence, (), ended=True)
 
     def _parts(self, states: bool = True) -> list[States | Windows]:
         """What there is of both."""
