@@ -78,18 +78,12 @@ async def answered(request: Request, url: str, form: Form) -> Response:
 
 def usage_of(done: Completion) -> dict[str, Any]:
     """OpenAI's count of tokens."""
-    new = sum(len(one.token_ids) for one in done.answers)
     return {
         "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": new,
-        "total_tokens": done.prompt_tokens + new,
+        "completion_tokens": len(done.token_ids),
+        "total_tokens": done.prompt_tokens + len(done.token_ids),
         "prompt_tokens_details": {"cached_tokens": done.reused_tokens},
     }
-
-
-def scores_of(done: Completion) -> dict[str, Any]:
-    """Probabilities of the choices that an answer had, if it had some: a field that OpenAI's answers do not have."""
-    return {} if done.scores is None else {"scores": {str(one): score for one, score in done.scores.items()}}
 
 
 async def _asked(body: Mapping[str, Any], url: str, serving: Serving) -> Asked:
@@ -101,23 +95,7 @@ async def _asked(body: Mapping[str, Any], url: str, serving: Serving) -> Asked:
         raise InvalidRequestError(f"stream is {stream!r:.100}, but must be true or false")
     content = body_content(said, url)
     usage = _usage(options, bool(stream))
-    asked = Asked(*await asyncio.to_thread(_checked, content, serving), bool(stream), usage)
-    check_written(asked.sampling, asked.stream)
-    return asked
-
-
-def check_written(sampling: SamplingParams, stream: bool) -> None:
-    """Refuse what answers of this API would leave out.
-
-    Raises
-    ------
-    InvalidRequestError
-        When log probabilities are asked for, or more than a text of a stream.
-    """
-    for name in ("logprobs", "prompt_logprobs", *(("choices", "n", "best_of") if stream else ())):
-        if getattr(sampling, name) not in (None, 1):
-            where = "in a stream" if stream else "by this server"
-            raise InvalidRequestError(f"{name} is not supported {where}: leave it out{' or stream' * stream}")
+    return Asked(*await asyncio.to_thread(_checked, content, serving), bool(stream), usage)
 
 
 def _checked(content: Content, serving: Serving) -> tuple[list[int], SamplingParams]:
@@ -157,7 +135,7 @@ async def _whole(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[
             loop.call_soon_threadsafe(ended.set)
 
     try:
-        generation = serving.session.ask_ids(asked.ids, asked.sampling)
+        generation = serving.session.submit_ids(asked.ids, asked.sampling).generation
         serving.watch(generation)
         gone.add_done_callback(lambda _: generation.cancel())
         generation.add_done_callback(end)
@@ -181,7 +159,7 @@ async def _streamed(asked: Asked, form: Form, serving: Serving, gone: asyncio.Ta
             loop.call_soon_threadsafe(texts.put_nowait, text)
 
     try:
-        generation = serving.session.ask_ids(asked.ids, asked.sampling, put)
+        generation = serving.session.submit_ids(asked.ids, asked.sampling, put).generation
     except BaseException:
         gone.cancel()
         raise

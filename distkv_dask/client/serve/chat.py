@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from distkv_dask.client.batch.openai_request import CHAT
-from distkv_dask.client.serve.answers import answered, scores_of, usage_of
+from distkv_dask.client.serve.answers import answered, usage_of
 from distkv_dask.client.serve.serving import serving_of
 from distkv_dask.completion import Completion
 
@@ -34,17 +34,9 @@ class ChatForm:
 
     def whole(self, done: Completion) -> dict[str, Any]:
         """An answer as one object."""
-        choices = [
-            {
-                "index": at,
-                "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": one.finish_reason,
-                **scores_of(one),
-            }
-            for at, one in enumerate(done.answers)
-        ]
-        return {**self._about, "object": "chat.completion", "choices": choices, "usage": usage_of(done)}
+        message = {"role": "assistant", "content": done.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish_reason}
+        return {**self._about, "object": "chat.completion", "choices": [choice], "usage": usage_of(done)}
 
     def first(self) -> dict[str, Any]:
         """Says who speaks."""

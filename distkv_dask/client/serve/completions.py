@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from distkv_dask.client.batch.openai_request import COMPLETIONS
-from distkv_dask.client.serve.answers import answered, scores_of, usage_of
+from distkv_dask.client.serve.answers import answered, usage_of
 from distkv_dask.client.serve.serving import serving_of
 from distkv_dask.completion import Completion
 
@@ -37,8 +37,7 @@ class TextForm:
 
     def whole(self, done: Completion) -> dict[str, Any]:
         """An answer as one object."""
-        choices = [_choice(at, one.text, one.finish_reason) | scores_of(one) for at, one in enumerate(done.answers)]
-        return {**self._about, "choices": choices, "usage": usage_of(done)}
+        return {**self._chunk(done.text, done.finish_reason), "usage": usage_of(done)}
 
     def first(self) -> None:
         """A stream of completions begins with its text."""
@@ -56,8 +55,4 @@ class TextForm:
         return {**self._about, "choices": [], "usage": usage_of(done)}
 
     def _chunk(self, text: str, reason: str | None) -> dict[str, Any]:
-        return {**self._about, "choices": [_choice(0, text, reason)]}
-
-
-def _choice(at: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": at, "text": text, "logprobs": None, "finish_reason": reason}
+        return {**self._about, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]}
