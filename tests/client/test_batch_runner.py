@@ -33,8 +33,8 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.asked: list[str] = []
 
-    def submit_ids(self, ids: list[int], sampling: SamplingParams, **document: Any) -> Any:
-        return SimpleNamespace(generation=self.submit(ids, sampling))
+    def ask_ids(self, ids: list[int], sampling: SamplingParams, **document: Any) -> Generation:
+        return self.submit(ids, sampling)
 
     def submit(self, prompt: list[int], sampling: SamplingParams) -> Generation:
         text = "".join(map(chr, prompt))
