@@ -1,13 +1,15 @@
 """Clusters and commands that fork from one process that has imported all that a worker needs.
 
 Importing torch and transformers takes each of them five seconds of a core otherwise. As a program, run scripts one
-after the other in such a process, and write what each prints to a file of its name.
+after the other in such a process, each with its arguments as a shell splits them, and write what each prints to a file
+of its name.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -71,14 +73,16 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
-def main(folder: Path, scripts: list[str]) -> None:
+def main(folder: Path, commands: list[str]) -> None:
+    """Run scripts with their arguments; what ends one with an error is printed, and the next one runs."""
     fork_workers()
-    for script in scripts:
+    for command in commands:
+        script, *_ = sys.argv = shlex.split(command)
         with (folder / f"{Path(script).name}.out").open("w") as out, redirect_stdout(out):
             try:
                 runpy.run_path(script, run_name="__main__")
-            except Exception:
-                print(script, file=sys.stderr)
+            except (Exception, SystemExit):
+                print(command, file=sys.stderr)
                 traceback.print_exc()
 
 

