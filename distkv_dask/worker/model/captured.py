@@ -1,4 +1,4 @@
-"""Forwards as CUDA graphs: Python launches the kernels of a step once, and the card repeats them.
+"""Forwards as CUDA graphs: Python launches the kernels of a step once, and the card replays them.
 
 A model of 36 layers has over a thousand launches in a step, which at small batches take Python longer than the card.
 """
@@ -19,13 +19,13 @@ from distkv_dask.worker.model.hook import AttentionStep
 from distkv_dask.worker.model.no_attention import NoAttention
 
 Forward = Callable[[AttentionStep], Tensor]
-"""A forward whose inputs are always in the same memory; it gives the logits."""
+"""A forward with its inputs always in the same memory; returns the logits."""
 
 
 class CapturedForward:
-    """The forward of steps that are alike: the same tensors with other numbers.
+    """The forward of similar steps: the same tensors with other values.
 
-    The first step is launched by Python, for libraries make handles, workspaces and kernels when they are first used.
+    The first step is launched by Python, because libraries create handles, workspaces and kernels at their first use.
     The second is captured and run. The steps after it are replayed.
 
     Parameters
@@ -37,8 +37,8 @@ class CapturedForward:
     attention
         Its attention, which uses the same memory in every step.
     queued
-        Whether the attention only queues work on the card. Then one graph holds the whole forward; otherwise the
-        attention stays out of graphs, and each holds what lies between the attention of two layers.
+        Whether the attention only queues work on the card. Then one graph has the whole forward; otherwise attention is
+        not captured, and each graph has the work between the attention of two layers.
     """
 
     def __init__(self, device: Device, forward: Forward, attention: AttentionStep, queued: bool) -> None:
@@ -48,7 +48,7 @@ class CapturedForward:
         self._queued = queued
         self._warm = False
         self._pieces: list[Callable[[], object]] = []
-        """What a step runs, one after the other: graphs, and attention between them."""
+        """The parts of a step in order: graphs, and attention between them."""
         self._logits: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -71,9 +71,9 @@ class CapturedForward:
 
 
 class _Recorder:
-    """Captures what is queued inside a ``with`` statement, in pieces, and runs each when it is whole.
+    """Captures the work queued inside a ``with`` statement, in pieces, and runs each when it is complete.
 
-    As the attention of a forward it ends a piece, attends as always, and begins the next piece.
+    As the attention of a forward it ends a piece, attends as usual, and starts the next piece.
     """
 
     def __init__(self, device: Device, attention: AttentionStep) -> None:

@@ -1,4 +1,4 @@
-"""What tells one model from another: KV of one means nothing to the other."""
+"""The fingerprint of a model: KV of one model is useless for another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 SAMPLES = 64
-"""Elements of each weight that are looked at."""
+"""Number of elements of each weight that are hashed."""
 IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 

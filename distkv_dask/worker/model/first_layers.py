@@ -15,7 +15,7 @@ _LEAST = 2
 
 @contextmanager
 def first_layers(model: Any, geometry: Geometry) -> Iterator[nn.ModuleList | None]:
-    """Leave only layers up to the last that is the first of its kind; yields them, None where none are found.
+    """Keep only the layers up to the first one of the last kind; yields them, or None if no layers are found.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def first_layers(model: Any, geometry: Geometry) -> Iterator[nn.ModuleList | Non
 
 
 def _kind(config: Any, geometry: Geometry, layer: nn.Module, at: int) -> tuple[Any, ...]:
-    """What tells layers apart: what they see, the shapes of their weights, and lists with an entry for each layer."""
+    """The kind of a layer: what it sees, the shapes of its weights, and values in lists with an entry per layer."""
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
     count = config.num_hidden_layers
     lists = (repr(value[at]) for value in vars(config).values() if isinstance(value, list) and len(value) == count)

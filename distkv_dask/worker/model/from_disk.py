@@ -1,8 +1,8 @@
 """Layers from disk (LLM in a flash, arXiv 2312.11514): the next layer is read while one computes.
 
-Two buffers take turns; a layer's weights are views of one of them. What is outside of layers (embeddings, the head) and
-weights that layers share stay in memory. Files are read, and not mapped: the memory is bounded whatever the operating
-system keeps, and a file that is cut short is an error of the request, where a mapped one would end the process.
+Two buffers take turns; a layer's weights are views of one of them. Weights outside of layers (embeddings, the head) and
+weights that layers share stay in memory. Files are read, not mapped: so memory is bounded whatever the operating system
+caches, and a truncated file is an error of the request instead of the end of the process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from distkv_dask.worker.model.mapped import FileMaps
 _LINE = 64
 """Bytes of a cache line: libraries round as a weight's place in one tells, so it has the same place as in its file."""
 _AT_ONCE = 1 << 30
-"""Bytes of a read, at most: Linux reads no more than 2 GiB."""
+"""Maximum bytes of a read: Linux reads at most 2 GiB."""
 
 
 class WeightFile:
-    """A file of weights, open for as long as the model is there; it must stay as it is."""
+    """A file of weights, open as long as the model is loaded; it must not change."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class Piece:
 
 
 class DiskLayers:
-    """The weights of a model's layers, read from disk whenever a layer computes.
+    """The weights of a model's layers, read from disk whenever a layer is computed.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class DiskLayers:
         return max(0, sum(self._sizes) - self.buffer_bytes)
 
     def take(self, layer: int) -> None:
-        """Wait until a layer is in its buffer, and begin to read the next one.
+        """Wait until a layer is in its buffer, and start reading the next one.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class DiskLayers:
             self.begin(layer)
         assert self._coming is not None
         _, reading = self._coming
-        self._coming = None  # a read that failed is tried again
+        self._coming = None  # a failed read is repeated
         reading.result()
         self._taken.add(layer)
         if layer + 1 < len(self._layers):
@@ -158,9 +158,9 @@ class DiskLayers:
             )
 
     def begin(self, layer: int) -> None:
-        """Begin to read a layer into its buffer, which no layer must be using."""
+        """Start reading a layer into its buffer, which must not be in use."""
         if self._coming is not None:
-            self._coming[1].exception()  # what was being read for a step that failed
+            self._coming[1].exception()  # a read for a failed step
         coming: Future[None] = Future()
         self._coming = layer, coming
         threading.Thread(target=_read, args=(self._layers[layer], coming), name="distkv-weights", daemon=True).start()
@@ -193,11 +193,11 @@ def _after(disk: DiskLayers, *_: Any) -> None:
 
 
 def _read(pieces: list[Piece], done: Future[None]) -> None:
-    """In a thread of its own."""
+    """Read in a separate thread."""
     try:
         for piece in pieces:
             piece.file.read(piece.offset, piece.target)
-    except BaseException as error:  # whoever waits raises it
+    except BaseException as error:  # raised where it is awaited
         done.set_exception(error)
     else:
         done.set_result(None)

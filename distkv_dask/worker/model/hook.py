@@ -1,6 +1,6 @@
 """How a transformers model reaches DistAttention: one attention function, registered as ``"distkv"``.
 
-No mask function is registered under that name, so transformers builds no masks: the step knows who sees what.
+No mask function is registered under that name, so transformers builds no masks: the step knows the visible tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def attending_with(step: AttentionStep, positions: Tensor, geometry: Geometry) -
     Parameters
     ----------
     step
-        What attends.
+        Computes attention.
     positions
         int64 [T] of the flattened tokens.
     geometry

@@ -1,7 +1,7 @@
-"""Weights that cannot be mapped from their checkpoint, once on a machine: a file of them in the form they are used in.
+"""Weights that cannot be mapped from their checkpoint, shared by a machine's processes through a converted file.
 
 Weights in a checkpoint's own dtype and form are mapped, so processes of one machine share their pages. Where they are
-converted to another dtype, or joined (experts), each process would have a copy of its own. So the first process writes
+converted to another dtype, or joined (experts), each process would have its own copy. So the first process writes
 its copy to the user's cache directory, and all of them map this file.
 """
 
@@ -28,19 +28,19 @@ from distkv_dask.worker.model.mapped import FileMaps
 logger = logging.getLogger("distributed.distkv.opening")
 
 LEAST = 16 << 20
-"""Bytes of weights of its own from which a process shares them: less is not worth a file."""
+"""Minimum bytes of unshared weights for which a file is written."""
 
 FREE = 0.1
-"""Part of a disk that stays free: older files go, and where that is not enough, nothing is shared."""
+"""Part of a disk that stays free: older files are deleted, and if that is not enough, nothing is shared."""
 
 WAIT = 600.0
 """Seconds to wait for another process that writes the file."""
 
 _COLUMNS = "columns:"
-"""Stands before the names of matrices whose columns lie together; they are written transposed."""
+"""Prefix of matrices with contiguous columns, which are written transposed."""
 
 _FORM = 1
-"""Counted up when the same model would be written in another form."""
+"""Version of the file's form."""
 
 Read = Callable[[Mapping[str, Tensor] | None], Any]
 """Loads a transformers model: from its checkpoint, or from tensors under the names of its weights."""
@@ -95,21 +95,21 @@ def own_bytes(model: torch.nn.Module) -> int:
 
 
 def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
-    """With the lock: map the file, or write it first if it is needed."""
+    """While holding the lock: map the file, after writing it if needed."""
     if file.exists():
-        os.utime(file)  # the files that were used last stay longest
+        os.utime(file)  # the least recently used files are deleted first
         return read(_tensors(file)), _mapped(file)
     model = read(None)
     if own_bytes(model) < LEAST:
         return model, "mapped from the checkpoint"
     if getattr(model, "hf_quantizer", None) is not None:
-        return _alone(model, "they are quantised")
+        return _alone(model, "they are quantized")
     form = _form(model)
     tensors = {name: tensor for name, tensor in _persistent(model)}
     if not _make_room(file.parent, need := sum(tensor.nbytes for tensor in tensors.values())):
         return _alone(model, f"{need} bytes for all processes do not fit the disk of {file.parent}")
     _write(tensors, file)
-    del model, tensors  # or the weights would be in memory twice
+    del model, tensors  # otherwise the weights would be in memory twice
     model = read(_tensors(file))
     if _form(model) == form:
         return model, _mapped(file)
@@ -128,7 +128,7 @@ def _alone(model: Any, reason: str) -> tuple[Any, str]:
 
 
 def _form(model: Any) -> tuple[object, ...]:
-    """What tells a model from one that was not read back as it was written."""
+    """Properties that show whether a model was read back as it was written."""
     return fingerprint(model), *((name, weight.dtype, weight.shape) for name, weight in model.named_parameters())
 
 
@@ -162,7 +162,7 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(tensors, scratch)
         with scratch.open("rb") as written:
-            os.fsync(written.fileno())  # or a power failure could leave a whole file of zeros
+            os.fsync(written.fileno())  # otherwise a power failure could leave a file of zeros
         os.replace(scratch, file)
     finally:
         with suppress(FileNotFoundError):
@@ -170,7 +170,7 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _make_room(folder: Path, need: int) -> bool:
-    """Remove the files that were used longest ago, until there is room; processes that map one keep it."""
+    """Delete the least recently used files until there is room; processes that map one keep it."""
     files = sorted(folder.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
     while (disk := shutil.disk_usage(folder)).free - need < FREE * disk.total:
         if not files:

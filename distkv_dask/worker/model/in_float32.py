@@ -1,7 +1,7 @@
-"""A model of 16 bits run in float32, a module at a time, so that rounding does not hide or fake a difference.
+"""Runs a 16-bit model in float32, a module at a time, so that rounding does not hide or fake a difference.
 
-There is never a second copy of the model: small weights are widened for as long as a layer runs, large ones for their
-own call, and the largest (experts, a head over a big vocabulary) stay as they are, between two conversions.
+There is never a second copy of the model: small weights are widened while their layer runs, large ones during their own
+call, and the largest (experts, a head over a big vocabulary) stay in 16 bits, between two conversions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _size(module: nn.Module) -> int:
 @contextmanager
 def _widened(modules: Iterable[nn.Module]) -> Iterator[None]:
     tensors = [tensor for module in modules for tensor in _short(module)]
-    with torch.inference_mode(False):  # or they would be tensors that only inference mode takes, ever after
+    with torch.inference_mode(False):  # otherwise only inference mode could use these tensors afterwards
         before = [tensor.data for tensor in tensors]
         for tensor in tensors:
             tensor.data = tensor.data.float()

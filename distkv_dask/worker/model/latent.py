@@ -1,7 +1,7 @@
-"""Latent attention (MLA, arXiv 2405.04434) absorbed: a latent is stored, and not the keys and values of all heads.
+"""Latent attention (MLA, arXiv 2405.04434) absorbed: latents are stored, not the keys and values of all heads.
 
 A head's keys and values are linear in the latent. So its queries are projected into the space of latents, attention
-is over latents, and what comes out is projected to the head's values: with ``q' = q W_UK`` and ``out = out' W_UV``, the
+is over latents, and the result is projected to the head's values: with ``q' = q W_UK`` and ``out = out' W_UV``, the
 scores and results are the same. Keys are the latent and the part with positions; values are the latent alone.
 """
 
@@ -19,7 +19,7 @@ _NUMBERS = 8
 
 
 def can_absorb(attentions: Sequence[Any]) -> bool:
-    """Whether all of these attention modules can hand on latents, as transformers' ``DeepseekV3Attention`` can."""
+    """Whether all of these attention modules can pass latents, like transformers' ``DeepseekV3Attention``."""
     return all(
         hasattr(module, "expand_kv")
         and type(getattr(module, "kv_b_proj", None)) is nn.Linear
@@ -30,19 +30,19 @@ def can_absorb(attentions: Sequence[Any]) -> bool:
 
 
 def absorb(attentions: Sequence[Any]) -> None:
-    """Let attention modules that can hand on latents; they are changed in place."""
+    """Let attention modules that can pass latents do so; they are changed in place."""
     for module in attentions:
         module.expand_kv = _latents
         setattr(module, _ABSORBED, True)
 
 
 def sizes_of(module: Any) -> dict[str, Any]:
-    """Sizes of what an absorbed module hands on: ``kv_heads``, and numbers of keys ``d`` and of values ``dv``."""
+    """Sizes in an absorbed module: ``kv_heads``, and numbers of keys ``d`` and of values ``dv``."""
     return {"kv_heads": 1, "d": module.kv_lora_rank + module.qk_rope_head_dim, "dv": module.kv_lora_rank}
 
 
 def is_absorbed(module: nn.Module) -> bool:
-    """Whether an attention module hands on latents."""
+    """Whether an attention module passes latents."""
     return _ABSORBED in vars(module)  # modules look long for attributes that they do not have
 
 
@@ -66,5 +66,5 @@ def _projections(module: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands for ``expand_kv``: keys [b, 1, t, rank + rope] and values [b, 1, t, rank]."""
+    """Replaces ``expand_kv``: keys [b, 1, t, rank + rope] and values [b, 1, t, rank]."""
     return torch.cat((latent, rotated), dim=-1), latent

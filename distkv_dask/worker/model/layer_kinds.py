@@ -1,7 +1,7 @@
-"""What each layer of a model sees, learned from the masks that the model asks transformers for.
+"""What each layer of a model sees, inferred from the masks that the model requests from transformers.
 
-A configuration says it in many ways, and not always. A model's code always asks for a mask, by a function that tells
-for two positions whether one sees the other; here that function is called instead of made into a tensor.
+A configuration says it in many ways, or not. A model's code always requests a mask, by a function of two positions that
+returns whether one sees the other. Here that function is called instead of being made into a tensor.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Layer(NamedTuple):
 
 
 def look_at_layers(model: Any) -> list[Layer]:
-    """Run a model over a few tokens and say how its layers attend, in the order in which they do.
+    """Run a model over a few tokens and return how its layers attend, in order.
 
     The model is left with another attention implementation.
 
     Raises
     ------
     UnsupportedModelError
-        When a layer brings a mask or a bias of its own, or one that is neither a window nor a chunk.
+        When a layer has its own mask or bias, or one that is neither a window nor a chunk.
     """
     look = _Look(model.config.get_text_config())
     model.set_attn_implementation(_LOOKING)
@@ -60,12 +60,12 @@ def look_at_layers(model: Any) -> list[Layer]:
 
 
 def kind_of(visible: MaskFunction, longest: int, device: torch.device | None = None) -> LayerKind | None:
-    """Kind of the layers whose mask is ``visible(batch, head, query, key)``; None where it is none of ours.
+    """Kind of the layers whose mask is ``visible(batch, head, query, key)``; None if it is not supported.
 
     Parameters
     ----------
     visible
-        Tells for int64 positions that are broadcast whether the query sees the key.
+        Returns, for broadcast int64 positions, whether the query sees the key.
     longest
         Longest sequence in tokens.
     device
@@ -128,7 +128,7 @@ def geometry_of(layers: Sequence[Layer], config: Any, dtype: str, latent: bool) 
 
 
 def _check_all_attend(indices: Sequence[int], config: Any) -> None:
-    """Refuse a model of which not all layers attend that should, by the indices of those that do."""
+    """Refuse a model unless all expected layers attend, given the indices of those that do."""
     if not has_recurrent_layers(config):
         expected = config.num_hidden_layers
         right = list(indices) == list(range(expected))
@@ -154,7 +154,7 @@ class _Look:
         self.config = config
         self.layers: list[Layer] = []
         self.masks: list[tuple[Tensor, LayerKind | None]] = []
-        """Masks that were given out, with what they stand for."""
+        """Masks that were returned, with their kinds."""
 
     def look(
         self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None

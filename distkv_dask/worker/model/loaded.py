@@ -1,8 +1,8 @@
 """A Hugging Face causal language model whose attention is DistAttention.
 
 The model's own forward runs on flattened tokens ``[1, T]`` with explicit positions, and every layer hands its queries,
-keys and values to the :class:`AttentionStep` of the call (:mod:`distkv_dask.worker.model.hook`). Families, weights
-and quantised files stay transformers' business.
+keys and values to the :class:`AttentionStep` of the call (:mod:`distkv_dask.worker.model.hook`). Families, weights and
+quantized files are handled by transformers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LoadedModel:
         """Why steps on a card are not captured in CUDA graphs; empty if they are."""
 
     def pack(self, room: int) -> None:
-        """Compute faster with few rows, by weights in another form, if that takes no more than ``room`` bytes."""
+        """Pack weights to compute faster with few rows, if that takes no more than ``room`` bytes."""
         if not self.is_packed and self.weights.disk is None:
             self.is_packed = pack_linears(self._model, room) > 0
 
@@ -94,7 +94,7 @@ class LoadedModel:
 
     @property
     def fingerprint(self) -> str:
-        """What tells the model from others."""
+        """The model's fingerprint."""
         return self.weights.fingerprint
 
     @property
@@ -109,7 +109,7 @@ class LoadedModel:
         return whole if self.weights.disk is None else whole - self.weights.disk.saved_bytes
 
     def past(self, states: Sequence[State]) -> Past:
-        """What the recurrent layers of a forward go on from: a state of each sequence, or none of a new one."""
+        """States from which the recurrent layers of a forward continue: one per sequence, none for a new one."""
         return Past(self._model.config.get_text_config(), states)
 
     def state_of_a_token(self) -> State:
@@ -136,7 +136,7 @@ class LoadedModel:
         token_ids, positions
             int64 [T] on the device: the tokens, and the position of each in its sequence.
         step
-            Attends in each layer; it alone knows which token belongs to which sequence.
+            Attends in each layer; only it knows which token belongs to which sequence.
         keep
             Whose logits are computed: those of the flattened tokens at the int64 indices [n] on the device, of which
             there may be none; without it, of all.
@@ -163,7 +163,7 @@ class LoadedModel:
             return cast(Tensor, output.logits.flatten(0, 1).float())
 
     def repeated(self, inputs: Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int) -> Repeated:
-        """The forward of steps that are alike, for a call a step.
+        """The forward of similar steps, called once per step.
 
         Parameters
         ----------
@@ -187,7 +187,7 @@ class LoadedModel:
         return CapturedForward(self.device, forward, step, queued)
 
     def try_capture(self) -> None:
-        """Find out whether steps can be captured in CUDA graphs, on the thread and stream that will run them."""
+        """Test whether steps can be captured in CUDA graphs, on the thread and stream that will run them."""
         if self.geometry.state_bytes:
             self.uncaptured = "recurrent layers make new states in every step"
             return

@@ -1,4 +1,4 @@
-"""Where files are mapped in this process, as the operating system says (Linux only)."""
+"""Files mapped in this process, from the operating system (Linux only)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FileMaps:
 
     @property
     def are_known(self) -> bool:
-        """Whether the operating system says."""
+        """Whether the operating system reports mapped files."""
         return bool(self._parts)
 
     def of(self, tensor: Tensor) -> Part | None:

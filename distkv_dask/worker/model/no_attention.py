@@ -1,4 +1,4 @@
-"""Stands for attention where only the sizes of what else a model computes matter."""
+"""Replaces attention when only the model's other computations matter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class NoAttention:
-    """Gives a layer's queries back.
+    """Returns a layer's queries.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Linears with weights in the form that oneDNN computes with, so that it does not rearrange them in every call.
 
-For one row that takes half of the time, for 8 rows two thirds, for hundreds nearly as long; results have the same bits.
-What was loaded stays beside it: most of it is mapped from files, and other parts of the model look at it.
+One row then takes half of the time, 8 rows two thirds, and hundreds of rows nearly as long; results have the same bits.
+The loaded weights are kept, too: most are mapped from files, and other parts of the model use them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 PART = 1 / 16
-"""Part of the memory that a worker may have which packed weights may take: more is better used for KV."""
+"""Maximum part of a worker's memory for packed weights; more is better used for KV."""
 
 REORDER, LINEAR = "_reorder_linear_weight", "_linear_pointwise"
 """Operations of torch that Inductor uses, too."""
 
 
 def packing_room(limit: int | None) -> int:
-    """Bytes that packed weights may take on a worker with this memory limit, which is None where it has none."""
+    """Maximum bytes of packed weights on a worker with this memory limit (None: without one)."""
     free = psutil.virtual_memory().available
     return int(PART * (free if limit is None else min(free, limit)))
 
 
 def pack_linears(model: torch.nn.Module, room: int) -> int:
-    """Pack the weights of a model's linears; those are the same modules as before, but compute in another way.
+    """Pack the weights of a model's linears; the modules stay the same but compute with packed weights.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def pack_linears(model: torch.nn.Module, room: int) -> int:
 
 
 class PackedLinear:
-    """What a linear computes, by packed weights.
+    """The product of a linear with packed weights.
 
     Parameters
     ----------

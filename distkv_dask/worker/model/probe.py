@@ -1,11 +1,11 @@
-"""A dry run of a freshly loaded model, to see that DistAttention computes what the model's own attention computes.
+"""A dry run of a loaded model, to verify that DistAttention equals the model's own attention.
 
-A configuration does not tell everything. So two short sequences run through the model in two pieces, flattened into
-the same calls, over plain dense attention; then each alone with the model's own attention; and the logits must agree.
-They do so in float32, and in the first layers only, as many as have one of each kind. Sequences of a model with
-recurrent layers run one by one and, for their last token, as rows of one call. Attention outside of transformers'
-registry, sinks, and masks other than causal are found this way. What matters only over long distances (windows) shows
-in the masks that the model asks for (:mod:`.layer_kinds`).
+A configuration does not tell everything. So two short sequences run through the model in two pieces, flattened into the
+same calls, over plain dense attention; then each alone with the model's own attention; and the logits must agree. They
+do so in float32, and in the first layers only, as many as have one of each kind. Sequences of a model with recurrent
+layers run one by one and, for their last token, as rows of one call. Attention outside of transformers' registry,
+sinks, and masks other than causal are found this way. Windows, which matter only over long distances, show in the masks
+that the model requests (:mod:`.layer_kinds`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def probe(model: Any, latents: bool = True) -> Geometry:
     model
         A transformers causal LM.
     latents
-        Whether latent attention may be computed over latents, which rounds by how many tokens a step has.
+        Whether latent attention may be computed over latents; then rounding depends on the number of tokens in a step.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def probe(model: Any, latents: bool = True) -> Geometry:
             model.set_attn_implementation(IMPLEMENTATION)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # a model's own code stumbles over its configuration in any way
+    except Exception as error:  # a model's own code may raise any error
         raise UnsupportedModelError(
             f"model type {config.model_type!r} does not run on flattened tokens with DistAttention: {error}"
         ) from error
@@ -97,7 +97,7 @@ def _both(
 def _own_logits(model: Any, ids: Tensor, recurs: bool) -> Tensor:
     """Logits of a sequence with the model's own attention.
 
-    The last token of a model with recurrent layers is a step of its own, as when transformers generates: Zamba 2 has no
+    The last token of a model with recurrent layers is a separate step, as when transformers generates: Zamba 2 has no
     least time step there.
     """
     positions = torch.arange(len(ids), device=ids.device)
@@ -137,7 +137,7 @@ def _in_pieces(model: Any, ids: Sequence[Tensor], dense: _Dense) -> Tensor:
 
 
 def _state_of(model: Any, ids: Tensor, geometry: Geometry) -> dict[str, Any]:
-    """Size of what a model keeps beside its KV, and whether several tokens at once can go on from that."""
+    """Size of a model's state, and whether several tokens at once can continue from it."""
     config = model.config.get_text_config()
     logits = []
     for forget in (False, True):
@@ -190,7 +190,7 @@ def _compare(model_type: str, own: Tensor, ours: Tensor, tolerance: float) -> No
 
 
 class _Dense:
-    """Plain dense attention of two sequences, of which each has its own KV.
+    """Plain dense attention of two sequences with separate KV.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""A model's weights, read through transformers from its files, or from tensors that are in memory already."""
+"""Reads a model's weights through transformers, from its files or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from distkv_dask.worker.model.text_part import drop_other_parts
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where the weights of a model are.
+    """The location of a model's weights.
 
     Parameters
     ----------
     device
-        In whose memory.
+        The device that has them.
     where
         Whether other processes share that memory, or that layers are on disk, in words.
     fingerprint
-        What tells them from others.
+        Their fingerprint.
     disk
         Reads layers from disk.
     rows
-        Of which rows of zeros are skipped: what was read of them.
+        Weights of which rows of zeros are skipped.
     """
 
     device: Device
@@ -62,7 +62,7 @@ def read_weights(
     dtype, device
         As :func:`~distkv_dask.worker.model.load.load_model` takes them.
     rows
-        Whether the weights of down projections are to lie row by row.
+        Whether the weights of down projections are stored row by row.
 
     Returns
     -------
@@ -94,14 +94,14 @@ def _laid(read: Read, tensors: Mapping[str, Tensor] | None) -> Any:
 
 
 def in_rows(model: Any, weights: Weights) -> Weights:
-    """Have a model skip rows of zeros from now on where that pays; where weights are then."""
+    """Let a model skip rows of zeros if that pays; returns the location of its weights."""
     counts = skip_zero_rows(model)
     said = f"; rows of zeros are skipped in steps of up to {counts.most_tokens} tokens" if counts.most_tokens else ""
     return replace(weights, where=weights.where + said, rows=counts)
 
 
 def on_disk(model: Any, weights: Weights) -> Weights:
-    """Have a model, whose weights are mapped from files, read its layers from them from now on; where weights are then.
+    """Let a model with mapped weights read its layers from their files; returns the location of its weights.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def _read(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             **({} if device.is_host else {"device_map": {"": device.torch}}),
         )
     except torch.OutOfMemoryError as error:
@@ -139,7 +139,7 @@ def _read(
             f"the weights of model {source.name!r} do not fit {device.name}, which has {total} bytes of memory, "
             f"{free} of them free: choose a smaller model or dtype, or a larger card. {in_words(error)}"
         ) from error
-    except Exception as error:  # safetensors' error derives from no other, and models raise whatever they stumble over
+    except Exception as error:  # safetensors' error has no common base class, and models may raise any error
         raise ModelError(f"model {source.name!r} cannot be loaded: {in_words(error)}") from error
     check_complete(found, config.get_text_config(), source.name)
     return model

@@ -1,7 +1,8 @@
-"""Recurrent layers' states: what a forward goes on from, row by row, in the form of transformers' caches.
+"""States of recurrent layers, from which a forward continues, in the form of transformers' caches.
 
-Gated delta nets, state spaces and short convolutions keep of all earlier tokens a state of fixed size. The library
-computes with it; here it is put in and taken out. Keys and values do not pass: attention finds them in the pools.
+Gated delta nets, state spaces and short convolutions keep a state of fixed size for all earlier tokens. Transformers
+computes with it; this module puts it in and takes it out. Keys and values are not included: attention has them in the
+pools.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Past(DynamicCache):
             self._put(slot, torch.cat([state[slot] for state in states]))
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Leave keys and values as they are: earlier ones lie in the pools."""
+        """Return keys and values unchanged: earlier ones are in the pools."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -65,7 +66,7 @@ class Past(DynamicCache):
         return next(self._filled(), None) is None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the sequences, in this order."""
+        """Continue with some of the sequences, in this order."""
         for slot, tensor in list(self._filled()):
             self._put(slot, tensor[list(rows)])
         self.rows = len(rows)
@@ -100,7 +101,7 @@ def has_recurrent_layers(config: Any) -> bool:
 
 
 def attending_layers(config: Any) -> int:
-    """How many layers of a model with recurrent ones have attention, by its configuration."""
+    """Number of attention layers of a model with recurrent ones, by its configuration."""
     return sum(kind is not LinearAttentionLayer and not issubclass(kind, DummyLayer) for kind in _cache_kinds(config))
 
 
@@ -110,6 +111,6 @@ def state_bytes(state: State) -> int:
 
 
 def _cache_kinds(config: Any) -> list[type]:
-    """What each layer keeps of earlier tokens, as transformers' class for that."""
+    """The cache of each layer, as transformers' class for it."""
     kinds, _ = get_layer_types_and_kwargs(config)
     return [DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer) for kind in kinds]

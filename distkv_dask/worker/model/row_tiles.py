@@ -1,8 +1,8 @@
 """Rows that do not depend on how many others are computed with them (``distkv.deterministic``).
 
-A matrix product adds in another order for 3 rows than for 64, and a vectorized activation treats the last elements of a
-tensor in another way. Which numbers of rows give the same bits depends on the processor, the library and the number of
-threads, so they are found by trying, and everything is computed in such numbers of rows, filled up with zeros.
+A matrix product adds in a different order for 3 rows than for 64, and a vectorized activation treats the last elements
+of a tensor differently. Which numbers of rows give the same bits depends on the processor, the library and the number
+of threads. So they are found by trial, and everything is computed in these numbers of rows, padded with zeros.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Forward = Callable[[Tensor, Tensor, AttentionStep], Tensor]
 
 
 def compute_rows_alike(model: torch.nn.Module) -> None:
-    """Have a model's linears and activations give every row the same bits in any company.
+    """Make a model's linears and activations give every row the same bits with any other rows.
 
     Raises
     ------
     UnsupportedModelError
-        When it has other matrices than those of linears, such as experts.
+        When it has matrices outside of linears, such as experts.
     """
     linears: dict[tuple[object, ...], tuple[int, ...]] = {}
     for path, module in model.named_modules():
@@ -72,7 +72,7 @@ def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device)
     Raises
     ------
     UnsupportedModelError
-        When their logits differ: more of it than linears and activations depends on the number of rows.
+        When the logits differ: other parts than linears and activations depend on the number of rows.
     """
     count = 2 * BASE + 3
     ids = torch.linspace(0, geometry.vocab_size - 1, count, device=device).long()
@@ -98,7 +98,7 @@ def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device)
 
 
 class _EachItself:
-    """Stands for attention: what every token makes of its own query, key and value."""
+    """Replaces attention: a function of each token's own query, key and value."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         groups = q.shape[1] // k.shape[1]
@@ -122,7 +122,7 @@ class TiledLinear:
 class TiledActivation:
     """An activation, computed in certain numbers of rows.
 
-    It is computed in float32: in 16 bits its differences are too rare to be found by trying, and still there.
+    It is computed in float32: in 16 bits differences exist, but are too rare to be found by trial.
     """
 
     def __init__(self, function: Rows) -> None:
@@ -141,7 +141,7 @@ class TiledActivation:
 def linear_sizes(linear: torch.nn.Linear) -> tuple[int, ...]:
     """Find the numbers of rows with which linears of such a shape give the same bits.
 
-    All sums that are tried are 0 but for rounding, which no dtype hides then.
+    All sums in the trial are 0 except for rounding, so that no dtype hides it.
     """
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = linear.in_features, linear.out_features
@@ -163,7 +163,7 @@ def activation_sizes(function: Rows, width: int, device: torch.device) -> tuple[
 
 
 def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:
-    """Find the numbers of rows with which a function gives the same bits, wherever a row stands among them.
+    """Find the numbers of rows with which a function gives the same bits, at any position of a row among them.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:
     rows
         [n, in], with which it is tried; n is a multiple of :data:`BASE`.
     shifts
-        Most places by which they are moved: more find rarer differences.
+        Maximum shift of the rows: larger ones find rarer differences.
     """
 
     def alike(size: int, right: Tensor) -> bool:

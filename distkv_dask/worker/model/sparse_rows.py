@@ -1,7 +1,7 @@
-"""Sparse rows (PowerInfer, arXiv 2312.12456): what a ReLU made 0 does not need its row of the down projection.
+"""Sparse rows (PowerInfer, arXiv 2312.12456): where a ReLU gave 0, the row of the down projection is not needed.
 
-Leaving such rows out is exact: they would be multiplied by 0. It pays for few tokens; how few, and for how many zeros,
-is measured when a model is loaded. The weights lie row by row in memory for it, as [inner, hidden].
+Skipping such rows is exact: they would be multiplied by 0. It pays for few tokens and many zeros; the limits are
+measured when a model is loaded. For this, the weights are stored row by row, as [inner, hidden].
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ACTIVATIONS = frozenset(("relu", "relu2", "relu6"))
 _ACTIVATION_KEYS = "hidden_act", "activation_function", "mlp_hidden_act", "hidden_activation"
 _INNER_KEYS = "intermediate_size", "ffn_dim"
 _TOKENS = (1, 2, 4, 8)
-"""Tokens of a step with which it is tried."""
+"""Tokens of a step in the measurement."""
 _SHARES = (0.05, 0.5)
-"""Parts of the activations that are not 0 then."""
+"""Parts of nonzero activations in the measurement."""
 _TRIED = 4
-"""Layers with which it is tried: so many that caches do not hold them."""
+"""Layers in the measurement: too many for the caches."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class RowCounts:
     Parameters
     ----------
     dense, read
-        All of them, and those that were read.
+        All bytes, and those that were read.
     limits
         Tokens of a step -> activations other than 0, in all tokens together, up to which skipping pays.
     """
@@ -50,7 +50,7 @@ class RowCounts:
         return max((tokens for tokens, limit in self.limits.items() if limit), default=0)
 
     def limit(self, tokens: int) -> float:
-        """Most activations other than 0 in a step with which skipping pays; 0 where it never does."""
+        """Maximum nonzero activations in a step for which skipping pays; 0 if it never does."""
         if tokens > _TOKENS[-1]:
             return 0.0
         return self.limits.get(max(one for one in _TOKENS if one <= tokens), 0.0)
@@ -72,13 +72,13 @@ def down_projections(model: Any) -> Iterator[nn.Linear]:
 
 
 def lay_in_rows(model: Any) -> None:
-    """Let the weights of down projections lie row by row, as [inner, hidden]; their values and shapes stay."""
+    """Store the weights of down projections row by row, as [inner, hidden], without changing values and shapes."""
     for linear in down_projections(model):
         linear.weight.data = linear.weight.data.t().contiguous().t()
 
 
 def skip_zero_rows(model: Any) -> RowCounts:
-    """Have down projections leave out rows of activations that are 0, where that pays.
+    """Let down projections skip rows of zero activations if that pays.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def skip_zero_rows(model: Any) -> RowCounts:
 
 
 class SparseLinear:
-    """A linear that reads only the rows that it needs, where few are.
+    """A linear that reads only the rows that it needs, if these are few.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class SparseLinear:
 
 
 def sparse_product(flat: Tensor, where: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Product of rows with a weight, by what in them is not 0.
+    """Product of rows with a weight, by their nonzero elements.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Follower:
-    """Where one answer stands in its grammar.
+    """The position of one answer in its grammar.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Follower:
             self.take_token(token)
 
     def forbidden(self, vocab: int) -> Tensor:
-        """Which of the model's tokens would break the form, bool [vocab].
+        """The model's tokens that would break the form, bool [vocab].
 
         Those that end the answer would until it is complete.
 
@@ -61,7 +61,7 @@ class Follower:
         return forbidden
 
     def take_token(self, token: int) -> None:
-        """Go on with the token that was drawn."""
+        """Advance by the drawn token."""
         self._ask(partial(self._matcher.consume_token, token))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
@@ -76,7 +76,7 @@ class Follower:
 
 
 KEPT = 256
-"""Grammars that are kept compiled: more than decode together."""
+"""Number of compiled grammars that are kept: more than decode together."""
 
 
 class Grammars:
@@ -131,7 +131,7 @@ class Grammars:
         """
         made = self.prepare(form)
         if isinstance(made, DistKVError):
-            raise portable(made, "")  # not itself: it would keep the calls of everybody who raises it
+            raise portable(made, "")  # not the exception itself: it would keep the frames of all who raise it
         return Follower(form, made.deep_copy(), generated)
 
     def _compiled(self, form: Form) -> LLMatcher:

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def drop_other_parts(model: Any) -> None:
-    """Free what of a model is not for text, and forget masks of images; a model of one part stays as it is.
+    """Free the parts of a model that are not for text, and drop masks of images; a text model is unchanged.
 
     Parameters
     ----------
@@ -19,7 +19,7 @@ def drop_other_parts(model: Any) -> None:
     if text is model.config:
         return
     if getattr(text, "use_bidirectional_attention", None) == "vision":
-        text.use_bidirectional_attention = None  # no image comes, whose tokens would see each other
+        text.use_bidirectional_attention = None  # there are no images, whose tokens would see each other
     kept = {model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()}
     for parent in (model, model.base_model):
         for name, child in [*parent.named_children()]:
