@@ -1,4 +1,4 @@
-"""The pool never gives a block to two sequences, never loses one, and keeps a sequence's blocks together."""
+"""The pool gives no block to two sequences that do not share it, loses none, and keeps a sequence's together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_pool(blocks: int) -> Pool:
 
 
 class Bookkeeping(RuleBasedStateMachine):
-    """Any order of reserving, growing and releasing, against a plain count."""
+    """Any order of reserving, growing, sharing and releasing, against a plain count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Bookkeeping(RuleBasedStateMachine):
     def reserve(self, sequence: int, first: int, tokens: int) -> None:
         start, wanted = first * BLOCK, {*range(first, first + -(-tokens // BLOCK))}
         before = self.pool.table(sequence)
-        if sum(map(len, self.blocks.values())) + len(wanted - self.blocks[sequence]) > 20:
+        if len(self.taken()) + len(wanted - self.blocks[sequence]) > 20:
             with pytest.raises(CapacityError, match="kv-memory"):
                 self.pool.reserve(sequence, start, start + tokens)
             assert self.pool.table(sequence) == before
@@ -38,6 +38,20 @@ class Bookkeeping(RuleBasedStateMachine):
         self.pool.reserve(sequence, start, start + tokens)
         self.blocks[sequence] |= wanted
         assert {*before} <= {*self.pool.table(sequence)}
+
+    def taken(self) -> set[int]:
+        return {block for sequence in range(6) for block in self.pool.table(sequence)}
+
+    @rule(source=st.integers(0, 5), sequence=st.integers(0, 5), first=st.integers(0, 15), count=st.integers(0, 4))
+    def share(self, source: int, sequence: int, first: int, count: int) -> None:
+        wanted, span = {*range(first, first + count)}, (first * BLOCK, (first + count) * BLOCK)
+        if not wanted <= self.blocks[source]:
+            with pytest.raises(PlanError):
+                self.pool.share(source, sequence, *span)
+        elif not wanted & self.blocks[sequence]:
+            self.pool.share(source, sequence, *span)
+            self.blocks[sequence] |= wanted
+            assert self.pool.find(sequence, [span]) == self.pool.find(source, [span])
 
     @rule(sequence=st.integers(0, 5), first=st.integers(0, 15), count=st.integers(0, 4))
     def free(self, sequence: int, first: int, count: int) -> None:
@@ -56,9 +70,9 @@ class Bookkeeping(RuleBasedStateMachine):
         for sequence, table in tables.items():
             spans = [(at * BLOCK, (at + 1) * BLOCK) for at in sorted(self.blocks[sequence])]
             assert tuple(self.pool.find(sequence, spans)) == table
-        taken = [block for table in tables.values() for block in table]
-        assert len(taken) == len(set(taken)) == self.pool.used_blocks
-        assert set(taken) <= set(range(20))
+        assert len(self.taken()) == self.pool.used_blocks
+        assert all(len(table) == len({*table}) for table in tables.values())
+        assert self.taken() <= set(range(20))
 
     def teardown(self) -> None:
         for sequence in range(6):

@@ -216,7 +216,7 @@ class Pool:
                 self._tables[sequence] = table  # a new dict: lanes may be reading the old one
 
     def share(self, source: int, sequence: int, start: int, stop: int) -> None:
-        """Let another sequence have the blocks of tokens ``[start, stop)`` as well, until both have freed them.
+        """Let another sequence, which has none of them, have the blocks of tokens ``[start, stop)`` as well.
 
         Raises
         ------
