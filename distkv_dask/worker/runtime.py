@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,26 +19,23 @@ from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
-from distkv_dask.worker.by_layer.attention import LayerAttention
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.channels.bodies import Hello, encode_hello
 from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
-from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.choosing import Choosing, rounds
 from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
 from distkv_dask.worker.home.home_state import Begun, HomeState
-from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
-from distkv_dask.worker.home.traced import TracedAttention, TracedDecodeLoop, TracedGang, traced_model
+from distkv_dask.worker.home.step_attention import StepAttention
+from distkv_dask.worker.home.traced import TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.model.logprobs import Drawn, draw_batch
 from distkv_dask.worker.model.sampling import Draw
-from distkv_dask.worker.plan import Part, Stored, cut
 from distkv_dask.worker.showing import Showing
 from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.trace import Tracer, span
@@ -267,27 +264,10 @@ class Runtime:
 
     def _planning(self, gang: HomeGang | PausedForward) -> tuple[Callable[..., Attention], Callable[..., Any]]:
         """What makes the attention of a gang's steps, and what cuts their batches."""
-        return partial(self._attention, gang), partial(cut, alike=self.spec.config.deterministic)
-
-    def _attention(
-        self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], batch: Sequence[Stored], step: int
-    ) -> Attention:
-        geometry, tokens = self._loaded().geometry, sum(one.queries for one in batch)
-        far, windows = self._far_attention(gang, parts, tokens, step), self.home_state.windows
-        if windows is None:
-            return far
-        rows = cut(windows.stored(batch), self.spec.config.deterministic)
-        return SplitAttention(geometry, far, DistAttention(None, rows, tokens, windows.pool, geometry.heads))
-
-    def _far_attention(
-        self, gang: HomeGang | PausedForward, parts: Mapping[str, Part], tokens: int, step: int
-    ) -> DistAttention | LayerAttention:
-        if isinstance(gang, PausedForward):
-            return LayerAttention(gang, parts, self.pool)
-        of = gang, parts, tokens, self.pool, self._loaded().geometry.heads
-        attention = DistAttention(*of) if self._ring is None else TracedAttention(self._ring, *of)
-        attention.step = step
-        return attention
+        steps = StepAttention(
+            self.pool, self._loaded().geometry, self.home_state.windows, self.spec.config.deterministic, self._ring
+        )
+        return partial(steps.attention, gang), steps.cut
 
     @contextmanager
     def _showing(self, chunks: Sequence[PrefillChunk]) -> Iterator[Showing]:
