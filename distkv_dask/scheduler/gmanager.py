@@ -172,8 +172,15 @@ class GManager(SchedulerPlugin):
         self.dispatcher.handle(state, Stop(request, reason))
 
     async def events(self, engine: str, handle: int, heard: int, wait: float) -> Any:
-        """Tokens and ends after the first ``heard``, waiting up to ``wait`` seconds for one (long poll)."""
-        return pack(await self._engine(engine).take_events(handle, heard, wait))
+        """Tokens and ends after the first ``heard``, waiting up to ``wait`` seconds for one (long poll).
+
+        A handle that was just given back may have a poll on its way. Dask logs what a call raises, so this returns the
+        error.
+        """
+        try:
+            return pack(await self._engine(engine).take_events(handle, heard, wait))
+        except EngineClosedError as error:
+            return pack(EngineClosedError(str(error)))
 
     def status(self, engine: str) -> Any:
         """The engine's status (packed)."""

@@ -163,8 +163,9 @@ async def test_requests_are_taken_or_refused_one_by_one_and_stop_with_their_hand
     manager.detach("nobody", 1)
     assert state.life.requests[number].ended == "cancelled"
     assert state.life.requests[5].ended is None
-    with pytest.raises(EngineClosedError, match="attach again"):
-        await manager.events(ENGINE, 1, 0, 0.0)
+    late = unpack(await manager.events(ENGINE, 1, 0, 0.0))  # returned: Dask would log what it raises
+    assert isinstance(late, EngineClosedError)
+    assert "attach again" in str(late)
     manager.stop(ENGINE, 5, "stop")
     assert [one.reason for one in unpack(await manager.events(ENGINE, 0, 0, 0.0))] == ["stop"]
 

@@ -244,6 +244,8 @@ class Conversation:
         if why := lost(self.client):
             raise EngineClosedError(why)
         answer = unpack(await answered(self.client, getattr(self.client.scheduler, call)(**arguments)))
+        if isinstance(answer, DistKVError):
+            raise answer
         if answer is None and call in ANSWERED:
             raise EngineClosedError(f"the Dask scheduler was restarted, and knows nothing of the engine. {AGAIN}")
         return answer
