@@ -40,6 +40,7 @@ PROCESSES = {
     "distributed_vs_local": "--layers 1 --tokens 128 --batch 2 --new 4 --repeat 1",
     "micro_attention": "--only 8K --threads 1",
     "move_cost": "--prompt 256 --new 8 --repeat 1",
+    "one_prompt": "--tokens 600 --turns 1",
     "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
     "save_load": "--tokens 200 --repeats 1",
     "scheduler_budget": "--workers 2 --settle 0.1 --seconds 0.5",
