@@ -19,6 +19,8 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
 MOST_ANSWERS = 128
 """Most answers to one prompt."""
+YES_NO = ("Yes", "No")
+"""Choices of a yes/no question whose score is one number, the probability of the first."""
 Prompt = str | Sequence[int] | Sequence[Message]
 
 

@@ -42,11 +42,11 @@ HARMLESS: dict[str, Any] = {
     "min_tokens": 0, "skip_special_tokens": True,
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
-    "tools": [{"type": "function"}], "functions": [{}], "tool_choice": "required", "top_logprobs": 3, "n": 2,
-    "logit_bias": {"5": 1}, "stream": True, "logprobs": True, "response_format": {"type": "grammar"},
+    "tools": [{"type": "function"}], "functions": [{}], "tool_choice": "required", "top_logprobs": 3,
+    "logit_bias": {"5": 1}, "stream": True, "logprobs": 3, "response_format": {"type": "grammar"},
     "structured_outputs": {"regex": "a", "json": {}},
     "frequency_penalty": 0.5, "modalities": ["text", "audio"], "audio": {}, "reasoning_effort": "high",
-    "web_search_options": {}, "best_of": 3, "echo": True, "guided_regex": "x", "n_": 1, "prompt": "x",
+    "web_search_options": {}, "echo": True, "guided_regex": "x", "n_": 1, "prompt": "x",
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_what_can_be_done_is_done() -> None:
         (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "image_url"),
         (chat(max_tokens=1, max_completion_tokens=2), "differ"),
         (chat(chat_template_kwargs=[1]), "chat_template_kwargs"),
-        (completion("x", logprobs=0), "logprobs"),
+        (completion("x", top_logprobs=0), "top_logprobs"),
         (completion(["one", "two"]), "prompt"),
         (completion(None), "prompt"),
         (completion("x", messages=USER), "messages"),
@@ -210,3 +210,11 @@ def test_any_lines_have_an_answer_or_an_error_each(tmp_path_factory: pytest.Temp
     found, _ = run(tmp_path_factory.mktemp("any"), [chat("first"), *(json.dumps(line) for line in lines)])
     assert len(found) == 1 + len(lines)
     assert all((one["response"] is None) != (one["error"] is None) for one in found)
+
+
+def test_several_answers_choices_and_log_probabilities_are_asked_for_by_their_names() -> None:
+    asked = chat(n=2, best_of=3, logprobs=True, top_logprobs=4, prompt_logprobs=1)
+    assert content_of(asked).sampling == {"n": 2, "best_of": 3, "logprobs": 4, "prompt_logprobs": 1}
+    assert content_of(chat(logprobs=True)).sampling == {"logprobs": 0}
+    assert content_of(completion("x", logprobs=2)).sampling == {"logprobs": 2}
+    assert content_of(chat(structured_outputs={"choice": ["a", "b"]})).sampling == {"choices": ["a", "b"]}

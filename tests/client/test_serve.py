@@ -5,12 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from _served import Limits, Served, open_session, served, until
 
+from distkv_dask.client.serve.answers import check_written
+from distkv_dask.client.serve.chat import ChatForm
+from distkv_dask.client.serve.completions import TextForm
+from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.completion import Completion
+from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import SamplingParams
 
 USER = [{"role": "user", "content": "Which river?"}]
@@ -145,6 +152,31 @@ def test_more_requests_than_are_taken_are_told_when_to_come_back(server: Served)
     server.idle()
     until(lambda: server.count("distkv_http_open_requests") == 0)
     assert client.chat.completions.create(model="tiny", messages=USER).choices
+
+
+def test_all_answers_to_one_prompt_are_choices_and_all_their_tokens_count() -> None:
+    other = Completion("two", (3, 4, 5), 7, "length")
+    done = Completion("one", (1, 2), 7, "stop", others=(other,), scores={"one": 0.75, "two": 0.25})
+    for form in (ChatForm("m", Tokenizer(None, 9)), TextForm("m", Tokenizer(None, 9))):
+        said = form.whole(done)
+        assert [(one["index"], one["finish_reason"]) for one in said["choices"]] == [(0, "stop"), (1, "length")]
+        assert said["choices"][0]["scores"] == {"one": 0.75, "two": 0.25}
+        assert (said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stream"),
+    [
+        ({"logprobs": 2}, True),
+        ({"prompt_logprobs": 0}, True),
+        ({"n": 2, "temperature": 1}, True),
+        ({"choices": ["a", "b"]}, True),
+    ],
+    ids=str,
+)
+def test_what_an_answer_would_leave_out_is_refused(asked: dict[str, Any], stream: bool) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(asked))):
+        check_written(SamplingParams(**asked), stream)
 
 
 def test_figures_count_calls_and_tokens(server: Served) -> None:

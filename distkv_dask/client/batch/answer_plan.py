@@ -6,9 +6,11 @@ row's answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from distkv_dask.client.batch.details import details_of, response_of
 from distkv_dask.client.batch.rows import Content
 from distkv_dask.client.batch.spec import BatchSpec, TooLong
 from distkv_dask.client.documents.prompts import prompt_ids
@@ -33,6 +35,8 @@ class Answer:
     dropped_tokens: int = 0
     reused_tokens: int = 0
     quote: Quote | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Values of columns beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,8 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
     """
     if content.prompt is not None:
         asked = tokenizer.with_variables(content.template) if content.template else tokenizer
-        return (yield from _plain(asked.encode(content.prompt)))
+        chat = not isinstance(content.prompt, str) and isinstance(next(iter(content.prompt), None), Mapping)
+        return (yield from _plain(asked.encode(content.prompt), tokenizer, chat=chat))
     text = str(content.values[spec.text_column])
     if not text.strip():
         raise InvalidRequestError("the text is empty")
@@ -84,20 +89,22 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
 
     whole, room = prompt(text), window - spec.sampling.max_new_tokens
     if len(whole) <= room or spec.too_long == "refuse":  # a prompt that is too long is refused when it is submitted
-        return (yield from _plain(whole))
+        return (yield from _plain(whole, tokenizer))
     document = tokenizer.encode(text)
     share = int(room) - (len(whole) - len(document))
     if spec.too_long == "map-reduce":
         parts, _ = _fitting(lambda size: _parts(document, size, spec.overlap), share, prompt, tokenizer, room)
         return (yield from _map_reduce(parts, question, spec, tokenizer, room))
     cut, size = _fitting(lambda size: [_cut(document, size, spec.too_long)], share, prompt, tokenizer, room)
-    return (yield from _plain(cut[0], len(document) - size))
+    return (yield from _plain(cut[0], tokenizer, len(document) - size))
 
 
-def _plain(prompt: list[int], dropped: int = 0) -> Plan:
+def _plain(prompt: list[int], tokenizer: Tokenizer, dropped: int = 0, chat: bool | None = None) -> Plan:
+    """Ask one prompt, which is an OpenAI request's if it is known whether that is a ``chat``."""
     (done,) = yield Round([prompt])
-    new, reused = len(done.token_ids), done.reused_tokens
-    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused, done.quote)
+    new, reused = sum(len(one.token_ids) for one in done.answers), done.reused_tokens
+    details = details_of(done, tokenizer) | ({} if chat is None else response_of(done, chat, tokenizer))
+    return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused, done.quote, details)
 
 
 def _map_reduce(
@@ -117,7 +124,8 @@ def _map_reduce(
     prompt_tokens, new_tokens = (sum(one.prompt_tokens for one in asked), sum(len(one.token_ids) for one in asked))
     reused = sum(one.reused_tokens for one in asked)
     reason, quote = last.finish_reason, last.quote
-    return Answer(answers[0], reason, prompt_tokens, new_tokens, len(parts), reused_tokens=reused, quote=quote)
+    details = details_of(last, tokenizer)
+    return Answer(answers[0], reason, prompt_tokens, new_tokens, len(parts), 0, reused, quote, details)
 
 
 def _groups(

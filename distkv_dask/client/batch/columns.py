@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from distkv_dask.client.batch.answer_plan import Answer
+from distkv_dask.client.batch.details import detail_fields
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.quotes import free_answer
 from distkv_dask.sampling import SamplingParams
@@ -24,9 +25,10 @@ _PLAIN = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), 
 
 def answer_fields(sampling: SamplingParams) -> list[pa.Field]:
     """Return the columns of the output that hold what answers say."""
+    more = detail_fields(sampling)
     if sampling.quotes is not None:
-        return list(QUOTE)
-    return [] if sampling.schema is None else schema_fields(json.loads(str(sampling.schema)))
+        return [*QUOTE, *more]
+    return more if sampling.schema is None else [*schema_fields(json.loads(str(sampling.schema))), *more]
 
 
 def answer_values(sampling: SamplingParams, answer: Answer) -> dict[str, Any]:
@@ -41,8 +43,11 @@ def answer_values(sampling: SamplingParams, answer: Answer) -> dict[str, Any]:
         if (quote := answer.quote) is None:
             raise InvalidRequestError("the answer was cut before its quote: raise max_new_tokens")
         found = {"quote": quote.text, "start": quote.start, "stop": quote.stop, "page": quote.page}
-        return found | ({"answer": free_answer(answer.text)} if sampling.quotes == "evidence" else {})
-    return {} if sampling.schema is None else schema_values(json.loads(str(sampling.schema)), answer.text)
+        found |= {"answer": free_answer(answer.text)} if sampling.quotes == "evidence" else {}
+        return {**found, **answer.details}
+    if sampling.schema is None:
+        return dict(answer.details)
+    return {**schema_values(json.loads(str(sampling.schema)), answer.text), **answer.details}
 
 
 def schema_fields(schema: Mapping[str, Any]) -> list[pa.Field]:

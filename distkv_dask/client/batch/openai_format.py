@@ -160,17 +160,19 @@ def _answer(row: Mapping[str, Any], model: str) -> dict[str, Any]:
         return {"id": name, "custom_id": row["custom_id"], "response": None, "error": error}
     chat = row["url"] == CHAT
     said = {"message": {"role": "assistant", "content": row["answer"]}} if chat else {"text": row["answer"]}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": row["finish_reason"]}
+    response = {"choices": [choice]} if row["response"] is None else json.loads(row["response"])
     body = {
         "id": name,
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": row["finish_reason"]}],
+        **response,
         "usage": {
             "prompt_tokens": row["prompt_tokens"],
             "completion_tokens": row["new_tokens"],
             "total_tokens": row["prompt_tokens"] + row["new_tokens"],
         },
     }
-    response = {"status_code": 200, "request_id": name, "body": body}
-    return {"id": name, "custom_id": row["custom_id"], "response": response, "error": None}
+    answer = {"status_code": 200, "request_id": name, "body": body}
+    return {"id": name, "custom_id": row["custom_id"], "response": answer, "error": None}

@@ -15,11 +15,13 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
     "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "seed": "seed",
-    "stop": "stop", "ignore_eos": "ignore_eos",
+    "stop": "stop", "ignore_eos": "ignore_eos", "n": "n", "best_of": "best_of", "prompt_logprobs": "prompt_logprobs",
 }  # fmt: skip
 """Fields of OpenAI's API, and of vLLM's beyond it -> ours."""
 
-_READ = {"messages", "prompt", "response_format", "structured_outputs", "chat_template_kwargs"}
+_READ = {
+    "messages", "prompt", "response_format", "structured_outputs", "chat_template_kwargs", "logprobs", "top_logprobs",
+}  # fmt: skip
 
 _WITHOUT_EFFECT = {
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -37,8 +39,8 @@ def _zero(value: Any) -> bool:
 
 
 _HARMLESS: Mapping[str, Callable[[Any], bool]] = {
-    "n": _is(1), "best_of": _is(1), "stream": _is(False), "logprobs": _is(False), "echo": _is(False),
-    "top_logprobs": _zero, "frequency_penalty": _zero, "presence_penalty": _zero, "min_tokens": _zero,
+    "stream": _is(False), "echo": _is(False), "frequency_penalty": _zero, "presence_penalty": _zero,
+    "min_tokens": _zero,
     "logit_bias": _is({}), "tools": _is([]), "functions": _is([]), "suffix": _is(""), "modalities": _is(["text"]),
     "tool_choice": _is("none", "auto"), "function_call": _is("none", "auto"), "use_beam_search": _is(False),
     "skip_special_tokens": _is(True), "add_generation_prompt": _is(True), "length_penalty": _is(1, 1.0),
@@ -73,13 +75,13 @@ def body_content(body: Mapping[str, Any], url: str) -> Content:
             continue
         if field not in _HARMLESS or not _HARMLESS[field](value):
             raise InvalidRequestError(f"{field}={value!r:.100} is not supported")
-    return Content({}, _prompt(body, url), _sampling(body), _template(body, url))
+    return Content({}, _prompt(body, url), _sampling(body) | _logprobs(body, url), _template(body, url))
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     sampling: dict[str, Any] = {}
     for field, ours in _SAMPLING.items():
-        if (value := body.get(field)) is None:
+        if (value := body.get(field)) is None or (field in ("n", "best_of") and _is(1)(value)):
             continue
         if field == "top_k" and _is(-1)(value):  # "all" is -1 for others, 0 for us
             value = 0
@@ -98,6 +100,20 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     return sampling | _structured(body.get("structured_outputs"))
 
 
+def _logprobs(body: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """Chats ask with a flag and a number, completions with a number."""
+    asked, most = body.get("logprobs"), body.get("top_logprobs")
+    if url == COMPLETIONS:
+        if most is not None:
+            raise InvalidRequestError("top_logprobs is for chats: completions have the number in logprobs")
+        return {} if asked is None or asked is False else {"logprobs": asked}
+    if asked is not None and not isinstance(asked, bool):
+        raise InvalidRequestError(f"logprobs is {asked!r:.100}, but chats have true or false there, and top_logprobs")
+    if not asked and not _zero(most or 0):
+        raise InvalidRequestError("top_logprobs needs logprobs=true")
+    return {"logprobs": most or 0} if asked else {}
+
+
 def _structured(given: Any) -> dict[str, Any]:
     """VLLM's way to say what an answer follows beyond JSON."""
     match given:
@@ -109,6 +125,8 @@ def _structured(given: Any) -> dict[str, Any]:
             return {"regex": text}
         case {"grammar": str(text), **others} if not others:
             return {"grammar": text}
+        case {"choice": list(choices), **others} if not others:
+            return {"choices": choices}
     raise InvalidRequestError(f"structured_outputs={given!r:.100} is not supported")
 
 

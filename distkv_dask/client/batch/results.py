@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distkv_dask.client.batch.columns import answer_fields, answer_values
+from distkv_dask.client.batch.details import RESPONSE
+from distkv_dask.client.batch.openai_format import OpenAIBatchSource
 from distkv_dask.client.batch.output import RESULT
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.runner import Outcome
@@ -46,7 +48,8 @@ class Results:
     def __init__(self, source: Source, spec: BatchSpec) -> None:
         self._kept = source.kept
         self._sampling = spec.sampling
-        self.schema = _columns(source, answer_fields(spec.sampling))
+        more = [RESPONSE] if isinstance(source, OpenAIBatchSource) else []
+        self.schema = _columns(source, [*answer_fields(spec.sampling), *more])
         """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and what answers hold."""
 
     def lot(self, outcomes: Sequence[Outcome]) -> Lot:

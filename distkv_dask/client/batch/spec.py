@@ -105,6 +105,8 @@ class BatchSpec:
     def parameters(self) -> dict[str, Any]:
         """Everything that answers depend on, as JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.sampling.n == 1:  # outputs that were begun before there was a number go on
+            del plain["sampling"]["n"]
         return plain
 
     def render(self, values: Mapping[str, Any], question: str | None) -> str:

@@ -29,11 +29,13 @@ from distkv_dask.client.documents.extract import plain_text
 from distkv_dask.client.documents.prompts import prompt_ids, read_text
 from distkv_dask.client.documents.saved_document import FILE, read_metadata
 from distkv_dask.client.engine import Engine
-from distkv_dask.client.session.generation import TextPieces
+from distkv_dask.client.session.generation import Generation, TextPieces
+from distkv_dask.completion import Completion
 from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.filesystems import local_path
-from distkv_dask.sampling import SamplingParams
+from distkv_dask.logprobs import perplexity
+from distkv_dask.sampling import YES_NO, SamplingParams
 from distkv_dask.watch import watched
 
 
@@ -68,12 +70,9 @@ def command(question: str, document: str | None, schema: Path | None, **options:
             sampling = replace(sampling, schema=read_schema(schema))
         begin = _question(question, document, sampling)
     with chosen.engine() as engine:
-        with begin(engine) as pieces:
-            for piece in pieces:
-                click.echo(piece, nl=False)
-        click.echo()
-        done = pieces.completion
+        done = _told(begin(engine), sampling)
         if done is not None:
+            _note_details(done, engine)
             if (quote := done.quote) is not None:
                 page = "" if quote.page is None else f", page {quote.page}"
                 note(f"characters {quote.start} to {quote.stop} of the document{page}")
@@ -84,19 +83,53 @@ def command(question: str, document: str | None, schema: Path | None, **options:
             )
 
 
-def _question(question: str, document: str | None, sampling: SamplingParams) -> Callable[[Engine], TextPieces]:
+def _told(answer: TextPieces | Generation, sampling: SamplingParams) -> Completion | None:
+    """Print what is answered, as it is generated if it is one text."""
+    if isinstance(answer, TextPieces):
+        with answer as pieces:
+            for piece in pieces:
+                click.echo(piece, nl=False)
+        click.echo()
+        return pieces.completion
+    done = answer.result()
+    if done.scores is not None and sampling.choices == YES_NO:
+        click.echo(f"{done.scores[YES_NO[0]]:.6f}")
+        return done
+    click.echo("\n\n".join(one.text for one in done.answers))
+    for choice, score in sorted((done.scores or {}).items(), key=lambda one: one[1], reverse=True):
+        click.echo(f"{score:.6f}  {choice}")
+    return done
+
+
+def _note_details(done: Completion, engine: Engine) -> None:
+    """Log probabilities, for people."""
+
+    def text(token: int) -> str:
+        return repr(engine.tokenizer.decode([token], special=True))
+
+    for one in (each for answer in done.answers for each in answer.logprobs or ()):
+        best = ", ".join(f"{text(token)} {logprob:.3f}" for token, logprob in one.best)
+        note(f"{one.logprob:8.3f}  {text(one.token_id)}{f'   of {best}' if best else ''}")
+    if done.prompt_logprobs is not None:
+        note(f"perplexity of the prompt: {perplexity(done.prompt_logprobs):.4g}")
+
+
+def _question(
+    question: str, document: str | None, sampling: SamplingParams
+) -> Callable[[Engine], TextPieces | Generation]:
     """Read the document, and return a function that asks an engine and yields the answer as it is generated."""
     spec = BatchSpec(questions=(question,), sampling=sampling)
     if not question.strip():
         raise InvalidRequestError("the question is empty")
+    at_once = sampling.n > 1 or sampling.best_of is not None or sampling.choices is not None
     path = None if document is None else local_path(document)
     if document is not None and document != "-" and (path is None or (path / FILE).exists()):
         limit = Config.load().timeout_files
         asyncio.run(watched(limit, f"reading the document in {document}", read_metadata, document))
 
-        def about_saved(engine: Engine) -> TextPieces:
+        def about_saved(engine: Engine) -> TextPieces | Generation:
             saved: Document = engine.load(document)
-            return saved.stream(question, sampling)
+            return saved.submit(question, sampling) if at_once else saved.stream(question, sampling)
 
         return about_saved
     if sampling.quotes is not None and document is None:
@@ -107,7 +140,12 @@ def _question(question: str, document: str | None, sampling: SamplingParams) -> 
         if sampling.quotes is not None:
             return lambda engine: engine.ingest(read).stream(question, sampling)
         text = spec.render({"text": read}, question)
-    return lambda engine: engine.stream(prompt_ids(text, engine.tokenizer), sampling)
+
+    def about_text(engine: Engine) -> TextPieces | Generation:
+        ids = prompt_ids(text, engine.tokenizer)
+        return engine.submit(ids, sampling) if at_once else engine.stream(ids, sampling)
+
+    return about_text
 
 
 def document_text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import local_path
 from distkv_dask.models.rope_scaling import checked
-from distkv_dask.sampling import SamplingParams
+from distkv_dask.sampling import YES_NO, SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -102,6 +103,28 @@ def sampling_options(command: Command) -> Command:
         click.option(
             "--quotes", is_flag=True, help="Answer with a quote of the document, word for word, and say where it is."
         ),
+        click.option("--best-of", type=int, metavar="COUNT", help="Answers to draw, of which the -n best are kept."),
+        click.option("-n", "n", type=int, default=1, metavar="COUNT", help="Answers to draw for each prompt."),
+        click.option(
+            "--prompt-logprobs", type=int, metavar="COUNT", help="As --logprobs, for the tokens of the prompt."
+        ),
+        click.option(
+            "--logprobs",
+            type=int,
+            metavar="COUNT",
+            help="Give the log probabilities of answers' tokens, and of so many of the most likely ones.",
+        ),
+        click.option(
+            "--score",
+            is_flag=True,
+            help="The question is a yes/no question: give the probability of Yes beside No, one number.",
+        ),
+        click.option(
+            "--choices",
+            metavar="A,B,C",
+            callback=_choices_of,
+            help="Answer with exactly one of these, and give each one's probability. Choices with commas: as JSON.",
+        ),
         click.option("--regex", metavar="PATTERN", help="Regular expression that whole answers match."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
         click.option("--seed", type=int, help="Seed that makes draws repeatable."),
@@ -170,6 +193,16 @@ def _text_of(_: click.Context, __: click.Parameter, path: Path | None) -> str | 
         raise click.BadParameter(f"{path} cannot be read as text: {error}") from error
 
 
+def _choices_of(_: click.Context, __: click.Parameter, text: str | None) -> list[str] | None:
+    if text is None or not text.lstrip().startswith("["):
+        return None if text is None else [one.strip() for one in text.split(",")]
+    try:
+        choices: list[str] = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no JSON list: {error}") from error
+    return choices
+
+
 def _kv_memory(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
     try:
         if text is not None:
@@ -190,13 +223,21 @@ def _memory_limit(_: click.Context, __: click.Parameter, text: str | None) -> st
 
 def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
     """Sampling parameters of a command, and those that were given explicitly; removes them from ``options``."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "regex", "grammar")
+    names = (
+        "max_new_tokens", "temperature", "top_p", "seed", "stop", "regex", "grammar", "choices", "logprobs",
+        "prompt_logprobs", "n", "best_of",
+    )  # fmt: skip
     given = {name: options.pop(name) for name in names}
+    scores = options.pop("score")
+    if scores and given["choices"] is not None:
+        raise click.UsageError("--score has choices of its own, Yes and No: leave out --choices")
+    given["choices"] = YES_NO if scores else given["choices"]
     if (quotes := options.pop("quotes")) and options["evidence"]:
         raise click.UsageError("--quotes makes the whole answer a quote, and --evidence not: give one of them")
     given["quotes"] = "evidence" if options.pop("evidence") else quotes
     with clear_failures():
         said = {name: value for name, value in given.items() if was_given(name)}
+        said |= {"choices": YES_NO} if scores else {}
         return SamplingParams(**given), said | ({"quotes": given["quotes"]} if given["quotes"] else {})
 
 

@@ -78,10 +78,11 @@ async def answered(request: Request, url: str, form: Form) -> Response:
 
 def usage_of(done: Completion) -> dict[str, Any]:
     """OpenAI's count of tokens."""
+    new = sum(len(one.token_ids) for one in done.answers)
     return {
         "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": len(done.token_ids),
-        "total_tokens": done.prompt_tokens + len(done.token_ids),
+        "completion_tokens": new,
+        "total_tokens": done.prompt_tokens + new,
         "prompt_tokens_details": {"cached_tokens": done.reused_tokens},
     }
 
@@ -95,7 +96,22 @@ async def _asked(body: Mapping[str, Any], url: str, serving: Serving) -> Asked:
         raise InvalidRequestError(f"stream is {stream!r:.100}, but must be true or false")
     content = body_content(said, url)
     usage = _usage(options, bool(stream))
-    return Asked(*await asyncio.to_thread(_checked, content, serving), bool(stream), usage)
+    asked = Asked(*await asyncio.to_thread(_checked, content, serving), bool(stream), usage)
+    check_written(asked.sampling, asked.stream)
+    return asked
+
+
+def check_written(sampling: SamplingParams, stream: bool) -> None:
+    """Refuse what answers of this API would leave out.
+
+    Raises
+    ------
+    InvalidRequestError
+        When more than a text of a stream is asked for.
+    """
+    for name in ("logprobs", "prompt_logprobs", "choices", "n", "best_of") if stream else ():
+        if getattr(sampling, name) not in (None, 1):
+            raise InvalidRequestError(f"{name} is not supported in a stream: leave it out or stream")
 
 
 def _checked(content: Content, serving: Serving) -> tuple[list[int], SamplingParams]:
@@ -135,7 +151,7 @@ async def _whole(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[
             loop.call_soon_threadsafe(ended.set)
 
     try:
-        generation = serving.session.submit_ids(asked.ids, asked.sampling).generation
+        generation = serving.session.ask_ids(asked.ids, asked.sampling)
         serving.watch(generation)
         gone.add_done_callback(lambda _: generation.cancel())
         generation.add_done_callback(end)
@@ -159,7 +175,7 @@ async def _streamed(asked: Asked, form: Form, serving: Serving, gone: asyncio.Ta
             loop.call_soon_threadsafe(texts.put_nowait, text)
 
     try:
-        generation = serving.session.submit_ids(asked.ids, asked.sampling, put).generation
+        generation = serving.session.ask_ids(asked.ids, asked.sampling, put)
     except BaseException:
         gone.cancel()
         raise

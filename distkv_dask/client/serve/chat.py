@@ -9,15 +9,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from distkv_dask.client.batch.openai_choices import choices_of
 from distkv_dask.client.batch.openai_request import CHAT
 from distkv_dask.client.serve.answers import answered, usage_of
 from distkv_dask.client.serve.serving import serving_of
+from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
 
 
 async def chat(request: Request) -> Response:
     """Answer chat messages."""
-    return await answered(request, CHAT, ChatForm(serving_of(request).names[0]))
+    serving = serving_of(request)
+    return await answered(request, CHAT, ChatForm(serving.names[0], serving.session.tokenizer))
 
 
 class ChatForm:
@@ -27,16 +30,18 @@ class ChatForm:
     ----------
     model
         The name that answers give.
+    tokenizer
+        The model's.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, done: Completion) -> dict[str, Any]:
         """An answer as one object."""
-        message = {"role": "assistant", "content": done.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish_reason}
-        return {**self._about, "object": "chat.completion", "choices": [choice], "usage": usage_of(done)}
+        choices = choices_of(done, True, self._tokenizer)
+        return {**self._about, "object": "chat.completion", "choices": choices, "usage": usage_of(done)}
 
     def first(self) -> dict[str, Any]:
         """Says who speaks."""

@@ -9,15 +9,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from distkv_dask.client.batch.openai_choices import choices_of
 from distkv_dask.client.batch.openai_request import COMPLETIONS
 from distkv_dask.client.serve.answers import answered, usage_of
 from distkv_dask.client.serve.serving import serving_of
+from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
 
 
 async def completions(request: Request) -> Response:
     """Continue a text, or token ids."""
-    return await answered(request, COMPLETIONS, TextForm(serving_of(request).names[0]))
+    serving = serving_of(request)
+    return await answered(request, COMPLETIONS, TextForm(serving.names[0], serving.session.tokenizer))
 
 
 class TextForm:
@@ -27,9 +30,12 @@ class TextForm:
     ----------
     model
         The name that answers give.
+    tokenizer
+        The model's.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._about = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
             "model": model,
@@ -37,7 +43,7 @@ class TextForm:
 
     def whole(self, done: Completion) -> dict[str, Any]:
         """An answer as one object."""
-        return {**self._chunk(done.text, done.finish_reason), "usage": usage_of(done)}
+        return {**self._about, "choices": choices_of(done, False, self._tokenizer), "usage": usage_of(done)}
 
     def first(self) -> None:
         """A stream of completions begins with its text."""
