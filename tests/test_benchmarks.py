@@ -39,7 +39,6 @@ ONLY_STARTED = {
 PROCESSES = {
     "channel_round_trip": "--rounds 2 --turns 1",
     "deterministic_cost": "--new 2 --turns 1",
-    "kinds_of_answers": "--tokens 300 --new 4 --batch 2 --spans 2 --columns 2 --answers 2 --turns 1 --workers 1",
     "micro_attention": "--only 8K --threads 1",
     "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
     "save_load": "--tokens 200 --repeats 1",
