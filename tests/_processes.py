@@ -22,16 +22,27 @@ def _stopped(thread: Path) -> bool:
     return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
 
 
-def tracebacks(printed: str) -> list[str]:
-    r"""The last lines of tracebacks in what processes printed, without one of Dask's.
+_HEARTBEAT = re.compile(
+    r"^.*Failed to communicate with scheduler during heartbeat\.\n(?:.*\n)*?"
+    r"distributed\.comm\.core\.CommClosedError: .*ConnectionPool\.heartbeat_worker.*$",
+    re.MULTILINE,
+)
 
-    A worker whose heartbeat is due while it closes logs that its connections are closed (Dask 2026.7.1).
+
+def tracebacks(printed: str) -> list[str]:
+    r"""The last lines of tracebacks in what processes printed, without those of one fault of Dask's.
+
+    A worker whose heartbeat is due while it closes, or under way, logs that its connections are closed (Dask 2026.7.1).
 
     Examples
     --------
     >>> said = "Traceback (most recent call last):\n  File ...\n    {}\n{}\n"
     >>> tracebacks(said.format("call()", "RuntimeError: ConnectionPool is closed") + said.format("f()", "KeyError: 3"))
     ['KeyError: 3']
+    >>> broken = "x - ERROR - Failed to communicate with scheduler during heartbeat.\n" + said.format("f()", "Closed")
+    >>> broken += said.format("", "distributed.comm.core.CommClosedError: in <TCP ConnectionPool.heartbeat_worker>")
+    >>> tracebacks(broken + said.format("f()", "KeyError: 3"))
+    ['KeyError: 3']
     """
-    found = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)*(.*)", printed, re.MULTILINE)
+    found = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)*(.*)", _HEARTBEAT.sub("", printed), re.MULTILINE)
     return [error for error in found if error != "RuntimeError: ConnectionPool is closed"]
