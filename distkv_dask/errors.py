@@ -7,8 +7,6 @@ by a time limit also :class:`TimeoutError`, so that callers may catch the built-
 
 from __future__ import annotations
 
-import copy
-
 
 class DistKVError(Exception):
     """Base class of all errors raised by this package."""
@@ -163,7 +161,7 @@ def portable(error: Exception, where: str) -> DistKVError:
     It has no traceback: whoever keeps it would keep everything that the calls there had, a model for instance.
     """
     if isinstance(error, DistKVError):
-        return copy.copy(error)
+        return type(error)(*error.args)  # copy.copy() keeps tracebacks where Dask has installed tblib
     return DistKVError(f"{type(error).__name__} on {where}: {_text(error)}")
 
 

@@ -29,6 +29,7 @@ ONLY_STARTED = {
     "holder_beside_prefill",
     "kinds_of_answers",
     "layers_from_disk",
+    "one_prompt",
     "performance_model",
     "questions_per_document",
     "speculation",

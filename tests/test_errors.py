@@ -5,10 +5,14 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import tblib.pickling_support
 
 from distkv_dask.errors import DistKVError, InvalidRequestError, PlanError, portable
 
 OURS = [InvalidRequestError("too long"), PlanError("no room", 3), DistKVError("lost")]
+
+
+tblib.pickling_support.install()  # as Dask does: what is pickled or copied keeps its traceback then
 
 
 @pytest.mark.parametrize("error", OURS, ids=lambda error: type(error).__name__)

@@ -55,7 +55,7 @@ def ended(client: openai.OpenAI, name: str) -> openai.types.Batch:
 
 def test_a_batch_is_answered_as_single_requests_are_and_its_errors_are_a_file_of_their_own(server: Served) -> None:
     client, texts = server.openai(), ["Who?", "Where?", "When?"]
-    content = lines(*map(says, texts), says("How?", n=3), says("odd", temperature=-1))
+    content = lines(*map(says, texts), says("How?", logit_bias={"5": 1}), says("odd", temperature=-1))
     content += b"\n" + lines({"prompt": "x"}, url="/v1/completions").replace(b"r0", b"r5") + b"\nnonsense"
     batch = begun(client, content, metadata={"of": "tests"})
     done = ended(client, batch.id)
@@ -68,7 +68,7 @@ def test_a_batch_is_answered_as_single_requests_are_and_its_errors_are_a_file_of
         assert answer["response"]["body"]["choices"][0]["message"]["content"] == single.choices[0].message.content
     errors = [json.loads(line) for line in client.files.content(done.error_file_id).text.splitlines()]
     assert [one["custom_id"] for one in errors] == ["r3", "r4", "r5", None]
-    for error, named in zip(errors, ("n=3", "temperature", "this batch is for", "JSON"), strict=True):
+    for error, named in zip(errors, ("logit_bias", "temperature", "this batch is for", "JSON"), strict=True):
         assert named in error["error"]["message"]
 
 

@@ -58,7 +58,7 @@ def test_a_model_of_16_bits_that_sees_a_little_of_later_tokens_is_refused(leak: 
         return plain(hidden + leak * hidden.mean(1, keepdim=True))
 
     mlp.forward = mixed
-    with pytest.raises(UnsupportedModelError, match="other than causal"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the causal attention"):
         probe(model)
 
 
