@@ -10,6 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Timing every worker when an engine opens is for the tests of that: they ask for it.
 os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
+# 15 s after a worker's death, a cluster looks whether there is a new one; it gives up a nanny whose new one was just
+# killed, too.
+os.environ["DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT"] = "10 minutes"
 # cpu, emulated, or cuda: a real card
 os.environ["DASK_DISTKV__DEVICE"] = "cuda" if os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu" else "cpu"
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters get the card, too

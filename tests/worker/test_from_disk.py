@@ -104,7 +104,7 @@ def test_every_layer_is_read_once_a_step(folder: Path, monkeypatch: pytest.Monke
         logits(disk, 4)
     model: Any = disk._model
     layer = sum(one.nbytes for one in model.model.layers[0].parameters())
-    assert sum(read) in {layer * layers for layers in (8, 9, 10)}  # the first one of the next step is read ahead
+    assert 8 * layer <= sum(read) <= 10 * layer  # the first one of the next step is being read ahead
 
 
 def test_weights_that_layers_share_stay_in_memory(folder: Path) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import dask.config
 import pytest
 from distributed import Client, LocalCluster, Worker
 from emulated import break_card, run_out
@@ -26,12 +25,8 @@ SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three processes with a card each, under nannies, for which it waits longer than usual: others are busy, too."""
-    settings = {"distributed.deploy.lost-worker-timeout": "10 minutes"}
-    with (
-        dask.config.set(settings),
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
-    ):
+    """Three processes with a card each, under nannies."""
+    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
 
