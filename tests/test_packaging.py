@@ -152,3 +152,11 @@ def test_the_makefile_installs_the_pinned_torch_first():
     (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     installs = re.findall(r"\(PIP\) install (.*)", (ROOT / "Makefile").read_text())
     assert installs[0].endswith(f"torch=={pin}")
+
+
+@pytest.mark.thorough
+def test_everything_can_be_collected_as_make_test_does():
+    """``make test`` installs no ucxx, ``make test-all`` does: nothing else collects the tests without it."""
+    script = "import sys, pytest; sys.modules['ucxx'] = None; sys.exit(pytest.main(['-q', '-q', '--collect-only']))"
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout[-2000:]
