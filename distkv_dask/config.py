@@ -76,6 +76,8 @@ class Config:
     weights
         Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk
         where they do not fit).
+    stages
+        Workers among which a model's layers are divided.
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     unencrypted_channels
@@ -129,6 +131,7 @@ class Config:
     device: str = _key("device")
     cuda_graphs: bool = _key("cuda-graphs")
     weights: str = _key("weights")
+    stages: int = _key("stages")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")

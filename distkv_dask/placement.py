@@ -67,3 +67,26 @@ class Endpoint:
     port: int
     unix: str = ""
     ucx: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of a model's layers, ``number`` of ``count``, that one worker computes.
+
+    The home of all sequences has the first one. It is told where the ``further`` stages listen, and the most ``blocks``
+    that all of them have room for.
+
+    Examples
+    --------
+    >>> [Stage(number, 3).layers(8) for number in range(3)]
+    [(0, 2), (2, 5), (5, 8)]
+    """
+
+    number: int
+    count: int
+    further: tuple[Endpoint, ...] = ()
+    blocks: int = 0
+
+    def layers(self, of: int) -> tuple[int, int]:
+        """First layer of the stage, and the one after its last, of a model with so many: the home has the fewest."""
+        return self.number * of // self.count, (self.number + 1) * of // self.count

@@ -30,14 +30,14 @@ class FromWorker:
 class Opened(FromWorker):
     """An engine is open on the worker.
 
-    ``role`` is "memory" for a worker that only holds KV; sizes are in blocks and bytes. It can be home of ``places``
-    sequences at most. ``device`` says what it computes on, and what is to be said about that; ``fingerprint``
-    which weights were loaded; ``measured`` how fast the worker is, where it was timed; ``kernels`` which attention
-    kernels serve, and why; ``weights`` where the weights are.
+    ``role`` is "memory" for a worker that only holds KV, "stage" for one that computes further layers; sizes are in
+    blocks and bytes. It can be home of ``places`` sequences at most. ``device`` says what it computes on, and what is
+    to be said about that; ``fingerprint`` which weights were loaded; ``measured`` how fast the worker is, where it was
+    timed; ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are.
     """
 
     endpoint: Endpoint
-    role: Literal["instance", "memory"]
+    role: Literal["instance", "memory", "stage"]
     channels: str
     device: str
     capacity_blocks: int

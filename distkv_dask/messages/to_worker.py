@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from distkv_dask.gang import SequenceState
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages.names import EngineSpec, Saved, SpilledFile
-from distkv_dask.placement import Endpoint, Placement
+from distkv_dask.placement import Endpoint, Placement, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,14 @@ class ToWorker:
 
 @dataclass(frozen=True, slots=True)
 class Open(ToWorker):
-    """Open an engine (the worker answers Opened or OpenFailed); a memory worker is told the model's ``geometry``."""
+    """Open an engine (the worker answers Opened or OpenFailed); a memory worker is told the model's ``geometry``.
+
+    Where the model's layers are on several workers, each is told its ``stage``.
+    """
 
     spec: EngineSpec
     geometry: Geometry | None = None
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True, slots=True)

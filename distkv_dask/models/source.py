@@ -146,6 +146,25 @@ class ModelSource:
         except ModelError:
             return None
 
+    def stage_memory(self, config: Any, dtype: str, layers: tuple[int, int], outside: bool) -> tuple[int | None, bool]:
+        """Bytes in memory of the weights of layers ``[first, stop)``, and of those ``outside`` of layers if wanted.
+
+        Returns
+        -------
+        memory, known
+            None where weights would be converted when loaded, or where it is not known yet (``known`` is False).
+        """
+        if self.kind == "gguf":
+            return None, False
+        try:
+            numbers = numbers_by_layer(weight_files(self._config_file().parent))
+        except ModelError:
+            return None, False
+        some = {name: one for name, one in numbers.items() if (layers[0] <= int(name) < layers[1] if name else outside)}
+        if disk_memory_of(numbers, config, dtype) is None:
+            return None, True
+        return sum(memory_of(one, config, dtype) for one in some.values()), True
+
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """The model's files, each with its size in bytes and when it was changed (nanoseconds)."""
         if self.kind == "gguf":

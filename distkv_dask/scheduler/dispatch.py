@@ -21,10 +21,12 @@ from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.names import MEMORY_RESOURCE, PLUGIN, TO_WORKER, EngineSpec, pack
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
+from distkv_dask.placement import Stage
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.engines.group import Group
 from distkv_dask.scheduler.lifecycle.events import Event, Pause, StopAll, Tick, WorkerLost, WorkerReady
 from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.scheduler.tasks.submitter import Submitter
@@ -86,10 +88,15 @@ class Dispatcher:
     def open_on(self, worker: str, engine: EngineState) -> None:
         """Open an engine on a worker, once its version is known, and on a memory worker the model's geometry."""
         geometry = engine.geometry if self.is_memory(worker) else None
+        if engine.group is not None and self.is_memory(worker):
+            return
         if engine.knows(worker) or (geometry is None and self.is_memory(worker)):
             return
         if (version := self.versions.get(worker)) is None:
             engine.await_hello(worker)
+            return
+        if engine.group is not None and version == VERSION:
+            self._open_stage(worker, engine, engine.group)
             return
         engine.expect(worker)
         if version == VERSION:
@@ -97,6 +104,35 @@ class Dispatcher:
         else:
             text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
             engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
+
+    def _open_stage(self, worker: str, engine: EngineState, group: Group) -> None:
+        """Open a stage on a worker, if one needs it; the first stage is opened once all others are."""
+        number = group.take(worker)
+        if number is None:
+            engine.not_needed(worker)
+            return
+        engine.expect(worker)
+        if number:
+            self._send(engine, Open(worker, engine.spec, None, Stage(number, engine.spec.config.stages)))
+        self._open_first_stage(engine, group)
+
+    def _open_first_stage(self, engine: EngineState, group: Group) -> None:
+        if (stage := group.first_stage(engine.facts)) is not None:
+            self._send(engine, Open(group.home, engine.spec, None, stage))
+
+    def _lose_stage(self, state: EngineState, group: Group, worker: str) -> None:
+        """A worker is gone: without one of its stages, a home has nothing of its sequences; others take the places."""
+        number = group.leave(worker)
+        if number is None or state.is_closing:
+            return
+        if number and (home := group.home):
+            group.closing.add(home)
+            group.leave(home)
+            self._send(state, Close(home))
+            self._lose(state, home, f"lost {worker}, which had further layers")
+            self.submitter.worker_lost(home, state.spec.engine)
+        for other in [one for one in self.scheduler.stream_comms if one in self.versions and one != worker]:
+            self.open_on(other, state)
 
     async def close_engine(self, engine: str) -> None:
         """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""
@@ -151,21 +187,26 @@ class Dispatcher:
         """A worker died or left."""
         self.versions.pop(worker, None)
         for state in list(self.engines.values()):
+            if state.group is not None:
+                state.group.closing.discard(worker)
             self._lose(state, worker, "died or left")
         self.submitter.worker_lost(worker)
 
     def take_message(self, state: EngineState, message: did.FromWorker) -> None:
         """Handle a message of a worker."""
+        if state.group is not None and message.worker in state.group.closing:
+            if isinstance(message, did.Closed):
+                state.group.closing.discard(message.worker)
+            return
         match message:
             case did.Opened():
-                state.ready(message)
-                can_decode = message.role == "instance"
-                rooms = message.spill_bytes, message.host_bytes, message.places
-                ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms)
-                self.handle(state, ready)
+                self._opened(state, message)
             case did.OpenFailed(worker, error):
                 logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
                 state.open_failed(worker, error)
+                if state.group is not None:
+                    state.group.failed.add(worker)
+                    self._lose_stage(state, state.group, worker)
             case did.Closed(worker) if state.is_closing:
                 state.closed(worker)
             case did.Closed(worker):  # not requested: the worker is about to leave
@@ -186,12 +227,24 @@ class Dispatcher:
             case _:
                 self.handle(state, message)
 
+    def _opened(self, state: EngineState, message: did.Opened) -> None:
+        state.ready(message)
+        if message.role != "stage":
+            can_decode = message.role == "instance"
+            rooms = message.spill_bytes, message.host_bytes, message.places
+            ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms)
+            self.handle(state, ready)
+        elif state.group is not None:
+            self._open_first_stage(state, state.group)
+
     def _lose(self, state: EngineState, worker: str, how: str) -> None:
         """An engine lost a worker: its blocks are recomputed."""
         if worker in state.facts:
             state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
         state.worker_lost(worker)
         self.handle(state, WorkerLost(worker))
+        if state.group is not None:
+            self._lose_stage(state, state.group, worker)
 
     def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
         """A live worker lost everything of an engine because of ``reason``: it opens the engine again."""

@@ -32,6 +32,7 @@ from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.departures import retire
 from distkv_dask.scheduler.dispatch import ONE_VERSION, Dispatcher
 from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.engines.group import check_stages
 from distkv_dask.scheduler.lifecycle.events import (
     Stop,
     Submit,
@@ -117,6 +118,8 @@ class GManager(SchedulerPlugin):
                 "the cluster has no workers that may load a model: start some (cluster.scale(n)) or wait for them "
                 f"(client.wait_for_workers(n)); those with the resource {MEMORY_RESOURCE} only hold KV"
             )
+        if spec.config.stages > 1:
+            check_stages(spec.config, [one for one in self.scheduler.workers if not self.dispatcher.is_memory(one)])
         engine = await self.dispatcher.add_engine(spec, client)
         try:
             for memory in (False, True):  # instances first: memory workers need the geometry of their model

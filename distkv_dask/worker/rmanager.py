@@ -34,6 +34,7 @@ from distkv_dask.messages.names import (
     pack,
     unpack,
 )
+from distkv_dask.placement import Stage
 from distkv_dask.version import VERSION
 from distkv_dask.worker.exit import end_process
 from distkv_dask.worker.import_ahead import import_ahead
@@ -134,8 +135,8 @@ class RManager(WorkerPlugin):
 
     def _do(self, name: str, message: do.ToWorker) -> None:
         match message:
-            case do.Open(_, spec, geometry):
-                self._spawn(self._open_engine(spec, geometry))
+            case do.Open(_, spec, geometry, stage):
+                self._spawn(self._open_engine(spec, geometry, stage))
                 return
             case do.Close():
                 self._spawn(self._close_engine(name))
@@ -215,12 +216,12 @@ class RManager(WorkerPlugin):
 
     # Opening and closing
 
-    async def _open_engine(self, spec: EngineSpec, geometry: Geometry | None) -> None:
+    async def _open_engine(self, spec: EngineSpec, geometry: Geometry | None, stage: Stage | None) -> None:
         async with self._changing:
             if self._leaving or spec.engine in self.engines:
                 return
             try:
-                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry)
+                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry, stage)
             except EngineClosedError as error:  # a lane has ended meanwhile
                 self.tell(spec.engine, Lost(self.worker.address, str(error)))
             except DistKVError as error:
@@ -238,11 +239,11 @@ class RManager(WorkerPlugin):
             if not self.engines:
                 await self._lanes.close()
 
-    def _build(self, spec: EngineSpec, geometry: Geometry | None) -> WorkerEngine:
+    def _build(self, spec: EngineSpec, geometry: Geometry | None, stage: Stage | None) -> WorkerEngine:
         """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
         from distkv_dask.worker.startup import build_engine
 
-        return build_engine(spec, geometry, self._lanes.start(spec.config.threads), self.worker, self.tell)
+        return build_engine(spec, geometry, self._lanes.start(spec.config.threads), self.worker, self.tell, stage)
 
     def _lane_ended(self, reason: str) -> None:
         """In the thread that ends."""

@@ -14,9 +14,10 @@ import torch
 
 from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
 from distkv_dask.gang import ChunkResult, DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
-from distkv_dask.geometry import describe_kinds
+from distkv_dask.geometry import Geometry, describe_kinds
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec
+from distkv_dask.placement import Stage
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
@@ -38,6 +39,9 @@ from distkv_dask.worker.model.logprobs import Drawn, draw_batch
 from distkv_dask.worker.model.sampling import Draw
 from distkv_dask.worker.showing import Showing
 from distkv_dask.worker.speculation.speculation import Speculation
+from distkv_dask.worker.stages.blocks import NamedBlocks
+from distkv_dask.worker.stages.links import StageLinks, further_stages
+from distkv_dask.worker.stages.turns import StageTurns
 from distkv_dask.worker.trace import Tracer, span
 
 if TYPE_CHECKING:
@@ -93,6 +97,8 @@ class Runtime:
         if self.dialer.uses_ucx:
             lanes.holder.offer_ucx()
         self._cache = ChannelCache(self.dialer.connect, encode_hello(token, hello))
+        self._hello = hello
+        self._links: StageLinks | None = None
         self._lock = threading.Lock()
         self._gang: HomeGang | PausedForward | None = None
         self._closed = False
@@ -107,7 +113,22 @@ class Runtime:
         ring = None if self.tracer is None else self.tracer.holder
         service = Service(spec.engine, token, pool, limits, ring)
         self._under_way = service.under_way
+        if model is not None and isinstance(pool, NamedBlocks):
+            service.turns = StageTurns(model, pool)
         lanes.holder.attach(service)
+
+    def link_stages(self, stage: Stage, whole: Geometry) -> None:
+        """Compute further layers on other workers, as the home of all sequences.
+
+        Parameters
+        ----------
+        stage
+            The first one, which knows where the others listen.
+        whole
+            Sizes of the model with all its layers.
+        """
+        stages = further_stages(stage, whole, self.spec.token.encode(), self._hello)
+        self._links = StageLinks(stages, self.dialer.connect, self.spec.config.timeout_receive)
 
     def reserve(self, sequence: int, start: int, stop: int) -> None:
         """Reserve room for tokens ``[start, stop)`` of a sequence; CapacityError when there is none."""
@@ -135,6 +156,8 @@ class Runtime:
             running = self.paused.get(gang) or self._gang
             if running is not None and running.gang.number == gang:
                 running.abort(reason)
+                if self._links is not None:
+                    self._links.abort()
         self.lanes.holder.abort(self.spec.engine, gang, reason)
 
     def prefill(self, chunk: PrefillChunk) -> ChunkResult:
@@ -248,10 +271,14 @@ class Runtime:
             self._closed = True
             if self._gang is not None:
                 self._gang.abort("the engine was closed on this worker")
+                if self._links is not None:
+                    self._links.abort()
         self.lanes.holder.detach(self.spec.engine)
         with contextlib.suppress(EngineClosedError):  # closed lanes: no gang runs
             self.lanes.home.submit(_nothing).result()
         self._cache.close()
+        if self._links is not None:
+            self._links.close()
 
     def _loaded(self) -> LoadedModel:
         if self._model is None:
@@ -267,6 +294,7 @@ class Runtime:
         steps = StepAttention(
             self.pool, self._loaded().geometry, self.home_state.windows, self.spec.config.deterministic, self._ring
         )
+        steps.links = self._links
         return partial(steps.attention, gang), steps.cut
 
     @contextmanager
@@ -295,7 +323,8 @@ class Runtime:
                 raise EngineClosedError(f"engine {self.spec.engine} was closed on this worker")
             self._gang = running
         try:
-            with torch.inference_mode(), self.pool.device.stream(Use.HOME), running:
+            stages = contextlib.nullcontext() if self._links is None else self._links.serving(gang)
+            with torch.inference_mode(), self.pool.device.stream(Use.HOME), running, stages:
                 try:
                     yield running
                 finally:

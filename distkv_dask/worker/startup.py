@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.kernels import make_ready, micro_attention
 from distkv_dask.messages.from_worker import FromWorker, Opened
 from distkv_dask.messages.names import EngineSpec
+from distkv_dask.placement import Stage
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.blocks.spilled import Spilled
@@ -28,6 +29,7 @@ from distkv_dask.worker.home.windows import Windows, new_windows
 from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, needs_of, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
+from distkv_dask.worker.stages.blocks import NamedBlocks
 from distkv_dask.worker.timing.kernel_choice import choose_kernels
 from distkv_dask.worker.timing.measurement import BATCH, FORM, LONGEST, measure
 from distkv_dask.worker.timing.measurement_cache import cached_measurement, hardware
@@ -47,10 +49,12 @@ def build_engine(
     lanes: Lanes,
     worker: Worker,
     tell: Callable[[str, FromWorker], None],
+    stage: Stage | None = None,
 ) -> WorkerEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
-    A memory worker gets the model's ``geometry`` instead, and needs no model.
+    A memory worker gets the model's ``geometry`` instead, and needs no model. Where layers are on several workers, this
+    one has those of its ``stage``.
 
     Raises
     ------
@@ -61,7 +65,7 @@ def build_engine(
     """
     keep_freed_memory()
     device = _device(spec, worker)
-    model = _model(spec, worker, lanes, device) if geometry is None else None
+    model = _model(spec, worker, lanes, device, stage) if geometry is None else None
     if geometry is None:
         assert model is not None
         geometry = model.geometry
@@ -70,15 +74,17 @@ def build_engine(
             "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
             "distkv.granularity to window"
         )
-    pool, windows, places = _pools(spec, worker, geometry, device, model)
+    pool, windows, places = _pools(spec, worker, geometry, device, model, stage.blocks if stage is not None else 0)
     kernels = choose_kernels(pool, spec.config)
     runtime = Runtime(spec, model, pool, lanes, windows)
+    if stage is not None and model is not None and not stage.number:
+        runtime.link_stages(stage, model.whole)
     report = partial(tell, spec.engine)
     files = _files(runtime, model, worker, report)
     facts = Opened(
         worker.address,
         lanes.endpoint,
-        role="memory" if model is None else "instance",
+        role="memory" if model is None else "stage" if isinstance(pool, NamedBlocks) else "instance",
         channels=runtime.dialer.explain(),
         device=": ".join(filter(None, (device.name, device.note, _launches(model, device)))),
         capacity_blocks=pool.capacity_blocks,
@@ -88,14 +94,14 @@ def build_engine(
         places=places,
         geometry=geometry,
         fingerprint="" if model is None else model.fingerprint,
-        measured=_timings(runtime, geometry, model, kernels.name),
+        measured=_timings(runtime, geometry, model, kernels.name) if stage is None else None,
         kernels=f"{kernels.name}: {kernels.reason}",
-        weights="" if model is None else model.where,
+        weights="" if model is None else model.where + _layers(stage, model),
     )
     return WorkerEngine(runtime, model, files, facts, report)
 
 
-def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> LoadedModel:
+def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage: Stage | None) -> LoadedModel:
     # takes seconds and memory, so memory workers do not import it
     from distkv_dask.worker.model.packed import packing_room
     from distkv_dask.worker.model.shared import shared_model
@@ -103,7 +109,8 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> Lo
     config = spec.config
     model = shared_model(
         *(spec.model, spec.dtype, lanes.threads, spec.rope_scaling, config.deterministic, device, config.weights),
-        place=partial(is_from_disk, spec, worker, device),
+        place=partial(is_from_disk, spec, worker, device, stage),
+        stage=stage,
     )
     if not config.cuda_graphs:
         model.uncaptured = "distkv.cuda-graphs is false"
@@ -113,14 +120,16 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device) -> Lo
 
 
 def _pools(
-    spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None
+    spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None, most: int
 ) -> tuple[Pool, Windows | None, int]:
-    """Memory for KV: blocks, windows of layers, and places for sequences."""
+    """Memory for KV: blocks, at ``most`` so many unless that is 0, windows of layers, and places for sequences."""
     block = BlockShape.of(geometry, spec.config.block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
     needs = Needs() if model is None else needs_of(geometry, spec.config)
     blocks, places = rooms(memory, block, needs, spec.config.window_batch)
-    pool = Pool(block, blocks, device)
+    blocks = min(blocks, most or blocks)
+    is_further = model is not None and model.stage is not None and model.stage.number > 0
+    pool = NamedBlocks(block, blocks, device) if is_further else Pool(block, blocks, device)
     windows = new_windows(geometry, spec.config, worker.address, places, device) if needs.once else None
     for each in (pool, *((windows.pool,) if windows is not None else ())):
         check_kernels(each, geometry.heads)
@@ -135,11 +144,24 @@ def _files(
     """Saves and spills the blocks of an engine and, with a model, the states that homes keep."""
     spec, device = runtime.spec, runtime.pool.device
     folder = Path(worker.local_directory) / f"distkv-{spec.engine}"
-    spilled = Spilled(runtime.pool, folder, spec.config, host_memory(spec, worker, device))
+    config = spec.config if model is None or model.stage is None else replace(spec.config, spill=0)
+    spilled = Spilled(runtime.pool, folder, config, host_memory(spec, worker, device))
     home = None
     if model is not None and model.geometry.home_bytes:
         home = HomeFiles(runtime.home_state, model.state_of_a_token(), device)
     return BlockFiles(worker.address, spilled, spec.config, report, home)
+
+
+def _layers(stage: Stage | None, model: LoadedModel) -> str:
+    """Which layers are here, and which on other workers; empty if all are here."""
+    if stage is None:
+        return ""
+    runs = [Stage(number, stage.count).layers(model.whole.layers) for number in range(stage.count)]
+    first, stop = runs[stage.number]
+    said = [f"layers {first} to {stop - 1} of {model.whole.layers}"]
+    for (first, stop), endpoint in zip(runs[1:], stage.further, strict=False):
+        said.append(f"{first} to {stop - 1} on {endpoint.worker}")
+    return "; " + ", ".join(said)
 
 
 def _launches(model: LoadedModel | None, device: Device) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import psutil
 from distributed.system import MEMORY_LIMIT
 
-from distkv_dask.errors import CapacityError, DeviceError
+from distkv_dask.errors import CapacityError, DeviceError, ModelError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
 from distkv_dask.models.source import resolve_model
 from distkv_dask.models.support import check_supported
 from distkv_dask.models.weight_sizes import kv_beside
+from distkv_dask.placement import Stage
 from distkv_dask.worker.device import Device
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SHARED = (
 )
 
 
-def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
+def is_from_disk(spec: EngineSpec, worker: Worker, device: Device, stage: Stage | None = None) -> bool:
     """Whether to read a model's layers from disk; refuses weights that do not fit with the configured KV memory.
 
     Raises
@@ -40,6 +41,9 @@ def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
     source = resolve_model(spec.model, spec.rope_scaling)
     check_supported(config := source.config())
     weights, setting = source.weight_bytes(config, spec.dtype), spec.config.weights
+    if stage is not None:
+        _check_stage(spec, worker, device, stage)
+        return False
     if not device.is_host:
         _check_card(device, source.name, weights, spec)
         return False
@@ -60,6 +64,27 @@ def is_from_disk(spec: EngineSpec, worker: Worker, device: Device) -> bool:
             *(worker.address, source.name, setting, weights),
         )
     return from_disk
+
+
+def _check_stage(spec: EngineSpec, worker: Worker, device: Device, stage: Stage) -> None:
+    """Refuse a stage whose layers do not fit; weights of other layers are mapped, too, but never read."""
+    source = resolve_model(spec.model, spec.rope_scaling)
+    config = source.config()
+    if not device.is_host:
+        raise DeviceError(
+            f"distkv.stages is {stage.count}, but layers can be on several workers only without cards (this one has "
+            f"{device.name}): set distkv.device to cpu, or distkv.stages to 1"
+        )
+    count = config.get_text_config().num_hidden_layers
+    need, known = source.stage_memory(config, spec.dtype, stage.layers(count), not stage.number)
+    if need is not None:
+        what = f"layers {stage.layers(count)[0]} to {stage.layers(count)[1] - 1} of model {source.name!r}"
+        _check_fit(spec, worker, need, what, f"need {need} bytes (dtype {spec.dtype}), one of {stage.count} stages")
+    elif known:
+        raise ModelError(
+            f"distkv.stages is {stage.count}, but the weights of model {source.name!r} would be converted, for which "
+            "one worker needs all of them in memory: set dtype to auto, or save the model in the dtype that you want"
+        )
 
 
 def _check_card(device: Device, name: str, weights: int | None, spec: EngineSpec) -> None:

@@ -21,6 +21,7 @@ from distkv_dask.scheduler.costs.fit import fit_model
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
+from distkv_dask.scheduler.engines.group import Group
 from distkv_dask.scheduler.engines.outbox import Outbox
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle import retries
@@ -57,6 +58,8 @@ class EngineState:
         """Sizes of the model, once a worker has loaded it; they are sent to memory workers."""
         self.span = spec.span
         """Dask span of tasks submitted from now on; None: Dask's default one."""
+        self.group = Group(spec.config.stages) if spec.config.stages > 1 else None
+        """The workers among which layers are divided, if they are."""
         self.figures = Figures()
         self.is_closing = False
         self.broken: EngineClosedError | None = None
@@ -98,6 +101,9 @@ class EngineState:
         if self.is_closing:
             return  # CLOSE is on its way there
         self.facts[facts.worker] = facts
+        if facts.role == "stage":
+            self._answered(facts.worker)
+            return
         self.life.block_bytes = facts.block_bytes
         self.geometry = facts.geometry
         if self.geometry.home_bytes:
@@ -111,6 +117,10 @@ class EngineState:
         if not self.is_closing:
             self._failure = self._failure or error
             self._answered(worker)
+
+    def not_needed(self, worker: str) -> None:
+        """A worker whose hello was awaited stands by."""
+        self._answered(worker)
 
     def closed(self, worker: str) -> None:
         """A worker freed everything of the engine."""
@@ -146,7 +156,8 @@ class EngineState:
         life = self.life
         if any(isinstance(request.state, Waiting) for request in life.requests.values()):
             return self._pending | set(self.facts)
-        needed, leaving = set(self._pending), set[str]()
+        stages = () if self.group is None else filter(None, self.group.places)
+        needed, leaving = {*self._pending, *stages}, set[str]()
         ledger = life.ledger
         for worker in sorted(ledger.workers, key=lambda name: ledger.workers[name].used):
             if fits_elsewhere(ledger, leaving | {worker}):

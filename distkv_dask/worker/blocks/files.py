@@ -77,6 +77,7 @@ class BlockFiles:
         self._silence = config.timeout_receive
         self._standstill = config.timeout_files
         self._tell = tell
+        self._stages = config.stages
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 
     async def store(
@@ -89,6 +90,7 @@ class BlockFiles:
         files: tuple[SavedFile, ...] = ()
         error: DistKVError | None = None
         try:
+            self._check_whole()
             if saved.place in (OWN_DISK, HOST_MEMORY):
                 loop = asyncio.get_running_loop()
                 files = await loop.run_in_executor(self._disk, self._spill, sequence, ranges, saved, home)
@@ -108,6 +110,7 @@ class BlockFiles:
         """
         error: DistKVError | None = None
         try:
+            self._check_whole()
             files = [file for file in saved.files if file.name.startswith(BLOCKS)]
             if home and self._home is not None:
                 for file in self._home.wanted(home, saved.files):
@@ -124,6 +127,13 @@ class BlockFiles:
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in loading sequence {sequence}")
         self._tell(Fetched(self._worker, sequence, error))
+
+    def _check_whole(self) -> None:
+        if self._stages > 1:
+            raise SavedDocumentError(
+                f"documents cannot be saved or loaded while layers are on {self._stages} workers (distkv.stages), each "
+                "of which has a part of their KV: set distkv.stages to 1, or keep the document in memory"
+            )
 
     async def rows(self, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file on this worker's disk, uint8 [count, bytes of a block], for another worker.

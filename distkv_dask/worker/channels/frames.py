@@ -33,13 +33,17 @@ class Kind(IntEnum):
     READY = 4
     """A: the gang's session is open."""
     BATCH = 5
-    """H: other rows from this step on."""
+    """H: other rows from this step on; to a stage with the blocks that hold them."""
     ATTEND = 6
     """H: q, then k and v of rows that append here."""
     PARTIAL = 7
     """A: out, then lse."""
     END = 8
     """H: the gang is complete."""
+    LAYERS = 10
+    """H, to a stage: positions of tokens, then their hidden states before the stage's layers."""
+    HIDDEN = 11
+    """A, of a stage: hidden states after its layers."""
     FAIL = 9
     """Both: the sender's part of the gang failed; the payload has the culprit and the reason; the connection ends."""
 

@@ -160,6 +160,8 @@ class HomeConnection:
             self._greet(header, payload)
         elif header.kind is Kind.FAIL:
             self._fail(header, failed(f"home {self.inlet.peer}", payload))
+        elif self.service.turns is not None:
+            self.service.turns.take(self.inlet, header, payload)
         elif header.kind is Kind.BEGIN and self._gang is None:
             session = self.service.claim(header.gang, self)
             self._gang = header.gang, header.epoch
@@ -198,6 +200,8 @@ class HomeConnection:
             self._receive = traced_receive(ring, self.inlet.receive)
         self.inlet.maximum = ROWS_BYTES
         self.deadline = float("inf")
+        if self.service.turns is not None:
+            self.service.turns.greet(self.inlet)
         self.inlet.send(Header(Kind.WELCOME))
 
     def _set_batch(self, session: Session, step: int, rows: list[Row]) -> None:

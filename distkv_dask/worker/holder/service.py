@@ -17,6 +17,7 @@ from distkv_dask.worker.under_way import UnderWay
 
 if TYPE_CHECKING:
     from distkv_dask.worker.holder.home_connection import HomeConnection
+    from distkv_dask.worker.stages.turns import StageTurns
 
 REMEMBERED = 1024
 """Number of ended gangs that are remembered, so that a late member or home is refused at once."""
@@ -64,6 +65,8 @@ class Service:
         its report of that must come first."""
         self.under_way = UnderWay()
         """Chunks that this worker computes for the engine."""
+        self.turns: StageTurns | None = None
+        """Computes layers for the home, on a worker that is a further stage."""
         self._waiting: dict[int, tuple[Session, float]] = {}
         self._running: dict[int, tuple[Session, HomeConnection]] = {}
         self._early: dict[int, HomeConnection] = {}

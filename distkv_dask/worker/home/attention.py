@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.plan import Part, merge_order
 from distkv_dask.worker.shard import Shard
 from distkv_dask.worker.showing import Showing
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.stages.links import StageStep
 
 
 class DistAttention:
@@ -42,6 +46,8 @@ class DistAttention:
         """Number of the next step, as the holders count."""
         self.showing: Showing | None = None
         """Tells the holder lane which layers are stored, where later chunks may follow."""
+        self.further: StageStep | None = None
+        """Sends hidden states through further stages, if other workers have layers."""
         self._pool = pool
         home = gang.gang.home if gang is not None else next(iter(parts))
         shape = (tokens, heads, pool.value_dim)
@@ -97,11 +103,13 @@ class DistAttention:
     @property
     def queued(self) -> bool:
         """Whether :meth:`attend` only queues work on a card, always in the same memory, and waits for nobody."""
-        return self._exchange is None and (self._local is None or self._local.shard.queued)
+        return self._exchange is None and self.further is None and (self._local is None or self._local.shard.queued)
 
     @property
     def exchanged(self) -> Exchanged:
         """What was exchanged with holders so far."""
+        if self.further is not None:
+            return self.further.exchanged
         return Exchanged() if self._exchange is None else self._exchange.exchanged
 
     def attend(
@@ -151,6 +159,8 @@ class DistAttention:
     def advance(self) -> None:
         """Go on to the next step: what was appended is stored now. Holders do the same after their last layer."""
         self.step += 1
+        if self.further is not None:
+            self.further.advance()
         if self._local is not None:
             self._local.shard.advance()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from distkv_dask.geometry import Geometry
 from distkv_dask.worker.blocks.pool import Pool
@@ -16,6 +17,9 @@ from distkv_dask.worker.home.traced import TracedAttention
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.plan import Part, Stored, cut
 from distkv_dask.worker.trace import Ring
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.stages.links import StageLinks
 
 
 class StepAttention:
@@ -41,6 +45,8 @@ class StepAttention:
         self._windows = windows
         self._alike = alike
         self._ring = ring
+        self.links: StageLinks | None = None
+        """Channels to further stages, if other workers have layers."""
 
     def cut(self, batch: Sequence[Stored]) -> dict[str, Part]:
         """Parts of a step by worker."""
@@ -65,4 +71,6 @@ class StepAttention:
         of = gang, parts, tokens, self._pool, self._geometry.heads
         attention = DistAttention(*of) if self._ring is None else TracedAttention(self._ring, *of)
         attention.step = step
+        if self.links is not None:
+            attention.further = self.links.step(gang.gang, step, self._pool, parts[gang.gang.home], tokens)
         return attention

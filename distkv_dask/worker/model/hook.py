@@ -80,6 +80,11 @@ def running_step() -> AttentionStep:
     return cast(AttentionStep, _running.step)
 
 
+def running_positions() -> Tensor:
+    """Return the positions given to :func:`attending_with` on this thread, int64 [T]."""
+    return cast(Tensor, _running.positions)
+
+
 def dist_attention(
     module: torch.nn.Module,
     query: Tensor,

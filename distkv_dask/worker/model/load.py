@@ -15,7 +15,9 @@ from distkv_dask.geometry import Geometry
 from distkv_dask.models.model_class import model_class
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported, max_positions
+from distkv_dask.placement import Stage
 from distkv_dask.worker.device import HOST, Device, Use
+from distkv_dask.worker.model.cut import keep_layers
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.long_rope import pin_long_rope
@@ -38,6 +40,7 @@ def load_model(
     deterministic: bool = False,
     device: Device = HOST,
     from_disk: bool = False,
+    stage: Stage | None = None,
 ) -> LoadedModel:
     """Load a model on this machine and check that DistAttention computes it exactly.
 
@@ -57,6 +60,8 @@ def load_model(
         Where its weights go.
     from_disk
         Whether layers are read from disk while others compute.
+    stage
+        Which layers are kept, if others are on other workers.
 
     Raises
     ------
@@ -73,7 +78,12 @@ def load_model(
     torch.set_num_threads(threads)
     with _loading, _quiet():
         model, geometry, weights = _read(source, dtype, deterministic, device, from_disk)
+    whole = geometry
+    if stage is not None:
+        with _loading:
+            geometry = keep_layers(model, geometry, stage)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
+    loaded.stage, loaded.whole = stage, whole
     if deterministic:
         _make_deterministic(model, loaded)
     if not device.is_host:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from distkv_dask.geometry import Geometry
+from distkv_dask.placement import Stage
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
+from distkv_dask.worker.model.cut import stage_forward
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import pack_linears
@@ -65,6 +67,10 @@ class LoadedModel:
         self.is_packed = False
         """Whether :meth:`pack` found room."""
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
+        self.stage: Stage | None = None
+        """The layers that it was cut down to, if it was, in a geometry of these alone."""
+        self.whole = geometry
+        """Sizes of the model with all its layers."""
         self.uncaptured = "the host has no graphs"
         """Why steps on a card are not captured in CUDA graphs; empty if they are."""
 
@@ -161,6 +167,21 @@ class LoadedModel:
                 logits_to_keep=some,
             )
             return cast(Tensor, output.logits.flatten(0, 1).float())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return cast(torch.dtype, self._model.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    def further(self, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        """Hidden states [T, size] after the layers of a further stage; others are as :meth:`forward` takes them."""
+        with attending_with(step, positions, self.geometry):
+            return stage_forward(self._model, hidden, positions)
 
     def repeated(self, inputs: Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int) -> Repeated:
         """The forward of similar steps, called once per step.

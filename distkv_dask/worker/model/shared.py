@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from distkv_dask.models.source import resolve_model
+from distkv_dask.placement import Stage
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
@@ -30,6 +31,7 @@ def shared_model(
     device: Device,
     weights: str,
     place: Callable[[], bool],
+    stage: Stage | None = None,
 ) -> LoadedModel:
     """A model that an open engine of this process has, or a newly loaded one.
 
@@ -38,10 +40,11 @@ def shared_model(
     model whose files have changed is another model. On cards nothing is shared: the streams of an engine belong to its
     own model; nor where layers are read from disk, in the buffers of one model.
     """
-    load = partial(load_model, name, dtype, threads, rope_scaling, deterministic, device)
+    load = partial(load_model, name, dtype, threads, rope_scaling, deterministic, device, stage=stage)
     if not device.is_host:
         return load(from_disk=place())
-    key = resolve_model(name).stamp(), dtype, json.dumps(rope_scaling, sort_keys=True), deterministic, weights
+    files = resolve_model(name).stamp(), dtype, json.dumps(rope_scaling, sort_keys=True), deterministic, weights
+    key: tuple[Any, ...] = *files, *((stage.number, stage.count) if stage is not None else ())
     with _lock:
         model = _models.get(key)
         if model is None:

@@ -1,0 +1,54 @@
+"""Bodies of BATCH frames to stages: rows, their tokens, and the blocks that hold them. Checked on arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgpack
+
+from distkv_dask.errors import ChannelError
+from distkv_dask.worker.channels.bodies import decode_rows
+from distkv_dask.worker.plan import Part
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class StageBatch(NamedTuple):
+    """What a stage computes in the steps to come: a step's part, its number of tokens, and the blocks of each row."""
+
+    part: Part
+    tokens: int
+    blocks: tuple[tuple[int, ...], ...]
+
+
+def encode_batch(part: Part, tokens: int, blocks: Sequence[Sequence[int]]) -> bytes:
+    """Payload of a BATCH frame to a stage."""
+    body: bytes = msgpack.packb([tokens, list(part.tokens), [list(some) for some in blocks], msgpack.packb(part.rows)])
+    return body
+
+
+def decode_batch(payload: Buffer, capacity: int) -> StageBatch:
+    """Read it; blocks are below ``capacity``.
+
+    Raises
+    ------
+    ChannelError
+        It is not the format of :func:`encode_batch`.
+    """
+    try:
+        tokens, places, blocks, packed = msgpack.unpackb(payload)
+        rows = decode_rows(packed)
+        fits = (
+            type(tokens) is int
+            and all(type(at) is int and 0 <= at < tokens for at in places)
+            and len(places) == sum(row.queries for row in rows)
+            and len(blocks) == len(rows)
+            and all(type(block) is int and 0 <= block < capacity for some in blocks for block in some)
+        )
+    except (ValueError, TypeError) as error:
+        raise ChannelError(f"a batch for a stage is malformed: {error}") from error
+    if not fits:
+        raise ChannelError(f"a batch for a stage has {len(places)} tokens and {len(rows)} rows that do not fit")
+    return StageBatch(Part(tuple(rows), tuple(places)), tokens, tuple(map(tuple, blocks)))

@@ -1,0 +1,90 @@
+"""A stage's side: it computes its layers for the home, in the order in which the home's frames come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from distkv_dask.errors import ChannelError
+from distkv_dask.worker.channels.base import Inlet
+from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.home.attention import DistAttention
+from distkv_dask.worker.stages.batches import decode_batch
+from distkv_dask.worker.stages.blocks import NamedBlocks
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+
+_POSITION_BYTES = 8
+
+
+class StageTurns:
+    """Computes what one home asks; used by the holder lane's thread only.
+
+    It keeps nothing of a sequence but KV in blocks that the home names, so there is nothing to free or to move.
+
+    Parameters
+    ----------
+    model
+        Cut down to the stage's layers.
+    pool
+        Their KV.
+    """
+
+    def __init__(self, model: LoadedModel, pool: NamedBlocks) -> None:
+        self._model = model
+        self._pool = pool
+        self._inlet: Inlet | None = None
+        self._attention: DistAttention | None = None
+        self._shape = 0, model.hidden_size
+
+    def greet(self, inlet: Inlet) -> None:
+        """Serve this home from now on: frames of an earlier connection, which may be unread, change nothing more."""
+        self._inlet, self._attention = inlet, None
+
+    def take(self, inlet: Inlet, header: Header, payload: memoryview) -> None:
+        """Handle a frame.
+
+        Raises
+        ------
+        ChannelError
+            It is malformed, or of an earlier connection.
+        PlanError
+            A row has no room in its blocks.
+        """
+        if inlet is not self._inlet:
+            raise ChannelError("the home has opened another channel to this stage since")
+        if header.kind is Kind.BATCH:
+            self._set_batch(inlet, payload)
+        elif header.kind is Kind.LAYERS and self._attention is not None:
+            self._compute(inlet, header, payload, self._attention)
+        else:
+            raise ChannelError(f"{inlet.peer} sent {header}, which a stage does not expect here")
+
+    def _set_batch(self, inlet: Inlet, payload: memoryview) -> None:
+        pool = self._pool
+        batch = decode_batch(payload, pool.capacity_blocks)
+        rows = zip(batch.part.rows, batch.blocks, strict=True)
+        pool.name_blocks((row.sequence, row.spans, blocks) for row, blocks in rows)
+        self._attention = DistAttention(None, {"": batch.part}, batch.tokens, pool, self._model.geometry.heads)
+        self._shape = batch.tokens, self._model.hidden_size
+        inlet.maximum = max(inlet.maximum, batch.tokens * _POSITION_BYTES + self._bytes)
+        inlet.make_room(inlet.maximum)
+
+    @property
+    def _bytes(self) -> int:
+        """Bytes of hidden states."""
+        tokens, size = self._shape
+        return tokens * size * self._model.dtype.itemsize
+
+    def _compute(self, inlet: Inlet, header: Header, payload: memoryview, attention: DistAttention) -> None:
+        at = self._shape[0] * _POSITION_BYTES
+        if len(payload) != at + self._bytes:
+            raise ChannelError(f"{inlet.peer} sent {header}; {at + self._bytes} bytes were expected")
+        given = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        hidden = given[at:].view(self._model.dtype).view(self._shape)
+        out = self._model.further(hidden, given[:at].view(torch.int64), attention).contiguous()
+        attention.advance()
+        reply = out.view(-1).view(torch.uint8).numpy().data
+        inlet.send(header._replace(kind=Kind.HIDDEN, length=len(reply)), reply)

@@ -1,0 +1,71 @@
+"""A model cut into stages of one process computes what transformers does; models that cannot be cut are refused."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+
+from distkv_dask.errors import UnsupportedModelError
+from distkv_dask.placement import Stage
+from distkv_dask.worker.model.load import load_model
+from tests._models import WINDOWED, model_dir, prompt_ids
+
+
+class OwnSequence:
+    """Causal attention over the tokens of one forward; with ``further`` stages of the same process."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.further: Chain | None = None
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: object = None
+    ) -> torch.Tensor:
+        groups = self.heads // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = torch.einsum("thd,shd->hts", q, k) * scale
+        hidden = torch.ones(scores.shape[1:]).triu(1).bool()
+        return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+class Chain:
+    """Further stages."""
+
+    def __init__(self, stages: list, positions: torch.Tensor, heads: int) -> None:
+        self.stages, self.positions, self.heads = stages, positions, heads
+
+    def through(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as worker:  # as on another one, whose attention is its own
+            step = OwnSequence(self.heads)
+            return worker.submit(self.stages[stage - 1].further, hidden[0], self.positions, step).result()[None]
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama-gqa", 3), ("qwen2", 2), ("qwen3-moe", 4), ("phi3", 2)])
+def test_stages_together_compute_the_logits_of_transformers(family: str, count: int) -> None:
+    path = str(model_dir(family))
+    home, *others = [load_model(path, "float32", 1, stage=Stage(number, count)) for number in range(count)]
+    ids, heads = torch.tensor(prompt_ids(20, seed=5)), home.geometry.heads
+    positions, step = torch.arange(len(ids)), OwnSequence(heads)
+    step.further = Chain(others, positions, heads)
+    found = home.forward(ids, positions, step)
+    with torch.inference_mode():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        expected = plain(ids[None]).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert home.geometry.layers + sum(one.geometry.layers for one in others) == home.whole.layers
+    parts = [one.weight_bytes for one in (home, *others)]
+    assert sum(parts) < 1.01 * sum(one.nbytes for one in plain.parameters())  # all have the last norm
+
+
+@pytest.mark.parametrize("family", [*WINDOWED, "qwen3-next"])
+def test_layers_whose_state_is_at_the_home_are_not_cut(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"set distkv\.stages to 1"):
+        load_model(str(model_dir(family)), "float32", 1, stage=Stage(0, 2))
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="each stage needs one"):
+        load_model(str(model_dir("llama-gqa")), "float32", 1, stage=Stage(0, 4))
