@@ -159,7 +159,7 @@ class Engine(Handle, Processing):
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> TextPieces:
         """Ask for a completion and iterate (``for`` or ``async for``) over its text as it is generated."""
-        pieces = TextPieces()
+        pieces = TextPieces.of(sampling)
         return pieces.follow(self._session.submit(prompt, sampling, pieces.put))
 
     def in_span(self, *tags: str) -> AbstractContextManager[None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from inspect import signature
-from itertools import pairwise
 from operator import index
 from typing import Any, Self
 
 from distkv_dask.client.control_tokens import ControlTokens, Hidden
 from distkv_dask.client.messages import plain_messages
+from distkv_dask.client.text_stream import TextStream
 from distkv_dask.client.time_limit import OutOfTime, TimeLimit
 from distkv_dask.errors import InvalidRequestError, in_words
 from distkv_dask.sampling import Prompt
@@ -18,9 +18,6 @@ from distkv_dask.texts import checked_text
 
 TEMPLATE_SECONDS = 10.0
 """Time limit of a chat template, which is a program by the model's author, for a prompt."""
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer returns for the bytes of an incomplete character."""
 
 
 class Tokenizer:
@@ -205,95 +202,3 @@ class Tokenizer:
                 f"token id {token} at position {at} is out of the model's vocabulary (0 to {self._vocab_size - 1})"
             )
         return token
-
-
-class TextStream:
-    """The text of one answer, extended token by token.
-
-    It never returns half a character, or text that may be the start of a stop string.
-
-    Parameters
-    ----------
-    tokenizer
-        Decodes.
-    stop
-        Strings before the first of which the text ends.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.token_ids: list[int] = []
-        """Tokens of the text, without those of a stop string."""
-        self.text = ""
-        """All text so far, including text that was not returned yet."""
-        self.stopped = False
-        """Whether a stop string ended the text."""
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._given = 0
-        self._ends: list[int] = []  # length of the text after each token
-        self._context = 0  # decoding starts at this token, so that spaces between tokens come out right ...
-        self._decoded = 0  # ... and tokens from this one on are not in the text yet
-
-    def add(self, tokens: Iterable[int]) -> str:
-        """Add the next tokens; returns the text that is final. After a stop string, tokens are ignored."""
-        for token in tokens:
-            if self.stopped:
-                break
-            self.token_ids.append(token)
-            piece = self._pending()
-            if not piece.endswith(_UNFINISHED):
-                self._grow(piece)
-            self._ends.append(len(self.text))
-            self._look_for_stop(len(piece))
-        return self._give(self._safe_length())
-
-    def finish(self) -> str:
-        """End the text; returns the rest of it, with U+FFFD for incomplete characters."""
-        if not self.stopped:
-            piece = self._pending()
-            self._grow(piece)
-            if self._ends:
-                self._ends[-1] = len(self.text)
-            self._look_for_stop(len(piece))
-        return self._give(len(self.text))
-
-    def _pending(self) -> str:
-        """Return the text of the tokens that are not in the text yet."""
-        if self._decoded == len(self.token_ids):
-            return ""
-        before = self._tokenizer.decode(self.token_ids[self._context : self._decoded])
-        return self._tokenizer.decode(self.token_ids[self._context :])[len(before) :]
-
-    def _grow(self, piece: str) -> None:
-        if piece:
-            self.text += piece
-            self._context, self._decoded = self._decoded, len(self.token_ids)
-
-    def _look_for_stop(self, grown: int) -> None:
-        found = [
-            at
-            for stop in self._stop
-            if (at := self.text.find(stop, max(0, len(self.text) - grown - len(stop) + 1))) >= 0
-        ]
-        if found:
-            self.stopped = True
-            self.text = self.text[: min(found)]
-            needed = sum(before < len(self.text) for before, _ in pairwise([0, *self._ends]))
-            del self.token_ids[needed:]
-
-    def _safe_length(self) -> int:
-        """Length of the text in which no stop string can begin."""
-        if self.stopped:
-            return len(self.text)
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return len(self.text) - longest
-
-    def _give(self, upto: int) -> str:
-        piece = self.text[self._given : upto]
-        self._given = max(self._given, upto)
-        return piece

@@ -12,7 +12,7 @@ import openai
 import pytest
 from _served import Limits, Served, open_session, served, until
 
-from distkv_dask.client.serve.answers import check_written
+from distkv_dask.client.serve.asked import check_written
 from distkv_dask.client.serve.chat import ChatForm
 from distkv_dask.client.serve.completions import TextForm
 from distkv_dask.client.tokenizer import Tokenizer
@@ -158,7 +158,7 @@ def test_all_answers_to_one_prompt_are_choices_and_all_their_tokens_count() -> N
     other = Completion("two", (3, 4, 5), 7, "length")
     done = Completion("one", (1, 2), 7, "stop", others=(other,), scores={"one": 0.75, "two": 0.25})
     for form in (ChatForm("m", Tokenizer(None, 9)), TextForm("m", Tokenizer(None, 9))):
-        said = form.whole(done)
+        said = form.whole([done])
         assert [(one["index"], one["finish_reason"]) for one in said["choices"]] == [(0, "stop"), (1, "length")]
         assert said["choices"][0]["scores"] == {"one": 0.75, "two": 0.25}
         assert (said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]) == (7, 5)
@@ -167,9 +167,8 @@ def test_all_answers_to_one_prompt_are_choices_and_all_their_tokens_count() -> N
 @pytest.mark.parametrize(
     ("asked", "stream"),
     [
-        ({"logprobs": 2}, True),
         ({"prompt_logprobs": 0}, True),
-        ({"n": 2, "temperature": 1}, True),
+        ({"best_of": 2, "temperature": 1}, True),
         ({"choices": ["a", "b"]}, True),
     ],
     ids=str,

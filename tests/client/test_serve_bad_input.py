@@ -181,10 +181,13 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     path.write_text(f"# ours\n{one}\n\n")
     monkeypatch.setenv(VARIABLE, f" {two},")
     keys = read_keys(path)
-    assert [keys.allow(f"Bearer {key}") for key in (one, two, "m" * 16)] == [True, True, False]
+    owners = [keys.owner(f"Bearer {key}") for key in (one, two, "m" * 16)]
+    assert len({None, "", *owners[:2]}) == 4
+    assert owners[2] is None
+    assert read_keys(path).owner(f"Bearer {one}") == owners[0], "also for a later server"
     monkeypatch.delenv(VARIABLE)
     assert not read_keys(None)
-    assert Keys(frozenset()).allow(None)
+    assert Keys(frozenset()).owner(None) == ""
     for text, named in (("", "holds none"), ("short", "5 characters"), ("with a space in it all", "without spaces")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=named) as caught:

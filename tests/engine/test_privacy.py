@@ -16,7 +16,7 @@ from distributed import Client, Scheduler, Worker
 from tornado.httpclient import AsyncHTTPClient
 
 from distkv_dask import DistKVError, Engine, InvalidRequestError, SamplingParams
-from distkv_dask.client.tokenizer import TextStream
+from distkv_dask.client.text_stream import TextStream
 from distkv_dask.errors import CapacityError, ChannelError, portable, without_quotes
 from distkv_dask.messages.names import pack
 from distkv_dask.messages.to_worker import Abort

@@ -53,7 +53,7 @@ def response_of(done: Completion, chat: bool, tokenizer: Tokenizer) -> dict[str,
     """Value of :data:`RESPONSE`, if a response has more than a text."""
     if not (done.others or done.scores) and done.logprobs is None and done.prompt_logprobs is None:
         return {}
-    return {RESPONSE.name: json.dumps({"choices": choices_of(done, chat, tokenizer)})}
+    return {RESPONSE.name: json.dumps({"choices": choices_of([done], chat, tokenizer)})}
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from distkv_dask.client.tokenizer import Tokenizer
@@ -15,49 +16,73 @@ LEAST = -9999.0
 Decode = Callable[[int], str]
 
 
-def choices_of(done: Completion, chat: bool, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def choices_of(done: Sequence[Completion], chat: bool, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The choices of a response.
 
     Parameters
     ----------
     done
-        What was answered.
+        What was answered to each prompt.
     chat
         Whether it answers chat messages.
     tokenizer
         The model's.
     """
-
-    def decode(token: int) -> str:
-        return tokenizer.decode([token], special=True)
-
-    choices = [_choice(at, one, chat, decode) for at, one in enumerate(done.answers)]
-    if done.prompt_logprobs is not None:
-        scored = [None if one is None else _by_id(one, decode) for one in done.prompt_logprobs]
-        choices[0]["prompt_logprobs"] = scored
+    choices: list[dict[str, Any]] = []
+    for whole in done:
+        first = len(choices)
+        choices += (_choice(first + at, one, chat, tokenizer) for at, one in enumerate(whole.answers))
+        if whole.prompt_logprobs is not None:
+            decode = _decoder(tokenizer)
+            scored = [None if one is None else _by_id(one, decode) for one in whole.prompt_logprobs]
+            choices[first]["prompt_logprobs"] = scored
     return choices
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob] | None, chat: bool, decode: Decode) -> dict[str, Any] | None:
-    """Log probabilities of an answer's tokens, as chats or completions have them."""
-    if logprobs is None:
-        return None
-    if chat:
-        return {"content": [_chat_token(one, decode) for one in logprobs]}
-    texts = [decode(one.token_id) for one in logprobs]
-    best = [{decode(token): _finite(logprob) for token, logprob in one.best} for one in logprobs]
-    return {
-        "tokens": texts,
-        "token_logprobs": [_finite(one.logprob) for one in logprobs],
-        "top_logprobs": best,
-        "text_offset": [sum(map(len, texts[:at])) for at in range(len(texts))],
-    }
+def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Log probabilities of tokens, as chats have them."""
+    decode = _decoder(tokenizer)
+    return {"content": [_chat_token(one, decode) for one in logprobs]}
 
 
-def _choice(at: int, done: Completion, chat: bool, decode: Decode) -> dict[str, Any]:
+class TextLogprobs:
+    """Log probabilities of an answer's tokens, as completions have them, piece by piece.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = _decoder(tokenizer)
+        self._characters = 0
+
+    def more(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Those of the next tokens."""
+        texts = [self._decode(one.token_id) for one in logprobs]
+        begins = list(accumulate(map(len, texts), initial=self._characters))
+        self._characters = begins.pop()
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(one.logprob) for one in logprobs],
+            "top_logprobs": [
+                {self._decode(token): _finite(logprob) for token, logprob in one.best} for one in logprobs
+            ],
+            "text_offset": begins,
+        }
+
+
+def _decoder(tokenizer: Tokenizer) -> Decode:
+    return lambda token: tokenizer.decode([token], special=True)
+
+
+def _choice(at: int, done: Completion, chat: bool, tokenizer: Tokenizer) -> dict[str, Any]:
     said = {"message": {"role": "assistant", "content": done.text, "refusal": None}} if chat else {"text": done.text}
     more: Mapping[str, Any] = {} if done.scores is None else {"scores": {str(k): v for k, v in done.scores.items()}}
-    logprobs = _logprobs(done.logprobs, chat, decode)
+    logprobs = None
+    if done.logprobs is not None:
+        logprobs = chat_logprobs(done.logprobs, tokenizer) if chat else TextLogprobs(tokenizer).more(done.logprobs)
     return {"index": at, **said, "logprobs": logprobs, "finish_reason": done.finish_reason, **more}
 
 

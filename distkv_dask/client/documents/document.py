@@ -14,7 +14,7 @@ from distkv_dask.client.documents.save import Save
 from distkv_dask.client.documents.saved_document import SavedDocument, plain_source
 from distkv_dask.client.notebook import document_html
 from distkv_dask.client.session.generate import submit_all, wait_for_all
-from distkv_dask.client.session.generation import Generation, TextPieces
+from distkv_dask.client.session.generation import Generation, Piece, TextPieces
 from distkv_dask.client.session.session import Session
 from distkv_dask.completion import Completion
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SavedDocumentError
@@ -132,7 +132,7 @@ class Document(_Kept):
 
     def stream(self, question: Question, sampling: SamplingParams | None = None) -> TextPieces:
         """Ask a question and iterate over its answer's text, as ``Engine.stream`` does."""
-        pieces = TextPieces()
+        pieces = TextPieces.of(sampling)
         return pieces.follow(self._submit(question, sampling, pieces.put))
 
     def chat(self) -> Chat:
@@ -213,10 +213,10 @@ class Document(_Kept):
         return ids
 
     def _submit(
-        self, question: Question, sampling: SamplingParams | None, on_text: Callable[[str], None] | None = None
+        self, question: Question, sampling: SamplingParams | None, on_piece: Callable[[Piece], None] | None = None
     ) -> Generation:
         self._check()
-        return self._session.ask_ids(self.prompt(question), sampling, on_text, self.number, self.text)
+        return self._session.ask_ids(self.prompt(question), sampling, on_piece, self.number, self.text)
 
 
 class Chat(_Kept):

@@ -20,6 +20,7 @@ from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_open
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.batch.target import Target
 from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.client.serve.keys import OWNER
 from distkv_dask.client.serve.serving import Serving
 from distkv_dask.client.serve.store import Store
 from distkv_dask.errors import DistKVError, in_words, without_quotes
@@ -131,12 +132,12 @@ class BatchQueue:
             raise _Ended
         if not cancelled:
             self._change(name, status="finalizing", finalizing_at=int(time.time()))
-        files = self._written(name, folder)
+        files = self._written(name, folder, record[OWNER])
         end = "cancelled" if cancelled else "completed"
         self._change(name, status=end, **{f"{end}_at": int(time.time())}, **files)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _written(self, name: str, folder: Path) -> dict[str, str]:
+    def _written(self, name: str, folder: Path, owner: str) -> dict[str, str]:
         """Write the files of answers and of errors; one that would be empty is not written."""
         if not folder.exists():
             return {}
@@ -145,15 +146,15 @@ class BatchQueue:
         found = {}
         for kind, rows in (("output", table.filter(pc.invert(failed))), ("error", table.filter(failed))):
             if rows.num_rows:
-                found[f"{kind}_file_id"] = self._file(f"{name}_{kind}.jsonl", rows)
+                found[f"{kind}_file_id"] = self._file(f"{name}_{kind}.jsonl", rows, owner)
         return found
 
-    def _file(self, name: str, rows: pa.Table) -> str:
+    def _file(self, name: str, rows: pa.Table, owner: str) -> str:
         unfinished = self.store.folder / f"{name}.unfinished"
         with unfinished.open("w+b") as file:
             write_openai_answers(rows, self._serving.names[0], file)
             file.seek(0)
-            record = self.store.add_file(file, name, "batch_output")
+            record = self.store.add_file(file, name, "batch_output", owner)
         unfinished.unlink()
         return str(record["id"])
 

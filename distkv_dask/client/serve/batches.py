@@ -15,6 +15,7 @@ from distkv_dask.client.serve.batch_queue import BatchQueue
 from distkv_dask.client.serve.body import read_json
 from distkv_dask.client.serve.failures import Refusal
 from distkv_dask.client.serve.lists import page
+from distkv_dask.client.serve.shelf import shelf_of, shown
 
 WINDOW = "24h"
 """The one completion window of OpenAI's API; nothing expires here."""
@@ -22,7 +23,7 @@ WINDOW = "24h"
 
 async def create(request: Request) -> Response:
     """Take a batch of a file."""
-    body, batches = dict(await read_json(request)), _batches(request)
+    body, shelf = dict(await read_json(request)), shelf_of(request)
     name, endpoint, window, metadata = (
         body.pop(key, None) for key in ("input_file_id", "endpoint", "completion_window", "metadata")
     )
@@ -34,26 +35,27 @@ async def create(request: Request) -> Response:
         raise Refusal(f"completion_window is {window!r:.100}, but must be {WINDOW!r}; nothing expires")
     if metadata is not None and not _is_metadata(metadata):
         raise Refusal("metadata should be an object of at most 16 texts")
-    if not isinstance(name, str) or batches.store.read(name).get("purpose") != "batch":
+    if not isinstance(name, str) or shelf.read(name).get("purpose") != "batch":
         raise Refusal(f"input_file_id is {name!r:.100}, which is not a file with the purpose batch")
     record = _new(name, endpoint, metadata)
-    await asyncio.to_thread(batches.add, record)
+    await asyncio.to_thread(_batches(request).add, shelf.owned(record))
     return JSONResponse(record)
 
 
 async def batches(request: Request) -> Response:
     """List batches, the newest first."""
-    return JSONResponse(page(_batches(request).store.records("batch"), request))
+    return JSONResponse(page(shelf_of(request).records("batch"), request))
 
 
 async def batch(request: Request) -> Response:
     """How far a batch is."""
-    return JSONResponse(_batches(request).store.read(_id(request)))
+    return JSONResponse(shelf_of(request).read(_id(request)))
 
 
 async def cancel(request: Request) -> Response:
     """End a batch; what is answered by then is written."""
-    return JSONResponse(await asyncio.to_thread(_batches(request).cancel, _id(request)))
+    shelf_of(request).read(_id(request))
+    return JSONResponse(shown(await asyncio.to_thread(_batches(request).cancel, _id(request))))
 
 
 def _new(name: str, endpoint: str, metadata: dict[str, str] | None) -> dict[str, Any]:

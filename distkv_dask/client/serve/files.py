@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from distkv_dask.client.serve.batch_queue import BatchQueue
 from distkv_dask.client.serve.failures import Refusal
 from distkv_dask.client.serve.lists import page
-from distkv_dask.client.serve.store import Store
+from distkv_dask.client.serve.shelf import shelf_of
 
 UPLOAD_SECONDS = 600.0
 """Time in which a file has to be there."""
@@ -29,8 +29,8 @@ async def upload(request: Request) -> Response:
                 raise Refusal("the form has no file: send it as the part 'file' of multipart/form-data")
             if purpose != "batch":
                 raise Refusal(f"purpose is {purpose!r:.100}, but only files of requests (batch) are kept")
-            store, name = _store(request), file.filename or "file"
-            return JSONResponse(await asyncio.to_thread(store.add_file, file.file, name[-200:], "batch"))
+            shelf, name = shelf_of(request), file.filename or "file"
+            return JSONResponse(await asyncio.to_thread(shelf.add_file, file.file, name[-200:], "batch"))
     except HTTPException as error:
         raise Refusal(f"the form cannot be read: {error.detail}") from error
     except TimeoutError:
@@ -42,27 +42,27 @@ async def upload(request: Request) -> Response:
 async def files(request: Request) -> Response:
     """List files, the newest first."""
     purpose = request.query_params.get("purpose")
-    found = [one for one in _store(request).records("file") if purpose in (None, one["purpose"])]
+    found = [one for one in shelf_of(request).records("file") if purpose in (None, one["purpose"])]
     return JSONResponse(page(found, request, frozenset({"purpose"})))
 
 
 async def file(request: Request) -> Response:
     """What is known of a file."""
-    return JSONResponse(_store(request).read(_id(request)))
+    return JSONResponse(shelf_of(request).read(_id(request)))
 
 
 async def content(request: Request) -> Response:
     """A file itself."""
-    _store(request).read(_id(request))
-    return FileResponse(_store(request).path(_id(request)), media_type="application/octet-stream")
+    return FileResponse(shelf_of(request).path(_id(request)), media_type="application/octet-stream")
 
 
 async def delete(request: Request) -> Response:
     """Keep a file no longer, unless a batch needs it."""
     batches: BatchQueue = request.app.state.batches
+    shelf_of(request).read(_id(request))
     if _id(request) in batches.needed():
         raise Refusal("a batch that has not ended reads the file: cancel it first", 409, "in_use")
-    _store(request).remove(_id(request))
+    shelf_of(request).remove(_id(request))
     return JSONResponse({"id": _id(request), "object": "file", "deleted": True})
 
 
@@ -71,8 +71,3 @@ def _id(request: Request) -> str:
     if not name.startswith("file-"):
         raise Refusal(f"{name!r:.100} is not the id of a file", 404, "not_found")
     return name
-
-
-def _store(request: Request) -> Store:
-    batches: BatchQueue = request.app.state.batches
-    return batches.store

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distkv_dask.client.serve.body import discard, limited, too_large
 from distkv_dask.client.serve.failures import Refusal, response_of
-from distkv_dask.client.serve.keys import Keys
+from distkv_dask.client.serve.keys import OWNER, Keys
 from distkv_dask.client.serve.metrics import Metrics
 
 HEALTH = "/health"
@@ -88,7 +88,9 @@ class Gate:
             await send(message)
 
         works = scope["method"] == "POST"
-        refusal = self._refused(scope, works)
+        owner = self._keys.owner(Headers(scope=scope).get("authorization"))
+        scope.setdefault("state", {})[OWNER] = owner
+        refusal = self._refused(scope, works, owner)
         try:
             if refusal is not None:
                 await discard(receive)
@@ -108,7 +110,7 @@ class Gate:
             self._metrics.calls.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(perf_counter() - began)
 
-    def _refused(self, scope: Scope, works: bool) -> Refusal | None:
+    def _refused(self, scope: Scope, works: bool, owner: str | None) -> Refusal | None:
         headers = Headers(scope=scope)
         if scope["path"] == HEALTH:
             return None
@@ -116,7 +118,7 @@ class Gate:
             return Refusal(
                 f"the server has no API keys, and answers calls of this machine only, not of {host:.100}", 403
             )
-        if not self._keys.allow(headers.get("authorization")):
+        if owner is None:
             return Refusal("the API key is missing or wrong: send Authorization: Bearer KEY", 401, "invalid_api_key")
         if self.is_stopping:
             return Refusal("the server is stopping", 503, "stopping", AGAIN[0])

@@ -13,6 +13,9 @@ from distkv_dask.errors import ConfigError
 VARIABLE = "DISTKV_API_KEYS"
 """Environment variable that holds keys, separated by commas or white space."""
 
+OWNER = "owner"
+"""What says whose key a call has, in its state, and whose a file or batch is, in what is known of it."""
+
 SHORTEST = 16
 """Characters of a key; shorter ones can be guessed."""
 
@@ -32,14 +35,19 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def allow(self, header: str | None) -> bool:
-        """Whether an ``Authorization`` header names one of them; takes as long for a wrong one as for a right one."""
+    def owner(self, header: str | None) -> str | None:
+        """Whose key an ``Authorization`` header names, None if nobody's; as fast for a wrong one as for a right one.
+
+        The owner of a key is a digest of it, and is ``""`` for everybody where there are no keys.
+        """
         if not self._digests:
-            return True
+            return ""
         scheme, _, key = (header or "").partition(" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, one) for one in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
+        if not any(matches) or scheme.lower() != "bearer":
+            return None
+        return hashlib.blake2b(given, digest_size=12, person=b"distkv-owner").hexdigest()
 
 
 def read_keys(path: Path | None) -> Keys:

@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from distkv_dask.client.serve.gate import Gate
+from distkv_dask.client.serve.protocol import PromptProtocol
 from distkv_dask.client.serve.serving import Serving
 
 STOPPED_SECONDS = 5.0
@@ -40,8 +41,8 @@ class Server:
         self._listener = listener
         limit = int(serving.limits.drain_seconds + STOPPED_SECONDS) + 1
         settings = uvicorn.Config(
-            gate, log_level="warning", access_log=False, lifespan="on", server_header=False, http="h11", ws="none",
-            timeout_graceful_shutdown=limit,
+            gate, log_level="warning", access_log=False, lifespan="on", server_header=False, http=PromptProtocol,
+            ws="none", timeout_graceful_shutdown=limit,
         )  # fmt: skip
         self._uvicorn = uvicorn.Server(settings)
 

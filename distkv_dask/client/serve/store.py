@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distkv_dask.client.serve.failures import Refusal
+from distkv_dask.client.serve.keys import OWNER
 from distkv_dask.local_folder import LocalFolder, sync
 
 _ID = re.compile(r"(?:file|batch)-[0-9a-f]{24}")
@@ -65,11 +66,11 @@ class Store:
         found = [json.loads(path.read_bytes()) for path in self.folder.glob(f"{kind}-*.json")]
         return sorted(found, key=lambda one: (one["created_at"], one["id"]), reverse=True)
 
-    def add_file(self, source: BinaryIO, name: str, purpose: str) -> dict[str, Any]:
-        """Keep a file."""
+    def add_file(self, source: BinaryIO, name: str, purpose: str, owner: str) -> dict[str, Any]:
+        """Keep a file of the key of ``owner``."""
         record = {
             "id": f"file-{secrets.token_hex(12)}", "object": "file", "bytes": 0, "created_at": int(time.time()),
-            "filename": name, "purpose": purpose, "status": "processed",
+            "filename": name, "purpose": purpose, "status": "processed", OWNER: owner,
         }  # fmt: skip
         path = self.path(str(record["id"]))
         try:

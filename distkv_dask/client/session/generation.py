@@ -7,10 +7,12 @@ import concurrent.futures
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Self
+from typing import NamedTuple, Self
 
 from distkv_dask.completion import Completion, Timings
-from distkv_dask.errors import ResultTimeoutError
+from distkv_dask.errors import InvalidRequestError, ResultTimeoutError
+from distkv_dask.logprobs import TokenLogprob
+from distkv_dask.sampling import SamplingParams
 
 
 class Generation(concurrent.futures.Future[Completion]):
@@ -68,6 +70,18 @@ class Generation(concurrent.futures.Future[Completion]):
         return asyncio.wrap_future(self).__await__()
 
 
+class Piece(NamedTuple):
+    """A piece of an answer, as it is generated.
+
+    ``logprobs`` are those of the tokens whose text ends in this piece, where they were asked for. ``branch`` is which
+    of several answers to the prompt it belongs to.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    branch: int = 0
+
+
 class TextPieces:
     """Text of one request as it is generated: iterate with ``for`` or ``async for``, as often as you like.
 
@@ -81,16 +95,23 @@ class TextPieces:
         self._waiting: list[concurrent.futures.Future[None]] = []
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, sampling: SamplingParams | None) -> Self:
+        """The text of a request that is drawn so; raises InvalidRequestError if it has several answers."""
+        if isinstance(sampling, SamplingParams) and (sampling.n > 1 or sampling.best_of is not None):
+            raise InvalidRequestError("one answer can be read as it is generated, not several: leave out n and best_of")
+        return cls()
+
     def follow(self, generation: Generation) -> Self:
         """End with this request."""
         self._generation = generation
         generation.add_done_callback(lambda _: self.put(None))
         return self
 
-    def put(self, piece: str | None) -> None:
+    def put(self, piece: Piece | None) -> None:
         """Add a piece; None ends the stream. Called by the engine."""
         with self._lock:
-            self._pieces.append(piece)
+            self._pieces.append(None if piece is None else piece.text)
             waiting, self._waiting = self._waiting, []
         for one in waiting:
             one.set_result(None)

@@ -9,8 +9,8 @@ from concurrent.futures import InvalidStateError
 from dataclasses import replace
 
 from distkv_dask.client.session.choices import chosen_text
-from distkv_dask.client.session.generation import Generation
-from distkv_dask.client.tokenizer import TextStream
+from distkv_dask.client.session.generation import Generation, Piece
+from distkv_dask.client.text_stream import TextStream
 from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.logprobs import TokenLogprob
@@ -31,8 +31,8 @@ class Request:
         Decodes its tokens, and detects stop strings.
     generation
         The user's future.
-    on_text
-        Called with each piece of text.
+    on_piece
+        Called with each piece of the answer.
     quoting
         Finds what it quotes of its document, if it does.
     """
@@ -42,16 +42,17 @@ class Request:
         submission: Submission,
         stream: TextStream,
         generation: Generation,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
         quoting: Quoting | None = None,
     ) -> None:
         self.number = submission.number
         self.submission = submission
         self.generation = generation
-        self._on_text = on_text
+        self._on_piece = on_piece
         self._quoting = quoting
         self._stream = stream
         self._told = False
+        self._said = 0
         self._logprobs: list[TokenLogprob] = []
         self._scored: dict[int, TokenLogprob] = {}
         self._scores: tuple[float, ...] = ()
@@ -68,10 +69,10 @@ class Request:
         self._logprobs += delivery.logprobs
         self._scores = delivery.scores or self._scores
         self._scored |= enumerate(delivery.scored, delivery.scored_from)
-        self._say(self._stream.add(delivery.tokens))
+        self._say(self._stream.add(delivery.tokens), self._stream.told)
         if delivery.reason is None:
             return False
-        self._say(self._stream.finish())
+        self._say(self._stream.finish(), len(self._stream.token_ids))
         self._complete("stop" if self._stream.stopped else delivery.reason, delivery)
         return True
 
@@ -80,9 +81,14 @@ class Request:
         wants, self._told = self._stream.stopped and not self._told, self._told or self._stream.stopped
         return wants
 
-    def _say(self, piece: str) -> None:
-        if piece and self._on_text is not None:
-            self._on_text(piece)
+    def _say(self, text: str, tokens: int) -> None:
+        """Hand over text, which goes to the end of so many tokens."""
+        if self._on_piece is None:
+            return
+        logprobs = tuple(self._logprobs[self._said : tokens])
+        self._said = max(self._said, tokens)
+        if text or logprobs:
+            self._on_piece(Piece(text, logprobs))
 
     def _complete(self, reason: FinishReason, delivery: Delivery) -> None:
         sampling, tokens = self.submission.sampling, len(self.submission.prompt)

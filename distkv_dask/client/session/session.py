@@ -15,7 +15,7 @@ from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.branches import branch_samplings, joined
 from distkv_dask.client.session.choices import choice_ids
 from distkv_dask.client.session.conversation import Conversation
-from distkv_dask.client.session.generation import Generation
+from distkv_dask.client.session.generation import Generation, Piece
 from distkv_dask.client.session.in_task import check_seceded
 from distkv_dask.client.session.owned_engine import OwnedEngine, dask_span
 from distkv_dask.client.session.reach import connected, is_closed, lost
@@ -146,7 +146,7 @@ class Session:
     # Requests
 
     def submit(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+        self, prompt: Prompt, sampling: SamplingParams | None = None, on_piece: Callable[[Piece], None] | None = None
     ) -> Generation:
         """Ask for a completion and return at once; raises as :meth:`distkv_dask.Engine.submit` does.
 
@@ -154,32 +154,33 @@ class Session:
         ----------
         prompt, sampling
             As there.
-        on_text
-            Called with each piece of text.
+        on_piece
+            Called with each piece of each answer.
         """
         self.check_open()
-        return self.ask_ids(self.tokenizer.encode(prompt), sampling, on_text)
+        return self.ask_ids(self.tokenizer.encode(prompt), sampling, on_piece)
 
     def ask_ids(
         self,
         ids: Sequence[int],
         sampling: SamplingParams | None = None,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
         document: int | None = None,
         text: str | None = None,
     ) -> Generation:
         """Ask with token ids, for one answer or for several, which share the prompt's KV; as :meth:`submit_ids`."""
         if not isinstance(sampling, SamplingParams) or max(sampling.n, sampling.best_of or 1) == 1:
-            return self.submit_ids(ids, sampling, on_text, document, text=text).generation
-        if on_text is not None:
-            raise InvalidRequestError("one answer can be read as it is generated, not several: leave out n and best_of")
+            return self.submit_ids(ids, sampling, on_piece, document, text=text).generation
+        if on_piece is not None and sampling.best_of is not None:
+            raise InvalidRequestError("which answers are the best is known at their end: stream, or leave out best_of")
         seed = checked(sampling, len(ids), self.facts["max_positions"], text).seed
         own = document is None and len(ids) > self.config.block_tokens
         shared = self.store.begin_ingest(ids[:-1]).number if own else document
         branches: list[Generation] = []
         try:
-            some = branch_samplings(replace(sampling, seed=seed))
-            branches += (self.submit_ids(ids, one, document=shared, text=text).generation for one in some)
+            for at, one in enumerate(branch_samplings(replace(sampling, seed=seed))):
+                put = None if on_piece is None else _of_branch(at, on_piece)
+                branches.append(self.submit_ids(ids, one, put, shared, text=text).generation)
         except BaseException:
             for begun in branches:
                 begun.cancel()
@@ -193,7 +194,7 @@ class Session:
         self,
         ids: Sequence[int],
         sampling: SamplingParams | None = None,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
         document: int | None = None,
         keeps: bool = False,
         text: str | None = None,
@@ -202,7 +203,7 @@ class Session:
 
         Parameters
         ----------
-        ids, sampling, on_text
+        ids, sampling, on_piece
             As for :meth:`submit`.
         document
             Number of the document that the prompt begins with; not shared where the prompt's tokens are scored.
@@ -222,11 +223,11 @@ class Session:
         number = self.conversation.number()
         if sampling.prompt_logprobs is not None:
             document = None
-        told = sampling, on_text is not None, document, keeps
+        told = sampling, on_piece is not None, document, keeps
         submission = Submission(number, array("i", ids), *told, choices=choices)
         generation = Generation(lambda: self.conversation.cancel(number))
         quoting = None if quotes is None or text is None else Quoting(text, quotes)
-        request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_text, quoting)
+        request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_piece, quoting)
         self.conversation.submit(request)
         return request
 
@@ -249,3 +250,8 @@ class Session:
     async def graph(self, tokens: int, granularity: str) -> Any:
         """The Dask graph of a decode step of a request of ``tokens`` tokens."""
         return await self.conversation.ask(ClientCall.GRAPH, tokens=tokens, granularity=granularity)
+
+
+def _of_branch(branch: int, on_piece: Callable[[Piece], None]) -> Callable[[Piece], None]:
+    """A call with pieces of one of several answers."""
+    return lambda piece: on_piece(piece._replace(branch=branch))
