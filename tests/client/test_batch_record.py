@@ -146,3 +146,13 @@ def test_whatever_an_error_says_it_stays_in_its_cell(text: str) -> None:
         asked, said | {"refused": [{"error": "x", "rows": 1}], "runs": [run_ | {"how": "x", "source": "x"}]}
     )
     assert len(in_words(asked, said).splitlines()) == len(plain.splitlines())
+
+
+@pytest.mark.parametrize("values", [["one", "two", ""], ["", ""], ["", "one"]])
+def test_errors_are_counted_with_the_rows_that_have_them(tmp_path: Path, values: list[str]) -> None:
+    """A server tells its clients these figures; after the last lot there may be no other tick."""
+    ticks: list[tuple[int, int]] = []
+    run(tmp_path / "out", values, on_tick=lambda *counts: ticks.append(counts))
+    bad = len(SPEC.questions) * values.count("")
+    assert ticks[-1] == (len(SPEC.questions) * len(values), bad)
+    assert all(rows - errors <= len(SPEC.questions) * len(values) - bad for rows, errors in ticks)

@@ -148,8 +148,8 @@ class Job:
                     yield None
                     continue
                 lot = self._results.lot(ended)
+                self._errors += len(lot.errors)  # first: whoever hears of the rows hears of their errors, too
                 yield lot
-                self._errors += len(lot.errors)
                 self._check_errors(next(iter(lot.errors), ""))
 
     def _todo(
