@@ -84,6 +84,9 @@ class Config:
         Whether ``"ucx"``, which cannot be encrypted, is allowed on a cluster with certificates.
     prefix_cache
         Whether blocks of requests that ended stay, until their room is needed, for requests that begin alike.
+    prefix_cache_tier
+        The last tier to which their KV goes when its room is needed: ``"memory"`` (to none), ``"workers"`` (the free
+        memory of others) or ``"disk"``.
     deterministic
         Whether an answer has the same bits with any number of other requests in the batch.
     speculation
@@ -116,7 +119,8 @@ class Config:
         Bytes of pinned host memory that a worker with a card fills with KV before its disk, or None for a quarter of
         the worker's memory limit.
     spill
-        Bytes of its own disk that a worker fills with KV at most: of idle documents and preempted requests.
+        Bytes of its own disk that a worker fills with KV at most: of idle documents, preempted requests, and requests
+        that ended.
     move_tokens_per_step
         Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
     timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close, timeout_files
@@ -135,6 +139,7 @@ class Config:
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")
+    prefix_cache_tier: str = _key("prefix-cache-tier")
     deterministic: bool = _key("deterministic")
     speculation: str | int = _key("speculation")
     policy: str = _key("policy")

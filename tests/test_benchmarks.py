@@ -27,6 +27,7 @@ ONLY_STARTED = {
     "failure_latency",
     "full_batches",
     "holder_beside_prefill",
+    "idle_chats",
     "kinds_of_answers",
     "layers_from_disk",
     "one_prompt",

@@ -149,6 +149,26 @@ class SpilledFile(NamedTuple):
     worker: str
 
 
+POOL = "blocks-in-pool-"
+"""Start of the name of blocks in a pool that are read as if they were in a file."""
+
+
+def pool_file(sequence: int, start: int, stop: int, worker: str) -> SpilledFile:
+    """Blocks of a sequence in a worker's pool, to be read as those of a file are.
+
+    Examples
+    --------
+    >>> sequence_in_pool(pool_file(-7, 0, 64, "tcp://10.0.0.1:4000").name)
+    -7
+    """
+    return SpilledFile(f"{POOL}{sequence}", start, stop, 0, 0, worker)
+
+
+def sequence_in_pool(name: str) -> int | None:
+    """Whose blocks these are; None where they are in a file."""
+    return int(name.removeprefix(POOL)) if name.startswith(POOL) else None
+
+
 class Saved(NamedTuple):
     """Where the blocks of a sequence are saved: a folder that all workers reach, and the files in it.
 

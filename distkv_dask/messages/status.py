@@ -35,6 +35,25 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class TierCounts:
+    """Blocks of finished requests that a worker keeps for later ones, by tier (``distkv.prefix-cache-tier``).
+
+    Attributes
+    ----------
+    memory
+        Blocks in the pool in which they were computed. With ``workers`` they are the ``cached`` blocks of the pool.
+    workers
+        Copies of blocks of other workers, in this worker's pool.
+    disk
+        Copies on its disk.
+    """
+
+    memory: int
+    workers: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerPerformance:
     """The scheduler's estimate of a worker's speed (``distkv.performance``), in seconds for all layers together.
 
@@ -73,10 +92,14 @@ class WorkerStatus:
         Blocks of its pool; its reserved blocks; reserved blocks that belong to other workers' sequences.
     blocks
         The capacity by use.
+    tiers
+        Blocks of finished requests by tier.
     block_bytes
         Bytes of one block.
     disk_bytes
         Bytes of KV on its disk (``distkv.spill``).
+    disk_error
+        Why its disk took no KV of finished requests when that was last tried; empty if it did.
     host_bytes
         Bytes of KV that went from its card to its host memory (``distkv.host-memory``).
     sequences
@@ -100,8 +123,10 @@ class WorkerStatus:
     used_blocks: int
     lent_blocks: int
     blocks: BlockCounts
+    tiers: TierCounts
     block_bytes: int
     disk_bytes: int
+    disk_error: str
     host_bytes: int
     sequences: int
     channels: str
@@ -216,7 +241,7 @@ class EngineStatus:
         The scheduler's estimate for one exchange of a decode step with one holder.
     totals
         Since the engine opened: ``generated_tokens``, ``decode_steps``, ``accepted_tokens``, ``moved_blocks``,
-        ``finished_stop`` and others.
+        ``reused_disk_tokens``, ``finished_stop`` and others.
         A counter may be missing until its event has happened.
     """
 

@@ -104,7 +104,10 @@ class Reset(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Expect(ToWorker):
-    """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers Expected)."""
+    """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers Expected).
+
+    A copy has another ``sequence`` here than where it comes from.
+    """
 
     number: int
     sequence: int

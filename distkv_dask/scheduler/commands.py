@@ -61,4 +61,12 @@ class Note:
     text: str
 
 
-Command = ToWorker | SubmitPrefill | SubmitWindow | AddHolders | ForgetTasks | Refuse | Note | Delivery
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Add to a total of the engine."""
+
+    total: str
+    more: int
+
+
+Command = ToWorker | SubmitPrefill | SubmitWindow | AddHolders | ForgetTasks | Refuse | Note | Count | Delivery

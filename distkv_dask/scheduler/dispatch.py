@@ -306,6 +306,8 @@ class Dispatcher:
                 state.figures.happened(monotonic(), kind, text)
                 if kind == "repair":
                     logger.warning(text)
+            case do.Count(total, more):
+                state.figures.totals[total] += more
             case Delivery():
                 state.deliver(command)
 

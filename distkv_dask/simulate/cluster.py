@@ -19,7 +19,6 @@ from distkv_dask.scheduler.costs.pacer import TASK_SECONDS
 from distkv_dask.scheduler.costs.presets import Preset
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.events import Event, Submit, Tick, WorkerLost, WorkerReady
-from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND
 from distkv_dask.simulate.lane import Costs, Lane, Work
 from distkv_dask.simulate.outcome import Outcome, Run
 from distkv_dask.simulate.prompts import Prompt
@@ -131,6 +130,7 @@ class Simulation:
 
     def _enact(self, command: do.Command) -> None:
         """Let a command take its time."""
+        life = self.machine.state
         match command:
             case Delivery(sequence):
                 self._deliver(self._runs[sequence], command)
@@ -148,7 +148,8 @@ class Simulation:
                 else:
                     self.lanes[worker].after.append(command)
             case to.Expect() | to.Send() | to.Store() | to.Fetch():
-                self._at(self.now + self._seconds(command), self._answer, command)
+                seconds = self.costs.copy(command, life.config.move_tokens_per_step)
+                self._at(self.now + seconds, self._answer, command)
             case to.Abort(worker, gang):
                 lane = self.lanes[worker]
                 if lane.current is not None and lane.current.gang.number == gang:
@@ -167,17 +168,6 @@ class Simulation:
         answer = self.workers.answer(message)
         if answer is not None:
             self._handle(answer)
-
-    def _seconds(self, message: Asked) -> float:
-        """How long a worker copies, writes or reads blocks."""
-        model, config = self.preset.model, self.machine.state.config
-        match message:
-            case to.Send(source, _, _, start, stop, target, pace) if target in self.lanes:
-                link = model.link(self.lanes[source].host, self.lanes[target].host)
-                return max(model.transfer(link, stop - start), pace * (stop - start) / config.move_tokens_per_step)
-            case to.Store(ranges=ranges) | to.Fetch(ranges=ranges):
-                return sum(stop - start for start, stop in ranges) * model.shape.kv_bytes / BYTES_PER_SECOND
-        return 0.0
 
     # Requests
 

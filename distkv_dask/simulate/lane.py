@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from distkv_dask.gang import DecodeWindow, PrefillChunk
-from distkv_dask.messages.to_worker import Relocate, Retire
+from distkv_dask.messages.names import sequence_in_pool
+from distkv_dask.messages.to_worker import Fetch, Relocate, Retire, Send, Store, ToWorker
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND
 from distkv_dask.simulate.workers import Decoding
 
 
@@ -97,6 +99,22 @@ class Costs:
         attention = curve.prefill(size, local) - size * curve.prompt
         return size * curve.prompt + self._parallel(lane, attention, remote)
 
+    def copy(self, message: ToWorker, tokens_per_step: int) -> float:
+        """Seconds in which a worker copies, writes or reads blocks, of moves ``tokens_per_step`` in a decode step."""
+        model = self.model
+        match message:
+            case Send(source, _, _, start, stop, target, pace) if target in self.lanes:
+                link = model.link(self.lanes[source].host, self.lanes[target].host)
+                return max(model.transfer(link, stop - start), pace * (stop - start) / tokens_per_step)
+            case Store(ranges=ranges):
+                return sum(stop - start for start, stop in ranges) * model.shape.kv_bytes / BYTES_PER_SECOND
+            case Fetch(ranges=ranges, saved=saved):
+                pools = [file for file in saved.files if sequence_in_pool(file.name) is not None]
+                tokens = sum(_common(ranges, file.start, file.stop) for file in pools)
+                on_disk = sum(stop - start for start, stop in ranges) - tokens
+                return on_disk * model.shape.kv_bytes / BYTES_PER_SECOND + model.transfer(model.inside, tokens)
+        return 0.0
+
     def _exchange(self, lane: Lane, worker: str, rows: int) -> float:
         return self.model.exchange(self.model.link(lane.host, self.lanes[worker].host), rows)
 
@@ -114,6 +132,11 @@ class Costs:
             holder = self.lanes[worker]
             if holder.current is not None:  # an idle one has the time
                 holder.stolen += seconds
+
+
+def _common(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> int:
+    """How many of the tokens in some ranges are in ``[start, stop)``."""
+    return sum(max(0, min(last, stop) - max(first, start)) for first, last in ranges)
 
 
 def _read(home: str, batch: Iterable[Decoding]) -> tuple[dict[str, int], dict[str, int], int]:

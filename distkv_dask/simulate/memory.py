@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distkv_dask.gang import SequenceState
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, SavedFile, SpilledFile
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, SavedFile, SpilledFile, sequence_in_pool
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -87,8 +87,9 @@ class Memory:
 
     def copy(self, message: to.Send) -> str:
         """Copy the blocks of a move to its target; why not, if that failed."""
-        places = message.worker, message.target
-        source, target = (self.pools.get(one, {}).get(message.sequence, {}) for one in places)
+        source = self.pools.get(message.worker, {}).get(message.sequence, {})
+        copied = message.number if message.number < 0 else message.sequence
+        target = self.pools.get(message.target, {}).get(copied, {})
         wanted = set(self.blocks(message.start, message.stop))
         if not wanted <= source.keys() & target.keys():
             return "not expected any more"
@@ -97,14 +98,14 @@ class Memory:
 
     def write(self, message: to.Store) -> tuple[SavedFile, ...]:
         """Write blocks to the worker's host memory or disk, or to the folder."""
-        table, files = self.pools[message.worker].get(message.sequence, {}), list[SavedFile]()
+        table, files = self.pools[message.worker].get(message.sequence, {}), files_of(message)
         own = {OWN_DISK: self.disks, HOST_MEMORY: self.hosts}.get(message.saved.place)
         place = self.folder if own is None else own[message.worker]
-        for start, stop in message.ranges:
-            files.append(SavedFile(f"{message.saved.tag}-{start}", start, stop, 0, 0))
+        for file in files:
             # a sequence that was given up meanwhile is written all the same, and of no use
-            place[files[-1].name] = {block: table[block] for block in self.blocks(start, stop) if block in table}
-        return tuple(files)
+            wanted = self.blocks(file.start, file.stop)
+            place[file.name] = {block: table[block] for block in wanted if block in table}
+        return files
 
     def read(self, message: to.Fetch) -> Exception | None:
         """Fill blocks from files; why not, if that failed."""
@@ -112,7 +113,7 @@ class Memory:
         for block in (block for start, stop in message.ranges for block in self.blocks(start, stop)):
             files = (file for file in message.saved.files if block in self.blocks(file.start, file.stop))
             content = self._content(next(files, None))
-            if content is None:
+            if content is None or block not in content:
                 failure = OSError("not on any disk")
                 continue
             assert block in table, "read into somebody else's blocks"
@@ -124,6 +125,8 @@ class Memory:
             return None
         if not isinstance(file, SpilledFile):
             return self.folder.get(file.name)
+        if (owner := sequence_in_pool(file.name)) is not None:
+            return self.pools.get(file.worker, {}).get(owner)
         return (self.hosts.get(file.worker, {}) | self.disks.get(file.worker, {})).get(file.name)
 
     def _reserve(self, worker: str, sequence: int, start: int, stop: int) -> None:
@@ -157,3 +160,8 @@ class Memory:
         """A home has to decode from what is known."""
         request = self.life.requests[state.sequence]
         assert state.length == len(request.prompt) + len(request.generated) - 1
+
+
+def files_of(message: to.Store) -> tuple[SavedFile, ...]:
+    """The files in which a worker writes blocks."""
+    return tuple(SavedFile(f"{message.saved.tag}-{start}", start, stop, 0, 0) for start, stop in message.ranges)

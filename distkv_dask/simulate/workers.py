@@ -17,7 +17,7 @@ from distkv_dask.messages import to_worker as to
 from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler import commands as do
-from distkv_dask.simulate.memory import Memory
+from distkv_dask.simulate.memory import Memory, files_of
 
 ANSWERS = 1000
 """The first token of a sequence's answer is this times its number; each further one is one more."""
@@ -144,7 +144,7 @@ class Workers:
             case to.Relocate(worker, number):
                 return did.Relocated(worker, number)
             case to.Store(worker, number):
-                return did.Stored(worker, number, () if memory is None else memory.write(message))
+                return did.Stored(worker, number, files_of(message) if memory is None else memory.write(message))
             case to.Fetch(worker, sequence):
                 return did.Fetched(worker, sequence, None if memory is None else memory.read(message))
 

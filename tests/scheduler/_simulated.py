@@ -7,6 +7,7 @@ import random
 from array import array
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved
 from distkv_dask.placement import Endpoint, Move
 from distkv_dask.sampling import FinishReason, SamplingParams
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.cache.copies import copy_ahead
 from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.lifecycle.events import (
     Drain,
@@ -220,6 +222,7 @@ class Simulated(Workers):
     def start_move(self, move: Move) -> None:
         """Start a move that no policy proposed."""
         start(self.life, move)
+        copy_ahead(self.life)  # as after any event
         commands = [*self.life.commands]
         self.life.commands.clear()
         for command in commands:
@@ -346,17 +349,22 @@ def assert_nothing_left(cluster: Simulated) -> None:
     for worker, account in life.ledger.workers.items():
         assert account.used == 0
         assert sum(map(len, cluster.pools[worker].values())) == account.cached
-    assert not any(cluster.disks.values())
     assert not any(cluster.hosts.values())
-    assert not life.disks.disk.used
     assert not life.disks.memory.used
     cluster.handle(StopAll())
     assert len(life.cache) == 0
+    assert not life.extents.by_number
+    assert not life.extents.index
+    assert not life.disks.disk.used
+    while cluster.step():  # copies that were under way
+        pass
+    assert not any(cluster.disks.values())
     assert not any(cluster.pools.values())
 
 
-def cluster_of(seed: int, *capacities: int, **config: float) -> Simulated:
-    settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4, "spill": 1500} | config
+def cluster_of(seed: int, *capacities: int, **config: Any) -> Simulated:
+    settings = {"block_tokens": BLOCK, "prefill_chunk_tokens": 8, "window_batch": 4, "spill": 1500}
+    settings |= {"prefix_cache_tier": "memory"} | config
     state = MachineState("engine", Config.load(**settings), itertools.count(1), block_bytes=100)
     simulated = Simulated(Lifecycle(state), random.Random(seed))
     for capacity in capacities:

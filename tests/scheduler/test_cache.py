@@ -317,11 +317,12 @@ def happenings(seed: int, rate: float) -> list[object]:
     st.integers(0, 2**32),
     st.lists(st.integers(8, 30), min_size=1, max_size=4),
     st.sampled_from([0.0, 0.05, 0.15]),
+    st.sampled_from(["memory", "workers", "disk", "disk"]),
 )
 def test_whatever_happens_answers_are_right_and_cached_blocks_are_never_in_the_way(
-    seed: int, sizes: list[int], rate: float
+    seed: int, sizes: list[int], rate: float, tier: str
 ) -> None:
-    cluster = cluster_of(seed, *sizes)
+    cluster = cluster_of(seed, *sizes, prefix_cache_tier=tier)
     cluster.refusing = True
     texts: list[tuple[int, array[int]]] = []
     wanted: dict[int, int] = {}

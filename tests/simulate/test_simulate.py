@@ -212,6 +212,22 @@ def test_a_prompt_that_begins_like_one_before_is_computed_from_there_on() -> Non
     assert second.first - 100 == pytest.approx(A100.model.curve.prefill(16 * BLOCK)), "nothing is known of its tokens"
 
 
+def test_idle_chats_come_back_from_lower_tiers() -> None:
+    small = replace(PRESETS["cpu-smollm2"], kv_tokens=6 * BLOCK)
+    turns = [(turn, number) for turn in range(4) for number in range(8)]
+    arrivals = [
+        Arrival(100.0 * at, (turn + 1) * BLOCK, 8, tuple(range(100 * number, 100 * number + turn + 1)))
+        for at, (turn, number) in enumerate(turns)
+    ]
+    waits: dict[str, float] = {}
+    for tier in ("memory", "disk"):
+        with dask.config.set({"distkv.prefix-cache-tier": tier}):
+            finished = Simulation(small, 2, "overflow").run(arrivals).finished
+        waits[tier] = sum(run.first - run.arrival.at for run, _ in finished)
+        assert len(finished) == len(arrivals)
+    assert waits["disk"] < 0.7 * waits["memory"]
+
+
 @pytest.mark.parametrize("policy", ["local-only", "best"])
 def test_a_long_prompt_does_not_cross_a_slow_network_for_a_short_beginning_that_is_cached_elsewhere(
     policy: str,

@@ -54,6 +54,15 @@ def begins(life: MachineState, number: int | None, tokens: array[int], length: i
     return True
 
 
+def text(life: MachineState, number: int, stop: int) -> array[int]:
+    """The tokens of a sequence up to a position, those that it shares included."""
+    cached = life.cache.by_number.get(number)
+    if cached is None:
+        return life.requests[number].prompt[:stop]
+    own = cached.tokens[: stop - cached.start]
+    return own if cached.parent is None else text(life, cached.parent, cached.start) + own
+
+
 def prefix(life: MachineState, number: int, tokens: int) -> Placement:
     """The spans of a sequence's first tokens, for a sequence that shares them."""
     cached = life.cache.by_number.get(number)

@@ -15,6 +15,7 @@ from distkv_dask.messages.from_worker import Stored
 from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SpilledFile
 from distkv_dask.messages.to_worker import Demote, Discard, Store
 from distkv_dask.placement import Placement
+from distkv_dask.scheduler.cache import lower_tiers
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.records import states
@@ -161,6 +162,8 @@ def _tier_for(life: MachineState, request: Request, worker: str, size: int) -> T
 
 def _make_room(life: MachineState, worker: str, size: int, tier: Tier) -> None:
     """Move copies down from a worker's host memory, or delete some on its disk, until ``size`` more bytes fit."""
+    if tier is life.disks.disk:
+        lower_tiers.clear_disk(life, worker, size)
     for request in _movable(life, worker, tier):
         if tier.fits(worker, size):
             return

@@ -2,8 +2,9 @@
 
 As in vLLM's automatic prefix caching, cached blocks count as free: the ledger does not know them, so they never delay,
 split or move requests. The pools still have them, under the number of the request that computed them. When the ledger
-reserves their room, they are released first: the least recently used sequence first, and of each sequence its last
-blocks first.
+reserves their room, they are released first: those of the least value first
+(:mod:`~distkv_dask.scheduler.cache.retention`), and of each sequence its last blocks first. Before that, they are
+copied to other workers or to disks (:mod:`~distkv_dask.scheduler.cache.copies`).
 
 The shared part of a cached sequence returns to the ledger as a document without a name: ``held`` is the position up to
 which the ledger has it, and the blocks beyond are cached. A request that shared a prefix is cached behind it: its
@@ -17,7 +18,7 @@ from array import array
 from distkv_dask.messages.to_worker import Free, Release, Reserve
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import SamplingParams
-from distkv_dask.scheduler.cache import beginnings, snapshots
+from distkv_dask.scheduler.cache import beginnings, lower_tiers, snapshots
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.records.cached import Cached
@@ -118,7 +119,7 @@ def _worth_caching(life: MachineState, request: Request, account: SequenceAccoun
     has_snapshots = request.sequence in life.snapshots.of
     if start and keys[-1] in cache.index and not has_snapshots:
         # the sequence whose prefix it shared continues with the same tokens
-        cache.touch(next(iter(cache.index[keys[-1]])))
+        cache.touch(next(iter(cache.index[keys[-1]])), life.now)
         return None
     spans = tuple(clipped(account.own, start, stop))
     return Cached(request.sequence, start, tokens[start:], keys, spans, parent, held=stop)
@@ -150,9 +151,13 @@ def _there(life: MachineState, cached: Cached) -> set[str]:
 def make_room(life: MachineState, worker: str) -> None:
     """Release as many cached blocks as the ledger has given to others on a worker."""
     account = life.ledger.workers[worker]
+    life.extents.short[worker] = None
     while (more := account.used + account.cached - account.capacity) > 0:
-        cached = life.cache.by_number[next(iter(life.cache.recent[worker]))]
-        _cut(life, cached, _stop_without(life, cached, worker, more))
+        match lower_tiers.least(life, worker):
+            case Cached() as cached:
+                _cut(life, cached, _stop_without(life, cached, worker, more))
+            case extent:
+                lower_tiers.give_up(life, extent)
 
 
 def allocate(life: MachineState, sequence: int) -> None:
@@ -176,6 +181,7 @@ def _stop_without(life: MachineState, cached: Cached, worker: str, blocks: int) 
 
 def drain(life: MachineState, worker: str) -> None:
     """A worker is drained: drop its cached blocks."""
+    lower_tiers.leave(life, worker)
     for number in list(life.cache.recent.get(worker, ())):
         if number in life.cache.by_number:
             _cut_at_leaving(life, life.cache.by_number[number])
@@ -192,6 +198,7 @@ def _cut_at_leaving(life: MachineState, cached: Cached) -> None:
 def worker_lost(life: MachineState, worker: str) -> None:
     """A worker is lost (the ledger knows): drop all cached blocks from its blocks on."""
     life.cache.recent.pop(worker, None)
+    lower_tiers.worker_lost(life, worker)
     for cached in list(life.cache.by_number.values()):
         lost = [span.start for span in cached.spans if span.worker == worker]
         if lost and cached.number in life.cache.by_number:
@@ -211,6 +218,7 @@ def _break(life: MachineState, cached: Cached, position: int) -> None:
 def close(life: MachineState) -> None:
     """Stop caching."""
     life.cache.enabled = False
+    lower_tiers.close(life)
     for cached in list(life.cache.by_number.values()):
         if cached.number in life.cache.by_number:
             _cut(life, cached, cached.held)
@@ -223,6 +231,7 @@ def _cut(life: MachineState, cached: Cached, stop: int) -> None:
     """Drop the cached blocks of a sequence from a position on, and all sequences that build on them."""
     for child in life.cache.beyond(cached.number, stop):
         _cut(life, child, child.start)
+    lower_tiers.sources_gone(life, cached.number, stop)
     gone = list(clipped(cached.spans, stop, cached.stop))
     _set_bounds(life, cached, cached.held, stop)
     snapshots.forget(life, cached.number, stop)
@@ -250,9 +259,10 @@ def _set_bounds(life: MachineState, cached: Cached, held: int, stop: int) -> Non
     for worker in earlier | now:
         if worker in life.ledger.workers:
             life.ledger.workers[worker].cached += now[worker] - earlier[worker]
+            life.extents.short[worker] = None
         if now[worker]:
             recent[worker][cached.number] = None
         else:
             recent[worker].pop(cached.number, None)
     if touched:
-        life.cache.touch(cached.number)
+        life.cache.touch(cached.number, life.now)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.cache import beginnings, prefix_cache, snapshots
+from distkv_dask.scheduler.commands import Count
 from distkv_dask.scheduler.ledger.placements import clipped, shifted
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -40,6 +41,7 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
         life.requests[request.document].dependents.discard(request.sequence)
     request.document, request.borrows, request.reused, request.begins = found[0], True, found[1], found[0]
     prefix_cache.share_cached(life, *found, request.sequence)
+    life.command(Count("reused_memory_tokens", found[1]))
     return better
 
 

@@ -11,6 +11,7 @@ from distkv_dask.scheduler.dashboard.look import CACHED, DOCUMENTS, FREE, LENT, 
 from distkv_dask.scheduler.dashboard.view import View
 
 PARTS = ("own", "lent", "documents", "cached", "free")
+OTHERS = ("borrowed", "homes", "role", "copies", "on_disk")
 
 
 class MemoryPanel:
@@ -19,7 +20,7 @@ class MemoryPanel:
     name = "memory"
 
     def __init__(self) -> None:
-        self.source = source(self.name, ("label", *PARTS, "borrowed", "homes", "role", "bytes"))
+        self.source = source(self.name, ("label", *PARTS, *OTHERS, "bytes"))
         self.root: figure = panel(
             "KV memory of the workers", y_range=FactorRange(), x_axis_label="blocks", height=300, x_range=(0, 1)
         )
@@ -44,7 +45,8 @@ class MemoryPanel:
                     ("own", "@own blocks of @homes sequences"),
                     ("lent to others", "@lent blocks"),
                     ("documents", "@documents blocks"),
-                    ("cached, and free", "@cached blocks"),
+                    ("cached, and free", "@cached blocks, @copies of them copies of others'"),
+                    ("copies on its disk", "@on_disk blocks"),
                     ("borrowed from others", "@borrowed blocks"),
                     ("empty", "@free blocks"),
                 ]
@@ -57,7 +59,7 @@ class MemoryPanel:
         """Show a view; nothing where there is none."""
         bars = view.workers if view is not None else ()
         size = view.block_bytes if view is not None else 0
-        data = {name: [getattr(bar, name) for bar in bars] for name in ("label", *PARTS, "borrowed", "homes", "role")}
+        data = {name: [getattr(bar, name) for bar in bars] for name in ("label", *PARTS, *OTHERS)}
         rooms = [sum(getattr(bar, part) for part in PARTS) for bar in bars]
         data["bytes"] = [
             f"{format_bytes((room - bar.cached - bar.free) * size)} of {format_bytes(room * size)}"

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector as CollectorBase
 
 from distkv_dask.scheduler.dashboard.view import STATES, states_of
+from distkv_dask.scheduler.engines.status import tiers_of
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -81,6 +82,14 @@ class Collector(CollectorBase):
         for direction in ("to_holders", "to_homes"):
             sent.add_metric([direction], sum(one.totals[f"bytes_{direction}"] for one in figures))
         yield sent
+        reused = CounterMetricFamily("distkv_reused_tokens", "Prompt tokens of earlier requests' KV", labels=["tier"])
+        copied = CounterMetricFamily("distkv_copied_blocks", "Blocks copied to a lower tier", labels=["tier"])
+        for tier in ("memory", "workers", "disk"):
+            reused.add_metric([tier], sum(one.totals[f"reused_{tier}_tokens"] for one in figures))
+            if tier != "memory":
+                copied.add_metric([tier], sum(one.totals[f"copied_{tier}_blocks"] for one in figures))
+        yield reused
+        yield copied
         events = CounterMetricFamily("distkv_events", "Moves, recalls, repairs, refusals and others", labels=["kind"])
         kinds = sorted({name for one in figures for name in one.totals if name.endswith("_events")})
         for kind in kinds:
@@ -94,13 +103,17 @@ class Collector(CollectorBase):
         memory = GaugeMetricFamily("distkv_kv_bytes", "KV memory of a worker", labels=["worker", "state"], unit="bytes")
         disk = GaugeMetricFamily("distkv_disk_bytes", "KV on a worker's disk", labels=["worker"], unit="bytes")
         host = GaugeMetricFamily("distkv_host_bytes", "KV from a worker's card in its host memory", labels=["worker"])
+        kept = GaugeMetricFamily("distkv_kept_blocks", "Blocks of finished requests", labels=["worker", "tier"])
         on_disk, in_memory = Counter[str](), Counter[str]()
+        tiers: Counter[tuple[str, str]] = Counter()
         counts: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for engine in self._board.engines.values():
             for worker, account in engine.life.ledger.workers.items():
                 on_disk[worker] += engine.life.disks.disk.used[worker]
                 in_memory[worker] += engine.life.disks.memory.used[worker]
+                for tier, number in tiers_of(engine.life, worker).items():
+                    tiers[worker, tier] += number
                 for state, number in account.parts().items():
                     counts[worker, state] += number
                     sizes[worker, state] += number * engine.life.block_bytes
@@ -110,6 +123,9 @@ class Collector(CollectorBase):
         for worker, size in on_disk.items():
             disk.add_metric([worker], size)
             host.add_metric([worker], in_memory[worker])
+        for key, number in tiers.items():
+            kept.add_metric(list(key), number)
+        yield kept
         yield blocks
         yield memory
         yield disk

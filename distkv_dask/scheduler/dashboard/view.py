@@ -30,7 +30,10 @@ STATES = (*(state.label for state in UNDER_WAY), ASIDE)
 
 @dataclass(frozen=True, slots=True)
 class WorkerBar:
-    """One worker's pool in blocks, or several workers' together; all parts up to free make up the capacity."""
+    """One worker's pool in blocks, or several workers' together; all parts up to free make up the capacity.
+
+    Of the cached ones, ``copies`` are copies of other workers' blocks; ``on_disk`` are those on the worker's disk.
+    """
 
     label: str
     role: str
@@ -41,9 +44,11 @@ class WorkerBar:
     free: int
     borrowed: int
     homes: int
+    copies: int
+    on_disk: int
 
 
-SUMS = ("own", "lent", "documents", "cached", "free", "borrowed", "homes")
+SUMS = ("own", "lent", "documents", "cached", "free", "borrowed", "homes", "copies", "on_disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +116,10 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
     ledger = life.ledger
     accounts = heapq.nlargest(WORKERS, ledger.workers.values(), key=lambda one: (one.used, one.worker))
     shown = {account.worker for account in accounts}
-    bars = sorted((_bar(account, label) for account in accounts), key=lambda bar: bar.label)
+    bars = sorted((_bar(life, account, label) for account in accounts), key=lambda bar: bar.label)
     others = [account for account in ledger.workers.values() if account.worker not in shown]
     if others:
-        bars.append(_together(others))
+        bars.append(_together(life, others))
     placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.requests[number].cached)
     largest = [life.requests[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
     states = states_of(life)
@@ -151,18 +156,20 @@ def states_of(life: MachineState) -> Counter[str]:
     )
 
 
-def _bar(account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
+def _bar(life: MachineState, account: WorkerAccount, label: Callable[[str], str]) -> WorkerBar:
     return WorkerBar(
         label=label(account.worker),
         role="instance" if account.can_decode else "memory",
         **account.parts(),
         borrowed=account.borrowed,
         homes=account.homed,
+        copies=life.extents.blocks[account.worker, "workers"],
+        on_disk=life.extents.blocks[account.worker, "disk"],
     )
 
 
-def _together(accounts: list[WorkerAccount]) -> WorkerBar:
-    bars = [_bar(account, str) for account in accounts]
+def _together(life: MachineState, accounts: list[WorkerAccount]) -> WorkerBar:
+    bars = [_bar(life, account, str) for account in accounts]
     total = {name: sum(getattr(bar, name) for bar in bars) for name in SUMS}
     return WorkerBar(label=f"{len(bars)} others", role="", **total)
 

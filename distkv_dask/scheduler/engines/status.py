@@ -12,6 +12,7 @@ from distkv_dask.messages.status import (
     EngineStatus,
     SchedulerLoad,
     SequenceStatus,
+    TierCounts,
     WorkerPerformance,
     WorkerStatus,
 )
@@ -55,6 +56,12 @@ def _speculation(life: MachineState) -> str:
     return chosen if life.speculates or chosen == "off" else "off: what only homes have cannot go back"
 
 
+def tiers_of(life: MachineState, worker: str) -> dict[str, int]:
+    """Blocks of finished requests on a worker, by tier."""
+    copies, disk = life.extents.blocks[worker, "workers"], life.extents.blocks[worker, "disk"]
+    return {"memory": life.ledger.workers[worker].cached - copies, "workers": copies, "disk": disk}
+
+
 def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:
     account = life.ledger.workers[worker]
     return WorkerStatus(
@@ -63,8 +70,10 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
         used_blocks=account.used,
         lent_blocks=lent,
         blocks=BlockCounts(**account.parts()),
+        tiers=TierCounts(**tiers_of(life, worker)),
         block_bytes=life.block_bytes,
         disk_bytes=life.disks.disk.used[worker],
+        disk_error=life.extents.failed[worker][1] if worker in life.extents.failed else "",
         host_bytes=life.disks.memory.used[worker],
         sequences=account.homed,
         channels=opened.channels if opened else "",

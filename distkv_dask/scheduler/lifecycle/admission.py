@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from distkv_dask.scheduler.cache import documents, prefix_cache, reuse, snapshots
+from distkv_dask.scheduler.cache import documents, prefix_cache, restore, reuse, snapshots
 from distkv_dask.scheduler.lifecycle.preemption import make_way
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -28,12 +28,14 @@ def admit(life: MachineState) -> None:
             continue
         request = life.requests[chosen[0].sequence]
         ask, placement = reuse.share(life, request, *chosen)
-        placement = spread.spread(life, ask, placement)
+        restores = restore.find(life, request, ask.shared, placement)
+        if restores is None:
+            placement = spread.spread(life, ask, placement)
         life.queue.reserve(ask, placement)
         request.admitted = request.admitted or life.now
         snapshots.begin(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
-        transition(life, request, _first(request, ask.shared))
+        transition(life, request, restores or _first(request, ask.shared))
 
 
 def _first(request: Request, start: int) -> State:

@@ -11,7 +11,7 @@ from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import Fetched, Stored
 from distkv_dask.messages.names import OWN_DISK, Saved
 from distkv_dask.messages.to_worker import Fetch, Store
-from distkv_dask.scheduler.cache import disk
+from distkv_dask.scheduler.cache import copies, disk, restore
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.moves import migration
@@ -35,6 +35,9 @@ from distkv_dask.scheduler.records.states import (
 def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     """Start writing for a save whose document is stored, or reading for a saved sequence that has room."""
     account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
+    if isinstance(state, Fetching) and state.extents:
+        restore.begin(life, request, state)
+        return
     assert saved is not None
     assert isinstance(state, FilesUnderWay)
     ranges = disk.ranges_of(account.placement if request.saves else account.own, request.known_tokens)
@@ -58,7 +61,7 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
 def stored(life: MachineState, event: Stored) -> None:
     """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
     if event.number < 0:
-        if migration.stored(life, event):
+        if migration.stored(life, event) or copies.stored(life, event):
             return
         if (request := disk.stored(life, event)) is not None:
             _spilled(life, request)
@@ -94,6 +97,7 @@ def expire(life: MachineState) -> None:
         for worker in tuple(request.state.answering):
             disk.answered(life, request, worker, TimeoutError(f"the disk of {worker} is too slow"))
         _spilled(life, request)
+    copies.expire(life, life.config.timeout_start)
 
 
 def _spilled(life: MachineState, request: Request) -> None:
@@ -115,6 +119,9 @@ def fetched(life: MachineState, event: Fetched) -> None:
     if request is None or not isinstance(state := request.state, Fetching):
         return
     if not state.answered(event.worker, event.error):
+        return
+    if state.extents:
+        restore.fetched(life, request, state)
         return
     if state.failure is None:
         life.ledger.commit(request.sequence, request.known_tokens)

@@ -12,7 +12,7 @@ from distkv_dask.errors import DistKVError, StateLostError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.sampling import FinishReason, SamplingParams
-from distkv_dask.scheduler.cache import disk, documents, prefix_cache, snapshots
+from distkv_dask.scheduler.cache import copies, disk, documents, prefix_cache, snapshots
 from distkv_dask.scheduler.commands import Command, Refuse
 from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
@@ -73,6 +73,7 @@ class Lifecycle:
             for move in life.policy.moves(life.ledger, life.queue.turns()):
                 if migration.can_start(life, move):
                     migration.start(life, move)
+            copies.copy_ahead(life)
         commands = list(life.commands)
         life.commands.clear()
         return commands
@@ -94,8 +95,12 @@ class Lifecycle:
                 self._failed(event)
             case did.Retired():
                 self._retired(event)
+            case did.Expected() if event.number < 0:
+                copies.expected(life, event)
             case did.Expected():
                 migration.expected(life, event)
+            case did.Sent() if event.number < 0:
+                copies.sent(life, event)
             case did.Sent():
                 migration.sent(life, event)
             case did.Relocated():

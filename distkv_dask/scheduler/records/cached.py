@@ -21,6 +21,7 @@ class Cached:
 
     The ledger has its tokens up to ``held``. ``keys`` are the keys of its blocks in the index. ``users`` has, of every
     sharer, the number of leading tokens that it shares, parents' included; ``lengths`` are these numbers, sorted.
+    ``used`` is when it was last of use, in seconds.
     It is ``closed`` once it has lost blocks or the engine closes: it gets no more sharers.
     """
 
@@ -31,6 +32,7 @@ class Cached:
     spans: Placement
     parent: int | None
     held: int
+    used: float = 0.0
     users: dict[int, int] = field(default_factory=dict)
     lengths: SortedList = field(default_factory=SortedList)
     closed: bool = False
@@ -88,8 +90,9 @@ class CachedSequences:
         children = self.children.get(number, SortedList())
         return [self.by_number[child] for _, child in children.irange((position + 1, -1))]
 
-    def touch(self, number: int) -> None:
+    def touch(self, number: int, now: float) -> None:
         """A sequence was used just now."""
+        self.by_number[number].used = now
         for span in self.by_number[number].spans:
             if number in self.recent[span.worker]:
                 self.recent[span.worker].move_to_end(number)

@@ -18,6 +18,7 @@ from distkv_dask.scheduler.policies.base import Policy
 from distkv_dask.scheduler.policies.queue import Admission
 from distkv_dask.scheduler.records.cached import CachedSequences
 from distkv_dask.scheduler.records.disks import Disks
+from distkv_dask.scheduler.records.extents import Extents
 from distkv_dask.scheduler.records.moves import Moves
 from distkv_dask.scheduler.records.prefix_index import PrefixIndex
 from distkv_dask.scheduler.records.request import Request
@@ -74,6 +75,8 @@ class MachineState:
     """Stored documents by prefix."""
     cache: CachedSequences = field(init=False)
     """Finished sequences with cached blocks."""
+    extents: Extents = field(default_factory=Extents)
+    """Copies of their blocks in lower tiers."""
     snapshots: Snapshots = field(default_factory=Snapshots)
     disks: Disks = field(default_factory=Disks)
     largest_blocks: int = 0

@@ -25,10 +25,11 @@ class Request:
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one; one that ``saves`` its document generates nothing. ``document`` is the one whose blocks it shares,
-    ``reused`` of its tokens; ``alone`` if it has to do without, ``borrows`` if the client did not name it; a ``cached``
-    one is what requests share just now of one that ended (:mod:`~distkv_dask.scheduler.cache.prefix_cache`). Where
-    homes have more than KV, ``begins`` names the sequence whose snapshot it begins with, and ``common`` is how many
-    tokens it has in common with some sequence, snapshot or not.
+    ``reused`` of its tokens; ``restored`` counts tokens that lower tiers gave back; ``alone`` if it has to do without,
+    ``borrows`` if the client did not name it; a ``cached`` one is what requests share just now of one that ended
+    (:mod:`~distkv_dask.scheduler.cache.prefix_cache`). Where homes have more than KV, ``begins`` names the sequence
+    whose snapshot it begins with, and ``common`` is how many tokens it has in common with some sequence, snapshot or
+    not.
 
     Of a document, ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents``
     are the requests that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored;
@@ -59,6 +60,7 @@ class Request:
     lost: list[str] = field(default_factory=list)
     retires: Counter[str] = field(default_factory=Counter)
     reused: int = 0
+    restored: int = 0
     common: int = 0
     begins: int | None = None
     alone: bool = False

@@ -6,6 +6,7 @@ Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -144,9 +145,16 @@ class Spilling(FilesUnderWay):
 
 @dataclass(slots=True)
 class Fetching(FilesUnderWay):
-    """Its blocks are read from files."""
+    """Its blocks are read from files: all of them, or token ``ranges`` of its prompt that ``extents`` have.
+
+    ``tokens`` are those of each kind of extent. With one that was given up meanwhile, what is read is ``spoilt``.
+    """
 
     label: ClassVar[str] = "fetching"
+    extents: tuple[int, ...] = ()
+    ranges: tuple[tuple[int, int], ...] = ()
+    tokens: Counter[str] = field(default_factory=Counter)
+    spoilt: bool = False
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ def room(life: MachineState) -> Room:
     long, short = slots, FORWARDS * slots * step
     for sequence in life.in_prefill:
         request = life.requests[sequence]
-        tokens = request.known_tokens - request.reused
+        tokens = request.known_tokens - request.reused - request.restored
         if tokens > step:
             long -= 1
         else:

@@ -14,7 +14,7 @@ import numpy as np
 
 from distkv_dask.config import Config
 from distkv_dask.local_folder import LocalFolder
-from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile, SpilledFile
+from distkv_dask.messages.names import OWN_DISK, Saved, SavedFile, SpilledFile, sequence_in_pool
 from distkv_dask.watch import Watch
 from distkv_dask.worker.blocks.host_tier import HostTier
 from distkv_dask.worker.blocks.pool import Pool
@@ -78,7 +78,12 @@ class Spilled:
 
     def read(self, watch: Watch, sequence: int, start: int, stop: int, file: SpilledFile) -> None:
         """Fill the blocks of tokens ``[start, stop)`` of a sequence that are in a file of this worker."""
-        if file.name in self._host:
+        if (owner := sequence_in_pool(file.name)) is not None:
+            into, first = blocks_within(self.pool, sequence, start, stop, file)
+            for block, data in zip(into, self._pool_rows(owner, file, first, len(into)), strict=True):
+                with watch.change():
+                    self.pool.fill(block, data)
+        elif file.name in self._host:
             into, first = blocks_within(self.pool, sequence, start, stop, file)
             self._host.fill(file.name, first, into, watch.change)
         else:
@@ -86,6 +91,8 @@ class Spilled:
 
     def rows(self, watch: Watch, file: SpilledFile, first: int, count: int) -> np.ndarray:
         """Blocks of a file, uint8 [count, bytes of a block], for another worker."""
+        if (owner := sequence_in_pool(file.name)) is not None:
+            return self._pool_rows(owner, file, first, count)
         if file.name in self._host:
             return np.stack(list(self._host.read(file.name, first, count)))
         size, tokens = self.pool.block_bytes, self.pool.block_tokens
@@ -116,6 +123,11 @@ class Spilled:
     def close(self) -> None:
         """Delete everything. Can be called again."""
         shutil.rmtree(self.folder.path, ignore_errors=True)
+
+    def _pool_rows(self, owner: int, file: SpilledFile, first: int, count: int) -> np.ndarray:
+        """Blocks of the pool; the gManager knows if they are given up meanwhile, and uses nothing of them then."""
+        start = file.start + first * self.pool.block_tokens
+        return self.pool.read(self.pool.find(owner, [(start, start + count * self.pool.block_tokens)]))
 
     def _on_disk(self, file: SpilledFile) -> SavedFile | SpilledFile:
         """A file as it is on the disk, where its size is another one than in memory."""
