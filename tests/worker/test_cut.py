@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.placement import Stage
 from distkv_dask.worker.model.load import load_model
+from distkv_dask.worker.model.mapped import forget_pages
 from tests._models import WINDOWED, model_dir, prompt_ids
 
 
@@ -69,3 +73,21 @@ def test_layers_whose_state_is_at_the_home_are_not_cut(family: str) -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="each stage needs one"):
         load_model(str(model_dir("llama-gqa")), "float32", 1, stage=Stage(0, 4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a process has of a file")
+def test_pages_of_layers_of_others_are_given_back_and_read_again_when_needed(tmp_path: Path) -> None:
+    file, some = tmp_path / "weights.safetensors", torch.arange(1 << 18, dtype=torch.float32)
+    save_file({"weight": some}, file)
+    weight = load_file(file)["weight"]
+    torch.testing.assert_close(weight, some)
+    before = resident(file)
+    forget_pages([weight])
+    assert resident(file) < before / 2
+    torch.testing.assert_close(weight, some)
+
+
+def resident(file: Path) -> int:
+    """KiB of a file that are mapped and present in this process."""
+    maps = Path("/proc/self/smaps").read_text().split(str(file))[1:]
+    return sum(int(one.split("Rss:")[1].split()[0]) for one in maps)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,24 @@ class FileMaps:
         if at < 0 or tensor.data_ptr() + tensor.nbytes > self._parts[at].stop:
             return None
         return self._parts[at]
+
+
+def forget_pages(weights: Iterable[Tensor]) -> None:
+    """Give back memory of mapped weights that nobody reads any more (who does, reads their file again).
+
+    Loading reads a little of every weight, for which the operating system maps many pages around.
+    """
+    maps, madvise = FileMaps(), None
+    for weight in weights:
+        if maps.of(weight) is None:
+            continue
+        start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0:
+            if madvise is None:
+                madvise = ctypes.CDLL(None).madvise
+                madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            madvise(start, size, mmap.MADV_DONTNEED)
 
 
 def _read(line: str) -> Part | None:
