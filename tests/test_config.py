@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 
 from distkv_dask.config import Config
 from distkv_dask.errors import ConfigError
+from distkv_dask.scheduler.policies import POLICIES
 
 KEYS = [field.metadata["key"] for field in fields(Config)]
 
@@ -42,6 +43,11 @@ def schema_paths(schema, root="distkv"):
 def test_defaults_file_schema_and_dataclass_have_the_same_keys():
     schema = read("distkv-schema.yaml")
     assert paths(read("distkv.yaml")["distkv"]) == schema_paths(schema["properties"]["distkv"]) == KEYS
+
+
+def test_every_policy_can_be_set():
+    policies = read("distkv-schema.yaml")["properties"]["distkv"]["properties"]["policy"]["enum"]
+    assert sorted(policies) == sorted(POLICIES)
 
 
 def test_defaults_file_is_valid_for_any_json_schema_tool():

@@ -55,4 +55,4 @@ def requeue(life: MachineState, request: Request, before: State) -> None:
     if request.document is not None and life.requests[request.document].cached:
         documents.leave_document(life, request)
         request.document, request.borrows = None, False
-    enqueue(life, request, before)
+    life.recommend(request, request.state)  # after its document, which may just have become one that is repaired
