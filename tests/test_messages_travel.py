@@ -91,7 +91,7 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 """Values of fields whose types say too little about them."""
 GIVEN["Attached"] = {
     "spec": st.builds(names.EngineSpec, **GIVEN["EngineSpec"]),
-    "facts": st.dictionaries(words, numbers | words),
+    "facts": st.from_type(client_calls.EngineFacts),
     "handle": numbers,
 }
 a_state = st.builds(

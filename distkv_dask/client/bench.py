@@ -71,7 +71,7 @@ def decodes(engine: Engine, batches: Sequence[int], new_tokens: int) -> Iterator
 
 def _ask(engine: Engine, lengths: Sequence[int], new_tokens: int, seed: int) -> list[Completion]:
     """Prompts of random tokens, so that no two share a prefix."""
-    draw, vocabulary = random.Random(seed), engine.facts["vocab_size"]
+    draw, vocabulary = random.Random(seed), engine.facts.vocab_size
     prompts = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
     done: list[Completion] = engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     for one in done:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any, NoReturn, Self
 
 from distributed import Client
@@ -11,6 +11,7 @@ from distkv_dask.client.session.session import Session
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError
+from distkv_dask.messages.client_calls import EngineFacts
 from distkv_dask.models.source import ModelSource
 
 
@@ -52,8 +53,8 @@ class Handle:
         return self._session.model
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """What the workers reported at opening: ``max_positions, vocab_size, block_bytes, dtype, workers``."""
+    def facts(self) -> EngineFacts:
+        """What the workers reported when the engine opened."""
         return self._session.facts
 
     @property

@@ -39,7 +39,7 @@ def engine_html(session: Session, documents: Mapping[str, Document]) -> str:
     if not session.is_open:
         return svg.card(title, "closed, or not open yet")
     facts = session.facts
-    about = f"{facts['dtype']}, {counted(facts['workers'], 'worker')}, {counted(len(documents), 'document')}"
+    about = f"{facts.dtype}, {counted(facts.workers, 'worker')}, {counted(len(documents), 'document')}"
     lines = [escape(about), _link(session)]
     if (status := _status(session)) is None:
         return svg.card(title, *lines, ASYNCHRONOUS if session.client.asynchronous else "The cluster is silent.")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distkv_dask.completion import Timings
 from distkv_dask.logprobs import TokenLogprob
@@ -32,21 +31,49 @@ class ClientCall(StrEnum):
     CLOSE = "distkv_close"
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the workers of an engine reported when it opened.
+
+    Attributes
+    ----------
+    max_positions
+        Longest sequence of the model in tokens; infinite where it has no limit.
+    vocab_size
+        Token ids are below this.
+    block_bytes
+        Bytes of one KV block.
+    dtype
+        torch's name of the dtype of weights and KV.
+    fingerprint
+        Tells models with other weights apart.
+    workers
+        How many workers the engine had then.
+    """
+
+    max_positions: float
+    vocab_size: int
+    block_bytes: int
+    dtype: str
+    fingerprint: str
+    workers: int
+
+
 class Attached(NamedTuple):
     """A new handle on an open engine: what its owner asked for (without the token), and what its workers said."""
 
     spec: EngineSpec
-    facts: Mapping[str, Any]
+    facts: EngineFacts
     handle: int
 
 
 class Submission(NamedTuple):
     """A request as it travels to the gManager.
 
-    ``streamed`` when somebody reads along; ``document`` is the number of the document that it begins with, if any. With
-    ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose blocks are read from
-    ``saved`` if that is given. Without either, the blocks of ``document`` are saved there. ``name`` is a document's;
-    ``choices`` are the tokens of those that the request is answered with one of.
+    ``streamed`` when somebody reads the answer as it comes; ``document`` is the number of the document that it begins
+    with, if any. With ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose
+    blocks are read from ``saved`` if that is given. Without ``sampling`` and a prompt, the blocks of ``document`` are
+    saved there. ``name`` is a document's; ``choices`` has the tokens of each choice, one of which is the answer.
     """
 
     number: int
@@ -66,7 +93,7 @@ class Delivery:
 
     ``generated`` counts the tokens of an answer that ended; it is None for documents and saves. ``logprobs`` are those
     of the tokens, where they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
-    come again if the prompt is computed again. ``scores`` are the probabilities of the request's choices.
+    come again if the prompt is recomputed. ``scores`` are the probabilities of the request's choices.
     """
 
     sequence: int

@@ -109,8 +109,8 @@ class GManager(SchedulerPlugin):
 
     # Calls of clients
 
-    async def open(self, spec: Any, client: str, version: str = "") -> dict[str, Any]:
-        """Load an engine (a packed :class:`EngineSpec`) on all workers; returns facts, or raises what went wrong."""
+    async def open(self, spec: Any, client: str, version: str = "") -> Any:
+        """Load an engine (a packed :class:`EngineSpec`) on all workers; returns packed :class:`EngineFacts`."""
         _check_version(version)
         spec = unpack(spec)
         if all(map(self.dispatcher.is_memory, self.scheduler.workers)):
@@ -131,7 +131,7 @@ class GManager(SchedulerPlugin):
             await self.dispatcher.close_engine(spec.engine)
             raise
         self.scheduler.log_event(PLUGIN, {"action": "open", "engine": spec.engine, "workers": len(engine.facts)})
-        return engine.summary()
+        return pack(engine.summary())
 
     async def attach(self, engine: str, client: str, version: str = "") -> Any:
         """Give a client a handle (packed :class:`Attached`) on an engine; ``""`` names the only open one."""

@@ -86,7 +86,7 @@ def test_several_answers_and_choices_are_counted_as_they_are_drawn(
 
 
 def test_parts_of_long_documents_are_counted_with_what_combines_them(engine: Engine, tmp_path: Path) -> None:
-    table, window = pa.table({"text": ["w" * 9000]}), engine.facts["max_positions"]
+    table, window = pa.table({"text": ["w" * 9000]}), engine.facts.max_positions
     asked = {"question": "Who?", "too_long": "map-reduce", "sampling": SamplingParams(max_new_tokens=16)}
     found = engine.estimate(table, **asked)
     assert (found.refused, found.requests) == (0, 4)

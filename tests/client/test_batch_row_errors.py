@@ -24,6 +24,7 @@ from distkv_dask.client.batch.target import Target
 from distkv_dask.completion import Completion
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SourceError
+from distkv_dask.messages.client_calls import EngineFacts
 from distkv_dask.sampling import SamplingParams
 
 KEPT = pa.schema([("id", pa.int64()), ("when", pa.timestamp("s"))])
@@ -33,7 +34,7 @@ class Engine(FakeEngine):
     """A fake engine with what a whole batch needs."""
 
     config = Config.load(block_tokens=4)
-    facts = {"max_positions": 10_000, "workers": 1, "fingerprint": "f00d"}  # noqa: RUF012
+    facts = EngineFacts(10_000, 100, 1, "float32", "f00d", 1)
     model = SimpleNamespace(name="m", rope_scaling=None)
     dtype = "float32"
 

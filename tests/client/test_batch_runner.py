@@ -15,6 +15,7 @@ from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.completion import Completion
 from distkv_dask.errors import CapacityError, EngineClosedError, InvalidRequestError, WorkerLostError
+from distkv_dask.messages.client_calls import EngineFacts
 from distkv_dask.sampling import SamplingParams
 
 KEPT = pa.RecordBatch.from_pydict({"id": [0]})
@@ -23,7 +24,7 @@ KEPT = pa.RecordBatch.from_pydict({"id": [0]})
 class FakeEngine:
     """Answers what is in flight whenever nothing more comes, last in first out; ``fate`` says how a prompt ends."""
 
-    facts = {"max_positions": 100}  # noqa: RUF012
+    facts = EngineFacts(100, 100, 1, "float32", "f00d", 1)
     tokenizer = SimpleNamespace(has_chat_template=False, encode=lambda text: [ord(letter) for letter in text])
 
     def __init__(self, fate: Callable[[str, list[str]], Exception | None]) -> None:

@@ -113,7 +113,7 @@ def test_models_are_listed_and_another_one_is_not_found(server: Served) -> None:
 
 
 def test_a_prompt_near_the_windows_end_gets_what_is_left_of_it(server: Served) -> None:
-    window = server.serving.session.facts["max_positions"]
+    window = server.serving.session.facts.max_positions
     done = server.openai().completions.create(model="tiny", prompt=[5] * (window - 3))
     assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (3, "length")
     with pytest.raises(openai.BadRequestError, match="window"):

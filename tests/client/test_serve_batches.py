@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import openai
 import pytest
 from _served import Served, open_session, served, until
 
+from distkv_dask.client.serve import batch_queue
 from distkv_dask.client.session.session import Session
 from distkv_dask.sampling import SamplingParams
 
@@ -145,6 +147,20 @@ def test_a_cancelled_batch_ends_with_what_it_has(server: Served) -> None:
         client.batches.cancel(slow.id)
     server.idle()
     assert ended(client, begun(client, lines(says("next"))).id).request_counts.completed == 1
+
+
+def test_answers_are_for_their_owner_alone_while_they_are_written(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, write = list[int](), batch_queue.write_openai_answers
+
+    def looked_at(rows: Any, model: str, file: Any) -> None:
+        modes.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        write(rows, model, file)
+
+    monkeypatch.setattr(batch_queue, "write_openai_answers", looked_at)
+    assert ended(server.openai(), begun(server.openai(), lines(says("Hello"))).id).status == "completed"
+    assert modes == [0o600]
 
 
 def test_a_server_that_is_started_again_goes_on_with_its_batches(session: Session, tmp_path: Path) -> None:

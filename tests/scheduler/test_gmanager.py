@@ -45,7 +45,7 @@ async def test_instances_open_first_and_memory_workers_are_told_what_they_loaded
     await until(lambda: dask.to("m"))
     assert not opening.done()
     say(manager, opened("m", "memory"))
-    assert (await opening)["workers"] == 3
+    assert unpack(await opening).workers == 3
     geometries = {one.worker: one.geometry for one in dask.sent if isinstance(one, Open)}
     assert geometries == {"a": None, "b": None, "m": opened("a").geometry}
 

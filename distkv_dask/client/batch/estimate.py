@@ -23,7 +23,7 @@ LOT = 16
 """Rows that are counted by one task."""
 
 FEW = 2 * LOT
-"""So many rows are counted here: tasks would take longer to begin."""
+"""This many rows are counted in this process: starting tasks would take longer."""
 
 NAMED = 20
 """Refused rows that an estimate names; all of them are counted."""
@@ -90,7 +90,7 @@ def estimate_batch(session: Session, source: Source, spec: BatchSpec) -> Estimat
     """Estimate a batch on the cluster of an open engine; large ones are counted by its workers."""
     model, facts = session.model, session.facts
     rope = None if model.rope_scaling is None else tuple(sorted(model.rope_scaling.items()))
-    how = Counting(model.name, rope, facts["vocab_size"], facts["max_positions"], session.config.block_tokens)
+    how = Counting(model.name, rope, facts.vocab_size, facts.max_positions, session.config.block_tokens)
     rows = iter(source.rows())
     first = list(islice(rows, FEW))
     here = (one for row in first for one in count_row(*_read(row), spec, session.tokenizer, how))
@@ -149,7 +149,7 @@ def _counted(rows: Iterator[Row], spec: BatchSpec, how: Counting, session: Sessi
     waiting: deque[Any] = deque()
     while lot := [_read(row) for row in islice(rows, LOT)]:
         waiting.append(_submitted(lot, spec, how, session))
-        if len(waiting) > 2 * session.facts["workers"]:
+        if len(waiting) > 2 * session.facts.workers:
             yield from result_of(session, waiting.popleft().result)
     while waiting:
         yield from result_of(session, waiting.popleft().result)

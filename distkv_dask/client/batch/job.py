@@ -50,9 +50,9 @@ class Job:
         self._source = source
         self._spec = spec
         self._max_errors = max_errors
-        self._in_flight = in_flight or 2 * session.config.window_batch * session.facts["workers"]
+        self._in_flight = in_flight or 2 * session.config.window_batch * session.facts.workers
         if not isinstance(source, OpenAIBatchSource):
-            check_servable(spec, session.tokenizer, session.facts["max_positions"])
+            check_servable(spec, session.tokenizer, session.facts.max_positions)
         self._errors = 0
         self._results = Results(source, spec)
 

@@ -45,9 +45,9 @@ def answers_frame(
     else:
         opened = source_for(source, spec, keep, session.client)
     if not isinstance(opened, OpenAIBatchSource):
-        check_servable(spec, session.tokenizer, session.facts["max_positions"])
+        check_servable(spec, session.tokenizer, session.facts.max_positions)
     asked = Asked(session.id, spec, max_errors, in_flight or session.config.window_batch)
-    parts = PARTS * session.facts["workers"]
+    parts = PARTS * session.facts.workers
     if kind == "path":
         path, rows = str(Path(source).absolute()), opened.count() or 0
         cuts = [cut for cut in pairwise(rows * at // parts for at in range(parts + 1)) if cut[0] < cut[1]]

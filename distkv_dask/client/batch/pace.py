@@ -83,14 +83,14 @@ def prefill_seconds(need: Need, speed: WorkerPerformance) -> float:
 
 
 def decode_seconds(needs: Sequence[Need], speed: WorkerPerformance, together: int, exchange: float) -> float:
-    """Decode steps of all requests of a worker, of which so many are decoded together."""
+    """Seconds of a worker's decode steps, in batches of ``together`` requests."""
     answers = sorted((one.new for one in needs for _ in range(len(one.prompts) * one.answers)), reverse=True)
     steps = sum(answers[::together])  # those that begin together, the longest first
     return steps * (speed.step + exchange) + sum(_rows(one, speed) for one in needs)
 
 
 def new_tokens(speed: WorkerPerformance, together: int) -> float:
-    """How many tokens of prompts take as long as one of an answer, where so many are decoded together."""
+    """How many prompt tokens take as long as one token of an answer, decoded in a batch of ``together``."""
     return (speed.step / together + speed.row) / max(speed.prompt, 1e-9)
 
 

@@ -53,7 +53,7 @@ class Run:
         self._clock = monotonic()
         self._began = _now()
         self._earlier = list(earlier.get("runs", ()))
-        self._facts = {"workers": session.facts["workers"], "fingerprint": session.facts["fingerprint"]}
+        self._facts = {"workers": session.facts.workers, "fingerprint": session.facts.fingerprint}
         self._settings = json.loads(json.dumps(asdict(session.config), default=str))
         self._source = source
         self._counts: Counter[str] = Counter()

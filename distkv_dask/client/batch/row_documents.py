@@ -45,7 +45,7 @@ class RowDocuments:
             return None
         if self._row is not row:
             self.finish()
-            window = self._session.facts["max_positions"]
+            window = self._session.facts.max_positions
             ids = shared_prefix(content, self._spec, self._session.tokenizer, window)
             self._row = row
             if len(ids) >= self._session.config.block_tokens:

@@ -207,7 +207,7 @@ class Runner:
             if content.prompt is None:
                 work.text = str(content.values[self._spec.text_column])
             work.document = self._documents.begin_question(row, content)
-            window = self._session.facts["max_positions"]
+            window = self._session.facts.max_positions
             work.plan = plan_answer(content, question, self._spec, self._session.tokenizer, window)
             self._advance(work, None)
 

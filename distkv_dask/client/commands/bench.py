@@ -84,10 +84,10 @@ def command(
     with chosen.engine(texts=False) as engine:
         facts = engine.facts
         kernels = {address: one.kernels for address, one in engine.status().workers.items()}
-        title = f"{model}, {facts['dtype']}, {facts['workers']} workers"
+        title = f"{model}, {facts.dtype}, {facts.workers} workers"
         note(f"Measuring {title} ...")
         most = room(engine)
-        prompts = [one for one in sorted(lengths) if one < min(most, facts["max_positions"])]
+        prompts = [one for one in sorted(lengths) if one < min(most, facts.max_positions)]
         sizes = [one for one in sorted(batches) if one * (SHORT + new_tokens) <= most]
         until = perf_counter() + seconds
         filled = list(_while(prefills(engine, prompts), until))
@@ -101,7 +101,7 @@ def command(
         click.echo(f"Left out: {late}, since {seconds:g} s were over; --seconds gives more")
     if json_file is not None:
         found = {
-            "version": version("distkv-dask"), "model": model, "dtype": facts["dtype"], "workers": facts["workers"],
+            "version": version("distkv-dask"), "model": model, "dtype": facts.dtype, "workers": facts.workers,
             "kernels": kernels,
             "prefill": [asdict(one) for one in filled], "decode": [asdict(one) for one in decoded],
         }  # fmt: skip

@@ -112,7 +112,7 @@ def sampling_options(command: Command) -> Command:
             "--logprobs",
             type=int,
             metavar="COUNT",
-            help="Give the log probabilities of answers' tokens, and of so many of the most likely ones.",
+            help="Give the log probabilities of answers' tokens, and of this many of the most likely ones.",
         ),
         click.option(
             "--score",

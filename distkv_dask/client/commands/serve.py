@@ -120,7 +120,7 @@ def _serve(session: Session, keys: Keys, folder: Path, listener: socket, how: Ma
     from distkv_dask.client.serve.server import Server
     from distkv_dask.client.serve.serving import Serving
 
-    open_requests = how["max_open"] or 2 * session.config.window_batch * session.facts["workers"]
+    open_requests = how["max_open"] or 2 * session.config.window_batch * session.facts.workers
     limits = Limits(how["max_body"], open_requests, how["drain"])
     model = session.model.name
     names = [name for name in (how["model_name"], model, Path(model).name) if name]

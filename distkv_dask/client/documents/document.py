@@ -172,8 +172,8 @@ class Document(_Kept):
         try:
             done = await session.store.save(self.number, Saved(save.place, tag=save.tag))
             saved = SavedDocument(
-                self.name, session.model.name, facts["fingerprint"], facts["dtype"], session.config.block_tokens,
-                facts["block_bytes"], plain, tuple(self.ids), done.files,
+                self.name, session.model.name, facts.fingerprint, facts.dtype, session.config.block_tokens,
+                facts.block_bytes, plain, tuple(self.ids), done.files,
             )  # fmt: skip
             await watched(limit, what, save.commit, saved)
         finally:

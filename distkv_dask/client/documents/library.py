@@ -43,7 +43,7 @@ class Library:
         name = self._name(name)
         known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
         text = await asyncio.to_thread(DocumentText.of, known, self._session.tokenizer)
-        window = self._session.facts["max_positions"]
+        window = self._session.facts.max_positions
         if len(text.ids) >= window:
             raise InvalidRequestError(
                 f"a document of {len(text.ids)} tokens leaves no room for a question in the model's window of {window} "

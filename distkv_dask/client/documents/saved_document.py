@@ -17,6 +17,7 @@ from typing import Any
 from distkv_dask.errors import SavedDocumentError, in_words
 from distkv_dask.filesystems import explained, folder_at
 from distkv_dask.folder import Folder
+from distkv_dask.messages.client_calls import EngineFacts
 from distkv_dask.messages.names import SavedFile
 from distkv_dask.watch import Watch
 
@@ -47,21 +48,21 @@ class SavedDocument:
     ids: tuple[int, ...]
     files: tuple[SavedFile, ...]
 
-    def check(self, place: str, facts: Mapping[str, Any], block_tokens: int) -> None:
+    def check(self, place: str, facts: EngineFacts, block_tokens: int) -> None:
         """Raise :class:`SavedDocumentError` if an engine with these ``facts`` cannot use it."""
         wanted = {
-            "dtype": (self.dtype, facts["dtype"], f"is in {self.dtype}: open the engine with dtype={self.dtype!r}"),
-            "model": (self.fingerprint, facts["fingerprint"], f"is of model {self.model!r}, or other weights of it"),
+            "dtype": (self.dtype, facts.dtype, f"is in {self.dtype}: open the engine with dtype={self.dtype!r}"),
+            "model": (self.fingerprint, facts.fingerprint, f"is of model {self.model!r}, or other weights of it"),
             "blocks": (
                 (self.block_tokens, self.block_bytes),
-                (block_tokens, facts["block_bytes"]),
+                (block_tokens, facts.block_bytes),
                 f"has blocks of {self.block_tokens} tokens: open the engine with block_tokens={self.block_tokens}",
             ),
         }
         for what, (mine, its, words) in wanted.items():
             if mine != its:
                 raise SavedDocumentError(f"the document in {place} {words}; this engine has another {what}")
-        window = facts["max_positions"]
+        window = facts.max_positions
         if len(self.ids) >= window:
             raise SavedDocumentError(
                 f"the document in {place} has {len(self.ids)} tokens, which leave no room for a question in the "

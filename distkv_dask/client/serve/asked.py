@@ -102,7 +102,7 @@ def _checked(contents: list[Content], serving: Serving) -> list[tuple[list[int],
         assert content.prompt is not None
         ids = tokenizer.encode(content.prompt)
         sampling = serving.sampling(content.sampling, len(ids))
-        found.append((ids, checked(sampling, len(ids), serving.session.facts["max_positions"])))
+        found.append((ids, checked(sampling, len(ids), serving.session.facts.max_positions)))
     return found
 
 

@@ -22,7 +22,7 @@ from distkv_dask.client.batch.target import Target
 from distkv_dask.client.serve.failures import Refusal
 from distkv_dask.client.serve.keys import OWNER
 from distkv_dask.client.serve.serving import Serving
-from distkv_dask.client.serve.store import Store
+from distkv_dask.client.serve.store import Store, private
 from distkv_dask.errors import DistKVError, in_words, without_quotes
 
 logger = logging.getLogger("distributed.distkv.serve")
@@ -151,7 +151,7 @@ class BatchQueue:
 
     def _file(self, name: str, rows: pa.Table, owner: str) -> str:
         unfinished = self.store.folder / f"{name}.unfinished"
-        with unfinished.open("w+b") as file:
+        with private(unfinished) as file:
             write_openai_answers(rows, self._serving.names[0], file)
             file.seek(0)
             record = self.store.add_file(file, name, "batch_output", owner)

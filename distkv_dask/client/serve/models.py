@@ -25,7 +25,7 @@ async def model(request: Request) -> Response:
 
 
 def _model(serving: Serving, name: str) -> dict[str, Any]:
-    window = serving.session.facts["max_positions"]
+    window = serving.session.facts.max_positions
     longest = int(window) if math.isfinite(window) else None
     about = {"object": "model", "created": serving.began, "owned_by": "distkv-dask"}
     return {"id": name, **about, "max_model_len": longest}

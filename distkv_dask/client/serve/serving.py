@@ -54,7 +54,7 @@ class Serving:
         """How an answer to a prompt is drawn, of which a request says so much."""
         usual = self._sampling
         if "max_new_tokens" not in said:
-            room = self.session.facts["max_positions"] - prompt_tokens
+            room = self.session.facts.max_positions - prompt_tokens
             usual = replace(usual, max_new_tokens=int(max(1, min(usual.max_new_tokens, room))))
         return replace(usual, **said)
 

@@ -55,7 +55,7 @@ class Store:
         """Keep what is known of an id."""
         path = self._record(record["id"])
         unfinished = path.with_suffix(".unfinished")
-        with _private(unfinished) as file:
+        with private(unfinished) as file:
             file.write(json.dumps(record).encode())
         sync(unfinished)
         unfinished.replace(path)
@@ -74,7 +74,7 @@ class Store:
         }  # fmt: skip
         path = self.path(str(record["id"]))
         try:
-            with _private(path) as file:
+            with private(path) as file:
                 shutil.copyfileobj(source, file, 1 << 20)
             sync(path)
             record["bytes"] = path.stat().st_size
@@ -95,6 +95,6 @@ class Store:
         return self.path(name).with_suffix(".json")
 
 
-def _private(path: Path) -> BinaryIO:
-    """Open a new file for its owner alone."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb")
+def private(path: Path) -> BinaryIO:
+    """Open a new file for its owner alone, to write and read."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w+b")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
 
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.reach import answered
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import ClusterError, EngineClosedError
-from distkv_dask.messages.client_calls import Attached, ClientCall
+from distkv_dask.messages.client_calls import Attached, ClientCall, EngineFacts
 from distkv_dask.messages.names import PLUGIN, EngineSpec
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.version import VERSION
@@ -37,7 +36,7 @@ class AttachedEngine:
         self._engine = engine
         self._handle = 0
 
-    async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+    async def open(self, conversation: Conversation) -> tuple[EngineFacts, Tokenizer]:
         """Attach to it; returns the workers' reports, and the model's tokenizer."""
         client = conversation.client
         if not await answered(client, client.get_metadata([PLUGIN], default=False)):
@@ -48,12 +47,12 @@ class AttachedEngine:
         self.spec, facts, self._handle = attached
         try:
             self.model = await asyncio.to_thread(resolve_model, self.spec.model, self.spec.rope_scaling)
-            tokenizer = Tokenizer(await asyncio.to_thread(self.model.tokenizer), facts["vocab_size"])
+            tokenizer = Tokenizer(await asyncio.to_thread(self.model.tokenizer), facts.vocab_size)
         except BaseException:
             await asyncio.shield(self.close(conversation))
             raise
         conversation.listen_to(self.spec.engine, self._handle)
-        return dict(facts), tokenizer
+        return facts, tokenizer
 
     async def close(self, conversation: Conversation) -> None:
         """Detach: the handle's requests end, its documents are released, and the engine stays open."""

@@ -19,7 +19,7 @@ from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, in_words
-from distkv_dask.messages.client_calls import ClientCall
+from distkv_dask.messages.client_calls import ClientCall, EngineFacts
 from distkv_dask.messages.names import PLUGIN, DaskSpan, EngineSpec, pack
 from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported
@@ -48,7 +48,7 @@ class OwnedEngine:
         """Check a user's settings; raises :class:`ConfigError` or :class:`ModelError`."""
         return cls(resolve_model(model, rope_scaling), dtype, Config.load(**settings))
 
-    async def open(self, conversation: Conversation) -> tuple[dict[str, Any], Tokenizer]:
+    async def open(self, conversation: Conversation) -> tuple[EngineFacts, Tokenizer]:
         """Open it; returns the workers' reports, and the model's tokenizer."""
         engine, client, loop = self.spec.engine, conversation.client, asyncio.get_running_loop()
         if self.spec.config.trace:
@@ -61,9 +61,9 @@ class OwnedEngine:
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id, version=VERSION)
-            if not facts:  # Dask answers calls without a handler with None
+            if facts is None:  # Dask answers calls without a handler with None
                 raise ClusterError(f"no gManager answers in the scheduler: plugin {PLUGIN!r} failed there; see its log")
-            tokenizer = Tokenizer(await loading, facts["vocab_size"])
+            tokenizer = Tokenizer(await loading, facts.vocab_size)
         except BaseException:  # also if interrupted: no worker may keep a model that is not used
             loading.add_done_callback(_retrieved)
             await asyncio.shield(self._close(conversation))

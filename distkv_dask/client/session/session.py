@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Self
 
 from distributed import Client, get_client
@@ -24,7 +23,7 @@ from distkv_dask.client.session.store import DocumentStore
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
-from distkv_dask.messages.client_calls import ClientCall, Submission
+from distkv_dask.messages.client_calls import ClientCall, EngineFacts, Submission
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.models.source import ModelSource
 from distkv_dask.quotes import Quoting
@@ -61,7 +60,7 @@ class Session:
         self.conversation = Conversation(self.client)
         self.store = DocumentStore(self.conversation)
         self._engine = engine
-        self._facts: dict[str, Any] = {}
+        self._facts: EngineFacts | None = None
         if not self.client.asynchronous:
             if is_closed(self.client):
                 raise EngineClosedError(lost(self.client))
@@ -90,17 +89,18 @@ class Session:
         return self._engine.model
 
     @property
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> EngineFacts:
         """The workers' reports at opening; raises :class:`EngineClosedError` once it is closed."""
         self.check_open()
-        return MappingProxyType(self._facts)
+        assert self._facts is not None  # an engine that can be asked has answered
+        return self._facts
 
     @property
     def state(self) -> str:
         """State for display: ``attaching, opening, open`` or ``closed``."""
         if self.conversation.is_closed:
             return "closed"
-        if self._facts:
+        if self._facts is not None:
             return "open"
         return "opening" if isinstance(self._engine, OwnedEngine) else "attaching"
 
@@ -108,7 +108,7 @@ class Session:
 
     async def open(self) -> Self:
         """Open the engine, or attach to it, unless already done."""
-        if not self._facts:
+        if self._facts is None:
             await connected(self.client)
             self._facts, self.tokenizer = await self._engine.open(self.conversation)
         return self
@@ -132,7 +132,7 @@ class Session:
     @property
     def was_opened(self) -> bool:
         """Whether the engine answered at opening."""
-        return bool(self._facts)
+        return self._facts is not None
 
     @property
     def is_open(self) -> bool:
@@ -173,7 +173,7 @@ class Session:
             return self.submit_ids(ids, sampling, on_piece, document, text=text).generation
         if on_piece is not None and sampling.best_of is not None:
             raise InvalidRequestError("which answers are the best is known at their end: stream, or leave out best_of")
-        seed = checked(sampling, len(ids), self.facts["max_positions"], text).seed
+        seed = checked(sampling, len(ids), self.facts.max_positions, text).seed
         own = document is None and len(ids) > self.config.block_tokens
         shared = self.store.begin_ingest(ids[:-1]).number if own else document
         branches: list[Generation] = []
@@ -217,7 +217,7 @@ class Session:
             choices = choice_ids(sampling.choices, self.tokenizer, self.config)
             sampling = replace(sampling, max_new_tokens=max(map(len, choices)))
         quotes = sampling.quotes if isinstance(sampling, SamplingParams) else None
-        sampling = checked(sampling, len(ids), self.facts["max_positions"], text)
+        sampling = checked(sampling, len(ids), self.facts.max_positions, text)
         if sampling.n > 1 or sampling.best_of is not None:
             raise InvalidRequestError("a turn of a chat has one answer: leave out n and best_of")
         number = self.conversation.number()

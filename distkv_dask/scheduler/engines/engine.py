@@ -8,12 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from distkv_dask.completion import Timings
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.geometry import Geometry
-from distkv_dask.messages.client_calls import Attached, Delivery
+from distkv_dask.messages.client_calls import Attached, Delivery, EngineFacts
 from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
@@ -271,17 +270,17 @@ class EngineState:
         if request is not None and isinstance(request.state, Prefill) and done.gang in request.state.chunks:
             self.figures.prefilled(len(request.state.chunks[done.gang].tokens))
 
-    def summary(self) -> dict[str, Any]:
-        """Facts about the open engine for clients."""
+    def summary(self) -> EngineFacts:
+        """What the engine's clients know of its workers."""
         one = next(iter(self.facts.values()))
-        return {
-            "max_positions": one.geometry.max_positions or math.inf,
-            "vocab_size": one.geometry.vocab_size,
-            "block_bytes": one.block_bytes,
-            "dtype": one.geometry.dtype,
-            "fingerprint": max(facts.fingerprint for facts in self.facts.values()),
-            "workers": len(self.facts),
-        }
+        return EngineFacts(
+            max_positions=one.geometry.max_positions or math.inf,
+            vocab_size=one.geometry.vocab_size,
+            block_bytes=one.block_bytes,
+            dtype=one.geometry.dtype,
+            fingerprint=max(facts.fingerprint for facts in self.facts.values()),
+            workers=len(self.facts),
+        )
 
     def status(self) -> EngineStatus:
         """A snapshot: workers, sequences, debts and totals."""
