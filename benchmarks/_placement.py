@@ -12,7 +12,7 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 
 
 def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:
-    """Place a sequence of so many tokens in spans of (worker, room; None is the rest); the last one is the home's."""
+    """Place a sequence, by its tokens, in spans of (worker, room; None is the rest); the last one is the home's."""
 
     def place(policy: Policy, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)

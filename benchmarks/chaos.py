@@ -31,9 +31,9 @@ QUIET = "plan", "happened", "legitimate", "snapshot", "totals"
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seed", type=int, default=0, help="decides prompts, load and faults")
-    arguments.add_argument("--minutes", type=float, default=1.0, help="how long there are faults")
-    arguments.add_argument("--every", type=float, default=1.5, help="seconds between two faults, in the mean")
-    arguments.add_argument("--users", type=int, default=6, help="who ask at the same time")
+    arguments.add_argument("--minutes", type=float, default=1.0, help="how long faults happen")
+    arguments.add_argument("--every", type=float, default=1.5, help="average seconds between two faults")
+    arguments.add_argument("--users", type=int, default=6, help="how many users ask at the same time")
     arguments.add_argument("--few", action="store_true", help="few different prompts: they take seconds to prepare")
     arguments.add_argument("--tls", action="store_true", help="on a cluster with certificates")
     options = arguments.parse_args()

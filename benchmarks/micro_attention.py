@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import _report
 import torch
+from _roof import best_seconds, read_roof
 
 from distkv_dask.kernels import (
     IMPLEMENTATIONS,
@@ -36,7 +36,6 @@ SHAPES = {"8 kv heads, group 4, d 128": (8, 4, 128), "3 kv heads, group 3, d 64"
 CONTEXTS = {"8K": 8192, "64K": 65536, "512K": 524288}
 QUESTIONS = 16
 WINDOW, LONG = 1024, 65536
-SECONDS_PER_IMPLEMENTATION = 1.5
 
 Rows = list[dict[str, Any]]
 
@@ -57,35 +56,6 @@ def pool(lengths: list[int], kv_heads: int, d: int, device: str) -> dict[str, An
         "lengths": torch.tensor(lengths, dtype=torch.int32, device=device),
         "scale": d**-0.5,
     }
-
-
-def best_seconds(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """Best time of each callable; they take turns until every one has had its share of time."""
-    best = dict.fromkeys(runs, math.inf)
-    spent = dict.fromkeys(runs, 0.0)
-    for repetition in range(40):
-        for name, run in runs.items():
-            if repetition > 2 and spent[name] > SECONDS_PER_IMPLEMENTATION:
-                continue
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            best[name] = min(best[name], seconds)
-            spent[name] += seconds
-    return best
-
-
-def read_roof(device: str, threads: int) -> tuple[Callable[[], object], int]:
-    """Callable that reads memory as fast as this machine can, and how many bytes it reads."""
-    memory = torch.empty(1 << 27, dtype=torch.int64, device=device)
-    advise_huge_pages(memory)
-    memory.fill_(1)
-    size = memory.numel() * 8
-    if device == "cpu" and native_kernel.missing() is None:
-        return lambda: native_kernel.read_memory(memory, threads), size
-    return lambda: memory.sum(), size
 
 
 def flash(arguments: dict[str, Any], q: torch.Tensor) -> Callable[[], object]:

@@ -34,7 +34,7 @@ from distkv_dask.worker.model.load import load_model
 
 NEW = 24
 SEEDS, LEAD = 8, 1e-3
-"""Weights are drawn again, so many times at most, until every token leads by this much."""
+"""Weights are drawn again, at most this many times, until every token leads by this much."""
 SPLITS = {
     45: [("w1", 16), ("w2", 16), ("w0", 45)],
     29: [("w2", 8), ("w0", 8), ("w1", 8), ("w2", 45)],

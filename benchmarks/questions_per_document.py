@@ -1,10 +1,10 @@
 """Sixteen questions on one document of 6,000 tokens: how much faster than sixteen separate requests?
 
 ``seconds_shared`` is ingesting the document and asking all questions together; ``seconds_separate`` is the same prompts
-through ``engine.generate``, of which ``--separate`` are run, in proportion. The peer is plain transformers on as many
+through ``engine.generate``, scaled from ``--separate`` of them. The peer is plain transformers on as many
 threads as the workers have together, asked one question after the other: with a forward over the whole prompt for each
-(``peer_separate_seconds``), and with a copy of the document's cache for each (``peer_shared_seconds``); both from
-``--peer`` questions, in proportion. The model is SmolLM2-135M in bfloat16, answers are greedy.
+(``peer_separate_seconds``), and with a copy of the document's cache for each (``peer_shared_seconds``); both scaled
+from ``--peer`` questions. The model is SmolLM2-135M in bfloat16, answers are greedy.
 """
 
 from __future__ import annotations

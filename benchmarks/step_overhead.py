@@ -6,8 +6,8 @@ open on the same cluster and take turns, and the median of the differences is th
 socket ping-pong of the same bytes between two processes, and the cost of the same step as a Dask graph of one task per
 layer and holder.
 
-With ``--holders 1,4,16`` beside that: what a layer costs with so many holders. They are real holder lanes, forked
-processes of their own without Dask, and the floor is as many bare sockets in as many processes, in turns with them.
+With ``--holders 1,4,16`` beside that: what a layer costs with these numbers of holders. They are real holder lanes,
+forked processes of their own without Dask. The floor is as many bare sockets in as many processes, in turns with them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Floor:
             process.join(10)
 
     def us(self, holders: int, pause_us: float, rounds: int = 300) -> float:
-        """Median time to send queries to so many processes and to have all of their partials.
+        """Median time to send queries to ``holders`` processes and to have all of their partials.
 
         Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
         gone deeper to sleep. Its thread has the priority of a home lane.
@@ -158,7 +158,7 @@ def _rounds(peers: list[socket.socket], pause: float, rounds: int) -> float:
 
 
 def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> list[dict[str, Any]]:
-    """What a layer costs with so many holders, each a process of its own, over the same attention at the home alone."""
+    """What a layer costs with holders that are processes of their own, over the same attention at the home alone."""
     steps, layers = options.new // 3, options.layers
     most, blocks = max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1
     with Fleet(folder, options.channel, most, blocks) as fleet, Floor(options.channel, most) as floor:

@@ -34,7 +34,7 @@ def weight_memory(engine: str, dask_worker: Worker) -> tuple[int, int]:
 
 
 def of_workers(count: int, folder: Path, dtype: str) -> dict[str, Any]:
-    """Figures of a cluster of so many workers."""
+    """Figures of a cluster of ``count`` workers."""
     with (
         LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster,
         Client(cluster) as client,

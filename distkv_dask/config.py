@@ -95,7 +95,7 @@ class Config:
         Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance
         Whether workers are timed when an engine opens: ``"auto"`` (once for each model and hardware), ``"measure"``
-        (anew) or ``"preset"`` (not at all).
+        (again) or ``"preset"`` (not at all).
     instruction_set
         Which instruction set of the C++ core computes attention on CPUs: ``"auto"`` (the fastest) or a name.
     prefill_chunk_tokens

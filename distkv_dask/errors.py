@@ -21,7 +21,7 @@ class InvalidRequestError(DistKVError, ValueError):
 
 
 class CapacityError(DistKVError):
-    """KV memory is too small; the message gives needed and available bytes and the setting to change."""
+    """Memory is too small; the message says what is needed, what there is, and what to change."""
 
 
 class PlanError(DistKVError):
@@ -44,7 +44,7 @@ class PlanError(DistKVError):
 
 
 class StateLostError(DistKVError):
-    """A home has no state of a sequence's recurrent layers; the scheduler recomputes the sequence.
+    """A home lacks the state or the windows that a sequence goes on from; the scheduler recomputes the sequence.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class ModelError(DistKVError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model uses an attention feature that DistAttention does not support."""
+    """The model, or its combination with a setting, is one that DistAttention does not support."""
 
 
 class ClusterError(DistKVError):
@@ -87,7 +87,7 @@ class ChannelError(DistKVError, ConnectionError):
 
 
 class ChannelTimeoutError(ChannelError, TimeoutError):
-    """A peer did not answer within the receive time limit (``distkv.timeouts.receive``)."""
+    """A peer did not answer in time (``distkv.timeouts.receive``, or ``start`` while a gang begins)."""
 
 
 class EngineClosedError(DistKVError):
@@ -99,11 +99,11 @@ class DeviceError(DistKVError):
 
 
 class DeviceMemoryError(DeviceError):
-    """A card ran out of memory in the middle of a step; what it computed is repeated."""
+    """A card ran out of memory during a step, which is repeated."""
 
 
 class DeviceLostError(DeviceError):
-    """A worker's card failed and answers no call any more; its process ends."""
+    """A worker's card failed and no longer answers; the worker's process ends."""
 
 
 class SavedDocumentError(DistKVError, ValueError):
@@ -123,7 +123,7 @@ class TooManyErrorsError(DistKVError):
 
 
 class MissingProgramError(DistKVError, ImportError):
-    """A requested feature needs an optional package that is not installed; the message says how to install it."""
+    """A feature needs an optional package or program that is not installed; the message says how to install it."""
 
 
 class ResultTimeoutError(DistKVError, TimeoutError):
@@ -156,9 +156,9 @@ def _text(error: BaseException) -> str:
 
 
 def portable(error: Exception, where: str) -> DistKVError:
-    """An error as it travels: ours as it is, others' in words, since their classes may not survive the journey.
+    """An error that can be sent: ours as it is, others as text, because the receiver may not have their classes.
 
-    It has no traceback: whoever keeps it would keep everything that the calls there had, a model for instance.
+    It has no traceback, which would keep alive everything that the failed calls referred to, such as a model.
     """
     if isinstance(error, DistKVError):
         return type(error)(*error.args)  # copy.copy() keeps tracebacks where Dask has installed tblib
@@ -166,7 +166,7 @@ def portable(error: Exception, where: str) -> DistKVError:
 
 
 def without_quotes(error: Exception) -> str:
-    """What logs, events and pages say of an error: words of others, and of a request's own, may quote a user's text."""
+    """What logs, events and pages say of an error: texts of other libraries and of bad requests may quote a user."""
     if type(error) is DistKVError:  # as portable() makes it
         return str(error).partition(": ")[0]
     ours = isinstance(error, DistKVError) and not isinstance(error, InvalidRequestError)

@@ -70,8 +70,8 @@ class PrefillChunk:
 
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
     carries the first generated token, or which of the ``choices`` was chosen. ``targets`` are, for each of the tokens,
-    those behind it whose log probabilities are wanted, with those of so many of the ``best``. With ``snapshot`` the
-    home keeps what it has of the sequence after the chunk, for others to begin with. Dask logs tasks that fail with
+    those behind it whose log probabilities are wanted, with those of the ``best`` most likely ones. With ``snapshot``
+    the home keeps what it has of the sequence after the chunk, for others to begin with. Dask logs tasks that fail with
     their arguments: no text of users is in its ``repr``.
     """
 

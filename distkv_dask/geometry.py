@@ -43,7 +43,7 @@ class Geometry:
     ``kv_heads`` and ``head_dim`` are those of the pool: layers that have less are padded. ``max_positions`` is the
     longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``; ``layer_kinds`` has one kind
     a layer, or is empty where all of them see everything. Where ``latent_dim`` is not 0 (latent attention), values are
-    the first so many numbers of the keys, and stored once. ``layers`` are those with attention: a model may have
+    the first ``latent_dim`` numbers of the keys, and stored once. ``layers`` are those with attention: a model may have
     recurrent ones beside them, which keep ``state_bytes`` of a sequence. Where they ``scan_once``, they cannot go on
     from a state with several tokens at once. KV of ``home_layers`` stays at the home of its sequence, that of
     ``far_layers`` is on any workers.

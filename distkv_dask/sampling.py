@@ -78,8 +78,8 @@ class SamplingParams:
         up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
         forever.
     logprobs
-        Return the log probability of every generated token, and of so many of the most likely ones in its place (0 to
-        20): :attr:`Completion.logprobs`. None returns none.
+        Return the log probability of every generated token, and of this many (0 to 20) of the most likely ones in its
+        place: :attr:`Completion.logprobs`. None returns none.
     prompt_logprobs
         The same for the tokens of the prompt: :attr:`Completion.prompt_logprobs`. The whole prompt is computed then,
         nothing of it is reused.
@@ -142,10 +142,7 @@ class SamplingParams:
         put("n", _whole("n", self.n, low=1, high=MOST_ANSWERS))
         if self.best_of is not None:
             put("best_of", _whole("best_of", self.best_of, low=self.n, high=MOST_ANSWERS))
-        if self.temperature == 0 and max(self.n, self.best_of or 1) > 1:
-            raise InvalidRequestError(
-                "at temperature 0 all answers are the same: set a temperature, or leave out n and best_of"
-            )
+        self._check_answers()
         if self.schema is not None:
             put("schema", _schema(self.schema))
         for name in ("regex", "grammar"):
@@ -190,6 +187,13 @@ class SamplingParams:
         """What the answer follows, if it may not be any text."""
         kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
         return next((Form(kind, str(text)) for kind in kinds if (text := getattr(self, kind)) is not None), None)
+
+    def _check_answers(self) -> None:
+        """Refuse several answers that would all be the same."""
+        if self.temperature == 0 and max(self.n, self.best_of or 1) > 1:
+            raise InvalidRequestError(
+                "at temperature 0 all answers are the same: set a temperature, or leave out n and best_of"
+            )
 
     def _check_choices(self) -> None:
         """Refuse what makes no sense for an answer that is one of some choices."""

@@ -1,7 +1,9 @@
 """MicroAttention: attention of some queries over one worker's KV blocks, and the exact merge of partial results.
 
-One contract (:func:`micro_attention`, :func:`merge_into`, :func:`merge`), several implementations; this package imports
-nothing of the rest of the project.
+One contract (:func:`micro_attention`, :func:`merge_into`, :func:`merge`), several implementations.
+
+May import: nothing else of the project; torch, and numba or Triton where they are installed.
+May not touch: requests, sequences, workers; a kernel knows rows, blocks and queries.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _many(dtype: torch.dtype) -> Call:
 
 
 def _call(dtype: torch.dtype, blocks: int, queries: int) -> Call:
-    """One row of so many queries over so many blocks that have been written to."""
+    """One row of ``queries`` queries over ``blocks`` blocks that have been written to."""
     pool = torch.empty(blocks, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, dtype=dtype)
     advise_huge_pages(pool)
     pool.fill_(1)

@@ -33,7 +33,7 @@ def disagreement(library: ctypes.CDLL, layouts: Mapping[str, Layout]) -> str | N
     Parameters
     ----------
     library
-        It exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in core.h and frames.h).
+        It exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in exports.h).
     layouts
         What Python believes.
     """

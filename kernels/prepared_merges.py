@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,8 +62,7 @@ class PreparedMerges:
     def __call__(self) -> None:
         """Merge the partials as they are now."""
         if self._table is not None:
-            jit = importlib.import_module(".triton_jit", __package__)
-            launch_merge(jit, (self._partials, *self._table), self._out, self._lse)
+            launch_merge((self._partials, *self._table), self._out, self._lse)
             return
         self._out.zero_()
         self._lse.fill_(-torch.inf)
@@ -75,7 +73,7 @@ class PreparedMerges:
 def merge_table(
     tokens: int, d: int, queries: Sequence[int], runs: Runs, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tables of the merge kernel (``merge_partials`` in triton_jit.py): int32 [tokens, 2] and int32 [n, 2]."""
+    """The tables of the merge kernel (``merge_partials`` in triton_merge.py): int32 [tokens, 2] and int32 [n, 2]."""
     source, query, token, count = np.array(runs, np.int64).reshape(-1, 4).T
     run = np.repeat(np.arange(len(count)), count)
     nth = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)

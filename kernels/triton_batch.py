@@ -7,7 +7,6 @@ step to step, so that layers may be captured in a graph.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +146,7 @@ class TritonBatch:
                 INT8=self._int8, UPCAST=upcast, **launch.tiles.options(),
             )  # fmt: skip
         if self._work.partials:
-            launch_merge(self._jit, (self._partials, self._merge_tokens, self._merge_entries), out, lse)
+            launch_merge((self._partials, self._merge_tokens, self._merge_entries), out, lse)
 
     def append(self, k: torch.Tensor, v: torch.Tensor | None, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
         """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots; v None: not."""
@@ -162,11 +161,11 @@ class TritonBatch:
 
 
 def launch_merge(
-    jit: Any, partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor, lse: torch.Tensor
+    partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """Queue the merge of partials, given with their tokens and entries (see ``merge_partials`` in triton_jit.py)."""
+    """Queue the merge of partials, given with their tokens and entries (see ``merge_partials`` in triton_merge.py)."""
     tokens, heads, d = out.shape
-    jit.merge_partials[(tokens, heads)](
+    importlib.import_module(".triton_merge", __package__).merge_partials[(tokens, heads)](
         *partials, out, lse, heads, D=d, D_PADDED=padded(d), CHUNK=MERGE_CHUNK, **MERGE_OPTIONS
     )
 

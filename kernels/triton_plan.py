@@ -20,7 +20,7 @@ ITEM = 8
 of the tile, first token that the tile sees, token after the last, tokens before the one that query 0 sees last, and
 where the result goes: query 0's token of out, or ``-1 - partial``."""
 MIN_PIECE = 256
-"""A piece of a row is worth its merge from about so many tokens."""
+"""A piece of a row with about this many tokens, or more, is worth its merge."""
 FEW_PROGRAMS = 4
 """Programs for each processor that a batch of few queries per row is cut into; more than run at once, for balance."""
 NO_LIMIT = 1 << 30

@@ -51,9 +51,9 @@ class Setting:
     seed
         Decides prompts, load and faults.
     seconds, every
-        How long there are faults, and one every so many seconds in the mean.
+        How long faults happen, and the average time between two of them.
     users
-        Who ask at the same time.
+        How many ask at the same time.
     cuttable
         Whether this process is in a network namespace of its own; elsewhere relays cut what workers say to each other.
     few

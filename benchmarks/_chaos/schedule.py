@@ -57,7 +57,7 @@ VARIED = {
 
 
 class Fault(NamedTuple):
-    """One fault: ``at`` so many seconds, on whatever ``pick`` (0 to 1) hits then, for ``seconds`` where it lasts."""
+    """One fault: ``at`` a time in seconds, on what ``pick`` (0 to 1) hits then, for ``seconds`` if it lasts."""
 
     at: float
     kind: str
@@ -73,7 +73,7 @@ class Errand(NamedTuple):
 
 
 def plan_faults(seed: int, seconds: float, every: float, kinds: Sequence[str] = tuple(WEIGHTS)) -> list[Fault]:
-    """Faults of a run of so many ``seconds``, one ``every`` so many in the mean."""
+    """Faults of a run of ``seconds`` seconds, on average one in ``every`` seconds."""
     draw, at, faults = Random(f"faults {seed}"), 0.0, list[Fault]()
     while (at := at + draw.uniform(0.2, 1.8) * every) < seconds:
         (kind,) = draw.choices(kinds, [WEIGHTS[one] for one in kinds])

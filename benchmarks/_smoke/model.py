@@ -68,7 +68,7 @@ def engine(card: Card, figures: dict[str, Any]) -> bool:
 
 
 def _answered(folder: str, prompt: list[int], new: int, kv_memory: int) -> tuple[list[int], float]:
-    """Tokens of a request in float32, and seconds of a decode step, with so many bytes of KV memory at each worker."""
+    """Tokens of a request in float32, and seconds of a decode step, with ``kv_memory`` bytes at each worker."""
     from distributed import Client, LocalCluster
 
     from distkv_dask import Engine, SamplingParams

@@ -48,7 +48,7 @@ class Stages:
 
 @contextlib.contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-    """Raise LateError inside the ``with`` statement after so many seconds."""
+    """Raise LateError inside the ``with`` statement after ``seconds`` seconds."""
 
     def late(*_: object) -> None:
         raise LateError(f"it took longer than {seconds:.0f} s")

@@ -31,9 +31,9 @@ class Opened(FromWorker):
     """An engine is open on the worker.
 
     ``role`` is "memory" for a worker that only holds KV, "stage" for one that computes further layers; sizes are in
-    blocks and bytes. It can be home of ``places`` sequences at most. ``device`` says what it computes on, and what is
-    to be said about that; ``fingerprint`` which weights were loaded; ``measured`` how fast the worker is, where it was
-    timed; ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are.
+    blocks and bytes. It can be home of ``places`` sequences at most. ``device`` is what it computes on, with a note if
+    there is one; ``fingerprint`` tells which weights were loaded; ``measured`` how fast the worker is, if it was timed;
+    ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are.
     """
 
     endpoint: Endpoint
@@ -83,7 +83,7 @@ class ChunkStarted(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(FromWorker):
-    """A chunk of a prompt is computed, after which no token was to be drawn; ``scored`` has its targets."""
+    """A chunk is computed after which no token is drawn; ``scored`` has its targets."""
 
     sequence: int
     gang: int
@@ -95,8 +95,8 @@ class ChunkDone(FromWorker):
 class Prefilled(FromWorker):
     """A prompt's last chunk is computed, and its first token drawn.
 
-    ``reason`` says that the answer ended with it; with "stop" the token is no part of it. ``logprob`` is its, if
-    wanted; ``scored`` has the targets of the chunk. With ``chosen``, the answer is a choice, and ends with it.
+    ``reason`` is set if the answer ended with the token; with "stop" the token is no part of it. ``logprob`` is the
+    token's, if wanted; ``scored`` has the targets of the chunk. With ``chosen``, the answer is a choice, and ends.
     """
 
     sequence: int
@@ -136,7 +136,7 @@ class GangFailed(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Retired(FromWorker):
-    """The worker computes on a sequence no more."""
+    """The worker no longer computes on a sequence."""
 
     sequence: int
 
@@ -146,7 +146,7 @@ class Retired(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Expected(FromWorker):
-    """The target of a move allocated its blocks; not if there is a ``refusal``."""
+    """The target of a move allocated its blocks, or has a ``refusal``."""
 
     number: int
     refusal: str = ""
@@ -154,7 +154,7 @@ class Expected(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Sent(FromWorker):
-    """The source of a move copied all blocks; not if there is a ``failure``."""
+    """The source of a move copied all blocks, or had a ``failure``."""
 
     number: int
     failure: str = ""

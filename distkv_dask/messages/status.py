@@ -68,7 +68,7 @@ class WorkerPerformance:
     measured
         Whether the worker was timed; otherwise the figures are a preset's.
     slower
-        Recent slowdown against the time when the worker was timed, as a factor; ``step`` and the others include it.
+        Factor by which the worker is slower now than when it was timed; ``step`` and the others include it.
     """
 
     step: float
@@ -231,9 +231,9 @@ class EngineStatus:
     scheduler
         How busy the Dask scheduler is with decode windows.
     state_bytes
-        What only the home of a sequence has: a state, if the model has recurrent layers, and KV of layers that see a
-        short window; 0 for others. Then a sequence stays at its home, and the prefix cache is off: only whole documents
-        are shared.
+        Bytes that only the home of a sequence has: a state, if the model has recurrent layers, and KV of layers that
+        see a short window; 0 for other models. Such a sequence stays at its home until that worker leaves, and others
+        can begin with its tokens only where the home kept a snapshot.
     speculation
         How many tokens decode steps try ahead (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
         reason where the settings do not say so.

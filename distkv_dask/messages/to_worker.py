@@ -48,7 +48,7 @@ class Reserve(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Begin(ToWorker):
-    """Let a sequence begin with what its home keeps of another one, the ``source``, after ``length`` tokens."""
+    """Let a sequence begin with what its home keeps of another one, ``source``, after ``length`` tokens."""
 
     sequence: int
     source: int
@@ -57,7 +57,7 @@ class Begin(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Keep(ToWorker):
-    """Keep of a sequence's snapshots at its home those after so many tokens; nothing else of one that has ``ended``."""
+    """Keep only a sequence's snapshots after ``lengths`` tokens; if it has ``ended``, nothing else of it."""
 
     sequence: int
     lengths: tuple[int, ...]
@@ -80,7 +80,7 @@ class Release(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Free(ToWorker):
-    """Free the blocks of tokens ``[start, stop)`` of a sequence, which take part in no window; move none of them."""
+    """Free the blocks of tokens ``[start, stop)`` of a sequence: no window uses them, and moves must leave them out."""
 
     sequence: int
     start: int
@@ -97,7 +97,7 @@ class Join(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Reset(ToWorker):
-    """Decode none of the home's sequences any more, and refuse windows of an older epoch."""
+    """Stop decoding all sequences of the home, and refuse windows of an older epoch."""
 
     epoch: int
 
@@ -119,7 +119,7 @@ class Expect(ToWorker):
 class Send(ToWorker):
     """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects move ``number`` (answered by Sent).
 
-    ``pace`` is the time of a decode step that the copying hides under, in seconds; 0 is as fast as can be.
+    ``pace`` is the time of a decode step that the copying hides under, in seconds; 0 means as fast as possible.
     """
 
     number: int
@@ -147,7 +147,7 @@ class Relocate(ToWorker):
 class Store(ToWorker):
     """Write these token ranges of a sequence to files, for request ``number`` (the worker answers Stored).
 
-    Its home, which has more than blocks after ``home`` tokens, writes that, too; 0 for others.
+    The home also writes its state and windows after ``home`` tokens; 0 if there are none, or on another worker.
     """
 
     number: int
@@ -161,7 +161,7 @@ class Store(ToWorker):
 class Fetch(ToWorker):
     """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers Fetched).
 
-    Its home reads what it has beside blocks after ``home`` tokens, too; 0 for others.
+    The home also reads its state and windows after ``home`` tokens; 0 if there are none, or on another worker.
     """
 
     sequence: int
@@ -172,14 +172,14 @@ class Fetch(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Demote(ToWorker):
-    """Move spilled blocks from host memory to the own disk, before anything that is asked for later."""
+    """Move spilled blocks from host memory to the worker's own disk, before anything that is asked for later."""
 
     files: tuple[SpilledFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Discard(ToWorker):
-    """Delete spilled blocks, once what was asked for before is done with them."""
+    """Delete spilled blocks, after everything that was asked for earlier."""
 
     names: tuple[str, ...]
 

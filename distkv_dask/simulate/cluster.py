@@ -28,11 +28,11 @@ from distkv_dask.simulate.traces import Arrival
 from distkv_dask.simulate.workers import Asked, Workers
 
 TICK = 1.0
-"""Seconds between two ticks of the state machine at first."""
+"""Seconds between two ticks of the state machine at the start."""
 TICKS = 50
-"""Later, the pause between two ticks is the time that has passed, divided by this."""
+"""Later, the pause between two ticks is the simulated time divided by this."""
 IDLE = 10_000
-"""Ticks in which nothing else happens, until that is a fault: waiting for other workers is over long before."""
+"""Ticks without any other event after which a run counts as stuck; all waits for workers end long before."""
 
 
 class Simulation:
@@ -73,7 +73,7 @@ class Simulation:
 
     @property
     def ledger(self) -> Ledger:
-        """Where everything lies."""
+        """Where the KV of all requests is."""
         return self.machine.state.ledger
 
     def run(self, arrivals: Sequence[Arrival], losses: Sequence[tuple[float, int]] = ()) -> Outcome:
@@ -155,11 +155,7 @@ class Simulation:
                 if lane.current is not None and lane.current.gang.number == gang:
                     self._free(lane)
             case do.ForgetTasks(gang, finished) if not finished and gang.home in self.lanes:
-                queue = self.lanes[gang.home].queue
-                for item in [
-                    item for item in queue if not isinstance(item, to.Relocate) and item.gang.number == gang.number
-                ]:
-                    queue.remove(item)
+                self.lanes[gang.home].drop(gang.number)
             case do.Refuse(sequence):
                 self._end(sequence, served=False)
 
@@ -173,7 +169,14 @@ class Simulation:
 
     def _arrive(self, together: Sequence[tuple[int, Arrival]]) -> None:
         self._runs |= {number: Run(number, arrival) for number, arrival in together}
-        self._handle(Submit(tuple(_submission(number, arrival) for number, arrival in together)))
+        self._handle(Submit(tuple(self._submission(number, arrival) for number, arrival in together)))
+
+    def _submission(self, number: int, arrival: Arrival) -> Submission:
+        sampling = SamplingParams(max_new_tokens=arrival.output, ignore_eos=True)
+        ids = arrival.blocks
+        if not ids and self.machine.state.cache.enabled:
+            ids = (-1 - number,)  # tokens of its own: no id of a trace is negative
+        return Submission(number, Prompt(arrival.prompt, ids), sampling)
 
     def _deliver(self, run: Run, news: Delivery) -> None:
         if news.tokens:
@@ -283,8 +286,3 @@ class Simulation:
             lane.queue.clear()
             self.workers.remove(worker)
             self._handle(WorkerLost(worker))
-
-
-def _submission(number: int, arrival: Arrival) -> Submission:
-    sampling = SamplingParams(max_new_tokens=arrival.output, ignore_eos=True)
-    return Submission(number, Prompt(arrival.prompt, arrival.blocks), sampling)

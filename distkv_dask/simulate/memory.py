@@ -1,7 +1,7 @@
 """Pools and disks of simulated workers: which blocks are there, and the tokens whose KV they hold.
 
-With it, orders are checked: KV has to be where the home looks for it, nothing may be computed into others' blocks, and
-no pool may hold more than it has room for.
+It checks the state machine's messages: KV has to be where the home looks for it, nothing may be written into blocks of
+others, and no pool may hold more than it has room for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.records.machine_state import MachineState
 
 Table = dict[int, tuple[int, ...]]
-"""Logical blocks of a sequence, and of each the tokens whose KV it holds."""
+"""Logical block of a sequence -> the tokens whose KV it holds."""
 
 
 class Memory:
@@ -31,8 +31,10 @@ class Memory:
     ----------
     pools
         By worker and sequence.
-    disks, folder
-        Spilled blocks by worker and file; saved ones by file, which all workers reach.
+    disks, hosts
+        Spilled blocks by worker and file, on disk and in host memory.
+    folder
+        Saved blocks by file, which all workers reach.
     expected
         Numbers of moves whose target has allocated its blocks.
     """
@@ -70,7 +72,7 @@ class Memory:
                 self._reserve(worker, sequence, start, stop)
                 self.expected.add(number)
             case to.Release(worker, sequence):
-                self.pools[worker].pop(sequence, None)  # nothing is there of a move that has only begun
+                self.pools[worker].pop(sequence, None)  # a move that has only begun left nothing there
             case to.Free(worker, sequence, start, stop) if worker in self.pools:
                 for block in self.blocks(start, stop):
                     self.pools[worker].get(sequence, {}).pop(block, None)

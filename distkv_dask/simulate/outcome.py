@@ -1,4 +1,4 @@
-"""What came of a simulation: when each request got how far, and how full the workers were."""
+"""The outcome of a simulation: times of each request, and how full the workers were."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class Outcome:
     moved_blocks: int = 0
     seconds: float = 0.0
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    """Times, and what share of its pool each worker uses then (those that are there)."""
+    """Times, and the fraction of its pool that each worker uses then (lost workers are left out)."""

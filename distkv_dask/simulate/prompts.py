@@ -18,14 +18,14 @@ else:
 
 
 class Prompt(Tokens):
-    """Token ids of a prompt of ``length`` tokens, which takes no memory by its length.
+    """Token ids of a prompt of ``length`` tokens, which are made when they are read and not stored.
 
     Parameters
     ----------
     length
         Tokens.
     blocks
-        One id for each :data:`BLOCK` tokens: prompts whose first ids agree begin alike. Without ids all tokens are 0.
+        One id for each :data:`BLOCK` tokens: prompts whose first ids agree begin alike. Tokens without an id are 0.
 
     Examples
     --------

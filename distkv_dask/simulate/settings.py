@@ -16,7 +16,7 @@ BLOCK_TOKENS = 64
 BATCH = 256
 """Sequences that one instance decodes together (vLLM's default)."""
 CHUNK_SECONDS = 0.25
-"""A chunk of a prompt takes so long on a worker on which one of the configured size would take less, without KV."""
+"""Least time of a prompt's first chunk: on workers that are faster, chunks are larger than configured."""
 
 
 def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:

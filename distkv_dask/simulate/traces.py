@@ -26,7 +26,7 @@ class Arrival:
     """A request: seconds after the first one at which it comes, tokens of its prompt and of its answer.
 
     ``blocks`` has an id for each :data:`~distkv_dask.simulate.prompts.BLOCK` tokens of the prompt: prompts whose first
-    ids agree begin alike. Without ids a prompt begins like no other.
+    ids agree begin alike. A prompt without ids begins like no other.
     """
 
     at: float

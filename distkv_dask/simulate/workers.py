@@ -1,7 +1,6 @@
-"""What workers do with each message: batches, windows and chunks by home, and what they answer.
+"""What simulated workers do with each message: batches, windows and chunks by home, and their answers.
 
-When they do it is for others to say: :mod:`~distkv_dask.simulate.cluster` lets it take the time that the performance
-model says, tests let it happen in any order.
+Callers decide when: :mod:`~distkv_dask.simulate.cluster` follows the performance model, tests use any order.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Decoding:
     shared: list[Span] = field(default_factory=list)
 
     def lies(self, placement: Placement) -> None:
-        """It lies there from now on."""
+        """Take a new placement."""
         home = placement[-1].worker
         self.placement, self.remote, self.shared = placement, {}, []
         for span in placement:
@@ -60,7 +59,7 @@ class Workers:
     Parameters
     ----------
     memory
-        Pools and disks with what is in them, to check orders by; None for workers that do all as they are told.
+        Pools and disks with their contents, which check the messages; None checks nothing.
 
     Attributes
     ----------

@@ -18,27 +18,25 @@ from distributed import Worker, WorkerPlugin
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
-from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words, portable
+from distkv_dask.errors import EngineClosedError
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
-from distkv_dask.geometry import Geometry
 from distkv_dask.messages import to_worker as do
-from distkv_dask.messages.from_worker import Closed, FromWorker, Lost, OpenFailed
+from distkv_dask.messages.from_worker import Closed, FromWorker, Lost
 from distkv_dask.messages.names import (
     FROM_WORKER,
     MEMORY_RESOURCE,
     PLUGIN,
     TAKE_TRACE,
     TO_WORKER,
-    EngineSpec,
     ToPeer,
     pack,
     unpack,
 )
-from distkv_dask.placement import Stage
 from distkv_dask.version import VERSION
 from distkv_dask.worker.exit import end_process
 from distkv_dask.worker.import_ahead import import_ahead
 from distkv_dask.worker.open_lanes import OpenLanes
+from distkv_dask.worker.opening import open_engine
 from distkv_dask.worker.peers import Peers
 from distkv_dask.worker.shortages import Shortages
 
@@ -135,8 +133,8 @@ class RManager(WorkerPlugin):
 
     def _do(self, name: str, message: do.ToWorker) -> None:
         match message:
-            case do.Open(_, spec, geometry, stage):
-                self._spawn(self._open_engine(spec, geometry, stage))
+            case do.Open():
+                self._spawn(self._open_engine(message))
                 return
             case do.Close():
                 self._spawn(self._close_engine(name))
@@ -216,34 +214,21 @@ class RManager(WorkerPlugin):
 
     # Opening and closing
 
-    async def _open_engine(self, spec: EngineSpec, geometry: Geometry | None, stage: Stage | None) -> None:
+    async def _open_engine(self, message: do.Open) -> None:
+        spec = message.spec
         async with self._changing:
             if self._leaving or spec.engine in self.engines:
                 return
-            try:
-                engine = await asyncio.get_running_loop().run_in_executor(None, self._build, spec, geometry, stage)
-            except EngineClosedError as error:  # a lane has ended meanwhile
-                self.tell(spec.engine, Lost(self.worker.address, str(error)))
-            except DistKVError as error:
-                self.tell(spec.engine, OpenFailed(self.worker.address, portable(error, self.worker.address)))
-            except Exception as error:
-                logger.exception("engine %s cannot be opened", spec.engine)
-                failure = ModelError(
-                    f"worker {self.worker.address} could not open the engine: {in_words(error)}; see its log"
-                )
-                self.tell(spec.engine, OpenFailed(self.worker.address, failure))
+            lanes = partial(self._lanes.start, spec.config.threads)
+            opened = await open_engine(message, lanes, self.worker, self.tell)
+            if isinstance(opened, FromWorker):
+                self.tell(spec.engine, opened)
             else:
-                self.engines[spec.engine] = engine
-                self._send(spec.engine, engine.facts)
+                self.engines[spec.engine] = opened
+                self._send(spec.engine, opened.facts)
                 self._give_up("a compute thread of this worker ended while it opened the engine")
             if not self.engines:
                 await self._lanes.close()
-
-    def _build(self, spec: EngineSpec, geometry: Geometry | None, stage: Stage | None) -> WorkerEngine:
-        """In a thread: the imports alone take seconds, and Dask's heartbeats must go on."""
-        from distkv_dask.worker.startup import build_engine
-
-        return build_engine(spec, geometry, self._lanes.start(spec.config.threads), self.worker, self.tell, stage)
 
     def _lane_ended(self, reason: str) -> None:
         """In the thread that ends."""

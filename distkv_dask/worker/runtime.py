@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distkv_dask.errors import DistKVError, EngineClosedError, ModelError, in_words
+from distkv_dask.errors import EngineClosedError, ModelError, in_words
 from distkv_dask.gang import ChunkResult, DecodeWindow, Exchanged, Gang, PrefillChunk, SequenceState, WindowResult
 from distkv_dask.geometry import Geometry, describe_kinds
-from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec
 from distkv_dask.placement import Stage
-from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.by_layer.paused import PausedForward
 from distkv_dask.worker.channels.bodies import Hello, encode_hello
@@ -26,17 +24,15 @@ from distkv_dask.worker.channels.dial import Dialer
 from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
-from distkv_dask.worker.home.choosing import Choosing, rounds
+from distkv_dask.worker.home.chunks import Chunks
 from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
 from distkv_dask.worker.home.home_state import Begun, HomeState
-from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
+from distkv_dask.worker.home.prefill import PrefillRun
 from distkv_dask.worker.home.step_attention import StepAttention
 from distkv_dask.worker.home.traced import TracedDecodeLoop, TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
 from distkv_dask.worker.lanes import Lanes
-from distkv_dask.worker.model.logprobs import Drawn, draw_batch
-from distkv_dask.worker.model.sampling import Draw
 from distkv_dask.worker.showing import Showing
 from distkv_dask.worker.speculation.speculation import Speculation
 from distkv_dask.worker.stages.blocks import NamedBlocks
@@ -192,53 +188,17 @@ class Runtime:
             For each chunk what :meth:`prefill` returns.
         """
         model, gang, self.exchanged = self._loaded(), chunks[0].gang, Exchanged()
-        choosing = {at: Choosing(chunk, model.eos_token_ids) for at, chunk in enumerate(chunks) if chunk.choices}
-        chunks = [choosing[at].chunk if at in choosing else chunk for at, chunk in enumerate(chunks)]
+        together = Chunks(model, chunks)
         recording = span(self._ring, "chunk", gang.number, sum(len(chunk.tokens) for chunk in chunks))
         with self._showing(chunks) as showing, self._running(gang) as running, recording:
             run = PrefillRun(running, model, *self._planning(running))
             run.showing = showing
-            logits, scored = self._compute(run, chunks)
-            for at, one in choosing.items():
-                one.begin(scored[at])
-            for batch in rounds([*choosing.values()]):
-                found = self._compute(run, [chunk for _, chunk in batch], keeps=False)[1]
-                for (one, chunk), some in zip(batch, found, strict=True):
-                    one.learn(chunk.tokens, some)
-        draws = [
-            self._first_draw(chunk, chunk.sampling)
-            for chunk in chunks
-            if chunk.sampling is not None and not chunk.choices
-        ]
-        with torch.inference_mode(), self.pool.device.stream(Use.HOME):
-            drawn = draw_batch(logits, draws, self.pool.device)
-        for result in drawn:
-            if isinstance(result, DistKVError):
-                raise result
-        first, results = iter(cast(list[Drawn], drawn)), []
-        for at, chunk in enumerate(chunks):
-            if at in choosing:
-                results.append(choosing[at].result())
-            else:
-                token, logprob = next(first) if chunk.sampling else (None, None)
-                results.append(ChunkResult(token, logprob, tuple(scored[at])))
-        return results
-
-    def _compute(
-        self, run: PrefillRun, chunks: Sequence[PrefillChunk], keeps: bool = True
-    ) -> tuple[torch.Tensor, list[list[TokenLogprob]]]:
-        """Compute chunks; the logits that tokens are drawn from, and what is scored in each.
-
-        Nothing ``keeps`` what only a home has after choices, which are not part of the sequence.
-        """
-        with self.home_state.change(self._loaded(), begun(chunks)) as change:
             try:
-                logits = run.run(chunks, change.past)
+                together.compute(run, self.home_state)
             finally:
                 self.exchanged = run.exchanged
-            if keeps:
-                change.after = ended(chunks, change.past)
-        return logits, run.scored
+        with torch.inference_mode(), self.pool.device.stream(Use.HOME):
+            return together.results()
 
     def decode(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> WindowResult:
         """Run a decode window over a batch, on the home lane's thread.
@@ -284,10 +244,6 @@ class Runtime:
         if self._model is None:
             raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
-
-    def _first_draw(self, chunk: PrefillChunk, sampling: SamplingParams) -> Draw:
-        """How the first token after a prompt's last chunk is chosen."""
-        return Draw(sampling, chunk.stop, chunk.history, self._loaded().follower(sampling))
 
     def _planning(self, gang: HomeGang | PausedForward) -> tuple[Callable[..., Attention], Callable[..., Any]]:
         """What makes the attention of a gang's steps, and what cuts their batches."""

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 
 from distkv_dask.errors import PlanError
+from distkv_dask.geometry import LayerKind
 from distkv_dask.kernels import PreparedAttention, PreparedLayers
 from distkv_dask.worker.asked_layers import asked_layers
 from distkv_dask.worker.blocks.pool import Pool
@@ -47,12 +48,6 @@ class Shard:
         self.appended = sum(row.queries for row in rows if row.appends)
         """Tokens whose KV is appended here in each step."""
         self._tables = tables = [pool.find(row.sequence, row.spans) for row in rows]
-        width = max(map(len, tables), default=0)
-        padded = [table + [0] * (width - len(table)) for table in tables]
-        offsets: torch.Tensor | None = None
-        if self.tokens > len(rows):
-            offsets = torch.tensor([0, *accumulate(row.queries for row in rows)], dtype=torch.int32)
-        causal = any(row.appends and row.queries > 1 for row in rows)
         for row, table in zip(rows, tables, strict=True):
             self._check_room(row, table)
         # on the host, where kernels of any device read them once per step
@@ -63,21 +58,10 @@ class Shard:
         self.full = False
         """Whether steps so far have used up a row's room."""
         self._prepare()
-        blocks = torch.tensor(padded, dtype=torch.int32).view(len(rows), width)
-        attentions: list[PreparedAttention] = []
-        for kind in kinds:
-            first = None if self._first is None else self._first.tensors.get(kind)
-            attentions.append(
-                attention := PreparedAttention(
-                    self.tokens, heads, pool.keys(0), pool.values(0), blocks, self._visible,
-                    query_offsets=offsets, causal=causal, q_start=self._starts if causal else None,
-                    first_keys=first, soft_cap=kind.soft_cap, result=result,
-                )
-            )  # fmt: skip
-            result = attention.result
-        self.out, self.lse = attention.out, attention.lse
+        attentions = self._attentions(kinds, heads, result)
+        self.out, self.lse = attentions[0].out, attentions[0].lse
         """float32 [tokens, heads, head_dim] and [tokens, heads]: results of the last :meth:`attend`."""
-        self.result = attention.result
+        self.result = attentions[0].result
         """float32: ``out``, then ``lse``, in one piece of memory."""
         layers = range(pool.layers)
         self._attend = PreparedLayers(
@@ -91,6 +75,30 @@ class Shard:
         """The batch prepared for the kernels' core; None if that is not used."""
         self.queued = self._attend.queued
         """Whether :meth:`attend` only queues work on a card, always in the same memory."""
+
+    def _attentions(
+        self, kinds: Sequence[LayerKind], heads: int, result: torch.Tensor | None
+    ) -> list[PreparedAttention]:
+        """Attention of each kind of layer; all have their results in the same memory."""
+        rows, pool = self._rows, self._pool
+        width = max(map(len, self._tables), default=0)
+        padded = [table + [0] * (width - len(table)) for table in self._tables]
+        blocks = torch.tensor(padded, dtype=torch.int32).view(len(rows), width)
+        offsets: torch.Tensor | None = None
+        if self.tokens > len(rows):
+            offsets = torch.tensor([0, *accumulate(row.queries for row in rows)], dtype=torch.int32)
+        causal = any(row.appends and row.queries > 1 for row in rows)
+        attentions: list[PreparedAttention] = []
+        for kind in kinds:
+            attentions.append(
+                PreparedAttention(
+                    self.tokens, heads, pool.keys(0), pool.values(0), blocks, self._visible,
+                    query_offsets=offsets, causal=causal, q_start=self._starts if causal else None,
+                    first_keys=None if self._first is None else self._first.tensors.get(kind),
+                    soft_cap=kind.soft_cap, result=attentions[0].result if attentions else result,
+                )
+            )  # fmt: skip
+        return attentions
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
         """Append, then attend: :attr:`out` and :attr:`lse` are overwritten.

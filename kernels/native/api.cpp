@@ -14,7 +14,7 @@ namespace distkv {
 
 namespace {
 
-constexpr int64_t kStreamRows = 12;          // up to so many query rows per kv head, KV is streamed in place
+constexpr int64_t kStreamRows = 12;          // up to this many query rows per kv head, KV is streamed in place
 // How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
 constexpr int64_t kPieceTokens = 1024;       // of a piece, doubled until a row has no more pieces than kPieces
 constexpr int64_t kPieces = 32;

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install distk
 
 from triton_cases import CUT, INDEX, prepare, served_by_triton
 
-from distkv_dask.kernels import PreparedLayers, PreparedMerge, PreparedMerges, prepared, triton_jit
+from distkv_dask.kernels import PreparedLayers, PreparedMerge, PreparedMerges, prepared, triton_jit, triton_merge
 
 VIEWS = tuple(f"aten::{name}" for name in ("slice", "view", "select", "detach", "alias", "as_strided", "unbind"))
 READS = tuple(f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "equal", "_to_copy", "unique"))
@@ -51,8 +51,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any, l
                 (self.name, grid, [x.data_ptr() for x in args if isinstance(x, torch.Tensor)])
             )
 
-    for name in ("attend", "merge_partials", "append"):
-        monkeypatch.setattr(triton_jit, name, Recorder(name))
+    for module, name in ((triton_jit, "attend"), (triton_jit, "append"), (triton_merge, "merge_partials")):
+        monkeypatch.setattr(module, name, Recorder(name))
     with served_by_triton():
         yield made
 

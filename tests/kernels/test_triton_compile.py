@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from distkv_dask.kernels import triton_batch, triton_jit  # noqa: E402
+from distkv_dask.kernels import triton_batch, triton_jit, triton_merge  # noqa: E402
 from distkv_dask.kernels.triton_tiles import Family, Tiles, padded, tiles_for  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -207,7 +207,7 @@ def test_merge_and_append_compile(processor: str, ones: tuple[str, ...]) -> None
     sizes = {"D": 128, "D_PADDED": 128}
     values = {"D_V": 128, "V_PADDED": 128}
     constants = sizes | {"CHUNK": triton_batch.MERGE_CHUNK} | dict.fromkeys(["heads"] if ones else [], 1)
-    merge = compile_for(processor, triton_jit.merge_partials, types, constants, **triton_batch.MERGE_OPTIONS)
+    merge = compile_for(processor, triton_merge.merge_partials, types, constants, **triton_batch.MERGE_OPTIONS)
     types = dict.fromkeys(["k_ptr", "v_ptr", "k_pool_ptr", "v_pool_ptr"], "*bf16") | {"slots_ptr": "*i32"}
     types |= {"kv_heads": "i32", "k_block_stride": "i64", "v_block_stride": "i64"}
     constants = sizes | values | {"BLOCK_TOKENS": 64} | dict.fromkeys(["kv_heads"] if ones else [], 1)

@@ -54,7 +54,7 @@ class Stateful(Simulated):
     def run_chunk(self, chunk: PrefillChunk) -> None:
         states, stop = self.states[chunk.gang.home], chunk.start + len(chunk.tokens)
         try:
-            states.begin(chunk.sequence, chunk.start)
+            states.begin_run(chunk.sequence, chunk.start)
         except StateLostError as error:
             self._fail(chunk.gang.home, chunk.gang.number, error)
             return
@@ -69,7 +69,7 @@ class Stateful(Simulated):
         batch, states = self.batches[home], self.states[home]
         try:
             for number, entry in batch.items():
-                states.begin(number, entry.length)
+                states.begin_run(number, entry.length)
         except StateLostError as error:
             self.handle(did.WindowStarted(home, window.window))
             self._fail(home, window.gang.number, error)

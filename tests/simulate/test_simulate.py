@@ -210,6 +210,9 @@ def test_a_prompt_that_begins_like_one_before_is_computed_from_there_on() -> Non
     others = [replace(arrival, blocks=()) for arrival in arrivals]
     (_, _), (second, _) = Simulation(A100, 1, "overflow").run(others).finished
     assert second.first - 100 == pytest.approx(A100.model.curve.prefill(16 * BLOCK)), "nothing is known of its tokens"
+    mixed = Simulation(A100, 1, "overflow").run([others[0], replace(others[1], at=50.0), arrivals[1]]).finished
+    alone = pytest.approx(A100.model.curve.prefill(16 * BLOCK))
+    assert [run.first - run.arrival.at for run, _ in mixed] == [alone] * 3, "ids of one prompt say nothing of others"
 
 
 def test_idle_chats_come_back_from_lower_tiers() -> None:

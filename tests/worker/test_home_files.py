@@ -62,13 +62,13 @@ def test_another_home_goes_on_with_the_same_bytes(folder: LocalFolder) -> None:
     ]  # fmt: skip
     other.windows.put(9, 16)  # its blocks are others
     other.read(7, folder, [SavedFile("blocks-00ff-0-48.arrow", 0, 48, 9, 9), *files])
-    mine, theirs = one.states.begin(1, TOKENS), other.states.begin(7, TOKENS)
+    mine, theirs = one.states.begin_run(1, TOKENS), other.states.begin_run(7, TOKENS)
     assert all(torch.equal(mine[slot], theirs[slot]) for slot in TEMPLATE)
     pools = [(one.windows.pool, 1), (other.windows.pool, 7)]
     mine, theirs = ([pool.storage[block] for block in pool.table(number)] for pool, number in pools)
     assert len(mine) == 3
     assert all(torch.equal(*both) for both in zip(mine, theirs, strict=True))
-    other.windows.begin(7, TOKENS, TOKENS + 5)
+    other.windows.begin_run(7, TOKENS, TOKENS + 5)
 
 
 @pytest.mark.parametrize("kind", ["state", "window"])

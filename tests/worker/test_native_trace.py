@@ -15,7 +15,7 @@ from _models import prompt_ids
 from distkv_dask.gang import Exchanged
 from distkv_dask.messages.names import Span
 from distkv_dask.worker.holder.session import Session
-from distkv_dask.worker.home.exchange import PythonExchange
+from distkv_dask.worker.home.python_exchange import PythonExchange
 from distkv_dask.worker.native import marks as native_marks
 from distkv_dask.worker.native import wire as native_wire
 

@@ -89,26 +89,26 @@ def test_a_home_without_the_state_says_so_and_computes_nothing(family: str) -> N
 def test_only_the_states_before_and_after_what_runs_are_kept_and_snapshots() -> None:
     states = States()
     for length in (0, 8, 16):
-        states.begin(1, length)
+        states.begin_run(1, length)
         states.put(1, length + 8, {})
         states.snapshot(1, length + 8)
-    assert states.begin(1, 16) == {}
+    assert states.begin_run(1, 16) == {}
     with pytest.raises(StateLostError):
-        states.begin(1, 24)
+        states.begin_run(1, 24)
     states.keep(1, (8, 24), ended=False)
     for sequence, length in ((2, 24), (3, 16), (4, 8), (5, 9)):
         states.adopt(sequence, 1, length)
-    assert states.begin(2, 24) == states.begin(3, 16) == states.begin(4, 8) == {}
+    assert states.begin_run(2, 24) == states.begin_run(3, 16) == states.begin_run(4, 8) == {}
     states.keep(1, (24,), ended=True)
     states.adopt(6, 1, 24)
-    assert states.begin(6, 24) == {}
+    assert states.begin_run(6, 24) == {}
     for sequence, length in ((1, 16), (5, 9)):
         with pytest.raises(StateLostError):
-            states.begin(sequence, length)
+            states.begin_run(sequence, length)
     states.drop(1)
     states.adopt(7, 1, 24)
     with pytest.raises(StateLostError):
-        states.begin(7, 24)
+        states.begin_run(7, 24)
 
 
 def test_a_model_with_recurrent_layers_says_how_large_a_state_is_and_which_layers_attend() -> None:

@@ -105,21 +105,21 @@ def test_what_is_seen_is_there_in_bounded_room_whatever_runs_again(
         most = kept.windows.steps if decodes else chunk
         count = max(1, round(part * most))
         for value in (5000, 0) if again else (0,):  # what an attempt wrote that failed is written over
-            kept.windows.begin(1, length, length + most)
+            kept.windows.begin_run(1, length, length + most)
             kept.check(1, length, 0)
             kept.write(1, length, length + count, value)
             kept.windows.put(1, length + count)
             if value:
-                kept.windows.begin(1, length, length + most)
+                kept.windows.begin_run(1, length, length + most)
         length += count
         assert kept.pool.used_blocks <= kept.each
         if not length % block_tokens:
             kept.windows.adopt(2, 1, length)
-            kept.windows.begin(2, length, length + 1)
+            kept.windows.begin_run(2, length, length + 1)
             kept.check(2, length, 0)
             kept.windows.drop(2)
     kept.windows.adopt(3, 1, length + 1)
     with pytest.raises(StateLostError, match="from its first token"):
-        kept.windows.begin(3, length + 1, length + 2)
+        kept.windows.begin_run(3, length + 1, length + 2)
     kept.windows.drop(1)
     assert kept.pool.used_blocks == 0

@@ -98,7 +98,7 @@ def become_document(life: MachineState, request: Request, before: State) -> None
         life.recommend(request, Dropped())
         return
     life.index.add(request.sequence, request.prompt)
-    snapshots.end(life, request.sequence, account.home, tokens)
+    snapshots.keep_only_snapshots(life, request.sequence, account.home, tokens)
     for span in life.ledger.make_document(request.sequence, tokens):
         life.command(Free(span.worker, request.sequence, span.start, span.stop))
     snapshots.make_room(life, account.home)  # perhaps another one, without the last blocks

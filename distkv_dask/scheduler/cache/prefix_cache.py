@@ -129,7 +129,7 @@ def _add(life: MachineState, cached: Cached, account: SequenceAccount, workers: 
     """Cache a sequence's whole blocks, and free its unused room."""
     life.cache.add(cached)
     _set_bounds(life, cached, cached.start, cached.stop)
-    snapshots.end(life, cached.number, account.home, cached.stop)
+    snapshots.keep_only_snapshots(life, cached.number, account.home, cached.stop)
     there = _there(life, cached)
     for worker in workers:
         if worker not in there:
@@ -234,7 +234,7 @@ def _cut(life: MachineState, cached: Cached, stop: int) -> None:
     lower_tiers.sources_gone(life, cached.number, stop)
     gone = list(clipped(cached.spans, stop, cached.stop))
     _set_bounds(life, cached, cached.held, stop)
-    snapshots.forget(life, cached.number, stop)
+    snapshots.drop_later(life, cached.number, stop)
     there = _there(life, cached)
     for worker in dict.fromkeys(span.worker for span in gone if span.worker in life.ledger.workers):
         if worker not in there:

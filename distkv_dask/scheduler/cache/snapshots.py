@@ -77,7 +77,7 @@ def nearest(life: MachineState, document: int, tokens: int) -> tuple[int, int] |
     return max(found)[::-1] if found else None
 
 
-def begin(life: MachineState, request: Request, tokens: int) -> None:
+def begin_with_snapshot(life: MachineState, request: Request, tokens: int) -> None:
     """Let an admitted request begin with the snapshot that it found."""
     if not life.ledger.has_states or not tokens or request.saves:
         return
@@ -100,8 +100,8 @@ def make_room(life: MachineState, home: str) -> None:
         _keep_rest(life, home, number)
 
 
-def forget(life: MachineState, number: int, beyond: int) -> None:
-    """A sequence has no more than so many tokens: its home keeps only snapshots of those."""
+def drop_later(life: MachineState, number: int, beyond: int) -> None:
+    """A sequence now ends after ``beyond`` tokens: its home drops later snapshots."""
     home = life.snapshots.homes.get(number)
     gone = [tokens for tokens in life.snapshots.of.get(number, ()) if tokens > beyond]
     for tokens in gone:
@@ -110,9 +110,9 @@ def forget(life: MachineState, number: int, beyond: int) -> None:
         _keep_rest(life, home, number)
 
 
-def end(life: MachineState, number: int, home: str, beyond: int) -> None:
-    """Nothing goes on with a sequence: its home keeps nothing but snapshots of so many tokens."""
-    forget(life, number, beyond)
+def keep_only_snapshots(life: MachineState, number: int, home: str, beyond: int) -> None:
+    """Nothing goes on with a sequence: its home keeps only its snapshots after at most ``beyond`` tokens."""
+    drop_later(life, number, beyond)
     if life.ledger.has_states:
         _keep_rest(life, home, number, ended=True)
 

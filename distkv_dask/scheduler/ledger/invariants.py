@@ -40,6 +40,14 @@ def check_ledger(ledger: Ledger) -> None:
             held[move.target][number] += ledger.blocks(move.tokens)
     assert len(ledger.moves) == sum(len(account.moves) for account in ledger.sequences.values())
     assert ledger.owes.by_pair() == +owed, (ledger.owes, owed)
+    _check_workers(ledger, held)
+    for worker, entry in ledger.workers.items():
+        assert entry.borrowed == borrowed[worker], (worker, entry)
+    ledger.room.check(ledger.workers)
+
+
+def _check_workers(ledger: Ledger, held: dict[str, Counter[int]]) -> None:
+    """Assert what workers' accounts say of the blocks that they hold of each sequence."""
     for worker, entry in ledger.workers.items():
         homes = {n for n in held[worker] if ledger.sequences[n].home == worker}
         guests = {n: blocks for n, blocks in held[worker].items() if n not in homes}
@@ -55,5 +63,3 @@ def check_ledger(ledger: Ledger) -> None:
         assert entry.documents_lent == sum(guests[n] for n in guests if ledger.sequences[n].idle), entry
         assert entry.pending == sum(ledger.sequences[n].pending for n in homes), (worker, entry)
         assert entry.due == sum(ledger.sequences[n].due for n in homes), (worker, entry)
-        assert entry.borrowed == borrowed[worker], (worker, entry)
-    ledger.room.check(ledger.workers)

@@ -33,7 +33,7 @@ def admit(life: MachineState) -> None:
             placement = spread.spread(life, ask, placement)
         life.queue.reserve(ask, placement)
         request.admitted = request.admitted or life.now
-        snapshots.begin(life, request, ask.shared)
+        snapshots.begin_with_snapshot(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
         transition(life, request, restores or _first(request, ask.shared))
 

@@ -72,7 +72,7 @@ def _fits_no_home(life: MachineState, number: int, worker: str) -> bool:
 
 
 def _homes(ledger: Ledger, tokens: int) -> Iterator[WorkerAccount]:
-    """Workers to which a home may move with so many tokens."""
+    """Workers to which a home may move with ``tokens`` tokens."""
     for home in _by_room(ledger.workers.values()):
         fits = home.free >= ledger.blocks(tokens)
         if home.can_decode and not home.retiring and home.has_place and fits:

@@ -120,7 +120,7 @@ class MachineState:
         self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
     def keep_states(self, nbytes: int) -> None:
-        """Homes have so many bytes of a sequence beside KV: it stays there, and begins with a snapshot or at 0."""
+        """Homes have ``nbytes`` of a sequence beside its KV: it stays there, and begins with a snapshot or at 0."""
         self.ledger.has_states, self.home_bytes = True, nbytes
 
     def command(self, command: Command) -> None:

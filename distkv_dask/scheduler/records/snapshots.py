@@ -27,7 +27,7 @@ class Snapshots:
     index: dict[int, dict[int, None]] = field(default_factory=dict)
 
     def add(self, number: int, tokens: int, home: str, key: int | None = None) -> None:
-        """A sequence has a snapshot after so many tokens, or will have it when they are computed."""
+        """A sequence has a snapshot after ``tokens`` tokens, or will have it when they are computed."""
         self.remove(number, tokens)
         self.of.setdefault(number, {})[tokens] = key
         self.homes[number] = home

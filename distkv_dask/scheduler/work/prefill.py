@@ -72,17 +72,22 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     state = request.state
     assert isinstance(state, Prefill)
     life.in_prefill[request.sequence] = None
-    account, step = life.ledger.sequences[request.sequence], life.config.prefill_chunk_tokens
-    placement, known = account.placement, request.known
+    chunks = _chunks(life, request, state)
+    state.chunks = {chunk.gang.number: chunk for chunk in chunks}
+    state.wavefront = wavefront.is_possible(life, state)
+    if state.wavefront:
+        wavefront.submit(life, state)
+    else:
+        life.command(SubmitPrefill(tuple(chunks)))
+
+
+def _chunks(life: MachineState, request: Request, state: Prefill) -> list[PrefillChunk]:
+    account, known = life.ledger.sequences[request.sequence], request.known
+    placement, step = account.placement, life.config.prefill_chunk_tokens
     draws = not request.is_document and not request.generated
     best = request.sampling.prompt_logprobs if draws else None
-    if best is not None:
-        step = min(step, SCORED_TOKENS)
     chunks: list[PrefillChunk] = []
-    ranges = [*state.lost, (state.start, len(known))]
-    if parts := snapshots.border(life, request, state.start):
-        ranges[-1:] = [(state.start, parts), (parts, len(known))]
-    pieces = [piece for first, last in ranges for piece in cut_prompt(placement, first, last, step)]
+    pieces = _pieces(life, request, state, step if best is None else min(step, SCORED_TOKENS))
     kept = snapshots.plan(life, request, [last for _, _, last in pieces])
     for holder, first, last in pieces:
         computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
@@ -107,12 +112,16 @@ def submit_chunks(life: MachineState, request: Request) -> None:
                 last in kept,
             )
         )
-    state.chunks = {chunk.gang.number: chunk for chunk in chunks}
-    state.wavefront = wavefront.is_possible(life, state)
-    if state.wavefront:
-        wavefront.submit(life, state)
-    else:
-        life.command(SubmitPrefill(tuple(chunks)))
+    return chunks
+
+
+def _pieces(life: MachineState, request: Request, state: Prefill, step: int) -> list[tuple[str, int, int]]:
+    """Tokens [first, last) of each chunk, and the worker that will hold them."""
+    placement, stop = life.ledger.sequences[request.sequence].placement, len(request.known)
+    ranges = [*state.lost, (state.start, stop)]
+    if parts := snapshots.border(life, request, state.start):
+        ranges[-1:] = [(state.start, parts), (parts, stop)]
+    return [piece for first, last in ranges for piece in cut_prompt(placement, first, last, step)]
 
 
 def chunk_began(life: MachineState, gang: int) -> None:

@@ -28,7 +28,7 @@ class BlockShape:
     """The content of a block: keys and values of ``block_tokens`` tokens in all layers.
 
     ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees,
-    nothing where all see everything. Where ``latent_dim`` is not 0, values are the first so many numbers of the keys.
+    nothing where all see everything. Where ``latent_dim`` is not 0, they are the first numbers of the keys.
     """
 
     layers: int

@@ -81,7 +81,7 @@ class DistAttention:
         local = None if self._local is None else (self._local.shard.out, self._local.shard.lse)
         holders = [
             (worker, channels[worker], part)
-            for worker, part in sorted(parts.items(), key=_work, reverse=True)  # who takes longest begins first
+            for worker, part in sorted(parts.items(), key=_work, reverse=True)  # the slowest begins first
             if worker != home
         ]
         if not holders and self._local is not None:
@@ -157,7 +157,7 @@ class DistAttention:
         return self._result if self._result is self._out else self._result.copy_(self._out)
 
     def advance(self) -> None:
-        """Go on to the next step: what was appended is stored now. Holders do the same after their last layer."""
+        """Advance to the next step: appended tokens now count as stored. Holders do the same after their last layer."""
         self.step += 1
         if self.further is not None:
             self.further.advance()
@@ -169,7 +169,7 @@ class DistAttention:
         if self._exchange is not None:
             self._exchange.close()
 
-    # What a trace does in another way (:mod:`distkv_dask.worker.home.traced`)
+    # A trace overrides these (:mod:`distkv_dask.worker.home.traced`)
 
     def _new_exchange(self, asking: Asking) -> Exchange:
         return new_exchange(asking)

@@ -1,4 +1,4 @@
-"""A chunk whose request answers with one of some choices: they are scored behind the prompt, without a decode step.
+"""Answers that are one of several choices: scored after the prompt's last chunk, without a decode step.
 
 What is computed for one path of the trie lies behind the prompt's KV, past the committed length; the next path
 overwrites it, as a repeated window would.
@@ -15,7 +15,7 @@ from distkv_dask.worker.model.choices import ChoiceTrie, Tokens
 from distkv_dask.worker.model.sampling import Draw
 
 ROWS = 128
-"""Tokens of paths that are computed in one forward at most, unless a path is longer: each has its own logits."""
+"""Most tokens of paths in one forward, unless a single path is longer: each token has its own logits."""
 
 
 class Choosing:
@@ -24,7 +24,7 @@ class Choosing:
     Parameters
     ----------
     chunk
-        The prompt's last.
+        The last one of the prompt.
     ends
         Tokens that end an answer.
 
@@ -49,13 +49,13 @@ class Choosing:
         """The chunk, with the tokens that are scored behind it."""
         self._scored: tuple[TokenLogprob, ...] = ()
 
-    def begin(self, scored: Sequence[TokenLogprob]) -> None:
-        """Take what was scored in and behind the chunk."""
+    def take_prompt_scores(self, scored: Sequence[TokenLogprob]) -> None:
+        """Take what was scored in the chunk and right after it."""
         self._scored = tuple(one._replace(best=one.best[: self._best]) for one in scored[: self._prompt])
         self._trie.learn((), scored[self._prompt :])
 
     def paths(self) -> Iterator[PrefillChunk]:
-        """What is to be computed behind the chunk, each by itself."""
+        """What is to be computed after the chunk, path by path."""
         for path in self._trie.paths:
             yield replace(
                 self.chunk, start=self.chunk.stop, tokens=path, sampling=None, targets=self._trie.targets(path)

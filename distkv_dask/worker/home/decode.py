@@ -29,13 +29,13 @@ Attention = DistAttention | LayerAttention | SplitAttention
 
 
 class Speculator(Protocol):
-    """Proposes what sequences may say next, and learns what came of it."""
+    """Proposes draft tokens for sequences, and learns which of them were right."""
 
     def propose(self, room: Mapping[int, int]) -> Mapping[int, Sequence[int]]:
-        """Tokens to try in a step behind the last ones, of some sequences; ``room`` says how many of each at most."""
+        """Drafts to try in the next step, for some of the sequences; ``room`` is the most for each."""
 
     def learn(self, seconds: float, taken: Mapping[int, Sequence[int]]) -> None:
-        """What the step took, and the tokens that each sequence took in it."""
+        """Take the seconds of the step, and the tokens that each sequence took in it."""
 
 
 class DecodeLoop:
@@ -94,7 +94,7 @@ class DecodeLoop:
         past
             The states of the batch's sequences, if the model has recurrent layers.
         speculator
-            Proposes tokens that steps try; not of a model with recurrent layers, whose states would have to go back.
+            Proposes drafts; None for models with recurrent layers, whose states cannot go back.
         """
         began, self._past, self._speculator, self._window = time.perf_counter(), past, speculator, window
         if not self._live:
@@ -145,7 +145,7 @@ class DecodeLoop:
             self._steps_left_as_is = 0
 
     def _propose(self) -> bool:
-        """Set what the next step tries; whether that is anything."""
+        """Set the drafts of the next step; returns whether there are any."""
         if self._speculator is None:
             return False
         drafts = self._speculator.propose({one.state.sequence: one.room for one in self._live})
@@ -154,7 +154,7 @@ class DecodeLoop:
         return any(one.drafts for one in self._live)
 
     def _draw(self, logits: torch.Tensor) -> dict[int, list[int]]:
-        """Take the token of each sequence, and the next as long as it is the one that was tried; the tokens of each."""
+        """Take a token of each sequence, and further ones while its drafts are right; returns the tokens of each."""
         before = [len(one.tokens) for one in self._live]
         device, going, ahead = self._model.device, self._live, 0
         firsts = list(accumulate((1 + len(one.drafts) for one in going), initial=0))

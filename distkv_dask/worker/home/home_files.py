@@ -37,7 +37,7 @@ class HomeFiles:
     Parameters
     ----------
     kept
-        What its home has.
+        What the home has in memory.
     template
         A state, whose tensors have the sizes of all; empty where the model has no recurrent layers.
     device
@@ -53,14 +53,14 @@ class HomeFiles:
     def write(
         self, sequence: int, tokens: int, folder: Folder, tag: str, watch: Watch, durable: bool = True
     ) -> Iterator[SavedFile]:
-        """Save what a sequence has here after so many tokens as new files of a folder, as they are asked for.
+        """Save what a sequence has here after ``tokens`` tokens as new files of a folder, one per iteration.
 
         Raises
         ------
         SavedDocumentError
             A file cannot be written.
         StateLostError
-            It is not here.
+            This worker does not have it.
         """
         if self._template:
             state = self._states.kept(sequence, tokens)
@@ -73,7 +73,7 @@ class HomeFiles:
             yield write_blocks(pool, sequence, start, tokens, folder, name, watch, durable)
 
     def wanted(self, tokens: int, files: Iterable[File]) -> list[File]:
-        """The files, of some, that say what a sequence has after so many tokens.
+        """Those of some files that hold what a sequence has after ``tokens`` tokens.
 
         Raises
         ------
@@ -106,7 +106,7 @@ class HomeFiles:
         return read_rows(folder, file, self.shape(file)[1], tokens, first, count, watch)
 
     def fill(self, sequence: int, file: File, rows: Iterable[np.ndarray], watch: Watch) -> None:
-        """Have here what all rows of a file say of a sequence."""
+        """Restore what a file's rows, all of them, hold of a sequence."""
         if file.name.startswith(STATE) or self._windows is None:
             (row,) = rows
             with watch.change():
@@ -121,7 +121,7 @@ class HomeFiles:
                 pool.fill(block, row)
 
     def _state(self, row: np.ndarray) -> dict[Any, torch.Tensor]:
-        """A state of its bytes, uint8 [n]."""
+        """The state that some bytes stand for, uint8 [n]."""
         state, at = {}, 0
         for slot, like in self._template.items():
             state[slot] = made = torch.empty_like(like, memory_format=torch.contiguous_format)

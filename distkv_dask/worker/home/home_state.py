@@ -1,8 +1,8 @@
 """What only the home of a sequence has: states of recurrent layers, and KV of layers that see a window.
 
 Both are kept after the committed tokens until what runs has ended, so a window or chunk that runs again begins with
-what it began with before. Snapshots are kept as well, after numbers of tokens that the gManager names: others begin
-with them.
+what it began with before. Snapshots are kept as well, after numbers of tokens that the gManager names: other
+sequences begin with them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Change:
 class HomeState:
     """States and windows of the sequences that a worker is home of.
 
-    Snapshots, and sequences that nothing computes on, may be changed by any thread; all else by the home lane's. What
-    the gManager said last of a sequence's snapshots holds for chunks too that were planned before.
+    Any thread may change snapshots, and sequences that nothing computes on; only the home lane's changes the rest. The
+    gManager's latest message about a sequence's snapshots also applies to chunks that were planned before it.
 
     Parameters
     ----------
@@ -75,10 +75,10 @@ class HomeState:
         """
         begun, past = list(begun), None
         if model.geometry.state_bytes:
-            past = model.past([self.states.begin(one.sequence, one.length) for one in begun])
+            past = model.past([self.states.begin_run(one.sequence, one.length) for one in begun])
         if self.windows is not None:
             for one in begun:
-                self.windows.begin(*one)
+                self.windows.begin_run(*one)
         change = Change(past)
         yield change
         for sequence, length, state, snapshot in change.after:
@@ -89,20 +89,20 @@ class HomeState:
                         part.snapshot(sequence, length)
 
     def put(self, sequence: int, length: int, state: State | None) -> None:
-        """Keep what a sequence has after so many tokens beside what it began with."""
+        """Keep what a sequence has after ``length`` tokens beside what it began with."""
         if state is not None:
             self.states.put(sequence, length, state)
         if self.windows is not None:
             self.windows.put(sequence, length)
 
     def adopt(self, sequence: int, source: int, length: int) -> None:
-        """Let a sequence begin with what is here of another after so many tokens, if anything is."""
+        """Let a sequence begin with what this worker has of another one after ``length`` tokens, if it has anything."""
         with self._lock:
             for one in self._parts():
                 one.adopt(sequence, source, length)
 
     def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
-        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        """Keep only a sequence's snapshots after ``lengths`` tokens; if it has ``ended``, nothing else."""
         with self._lock:
             for one in self._parts():
                 one.keep(sequence, lengths, ended)
@@ -116,11 +116,11 @@ class HomeState:
         self.keep(sequence, (), ended=True)
 
     def _parts(self, states: bool = True) -> list[States | Windows]:
-        """What there is of both."""
+        """States and windows, as far as the model has them."""
         return [*([self.states] if states else []), *([self.windows] if self.windows is not None else [])]
 
     def most_steps(self, steps: int | None) -> int | None:
-        """Steps that a decode window may have, of which ``steps`` are wanted: the room of windows ends it sooner."""
+        """Most steps of a decode window: ``steps``, or fewer where the blocks of windows have no room for them."""
         if self.windows is None:
             return steps
         return self.windows.steps if steps is None else min(self.windows.steps, steps)

@@ -1,6 +1,6 @@
 """The home lane: one thread that runs model forwards and waits for partials, in the order they were submitted.
 
-What only has to know that the present call has ended goes before those that wait.
+A call that only has to know that the present one has ended goes before those that wait.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class HomeLane:
 
 
 def _complete(future: Future[Any], call: Callable[[], Any]) -> None:
-    """Call, and give a future what comes of it, be it an error."""
+    """Call, and give a future the result or the error."""
     try:
         result = call()
     except BaseException as error:

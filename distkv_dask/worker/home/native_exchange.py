@@ -18,7 +18,8 @@ from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.channels.stream import StreamChannel
 from distkv_dask.worker.channels.tcp import TcpChannel
 from distkv_dask.worker.channels.unix import UnixChannel
-from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, bytes_of, indices, late
+from distkv_dask.worker.home.exchange import Asking, Exchange, bytes_of, indices, late
+from distkv_dask.worker.home.python_exchange import PythonExchange
 from distkv_dask.worker.native.structs import HeaderBytes, Holder, Home
 from distkv_dask.worker.native.wire import wire
 from distkv_dask.worker.plan import Part

@@ -1,4 +1,4 @@
-"""Chunks of prompts: computed in one forward if there are several, piece by piece where a tail moves on to a span."""
+"""Chunks of prompts: several in one forward; one in several forwards where its tail moves on to another span."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class PrefillRun:
         chunks
             A chunk, or several that lie in one span each and ask no holders.
         past
-            State of the sequence, if the model has recurrent layers.
+            States of the chunks' sequences, if the model has recurrent layers.
         """
         self._chunks, self.scored = chunks, [[] for _ in chunks]
         positions, logits = [chunk.start for chunk in chunks], torch.empty(0, 0)
@@ -158,6 +158,6 @@ def _draws(chunk: PrefillChunk, step: Stored) -> bool:
 
 
 def _kept(chunk: PrefillChunk, step: Stored) -> list[int]:
-    """Which of a step's tokens are those whose logits are needed."""
+    """Indices of a step's tokens whose logits are needed."""
     kept, last = [at for at, some in enumerate(_targets(chunk, step)) if some], step.queries - 1
     return [*kept, last] if _draws(chunk, step) and last not in kept else kept

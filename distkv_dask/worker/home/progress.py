@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Progress:
     """A sequence in a window: its committed state, and what the window added.
 
-    What goes wrong with it alone ends it alone, with an ``error``: :meth:`guard` is around all that is done for it.
+    An error that concerns it alone ends it alone: :meth:`guard` is around everything that is done for it.
     """
 
     def __init__(self, state: SequenceState) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self.logprobs: list[TokenLogprob] = []
         """Those of the tokens, if they are wanted."""
         self.drafts: Sequence[int] = ()
-        """Tokens that the present step tries behind the last one."""
+        """Tokens that the present step tries after the last one."""
         self.speculated = Speculated()
         self.history = [*state.prompt, *state.generated] if state.sampling.repetition_penalty != 1 else []
         self.finished: FinishReason | None = None
@@ -91,16 +91,16 @@ class Progress:
                 )
 
     def is_right(self, ahead: int) -> bool:
-        """Whether the token that was just taken is the one that was tried with so many others ahead of it."""
+        """Whether the token just taken equals draft number ``ahead`` (from 0), so that the one after it counts."""
         return self.finished is None and ahead < len(self.drafts) and self.drafts[ahead] == self.last_token
 
     def count_drafts(self, taken: int) -> None:
-        """Count what a step tried that took so many tokens: all but the last of them were right."""
+        """Count the drafts of a step that took ``taken`` tokens: all of these but the last were drafts."""
         self.speculated = self.speculated.more(len(self.drafts), max(0, taken - 1))
 
     @property
     def room(self) -> int:
-        """How many tokens may be tried behind the last one: they lie in its span, and all of them may be taken."""
+        """Most drafts of the next step: they have to fit into the tail's span and into the answer."""
         stop = next((span.stop for span in self.state.placement if span.start <= self.length < span.stop), 0)
         return max(0, min(stop - self.length, self.state.remaining - len(self.tokens)) - 1)
 

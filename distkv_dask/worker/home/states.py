@@ -1,8 +1,8 @@
-"""States of recurrent layers at their home: of each sequence the committed one, and the one after what runs now.
+"""States of recurrent layers at their home: per sequence the committed one, and the one after what runs now.
 
 A window or chunk that runs again begins with the state that it began with before: forwards never change a state that is
-kept here. A length that no state is kept for is said to be so; it is never guessed. Snapshots are states on the way,
-which other sequences begin with.
+kept here. A missing state is an error, never a guess. Snapshots are states on the way, which other
+sequences begin with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class States:
         self._kept: dict[int, dict[int, State]] = {}
         self._snapshots: dict[int, dict[int, State]] = {}
 
-    def begin(self, sequence: int, length: int) -> State:
+    def begin_run(self, sequence: int, length: int) -> State:
         """State of a sequence after ``length`` tokens, beside which only snapshots are kept from now on.
 
         Parameters
@@ -43,7 +43,7 @@ class States:
         Raises
         ------
         StateLostError
-            No such state is here.
+            This worker has no such state.
         """
         if not length:
             self._kept.pop(sequence, None)
@@ -58,7 +58,7 @@ class States:
         Raises
         ------
         StateLostError
-            No such state is here.
+            This worker has no such state.
         """
         if length in self._kept.get(sequence, ()):
             return self._kept[sequence][length]
@@ -73,7 +73,7 @@ class States:
         self._kept.setdefault(sequence, {})[length] = state
 
     def snapshot(self, sequence: int, length: int) -> None:
-        """Keep the state after ``length`` tokens until it is said otherwise."""
+        """Keep the state after ``length`` tokens until :meth:`keep` drops it."""
         self._snapshots.setdefault(sequence, {})[length] = self.kept(sequence, length)
 
     def adopt(self, sequence: int, source: int, length: int) -> None:
@@ -83,7 +83,7 @@ class States:
                 self._kept[sequence] = {length: states[source][length]}
 
     def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
-        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        """Keep only a sequence's snapshots after ``lengths`` tokens; if it has ``ended``, nothing else."""
         kept = {at: one for at, one in self._snapshots.pop(sequence, {}).items() if at in lengths}
         if kept:
             self._snapshots[sequence] = kept

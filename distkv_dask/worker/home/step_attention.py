@@ -1,4 +1,4 @@
-"""What a home's steps attend with: cut by the workers that hold KV, and by the pools in which layers have it."""
+"""Makes the attention of a home's steps: cut by the workers that hold KV, and by the pools of layers."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ import torch
 
 from distkv_dask.worker.home.attention import DistAttention, Local
 from distkv_dask.worker.home.decode import DecodeLoop
-from distkv_dask.worker.home.exchange import Asking, Exchange, PythonExchange, Remote
+from distkv_dask.worker.home.exchange import Asking, Exchange
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.native_exchange import new_exchange
 from distkv_dask.worker.home.near_layers import SplitAttention
+from distkv_dask.worker.home.python_exchange import PythonExchange, Remote
 from distkv_dask.worker.plan import Part
 from distkv_dask.worker.trace import Ring, span
 

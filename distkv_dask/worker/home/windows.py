@@ -2,7 +2,7 @@
 
 The pool, rows and kernels are those of distributed layers; only placements differ, which name one worker and begin
 where the window does. As with states of recurrent layers (:mod:`~distkv_dask.worker.home.states`), a window or chunk
-that runs again begins with the KV that it began with before, and KV that is not here is said to be so.
+that runs again begins with the KV that it began with before, and missing KV is an error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distkv_dask.worker.plan import Stored
 
 _EVERYTHING = 1 << 60
 _STEPS = 64
-"""Steps of a decode window for which there is room however short the layers' window is."""
+"""Steps of a decode window for which there is always room, even if the layers' window is shorter."""
 
 
 def blocks_per_sequence(geometry: Geometry, block_tokens: int, chunk_tokens: int) -> int:
-    """Blocks that a sequence has here at rest: its window after the last commit, and after what ran since.
+    """Blocks of a sequence while nothing runs on it: its windows after the last commit and after what ran since.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def steps_at_once(geometry: Geometry, chunk_tokens: int) -> int:
 class Windows:
     """Blocks of the sequences that a worker is home of, for the layers of a model that see only a window.
 
-    Any thread may change snapshots, and drop a sequence that nothing computes on; all else is for the home lane's.
+    Any thread may change snapshots, and drop a sequence that nothing computes on; only the home lane's does the rest.
     Snapshots, and sequences that begin with one, share blocks: whole ones, which nobody changes.
 
     Parameters
@@ -76,7 +76,7 @@ class Windows:
         self._snapshots: dict[int, dict[int, int]] = {}
         self._numbers = count(1)
 
-    def begin(self, sequence: int, length: int, stop: int) -> None:
+    def begin_run(self, sequence: int, length: int, stop: int) -> None:
         """Make room for tokens ``[length, stop)`` of a sequence; what none of them sees is freed.
 
         Parameters
@@ -91,7 +91,7 @@ class Windows:
         Raises
         ------
         StateLostError
-            The KV that its next token sees is not here.
+            This worker lacks KV that its next token sees.
         """
         pool, first = self.pool, self.first(length)
         if not length:
@@ -113,14 +113,14 @@ class Windows:
         lengths.add(length)
 
     def snapshot(self, sequence: int, length: int) -> None:
-        """Keep a sequence's window after ``length`` tokens, whole blocks, until it is said otherwise."""
+        """Keep a sequence's window after ``length`` tokens, in whole blocks, until :meth:`keep` drops it."""
         kept = self._snapshots.setdefault(sequence, {})
         if length not in kept:
             kept[length] = number = -next(self._numbers)
             self.pool.share(sequence, number, self.kept(sequence, length), length)
 
     def adopt(self, sequence: int, source: int, length: int) -> None:
-        """Let a sequence begin with the window of another after ``length`` tokens, if that is here."""
+        """Let a sequence begin with the window of another one after ``length`` tokens, if this worker has it."""
         number = self._snapshots.get(source, {}).get(length)
         if number is None and length in self._lengths.get(source, ()):
             number = source
@@ -130,7 +130,7 @@ class Windows:
             self._lengths[sequence] = {length}
 
     def keep(self, sequence: int, lengths: Collection[int], ended: bool) -> None:
-        """Keep of a sequence's snapshots those after so many tokens; nothing else of one that has ``ended``."""
+        """Keep only a sequence's snapshots after ``lengths`` tokens; if it has ``ended``, nothing else."""
         kept = self._snapshots.pop(sequence, {})
         for length in kept.keys() - lengths:
             self.pool.release(kept.pop(length))
@@ -155,7 +155,7 @@ class Windows:
         Raises
         ------
         StateLostError
-            It is not here.
+            This worker does not have it.
         """
         if length not in self._lengths.get(sequence, ()):
             raise StateLostError(
@@ -171,17 +171,17 @@ class Windows:
         return max(0, seen) // self.pool.block_tokens * self.pool.block_tokens
 
     def _end(self, length: int) -> int:
-        """Where the block of the last of so many tokens ends."""
+        """Where the block of the last of ``length`` tokens ends."""
         return -(-length // self.pool.block_tokens) * self.pool.block_tokens
 
 
 def blocks_per_chunk(block_tokens: int, chunk_tokens: int) -> int:
-    """Blocks that the prompt chunk under way takes besides."""
+    """Further blocks that the prompt chunk under way takes."""
     return 1 + -(-chunk_tokens // block_tokens)
 
 
 def new_windows(geometry: Geometry, config: Config, home: str, sequences: int, device: Device = HOST) -> Windows:
-    """Memory for the windows of so many sequences, whose home is this worker."""
+    """Memory for the windows of ``sequences`` sequences, whose home is this worker."""
     size, chunk = config.block_tokens, config.prefill_chunk_tokens
     blocks = sequences * blocks_per_sequence(geometry, size, chunk) + blocks_per_chunk(size, chunk)
     pool = Pool(BlockShape.of(geometry, size, geometry.home_layers), blocks, device)

@@ -125,7 +125,7 @@ class DiskLayers:
         """Bytes of weights that are not in memory."""
         return max(0, sum(self._sizes) - self.buffer_bytes)
 
-    def take(self, layer: int) -> None:
+    def take_layer(self, layer: int) -> None:
         """Wait until a layer is in its buffer, and start reading the next one.
 
         Raises
@@ -134,14 +134,14 @@ class DiskLayers:
             It could not be read.
         """
         if self._coming is None or self._coming[0] != layer:
-            self.begin(layer)
+            self.begin_reading(layer)
         assert self._coming is not None
         _, reading = self._coming
         self._coming = None  # a failed read is repeated
         reading.result()
         self._taken.add(layer)
         if layer + 1 < len(self._layers):
-            self.begin(layer + 1)
+            self.begin_reading(layer + 1)
 
     def check_taken(self) -> None:
         """Check, after the model has run, that it computes its layers in a way that this notices.
@@ -157,7 +157,7 @@ class DiskLayers:
                 "distkv.weights to memory"
             )
 
-    def begin(self, layer: int) -> None:
+    def begin_reading(self, layer: int) -> None:
         """Start reading a layer into its buffer, which must not be in use."""
         if self._coming is not None:
             self._coming[1].exception()  # a read for a failed step
@@ -185,11 +185,11 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def _before(disk: DiskLayers, at: int, *_: Any) -> None:
-    disk.take(at)
+    disk.take_layer(at)
 
 
 def _after(disk: DiskLayers, *_: Any) -> None:
-    disk.begin(0)
+    disk.begin_reading(0)
 
 
 def _read(pieces: list[Piece], done: Future[None]) -> None:
@@ -237,7 +237,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _room(size: int) -> Tensor:
-    """Memory of so many bytes that begins with a cache line."""
+    """Memory of ``size`` bytes that begins with a cache line."""
     whole = torch.zeros(size + _LINE, dtype=torch.uint8)
     first = -whole.data_ptr() % _LINE
     return whole[first : first + size]

@@ -11,7 +11,7 @@
 
 namespace distkv {
 
-// One session. Python fills it (session.py): every field has 8 bytes, but for the headers.
+// One session. Python fills it (holder/native_turns.py): every field has 8 bytes, but for the headers.
 struct Session {
   int64_t fd;
   char* frame;  // header and payload of the request that is being read
@@ -117,7 +117,7 @@ bool serve(Session& session, LayerCall layer) {
 }  // namespace
 }  // namespace distkv
 
-// Answers requests of sessions until something is for Python to do, at most for so many seconds. `poller` is an epoll
+// Answers requests of sessions until there is something for Python to do, for `seconds` at most. `poller` is an epoll
 // descriptor that watches, level-triggered and by descriptor, all that Python waits for, sessions included.
 DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int64_t count, distkv::LayerCall layer,
                                 double seconds) {

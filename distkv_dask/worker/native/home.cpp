@@ -12,7 +12,7 @@
 
 namespace distkv {
 
-// One holder. Python fills it (exchange.py): every field has 8 bytes, but for the headers.
+// One holder. Python fills it (home/native_exchange.py): every field has 8 bytes, but for the headers.
 struct Holder {
   int64_t fd;
   const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they lie
@@ -218,7 +218,7 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
   return distkv::kDone;
 }
 
-// Waits at most so many seconds for all partials of the layer asked for. Returns a distkv::Status.
+// Waits at most `seconds` for all partials of the layer asked for. Returns a distkv::Status.
 DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
   home->error = 0;
   try {

@@ -210,7 +210,7 @@ class _Timing:
         with _reserved(self._pool, 0, 1):
             chunk = PrefillChunk(self._gang(home, None), 0, (Span(home, 0, 1),), 0, (1,))
             self._lanes.home.submit(self._runtime.prefill, chunk).result()
-        state = self._runtime.home_state.states.begin(0, 1)
+        state = self._runtime.home_state.states.begin_run(0, 1)
         self._runtime.release(0)
         return state
 

@@ -1,0 +1,101 @@
+"""Chunks of several prompts computed together, and what comes of each: scores, the best choice, or a first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from distkv_dask.errors import DistKVError
+from distkv_dask.gang import ChunkResult, PrefillChunk
+from distkv_dask.logprobs import TokenLogprob
+from distkv_dask.worker.home.choosing import Choosing, rounds
+from distkv_dask.worker.home.home_state import HomeState
+from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
+from distkv_dask.worker.model.logprobs import Drawn, draw_batch
+from distkv_dask.worker.model.sampling import Draw
+
+if TYPE_CHECKING:
+    from distkv_dask.worker.model.loaded import LoadedModel
+
+Computed = tuple[torch.Tensor, list[list[TokenLogprob]]]
+"""Logits from which tokens are drawn, and what was scored in each chunk."""
+
+
+class Chunks:
+    """Chunks that one forward computes: they ask no holders and lie in one span each, unless there is only one.
+
+    Parameters
+    ----------
+    model
+        The weights.
+    chunks
+        In the order of the results.
+
+    Raises
+    ------
+    InvalidRequestError
+        Choices cannot be told from each other.
+    """
+
+    def __init__(self, model: LoadedModel, chunks: Sequence[PrefillChunk]) -> None:
+        self._model = model
+        self._choosing = {at: Choosing(chunk, model.eos_token_ids) for at, chunk in enumerate(chunks) if chunk.choices}
+        self._chunks = [self._choosing[at].chunk if at in self._choosing else chunk for at, chunk in enumerate(chunks)]
+        self._logits = torch.empty(0, 0)
+        self._scored: list[list[TokenLogprob]] = []
+
+    def compute(self, run: PrefillRun, kept: HomeState) -> None:
+        """Compute the chunks, and then the choices behind them, which the home does not keep.
+
+        Parameters
+        ----------
+        run
+            Computes chunks in the gang that is running.
+        kept
+            What the home has of the sequences.
+        """
+        self._logits, self._scored = self._forward(run, kept, self._chunks, keeps=True)
+        for at, one in self._choosing.items():
+            one.take_prompt_scores(self._scored[at])
+        for batch in rounds([*self._choosing.values()]):
+            _, scored = self._forward(run, kept, [chunk for _, chunk in batch], keeps=False)
+            for (one, chunk), some in zip(batch, scored, strict=True):
+                one.learn(chunk.tokens, some)
+
+    def results(self) -> list[ChunkResult]:
+        """What came of each chunk, after :meth:`compute`.
+
+        Raises
+        ------
+        DistKVError
+            A first token, or a choice, cannot be drawn.
+        """
+        first, results = iter(self._first_tokens()), []
+        for at, chunk in enumerate(self._chunks):
+            if at in self._choosing:
+                results.append(self._choosing[at].result())
+            else:
+                token, logprob = next(first) if chunk.sampling else (None, None)
+                results.append(ChunkResult(token, logprob, tuple(self._scored[at])))
+        return results
+
+    def _forward(self, run: PrefillRun, kept: HomeState, chunks: Sequence[PrefillChunk], *, keeps: bool) -> Computed:
+        with kept.change(self._model, begun(chunks)) as change:
+            logits = run.run(chunks, change.past)
+            if keeps:
+                change.after = ended(chunks, change.past)
+        return logits, run.scored
+
+    def _first_tokens(self) -> list[Drawn]:
+        draws = [
+            Draw(chunk.sampling, chunk.stop, chunk.history, self._model.follower(chunk.sampling))
+            for chunk in self._chunks
+            if chunk.sampling is not None and not chunk.choices
+        ]
+        drawn = draw_batch(self._logits, draws, self._model.device)
+        for result in drawn:
+            if isinstance(result, DistKVError):
+                raise result
+        return cast(list[Drawn], drawn)
