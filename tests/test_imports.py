@@ -25,6 +25,7 @@ ALLOWED = {
 }
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {
+    "docling": "docling-slim",
     "cupy": "cupy-cuda12x",
     "dask_cuda": "dask-cuda",
     "huggingface_hub": "huggingface-hub",

@@ -27,6 +27,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # What conda calls differently, and what only conda or only the Makefile has to name.
 CONDA_NAMES = {
     "cupy-cuda12x": "cupy",
+    "duckdb": "python-duckdb",
     "distributed-ucxx-cu12": "distributed-ucxx",
     "huggingface-hub": "huggingface_hub",
     "msgpack": "msgpack-python",

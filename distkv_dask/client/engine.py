@@ -12,6 +12,7 @@ from distributed import Client
 from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.library import Library
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.client.handle import Handle
 from distkv_dask.client.notebook import engine_html
 from distkv_dask.client.session.attached_engine import AttachedEngine
@@ -171,17 +172,19 @@ class Engine(Handle, Processing):
 
     # Documents
 
-    def ingest(self, source: Prompt | Path, name: str | None = None) -> Any:
+    def ingest(self, source: Prompt | Path, name: str | None = None, reader: Reader = "auto") -> Any:
         """Compute the KV cache of a document once for many questions; returns when the KV is stored.
 
         Parameters
         ----------
         source
-            A text, a :class:`~pathlib.Path` of a file (.txt, .md, .html, .pdf), a list of token ids, or a list of chat
-            messages. A question follows a text after an empty line. If the model has a chat template, both are in the
-            same chat message.
+            A text, a :class:`~pathlib.Path` of a file (.txt, .md, .html, .pdf, .docx, .pptx, .epub), a list of token
+            ids, or a list of chat messages. A question follows a text after an empty line. If the model has a chat
+            template, both are in the same chat message.
         name
             The document's key in :meth:`documents`; None picks ``"document-0"`` and so on.
+        reader
+            What reads a file: ``"pypdf"``, ``"docling"`` (layout and tables), or ``"auto"``, as for :meth:`process`.
 
         Returns
         -------
@@ -191,13 +194,13 @@ class Engine(Handle, Processing):
 
         Raises
         ------
-        InvalidRequestError, SourceError
+        InvalidRequestError, SourceError, MissingProgramError
             When the document is invalid or too long, or its file cannot be read.
         CapacityError
             When the document is larger than the memory of all workers.
         """
         self._session.check_open()
-        return self.client.sync(self._library.ingest, source, name)
+        return self.client.sync(self._library.ingest, source, name, reader)
 
     def load(self, place: str | Path, name: str | None = None) -> Any:
         """Load a document that :meth:`Document.save` saved, on any set of workers; nothing is computed.

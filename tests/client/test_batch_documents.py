@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.client.batch.sources import open_source
 from distkv_dask.client.batch.tables import Columns
-from distkv_dask.client.documents import extract
+from distkv_dask.client.documents import extract, readers
 from distkv_dask.client.documents.extract import TextReader, plain_text
 from distkv_dask.client.documents.prompts import read_text
 from distkv_dask.client.files import label_of
@@ -277,7 +277,7 @@ def test_a_folder_that_may_not_be_looked_into_is_an_error_row(tmp_path: Path, mo
 
 
 def test_pages_and_pdfs_need_their_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract, "find_spec", lambda name: None)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
     for name, extra in (("a.html", "html"), ("a.HTM", "html"), ("a.pdf", "pdf")):
         (tmp_path / name).write_text("x")
         with pytest.raises(MissingProgramError, match=rf"distkv-dask\[{extra}\]"):

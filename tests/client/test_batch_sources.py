@@ -196,7 +196,7 @@ def test_mixed_values_in_a_pandas_column_cost_only_the_rows_that_are_no_text() -
 
 def test_a_source_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"nothing")
-    (tmp_path / "t.docx").touch()
+    (tmp_path / "t.xyz").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "a.txt").touch()
@@ -204,7 +204,7 @@ def test_a_source_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     for source, words in [
         (tmp_path / "no.csv", "does not exist"),
         (tmp_path / "t.parquet", "cannot be read as Parquet"),
-        (tmp_path / "t.docx", "no kind that can be read"),
+        (tmp_path / "t.xyz", "no kind that can be read"),
         (tmp_path / "empty", "holds no documents"),
         (tmp_path / "both", "separate them"),
         (7, "not int"),

@@ -20,6 +20,7 @@ from distkv_dask.client.batch.openai_format import OpenAIBatchSource, write_open
 from distkv_dask.client.batch.output import Output
 from distkv_dask.client.batch.pace import new_tokens
 from distkv_dask.client.batch.progress import progress_bar
+from distkv_dask.client.batch.reading import read_ahead
 from distkv_dask.client.batch.record import Run
 from distkv_dask.client.batch.results import Lot, Results
 from distkv_dask.client.batch.rows import Row, Source
@@ -98,7 +99,10 @@ class Job:
         with progress_bar(total, rows, self._errors, progress) as advance:
             meter = None if advance is None else self._meter(total, output.done)
             self._check_errors(f"in {output.path} already")
-            for lot in self._run(self._todo(output.done)):
+            todo = self._todo(output.done)
+            if isinstance(self._source, DocumentSource):
+                todo = read_ahead(todo, self._session)
+            for lot in self._run(todo):
                 if lot is None:
                     output.rotate()
                 else:

@@ -16,6 +16,7 @@ from distkv_dask.client.batch.results import Results
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import checked, columns_of, kind_of, records_source, source_for
 from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,11 @@ def answers_frame(
     from dask.delayed import delayed
 
     kind = kind_of(source)
+    if kind == "stream":
+        raise InvalidRequestError(
+            f"a lazy Dask DataFrame is read by tasks, and a {type(source).__name__} by this process only: name an "
+            f"output (out=...), or give a path or a Dask DataFrame"
+        )
     if kind == "bag":
         schema = bag_schema(source, spec.text_column, session.client)
         opened = checked(records_source(list, columns_of(spec, keep), schema, lambda: None), spec)

@@ -86,7 +86,7 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
     plain = BatchSpec(sampling=spec.sampling)
     if spec.questions != (None,) or spec.template is not None:
         raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
-    for name in ("text_column", "too_long", "overlap", "combine"):
+    for name in ("text_column", "too_long", "overlap", "combine", "reader"):
         if getattr(spec, name) != getattr(plain, name):
             raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
     if keep is not None:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pandas as pd
 import pyarrow as pa
-from distributed import Client, Reschedule, Worker, get_worker, secede
+from distributed import Client
 
 from distkv_dask.client.batch.frames import as_records
 from distkv_dask.client.batch.job import Job
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.sources import columns_of, records_source, source_for
 from distkv_dask.client.batch.spec import BatchSpec
+from distkv_dask.client.batch.turns import turn
 from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.session import Session
 
 AT_ONCE = 2
 """Partitions that a worker answers at the same time: another one is ready while one waits for its longest answers."""
-
-TICK = 1.0
-"""Seconds between checks of a waiting partition whether it was cancelled."""
-
-_turns: WeakKeyDictionary[Worker, threading.BoundedSemaphore] = WeakKeyDictionary()
-_turns_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +72,6 @@ def _dtype(kind: pa.DataType) -> Any:
 
 
 def _answer(open_source: Callable[[Client], Source], asked: Asked, start: int = 0, stop: int | None = None) -> pa.Table:
-    with _turn() as on_tick, closing(Session(None, AttachedEngine(asked.engine))) as session:
+    with turn("answers", AT_ONCE) as on_tick, closing(Session(None, AttachedEngine(asked.engine))) as session:
         job = Job(session, open_source(session.client), asked.spec, asked.max_errors, asked.in_flight)
         return job.table(start, stop, on_tick)
-
-
-@contextmanager
-def _turn() -> Iterator[Callable[[], None]]:
-    """Leave the worker's threads to the engine, and wait for a turn; yields a function that ends a cancelled task."""
-    try:
-        worker = get_worker()
-    except ValueError:  # computed by threads of the client's process
-        yield lambda: None
-        return
-    wanted = partial(_check_wanted, worker, worker.get_current_task())
-    secede()
-    with _turns_lock:
-        turns = _turns.setdefault(worker, threading.BoundedSemaphore(AT_ONCE))
-    while not turns.acquire(timeout=TICK):
-        wanted()
-    try:
-        yield wanted
-    finally:
-        turns.release()
-
-
-def _check_wanted(worker: Worker, key: Any) -> None:
-    """End a task if its future was cancelled; Dask starts it again if it is needed after all."""
-    task = worker.state.tasks.get(key)
-    if task is None or task.state == "cancelled":
-        raise Reschedule

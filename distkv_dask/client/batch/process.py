@@ -16,6 +16,7 @@ from distkv_dask.client.batch.openai_format import OpenAIBatchSource, default_sa
 from distkv_dask.client.batch.sources import located, source_for
 from distkv_dask.client.batch.spec import COMBINE, OVERLAP, TEXT, BatchSpec, TooLong
 from distkv_dask.client.batch.target import target_of
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.client.session.session import Session
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import SamplingParams
@@ -41,6 +42,7 @@ class Processing:
         too_long: TooLong = "refuse",
         overlap: int = OVERLAP,
         combine: str = COMBINE,
+        reader: Reader = "auto",
         max_errors: int | None = None,
         retry_errors: bool = False,
         in_flight: int | None = None,
@@ -57,9 +59,11 @@ class Processing:
         Parameters
         ----------
         source
-            A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html and
-            .pdf files), a pandas or Dask DataFrame, a Dask Bag of texts or records, or a pyarrow table. The source is
-            read as the batch proceeds.
+            A path (Parquet, CSV, JSONL, a folder of one of them, OpenAI batch file, a folder of .txt, .md, .html, .pdf,
+            .docx, .pptx and .epub files, a Delta table, a saved data set of Hugging Face), a pandas or Dask DataFrame,
+            a Dask Bag of texts or records, a pyarrow table, or any table that can be read as an Arrow stream: a data
+            set of Hugging Face, a Delta or Iceberg table, a frame of polars, a query of DuckDB, a pyarrow dataset. The
+            source is read as the batch proceeds, in its order, which has to be the same when the call is repeated.
         question, questions
             Question about each row; several questions give several rows of output. None: the text is the prompt.
         template
@@ -92,6 +96,10 @@ class Processing:
         overlap, combine
             For map-reduce: tokens that neighbouring parts share, and the question that combines answers, with
             ``{answers}`` and ``{question}``.
+        reader
+            What reads documents, on the workers: ``"pypdf"`` reads PDFs page by page; ``"docling"`` gives Markdown of
+            PDFs with their layout and tables (it needs models, see the guide), and of .html, .docx, .pptx and .epub.
+            ``"auto"`` takes pypdf for PDFs and docling for what only it reads.
         max_errors
             Stop if more rows than this have errors; None never stops. Each partition of a Dask DataFrame counts
             separately.
@@ -135,6 +143,7 @@ class Processing:
             too_long=too_long,
             overlap=overlap,
             combine=combine,
+            reader=reader,
         )
 
         session = self._session
@@ -170,7 +179,7 @@ class Processing:
         source, question, questions, sampling, schema
             As for :meth:`process`.
         **how
-            ``template``, ``text_column``, ``too_long``, ``overlap`` and ``combine``, as there.
+            ``template``, ``text_column``, ``too_long``, ``overlap``, ``combine`` and ``reader``, as there.
 
         Returns
         -------

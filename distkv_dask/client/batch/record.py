@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "distkv-dask", "dask", "distributed", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "llguidance",
-    "pypdf", "selectolax",
+    "pypdf", "selectolax", "docling",
 )  # fmt: skip
 """Packages that answers may depend on; those that are not installed are left out."""
 

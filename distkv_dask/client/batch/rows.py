@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.sampling import Prompt
 
 if TYPE_CHECKING:
@@ -37,6 +38,28 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A file whose text another process may extract.
+
+    Parameters
+    ----------
+    suffix
+        The ending of its name, in lower case.
+    data
+        Its bytes.
+    reader
+        What reads it.
+    content
+        Makes the row's content of its text.
+    """
+
+    suffix: str
+    data: bytes
+    reader: Reader
+    content: Callable[[str], Content]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a source.
 
@@ -50,12 +73,15 @@ class Row:
         The columns that go to the output: one row.
     read
         Gives the content, or raises :class:`~distkv_dask.errors.InvalidRequestError` when the row cannot be used.
+    file
+        The file whose text :attr:`read` extracts here, if that takes long enough to be done by a worker.
     """
 
     label: int | str
     fingerprint: str
     kept: pa.RecordBatch
     read: Callable[[], Content]
+    file: File | None = None
 
 
 class Source(Protocol):

@@ -15,9 +15,11 @@ from distkv_dask.client.batch.documents import DocumentSource
 from distkv_dask.client.batch.openai_format import OpenAIBatchSource, check_spec, is_openai_batch
 from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.spec import TEXT, BatchSpec
+from distkv_dask.client.batch.streams import is_stream, stream_source
+from distkv_dask.client.batch.table_folders import table_in
 from distkv_dask.client.batch.tables import Columns, Record, TableSource
 from distkv_dask.client.batch.text_folders import csv_source, jsonl_source
-from distkv_dask.client.documents.extract import DOCUMENTS
+from distkv_dask.client.documents.readers import DOCUMENTS, Reader
 from distkv_dask.client.files import look_into, open_file
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.filesystems import local_path
@@ -32,6 +34,10 @@ _KINDS = {
     "documents": DOCUMENTS,
 }
 """Kinds of files, by the endings of their names."""
+
+
+HIDDEN = ".", "~$"
+"""Beginnings of names that are no documents: ``~$report.docx`` says who has a document open."""
 
 
 def located(source: Any) -> Any:
@@ -55,7 +61,9 @@ def located(source: Any) -> Any:
 
 def source_for(source: Any, spec: BatchSpec, keep: Sequence[str] | None, client: Client | None) -> Source:
     """Open a source for questions; raises as :func:`open_source` and :func:`checked` do."""
-    opened = open_source(source, columns_of(spec, keep), client)
+    opened = open_source(source, columns_of(spec, keep), client, spec.reader)
+    if spec.reader != "auto" and not isinstance(opened, DocumentSource):
+        raise InvalidRequestError("reader is for documents, and the source has none: leave it out")
     if isinstance(opened, OpenAIBatchSource):
         check_spec(spec, keep)
         return opened
@@ -93,30 +101,33 @@ def checked(opened: Source, spec: BatchSpec) -> Source:
     return opened
 
 
-def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
+def open_source(source: Any, columns: Columns, client: Client | None, reader: Reader = "auto") -> Source:
     """Open a source.
 
     Parameters
     ----------
     source
-        A path (Parquet, CSV, JSONL, a document, a folder of one kind of them), a pandas or Dask DataFrame, a Dask Bag,
-        or a pyarrow table.
+        A path (Parquet, CSV, JSONL, a document, a folder of one kind of them, a Delta table, a saved data set of
+        Hugging Face), a pandas or Dask DataFrame, a Dask Bag, a pyarrow table, or a table of another library
+        (:mod:`distkv_dask.client.batch.streams`).
     columns
         Which columns are looked at.
     client
         Computes the partitions of Dask collections; other sources need none.
+    reader
+        What reads documents.
 
     Raises
     ------
     SourceError
         When it cannot be read, is not of this machine, or lacks a column.
     MissingProgramError
-        When it has PDFs or HTML and the package that reads them is not installed.
+        When it has PDFs, HTML or a table for which the package that reads them is not installed.
     """
     source = located(source)
     match kind_of(source):
         case "path":
-            return _open_path(source, columns)
+            return _open_path(source, columns, reader)
         case "arrow":
             return TableSource(
                 lambda kept: tables.arrow_chunks(source.to_batches(), columns, kept),
@@ -141,9 +152,11 @@ def open_source(source: Any, columns: Columns, client: Client | None) -> Source:
             return TableSource(
                 lambda kept: frames.bag_chunks(source, columns, schema, kept, client), columns, schema, lambda: None
             )
+        case "stream":
+            return stream_source(source, columns)
 
 
-def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
+def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag", "stream"]:
     """The kind of a source, without importing libraries for others; raises SourceError for other objects."""
     if isinstance(source, str | PathLike):
         return "path"
@@ -156,8 +169,11 @@ def kind_of(source: Any) -> Literal["path", "arrow", "pandas", "dask", "bag"]:
             return "dask"
         case ["dask", "bag"], "Bag":
             return "bag"
+    if is_stream(source):
+        return "stream"
     raise SourceError(
-        f"a source is a path, a pandas or Dask DataFrame, a Dask Bag or a pyarrow table, not {type(source).__name__}"
+        f"a source is a path, a pandas or Dask DataFrame, a Dask Bag, a pyarrow table, or a table that can be read as "
+        f"an Arrow stream (polars, DuckDB, datasets, Delta, Iceberg), not {type(source).__name__}"
     )
 
 
@@ -170,9 +186,9 @@ def records_source(
     )
 
 
-def _open_path(path: Path, columns: Columns) -> Source:
+def _open_path(path: Path, columns: Columns, reader: Reader) -> Source:
     if path.is_dir():
-        return _open_folder(path, columns)
+        return _open_folder(path, columns, reader)
     try:
         open_file(path).close()
     except FileNotFoundError:
@@ -184,16 +200,18 @@ def _open_path(path: Path, columns: Columns) -> Source:
         known = ", ".join(itertools.chain(*_KINDS.values()))
         raise SourceError(f"{path} is of no kind that can be read; its name should end in one of {known}")
     if kind == "documents":
-        return DocumentSource(path, columns.text)
+        return DocumentSource(path, columns.text, reader=reader)
     if kind == "JSONL" and is_openai_batch(path):
         return OpenAIBatchSource(path)
     return _open_table(kind, path, [path], columns)
 
 
-def _open_folder(path: Path, columns: Columns) -> Source:
+def _open_folder(path: Path, columns: Columns, reader: Reader) -> Source:
+    if (table := table_in(path)) is not None:
+        return stream_source(table, columns)
     folder = look_into(path)
     found = {
-        kind: folder.ending_in(ends, (".",) if kind == "documents" else (".", "_")) for kind, ends in _KINDS.items()
+        kind: folder.ending_in(ends, HIDDEN if kind == "documents" else (".", "_")) for kind, ends in _KINDS.items()
     }
     kinds = [kind for kind, files in found.items() if set(files) - set(folder.unreadable)]
     if len(kinds) > 1:
@@ -201,7 +219,7 @@ def _open_folder(path: Path, columns: Columns) -> Source:
             f"{path} holds {' and '.join(f'{kind} ({found[kind][0].name}, ...)' for kind in kinds)}: separate them"
         )
     if kinds in ([], ["documents"]):
-        return DocumentSource(path, columns.text, found["documents"])
+        return DocumentSource(path, columns.text, found["documents"], reader)
     return _open_table(kinds[0], path, found[kinds[0]], columns)
 
 

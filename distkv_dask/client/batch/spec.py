@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from distkv_dask.client.documents.readers import Reader, checked_reader
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.models.grammars import check_installed, grammar_of
 from distkv_dask.sampling import SamplingParams
@@ -46,6 +47,7 @@ class BatchSpec:
     too_long: TooLong = "refuse"
     overlap: int = OVERLAP
     combine: str = COMBINE
+    reader: Reader = "auto"
 
     def __post_init__(self) -> None:
         """Check what does not depend on the source: errors here affect every row."""
@@ -60,6 +62,7 @@ class BatchSpec:
         for name, usual in (("overlap", OVERLAP), ("combine", COMBINE)):
             if self.too_long != "map-reduce" and getattr(self, name) != usual:
                 raise InvalidRequestError(f'{name} is for too_long="map-reduce": leave out {name}, or choose that')
+        checked_reader(self.reader)
         if self.overlap < 0:
             raise InvalidRequestError(f"overlap is {self.overlap}, but must be at least 0 tokens")
         asks = self.questions != (None,)
@@ -105,8 +108,10 @@ class BatchSpec:
     def parameters(self) -> dict[str, Any]:
         """Everything that answers depend on, as JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        if self.sampling.n == 1:  # outputs that were begun before there was a number go on
+        if self.sampling.n == 1:  # outputs that were begun before there was a number, or a reader, go on
             del plain["sampling"]["n"]
+        if self.reader == "auto":
+            del plain["reader"]
         return plain
 
     def render(self, values: Mapping[str, Any], question: str | None) -> str:

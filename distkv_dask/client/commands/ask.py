@@ -19,6 +19,7 @@ from distkv_dask.client.commands.options import (
     check_drawn,
     engine_option,
     model_options,
+    reader_option,
     sampling_of,
     sampling_options,
     scheduler_option,
@@ -27,6 +28,7 @@ from distkv_dask.client.commands.options import (
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.extract import plain_text
 from distkv_dask.client.documents.prompts import prompt_ids, read_text
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.client.documents.saved_document import FILE, read_metadata
 from distkv_dask.client.engine import Engine
 from distkv_dask.client.session.generation import Generation, TextPieces
@@ -47,13 +49,16 @@ from distkv_dask.watch import watched
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File with a JSON schema. The answer is JSON that follows it.",
 )
+@reader_option
 @sampling_options
 @model_options
 @scheduler_option
 @engine_option
 @size_options
-def command(question: str, document: str | None, schema: Path | None, **options: Any) -> None:
-    """Ask QUESTION, with or without a DOCUMENT (.txt, .md, .html, .pdf, or - for standard input).
+def command(question: str, document: str | None, schema: Path | None, reader: Reader, **options: Any) -> None:
+    """Ask QUESTION, with or without a DOCUMENT, or with - for standard input.
+
+    Documents are .txt, .md, .html, .pdf, .docx, .pptx and .epub files.
 
     \b
         distkv ask "What are the risks?" report.pdf
@@ -68,7 +73,7 @@ def command(question: str, document: str | None, schema: Path | None, **options:
     with clear_failures():
         if schema is not None:
             sampling = replace(sampling, schema=read_schema(schema))
-        begin = _question(question, document, sampling)
+        begin = _question(question, document, sampling, reader)
     with chosen.engine() as engine:
         done = _told(begin(engine), sampling)
         if done is not None:
@@ -115,7 +120,7 @@ def _note_details(done: Completion, engine: Engine) -> None:
 
 
 def _question(
-    question: str, document: str | None, sampling: SamplingParams
+    question: str, document: str | None, sampling: SamplingParams, reader: Reader
 ) -> Callable[[Engine], TextPieces | Generation]:
     """Read the document, and return a function that asks an engine and yields the answer as it is generated."""
     spec = BatchSpec(questions=(question,), sampling=sampling)
@@ -136,7 +141,7 @@ def _question(
         raise InvalidRequestError("there is no document to quote: name one, or leave out --quotes and --evidence")
     text = question
     if path is not None:
-        read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(path)
+        read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(path, reader)
         if sampling.quotes is not None:
             return lambda engine: engine.ingest(read).stream(question, sampling)
         text = spec.render({"text": read}, question)
@@ -148,7 +153,7 @@ def _question(
     return about_text
 
 
-def document_text(path: Path) -> str:
+def document_text(path: Path, reader: Reader) -> str:
     """The text of a document.
 
     Raises
@@ -158,7 +163,7 @@ def document_text(path: Path) -> str:
     """
     if path.is_dir():
         raise SourceError(f"{path} is a folder without a saved document: name a file, or use distkv run")
-    text = read_text(path)
+    text = read_text(path, reader)
     if not text.strip():
         raise InvalidRequestError(f"{path} is empty")
     return text

@@ -11,7 +11,15 @@ import click
 from distkv_dask.client.commands.ask import document_text
 from distkv_dask.client.commands.connect import chosen_of
 from distkv_dask.client.commands.failures import clear_failures, note
-from distkv_dask.client.commands.options import LocalFile, engine_option, model_options, scheduler_option, size_options
+from distkv_dask.client.commands.options import (
+    LocalFile,
+    engine_option,
+    model_options,
+    reader_option,
+    scheduler_option,
+    size_options,
+)
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.client.documents.save import try_place
 from distkv_dask.config import Config
 from distkv_dask.watch import watched
@@ -20,12 +28,13 @@ from distkv_dask.watch import watched
 @click.command("ingest")
 @click.argument("document", type=LocalFile())
 @click.argument("folder")
+@reader_option
 @model_options
 @scheduler_option
 @engine_option
 @size_options
-def command(document: Path, folder: str, **options: Any) -> None:
-    """Compute the KV cache of DOCUMENT (.txt, .md, .html, .pdf) and save it in FOLDER.
+def command(document: Path, folder: str, reader: Reader, **options: Any) -> None:
+    """Compute the KV cache of DOCUMENT (.txt, .md, .html, .pdf, .docx, .pptx, .epub) and save it in FOLDER.
 
     \b
         distkv ingest report.pdf saved/report
@@ -36,7 +45,7 @@ def command(document: Path, folder: str, **options: Any) -> None:
     """  # noqa: D301
     chosen = chosen_of(options)
     with clear_failures():
-        text = document_text(document)
+        text = document_text(document, reader)
         asyncio.run(watched(Config.load().timeout_files, f"looking at {folder}", try_place, folder))
     with chosen.engine() as engine:
         note(f"Computing {document} ...")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 from dask.utils import parse_bytes
 
 from distkv_dask.client.commands.failures import clear_failures
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import local_path
@@ -84,6 +85,17 @@ def size_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def reader_option(command: Command) -> Command:
+    """Add ``--reader`` to a command that reads documents."""
+    return click.option(
+        "--reader",
+        type=click.Choice(get_args(Reader)),
+        default="auto",
+        show_default=True,
+        help="What reads documents: pypdf reads PDFs, docling also their layout and tables, .docx, .pptx and .epub.",
+    )(command)
 
 
 def sampling_options(command: Command) -> Command:

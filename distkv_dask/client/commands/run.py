@@ -26,6 +26,7 @@ from distkv_dask.client.commands.options import (
     check_drawn,
     engine_option,
     model_options,
+    reader_option,
     sampling_of,
     sampling_options,
     scheduler_option,
@@ -65,6 +66,7 @@ from distkv_dask.scheduler.costs.presets import PRESETS
 @click.option(
     "--combine", default=COMBINE, help="Question that combines parts, with {answers} and {question} (map-reduce)."
 )
+@reader_option
 @click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Repeat rows that had errors in earlier runs.")
 @click.option("--in-flight", type=click.IntRange(1), help="Most requests to run at once.")
@@ -88,8 +90,8 @@ from distkv_dask.scheduler.costs.presets import PRESETS
 def command(out: str | None, dry: bool, preset: str | None, as_json: bool, **options: Any) -> None:
     """Ask questions about every row of SOURCE and write a table of answers.
 
-    SOURCE is a Parquet file or folder, a CSV or JSONL file, an OpenAI batch file, a document, or a folder of documents
-    (.txt, .md, .html, .pdf).
+    SOURCE is a Parquet file or folder, a CSV or JSONL file, an OpenAI batch file, a Delta table, a saved data set of
+    Hugging Face, a document, or a folder of documents (.txt, .md, .html, .pdf, .docx, .pptx, .epub).
 
     \b
         distkv run reports/ --question "Who is the chief executive?" --out answers.parquet

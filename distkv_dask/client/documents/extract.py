@@ -1,4 +1,4 @@
-"""The text of a document file: plain text and Markdown here, HTML and PDF by a process that may be ended."""
+"""The text of a document file: plain text and Markdown here, others by a process that may be ended."""
 
 from __future__ import annotations
 
@@ -10,32 +10,24 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+from distkv_dask.client.documents.readers import DOCLING, Reader, way_of
 from distkv_dask.client.files import open_file
-from distkv_dask.errors import InvalidRequestError, MissingProgramError
+from distkv_dask.errors import InvalidRequestError
 from distkv_dask.texts import well_formed
-
-DOCUMENTS = (".txt", ".md", ".html", ".htm", ".pdf")
-"""Endings of documents' names."""
 
 LARGEST = 1 << 29
 """Maximum size of a document file in bytes."""
 
 SECONDS = 15.0, 30.0
-"""CPU seconds for extracting the text of an HTML or PDF file: a constant, and an amount per MiB."""
+"""CPU seconds for extracting the text of a file: a constant, and an amount per MiB."""
+
+LAYOUT_SECONDS = 120.0, 1200.0
+"""The same for docling and a PDF, whose pages go through models one by one."""
 
 _PROGRAM = Path(__file__).with_name("extractor.py")
-_NEEDED = {
-    ".html": ("HTML", "selectolax", "html"),
-    ".htm": ("HTML", "selectolax", "html"),
-    ".pdf": ("PDF", "pypdf", "pdf"),
-}
-"""Endings of files that another process reads -> what they are, the module that reads them, the extra that has it."""
-
 _PATIENCE = 10
 """On a busy machine, a file fails after this multiple of its CPU time."""
 
@@ -72,41 +64,46 @@ def plain_text(data: bytes) -> str:
         raise InvalidRequestError(f"the file is not text in utf-8{shown}: {error}") from error
 
 
-def check_support(suffixes: Iterable[str]) -> None:
-    """Raise :class:`~distkv_dask.errors.MissingProgramError` where files of these endings cannot be read."""
-    for what, module, extra in sorted({_NEEDED[suffix] for suffix in suffixes if suffix in _NEEDED}):
-        if find_spec(module) is None:
-            raise MissingProgramError(f"{what} files need {module}: pip install 'distkv-dask[{extra}]'")
-
-
 class TextReader:
     """Gives the texts of files.
 
-    HTML and PDF are read by a separate process. It is started on demand, has limits of time and memory for each file,
-    and ends with this object.
+    All but plain text is read by a separate process. It is started on demand, has limits of time and memory for each
+    file, and ends with this object, or when it has had nothing to do for a minute.
+
+    Parameters
+    ----------
+    reader
+        What reads them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader = "auto") -> None:
+        self.reader: Reader = reader
         self._process: _Process | None = None
         self._lock = threading.Lock()
 
     def text(self, suffix: str, data: bytes) -> str:
         """Return the text of a file, given the ending of its name and its bytes.
 
+        Pages of PDFs and slides of presentations end with a form feed each.
+
         Raises
         ------
         InvalidRequestError
             When the file is not of the kind that its name says, or takes too much time or memory.
         """
-        if suffix not in _NEEDED:
+        way = way_of(suffix, self.reader)
+        if way is None:
             return plain_text(data)
         with self._lock:
+            if self._process is not None and self._process.has_left():
+                self._process = None
             self._process = process = self._process or _Process()
+            limit = _limit(data, LAYOUT_SECONDS if way is DOCLING and suffix == ".pdf" else SECONDS)
             try:
-                return process.text(suffix, data)
+                return process.text(suffix, way.library, data, limit)
             except EOFError:
                 raise InvalidRequestError(
-                    f"the file takes more than {_limit(data):.0f} s to read"
+                    f"the file takes more than {limit:.0f} s to read"
                     if process.ended_by(signal.SIGPROF)
                     else "reading the file ended the process that did it: the file is damaged, or needs too much memory"
                 ) from None
@@ -133,12 +130,15 @@ class _Process:
         self.busy = False
         self.end = weakref.finalize(self, _end, self._process, self._connection)
 
-    def text(self, suffix: str, data: bytes) -> str:
-        """Have a file read; raises EOFError when the process has ended instead."""
-        limit = _limit(data)
+    def has_left(self) -> bool:
+        """Whether the process has ended by itself, because it had nothing to do."""
+        return self._process.poll() == 0
+
+    def text(self, suffix: str, library: str, data: bytes, limit: float) -> str:
+        """Have a file read in ``limit`` CPU seconds; raises EOFError when the process has ended instead."""
         self.busy = True
         try:
-            self._connection.send_bytes(json.dumps([suffix, limit]).encode())
+            self._connection.send_bytes(json.dumps([suffix, library, limit]).encode())
             self._connection.send_bytes(data)
             if not self._connection.poll(limit * _PATIENCE):
                 self._process.send_signal(signal.SIGPROF)
@@ -159,8 +159,8 @@ class _Process:
         return self._process.returncode == -number
 
 
-def _limit(data: bytes) -> float:
-    return SECONDS[0] + SECONDS[1] * len(data) / 2**20
+def _limit(data: bytes, seconds: tuple[float, float]) -> float:
+    return seconds[0] + seconds[1] * len(data) / 2**20
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""A separate program that extracts the text of HTML and PDF files; ``extract.py`` starts and ends it.
+"""A separate program that extracts the text of documents; ``extract.py`` starts and ends it.
 
 It imports nothing from the package, so that it starts fast. A file that exceeds its CPU time ends the process by a
 signal, which also works within a library's C code.
@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-MEMORY = 2 << 30
-"""Bytes of address space that the program may use."""
+MEMORY = {"docling": 12 << 30}
+"""Bytes of address space that the program may use from the first file of a library on; others have :data:`LEAST`."""
+
+LEAST = 2 << 30
+
+IDLE = 60.0
+"""Seconds without a file after which it ends: libraries keep their models in memory."""
 
 LONGEST = 1 << 26
 """Maximum number of characters of a text."""
@@ -62,6 +70,72 @@ def pdf_text(data: bytes) -> str:
     if not text.strip():
         raise Unreadable("the PDF holds no text: scanned pages need character recognition first")
     return text
+
+
+def docling_text(suffix: str, data: bytes) -> str:
+    """Markdown of a document; pages and slides end with a form feed each, where a file has them."""
+    from docling.datamodel.base_models import ConversionStatus, DocumentStream
+
+    try:
+        done = _converter().convert(
+            DocumentStream(name=f"file{suffix}", stream=io.BytesIO(data)), raises_on_error=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Unreadable(_why(error)) from error
+    if done.status not in (ConversionStatus.SUCCESS, ConversionStatus.PARTIAL_SUCCESS):
+        said = "; ".join(one.error_message for one in done.errors) or done.status.value
+        raise Unreadable(f"docling cannot read the file: {said:.200}")
+    document = done.document
+    plain = {"escape_html": False, "escape_underscores": False, "image_placeholder": ""}
+    if not document.pages:
+        text: str = document.export_to_markdown(**plain).replace("\f", "\n")
+    else:
+        pages = (document.export_to_markdown(page_no=page, **plain) for page in range(1, max(document.pages) + 1))
+        text = "".join(page.replace("\f", "\n") + "\n\f" for page in pages)
+    if not text.strip():
+        raise Unreadable("the file holds no text: pictures of text need character recognition")
+    return text
+
+
+def _why(error: Exception) -> str:
+    """What an error of docling says to users; its pipeline looks for models when it is made."""
+    if any(isinstance(one, ImportError) for one in _causes(error)):
+        return (
+            f"docling on {socket.gethostname()} lacks what this kind of file needs: `pip install docling` installs all "
+            "of it, and `docling-tools models download` its models for PDFs"
+        )
+    kinds = {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "FileNotFoundError"}:
+        return (
+            f"docling's models for layout, tables and character recognition are not on {socket.gethostname()}: run "
+            "`docling-tools models download` there, or set DOCLING_ARTIFACTS_PATH to a folder that has them"
+        )
+    return f"docling cannot read the file: {_named(error):.200}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@cache
+def _converter() -> Any:
+    """Docling's converter, which keeps its models; it computes on one core, and opens no connection."""
+    from docling.datamodel.accelerator_options import AcceleratorDevice, AcceleratorOptions
+    from docling.datamodel.base_models import InputFormat
+    from docling.datamodel.pipeline_options import PdfPipelineOptions
+    from docling.datamodel.settings import settings
+    from docling.document_converter import DocumentConverter, PdfFormatOption
+
+    downloaded = settings.artifacts_path or settings.cache_dir / "models"
+    options = PdfPipelineOptions(
+        accelerator_options=AcceleratorOptions(num_threads=1, device=AcceleratorDevice.CPU),
+        artifacts_path=downloaded if downloaded.is_dir() else None,
+    )
+    return DocumentConverter(format_options={InputFormat.PDF: PdfFormatOption(pipeline_options=options)})
 
 
 def _pieces(root: Any) -> Iterator[str]:
@@ -117,27 +191,32 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
+READ = {"selectolax": html_text, "pypdf": pdf_text}
+
+
 def main() -> None:
-    """Read files until the other end closes."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    """Read files until the other end closes, or none has come for a while."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # reading a file downloads nothing
     connection = Connection(int(sys.argv[1]))
-    while True:
+    while connection.poll(IDLE):
         try:
-            suffix, seconds = json.loads(connection.recv_bytes())
+            suffix, library, seconds = json.loads(connection.recv_bytes())
             data = connection.recv_bytes()
         except EOFError:
             return
+        memory = MEMORY.get(library, LEAST)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            text = (pdf_text if suffix == ".pdf" else html_text)(data)
+            text = docling_text(suffix, data) if library == "docling" else READ[library](data)
             answer = (
                 {"text": text} if len(text) <= LONGEST else {"error": f"its text has more than {LONGEST:,} characters"}
             )
         except Unreadable as error:
             answer = {"error": str(error)}
         except MemoryError:
-            answer = {"error": f"reading the file needs more than {MEMORY >> 30} GiB of memory"}
+            answer = {"error": f"reading the file needs more than {memory >> 30} GiB of memory"}
         except Exception as error:  # any error of a library on this file
             answer = {"error": f"the file cannot be read: {_named(error):.200}"}
         signal.setitimer(signal.ITIMER_PROF, 0)

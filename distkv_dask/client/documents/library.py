@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.prompts import DocumentText, read_text
+from distkv_dask.client.documents.readers import Reader
 from distkv_dask.client.documents.saved_document import read_metadata
 from distkv_dask.client.session.session import Session
 from distkv_dask.client.session.store import ended
@@ -38,10 +39,10 @@ class Library:
         self._documents = {name: one for name, one in self._documents.items() if not one.is_released}
         return dict(self._documents)
 
-    async def ingest(self, source: Prompt | Path, name: str | None) -> Document:
+    async def ingest(self, source: Prompt | Path, name: str | None, reader: Reader) -> Document:
         """See :meth:`distkv_dask.Engine.ingest`."""
         name = self._name(name)
-        known = await asyncio.to_thread(read_text, source) if isinstance(source, Path) else source
+        known = await asyncio.to_thread(read_text, source, reader) if isinstance(source, Path) else source
         text = await asyncio.to_thread(DocumentText.of, known, self._session.tokenizer)
         window = self._session.facts.max_positions
         if len(text.ids) >= window:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from distkv_dask.client.documents.extract import TextReader, check_support, read_file
+from distkv_dask.client.documents.extract import TextReader, read_file
+from distkv_dask.client.documents.readers import Reader, check_support, checked_reader
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.errors import InvalidRequestError, SourceError
 from distkv_dask.sampling import Message, Prompt
@@ -150,18 +151,19 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode([{"role": "user", "content": text}] if tokenizer.has_chat_template else text)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file: .txt, .md, .html or .pdf; others are read as plain text.
+def read_text(path: Path, reader: Reader = "auto") -> str:
+    """The text of a document; files of other endings are read as plain text.
 
     Raises
     ------
-    SourceError
-        It cannot be read.
+    SourceError, InvalidRequestError, MissingProgramError
+        It cannot be read, by this reader, or before something is installed.
     """
     suffix = path.suffix.lower()
-    check_support([suffix])
+    checked_reader(reader)
+    check_support([suffix], reader)
     try:
-        return TextReader().text(suffix, read_file(path))
+        return TextReader(reader).text(suffix, read_file(path))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
 
