@@ -161,7 +161,7 @@ def test_choices_are_scored_behind_the_prompts_own_targets(targets: tuple, best:
     assert all(not one for one in asked.targets[len(targets) : 2])
     assert asked.best == max(best, 2)
     own = [TokenLogprob(one, -0.5, tuple((token, -1.0) for token in range(asked.best))) for (one,) in targets]
-    made.begin([*own, *answered((), (1, 3))])
+    made.take_prompt_scores([*own, *answered((), (1, 3))])
     (path,) = made.paths()
     assert (path.start, path.tokens, path.targets, path.sampling) == (13, (1,), ((2,),), None)
     made.learn(path.tokens, answered((1,), (2,)))

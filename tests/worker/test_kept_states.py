@@ -41,15 +41,15 @@ class Keeping(RuleBasedStateMachine):
     @rule(sequence=sequences, length=st.integers(0, 5))
     def begin(self, sequence: int, length: int) -> None:
         if not length:
-            assert self.made.begin(sequence, 0) == {}
+            assert self.made.begin_run(sequence, 0) == {}
             self.kept.pop(sequence, None)
         elif length in self.kept.get(sequence, {}):
             found = self.kept[sequence][length]
-            assert self.made.begin(sequence, length) is found
+            assert self.made.begin_run(sequence, length) is found
             self.kept[sequence] = {length: found}
         else:
             with pytest.raises(StateLostError, match=f"sequence {sequence} after {length} tokens") as caught:
-                self.made.begin(sequence, length)
+                self.made.begin_run(sequence, length)
             assert caught.value.sequence == sequence
 
     @rule(sequence=sequences, length=lengths)
