@@ -42,6 +42,7 @@ PROCESSES = {
     "channel_round_trip": "--rounds 2 --turns 1",
     "deterministic_cost": "--new 2 --turns 1",
     "micro_attention": "--only 8K --threads 1",
+    "peers": "--quick --turns 1 --systems distkv transformers",
     "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
     "save_load": "--tokens 200 --repeats 1",
     "scheduler_budget": "--workers 2 --settle 0.1 --seconds 0.5",
