@@ -128,10 +128,11 @@ def test_the_gmanager_takes_every_message_of_a_worker(message: did.FromWorker) -
     cluster = cluster_of(0, 10)
     cluster.submit(7, array("i", range(8)), SamplingParams(max_new_tokens=4))
     handled: list[Any] = []
-    state = MagicMock(is_closing=False, machine=cluster.machine, life=cluster.life)
+    state = MagicMock(is_closing=False, group=None, machine=cluster.machine, life=cluster.life)
     state.waits_for.return_value = False
     dispatcher = SimpleNamespace(
         handle=lambda _, event: handled.append(cluster.machine.handle(event, 1.0)),
+        _opened=lambda state, message: Dispatcher._opened(dispatcher, state, message),  # type: ignore[arg-type]
         _lose=lambda *_: handled.append("lost"),
         _engine_lost=lambda *_: handled.append("lost"),
         _gang_failed=lambda *_: handled.append("failed"),
