@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from distkv_dask.worker.model import host_copy
 from distkv_dask.worker.model.host_copy import own_bytes
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
@@ -48,6 +49,7 @@ def serve(pipe: Connection) -> None:
 
 def main(folder: str, dtypes: list[str]) -> None:
     """Measure each dtype."""
+    host_copy.FREE = 0.0  # however full this machine's disk is
     fork = multiprocessing.get_context("fork")
     pipes = []
     for _ in range(2):

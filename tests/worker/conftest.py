@@ -21,6 +21,7 @@ from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.holder import native_turns as native_session
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.home import native_exchange as native_exchange
+from distkv_dask.worker.model import host_copy
 
 
 def _open_now(sockets: bool) -> set[Any]:
@@ -33,6 +34,12 @@ def _open_now(sockets: bool) -> set[Any]:
         with suppress(OSError):  # closed meanwhile
             inodes.add(os.fstat(one.fd).st_ino)
     return threads | inodes
+
+
+@pytest.fixture(autouse=True)
+def room_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are copied to files that processes share however full this machine's disk is."""
+    monkeypatch.setattr(host_copy, "FREE", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -117,7 +117,7 @@ def test_weights_that_layers_share_stay_in_memory(folder: Path) -> None:
     disk = DiskLayers(model)
     maps = FileMaps()
     for layer in range(len(layers)):
-        disk.take(layer)
+        disk.take_layer(layer)
         for one in shared:
             assert maps.of(one) is None
             assert torch.equal(one, expected[id(one)])
@@ -125,7 +125,7 @@ def test_weights_that_layers_share_stay_in_memory(folder: Path) -> None:
 
 def test_a_model_that_calls_no_layers_is_refused(folder: Path) -> None:
     disk = DiskLayers(transformers.AutoModelForCausalLM.from_pretrained(folder))
-    disk.take(0)
+    disk.take_layer(0)
     with pytest.raises(UnsupportedModelError, match="does not call its layers"):
         disk.check_taken()
 
