@@ -190,6 +190,17 @@ def test_a_sequence_that_left_while_it_ran_stays_away() -> None:
     assert taken(made) == []
 
 
+def test_a_sequence_that_moved_while_it_ran_goes_on_where_it_is_now() -> None:
+    made = batch_of()
+    made.join(state(1), ())
+    batch, _ = made.of_window(window())
+    placement = (Span("w1", 0, 64), Span("w0", 64, 99))
+    made.relocate(1, placement, (HOLDERS["w1"],))
+    made.commit(window(), batch, generated({1: [8]}))
+    (now,), holders = made.of_window(window())
+    assert (now.placement, now.length, holders) == (placement, 11, (HOLDERS["w1"],))
+
+
 def test_a_window_of_an_old_epoch_changes_nothing_and_names_itself() -> None:
     made = batch_of()
     made.join(state(1), ())

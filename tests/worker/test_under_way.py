@@ -97,6 +97,14 @@ def test_the_host_waits_for_the_card_before_it_reads_a_layer() -> None:
     assert mark.waits == 1, "a chunk that is complete was waited for where it was computed"
 
 
+def test_a_chunk_that_failed_is_not_read_though_it_was_complete_before() -> None:
+    made = UnderWay()
+    made.computed(1)
+    made.failed(1, "the card failed")
+    with pytest.raises(GangAbortedError, match="the card failed"):
+        made.is_stored(1, 0)
+
+
 def test_others_go_on_while_one_waits_for_the_card() -> None:
     made, reached, leave = UnderWay(), threading.Event(), threading.Event()
     slow: Any = SimpleNamespace(wait=lambda: (reached.set(), leave.wait(20)))
