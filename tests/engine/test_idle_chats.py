@@ -60,6 +60,14 @@ async def until(engine: Engine, seen: Callable[[EngineStatus], bool]) -> EngineS
     return status
 
 
+async def displaced(engine: Engine, is_kept: Callable[[EngineStatus], bool]) -> Completion:
+    """The first turn of a chat, whose room another one takes once it is kept elsewhere."""
+    first = await turn(engine, FIRST)
+    await until(engine, is_kept)
+    await turn(engine, OTHER)
+    return first
+
+
 async def second_turn(engine: Engine, first: Completion) -> tuple[Completion, int]:
     """Go on with the first chat; also how many tokens were computed for that."""
     before = (await engine.status()).totals["prefilled_tokens"]
@@ -69,6 +77,11 @@ async def second_turn(engine: Engine, first: Completion) -> tuple[Completion, in
 
 def tier(status: EngineStatus, name: str) -> int:
     return sum(getattr(one.tiers, name) for one in status.workers.values())
+
+
+def is_on_disk(status: EngineStatus, blocks: int) -> bool:
+    """Whether so many blocks are written: the tier also counts those that are being written."""
+    return tier(status, "disk") == blocks and status.totals.get("copied_disk_blocks", 0) >= blocks
 
 
 def is_reading(status: EngineStatus) -> bool:
@@ -82,9 +95,7 @@ def files_on(worker: Worker) -> list[Path]:
 @engine_test(1)
 async def test_a_chat_comes_back_from_disk(client: Client, scheduler: Scheduler, worker: Worker) -> None:
     async with small(client) as engine:
-        first = await turn(engine, FIRST)
-        await until(engine, lambda status: tier(status, "disk") == KEPT)
-        await turn(engine, OTHER)
+        first = await displaced(engine, lambda status: is_on_disk(status, KEPT))
         done, computed = await second_turn(engine, first)
         assert done.reused_tokens == KEPT * BLOCK
         assert computed == 101 - KEPT * BLOCK
@@ -96,9 +107,7 @@ async def test_a_chat_comes_back_from_another_workers_memory(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
     async with small(client) as engine:
-        first = await turn(engine, FIRST)
-        await until(engine, lambda status: status.totals.get("copied_workers_blocks") == KEPT)
-        await turn(engine, OTHER)
+        first = await displaced(engine, lambda status: status.totals.get("copied_workers_blocks") == KEPT)
         done, computed = await second_turn(engine, first)
         status = await engine.status()
         assert done.reused_tokens == KEPT * BLOCK
@@ -113,9 +122,7 @@ async def test_a_worker_that_dies_with_a_chat_costs_only_time(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
     async with small(client) as engine:
-        first = await turn(engine, FIRST)
-        await until(engine, lambda status: status.totals.get("copied_workers_blocks") == KEPT)
-        await turn(engine, OTHER)
+        first = await displaced(engine, lambda status: status.totals.get("copied_workers_blocks") == KEPT)
         await workers[1].close()
         await until(engine, lambda status: len(status.workers) == 1)
         done, _ = await second_turn(engine, first)
@@ -127,7 +134,7 @@ def test_a_chat_that_lost_its_front_computes_only_that(copy_no_more: Callable[[]
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with small(client, spill=6 * SIZE) as engine:  # the disk has room for half of the chat: its end
             first = await turn(engine, FIRST)
-            await until(engine, lambda status: tier(status, "disk") == 6)
+            await until(engine, lambda status: is_on_disk(status, 6))
             copy_no_more()
             await turn(engine, prompt_ids(100, seed=2))  # takes all blocks
             done, computed = await second_turn(engine, first)
@@ -142,7 +149,7 @@ def test_a_chat_that_lost_its_middle_computes_only_that(copy_no_more: Callable[[
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with small(client, spill=4 * SIZE) as engine:
             first = await turn(engine, FIRST)
-            await until(engine, lambda status: tier(status, "disk") == 4)
+            await until(engine, lambda status: is_on_disk(status, 4))
             copy_no_more()
             await turn(engine, prompt_ids(66, seed=2))  # takes ten blocks: four of the chat's stay
             done, computed = await second_turn(engine, first)
@@ -161,7 +168,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(damage: str) -> None:
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with small(client) as engine:
             first = await turn(engine, FIRST)
-            await until(engine, lambda status: tier(status, "disk") == KEPT)
+            await until(engine, lambda status: is_on_disk(status, KEPT))
             for file in files_on(worker):
                 data = bytearray(file.read_bytes())
                 data[len(data) // 2] ^= 1

@@ -92,6 +92,15 @@ def full_and_empty(**config: Any) -> Simulated:
     return cluster
 
 
+def reading_copies() -> Simulated:
+    """The same, while request 3 reads these copies: another text took the room of the first."""
+    cluster = full_and_empty(spill=0)
+    cluster.life.ledger.retire_worker("w1")
+    ask(cluster, 2, text(2, 36))
+    cluster.submit(3, text(1, 36), SamplingParams(max_new_tokens=5))
+    return cluster
+
+
 def test_copies_on_other_workers_are_read_from_there() -> None:
     cluster = full_and_empty()
     cluster.life.ledger.retire_worker("w1")  # the next ones go to w0
@@ -124,10 +133,7 @@ def test_copies_of_a_worker_that_dies_are_computed_again() -> None:
 
 
 def test_a_worker_that_dies_while_its_copies_are_read_costs_only_time() -> None:
-    cluster = full_and_empty(spill=0)
-    cluster.life.ledger.retire_worker("w1")
-    ask(cluster, 2, text(2, 36))
-    cluster.submit(3, text(1, 36), SamplingParams(max_new_tokens=5))
+    cluster = reading_copies()
     assert cluster.life.requests[3].state.label == "fetching"
     cluster.lose_worker("w1")
     finish(cluster)
@@ -137,10 +143,7 @@ def test_a_worker_that_dies_while_its_copies_are_read_costs_only_time() -> None:
 
 
 def test_what_is_given_up_while_it_is_read_is_not_used() -> None:
-    cluster = full_and_empty(spill=0)
-    cluster.life.ledger.retire_worker("w1")
-    ask(cluster, 2, text(2, 36))
-    cluster.submit(3, text(1, 36), SamplingParams(max_new_tokens=5))
+    cluster = reading_copies()
     cluster.life.ledger.retire_worker("w1", False)
     cluster.submit(4, text(4, 150), SamplingParams(max_new_tokens=5))  # takes w1's blocks
     assert not kinds(cluster)
