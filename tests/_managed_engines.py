@@ -12,7 +12,7 @@ from unittest.mock import patch
 from _managed import ADDRESS, Managed, Threaded
 
 from distkv_dask.messages import to_worker as do
-from distkv_dask.worker import startup
+from distkv_dask.worker import open_lanes, startup
 
 
 class Lanes:
@@ -97,7 +97,10 @@ def worker(test: Callable[[Worker], Awaitable[None]]) -> Callable[[], None]:
     def run() -> None:
         async def on_a_worker() -> None:
             one = Worker()
-            with patch.object(startup, "build_engine", one.build_engine):
+            with (
+                patch.object(startup, "build_engine", one.build_engine),
+                patch.object(open_lanes, "give_back_freed_memory"),  # the allocator of this process stays as it is
+            ):
                 await test(one)
 
         asyncio.run(on_a_worker())

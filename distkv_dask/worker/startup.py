@@ -74,7 +74,7 @@ def build_engine(
             "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
             "distkv.granularity to window"
         )
-    pool, windows, places = _pools(spec, worker, geometry, device, model, stage.blocks if stage is not None else 0)
+    pool, windows, places = _pools(spec, worker, geometry, device, model, stage)
     kernels = choose_kernels(pool, spec.config)
     runtime = Runtime(spec, model, pool, lanes, windows)
     if stage is not None and model is not None and not stage.number:
@@ -120,15 +120,16 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage
 
 
 def _pools(
-    spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None, most: int
+    spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None, stage: Stage | None
 ) -> tuple[Pool, Windows | None, int]:
-    """Memory for KV: blocks, at ``most`` so many unless that is 0, windows of layers, and places for sequences."""
+    """Memory for KV: blocks, no more than further stages have room for, windows of layers, and places for sequences."""
     block = BlockShape.of(geometry, spec.config.block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
     needs = Needs() if model is None else needs_of(geometry, spec.config)
     blocks, places = rooms(memory, block, needs, spec.config.window_batch)
-    blocks = min(blocks, most or blocks)
-    is_further = model is not None and model.stage is not None and model.stage.number > 0
+    if stage is not None:
+        blocks = min(blocks, stage.blocks or blocks)
+    is_further = stage is not None and stage.number > 0
     pool = NamedBlocks(block, blocks, device) if is_further else Pool(block, blocks, device)
     windows = new_windows(geometry, spec.config, worker.address, places, device) if needs.once else None
     for each in (pool, *((windows.pool,) if windows is not None else ())):

@@ -11,7 +11,7 @@ from distributed.system import MEMORY_LIMIT
 
 from distkv_dask.errors import CapacityError, DeviceError, ModelError
 from distkv_dask.messages.names import KV_MEMORY_RESOURCE, PAUSE_FRACTION, EngineSpec
-from distkv_dask.models.source import resolve_model
+from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported
 from distkv_dask.models.weight_sizes import kv_beside
 from distkv_dask.placement import Stage
@@ -42,7 +42,7 @@ def is_from_disk(spec: EngineSpec, worker: Worker, device: Device, stage: Stage 
     check_supported(config := source.config())
     weights, setting = source.weight_bytes(config, spec.dtype), spec.config.weights
     if stage is not None:
-        _check_stage(spec, worker, device, stage)
+        _check_stage(spec, worker, device, source, stage)
         return False
     if not device.is_host:
         _check_card(device, source.name, weights, spec)
@@ -66,15 +66,14 @@ def is_from_disk(spec: EngineSpec, worker: Worker, device: Device, stage: Stage 
     return from_disk
 
 
-def _check_stage(spec: EngineSpec, worker: Worker, device: Device, stage: Stage) -> None:
+def _check_stage(spec: EngineSpec, worker: Worker, device: Device, source: ModelSource, stage: Stage) -> None:
     """Refuse a stage whose layers do not fit; weights of other layers are mapped, too, but never read."""
-    source = resolve_model(spec.model, spec.rope_scaling)
-    config = source.config()
     if not device.is_host:
         raise DeviceError(
             f"distkv.stages is {stage.count}, but layers can be on several workers only without cards (this one has "
             f"{device.name}): set distkv.device to cpu, or distkv.stages to 1"
         )
+    config = source.config()
     count = config.get_text_config().num_hidden_layers
     need, known = source.stage_memory(config, spec.dtype, stage.layers(count), not stage.number)
     if need is not None:

@@ -11,14 +11,7 @@ from _managed_engines import Worker, worker
 
 from distkv_dask.errors import ChannelError, DeviceMemoryError
 from distkv_dask.messages.from_worker import GangFailed, Lost, Relocated
-from distkv_dask.worker import open_lanes, rmanager
-
-
-@pytest.fixture(autouse=True)
-def freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator of this process stays as it is."""
-    monkeypatch.setattr(open_lanes, "give_back_freed_memory", lambda: None)
-
+from distkv_dask.worker import rmanager
 
 # Cards
 

@@ -10,13 +10,6 @@ from _managed_engines import Worker, worker
 
 from distkv_dask.errors import CapacityError, ConfigError, EngineClosedError, ModelError
 from distkv_dask.messages.from_worker import Lost
-from distkv_dask.worker import open_lanes
-
-
-@pytest.fixture(autouse=True)
-def freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator of this process stays as it is."""
-    monkeypatch.setattr(open_lanes, "give_back_freed_memory", lambda: None)
 
 
 @worker

@@ -74,7 +74,7 @@ class StageLinks:
 
     @contextmanager
     def serving(self, gang: Gang) -> Iterator[None]:
-        """Have channels open while a gang runs; after an error they are opened anew, so that nothing old is in them.
+        """Have channels open while a gang runs; after an error they are opened again, so that nothing old is in them.
 
         Raises
         ------
