@@ -1,7 +1,7 @@
 """Step graphs: decode windows and prefill chunks as Dask graphs, pure functions of plans.
 
 A gang is one task per member worker, each pinned to its worker. Chunks of a prompt follow each other by dependencies;
-windows of a home follow each other at its home lane.
+the home lane runs windows of a home one after the other.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def gang_keys(gang: Gang) -> list[str]:
 def window_graph(window: DecodeWindow) -> StepGraph:
     """A decode window: the home's task and one for each holder.
 
-    It needs no dependency on the window before: submitted while that one runs, it waits its turn at the home lane, and
-    begins there within a fraction of a millisecond. A dependent task would begin 4 to 7 ms after.
+    It does not depend on the window before. Submitted while that one runs, it waits at the home lane, and starts there
+    within a fraction of a millisecond. A dependent task would start 4 to 7 ms later.
     """
     graph = StepGraph()
     gang = window.gang
@@ -69,7 +69,7 @@ def window_graph(window: DecodeWindow) -> StepGraph:
 
 
 def attend_graph(gang: Gang, holders: Iterable[Endpoint]) -> StepGraph:
-    """More holders for a window that is queued already."""
+    """Tasks of more holders for a window that is already queued."""
     graph = StepGraph()
     for holder in holders:
         graph.add(attend_key(gang, holder.worker), holder.worker, attend, gang)

@@ -1,4 +1,4 @@
-"""Pictures of step graphs, drawn by Dask's own means: graphviz where it is installed, else cytoscape."""
+"""Pictures of step graphs, drawn by Dask: with graphviz if it is installed, else with cytoscape."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ COLOURS = ("#cfe2f3", "#fce5cd", "#d9ead3", "#ead1dc", "#fff2cc", "#d9d2e9", "#d
 
 
 def visualize(graph: StepGraph, filename: str | None = "step.svg", **options: Any) -> Any:
-    """Draw a graph: a box for each task, with its worker, in its worker's colour.
+    """Draw a graph: a box for each task, with its worker, in the worker's colour.
 
-    Arrows are results that Dask moves. Dashed ones (with graphviz) are channels, on which members of a gang exchange
-    queries and partials of all layers while they run.
+    Arrows are results that Dask transfers. Dashed ones (with graphviz) are channels, on which members of a gang
+    exchange queries and partials of all layers while they run.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def visualize(graph: StepGraph, filename: str | None = "step.svg", **options: An
     Returns
     -------
     Any
-        What Dask gives for a notebook to display, or None.
+        What Dask returns for a notebook to display, or None.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """The same steps as explicit graphs: one task per layer at the home, one per layer and holder for attention.
 
-Queries and partials are the tasks' results, so Dask moves them. A window is one step long: the graph of a window is the
-graph of a step. Everything is visible, and slow; :mod:`distkv_dask.graphs.build` is how engines run.
+Queries and partials are the tasks' results, so Dask transfers them. A window is one step long: the graph of a window is
+the graph of a step. Everything is visible, but slow; :mod:`distkv_dask.graphs.build` is how engines run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attend_layer_key(gang: Gang, at: int, worker: str) -> str:
 
 
 def layer_window_graph(window: DecodeWindow, layers: int, after: Gang | None = None) -> StepGraph:
-    """One decode step, after the window ``after``; the last task, which commits it, has the gang's name."""
+    """One decode step, after the window ``after``; its last task has the gang's name, and commits it."""
     graph = StepGraph()
     _add(graph, replace(window, steps=1), layers, after)
     return graph
@@ -45,7 +45,7 @@ def layer_prefill_graph(chunks: Iterable[PrefillChunk], layers: int) -> StepGrap
 
 def _add(graph: StepGraph, work: DecodeWindow | PrefillChunk, layers: int, after: Gang | None) -> None:
     gang = work.gang
-    # an Alias, for Dask reads a string as a key only where the key is in the same graph
+    # an Alias, because Dask reads a string as a key only if the key is in the same graph
     graph.add(layer_key(gang, 0), gang.home, begin, work, *([Alias(after.name)] if after else []))
     for at in range(layers):
         asked, answers = layer_key(gang, at), []

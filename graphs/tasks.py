@@ -1,7 +1,7 @@
-"""The functions that stand in step graphs: each finds its worker's rManager and delegates.
+"""The functions in step graphs: each finds its worker's rManager and delegates.
 
 Those that wait for other tasks leave the worker's thread pool at once (`secede`): two gangs on workers of one thread
-would otherwise wait for each other forever. What a gang computes stays in the pools, and tokens travel with the
+would otherwise wait for each other forever. KV stays in the pools, and tokens are sent with the
 commit; at layer granularity queries and partials are results.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prefill(chunk: PrefillChunk, *after: object) -> int:
-    """Compute one chunk of a prompt on the worker that will hold it; returns the number of its tokens."""
+    """Compute one chunk of a prompt on the worker that will hold its KV; returns the number of its tokens."""
     secede()
     return _rmanager().prefill(chunk)
 
@@ -33,29 +33,29 @@ def decode(window: DecodeWindow, *after: object) -> int:
 
 
 def attend(gang: Gang, *after: object) -> dict[str, float]:
-    """Hold a session open in which this worker computes attention for the gang's home; returns what it did."""
+    """Compute attention for the gang's home until it ends the session; returns what was done."""
     secede()
     return _rmanager().attend(gang)
 
 
 def begin(work: PrefillChunk | DecodeWindow, *after: object) -> TensorMessage | None:
-    """Start a forward at a home; the question of its first layer to the holders, None if there is nothing to do."""
+    """Start a forward at a home; returns the queries of its first layer for the holders, or None."""
     secede()
     return _rmanager().layers(work.gang.engine).begin_forward(work)
 
 
 def layer(gang: Gang, at: int, asked: TensorMessage | None, *answers: TensorMessage | None) -> TensorMessage | None:
-    """Go on with the answers to the layer before; the question of layer ``at``."""
+    """Continue with the partials of the layer before; returns the queries of layer ``at``."""
     return None if asked is None else _rmanager().layers(gang.engine).layer(gang, at, answers)
 
 
 def attend_layer(gang: Gang, asked: TensorMessage | None) -> TensorMessage | None:
-    """Compute a holder's partials of one layer; None if it is not asked."""
+    """Compute a holder's partials of one layer; None if it has no queries."""
     return None if asked is None else _rmanager().layers(gang.engine).attend(gang, asked)
 
 
 def finish(gang: Gang, layers: int, asked: TensorMessage | None, *answers: TensorMessage | None) -> int:
-    """End a forward with the answers to its last layer, and commit; returns decode steps or prompt tokens."""
+    """End a forward with the partials of its last layer, and commit; returns decode steps or prompt tokens."""
     return 0 if asked is None else _rmanager().layers(gang.engine).finish(gang, layers, answers)
 
 

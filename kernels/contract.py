@@ -1,4 +1,4 @@
-"""The MicroAttention contract: what every implementation receives, and the checks that bad input does not pass."""
+"""The MicroAttention contract: the arguments of every implementation, and the checks that reject bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_call(call: Call) -> None:
     Raises
     ------
     TypeError
-        An argument is no tensor, or has a dtype that the contract does not know.
+        An argument is not a tensor, or has a dtype that the contract does not allow.
     ValueError
         A shape, memory layout or device does not fit; the message names the argument and what was expected.
     """
@@ -79,7 +79,7 @@ def check_call(call: Call) -> None:
 
 
 def check_values(call: Call) -> None:
-    """Raise for lengths, offsets or block ids out of range (the native kernel makes the same checks itself).
+    """Raise for lengths, offsets or block ids out of range (the native kernel does these checks itself).
 
     Raises
     ------
@@ -111,7 +111,7 @@ def lengths_message(max_blocks: int, block_tokens: int) -> str:
 
 
 def offsets_message(tokens: int) -> str:
-    """Text of the error for query offsets that do not cut the queries into rows."""
+    """Text of the error for query offsets that do not divide the queries into rows."""
     return f"query_offsets: expected non-decreasing values from 0 to {tokens}, the first dimension of q"
 
 
@@ -121,8 +121,8 @@ def tables_message(blocks: int) -> str:
 
 
 def slots_message() -> str:
-    """Text of the error for new KV that has no place in the pool."""
-    return "layer, blocks, offsets: expected a layer and slots that lie in the pool"
+    """Text of the error for new KV outside the pool."""
+    return "layer, blocks, offsets: expected a layer and slots inside the pool"
 
 
 def _check_factor(name: str, factor: float) -> None:
@@ -161,7 +161,7 @@ def _check_pools(call: Call) -> None:
 
 
 def _check_strides(name: str, pool: torch.Tensor, token: int) -> None:
-    """Raise for a pool whose tokens of a block do not lie ``token`` elements apart, one head after the other."""
+    """Raise unless tokens of a block are ``token`` elements apart, and heads follow each other."""
     if pool.stride()[1:] != (pool.shape[2] * token, token, 1) and pool.numel():
         raise ValueError(
             f"{name}: the inner three dimensions must be contiguous (values may also be the first numbers of the keys, "

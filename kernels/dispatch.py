@@ -39,7 +39,7 @@ IMPLEMENTATIONS = _implementations()
 def choose(
     device_type: str, kv_dtype: torch.dtype, head_dim: int, block_tokens: int, override: str | None = None
 ) -> Choice:
-    """Say which implementation serves a case.
+    """Choose the implementation for a case.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def choose(
             raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {override!r}")
         if override.startswith(("native", "numba")) and device_type != "cpu":
             raise ValueError(f"implementation: {override!r} serves CPU pools, not {device_type}")
-        return Choice(override, "asked for by the caller")
+        return Choice(override, "chosen by the caller")
     if device_type == "cpu":
         missing = native_kernel.missing()
         if missing is None:
@@ -78,7 +78,7 @@ def choose(
 def make_ready(
     k_pool: torch.Tensor, v_pool: torch.Tensor, heads: int, *, windows: bool = False, soft_cap: float | None = None
 ) -> Choice:
-    """Choose for a pool, and compile now what its first request would otherwise wait seconds for.
+    """Choose for a pool, and compile now what would otherwise delay its first request by seconds.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def make_ready(
     heads
         Query heads of the model.
     windows, soft_cap
-        Whether calls have ``first_keys``, and their soft cap: a model is made ready once for each kind of its layers.
+        Whether calls have ``first_keys``, and their soft cap; call this once for each kind of layers of a model.
     """
     choice = choose(k_pool.device.type, k_pool.dtype, k_pool.shape[3], k_pool.shape[2])
     if choice.name == "numba":
@@ -120,7 +120,7 @@ def micro_attention(
     Parameters
     ----------
     q
-        Queries of all rows one after the other, [tokens, heads, d], bfloat16, float16 or float32.
+        Queries of all rows, concatenated, [tokens, heads, d], bfloat16, float16 or float32.
     k_pool, v_pool
         [blocks, kv_heads, block_tokens, d], the dtype of ``q`` or int8; any stride between blocks, contiguous inside
         a block. ``heads`` is a multiple of ``kv_heads``, ``d`` a multiple of 8. Values may be shorter than keys
@@ -133,7 +133,7 @@ def micro_attention(
         Factor of the scores, usually ``d ** -0.5``.
     query_offsets
         int32 [rows + 1]: row r has the queries ``query_offsets[r]`` to ``query_offsets[r + 1]``. None: one per row.
-        Many sequences that share a prefix are one row over the prefix with all their queries: it is read once.
+        Sequences that share a prefix can be one row over the prefix with all their queries, so that it is read once.
     causal, q_start
         With ``causal``, query i of row r sees shard positions up to ``q_start[r] + i`` (int32 [rows]); a value at or
         past the end sees everything, a negative sum sees nothing.

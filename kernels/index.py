@@ -1,4 +1,4 @@
-"""Index tensors of a batch: given on the host or on the pool's device, read on the host, used on the device."""
+"""Index tensors of a batch: passed on the host or the pool's device, read on the host, used on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ints = npt.NDArray[np.int64]
 class Index(NamedTuple):
     """The index tensors of a call; see :func:`distkv_dask.kernels.micro_attention`.
 
-    Best on the host, where reading them stops nothing.
+    Pass them on the host, where reading them does not wait for a device.
     """
 
     block_tables: torch.Tensor
@@ -24,11 +24,11 @@ class Index(NamedTuple):
     first_keys: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> Index:
-        """The same, but copies on the device of those on the host (themselves where that is the host)."""
+        """The same tensors on a device; those that are there already are not copied."""
         return Index(*(beside(x, device) for x in self))
 
     def read(self) -> tuple[Ints, Ints, Ints | None, Ints | None, Ints | None]:
-        """Their values; those on a device come in one copy, for which the host waits."""
+        """Their values; those on a device are copied at once, and the host waits for the copy."""
         given = [x for x in self if x is not None]
         there = [x.reshape(-1) for x in given if not x.is_cpu]
         flat = iter(torch.cat(there).cpu().split([len(x) for x in there]) if there else ())
@@ -40,5 +40,5 @@ class Index(NamedTuple):
 
 
 def beside(value: Any, device: torch.device) -> Any:
-    """A tensor of the host on a device; anything else is left for checks to refuse."""
+    """A host tensor, copied to a device; anything else is returned for the checks to refuse."""
     return value.to(device) if isinstance(value, torch.Tensor) and value.is_cpu else value

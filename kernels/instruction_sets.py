@@ -1,6 +1,6 @@
-"""Which of the core's instruction sets is fastest on this processor, timed for few queries and for many.
+"""The fastest of the core's instruction sets on this processor, measured for few queries and for many.
 
-Flags do not tell: on one processor the bf16 dot product is the fastest way, on another it runs at half the rate of
+CPU flags do not tell: on one processor the bf16 dot product is the fastest, on another it runs at half the rate of
 plain AVX-512.
 """
 
@@ -18,17 +18,17 @@ from .contract import Call
 from .memory import advise_huge_pages
 
 POOL_BYTES = 64 << 20
-"""KV of the decode case: more than the caches of most processors, as the KV of all layers is."""
+"""KV of the decode case: larger than the caches of most processors, as the KV of all layers is."""
 BLOCK_TOKENS, KV_HEADS, GROUP, HEAD_DIM = 64, 4, 4, 128
 PREFILL_QUERIES, PREFILL_TOKENS = 64, 1024
 ROUND_SECONDS, ROUNDS = 0.08, 3
-"""Time for the rounds of one kind of work, and the fewest of them."""
+"""Time limit for the rounds of one kind of work, and their minimum number."""
 CLEARLY = 1.05
-"""A set replaces one before it in :func:`native_kernel.instruction_sets` if it is faster by this factor."""
+"""A set is preferred to an earlier one in :func:`native_kernel.instruction_sets` if it is faster by this factor."""
 REPEATED = 1.05
-"""Where the two best times of a set differ by more, something else used the processor."""
+"""If the two best times of a set differ by more, something else used the processor."""
 BEATEN = 1.5
-"""A set that takes longer than the best by this factor after ``ROUNDS`` rounds takes part in no more of them."""
+"""After ``ROUNDS`` rounds, sets that are slower than the best by this factor are not timed any more."""
 
 Times = Mapping[str, tuple[float, ...]]
 """The two best times of each instruction set in seconds, the best first."""
@@ -68,14 +68,14 @@ class SetTimes:
 def time_sets(dtype: torch.dtype, known: SetTimes | None = None) -> SetTimes:
     """Time every instruction set on one thread, in about 0.2 seconds.
 
-    They take turns, so that other load hits all of them alike.
+    They take turns, so that other load affects all of them equally.
 
     Parameters
     ----------
     dtype
         Of the KV.
     known
-        Earlier times of the same sets, which stay where they are better.
+        Earlier times of the same sets; the better ones are kept.
     """
     few, many = _few(dtype), _many(dtype)
     return SetTimes(

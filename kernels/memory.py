@@ -1,4 +1,4 @@
-"""Huge pages for KV pools: a decode step touches every page of the pool, and fewer pages mean fewer table walks."""
+"""Huge pages for KV pools: a decode step touches all pages of the KV, and fewer pages mean fewer page-table walks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def advise_huge_pages(storage: torch.Tensor) -> bool:
     Parameters
     ----------
     storage
-        Contiguous CPU tensor, best before anything is written to it (``torch.empty``): pages are chosen at first touch.
+        Contiguous CPU tensor, if possible before anything is written to it (``torch.empty``): page sizes are chosen at
+        the first write.
 
     Returns
     -------
     bool
-        Whether the system took the advice; elsewhere than on Linux nothing happens.
+        Whether the system took the advice; False on systems other than Linux.
     """
     if sys.platform != "linux" or not storage.is_cpu:
         return False

@@ -87,7 +87,7 @@ def merge_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> No
     out
         float32 [tokens, heads, d].
     lse
-        float32 [tokens, heads], natural logarithm; it is left as it is.
+        float32 [tokens, heads], natural logarithm; not changed.
     sinks
         [heads], any float dtype: the score of that key.
     """
@@ -97,7 +97,7 @@ def merge_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> No
 def merge_rows(
     out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor, index: torch.Tensor | None
 ) -> None:
-    """Merge with torch operations (any device), which a GPU takes without a stop; nothing is checked."""
+    """Merge with torch operations (any device) and without host synchronization; nothing is checked."""
     if index is None:
         merge_tensors(out, lse, part_out, part_lse)
         return
@@ -108,7 +108,7 @@ def merge_rows(
 
 
 def check_index(index: torch.Tensor, tokens: int) -> None:
-    """Raise ValueError for values that are not distinct tokens; on a GPU the host waits for them, once."""
+    """Raise ValueError for values that are not distinct tokens; on a GPU this synchronizes once."""
     ordered = index.sort().values
     bad = ((ordered < 0) | (ordered >= tokens)).any() | (ordered[1:] == ordered[:-1]).any()
     if bool(bad):

@@ -1,7 +1,7 @@
 """MicroAttention and merge in the C++ core (kernels/native), loaded through ctypes: the fast path on CPU.
 
 ctypes releases the interpreter lock during a call, and the core may be called from several threads at once. The core
-checks the values of index tensors itself, so a decode step pays only for looking at shapes in Python.
+checks the values of index tensors itself, so that Python only checks shapes in a decode step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{file.name} does not load: {error}"
     layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
     if (reason := disagreement(core, layouts)) is not None:
-        return f"{file.name} is of another version, {reason}; build it again: pip install -e ."
+        return f"{file.name} was built from another version, {reason}; rebuild it: pip install -e ."
     core.distkv_isa.restype = ctypes.c_char_p
     core.distkv_isa.argtypes = [ctypes.c_int64, ctypes.c_int]
     core.distkv_choose_isa.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_char_p]
@@ -86,7 +86,7 @@ def missing() -> str | None:
 
 
 def fingerprint() -> str:
-    """Differs between builds of the core."""
+    """A value that differs between builds of the core."""
     file = path()
     return "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -99,9 +99,9 @@ def _core() -> ctypes.CDLL:
 
 
 def instruction_sets(dtype: torch.dtype | None = None, *, many: bool = True) -> list[str]:
-    """Instruction sets that the core has and this processor runs; the first serves unless one was chosen.
+    """Instruction sets that the core has and this processor supports; the first is used unless one was chosen.
 
-    With a ``dtype`` of KV, without those that leave such KV, or rows of few queries, to one of the others.
+    With a ``dtype`` of KV, those are left out that pass such KV, or rows of few queries, to one of the others.
     """
     core = _core()
     left = () if dtype is None or (many and dtype == torch.bfloat16) else _TILES_OF_BF16
@@ -109,13 +109,13 @@ def instruction_sets(dtype: torch.dtype | None = None, *, many: bool = True) -> 
 
 
 def software_models() -> list[str]:
-    """Instruction sets in software: slow, and never chosen; they show on any processor what others compute."""
+    """Instruction sets in software: slow, never chosen; they test on any processor what other sets compute."""
     core = _core()
     return [name for name in _MODELS if core.distkv_has_isa(name.encode())]
 
 
 def serve_with(dtype: torch.dtype, *, few: str, many: str) -> None:
-    """Choose instruction sets for all later calls of this process that name none.
+    """Choose the instruction sets for all later calls of this process that do not name one.
 
     Parameters
     ----------
@@ -135,18 +135,18 @@ def serve_with(dtype: torch.dtype, *, few: str, many: str) -> None:
 
 
 def serving(dtype: torch.dtype) -> tuple[str, str]:
-    """Instruction sets that serve KV of a dtype where a call names none: of few queries, and of many."""
+    """Default instruction sets for KV of a dtype: for few queries, and for many."""
     few, many = (_core().distkv_isa(_DTYPES[dtype], is_many).decode() for is_many in range(2))
     return few, many
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with the instruction sets that serve; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
+    """Attend with the default instruction sets; see :func:`distkv_dask.kernels.micro_attention` for the contract."""
     return run_isa(call, b"")
 
 
 def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with one of :func:`instruction_sets` (empty: those that serve)."""
+    """Attend with one of :func:`instruction_sets` (empty: the default ones)."""
     if not call.q.is_contiguous():
         call = call._replace(q=call.q.contiguous())
     out, lse = call.empty_result()
@@ -159,7 +159,7 @@ def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
 def run_packed(
     packed: Packed, call: Call, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float
 ) -> None:
-    """Attend with what :func:`pack` made of ``call``, but for other tensors of the same form as in ``call``."""
+    """Attend with the packed arguments of ``call``, but other tensors of the same form."""
     _POINTERS.pack_into(packed, 0, q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr())
     _SCALE.pack_into(packed, _SCALE_AT, scale)
     status = _core().distkv_attend(packed, b"")
@@ -287,5 +287,5 @@ def pack_merge(
 
 
 def read_memory(tensor: torch.Tensor, threads: int) -> None:
-    """Read a contiguous CPU tensor once and do nothing with it: times the read roof of this machine."""
+    """Read a contiguous CPU tensor once and discard it: measures the read bandwidth of this machine."""
     _core().distkv_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), threads)

@@ -1,6 +1,6 @@
-"""Structures that Python and C++ share through ctypes: both say where each field lies, and have to agree.
+"""Structures that Python and C++ share through ctypes: both define the offset of each field, and must agree.
 
-A field that moved on one side only would be memory corruption in the middle of an answer. So a library is refused when
+A field that moved on one side only would corrupt memory in the middle of an answer, so such a library is refused when
 it is loaded.
 """
 
@@ -14,7 +14,7 @@ Layout = Sequence[int]
 
 
 def layout_of(structure: type[ctypes.Structure]) -> Layout:
-    """Python's idea of a structure.
+    """Size and offsets of a structure in Python.
 
     Examples
     --------
@@ -28,14 +28,14 @@ def layout_of(structure: type[ctypes.Structure]) -> Layout:
 
 
 def disagreement(library: ctypes.CDLL, layouts: Mapping[str, Layout]) -> str | None:
-    """Name a structure of which a library has another idea, or return None.
+    """Describe the first structure with another layout in a library, or return None.
 
     Parameters
     ----------
     library
         It exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in exports.h).
     layouts
-        What Python believes.
+        Those of Python.
     """
     for name, expected in layouts.items():
         try:

@@ -1,9 +1,9 @@
 """MicroAttention for few queries in numba: every key and value is read from memory once, in place.
 
-The arithmetic runs on tiles of four query rows (queries times group, filled up with zeros): scores lie as [token][4],
-so that softmax treats 16 lanes alike. As in the C++ core, blocks are the outer loop and heads the inner one, and while
-a chunk is computed the next one is asked for. ``like`` stands for the pool's dtype, see numba_simd.py; all other
-arguments are int64 (addresses, counts, indices of elements) unless they say otherwise.
+The arithmetic runs on tiles of four query rows (queries times group, padded with zeros): scores are stored as
+[token][4], so that softmax treats 16 lanes alike. As in the C++ core, blocks are the outer loop and heads the inner
+one, and the next chunk is prefetched while one is computed. ``like`` stands for the pool's dtype, see numba_simd.py;
+all other arguments are int64 (addresses, counts, indices of elements) unless they say otherwise.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -42,7 +42,7 @@ NOTHING, LOWEST = np.float32(-np.inf), np.float32(-3e38)
 
 @njit(nogil=True)
 def scores(like, k, d, ask, n, q, width, s, ahead):
-    """Scores of n keys and four query rows; asks for ``ask`` bytes per token at ``ahead``."""
+    """Scores of n keys and four query rows; prefetches ``ask`` bytes per token at ``ahead``."""
     for j in range(0, n, 2):
         at, other = j * d, min(j + 1, n - 1) * d
         for line in range(j * ask, min(j + 2, n) * ask, 64):
@@ -89,7 +89,7 @@ def soften(s, n, score_scale, value_scale, state, shrink):
 
 @njit(nogil=True)
 def cap(s, n, inner):
-    """The soft cap of four rows' scores, up to its own factor."""
+    """The soft cap of four rows' scores, without its outer factor."""
     none, factor = splat(ZERO), splat(inner)
     for i in range(0, (4 * n + 15) // 16 * 16, 16):
         store(s, i, tanh(fma(load(ZERO, s, i), factor, none)))
@@ -97,7 +97,7 @@ def cap(s, n, inner):
 
 @njit(nogil=True)
 def weigh(like, v, d, step, ask, n, w, acc, width, shrink, ahead):
-    """Shrink the accumulators of four rows, and add n weighted values ``step`` apart; asks as :func:`scores` does."""
+    """Shrink the accumulators of four rows, and add n weighted values ``step`` apart; prefetch as in :func:`scores`."""
     none = splat(ZERO)
     s0, s1, s2, s3 = (splat(number(shrink, 0)), splat(number(shrink, 1)), splat(number(shrink, 2)),
                       splat(number(shrink, 3)))  # fmt: skip
@@ -139,7 +139,7 @@ def weigh(like, v, d, step, ask, n, w, acc, width, shrink, ahead):
 def hide(s, token, n, first, last, group, limit, first_keys):
     """Scores of n tokens from ``token`` on that query rows [first, last), at most four, may not see.
 
-    Query 0 sees tokens up to ``limit``, and from the first of ``first_keys`` on, where there are such (not 0).
+    Query 0 sees tokens up to ``limit``, and from the first of ``first_keys`` on, if that is not 0.
     """
     for r in range(first, last):
         for j in range(max(0, limit + r // group + 1 - token), n):

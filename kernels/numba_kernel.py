@@ -1,7 +1,7 @@
 """MicroAttention in numba: the fast path on CPUs for which no C++ core was built.
 
 Plans and merges in the compiled code of numba_plan.py, and takes its share of the work in that of numba_jit.py.
-Threads are ours: numba's own thread pools end the process when two threads call at once, or after a fork.
+It uses its own threads: numba's thread pools end the process when two threads call at once, or after a fork.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
-    """Why numba cannot serve, or None if it can. Importing numba takes a second, so ask only if it is needed."""
+    """Why numba cannot serve, or None if it can. Importing numba takes a second, so call this only if needed."""
     if not installed():
         return "numba is not installed; install distkv-dask[numba]"
     try:
@@ -63,7 +63,7 @@ def installed() -> bool:
 def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Machine code of ``plan``, ``attend_items`` and ``merge_parts`` for pools of a dtype.
 
-    Seconds of compilation the first time on a machine; after that, read from numba's cache (``NUMBA_CACHE_DIR``).
+    Compiling takes seconds the first time on a machine; later calls read numba's cache (``NUMBA_CACHE_DIR``).
 
     Raises
     ------
@@ -88,7 +88,7 @@ def compiled(kv_dtype: torch.dtype) -> tuple[Any, Any, Any]:
         try:
             code.enable_caching()
         except RuntimeError as error:
-            logger.warning("numba cannot keep compiled kernels, every process compiles its own: %s", error)
+            logger.warning("numba cannot cache compiled kernels, so every process compiles its own: %s", error)
         code.compile(signature)
         code.disable_compile()
         made.append(code)
@@ -137,7 +137,7 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 
 
 def _share(function: Any, work: tuple[Any, ...], threads: int) -> None:
-    """Run the same work on several threads; the caller does whatever a late helper leaves."""
+    """Run the same work on several threads; the caller does what late helpers leave."""
     helpers = [_helpers().submit(function, *work) for _ in range(threads - 1)]
     function(*work)
     for helper in helpers:

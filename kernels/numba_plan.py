@@ -56,7 +56,7 @@ def seen_by(args, query, queries, length, sees):
 def plan(args, tile, items):
     """Check all values, and cut rows into items: by ``tile`` queries, or rows with fewer by tokens.
 
-    How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
+    How a row is cut depends on this row alone: threads and other rows must not change how its sums are rounded.
 
     items int64 [n, 7]: row, first query, queries, first and last token, token that the first query sees last, and place
     among partial results (-1: the answer). Returns (status, items, floats of partial results).

@@ -4,8 +4,8 @@ Numba vectorises plain loops, but neither keeps a tile of accumulators in regist
 vector of 16 into whatever the processor has, so the same code serves AVX-512, AVX2 and Arm. Memory is given by address
 and index, as the pools' dtypes have no numba type.
 
-Numba's cache on disk looks at the file of a compiled function only: touch numba_jit.py and numba_plan.py
-after a change here.
+Numba's disk cache checks only the file of a compiled function: touch numba_jit.py and numba_plan.py after a change
+here.
 """
 
 # numba has no types of its own: a decorated function is untyped for the checker.
@@ -267,7 +267,7 @@ def integer(typingctx, address, index):
 
 @intrinsic
 def take(typingctx, address):
-    """Add one to an int64 that other threads count up too; its value before."""
+    """Add one to an int64 that other threads increment too; returns the value before."""
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
@@ -278,7 +278,7 @@ def take(typingctx, address):
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Ask for a line of memory into the second-level cache."""
+    """Prefetch a line of memory into the second-level cache."""
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], _I8.as_pointer())

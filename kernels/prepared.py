@@ -1,7 +1,7 @@
 """MicroAttention and merge of tensors that stay the same for many layers: checked once, then called by pointers.
 
-Within a step only the queries and the layer change. :func:`distkv_dask.kernels.micro_attention` looks at every argument
-each time, which takes longer than a short sequence's arithmetic.
+Within a step only the queries and the layer change. :func:`distkv_dask.kernels.micro_attention` checks every argument
+each time, which takes longer than the arithmetic of a short sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .triton_batch import TritonBatch
 
 
 class PreparedAttention:
-    """MicroAttention of a batch whose rows stay the same from call to call.
+    """MicroAttention of a batch whose rows are the same in every call.
 
     Parameters
     ----------
@@ -30,12 +30,12 @@ class PreparedAttention:
         Views like those of every later call: [blocks, kv_heads, block_tokens, d].
     block_tables, lengths, query_offsets, causal, q_start, first_keys, soft_cap
         As for :func:`distkv_dask.kernels.micro_attention`. Values of lengths, starts and first keys may be changed in
-        place between calls, then call :meth:`refresh`. For a pool on a GPU they should lie on the host: nothing waits
-        for the GPU then, neither here nor later.
+        place between calls, then call :meth:`refresh`. Keep them on the host even for a pool on a GPU, so that nothing
+        waits for the GPU.
     threads
         CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
     result
-        Contiguous memory for :attr:`result`, for instance a part of what :class:`PreparedMerges` merges; None: its own.
+        Contiguous memory for :attr:`result`, such as a part of what :class:`PreparedMerges` merges; None: new memory.
 
     Raises
     ------
@@ -79,22 +79,22 @@ class PreparedAttention:
         name = choose(k_pool.device.type, k_pool.dtype, d, k_pool.shape[2]).name
         self._run = IMPLEMENTATIONS[name]
         self.packed = native_kernel.pack(self._call, self.out, self.lse) if name == "native" else None
-        """The call as the C++ core takes it; None where that does not serve."""
+        """The call as the C++ core takes it; None if another implementation is used."""
         self.batch = TritonBatch(self._call, self._given, self.out, self.lse) if name == "triton" else None
-        """What a GPU is given; None where Triton does not serve."""
+        """The batch for Triton; None if another implementation is used."""
 
     @property
     def call(self) -> Call:
-        """A call like those that are prepared for."""
+        """A call of the prepared form."""
         return self._call
 
     def refresh(self) -> None:
-        """Take the values of lengths, starts and first keys as they are now, once for all layers of a step.
+        """Use the current values of lengths, starts and first keys for all layers of a step.
 
         Raises
         ------
         ValueError
-            On a GPU: a length or block id is out of range. Other implementations find that when called.
+            On a GPU: a length or block id is out of range. Other implementations raise that when called.
         """
         if self.batch is not None:
             self.batch.refresh()
@@ -104,7 +104,7 @@ class PreparedAttention:
                 used.copy_(given, non_blocking=True)
 
     def check_pools(self, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
-        """Raise ValueError for pools that a call would not take."""
+        """Raise ValueError for pools that a call would refuse."""
         if _form(self._call.q, k_pool, v_pool) != self._form:
             raise ValueError(
                 "k_pool, v_pool: expected tensors of the shape, strides and dtype prepared for; "
@@ -171,7 +171,7 @@ class PreparedMerge:
             check_index(index, len(out))
 
     def __call__(self) -> None:
-        """Merge the partial into ``out`` and ``lse`` as they are now.
+        """Merge the current partial into ``out`` and ``lse``.
 
         Raises
         ------

@@ -1,7 +1,7 @@
-"""Append and MicroAttention of a batch whose rows stay the same from layer to layer: one call into the core per layer.
+"""Append and MicroAttention of a batch whose rows are the same in all layers: one call into the core per layer.
 
-In a decode step a layer's arithmetic takes tens of microseconds; two indexed writes and the checks of a call take as
-long again.
+In a decode step a layer's arithmetic takes tens of microseconds; two indexed writes and the checks of a call would
+take as long again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Layer(NamedTuple):
 
 
 class PreparedLayers:
-    """Appends new KV to the layers of a pool and attends, for a batch that stays the same.
+    """Appends new KV to the layers of a pool and attends, for a batch with the same rows in all layers.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class PreparedLayers:
         Every layer's keys and values: views of the form that its attention was prepared for.
     blocks, offsets
         int64 [appended]: block ids and offsets within them, where new tokens go. Values may be changed in place between
-        calls, then call :meth:`refresh`. As index tensors, they should lie on the host.
+        calls, then call :meth:`refresh`. Keep them on the host, like index tensors.
 
     Raises
     ------
@@ -83,29 +83,28 @@ class PreparedLayers:
             _layer(attentions[kind], k, v, len(blocks)) for kind, k, v in zip(of_layer, k_layers, v_layers, strict=True)
         ]
         self.queued = all(attention.batch is not None for attention in attentions)
-        """Whether a call only queues work on a card, always in the same memory; it can be captured in a graph then."""
+        """Whether a call only queues work on a card, always in the same memory, so that a graph can capture it."""
         for attention in attentions:
             if attention.batch is not None:
                 attention.batch.take_slots(blocks, offsets)
         packed = [one for layer in self._layers if (one := layer.attention.packed) is not None]
         self.native: native_kernel.PackedLayers | None = None
-        """For native callers: the first argument of the core's ``distkv_layer``; None when
-        the C++ core does not serve."""
+        """The first argument of the core's ``distkv_layer``, for native callers; None if the C++ core is not used."""
         if len(packed) == len(self._layers):
             self.native = native_kernel.pack_layers(packed, k_layers, v_layers, blocks, offsets)
 
     def refresh(self) -> None:
-        """Take the values of lengths, starts, first keys and slots as they are now, once for all layers of a step.
+        """Use the current values of lengths, starts, first keys and slots for all layers of a step.
 
         Raises
         ------
         ValueError
-            On a GPU: a length, block id or slot is out of range. Other implementations find that when called.
+            On a GPU: a length, block id or slot is out of range. Other implementations raise that when called.
         """
         for attention in self._attentions:
             attention.refresh()
         if self.queued:
-            return  # slots went along with the work lists
+            return  # slots were copied with the work lists
         for given, used in zip(self._given, self._slots, strict=True):
             if used is not given:
                 used.copy_(given, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The partial results of a step, from all workers, merged at once: one launch per layer on a GPU."""
+"""Merges the partial results of all workers at once: one launch per layer on a GPU."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Runs = Sequence[tuple[int, int, int, int]]
 
 
 class PreparedMerges:
-    """Merges partials of the same tensors again and again, in an order that is always the same.
+    """Merges partials that are in the same tensors in every call, always in the same order.
 
     Parameters
     ----------
     out, lse
         Results, float32 [tokens, heads, d] and [tokens, heads]; overwritten by each call.
     partials
-        float32, flat: of one source after the other first its out [queries, heads, d], then its lse [queries, heads].
+        float32, flat: for each source its out [queries, heads, d], then its lse [queries, heads].
     queries
         How many queries each source answers.
     runs
         (source, query, token, count) in the order in which a token's partials are merged: ``count`` queries of a source
-        from ``query`` on are about the tokens from ``token`` on.
+        from ``query`` on belong to the tokens from ``token`` on.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class PreparedMerges:
             self._table = merge_table(tokens, d, queries, runs, out.device)
 
     def __call__(self) -> None:
-        """Merge the partials as they are now."""
+        """Merge the current partials."""
         if self._table is not None:
             launch_merge((self._partials, *self._table), self._out, self._lse)
             return

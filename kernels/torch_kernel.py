@@ -1,9 +1,9 @@
-"""MicroAttention with PyTorch operations only: always there, on every device.
+"""MicroAttention with PyTorch operations only: always available, on every device.
 
-Rows are gathered and upcast to float32 in pieces that stay in a cache, and handed to torch's CPU flash attention with
+Rows are gathered and upcast to float32 in pieces that fit a cache, and passed to torch's CPU flash attention with
 the query group folded into the query length (faster and more accurate than bf16 flash, see docs/kernels.md); other
-devices, soft caps and values shorter than keys use two batched matrix products. Flash divides by zero on no keys and
-returns lse 0 instead of -inf when every key is masked: neither reaches it or leaves here.
+devices, soft caps and values shorter than keys use two batched matrix products. Flash divides by zero if there are no
+keys, which are never passed to it, and returns lse 0 instead of -inf if all keys are masked, which is corrected here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .contract import Call, check_values
 from .merge import merge_tensors
 
 PIECE_BYTES = 4 << 20
-"""Keys, upcast, that a piece holds."""
+"""Bytes of the upcast keys of a piece."""
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def _attend_row(call: Call, row: int, sight: _Sight, out: torch.Tensor, lse: tor
         ids = call.block_tables[row, first // block_tokens : -(-last // block_tokens)].long()
         _upcast(call.k_pool, call.k_scales, ids, keys)
         _upcast(call.v_pool, call.v_scales, ids, values)
-        seen = slice(max(0, sight.first - first), last - first)  # what no query sees may hold anything
+        seen = slice(max(0, sight.first - first), last - first)  # what no query sees may contain NaN
         mask = sight.mask(first + seen.start, last, count, q.device)
         if mask is not None:
             mask = mask.repeat(heads // kv_heads, 1)

@@ -1,7 +1,7 @@
-"""A batch on a GPU whose rows stay the same: buffers are made once, and one index tensor is written per step.
+"""A batch on a GPU whose rows stay the same: buffers are allocated once, and one index tensor is written per step.
 
-Nothing here reads the device, allocates or checks within a layer: addresses, grids and constants are the same from
-step to step, so that layers may be captured in a graph.
+Within a layer nothing reads the device, allocates memory or checks arguments. Addresses, grids and constants are the
+same in every step, so that layers can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class TritonBatch:
     Parameters
     ----------
     call
-        Checked but for values; all tensors on one device. Queries and pools only say what later ones are like.
+        Checked except for values; all tensors on one device. Queries and pools only define the form of later ones.
     index
-        The same index tensors, or those of the host that they were copied from.
+        The same index tensors, or the host tensors that they were copied from.
     out, lse
-        float32 [tokens, heads, d] and [tokens, heads]: take the results.
+        float32 [tokens, heads, d] and [tokens, heads]: memory for the results.
 
     Raises
     ------
@@ -91,7 +91,7 @@ class TritonBatch:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the values of lengths, starts, first keys and slots as they are now; queued work keeps earlier ones.
+        """Use the current values of lengths, starts, first keys and slots; queued work keeps earlier ones.
 
         Raises
         ------
@@ -102,7 +102,7 @@ class TritonBatch:
         self._write(lengths, starts, first_keys)
 
     def _write(self, lengths: Ints, starts: Ints | None, first_keys: Ints | None) -> None:
-        """Check, write the list in pinned memory of its own (which torch keeps until it was copied), queue the copy."""
+        """Check, write the list into new pinned memory (which torch keeps until it is copied), and queue the copy."""
         width, block_tokens, blocks = self._limits
         if len(lengths) and (lengths.min() < 0 or lengths.max() > width * block_tokens):
             raise ValueError(lengths_message(width, block_tokens))
@@ -131,7 +131,7 @@ class TritonBatch:
         self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float,
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:  # fmt: skip
-        """Queue attention of queries like those prepared for; at most two launches, and one that merges pieces."""
+        """Queue attention of queries of the prepared form: at most two launches, and one that merges pieces."""
         out, lse = self._results
         q = q.contiguous()
         kv_heads = k_pool.shape[1]
@@ -173,7 +173,7 @@ def launch_merge(
 def warm_up(
     k_pool: torch.Tensor, v_pool: torch.Tensor, heads: int, *, windows: bool = False, soft_cap: float | None = None
 ) -> None:
-    """Compile and load all that batches of a pool will launch, by launches that read and write nothing.
+    """Compile and load all kernels that batches of a pool will launch, by launches that read and write nothing.
 
     Parameters
     ----------

@@ -83,8 +83,8 @@ def _attend_tile(
 ):
     """Take one tile of tokens into the running maximum, total and weighted sum.
 
-    MASKED: only tokens before ``high`` exist, and of these each row sees those up to its ``limit``. WINDOWED: and from
-    its ``first`` on, none of them before ``low``.
+    MASKED: only tokens before ``high`` exist, and each row sees those up to its ``limit``. WINDOWED: each row also sees
+    only tokens from its ``first`` on, which is never before ``low``.
     """
     block = block.to(tl.int64)
     token = begin + tl.arange(0, TILE_TOKENS)
@@ -193,7 +193,7 @@ def attend(
     valid = query < count
     shown = valid[:, None] & (dims < D)[None, :]
     in_token = head * GROUP + packed % GROUP
-    # An argument that is 1 is a constant without methods, so the other factor is widened.
+    # Triton makes an argument that is 1 a constant without methods, so the other factor is widened.
     flat = (first + query).to(tl.int64) * (kv_heads * GROUP) + in_token
     q = tl.load(q_ptr + flat[:, None] * D + dims[None, :], mask=shown, other=0.0)
 
@@ -213,7 +213,7 @@ def attend(
             edge = tl.minimum(tl.max(window, 0), high)
             inner = tl.maximum(near, (edge + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS)
     whole = inner
-    if TILE_ROWS > 16:  # few rows wait for memory, and a mask costs less than the registers of a second loop
+    if TILE_ROWS > 16:  # few rows are limited by memory: a mask costs less than the registers of a second loop
         whole += tl.maximum(tl.minimum(high, start + at // GROUP + 1) - inner, 0) // TILE_TOKENS * TILE_TOKENS
     # Blocks are looked up one tile ahead: the compiler then loads the next tiles while one is computed.
     block = _blocks_at(table, near, high, BLOCK_TOKENS, TILE_TOKENS)

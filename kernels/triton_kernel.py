@@ -1,4 +1,4 @@
-"""MicroAttention on GPUs by the Triton kernels: whether they serve, and one call of them."""
+"""MicroAttention on GPUs by the Triton kernels: whether they support a pool, and a single call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unsupported(device_type: str, block_tokens: int, head_dim: int) -> str | Non
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend on a GPU (or in Triton's interpreter); see :func:`distkv_dask.kernels.micro_attention`.
 
-    Index tensors of a GPU are read once; :class:`distkv_dask.kernels.PreparedAttention` never reads the device.
+    Index tensors on a GPU are read once; :class:`distkv_dask.kernels.PreparedAttention` never reads the device.
     """
     out, lse = call.empty_result()
     index = Index(call.block_tables, call.lengths, call.query_offsets, call.q_start, call.first_keys)

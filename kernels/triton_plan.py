@@ -1,7 +1,7 @@
 """The work list of a batch on a GPU: which program attends to which tokens, and which partials are merged after that.
 
-Rows are cut into pieces, so that one long row among short ones fills the card. The host writes the list once per step;
-its size depends only on what stays the same from step to step, so that buffers and launches stay the same.
+Rows are cut into pieces, so that one long row among short ones uses the whole card. The host writes the list once per
+step; its size is the same in every step, so that buffers and launches are, too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ITEM = 8
 of the tile, first token that the tile sees, token after the last, tokens before the one that query 0 sees last, and
 where the result goes: query 0's token of out, or ``-1 - partial``."""
 MIN_PIECE = 256
-"""A piece of a row with about this many tokens, or more, is worth its merge."""
+"""Pieces of a row have at least about this many tokens; merging smaller ones costs more than it saves."""
 FEW_PROGRAMS = 4
-"""Programs for each processor that a batch of few queries per row is cut into; more than run at once, for balance."""
+"""Programs per processor for a batch of few queries per row; more than run at once, to balance the load."""
 NO_LIMIT = 1 << 30
 """Past every token."""
 
 
 class Shape(NamedTuple):
-    """What stays the same of a batch: queries of each row, heads of a group, kv heads, tokens that a row can have."""
+    """The fixed sizes of a batch: queries of each row, heads of a group, kv heads, and the most tokens of a row."""
 
     queries: Sequence[int]
     group: int
@@ -55,7 +55,7 @@ class Launch(NamedTuple):
 
     @property
     def tile_rows(self) -> Ints:
-        """Of each tile, which of ``rows`` it is about."""
+        """The index in ``rows`` of each tile."""
         return np.repeat(np.arange(len(self.rows)), self.row_tiles)
 
     @property
@@ -73,7 +73,7 @@ class Sight(NamedTuple):
 
 
 class WorkList:
-    """Sizes of a batch's list, and what writes it.
+    """Sizes of a batch's list, and the method that writes it.
 
     Parameters
     ----------
@@ -172,13 +172,13 @@ class WorkList:
         ends = np.minimum(lengths[row], starts[row] + np.arange(len(row)) - self._firsts[row] + 1)
         firsts = np.append(np.where(first_keys < ends, np.maximum(first_keys, 0), NO_LIMIT), NO_LIMIT)
         edges = np.stack((launch.queries[:, 0], launch.queries[:, 1] + 1), 1) + self._firsts[rows][:, None]
-        low = np.minimum.reduceat(firsts, edges.reshape(-1))[::2]  # what lies between tiles is left out
+        low = np.minimum.reduceat(firsts, edges.reshape(-1))[::2]  # without the queries between tiles
         low, high = (np.where(low < high, edge, 0) for edge in (low, high))
         step = self._step(launch)
         return Sight(low, high, low // step * step)
 
     def _cut(self, launch: Launch, span: Ints) -> tuple[Ints, Ints]:
-        """Pieces of each row's tiles, and tokens of a piece: about the same for all, as far as rows are long enough."""
+        """Pieces of each row's tiles, and tokens of a piece: about the same for all rows that are long enough."""
         step = self._step(launch)
         pieces = np.ones_like(span)
         if launch.extra:
@@ -207,7 +207,7 @@ class WorkList:
     def _merges(
         self, rows: Ints, pieces: Ints, bases: Ints, tokens: npt.NDArray[np.int32], entries: npt.NDArray[np.int32]
     ) -> None:
-        """Say for each query of rows that were cut which partials are its own."""
+        """List the partials of each query of rows that were cut."""
         counts = self._counts[rows]
         row = np.repeat(np.arange(len(rows)), counts)
         query = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -23,12 +23,12 @@ class Tiles(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, Any]:
-        """What the compiler is told; fused multiply-add only makes scores more exact."""
+        """Options for the compiler; fused multiply-add only makes scores more exact."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# By padded head dim. Few rows (decode) wait for memory: two or three buffers of keys and values, and room for three
-# programs on a processor. AMD's compiler keeps the next tile in registers, too: two stages overlap there.
+# By padded head dim. Few rows (decode) are limited by memory: two or three buffers of keys and values, and room for
+# three programs on a processor. AMD's compiler also keeps the next tile in registers: two stages overlap there.
 _FEW: dict[Family, dict[int, Tiles]] = {
     "ampere": {64: Tiles(16, 64, 4, 4), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
     "hopper": {64: Tiles(16, 64, 4, 4), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 3)},
@@ -39,9 +39,9 @@ _MANY: dict[Family, dict[int, Tiles]] = {
     "hopper": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "rocm": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
 }
-# float32 products run on no tensor core and need many registers
+# float32 products do not run on tensor cores and need many registers
 _FLOAT32 = {64: Tiles(16, 32, 8, 2), 128: Tiles(16, 32, 8, 2), 256: Tiles(16, 32, 8, 1)}
-_SMALLEST = 32  # tokens of a tile that is still worth a tensor core
+_SMALLEST = 32  # tokens; smaller tiles are not worth a tensor core
 
 
 def padded(head_dim: int) -> int:
@@ -67,7 +67,7 @@ def tiles_for(
     if dtype == torch.float32:
         return _FLOAT32[width], _FLOAT32[width]
     few, many = _FEW[family][width], _MANY[family][width]
-    if width == 256 and int8:  # conversions take registers, of which there are none to spare
+    if width == 256 and int8:  # conversions take registers, and none are free
         few = few._replace(stages=2)
     if width == 256 and (int8 or capped) and family == "rocm":
         many = many._replace(tokens=16)
@@ -80,7 +80,7 @@ def _in_a_block(tiles: Tiles, block_tokens: int) -> Tiles:
 
 
 class Card(NamedTuple):
-    """What the launch of a kernel must know of a GPU."""
+    """Properties of a GPU that launches depend on."""
 
     family: Family
     processors: int
@@ -88,7 +88,7 @@ class Card(NamedTuple):
 
 @cache
 def card_of(device: torch.device) -> Card:
-    """Facts of a device; Triton's interpreter, on the host, plays a small one."""
+    """Properties of a device; Triton's interpreter, on the host, acts as a small one."""
     if device.type == "cpu":
         return Card("hopper", 4)
     properties = torch.cuda.get_device_properties(device)

@@ -1,5 +1,5 @@
-// Instantiates the AMX tile; DISTKV_ISA, vectors, pairs and tile instructions come before. Few queries and other types
-// than bf16 are left to other kernels: decode waits for memory, and int8 tiles would need int8 queries.
+// Instantiates the AMX tile; include vectors, pairs and tile instructions before. Few queries and types other than bf16
+// are left to other kernels: decode is limited by memory, and int8 tiles would need int8 queries.
 #pragma once
 #include <math.h>
 

@@ -1,8 +1,8 @@
-// The AMX tile instructions in software, under Intel's names: what tests run where the processor has no tiles.
+// The AMX tile instructions in software, under Intel's names, for tests on processors without tiles.
 //
-// After "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, TILELOADD, TDPBF16PS and LDTILECFG. What
-// the processor answers with #UD or #GP ends the process here too, and so does a thread that configures tiles twice
-// without releasing them, which the processor would let pass.
+// After "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, TILELOADD, TDPBF16PS and LDTILECFG.
+// Where the processor raises #UD or #GP, the process ends here too. It also ends if a thread configures tiles twice
+// without releasing them, which the processor would allow.
 #pragma once
 #include <stdint.h>
 

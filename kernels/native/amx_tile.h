@@ -1,6 +1,6 @@
 // A matrix product on AMX tiles: 32 rows x 32 columns at a time in four tiles, 32 numbers of depth per step.
 //
-// The instructions stand under Intel's names. What they are is decided by what was included before: the processor's own
+// The instructions have Intel's names. The header included before decides what they are: the processor's own
 // (immintrin.h, with -mamx-tile -mamx-bf16), or software (amx_model.h).
 #pragma once
 #include "pack_pairs.h"
@@ -20,8 +20,8 @@ struct AmxTile {
   static constexpr int64_t kItemRows = 384;  // products are so fast that packing must serve more rows
   static constexpr bool kBesideVectors = true;
 
-  // The tile registers of a thread, configured while one of its items is computed: 8 tiles of 16 rows of 64 bytes. A
-  // thread that is done has none, so that the system need not keep them.
+  // The tile registers of a thread, configured while one of its items is computed: 8 tiles of 16 rows of 64 bytes. An
+  // idle thread has none, so that the system need not save them.
   struct Session {
     Session() {
       alignas(64) uint8_t config[64] = {1};  // palette

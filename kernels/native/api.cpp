@@ -1,4 +1,4 @@
-// The plain C interface: checks the values of a call, cuts it into items, runs them, merges the parts of split rows.
+// The C interface: checks the values of a call, cuts it into items, runs them, and merges the parts of split rows.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,13 +15,13 @@ namespace distkv {
 namespace {
 
 constexpr int64_t kStreamRows = 12;          // up to this many query rows per kv head, KV is streamed in place
-// How a row is cut depends on this row alone: neither threads nor other rows may change how its sums are rounded.
+// How a row is cut depends on this row alone: threads and other rows must not change how its sums are rounded.
 constexpr int64_t kPieceTokens = 1024;       // of a piece, doubled until a row has no more pieces than kPieces
 constexpr int64_t kPieces = 32;
 constexpr int64_t kTileItems = 32;           // a row with fewer tiles is cut by tokens
 constexpr int64_t kTileSplitTokens = 1024;
 
-// Memory of one thread that grows and is kept: kernels are called once per layer.
+// Scratch memory of one thread, kept between calls: kernels are called once per layer.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -230,7 +230,7 @@ Status attend(const Args& a, Served kernels) {
 }  // namespace
 }  // namespace distkv
 
-// Returns a distkv::Status. `isa` is empty for what serves (choose.cpp).
+// Returns a distkv::Status. `isa` is empty for the default kernels (choose.cpp).
 DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
   try {
     const distkv::Kernels* one = *isa ? distkv::find(isa) : nullptr;
@@ -241,7 +241,7 @@ DISTKV_EXPORT int distkv_attend(const distkv::Args* args, const char* isa) {
 }
 
 // out [tokens, heads, d], lse [tokens, heads] merged with a partial of `count` tokens that go to tokens index[i], or to
-// the same ones without an index. Returns 0, or 1 where an index is out of range or given twice (nothing is changed).
+// the same ones without an index. Returns 0, or 1 if an index is out of range or given twice (nothing is changed).
 DISTKV_EXPORT int distkv_merge(float* out, float* lse, const float* part_out, const float* part_lse,
                                const int64_t* index, int64_t count, int64_t tokens, int64_t heads, int64_t d) {
   const distkv::Kernels* kernels = distkv::served(distkv::kFp32).few;

@@ -1,4 +1,4 @@
-// Which kernels serve this processor: what somebody chose, otherwise the first of those that are compiled in and run.
+// The kernels for this processor: those that were chosen, otherwise the first that are compiled in and supported.
 #include <atomic>
 #include <cstring>
 
@@ -47,16 +47,16 @@ const Kernels* const kAll[] = {
     &kNeon,
 #endif
     &kPortable,
-// in software, for who names them: portable kernels come before and serve everywhere
+// in software, used only by name: portable kernels come before and run everywhere
 #if defined(DISTKV_HAS_AVX512_BF16)
     &kAmxModelAvx512,
 #endif
     &kAmxModel};
 
 #if defined(__x86_64__)
-// Whether the processor has tiles of bf16, and the system lets this process use them. Linux wants to be asked once per
-// process, for all of its threads and children: tiles make the frames of signals larger. Where a hypervisor hides tiles
-// or the kernel refuses them, the answer is no, and no tile instruction is ever executed.
+// Whether the processor has tiles of bf16, and the system lets this process use them. A Linux process has to ask
+// once for all of its threads and children, because tiles make signal frames larger. If a hypervisor hides tiles or the
+// kernel refuses them, the answer is no, and no tile instruction is ever executed.
 bool ask_for_tiles() {
 #if defined(DISTKV_HAS_AMX_BF16) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -127,8 +127,8 @@ Served served(int64_t kv_dtype) {
 
 }  // namespace distkv
 
-// Serves calls of a KV dtype that name no instruction set, of few queries or of many, with one (empty: the first that
-// runs here). Returns 0, or 1 where none of that name runs here.
+// Sets the default instruction set for a KV dtype and few or many queries (empty: the first that runs here). Returns 0,
+// or 1 if none of that name runs here.
 DISTKV_EXPORT int distkv_choose_isa(int64_t kv_dtype, int many, const char* name) {
   const distkv::Kernels* kernels = distkv::find(name);
   if (!kernels || kv_dtype < 0 || kv_dtype >= distkv::kDtypes) return 1;
@@ -136,7 +136,7 @@ DISTKV_EXPORT int distkv_choose_isa(int64_t kv_dtype, int many, const char* name
   return 0;
 }
 
-// Name of the instruction set that serves such calls.
+// Name of this default instruction set.
 DISTKV_EXPORT const char* distkv_isa(int64_t kv_dtype, int many) {
   const distkv::Served served = distkv::served(kv_dtype);
   return (many ? served.many : served.few)->name;

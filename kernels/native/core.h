@@ -7,7 +7,7 @@
 
 #include "exports.h"
 
-// Loops over vectors held in registers must vanish: an array that is indexed at run time lives in memory.
+// Loops over vectors held in registers must be unrolled: an array that is indexed at run time is in memory.
 #define DISTKV_UNROLL _Pragma("GCC unroll 16")
 
 namespace distkv {
@@ -37,7 +37,7 @@ struct Args {
   double soft_cap;  // 0: none
   double scale;
 
-  // Whether values are the first numbers of the keys: what lies in memory once is asked for and stored once.
+  // Whether values are the first numbers of the keys: then they are prefetched and stored once.
   bool values_in_keys() const { return k == v && k_block == v_block && v_token == d; }
 };
 
@@ -56,7 +56,7 @@ struct Item {
 // Kernels for one instruction set. `scratch` has the size that the matching *_bytes function returned, 64-byte aligned.
 struct Kernels {
   const char* name;
-  const Kernels* base;  // serves all but many queries over bf16; null: these kernels serve everything
+  const Kernels* base;  // for all but many queries over bf16; null: these kernels take everything
   int64_t (*stream_bytes)(const Args&, int64_t queries);
   void (*stream)(const Args&, const Item&, char* scratch);  // few queries: KV is streamed from memory once
   int64_t tile_rows;                                        // query rows (queries times group) of a tile at most
@@ -75,15 +75,15 @@ extern const Kernels kNeon, kNeonBf16;
 // The kernels of an instruction set, by name (empty: the first that runs here); null: none of that name runs here.
 const Kernels* find(const char* name);
 
-// What serves a call: kernels for few queries, and for many.
+// The kernels of a call: for few queries, and for many.
 struct Served {
   const Kernels* few;
   const Kernels* many;
 };
-Served served(int64_t kv_dtype);                           // where a call names no instruction set
-Served served_by(const Kernels* kernels, int64_t kv_dtype);  // where it names this one
+Served served(int64_t kv_dtype);                           // if a call names no instruction set
+Served served_by(const Kernels* kernels, int64_t kv_dtype);  // if it names this one
 
-// Whether decode asks for memory into the first-level cache or into the second. Zen 5 reads faster with the first (28
+// Whether decode prefetches into the first-level cache or the second. Zen 5 reads faster with the first (28
 // instead of 22 GB/s on one thread), Zen 4 with the second (24 instead of 15). Unknown processors get the second.
 extern const bool kAskIntoFirstLevel;
 

@@ -1,12 +1,12 @@
-// What both C++ libraries (the kernels' core, and the exchange in distkv_dask/worker/native) show to Python.
+// What both C++ libraries (the kernels' core, and the exchange in distkv_dask/worker/native) export to Python.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 #define DISTKV_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What Python compares with its own idea of a structure when it loads the library: its size, the offset of each field in
-// order, and -1 at the end.
+// The layout of a structure, which Python compares with its own when it loads the library: the size, the offset of each
+// field in order, and -1 at the end.
 #define DISTKV_LAYOUT(name, Structure, ...)                                                     \
   DISTKV_EXPORT const int64_t* distkv_layout_##name() {                                         \
     static const int64_t layout[] = {static_cast<int64_t>(sizeof(Structure)), __VA_ARGS__, -1}; \

@@ -1,4 +1,4 @@
-// The kernels of isa_amx_bf16.cpp with tile instructions in software: all else is what runs on AMX.
+// The kernels of isa_amx_bf16.cpp with tile instructions in software; everything else is as on AMX.
 #define DISTKV_ISA amx_model_avx512
 #include "pairs_avx512.h"
 

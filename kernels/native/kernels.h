@@ -1,4 +1,4 @@
-// Instantiates the kernels for one instruction set; DISTKV_ISA and the vector operations come before.
+// Instantiates the kernels for one instruction set; include the vector operations before.
 #pragma once
 #include <math.h>
 
@@ -27,7 +27,7 @@ using StreamBf16 = Fp32<bf16>;
 using TileBf16 = Fp32<bf16>;
 #endif
 
-// Calls use(Math<M>{}) with the arithmetic M that serves the call's types.
+// Calls use(Math<M>{}) with the arithmetic M for the call's types.
 template <class OfBf16, class Use>
 static auto with_math(const Args& a, Use use) {
   switch (a.kv_dtype) {

@@ -1,6 +1,6 @@
-// One layer of a batch that stays the same from layer to layer: new KV goes into the pool, then the queries attend.
+// One layer of a batch that is the same in all layers: new KV is stored in the pool, then the queries attend.
 //
-// Layers may be of several kinds, with and without a window for instance: each kind has arguments of its own.
+// Layers may be of several kinds, for instance with and without a window: each kind has its own arguments.
 #include <cstring>
 
 #include "core.h"

@@ -1,6 +1,6 @@
 // Arithmetic with a bf16 dot product: pairs of bf16 products summed in fp32.
 //
-// The streaming kernel uses it for scores only. There memory is the limit: weighing values in fp32 costs no time, and
+// The streaming kernel uses it for scores only. It is limited by memory: weighting values in fp32 takes no extra time, and
 // rounding the weights to bf16 would cost accuracy.
 #pragma once
 #include "pack_pairs.h"

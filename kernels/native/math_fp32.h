@@ -6,7 +6,7 @@ namespace DISTKV_ISA {
 
 constexpr int kChunk = 64;  // tokens that the streaming kernel scores at a time
 
-// Walks a region that will be needed a block later and asks for its cache lines.
+// Walks a region that will be needed a block later and prefetches its cache lines.
 struct Ahead {
   const char* at;
   const char* end;

@@ -1,4 +1,4 @@
-// bf16 as matrix units and dot products of pairs take it: two neighbours in depth lie side by side.
+// bf16 as matrix units and dot products of pairs take it: two neighbours in depth are next to each other.
 #pragma once
 
 namespace distkv {

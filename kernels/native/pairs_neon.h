@@ -8,7 +8,7 @@ namespace DISTKV_ISA {
 using Pairs = uint16x8_t;  // W pairs
 
 static inline Pairs load_pairs(const bf16* p) { return vld1q_u16((const uint16_t*)p); }
-// Head dims are multiples of 8: all numbers are there, or none.
+// Head dims are multiples of 8: all numbers exist, or none.
 static inline Pairs load_pairs(const bf16* p, int n) { return n > 0 ? load_pairs(p) : vdupq_n_u16(0); }
 static inline void store_pairs(bf16* p, Pairs x, int n) {
   if (n > 0) vst1q_u16((uint16_t*)p, x);

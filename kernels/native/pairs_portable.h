@@ -1,4 +1,4 @@
-// Pairs of bf16 in the compiler's own vectors of 128 bits. There is no dot product of pairs: matrix units have one.
+// Pairs of bf16 in the compiler's own vectors of 128 bits. They have no dot product of pairs; the matrix unit has one.
 #pragma once
 #include "simd_portable.h"
 
@@ -13,7 +13,7 @@ static inline Pairs load_pairs(const bf16* p) {
   memcpy(&x, p, sizeof x);
   return x;
 }
-// Head dims are multiples of 8: all numbers are there, or none.
+// Head dims are multiples of 8: all numbers exist, or none.
 static inline Pairs load_pairs(const bf16* p, int n) { return n > 0 ? load_pairs(p) : Pairs{}; }
 static inline void store_pairs(bf16* p, Pairs x, int n) {
   if (n > 0) memcpy(p, &x, sizeof x);

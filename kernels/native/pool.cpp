@@ -1,5 +1,5 @@
-// The caller always works itself and takes whatever its helpers leave, so a helper that wakes late (or was lost in a
-// fork) costs nothing but its help. Nobody spins: the cores belong to other processes too.
+// The caller always works too and takes what its helpers leave, so a helper that wakes late (or was lost in a fork)
+// delays nothing. No thread spins: other processes need the cores too.
 #include "pool.h"
 
 #include <atomic>
@@ -62,7 +62,7 @@ struct Pool {
     for (Job* other = jobs; other; other = other->next) demand += other->wanted + other->active;
     try {
       for (; helpers < demand; ++helpers) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {  // the system gives no more threads: fewer help
+    } catch (const std::system_error&) {  // the system allows no more threads: fewer help
     }
     job->next = jobs;
     jobs = job;
@@ -82,7 +82,7 @@ struct Pool {
 Pool* pool = new Pool;  // never deleted: helpers may outlive static destructors
 
 #if defined(__unix__) || defined(__APPLE__)
-// A forked child has none of the helpers and maybe a locked mutex: it starts afresh.
+// A forked child has none of the helpers, and perhaps a locked mutex: it gets a new pool.
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 #endif
 

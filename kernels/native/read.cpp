@@ -1,4 +1,4 @@
-// Reading memory and nothing else: what benchmarks hold decode against.
+// Reads memory and does nothing else: the bandwidth that benchmarks compare decode with.
 #include <algorithm>
 #include <atomic>
 

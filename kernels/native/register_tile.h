@@ -1,4 +1,4 @@
-// A matrix product on tiles that are held in vector registers: how every instruction set without tile registers computes.
+// A matrix product on tiles in vector registers, for instruction sets without tile registers.
 #pragma once
 
 namespace distkv {

@@ -44,8 +44,8 @@ static inline F load_part(const T* p, int n) { return widen(_mm256_maskz_loadu_e
 static inline F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
 static inline F load_part(const int8_t* p, int n) { return widen(_mm_maskz_loadu_epi8(lanes(n), p)); }
 
-// 2^x, relative error below 1e-7 (Exact) or 3e-6. The fraction is taken downwards because scalef rounds its exponent
-// downwards: neither the exponent nor -inf needs an instruction of its own.
+// 2^x, relative error below 1e-7 (Exact) or 3e-6. The fraction is rounded down because scalef rounds its exponent
+// down, so that the exponent and -inf need no extra instructions.
 template <bool Exact>
 static inline F exp2(F x) {
   const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

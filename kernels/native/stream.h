@@ -1,7 +1,7 @@
 // MicroAttention for few queries: every key and value is read from memory once, in place, whatever the group size.
 //
-// Blocks are the outer loop and heads the inner one, so that memory is walked in long runs. What limits this kernel is
-// how early memory is asked for: while one chunk is computed, the chunk some 32 KiB further on is pulled into the caches.
+// Blocks are the outer loop and heads the inner one, so that memory is read in long runs. This kernel is limited by how
+// early memory is prefetched: while one chunk is computed, the chunk about 32 KiB ahead is prefetched into the caches.
 // Which cache depends on the processor (kAskIntoFirstLevel).
 #pragma once
 
@@ -124,7 +124,7 @@ struct Stream {
     return rows * (width(a) * 8 + 8) + per_head * kChunk * 8 + 256;
   }
 
-  // Most calls have neither a soft cap nor first keys: what those cost stays out of their loop.
+  // Most calls have neither a soft cap nor first keys: their loop does not contain the code for these.
   static void run(const Args& a, const Item& it, char* scratch) {
     a.soft_cap > 0 || it.first_keys ? walk<false>(a, it, scratch) : walk<true>(a, it, scratch);
   }

@@ -2,8 +2,8 @@
 //
 // One item is a tile of query rows (a few queries of every head of a group) of one kv head. It walks the keys in chunks;
 // a chunk's keys are packed [head dim, token] and its values [token, head dim], in pairs for the bf16 dot product,
-// so that both products broadcast the left side and read the right side in full vectors. Nothing that causality or a
-// window hides is computed, down to tiles.
+// so that both products broadcast the left side and read the right side in full vectors. Tiles that causality or a
+// window hides are not computed.
 #pragma once
 
 namespace distkv {
@@ -24,7 +24,7 @@ struct Tile {
     return round_up(queries * (a.heads / a.kv_heads), kTileRows);
   }
 
-  // Rows whose scores and weights are kept: where tiles follow each other, of the last two tiles.
+  // Rows whose scores and weights are kept: if products run beside vectors, those of the last two tiles.
   static int64_t kept_rows(int64_t rows) {
     return Tiles::kBesideVectors && rows > 2 * kTileRows ? 2 * kTileRows : rows;
   }
@@ -35,7 +35,7 @@ struct Tile {
     return rows * per_row + kTileTokens * (kept_rows(rows) * 8 + (depth(a) + width(a)) * 4) + 1024;
   }
 
-  // One token after the other, through the block table.
+  // Walks tokens one by one, through the block table.
   struct Walk {
     const Args* a = nullptr;
     const int32_t* table = nullptr;
@@ -162,7 +162,7 @@ struct Tile {
       values[j] = walk.value();
       key_scale[j] = a.k_scales ? a.k_scales[walk.block * a.kv_heads + it.head] : 1.0f;
       value_scale[j] = a.v_scales ? a.v_scales[walk.block * a.kv_heads + it.head] : 1.0f;
-      if (j + 1 < n) walk.next();  // what follows the last token repeats it, and is masked
+      if (j + 1 < n) walk.next();  // positions after the last token repeat it, and are masked
     }
     for (int j = 0; j < whole; j += W)
       M::pack_keys(k + j / kPanel * kPanel * deep + j % kPanel * M::kStep, keys + j, key_scale + j, (int)a.d, (int)deep,
@@ -171,7 +171,7 @@ struct Tile {
       M::pack_values(v + (int64_t)j * kPanel, values + j, value_scale + j, (int)a.d_v, kPanel, kTileTokens * kPanel);
   }
 
-  // Pulls a few tokens of the next chunk into the second-level cache while this one is computed.
+  // Prefetches a few tokens of the next chunk into the second-level cache while this one is computed.
   void look_ahead() {
     const int64_t key_bytes = a.d * (int64_t)sizeof(Kv);
     const int64_t value_bytes = a.values_in_keys() ? 0 : a.d_v * (int64_t)sizeof(Kv);

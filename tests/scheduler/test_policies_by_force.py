@@ -19,6 +19,7 @@ from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.balance import GAIN, LEAST, WORTH, share_with_idle
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.dgfm import find_cycle
+from distkv_dask.scheduler.policies.local_only import LocalOnly
 
 BLOCK = 4
 MODEL = PRESETS["cpu-smollm2"].model
@@ -58,7 +59,7 @@ def largest(ledger: Ledger, lends: bool) -> int:
 def test_the_largest_request_is_placed_on_an_empty_cluster_and_none_that_is_larger(name: str, ledger: Ledger) -> None:
     policy = policy_named(name, MODEL)
     limit = policy.limit(ledger)
-    assert limit == largest(ledger, lends=name != "local-only")
+    assert limit == largest(ledger, lends=not isinstance(policy, LocalOnly))
     assert policy.place(ledger, Ask(0, 1, (limit + 1) * BLOCK)) is None
     for blocks in range(1, limit + 1):
         placement = policy.place(ledger, Ask(0, 1, blocks * BLOCK - 1))

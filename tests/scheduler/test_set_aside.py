@@ -18,11 +18,12 @@ from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.stalls import aside
 from distkv_dask.scheduler.policies import POLICIES, policy_named
-from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.policies.base import Ask, Policy
+from distkv_dask.scheduler.policies.local_only import LocalOnly
 
 SHORT = [1, 2, 3, 4]
-CAPACITIES = {"local-only": (96, 32, 32)}
-"""Workers' blocks by policy; on the first three together there is room for more than on two."""
+LARGE, SMALL = 96, 32
+"""Blocks of workers: three together have room for more than any two, and a large one for more than a small one."""
 
 
 def submit(cluster: Simulated, number: int, tokens: int, new: int = 5, document: int | None = None) -> None:
@@ -39,10 +40,15 @@ def tick(cluster: Simulated, seconds: float = 1.0) -> None:
     finish(cluster)
 
 
+def first(policy: type[Policy]) -> int:
+    """Blocks of the worker that the largest requests need."""
+    return LARGE if issubclass(policy, LocalOnly) else SMALL
+
+
 @pytest.fixture(params=sorted(POLICIES))
 def cluster(request: pytest.FixtureRequest) -> Simulated:
     """Three workers under each policy."""
-    return cluster_of(3, *CAPACITIES.get(request.param, (32, 32, 32)), policy=request.param)
+    return cluster_of(3, first(POLICIES[request.param]), SMALL, SMALL, policy=request.param)
 
 
 def largest(cluster: Simulated) -> int:
@@ -60,7 +66,7 @@ def test_a_request_too_large_for_the_workers_left_lets_others_pass_and_runs_when
     finish(cluster)
     assert {number: cluster.tokens[number] for number in SHORT} == {number: expected(number, 5) for number in SHORT}
     assert 0 not in cluster.ends
-    cluster.add_worker(96 if cluster.life.policy.name == "local-only" else 32)
+    cluster.add_worker(first(type(cluster.life.policy)))
     finish(cluster)
     assert cluster.tokens[0] == expected(0, 11)
     assert_nothing_left(cluster)

@@ -20,6 +20,7 @@ from distkv_dask.errors import InvalidRequestError
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.policies import POLICIES
+from distkv_dask.scheduler.policies.local_only import LocalOnly
 from distkv_dask.simulate.cluster import Simulation
 from distkv_dask.simulate.memory import Memory
 from distkv_dask.simulate.prompts import BLOCK, Prompt
@@ -190,7 +191,7 @@ def test_whatever_moves_is_shared_or_lost_kv_is_where_it_is_looked_for(policy: s
     losses = [(1.0, seed), (1.5, 4), (3.0, 5)]
     arrivals = shared_beginnings(60, seed)
     outcome = simulation.run(arrivals, losses)
-    fit = {arrival for arrival in arrivals if policy != "local-only" or arrival.tokens <= 4096}
+    fit = {arrival for arrival in arrivals if not issubclass(POLICIES[policy], LocalOnly) or arrival.tokens <= 4096}
     assert {run.arrival for run, _ in outcome.finished} == fit
     assert set(outcome.refused) == set(arrivals) - fit
     assert len(simulation.lanes) == 3

@@ -25,7 +25,7 @@ STRUCTURES = {"holder": Holder, "home": Home, "session": Session, "mark": Mark, 
 
 @lru_cache(maxsize=1)
 def wire() -> ctypes.CDLL | None:
-    """The library, or None if it was not built, has another version, or has no kernels to call."""
+    """The library, or None if it was not built, was built from another version, or has no kernels to call."""
     if native_kernel.missing() is not None or sys.byteorder != "little":
         return None
     for suffix in EXTENSION_SUFFIXES:
@@ -47,7 +47,7 @@ def _load(path: Path) -> ctypes.CDLL | str:
         return f"does not load: {error}"
     reason = disagreement(library, {name: layout_of(one) for name, one in STRUCTURES.items()})
     if reason is not None:
-        return f"is of another version, {reason}; build it again: pip install -e ."
+        return f"was built from another version, {reason}; rebuild it: pip install -e ."
     pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     library.distkv_ask.argtypes = [pointer] * 4 + [whole, whole, real]
     library.distkv_gather.argtypes = [pointer, real]
