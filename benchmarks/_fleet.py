@@ -1,4 +1,4 @@
-"""A home in this process and holders in processes of their own, driven by hand: what a layer costs without Dask around.
+"""A home in this process and holders in their own processes, driven without Dask, to measure what a layer costs.
 
 Holders are forked from one process that has imported everything, so that sixteen of them take little memory.
 """
@@ -30,7 +30,7 @@ BLOCK_TOKENS = 16
 
 
 def fork_server() -> ForkServerContext:
-    """Where processes are forked from that begin with everything imported."""
+    """A process that has imported everything, from which others are forked."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "distkv_dask.worker.runtime", "distkv_dask.worker.lanes"])
     return context

@@ -34,7 +34,7 @@ def attention_of(geometry: Geometry, latent: bool) -> str:
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """What a row of the table says at its end."""
+    """The last column of a row of the table."""
     if row["verdict"] == "exact":
         return "exact"
     said = " ".join(row["reason"].split())

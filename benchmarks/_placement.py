@@ -1,4 +1,4 @@
-"""Placements that a benchmark asks for, instead of the policy's; the scheduler lives in the benchmark's process."""
+"""Placements of a benchmark, instead of the policy's; the scheduler runs in the benchmark's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark prints beside its figures: commit, hardware, configuration; and ``--json FILE``."""
+"""What every benchmark prints with its figures: commit, hardware, configuration; and ``--json FILE``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
         facts = {name.strip(): value.strip() for name, _, value in lines}
         processor = facts.get("model name", processor)
-        if "cpu family" in facts:  # hosts hide the model's name, but not its generation
+        if "cpu family" in facts:  # some hosts hide the model's name, but not its generation
             processor += f" (family {facts['cpu family']}, model {facts['model']})"
     return {
         "commit": git.stdout.strip() or "unknown",

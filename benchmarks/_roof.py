@@ -11,7 +11,7 @@ import torch
 from distkv_dask.kernels import advise_huge_pages, native_kernel
 
 SECONDS = 1.5
-"""Time for each call, all repetitions together."""
+"""Time limit for all repetitions of a call."""
 
 
 def best_seconds(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:

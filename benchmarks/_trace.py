@@ -34,7 +34,7 @@ Lanes = dict[tuple[str, str], list[Timed]]
 
 
 def read_trace(file: Path) -> Lanes:
-    """Spans by (worker, lane), in the order of their beginnings."""
+    """Spans by (worker, lane), ordered by start."""
     events = json.loads(file.read_text())["traceEvents"]
     workers = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
@@ -51,7 +51,7 @@ def read_trace(file: Path) -> Lanes:
 
 
 def during(lane: list[Timed], frame: Timed) -> list[Timed]:
-    """What a lane did inside ``frame``, cut to it, without the spans that contain others."""
+    """Spans of a lane inside ``frame``, clipped to it, without those that contain others."""
     return [
         Timed(one.name, one.category, max(one.began, frame.began), min(one.ended, frame.ended), one.gang, one.step,
               one.layer, one.peer, one.size)

@@ -1,4 +1,4 @@
-"""A batch that is killed again and again: what do three dead clients and a dead worker cost, and is a row lost?
+"""A batch that is killed repeatedly: what do three killed clients and a killed worker cost, and is a row lost?
 
 The same job runs twice on a cluster of this machine's processes: undisturbed, and with the client killed three times
 and a worker once. A share of its rows is bad (nothing, white space, far too long). The peer answers some good rows with
@@ -107,7 +107,7 @@ def main() -> None:
     arguments.add_argument("--new", type=int, default=16)
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--kv-memory", default="128 MiB", help="per worker")
-    arguments.add_argument("--limit", type=float, default=900, help="seconds that anything may take")
+    arguments.add_argument("--limit", type=float, default=900, help="time limit of each part, in seconds")
     options = arguments.parse_args()
     sources = texts(options.rows, options.bad, options.characters)
     with (

@@ -1,6 +1,7 @@
-"""How long one layer's queries and partials travel over each kind of channel: a home here, a holder in its own process.
+"""How long does a round trip of one layer's queries and partials take on each kind of channel?
 
-The holder answers every frame with as many bytes, through the classes that the engine uses. Kinds take turns.
+The home is this process. The holder, in its own process, answers every frame with as many bytes, through the classes
+that the engine uses. Kinds take turns.
 """
 
 from __future__ import annotations

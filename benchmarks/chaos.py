@@ -1,13 +1,13 @@
-"""Does anything go wrong when nearly everything does? Faults of all kinds under a mixed load, reproducible by a seed.
+"""Does the engine survive faults of all kinds under a mixed load? Reproducible by a seed.
 
-Processes are killed and frozen, those of clients too, links cut, machines join and are retired; blocks move, documents
-are saved, loaded and spilled, requests cancelled and urgent ones squeezed in, while users ask plain, sampled, streamed
-and structured questions, chat, and ask documents. Every answer is compared with the tokens that plain transformers
-gives in one process, in float32. ``wrong`` are other tokens, ``lost`` requests whose end was never told, ``hung``
-those that have not ended 75 s after the last fault, ``failed`` those that ended with an error although they could have
-been served; ``failed_legitimately`` are those that lost blocks with a fourth worker, which are then asked again.
-``leaks`` counts blocks, tasks, sockets, threads, files and processes that are left. Where something went wrong, the
-logs are kept.
+Processes, also of clients, are killed and frozen, links are cut, machines join and are retired; blocks move, documents
+are saved, loaded and spilled, requests cancelled and urgent ones squeezed in. Meanwhile users send plain, sampled,
+streamed and structured requests, chat, and ask about documents. Every answer is compared with the tokens that
+transformers generates in one process, in float32. ``wrong`` counts other tokens, ``lost`` requests whose end was never
+reported, ``hung`` those that have not ended 75 s after the last fault, ``failed`` those that ended with an error
+although they could have been served, ``failed_legitimately`` those that lost blocks with a fourth worker, which are
+then repeated. ``leaks`` counts blocks, tasks, sockets, threads, files and processes that are left. The logs are kept if
+anything went wrong.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests._models import text_model_dir
 
 QUIET = "plan", "happened", "legitimate", "snapshot", "totals"
-"""What stands in the JSON file only."""
+"""Figures that are only in the JSON file."""
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--seed", type=int, default=0, help="decides prompts, load and faults")
-    arguments.add_argument("--minutes", type=float, default=1.0, help="how long faults happen")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of prompts, load and faults")
+    arguments.add_argument("--minutes", type=float, default=1.0, help="how long faults are injected")
     arguments.add_argument("--every", type=float, default=1.5, help="average seconds between two faults")
-    arguments.add_argument("--users", type=int, default=6, help="how many users ask at the same time")
+    arguments.add_argument("--users", type=int, default=6, help="number of users")
     arguments.add_argument("--few", action="store_true", help="few different prompts: they take seconds to prepare")
-    arguments.add_argument("--tls", action="store_true", help="on a cluster with certificates")
+    arguments.add_argument("--tls", action="store_true", help="use a cluster with certificates")
     options = arguments.parse_args()
     cuttable = enter()
     setting = Setting(

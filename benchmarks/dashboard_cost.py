@@ -1,9 +1,9 @@
-"""What does looking cost the scheduler, with 200 workers and 10,000 sequences?
+"""What does the dashboard cost the scheduler, with 200 workers and 10,000 sequences?
 
-A gManager's lifecycle is filled with placed sequences, some of them split; then what the dashboard does is timed: the
-sample of the history (once a second, always), a scrape of Prometheus (every 15 s), the view of a page (while any page
-is open, shared by all, as often as the board allows itself) and updating the models of a page from it. No browser
-takes part: sending a page's changes to it is Bokeh's and not counted.
+A gManager's lifecycle is filled with placed sequences, some of them split. Then the work of the dashboard is timed: the
+sample of the history (once a second, always), a Prometheus scrape (every 15 s), the view of a page (while any page is
+open, shared by all, as often as the board allows) and updating the models of a page from it. There is no browser:
+Bokeh's sending of changes is not counted.
 """
 
 from __future__ import annotations

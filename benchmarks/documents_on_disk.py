@@ -1,9 +1,9 @@
-"""Documents that take turns in memory: what does a question cost whose document has to come back first?
+"""Documents that take turns in memory: what does a question cost if its document must be restored first?
 
 KV memory has room for one of several documents. They are asked in turn: with KV on disk, with KV recomputed
-(``spill=0``), and, as the floor, with room for all of them. A last part times an urgent request that comes while
-another one takes all the room, which makes way (``urgent``) or is waited for (``equal``), and what that costs the other
-one. The model is SmolLM2-135M in bfloat16, workers have one thread each.
+(``spill=0``), and, as the floor, with room for all of them. The last part times an urgent request that arrives while
+another one uses all the room and is preempted (``urgent``) or waited for (``equal``), and what that costs the other
+one. The model is SmolLM2-135M in bfloat16; each worker has one thread.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Dry runs beside real ones: how far is the predicted time from the real one, on three kinds of batches?
 
 Long documents with short answers (prefill), short prompts with long answers (decode), and documents with several
-questions each, whose KV is shared. Workers are timed when the engine opens; answers go on to their longest, as the dry
-run assumes. On a busy machine that timing grows old within seconds, so the time is predicted once more by the speed
-that the workers' decode windows have shown in the run. A large folder is only counted.
+questions each, whose KV is shared. Workers are timed when the engine opens; all answers have their maximum length, as
+the dry run assumes. On a busy machine that timing is outdated within seconds, so the time is predicted once more from
+the speed of the decode windows in the run. A large folder is only counted.
 """
 
 from __future__ import annotations

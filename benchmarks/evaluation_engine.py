@@ -1,8 +1,8 @@
 """One long request among many short ones on the real engine: how long do they take together, by policy?
 
 Two mixes on three workers: a long request that just fits on one worker, and one that fits on none, which `local-only`
-has to refuse. All requests come at once, the long one in the middle; there are more than fit at a time, and of many
-lengths. Policies take turns on one cluster.
+has to refuse. All requests arrive at once, the long one in the middle; they have many lengths, and not all fit at the
+same time. Policies take turns on one cluster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mix(options: Any, long: int) -> list[tuple[list[int], SamplingParams]]:
 
 
 def serve(client: Client, policy: str, memory: int, requests: list[Any]) -> dict[str, Any]:
-    """Wall time of all requests, and what became of them."""
+    """Wall time of all requests, and their outcomes."""
     with Engine(client, "smollm2-135m", kv_memory=memory, policy=policy, prefix_cache=False) as engine:
         engine.generate([[1] * 64] * 3, SamplingParams(max_new_tokens=4, ignore_eos=True))  # all awake
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How do the policies compare on the paper's traces, in simulation, and what does the paper say?
+"""How do the policies compare on the paper's traces, in simulation, and with the paper?
 
 Settings: prompts computed by the cluster or elsewhere (the paper's performance model knows decode only), hosts linked
 by 1 Gb/s Ethernet (the paper's cluster) or 200 Gb/s InfiniBand. ``static`` is local-only with requests dealt out round

@@ -1,9 +1,9 @@
-"""A holder is killed, freezes, or sends garbage: when does its gang end, and when has the client an error, or a token?
+"""A holder is killed, freezes or sends garbage: when does its gang end, and the client get an error or a token?
 
 A tiny model on worker processes decodes one sequence with part of its KV on another worker. ``gang`` is the time until
 the gManager knows that the gang failed, ``client`` until the request's future raises, or, where a worker was killed,
 until its next token: the KV of its prompt and tokens is recomputed on two of the others. A gang that fails for
-another reason than a worker's death is tried again twice before its request fails.
+a reason other than a worker's death is retried twice before its request fails.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What one card says about this project in under eight minutes: roofs, kernels, exchange, graphs, and a whole engine.
+"""Measure this project on one card in under eight minutes: roofs, kernels, exchange, graphs, and a whole engine.
 
     python benchmarks/gpu_smoke.py --json smoke.json [--emulated]
 
-Every stage has its own time limit, fails alone and prints its figures at once. ``--emulated`` runs small shapes on the
-card that does not exist (tests/emulated): to know that the script works where there is no card; its times say nothing.
+Every stage has its own time limit, fails independently and prints its figures at once. ``--emulated`` runs small shapes
+on an emulated card (tests/emulated), to test the script without a card; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("torch finds no card here, so nothing was measured; --emulated tries the script itself")
+        print("torch finds no GPU here, so nothing was measured; --emulated runs the script on an emulated one")
         return 0
     stages = Stages(SECONDS)
     _run(stages, given.emulated)

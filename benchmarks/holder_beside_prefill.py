@@ -1,8 +1,9 @@
-"""How long does a decoding home wait for its holder while that one's home lane is inside long prefill layers?
+"""How long does a decoding home wait for a holder whose home lane is computing long prefill layers?
 
-SmolLM2-135M on two workers of one thread. A sequence decodes at its home with half of its KV on the other worker; in
-the middle of that the other worker prefills a document of its own. A trace tells, layer by layer, what the home waited
-for partials, and how long the holder took from the home's first byte to its last (the same clock: one machine).
+SmolLM2-135M on two workers of one thread. A sequence decodes at its home with half of its KV on the other worker;
+meanwhile the other worker prefills a document. A trace shows for each layer how long the home waited for partials, and
+how long the holder took from the first byte of the query to the last byte of the answer (both on the clock of one
+machine).
 """
 
 from __future__ import annotations

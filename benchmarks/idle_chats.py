@@ -1,4 +1,4 @@
-"""Chats with pauses between their turns, and room for a part of their KV: what do lower tiers of the prefix cache save?
+"""Chats with pauses between turns, and room for a part of their KV: what do lower tiers of the prefix cache save?
 
 Each turn is a plain request: the chat so far and a few more tokens, sent some time after the answer before (a random
 pause, the same in every mode). KV memory is ``--room`` of what all chats have at their end. The modes: ``none`` reuses
@@ -70,14 +70,14 @@ def serve(options: Any, mode: str) -> tuple[dict[str, Any], list[list[Completion
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", default="smollm2-135m")
-    arguments.add_argument("--kv-bytes", type=int, default=46_080, help="of a token, of this model in float32")
+    arguments.add_argument("--kv-bytes", type=int, default=46_080, help="KV bytes of a token of this model in float32")
     arguments.add_argument("--chats", type=int, default=32)
     arguments.add_argument("--turns", type=int, default=8)
     arguments.add_argument("--first", type=int, default=400, help="tokens of the first turn")
     arguments.add_argument("--more", type=int, default=40, help="tokens of each further turn")
     arguments.add_argument("--new", type=int, default=8, help="tokens of each answer")
     arguments.add_argument("--think", type=float, default=2.0, help="seconds between turns, on average")
-    arguments.add_argument("--room", type=float, default=0.25, help="part of the chats' KV that there is memory for")
+    arguments.add_argument("--room", type=float, default=0.25, help="KV memory, as a part of the KV of all chats")
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--threads", type=int, default=1, help="of each worker")
     arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

@@ -2,12 +2,11 @@
 
 The document is Python's own language reference, the model SmolLM2-135M in bfloat16, with its KV over all workers.
 
-``quote``: questions on a stored document, answered by quotes, and freely with as many tokens each, in batches; seconds
-of a batch, and how many quotes are in the document at their offsets. ``choices``: one question with five choices, and
-as many as ``--columns``, each time on a document that is not stored yet: seconds from its text to the last answer.
-``n``: one answer to the whole text, and ``--answers`` of them, each time computed from the start: seconds, and the most
-KV blocks in use.
-Figures are medians over turns, ratios those of the turns' pairs.
+``quote``: questions about a stored document, answered with quotes, and freely with as many tokens each, in batches:
+seconds of a batch, and how many quotes are in the document at their offsets. ``choices``: one question with five
+choices, and ``--columns`` such questions, each time about a document that is not stored yet: seconds from its text to
+the last answer. ``n``: one answer to the whole text, and ``--answers`` of them, each time computed from the start:
+seconds, and the maximum of KV blocks in use. Figures are medians over turns, ratios those of pairs of turns.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CHOICES = ("syntax", "names", "types", "errors", "none of these")
 
 
 def asked(count: int, turn: int) -> list[str]:
-    """Questions, others in each turn."""
+    """Questions, different ones in each turn."""
     return [f"{turn}.{number}: which passage is about the letter {chr(97 + number % 26)}?" for number in range(count)]
 
 
@@ -83,7 +82,7 @@ def measured_choices(engine: Engine, text: str, options: Any) -> dict[str, Any]:
 
 
 class MostBlocks:
-    """The most KV blocks in use while it is entered; looks every 50 ms."""
+    """Maximum of KV blocks in use inside the ``with`` statement, sampled every 50 ms."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

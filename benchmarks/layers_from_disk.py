@@ -1,8 +1,8 @@
-"""What layers from disk cost: a forward over a chunk of a prompt and over a decode step, beside weights in memory.
+"""What do layers from disk cost? Forwards of a prompt's chunk and of a decode step, compared with weights in memory.
 
-SmolLM2-135M. Both models are in one process and take turns; figures are medians over the turns. Attention is left out,
-which would take as long with both. The page cache is warm: the file was read just before, so this is the cost of
-copying layers while others compute, not that of a disk.
+SmolLM2-135M. Both models are in one process and take turns; figures are medians over the turns. Attention takes equally
+long with both and is left out. The page cache is warm: the file was read just before, so this is the cost of copying
+layers while others compute, not that of a disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distkv_dask.worker.model.loaded import LoadedModel
 
 
 class NoAttention:
-    """Stands for attention."""
+    """Replaces attention."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
@@ -46,7 +46,7 @@ def main() -> None:
     folder = str(converted_weights(Path(resolve_model("smollm2-135m").location), options.dtype))
     models = {"memory": load_model(folder, options.dtype, options.threads)}
     models["disk"] = load_model(folder, options.dtype, options.threads, from_disk=True)
-    models["memory"].pack(1 << 40)  # as an engine does where that takes little of a worker's memory
+    models["memory"].pack(1 << 40)  # as an engine does if that takes little of a worker's memory
     figures: dict[str, Any] = {"weights": {name: model.where for name, model in models.items()}}
     for name, tokens, keep in (("prefill 512", 512, 1), ("decode 64", 64, 64), ("decode 1", 1, 1)):
         turns: dict[str, list[float]] = {kind: [] for kind in models}

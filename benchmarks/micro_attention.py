@@ -1,10 +1,10 @@
-"""How close MicroAttention comes to the machine: decode to its read bandwidth, prefill to its matrix-product rate.
+"""How close is MicroAttention to the limits of the machine: read bandwidth in decode, matrix products in prefill?
 
     python benchmarks/micro_attention.py --json results.json [--device cuda] [--only 64K]
 
-Every figure is the best of several repetitions in which the roof, the kernels and their rivals take turns, so that load
-from other processes hits all of them alike. `gbps` counts each key and value once; in the shared-prefix cases it counts
-them once per question, which is what a user gets.
+Every figure is the best of several repetitions in which the roof, the kernels and other implementations take turns, so
+that load from other processes affects all of them equally. `gbps` counts each key and value once; in the shared-prefix
+cases it counts them once per question.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def flash(arguments: dict[str, Any], q: torch.Tensor) -> Callable[[], object]:
 
 
 def call(impl: str, q: torch.Tensor, arguments: dict[str, Any], threads: int) -> Callable[[], object]:
-    """A call of an implementation; on a GPU as a layer calls what was prepared for its step."""
+    """A call of an implementation; on a GPU the prepared call of a layer."""
     if q.is_cuda and impl == "triton":
         fixed = {name: values for name, values in arguments.items() if name != "scale"}
         attention = PreparedAttention(*q.shape[:2], **fixed)
@@ -76,7 +76,7 @@ def call(impl: str, q: torch.Tensor, arguments: dict[str, Any], threads: int) ->
 
 
 def rivals(device: str, slow: bool) -> list[str]:
-    """Implementations to compare: the one that would serve, and what could serve instead."""
+    """Implementations to compare: the one that would be chosen, and alternatives."""
     served = choose(device, torch.bfloat16, 128, BLOCK_TOKENS).name
     useless = {served, "reference", "native", "triton", "native:portable"}
     useless |= {name for name in IMPLEMENTATIONS if "model" in name}  # software
@@ -86,7 +86,7 @@ def rivals(device: str, slow: bool) -> list[str]:
 
 
 def use_the_fastest_sets() -> str:
-    """Make 'native' use what an engine would choose on this machine; says what that is, and why."""
+    """Make 'native' use the sets that an engine would choose on this machine; returns them, and why."""
     if native_kernel.missing() is not None:
         return "no C++ core"
     times = time_sets(torch.bfloat16)
@@ -240,7 +240,7 @@ def cases(device: str) -> list[tuple[str, Callable[[int], Rows]]]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Machine and versions."""
     machine = _report.environment()
     on_cpu = f"{machine['processor']}, {use_the_fastest_sets()}"
     hardware = torch.cuda.get_device_name() if device == "cuda" else on_cpu
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
     if options.device == "cpu" and "numba" in IMPLEMENTATIONS:
-        numba_kernel.compiled(torch.bfloat16)  # compilation is no part of any figure
+        numba_kernel.compiled(torch.bfloat16)  # not measured: compilation
     about = environment(options.device)
     print(about)
     results: Rows = []

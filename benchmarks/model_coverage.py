@@ -1,10 +1,10 @@
 """Which causal model types of the installed transformers are served, and with the right tokens?
 
-For each a tiny model with random weights in float32: three prompts longer than its windows, the KV of each on three
-workers, 24 greedy tokens against ``generate`` of transformers. The workers' runtimes are in this process, without Dask.
-Verdicts: ``exact``; ``differs`` (``differs`` says from which token); ``fails`` (it opened, and a request failed);
-``refused`` with its reason; ``not built`` (no tiny model could be made); ``aside`` (an encoder, or an encoder and a
-decoder).
+Each is tried with a tiny model with random weights in float32: three prompts longer than its windows, the KV of each on
+three workers, 24 greedy tokens compared with ``generate`` of transformers. The workers' runtimes are in this process,
+without Dask. Verdicts: ``exact``; ``differs`` (``differs`` says from which token); ``fails`` (it opened, and a request
+failed); ``refused`` with its reason; ``not built`` (no tiny model could be made); ``aside`` (an encoder, or an encoder
+and a decoder).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distkv_dask.worker.model.load import load_model
 
 NEW = 24
 SEEDS, LEAD = 8, 1e-3
-"""Weights are drawn again, at most this many times, until every token leads by this much."""
+"""Weights are drawn again, up to this many times, until every token leads by this much."""
 SPLITS = {
     45: [("w1", 16), ("w2", 16), ("w0", 45)],
     29: [("w2", 8), ("w0", 8), ("w1", 8), ("w2", 45)],
@@ -65,7 +65,7 @@ def expected(model: Any, length: int) -> tuple[list[int], float]:
 
 
 def build(kind: str, folder: str) -> dict[int, list[int]]:
-    """Save a tiny model; its own tokens for every prompt, none of which rounding decides."""
+    """Save a tiny model; returns its tokens for every prompt, none of which depend on rounding."""
     for seed in range(8, 8 + SEEDS):
         model = tiny_model(kind, seed)
         model.save_pretrained(folder)
@@ -120,7 +120,7 @@ def verdict(kind: str) -> dict[str, Any]:
 
 
 def compared(found: dict[int, list[int]], right: dict[int, list[int]]) -> dict[str, Any]:
-    """Whether the tokens of all prompts are right, and from which on they are not."""
+    """Whether the tokens of all prompts are right, and the first wrong one."""
     for length, tokens in found.items():
         if tokens != right[length]:
             at = next(at for at, (ours, theirs) in enumerate(zip(tokens, right[length], strict=True)) if ours != theirs)

@@ -1,7 +1,7 @@
 """What do moves of live blocks cost decoding?
 
 One sequence decodes at its home while blocks of it go back and forth between two other workers, at 0, 16 and 32 tokens
-for each decode step; engines of all three rates are open on the same cluster and take turns.
+for each decode step; engines for all three rates are open on the same cluster and take turns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
 
 
 def decode(engine: Engine, prompt: int, new: int) -> tuple[float, int]:
-    """Milliseconds of a decode step, and blocks that were moved meanwhile."""
+    """Milliseconds of a decode step, and blocks that moved meanwhile."""
     before = engine.status().totals
     engine.submit([1] * prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
     after = engine.status().totals

@@ -1,7 +1,7 @@
 """One document of about 6,000 tokens: how long to its first token with one worker, and with all of them at once?
 
-Both ways take turns in one run, on the same workers of one thread each. On a machine that others use, the time of day
-says less than the processor time of the worker that took most of it: what would be left on a core of its own.
+Both ways take turns in one run, on the same workers of one thread each. On a busy machine, wall time says less than the
+processor time of the worker that used most of it: the time that would be left if each worker had its own core.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """How well does the performance model, fitted when an engine opens, predict measured decode steps on this machine?
 
-Two workers, both home of as many sequences, since all were timed at the same time: the model describes a cluster that
-is busy. Batches, contexts and the share of KV that lies at the other worker vary. Predicted is a step before the case
-begins, by what the model knew then, with the attention that a worker of one thread computes for the other one's
-sequences in the same time; measured are the steps of the engine's own windows. ``windows`` are the errors for each
-window by itself, predicted when it began: that is what policies decide by. ``noise`` is how much two windows in a row
-at one home differ beyond what the model expects, which no model can know.
+Two workers are homes of equally many sequences, because workers were timed at the same time: the model describes a busy
+cluster. Batches, contexts and the share of KV at the other worker vary. A step is predicted before the case begins,
+including the attention that a worker of one thread computes for the other one's sequences in the same time, and
+compared with the steps of the engine's own windows. ``windows`` are the errors of single windows, predicted when they
+began, as policies do. ``noise`` is how much consecutive windows of a home differ beyond what the model expects, which
+no model can predict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 BLOCK = 64
 NEW = 64
 WARM = 32
-"""Steps before each case, by which the model learns how fast the machine is at that time."""
+"""Steps before each case, from which the model learns how fast the machine is at that time."""
 LOCAL = ((1, 256), (1, 2048), (1, 6144), (4, 512), (4, 1536), (8, 256), (8, 768))
 HALVED = ((1, 2048), (1, 6144), (4, 1536), (8, 768))
 CASES = [
@@ -37,11 +37,11 @@ CASES = [
     (1, 6144, 0.25),
     (1, 6144, 0.75),
 ]
-"""Sequences of each home, tokens of each, and the share of them that lies at the other worker."""
+"""Sequences of each home, tokens of each, and their share at the other worker."""
 
 
 class Fixed(Policy):
-    """Homes by turns, and a share of every sequence at the other worker."""
+    """Alternating homes, and a share of every sequence at the other worker."""
 
     name: ClassVar[str] = "fixed"
     share: ClassVar[float] = 0.0

@@ -1,10 +1,10 @@
-"""Plain requests on one long text, one after the other: how much sooner are they answered with the prefix cache?
+"""Plain requests on one long text, one after the other: how much faster are they with the prefix cache?
 
 Nothing is ingested or named: each request is the whole text and another question, through ``engine.generate``.
 ``seconds_cached`` is all of them with the cache, the first one included; ``seconds_uncached`` without it, scaled
 from ``--uncached`` requests. The peer is plain transformers on as many threads as the workers have together:
-with a forward over the whole prompt for each request (``peer_uncached_seconds``), and keeping the text's cache and
-copying it for each (``peer_cached_seconds``); both scaled from ``--peer`` requests. The model is SmolLM2-135M
+with a forward over the whole prompt of each request (``peer_uncached_seconds``), and with a copy of the text's cache
+for each (``peer_cached_seconds``); both scaled from ``--peer`` requests. The model is SmolLM2-135M
 in bfloat16, answers are greedy.
 """
 

@@ -99,7 +99,7 @@ def main() -> None:
     arguments.add_argument("--peer", type=int, default=1, help="questions that the peer is measured with; 0 is none")
     arguments.add_argument("--tokens", type=int, default=6000)
     arguments.add_argument("--new", type=int, default=32)
-    arguments.add_argument("--workers", type=int, default=1, help="a document is computed by one at a time")
+    arguments.add_argument("--workers", type=int, default=1, help="workers; one at a time computes a document")
     arguments.add_argument("--threads", type=int, default=2, help="of each worker")
     arguments.add_argument("--kv-memory", default="512 MiB", help="per worker")
     options = arguments.parse_args()

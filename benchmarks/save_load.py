@@ -1,8 +1,8 @@
-"""Save and load a document: bytes per second, beside what the disk does with the same bytes in the same run.
+"""How fast are saving and loading a document, compared with the disk's rate for the same bytes in the same run?
 
-The KV is that of SmolLM2-135M in bfloat16. ``load`` reads, checks and copies into two workers' pools; ``load_cold``
-does so after the files were dropped from the page cache (where the system lets us), as the plain read of the same files
-beside it, ``disk_cold``, does with one thread.
+The KV is that of SmolLM2-135M in bfloat16. ``load`` reads, checks and copies into the pools of two workers.
+``load_cold`` does so after the files were dropped from the page cache (if the system allows it); ``disk_cold`` is a
+plain read of the same files with one thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from distkv_dask import Engine
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long something takes."""
+    """Seconds that some work takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def write(path: Path, size: int) -> None:
-    """Write bytes of no meaning, through to the disk."""
+    """Write random bytes, and flush them to the disk."""
     piece = os.urandom(16 << 20)
     with path.open("wb") as file:
         for at in range(0, size, len(piece)):

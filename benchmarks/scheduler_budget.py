@@ -1,9 +1,9 @@
-"""What part of a core do decode windows take from the Dask scheduler, as the cluster grows?
+"""How much of a core do decode windows take from the Dask scheduler as the cluster grows?
 
 A real scheduler, alone in its process, and real workers with lanes, pools, channels and gangs; only the model's forward
 is replaced by a sleep as long as a decode step, so that dozens of workers fit on a few cores. Every request is larger
-than a worker, so every home has holders. For each number of workers, windows as long as somebody who streams asks for,
-first of fixed length and then within the scheduler's budget.
+than a worker, so every home has holders. For each number of workers, windows have the length that streaming needs,
+first fixed and then within the scheduler's budget.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VOCAB, BLOCK, BLOCKS, NEW = 8, 64, 128, 4096
 PROMPT = int(1.2 * BLOCK * BLOCKS) - NEW
 BLOCK_BYTES = 2 * 1 * BLOCK * 8 * 4
 WORKERS_PER_PROCESS = 13
-"""Importing torch takes each process seconds, but workers of one process share Dask's lock around starting threads."""
+"""Workers per process: importing torch takes seconds, but workers of one process share a lock when threads start."""
 MODES = ("fixed", "budget")
 
 
@@ -135,9 +135,7 @@ def measure(client: Client, scheduler: psutil.Process, model: str, workers: int,
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--workers", type=int, nargs="+", default=[5, 20, 50])
-    arguments.add_argument(
-        "--asked", type=float, default=0.25, help="seconds between pieces of text that are asked for"
-    )
+    arguments.add_argument("--asked", type=float, default=0.25, help="seconds between pieces of streamed text")
     arguments.add_argument("--step", type=float, default=0.02, help="seconds of a decode step")
     arguments.add_argument("--settle", type=float, default=6, help="seconds before measuring")
     arguments.add_argument("--seconds", type=float, default=10, help="seconds of a measurement")

@@ -1,7 +1,7 @@
-"""What skipping rows of zeros saves: bytes of down projections read, and time of a forward, by tokens of a step.
+"""What does skipping rows of zeros save? Bytes of down projections read, and time of a forward, by tokens of a step.
 
-The model is a random one of OPT's shape, whose biases leave about one in ten inner activations (``--bias`` says how
-many); a trained ReLU model of some size is as sparse. Both ways take turns in one process.
+The model has OPT's shape and random weights; its biases leave about one in ten inner activations nonzero (``--bias``
+changes that), as in trained ReLU models of some size. Both ways take turns in one process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS = (1, 2, 4, 8)
 
 
 class EachItself:
-    """Stands for attention."""
+    """Replaces attention."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
@@ -57,7 +57,7 @@ def seconds(model: LoadedModel, tokens: int) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--bias", type=float, default=-2.0, help="of the first linear of each layer")
+    arguments.add_argument("--bias", type=float, default=-2.0, help="bias of the first linear of each layer")
     arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--turns", type=int, default=15)

@@ -1,11 +1,11 @@
-"""What does speculation without a draft model bring where answers quote their document, and cost where they do not?
+"""How much faster is speculation without a draft model if answers quote their document, and what does it cost if not?
 
 Two engines with the same weights are open in one cluster, ``distkv.speculation`` at ``auto`` and ``off``, in turns.
 The document is Python's own language reference, the model SmolLM2-135M in bfloat16. ``quote`` asks for passages of the
 document word for word and gives their first words; ``write`` draws the text's continuation at temperature 1, which
 repeats some of its phrases; ``strange`` draws at temperature 3, which repeats nothing. Decode tokens per second are
-those of all answers of a turn over its seconds in decode windows; figures are medians over turns, ratios those of the
-turns' pairs.
+the tokens of all answers of a turn per second in decode windows; figures are medians over turns, ratios those of pairs
+of turns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GIVEN = 24
 
 
 def questions(engine: Engine, document: list[int], task: str, batch: int, turn: int) -> list[list[int]]:
-    """What a turn asks: passages from other places each time."""
+    """Questions of a turn: passages from different places each time."""
     ask = engine.tokenizer.encode_more("\n\nThe same passage once more, word for word:\n\n")
     step = (len(document) - 600) // (batch + 1)
     starts = [step * at + 37 * turn for at in range(1, batch + 1)]

@@ -1,13 +1,13 @@
-"""What does a remote holder add to a decode step, over the same attention done locally?
+"""What does a remote holder add to a decode step, compared with the same attention at the home?
 
-A model of the asked number of layers with SmolLM2's attention (9 heads, 3 KV heads, head dim 64) and next to nothing
-else decodes one sequence, now with all KV at its home, now with one block of it on another worker; engines for both are
-open on the same cluster and take turns, and the median of the differences is the answer. Beside it: the floor, a bare
-socket ping-pong of the same bytes between two processes, and the cost of the same step as a Dask graph of one task per
-layer and holder.
+A model with ``--layers`` layers of SmolLM2's attention (9 heads, 3 KV heads, head dim 64) and almost nothing else
+decodes one sequence, with all KV at its home or with one block of it on another worker. Engines for both are open on
+the same cluster and take turns; the result is the median of the differences. Also measured: the floor, a round trip of
+the same bytes on a bare socket between two processes, and the same step as a Dask graph of one task per layer and
+holder.
 
-With ``--holders 1,4,16`` beside that: what a layer costs with these numbers of holders. They are real holder lanes,
-forked processes of their own without Dask. The floor is as many bare sockets in as many processes, in turns with them.
+``--holders 1,4,16`` also measures what a layer costs with these numbers of holders. They are real holder lanes in
+forked processes without Dask. The floor is as many bare sockets to as many processes, in turns with them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def connected(address: tuple[str, int] | str) -> socket.socket:
 
 
 def without_delay(peer: socket.socket) -> None:
-    """Let small frames go at once."""
+    """Send small frames at once (TCP_NODELAY)."""
     if peer.family != socket.AF_UNIX:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -127,8 +127,8 @@ class Floor:
     def us(self, holders: int, pause_us: float, rounds: int = 300) -> float:
         """Median time to send queries to ``holders`` processes and to have all of their partials.
 
-        Between two rounds the home computes for as long as a layer without exchange takes: a peer that waits longer has
-        gone deeper to sleep. Its thread has the priority of a home lane.
+        Between two rounds the home computes for as long as a layer without exchange takes, because a peer that waits
+        longer sleeps deeper. Its thread has the priority of a home lane.
         """
         return self._thread.submit(_rounds, self._peers[:holders], pause_us * 1e-6, rounds).result()
 

@@ -1,7 +1,7 @@
-"""Memory that weights take on one machine: of one worker, and of several, in the checkpoint's own dtype and converted.
+"""How much memory do weights take on one machine? One worker and several, in the checkpoint's dtype and converted.
 
-The checkpoint is SmolLM2-135M in bfloat16. What counts is the proportional set size (PSS) of the memory that holds
-weights: each page is counted in part by every process that has it.
+The checkpoint is SmolLM2-135M in bfloat16. The figure is the proportional set size (PSS) of the memory with weights: a
+page that several processes map is divided among them.
 """
 
 from __future__ import annotations

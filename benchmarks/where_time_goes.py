@@ -1,7 +1,7 @@
-"""What do a decode step and a prefill chunk spend on computing, waiting and sending; and what does a trace cost?
+"""How much of a decode step and a prefill chunk is computing, waiting and sending, and what does a trace cost?
 
-SmolLM2-135M on two workers of one thread; a document's KV lies half on its home and half on the other worker. Two
-engines are open, one with a trace and one without, and take turns: the trace gives the shares, the turns its cost.
+SmolLM2-135M on two workers of one thread; half of a document's KV is on its home and half on the other worker. Two
+engines are open, one with a trace and one without, and take turns: the trace shows the shares, the turns its cost.
 """
 
 from __future__ import annotations

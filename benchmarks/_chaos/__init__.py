@@ -1,1 +1,1 @@
-"""Chaos: a mixed load on an engine whose workers are killed, frozen, cut off, joined and retired; what went wrong?"""
+"""Chaos: a mixed load on an engine whose workers are killed, frozen, cut off, added and retired."""

@@ -1,4 +1,4 @@
-"""What is left behind: blocks, sequences, tasks, sockets, threads, files and processes that nobody needs any more."""
+"""Leaks: blocks, sequences, tasks, sockets, threads, files and processes that are no longer needed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from distributed.core import Status
 from distkv_dask.scheduler.engines.engine import EngineState
 
 SETTLE = 30.0
-"""Seconds that what is under way has to end by itself."""
+"""Seconds that running work gets to end by itself."""
 
 OURS = ("prefill-", "decode-", "attend-", "layer-")
-"""How the keys of the engine's tasks begin."""
+"""Prefixes of the engine's task keys."""
 
 
 def settled(look: Callable[[], list[str]], seconds: float = SETTLE) -> list[str]:
-    """What is left when ``seconds`` have passed, or nothing as soon as nothing is."""
+    """What is left after ``seconds``; returns early when nothing is left."""
     deadline = time.monotonic() + seconds
     while (left := look()) and time.monotonic() < deadline:
         time.sleep(0.25)
@@ -30,7 +30,7 @@ def settled(look: Callable[[], list[str]], seconds: float = SETTLE) -> list[str]
 
 
 def engine_leaks(client: Client, state: EngineState) -> list[str]:
-    """What an engine without requests and documents still has: in the ledger, and in the workers' pools."""
+    """What the ledger and the workers' pools still have of an engine without requests and documents."""
     life = state.life
     ledger = life.ledger
     left = [f"sequence {number} is {one.state.label}" for number, one in list(life.requests.items())]
@@ -43,7 +43,7 @@ def engine_leaks(client: Client, state: EngineState) -> list[str]:
     left += [f"{worker} has {size} bytes in host memory" for worker, size in life.disks.memory.used.items() if size]
     try:
         pools = client.run(_used_blocks, state.spec.engine)
-    except Exception as error:  # a worker that died just now
+    except Exception as error:  # a worker that has just died
         return [f"workers do not say what they hold: {error!r}"]
     for worker, account in accounts.items():
         if pools.get(worker) != account.cached:
@@ -118,7 +118,7 @@ def own_leaks() -> list[str]:
 
 
 class Addresses:
-    """Every address at which one of Dask's servers was ever reached.
+    """All addresses that Dask's servers have had.
 
     Parameters
     ----------
@@ -137,5 +137,5 @@ class Addresses:
 
 
 def running(scheduler: Scheduler) -> int:
-    """Workers that take part."""
+    """Number of running workers."""
     return sum(worker.status == Status.running for worker in dict(scheduler.workers).values())

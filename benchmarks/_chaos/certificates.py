@@ -1,4 +1,4 @@
-"""Certificates of a cluster that speaks TLS, as files: machines are programs of their own."""
+"""Certificates of a cluster with TLS, as files, because machines are separate processes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from distributed import Security
 
 
 class Certificates:
-    """One authority, certificate and key for everybody.
+    """One authority, certificate and key for all.
 
     Parameters
     ----------
     folder
-        Where they go.
+        Where they are written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,12 +30,12 @@ class Certificates:
 
     @property
     def options(self) -> list[str]:
-        """For programs of Dask's."""
+        """For Dask's programs."""
         return ["--tls-ca-file", str(self._ca), "--tls-cert", str(self._certificate), "--tls-key", str(self._key)]
 
     @property
     def files(self) -> list[str]:
-        """Arguments of :func:`security`, for programs of ours."""
+        """Arguments of :func:`security`, for our programs."""
         return [str(self._ca), str(self._certificate), str(self._key)]
 
 

@@ -1,4 +1,4 @@
-"""Faults, carried out on whatever is there when their time comes."""
+"""Faults, applied to what runs at their time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from distkv_dask.scheduler.lifecycle.events import Tick
 from distkv_dask.scheduler.moves import migration
 
 FEWEST, MOST, ENOUGH = 2, 6, 4
-"""Workers below which nobody is retired, above which nobody joins, and that there are again in the end."""
+"""Workers: the least after a retirement, the most after a join, and the number at the end."""
 
 
 class Faults:
-    """What is done to a cluster and its engine.
+    """Injects faults into a cluster and its engine.
 
     Parameters
     ----------
@@ -64,22 +64,22 @@ class Faults:
         self.count: Counter[str] = Counter()
 
     def carry_out(self, fault: Fault) -> None:
-        """Do it now; what lasts is undone later."""
+        """Apply a fault now; undo it later if it lasts."""
         at = self._users.records.now()
         try:
             what = getattr(self, "_" + fault.kind.replace("-", "_"))(fault)
-        except (OSError, psutil.Error) as error:  # it had gone already
+        except (OSError, psutil.Error) as error:  # it has already ended
             what = f"nothing: {error!r}"
         if not what.startswith("nothing"):
             self.count[fault.kind] += 1
         self.done.append({"at": round(at, 2), "kind": fault.kind, "what": what})
 
     def heal(self, limit: float) -> None:
-        """Wait until everything that lasts is undone and there are enough workers again."""
+        """Wait until all lasting faults are undone and there are enough workers again."""
         deadline = time.monotonic() + limit
         for thread in self._lasting:
             thread.join(max(0.0, deadline - time.monotonic()))
-        time.sleep(2)  # nannies start workers in place of those that were killed
+        time.sleep(2)  # nannies replace killed workers
         for _ in range(ENOUGH - len(self._machines.workers())):
             self._machines.start()
 

@@ -1,4 +1,4 @@
-"""The load: users who ask one thing after the other, of all kinds, and compare every answer."""
+"""The load: users who send requests of all kinds, one after the other, and check every answer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Load:
     engine
         The engine.
     questions
-        What is asked.
+        What users ask.
     records
-        Where outcomes go.
+        Collects outcomes.
     folder
         Where documents are saved.
     """
@@ -44,17 +44,17 @@ class Load:
         self._names = itertools.count()
         self._saved: list[tuple[Path, Text]] = []
         self._shelf: list[tuple[Document, Text]] = []
-        """Documents that everybody asks, from the beginning to the end."""
+        """Documents that all users ask, during the whole run."""
 
     def start(self, seed: int, users: int) -> None:
-        """Hand in what everybody asks, and let the users begin."""
+        """Ingest the shared documents, and start the users."""
         for text in self._questions.shared:
             self._shelf.append((self._engine.ingest(text.text, text.name), text))
         for user in range(users):
             self.spawn(self._use, errands(seed, user))
 
     def spawn(self, work: Callable[..., None], *arguments: object) -> None:
-        """Do something beside everything else."""
+        """Run something in its own thread."""
         thread = threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -66,15 +66,15 @@ class Load:
             self.records.failed(self.records.begin("user", work.__name__), error)
 
     def stop(self) -> None:
-        """Ask nothing more."""
+        """Send no more requests."""
         self._stopping.set()
 
     def is_over(self) -> bool:
-        """Whether all that was asked has ended."""
+        """Whether all requests have ended."""
         return not any(thread.is_alive() for thread in list(self._threads))
 
     def release(self) -> None:
-        """Need the shared documents no more."""
+        """Release the shared documents."""
         for document, _ in self._shelf:
             document.release()
 
@@ -141,10 +141,10 @@ class Load:
     # What happens to the load
 
     def cancel(self, pick: float) -> str:
-        """Cancel something that is under way."""
+        """Cancel a running request."""
         able = [one for one in self.records.open() if one.generation is not None]
         if not able:
-            return "nothing: no request is under way"
+            return "nothing: no request is running"
         record = picked(able, pick)
         record.unwanted = True
         assert record.generation is not None
@@ -152,13 +152,13 @@ class Load:
         return f"{record.kind} request {record.number}"
 
     def squeeze(self, pick: float) -> str:
-        """Ask something large and urgent."""
+        """Send a large and urgent request."""
         question = picked(self._questions.wide, pick)
         self.spawn(self._ask, "squeeze", [question], self._submit, URGENT)
         return question.name
 
     def save(self, pick: float) -> str:
-        """Save a document that others are asking."""
+        """Save a document that others use."""
         document, text = picked(self._shelf, pick)
         place = self._folder / self._name(text.name)
         self.spawn(self._save, document, text, place)
@@ -209,7 +209,7 @@ class Load:
         submit: Callable[[Question, SamplingParams], Generation],
         priority: int = 0,
     ) -> None:
-        """Ask several at once, and each one again as long as it fails legitimately."""
+        """Send several requests at once, and repeat each as long as it fails legitimately."""
         under_way = []
         for question in questions:
             attempts = self.records.attempts(kind, question.name)

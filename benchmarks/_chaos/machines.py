@@ -1,4 +1,4 @@
-"""Machines of the cluster: a nanny, or two, with worker processes, each machine at an address of its own."""
+"""Machines of the cluster: each has its own address, and one or two nannies with worker processes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Machine:
     Parameters
     ----------
     name, link
-        What it is called, and where it is.
+        Its name and network link.
     scheduler
         Its address, and options to reach it.
     workers
-        How many.
+        Number of workers.
     folder
-        Where its logs and its workers' files go.
+        For its logs and its workers' files.
     """
 
     def __init__(self, name: str, link: Link, scheduler: Sequence[str], workers: int, folder: Path) -> None:
@@ -87,13 +87,13 @@ class Machine:
         return []
 
     def tell(self) -> None:
-        """Let every worker write into the log where its threads are."""
+        """Let every worker log the stacks of its threads."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """Lose power, and the disk."""
+        """Simulate a loss of power and disk."""
         with contextlib.suppress(psutil.NoSuchProcess):
             nanny = psutil.Process(self._process.pid)
             for one in [nanny, *nanny.children(recursive=True)]:
@@ -103,7 +103,7 @@ class Machine:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def stop(self) -> None:
-        """End in order, or be killed."""
+        """Stop cleanly, or kill."""
         if self.is_up:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,9 +126,9 @@ class Machines:
     scheduler
         Its address, and options to reach it.
     folder
-        Where their logs and files go.
+        For their logs and files.
     cuttable
-        Whether they are in a network of namespaces.
+        Whether they are in network namespaces.
     """
 
     def __init__(self, scheduler: Sequence[str], folder: Path, cuttable: bool) -> None:
@@ -136,13 +136,13 @@ class Machines:
         self._folder = folder
         self._cuttable = cuttable
         self.relays: Relays | None = None
-        """What cuts links outside a network of namespaces."""
+        """Cuts links where there are no network namespaces."""
         self._numbers = itertools.count(2)
         self._all: list[Machine] = []
         self._lock = threading.Lock()
 
     def start(self, workers: int = 1) -> Machine:
-        """Let another machine join."""
+        """Add a machine."""
         with self._lock:
             number = next(self._numbers)
             link = Link(number) if self._cuttable else Loopback(number, lambda: self.relays)
@@ -151,7 +151,7 @@ class Machines:
             return machine
 
     def visit(self, engine: str, files: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a client of an engine in a process of its own, with certificates where the cluster has any."""
+        """Start a client of an engine in its own process, with certificates if the cluster has any."""
         log = self._folder / "logs" / "visitors.log"
         own = {MARK: str(self._folder), "HF_HUB_OFFLINE": "1"}
         with log.open("ab") as errors:
@@ -169,7 +169,7 @@ class Machines:
         return [(machine, process) for machine in self.up() for process in machine.processes()]
 
     def stop(self) -> list[psutil.Process]:
-        """End all; those processes of the run that are left."""
+        """Stop all; returns the processes of the run that are left."""
         for machine in list(self._all):
             machine.stop()
         deadline = time.monotonic() + 10

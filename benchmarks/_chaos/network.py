@@ -1,7 +1,7 @@
-"""A network of namespaces in this machine: each machine of the cluster has an address and a link that can be cut.
+"""Network namespaces on this machine: each machine of the cluster has an address and a link that can be cut.
 
-Everything happens in a namespace of the benchmark's own, which goes with its last process: nothing of the system's
-network is touched, and nothing is left. Root is not needed where users may make namespaces.
+Everything happens in a namespace of the benchmark, which ends with its last process: the system's network is not
+changed, and nothing is left. Root is not needed if users may create namespaces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _ip(*words: str, tool: str = "ip") -> None:
 
 
 def enter() -> bool:
-    """Go on in a network namespace of our own: this program starts again there. False where that is not allowed."""
+    """Restart this program in its own network namespace; False if that is not allowed."""
     if os.environ.get(INSIDE) == "1":
         _ip("link", "set", "lo", "up")
         _ip("link", "add", BRIDGE, "type", "bridge")
@@ -78,16 +78,16 @@ class Link:
         return process
 
     def cut(self, broken: bool) -> None:
-        """Lose everything that is sent over the link, and tell nobody; or be sound again."""
+        """Silently drop everything that is sent over the link, or repair it."""
         _ip("link", "set", self._name, "down" if broken else "up")
 
     def isolate(self, alone: bool) -> None:
-        """Let this machine reach, of the isolated ones, none: the scheduler's is never isolated."""
+        """Cut this machine off from all other isolated ones; the scheduler's is never isolated."""
         _ip("link", "set", "dev", self._name, "isolated", "on" if alone else "off", tool="bridge")
 
 
 class Loopback(Link):
-    """An address of the loopback interface, where namespaces are not allowed; relays cut what can be cut there."""
+    """An address of the loopback interface, if namespaces are not allowed; relays cut channels between workers."""
 
     def __init__(self, number: int, relays: Callable[[], Relays | None]) -> None:
         super().__init__(number)
@@ -95,7 +95,7 @@ class Loopback(Link):
         self._relays = relays
 
     def cut(self, broken: bool) -> None:
-        """Lose what other workers send to the holder lanes here."""
+        """Drop what other workers send to the holder lanes here."""
         if (relays := self._relays()) is not None:
             relays.cut(self.host, broken)
 

@@ -1,4 +1,4 @@
-"""What a nanny does first: workers are forked from a process that has imported everything, so they start in no time."""
+"""Preload of nannies: workers are forked from a process that has imported everything, so that they start at once."""
 
 import multiprocessing
 

@@ -1,4 +1,4 @@
-"""Prompts of all kinds, with the tokens that plain transformers gives in one process, in float32."""
+"""Prompts of all kinds, with the tokens that transformers generates in one process, in float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distkv_dask.worker.model.sampling import Draw, sample_batch
 from distkv_dask.worker.model.structured import Follower, Grammars
 
 SHAKE = 3e-4
-"""Logits differ by less between two ways to compute them in float32 (1e-5); an answer that this changes is left out."""
+"""Two ways to compute logits in float32 differ by less (1e-5); answers that such a difference changes are left out."""
 
 SCHEMA = {
     "type": "object",
@@ -34,7 +34,7 @@ TALK = "What is it about?", "Why?", "Is there more to say?"
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, how it is answered, and the right tokens."""
+    """One prompt, its sampling parameters, and the right tokens."""
 
     name: str
     prompt: tuple[int, ...]
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Text:
-    """A document, and questions on it; for a chat each of them follows the one before and its answer."""
+    """A document and questions about it; in a chat each question follows the one before and its answer."""
 
     name: str
     text: str
@@ -53,7 +53,7 @@ class Text:
 
 
 class _Draw(transformers.LogitsProcessor):
-    """Leave the token that is drawn, and look whether it hangs by a thread."""
+    """Keep only the drawn token, and note whether rounding could change it."""
 
     def __init__(self, sampling: SamplingParams, follower: Follower | None) -> None:
         self._sampling = sampling
@@ -73,18 +73,18 @@ class _Draw(transformers.LogitsProcessor):
 
 
 class Questions:
-    """All that is asked in a run.
+    """All questions of a run.
 
     Parameters
     ----------
     model
         Folder of a model whose last token ends sequences.
     seed
-        Decides what the prompts are.
+        Decides the prompts.
     room
         Tokens that one worker has memory for.
     few
-        Make as few of each kind as a short run needs.
+        Make only as many of each kind as a short run needs.
     """
 
     def __init__(self, model: Path, seed: int, room: int, few: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What became of every request: right tokens, a right refusal, or something that should not have happened."""
+"""The outcome of every request: right tokens, a right refusal, or a fault."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distkv_dask.errors import WorkerLostError
 
 Outcome = Literal["completed", "cancelled", "wrong", "failed", "failed_legitimately", "lost", "hung"]
 TRIES = 6
-"""How often something that fails legitimately is asked again."""
+"""How often a request that fails legitimately is repeated."""
 
 
 @dataclass
 class Record:
-    """One request (or a document handed in, saved or loaded) from its submission to its end."""
+    """One request (or ingesting, saving or loading a document) from its submission to its end."""
 
     kind: str
     name: str
@@ -65,20 +65,20 @@ class Records:
         return Counter(one.outcome or "open" for one in self.all)
 
     def begin(self, kind: str, name: str) -> Record:
-        """Something is asked now."""
+        """Record a new request."""
         record = Record(kind, name, self.now())
         with self._lock:
             self.all.append(record)
         return record
 
     def end(self, record: Record, outcome: Outcome, detail: str = "") -> None:
-        """It has ended; what was given up as hung before stays so."""
+        """Record its end; requests that were counted as hung stay so."""
         with self._lock:
             if record.outcome is None:
                 record.outcome, record.detail, record.ended = outcome, detail, self.now()
 
     def attempts(self, kind: str, name: str) -> Iterator[Record]:
-        """A record for each attempt, as long as they fail legitimately."""
+        """A record for each attempt, as long as attempts fail legitimately."""
         for _ in range(TRIES):
             record = self.begin(kind, name)
             yield record
@@ -86,7 +86,7 @@ class Records:
                 return
 
     def run(self, record: Record, work: Callable[[], Any]) -> Any:
-        """Do something that has no tokens to compare; its result, or None if it failed."""
+        """Run work that has no tokens to compare; returns its result, or None if it failed."""
         try:
             done = work()
         except Exception as error:
@@ -96,7 +96,7 @@ class Records:
         return done
 
     def compare(self, record: Record, question: Question, wait: Callable[[], Completion]) -> None:
-        """Wait for an answer, and see whether it is right."""
+        """Wait for an answer, and check it."""
         try:
             done = wait()
         except (Exception, CancelledError) as error:
@@ -116,7 +116,7 @@ class Records:
         )
 
     def refused(self, record: Record, submit: Callable[[], Generation]) -> None:
-        """Something that no cluster could serve is asked: it must be refused."""
+        """Send a request that no cluster could serve: it must be refused."""
         try:
             submit().result()
         except (CapacityError, InvalidRequestError):
@@ -127,7 +127,7 @@ class Records:
             self.end(record, "wrong", "it was served, although it is too large")
 
     def failed(self, record: Record, error: BaseException) -> None:
-        """Something ended with an error."""
+        """Record that a request ended with an error."""
         detail = f"{type(error).__name__}: {error}"
         if isinstance(error, CancelledError):
             self.end(record, "cancelled" if record.unwanted else "failed", "" if record.unwanted else detail)

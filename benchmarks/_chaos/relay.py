@@ -1,6 +1,6 @@
-"""Without network namespaces: workers reach each other's holder lanes through relays, which can fall silent.
+"""Without network namespaces: workers reach each other's holder lanes through relays, which can stop forwarding.
 
-Only channels between workers are cut that way, not what Dask's processes say to each other.
+This cuts only channels between workers, not the connections of Dask's processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distkv_dask.placement import Endpoint
 
 
 class Relay:
-    """Forwards what comes at ``port`` to a holder lane, and back, unless it is told to keep it to itself."""
+    """Forwards between ``port`` and a holder lane, unless it was told to hold everything back."""
 
     def __init__(self, holder: Endpoint, loop: asyncio.AbstractEventLoop) -> None:
         self.sound = asyncio.Event()
@@ -63,18 +63,18 @@ class Relays:
         scheduler.stream_handlers[FROM_WORKER] = self._worker_event
 
     def cut(self, host: str, broken: bool) -> None:
-        """Let the relays to a host fall silent, or speak again with all that they kept."""
+        """Stop the relays to a host, or let them forward again, beginning with what they held back."""
         for relay in [relay for there, relay in list(self._relays) if there == host]:
             self._loop.call_soon_threadsafe(relay.sound.clear if broken else relay.sound.set)
 
     def close(self) -> None:
-        """Forward nothing more."""
+        """Stop forwarding."""
         for _, relay in self._relays:
             self._loop.call_soon_threadsafe(relay.server.result().close)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _worker_event(self, worker: str, version: str, engine: str = "", message: Any = None) -> None:
-        """A worker says where its holder lane is: tell the gManager of the relay instead."""
+        """A worker reports the address of its holder lane: replace it by the relay's."""
         if isinstance(opened := unpack(message), Opened):
             holder: Endpoint = opened.endpoint
             relay = Relay(holder, self._loop)

@@ -44,20 +44,20 @@ PATIENCE = 75.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is like.
+    """Settings of a run.
 
     Parameters
     ----------
     seed
         Decides prompts, load and faults.
     seconds, every
-        How long faults happen, and the average time between two of them.
+        How long faults are injected, and the average time between two of them.
     users
-        How many ask at the same time.
+        How many users send requests at the same time.
     cuttable
-        Whether this process is in a network namespace of its own; elsewhere relays cut what workers say to each other.
+        Whether this process is in its own network namespace; otherwise relays cut channels between workers.
     few
-        As few different prompts as a short run needs.
+        Use only as many different prompts as a short run needs.
     tls
         Whether the cluster has certificates.
     """
@@ -72,7 +72,7 @@ class Setting:
 
 
 def run(model: Path, setting: Setting) -> dict[str, Any]:
-    """Let it happen; the figures, and what is worth telling about everything that went wrong."""
+    """Run it; returns the figures, and details of everything that went wrong."""
     questions = Questions(model, setting.seed, ROOM, setting.few)
     plan = plan_faults(setting.seed, setting.seconds, setting.every)
     folder = Path(tempfile.mkdtemp(prefix="distkv-chaos-"))
@@ -113,7 +113,7 @@ def _log_to(file: Path) -> logging.Handler:
 
 
 class Chaos:
-    """A cluster in which things happen.
+    """A cluster under load and faults.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ class Chaos:
     folder
         For logs and files.
     setting
-        What the run is like.
+        Settings of the run.
     certificates
         Those of the cluster, if it has any.
     """
@@ -146,8 +146,8 @@ class Chaos:
         self.leaked: list[str] = []
 
     def happen(self, model: Path, questions: Questions, plan: Sequence[Fault]) -> dict[str, Any]:
-        """Open an engine, let users ask and faults happen, and look at what is left."""
-        for workers in (2, 1, 1):  # two on one machine share its network, and speak over a Unix socket
+        """Open an engine, run the users and the faults, and check what is left."""
+        for workers in (2, 1, 1):  # two on one machine share its network, and use a Unix socket
             self._machines.start(workers)
         self._client.wait_for_workers(4, timeout=120)
         if not self._setting.cuttable:

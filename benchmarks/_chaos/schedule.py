@@ -1,4 +1,4 @@
-"""What happens when: faults and load as pure functions of a seed, so that a run can be repeated."""
+"""The schedule of faults and load: pure functions of a seed, so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 WEIGHTS = {
     "kill": 5,  # a worker's process; its nanny starts another one
-    "kill-several": 2,  # two at the same moment
+    "kill-several": 2,  # two at the same time
     "kill-machine": 2,  # a nanny with its workers; another machine comes later
     "freeze": 4,  # SIGSTOP, and SIGCONT later
     "freeze-several": 1,
-    "cut": 3,  # a machine's link loses everything, and nobody is told
+    "cut": 3,  # a machine's link silently drops everything
     "cut-peers": 1,  # workers do not reach each other, but the scheduler reaches all
     "join": 2,
     "retire": 2,
@@ -57,7 +57,7 @@ VARIED = {
 
 
 class Fault(NamedTuple):
-    """One fault: ``at`` a time in seconds, on what ``pick`` (0 to 1) hits then, for ``seconds`` if it lasts."""
+    """One fault: ``at`` a time in seconds, on the victim that ``pick`` (0 to 1) selects, lasting ``seconds``."""
 
     at: float
     kind: str
@@ -66,7 +66,7 @@ class Fault(NamedTuple):
 
 
 class Errand(NamedTuple):
-    """What a user does next; ``pick`` (0 to 1) says which prompt."""
+    """The next action of a user; ``pick`` (0 to 1) selects the prompt."""
 
     kind: str
     pick: float
@@ -88,7 +88,7 @@ def settings(seed: int) -> dict[str, Any]:
 
 
 def errands(seed: int, user: int) -> Iterator[Errand]:
-    """What one of the users does, one after the other and without end."""
+    """The endless actions of one user, in order."""
     draw = Random(f"user {user} of {seed}")
     while True:
         (kind,) = draw.choices(list(LOAD), [*LOAD.values()])
@@ -96,5 +96,5 @@ def errands(seed: int, user: int) -> Iterator[Errand]:
 
 
 def picked(things: Sequence[T], pick: float) -> T:
-    """The one of some things that a number from 0 to 1 hits."""
+    """The item that a number from 0 to 1 selects."""
     return things[min(int(pick * len(things)), len(things) - 1)]

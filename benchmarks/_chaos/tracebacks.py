@@ -1,4 +1,4 @@
-"""What a worker does first: it can be asked by a signal where each of its threads is, even if none of them goes on."""
+"""Preload of workers: on a signal a worker logs the stacks of its threads, even if all of them are blocked."""
 
 import faulthandler
 import signal

@@ -1,6 +1,6 @@
-"""A client in a process of its own, which asks much of an engine and waits: it is there to be killed.
+"""A client in its own process, which sends many requests and waits to be killed.
 
-``python visitor.py SCHEDULER ENGINE [CA CERTIFICATE KEY]`` says ``asked`` once all of its requests are under way.
+``python visitor.py SCHEDULER ENGINE [CA CERTIFICATE KEY]`` prints ``asked`` once all of its requests are running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         asked = [document.submit(question, LONG) for question in ("Who?", "What?")]
         asked += [visited.submit([number] * 100, LONG) for number in range(1, 4)]
         print("asked", flush=True)
-        while True:  # as long as it may live
+        while True:  # until it is killed
             for one in asked:
                 one.result()
             asked = [visited.submit([number] * 100, LONG) for number in range(1, 4)]

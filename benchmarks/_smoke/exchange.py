@@ -1,4 +1,4 @@
-"""A layer's exchange through host memory: queries down, a socket there and back, partials up."""
+"""A layer's exchange through host memory: queries to the host, a socket round trip, partials to the card."""
 
 from __future__ import annotations
 

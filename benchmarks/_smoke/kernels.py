@@ -16,7 +16,7 @@ KV_HEADS, GROUP, D, BLOCK = 8, 4, 128, 64
 
 
 class Card:
-    """A card and its roofs; ``small`` shrinks everything for one that does not exist."""
+    """A card and its roofs; ``small`` shrinks everything for an emulated one."""
 
     def __init__(self, small: bool) -> None:
         self.small = small
@@ -40,7 +40,7 @@ class Card:
         return statistics.median(found)
 
     def roofs(self, figures: dict[str, Any]) -> None:
-        """What it reads and multiplies at most."""
+        """Its read bandwidth and matrix-product rate."""
         properties = torch.cuda.get_device_properties(0)
         figures |= {"card": properties.name, "processors": properties.multi_processor_count}
         figures |= {"bytes": properties.total_memory, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
@@ -110,7 +110,7 @@ class Card:
         return self.small or figures["2048 after 30K"]["roof"] >= 0.6
 
     def layer(self, figures: dict[str, Any]) -> None:
-        """What the host spends on a layer's append and attention, as the engine calls it."""
+        """Host time of a layer's append and attention, as the engine calls them."""
         rows = 2 if self.small else 8
         some = self.batch([64 if self.small else 4096] * rows)
         k, v = some["k_pool"], some["v_pool"]

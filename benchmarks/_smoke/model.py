@@ -16,7 +16,7 @@ AttentionInterface.register("smoke", lambda module, q, k, v, mask, **_: (q.trans
 
 
 def steps(card: Card, figures: dict[str, Any]) -> None:
-    """Milliseconds of a decode step beside attention: what launches cost, and what a graph saves."""
+    """Milliseconds of a decode step without attention: what launches cost, and what a graph saves."""
     sizes = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
     if card.small:
         sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

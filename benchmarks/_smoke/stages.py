@@ -1,4 +1,4 @@
-"""Stages that fail alone, within a time limit each, and print what they found at once."""
+"""Stages that fail independently, each with a time limit, and print their figures at once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Stages:
         self._end = time.monotonic() + seconds
 
     def run(self, name: str, seconds: float, stage: Callable[[Figures], bool | None]) -> None:
-        """Run a stage, which fills in its figures and says whether they are right (None: nothing to be said)."""
+        """Run a stage, which fills in its figures and returns whether they are right (None: not checked)."""
         began, figures = time.monotonic(), dict[str, Any]()
         try:
             with _limit(min(seconds, self._end - began)):
                 right = stage(figures)
             figures["ok"] = right is not False
-        except Exception as error:  # the others go on, whatever this one stumbles over
+        except Exception as error:  # the others run, whatever fails here
             where = traceback.extract_tb(error.__traceback__)[-1]
             figures |= {"ok": False, "error": f"{type(error).__name__}: {error!s:.300}"}
             figures["at"] = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
