@@ -41,6 +41,7 @@ def run(folder: Path, *command: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     assert not tracebacks(done.stderr), done.stderr
+    assert "leaked" not in done.stderr, done.stderr  # so say Triton's bindings where objects outlive Python
     return done.stdout
 
 

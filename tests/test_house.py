@@ -45,9 +45,9 @@ def test_no_message_shows_an_exception_as_python_writes_it(path: Path) -> None:
     assert list(reprs_of_errors(parsed(path))) == [], "say errors.in_words(error)"
 
 
-# What named tuples, ctypes and the module os offer, what Dask documents for those who write collections, and what torch
+# What named tuples, ctypes, os and atexit offer, what Dask documents for those who write collections, and what torch
 # calls flash attention with the log-sum-exp.
-PUBLIC = {"_fields", "_replace", "_fields_", "_meta", "_meta_nonempty", "_exit"}
+PUBLIC = {"_fields", "_replace", "_fields_", "_meta", "_meta_nonempty", "_exit", "_run_exitfuncs"}
 PUBLIC |= {"_scaled_dot_product_flash_attention_for_cpu"}
 
 

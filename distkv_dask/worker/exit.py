@@ -1,8 +1,11 @@
-"""Ends a worker's process that can no longer use its card."""
+"""Ends of a worker's process: with a failed card, and without a last garbage collection."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import sys
 import threading
 
 from distributed import Worker
@@ -25,3 +28,24 @@ async def end_process(worker: Worker, reason: str, limit: float) -> None:
         timer.daemon = True
         timer.start()
     await worker.close(nanny=False, executor_wait=False, reason=reason)
+
+
+def end_without_collection() -> None:
+    """Let this process end as soon as its exit handlers have run.
+
+    Python's last garbage collection goes through all objects of torch, on busy processors for longer than a nanny
+    waits. If it were only told to skip them (``gc.freeze``), Triton's bindings would report them as leaked. Call this
+    last: handlers that are registered later run twice.
+    """
+    atexit.register(_end)
+
+
+def _end() -> None:
+    atexit.unregister(_end)
+    try:
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # None or closed
+                stream.flush()
+        os._exit(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from distkv_dask.messages.names import (
     unpack,
 )
 from distkv_dask.version import VERSION
-from distkv_dask.worker.exit import end_process
+from distkv_dask.worker.exit import end_process, end_without_collection
 from distkv_dask.worker.import_ahead import import_ahead
 from distkv_dask.worker.open_lanes import OpenLanes
 from distkv_dask.worker.opening import open_engine
@@ -90,7 +89,7 @@ class RManager(WorkerPlugin):
         for name in list(self.engines):
             await self._close_engine(name)
         if worker.nanny is not None and worker.status == Status.closing:
-            gc.freeze()  # else Python's last garbage collection outlasts the nanny's patience
+            end_without_collection()
 
     # Tasks of step graphs: these run in threads of the worker and block
 

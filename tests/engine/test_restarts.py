@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import gc
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,22 +76,3 @@ def test_requests_on_workers_that_are_restarted_end_elsewhere() -> None:
                 time.sleep(0.02)  # each look costs the scheduler as much as a step
             client.restart_workers([next(iter(engine.status().workers))])
             assert [list(one.result(120).token_ids) for one in running] == expected()
-
-
-@pytest.mark.slow
-def test_a_worker_ends_before_its_nanny_loses_patience(tmp_path: Path) -> None:
-    """Python looks through all objects as it ends, but for those that it was told to leave alone."""
-    counts = tmp_path / "counts.json"
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        with Engine(client, str(model_dir("llama-gqa")), **TINY):
-            pass
-        client.run(count_at_exit, counts)
-    left_alone, looked_at = json.loads(counts.read_text())
-    assert left_alone > 10 * looked_at
-
-
-def count_at_exit(counts: Path) -> None:
-    atexit.register(lambda: counts.write_text(json.dumps([gc.get_freeze_count(), len(gc.get_objects())])))
