@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import struct
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -44,6 +47,17 @@ def test_a_header_is_read_as_it_was_written_whatever_follows_it(header: Header, 
     packed = header.pack()
     assert len(packed) == HEADER_BYTES == 64
     assert parse_header(packed + more) == header
+
+
+def test_cpp_and_python_have_the_fields_of_a_header_in_the_same_places() -> None:
+    cpp = (Path(bodies.__file__).parents[1] / "native" / "frames.h").read_text()
+    offsets = {name: int(at) for name, at in re.findall(r"offsetof\(Header, (\w+)\) == (\d+)", cpp)}
+    kinds = {"kind": "B", "layer": "H", "step": "I", "epoch": "I", "gang": "Q", "length": "Q", "scale": "d"}
+    assert offsets.pop("magic") == 0
+    assert offsets.keys() == kinds.keys()
+    header = Header(Kind.ATTEND, 2**40, 2**20, 2**10, 2**30, 2**50, 0.5)
+    for name, at in offsets.items():
+        assert struct.unpack_from(f"<{kinds[name]}", header.pack(), at) == (getattr(header, name),)
 
 
 @given(headers, st.integers(0, HEADER_BYTES - 1), st.integers(1, 255))

@@ -1,6 +1,7 @@
-// Frames as distkv_dask/worker/channels/frames.py lays them out, and what both ends of an exchange share.
+// Frames with the layout of distkv_dask/worker/channels/frames.py, and code that both ends of an exchange share.
 #pragma once
 #include <errno.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -19,7 +20,10 @@ struct Header {
   double scale;
   char rest[24];
 };
-static_assert(sizeof(Header) == 64, "a header has 64 bytes");
+// As in frames.py; tests/worker/test_frames_and_bodies.py compares the two.
+static_assert(sizeof(Header) == 64 && offsetof(Header, magic) == 0 && offsetof(Header, kind) == 4);
+static_assert(offsetof(Header, layer) == 6 && offsetof(Header, step) == 8 && offsetof(Header, epoch) == 12);
+static_assert(offsetof(Header, gang) == 16 && offsetof(Header, length) == 24 && offsetof(Header, scale) == 32);
 constexpr int64_t kHeaderBytes = 64;
 constexpr int64_t kTurnBytes = 32;  // all but the scale
 
