@@ -177,7 +177,7 @@ def test_what_reads_a_file(
 
 
 def test_a_reader_that_cannot_or_does_not_exist_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="pypdf reads no EPUB files"):
+    with pytest.raises(InvalidRequestError, match="pypdf cannot read EPUB files"):
         check_support([".epub", ".pdf"], "pypdf")
     with pytest.raises(InvalidRequestError, match="must be one of auto, pypdf, docling"):
         readers.checked_reader("word")

@@ -188,7 +188,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv(VARIABLE)
     assert not read_keys(None)
     assert Keys(frozenset()).owner(None) == ""
-    for text, named in (("", "holds none"), ("short", "5 characters"), ("with a space in it all", "without spaces")):
+    for text, named in (("", "no API keys"), ("short", "5 characters"), ("with a space in it all", "without spaces")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=named) as caught:
             read_keys(path)

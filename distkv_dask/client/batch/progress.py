@@ -11,17 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 Advance = Callable[[int, int, float | None], None]
-"""Called with rows that are done, how many of them have errors, and the seconds that are left, None if nobody knows."""
+"""Called with rows that are done, how many of them have errors, and the seconds left (None if unknown)."""
 
 
 @contextmanager
 def progress_bar(total: int | None, done: int, errors: int, show: bool | None) -> Iterator[Advance | None]:
-    """Show progress on standard error; gives None where nothing is shown.
+    """Show progress on standard error; yields None if nothing is shown.
 
     Parameters
     ----------
     total
-        Rows that there will be, None if not known.
+        Number of rows; None if not known.
     done, errors
         Rows of earlier runs, and how many of them have errors.
     show
@@ -63,7 +63,7 @@ class _Rate(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """The time left, by tokens; the time that it took in the end."""
+    """The time left, by tokens; at the end, the time that it took."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time if task.finished else task.fields["left"]

@@ -94,7 +94,7 @@ def _by_row(todo: Todo) -> Iterator[tuple[Row, list[str | None]]]:
 
 
 def _sent(row: Row, session: Session) -> Row:
-    """A row whose file a worker reads."""
+    """A row whose file is read by a worker."""
     if (file := row.file) is None:
         return row
     data = result_of(session, partial(session.client.scatter, file.data, hash=False))
@@ -103,7 +103,7 @@ def _sent(row: Row, session: Session) -> Row:
 
 
 def _read_there(file: File, text: Any, row: Row, session: Session) -> Content:
-    """The content of a row; its file is read here if workers died of it, or with it."""
+    """The content of a row; its file is read here if workers died while reading it."""
     try:
         found: str = result_of(session, text.result)
     except DistKVError:

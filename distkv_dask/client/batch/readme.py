@@ -12,7 +12,7 @@ def in_words(parameters: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     Parameters
     ----------
     parameters
-        What the batch was begun with.
+        Parameters of the batch.
     record
         See :meth:`Run.record`.
     """

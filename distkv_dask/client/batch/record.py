@@ -1,6 +1,6 @@
-"""The record of a batch: what answered it, when, and what came of it, so that its table can be trusted a year later.
+"""The record of a batch: its model, runs and outcomes, so that its table can be trusted a year later.
 
-It covers all runs, and stands beside the answers: in JSON in the manifest, in words in a README.
+It covers all runs, and is stored with the answers: as JSON in the manifest, as text in a README.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = (
 """Packages that answers may depend on; those that are not installed are left out."""
 
 REASONS = 20
-"""Different errors that a record names; the rows of others are counted together."""
+"""Number of different errors that a record names; rows with others are counted together."""
 
 TOKENS = ("prompt_tokens", "new_tokens", "reused_tokens", "dropped_tokens")
 
@@ -42,7 +42,7 @@ class Run:
     Parameters
     ----------
     session
-        What answers.
+        The engine.
     earlier
         The record of earlier runs, if there is one.
     source
@@ -75,7 +75,7 @@ class Run:
         parts
             The Parquet files of its output.
         ended
-            How the run ended; None while it has not. A run of which this stays so was killed.
+            How the run ended; None while it runs. If it stays None, the run was killed.
         """
         figures = {name: self._counts[name] for name in ("rows", "errors", "prompt_tokens", "new_tokens")}
         run = {

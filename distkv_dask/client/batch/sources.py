@@ -37,7 +37,7 @@ _KINDS = {
 
 
 HIDDEN = ".", "~$"
-"""Beginnings of names that are no documents: ``~$report.docx`` says who has a document open."""
+"""Prefixes of names that are not documents: ``~$report.docx`` says who has a document open."""
 
 
 def located(source: Any) -> Any:
@@ -81,7 +81,7 @@ def _check_documents(spec: BatchSpec, keep: Sequence[str] | None) -> None:
 
 
 def columns_of(spec: BatchSpec, keep: Sequence[str] | None) -> Columns:
-    """Which columns are looked at."""
+    """The columns that are used."""
     return Columns(spec.text_column, keep, spec.columns)
 
 
@@ -111,7 +111,7 @@ def open_source(source: Any, columns: Columns, client: Client | None, reader: Re
         Hugging Face), a pandas or Dask DataFrame, a Dask Bag, a pyarrow table, or a table of another library
         (:mod:`distkv_dask.client.batch.streams`).
     columns
-        Which columns are looked at.
+        The columns that are used.
     client
         Computes the partitions of Dask collections; other sources need none.
     reader
@@ -120,7 +120,7 @@ def open_source(source: Any, columns: Columns, client: Client | None, reader: Re
     Raises
     ------
     SourceError
-        When it cannot be read, is not of this machine, or lacks a column.
+        When it cannot be read, is not on this machine, or lacks a column.
     MissingProgramError
         When it has PDFs, HTML or a table for which the package that reads them is not installed.
     """
@@ -198,7 +198,7 @@ def _open_path(path: Path, columns: Columns, reader: Reader) -> Source:
     kind = next((kind for kind, ends in _KINDS.items() if path.name.lower().endswith(ends)), None)
     if kind is None:
         known = ", ".join(itertools.chain(*_KINDS.values()))
-        raise SourceError(f"{path} is of no kind that can be read; its name should end in one of {known}")
+        raise SourceError(f"{path} is not of a kind that can be read: its name should end in one of {known}")
     if kind == "documents":
         return DocumentSource(path, columns.text, reader=reader)
     if kind == "JSONL" and is_openai_batch(path):

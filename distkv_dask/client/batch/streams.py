@@ -1,7 +1,7 @@
 """Tables of other libraries as a source: read as Arrow record batches, a few at a time.
 
 Anything with Arrow's C stream interface is one (https://arrow.apache.org/docs/format/CDataInterface/PyCapsuleInterface.html):
-polars, DuckDB, arro3 and many more. Libraries that can say more, such as the number of rows, are known by name.
+polars, DuckDB, arro3 and many more. Libraries that offer more, such as the number of rows, have their own functions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Stream(NamedTuple):
     schema
         All columns.
     batches
-        Begins a pass over the table, given the columns that are needed. A pass may have others, too.
+        Starts a pass over the table, given the columns that are needed. A pass may have others, too.
     length
-        Gives the number of rows, or None.
+        Returns the number of rows, or None.
     """
 
     schema: pa.Schema
@@ -87,7 +87,7 @@ def _opener(source: Any) -> Callable[[Any], Stream] | None:
 
 
 def _dataset(dataset: Any) -> Stream:
-    """A pyarrow dataset; its files are opened when their turn comes."""
+    """A pyarrow dataset; its files are opened one after the other."""
     return Stream(
         dataset.schema,
         lambda names: dataset.to_batches(columns=names, batch_size=CHUNK, **_READ_AHEAD),
@@ -134,17 +134,17 @@ def _capsule(source: Any) -> Stream:
 
 
 def _once(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    """Read what can be read once; that it is empty then is no different from having been read before."""
+    """Read a stream that can be read once; an empty one may have been read before."""
     rows = 0
     for batch in reader:
         rows += batch.num_rows
         yield batch
     if not rows:
-        raise SourceError("the RecordBatchReader has no rows, or was read before: make a new one for every call")
+        raise SourceError("the RecordBatchReader has no rows, or was read before: create a new one for every call")
 
 
 def _if_known(count: Callable[[], int]) -> int | None:
-    """The number of rows; None if it cannot be read, which the rows will say themselves."""
+    """The number of rows; None if it cannot be read, in which case reading rows raises the error."""
     try:
         return count()
     except (pa.ArrowException, OSError):

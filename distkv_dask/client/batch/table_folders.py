@@ -1,4 +1,4 @@
-"""Folders that belong to a table format: their files are not the table, so the format's own library reads them."""
+"""Folders of a table format: their files alone are not the table, so the format's own library reads them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from distkv_dask.errors import MissingProgramError, SourceError, in_words
 
 _SAVED = "dataset_info.json", "state.json"
-"""What ``datasets.Dataset.save_to_disk`` writes beside its files."""
+"""The file that ``datasets.Dataset.save_to_disk`` adds to its data."""
 
 _SPLITS = "dataset_dict.json"
-"""What ``datasets.DatasetDict.save_to_disk`` writes above the folders of its splits."""
+"""The file that ``datasets.DatasetDict.save_to_disk`` adds to the folders of its splits."""
 
 
 def table_in(folder: Path) -> Any | None:
@@ -23,18 +23,18 @@ def table_in(folder: Path) -> Any | None:
     MissingProgramError
         When the library is not installed.
     SourceError
-        When the folder is more than one table, cannot be opened, or only a catalog can say what is in it.
+        When the folder is more than one table, cannot be opened, or can only be read through a catalog.
     """
     if (folder / _SPLITS).is_file():
         splits = sorted(one.name for one in folder.iterdir() if all((one / name).is_file() for name in _SAVED))
-        raise SourceError(f"{folder} holds the splits {', '.join(splits)}: name one, such as {folder / splits[0]}")
+        raise SourceError(f"{folder} has the splits {', '.join(splits)}: name one, such as {folder / splits[0]}")
     if all((folder / name).is_file() for name in _SAVED):
         return _opened(folder, "a data set of Hugging Face", "datasets")
     if (folder / "_delta_log").is_dir():
         return _opened(folder, "a Delta table", "deltalake")
     if next((folder / "metadata").glob("*.metadata.json"), None) is not None:
         raise SourceError(
-            f"{folder} is an Iceberg table, of which its catalog says what is current: give what pyiceberg opens, "
+            f"{folder} is an Iceberg table, whose current snapshot only its catalog knows: pass what pyiceberg opens, "
             f"catalog.load_table(...)"
         )
     return None

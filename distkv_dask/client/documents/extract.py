@@ -1,4 +1,4 @@
-"""The text of a document file: plain text and Markdown here, others by a process that may be ended."""
+"""The text of a document file: plain text and Markdown are read here, others by a process that can be ended."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TextReader:
     """Gives the texts of files.
 
     All but plain text is read by a separate process. It is started on demand, has limits of time and memory for each
-    file, and ends with this object, or when it has had nothing to do for a minute.
+    file, and ends with this object or after an idle minute.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class TextReader:
                 raise InvalidRequestError(
                     f"the file takes more than {limit:.0f} s to read"
                     if process.ended_by(signal.SIGPROF)
-                    else "reading the file ended the process that did it: the file is damaged, or needs too much memory"
+                    else "the process that read the file crashed: the file is damaged, or needs too much memory"
                 ) from None
             finally:
                 if process.busy:
@@ -135,7 +135,7 @@ class _Process:
         return self._process.poll() == 0
 
     def text(self, suffix: str, library: str, data: bytes, limit: float) -> str:
-        """Have a file read in ``limit`` CPU seconds; raises EOFError when the process has ended instead."""
+        """Have a file read within ``limit`` CPU seconds; raises EOFError if the process ends first."""
         self.busy = True
         try:
             self._connection.send_bytes(json.dumps([suffix, library, limit]).encode())

@@ -1,4 +1,4 @@
-"""Which library reads which document, and whether it is there."""
+"""Which library reads which document, and whether it is installed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, get_args
 from distkv_dask.errors import InvalidRequestError, MissingProgramError
 
 Reader = Literal["auto", "pypdf", "docling"]
-"""What reads documents: pypdf reads PDFs, and docling PDFs with their layout and tables, web pages, and what only it
-reads; "auto" takes the fastest one that is installed."""
+"""What reads documents: pypdf reads PDFs; docling reads PDFs with layout and tables, web pages, and formats that only
+it reads; "auto" takes the fastest one that is installed."""
 
 PLAIN = (".txt", ".md")
 HTML = (".html", ".htm")
@@ -40,7 +40,7 @@ def checked_reader(reader: str) -> None:
 
 
 def way_of(suffix: str, reader: Reader) -> Way | None:
-    """What reads files of an ending; None if they are plain text."""
+    """What reads files with an ending; None if they are plain text."""
     if suffix in PLAIN or suffix not in DOCUMENTS:
         return None
     if reader == "docling":
@@ -56,7 +56,7 @@ def check_support(suffixes: Iterable[str], reader: Reader = "auto") -> None:
     Raises
     ------
     InvalidRequestError
-        When the reader does not read them.
+        When the reader cannot read them.
     MissingProgramError
         When what reads them is not installed.
     """
@@ -65,6 +65,6 @@ def check_support(suffixes: Iterable[str], reader: Reader = "auto") -> None:
         if way is None:
             continue
         if way is DOCLING and reader == "pypdf":
-            raise InvalidRequestError(f"pypdf reads no {what} files: leave out reader, which takes docling for them")
+            raise InvalidRequestError(f"pypdf cannot read {what} files: leave out reader, then docling reads them")
         if not way.is_here:
             raise MissingProgramError(f"{what} files need {way.library}: pip install 'distkv-dask[{way.extra}]'")

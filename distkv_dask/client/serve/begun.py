@@ -21,9 +21,9 @@ def begin(
     Parameters
     ----------
     asked, serving
-        What is asked, and who answers.
+        The content of the call, and the open engine.
     gone
-        Ends when the client is gone, or when the call no longer needs answers: what runs is cancelled then.
+        Ends when the client has disconnected, or when the call needs no more answers: running requests are cancelled.
     on_piece
         Called with the number of a choice, over all prompts, and a piece of it.
     """

@@ -14,10 +14,10 @@ from starlette.types import Message, Receive
 from distkv_dask.client.serve.failures import Refusal
 
 BODY_SECONDS = 60.0
-"""Time in which a body has to be there."""
+"""Time in which a body must arrive, in seconds."""
 
 DISCARD_SECONDS = 5.0
-"""Time for which a body that nobody reads is taken off the line: a client that is sending does not read an answer."""
+"""Time for which an unread body is received: a client that is sending does not read an answer."""
 
 
 def limited(receive: Receive, limit: int) -> Receive:
@@ -42,7 +42,7 @@ def too_large(limit: int) -> Refusal:
 
 
 async def discard(receive: Receive) -> None:
-    """Read what a client still sends, so that it sees the answer; but not for long."""
+    """Read the rest of a body for a short time, so that the client sees the answer."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_SECONDS):
             while (await receive()).get("more_body", False):
@@ -55,18 +55,18 @@ async def read_json(request: Request) -> Mapping[str, Any]:
     Raises
     ------
     Refusal
-        When it is none, is too large, or takes too long.
+        When the body is not a JSON object, is too large, or takes too long.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # the only kind that a page of another site cannot send unasked
+    if kind != "application/json":  # the only type that pages of other sites cannot send without permission
         raise Refusal(f"the body is of type {kind!r:.100}: send it as application/json", 415)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             data = await request.body()
     except TimeoutError:
-        raise Refusal(f"the body was not there within {BODY_SECONDS:g} s", 408) from None
+        raise Refusal(f"the body did not arrive within {BODY_SECONDS:g} s", 408) from None
     except ClientDisconnect:
-        raise Refusal("the client left before its request was whole", 400) from None
+        raise Refusal("the client disconnected before its request was complete", 400) from None
     return await asyncio.to_thread(_parsed, data)
 
 
@@ -81,8 +81,8 @@ def _parsed(data: bytes) -> Mapping[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two values, one would be ignored."""
+    """An object; duplicate names are refused, because one of their values would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("an object has a name twice")
     return found

@@ -49,7 +49,7 @@ class Refusal(DistKVError):
     status
         HTTP status.
     code
-        What programs look at.
+        A code for programs.
     retry_after
         Seconds after which to try again.
     """
@@ -65,7 +65,7 @@ class Refusal(DistKVError):
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """What a client is told of an error; of one that is not ours, nothing but that there was one."""
+    """The answer for an error; errors that are not ours are answered without details."""
     if isinstance(error, Refusal):
         return error
     for kind, status, code in _STATUS:
@@ -93,7 +93,7 @@ def response_of(refusal: Refusal) -> Response:
 
 
 def on_unknown(request: Request, error: Exception) -> Response:
-    """Answer a call of a path or method that there is not."""
+    """Answer a call of an unknown path or method."""
     status = getattr(error, "status_code", 500)
     known = {404: "there is no such path", 405: "this path does not have this method"}
     return response_of(

@@ -1,4 +1,4 @@
-"""``/v1/files``: requests of batches go up, answers come down."""
+"""``/v1/files``: uploads requests of batches, and downloads answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distkv_dask.client.serve.lists import page
 from distkv_dask.client.serve.shelf import shelf_of
 
 UPLOAD_SECONDS = 600.0
-"""Time in which a file has to be there."""
+"""Time in which a file must arrive, in seconds."""
 
 
 async def upload(request: Request) -> Response:
@@ -34,9 +34,9 @@ async def upload(request: Request) -> Response:
     except HTTPException as error:
         raise Refusal(f"the form cannot be read: {error.detail}") from error
     except TimeoutError:
-        raise Refusal(f"the file was not there within {UPLOAD_SECONDS:g} s", 408) from None
+        raise Refusal(f"the file did not arrive within {UPLOAD_SECONDS:g} s", 408) from None
     except ClientDisconnect:
-        raise Refusal("the client left before its file was whole", 400) from None
+        raise Refusal("the client disconnected before its file was complete", 400) from None
 
 
 async def files(request: Request) -> Response:
@@ -47,7 +47,7 @@ async def files(request: Request) -> Response:
 
 
 async def file(request: Request) -> Response:
-    """What is known of a file."""
+    """Describe a file."""
     return JSONResponse(shelf_of(request).read(_id(request)))
 
 
@@ -57,7 +57,7 @@ async def content(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    """Keep a file no longer, unless a batch needs it."""
+    """Delete a file, unless a batch needs it."""
     batches: BatchQueue = request.app.state.batches
     shelf_of(request).read(_id(request))
     if _id(request) in batches.needed():

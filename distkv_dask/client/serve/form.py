@@ -1,4 +1,4 @@
-"""How endpoints write answers: OpenAI has different objects for chats and for completions."""
+"""Formats of answers: OpenAI has different objects for chats and for completions."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from distkv_dask.completion import Completion
 
 
 class Form(Protocol):
-    """How one endpoint writes answers. ``index`` is the number of a choice, over all prompts of a request."""
+    """The format of one endpoint's answers. ``index`` is the number of a choice, over all prompts of a request."""
 
     def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
         """The answers to all prompts as one object."""
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """What a choice of a stream begins with, if with anything."""
+        """The first event of a choice in a stream, if there is one."""
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A piece of a choice; ``piece.logprobs`` are its tokens'."""
+        """A piece of a choice; ``piece.logprobs`` are those of its tokens."""
 
     def last(self, index: int, done: Completion) -> dict[str, Any]:
         """The end of a choice, with its reason."""
 
     def usage(self, done: Sequence[Completion]) -> dict[str, Any]:
-        """The tokens of a stream, which follow its end."""
+        """Token counts of a stream, sent after its end."""
 
 
 def usage_of(done: Sequence[Completion]) -> dict[str, Any]:

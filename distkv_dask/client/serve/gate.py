@@ -1,4 +1,4 @@
-"""The gate before all calls: who may call, how many at once, how large; it also counts them."""
+"""The gate before all calls: checks keys, limits their number and size, and counts them."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ HEALTH = "/health"
 FILES = "/v1/files"
 
 FILE_BYTES = 200 << 20
-"""Largest body that brings a file, as at OpenAI."""
+"""Largest body with a file, as in OpenAI's API."""
 
 LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
 """Names of this machine in a Host header."""
 
 AGAIN = 1, 60
-"""Least and most seconds after which a client is asked to come back."""
+"""Minimum and maximum of the seconds after which a client should try again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server takes.
+    """Limits of a server.
 
     Parameters
     ----------
     body_bytes
-        Largest body of a call that brings no file.
+        Largest body of a call without a file.
     open_requests
-        Most calls under way; more are answered with 429.
+        Most open calls; further ones are answered with 429.
     drain_seconds
-        Time that calls have to end when the server stops.
+        Seconds that open calls have to end when the server stops.
     """
 
     body_bytes: int = 32 << 20
@@ -55,13 +55,13 @@ class Gate:
     Parameters
     ----------
     app
-        What calls are for.
+        The application.
     keys, limits
-        Who may call, and how.
+        API keys, and limits.
     metrics
-        Counts.
+        Counts calls.
     paths
-        The paths that are counted under their own names.
+        Paths with their own counts.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, limits: Limits, metrics: Metrics, paths: Iterable[str]) -> None:
@@ -80,7 +80,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = perf_counter(), 499  # nothing was answered: the client is gone
+        began, status = perf_counter(), 499  # no answer: the client has disconnected
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -116,7 +116,7 @@ class Gate:
             return None
         if not self._keys and (host := _host(headers.get("host", ""))) not in LOCAL:
             return Refusal(
-                f"the server has no API keys, and answers calls of this machine only, not of {host:.100}", 403
+                f"the server has no API keys, so it only answers calls from this machine, not from {host:.100}", 403
             )
         if owner is None:
             return Refusal("the API key is missing or wrong: send Authorization: Bearer KEY", 401, "invalid_api_key")
@@ -124,7 +124,7 @@ class Gate:
             return Refusal("the server is stopping", 503, "stopping", AGAIN[0])
         if works and self._open >= self._limits.open_requests:
             return Refusal(
-                f"{self._open} requests are open, as many as this server takes: try again later",
+                f"{self._open} requests are open, the maximum of this server: try again later",
                 429, "too_many_requests", self._pause(),
             )  # fmt: skip
         length, most = headers.get("content-length", "0"), self._most_bytes(scope)

@@ -1,4 +1,4 @@
-"""``/health`` for who watches over the server, ``/metrics`` for Prometheus."""
+"""``/health`` for monitoring, ``/metrics`` for Prometheus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distkv_dask.client.serve.serving import serving_of
 
 
 async def health(request: Request) -> Response:
-    """Status 200 as long as the engine can be asked, 503 after that: then the server has to be started again."""
+    """Status 200 while the engine can be used, 503 after that: then the server has to be restarted."""
     session = serving_of(request).session
     return JSONResponse({"status": session.state}, 200 if session.is_open else 503)
 

@@ -14,14 +14,14 @@ VARIABLE = "DISTKV_API_KEYS"
 """Environment variable that holds keys, separated by commas or white space."""
 
 OWNER = "owner"
-"""What says whose key a call has, in its state, and whose a file or batch is, in what is known of it."""
+"""Name of the owner in the state of a call, and in the record of a file or batch."""
 
 SHORTEST = 16
 """Characters of a key; shorter ones can be guessed."""
 
 
 class Keys:
-    """The keys that a server takes; with none of them, it takes every call.
+    """The keys that a server accepts; without keys it accepts every call.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ class Keys:
         return bool(self._digests)
 
     def owner(self, header: str | None) -> str | None:
-        """Whose key an ``Authorization`` header names, None if nobody's; as fast for a wrong one as for a right one.
+        """Owner of the key in an ``Authorization`` header; None for a wrong key, which takes as long as a right one.
 
-        The owner of a key is a digest of it, and is ``""`` for everybody where there are no keys.
+        The owner of a key is a digest of it; without keys, everybody is the owner ``""``.
         """
         if not self._digests:
             return ""
@@ -56,7 +56,7 @@ def read_keys(path: Path | None) -> Keys:
     Raises
     ------
     ConfigError
-        When the file cannot be read or holds none, or when a key is short or has other characters than headers may.
+        When the file cannot be read or has no keys, or when a key is too short or has characters that headers cannot.
     """
     found = set(re.split(r"[,\s]+", os.environ.get(VARIABLE, "")))
     if path is not None:
@@ -66,7 +66,7 @@ def read_keys(path: Path | None) -> Keys:
             raise ConfigError(f"the file of API keys {path} cannot be read: {error}") from error
         in_file = {line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")}
         if not in_file:
-            raise ConfigError(f"the file of API keys {path} holds none: write one a line")
+            raise ConfigError(f"the file {path} has no API keys: write one per line")
         found |= in_file
     found.discard("")
     for key in found:

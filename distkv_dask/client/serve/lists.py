@@ -14,7 +14,7 @@ MOST = 1000
 
 
 def page(records: Sequence[Mapping[str, Any]], request: Request, also: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The page that a call asks for with ``after`` and ``limit``; it may also say the parameters ``also``."""
+    """The page that a call asks for with ``after`` and ``limit``; parameters named in ``also`` are allowed, too."""
     if unknown := request.query_params.keys() - {"after", "limit"} - also:
         raise Refusal(f"the parameter {min(unknown)!r:.100} is not supported")
     wanted = request.query_params.get("limit", "20")

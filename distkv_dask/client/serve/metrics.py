@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus: calls, tokens, times; no text."""
+"""Counts of a server for Prometheus: calls, tokens, times; no text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
 class Metrics:
-    """Figures of one server, in a registry of its own."""
+    """Figures of one server, in its own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""HTTP by uvicorn, whose clients have only so long to say what they want."""
+"""HTTP by uvicorn, with a time limit for the heads of requests."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import cast
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 30.0
-"""Time in which the head of a request has to be there, from the connection or the last answer on."""
+"""Time in which the head of a request must arrive, after the connection or the last answer, in seconds."""
 
 
 class PromptProtocol(H11Protocol):
-    """One connection; closed when no request is whole within its time, however often a byte comes.
+    """One connection; closed unless a request is complete within the time limit, however often a byte arrives.
 
-    Bodies have limits of their own (:mod:`distkv_dask.client.serve.body`), as far as somebody reads them; here ends the
-    connection of one that nobody reads.
+    Bodies that are read have their own limits (:mod:`distkv_dask.client.serve.body`); this one closes connections whose
+    bodies are not read.
     """
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for the first request."""
+        """Start the time limit of the first request."""
         super().connection_made(cast("asyncio.Transport", transport))
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Wait no longer once a request has begun."""
+        """End the time limit once a request has begun."""
         super().data_received(data)
         self._wait()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Start the time limit of the next request."""
         super().on_response_complete()
         self._wait()
 

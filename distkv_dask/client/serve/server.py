@@ -1,4 +1,4 @@
-"""The process that listens: starts, stops in an orderly way, and answers until then."""
+"""The process that listens: it starts, answers, and stops in order."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from distkv_dask.client.serve.protocol import PromptProtocol
 from distkv_dask.client.serve.serving import Serving
 
 STOPPED_SECONDS = 5.0
-"""Time for the last words of cancelled requests to be sent."""
+"""Time to send the ends of cancelled requests, in seconds."""
 
 LOOK = 0.1
-"""Seconds between two looks at whether to stop."""
+"""Seconds between checks whether to stop."""
 
 
 class Server:
-    """Answers calls until it is told to stop.
+    """Answers calls until it is stopped.
 
     Parameters
     ----------
     gate
         The application.
     serving
-        Knows what is under way.
+        Knows the open requests.
     listener
         See :func:`distkv_dask.client.listener.listener_at`; closed in the end.
     """
@@ -47,12 +47,12 @@ class Server:
         self._uvicorn = uvicorn.Server(settings)
 
     def stop(self) -> None:
-        """Refuse new calls, and end when those under way have, or after their time; from any thread."""
+        """Refuse new calls, and end when open ones have ended or their time is over; from any thread."""
         self._gate.is_stopping = True
         self._uvicorn.should_exit = True
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Answer until :meth:`stop`, or a signal to end; ``ready`` is called when it begins."""
+        """Answer until :meth:`stop` or a signal; ``ready`` is called at the start."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
                 signal.signal(number, _nothing)

@@ -1,4 +1,4 @@
-"""What one key has in the store: nobody else's key shows that it exists."""
+"""Files and batches of one key; calls with another key cannot find out that they exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Shelf:
     Parameters
     ----------
     store
-        Has those of all.
+        Has those of all owners.
     owner
         See :meth:`distkv_dask.client.serve.keys.Keys.owner`.
     """
@@ -29,7 +29,7 @@ class Shelf:
         self._owner = owner
 
     def read(self, name: str) -> dict[str, Any]:
-        """What is known of an id; raises :class:`Refusal` if nothing is, or if it is another owner's."""
+        """The record of an id; raises :class:`Refusal` if there is none, or if it is another owner's."""
         record = self._store.read(name)
         if record.get(OWNER) != self._owner:
             raise Refusal(f"there is no {name}", 404, "not_found")
@@ -40,7 +40,7 @@ class Shelf:
         return [shown(one) for one in self._store.records(kind) if one.get(OWNER) == self._owner]
 
     def path(self, name: str) -> Path:
-        """Where a file lies; raises as :meth:`read` does."""
+        """Path of a file; raises as :meth:`read` does."""
         self.read(name)
         return self._store.path(name)
 
@@ -53,7 +53,7 @@ class Shelf:
         return record | {OWNER: self._owner}
 
     def remove(self, name: str) -> None:
-        """Keep a file no longer; raises as :meth:`read` does."""
+        """Delete a file; raises as :meth:`read` does."""
         self.read(name)
         self._store.remove(name)
 

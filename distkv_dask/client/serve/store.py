@@ -1,4 +1,4 @@
-"""Files that clients upload and that batches write: each in a folder of the server, beside what is known of it."""
+"""Files that clients upload and that batches write, each with a record, in a folder of the server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ID = re.compile(r"(?:file|batch)-[0-9a-f]{24}")
 
 
 class Store:
-    """Records in JSON by their ids, of which some have a file.
+    """Records in JSON by their ids, some of them with a file.
 
-    All of it is for its owner alone, and is there after a crash.
+    Only the user who runs the server can read them, and they survive a crash.
 
     Parameters
     ----------
     folder
-        Made if it does not exist.
+        Created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,13 +38,13 @@ class Store:
             left.unlink()
 
     def path(self, name: str) -> Path:
-        """Where the file of an id lies; raises :class:`Refusal` for what is no id."""
+        """Path of the file of an id; raises :class:`Refusal` if it is not an id."""
         if not _ID.fullmatch(name):
             raise Refusal(f"{name!r:.100} is not the id of a file or batch", 404, "not_found")
         return self.folder / name
 
     def read(self, name: str) -> dict[str, Any]:
-        """What is known of an id; raises :class:`Refusal` if nothing is."""
+        """The record of an id; raises :class:`Refusal` if there is none."""
         try:
             found: dict[str, Any] = json.loads(self._record(name).read_bytes())
         except FileNotFoundError:
@@ -52,7 +52,7 @@ class Store:
         return found
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Keep what is known of an id."""
+        """Write a record."""
         path = self._record(record["id"])
         unfinished = path.with_suffix(".unfinished")
         with private(unfinished) as file:
@@ -67,7 +67,7 @@ class Store:
         return sorted(found, key=lambda one: (one["created_at"], one["id"]), reverse=True)
 
     def add_file(self, source: BinaryIO, name: str, purpose: str, owner: str) -> dict[str, Any]:
-        """Keep a file of the key of ``owner``."""
+        """Write a file of ``owner``, with a record."""
         record = {
             "id": f"file-{secrets.token_hex(12)}", "object": "file", "bytes": 0, "created_at": int(time.time()),
             "filename": name, "purpose": purpose, "status": "processed", OWNER: owner,
@@ -85,7 +85,7 @@ class Store:
         return record
 
     def remove(self, name: str) -> None:
-        """Keep a file no longer."""
+        """Delete a file."""
         self.read(name)
         self._record(name).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -96,5 +96,5 @@ class Store:
 
 
 def private(path: Path) -> BinaryIO:
-    """Open a new file for its owner alone, to write and read."""
+    """Open a new file that only its owner can read and write."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w+b")

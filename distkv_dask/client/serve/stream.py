@@ -19,20 +19,20 @@ from distkv_dask.client.serve.serving import Serving
 from distkv_dask.client.session.generation import Generation, Piece
 
 REFUSED_SECONDS = 1.0
-"""Time in which a request that the cluster refuses is known: a stream begins later, and then with status 200."""
+"""Seconds to wait for a refusal by the cluster; after that a stream begins, with status 200."""
 
 PAUSE_SECONDS = 15.0
-"""Time without text after which a stream gets a comment: proxies and clients end connections that say nothing."""
+"""Seconds without text after which a stream gets a comment: proxies and clients close silent connections."""
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""No proxy keeps a stream back."""
+"""Headers that keep proxies from buffering a stream."""
 
 News = tuple[int, Piece | Generation] | None
-"""The number of a choice and a piece of it, or of a prompt and its request, which has ended; None: nothing came."""
+"""The number of a choice and a piece of it, or of a prompt and its request, which has ended; None: a time-out."""
 
 
 class Pieces:
-    """What comes of the requests of a call, put from any thread and taken on the event loop."""
+    """A queue of what a call's requests produce: put from any thread, taken on the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -44,7 +44,7 @@ class Pieces:
             self._loop.call_soon_threadsafe(self._news.put_nowait, (number, one))
 
     async def take(self, seconds: float) -> News:
-        """The next one; None when nothing has come for so long."""
+        """The next one; None after ``seconds`` without one."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._news.get()
@@ -53,7 +53,7 @@ class Pieces:
 
 
 async def streamed(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[None]) -> Response:
-    """Begin a stream, once it is known that the cluster takes the request."""
+    """Begin a stream, once the cluster has accepted the request."""
     pieces = Pieces()
     generations = begin(asked, serving, gone, pieces.put)
     for at, generation in enumerate(generations):
@@ -61,9 +61,9 @@ async def streamed(asked: Asked, form: Form, serving: Serving, gone: asyncio.Tas
     try:
         first = await pieces.take(REFUSED_SECONDS)
         if first is not None and isinstance(first[1], Generation):
-            result_of(first[1])  # a refusal is an answer with a status of its own
+            result_of(first[1])  # a refusal is an answer with its own status
     except BaseException:
-        gone.cancel()  # and with it the requests
+        gone.cancel()  # also cancels the requests
         raise
     events = _events(asked, form, serving, _news(first, pieces, len(generations)))
     return StreamingResponse(_until_gone(events, gone), media_type="text/event-stream", headers=_HEADERS)
@@ -81,7 +81,7 @@ async def _news(first: News, pieces: Pieces, left: int) -> AsyncGenerator[News]:
 
 
 async def _events(asked: Asked, form: Form, serving: Serving, news: AsyncGenerator[News]) -> AsyncGenerator[bytes]:
-    """The events of a stream; an error in the middle of it is its last one."""
+    """The events of a stream; an error in the middle is the last one."""
     more: dict[str, Any] = {"usage": None} if asked.usage else {}
     done, began, waits = {}, perf_counter(), True
     try:
@@ -117,7 +117,7 @@ def _beginnings(form: Form, choices: int) -> Sequence[dict[str, Any]]:
 
 
 async def _until_gone(events: AsyncGenerator[bytes], gone: asyncio.Task[None]) -> AsyncGenerator[bytes]:
-    """The same events; when nobody takes them any more, the requests are cancelled."""
+    """The same events; when the client stops reading, the requests are cancelled."""
     try:
         async for event in events:
             yield event

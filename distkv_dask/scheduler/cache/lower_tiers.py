@@ -1,8 +1,9 @@
 """Lower tiers of the prefix cache: other workers' free memory, then disks (Pensieve, section 4.3).
 
-Cached blocks count as free, and so do their copies on other workers: they give way to anything that the ledger places
-there. Copies on disks give way to documents. What has a copy goes before what has none. When there is no more room for
-copies either, those of the least value go (:mod:`~distkv_dask.scheduler.cache.retention`): of one text, its front.
+Cached blocks count as free, and so do their copies on other workers: both are evicted for anything that the ledger
+places there. Copies on disks are evicted for documents. Blocks with a copy are evicted before those without. If there
+is no more room for copies, those of the least value are dropped (:mod:`~distkv_dask.scheduler.cache.retention`): of one
+text, its front.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SEARCHED = 16
 
 
 def having(life: MachineState, key: int) -> Iterator[Extent]:
-    """The extents that have a block."""
+    """The extents that contain a block."""
     return (life.extents.by_number[number] for number in life.extents.index.get(key, ()))
 
 
@@ -30,14 +31,14 @@ def having(life: MachineState, key: int) -> Iterator[Extent]:
 
 
 def least(life: MachineState, worker: str) -> Cached | Extent:
-    """What is worth least of a worker's cached blocks: it goes first."""
+    """The least valuable of a worker's cached blocks: evicted first."""
     recent = [life.cache.by_number[number] for number in islice(life.cache.recent.get(worker, ()), SEARCHED)]
     both: list[Cached | Extent] = [*recent, *life.extents.of(worker, "workers")[:SEARCHED]]
     return min(both, key=lambda one: _value(life, worker, one))
 
 
 def _value(life: MachineState, worker: str, one: Cached | Extent) -> tuple[float, int]:
-    """The value of those blocks that would go first; among equal ones, the front goes."""
+    """The value of the blocks that would be evicted first; among equal ones, the front."""
     size = life.ledger.block_tokens
     if isinstance(one, Extent):
         at, key, kept = one.start, one.keys[0], one.start
@@ -62,7 +63,7 @@ def worth(life: MachineState, worker: str, extent: Extent) -> float:
 
 
 def give_up(life: MachineState, extent: Extent) -> None:
-    """Free an extent's blocks, or delete its file; who reads them just now does so in vain."""
+    """Free an extent's blocks, or delete its file; reads that are running are spoilt."""
     life.extents.remove(extent)
     blocks, alive = len(extent.keys), extent.worker in life.ledger.workers
     if extent.kind == "disk":
@@ -79,7 +80,7 @@ def give_up(life: MachineState, extent: Extent) -> None:
 
 
 def sources_gone(life: MachineState, sequence: int, position: int) -> None:
-    """Blocks of a sequence from a position on are freed: copies of them that are being made are of no use."""
+    """Blocks of a sequence from a position on are freed: unfinished copies of them are useless."""
     for number in list(life.extents.copying.values()):
         extent = life.extents.by_number.get(number)
         source = None if extent is None else extent.source
@@ -94,7 +95,7 @@ def reads(life: MachineState, extent: Extent) -> list[Fetching]:
 
 
 def worker_lost(life: MachineState, worker: str) -> None:
-    """A worker is lost (the ledger knows), with all extents there, and what was being copied from it."""
+    """A worker is lost (the ledger knows), with all extents there and unfinished copies from it."""
     life.extents.failed.pop(worker, None)
     if worker in life.extents.copying:
         give_up(life, life.extents.by_number[life.extents.copying[worker]])
@@ -104,13 +105,13 @@ def worker_lost(life: MachineState, worker: str) -> None:
 
 
 def leave(life: MachineState, worker: str) -> None:
-    """Give up all extents in a worker's memory."""
+    """Drop all extents in a worker's memory."""
     for extent in life.extents.of(worker, "workers"):
         give_up(life, extent)
 
 
 def clear_disk(life: MachineState, worker: str, size: int) -> None:
-    """Give up extents on a worker's disk until ``size`` more bytes fit, or none is left."""
+    """Drop extents on a worker's disk until ``size`` more bytes fit, or none is left."""
     for extent in life.extents.of(worker, "disk"):
         if life.disks.disk.fits(worker, size):
             return
@@ -118,6 +119,6 @@ def clear_disk(life: MachineState, worker: str, size: int) -> None:
 
 
 def close(life: MachineState) -> None:
-    """Give up everything."""
+    """Drop all extents."""
     for number in list(life.extents.by_number):
         give_up(life, life.extents.by_number[number])
