@@ -204,7 +204,7 @@ def test_a_source_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     for source, words in [
         (tmp_path / "no.csv", "does not exist"),
         (tmp_path / "t.parquet", "cannot be read as Parquet"),
-        (tmp_path / "t.xyz", "no kind that can be read"),
+        (tmp_path / "t.xyz", "not of a kind that can be read"),
         (tmp_path / "empty", "holds no documents"),
         (tmp_path / "both", "separate them"),
         (7, "not int"),

@@ -169,7 +169,7 @@ def test_a_stream_is_read_as_far_as_its_rows_are_asked_for() -> None:
 def test_a_stream_that_was_read_says_so_instead_of_being_empty() -> None:
     reader = TABLE.to_reader()
     assert len(read(opened(reader))) == 4
-    with pytest.raises(SourceError, match="was read before: make a new one"):
+    with pytest.raises(SourceError, match="was read before: create a new one"):
         read(opened(reader))
 
 

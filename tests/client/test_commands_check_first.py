@@ -108,7 +108,7 @@ BAD = {
     "run hdfs://[/t.csv -o @/out": "not on this machine",
     "run file://elsewhere/t.csv -o @/out": "not on this machine",
     "run file://@/missing -o @/out": "does not exist",
-    "run @/notes.xyz -o @/out": "no kind that can be read",
+    "run @/notes.xyz -o @/out": "not of a kind that can be read",
     "run @/half.parquet -o @/out": "Parquet|cannot be read",
     "run @/empty -o @/out": "holds no documents",
     # what is asked
