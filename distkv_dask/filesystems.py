@@ -89,7 +89,7 @@ def folder_at(place: str | os.PathLike[str]) -> Folder:
     Raises
     ------
     SavedDocumentError
-        It names none, or of a kind that nobody knows.
+        It names no folder, or is of an unknown kind.
     """
     name: Any = os.fspath(place) if isinstance(place, str | os.PathLike) else None
     if not isinstance(name, str):

@@ -42,7 +42,7 @@ class Folder(ABC):
 
     @abstractmethod
     def make(self) -> None:
-        """Make it, with what it is in, unless it is there."""
+        """Create it and its parents, unless it exists."""
 
     @abstractmethod
     def create(self, name: str, durable: bool = True) -> AbstractContextManager[Any]:

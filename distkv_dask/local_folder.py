@@ -62,7 +62,7 @@ class LocalFolder(Folder):
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Source]:
-        """Read a file, which is not mapped into memory: whoever cuts it off meanwhile must not end this process."""
+        """Read a file without mapping it into memory: truncating it at the same time must not end this process."""
         descriptor = os.open(self._file(name), os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         try:
             facts = os.fstat(descriptor)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 MOST_LOGPROBS = 20
-"""Most alternatives of a token that can be asked for, as in OpenAI's API."""
+"""Maximum alternatives of a token, as in OpenAI's API."""
 
 
 class TokenLogprob(NamedTuple):

@@ -1,4 +1,4 @@
-"""Where the KV of a sequence lies: spans of its tokens on workers, and moves of them.
+"""Where the KV of a sequence is: spans of its tokens on workers, and moves of them.
 
 Units: positions and lengths are tokens, times are seconds, memory is bytes. A worker is named by its Dask address.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Span:
     """Contiguous token range ``[start, stop)`` of a sequence held by one worker (its reserved room, filled or not).
 
-    The blocks of a span that names a ``document`` belong to that sequence, not to the one whose placement it stands in:
+    The blocks of a span that names a ``document`` belong to that sequence, not to the one whose placement has it:
     they are only read.
     """
 
@@ -27,12 +27,12 @@ class Span:
         return self.stop - self.start
 
     def filled(self, length: int) -> int:
-        """Number of this span's tokens that lie below sequence length ``length``."""
+        """Number of this span's tokens below sequence length ``length``."""
         return max(0, min(length, self.stop) - self.start)
 
 
 Placement = tuple[Span, ...]
-"""Ordered, gapless spans of one sequence, from token 0; adjacent spans lie on different workers.
+"""Ordered, gapless spans of one sequence, from token 0; adjacent spans are on different workers.
 
 A worker may hold several spans; borders between spans are multiples of the block's tokens. Only the last span grows:
 its worker is the sequence's home. Spans that it shares with documents come first.
@@ -59,7 +59,7 @@ class Move:
 class Endpoint:
     """Where a worker's holder lane listens for channels.
 
-    ``port`` is for TCP; ``unix`` names its Unix socket, where there is one; ``ucx`` is its port for UCX, 0 without.
+    ``port`` is for TCP; ``unix`` names its Unix socket, if it has one; ``ucx`` is its port for UCX, or 0.
     """
 
     worker: str

@@ -1,4 +1,4 @@
-"""Small pictures of where KV lies, as HTML for notebooks: a strip of spans, a colour for each worker. Pure.
+"""Small pictures of where KV is, as HTML for notebooks: a strip of spans, a colour for each worker. Pure.
 
 Text has the colour of its surroundings, so that it is readable on light and dark; nothing is fetched from anywhere, and
 all text that comes from users, models or machines is escaped.
@@ -73,7 +73,7 @@ def meter(used: int, room: int, colour: str, title: str) -> str:
 
 
 def legend(tokens: Mapping[str, int], colour: Mapping[str, str]) -> str:
-    """Names of workers beside their colours, and how many tokens lie there; those with fewest are only counted."""
+    """Names of workers with their colours and numbers of tokens; those with fewest are only counted."""
     most = sorted(tokens, key=lambda worker: -tokens[worker])
     parts = [
         f'<span style="white-space:nowrap;margin-right:1em">'

@@ -50,7 +50,7 @@ def checked_text(text: str, what: str) -> str:
 def well_formed(text: str) -> str:
     r"""Return what a file says with its surrogate pairs joined, and U+FFFD for halves of them.
 
-    For texts that nobody typed, such as a PDF's: refusing them would help no one.
+    For texts that were not typed, such as a PDF's: refusing them would not help.
 
     Examples
     --------

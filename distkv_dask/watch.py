@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Watch:
-    """Between work and who waits for it; one that is never given up is what work without a limit gets."""
+    """Shared by work and its waiting caller; work without a limit gets one that is never given up."""
 
     def __init__(self) -> None:
         self.seen = time.monotonic()
@@ -36,7 +36,7 @@ class Watch:
     def check(self) -> None:
         """Raise :class:`TimeoutError` if nobody is waiting."""
         if self._given_up:
-            raise TimeoutError("it took too long, and nobody is waiting for it")
+            raise TimeoutError("it took too long, and its caller no longer waits")
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
@@ -52,7 +52,7 @@ class Watch:
 
 
 async def watched(limit: float, what: str, work: Callable[..., Result], *arguments: Any) -> Result:
-    """Do blocking ``work(watch, *arguments)`` in a thread of its own, and return its result.
+    """Do blocking ``work(watch, *arguments)`` in its own thread, and return its result.
 
     Raises
     ------

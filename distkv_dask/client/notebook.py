@@ -30,7 +30,7 @@ WORKERS = 16
 SEQUENCES = 12
 """Number of documents and requests shown individually: the longest."""
 
-ASYNCHRONOUS = "With an asynchronous client, <code>await engine.status()</code> says where the KV lies."
+ASYNCHRONOUS = "With an asynchronous client, <code>await engine.status()</code> says where the KV is."
 
 
 def engine_html(session: Session, documents: Mapping[str, Document]) -> str:

@@ -27,7 +27,7 @@ class TextStream:
     tokenizer
         Decodes.
     stop
-        Strings before the first of which the text ends.
+        The text ends before the first of these strings.
     """
 
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:

@@ -50,7 +50,7 @@ _SIZES: Mapping[str, int] = {
 
 
 _POINTER = b"version https://git-lfs"
-"""How a file begins that stands for one that git-lfs has not fetched."""
+"""First bytes of a pointer to a file that git-lfs has not fetched."""
 
 
 def refuse_pointer(file: Path) -> None:

@@ -31,7 +31,7 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "expert_weights_norm": ("norm_topk_prob",),
     "expert_weights_scale": ("routed_scaling_factor",),
 }
-"""Key -> names under which configurations have it, of which the first that there is counts."""
+"""Key -> its names in configurations; the first that exists is used."""
 
 _ELSEWHERE = frozenset(
     (
@@ -154,7 +154,7 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def _set_heads(config: Any, keys: Mapping[str, Any]) -> None:
-    """Numbers and size of heads, which have defaults of their own in llama.cpp."""
+    """Numbers and size of heads, which have their own defaults in llama.cpp."""
     heads = config.num_attention_heads
     if config.model_type in _REORDERED and "attention.head_count_kv" not in keys:
         raise ModelError(

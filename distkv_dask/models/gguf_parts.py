@@ -17,7 +17,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def gguf_parts(file: Path) -> list[Path]:
-    """The files of a model, in order, of which ``file`` is one; a file that is no part is alone.
+    """All files of the model that ``file`` belongs to, in order; a file that is not a part is alone.
 
     Raises
     ------

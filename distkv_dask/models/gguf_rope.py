@@ -48,7 +48,7 @@ def set_rope(config: Any, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -
             raise ModelError(f"it says {found[0]}, but model type {config.model_type!r} has no rotary embeddings")
         return
     nested = {kind: one for kind, one in every.items() if isinstance(one, Mapping)}
-    # of several kinds of layers, those with windows have a base of their own and no scaling
+    # layers with windows, among others without, have their own base and no scaling
     changed = {**(nested.get("full_attention") or every)}
     if "rope.freq_base" in keys or not nested:
         changed["rope_theta"] = float(keys.get("rope.freq_base", _DEFAULT_BASE))

@@ -43,7 +43,7 @@ def grammar_of(form: Form) -> str:
 
 
 def check_installed(what: str) -> None:
-    """Raise :class:`~distkv_dask.errors.MissingProgramError` where there is no llguidance, which ``what`` needs."""
+    """Raise :class:`~distkv_dask.errors.MissingProgramError` if llguidance, which ``what`` needs, is not installed."""
     if find_spec("llguidance") is None:
         raise MissingProgramError(f"{what} need llguidance: pip install 'distkv-dask[schema]'")
 
@@ -74,7 +74,7 @@ def _is_of_nothing(grammar: str) -> bool:
 
 @contextmanager
 def no_panic(form: Form) -> Iterator[None]:
-    """Make a panic of llguidance, which is no ``Exception``, an error of the one form that it is about."""
+    """Turn a panic of llguidance, which is not an ``Exception``, into an error about the given form."""
     try:
         yield
     except BaseException as error:

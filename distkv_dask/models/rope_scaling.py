@@ -1,4 +1,4 @@
-"""Models asked for longer sequences than they were made for: rotary position embeddings scaled by a factor.
+"""Longer sequences than a model was made for: rotary position embeddings scaled by a factor.
 
 Transformers computes the frequencies (``transformers.modeling_rope_utils``); here is which scalings keep keys valid
 that were stored earlier. ``dynamic`` and ``longrope`` do not: their frequencies change as a sequence grows.

@@ -88,7 +88,7 @@ def kv_beside(weights: int, limit: int) -> int:
 def shared_limit(weights: int, workers: int, memory: int) -> int:
     """Memory limit, in bytes, of each of some workers of a machine that share a model's weights.
 
-    Dask counts the weights in each of them. So beside its part of the machine, each gets what it shares.
+    Dask counts the weights in each of them. So each gets its part of the machine, and in addition what it shares.
 
     Examples
     --------

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, SupportsIndex, overload
 
 BLOCK = 512
-"""Tokens that one id of a trace stands for (Mooncake's ``hash_ids``)."""
+"""Number of tokens that one id of a trace means (Mooncake's ``hash_ids``)."""
 
 
 if TYPE_CHECKING:

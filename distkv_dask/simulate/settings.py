@@ -37,7 +37,7 @@ def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:
         config,
         policy=policy,
         prefill_chunk_tokens=max(config.prefill_chunk_tokens, fast if prefill else preset.kv_tokens),
-        timeout_start=math.inf,  # nobody is silent here, and what takes long does so because the model says it
+        timeout_start=math.inf,  # no simulated worker is silent: what takes long does so because the model says so
         timeout_receive=math.inf,
     )
     state = MachineState("simulated", config, count(), block_bytes=BLOCK_TOKENS * preset.model.shape.kv_bytes)

@@ -174,7 +174,7 @@ class _CardGraph(Graph):
     def begin(self) -> None:
         """Record what the calling thread queues; other threads may use their streams as usual."""
         _capturing.acquire()
-        gc.disable()  # freeing an older graph meanwhile would invalidate the recording
+        gc.disable()  # freeing an older graph during a recording would invalidate it
         memory: Any = self._memory.id  # a tuple, as documented, unlike torch's types
         try:
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")

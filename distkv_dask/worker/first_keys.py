@@ -43,7 +43,7 @@ class FirstKeys:
         self._write()
 
     def advance(self) -> None:
-        """Go on to the next step: each sequence has as many new tokens as before."""
+        """Advance to the next step: each sequence has as many new tokens as before."""
         self._positions += self._ahead
         self._write()
 

@@ -29,7 +29,7 @@ async def open_engine(
     worker: Worker,
     tell: Callable[[str, FromWorker], None],
 ) -> WorkerEngine | Lost | OpenFailed:
-    """Open an engine in a thread, because Dask's heartbeats must go on; raises nothing.
+    """Open an engine in a thread, because Dask's heartbeats must continue; raises nothing.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ async def open_engine(
 
     try:
         return await asyncio.get_running_loop().run_in_executor(None, build)
-    except EngineClosedError as error:  # a lane has ended meanwhile
+    except EngineClosedError as error:  # a lane has ended since
         return Lost(worker.address, str(error))
     except DistKVError as error:
         return OpenFailed(worker.address, portable(error, worker.address))

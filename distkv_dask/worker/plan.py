@@ -141,7 +141,7 @@ def tail_of(sequence: int, placement: Placement, length: int) -> Span:
     Raises
     ------
     PlanError
-        There is none: the placement is full.
+        The placement is full.
     """
     for span in placement:
         if span.start <= length < span.stop:

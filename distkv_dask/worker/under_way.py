@@ -1,7 +1,7 @@
 """Chunks under way: in which layers their KV is stored already, for chunks that follow them layer by layer.
 
 The home lane that computes a chunk writes here; the holder lane of the same worker reads, before it answers a later
-chunk of the same prompt. What nobody wrote down is not there yet.
+chunk of the same prompt. What was not noted here does not exist yet.
 """
 
 from __future__ import annotations

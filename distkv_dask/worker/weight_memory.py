@@ -124,8 +124,8 @@ def _check_fit(spec: EngineSpec, worker: Worker, weights: int, model: str, need:
             f"memory_limit of at least {least} bytes, {SHARED}, or choose a smaller model or dtype"
         )
     raise CapacityError(
-        f"kv_memory of {asked} bytes does not fit worker {worker.address} beside the weights of {model}, which {need}: "
-        f"{there}. Lower kv_memory (distkv.kv-memory) to at most {left - weights} bytes, raise the worker's "
+        f"kv_memory of {asked} bytes does not fit worker {worker.address} in addition to the weights of {model}, which "
+        f"{need}: {there}. Lower kv_memory (distkv.kv-memory) to at most {left - weights} bytes, raise the worker's "
         f"memory_limit to at least {least}, {SHARED}, or set distkv.weights to disk"
     )
 

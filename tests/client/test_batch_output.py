@@ -112,7 +112,7 @@ def test_another_question_or_model_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_somebody_elses_folder_or_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(OutputError, match=r"no output of distkv \(it holds letter.txt\)"):
+    with pytest.raises(OutputError, match=r"not an output of distkv \(it contains letter.txt\)"):
         Output(tmp_path, SCHEMA, PARAMETERS)
     with pytest.raises(OutputError, match="is a file"):
         Output(tmp_path / "letter.txt", SCHEMA, PARAMETERS)

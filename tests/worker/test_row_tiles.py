@@ -93,7 +93,7 @@ def test_experts_are_refused_for_their_rows_depend_on_others(dtype: str) -> None
 def test_a_model_whose_rows_depend_on_their_number_elsewhere_is_refused() -> None:
     model = load_model(str(model_dir("llama-gqa")), "float32", 1, deterministic=True)
     check_rows_alike(model.forward, model.geometry, model.device.torch)
-    with pytest.raises(UnsupportedModelError, match="beside its linears"):
+    with pytest.raises(UnsupportedModelError, match="in addition to its linears"):
         check_rows_alike(
             lambda ids, *rest: model.forward(ids, *rest) + len(ids) % 2 * 1e-5, model.geometry, model.device.torch
         )

@@ -54,7 +54,7 @@ def frame_chunks(frame: Any, columns: Columns, kept: pa.Schema) -> Iterator[Chun
 
 
 def dask_frame_chunks(frame: Any, columns: Columns, kept: pa.Schema, client: Client) -> Iterator[Chunk]:
-    """Compute the partitions of a Dask DataFrame in turn, and cut each into chunks."""
+    """Compute the partitions of a Dask DataFrame one by one, and cut each into chunks."""
     for partition in _computed(frame, client):
         yield from frame_chunks(partition, columns, kept)
 
@@ -65,7 +65,7 @@ def bag_schema(bag: Any, text_column: str, client: Client) -> pa.Schema:
 
 
 def bag_chunks(bag: Any, columns: Columns, schema: pa.Schema, kept: pa.Schema, client: Client) -> Iterator[Chunk]:
-    """Compute the partitions of a Dask Bag of texts or records in turn, and cut each into chunks."""
+    """Compute the partitions of a Dask Bag of texts or records one by one, and cut each into chunks."""
     return record_chunks(_bag_records(bag, columns.text, client), columns, kept, schema.names)
 
 

@@ -49,7 +49,7 @@ def begin_or_check(path: Path, begun: Mapping[str, Any]) -> None:
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """The record in the manifest of an output; empty if there is none, or a damaged one."""
+    """The record in the manifest of an output; empty if it is missing or damaged."""
     body = _body((path / MANIFEST).read_bytes(), path) if (path / MANIFEST).exists() else None
     return {} if body is None else body.get("record", {})
 
@@ -69,13 +69,13 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def check_begun(path: Path, begun: Mapping[str, Any] | None) -> None:
-    """Make the checks of :func:`begin_or_check` without writing; None stands for parameters that are not known yet."""
+    """Make the checks of :func:`begin_or_check` without writing; None means parameters that are not known yet."""
     found = _read(path / MANIFEST) or _restored(path)
     if found is None:
         ours = (LOCK, UNFINISHED, MANIFEST, DIGESTS, README)
         if others := sorted(one.name for one in path.iterdir() if not one.name.startswith(ours)):
             raise OutputError(
-                f"{path} is no output of distkv (it holds {others[0]}), or one of which {MANIFEST} and all Parquet "
+                f"{path} is not an output of distkv (it contains {others[0]}), or one whose {MANIFEST} and all Parquet "
                 f"files are damaged: choose another one"
             )
     elif begun is not None and (changed := _differences(found, json.loads(json.dumps(begun)))):

@@ -1,7 +1,7 @@
 """How much of a batch is left, by tokens: rows take as long as they have tokens, so counting rows would mislead.
 
-Tokens of requests in flight are known. Those of rows that nobody has read yet are guessed from the rows before them, by
-the sizes of their files where there are any.
+Tokens of requests in flight are known. Those of unread rows are estimated from the rows before them, by the sizes of
+files if there are any.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def check_target(target: Target, begun: Mapping[str, Any] | None) -> None:
                 lock.release()
     except OSError as error:
         raise OutputError(
-            f"{target.path} cannot be written: {error}. Choose an output where you may write, and where there is room."
+            f"{target.path} cannot be written: {error}. Choose an output that you may write, on a disk with room."
         ) from error
 
 

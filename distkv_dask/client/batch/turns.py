@@ -25,7 +25,7 @@ def turn(kind: str, at_once: int) -> Iterator[Callable[[], None]]:
     Parameters
     ----------
     kind, at_once
-        Of which kind of tasks so many run on a worker at once.
+        The kind of tasks, and how many of them may run on a worker at once.
     """
     try:
         worker = get_worker()

@@ -1,4 +1,4 @@
-"""Questions of commands to a running cluster and its engines, whoever opened them."""
+"""Requests of commands to a running cluster and its engines, also to those that others opened."""
 
 from __future__ import annotations
 

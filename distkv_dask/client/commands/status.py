@@ -1,4 +1,4 @@
-"""``distkv status``: the engines of a running cluster, whoever opened them."""
+"""``distkv status``: all engines of a running cluster."""
 
 from __future__ import annotations
 

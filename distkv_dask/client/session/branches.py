@@ -16,7 +16,7 @@ from distkv_dask.sampling import SamplingParams
 
 
 def branch_samplings(sampling: SamplingParams) -> list[SamplingParams]:
-    """How each branch is drawn: by a seed of its own, which depends only on the request's.
+    """Sampling parameters of each branch, with its own seed, which depends only on the request's.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def joined(branches: Sequence[Generation], sampling: SamplingParams, reused: int
 
 
 def _answer(done: Sequence[Completion], sampling: SamplingParams, reused: int | None) -> Completion:
-    """The first answer, which has the others; the best ones where there are more than were asked for."""
+    """The first answer, which has the others; the best ones if more were drawn than requested."""
     scored = done[0].prompt_logprobs
     chosen = sorted(done, key=_mean_logprob, reverse=True)[: sampling.n] if len(done) > sampling.n else done
     if sampling.logprobs is None:

@@ -53,7 +53,7 @@ def _lost(account: SequenceAccount) -> tuple[tuple[int, int], ...]:
 
 
 def _begins(life: MachineState, request: Request) -> tuple[int, int] | None:
-    """From whose snapshot after how many tokens a sequence goes on that lost KV behind these; None if home is lost."""
+    """The snapshot, by sequence and tokens, from which a sequence that lost KV continues; None if its home is lost."""
     account = life.ledger.sequences[request.sequence]
     if account.home in account.lost:
         return None

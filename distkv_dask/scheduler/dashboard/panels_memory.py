@@ -115,7 +115,7 @@ class DebtPanel:
         if self.root.y_range.factors != debtors:
             self.root.y_range.factors = debtors
         self.mapper.high = max((blocks for _, _, blocks in debts), default=1)
-        self.root.title.text = "Who holds KV for whom" + ("" if debts else ": nobody holds any for others now")
+        self.root.title.text = "Who holds KV for whom" + ("" if debts else ": no worker holds any for others now")
         self.source.data = {
             "debtor": [debtor for debtor, _, _ in debts],
             "creditor": [creditor for _, creditor, _ in debts],

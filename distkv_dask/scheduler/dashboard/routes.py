@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StatusJSON(RequestHandler):
-    """The board's status as JSON; no engines where there is no gManager."""
+    """The board's status as JSON; no engines without a gManager."""
 
     def get(self) -> None:
         """Answer a GET."""

@@ -108,7 +108,7 @@ def _cut(placement: Placement, move: Move, block_tokens: int) -> Iterator[Span]:
 
 
 def _joined(spans: Iterator[Span], block_tokens: int) -> Iterator[Span]:
-    """Adjacent spans of one worker as one, where the first ends with a whole block and neither is a document's."""
+    """Join adjacent spans of one worker if the first ends with a whole block and neither is a document's."""
     before = next(spans)
     for span in spans:
         own = span.document is before.document is None

@@ -89,7 +89,7 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tu
     worker
         The worker to drain.
     full
-        The sequences that can be moved, and how many of their tokens lie in full, committed blocks.
+        The sequences that can be moved, and how many of their tokens are in full, committed blocks.
     """
     later: list[tuple[Move, bool]] = []
     for sequence, tokens in full.items():
@@ -114,7 +114,7 @@ def moves_away(ledger: Ledger, worker: str, full: dict[int, int]) -> Iterator[tu
 
 
 def fits_elsewhere(ledger: Ledger, leaving: set[str]) -> bool:
-    """Whether the blocks on some workers would fit on the others, one of which can decode."""
+    """Whether the blocks of some workers would fit on the others, including one that can decode."""
     stay = [account for worker, account in ledger.workers.items() if worker not in leaving and not account.retiring]
     blocks = sum(ledger.workers[worker].used for worker in leaving)
     return not blocks or (any(account.can_decode for account in stay) and sum(one.free for one in stay) >= blocks)

@@ -48,7 +48,7 @@ class Snapshots:
             del self.of[number], self.homes[number]
 
     def touch(self, number: int, tokens: int) -> None:
-        """A snapshot was used just now."""
+        """Note that a snapshot was used."""
         recent = self.recent[self.homes[number]]
         if (number, tokens) in recent:
             recent.move_to_end((number, tokens))

@@ -1,7 +1,7 @@
 """Homes: the workers of an engine that decode, each with a chain of windows, which sequences join and leave.
 
 A sequence joins with the next window that starts; its holders are added to windows that are queued already. How long
-the next window is depends on who waits for its end (:mod:`~distkv_dask.scheduler.costs.pacer`).
+the next window is depends on what waits for its end (:mod:`~distkv_dask.scheduler.costs.pacer`).
 """
 
 from __future__ import annotations

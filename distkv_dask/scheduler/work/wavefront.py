@@ -1,7 +1,7 @@
 """Wavefronts: chunks of one prompt under way on several workers at once, each layer of one behind that of the last.
 
 A chunk waits at its worker's lane, layer by layer, for those before it. So it is submitted only when the one before it
-has begun: whatever a running chunk waits for is running too, down to one that waits for nobody. Prompts that use the
+has begun: whatever a running chunk waits for is running too, down to one that waits for nothing. Prompts that use the
 same workers in any order cannot wait for each other.
 """
 

@@ -125,7 +125,7 @@ class Spilled:
         shutil.rmtree(self.folder.path, ignore_errors=True)
 
     def _pool_rows(self, owner: int, file: SpilledFile, first: int, count: int) -> np.ndarray:
-        """Blocks of the pool; the gManager knows if they are given up meanwhile, and uses nothing of them then."""
+        """Blocks of the pool; if they are dropped while they are read, the gManager knows and uses nothing of them."""
         start = file.start + first * self.pool.block_tokens
         return self.pool.read(self.pool.find(owner, [(start, start + count * self.pool.block_tokens)]))
 

@@ -141,7 +141,7 @@ def overlapping(start: int, stop: int, files: Iterable[Any]) -> list[Any]:
 
 
 def uncovered(start: int, stop: int, files: Iterable[SavedFile | SpilledFile]) -> int:
-    """The first of the tokens ``[start, stop)`` that is in none of the files; ``stop`` if there is none.
+    """The first of the tokens ``[start, stop)`` that is in none of the files; ``stop`` if all are.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Moves of blocks between pools while both workers compute: copying at the source, expected moves at the target.
 
 Bytes go over Dask's own comm from worker to worker (encrypted where the cluster's is), off the lanes. A block of the
-pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they lie there. What a
+pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they are. What a
 target has not been told to expect, or expects no more, it does not take: a late piece never lands in somebody else's
 block.
 """

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """Who opens a channel, for which engine, and the model geometry that it will speak.
+    """The peer that opens a channel, its engine, and the model geometry of its frames.
 
     ``layer_kinds`` is a line of :func:`distkv_dask.geometry.describe_kinds`.
     """

@@ -83,7 +83,7 @@ class UcxLine:
 
     @property
     def alive(self) -> bool:
-        """Whether the connection has neither been closed nor broken."""
+        """Whether the connection is open."""
         return self._endpoint is not None and bool(self._endpoint.alive)
 
     def opened(self) -> bool:

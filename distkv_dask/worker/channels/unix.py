@@ -1,7 +1,7 @@
 """Channels over Unix sockets, between two workers of one user on one machine: 0.6 to 0.9 of TCP's round trip.
 
 Sockets are abstract ones: they have no file that somebody must remove, and they belong to a network namespace, so
-containers that share one reach each other. The kernel tells each end who the other is: only the same user is served.
+containers that share one reach each other. The kernel tells each end the other's user: only the same one is served.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class Connections:
             logger.error("a listener of the holder lane is lost", exc_info=failure)
 
     def _serve_natively(self, seconds: float) -> bool:
-        """Answer sessions in C++ until Python has something to do; False where there is no such session."""
+        """Answer sessions in C++ until Python has something to do; False if there is no such session."""
         given = []
         for home in list(self._connections):
             try:

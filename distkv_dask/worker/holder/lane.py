@@ -183,7 +183,7 @@ class HolderLane:
     def retire(self, engine: str, sequence: int) -> Future[None]:
         """Complete when nothing writes to the blocks of a sequence whose home has stopped computing on it.
 
-        A session that still has the sequence belongs to a gang that failed: frames may lie in its socket, and it ends.
+        A session that still has the sequence belongs to a gang that failed: frames may be in its socket, so it ends.
 
         Raises
         ------

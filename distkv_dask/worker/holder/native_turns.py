@@ -25,7 +25,7 @@ class NativeTurns:
     Parameters
     ----------
     inlet
-        The home's channel; requests lie in its buffer.
+        The home's channel; requests are in its buffer.
     shard
         The batch.
     tensors

@@ -43,7 +43,7 @@ class Session:
     gang
         The gang; requests of any other, or of another epoch, are refused.
     pool
-        Where the KV lies.
+        Where the KV is.
     """
 
     def __init__(self, gang: Gang, pool: Pool) -> None:
@@ -150,7 +150,7 @@ class Session:
         return answered, waits
 
     def answer(self, inlet: Inlet, header: Header) -> None:
-        """Append, attend and reply to the ATTEND frame that lies in ``inlet``.
+        """Append, attend and reply to the ATTEND frame in ``inlet``.
 
         Raises
         ------

@@ -1,6 +1,6 @@
 """Answers that are one of several choices: scored after the prompt's last chunk, without a decode step.
 
-What is computed for one path of the trie lies behind the prompt's KV, past the committed length; the next path
+The KV of one path of the trie is behind the prompt's, past the committed length; the next path
 overwrites it, as a repeated window would.
 """
 

@@ -121,7 +121,7 @@ class HomeFiles:
                 pool.fill(block, row)
 
     def _state(self, row: np.ndarray) -> dict[Any, torch.Tensor]:
-        """The state that some bytes stand for, uint8 [n]."""
+        """The state in some bytes, uint8 [n]."""
         state, at = {}, 0
         for slot, like in self._template.items():
             state[slot] = made = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -141,7 +141,7 @@ def _named(files: Mapping[str, File], kind: str, start: int, stop: int) -> File:
     file = files.get(kind)
     if file is None or (file.start, file.stop) != (start, stop):
         raise SavedDocumentError(
-            f"there is no {kind} of layers after {stop} tokens, without which the model cannot go on: ingest the "
+            f"there is no {kind} of layers after {stop} tokens, without which the model cannot continue: ingest the "
             "document's source again"
         )
     return file

@@ -71,7 +71,7 @@ class HomeState:
         Raises
         ------
         StateLostError
-            What a sequence goes on from is not here.
+            The state that the sequence continues from is not here.
         """
         begun, past = list(begun), None
         if model.geometry.state_bytes:
@@ -89,7 +89,7 @@ class HomeState:
                         part.snapshot(sequence, length)
 
     def put(self, sequence: int, length: int, state: State | None) -> None:
-        """Keep what a sequence has after ``length`` tokens beside what it began with."""
+        """Keep a sequence's state after ``length`` tokens, in addition to the one that it began with."""
         if state is not None:
             self.states.put(sequence, length, state)
         if self.windows is not None:

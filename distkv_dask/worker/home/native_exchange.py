@@ -146,7 +146,7 @@ class NativeExchange:
 def new_exchange(
     asking: Asking, ring: Ring | None = None, in_python: Callable[[Asking], Exchange] = PythonExchange
 ) -> Exchange:
-    """In C++ where all channels are plain sockets and the library is there, else in Python; recorded in a ring."""
+    """In C++ if all channels are plain sockets and the library is loaded, else in Python; recorded in a ring."""
     library = wire()
     plain = all(type(channel) in (TcpChannel, UnixChannel) for _, channel, _ in asking.holders)
     if library is None or not plain or not asking.pool.device.is_host:

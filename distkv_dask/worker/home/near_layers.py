@@ -1,4 +1,4 @@
-"""Attention of a model of which some layers have their KV at the home alone, the others on any workers."""
+"""Attention of a model with some layers whose KV is only at the home, and others with KV on any workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SplitAttention:
     far
         Attention of the distributed layers.
     near
-        Attention of the layers at the home, which asks nobody.
+        Attention of the layers at the home, which needs no holders.
     """
 
     def __init__(self, geometry: Geometry, far: DistAttention | LayerAttention, near: DistAttention) -> None:
@@ -50,7 +50,7 @@ class SplitAttention:
         return self.far.exchanged
 
     def advance(self) -> None:
-        """Go on to the next step."""
+        """Advance to the next step."""
         self.far.advance()
         self._near.advance()
 

@@ -205,7 +205,7 @@ class Remote:
         """Put the queries into the question, and the KV of tokens that belong to a tail there."""
         _take(q, self._index, self._q)
         if self._kv_shape[1]:
-            for tensor, there in zip((k, v), self._kv, strict=False):  # where values lie in the keys, keys alone
+            for tensor, there in zip((k, v), self._kv, strict=False):  # if values are a part of the keys, keys alone
                 _take(tensor, self._appended, there)
 
     def ask(self, layer: int, step: int, scale: float) -> None:

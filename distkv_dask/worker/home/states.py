@@ -31,7 +31,7 @@ class States:
         self._snapshots: dict[int, dict[int, State]] = {}
 
     def begin_run(self, sequence: int, length: int) -> State:
-        """State of a sequence after ``length`` tokens, beside which only snapshots are kept from now on.
+        """State of a sequence after ``length`` tokens; from now on only it and snapshots are kept.
 
         Parameters
         ----------
@@ -69,7 +69,7 @@ class States:
         )
 
     def put(self, sequence: int, length: int, state: State) -> None:
-        """Keep a state beside the one that a sequence began with."""
+        """Keep a state in addition to the one that a sequence began with."""
         self._kept.setdefault(sequence, {})[length] = state
 
     def snapshot(self, sequence: int, length: int) -> None:
@@ -91,7 +91,7 @@ class States:
             self._kept.pop(sequence, None)
 
     def sequences(self) -> set[int]:
-        """Sequences of which anything is kept."""
+        """Sequences with any kept state."""
         return {*self._kept, *self._snapshots}
 
     def drop(self, sequence: int) -> None:

@@ -34,7 +34,7 @@ class StepAttention:
     windows
         KV of layers that stays at the home, if the model has such.
     alike
-        Whether each token is a row of its own, as :func:`distkv_dask.worker.plan.cut` has it.
+        Whether each token is a separate row, as :func:`distkv_dask.worker.plan.cut` has it.
     ring
         Where a trace records; None without one.
     """

@@ -47,7 +47,7 @@ class Windows:
     """Blocks of the sequences that a worker is home of, for the layers of a model that see only a window.
 
     Any thread may change snapshots, and drop a sequence that nothing computes on; only the home lane's does the rest.
-    Snapshots, and sequences that begin with one, share blocks: whole ones, which nobody changes.
+    Snapshots, and sequences that begin with one, share blocks: whole ones, which are never changed.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class Windows:
         self._spans[sequence] = Span(self._home, first, stop)
 
     def put(self, sequence: int, length: int) -> None:
-        """Keep a sequence's window after ``length`` tokens beside the one that it began with."""
+        """Keep a sequence's window after ``length`` tokens, in addition to the one that it began with."""
         pool, lengths = self.pool, self._lengths.setdefault(sequence, set())
         pool.free(sequence, self._end(max(lengths, default=0)), self.first(length))
         pool.free(sequence, self._end(length), _EVERYTHING)
@@ -146,7 +146,7 @@ class Windows:
         self.keep(sequence, (), ended=True)
 
     def stored(self, batch: Sequence[Stored]) -> list[Stored]:
-        """Sequences of a step as they lie here."""
+        """Sequences of a step, with their places here."""
         return [one._replace(placement=(self._spans[one.sequence],)) for one in batch]
 
     def kept(self, sequence: int, length: int) -> int:

@@ -133,7 +133,7 @@ def _form(model: Any) -> tuple[object, ...]:
 
 
 def _persistent(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights and buffers that belong to a checkpoint, as they lie in memory; tied ones under one name only."""
+    """Weights and buffers that belong to a checkpoint, as they are in memory; tied ones under one name only."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:

@@ -19,7 +19,7 @@ ROWS = 16
 
 
 class Drawn(NamedTuple):
-    """A token, with its log probability if that was asked for."""
+    """A token, with its log probability if that was requested."""
 
     token: int
     logprob: TokenLogprob | None = None

@@ -38,7 +38,7 @@ class Weights:
     disk
         Reads layers from disk.
     rows
-        Weights of which rows of zeros are skipped.
+        Weights whose rows of zeros are skipped.
     """
 
     device: Device

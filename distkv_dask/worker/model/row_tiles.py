@@ -93,7 +93,7 @@ def check_rows_alike(forward: Forward, geometry: Geometry, device: torch.device)
         if not torch.equal(together[some], forward(ids[some], positions[some], _EachItself())):
             raise UnsupportedModelError(
                 f"distkv.deterministic: the model rounds differently with {size} tokens in a step than with "
-                f"{count}, beside its linears: {_ADVICE}"
+                f"{count}, in addition to its linears: {_ADVICE}"
             )
 
 

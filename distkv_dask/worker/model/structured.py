@@ -80,9 +80,9 @@ KEPT = 256
 
 
 class Grammars:
-    """Followers of grammars for one model; its tokenizer is read when the first is asked for.
+    """Followers of grammars for one model; its tokenizer is read on demand.
 
-    A large one takes seconds to compile, so whoever may not wait has another thread :meth:`prepare` it first.
+    A large one takes seconds to compile: threads that must not wait let another one :meth:`prepare` it first.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ enum Turn : int64_t { kAwaits = 0, kStepDone = 1, kPython = 2, kUnsent = 3, kBad
 
 namespace {
 
-// Reads what is there of the frame; whether all of it is, as expected.
+// Reads the bytes of the frame that have arrived; returns whether it is complete, as expected.
 bool request(Session& session) {
   while (session.filled < session.frame_bytes) {
     const iovec whole = {session.frame, static_cast<size_t>(session.frame_bytes)};
@@ -94,7 +94,7 @@ void answer(Session& session, const Header& asked, LayerCall layer) {
   else if (step_done) session.status = kStepDone;
 }
 
-// Answers what is there; whether the session goes on without Python.
+// Answers frames that have arrived; returns whether the session continues without Python.
 bool serve(Session& session, LayerCall layer) {
   const Marks* marks = session.marks;
   if (marks && marks->last) put(session.marks, kIdle, marks->last, -1, -1, -1);

@@ -15,7 +15,7 @@ namespace distkv {
 // One holder. Python fills it (home/native_exchange.py): every field has 8 bytes, but for the headers.
 struct Holder {
   int64_t fd;
-  const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they lie
+  const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they are
   int64_t queries, q_bytes;
   const int64_t* kv_index;  // [appended] tokens whose KV is appended there; null: all
   int64_t appended, kv_bytes;
@@ -81,7 +81,7 @@ Status send(Holder& holder, const void* q, const void* k, const void* v) {
   add(q, holder.q_index, holder.queries, holder.q_bytes);
   if (holder.appended) {
     add(k, holder.kv_index, holder.appended, holder.kv_bytes);
-    if (v) add(v, holder.kv_index, holder.appended, holder.kv_bytes);  // null: values lie in the keys
+    if (v) add(v, holder.kv_index, holder.appended, holder.kv_bytes);  // null: values are a part of the keys
   }
   const int64_t size = kHeaderBytes + static_cast<int64_t>(holder.ask.length);
   for (int64_t sent = 0; sent < size;) {
@@ -94,7 +94,7 @@ Status send(Holder& holder, const void* q, const void* k, const void* v) {
 
 bool is_whole(const Holder& holder) { return holder.received == kHeaderBytes + holder.answer_bytes; }
 
-// Reads what is there; whether the whole partial is.
+// Reads bytes that have arrived; returns whether the partial is complete.
 bool receive(Home& home, Holder& holder, Status& status) {
   const iovec whole[2] = {{&holder.got, sizeof(Header)}, {holder.answer, static_cast<size_t>(holder.answer_bytes)}};
   const int64_t count = transfer(recvmsg, static_cast<int>(holder.fd), whole, 2, holder.received, MSG_DONTWAIT);
@@ -188,7 +188,7 @@ Status gather(Home& home, double seconds) {
 }  // namespace
 }  // namespace distkv
 
-// Sends a layer's queries, and the KV of tails that lie elsewhere, to the holders asked in it. Returns a distkv::Status.
+// Sends a layer's queries, and the KV of tails on other workers, to its holders. Returns a distkv::Status.
 DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, const void* v, int64_t layer,
                              int64_t step, double scale) {
   const double began = distkv::seconds_now();
@@ -218,7 +218,7 @@ DISTKV_EXPORT int distkv_ask(distkv::Home* home, const void* q, const void* k, c
   return distkv::kDone;
 }
 
-// Waits at most `seconds` for all partials of the layer asked for. Returns a distkv::Status.
+// Waits at most `seconds` for all partials of the layer. Returns a distkv::Status.
 DISTKV_EXPORT int distkv_gather(distkv::Home* home, double seconds) {
   home->error = 0;
   try {

@@ -1,4 +1,4 @@
-// What a trace records of layers that never meet Python: who did what from when to when, by the monotonic clock.
+// A trace's records of layers that run without Python: what was done, from when to when, by the monotonic clock.
 #pragma once
 #include <stdint.h>
 #include <time.h>

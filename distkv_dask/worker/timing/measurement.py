@@ -68,7 +68,7 @@ def measure(engine: str, geometry: Geometry, runtime: Runtime, lanes: Lanes, *, 
             return Measurement(attention=attention)
         return replace(_Timing(engine, geometry, runtime, lanes).run(), attention=attention)
     except (DistKVError, torch.OutOfMemoryError):
-        logger.exception("this worker could not be timed; a preset stands in for its speed")
+        logger.exception("this worker could not be timed; a preset is used for its speed")
         return None
     finally:
         if runtime.tracer is not None:
