@@ -103,6 +103,10 @@ class ControlTokens:
         named = self._matched.sub(lambda found: self._names[found.group()], text)
         return self._ids(hidden.show(named), add_special_tokens=False)
 
+    def is_whole(self, text: str) -> bool:
+        """Whether a text is a control token, and nothing else."""
+        return text in self._names
+
     def count(self, text: str) -> dict[str, int]:
         """How often each control token occurs in a text."""
         counts: dict[str, int] = {}
@@ -180,7 +184,7 @@ class Hidden:
         return "".join(shown)
 
     def _keep(self, piece: str) -> str:
-        self.found |= piece in self._control._names
+        self.found |= self._control.is_whole(piece)
         self._pieces.append(piece)
         return f"{self._secret}{len(self._pieces) - 1}{self._secret}"
 
