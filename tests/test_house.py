@@ -88,7 +88,7 @@ def uses_of_others(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nobody_uses_what_is_private_to_another_class_or_module(path: Path) -> None:
+def test_nobody_uses_what_is_private_to_a_class_of_another_module(path: Path) -> None:
     assert list(uses_of_others(parsed(path))) == [], "make it public, or ask for something else"
 
 
