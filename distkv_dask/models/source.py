@@ -149,6 +149,8 @@ class ModelSource:
     def stage_memory(self, config: Any, dtype: str, layers: tuple[int, int], outside: bool) -> tuple[int | None, bool]:
         """Bytes in memory of the weights of layers ``[first, stop)``, and of those ``outside`` of layers if wanted.
 
+        If they are not, opening still looks at them, so it is at least as many.
+
         Returns
         -------
         memory, known
@@ -160,10 +162,12 @@ class ModelSource:
             numbers = numbers_by_layer(weight_files(self._config_file().parent))
         except ModelError:
             return None, False
-        some = {name: one for name, one in numbers.items() if (layers[0] <= int(name) < layers[1] if name else outside)}
         if disk_memory_of(numbers, config, dtype) is None:
             return None, True
-        return sum(memory_of(one, config, dtype) for one in some.values()), True
+        sizes = {name: memory_of(one, config, dtype) for name, one in numbers.items()}
+        beside = sizes.pop("", 0)
+        own = sum(size for name, size in sizes.items() if layers[0] <= int(name) < layers[1])
+        return own + beside if outside else max(own, beside), True
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """The model's files, each with its size in bytes and when it was changed (nanoseconds)."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
-from time import monotonic, process_time, thread_time
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from distributed.core import Status
@@ -21,12 +20,11 @@ from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.names import MEMORY_RESOURCE, PLUGIN, TO_WORKER, EngineSpec, pack
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
-from distkv_dask.placement import Stage
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.clock import run_clock
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engines.engine import EngineState
-from distkv_dask.scheduler.engines.group import Group
 from distkv_dask.scheduler.lifecycle.events import Event, Pause, StopAll, Tick, WorkerLost, WorkerReady
 from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.scheduler.tasks.submitter import Submitter
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distributed.distkv.gmanager")
 
-TICK_SECONDS = 1.0
 ONE_VERSION = "install the same version for clients, scheduler and workers, and restart them"
 
 
@@ -77,7 +74,7 @@ class Dispatcher:
         self.engines[spec.engine] = engine
         self.board.start()
         if self._clock is None:
-            self._clock = asyncio.create_task(self._tick())
+            self._clock = asyncio.create_task(run_clock(self._pacer, self.submitter, self._tick))
         return engine
 
     def is_memory(self, worker: str) -> bool:
@@ -87,52 +84,20 @@ class Dispatcher:
 
     def open_on(self, worker: str, engine: EngineState) -> None:
         """Open an engine on a worker, once its version is known, and on a memory worker the model's geometry."""
-        geometry = engine.geometry if self.is_memory(worker) else None
-        if engine.group is not None and self.is_memory(worker):
-            return
-        if engine.knows(worker) or (geometry is None and self.is_memory(worker)):
+        holds = self.is_memory(worker)
+        geometry = engine.geometry if holds else None
+        if engine.knows(worker) or (holds and (geometry is None or engine.group is not None)):
             return
         if (version := self.versions.get(worker)) is None:
             engine.await_hello(worker)
-            return
-        if engine.group is not None and version == VERSION:
-            self._open_stage(worker, engine, engine.group)
-            return
-        engine.expect(worker)
-        if version == VERSION:
-            self._send(engine, Open(worker, engine.spec, geometry))
-        else:
+        elif version != VERSION:
             text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
             engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
-
-    def _open_stage(self, worker: str, engine: EngineState, group: Group) -> None:
-        """Open a stage on a worker, if one needs it; the first stage is opened once all others are."""
-        number = group.take(worker)
-        if number is None:
-            engine.not_needed(worker)
-            return
-        engine.expect(worker)
-        if number:
-            self._send(engine, Open(worker, engine.spec, None, Stage(number, engine.spec.config.stages)))
-        self._open_first_stage(engine, group)
-
-    def _open_first_stage(self, engine: EngineState, group: Group) -> None:
-        if (stage := group.first_stage(engine.facts)) is not None:
-            self._send(engine, Open(group.home, engine.spec, None, stage))
-
-    def _lose_stage(self, state: EngineState, group: Group, worker: str) -> None:
-        """A worker is gone: without one of its stages, a home has nothing of its sequences; others take the places."""
-        number = group.leave(worker)
-        if number is None or state.is_closing:
-            return
-        if number and (home := group.home):
-            group.closing.add(home)
-            group.leave(home)
-            self._send(state, Close(home))
-            self._lose(state, home, f"lost {worker}, which had further layers")
-            self.submitter.worker_lost(home, state.spec.engine)
-        for other in [one for one in self.scheduler.stream_comms if one in self.versions and one != worker]:
-            self.open_on(other, state)
+        elif engine.group is not None:
+            self._send(engine, *engine.open_stage(worker))
+        else:
+            engine.expect(worker)
+            self._send(engine, Open(worker, engine.spec, geometry))
 
     async def close_engine(self, engine: str) -> None:
         """End all requests of an engine and free what it has on every worker; waits for the workers' answers."""
@@ -188,15 +153,13 @@ class Dispatcher:
         self.versions.pop(worker, None)
         for state in list(self.engines.values()):
             if state.group is not None:
-                state.group.closing.discard(worker)
+                state.group.gone(worker)
             self._lose(state, worker, "died or left")
         self.submitter.worker_lost(worker)
 
     def take_message(self, state: EngineState, message: did.FromWorker) -> None:
         """Handle a message of a worker."""
-        if state.group is not None and message.worker in state.group.closing:
-            if isinstance(message, did.Closed):
-                state.group.closing.discard(message.worker)
+        if state.group is not None and state.group.is_old(message):
             return
         match message:
             case did.Opened():
@@ -205,8 +168,8 @@ class Dispatcher:
                 logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
                 state.open_failed(worker, error)
                 if state.group is not None:
-                    state.group.failed.add(worker)
-                    self._lose_stage(state, state.group, worker)
+                    state.group.fail(worker)
+                    self._regroup(state, worker)
             case did.Closed(worker) if state.is_closing:
                 state.closed(worker)
             case did.Closed(worker):  # not requested: the worker is about to leave
@@ -230,12 +193,11 @@ class Dispatcher:
     def _opened(self, state: EngineState, message: did.Opened) -> None:
         state.ready(message)
         if message.role != "stage":
-            can_decode = message.role == "instance"
             rooms = message.spill_bytes, message.host_bytes, message.places
-            ready = WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms)
-            self.handle(state, ready)
+            can_decode = message.role == "instance"
+            self.handle(state, WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms))
         elif state.group is not None:
-            self._open_first_stage(state, state.group)
+            self._send(state, *state.group.openings(message.worker, state.facts))
 
     def _lose(self, state: EngineState, worker: str, how: str) -> None:
         """An engine lost a worker: its blocks are recomputed."""
@@ -243,8 +205,18 @@ class Dispatcher:
             state.figures.happened(monotonic(), "loss", f"worker {worker} {how}")
         state.worker_lost(worker)
         self.handle(state, WorkerLost(worker))
-        if state.group is not None:
-            self._lose_stage(state, state.group, worker)
+        self._regroup(state, worker)
+
+    def _regroup(self, state: EngineState, gone: str) -> None:
+        """A worker is gone, perhaps with a stage: the home closes, and others take the places."""
+        if state.group is None or state.is_closing or (home := state.group.leave(gone)) is None:
+            return
+        if home:
+            self._send(state, Close(home))
+            self._lose(state, home, f"lost {gone}, which had further layers")
+            self.submitter.worker_lost(home, state.spec.engine)
+        for other in [one for one in self.scheduler.stream_comms if one in self.versions and one != gone]:
+            self.open_on(other, state)
 
     def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:
         """A live worker lost everything of an engine because of ``reason``: it opens the engine again."""
@@ -311,21 +283,15 @@ class Dispatcher:
             case Delivery():
                 state.deliver(command)
 
-    def _send(self, state: EngineState, message: ToWorker) -> None:
-        if message.worker in self.scheduler.stream_comms:  # otherwise remove_worker is about to be called
-            packed = {"op": TO_WORKER, "engine": state.spec.engine, "message": pack(message)}
-            self.scheduler.worker_send(message.worker, packed)
+    def _send(self, state: EngineState, *messages: ToWorker) -> None:
+        for message in messages:
+            if message.worker in self.scheduler.stream_comms:  # otherwise remove_worker is about to be called
+                packed = {"op": TO_WORKER, "engine": state.spec.engine, "message": pack(message)}
+                self.scheduler.worker_send(message.worker, packed)
 
-    async def _tick(self) -> None:
-        # in a separate scheduler process, the loop is in the main thread; elsewhere other threads are a user's
-        clock = process_time if threading.current_thread() is threading.main_thread() else thread_time
-        while True:
-            began, cpu, counted = monotonic(), clock(), self.submitter.ended
-            await asyncio.sleep(TICK_SECONDS)
-            tasks, others = (after - before for after, before in zip(self.submitter.ended, counted, strict=True))
-            self._pacer.measured(monotonic() - began, clock() - cpu, tasks, others)
-            paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
-            for engine in list(self.engines.values()):
-                if (known := paused & engine.life.ledger.workers.keys()) != engine.life.paused:
-                    self.handle(engine, Pause(frozenset(known)))
-                self.handle(engine, Tick())
+    def _tick(self) -> None:
+        paused = {worker for worker, state in self.scheduler.workers.items() if state.status == Status.paused}
+        for engine in list(self.engines.values()):
+            if (known := paused & engine.life.ledger.workers.keys()) != engine.life.paused:
+                self.handle(engine, Pause(frozenset(known)))
+            self.handle(engine, Tick())

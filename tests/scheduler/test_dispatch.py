@@ -17,8 +17,8 @@ from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.messages.names import unpack
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler import clock, dispatch
 from distkv_dask.scheduler import commands as do
-from distkv_dask.scheduler import dispatch
 from distkv_dask.scheduler.engines.engine import MAX_REOPENINGS, EngineState
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.scheduler.lifecycle.events import Tick
@@ -211,7 +211,7 @@ def test_commands_leave_for_where_they_belong() -> None:
 
 
 def test_the_clock_tells_engines_which_workers_dask_has_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(clock, "TICK_SECONDS", 0.001)
 
     async def run() -> None:
         dask = DaskByHand("a", "b")

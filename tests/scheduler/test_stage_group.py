@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distkv_dask.messages.from_worker import Closed, Lost
 from distkv_dask.placement import Endpoint, Stage
 from distkv_dask.scheduler.engines.group import Group
 
@@ -25,26 +26,55 @@ def test_stages_have_every_layer_once_and_none_is_empty(layers: int, count: int)
 
 @given(st.integers(2, 5), st.lists(st.tuples(st.sampled_from("abcdefg"), st.booleans()), max_size=40))
 def test_a_home_opens_once_each_time_that_all_stages_are_there(count: int, events: list[tuple[str, bool]]) -> None:
-    group, facts, asked = Group(count), dict[str, Any](), False
+    group, facts, home = Group(spec(count)), dict[str, Any](), ""
     for worker, comes in events:
         if comes:
-            number = group.take(worker)
-            if number:
-                endpoint = Endpoint(worker, "host", 1)
-                facts[worker] = SimpleNamespace(endpoint=endpoint, capacity_blocks=ord(worker))
+            if not group.take(worker):
+                continue
+            found = group.openings(worker, facts)
+            if worker != group.home:
+                assert (found[0].worker, found[0].stage) == (worker, Stage(group.places.index(worker), count))
+                facts[worker] = SimpleNamespace(endpoint=Endpoint(worker, "host", 1), capacity_blocks=ord(worker))
+                found = group.openings(worker, facts)
+            assert len(found) == all(group.places)
+            if found:
+                home, stage = group.home, found[0].stage
+                assert found[0].worker == home
+                assert stage is not None
+                assert [one.worker for one in stage.further] == group.places[1:]
+                assert stage.blocks == min(ord(one) for one in group.places[1:])
         else:
-            number = group.leave(worker)
+            had, gone = worker in group.places, group.leave(worker)
+            assert gone == ((home if worker != home else "") if had else None)
             facts.pop(worker, None)
-            asked &= number != 0
+            home = "" if had else home
         there = [one for one in group.places if one]
         assert len({*there}) == len(there)
-        stage = group.first_stage(facts)
-        complete = all(group.places)
-        assert (stage is not None) == (complete and not asked)
-        if stage is not None:
-            asked = True
-            assert [one.worker for one in stage.further] == group.places[1:]
-            assert stage.blocks == min(ord(one) for one in group.places[1:])
-        if asked and not complete:  # as the dispatcher does, which closes such a home
-            group.leave(group.home)
-            asked = False
+
+
+def test_what_a_home_tells_after_it_was_told_to_close_is_of_an_earlier_time() -> None:
+    group, facts = (
+        Group(spec(2)),
+        {"b": cast(Any, SimpleNamespace(endpoint=Endpoint("b", "host", 1), capacity_blocks=1))},
+    )
+    assert group.take("b")
+    assert group.take("a")
+    assert group.openings("a", facts)
+    assert group.leave("b") == "a"
+    assert group.is_old(Lost("a", "its lanes ended"))
+    assert not group.is_old(Lost("c", "its lanes ended"))
+    assert group.is_old(Closed("a"))
+    assert not group.is_old(Lost("a", "its lanes ended"))
+
+
+def test_a_worker_that_could_not_open_its_stage_gets_none_again() -> None:
+    group = Group(spec(2))
+    assert group.take("a")
+    group.fail("a")
+    assert group.leave("a") == ""
+    assert not group.take("a")
+    assert group.take("b")
+
+
+def spec(stages: int) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(stages=stages))

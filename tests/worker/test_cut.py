@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.placement import Stage
 from distkv_dask.worker.model.load import load_model
-from distkv_dask.worker.model.mapped import forget_pages
+from distkv_dask.worker.model.mapped import forgetting_pages
 from tests._models import WINDOWED, model_dir, prompt_ids
 
 
@@ -76,15 +76,39 @@ def test_more_stages_than_layers_are_refused() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a process has of a file")
-def test_pages_of_layers_of_others_are_given_back_and_read_again_when_needed(tmp_path: Path) -> None:
-    file, some = tmp_path / "weights.safetensors", torch.arange(1 << 18, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_a_layer_and_the_head_are_there_while_a_stage_opens(dtype: torch.dtype, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(num_hidden_layers=8, vocab_size=4096, tie_word_embeddings=False, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
+    file, most = tmp_path / "model.safetensors", 0
+
+    def look(*_: object) -> None:
+        nonlocal most
+        most = max(most, resident(file))
+
+    with torch.nn.modules.module.register_module_forward_hook(look):
+        found = load_model(str(tmp_path), "auto", 1, stage=Stage(1, 4))
+    head, layer = 4096 * 512, 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 2048
+    assert head < 1024 * most / dtype.itemsize < 1.1 * (head + layer)
+    assert resident(file) < most / 8
+    assert found.weight_bytes < file.stat().st_size / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a process has of a file")
+def test_pages_that_were_given_back_are_read_again_when_needed(tmp_path: Path) -> None:
+    file, some = tmp_path / "weights.safetensors", torch.arange(1 << 18, dtype=torch.float32).view(512, 512)
     save_file({"weight": some}, file)
-    weight = load_file(file)["weight"]
-    torch.testing.assert_close(weight, some)
-    before = resident(file)
-    forget_pages([weight])
-    assert resident(file) < before / 2
-    torch.testing.assert_close(weight, some)
+    module = torch.nn.Linear(512, 512, bias=False)
+    module.weight = torch.nn.Parameter(load_file(file)["weight"])
+    with torch.no_grad(), forgetting_pages(module) as forget:
+        expected = module(some)
+        assert resident(file) < 256
+        torch.testing.assert_close(module.weight, some)
+        assert resident(file) > 512
+        forget([module.weight])
+        assert resident(file) < 256
+        torch.testing.assert_close(module(some), expected)
 
 
 def resident(file: Path) -> int:

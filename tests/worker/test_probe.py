@@ -90,6 +90,29 @@ def test_a_model_in_float32_computes_as_one_and_is_then_as_before(
     assert error < 1e-6 if whole else error < 3 * (rounded - wanted).norm() / wanted.norm()
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi"])  # without a bias of the head, and with one
+def test_tables_of_a_vocabulary_are_not_copied(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widening, "_SMALL", 1 << 14)
+    model, ids = tiny(kind), torch.arange(20)[None]
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    before, dtypes = state(model), set[torch.dtype]()
+
+    def look(module: Any, *_: Any) -> None:
+        dtypes.add(module.weight.dtype)
+
+    hooks = [table.register_forward_pre_hook(look) for table in tables]
+    with torch.inference_mode(), in_float32(model, model.model.layers) as whole:
+        found = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    assert whole
+    assert state(model) == before
+    assert dtypes == {torch.bfloat16}
+    assert model(ids).logits.dtype == torch.bfloat16
+    with torch.inference_mode():
+        torch.testing.assert_close(found, tiny(kind).float()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_no_more_than_a_layer_is_wide_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     layers = model.model.layers

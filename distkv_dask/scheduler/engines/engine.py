@@ -16,6 +16,7 @@ from distkv_dask.messages.client_calls import Attached, Delivery, EngineFacts
 from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
+from distkv_dask.messages.to_worker import Open
 from distkv_dask.scheduler.costs.fit import fit_model
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
@@ -57,7 +58,7 @@ class EngineState:
         """Sizes of the model, once a worker has loaded it; they are sent to memory workers."""
         self.span = spec.span
         """Dask span of tasks submitted from now on; None: Dask's default one."""
-        self.group = Group(spec.config.stages) if spec.config.stages > 1 else None
+        self.group = Group(spec) if spec.config.stages > 1 else None
         """The workers among which layers are divided, if they are."""
         self.figures = Figures()
         self.is_closing = False
@@ -117,9 +118,13 @@ class EngineState:
             self._failure = self._failure or error
             self._answered(worker)
 
-    def not_needed(self, worker: str) -> None:
-        """A worker whose hello was awaited stands by."""
-        self._answered(worker)
+    def open_stage(self, worker: str) -> list[Open]:
+        """A worker takes a stage, or stands by; what is sent for it."""
+        if self.group is None or not self.group.take(worker):
+            self._answered(worker)
+            return []
+        self.expect(worker)
+        return self.group.openings(worker, self.facts)
 
     def closed(self, worker: str) -> None:
         """A worker freed everything of the engine."""

@@ -1,4 +1,4 @@
-"""The workers among which an engine's layers are divided, by stage; others stand by. Pure."""
+"""The workers among which an engine's layers are divided, by stage; others stand by. Pure: messages out, none sent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from distkv_dask.config import Config
 from distkv_dask.errors import ClusterError, ConfigError
-from distkv_dask.messages.from_worker import Opened
+from distkv_dask.messages.from_worker import Closed, FromWorker, Opened
+from distkv_dask.messages.names import EngineSpec
+from distkv_dask.messages.to_worker import Open
 from distkv_dask.placement import Stage
 
 
@@ -15,17 +17,17 @@ class Group:
 
     Parameters
     ----------
-    count
-        Number of stages.
+    spec
+        The engine.
     """
 
-    def __init__(self, count: int) -> None:
-        self.places = [""] * count
-        self.closing: set[str] = set()
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self.places = [""] * spec.config.stages
+        self._closing: set[str] = set()
         """Workers that were told to close the engine because they lost a stage: until they answer, what they tell is
         of that time."""
-        self.failed: set[str] = set()
-        """Workers that could not open a stage."""
+        self._failed: set[str] = set()
         self._asked = False
 
     @property
@@ -33,22 +35,64 @@ class Group:
         """The worker with the first stage; empty where there is none."""
         return self.places[0]
 
-    def take(self, worker: str) -> int | None:
-        """Give a worker a stage that has none, the first one last; None where none needs it."""
-        if worker in self.places or worker in self.failed or "" not in self.places:
-            return None
-        number = next((at for at in range(1, len(self.places)) if not self.places[at]), 0)
-        self.places[number] = worker
-        return number
+    def take(self, worker: str) -> bool:
+        """Give a worker a stage that has none, the first one last; False where none needs it."""
+        if worker in self.places or worker in self._failed or "" not in self.places:
+            return False
+        self.places[next((at for at in range(1, len(self.places)) if not self.places[at]), 0)] = worker
+        return True
 
-    def leave(self, worker: str) -> int | None:
-        """A worker is gone; the number of its stage, if it had one."""
+    def openings(self, worker: str, facts: Mapping[str, Opened]) -> list[Open]:
+        """What is sent once a worker has taken a stage, or has opened it.
+
+        Parameters
+        ----------
+        worker
+            It.
+        facts
+            Of all workers that have opened the engine.
+        """
+        number, found = self.places.index(worker), list[Open]()
+        if number and worker not in facts:
+            found.append(Open(worker, self._spec, None, Stage(number, len(self.places))))
+        if (stage := self.first_stage(facts)) is not None:
+            found.append(Open(self.home, self._spec, None, stage))
+        return found
+
+    def fail(self, worker: str) -> None:
+        """A worker could not open its stage, and gets none any more."""
+        self._failed.add(worker)
+
+    def leave(self, worker: str) -> str | None:
+        """A worker is gone.
+
+        Returns
+        -------
+        str or None
+            The home, if it must close: without a stage it has nothing of its sequences. Empty if it need not, and None
+            if the worker had no stage, so that nothing changes.
+        """
         if worker not in self.places:
             return None
-        number = self.places.index(worker)
-        self.places[number] = ""
-        self._asked &= number > 0
-        return number
+        self.places[self.places.index(worker)] = ""
+        was_open, self._asked = self._asked, False
+        if not was_open or not self.home:
+            return ""
+        home, self.places[0] = self.home, ""
+        self._closing.add(home)
+        return home
+
+    def gone(self, worker: str) -> None:
+        """A worker's process has ended, or left the cluster."""
+        self._closing.discard(worker)
+
+    def is_old(self, message: FromWorker) -> bool:
+        """Whether a message is of a worker's time before it lost a stage; takes note of the last one."""
+        if message.worker not in self._closing:
+            return False
+        if isinstance(message, Closed):
+            self._closing.discard(message.worker)
+        return True
 
     def first_stage(self, facts: Mapping[str, Opened]) -> Stage | None:
         """What the home is told, once, when all other stages are open."""

@@ -23,7 +23,6 @@ from distkv_dask.worker.model.first_layers import first_layers
 from distkv_dask.worker.model.from_disk import layers_of
 from distkv_dask.worker.model.hook import attending_with, running_step
 from distkv_dask.worker.model.in_float32 import in_float32
-from distkv_dask.worker.model.mapped import forget_pages
 
 _TOLERANCE = 1e-3
 """Largest relative difference between a model in two stages and the whole one: rounding of parts in 16 bits."""
@@ -97,7 +96,6 @@ def keep_layers(model: Any, geometry: Geometry, stage: Stage) -> Geometry:
         _check_cut(model, cast(nn.ModuleList, few), geometry)
     first, stop = stage.layers(len(layers))
     begins = {Stage(number, stage.count).layers(len(layers))[0]: number for number in range(1, stage.count)}
-    whole = [*model.parameters()]
     for at, layer in enumerate([*layers]):
         if stage.number and at == first - 1:
             layers[at] = _Entry(layer)
@@ -107,8 +105,6 @@ def keep_layers(model: Any, geometry: Geometry, stage: Stage) -> Geometry:
         layers[stop - 1].register_forward_hook(_leave)
         model.set_output_embeddings(None)
         model.get_decoder().set_input_embeddings(None)
-    own = {id(weight) for weight in model.parameters()}
-    forget_pages(weight for weight in whole if id(weight) not in own)
     return replace(geometry, layers=stop - first, layer_kinds=geometry.layer_kinds[first:stop])
 
 

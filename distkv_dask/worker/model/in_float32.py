@@ -1,7 +1,8 @@
 """Runs a 16-bit model in float32, a module at a time, so that rounding does not hide or fake a difference.
 
 There is never a second copy of the model: small weights are widened while their layer runs, large ones during their own
-call, and the largest (experts, a head over a big vocabulary) stay in 16 bits, between two conversions.
+call, and the largest (experts) stay in 16 bits, between two conversions. Embeddings and heads over a big vocabulary are
+not copied: rows are looked up and then widened, and products computed by some rows of the weight at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def in_float32(model: Any, layers: nn.ModuleList | None) -> Iterator[bool]:
         whole = True
         for module in model.modules():
             size = _size(module)
-            if size > _LARGE:
+            if size > _SMALL and module not in inner and _is_table(module):
+                _widen_rows(stack, module)
+            elif size > _LARGE:
                 _hook(stack, module, _narrowed_inputs, _widened_output)
                 whole = False
             elif size > _SMALL:
@@ -91,6 +94,27 @@ def _widen_calls(stack: ExitStack, called: nn.Module, modules: list[nn.Module]) 
 
     _hook(stack, called, before, after)
     stack.callback(running.close)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether a module is a plain embedding or linear, with rows for the tokens of a vocabulary."""
+    return type(module) in (nn.Embedding, nn.Linear) and "forward" not in vars(module)
+
+
+def _widen_rows(stack: ExitStack, table: Any) -> None:
+    """Let a table compute in float32 without a copy of it."""
+    table.forward = partial(_looked_up if isinstance(table, nn.Embedding) else _multiplied, table)
+    stack.callback(delattr, table, "forward")
+
+
+def _looked_up(table: nn.Embedding, ids: Tensor) -> Tensor:
+    return table.weight[ids].float()
+
+
+def _multiplied(table: nn.Linear, rows: Tensor) -> Tensor:
+    some = table.weight.split(max(1, _SMALL // 4 // table.in_features))
+    product = torch.cat([nn.functional.linear(rows.float(), part.float()) for part in some], -1)
+    return product if table.bias is None else product + table.bias.float()
 
 
 def _hook(stack: ExitStack, module: nn.Module, before: Any, after: Any) -> None:

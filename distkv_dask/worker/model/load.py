@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from distkv_dask.worker.model.cut import keep_layers
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.long_rope import pin_long_rope
+from distkv_dask.worker.model.mapped import forgetting_pages
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.read_weights import Weights, in_rows, on_disk, read_weights
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
@@ -77,11 +78,11 @@ def load_model(
     source = resolve_model(name, rope_scaling)
     torch.set_num_threads(threads)
     with _loading, _quiet():
-        model, geometry, weights = _read(source, dtype, deterministic, device, from_disk)
-    whole = geometry
-    if stage is not None:
-        with _loading:
-            geometry = keep_layers(model, geometry, stage)
+        model, whole, weights = _read(source, dtype, deterministic, device, from_disk, stage)
+        geometry = whole
+        if stage is not None:
+            with forgetting_pages(model):
+                geometry = keep_layers(model, whole, stage)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
     loaded.stage, loaded.whole = stage, whole
     if deterministic:
@@ -95,19 +96,23 @@ def load_model(
 
 
 def _read(
-    source: ModelSource, dtype: str, deterministic: bool, device: Device, from_disk: bool
+    source: ModelSource, dtype: str, deterministic: bool, device: Device, from_disk: bool, stage: Stage | None
 ) -> tuple[Any, Geometry, Weights]:
-    """The model with its weights, checked; for parameters and errors see :func:`load_model`."""
+    """The model with all its weights, checked; for parameters and errors see :func:`load_model`.
+
+    A stage's worker has no memory for all of them, so it maps them and keeps no pages that it has looked at.
+    """
     check_supported(config := source.config())
     load = model_class(config, source.name).from_pretrained
     source.check_weights(config)
-    rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic
+    rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic and stage is None
     model, where = read_weights(load, source, config, dtype, device, rows)
     pin_long_rope(model, max_positions(config))
-    weights = Weights(device, where, fingerprint(model))
-    if from_disk:
-        weights = on_disk(model, weights)
-    geometry = probe(model, latents=not deterministic)
+    with forgetting_pages(model) if stage is not None else nullcontext() as forget:
+        weights = Weights(device, where, fingerprint(model, forget))
+        if from_disk:
+            weights = on_disk(model, weights)
+        geometry = probe(model, latents=not deterministic)
     if weights.disk is not None:
         weights.disk.check_taken()
     return model, geometry, in_rows(model, weights) if rows else weights

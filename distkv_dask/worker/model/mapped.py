@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MAPS = Path("/proc/self/maps")
 
@@ -45,22 +47,65 @@ class FileMaps:
         return self._parts[at]
 
 
-def forget_pages(weights: Iterable[Tensor]) -> None:
-    """Give back memory of mapped weights that nobody reads any more (who does, reads their file again).
+class MappedPages:
+    """The pages of files in which a model's weights lie when this is made; what was read of them can be given back.
 
-    Loading reads a little of every weight, for which the operating system maps many pages around.
+    Parameters
+    ----------
+    model
+        A model; weights that are not mapped from files are left alone.
     """
-    maps, madvise = FileMaps(), None
-    for weight in weights:
-        if maps.of(weight) is None:
-            continue
-        start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if size > 0:
-            if madvise is None:
-                madvise = ctypes.CDLL(None).madvise
-                madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            madvise(start, size, mmap.MADV_DONTNEED)
+
+    def __init__(self, model: nn.Module) -> None:
+        maps = FileMaps()
+        mapped = [weight for weight in model.parameters() if maps.of(weight) is not None]
+        self._whole = {id(weight): _whole_pages(weight) for weight in mapped}
+        self._madvise = ctypes.CDLL(None).madvise if mapped else None
+
+    def forget(self, weights: Iterable[Tensor]) -> None:
+        """Give back memory of mapped weights: whoever reads them again has them from the operating system's cache.
+
+        Reading a little of a weight is enough for the operating system to map many pages around it.
+        """
+        for weight in weights:
+            start, size = self._whole.get(id(weight), (0, 0))
+            if size > 0 and self._madvise is not None:
+                self._madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def forgetting_pages(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+    """Have little more of a model's mapped weights in memory than one layer's, while all of them are looked at.
+
+    Parameters
+    ----------
+    model
+        A model. Whenever one of its modules has computed, the pages of the module's own weights are given back; in the
+        end, those of all weights.
+
+    Yields
+    ------
+    Callable
+        Gives back pages of weights that were read outside of modules.
+    """
+    pages, weights = MappedPages(model), [*model.parameters()]
+
+    def computed(module: nn.Module, *_: Any) -> None:
+        pages.forget(module.parameters(recurse=False))
+
+    hooks = [module.register_forward_hook(computed) for module in model.modules() if [*module.parameters(False)]]
+    try:
+        yield pages.forget
+    finally:
+        for hook in hooks:
+            hook.remove()
+        pages.forget(weights)
+
+
+def _whole_pages(weight: Tensor) -> tuple[int, int]:
+    """First address of the pages that a weight fills, and their bytes."""
+    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return start, (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def _read(line: str) -> Part | None:

@@ -8,7 +8,7 @@ import torch
 
 from distkv_dask.errors import ChannelError
 from distkv_dask.worker.channels.base import Inlet
-from distkv_dask.worker.channels.frames import Header, Kind
+from distkv_dask.worker.channels.frames import HEADER_BYTES, Header, Kind
 from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.stages.batches import decode_batch
 from distkv_dask.worker.stages.blocks import NamedBlocks
@@ -82,7 +82,7 @@ class StageTurns:
         at = self._shape[0] * _POSITION_BYTES
         if len(payload) != at + self._bytes:
             raise ChannelError(f"{inlet.peer} sent {header}; {at + self._bytes} bytes were expected")
-        given = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        given = inlet.data[HEADER_BYTES : HEADER_BYTES + len(payload)]  # the frame stays there until it is answered
         hidden = given[at:].view(self._model.dtype).view(self._shape)
         out = self._model.further(hidden, given[:at].view(torch.int64), attention).contiguous()
         attention.advance()
