@@ -1,7 +1,8 @@
 """How full are decode steps and prefill forwards, and what does that make of a batch's time and a first token's?
 
-Three loads on SmolLM2-135M in bfloat16: (a) eight long documents, (b) 64 short prompts, (c) a long prompt that comes
-just before 16 short ones, which are read along. The engine records a trace, from which steps and forwards are counted.
+Four loads on SmolLM2-135M in bfloat16: (a) eight long documents, (b) 64 short prompts, (c) a long prompt that comes
+just before 16 short ones, which are read along, (d) 32 prompts of which the first 1,000 tokens are the same; of these
+one alone is timed, too. The engine records a trace, from which steps and forwards are counted.
 The peer is plain transformers in the same run, with as many threads as the workers have together: ``generate`` of a
 padded batch; for (c) the long prompt and then a batch of the short ones, which cannot join it.
 """
@@ -32,7 +33,7 @@ Prompts = list[list[int]]
 
 
 def loads(ids: Sequence[int], options: Namespace) -> dict[str, Prompts]:
-    """Prompts of each load, cut from a text, no two of them with a common beginning."""
+    """Prompts of each load, cut from a text; only those that are to be alike begin alike."""
     whole = iter(range(0, len(ids), 16))
 
     def cut(tokens: int) -> list[int]:
@@ -46,6 +47,7 @@ def loads(ids: Sequence[int], options: Namespace) -> dict[str, Prompts]:
         "documents": [cut(options.tokens) for _ in range(options.documents)],
         "short": [cut(tokens) for tokens in short],
         "beside": [cut(options.tokens), *(cut(tokens) for tokens in short[: options.beside])],
+        "alike": [one + cut(20) for one in [cut(options.common)] * options.alike],
     }
 
 
@@ -113,11 +115,15 @@ def ours(options: Namespace) -> dict[str, dict[str, float]]:
     ):
         for name in options.only:
             file = Path(folder) / f"{name}.json"
-            settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": options.kv_memory, "prefix_cache": False}
+            settings: dict[str, Any] = {"dtype": "bfloat16", "kv_memory": options.kv_memory}
+            settings["prefix_cache"] = name == "alike" and not options.without_cache
             with Engine(client, "smollm2-135m", trace=str(file), **settings) as engine:
                 prompts = loads(engine.tokenizer.encode(text()), options)[name]
+                one = together(engine, [prompts[0][::-1]], sampling) if name == "alike" else {}
                 found[name] = (beside if name == "beside" else together)(engine, prompts, sampling)
-            found[name] |= batches(read_trace(file))
+                found[name] |= {f"one_{key}": value for key, value in one.items()}
+            if name != "alike":  # whose trace has the one alone, too
+                found[name] |= batches(read_trace(file))
     return found
 
 
@@ -158,11 +164,15 @@ def peer(options: Namespace) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", nargs="+", default=["documents", "short", "beside"], metavar="LOAD")
+    loads = ["documents", "short", "beside", "alike"]
+    arguments.add_argument("--only", nargs="+", default=loads, choices=loads, metavar="LOAD")
     arguments.add_argument("--documents", type=int, default=8)
     arguments.add_argument("--tokens", type=int, default=6070, help="of a document")
     arguments.add_argument("--short", type=int, default=64, help="short prompts")
     arguments.add_argument("--beside", type=int, default=16, help="short prompts beside the long one")
+    arguments.add_argument("--alike", type=int, default=32, help="prompts that begin alike")
+    arguments.add_argument("--common", type=int, default=1000, help="tokens that they begin with")
+    arguments.add_argument("--without-cache", action="store_true", help="let each of them compute its beginning")
     arguments.add_argument("--new", type=int, default=64)
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--threads", type=int, default=1, help="of a worker")

@@ -33,6 +33,7 @@ WORKER = "tcp://a"
 
 TO_WORKER: dict[do.ToWorker, Any] = {
     do.Reserve(WORKER, 7, 0, 8): call.reserve(7, 0, 8),
+    do.Share(WORKER, 7, 9, 0, 8): call.runtime.pool.share(7, 9, 0, 8),
     do.Begin(WORKER, 7, 5, 8): call.runtime.home_state.adopt(7, 5, 8),
     do.Keep(WORKER, 7, (8,), True): call.runtime.home_state.keep(7, (8,), True),
     do.Retire(WORKER, 7): call.retire(7),

@@ -83,12 +83,16 @@ class ChunkStarted(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(FromWorker):
-    """A chunk is computed after which no token is drawn; ``scored`` has its targets."""
+    """A chunk is computed after which no token is drawn; ``scored`` has its targets.
+
+    One that ``joined`` was computed in the gang of another chunk, so that its own has not needed its holders.
+    """
 
     sequence: int
     gang: int
     exchanged: Exchanged
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class Prefilled(FromWorker):
 
     ``reason`` is set if the answer ended with the token; with "stop" the token is no part of it. ``logprob`` is the
     token's, if wanted; ``scored`` has the targets of the chunk. With ``chosen``, the answer is a choice, and ends.
+    ``joined`` as of :class:`ChunkDone`.
     """
 
     sequence: int
@@ -107,6 +112,7 @@ class Prefilled(FromWorker):
     logprob: TokenLogprob | None = field(default=None, repr=False)
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     chosen: Chosen | None = field(default=None, repr=False)
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ FROM_WORKER = "distkv-from-worker"
 HANDLE_NUMBERS = 10**9
 """Requests and documents of handle ``h`` of an engine are numbered from ``h * HANDLE_NUMBERS``; the owner's is 0."""
 
+COMMON_NUMBERS = 2**52
+"""Beginnings that requests share while the first of them runs are numbered from here: no handle reaches it."""
+
 OWN_DISK = ""
 """The place of blocks that were spilled: a folder of each worker's own."""
 

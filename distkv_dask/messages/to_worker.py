@@ -47,6 +47,16 @@ class Reserve(ToWorker):
 
 
 @dataclass(frozen=True, slots=True)
+class Share(ToWorker):
+    """Let a sequence have the blocks of ``source``'s tokens ``[start, stop)``, too: they are freed with the last."""
+
+    source: int
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Begin(ToWorker):
     """Let a sequence begin with what its home keeps of another one, ``source``, after ``length`` tokens."""
 

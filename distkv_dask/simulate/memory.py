@@ -46,6 +46,7 @@ class Memory:
         self.hosts: dict[str, dict[str, Table]] = {}
         self.folder: dict[str, Table] = {}
         self.expected: set[int] = set()
+        self._again: set[tuple[str, int, int]] = set()
 
     def add(self, worker: str) -> None:
         """A worker joins, with nothing on it."""
@@ -54,6 +55,11 @@ class Memory:
     def remove(self, worker: str) -> None:
         """A worker is gone, and its host memory and disk."""
         del self.pools[worker], self.disks[worker], self.hosts[worker]
+        self._again = {one for one in self._again if one[0] != worker}
+
+    def used(self, worker: str) -> int:
+        """Blocks of a worker that belong to sequences; what several have counts once."""
+        return sum(map(len, self.pools[worker].values())) - sum(one[0] == worker for one in self._again)
 
     def blocks(self, start: int, stop: int) -> range:
         """Logical blocks of tokens ``[start, stop)``."""
@@ -71,11 +77,15 @@ class Memory:
                 # at once: what is sent to one worker arrives in order, so before a Free or Release of it
                 self._reserve(worker, sequence, start, stop)
                 self.expected.add(number)
+            case to.Share(worker, source, sequence, start, stop):
+                self._share(worker, source, sequence, start, stop)
             case to.Release(worker, sequence):
-                self.pools[worker].pop(sequence, None)  # a move that has only begun left nothing there
+                table = self.pools[worker].pop(sequence, {})  # a move that has only begun left nothing there
+                self._again -= {(worker, sequence, block) for block in table}
             case to.Free(worker, sequence, start, stop) if worker in self.pools:
                 for block in self.blocks(start, stop):
                     self.pools[worker].get(sequence, {}).pop(block, None)
+                    self._again.discard((worker, sequence, block))
                 if not self.pools[worker].get(sequence, True):
                     del self.pools[worker][sequence]
             case to.Discard(worker, names):
@@ -135,7 +145,15 @@ class Memory:
         table = self.pools[worker].setdefault(sequence, {})
         for block in self.blocks(start, stop):
             table.setdefault(block, ())  # a repaired sequence keeps what it has
-        assert sum(map(len, self.pools[worker].values())) <= self.life.ledger.workers[worker].capacity
+        assert self.used(worker) <= self.life.ledger.workers[worker].capacity
+
+    def _share(self, worker: str, source: int, sequence: int, start: int, stop: int) -> None:
+        """Let a sequence have full blocks of another one, which may still look for them in its own."""
+        table = self.pools[worker][source]
+        for block in self.blocks(start, stop):
+            assert len(table[block]) == self.life.config.block_tokens, "shared before it was computed"
+            self.pools[worker].setdefault(sequence, {})[block] = table[block]
+            self._again.add((worker, source, block))
 
     # Work
 

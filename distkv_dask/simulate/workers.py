@@ -117,7 +117,7 @@ class Workers:
                     self._forget(gang)
             case to.Join(home, state, _):
                 self._join(home, state)
-            case to.Relocate(home, _, sequence, placement):
+            case to.Relocate(home, _, sequence, placement) if sequence in self.batches[home]:
                 self.batches[home][sequence].lies(placement)
             case to.Retire(worker, sequence):
                 self.batches[worker].pop(sequence, None)

@@ -1,8 +1,9 @@
 """The tasks of prompts' chunks on one worker: short chunks that wait for the home lane are computed in one forward.
 
 A forward over few tokens takes nearly as long as one over many, since it reads all weights. So the lane computes the
-next chunk together with queued ones that need no other worker, up to a chunk's number of tokens. Each keeps its own
-task and gang, and fails alone.
+next chunk together with queued ones that need no other holders than it does, up to a chunk's number of tokens: many
+questions on one document, for instance. Holders are asked in the gang of the first, and those of the other gangs learn
+that they are not needed. Each chunk keeps its own task and gang, and fails alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distkv_dask.errors import GangAbortedError
+from distkv_dask.errors import GangAbortedError, in_words
 from distkv_dask.gang import ChunkResult, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.sampling import FinishReason
@@ -97,7 +98,8 @@ class PrefillTasks:
             chosen, room = [first], self._engine.spec.config.prefill_chunk_tokens - len(first.chunk.tokens)
             if self._is_joined(first.chunk):
                 for other in self._waiting:
-                    if other is not first and len(other.chunk.tokens) <= room and self._is_joined(other.chunk):
+                    fits = other is not first and len(other.chunk.tokens) <= room and self._is_joined(other.chunk)
+                    if fits and {*other.chunk.gang.holders} <= {*first.chunk.gang.holders}:
                         chosen.append(other)
                         room -= len(other.chunk.tokens)
         self._take(chosen)
@@ -108,17 +110,22 @@ class PrefillTasks:
             self._waiting = [one for one in self._waiting if one not in some]
 
     def _is_joined(self, chunk: PrefillChunk) -> bool:
-        """Whether a chunk may be computed with others: it needs no other worker and has no recurrent state.
+        """Whether a chunk may be computed with others: all of its KV stays here, and it has no recurrent state.
 
-        Nor are all of its tokens scored, because their logits take much memory.
+        Nor does it follow others that may be under way, nor are all of its tokens scored, because their logits take
+        much memory.
         """
         assert self._engine.model is not None
-        if chunk.gang.holders or chunk.targets or self._engine.model.geometry.state_bytes:
+        if chunk.gang.follows or chunk.targets or self._engine.model.geometry.state_bytes:
             return False
-        return any(span.start <= chunk.start and chunk.reach <= span.stop for span in chunk.placement)
+        here = (span for span in chunk.placement if span.worker == self._engine.worker)
+        return any(span.start <= chunk.start and chunk.reach <= span.stop for span in here)
 
     def _run_together(self, some: Sequence[Waiting]) -> bool:
-        """Compute chunks in one forward; False if that failed: then each is computed alone, to find the cause."""
+        """Compute chunks in one forward; False if that failed: then each is computed alone, to find the cause.
+
+        The first one, if it has holders, has to be planned again: they take its gang for failed.
+        """
         runtime, ready = self._engine.runtime, []
         for one in some:
             try:
@@ -132,13 +139,16 @@ class PrefillTasks:
         try:
             with computing(parts, lambda: runtime.exchanged):
                 results = runtime.prefill_together([one.chunk for one in ready])
-        except Exception:
+        except Exception as error:
+            if (first := ready[0]).chunk.gang.holders:
+                name = first.chunk.gang.name
+                first.error = GangAbortedError(f"{name} failed together with others: {in_words(error)}")
             return False
         total = sum(len(one.chunk.tokens) for one in ready)
         for one, result in zip(ready, results, strict=True):
             one.tokens = len(one.chunk.tokens)
             one.parts.update({label: seconds * one.tokens / total for label, seconds in parts.items()})
-            self._tell_done(one.chunk, result)
+            self._tell_done(one.chunk, result, joined=one is not ready[0])
         return True
 
     def _run_alone(self, one: Waiting) -> None:
@@ -156,18 +166,20 @@ class PrefillTasks:
             raise GangAbortedError(f"sequence {chunk.sequence} ended before its chunk {chunk.gang.name} began")
         engine.tell(did.ChunkStarted(engine.worker, chunk.gang.number))
 
-    def _tell_done(self, chunk: PrefillChunk, result: ChunkResult) -> None:
-        """Send the tokens to commit to the gManager."""
+    def _tell_done(self, chunk: PrefillChunk, result: ChunkResult, joined: bool = False) -> None:
+        """Send the tokens to commit to the gManager; of a chunk that ``joined`` another one's gang, that it did."""
         engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
         token, scored = result.token, result.scored
         if (chosen := result.chosen) is not None:
             first = chosen.tokens[0]
             engine.tell(
-                did.Prefilled(engine.worker, chunk.sequence, gang, first, "stop", exchanged, None, scored, chosen)
+                did.Prefilled(
+                    engine.worker, chunk.sequence, gang, first, "stop", exchanged, None, scored, chosen, joined
+                )
             )
             return
         if chunk.sampling is None or token is None:
-            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored))
+            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored, joined))
             return
         reason: FinishReason | None = None
         assert engine.model is not None
@@ -176,5 +188,7 @@ class PrefillTasks:
         elif chunk.sampling.max_new_tokens == 1:
             reason = "length"
         engine.tell(
-            did.Prefilled(engine.worker, chunk.sequence, gang, token, reason, exchanged, result.logprob, scored)
+            did.Prefilled(
+                engine.worker, chunk.sequence, gang, token, reason, exchanged, result.logprob, scored, None, joined
+            )
         )

@@ -143,6 +143,8 @@ class RManager(WorkerPlugin):
         match message:
             case do.Reserve(_, sequence, start, stop):
                 engine.reserve(sequence, start, stop)
+            case do.Share(_, source, sequence, start, stop):
+                engine.runtime.pool.share(source, sequence, start, stop)
             case do.Begin(_, sequence, source, length):
                 engine.runtime.home_state.adopt(sequence, source, length)
             case do.Keep(_, sequence, lengths, ended):

@@ -178,7 +178,9 @@ class Runtime:
         return self.prefill_together([chunk])[0]
 
     def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[ChunkResult]:
-        """Compute chunks of several prompts in one forward: they ask no holders, and each lies in one span.
+        """Compute chunks of several prompts in one forward, asking holders in the first one's gang.
+
+        They need no other holders, and each lies in one span.
 
         What one alone raises, in :meth:`prefill`, all raise together; computing them again changes nothing.
 

@@ -115,7 +115,7 @@ class Simulated(Workers):
     def check(self) -> None:
         check_ledger(self.life.ledger)
         for worker, account in self.life.ledger.workers.items():
-            assert sum(map(len, self.pools[worker].values())) <= account.used + account.cached
+            assert self.memory.used(worker) <= account.used + account.cached
             in_memory = sum(map(len, self.hosts[worker].values())) * self.life.block_bytes
             assert in_memory <= self.life.disks.memory.capacity[worker]
         self.now += 0.01

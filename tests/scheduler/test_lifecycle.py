@@ -202,7 +202,7 @@ def test_a_gang_that_keeps_failing_fails_its_requests_and_not_for_ever(state: st
 
 def test_a_holder_that_cannot_be_reached_does_not_fail_requests_that_do_without_it() -> None:
     cluster = cluster_of(4, 30, 8)
-    cluster.submit(0, array("i", range(40)), SamplingParams(max_new_tokens=20))
+    cluster.submit(0, array("i", range(1000, 1040)), SamplingParams(max_new_tokens=20))
     decoding(cluster)
     home = cluster.life.ledger.sequences[0].home
     (holder,) = cluster.pools.keys() - {home}

@@ -8,12 +8,12 @@ to a question of a chat becomes a document, which shares the blocks of the previ
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.to_worker import Free
-from distkv_dask.scheduler.cache import disk, prefix_cache, snapshots
+from distkv_dask.scheduler.cache import common, disk, prefix_cache, snapshots
 from distkv_dask.scheduler.cache.repair import repaired
 from distkv_dask.scheduler.policies.shared_prefix import common_tokens
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -204,6 +204,7 @@ def free_blocks(life: MachineState, request: Request) -> None:
     if account is None:
         return
     life.moves.end(request.sequence)
+    common.forget_given(life, request)
     prefix_cache.free_or_cache(life, request)
     for number in account.documents:
         document = life.ledger.sequences.get(number)  # None: it was freed with one that shared it
@@ -263,5 +264,14 @@ def _rests(life: MachineState, number: int) -> bool:
 
 def room_with(life: MachineState, sequences: Iterable[int]) -> int:
     """Blocks that would be free without these sequences."""
-    owned = sum(map(life.ledger.own_blocks, sequences))
-    return owned + sum(account.free for account in life.ledger.workers.values())
+    return freed_with(life, set(sequences)) + sum(account.free for account in life.ledger.workers.values())
+
+
+def freed_with(life: MachineState, sequences: Set[int]) -> int:
+    """Blocks that become free with these sequences: their own, and cached ones that nobody else shares."""
+    accounts, owned = life.ledger.sequences, {*sequences}
+    for document in {number for one in sequences for number in accounts[one].documents}:
+        sharers = (one for one in accounts[document].sharers if not life.requests[one].cached)
+        if life.requests[document].cached and {*sharers} <= sequences:
+            owned.add(document)
+    return sum(map(life.ledger.own_blocks, owned))

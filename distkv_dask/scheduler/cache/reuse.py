@@ -60,7 +60,7 @@ def _better(
     less = replace(ask, document=document, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more, home=home)
     prefix = beginnings.prefix(life, document, tokens)
     some = [((*prefix, *rest), less) for rest in _rests(life, ask, less, placement, prefix)]
-    best, asked = min([(placement, ask), *some], key=lambda one: _seconds(life, request, one[1], one[0]))
+    best, asked = min([(placement, ask), *some], key=lambda one: seconds(life, request, one[1], one[0]))
     return None if asked is ask else (less, best)
 
 
@@ -115,7 +115,7 @@ def _fits(life: MachineState, missing: Counter[str], rest: Placement) -> bool:
     return all(count <= (one.free if one is home else one.lendable) for one, count in accounts)
 
 
-def _seconds(life: MachineState, request: Request, ask: Ask, placement: Placement) -> float:
+def seconds(life: MachineState, request: Request, ask: Ask, placement: Placement) -> float:
     """How long a request would take on a placement, by the performance model."""
     model, accounts = life.policy.model, life.ledger.workers
     home = accounts[placement[-1].worker]

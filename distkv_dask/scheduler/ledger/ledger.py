@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from distkv_dask.placement import Move, Placement, Span
 from distkv_dask.scheduler.ledger.accounts import NO_LIMIT, SequenceAccount
@@ -127,6 +128,31 @@ class Ledger(Books):
         for document in before - account.documents:
             self.sequences[document].sharers.discard(sequence)
         return [span for span in rest if span.worker not in account.lost]
+
+    def split(self, sequence: int, document: int, tokens: int) -> None:
+        """Make a document of a live sequence's first ``tokens`` tokens, whole blocks, which it shares from now on.
+
+        Raises
+        ------
+        ValueError
+            When they are not computed, or no room of its own would be left, or blocks of it are moving or lost.
+        """
+        account = self.sequences[sequence]
+        own = tuple(clipped(account.own, 0, tokens))
+        is_settled = own and not (account.moves or account.lost or account.sharers)
+        if not is_settled or tokens % self.block_tokens or not 0 < tokens <= account.length or tokens == account.stop:
+            raise ValueError(f"sequence {sequence}: {tokens} tokens of {account} cannot be shared")
+        self.epoch += 1
+        self._count(sequence, -1)
+        before = tuple(span for span in account.placement if span.document is not None)
+        rest = clipped(account.own, tokens, account.stop)
+        self.sequences[document] = SequenceAccount((*before, *own), tokens, tokens, idle=True, cached=True)
+        account.placement = (*before, *(replace(span, document=document) for span in own), *rest)
+        for shared in self.sequences[document].documents:
+            self.sequences[shared].sharers.add(document)
+        self.sequences[document].sharers.add(sequence)
+        self._count(document, +1)
+        self._count(sequence, +1)
 
     def replace_lost(self, sequence: int, placement: Placement) -> None:
         """Replace the lost spans of a sequence as the policy chose from this ledger; the others are unchanged.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from distkv_dask.scheduler.cache import documents, prefix_cache, restore, reuse, snapshots
+from distkv_dask.scheduler.cache import common, documents, prefix_cache, restore, reuse, snapshots
 from distkv_dask.scheduler.lifecycle.preemption import make_way
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
+from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Prefill, Saving, State
@@ -15,18 +16,21 @@ from distkv_dask.scheduler.work import prefill, spread
 
 def admit(life: MachineState) -> None:
     """Admit requests while there is room; evict documents or preempt requests if that makes enough."""
-    step = life.config.prefill_chunk_tokens
     while life.queue and not life.is_closing and (room := prefill.room(life)).is_any:
-        chosen = life.queue.choose(partial(room.has, step=step))
+        may_begin = partial(_may_begin, life, room)
+        chosen = life.queue.choose(may_begin)
         if chosen is None:
             first = next(life.queue.turns(), None)
-            if first is None or not room.has(first.prompt, step):
+            if first is None or not may_begin(first):
                 return  # it is next, but its prompt may not begin yet
             if not documents.evict(life) and not make_way(life):
                 return
             settle(life)
             continue
         request = life.requests[chosen[0].sequence]
+        if common.waits(life, request, *chosen):
+            life.queue.enqueue(chosen[0], request.rank)
+            continue
         ask, placement = reuse.share(life, request, *chosen)
         restores = restore.find(life, request, ask.shared, placement)
         if restores is None:
@@ -36,6 +40,11 @@ def admit(life: MachineState) -> None:
         snapshots.begin_with_snapshot(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
         transition(life, request, restores or _first(request, ask.shared))
+
+
+def _may_begin(life: MachineState, room: prefill.Room, ask: Ask) -> bool:
+    """Whether a waiting request may begin: its prompt, and what it waits for to share."""
+    return room.has(ask.prompt, life.config.prefill_chunk_tokens) and not common.is_awaiting(life, ask.sequence)
 
 
 def _first(request: Request, start: int) -> State:

@@ -34,7 +34,7 @@ def end(
             error,
             request.timings(life.now),
             placement,
-            request.reused + request.restored,
+            request.spared,
             generated=None if request.saves else len(request.generated),
         )
     )

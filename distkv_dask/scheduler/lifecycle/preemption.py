@@ -48,8 +48,7 @@ def victims(life: MachineState, head: Ask, need: int) -> list[int]:
     chosen: list[int] = []
     for _, number in sorted(below, reverse=True):
         chosen.append(number)
-        need -= life.ledger.own_blocks(number)
-        if need <= 0:
+        if documents.freed_with(life, {*chosen}) >= need:
             return chosen
     return []
 

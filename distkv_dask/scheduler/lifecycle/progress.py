@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import ChunkDone, Prefilled, WindowDone
+from distkv_dask.messages.to_worker import Abort
 from distkv_dask.scheduler.commands import ForgetTasks
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -53,6 +54,9 @@ def _commit_chunk(life: MachineState, request: Request, state: Prefill, event: C
     state.failures = 0
     life.ledger.commit(request.sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
+    for holder in chunk.gang.holders if event.joined else ():
+        reason = "it was computed together with another chunk"
+        life.command(Abort(holder.worker, chunk.gang.number, reason, unused=True))
     life.command(ForgetTasks(chunk.gang, finished=True))
     if not state.chunks:
         life.in_prefill.pop(request.sequence, None)

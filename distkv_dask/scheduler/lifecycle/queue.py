@@ -18,7 +18,7 @@ def enqueue(life: MachineState, request: Request, before: State) -> None:
     if request.sequence in life.queue:
         return
     submitted, priority = _turn(life, request, state)
-    request.reused, request.restored, request.common, request.begins = 0, 0, 0, None
+    request.reused, request.restored, request.common, request.begins, request.awaits = 0, 0, 0, None, None
     has_document = request.document is not None and not request.alone
     if has_document and not documents.share(life, request, submitted):
         return

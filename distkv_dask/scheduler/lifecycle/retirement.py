@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from distkv_dask.scheduler.cache import disk
+from distkv_dask.scheduler.cache import common, disk
 from distkv_dask.scheduler.cache.repair import repaired
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -28,6 +28,7 @@ def begin_retirement(life: MachineState, request: Request, before: State) -> Non
     """Ask the workers that run a sequence's forwards, then its holders, to stop computing on it."""
     state, account = request.state, life.ledger.sequences[request.sequence]
     assert isinstance(state, Retiring)
+    common.leave(life, request)
     if isinstance(before, Fetching):  # workers that still read files report when they are done
         state.workers, state.reading, state.forwards_ended = set(before.answering), True, True
     elif state.settled:

@@ -103,7 +103,7 @@ class Admission:
         self._order.remove((rank, sequence))
         return ask
 
-    def choose(self, may_begin: Callable[[int], bool] = lambda tokens: True) -> tuple[Ask, Placement] | None:
+    def choose(self, may_begin: Callable[[Ask], bool] = lambda ask: True) -> tuple[Ask, Placement] | None:
         """Find room for the next request and take it out of the queue; None if no request gets room.
 
         The first request that does not fit may be overtaken by those that the policy can place without delaying it.
@@ -111,10 +111,10 @@ class Admission:
         Parameters
         ----------
         may_begin
-            Whether a prompt of this many tokens may begin now; others are skipped, however much room they need.
+            Whether a prompt may begin now; others are skipped, however much room they need.
         """
         ahead = None
-        ready = (ask for ask in islice(self.turns(), PASSED) if may_begin(ask.prompt))
+        ready = (ask for ask in islice(self.turns(), PASSED) if may_begin(ask))
         for ask in islice(ready, 1 + self.policy.look_ahead):
             placement = place(self.ledger, self.policy, ask, ahead)
             if placement is not None:

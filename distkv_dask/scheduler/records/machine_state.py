@@ -73,6 +73,8 @@ class MachineState:
     """Workers that Dask has paused for their memory."""
     index: PrefixIndex = field(init=False)
     """Stored documents by prefix."""
+    running: PrefixIndex = field(init=False)
+    """Running requests by prefix, whose KV others may share."""
     cache: CachedSequences = field(init=False)
     """Finished sequences with cached blocks."""
     extents: Extents = field(default_factory=Extents)
@@ -99,6 +101,7 @@ class MachineState:
         self.queue = Admission(self.ledger, policy_named(self.config.policy, PRESET))
         self.calibration = Calibration(self.ledger)
         self.index = PrefixIndex(self.config.block_tokens)
+        self.running = PrefixIndex(self.config.block_tokens)
         self.cache = CachedSequences(self.config.prefix_cache)
 
     @property

@@ -7,7 +7,7 @@ compare tokens afterwards: a hash collision costs a comparison, never a wrong an
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 
 class PrefixIndex:
@@ -43,14 +43,23 @@ class PrefixIndex:
                 if not documents:
                     del self._documents[key]
 
+    def __bool__(self) -> bool:
+        """Whether there are any blocks of documents."""
+        return bool(self._documents)
+
     def find(self, tokens: array[int]) -> int | None:
         """The document with the most blocks in common with a prompt; of several, the one stored first."""
-        found = None
-        for key in chain(tokens, self._size):
+        return next(iter(self.longest(tokens)[0]), None)
+
+    def longest(self, tokens: array[int]) -> tuple[Collection[int], int]:
+        """The documents with the most blocks in common with a prompt, and how many tokens that is."""
+        found: Collection[int] = ()
+        length = 0
+        for blocks, key in enumerate(chain(tokens, self._size), 1):
             if key not in self._documents:
                 break
-            found = next(iter(self._documents[key]))
-        return found
+            found, length = self._documents[key], blocks * self._size
+        return found, length
 
 
 def chain(tokens: array[int], block_tokens: int) -> Iterator[int]:

@@ -75,6 +75,10 @@ class Request:
     used: float = 0.0
     choices: tuple[tuple[int, ...], ...] = ()
     """Tokens of the choices that it is answered with one of."""
+    given: Placement = ()
+    """Blocks that it computed and shares now with others (:mod:`~distkv_dask.scheduler.cache.common`)."""
+    awaits: tuple[int, int] | None = None
+    """The request that it waits for to share its first tokens, and how many."""
     stalls: int = 0
     """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None
@@ -111,6 +115,11 @@ class Request:
     def known_tokens(self) -> int:
         """The number of these tokens, without copying them."""
         return len(self.prompt) + max(0, len(self.generated) - 1)
+
+    @property
+    def spared(self) -> int:
+        """Tokens that were not computed for it: others had, or lower tiers gave them back."""
+        return self.reused + self.restored - sum(span.tokens for span in self.given)
 
     @property
     def remaining(self) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.placement import Placement
-from distkv_dask.scheduler.cache import snapshots
+from distkv_dask.scheduler.cache import common, snapshots
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.policies.queue import prefill_slots
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -61,6 +61,7 @@ SCORED_TOKENS = 128
 
 def begin_prefill(life: MachineState, request: Request, before: State) -> None:
     """Compute what is known of a sequence that is in prefill now."""
+    common.enter(life, request)
     submit_chunks(life, request)
 
 

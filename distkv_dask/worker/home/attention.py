@@ -34,7 +34,7 @@ class DistAttention:
     parts
         Parts of a step by worker, as :func:`distkv_dask.worker.plan.cut` gives.
     tokens
-        New tokens in a step: one for each sequence of the batch, or any number for a single sequence.
+        New tokens in a step, of all sequences of the batch.
     pool
         The home's pool.
     heads

@@ -24,7 +24,7 @@ Computed = tuple[torch.Tensor, list[list[TokenLogprob]]]
 
 
 class Chunks:
-    """Chunks that one forward computes: they ask no holders and lie in one span each, unless there is only one.
+    """Chunks that one forward computes: they lie in one span each, unless there is only one.
 
     Parameters
     ----------

@@ -66,7 +66,7 @@ class PrefillRun:
         Parameters
         ----------
         chunks
-            A chunk, or several that lie in one span each and ask no holders.
+            A chunk, or several that lie in one span each and need no holders but the gang's.
         past
             States of the chunks' sequences, if the model has recurrent layers.
         """

@@ -1,0 +1,186 @@
+"""Common beginnings: requests that come together compute what they all begin with only once.
+
+The prefix cache has only what ended. So a request that begins as a running one does takes its blocks into the cache:
+they get a number of their own, under which both share them from then on (in the pools, the running one keeps them under
+its number, too, because work with its old placement may be under way). What the other one has not computed yet is
+waited for, if that is faster by the performance model: not if the request could be computed on another worker in the
+meantime, and not for so few tokens that one more forward takes longer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+from distkv_dask.messages.names import COMMON_NUMBERS
+from distkv_dask.messages.to_worker import Free, Relocate, Share
+from distkv_dask.placement import Placement, Span
+from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler.cache import beginnings, prefix_cache, reuse
+from distkv_dask.scheduler.ledger.placements import clipped
+from distkv_dask.scheduler.policies.base import Ask
+from distkv_dask.scheduler.records.cached import Cached
+from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.prefix_index import chain
+from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
+
+COUNTED = 64
+"""Waiting requests that are looked at to count those that wait for the same beginning."""
+
+# Running requests
+
+
+def enter(life: MachineState, request: Request) -> None:
+    """A request runs: others may share its prompt.
+
+    With ``deterministic`` the borders of spans, which bits depend on, must not depend on what runs at the same time.
+    """
+    if life.cache.enabled and request.is_plain and not (life.ledger.has_states or life.config.deterministic):
+        life.running.add(request.sequence, request.prompt)
+
+
+def leave(life: MachineState, request: Request) -> None:
+    """A request runs no more."""
+    if life.running and request.is_plain:
+        life.running.drop(request.sequence, request.prompt)
+
+
+def forget_given(life: MachineState, request: Request) -> None:
+    """Nothing computes on a request any more: what it gave to the cache is no longer its own, too."""
+    for span in request.given:
+        if span.worker in life.ledger.workers:
+            life.command(Free(span.worker, request.sequence, span.start, span.stop))
+    request.given = ()
+
+
+# Waiting requests
+
+
+def is_awaiting(life: MachineState, sequence: int) -> bool:
+    """Whether a waiting request still waits for another one to compute their common beginning."""
+    awaits = life.requests[sequence].awaits
+    if awaits is None:
+        return False
+    number, tokens = awaits
+    return number in life.in_prefill and life.ledger.sequences[number].length < tokens
+
+
+def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) -> bool:
+    """Whether a request that found room should rather wait until a running one has computed their common beginning.
+
+    If it has, the beginning is in the prefix cache afterwards.
+    """
+    request.awaits = None
+    released = request.document is not None and life.requests[request.document].released
+    if not life.running or not request.is_plain or released:
+        return False
+    known, home = request.known, placement[-1].worker
+    beginning = known[: len(known) - 1]  # the last one has to be computed
+    found = _running(life, beginning, home)
+    if found is None or found[1] <= ask.shared:
+        return False
+    other, tokens = found
+    cached = beginnings.find(life, beginning, home)
+    if cached is not None and cached[1] >= tokens:
+        return False
+    account = life.ledger.sequences[other.sequence]
+    if account.length >= tokens:
+        if tokens < account.stop:  # otherwise it has ended
+            _give(life, other, tokens)
+    elif _pays(life, request, ask, placement, *found):
+        request.awaits = other.sequence, tokens
+    return request.awaits is not None
+
+
+def _running(life: MachineState, tokens: array[int], near: str) -> tuple[Request, int] | None:
+    """A running request with the longest common beginning, and its tokens; of several, one that has its end nearby."""
+    numbers, length = life.running.longest(tokens)
+    some = [life.requests[number] for number in islice(numbers, beginnings.CANDIDATES)]
+    some = [one for one in some if _can_give(life, one, length) and one.prompt[:length] == tokens[:length]]
+    there = (one for one in some if _worker_at(life, one, length - 1) == near)
+    found = next(there, next(iter(some), None))
+    return None if found is None else (found, length)
+
+
+def _worker_at(life: MachineState, request: Request, position: int) -> str:
+    return next(span.worker for span in life.ledger.sequences[request.sequence].placement if position < span.stop)
+
+
+def _can_give(life: MachineState, request: Request, tokens: int) -> bool:
+    """Whether a running request's first tokens can be shared, now or once they are computed, and some are its own."""
+    account = life.ledger.sequences[request.sequence]
+    if account.own[0].start >= tokens or account.moves or account.lost or any(life.moves.of(request.sequence)):
+        return False
+    if any(life.ledger.workers[worker].retiring for worker in account.workers()):
+        return False
+    parent = request.document if account.own[0].start else None
+    return isinstance(request.state, Prefill | Decode) and (parent is None or beginnings.can_be_shared(life, parent))
+
+
+def _pays(life: MachineState, request: Request, ask: Ask, placement: Placement, other: Request, tokens: int) -> bool:
+    """Whether a request is done sooner if it waits; all that wait for the same share one more forward."""
+    model, more = life.policy.model, tokens - ask.shared
+    less = replace(ask, shared=tokens, prompt=ask.prompt - more, tokens=ask.tokens - more)
+    prefix = tuple(clipped(life.ledger.sequences[other.sequence].placement, 0, tokens))
+    there = prefix[-1].worker
+    until = model.of(there).prefill(life.ledger.workers[there].pending)
+    alone = reuse.seconds(life, request, ask, placement)
+    shared = min(
+        reuse.seconds(life, request, less, (*prefix, *rest))
+        + max(0.0, until - model.of(rest[-1].worker).prefill(life.ledger.workers[rest[-1].worker].pending))
+        for rest in _rests(life, less, placement, there)
+    )
+    if shared >= alone:
+        return False
+    text = request.prompt[:tokens]
+    waiting = (life.requests[one.sequence].prompt for one in islice(life.queue.turns(), COUNTED))
+    together = 1 + sum(prompt[:tokens] == text for prompt in waiting)
+    return together * (alone - shared) > model.of(there).step
+
+
+def _rests(life: MachineState, ask: Ask, placement: Placement, there: str) -> Iterator[Placement]:
+    """Where the tokens behind the common ones may lie: as admitted, or on the worker where these end."""
+    yield tuple(clipped(placement, ask.shared, placement[-1].stop))
+    worker = life.ledger.workers[there]
+    if worker.can_decode and worker.has_place and worker.free >= life.ledger.blocks(ask.tokens):
+        yield (Span(there, ask.shared, placement[-1].stop),)
+
+
+# The prefix cache
+
+
+def _give(life: MachineState, request: Request, tokens: int) -> None:
+    """Put a running request's first tokens into the prefix cache, and let it share them from now on."""
+    account, size = life.ledger.sequences[request.sequence], life.ledger.block_tokens
+    number, start = COMMON_NUMBERS + next(life.numbers), account.own[0].start
+    own, text = tuple(clipped(account.own, start, tokens)), request.prompt[:tokens]
+    parent = request.document if start else None
+    life.ledger.split(request.sequence, number, tokens)
+    keys = list(chain(text, size))[start // size :]
+    life.cache.add(Cached(number, start, text[start:], keys, own, parent, held=tokens, used=life.now))
+    life.requests[number] = Request(
+        number, array("i"), SamplingParams(), life.now, document=parent, is_document=True, cached=True,
+        state=Stored(), announced=True, released=True,
+    )  # fmt: skip
+    if request.document is not None:
+        _leave(life, request, request.document, number if parent is not None else None, start)
+    request.document, request.borrows, request.reused = number, True, tokens
+    request.given += own
+    prefix_cache.share_cached(life, number, tokens, request.sequence)
+    for span in own:
+        life.command(Share(span.worker, request.sequence, number, span.start, span.stop))
+    if isinstance(request.state, Decode):  # so that what both share is read once in a step
+        placement = life.ledger.sequences[request.sequence].placement
+        holders = tuple(life.ledger.holders(placement, but=account.home))
+        life.command(Relocate(account.home, 0, request.sequence, placement, holders))
+
+
+def _leave(life: MachineState, request: Request, document: int, user: int | None, tokens: int) -> None:
+    """A ``user`` shares a document's first tokens in place of a request."""
+    if user is not None:
+        prefix_cache.share_cached(life, document, tokens, user)
+    life.requests[document].dependents.discard(request.sequence)
+    prefix_cache.stop_sharing(life, document, request.sequence)
