@@ -23,7 +23,7 @@ from distkv_dask.kernels import IMPLEMENTATIONS, micro_attention, native_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "kernels" / "native"
-MODELS = [name for name in IMPLEMENTATIONS if "amx_model" in name]
+TILED = [name for name in IMPLEMENTATIONS if "amx" in name]
 TILES = ["-mamx-tile", "-mamx-bf16"]
 LIBRARY = """
 #define DISTKV_ISA test
@@ -133,7 +133,7 @@ def test_software_tiles_end_a_process_that_uses_them_wrong(model: Path, calls: s
     assert "done" not in done.stdout
 
 
-@pytest.mark.parametrize("implementation", MODELS)
+@pytest.mark.parametrize("implementation", TILED)
 def test_neither_threads_nor_other_rows_change_a_bit_and_tiles_are_released(implementation: str) -> None:
     rows = ROWS[2:5]
     alone = [micro_attention(**ragged([row], "window", torch.bfloat16), implementation=implementation) for row in rows]
