@@ -7,8 +7,11 @@ is compiled for its own instruction set and chosen at run time, and the exchange
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -37,8 +40,8 @@ X86 = {
 ARM = {"isa_neon.cpp": [], "isa_neon_bf16.cpp": ["-march=armv8.2-a+bf16"]}
 ISA_FLAGS = X86 | ARM
 SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), {})
-# Sources that need a new compiler, each after those that it cannot do without, and what tells choose.cpp that they are
-# there.
+# Sources that need a new compiler, and what tells choose.cpp that they are there. Each has
+# the flags of the set that its kernels fall back on, too: where that one cannot be built, it cannot be either.
 OPTIONAL = {
     "isa_avx512_bf16.cpp": "DISTKV_HAS_AVX512_BF16",
     "isa_amx_model_avx512.cpp": "DISTKV_HAS_AVX512_BF16",
@@ -47,29 +50,38 @@ OPTIONAL = {
 }
 PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"]
 WIRE = Path("distkv_dask/worker/native")
+MOST_COMPILERS = 8
+"""Of g++ at once: each takes up to half a GB."""
 
 
 class BuildCore(build_ext):
-    """Compile every source with the flags of its instruction set."""
+    """Compile every source with the flags of its instruction set, several at once."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link the core; setuptools skips it on an error because it is optional."""
-        objects, macros = [], []
-        for source in ext.sources:
-            name = Path(source).name
-            flags = FLAGS + ISA_FLAGS.get(name, [])
-            try:
-                objects += self.compiler.compile(
-                    [source], output_dir=self.build_temp, macros=macros, extra_postargs=flags
-                )
-            except CompileError:
-                if name not in OPTIONAL:
-                    raise
-                print(f"{name} is left out: this compiler does not know {' '.join(flags[len(FLAGS) :])}")
-            else:
-                macros += [(OPTIONAL[name], None)] if name in OPTIONAL else []
+        optional = [source for source in ext.sources if Path(source).name in OPTIONAL]
+        others = [source for source in ext.sources if source not in optional]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_COMPILERS)) as compilers:
+            built = [objects for objects in compilers.map(self.compile_optional, optional) if objects]
+            macros = [(OPTIONAL[f"{Path(made).stem}.cpp"], None) for (made,) in built]
+            built += compilers.map(partial(self.compile_source, macros=macros), others)
         target = self.get_ext_fullpath(ext.name)
+        objects = [made for objects in built for made in objects]
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def compile_source(self, source: str, macros: list[tuple[str, None]]) -> list[str]:
+        """Compile one source; its object file."""
+        flags = FLAGS + ISA_FLAGS.get(Path(source).name, [])
+        return self.compiler.compile([source], output_dir=self.build_temp, macros=macros, extra_postargs=flags)
+
+    def compile_optional(self, source: str) -> list[str]:
+        """Compile a source that needs a new compiler; nothing where this one is too old."""
+        try:
+            return self.compile_source(source, [])
+        except CompileError:
+            name = Path(source).name
+            print(f"{name} is left out: this compiler does not know {' '.join(ISA_FLAGS[name])}")
+            return []
 
 
 sources = [str(SOURCES / name) for name in (*SETS, *PORTABLE)]

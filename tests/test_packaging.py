@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -147,6 +148,17 @@ def test_every_requirement_has_a_tested_pin_within_its_range():
     everything = requirements(line for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group)
     assert pins.keys() == everything.keys()
     assert not [name for name, specifier in everything.items() if pins[name] not in specifier]
+
+
+def test_a_build_fetches_nothing_but_what_it_imports():
+    """Build tools are fetched into an environment of their own, whatever else is installed."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert requirements(build["requires"]).keys() == imported
+    assert build["build-backend"].partition(".")[0] in imported
 
 
 def test_the_makefile_installs_the_pinned_torch_first():
