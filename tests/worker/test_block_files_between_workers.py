@@ -156,6 +156,29 @@ def test_a_worker_that_does_not_answer_is_not_waited_for_without_end(tmp_path: P
     workers.close()
 
 
+SHORT = {
+    "one block": lambda rows: rows[:1],
+    "not all bytes": lambda rows: rows[:, 8:],
+    "other numbers": lambda rows: rows.view("<u4"),
+}
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("change", SHORT.values(), ids=SHORT)
+def test_blocks_that_came_short_are_an_error_and_never_fill_others(change: Any, tmp_path: Path) -> None:
+    workers = Workers(tmp_path, "ab", spill=10**6)
+
+    async def short(file: SpilledFile, first: int, count: int) -> Any:
+        return change(await workers.peer(file, first, count))
+
+    workers.pools["b"].storage.zero_()
+    error = fetched(workers, spilled(workers), short)
+    assert isinstance(error, SavedDocumentError)
+    assert f"in place of 2 blocks of {SHAPE.nbytes} bytes" in str(error)
+    assert not workers.pools["b"].storage.any()
+    workers.close()
+
+
 def test_a_store_that_fails_in_the_middle_leaves_no_file(tmp_path: Path) -> None:
     workers = Workers(tmp_path, "a", spill=10**6)
     workers.pools["a"].reserve(1, 0, 8)

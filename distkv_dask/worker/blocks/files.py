@@ -223,9 +223,15 @@ class BlockFiles:
         """Rows of a file on another worker's disk, uint8 [n, size], a few at a time."""
         step = max(1, PIECE_BYTES // size)
         for at in range(0, count, step):
-            rows = await asyncio.wait_for(peer(file, first + at, min(step, count - at)), self._silence)
+            some = min(step, count - at)
+            rows = await asyncio.wait_for(peer(file, first + at, some), self._silence)
             if isinstance(rows, str):
                 raise SavedDocumentError(rows)
+            if rows.shape != (some, size) or rows.dtype != np.uint8:  # blocks would get what belongs into others
+                raise SavedDocumentError(
+                    f"worker {file.worker} sent {rows.dtype} {rows.shape} of {file.name} in place of {some} blocks of "
+                    f"{size} bytes; do all workers have the same version of distkv-dask?"
+                )
             yield rows
 
     def _fill(self, blocks: list[int], rows: np.ndarray) -> None:
