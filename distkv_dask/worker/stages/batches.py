@@ -30,7 +30,7 @@ def encode_batch(part: Part, tokens: int, blocks: Sequence[Sequence[int]]) -> by
 
 
 def decode_batch(payload: Buffer, capacity: int) -> StageBatch:
-    """Read it; blocks are below ``capacity``.
+    """Read it: blocks are below ``capacity``, and every token is in a row, so that no number makes us allocate memory.
 
     Raises
     ------
@@ -42,7 +42,9 @@ def decode_batch(payload: Buffer, capacity: int) -> StageBatch:
         rows = decode_rows(packed)
         fits = (
             type(tokens) is int
-            and all(type(at) is int and 0 <= at < tokens for at in places)
+            and 0 < tokens <= len(places)
+            and all(type(at) is int for at in places)
+            and {*places} == {*range(tokens)}
             and len(places) == sum(row.queries for row in rows)
             and len(blocks) == len(rows)
             and all(type(block) is int and 0 <= block < capacity for some in blocks for block in some)
