@@ -24,6 +24,7 @@ def found(pattern: str) -> list[Path]:
 MODULES = found("*.py")
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -161,9 +162,9 @@ def test_no_constructor_takes_more_than_five_things(path: Path) -> None:
 
 
 LONG = {
-    "_dispatch", "_do",  # one match over all events, and over all messages
-    "sampling_options",  # a list of options
-    "attend", "_attend_tile", "attend_item",  # device code, and a compiled loop that must not call
+    ("machine.py", "_dispatch"),  # one match over all events
+    ("triton_jit.py", "attend"), ("triton_jit.py", "_attend_tile"),  # device code
+    ("numba_jit.py", "attend_item"),  # a compiled loop that must not call
 }  # fmt: skip
 """Functions that may have more than 40 lines."""
 
@@ -179,7 +180,8 @@ def long_functions(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_function_has_more_than_forty_lines(path: Path) -> None:
-    assert set(long_functions(parsed(path))) <= LONG
+    found = {(path.name, name) for name in long_functions(parsed(path))}
+    assert found == {one for one in LONG if one[0] == path.name}, "cut it, or take it from the list"
 
 
 def test_no_file_has_more_than_three_hundred_lines() -> None:

@@ -134,12 +134,12 @@ class RManager(WorkerPlugin):
         match message:
             case do.Open():
                 self._spawn(self._open_engine(message))
-                return
             case do.Close():
                 self._spawn(self._close_engine(name))
-                return
-        if (engine := self.engines.get(name)) is None:
-            return
+            case _ if engine := self.engines.get(name):
+                self._do_in(engine, name, message)
+
+    def _do_in(self, engine: WorkerEngine, name: str, message: do.ToWorker) -> None:
         match message:
             case do.Reserve(_, sequence, start, stop):
                 engine.reserve(sequence, start, stop)

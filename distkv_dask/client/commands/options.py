@@ -100,6 +100,36 @@ def reader_option(command: Command) -> Command:
 
 def sampling_options(command: Command) -> Command:
     """Add the sampling options."""
+    command = _further_options(command)
+    for option in (
+        click.option(
+            "--score",
+            is_flag=True,
+            help="The question is a yes/no question: give the probability of Yes beside No, one number.",
+        ),
+        click.option(
+            "--choices",
+            metavar="A,B,C",
+            callback=_choices_of,
+            help="Answer with exactly one of these, and give each one's probability. Choices with commas: as JSON.",
+        ),
+        click.option("--regex", metavar="PATTERN", help="Regular expression that whole answers match."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
+        click.option("--seed", type=int, help="Seed that makes draws repeatable."),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
+        ),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
+        ),
+        click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def _further_options(command: Command) -> Command:
+    """Add those for log probabilities, several answers, quotes and grammars."""
     for option in (
         click.option(
             "--grammar",
@@ -126,27 +156,6 @@ def sampling_options(command: Command) -> Command:
             metavar="COUNT",
             help="Give the log probabilities of answers' tokens, and of this many of the most likely ones.",
         ),
-        click.option(
-            "--score",
-            is_flag=True,
-            help="The question is a yes/no question: give the probability of Yes beside No, one number.",
-        ),
-        click.option(
-            "--choices",
-            metavar="A,B,C",
-            callback=_choices_of,
-            help="Answer with exactly one of these, and give each one's probability. Choices with commas: as JSON.",
-        ),
-        click.option("--regex", metavar="PATTERN", help="Regular expression that whole answers match."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
-        click.option("--seed", type=int, help="Seed that makes draws repeatable."),
-        click.option(
-            "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most likely tokens only."
-        ),
-        click.option(
-            "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
-        ),
-        click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens."),
     ):
         command = option(command)
     return command
