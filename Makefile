@@ -7,6 +7,8 @@ INSTALL_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py kernels/nat
 
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# With it, every process of the tests compiles all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of one file share what they have started, so a file's tests run in one process. Files go out in the order of
 # tests/conftest.py: by itself xdist begins with files of many tests, and the longest one has a single test. Many tests

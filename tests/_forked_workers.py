@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from multiprocessing import forkserver
 from pathlib import Path
 
 import dask.config
@@ -66,6 +67,9 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     dask.config.refresh()
     fork_workers()
+    if (server := forkserver._forkserver)._forkserver_address:  # type: ignore[attr-defined]
+        # Its workers shall be forked from where it was itself: Python means to do that, but starts another server.
+        server.ensure_running = lambda: None  # type: ignore[method-assign]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -59,11 +60,29 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = 900
 
 
+LIKE_OTHERS = {
+    "llama-mha", "llama-mqa", "qwen2", "mistral", "phi3", "mixtral",  # like llama-gqa, qwen3 and qwen3-moe
+    "granite4-h", "lfm2", "nemotron-h",  # like qwen3-next and jamba
+}  # fmt: skip
+"""Tiny models (``_models.py``) for which our code does what it does for another one."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there now alone: each garbage collection, such as pytest's last ones, takes a second with it."""
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with files of slow tests, so that no process waits for one at the end.
 
-    Give tests over UCX three tries: ucxx misses their time limits now and then on a busy machine.
+    Leave families of models that are like others to ``make test-all``. Give tests over UCX three tries: ucxx misses
+    their time limits now and then on a busy machine.
     """
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("family") in LIKE_OTHERS:
+            item.add_marker(pytest.mark.thorough)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:

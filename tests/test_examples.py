@@ -45,20 +45,21 @@ def run(folder: Path, *command: object) -> str:
     return done.stdout
 
 
-def test_the_readmes_example_runs_and_prints_an_answer(tmp_path: Path) -> None:
+@pytest.mark.thorough
+def test_the_readmes_example_runs_as_users_start_it(tmp_path: Path) -> None:
     assert len(run(tmp_path, ROOT / "examples" / OF_README).split()) > 10
 
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which all examples but the README's have run, in one process; what each has printed is there."""
+    """The folder in which all examples have run, in one process; what each has printed is there."""
     folder = tmp_path_factory.mktemp("examples")
-    others = [name for name in (*EXAMPLES, DEMO) if name != OF_README]
-    run(folder, "-m", "tests._forked_workers", folder, *(shlex.quote(str(ROOT / "examples" / name)) for name in others))
+    scripts = [shlex.quote(str(ROOT / "examples" / name)) for name in (*EXAMPLES, DEMO)]
+    run(folder, "-m", "tests._forked_workers", folder, *scripts)
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != OF_README])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_prints_answers(printed: Path, name: str) -> None:
     assert len((printed / f"{name}.out").read_text().split()) > 10
 

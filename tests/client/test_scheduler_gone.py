@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monk
             batching = pool.submit(batch, out=tmp_path / "begun")
             while len(engine.status().sequences) == before:
                 assert not batching.done(), batching.exception()
+                time.sleep(0.02)
             scheduler.kill()
             assert_refused(batching.result)
         assert_refused(running.result)

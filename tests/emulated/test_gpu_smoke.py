@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_stage_is_right(tmp_path: Path) -> None:
     file = tmp_path / "smoke.json"
     done = subprocess.run(

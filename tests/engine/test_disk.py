@@ -142,9 +142,11 @@ def test_a_request_whose_disk_is_killed_with_its_worker_is_answered_all_the_same
         deadline = time.monotonic() + 60
         while not any(one.generated_tokens for one in engine.status().sequences.values()):
             assert time.monotonic() < deadline
+            time.sleep(0.02)  # each look costs the scheduler as much as a step
         urgent = engine.submit(prompts[1], SamplingParams(max_new_tokens=200, ignore_eos=True, priority=1))
         while (status := engine.status()).sequences[0].state != "waiting":
             assert time.monotonic() < deadline, status
+            time.sleep(0.02)
         disks = {worker for worker, one in status.workers.items() if one.disk_bytes}
         assert disks
         os.kill(client.run(os.getpid, workers=[worker := min(disks)])[worker], signal.SIGKILL)

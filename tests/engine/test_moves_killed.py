@@ -21,15 +21,16 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from tests._models import model_dir, prompt_ids, reference_generate
 
 pytestmark = pytest.mark.slow
+THOROUGH = pytest.mark.thorough
 
-NEW = 400
-WIDE = prompt_ids(1200)  # with the room for its answer 1600 tokens, on two workers of 1365
+NEW = 200
+WIDE = prompt_ids(1400)  # with the room for its answer 1600 tokens, on two workers of 1365
 SHORT = prompt_ids(20, seed=9)
 SLOW: dict[str, Any] = {
     "dtype": "float32",
     "kv_memory": "4 MiB",
     "block_tokens": 8,
-    "prefill_chunk_tokens": 32,
+    "prefill_chunk_tokens": 128,
     "window_steps": 4,
     "move_tokens_per_step": 1,  # hundreds of steps for a move: it is seen under way on any machine
 }
@@ -79,7 +80,7 @@ def assert_nothing_is_left(client: Client, life: MachineState) -> None:
     wait_for(lambda: client.run(used_blocks) == cached)
 
 
-@pytest.mark.parametrize("victim", ["source", "target", "home"])
+@pytest.mark.parametrize("victim", ["source", *(pytest.param(one, marks=THOROUGH) for one in ("target", "home"))])
 def test_a_worker_killed_in_mid_move_costs_no_token(
     cluster: LocalCluster, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

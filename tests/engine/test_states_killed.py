@@ -16,7 +16,11 @@ from tests._splits import force_split
 
 pytestmark = pytest.mark.slow
 
-PROMPT, NEW = prompt_ids(200, seed=3), 250
+PROMPT, NEW = prompt_ids(200, seed=3), 150
+
+FAMILIES = ("gemma2", "gpt-oss", "qwen3-next", "granite4-h", "lfm2")
+BY_DEFAULT = {("gemma2", "holder"), ("qwen3-next", "home")}
+"""A model with windows and one with recurrent layers, and who is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,13 @@ def cluster() -> Iterator[LocalCluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("victim", ["holder", "home"])
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "qwen3-next", "granite4-h", "lfm2"])
+CASES = [(family, victim) for family in FAMILIES for victim in ("holder", "home")]
+
+
+@pytest.mark.parametrize(
+    ("family", "victim"),
+    [pytest.param(*one, marks=[pytest.mark.thorough] * (one not in BY_DEFAULT)) for one in CASES],
+)
 def test_a_killed_worker_costs_no_token(
     cluster: LocalCluster, family: str, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

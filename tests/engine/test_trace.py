@@ -168,6 +168,7 @@ def test_a_trace_keeps_what_a_killed_worker_did(tmp_path: Path) -> None:
         running = engine.submit(prompt_ids(300), SamplingParams(max_new_tokens=900, ignore_eos=True))
         while not holders_seen(file):
             assert not running.done()
+            time.sleep(0.02)
         victim = engine.status().sequences[0].placement[0].worker
         os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
         while not engine.status().totals.get("repair_events"):

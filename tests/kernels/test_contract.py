@@ -12,15 +12,21 @@ from distkv_dask.kernels import IMPLEMENTATIONS, micro_attention, torch_kernel
 
 CPU_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name not in ("reference", "native", "triton")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WITH_DTYPES = [(name, dtype) for name in CPU_IMPLEMENTATIONS for dtype in DTYPES]
+WITH_DTYPES = [one for one in WITH_DTYPES if "model" not in one[0] or one[1] == torch.bfloat16]
+"""Tiles are of bfloat16: all else is left to kernels that have cases of their own."""
+LIKE_OTHERS = {("numba", torch.float16)}
+if "native:amx_model_avx512" in CPU_IMPLEMENTATIONS:  # the same source with other vectors
+    LIKE_OTHERS.add(("native:amx_model", torch.bfloat16))
 LONG = next(case for case in CASES if case.name == "decode-long-split-over-threads")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [pytest.param(*one, marks=[pytest.mark.thorough] * (one in LIKE_OTHERS)) for one in WITH_DTYPES],
+)
 def test_attention_equals_float64(implementation: str, case: Case, dtype: torch.dtype) -> None:
-    if "model" in implementation and dtype != torch.bfloat16:
-        pytest.skip("tiles are of bfloat16: all else is left to kernels that have cases of their own")
     check(implementation, case, dtype)
 
 
