@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -70,6 +71,7 @@ LIKE_OTHERS = {
 def pytest_collection_finish() -> None:
     """Leave what is there now alone: each garbage collection, such as pytest's last ones, takes a second with it."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # extensions complain of what is never collected
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
