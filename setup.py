@@ -36,6 +36,9 @@ X86 = {
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_model_avx512.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "linear_avx512.cpp": AVX512,
+    "linear_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "linear_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 ARM = {"isa_neon.cpp": [], "isa_neon_bf16.cpp": ["-march=armv8.2-a+bf16"]}
 ISA_FLAGS = X86 | ARM
@@ -47,8 +50,13 @@ OPTIONAL = {
     "isa_amx_model_avx512.cpp": "DISTKV_HAS_AVX512_BF16",
     "isa_amx_bf16.cpp": "DISTKV_HAS_AMX_BF16",
     "isa_neon_bf16.cpp": "DISTKV_HAS_NEON_BF16",
+    "linear_avx512_bf16.cpp": "DISTKV_HAS_AVX512_BF16",
+    "linear_amx_bf16.cpp": "DISTKV_HAS_AMX_BF16",
 }
-PORTABLE = ["api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"]
+PORTABLE = [
+    *("api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"),
+    *("linear.cpp", "linear_amx_model.cpp"),
+]
 WIRE = Path("distkv_dask/worker/native")
 MOST_COMPILERS = 8
 """Of g++ at once: each takes up to half a GB."""

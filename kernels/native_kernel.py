@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .contract import Call, lengths_message, offsets_message, slots_message, tables_message
 from .native_layout import disagreement, layout_of
+from .native_structures import PackedLayers, PackedLinear
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _ARGS = struct.Struct("<28q2d")  # distkv::Args in native/core.h
@@ -31,22 +31,6 @@ _TILES_OF_BF16 = ("amx_bf16",)
 Packed = ctypes.Array[ctypes.c_char]
 """Arguments as the core reads them; writable."""
 PackedMerge = tuple[int | None, ...]
-
-
-class PackedLayers(ctypes.Structure):
-    """distkv::Layers in native/layers.cpp."""
-
-    _fields_ = (
-        ("args", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("layers", ctypes.c_int64),
-        ("blocks", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("appended", ctypes.c_int64),
-    )
-    kept: Any
-    """What the pointers point to."""
 
 
 def path() -> Path | None:
@@ -65,7 +49,11 @@ def _load() -> ctypes.CDLL | str:
         core = ctypes.CDLL(str(file))
     except OSError as error:
         return f"{file.name} does not load: {error}"
-    layouts = {"args": [_ARGS.size, *range(0, _ARGS.size, 8)], "layers": layout_of(PackedLayers)}
+    layouts = {
+        "args": [_ARGS.size, *range(0, _ARGS.size, 8)],
+        "layers": layout_of(PackedLayers),
+        "linear": layout_of(PackedLinear),
+    }
     if (reason := disagreement(core, layouts)) is not None:
         return f"{file.name} was built from another version, {reason}; rebuild it: pip install -e ."
     core.distkv_isa.restype = ctypes.c_char_p
@@ -75,6 +63,9 @@ def _load() -> ctypes.CDLL | str:
     core.distkv_attend.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     core.distkv_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     core.distkv_layer.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_double]
+    core.distkv_linear_kernels.restype = ctypes.c_void_p
+    core.distkv_linear_kernels.argtypes = [ctypes.c_char_p]
+    core.distkv_linear.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     core.distkv_merge.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
     return core
 
@@ -289,3 +280,15 @@ def pack_merge(
 def read_memory(tensor: torch.Tensor, threads: int) -> None:
     """Read a contiguous CPU tensor once and discard it: measures the read bandwidth of this machine."""
     _core().distkv_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), threads)
+
+
+def linear_kernels(name: str) -> int | None:
+    """Address of an instruction set's products of few rows; None if the core or the processor has none."""
+    found: int | None = _core().distkv_linear_kernels(name.encode())
+    return found
+
+
+def linear(weights: int, kernels: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply rows [n, inputs] with packed weights (few_rows.py), into ``out``; MemoryError without room."""
+    if _core().distkv_linear(weights, kernels, rows.data_ptr(), rows.shape[0], rows.stride(0), out.data_ptr()):
+        raise MemoryError(f"no memory for a copy of {rows.shape[0]} rows")

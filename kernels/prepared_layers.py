@@ -15,6 +15,7 @@ import torch
 from . import native_kernel
 from .contract import slots_message
 from .index import beside
+from .native_structures import PackedLayers
 from .prepared import PreparedAttention
 
 
@@ -88,7 +89,7 @@ class PreparedLayers:
             if attention.batch is not None:
                 attention.batch.take_slots(blocks, offsets)
         packed = [one for layer in self._layers if (one := layer.attention.packed) is not None]
-        self.native: native_kernel.PackedLayers | None = None
+        self.native: PackedLayers | None = None
         """The first argument of the core's ``distkv_layer``, for native callers; None if the C++ core is not used."""
         if len(packed) == len(self._layers):
             self.native = native_kernel.pack_layers(packed, k_layers, v_layers, blocks, offsets)

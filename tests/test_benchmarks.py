@@ -59,6 +59,7 @@ OTHERS = {
     "evaluation_simulated": "--workers 4 --requests 10 --seeds 1 --links 1gbe",
     "gmanager_scale": "--workers 4 --requests 20 --rounds 5 --policies overflow",
     "model_coverage": "--types llama",
+    "few_rows": "--models 135M --rows 1 --turns 1",
     "sparse_rows": "--layers 1 --turns 1",
 }
 

@@ -20,6 +20,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 from distkv_dask.worker.model.cut import stage_forward
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
+from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.read_weights import Weights
@@ -77,7 +78,7 @@ class LoadedModel:
     def pack(self, room: int) -> None:
         """Pack weights to compute faster with few rows, if that takes no more than ``room`` bytes."""
         if not self.is_packed and self.weights.disk is None:
-            self.is_packed = pack_linears(self._model, room) > 0
+            self.is_packed = pack_linears(self._model, room, chosen) > 0
 
     def is_prepared(self, sampling: SamplingParams) -> bool:
         """Whether :meth:`follower` does not have to compile a grammar first."""
@@ -95,7 +96,7 @@ class LoadedModel:
     @property
     def where(self) -> str:
         """Where its weights are, in words."""
-        packed = "; those of linears also packed, which takes as much memory of this process alone"
+        packed = f"; those of linears also packed, which takes as much memory of this process alone: {chosen()}"
         return self.weights.where + packed * self.is_packed
 
     @property

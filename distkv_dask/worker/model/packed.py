@@ -1,14 +1,18 @@
-"""Linears with weights in the form that oneDNN computes with, so that it does not rearrange them in every call.
+"""Linears with weights in the form that few rows are computed with fastest: the C++ core's, or oneDNN's.
 
-One row then takes half of the time, 8 rows two thirds, and hundreds of rows nearly as long; results have the same bits.
 The loaded weights are kept, too: most are mapped from files, and other parts of the model use them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import psutil
 import torch
 from torch import Tensor
+
+from distkv_dask.kernels.few_rows import FewRows, packed
 
 PART = 1 / 16
 """Maximum part of a worker's memory for packed weights; more is better used for KV."""
@@ -17,13 +21,37 @@ REORDER, LINEAR = "_reorder_linear_weight", "_linear_pointwise"
 """Operations of torch that Inductor uses, too."""
 
 
+TORCH, ONEDNN = "torch", "oneDNN"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What serves how many rows.
+
+    Attributes
+    ----------
+    few
+        Most rows and instruction set of the core's products, in order of rows; empty if they are never the fastest.
+    onednn
+        Whether oneDNN's packed weights serve instead of them.
+    """
+
+    few: tuple[tuple[int, str], ...] = ()
+    onednn: bool = False
+
+    def __str__(self) -> str:
+        if self.few:
+            return ", ".join(f"{name} up to {most} rows" for most, name in self.few)
+        return "packed by oneDNN" if self.onednn else ""
+
+
 def packing_room(limit: int | None) -> int:
     """Maximum bytes of packed weights on a worker with this memory limit (None: without one)."""
     free = psutil.virtual_memory().available
     return int(PART * (free if limit is None else min(free, limit)))
 
 
-def pack_linears(model: torch.nn.Module, room: int) -> int:
+def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]) -> int:
     """Pack the weights of a model's linears; the modules stay the same but compute with packed weights.
 
     Parameters
@@ -32,28 +60,64 @@ def pack_linears(model: torch.nn.Module, room: int) -> int:
         A model in host memory.
     room
         Bytes that all of it may take; nothing is packed if it would take more.
+    choose
+        Asked what serves bfloat16 weights. float16 is left to oneDNN, float32 to what torch computes with.
 
     Returns
     -------
     int
-        Bytes that were packed: 0 where oneDNN does not serve the dtype on this processor, and in float32, where torch
-        computes with another library.
+        Bytes that were packed: 0 where nothing serves packed weights of this dtype on this processor.
     """
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear and _is_short(module.weight)]
     linears = [linear for linear in linears if "forward" not in vars(linear)]  # others skip rows, or compute them alike
     size = sum(linear.weight.nbytes for linear in linears)
-    if not linears or size > room or not torch.backends.mkldnn.is_available():
+    if not linears or size > room:
         return 0
     try:
         for linear in linears:
-            linear.forward = PackedLinear(linear.weight, linear.bias)  # type: ignore[assignment]
+            if (product := _product(linear, choose)) is None:
+                return 0
+            linear.forward = product  # type: ignore[assignment]
     except RuntimeError:  # float16 needs instructions that the processor does not have: it is so for the first one
         return 0
     return size
 
 
+def _product(linear: torch.nn.Linear, choose: Callable[[], Choice]) -> Callable[[Tensor], Tensor] | None:
+    weight, bias = linear.weight, linear.bias
+    choice = choose() if weight.dtype == torch.bfloat16 else Choice(onednn=True)
+    if choice.few:
+        return FewRowsLinear(weight, bias, choice.few)
+    return PackedLinear(weight, bias) if choice.onednn and torch.backends.mkldnn.is_available() else None
+
+
+class FewRowsLinear:
+    """The product of a linear with weights that the C++ core has packed for few rows; more rows are left to torch.
+
+    Parameters
+    ----------
+    weight, bias
+        [out, in] and [out] or None, bfloat16.
+    kernels
+        Most rows that an instruction set serves, and its name; in order of rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Sequence[tuple[int, str]]) -> None:
+        self._weight, self._bias = weight, bias
+        self._few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, kernels)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if 0 < rows.numel() <= self._few.most * rows.shape[-1]:
+            return self._few(rows)
+        return torch.nn.functional.linear(rows, self._weight, self._bias)
+
+
 class PackedLinear:
-    """The product of a linear with packed weights.
+    """The product of a linear with weights packed by oneDNN, so that it does not rearrange them in every call.
+
+    One row then takes half of the time, 8 rows two thirds, and hundreds of rows nearly as long; results have the same
+    bits.
 
     Parameters
     ----------

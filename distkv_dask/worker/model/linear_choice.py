@@ -1,0 +1,100 @@
+"""Which products serve a linear's bfloat16 weights fastest here, by number of rows, timed once per process.
+
+The candidates are torch's own, oneDNN's with packed weights, and the C++ core's (:mod:`distkv_dask.kernels.few_rows`)
+by instruction set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from distkv_dask.kernels import few_rows
+from distkv_dask.worker.model.packed import ONEDNN, TORCH, Choice, PackedLinear
+
+ROWS = (1, 4, 16, 64, 256, 512)
+"""Numbers of rows that are timed: one sequence, batches that decode, prompts computed together, a chunk of one."""
+WEIGHTS, OUTPUTS, INPUTS = 8, 1536, 576
+"""Linears of a round, too large for a core's own cache together, and their sizes: a small model's."""
+ROUNDS = 3
+BEATEN = 1.5
+"""What takes longer than the best by this factor takes part in no further round."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+def chosen() -> Choice:
+    """The choice for torch's present number of threads."""
+    return _chosen(torch.get_num_threads())
+
+
+@lru_cache
+def _chosen(threads: int) -> Choice:
+    return choice({rows: fastest(times) for rows, times in timed().items()}, few_rows.sets())
+
+
+def choice(fastest_by_rows: Mapping[int, str], sets: list[str]) -> Choice:
+    """Use the core's products up to the last number of rows that they serve fastest, from one row on.
+
+    Parameters
+    ----------
+    fastest_by_rows
+        For each number of rows in rising order: ``TORCH``, ``ONEDNN``, or one of ``sets``.
+    sets
+        Instruction sets of the core's products.
+    """
+    few: list[tuple[int, str]] = []
+    for rows, name in fastest_by_rows.items():
+        if name not in sets:
+            break
+        if few and few[-1][1] == name:
+            few.pop()
+        few.append((rows, name))
+    return Choice(tuple(few), onednn=not few and next(iter(fastest_by_rows.values()), TORCH) == ONEDNN)
+
+
+def fastest(times: Mapping[str, float]) -> str:
+    """Name of the shortest time."""
+    return min(times, key=lambda name: times[name])
+
+
+def timed() -> dict[int, dict[str, float]]:
+    """Seconds of a round by number of rows and candidate, the best of a few rounds in turns: about 0.2 s in all."""
+    with torch.inference_mode():
+        weights = [torch.full((OUTPUTS, INPUTS), 0.01, dtype=torch.bfloat16) for _ in range(WEIGHTS)]
+        products = _candidates(weights)
+        return {rows: _best(products, torch.ones(rows, INPUTS, dtype=torch.bfloat16)) for rows in ROWS}
+
+
+def _candidates(weights: list[Tensor]) -> dict[str, list[Product]]:
+    made: dict[str, list[Product]] = {TORCH: [partial(_plain, weight) for weight in weights]}
+    if torch.backends.mkldnn.is_available():
+        with suppress(RuntimeError):  # this processor has no bfloat16 that oneDNN uses
+            made[ONEDNN] = [PackedLinear(weight, None) for weight in weights]
+    packed = [few_rows.packed(weight) for weight in weights]
+    for name in few_rows.sets():
+        made[name] = [few_rows.FewRows(each, (OUTPUTS, INPUTS), None, ((ROWS[-1], name),)) for each in packed]
+    return made
+
+
+def _plain(weight: Tensor, rows: Tensor) -> Tensor:
+    return linear(rows, weight)
+
+
+def _best(products: Mapping[str, list[Product]], rows: Tensor) -> dict[str, float]:
+    best: dict[str, float] = {}
+    for _ in range(ROUNDS):
+        for name, linears in products.items():
+            if best.get(name, 0.0) > BEATEN * min(best.values(), default=0.0):
+                continue
+            began = time.perf_counter()
+            for product in linears:
+                product(rows)
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - began)
+    return best

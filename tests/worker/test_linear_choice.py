@@ -1,0 +1,40 @@
+"""What serves a linear is what was fastest with one row and on, and it computes the product."""
+
+from __future__ import annotations
+
+import torch
+
+from distkv_dask.kernels import few_rows
+from distkv_dask.worker.model.linear_choice import ROWS, choice, chosen, fastest, timed
+from distkv_dask.worker.model.packed import ONEDNN, TORCH, Choice
+
+SETS = ["amx_bf16", "avx512"]
+
+
+def test_the_cores_products_serve_up_to_where_a_library_is_faster() -> None:
+    times = dict(zip(ROWS, ["avx512", "amx_bf16", "amx_bf16", TORCH, "amx_bf16", "amx_bf16"], strict=True))
+    assert choice(times, SETS) == Choice(((1, "avx512"), (16, "amx_bf16")))
+
+
+def test_a_library_that_is_faster_with_one_row_serves_all() -> None:
+    others = [*SETS, TORCH, TORCH, TORCH]
+    assert choice(dict(zip(ROWS, [ONEDNN, *others], strict=True)), SETS) == Choice(onednn=True)
+    assert choice(dict(zip(ROWS, [TORCH, *others], strict=True)), SETS) == Choice()
+    assert choice({}, SETS) == Choice()
+
+
+def test_the_shortest_time_wins() -> None:
+    assert fastest({TORCH: 2.0, ONEDNN: 1.0, "avx512": 3.0}) == ONEDNN
+
+
+def test_every_candidate_is_timed_and_the_choice_can_be_used() -> None:
+    names = {TORCH, *few_rows.sets()}
+    assert all(names <= times.keys() and min(times.values()) > 0 for times in timed().values())
+    found = chosen()
+    assert found is chosen()
+    assert {name for _, name in found.few} <= set(few_rows.sets())
+    weight = torch.randn(64, 64).bfloat16()
+    if found.few:
+        product = few_rows.FewRows(few_rows.packed(weight), (64, 64), None, found.few)
+        rows = torch.randn(1, 64).bfloat16()
+        assert torch.allclose(product(rows).double(), rows.double() @ weight.double().T, rtol=1 / 128, atol=1e-2)
