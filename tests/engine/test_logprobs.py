@@ -14,7 +14,7 @@ import transformers
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Completion, Engine, SamplingParams, TokenLogprob, perplexity
-from distkv_dask.scheduler.work import prefill
+from distkv_dask.scheduler.work import chunks
 from distkv_dask.worker.model.loaded import LoadedModel
 from tests._cluster import engine_test
 from tests._models import block_bytes, kv_memory, model_dir, prompt_ids, reference_generate, text_model_dir
@@ -65,7 +65,7 @@ def test_logprobs_over_three_workers_are_those_of_one_process(
         return logits
 
     monkeypatch.setattr(LoadedModel, "forward", watched)
-    monkeypatch.setattr(prefill, "SCORED_TOKENS", 12)
+    monkeypatch.setattr(chunks, "SCORED_TOKENS", 12)
 
     @engine_test(workers=3)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.scheduler.work import replan
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
@@ -32,5 +34,32 @@ def test_a_prompt_that_all_workers_compute_has_the_tokens_of_one_process(family:
                 assert len(done.placement) > 3 or stays or len(prompt) < 100
             status = await engine.status()
             assert status.totals.get("wavefront_events", 0) == (0 if stays else 2)
+
+    run()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "deepseek-v3"])
+def test_workers_that_do_nothing_else_help_and_stop_when_others_come(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (400, 300, 310, 280)]
+    expected = reference_generate(model_dir(family), prompts, NEW)
+    folder = str(model_dir(family))
+    monkeypatch.setattr(replan, "LONG", 0.0)  # chunks of 32 tokens
+    monkeypatch.setattr(replan, "QUIET", 0.0)
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, folder, performance="preset", prefill_workers="auto", **SMALL) as engine:
+            (alone,) = await engine.generate(prompts[:1], GREEDY)
+            assert list(alone.token_ids) == expected[0].tokens
+            assert len({span.worker for span in alone.placement}) == 3
+            running = []
+            for prompt in prompts[1:]:
+                running.append(engine.submit(prompt, GREEDY))
+                await asyncio.sleep(0.05)
+            for one, right in zip(running, expected[1:], strict=True):
+                assert list((await one).token_ids) == right.tokens
+            assert (await engine.status()).totals["wavefront_events"] > 1
 
     run()

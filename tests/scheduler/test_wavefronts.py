@@ -30,7 +30,8 @@ from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.overflow import Overflow
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.scheduler.records.states import Prefill
+from distkv_dask.scheduler.records.states import Prefill, Waiting
+from distkv_dask.scheduler.work import replan
 
 
 class Scattered(Overflow):
@@ -101,9 +102,11 @@ class InLanes(Simulated):
                 super().take(choice)
 
 
-def in_lanes(seed: int, *capacities: int) -> InLanes:
+def in_lanes(seed: int, *capacities: int, workers: int | str = 64) -> InLanes:
     """Such a cluster, on which everything is scattered."""
-    config = Config.load(block_tokens=BLOCK, prefill_chunk_tokens=8, window_batch=4, spill=1500, prefill_workers=64)
+    config = Config.load(
+        block_tokens=BLOCK, prefill_chunk_tokens=8, window_batch=4, spill=1500, prefill_workers=workers
+    )
     cluster = InLanes(
         Lifecycle(MachineState("engine", config, itertools.count(1), block_bytes=100)), random.Random(seed)
     )
@@ -117,13 +120,23 @@ prompts = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(st.integers(0, 2**32), st.lists(st.integers(20, 40), min_size=2, max_size=4), prompts, mishaps)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.integers(20, 40), min_size=2, max_size=4),
+    prompts,
+    mishaps,
+    st.sampled_from([64, "auto"]),
+    st.booleans(),
+)
 def test_prompts_on_the_same_workers_never_wait_for_each_other_whatever_the_lanes_begin_with(
-    seed: int, sizes: list[int], lengths: list[int], events: list[str]
+    seed: int, sizes: list[int], lengths: list[int], events: list[str], workers: int | str, scattered: bool
 ) -> None:
-    cluster = in_lanes(seed, *sizes)
+    cluster = in_lanes(seed, *sizes, workers=workers)
+    if not scattered:
+        cluster.life.queue.policy = Overflow(cluster.life.policy.model)
     for number, length in enumerate(lengths):
-        cluster.submit(number, array("i", range(length)), SamplingParams(max_new_tokens=5))
+        alike = number * (not scattered) * 1000
+        cluster.submit(number, array("i", range(alike, alike + length)), SamplingParams(max_new_tokens=5))
     for event in events:
         if event == "cancel" and cluster.life.requests:
             cluster.stop(cluster.rng.choice(sorted(cluster.life.requests)))
@@ -194,6 +207,13 @@ def of_workers(workers: int | str, *capacities: int) -> Simulated:
 LONG = array("i", range(400))
 
 
+@pytest.fixture(autouse=True)
+def always_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of few tokens count as long, and the cluster as quiet at once."""
+    monkeypatch.setattr(replan, "LONG", 0.0)
+    monkeypatch.setattr(replan, "QUIET", 0.0)
+
+
 @pytest.mark.parametrize(("workers", "spread"), [("auto", 3), (1, 1), (2, 2), (8, 3)])
 def test_a_long_prompt_is_computed_by_as_many_workers_as_may(workers: int | str, spread: int) -> None:
     cluster = of_workers(workers, 200, 200, 200)
@@ -225,6 +245,83 @@ def test_short_prompts_documents_and_those_without_room_elsewhere_stay_with_one_
     cluster = of_workers("auto", 200, 20)
     cluster.submit(0, LONG, SamplingParams(max_new_tokens=2))
     assert spread_over(cluster, 0) == 1
+
+
+def long_prompt(number: int) -> Submission:
+    return Submission(number, array("i", range(1000 * number, 1000 * number + 400)), SamplingParams(max_new_tokens=2))
+
+
+def computing(cluster: Simulated, number: int) -> set[str]:
+    """Workers that compute the rest of a prompt."""
+    state = cluster.life.requests[number].state
+    assert isinstance(state, Prefill)
+    return {chunk.gang.home for chunk in state.chunks.values() if chunk.gang.number not in state.under_way}
+
+
+def test_nobody_helps_before_the_cluster_has_been_quiet_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replan, "QUIET", 2.5)  # chunks, which take 15 ms each by the model, and an event takes 10 ms
+    cluster = of_workers("auto", 200, 200)
+    cluster.send(long_prompt(1))
+    (home,) = computing(cluster, 1)
+    while computing(cluster, 1) == {home}:
+        assert cluster.step()
+    assert 0.03 < cluster.now < 0.1
+    finish(cluster)
+    assert cluster.tokens[1] == expected(1, 2)
+    assert_nothing_left(cluster)
+
+
+def test_a_worker_that_gets_work_of_its_own_helps_no_more_and_one_that_has_none_any_more_helps_again() -> None:
+    cluster = of_workers("auto", 200, 200)
+    cluster.send(long_prompt(1))
+    assert computing(cluster, 1) == {"w0", "w1"}
+    home = cluster.life.ledger.sequences[1].home
+    cluster.send(long_prompt(2))
+    assert cluster.life.ledger.sequences[2].home != home
+    for _ in range(4):
+        cluster.step()
+    assert computing(cluster, 1) == {home}
+    cluster.stop(2)
+    for _ in range(8):
+        cluster.step()
+    assert computing(cluster, 1) == {"w0", "w1"}
+    finish(cluster)
+    assert cluster.tokens[1] == expected(1, 2)
+    assert_nothing_left(cluster)
+
+
+def test_a_prompt_goes_back_to_its_home_while_another_request_waits() -> None:
+    cluster = of_workers("auto", 220, 220)
+    cluster.send(long_prompt(1))
+    assert computing(cluster, 1) == {"w0", "w1"}
+    cluster.send(Submission(2, array("i", range(1600)), SamplingParams(max_new_tokens=2)))
+    assert isinstance(cluster.life.requests[2].state, Waiting)
+    for _ in range(4):
+        cluster.step()
+    assert len(computing(cluster, 1)) == 1
+    finish(cluster)
+    assert cluster.tokens[1] == expected(1, 2)
+    assert cluster.tokens[2] == expected(2, 2)
+    assert_nothing_left(cluster)
+
+
+def test_a_worker_has_one_chunk_of_a_prompt_at_a_time_so_that_others_wait_for_one_at_most() -> None:
+    cluster = in_lanes(1, 200, 200, 200, workers="auto")
+    cluster.life.queue.policy = Overflow(cluster.life.policy.model)
+    cluster.send(long_prompt(1))
+    while 1 in cluster.life.requests:
+        under_way = Counter(chunk.gang.home for chain in cluster.chunks for chunk in chain)
+        assert max(under_way.values(), default=0) <= 1
+        cluster.step()
+    assert cluster.most == 3
+
+
+def test_short_chunks_are_submitted_all_at_once_to_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replan, "LONG", 0.3)
+    cluster = of_workers("auto", 200, 200)
+    cluster.send(long_prompt(1))
+    assert spread_over(cluster, 1) == 1
+    assert sum(len(chunk.tokens) for chain in cluster.chunks for chunk in chain) == 400
 
 
 @given(st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([64, 512, 2048]))

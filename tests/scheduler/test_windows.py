@@ -20,7 +20,8 @@ from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import STRANGERS, Pacer
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.window_chain import PATIENCE, SURE, Outstanding, WindowChain
-from distkv_dask.scheduler.work.prefill import FORWARDS, Room, cut_prompt, room
+from distkv_dask.scheduler.work.chunks import cut_prompt
+from distkv_dask.scheduler.work.prefill import FORWARDS, Room, room
 
 HOLDER = Endpoint("holder", "host", 1)
 CHUNK = 8

@@ -170,6 +170,33 @@ class Ledger(Books):
         account.placement, account.lost = placement, set()
         self._count(sequence, +1)
 
+    def lay(self, sequence: int, placement: Placement) -> None:
+        """Give a sequence other room for tokens that were not computed.
+
+        Raises
+        ------
+        ValueError
+            When there is no such room, or blocks of it are moving, lost or shared by others.
+        """
+        account = self.sequences[sequence]
+        if account.moves or account.lost or account.sharers:
+            raise ValueError(f"sequence {sequence}: {account} cannot lie elsewhere now")
+        self.epoch += 1
+        before, account.placement = account.placement, placement
+        self._recount(sequence, before)
+        if any(self.workers[span.worker].free < 0 for span in placement):
+            account.placement = before
+            self._recount(sequence, placement)
+            raise ValueError(f"sequence {sequence}: no room for it at {placement}")
+
+    def _recount(self, sequence: int, before: Placement) -> None:
+        """Count a placement instead of the one before."""
+        account = self.sequences[sequence]
+        now, account.placement = account.placement, before
+        self._count(sequence, -1)
+        account.placement = now
+        self._count(sequence, +1)
+
     def resize(self, sequence: int, own: Iterable[Span]) -> None:
         """Extend or shorten the own spans of a stored document; no sequence shares the removed ones.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from distkv_dask.placement import Move, Placement, Span
@@ -79,6 +79,17 @@ def relaid(placement: Placement, lost: Collection[str], laid: Placement, block_t
     [('c', 0, 4), ('b', 4, 21)]
     """
     return tuple(_joined(_replace(placement, lost, laid), block_tokens))
+
+
+def continued(placement: Placement, rest: Sequence[Span], block_tokens: int) -> Placement:
+    """A placement up to where ``rest`` begins, and then that.
+
+    Examples
+    --------
+    >>> [(span.worker, span.start, span.stop) for span in continued((Span("a", 0, 9),), [Span("a", 4, 9)], 4)]
+    [('a', 0, 9)]
+    """
+    return tuple(_joined(iter((*clipped(placement, 0, rest[0].start), *rest)), block_tokens))
 
 
 def _replace(placement: Placement, lost: Collection[str], laid: Placement) -> Iterator[Span]:

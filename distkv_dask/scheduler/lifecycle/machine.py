@@ -34,7 +34,7 @@ from distkv_dask.scheduler.moves import drain, migration
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Retiring, Stored, Waiting
-from distkv_dask.scheduler.work import homes, prefill
+from distkv_dask.scheduler.work import chunks, homes, prefill
 
 STARTS = did.WindowStarted | did.ChunkStarted
 """Events that free no room: a start."""
@@ -110,6 +110,7 @@ class Lifecycle:
             case did.Fetched():
                 self._fetched(event)
             case Submit():
+                life.arrived = life.now
                 for submission in event.submissions:
                     self._submit(submission)
             case Stop():
@@ -265,7 +266,7 @@ class Lifecycle:
         for gang, error in homes.late_windows(life):
             retries.failed(life, gang.number, error)
             settle(life)
-        for chunk, error in life.starts.late(prefill.next_chunks(life), life.now, life.config.timeout_start):
+        for chunk, error in life.starts.late(chunks.next_chunks(life), life.now, life.config.timeout_start):
             losses.stalled(life, life.requests[chunk.sequence], error)
             settle(life)
         retries.retry_rested(life)

@@ -10,7 +10,7 @@ from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
-from distkv_dask.scheduler.work import homes, wavefront
+from distkv_dask.scheduler.work import homes, prefill
 
 
 def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
@@ -26,7 +26,7 @@ def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
         elif not state.chunks:
             life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
     if state.wavefront:
-        wavefront.submit(life, state)
+        prefill.submit_next(life, request, state)
 
 
 def _prefilled(life: MachineState, request: Request, event: Prefilled) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,8 @@ class MachineState:
     """Bytes that a home has of a sequence beside KV in blocks."""
     now: float = 0.0
     """The gManager's clock at the event that is being handled, in seconds."""
+    arrived: float = -math.inf
+    """When requests came last."""
     ledger: Ledger = field(init=False)
     requests: dict[int, Request] = field(default_factory=dict)
     queue: Admission = field(init=False)

@@ -21,8 +21,9 @@ from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.starts import not_started
 from distkv_dask.scheduler.records.states import State
 from distkv_dask.scheduler.records.window_chain import PATIENCE, Outstanding, WindowChain
+from distkv_dask.scheduler.work.chunks import next_chunks
 from distkv_dask.scheduler.work.gangs import abandon, new_gang
-from distkv_dask.scheduler.work.prefill import is_awaited_by, next_chunks
+from distkv_dask.scheduler.work.prefill import is_awaited_by
 
 # Workers
 

@@ -1,20 +1,18 @@
-"""Prompts in prefill: cut into chunks, each computed by the worker that will hold its KV."""
+"""Prompts in prefill: which may begin, and when their chunks are submitted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from distkv_dask.gang import PrefillChunk
-from distkv_dask.placement import Placement
-from distkv_dask.scheduler.cache import common, snapshots
+from distkv_dask.scheduler.cache import common
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.policies.queue import prefill_slots
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Prefill, State
-from distkv_dask.scheduler.work import wavefront
-from distkv_dask.scheduler.work.gangs import abandon, new_gang
+from distkv_dask.scheduler.work import replan, wavefront
+from distkv_dask.scheduler.work.chunks import chunks_of, next_chunks
+from distkv_dask.scheduler.work.gangs import abandon
 
 
 class Room(NamedTuple):
@@ -55,10 +53,6 @@ FORWARDS = 2
 """Forwards of short prompts for each worker: one that runs, and one that waits."""
 
 
-SCORED_TOKENS = 128
-"""Tokens of a chunk whose log probabilities are wanted: the logits of all of them are there at once."""
-
-
 def begin_prefill(life: MachineState, request: Request, before: State) -> None:
     """Compute what is known of a sequence that is in prefill now."""
     common.enter(life, request)
@@ -73,64 +67,29 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     state = request.state
     assert isinstance(state, Prefill)
     life.in_prefill[request.sequence] = None
-    chunks = _chunks(life, request, state)
+    chunks = chunks_of(life, request, state)
     state.chunks = {chunk.gang.number: chunk for chunk in chunks}
     state.wavefront = wavefront.is_possible(life, state)
     if state.wavefront:
-        wavefront.submit(life, state)
+        submit_next(life, request, state)
     else:
         life.command(SubmitPrefill(tuple(chunks)))
 
 
-def _chunks(life: MachineState, request: Request, state: Prefill) -> list[PrefillChunk]:
-    account, known = life.ledger.sequences[request.sequence], request.known
-    placement, step = account.placement, life.config.prefill_chunk_tokens
-    draws = not request.is_document and not request.generated
-    best = request.sampling.prompt_logprobs if draws else None
-    chunks: list[PrefillChunk] = []
-    pieces = _pieces(life, request, state, step if best is None else min(step, SCORED_TOKENS))
-    kept = snapshots.plan(life, request, [last for _, _, last in pieces])
-    for holder, first, last in pieces:
-        computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
-        worker = holder if computes else account.home
-        draws_here = draws and last == len(known)
-        choices = request.choices if draws_here else ()
-        reach = last + max((len(choice) - 1 for choice in choices), default=0)
-        holders = tuple(life.ledger.holders(placement, reach, but=worker))
-        gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
-        chunks.append(
-            PrefillChunk(
-                gang,
-                request.sequence,
-                placement,
-                first,
-                tuple(known[first:last]),
-                request.sampling if draws_here else None,
-                request.history if draws_here else (),
-                tuple((token,) for token in known[first + 1 : last + 1]) if best is not None else (),
-                best or 0,
-                choices,
-                last in kept,
-            )
-        )
-    return chunks
-
-
-def _pieces(life: MachineState, request: Request, state: Prefill, step: int) -> list[tuple[str, int, int]]:
-    """Tokens [first, last) of each chunk, and the worker that will hold them."""
-    placement, stop = life.ledger.sequences[request.sequence].placement, len(request.known)
-    ranges = [*state.lost, (state.start, stop)]
-    if parts := snapshots.border(life, request, state.start):
-        ranges[-1:] = [(state.start, parts), (parts, stop)]
-    return [piece for first, last in ranges for piece in cut_prompt(placement, first, last, step)]
+def submit_next(life: MachineState, request: Request, state: Prefill) -> None:
+    """Submit the next chunk of a prompt whose chunks are submitted one by one, if its time has come."""
+    if wavefront.is_due(life, state):
+        replan.replan(life, request, state)
+        wavefront.submit(life, state)
 
 
 def chunk_began(life: MachineState, gang: int) -> None:
     """A worker began a chunk: the next one may follow it."""
     for sequence in life.in_prefill:
-        state = life.requests[sequence].state
+        request = life.requests[sequence]
+        state = request.state
         if isinstance(state, Prefill) and state.wavefront and gang in state.chunks:
-            wavefront.submit(life, state)
+            submit_next(life, request, state)
 
 
 def resubmit_chunks(life: MachineState, request: Request) -> None:
@@ -156,25 +115,3 @@ def is_awaited_by(life: MachineState, home: str) -> bool:
     """Whether a prompt is about to join a home, or needs its lane next."""
     joining = any(life.ledger.sequences[sequence].home == home for sequence in life.in_prefill)
     return joining or any(chunk.gang.home == home for chunk in next_chunks(life))
-
-
-def next_chunks(life: MachineState) -> Iterator[PrefillChunk]:
-    """The chunks of each prompt that are computed now, or next."""
-    for sequence in life.in_prefill:
-        state = life.requests[sequence].state
-        if isinstance(state, Prefill):
-            yield from state.heads()
-
-
-def cut_prompt(placement: Placement, start: int, end: int, step: int) -> Iterator[tuple[str, int, int]]:
-    """Cut tokens ``start`` to ``end`` at span borders and every ``step`` tokens of a span.
-
-    Examples
-    --------
-    >>> from distkv_dask.placement import Span
-    >>> list(cut_prompt((Span("a", 0, 5), Span("b", 5, 20)), 0, 12, 4))
-    [('a', 0, 4), ('a', 4, 5), ('b', 5, 9), ('b', 9, 12)]
-    """
-    for span in placement:
-        for first in range(max(span.start, start), min(span.stop, end), step):
-            yield span.worker, first, min(first + step, span.stop, end)

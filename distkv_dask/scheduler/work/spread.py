@@ -6,8 +6,11 @@ request is weighed by the performance model.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.commands import Note
@@ -15,47 +18,57 @@ from distkv_dask.scheduler.costs.pieces import equal_pieces, seconds_of_pieces
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.scheduler.work.prefill import next_chunks
+from distkv_dask.scheduler.work.chunks import next_chunks
 
 PAYS = 0.9
 """Part of its time that a request takes at most when its prompt is spread."""
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
+Pieces = Sequence[tuple[str, int, int]]
+"""Workers in their turns, with the tokens ``[start, stop)`` that they compute; the last worker is the home."""
+
+
+class Task(NamedTuple):
+    """What is to be computed of a request: ``prompt`` tokens behind ``before`` ones, and an ``answer`` of so many.
+
+    ``held`` are the blocks that are reserved for it already, by worker.
+    """
+
+    home: WorkerAccount
+    before: int
+    prompt: int
+    answer: int
+    held: Mapping[str, int] = NOTHING
 
 
 def spread(life: MachineState, ask: Ask, placement: Placement) -> Placement:
     """Where a request lies that just found room: where it was placed, or its prompt on several workers in turns."""
     workers = life.config.prefill_workers
     own = [span for span in placement if span.start >= ask.shared]
-    if workers == "auto" and life.config.deterministic:
-        return placement  # borders of spans, which bits depend on, must not depend on the load
-    if workers == 1 or len(own) != 1 or ask.is_document or ask.prompt <= life.config.prefill_chunk_tokens:
+    if workers in (1, "auto") or len(own) != 1 or ask.is_document or ask.prompt <= life.config.prefill_chunk_tokens:
         return placement  # what does not fit one worker is on several already
     home = life.ledger.workers[own[0].worker]
-    helpers = list(_helpers(life, home))
-    most = 1 + len(helpers) if workers == "auto" else min(1 + len(helpers), int(workers))
-    ways = [_pieces(life, ask, [one.worker for one in helpers[: count - 1]], home) for count in range(2, most + 1)]
-    fitting = [pieces for pieces in ways if _fits(life, home, pieces)]
-    if not fitting:
+    idle = [one.worker for one in helpers(life, home)]
+    task = Task(home, ask.shared, ask.prompt, ask.tokens - ask.prompt)
+    pieces = best(life, task, idle[: int(workers) - 1], math.inf)
+    if len(pieces) == 1:
         return placement
-    alone = _seconds(life, ask, [(home.worker, 0, ask.prompt)])
-    best = min(fitting, key=lambda pieces: _seconds(life, ask, pieces))
-    if workers == "auto" and _seconds(life, ask, best) > PAYS * alone:
-        return placement
-    count = len({worker for worker, _, _ in best})
+    count = len({worker for worker, _, _ in pieces})
     life.command(Note("wavefront", f"{ask.prompt} tokens of prompt {ask.sequence} by {count} workers at once"))
-    spans = [Span(worker, ask.shared + first, ask.shared + last) for worker, first, last in best]
     shared = tuple(span for span in placement if span.start < ask.shared)
-    return (*shared, *spans[:-1], Span(home.worker, spans[-1].start, placement[-1].stop))
+    return (*shared, *spans_of(pieces, placement[-1].stop))
 
 
-def _helpers(life: MachineState, home: WorkerAccount) -> Iterator[WorkerAccount]:
-    """Workers that do nothing while nobody waits, the best first."""
-    busy = {chunk.gang.home for chunk in next_chunks(life)}
+def helpers(life: MachineState, home: WorkerAccount, sequence: int | None = None) -> Iterator[WorkerAccount]:
+    """Workers that do nothing, except for a ``sequence``, while nobody waits; the best first."""
+    busy = {chunk.gang.home for chunk in next_chunks(life) if chunk.sequence != sequence}
     if life.queue or life.ledger.has_states or life.config.granularity != "window" or home.worker in busy:
         return
     idle = [
         one
         for one in life.ledger.workers.values()
-        if one is not home and one.can_decode and not (one.homed or one.lent - one.documents_lent or one.worker in busy)
+        if one is not home and one.can_decode and one.worker not in busy and not _is_used(one, sequence)
     ]
     yield from sorted(
         (one for one in idle if one.lendable),
@@ -67,30 +80,53 @@ def _helpers(life: MachineState, home: WorkerAccount) -> Iterator[WorkerAccount]
     )
 
 
-def _pieces(life: MachineState, ask: Ask, helpers: Sequence[str], home: WorkerAccount) -> list[tuple[str, int, int]]:
+def _is_used(worker: WorkerAccount, sequence: int | None) -> bool:
+    """Whether a worker decodes something, or attends to something of others than a sequence."""
+    held = worker.held.get(sequence, 0) if sequence is not None else 0
+    return bool(worker.homed) or worker.lent - worker.documents_lent > held
+
+
+def best(life: MachineState, task: Task, idle: Sequence[str], pays: float) -> Pieces:
+    """The pieces that are done soonest, with help of the ``idle`` workers; one piece where that hardly ``pays``."""
+    alone = [(task.home.worker, task.before, task.before + task.prompt)]
+    ways = [_pieces(life, task, idle[: count - 1]) for count in range(2, len(idle) + 2)]
+    fitting = [pieces for pieces in ways if _fits(life, task, pieces)]
+    if not fitting:
+        return alone
+    found = min(fitting, key=lambda pieces: _seconds(life, task, pieces))
+    return alone if _seconds(life, task, found) > pays * _seconds(life, task, alone) else found
+
+
+def spans_of(pieces: Pieces, stop: int) -> tuple[Span, ...]:
+    """The spans of pieces; the last one has room up to ``stop``."""
+    *some, (home, start, _) = pieces
+    return (*(Span(*piece) for piece in some), Span(home, start, stop))
+
+
+def _pieces(life: MachineState, task: Task, helping: Sequence[str]) -> Pieces:
     step, unit = life.config.prefill_chunk_tokens, life.ledger.block_tokens
-    return equal_pieces(life.policy.model, [*helpers, home.worker], ask.prompt, step, unit)
+    cut = equal_pieces(life.policy.model, [*helping, task.home.worker], task.prompt, step, unit)
+    return [(worker, task.before + first, task.before + last) for worker, first, last in cut]
 
 
-def _fits(life: MachineState, home: WorkerAccount, pieces: Sequence[tuple[str, int, int]]) -> bool:
-    """Whether the helpers lend what the pieces need; the home had room for all of it."""
+def _fits(life: MachineState, task: Task, pieces: Pieces) -> bool:
+    """Whether all workers have room for what they get, beside what is reserved already."""
     blocks: Counter[str] = Counter()
-    for worker, first, last in pieces:
-        blocks[worker] += life.ledger.blocks(last - first)
-    return all(
-        life.ledger.workers[worker].lendable >= count for worker, count in blocks.items() if worker != home.worker
-    )
+    for span in spans_of(pieces, task.before + task.prompt + task.answer):
+        blocks[span.worker] += life.ledger.blocks(span.tokens)
+    rooms = {worker: life.ledger.workers[worker].lendable for worker in blocks} | {task.home.worker: task.home.free}
+    return all(rooms[worker] + task.held.get(worker, 0) >= count for worker, count in blocks.items())
 
 
-def _seconds(life: MachineState, ask: Ask, pieces: Sequence[tuple[str, int, int]]) -> float:
+def _seconds(life: MachineState, task: Task, pieces: Pieces) -> float:
     """How long the whole request takes, prompt and longest answer."""
-    model, accounts = life.policy.model, life.ledger.workers
-    home = accounts[pieces[-1][0]]
+    model, accounts, home = life.policy.model, life.ledger.workers, task.home
     hosts = {worker: accounts[worker].endpoint.host for worker, _, _ in pieces}
-    tokens: Counter[str] = Counter({home.worker: ask.shared + ask.tokens - ask.prompt})
+    tokens: Counter[str] = Counter({home.worker: task.before + task.answer})
     for worker, first, last in pieces:
         tokens[worker] += last - first
     attention = max(count * model.of(worker).token for worker, count in tokens.items())
     links = (model.link(home.endpoint.host, hosts[worker]) for worker in hosts if worker != home.worker)
     step = model.of(home.worker).decode(home.homed + 1, 0) + attention + sum(model.exchange(link, 1) for link in links)
-    return seconds_of_pieces(model, pieces, hosts, ask.shared) + (ask.tokens - ask.prompt) * step
+    own = [(worker, first - task.before, last - task.before) for worker, first, last in pieces]
+    return seconds_of_pieces(model, own, hosts, task.before) + task.answer * step

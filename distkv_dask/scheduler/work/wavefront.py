@@ -13,16 +13,20 @@ from distkv_dask.gang import Earlier
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Prefill
+from distkv_dask.scheduler.work import replan
 
 
 def is_possible(life: MachineState, state: Prefill) -> bool:
-    """Whether the chunks of a prompt are computed at once.
+    """Whether the chunks of a prompt are computed at once, or may be later on; then they are submitted one by one.
 
     Those that failed are computed one after the other, as are those of models with states, which go from chunk to
     chunk, and those whose KV does not stay where it is computed.
     """
     config, chunks = life.config, state.chunks.values()
-    if config.prefill_workers == 1 or config.granularity != "window" or life.ledger.has_states or state.failures:
+    again = replan.is_possible(life)
+    if config.prefill_workers == 1 or (config.prefill_workers == "auto" and not again):
+        return False
+    if config.granularity != "window" or life.ledger.has_states or state.failures:
         return False
     stays = all(
         span.worker == chunk.gang.home
@@ -30,11 +34,29 @@ def is_possible(life: MachineState, state: Prefill) -> bool:
         for span in chunk.placement
         if span.start <= chunk.start < span.stop
     )
-    return stays and len({chunk.gang.home for chunk in chunks}) > 1
+    several = len({chunk.gang.home for chunk in chunks}) > 1
+    return stays and (several or (again and len(chunks) > 1))
+
+
+def is_due(life: MachineState, state: Prefill) -> bool:
+    """Whether there is a chunk that may be submitted: the one before it has begun.
+
+    With ``auto``, a worker gets one chunk at a time, so that others wait for one at most.
+    """
+    waiting = [chunk for number, chunk in state.chunks.items() if number not in state.under_way]
+    running = [chunk for number, chunk in state.chunks.items() if number in state.under_way]
+    if not waiting or any(
+        chunk.gang.number not in life.starts.begun and chunk.gang.number not in state.early for chunk in running[-1:]
+    ):
+        return False
+    if not replan.is_possible(life):
+        return True
+    computing = {chunk.gang.home for chunk in running if chunk.gang.number not in state.early}
+    return waiting[0].gang.home not in computing
 
 
 def submit(life: MachineState, state: Prefill) -> None:
-    """Submit the chunk that may begin next, if there is one: the one before it has begun."""
+    """Submit the chunk that may begin next, if there is one."""
     earlier: list[Earlier] = []
     for number, chunk in state.chunks.items():
         if number not in state.under_way:
@@ -42,7 +64,5 @@ def submit(life: MachineState, state: Prefill) -> None:
             state.chunks[number] = chunk
             state.under_way.add(number)
             life.command(SubmitPrefill((chunk,)))
-            return
-        if number not in life.starts.begun and number not in state.early:
             return
         earlier.append(Earlier(number, chunk.gang.home))
