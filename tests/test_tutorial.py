@@ -31,9 +31,6 @@ def test_a_newcomer_can_run_every_cell(tmp_path: Path, monkeypatch: pytest.Monke
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
     }.items():
         monkeypatch.setitem(os.environ, name, value)
-    startup = tmp_path / "ipython" / "profile_default" / "startup"
-    startup.mkdir(parents=True)
-    (startup / "fork.py").write_text("import tests._forked_workers as forked\n\nforked.fork_workers()\n")
     runner = NotebookClient(NOTEBOOK.copy(), timeout=240, resources={"metadata": {"path": str(tmp_path)}})
     cells = runner.execute().cells
     pictures = [

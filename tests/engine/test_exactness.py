@@ -44,12 +44,13 @@ def test_smollm2_over_three_workers_gives_the_tokens_of_one_process() -> None:
         source = resolve_model("smollm2-135m")
     except ModelError as error:
         pytest.skip(str(error))
+    text = topics["with"] + "\n\nIn short, the with statement"
     weights = converted_weights(Path(source.location), "float32")
 
     @engine_test(workers=3)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
-        async with Engine(client, "smollm2-135m", dtype="float32", kv_memory="6 MiB") as engine:  # 128 tokens each
-            prompt = engine.tokenizer.encode(topics["with"])[:280]
+        async with Engine(client, "smollm2-135m", dtype="float32", kv_memory="16 MiB") as engine:  # 320 tokens each
+            prompt = engine.tokenizer.encode(text)
             done = await engine.submit(prompt, SamplingParams(max_new_tokens=24, ignore_eos=True))
             assert len(done.placement) == 3
             assert list(done.token_ids) == reference_generate(weights, [prompt], 24)[0].tokens
