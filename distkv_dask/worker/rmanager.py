@@ -136,7 +136,7 @@ class RManager(WorkerPlugin):
                 self._spawn(self._open_engine(message))
             case do.Close():
                 self._spawn(self._close_engine(name))
-            case _ if engine := self.engines.get(name):
+            case _ if (engine := self.engines.get(name)) is not None:
                 self._do_in(engine, name, message)
 
     def _do_in(self, engine: WorkerEngine, name: str, message: do.ToWorker) -> None:
