@@ -26,7 +26,7 @@ def test_stages_have_every_layer_once_and_none_is_empty(layers: int, count: int)
 
 @given(st.integers(2, 5), st.lists(st.tuples(st.sampled_from("abcdefg"), st.booleans()), max_size=40))
 def test_a_home_opens_once_each_time_that_all_stages_are_there(count: int, events: list[tuple[str, bool]]) -> None:
-    group, facts, home = Group(spec(count)), dict[str, Any](), ""
+    group, facts = Group(spec(count)), dict[str, Any]()
     for worker, comes in events:
         if comes:
             if not group.take(worker):
@@ -38,16 +38,16 @@ def test_a_home_opens_once_each_time_that_all_stages_are_there(count: int, event
                 found = group.openings(worker, facts)
             assert len(found) == all(group.places)
             if found:
-                home, stage = group.home, found[0].stage
-                assert found[0].worker == home
+                stage = found[0].stage
+                assert found[0].worker == group.home
                 assert stage is not None
                 assert [one.worker for one in stage.further] == group.places[1:]
                 assert stage.blocks == min(ord(one) for one in group.places[1:])
         else:
-            had, gone = worker in group.places, group.leave(worker)
-            assert gone == ((home if worker != home else "") if had else None)
+            had, home = worker in group.places, group.home
+            assert group.leave(worker) == ((home if worker != home else "") if had else None)
+            assert not (had and group.home), "it would wait for ever to be asked"
             facts.pop(worker, None)
-            home = "" if had else home
         there = [one for one in group.places if one]
         assert len({*there}) == len(there)
 

@@ -69,17 +69,15 @@ class Group:
         Returns
         -------
         str or None
-            The home, if it must close: without a stage it has nothing of its sequences. Empty if it need not, and None
-            if the worker had no stage, so that nothing changes.
+            The home, which must close: without a stage it has nothing of its sequences, or nothing to wait for. Empty
+            if there is none, and None if the worker had no stage, so that nothing changes.
         """
         if worker not in self.places:
             return None
         self.places[self.places.index(worker)] = ""
-        was_open, self._asked = self._asked, False
-        if not was_open or not self.home:
-            return ""
-        home, self.places[0] = self.home, ""
-        self._closing.add(home)
+        home, self.places[0], self._asked = self.home, "", False
+        if home:
+            self._closing.add(home)
         return home
 
     def gone(self, worker: str) -> None:
