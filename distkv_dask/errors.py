@@ -24,6 +24,10 @@ class CapacityError(DistKVError):
     """Memory is too small; the message says what is needed, what there is, and what to change."""
 
 
+class AdapterError(InvalidRequestError):
+    """An adapter cannot be read, does not fit the model, or has something that is not computed."""
+
+
 class PlanError(DistKVError):
     """The plan for a sequence does not fit what a worker holds of the sequence. This is a bug; please report it.
 

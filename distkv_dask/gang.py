@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.errors import DistKVError
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.placement import Endpoint, Placement
@@ -51,7 +52,8 @@ class SequenceState:
 
     ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
     ``length``. ``generated`` holds all tokens of the answer so far, ``prompt`` those before them when the repetition
-    penalty or speculation needs them, else nothing. What users wrote is left out of its ``repr``, and so of logs.
+    penalty or speculation needs them, else nothing. What users wrote is left out of its ``repr``, and so of logs. It is
+    decoded with its ``adapter``, if it has one.
     """
 
     sequence: int
@@ -62,6 +64,7 @@ class SequenceState:
     sampling: SamplingParams = field(repr=False)
     prompt: array[int] = field(default_factory=partial(array, "i"), repr=False, hash=False)
     generated: tuple[int, ...] = field(default=(), repr=False)
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ class PrefillChunk:
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
     carries the first generated token, or which of the ``choices`` was chosen. ``targets`` are, for each of the tokens,
     those behind it whose log probabilities are wanted, with those of the ``best`` most likely ones. With ``snapshot``
-    the home keeps what it has of the sequence after the chunk, for others to begin with. Dask logs tasks that fail with
-    their arguments: no text of users is in its ``repr``.
+    the home keeps what it has of the sequence after the chunk, for others to begin with. It is computed with its
+    ``adapter``, if it has one. Dask logs tasks that fail with their arguments: no text of users is in its ``repr``.
     """
 
     gang: Gang
@@ -86,6 +89,7 @@ class PrefillChunk:
     best: int = 0
     choices: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     snapshot: bool = False
+    adapter: Adapter | None = None
 
     @property
     def stop(self) -> int:

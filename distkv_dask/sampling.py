@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,10 @@ class SamplingParams:
         0.
     best_of
         How many answers are drawn of which the ``n`` best are returned, by their log probability per token.
+    adapter
+        Path of a LoRA adapter as peft saves it, with which prompt and answer are computed; the client and every worker
+        must be able to read it. It is added beside the model's weights, not merged into them. A question on a document
+        has the document's adapter (``engine.ingest(..., adapter=...)``). Needs the extra ``lora``.
 
     Raises
     ------
@@ -120,6 +125,7 @@ class SamplingParams:
     quotes: QuoteForm | bool | None = None
     n: int = 1
     best_of: int | None = None
+    adapter: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
@@ -142,6 +148,8 @@ class SamplingParams:
         put("n", _whole("n", self.n, low=1, high=MOST_ANSWERS))
         if self.best_of is not None:
             put("best_of", _whole("best_of", self.best_of, low=self.n, high=MOST_ANSWERS))
+        if self.adapter is not None:
+            put("adapter", _place("adapter", self.adapter))
         self._check_answers()
         if self.schema is not None:
             put("schema", _schema(self.schema))
@@ -241,6 +249,12 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, str) and value:
         return checked_text(value, name)
     raise _refusal(name, value, "a text that is not empty")
+
+
+def _place(name: str, value: object) -> str:
+    """An absolute path: other processes that read it have other working directories."""
+    place = _text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return os.path.abspath(os.path.expanduser(place))
 
 
 def _choices(value: object) -> tuple[str | tuple[int, ...], ...]:

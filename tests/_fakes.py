@@ -51,6 +51,7 @@ class Recorder:
         self.device = model.device
         self.follower = model.follower
         self.past = model.past
+        self.adapter = model.adapter
         self.logits: list[Tensor] = []
         self._model = model
 

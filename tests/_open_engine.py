@@ -102,12 +102,13 @@ class Model:
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
+        self.adapters = SimpleNamespace(paths=(), nbytes=0)
 
-    def is_prepared(self, sampling: SamplingParams) -> bool:
+    def is_prepared(self, sampling: SamplingParams, adapter: object = None) -> bool:
         return sampling.regex is None or sampling.regex in self.compiled
 
-    def prepare(self, sampling: SamplingParams) -> None:
-        if sampling.regex is not None:
+    def prepare(self, sampling: SamplingParams | None, adapter: object = None) -> None:
+        if sampling is not None and sampling.regex is not None:
             self.compiled.append(sampling.regex)
 
 

@@ -30,6 +30,7 @@ pytestmark = [
 
 def test_every_command_of_the_guide_works_as_written(tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
+    pytest.importorskip("peft", reason="peft is not installed (extra: lora)")
     blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text(), re.MULTILINE | re.DOTALL)
     script = "set -eux -o pipefail\n" + "".join(blocks)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -46,7 +47,7 @@ def test_every_command_of_the_guide_works_as_written(tmp_path: Path) -> None:
         said = (tmp_path / "output").read_text()
         assert status == 0, said[-4000:]
     assert not tracebacks(said + (tmp_path / "cluster.log").read_text()), said[-4000:]
-    for name, columns in (("answers", []), ("facts", ["topic", "about_syntax"]), ("again", [])):
+    for name, columns in (("answers", []), ("facts", ["topic", "about_syntax"]), ("again", []), ("adapted", [])):
         table = pq.read_table(tmp_path / f"{name}.parquet", columns=["path", "answer", "error", *columns])
         assert sorted(table["path"].to_pylist()) == sorted(file.name for file in (tmp_path / "reports").iterdir())
         assert table["error"].null_count == table.num_rows == 5, table["error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -172,7 +173,13 @@ class Engine(Handle, Processing):
 
     # Documents
 
-    def ingest(self, source: Prompt | Path, name: str | None = None, reader: Reader = "auto") -> Any:
+    def ingest(
+        self,
+        source: Prompt | Path,
+        name: str | None = None,
+        reader: Reader = "auto",
+        adapter: str | os.PathLike[str] | None = None,
+    ) -> Any:
         """Compute the KV cache of a document once for many questions; returns when the KV is stored.
 
         Parameters
@@ -185,6 +192,9 @@ class Engine(Handle, Processing):
             The document's key in :meth:`documents`; None picks ``"document-0"`` and so on.
         reader
             What reads a file: ``"pypdf"``, ``"docling"`` (layout and tables), or ``"auto"``, as for :meth:`process`.
+        adapter
+            Path of the LoRA adapter that it is computed with, and all questions on it
+            (:attr:`SamplingParams.adapter`).
 
         Returns
         -------
@@ -200,9 +210,9 @@ class Engine(Handle, Processing):
             When the document is larger than the memory of all workers.
         """
         self._session.check_open()
-        return self.client.sync(self._library.ingest, source, name, reader)
+        return self.client.sync(self._library.ingest, source, name, reader, adapter)
 
-    def load(self, place: str | Path, name: str | None = None) -> Any:
+    def load(self, place: str | Path, name: str | None = None, adapter: str | os.PathLike[str] | None = None) -> Any:
         """Load a document that :meth:`Document.save` saved, on any set of workers; nothing is computed.
 
         Parameters
@@ -211,6 +221,8 @@ class Engine(Handle, Processing):
             The folder, as a path or URI; all workers must reach it.
         name
             The document's key in :meth:`documents`; None takes the name with which it was saved.
+        adapter
+            Path of the adapter that it was computed with, where that has moved.
 
         Returns
         -------
@@ -220,13 +232,13 @@ class Engine(Handle, Processing):
         Raises
         ------
         SavedDocumentError
-            When the folder has no complete document, when the document needs another model, dtype or block size, or
-            when a file is damaged.
+            When the folder has no complete document, when the document needs another model, adapter, dtype or block
+            size, or when a file is damaged.
         CapacityError
             When the document is larger than the memory of all workers.
         """
         self._session.check_open()
-        return self.client.sync(self._library.load, place, name)
+        return self.client.sync(self._library.load, place, name, adapter)
 
     def documents(self) -> dict[str, Document]:
         """The documents that have not been released, by name."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.completion import Timings
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec, Saved, SavedFile
@@ -73,7 +74,8 @@ class Submission(NamedTuple):
     ``streamed`` when somebody reads the answer as it comes; ``document`` is the number of the document that it begins
     with, if any. With ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose
     blocks are read from ``saved`` if that is given. Without ``sampling`` and a prompt, the blocks of ``document`` are
-    saved there. ``name`` is a document's; ``choices`` has the tokens of each choice, one of which is the answer.
+    saved there. ``name`` is a document's; ``choices`` has the tokens of each choice, one of which is the answer. All of
+    it is computed with the ``adapter``, if there is one.
     """
 
     number: int
@@ -85,6 +87,7 @@ class Submission(NamedTuple):
     saved: Saved | None = None
     name: str = ""
     choices: tuple[tuple[int, ...], ...] = ()
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)

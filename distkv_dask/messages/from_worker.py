@@ -33,7 +33,8 @@ class Opened(FromWorker):
     ``role`` is "memory" for a worker that only holds KV, "stage" for one that computes further layers; sizes are in
     blocks and bytes. It can be home of ``places`` sequences at most. ``device`` is what it computes on, with a note if
     there is one; ``fingerprint`` tells which weights were loaded; ``measured`` how fast the worker is, if it was timed;
-    ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are.
+    ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are; ``adapters`` what it said of
+    them last.
     """
 
     endpoint: Endpoint
@@ -50,6 +51,7 @@ class Opened(FromWorker):
     measured: Measurement | None
     kernels: str
     weights: str
+    adapters: AdaptersKept | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,14 @@ class Lost(FromWorker):
     """The worker lives, but lost all that it had of an engine."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersKept(FromWorker):
+    """The folders of the adapters that the worker has in memory now, and the bytes of all of them."""
+
+    paths: tuple[str, ...]
+    nbytes: int
 
 
 # Gangs

@@ -112,6 +112,8 @@ class WorkerStatus:
         Which attention kernels serve it, and why: where instruction sets were measured, the figure of each.
     weights
         Where the model's weights are: mapped from a file that its machine's workers share, or else, and why.
+    adapters, adapter_bytes
+        Folders of the LoRA adapters that it has in memory (``distkv.adapters``), and the bytes of all of them.
     window_seconds
         Length of its latest decode window.
     performance
@@ -133,6 +135,8 @@ class WorkerStatus:
     device: str
     kernels: str
     weights: str
+    adapters: tuple[str, ...]
+    adapter_bytes: int
     window_seconds: float
     performance: WorkerPerformance
 

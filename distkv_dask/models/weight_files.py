@@ -36,8 +36,8 @@ def check_weights(folder: Path, config: Any) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder} holds an adapter, which refers to a model that would have to be fetched: merge it into that "
-            "model first (peft's merge_and_unload), and give the folder of the result"
+            f"{folder} holds an adapter, not a model: open an engine on the model that it was trained for, and give "
+            "this folder as the adapter of requests (SamplingParams.adapter, --adapter)"
         )
     if (generation := folder / "generation_config.json").exists():
         read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end

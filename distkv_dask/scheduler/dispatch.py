@@ -176,6 +176,8 @@ class Dispatcher:
                 self._lose(state, worker, "closes")
             case did.Lost(worker, reason):
                 self._engine_lost(state, worker, reason)
+            case did.AdaptersKept():
+                state.adapters_kept(message)
             case did.GangFailed(worker, gang, EngineClosedError()) if state.waits_for(gang):
                 self._lose(state, worker, "closed the engine")
             case did.GangFailed():

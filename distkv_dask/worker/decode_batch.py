@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from distkv_dask.adapter import Adapter, adapter_key
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.messages.names import EngineSpec
@@ -64,28 +66,39 @@ class DecodeBatch:
             self._states.clear()
             self._holders.clear()
 
-    def samplings(self) -> list[SamplingParams]:
-        """Sampling parameters of the sequences."""
+    def needs(self) -> list[tuple[SamplingParams, Adapter | None]]:
+        """Sampling parameters and adapters of the sequences that the next window may take."""
         with self._lock:
-            return [state.sampling for state in self._states.values()]
+            return [(state.sampling, state.adapter) for state in self._within_limit(self._states.values())]
+
+    def _within_limit(self, states: Iterable[SequenceState]) -> Iterator[SequenceState]:
+        """The sequences with as many adapters as may be in memory: those of the first ones; others wait."""
+        adapters: set[Adapter] = set()
+        for state in states:
+            if state.adapter is not None:
+                if len(adapters | {state.adapter}) > self._spec.config.adapters:
+                    continue
+                adapters.add(state.adapter)
+            yield state
 
     def of_window(self, window: DecodeWindow) -> tuple[list[SequenceState], tuple[Endpoint, ...]]:
         """The sequences that a window takes, and their holders; none if the window is of an older epoch."""
         with self._lock:
             if window.gang.epoch != self._epoch:
                 return [], ()
-            ready = [state for state in self._states.values() if self._may_join(state, window.gang)]
-            batch = ready[: self._spec.config.window_batch]
+            within = self._within_limit(self._states.values())
+            ready = [state for state in within if self._may_join(state, window.gang)]
+            batch = sorted(ready[: self._spec.config.window_batch], key=lambda one: adapter_key(one.adapter))
             holders = {one.worker: one for state in batch for one in self._holders[state.sequence]}
             return batch, tuple(holders.values())
 
     def _may_join(self, state: SequenceState, gang: Gang) -> bool:
-        """Whether a gang has all holders of a sequence and its schema is compiled.
+        """Whether a gang has all holders of a sequence, its schema is compiled and its adapter in memory.
 
         The gManager adds holders later where tasks are few.
         """
         assert self._model is not None
-        if not self._model.is_prepared(state.sampling):
+        if not self._model.is_prepared(state.sampling, state.adapter):
             return False
         return self._spec.config.granularity == "window" or {*self._holders[state.sequence]} <= {*gang.holders}
 

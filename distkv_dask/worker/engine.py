@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.errors import (
     CapacityError,
     DeviceLostError,
@@ -85,6 +86,7 @@ class WorkerEngine:
         self._arrivals = Arrivals(runtime.pool)
         self._aborted: OrderedDict[int, tuple[str, bool]] = OrderedDict()
         self._preparing: threading.Thread | None = None
+        self._adapters = did.AdaptersKept(self.worker, (), 0)
 
     def close(self) -> None:
         """End all work and free the pool, the model and the disk; blocks until no thread uses them."""
@@ -209,25 +211,27 @@ class WorkerEngine:
             raise
 
     def prepare_window(self) -> None:
-        """Compile schemas of joining sequences: during the windows of others, or before the first window if all wait.
+        """Compile schemas and read adapters of joining sequences.
+
+        This is done during the windows of others, or before the first window if all wait.
 
         In most cases, the task of their prompt has already done it on this worker.
         """
         assert self.model is not None
-        samplings = self._batch.samplings()
-        waiting = [one for one in samplings if not self.model.is_prepared(one)]
+        needs = self._batch.needs()
+        waiting = [one for one in needs if not self.model.is_prepared(*one)]
         if not waiting:
             return
-        if len(waiting) == len(samplings):
+        if len(waiting) == len(needs):
             self._prepare(waiting)
         elif self._preparing is None or not self._preparing.is_alive():
-            self._preparing = threading.Thread(target=self._prepare, args=[waiting], name="distkv-schemas", daemon=True)
+            self._preparing = threading.Thread(target=self._prepare, args=[waiting], name="distkv-prepare", daemon=True)
             self._preparing.start()
 
-    def _prepare(self, samplings: Sequence[SamplingParams]) -> None:
+    def _prepare(self, needs: Sequence[tuple[SamplingParams, Adapter | None]]) -> None:
         assert self.model is not None
-        for one in samplings:
-            self.model.prepare(one)
+        for one in needs:
+            self.model.prepare(*one)
 
     def run_window(self, window: DecodeWindow, parts: dict[str, float]) -> int:
         """On the home lane: run a window and send its tokens to the gManager; returns the number of its steps."""
@@ -241,9 +245,18 @@ class WorkerEngine:
                 result = self.runtime.decode(replace(window, gang=replace(window.gang, holders=holders)), batch)
             result = replace(result, gap=gap)
         self._batch.commit(window, batch, result)
+        self.tell_adapters()
         used = tuple(holder.worker for holder in holders)
         self.tell(did.WindowDone(self.worker, window.window, window.gang.epoch, result, used))
         return result.steps
+
+    def tell_adapters(self) -> None:
+        """Tell the gManager which adapters are in memory, if others are than last time."""
+        assert self.model is not None
+        kept = did.AdaptersKept(self.worker, self.model.adapters.paths, self.model.adapters.nbytes)
+        if kept != self._adapters:
+            self._adapters = kept
+            self.tell(kept)
 
     def attend(self, gang: Gang) -> dict[str, float]:
         """Serve one gang as a holder until its home ends it."""

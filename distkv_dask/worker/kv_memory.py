@@ -17,7 +17,7 @@ from distkv_dask.worker.device import Device
 from distkv_dask.worker.home.states import KEPT
 from distkv_dask.worker.home.windows import blocks_per_chunk, blocks_per_sequence
 from distkv_dask.worker.model.no_attention import NoAttention
-from distkv_dask.worker.weight_memory import until_paused
+from distkv_dask.worker.weight_memory import free_memory, until_paused
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -81,6 +81,13 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
             "raise the worker's memory_limit"
         )
     return asked
+
+
+def adapter_room(worker: Worker, device: Device, kv_bytes: int) -> int:
+    """Bytes for adapters beside weights and KV: on the host, where KV takes its memory as it is written, without it."""
+    if device.is_host:
+        return max(0, int(min(free_memory(), until_paused(worker))) - kv_bytes)
+    return device.memory()[0]
 
 
 class Needs(NamedTuple):

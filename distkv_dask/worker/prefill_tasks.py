@@ -65,9 +65,9 @@ class PrefillTasks:
             raise
 
     def prepare(self, chunk: PrefillChunk) -> None:
-        """Compile the schema for a prompt's last chunk, outside the lane, so that others do not wait for it."""
-        if chunk.sampling is not None and self._engine.model is not None:
-            self._engine.model.prepare(chunk.sampling)
+        """Read the adapter, and compile the schema for a last chunk, outside the lane: others do not wait for it."""
+        if self._engine.model is not None:
+            self._engine.model.prepare(chunk.sampling, chunk.adapter)
 
     def run(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
         """On the home lane: compute a chunk and tell the gManager; returns the number of its tokens."""
@@ -96,10 +96,12 @@ class PrefillTasks:
         """Take a chunk, and queued ones that fit into the same forward."""
         with self._lock:
             chosen, room = [first], self._engine.spec.config.prefill_chunk_tokens - len(first.chunk.tokens)
+            adapter = first.chunk.adapter
             if self._is_joined(first.chunk):
                 for other in self._waiting:
                     fits = other is not first and len(other.chunk.tokens) <= room and self._is_joined(other.chunk)
-                    if fits and {*other.chunk.gang.holders} <= {*first.chunk.gang.holders}:
+                    alike = fits and other.chunk.adapter in (None, adapter)
+                    if alike and {*other.chunk.gang.holders} <= {*first.chunk.gang.holders}:
                         chosen.append(other)
                         room -= len(other.chunk.tokens)
         self._take(chosen)
@@ -169,6 +171,7 @@ class PrefillTasks:
     def _tell_done(self, chunk: PrefillChunk, result: ChunkResult, joined: bool = False) -> None:
         """Send the tokens to commit to the gManager; of a chunk that ``joined`` another one's gang, that it did."""
         engine, gang, exchanged = self._engine, chunk.gang.number, self._engine.runtime.exchanged
+        engine.tell_adapters()
         token, scored = result.token, result.scored
         if (chosen := result.chosen) is not None:
             first = chosen.tokens[0]

@@ -26,7 +26,7 @@ from distkv_dask.worker.engine import WorkerEngine
 from distkv_dask.worker.heap import keep_freed_memory
 from distkv_dask.worker.home.home_files import HomeFiles
 from distkv_dask.worker.home.windows import Windows, new_windows
-from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, needs_of, rooms
+from distkv_dask.worker.kv_memory import Needs, adapter_room, host_memory, kv_memory, needs_of, rooms
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.runtime import Runtime
 from distkv_dask.worker.stages.blocks import NamedBlocks
@@ -75,6 +75,9 @@ def build_engine(
             "distkv.granularity to window"
         )
     pool, windows, places = _pools(spec, worker, geometry, device, model, stage)
+    if model is not None:
+        model.adapters.limit = max(model.adapters.limit, spec.config.adapters)
+        model.adapters.room = adapter_room(worker, device, pool.capacity_blocks * pool.block_bytes)
     kernels = choose_kernels(pool, spec.config)
     runtime = Runtime(spec, model, pool, lanes, windows)
     if stage is not None and model is not None and not stage.number:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import httpx
@@ -79,11 +80,15 @@ def open_session(workers: int = 2, **settings: Any) -> Iterator[Session]:
 
 @contextmanager
 def served(
-    session: Session, folder: Path, limits: Limits = LIMITS, keys: frozenset[str] = frozenset({KEY})
+    session: Session,
+    folder: Path,
+    limits: Limits = LIMITS,
+    keys: frozenset[str] = frozenset({KEY}),
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Served]:
     """A server of an engine."""
     sampling = SamplingParams(max_new_tokens=16, temperature=0.0)
-    serving = Serving(session, ["tiny", session.model.name], sampling, limits)
+    serving = Serving(session, ["tiny", session.model.name], sampling, limits, adapters)
     listener = listener_at("127.0.0.1", 0)
     server = Server(gate_of(serving, Keys(keys), folder), serving, listener)
     ready = threading.Event()

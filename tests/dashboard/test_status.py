@@ -54,6 +54,8 @@ KEYS = [
     "workers.*.device",
     "workers.*.kernels",
     "workers.*.weights",
+    "workers.*.adapters",
+    "workers.*.adapter_bytes",
     "workers.*.window_seconds",
     "workers.*.performance",
     "workers.*.performance.step",

@@ -97,7 +97,7 @@ def test_what_was_not_used_for_longest_goes_first_and_last_blocks_before_first_o
 
 def test_a_beginning_of_the_same_hash_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (beginnings, prefix_index, prefix_cache):
-        monkeypatch.setattr(module, "chain", lambda tokens, size: iter(range(len(tokens) // size)))
+        monkeypatch.setattr(module, "chain", lambda tokens, size, _: iter(range(len(tokens) // size)))
     cluster = cluster_of(0, 30)
     for number, kind in enumerate((1, 2, 1, 3), 1):
         ask(cluster, number, kind, 3)

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.placement import Endpoint, Placement, Span
@@ -30,12 +31,12 @@ class Model:
     def __init__(self) -> None:
         self.prepared: set[str | None] = {None}
 
-    def is_prepared(self, sampling: SamplingParams) -> bool:
+    def is_prepared(self, sampling: SamplingParams, adapter: Adapter | None = None) -> bool:
         return sampling.regex in self.prepared
 
 
 def batch_of(granularity: str = "window", most: int = 4, model: Model | None = None) -> DecodeBatch:
-    spec: Any = SimpleNamespace(config=SimpleNamespace(granularity=granularity, window_batch=most))
+    spec: Any = SimpleNamespace(config=SimpleNamespace(granularity=granularity, window_batch=most, adapters=2))
     return DecodeBatch(spec, model or Model())  # type: ignore[arg-type]
 
 
@@ -138,7 +139,7 @@ class Decoding(RuleBasedStateMachine):
     def those_that_are_ready_are_known(self) -> None:
         batch, _ = self.made.of_window(window(self.epoch))
         assert batch == list(self.states.values())[:3]
-        assert self.made.samplings() == [PLAIN] * len(self.states)
+        assert self.made.needs() == [(PLAIN, None)] * len(self.states)
 
 
 TestDecoding = Decoding.TestCase
@@ -151,7 +152,7 @@ def test_a_sequence_waits_until_its_form_is_compiled_and_keeps_nobody_waiting() 
     made.join(state(1, sampling=SCHEMA), ())
     made.join(state(2), ())
     assert taken(made) == [2]
-    assert made.samplings() == [SCHEMA, PLAIN]
+    assert made.needs() == [(SCHEMA, None), (PLAIN, None)]
     model.prepared.add(SCHEMA.regex)
     assert taken(made) == [1, 2]
 
@@ -232,3 +233,14 @@ def test_the_time_between_windows_counts_while_there_is_something_to_decode(monk
     assert made.gap() == 1.0
     made.reset(1)
     assert made.gap() == 0.0
+
+
+def test_a_window_takes_no_more_adapters_than_are_kept_in_memory_and_those_of_one_lie_together() -> None:
+    made = batch_of(most=9)
+    one, two, three = (Adapter(f"/{name}", name) for name in ("b", "a", "c"))
+    for sequence, adapter in enumerate((one, None, two, one, three, None, two)):
+        made.join(replace(state(sequence), adapter=adapter), ())
+    assert taken(made) == [1, 5, 2, 6, 0, 3], "those of the first two adapters; others wait"
+    for sequence in (0, 3):
+        made.leave(sequence)
+    assert taken(made) == [1, 5, 2, 6, 4]

@@ -41,6 +41,9 @@ class Model:
     def follower(self, *_: Any) -> None:
         return None
 
+    def adapter(self, _: Any) -> None:
+        return None
+
     def repeated(self, inputs: torch.Tensor, step: Any, queued: bool, past: Any, steps: int) -> Any:
         self.alike.append(steps)
         return lambda: self.forward(inputs)

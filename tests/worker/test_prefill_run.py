@@ -39,6 +39,9 @@ class Model:
         self.calls: list[list[tuple[int, int]]] = []
         self.kept: list[int] = []
 
+    def adapter(self, _: Any) -> None:
+        return None
+
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Any, keep: torch.Tensor, past: Any) -> Any:
         both = list(zip(tokens.tolist(), positions.tolist(), strict=True))
         self.calls.append(both)

@@ -31,7 +31,7 @@ def test_who_retires_is_answered_when_both_lanes_have_let_go(made: Open) -> None
     later = home.submit(lambda: made.told.append("a window that waits"))  # type: ignore[func-returns-value]
     made.engine.retire(5)
     assert made.engine.is_retired(5)
-    assert made.engine._batch.samplings() == []
+    assert made.engine._batch.needs() == []
     assert holder.retiring == [], "the home lane may still compute on it"
     home.work()
     assert later.done()
@@ -69,7 +69,7 @@ def test_a_released_sequence_has_no_blocks_no_window_and_no_pieces(made: Open) -
     assert made.runtime.pool.used_blocks == 4
     made.engine.release(5)
     assert made.runtime.pool.used_blocks == 0
-    assert made.engine._batch.samplings() == []
+    assert made.engine._batch.needs() == []
     assert "move 1 is not expected" in made.engine.store_piece(Piece(1, 0, 0, True), np.zeros(4, np.uint8))
 
 

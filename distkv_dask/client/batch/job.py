@@ -70,6 +70,8 @@ class Job:
         raises ends the run.
         """
         began = time.monotonic()
+        if self._spec.sampling.adapter is not None:
+            self._session.try_adapter(self._spec.sampling.adapter)
         folder = target.folder
         parameters = parameters_of(self._spec, self._session.model, self._session.dtype)
         with (

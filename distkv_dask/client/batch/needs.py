@@ -6,7 +6,7 @@ The plans that answer rows are run with answers made up, so a dry run refuses wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from distkv_dask.client.batch.answer_plan import Plan, plan_answer
@@ -86,7 +86,7 @@ def count_row(
     found: list[Need] = []
     for question in spec.questions:
         try:
-            sampling = replace(spec.sampling, **content.sampling)
+            sampling = spec.sampling_for(content)
             text = None if content.prompt is not None else str(content.values[spec.text_column])
             plan = plan_answer(content, question, spec, tokenizer, how.window)
             prompts = _prompts(plan, sampling, text, tokenizer, how.window)

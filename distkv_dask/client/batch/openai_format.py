@@ -7,8 +7,10 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -40,14 +42,19 @@ class OpenAIBatchSource:
         The file.
     endpoint
         The only path that requests may have; None allows all.
+    adapters
+        Adapters by the model's name in a request.
     """
 
     label = "row"
     fields = ()
     kept = pa.schema([("custom_id", pa.string()), ("url", pa.string())])
 
-    def __init__(self, path: Path, endpoint: str | None = None) -> None:
+    def __init__(
+        self, path: Path, endpoint: str | None = None, adapters: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._path = path
+        self._adapters = adapters
         self._endpoint = endpoint
 
     def count(self) -> int:
@@ -64,7 +71,7 @@ class OpenAIBatchSource:
                 if (found := seen.setdefault(key, number)) != number:
                     earlier = found
             if number >= start:
-                yield _row(number, record, earlier, self._endpoint)
+                yield _row(number, record, earlier, self._endpoint, self._adapters)
 
 
 def is_openai_batch(path: Path) -> bool:
@@ -86,7 +93,7 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
     plain = BatchSpec(sampling=spec.sampling)
     if spec.questions != (None,) or spec.template is not None:
         raise InvalidRequestError("an OpenAI batch file has its own prompts: leave out question and template")
-    for name in ("text_column", "too_long", "overlap", "combine", "reader"):
+    for name in ("text_column", "too_long", "overlap", "combine", "reader", "adapter_column"):
         if getattr(spec, name) != getattr(plain, name):
             raise InvalidRequestError(f"an OpenAI batch file has its own prompts: leave out {name}")
     if keep is not None:
@@ -106,7 +113,13 @@ def _is_request(record: Mapping[str, Any]) -> bool:
     )
 
 
-def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None, endpoint: str | None) -> Row:
+def _row(
+    number: int,
+    record: Mapping[str, Any] | str,
+    earlier: int | None,
+    endpoint: str | None,
+    adapters: Mapping[str, str],
+) -> Row:
     known = {} if isinstance(record, str) else record
     kept = {name: None if known.get(name) is None else _text(known[name]) for name in OpenAIBatchSource.kept.names}
     try:
@@ -122,7 +135,10 @@ def _row(number: int, record: Mapping[str, Any] | str, earlier: int | None, endp
             raise InvalidRequestError(f"custom_id {kept['custom_id']} is already used by row {earlier}: rename one")
         if endpoint is not None and record.get("url") != endpoint:
             raise InvalidRequestError(f"url is {record.get('url')!r:.100}, but this batch is for {endpoint}")
-        return content_of(record)
+        content = content_of(record)
+        name = record["body"].get("model")
+        adapter = adapters.get(name) if isinstance(name, str) else None
+        return content if adapter is None else replace(content, sampling={**content.sampling, "adapter": adapter})
 
     return Row(number, mark, pa.RecordBatch.from_pylist([kept], OpenAIBatchSource.kept), read)
 

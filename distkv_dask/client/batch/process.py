@@ -43,6 +43,7 @@ class Processing:
         overlap: int = OVERLAP,
         combine: str = COMBINE,
         reader: Reader = "auto",
+        adapter_column: str | None = None,
         max_errors: int | None = None,
         retry_errors: bool = False,
         in_flight: int | None = None,
@@ -100,6 +101,9 @@ class Processing:
             What reads documents, on the workers: ``"pypdf"`` reads PDFs page by page; ``"docling"`` gives Markdown of
             PDFs with their layout and tables (it needs models, see the guide), and of .html, .docx, .pptx and .epub.
             ``"auto"`` takes pypdf for PDFs and docling for what only it reads.
+        adapter_column
+            A column with the path of each row's LoRA adapter (:attr:`SamplingParams.adapter`), absolute; rows without a
+            value have that of ``sampling``, or none.
         max_errors
             Stop if more rows than this have errors; None never stops. Each partition of a Dask DataFrame counts
             separately.
@@ -144,6 +148,7 @@ class Processing:
             overlap=overlap,
             combine=combine,
             reader=reader,
+            adapter_column=adapter_column,
         )
 
         session = self._session
@@ -179,7 +184,8 @@ class Processing:
         source, question, questions, sampling, schema
             As for :meth:`process`.
         **how
-            ``template``, ``text_column``, ``too_long``, ``overlap``, ``combine`` and ``reader``, as there.
+            ``template``, ``text_column``, ``too_long``, ``overlap``, ``combine``, ``reader`` and ``adapter_column``, as
+            there.
 
         Returns
         -------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from distkv_dask.client.batch.rows import Content, Row
@@ -39,8 +40,11 @@ class RowDocuments:
         self._last: RowDocument | None = None
         self._held: set[RowDocument] = set()
 
-    def begin_question(self, row: Row, content: Content) -> RowDocument | None:
-        """A question about a row begins; returns the document that it shares with the others, if there is one."""
+    def begin_question(self, row: Row, content: Content, adapter: str | PathLike[str] | None) -> RowDocument | None:
+        """A question about a row begins, asked with an adapter or without one.
+
+        Returns the document that it shares with the others, if there is one.
+        """
         if len(self._spec.questions) < 2 or content.prompt is not None:
             return None
         if self._row is not row:
@@ -49,7 +53,8 @@ class RowDocuments:
             ids = shared_prefix(content, self._spec, self._session.tokenizer, window)
             self._row = row
             if len(ids) >= self._session.config.block_tokens:
-                self._last = RowDocument(self._session.store.begin_ingest(ids).number)
+                operation = self._session.store.begin_ingest(ids, adapter=self._session.adapter(adapter))
+                self._last = RowDocument(operation.number)
                 self._held.add(self._last)
         if self._last is not None:
             self._last.open += 1

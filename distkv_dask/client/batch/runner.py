@@ -11,7 +11,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distkv_dask.client.batch.answer_plan import Answer, Plan, plan_answer
@@ -203,10 +203,10 @@ class Runner:
         work = _Work(row, question, time.monotonic(), self._spec.sampling)
         with self._row(work):
             content: Content = row.read()
-            work.sampling = replace(work.sampling, **content.sampling)
+            work.sampling = self._spec.sampling_for(content)
             if content.prompt is None:
                 work.text = str(content.values[self._spec.text_column])
-            work.document = self._documents.begin_question(row, content)
+            work.document = self._documents.begin_question(row, content, work.sampling.adapter)
             window = self._session.facts.max_positions
             work.plan = plan_answer(content, question, self._spec, self._session.tokenizer, window)
             self._advance(work, None)

@@ -91,13 +91,12 @@ def checked(opened: Source, spec: BatchSpec) -> Source:
     Raises
     ------
     InvalidRequestError
-        When the template uses columns that the source does not have.
+        When the template uses columns that the source does not have, or adapters are in none.
     """
     for name in spec.columns:
         if name not in opened.fields:
-            raise InvalidRequestError(
-                f"the template uses {{{name}}}, but the source has only: {', '.join(opened.fields)}"
-            )
+            what = f"adapter_column is {name!r}" if name == spec.adapter_column else f"the template uses {{{name}}}"
+            raise InvalidRequestError(f"{what}, but the source has only: {', '.join(opened.fields)}")
     return opened
 
 

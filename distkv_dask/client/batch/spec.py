@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distkv_dask.client.documents.readers import Reader, checked_reader
 from distkv_dask.errors import InvalidRequestError
+from distkv_dask.models.adapter_files import read_adapter
 from distkv_dask.models.grammars import check_installed, grammar_of
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.texts import checked_text
+
+if TYPE_CHECKING:
+    from distkv_dask.client.batch.rows import Content
 
 TooLong = Literal["refuse", "truncate-head", "truncate-middle", "truncate-tail", "map-reduce"]
 """How to handle a prompt longer than the model's window; "truncate-head" drops the document's beginning."""
@@ -48,6 +52,7 @@ class BatchSpec:
     overlap: int = OVERLAP
     combine: str = COMBINE
     reader: Reader = "auto"
+    adapter_column: str | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on the source: errors here affect every row."""
@@ -63,6 +68,8 @@ class BatchSpec:
             if self.too_long != "map-reduce" and getattr(self, name) != usual:
                 raise InvalidRequestError(f'{name} is for too_long="map-reduce": leave out {name}, or choose that')
         checked_reader(self.reader)
+        if self.sampling.adapter is not None:
+            read_adapter(self.sampling.adapter)
         if self.overlap < 0:
             raise InvalidRequestError(f"overlap is {self.overlap}, but must be at least 0 tokens")
         asks = self.questions != (None,)
@@ -99,7 +106,24 @@ class BatchSpec:
     def columns(self) -> tuple[str, ...]:
         """The source's columns that prompts use."""
         names = [name for name in _fields(self.full_template) if name not in ("text", "question")]
-        return tuple(dict.fromkeys((self.text_column, *names)))
+        adapters = () if self.adapter_column is None else (self.adapter_column,)
+        return tuple(dict.fromkeys((self.text_column, *names, *adapters)))
+
+    def sampling_for(self, content: Content) -> SamplingParams:
+        """How answers about a row are drawn, with which adapter.
+
+        Raises
+        ------
+        AdapterError, InvalidRequestError
+            When the row's own parameters are not valid, or its adapter cannot be computed.
+        """
+        said = dict(content.sampling)
+        if self.adapter_column is not None and (place := content.values[self.adapter_column]) is not None:
+            said["adapter"] = place
+        sampling = replace(self.sampling, **said) if said else self.sampling
+        if "adapter" in said and sampling.adapter is not None:
+            read_adapter(sampling.adapter)
+        return sampling
 
     def uses(self, name: str) -> bool:
         """Whether the template has a field of a name."""
@@ -112,6 +136,10 @@ class BatchSpec:
             del plain["sampling"]["n"]
         if self.reader == "auto":
             del plain["reader"]
+        if self.adapter_column is None:
+            del plain["adapter_column"]
+        if (adapter := plain["sampling"].pop("adapter")) is not None:
+            plain["sampling"]["adapter"] = list(read_adapter(adapter))
         return plain
 
     def render(self, values: Mapping[str, Any], question: str | None) -> str:

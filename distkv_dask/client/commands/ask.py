@@ -133,7 +133,7 @@ def _question(
         asyncio.run(watched(limit, f"reading the document in {document}", read_metadata, document))
 
         def about_saved(engine: Engine) -> TextPieces | Generation:
-            saved: Document = engine.load(document)
+            saved: Document = engine.load(document, adapter=sampling.adapter)
             return saved.submit(question, sampling) if at_once else saved.stream(question, sampling)
 
         return about_saved
@@ -143,7 +143,7 @@ def _question(
     if path is not None:
         read = plain_text(sys.stdin.buffer.read()) if document == "-" else document_text(path, reader)
         if sampling.quotes is not None:
-            return lambda engine: engine.ingest(read).stream(question, sampling)
+            return lambda engine: engine.ingest(read, adapter=sampling.adapter).stream(question, sampling)
         text = spec.render({"text": read}, question)
 
     def about_text(engine: Engine) -> TextPieces | Generation:

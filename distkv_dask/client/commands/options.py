@@ -16,6 +16,7 @@ from distkv_dask.client.documents.readers import Reader
 from distkv_dask.config import Config
 from distkv_dask.errors import DistKVError
 from distkv_dask.filesystems import local_path
+from distkv_dask.models.adapter_files import read_adapter
 from distkv_dask.models.rope_scaling import checked
 from distkv_dask.sampling import YES_NO, SamplingParams
 
@@ -98,6 +99,23 @@ def reader_option(command: Command) -> Command:
     )(command)
 
 
+def adapter_option(command: Command) -> Command:
+    """Add ``--adapter`` to a command that computes something."""
+    return click.option(
+        "--adapter",
+        metavar="FOLDER",
+        callback=_adapter,
+        help="LoRA adapter, as peft saves it, that is computed beside the model; all workers must be able to read it.",
+    )(command)
+
+
+def _adapter(_: click.Context, __: click.Parameter, place: str | None) -> str | None:
+    if place is None:
+        return None
+    with clear_failures():
+        return read_adapter(place).path
+
+
 def sampling_options(command: Command) -> Command:
     """Add the sampling options."""
     command = _further_options(command)
@@ -131,6 +149,7 @@ def sampling_options(command: Command) -> Command:
 def _further_options(command: Command) -> Command:
     """Add those for log probabilities, several answers, quotes and grammars."""
     for option in (
+        adapter_option,
         click.option(
             "--grammar",
             type=LocalFile(),
@@ -246,7 +265,7 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
     """Sampling parameters of a command, and those that were given explicitly; removes them from ``options``."""
     names = (
         "max_new_tokens", "temperature", "top_p", "seed", "stop", "regex", "grammar", "choices", "logprobs",
-        "prompt_logprobs", "n", "best_of",
+        "prompt_logprobs", "n", "best_of", "adapter",
     )  # fmt: skip
     given = {name: options.pop(name) for name in names}
     scores = options.pop("score")

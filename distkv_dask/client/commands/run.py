@@ -67,6 +67,9 @@ from distkv_dask.scheduler.costs.presets import PRESETS
     "--combine", default=COMBINE, help="Question that combines parts, with {answers} and {question} (map-reduce)."
 )
 @reader_option
+@click.option(
+    "--adapter-column", metavar="COLUMN", help="Column with the folder of each row's LoRA adapter; empty: --adapter."
+)
 @click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Repeat rows that had errors in earlier runs.")
 @click.option("--in-flight", type=click.IntRange(1), help="Most requests to run at once.")

@@ -22,6 +22,7 @@ from distkv_dask.client.commands.options import engine_option, model_options, sc
 from distkv_dask.client.listener import listener_at
 from distkv_dask.client.session.session import Session
 from distkv_dask.errors import ConfigError, MissingProgramError
+from distkv_dask.models.adapter_files import read_adapter
 
 if TYPE_CHECKING:
     from distkv_dask.client.serve.keys import Keys
@@ -39,6 +40,19 @@ def _bytes(_: click.Context, __: click.Parameter, text: str) -> int:
     return size
 
 
+def _adapters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, place = one.partition("=")
+        if not equals or not name or not place:
+            raise click.BadParameter(f"{one!r} is not a name and a folder, such as contracts=adapters/contracts")
+        if name in found:
+            raise click.BadParameter(f"the name {name!r} is given twice")
+        with clear_failures():
+            found[name] = read_adapter(place).path
+    return found
+
+
 @click.command("serve")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's need keys."
@@ -50,6 +64,14 @@ def _bytes(_: click.Context, __: click.Parameter, text: str) -> int:
     help="File of API keys, one a line. The variable DISTKV_API_KEYS may hold some, too.",
 )
 @click.option("--model-name", help="Another name by which clients may call the model.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    callback=_adapters,
+    help="LoRA adapter, as peft saves it, and the model's name with which clients ask for it; may be repeated.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -102,7 +124,7 @@ def command(host: str, port: int, api_keys: Path | None, data: Path | None, **op
                 f"{host} can be reached by others, and everybody could ask the model: give --api-keys FILE, or set "
                 f"DISTKV_API_KEYS"
             )
-    names = ("model_name", "max_new_tokens", "max_open", "max_body", "drain")
+    names = ("model_name", "adapters", "max_new_tokens", "max_open", "max_body", "drain")
     how = {name: options.pop(name) for name in names}
     chosen = chosen_of(options)
     with ExitStack() as stack:
@@ -124,7 +146,13 @@ def _serve(session: Session, keys: Keys, folder: Path, listener: socket, how: Ma
     limits = Limits(how["max_body"], open_requests, how["drain"])
     model = session.model.name
     names = [name for name in (how["model_name"], model, Path(model).name) if name]
-    serving = Serving(session, names, replace(DEFAULTS, max_new_tokens=how["max_new_tokens"]), limits)
+    adapters = how["adapters"]
+    for name, place in adapters.items():
+        if name in names:
+            raise ConfigError(f"--adapter {name}={place}: {name!r} is the model itself, choose another name")
+        session.try_adapter(place)
+    sampling = replace(DEFAULTS, max_new_tokens=how["max_new_tokens"])
+    serving = Serving(session, names, sampling, limits, adapters)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with locked(folder):

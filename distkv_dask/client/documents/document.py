@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+from distkv_dask.adapter import Adapter
+from distkv_dask.client.documents.adapted import with_adapter
 from distkv_dask.client.documents.prompts import DocumentText, Question, Turn, common_length
 from distkv_dask.client.documents.save import Save
 from distkv_dask.client.documents.saved_document import SavedDocument, plain_source
@@ -64,9 +66,14 @@ class Document(_Kept):
         The token ids with which every prompt on the document begins.
     placement
         Where the KV was when it was stored; it may have been moved since then.
+    adapter
+        The LoRA adapter that it was computed with, and with which its questions are answered; None without one.
     """
 
-    def __init__(self, session: Session, name: str, number: int, text: DocumentText) -> None:
+    def __init__(
+        self, session: Session, name: str, number: int, text: DocumentText, adapter: Adapter | None = None
+    ) -> None:
+        self.adapter = adapter
         self.name = name
         self.number = number
         self.ids = text.ids
@@ -173,7 +180,7 @@ class Document(_Kept):
             done = await session.store.save(self.number, Saved(save.place, tag=save.tag))
             saved = SavedDocument(
                 self.name, session.model.name, facts.fingerprint, facts.dtype, session.config.block_tokens,
-                facts.block_bytes, plain, tuple(self.ids), done.files,
+                facts.block_bytes, plain, tuple(self.ids), done.files, *(self.adapter or ()),
             )  # fmt: skip
             await watched(limit, what, save.commit, saved)
         finally:
@@ -216,6 +223,7 @@ class Document(_Kept):
         self, question: Question, sampling: SamplingParams | None, on_piece: Callable[[Piece], None] | None = None
     ) -> Generation:
         self._check()
+        sampling = with_adapter(sampling, self, self._session)
         return self._session.ask_ids(self.prompt(question), sampling, on_piece, self.number, self.text)
 
 
@@ -248,6 +256,7 @@ class Chat(_Kept):
             raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
         last = self._numbers[-1] if self._numbers else self.document.number
         ids = self.document._prompt(question, self.turns)
+        sampling = with_adapter(sampling, self.document, self._session)
         request = self._session.submit_ids(ids, sampling, None, last, keeps=True, text=self.document.text)
         self._asking = True
         return self._session.client.sync(self._take, question, request.number, request.generation)

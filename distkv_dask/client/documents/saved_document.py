@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from distkv_dask.adapter import Adapter, adapter_key
 from distkv_dask.errors import SavedDocumentError, in_words
 from distkv_dask.filesystems import explained, folder_at
 from distkv_dask.folder import Folder
@@ -35,7 +36,8 @@ class SavedDocument:
     """Metadata of a saved document.
 
     ``source`` is the ingested text, chat messages or token ids; ``ids`` is the common prefix of all prompts on it, and
-    ``files`` have the KV of these tokens.
+    ``files`` have the KV of these tokens. Where it was computed with an adapter, there are that one's path and
+    fingerprint.
     """
 
     name: str
@@ -47,6 +49,8 @@ class SavedDocument:
     source: Any
     ids: tuple[int, ...]
     files: tuple[SavedFile, ...]
+    adapter_path: str = ""
+    adapter: str = ""
 
     def check(self, place: str, facts: EngineFacts, block_tokens: int) -> None:
         """Raise :class:`SavedDocumentError` if an engine with these ``facts`` cannot use it."""
@@ -69,6 +73,18 @@ class SavedDocument:
                 f"model's window of {window} tokens"
             )
 
+    def check_adapter(self, place: str, adapter: Adapter | None) -> None:
+        """Raise :class:`SavedDocumentError` if it was not computed with this adapter."""
+        if self.adapter == adapter_key(adapter):
+            return
+        if not self.adapter:
+            raise SavedDocumentError(f"the document in {place} was computed without an adapter: load it without one")
+        raise SavedDocumentError(
+            f"the document in {place} was computed with the adapter in {self.adapter_path} as it was then; the one in "
+            f"{self.adapter_path if adapter is None else adapter.path} has other weights: give the folder with those "
+            "(adapter=...), or ingest its source again"
+        )
+
     def encoded(self) -> bytes:
         """The content of ``document.json``.
 
@@ -78,6 +94,8 @@ class SavedDocument:
             It would be too large to be read.
         """
         body = {"format": "distkv-document", "version": VERSION, **asdict(self)}
+        if not self.adapter:  # what was saved without one can be read by versions that know none
+            del body["adapter"], body["adapter_path"]
         text = json.dumps({"checksum": _checksum(body), **body}).encode()
         if len(text) > MOST_BYTES:
             raise SavedDocumentError(f"{FILE} would have {len(text)} bytes, more than {MOST_BYTES}: save parts of it")
@@ -140,8 +158,10 @@ def plain_source(source: Any) -> str | list[Any]:
 def _checked(body: dict[str, Any]) -> SavedDocument:
     """A document from the fields of a file; raises ValueError if they are invalid."""
     names = [field.name for field in fields(SavedDocument)]
+    if "adapter" not in body:
+        body |= {"adapter": "", "adapter_path": ""}
     _require(sorted(body) == sorted(names), f"it has the fields {sorted(body)}")
-    for name in ("name", "model", "fingerprint", "dtype"):
+    for name in ("name", "model", "fingerprint", "dtype", "adapter", "adapter_path"):
         _require(isinstance(body[name], str), f"{name} is no text")
     for name in ("block_tokens", "block_bytes"):
         _require(_is_number(body[name], 1, TOP), f"{name} is no number above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,15 +16,20 @@ from distkv_dask.client.serve.form import Form
 from distkv_dask.client.serve.serving import Serving, serving_of
 from distkv_dask.client.serve.stream import streamed
 from distkv_dask.client.session.generation import Generation
+from distkv_dask.client.tokenizer import Tokenizer
 
 GONE = 499
 """Status for a client that is gone, as others have it; nobody sees it but logs and metrics."""
 
 
-async def answered(request: Request, url: str, form: Form) -> Response:
-    """Answer a request that came to the path ``url``; raises :class:`DistKVError` where it is refused."""
+async def answered(request: Request, url: str, form_of: Callable[[str, Tokenizer], Form]) -> Response:
+    """Answer a request that came to the path ``url``; raises :class:`DistKVError` where it is refused.
+
+    ``form_of`` takes what answers call the model, and its tokenizer.
+    """
     serving = serving_of(request)
     asked = await read_asked(await read_json(request), url, serving)
+    form = form_of(asked.model, serving.session.tokenizer)
     gone = asyncio.create_task(_gone(request))
     if asked.stream:
         return await streamed(asked, form, serving, gone)

@@ -27,11 +27,14 @@ class Asked:
         Whether answers are sent as they are generated.
     usage
         Whether a stream counts its tokens.
+    model
+        What answers call the model.
     """
 
     prompts: list[tuple[list[int], SamplingParams]]
     stream: bool
     usage: bool
+    model: str
 
     @property
     def choices(self) -> int:
@@ -48,13 +51,13 @@ async def read_asked(body: Mapping[str, Any], url: str, serving: Serving) -> Ask
         When it asks for what is not done; the message names it.
     """
     said = dict(body)
-    serving.check_name(said.pop("model", None))
+    model = serving.check_name(said.pop("model", None))
     stream, options = said.pop("stream", None), said.pop("stream_options", None)
     if not isinstance(stream, bool | None):
         raise InvalidRequestError(f"stream is {stream!r:.100}, but must be true or false")
     contents = [body_content(one, url) for one in each_prompt(said, url, serving.limits.open_requests)]
     usage = _usage(options, bool(stream))
-    asked = Asked(await asyncio.to_thread(_checked, contents, serving), bool(stream), usage)
+    asked = Asked(await asyncio.to_thread(_checked, contents, serving, model), bool(stream), usage, model)
     check_written(asked.prompts[0][1], asked.stream)
     return asked
 
@@ -92,7 +95,7 @@ def check_written(sampling: SamplingParams, stream: bool) -> None:
             raise InvalidRequestError(f"{name} is not supported in a stream: leave it out or stream")
 
 
-def _checked(contents: list[Content], serving: Serving) -> list[tuple[list[int], SamplingParams]]:
+def _checked(contents: list[Content], serving: Serving, model: str) -> list[tuple[list[int], SamplingParams]]:
     """What may take long for a long prompt or a large schema, and is not done on the event loop."""
     found = []
     for content in contents:
@@ -101,7 +104,7 @@ def _checked(contents: list[Content], serving: Serving) -> list[tuple[list[int],
             tokenizer = tokenizer.with_variables(content.template)
         assert content.prompt is not None
         ids = tokenizer.encode(content.prompt)
-        sampling = serving.sampling(content.sampling, len(ids))
+        sampling = serving.sampling(content.sampling, len(ids), model)
         found.append((ids, checked(sampling, len(ids), serving.session.facts.max_positions)))
     return found
 

@@ -110,7 +110,8 @@ class BatchQueue:
     def _answer(self, name: str) -> None:
         """Answer a batch, or go on with it, and write its files."""
         record = self.store.read(name)
-        source = OpenAIBatchSource(self.store.path(record["input_file_id"]), record["endpoint"])
+        path = self.store.path(record["input_file_id"])
+        source = OpenAIBatchSource(path, record["endpoint"], self._serving.adapters)
         session, folder = self._serving.session, self.store.folder / f"{name}.parquet"
         counts = {"total": source.count(), "completed": 0, "failed": 0}
 

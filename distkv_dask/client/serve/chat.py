@@ -14,7 +14,6 @@ from distkv_dask.client.batch.openai_choices import chat_logprobs, choices_of
 from distkv_dask.client.batch.openai_request import CHAT
 from distkv_dask.client.serve.answers import answered
 from distkv_dask.client.serve.form import usage_of
-from distkv_dask.client.serve.serving import serving_of
 from distkv_dask.client.session.generation import Piece
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
@@ -22,8 +21,7 @@ from distkv_dask.completion import Completion
 
 async def chat(request: Request) -> Response:
     """Answer chat messages."""
-    serving = serving_of(request)
-    return await answered(request, CHAT, ChatForm(serving.names[0], serving.session.tokenizer))
+    return await answered(request, CHAT, ChatForm)
 
 
 class ChatForm:

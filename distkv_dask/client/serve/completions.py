@@ -14,7 +14,6 @@ from distkv_dask.client.batch.openai_choices import TextLogprobs, choices_of
 from distkv_dask.client.batch.openai_request import COMPLETIONS
 from distkv_dask.client.serve.answers import answered
 from distkv_dask.client.serve.form import usage_of
-from distkv_dask.client.serve.serving import serving_of
 from distkv_dask.client.session.generation import Piece
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
@@ -22,8 +21,7 @@ from distkv_dask.completion import Completion
 
 async def completions(request: Request) -> Response:
     """Continue a text, or token ids."""
-    serving = serving_of(request)
-    return await answered(request, COMPLETIONS, TextForm(serving.names[0], serving.session.tokenizer))
+    return await answered(request, COMPLETIONS, TextForm)
 
 
 class TextForm:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from starlette.requests import Request
@@ -32,10 +33,20 @@ class Serving:
         Where a request says nothing. Its ``max_new_tokens`` gives way where the model's window is shorter.
     limits
         What the server takes.
+    adapters
+        Folders of adapters by the names with which clients ask for them.
     """
 
-    def __init__(self, session: Session, names: Sequence[str], sampling: SamplingParams, limits: Limits) -> None:
+    def __init__(
+        self,
+        session: Session,
+        names: Sequence[str],
+        sampling: SamplingParams,
+        limits: Limits,
+        adapters: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.session = session
+        self.adapters = adapters
         self.names = tuple(dict.fromkeys(names))
         self.limits = limits
         self.metrics = Metrics()
@@ -43,16 +54,19 @@ class Serving:
         self._sampling = sampling
         self._running: set[Future[Completion]] = set()
 
-    def check_name(self, name: Any) -> None:
-        """Raise :class:`Refusal` if a request is for another model."""
+    def check_name(self, name: Any) -> str:
+        """What answers call the model that a request names; raises :class:`Refusal` if that is another one."""
         if not isinstance(name, str):
             raise Refusal(f"model is {name!r:.100}, but must be a text: name {self.names[0]!r}")
+        if name in self.adapters:
+            return name
         if name not in self.names:
             raise Refusal(f"model {name!r:.100} is not served here: name {self.names[0]!r}", 404, "model_not_found")
+        return self.names[0]
 
-    def sampling(self, said: Mapping[str, Any], prompt_tokens: int) -> SamplingParams:
-        """How an answer to a prompt is drawn, of which a request says so much."""
-        usual = self._sampling
+    def sampling(self, said: Mapping[str, Any], prompt_tokens: int, model: str) -> SamplingParams:
+        """How an answer of a model to a prompt is drawn, of which a request says so much."""
+        usual = replace(self._sampling, adapter=self.adapters.get(model))
         if "max_new_tokens" not in said:
             room = self.session.facts.max_positions - prompt_tokens
             usual = replace(usual, max_new_tokens=int(max(1, min(usual.max_new_tokens, room))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 from distributed import Client, get_client
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.client.session.attached_engine import AttachedEngine
 from distkv_dask.client.session.branches import branch_samplings, joined
 from distkv_dask.client.session.choices import choice_ids
@@ -25,6 +27,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
 from distkv_dask.messages.client_calls import ClientCall, EngineFacts, Submission
 from distkv_dask.messages.status import EngineStatus
+from distkv_dask.models.adapter_files import read_adapter
 from distkv_dask.models.source import ModelSource
 from distkv_dask.quotes import Quoting
 from distkv_dask.sampling import Prompt, SamplingParams
@@ -175,7 +178,7 @@ class Session:
             raise InvalidRequestError("which answers are the best is known at their end: stream, or leave out best_of")
         seed = checked(sampling, len(ids), self.facts.max_positions, text).seed
         own = document is None and len(ids) > self.config.block_tokens
-        shared = self.store.begin_ingest(ids[:-1]).number if own else document
+        shared = self.store.begin_ingest(ids[:-1], adapter=self.adapter(sampling.adapter)).number if own else document
         branches: list[Generation] = []
         try:
             for at, one in enumerate(branch_samplings(replace(sampling, seed=seed))):
@@ -224,12 +227,40 @@ class Session:
         if sampling.prompt_logprobs is not None:
             document = None
         told = sampling, on_piece is not None, document, keeps
-        submission = Submission(number, array("i", ids), *told, choices=choices)
+        adapter = self.adapter(sampling.adapter)
+        submission = Submission(number, array("i", ids), *told, choices=choices, adapter=adapter)
         generation = Generation(lambda: self.conversation.cancel(number))
         quoting = None if quotes is None or text is None else Quoting(text, quotes)
         request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_piece, quoting)
         self.conversation.submit(request)
         return request
+
+    def adapter(self, place: str | os.PathLike[str] | None) -> Adapter | None:
+        """The adapter in a folder, checked as far as that is possible without the model.
+
+        Raises
+        ------
+        MissingProgramError, AdapterError, InvalidRequestError
+            When peft is not installed, the adapter cannot be computed, or the engine's layers are on several workers.
+        """
+        if place is None:
+            return None
+        if self.config.stages > 1:
+            raise InvalidRequestError(
+                f"an adapter needs all layers of the model on one worker, but distkv.stages is {self.config.stages}: "
+                "merge it into the model (peft's merge_and_unload), or open an engine with stages=1"
+            )
+        return read_adapter(place)
+
+    def try_adapter(self, place: str | os.PathLike[str]) -> None:
+        """Compute one token with an adapter, from any thread but the loop's, to learn whether it fits the model.
+
+        Raises
+        ------
+        DistKVError
+            When it does not.
+        """
+        self.submit_ids((0,), SamplingParams(max_new_tokens=1, adapter=place)).generation.result()
 
     @contextlib.contextmanager
     def in_span(self, *tags: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.operation import Operation
 from distkv_dask.errors import WorkerLostError
@@ -28,7 +29,9 @@ class DocumentStore:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def begin_ingest(self, ids: Sequence[int], name: str = "", saved: Saved | None = None) -> Operation:
+    def begin_ingest(
+        self, ids: Sequence[int], name: str = "", saved: Saved | None = None, adapter: Adapter | None = None
+    ) -> Operation:
         """Submit a document's tokens, from any thread, and return at once.
 
         Parameters
@@ -39,6 +42,8 @@ class DocumentStore:
             The document's, for display.
         saved
             Where its blocks are saved; None computes them.
+        adapter
+            What it is computed with, and all questions on it.
 
         Returns
         -------
@@ -46,7 +51,7 @@ class DocumentStore:
             A future of the delivery with the placement of its KV; ``number`` is the document's.
         """
         number = self._conversation.number()
-        return self._submit(Submission(number, array("i", ids), None, saved=saved, name=name))
+        return self._submit(Submission(number, array("i", ids), None, saved=saved, name=name, adapter=adapter))
 
     async def save(self, document: int, saved: Saved) -> Delivery:
         """Write a document's blocks; the delivery names the files.

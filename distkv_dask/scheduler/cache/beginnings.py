@@ -20,14 +20,14 @@ CANDIDATES = 8
 """Number of sequences with equally long prefixes that are compared."""
 
 
-def find(life: MachineState, tokens: array[int], near: str) -> tuple[int, int] | None:
+def find(life: MachineState, tokens: array[int], near: str, adapter: str) -> tuple[int, int] | None:
     """The sequence with the longest common prefix in whole blocks, and its tokens; None if there is none.
 
-    Of several, one with its last common block on the worker ``near`` is preferred.
+    Of several, one with its last common block on the worker ``near`` is preferred. It has the same ``adapter``.
     """
     index, size = life.cache.index, life.ledger.block_tokens
     found, length = None, 0
-    for blocks, key in enumerate(chain(tokens, size) if index else (), 1):
+    for blocks, key in enumerate(chain(tokens, size, adapter) if index else (), 1):
         if key in index:
             found, length = index[key], blocks * size
     if found is None:
@@ -35,19 +35,22 @@ def find(life: MachineState, tokens: array[int], near: str) -> tuple[int, int] |
     some = list(islice(found, CANDIDATES))
     there = (number for number in some if _worker_at(life.cache.by_number[number], length - 1) == near)
     number = next(there, some[0])
-    return (number, length) if begins(life, number, tokens, length) else None
+    return (number, length) if begins(life, number, tokens, length, adapter) else None
 
 
 def _worker_at(cached: Cached, position: int) -> str:
     return next(span.worker for span in cached.spans if position < span.stop)
 
 
-def begins(life: MachineState, number: int | None, tokens: array[int], length: int) -> bool:
-    """Whether a prompt really begins with a sequence's tokens: hashes may collide."""
+def begins(life: MachineState, number: int | None, tokens: array[int], length: int, adapter: str) -> bool:
+    """Whether a prompt really begins with a sequence's tokens, and has its adapter: hashes may collide."""
     while number is not None:
         cached = life.cache.by_number.get(number)
         if cached is None:
-            return life.requests[number].prompt[:length] == tokens[:length]
+            request = life.requests[number]
+            return request.adapter_key == adapter and request.prompt[:length] == tokens[:length]
+        if cached.adapter != adapter:
+            return False
         if cached.tokens[: length - cached.start] != tokens[cached.start : length]:
             return False
         number, length = cached.parent, cached.start

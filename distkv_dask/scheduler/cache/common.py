@@ -39,13 +39,13 @@ def enter(life: MachineState, request: Request) -> None:
     With ``deterministic`` the borders of spans, which bits depend on, must not depend on what runs at the same time.
     """
     if life.cache.enabled and request.is_plain and not (life.ledger.has_states or life.config.deterministic):
-        life.running.add(request.sequence, request.prompt)
+        life.running.add(request.sequence, request.prompt, request.adapter_key)
 
 
 def leave(life: MachineState, request: Request) -> None:
     """A request runs no more."""
     if life.running and request.is_plain:
-        life.running.drop(request.sequence, request.prompt)
+        life.running.drop(request.sequence, request.prompt, request.adapter_key)
 
 
 def forget_given(life: MachineState, request: Request) -> None:
@@ -79,11 +79,11 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
         return False
     known, home = request.known, placement[-1].worker
     beginning = known[: len(known) - 1]  # the last one has to be computed
-    found = _running(life, beginning, home)
+    found = _running(life, beginning, home, request.adapter_key)
     if found is None or found[1] <= ask.shared:
         return False
     other, tokens = found
-    cached = beginnings.find(life, beginning, home)
+    cached = beginnings.find(life, beginning, home, request.adapter_key)
     if cached is not None and cached[1] >= tokens:
         return False
     account = life.ledger.sequences[other.sequence]
@@ -95,11 +95,12 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     return request.awaits is not None
 
 
-def _running(life: MachineState, tokens: array[int], near: str) -> tuple[Request, int] | None:
+def _running(life: MachineState, tokens: array[int], near: str, adapter: str) -> tuple[Request, int] | None:
     """A running request with the longest common beginning, and its tokens; of several, one that has its end nearby."""
-    numbers, length = life.running.longest(tokens)
+    numbers, length = life.running.longest(tokens, adapter)
     some = [life.requests[number] for number in islice(numbers, beginnings.CANDIDATES)]
-    some = [one for one in some if _can_give(life, one, length) and one.prompt[:length] == tokens[:length]]
+    some = [one for one in some if one.adapter_key == adapter and one.prompt[:length] == tokens[:length]]
+    some = [one for one in some if _can_give(life, one, length)]
     there = (one for one in some if _worker_at(life, one, length - 1) == near)
     found = next(there, next(iter(some), None))
     return None if found is None else (found, length)
@@ -136,8 +137,9 @@ def _pays(life: MachineState, request: Request, ask: Ask, placement: Placement, 
     if shared >= alone:
         return False
     text = request.prompt[:tokens]
-    waiting = (life.requests[one.sequence].prompt for one in islice(life.queue.turns(), COUNTED))
-    together = 1 + sum(prompt[:tokens] == text for prompt in waiting)
+    waiting = [life.requests[one.sequence] for one in islice(life.queue.turns(), COUNTED)]
+    same = (one.prompt for one in waiting if one.adapter_key == request.adapter_key)
+    together = 1 + sum(prompt[:tokens] == text for prompt in same)
     return together * (alone - shared) > model.of(there).step
 
 
@@ -159,8 +161,9 @@ def _give(life: MachineState, request: Request, tokens: int) -> None:
     own, text = tuple(clipped(account.own, start, tokens)), request.prompt[:tokens]
     parent = request.document if start else None
     life.ledger.split(request.sequence, number, tokens)
-    keys = list(chain(text, size))[start // size :]
-    life.cache.add(Cached(number, start, text[start:], keys, own, parent, held=tokens, used=life.now))
+    keys = list(chain(text, size, request.adapter_key))[start // size :]
+    cached = Cached(number, start, text[start:], keys, own, parent, tokens, request.adapter_key, used=life.now)
+    life.cache.add(cached)
     life.requests[number] = Request(
         number, array("i"), SamplingParams(), life.now, document=parent, is_document=True, cached=True,
         state=Stored(), announced=True, released=True,

@@ -67,7 +67,8 @@ def _runs(life: MachineState, worker: str) -> Iterator[Extent]:
         if isinstance(one, Extent):
             if not all(_has_copy(life, key, worker) for key in one.keys):
                 source = Source(worker, one.number, life.now)
-                yield Extent(0, "", "disk", one.start, one.stop, one.tokens, one.keys, one.used, source)
+                told = one.start, one.stop, one.tokens, one.keys, one.used, source, None, one.adapter
+                yield Extent(0, "", "disk", *told)
             continue
         settled = worker, one.number
         if life.extents.settled.get(settled) == len(one.keys):
@@ -78,7 +79,8 @@ def _runs(life: MachineState, worker: str) -> Iterator[Extent]:
             start, stop = found
             first, last = ((at - one.start) // life.ledger.block_tokens for at in found)
             text, source = beginnings.text(life, one.number, stop), Source(worker, one.number, life.now)
-            yield Extent(0, "", "workers", start, stop, text, tuple(one.keys[first:last]), one.used, source)
+            told = start, stop, text, tuple(one.keys[first:last]), one.used, source, None, one.adapter
+            yield Extent(0, "", "workers", *told)
 
 
 def _uncopied(life: MachineState, cached: Cached, worker: str) -> tuple[int, int] | None:

@@ -29,19 +29,28 @@ def attach(life: MachineState, request: Request) -> None:
     Raises
     ------
     InvalidRequestError
-        The document does not exist, or no longer exists.
+        The document does not exist, or no longer exists, or has another adapter.
     """
     assert request.document is not None
     document = life.requests.get(request.document)
     if document is None or document.released or not (document.is_document or document.keeps):
         raise InvalidRequestError("the document was released: ingest it again to ask more questions")
+    if request.saves:
+        request.adapter = document.adapter
+    if document.adapter_key != request.adapter_key:
+        raise InvalidRequestError(
+            "the document was computed with another adapter than its question: ask with the adapter of the document, "
+            "or ingest it again with this one"
+        )
     document.dependents.add(request.sequence)
 
 
 def borrow(life: MachineState, request: Request) -> None:
     """Let a request without a document share one that is a prefix of its prompt, if there is one."""
-    found = life.index.find(request.prompt[: len(request.prompt) - 1])
-    if found is not None and not life.requests[found].released:
+    found = life.index.find(request.prompt[: len(request.prompt) - 1], request.adapter_key)
+    if found is None or life.requests[found].adapter_key != request.adapter_key:
+        return
+    if not life.requests[found].released:
         request.document, request.borrows = found, True
         life.requests[found].dependents.add(request.sequence)
 
@@ -74,7 +83,7 @@ def stored(life: MachineState, request: Request, before: State) -> None:
     request.used = life.now
     if request.prompt:
         life.ledger.make_document(request.sequence, len(request.prompt))
-        life.index.add(request.sequence, request.prompt)
+        life.index.add(request.sequence, request.prompt, request.adapter_key)
         if life.ledger.has_states:
             home = life.ledger.sequences[request.sequence].home
             life.snapshots.add(request.sequence, len(request.prompt), home)
@@ -97,7 +106,7 @@ def become_document(life: MachineState, request: Request, before: State) -> None
     if account.lost or account.moves or not tokens:
         life.recommend(request, Dropped())
         return
-    life.index.add(request.sequence, request.prompt)
+    life.index.add(request.sequence, request.prompt, request.adapter_key)
     snapshots.keep_only_snapshots(life, request.sequence, account.home, tokens)
     for span in life.ledger.make_document(request.sequence, tokens):
         life.command(Free(span.worker, request.sequence, span.start, span.stop))
@@ -145,7 +154,7 @@ def lost(life: MachineState, request: Request) -> None:
 
 def defer_questions(life: MachineState, request: Request) -> None:
     """Requests that wait for room while sharing a document now wait for the document, or run without it."""
-    life.index.drop(request.sequence, request.prompt)
+    life.index.drop(request.sequence, request.prompt, request.adapter_key)
     for ask in [ask for ask in life.queue if ask.document == request.sequence]:
         life.queue.withdraw(ask.sequence)
         if (waiting := life.requests[ask.sequence]).borrows:
@@ -179,7 +188,7 @@ def is_unneeded(request: Request) -> bool:
 
 def remove(life: MachineState, request: Request) -> None:
     """A request or document is finished: free its blocks, and documents that only it needed."""
-    life.index.drop(request.sequence, request.prompt if request.is_document else array("i"))
+    life.index.drop(request.sequence, request.prompt if request.is_document else array("i"), request.adapter_key)
     free_blocks(life, request)
     disk.forget_copy(life, request)
     del life.requests[request.sequence]

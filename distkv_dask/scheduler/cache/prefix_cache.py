@@ -115,14 +115,14 @@ def _worth_caching(life: MachineState, request: Request, account: SequenceAccoun
     if parent is not None and parent in cache.by_number and cache.by_number[parent].closed:
         return None
     tokens = request.known[:stop]
-    keys = list(chain(tokens, size))[start // size :]
+    keys = list(chain(tokens, size, request.adapter_key))[start // size :]
     has_snapshots = request.sequence in life.snapshots.of
     if start and keys[-1] in cache.index and not has_snapshots:
         # the sequence whose prefix it shared continues with the same tokens
         cache.touch(next(iter(cache.index[keys[-1]])), life.now)
         return None
     spans = tuple(clipped(account.own, start, stop))
-    return Cached(request.sequence, start, tokens[start:], keys, spans, parent, held=stop)
+    return Cached(request.sequence, start, tokens[start:], keys, spans, parent, stop, request.adapter_key)
 
 
 def _add(life: MachineState, cached: Cached, account: SequenceAccount, workers: list[str]) -> None:

@@ -30,7 +30,7 @@ def find(life: MachineState, request: Request, start: int, placement: Placement)
     if not life.extents.index or not request.is_plain or request.saved is not None or life.ledger.has_states:
         return None
     known = request.known
-    runs = _runs(life, known[: len(known) - 1], start)  # the last one has to be computed
+    runs = _runs(life, known[: len(known) - 1], start, request.adapter_key)  # the last one has to be computed
     home = placement[-1].worker
     runs = [(first, last, one) for first, last, one in runs if retention.pays(life, one.place, home, first, last)]
     if not runs:
@@ -44,16 +44,17 @@ def find(life: MachineState, request: Request, start: int, placement: Placement)
     return Fetching(extents=tuple(restores), ranges=tuple(_joined(runs)), tokens=tokens)
 
 
-def _runs(life: MachineState, tokens: array[int], start: int) -> list[tuple[int, int, Extent]]:
+def _runs(life: MachineState, tokens: array[int], start: int, adapter: str) -> list[tuple[int, int, Extent]]:
     """Ranges of tokens from ``start`` on that are in extents, and in which."""
     size, index = life.ledger.block_tokens, life.extents.index
     right: dict[int, bool] = {}
     runs: list[tuple[int, int, Extent]] = []
-    for at, key in enumerate(chain(tokens, size)):
+    for at, key in enumerate(chain(tokens, size, adapter)):
         if at * size < start or key not in index:
             continue
         there = (life.extents.by_number[number] for number in index[key])
-        usable = (one for one in there if one.is_whole and _begins(one, tokens, right))
+        same = (one for one in there if one.adapter == adapter)
+        usable = (one for one in same if one.is_whole and _begins(one, tokens, right))
         extent = min(usable, key=lambda one: (one.kind == "disk", -one.stop), default=None)
         if extent is None:
             continue

@@ -28,10 +28,10 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
         return ask, placement
     known = request.known
     beginning = known[: len(known) - 1]  # the last one has to be computed
-    found = beginnings.find(life, beginning, placement[-1].worker)
+    found = beginnings.find(life, beginning, placement[-1].worker, request.adapter_key)
     if found is not None and life.ledger.has_states:
         request.common = max(request.common, found[1])
-        found = _with_snapshot(life, beginning)
+        found = _with_snapshot(life, beginning, request.adapter_key)
     if found is None or found[1] <= ask.shared or not beginnings.can_be_shared(life, found[0]):
         return ask, placement
     better = _better(life, request, ask, placement, *found)
@@ -45,10 +45,10 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     return better
 
 
-def _with_snapshot(life: MachineState, tokens: array[int]) -> tuple[int, int] | None:
+def _with_snapshot(life: MachineState, tokens: array[int], adapter: str) -> tuple[int, int] | None:
     """The cached sequence with the last snapshot in a prompt's beginning, and how many tokens that is after."""
-    some = ((number, length) for number, length in snapshots.find(life, tokens) if number in life.cache.by_number)
-    return next((one for one in some if beginnings.begins(life, one[0], tokens, one[1])), None)
+    some = (one for one in snapshots.find(life, tokens, adapter) if one[0] in life.cache.by_number)
+    return next((one for one in some if beginnings.begins(life, one[0], tokens, one[1], adapter)), None)
 
 
 def _better(

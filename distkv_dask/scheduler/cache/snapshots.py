@@ -50,7 +50,7 @@ def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
     best = dict.fromkeys([*(end for end in between if end == request.common), *late, *early])
     wanted = sorted([*best][: _room(life, home)])
     if wanted:
-        keys = list(chain(request.known[: wanted[-1]], size))
+        keys = list(chain(request.known[: wanted[-1]], size, request.adapter_key))
         for tokens in wanted:
             life.snapshots.add(request.sequence, tokens, home, keys[tokens // size - 1])
         make_room(life, home)
@@ -60,10 +60,11 @@ def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
 # Use
 
 
-def find(life: MachineState, tokens: array[int]) -> Iterable[tuple[int, int]]:
+def find(life: MachineState, tokens: array[int], adapter: str) -> Iterable[tuple[int, int]]:
     """Sequences with a snapshot after tokens with which a prompt begins, by their hash; the longest beginning first."""
     index, size = life.snapshots.index, life.ledger.block_tokens
-    keys = [(key, at * size) for at, key in enumerate(chain(tokens, size) if index else (), 1) if key in index]
+    chained = enumerate(chain(tokens, size, adapter) if index else (), 1)
+    keys = [(key, at * size) for at, key in chained if key in index]
     return ((number, length) for key, length in reversed(keys) for number in index[key])
 
 

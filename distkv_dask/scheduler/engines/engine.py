@@ -13,7 +13,7 @@ from distkv_dask.completion import Timings
 from distkv_dask.errors import ClusterError, EngineClosedError
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages.client_calls import Attached, Delivery, EngineFacts
-from distkv_dask.messages.from_worker import ChunkDone, Opened, Prefilled
+from distkv_dask.messages.from_worker import AdaptersKept, ChunkDone, Opened, Prefilled
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.messages.to_worker import Open
@@ -130,6 +130,11 @@ class EngineState:
         """A worker freed everything of the engine."""
         self.facts.pop(worker, None)
         self._answered(worker)
+
+    def adapters_kept(self, message: AdaptersKept) -> None:
+        """A worker has other adapters in memory."""
+        if (facts := self.facts.get(message.worker)) is not None:
+            self.facts[message.worker] = replace(facts, adapters=message)
 
     def worker_lost(self, worker: str) -> None:
         """A worker died or left."""

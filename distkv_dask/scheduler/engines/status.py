@@ -64,6 +64,7 @@ def tiers_of(life: MachineState, worker: str) -> dict[str, int]:
 
 def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:
     account = life.ledger.workers[worker]
+    kept = opened.adapters if opened else None
     return WorkerStatus(
         role="instance" if account.can_decode else "memory",
         capacity_blocks=account.capacity,
@@ -80,6 +81,8 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
         device=opened.device if opened else "",
         kernels=opened.kernels if opened else "",
         weights=opened.weights if opened else "",
+        adapters=kept.paths if kept else (),
+        adapter_bytes=kept.nbytes if kept else 0,
         window_seconds=life.chains[worker].seconds,
         performance=WorkerPerformance(
             **asdict(life.policy.model.of(worker)),

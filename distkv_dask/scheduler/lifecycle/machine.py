@@ -196,6 +196,7 @@ class Lifecycle:
             saves=saves,
             saved=one.saved,
             choices=one.choices,
+            adapter=one.adapter,
             alone=sampling.prompt_logprobs is not None,  # shared tokens are not computed and have no logits
         )
         try:

@@ -21,7 +21,7 @@ class Cached:
 
     The ledger has its tokens up to ``held``. ``keys`` are the keys of its blocks in the index. ``users`` has, of every
     sharer, the number of leading tokens that it shares, parents' included; ``lengths`` are these numbers, sorted.
-    ``used`` is when it was last of use, in seconds.
+    ``used`` is when it was last of use, in seconds. ``adapter`` is the key of the adapter that its KV is of.
     It is ``closed`` once it has lost blocks or the engine closes: it gets no more sharers.
     """
 
@@ -32,6 +32,7 @@ class Cached:
     spans: Placement
     parent: int | None
     held: int
+    adapter: str
     used: float = 0.0
     users: dict[int, int] = field(default_factory=dict)
     lengths: SortedList = field(default_factory=SortedList)

@@ -59,6 +59,8 @@ class Extent:
         What it is being copied from; None once all of it is there.
     file
         Its file; None in memory.
+    adapter
+        The key of the adapter that its KV is of.
     readers
         Requests that read it just now.
     """
@@ -73,6 +75,7 @@ class Extent:
     used: float
     source: Source | None = None
     file: SpilledFile | None = None
+    adapter: str = ""
     readers: set[int] = field(default_factory=set)
 
     @property

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
+from distkv_dask.adapter import Adapter, adapter_key
 from distkv_dask.completion import Timings
 from distkv_dask.gang import SequenceState, Speculated
 from distkv_dask.messages.names import Saved
@@ -79,10 +80,17 @@ class Request:
     """Blocks that it computed and shares now with others (:mod:`~distkv_dask.scheduler.cache.common`)."""
     awaits: tuple[int, int] | None = None
     """The request that it waits for to share its first tokens, and how many."""
+    adapter: Adapter | None = None
+    """The adapter that it is computed with; it shares KV only with others of the same adapter."""
     stalls: int = 0
     """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None
     """The time since which it is set aside in the queue."""
+
+    @property
+    def adapter_key(self) -> str:
+        """What tells its KV from that of other adapters."""
+        return adapter_key(self.adapter)
 
     @property
     def is_plain(self) -> bool:
@@ -154,6 +162,7 @@ class Request:
             self.sampling,
             self.prompt if speculates or self.sampling.repetition_penalty != 1 else array("i"),
             tuple(self.generated),
+            self.adapter,
         )
 
     def timings(self, now: float) -> Timings:

@@ -46,6 +46,7 @@ def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[Pref
                 best or 0,
                 choices,
                 last in kept,
+                request.adapter,
             )
         )
     return chunks

@@ -19,6 +19,7 @@ from distkv_dask.worker.home.home_state import Ended
 from distkv_dask.worker.home.near_layers import SplitAttention
 from distkv_dask.worker.home.progress import Progress
 from distkv_dask.worker.model.logprobs import draw_batch
+from distkv_dask.worker.model.lora import AdaptedRows, adapted_rows, adapting
 from distkv_dask.worker.plan import Part, Stored
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class DecodeLoop:
         self._all = [Progress(state) for state in batch]
         for one in self._all:
             with one.guard():
-                one.follow(model)
+                one.begin(model)
         self._live = list(self._all)
         self._drop_finished()
         self._parts: dict[str, Part] = {}
@@ -80,6 +81,7 @@ class DecodeLoop:
         self._steps = 0
         self._exchanged = Exchanged()
         self._past: Past | None = None
+        self._adapted = AdaptedRows()
         self._speculator: Speculator | None = None
         self._rows = self._all
         """The sequences whose states are in the past, in its order."""
@@ -133,7 +135,8 @@ class DecodeLoop:
         at = [one.length + ahead for one in live for ahead in range(1 + len(one.drafts))]
         self._inputs.host[:] = torch.tensor([tokens, at])
         self._inputs.up()
-        logits = self._forward()
+        with adapting(self._adapted):
+            logits = self._forward()
         self._attention.advance()
         self._steps += 1
         self._steps_left_as_is -= 1
@@ -204,6 +207,7 @@ class DecodeLoop:
         self._attention = self._new_attention(parts, batch, self._steps)
         self._inputs = self._model.device.pair((2, sum(new)), torch.int64)
         self._parts = parts
+        self._adapted = adapted_rows([(one.adapter, count) for one, count in zip(live, new, strict=True)])
         self._steps_left_as_is = min(one.steps_in_span for one in live)
         self._forward = self._model.repeated(
             self._inputs.there, self._attention, self._attention.queued, self._past, self._steps_alike()

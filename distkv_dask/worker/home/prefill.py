@@ -16,11 +16,13 @@ from distkv_dask.worker.home.decode import Attention
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.home_state import Begun, Ended
 from distkv_dask.worker.model.logprobs import token_logprobs
+from distkv_dask.worker.model.lora import adapted_rows, adapting
 from distkv_dask.worker.plan import Part, Stored, tail_of
 from distkv_dask.worker.showing import Showing
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.lora import PlacedAdapter
     from distkv_dask.worker.model.recurrent import Past
 
 
@@ -57,6 +59,7 @@ class PrefillRun:
         self.showing: Showing | None = None
         """Tells the holder lane how far the chunks are."""
         self._chunks: Sequence[PrefillChunk] = ()
+        self._adapters: list[PlacedAdapter | None] = []
         self._parts: dict[str, Part] = {}
         self._step = 0
 
@@ -71,6 +74,7 @@ class PrefillRun:
             States of the chunks' sequences, if the model has recurrent layers.
         """
         self._chunks, self.scored = chunks, [[] for _ in chunks]
+        self._adapters = [self._model.adapter(chunk.adapter) for chunk in chunks]
         positions, logits = [chunk.start for chunk in chunks], torch.empty(0, 0)
         while counts := self._counts(positions, past):
             batch = [
@@ -117,7 +121,9 @@ class PrefillRun:
             for at in _kept(chunk, one)
         ]
         inputs, keep = put(torch.tensor((tokens, positions))), put(torch.tensor(kept, dtype=torch.int64))
-        return self._model.forward(inputs[0], inputs[1], attention, keep, past)
+        counts = [one.queries for one in batch]
+        with adapting(adapted_rows([*zip(self._adapters, counts, strict=False)])):
+            return self._model.forward(inputs[0], inputs[1], attention, keep, past)
 
     def _score(self, batch: Sequence[Stored], logits: torch.Tensor) -> torch.Tensor:
         """Score the targets of a step, and return the logits that tokens are drawn from."""

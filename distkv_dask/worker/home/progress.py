@@ -17,6 +17,7 @@ from distkv_dask.worker.plan import tail_of
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.lora import PlacedAdapter
 
 
 class Progress:
@@ -28,6 +29,7 @@ class Progress:
     def __init__(self, state: SequenceState) -> None:
         self.state = state
         self.follower: Follower | None = None
+        self.adapter: PlacedAdapter | None = None
         self.length = state.length
         self.last_token = state.last_token
         self.tokens: list[int] = []
@@ -52,8 +54,9 @@ class Progress:
         """End with an error."""
         self.error, self.finished = error, "error"
 
-    def follow(self, model: LoadedModel) -> None:
-        """Go on with the schema, if there is one, from the committed tokens."""
+    def begin(self, model: LoadedModel) -> None:
+        """Take its adapter, if it has one, and go on with the schema, if there is one, from the committed tokens."""
+        self.adapter = model.adapter(self.state.adapter)
         self.follower = model.follower(self.state.sampling, self.state.generated)
 
     @property

@@ -68,6 +68,7 @@ class TracedModel:
         self.device = model.device
         self.follower = model.follower
         self.past = model.past
+        self.adapter = model.adapter
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | None = None,

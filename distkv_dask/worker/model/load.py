@@ -125,6 +125,7 @@ def _make_deterministic(model: Any, loaded: LoadedModel) -> None:
             "into chunks: set distkv.deterministic to false, or choose a model whose layers all are attention"
         )
     compute_rows_alike(model)
+    loaded.adapters.alike = True
     check_rows_alike(loaded.forward, loaded.geometry, loaded.device.torch)
 
 

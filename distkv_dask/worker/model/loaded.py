@@ -14,13 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distkv_dask.adapter import Adapter
 from distkv_dask.geometry import Geometry
 from distkv_dask.placement import Stage
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.worker.model.adapters import Adapters
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 from distkv_dask.worker.model.cut import stage_forward
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.linear_choice import chosen
+from distkv_dask.worker.model.lora import PlacedAdapter
 from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import pack_linears
 from distkv_dask.worker.model.read_weights import Weights
@@ -68,6 +71,8 @@ class LoadedModel:
         self.is_packed = False
         """Whether :meth:`pack` found room."""
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
+        self.adapters = Adapters(model, weights.device.torch)
+        """Its adapters."""
         self.stage: Stage | None = None
         """The layers that it was cut down to, if it was, in a geometry of these alone."""
         self.whole = geometry
@@ -80,18 +85,26 @@ class LoadedModel:
         if not self.is_packed and self.weights.disk is None:
             self.is_packed = pack_linears(self._model, room, chosen) > 0
 
-    def is_prepared(self, sampling: SamplingParams) -> bool:
-        """Whether :meth:`follower` does not have to compile a grammar first."""
-        return (form := sampling.form) is None or self._grammars.is_prepared(form)
+    def is_prepared(self, sampling: SamplingParams | None, adapter: Adapter | None = None) -> bool:
+        """Whether :meth:`follower` and :meth:`adapter` do not have to compile a grammar or read an adapter first."""
+        form = None if sampling is None else sampling.form
+        ready = form is None or self._grammars.is_prepared(form)
+        return ready and (adapter is None or self.adapters.is_prepared(adapter))
 
-    def prepare(self, sampling: SamplingParams) -> None:
-        """Compile the grammar of an answer, if it has one; takes seconds, on any thread, and raises nothing."""
-        if (form := sampling.form) is not None:
+    def prepare(self, sampling: SamplingParams | None, adapter: Adapter | None = None) -> None:
+        """Compile the grammar of an answer, and read an adapter; takes seconds, on any thread, and raises nothing."""
+        if adapter is not None:
+            self.adapters.prepare(adapter)
+        if sampling is not None and (form := sampling.form) is not None:
             self._grammars.prepare(form)
 
     def follower(self, sampling: SamplingParams, generated: Iterable[int] = ()) -> Follower | None:
         """Follow the schema, regex or grammar of an answer, if it has one, from after the tokens ``generated``."""
         return None if (form := sampling.form) is None else self._grammars.follow(form, generated)
+
+    def adapter(self, adapter: Adapter | None) -> PlacedAdapter | None:
+        """An adapter for forwards on the home lane, which calls this; raises as :meth:`Adapters.get` does."""
+        return None if adapter is None else self.adapters.get(adapter, self._try_tokens)
 
     @property
     def where(self) -> str:
@@ -121,12 +134,16 @@ class LoadedModel:
 
     def state_of_a_token(self) -> State:
         """State of a sequence of one token, whose tensors have the sizes of all; empty without recurrent layers."""
-        if not self.geometry.state_bytes:
-            return {}
-        past, token = self.past([{}]), torch.zeros(1, dtype=torch.int64, device=self.device.torch)
-        self.forward(token, token, NoAttention(self.geometry.value_dim), None, past)
+        past = self._try_tokens(1) if self.geometry.state_bytes else None
+        return {} if past is None else past.state(0)
+
+    def _try_tokens(self, count: int) -> Past | None:
+        """Run a new sequence of some tokens without attention; returns its states, if there are recurrent layers."""
+        past = self.past([{}]) if self.geometry.state_bytes else None
+        tokens = torch.arange(count, device=self.device.torch)
+        self.forward(tokens, tokens, NoAttention(self.geometry.value_dim), None, past)
         self.device.finish()
-        return past.state(0)
+        return past
 
     def forward(
         self,
