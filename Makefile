@@ -99,5 +99,5 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' ucx docling tables)
+	$(PIP) install -c constraints.txt $$($(BIN)/python -c '$(EXTRA)' ucx docling tables lora)
 	@touch $@
