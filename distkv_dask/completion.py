@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from distkv_dask import svg
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.placement import Placement
 from distkv_dask.quotes import Quote
 from distkv_dask.sampling import FinishReason
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class Completion:
     both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
     ``engine.tokenizer.decode([token_id], special=True)`` is the text of one. ``scores`` has the probability of each of
     ``SamplingParams(choices=...)`` among all of them. ``quote`` is where the answer quotes its document
-    (``SamplingParams(quotes=...)``). ``others`` are the other answers of ``SamplingParams(n=...)``.
+    (``SamplingParams(quotes=...)``). ``others`` are the other answers of ``SamplingParams(n=...)``. ``embedding`` is
+    float32 [hidden size], of ``SamplingParams(embed=...)``; completions are compared without it.
     """
 
     text: str
@@ -56,6 +62,7 @@ class Completion:
     scores: Mapping[str | tuple[int, ...], float] | None = None
     quote: Quote | None = None
     others: tuple[Completion, ...] = ()
+    embedding: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def answers(self) -> tuple[Completion, ...]:

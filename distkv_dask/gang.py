@@ -75,7 +75,8 @@ class PrefillChunk:
     carries the first generated token, or which of the ``choices`` was chosen. ``targets`` are, for each of the tokens,
     those behind it whose log probabilities are wanted, with those of the ``best`` most likely ones. With ``snapshot``
     the home keeps what it has of the sequence after the chunk, for others to begin with. It is computed with its
-    ``adapter``, if it has one. Dask logs tasks that fail with their arguments: no text of users is in its ``repr``.
+    ``adapter``, if it has one. From position ``pooled_from`` on, hidden states are summed for an embedding. Dask logs
+    tasks that fail with their arguments: no text of users is in its ``repr``.
     """
 
     gang: Gang
@@ -90,6 +91,7 @@ class PrefillChunk:
     choices: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     snapshot: bool = False
     adapter: Adapter | None = None
+    pooled_from: int | None = None
 
     @property
     def stop(self) -> int:
@@ -100,6 +102,14 @@ class PrefillChunk:
     def reach(self) -> int:
         """The position after the last token that is computed: those of choices, but for their last, come behind it."""
         return self.stop + max(0, *(len(choice) - 1 for choice in self.choices)) if self.choices else self.stop
+
+
+class Pooled(NamedTuple):
+    """The sum of the hidden states of tokens ``[start, stop)``: little-endian float64 [hidden size]."""
+
+    start: int
+    stop: int
+    sums: bytes
 
 
 class Chosen(NamedTuple):
@@ -118,13 +128,14 @@ class ChunkResult:
     """What came of a chunk: the first generated ``token`` behind a prompt's last, with its ``logprob`` if wanted.
 
     ``scored`` has the log probabilities of the chunk's targets; ``chosen`` is there instead of a token if the request
-    has choices.
+    has choices; ``pooled`` if hidden states of the chunk were summed.
     """
 
     token: int | None = field(default=None, repr=False)
     logprob: TokenLogprob | None = field(default=None, repr=False)
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     chosen: Chosen | None = field(default=None, repr=False)
+    pooled: Pooled | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

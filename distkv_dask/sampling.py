@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.logprobs import MOST_LOGPROBS
 from distkv_dask.quotes import QuoteForm, quote_grammar
-from distkv_dask.texts import checked_text
+from distkv_dask.sampling_values import choice_values, place, real, refusal, schema_text, strings, text_value, whole
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
 MOST_ANSWERS = 128
 """Most answers to one prompt."""
+Embed = Literal["mean", "last"]
+"""Which of a text's hidden states are its embedding: their mean, or the last token's."""
 YES_NO = ("Yes", "No")
 """Choices of a yes/no question whose score is one number, the probability of the first."""
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -99,6 +98,12 @@ class SamplingParams:
         Path of a LoRA adapter as peft saves it, with which prompt and answer are computed; the client and every worker
         must be able to read it. It is added beside the model's weights, not merged into them. A question on a document
         has the document's adapter (``engine.ingest(..., adapter=...)``). Needs the extra ``lora``.
+    embed
+        Instead of an answer, the prompt's embedding: the ``"mean"`` of all tokens' hidden states after the model's last
+        norm, or that of the ``"last"`` token (:attr:`Completion.embedding`). Only ``priority``, ``adapter`` and
+        ``normalize`` can be set beside it. For the mean, nothing of the prompt is reused.
+    normalize
+        Whether embeddings have length 1; None means no.
 
     Raises
     ------
@@ -126,49 +131,48 @@ class SamplingParams:
     n: int = 1
     best_of: int | None = None
     adapter: str | os.PathLike[str] | None = None
+    embed: Embed | None = None
+    normalize: bool | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
         put = partial(object.__setattr__, self)  # the one way to normalise a field of a frozen dataclass
-        put("max_new_tokens", _whole("max_new_tokens", self.max_new_tokens, low=1))
-        put("temperature", _real("temperature", self.temperature, "at least 0", lambda x: x >= 0))
-        put("top_p", _real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1))
-        put("top_k", _whole("top_k", self.top_k, low=0))
-        put("min_p", _real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1))
-        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0))
+        put("max_new_tokens", whole("max_new_tokens", self.max_new_tokens, low=1))
+        put("temperature", real("temperature", self.temperature, "at least 0", lambda x: x >= 0))
+        put("top_p", real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1))
+        put("top_k", whole("top_k", self.top_k, low=0))
+        put("min_p", real("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1))
+        put("repetition_penalty", real("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0))
         if self.seed is not None:
-            put("seed", _whole("seed", self.seed, low=0, high=2**63 - 1))
-        put("stop", _strings("stop", self.stop))
-        put("priority", _whole("priority", self.priority, low=-100, high=100))
+            put("seed", whole("seed", self.seed, low=0, high=2**63 - 1))
+        put("stop", strings("stop", self.stop))
+        put("priority", whole("priority", self.priority, low=-100, high=100))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                put(name, _whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
+                put(name, whole(name, getattr(self, name), low=0, high=MOST_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
-            raise _refusal("ignore_eos", self.ignore_eos, "True or False")
-        put("n", _whole("n", self.n, low=1, high=MOST_ANSWERS))
+            raise refusal("ignore_eos", self.ignore_eos, "True or False")
+        put("n", whole("n", self.n, low=1, high=MOST_ANSWERS))
         if self.best_of is not None:
-            put("best_of", _whole("best_of", self.best_of, low=self.n, high=MOST_ANSWERS))
+            put("best_of", whole("best_of", self.best_of, low=self.n, high=MOST_ANSWERS))
         if self.adapter is not None:
-            put("adapter", _place("adapter", self.adapter))
+            put("adapter", place("adapter", self.adapter))
         self._check_answers()
         if self.schema is not None:
-            put("schema", _schema(self.schema))
+            put("schema", schema_text(self.schema))
         for name in ("regex", "grammar"):
             if getattr(self, name) is not None:
-                put(name, _text(name, getattr(self, name)))
+                put(name, text_value(name, getattr(self, name)))
         if not (self.quotes is None or isinstance(self.quotes, bool) or self.quotes in get_args(QuoteForm)):
-            raise _refusal("quotes", self.quotes, 'True, False or "evidence"')
+            raise refusal("quotes", self.quotes, 'True, False or "evidence"')
         put("quotes", "answer" if self.quotes is True else self.quotes or None)
         if self.choices is not None:
-            put("choices", _choices(self.choices))
+            put("choices", choice_values(self.choices))
             self._check_choices()
-        given = [kind for kind in (*_FORMS, "quotes") if getattr(self, kind) is not None]
-        if len(given) > 1:
-            raise InvalidRequestError(f"an answer follows one of {' and '.join(given)}: leave out the others")
-        if given and (self.ignore_eos or self.stop):
-            raise InvalidRequestError(
-                f"an answer with a {given[0]} ends where that ends: leave out ignore_eos and stop"
-            )
+        if self.embed is not None or self.normalize is not None:
+            self._check_embed()
+            put("max_new_tokens", 1)
+        self._check_forms()
 
     def quoting(self, document: str | None) -> SamplingParams:
         """The same for a question on a document of this text: its quotes are a grammar now.
@@ -196,6 +200,27 @@ class SamplingParams:
         kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
         return next((Form(kind, str(text)) for kind in kinds if (text := getattr(self, kind)) is not None), None)
 
+    def updated(self, said: Mapping[str, Any]) -> SamplingParams:
+        """The same with what a request says; embeddings take nothing else but priority and adapter."""
+        return replace(
+            self if said.get("embed") is None else SamplingParams(priority=self.priority, adapter=self.adapter), **said
+        )
+
+    @property
+    def new_tokens(self) -> int:
+        """Most tokens of an answer; an embedding has none."""
+        return 0 if self.embed is not None else self.max_new_tokens
+
+    def _check_forms(self) -> None:
+        """Refuse an answer that would follow two things, or end otherwise than what it follows."""
+        given = [kind for kind in (*_FORMS, "quotes") if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise InvalidRequestError(f"an answer follows one of {' and '.join(given)}: leave out the others")
+        if given and (self.ignore_eos or self.stop):
+            raise InvalidRequestError(
+                f"an answer with a {given[0]} ends where that ends: leave out ignore_eos and stop"
+            )
+
     def _check_answers(self) -> None:
         """Refuse several answers that would all be the same."""
         if self.temperature == 0 and max(self.n, self.best_of or 1) > 1:
@@ -211,71 +236,17 @@ class SamplingParams:
             if getattr(self, name) != value:
                 raise InvalidRequestError(f"an answer that is one of some choices has no {name}: leave out one of them")
 
-
-def _refusal(name: str, value: object, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} is {value!r}, but must be {allowed}.")
-
-
-def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    if not isinstance(value, bool) and isinstance(value, Integral):
-        number = int(value)
-        if low <= number and (high is None or number <= high):
-            return number
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    raise _refusal(name, value, f"a whole number {limits}")
-
-
-def _real(name: str, value: object, limits: str, within: Callable[[float], bool]) -> float:
-    try:
-        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
-    except OverflowError:  # a whole number beyond any float
-        number = math.inf
-    if math.isfinite(number) and within(number):
-        return number
-    raise _refusal(name, value, f"a finite number {limits}")
-
-
-def _schema(value: object) -> str:
-    try:
-        read = json.loads(value) if isinstance(value, str) else value
-        if isinstance(read, Mapping):
-            return json.dumps(dict(read))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"schema cannot be read as JSON: {error}") from error
-    raise _refusal("schema", value, "a JSON schema: a dict, or a JSON object as text")
-
-
-def _text(name: str, value: object) -> str:
-    if isinstance(value, str) and value:
-        return checked_text(value, name)
-    raise _refusal(name, value, "a text that is not empty")
-
-
-def _place(name: str, value: object) -> str:
-    """An absolute path: other processes that read it have other working directories."""
-    place = _text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
-    return os.path.abspath(os.path.expanduser(place))
-
-
-def _choices(value: object) -> tuple[str | tuple[int, ...], ...]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
-        raise _refusal("choices", value, "a list of texts, or of lists of token ids")
-    found: list[str | tuple[int, ...]] = []
-    for one in value:
-        if isinstance(one, str) and one:
-            found.append(checked_text(one, "a choice"))
-        elif isinstance(one, list | tuple) and one:
-            found.append(tuple(_whole("a choice's token", token, low=0) for token in one))
-        else:
-            raise InvalidRequestError(f"a choice is {one!r:.100}, but must be a text that is not empty, or token ids")
-    if len(set(found)) < len(found):
-        twice = next(one for one in found if found.count(one) > 1)
-        raise InvalidRequestError(f"the choice {twice!r:.100} is there twice: give each once")
-    return tuple(found)
-
-
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
-    if isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings):
-        return tuple(checked_text(string, name) for string in strings)
-    raise _refusal(name, value, "a string that is not empty, or a list of such strings")
+    def _check_embed(self) -> None:
+        """Refuse what makes no sense for a request that has no answer."""
+        if self.embed not in get_args(Embed):
+            if self.embed is None:
+                raise InvalidRequestError('normalize is for embeddings: add embed="mean" or leave out normalize')
+            raise refusal("embed", self.embed, '"mean" or "last"')
+        if not (self.normalize is None or isinstance(self.normalize, bool)):
+            raise refusal("normalize", self.normalize, "True or False")
+        for one in fields(self):
+            said = getattr(self, one.name)
+            if one.name in ("embed", "normalize", "priority", "adapter") or said == one.default:
+                continue
+            if one.name != "max_new_tokens" or said != 1:
+                raise InvalidRequestError(f"an embedding has no answer, and so no {one.name}: leave out one of them")

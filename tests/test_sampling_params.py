@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,7 @@ def test_an_allowed_value_is_kept_in_its_declared_type(name, given, kept):
         ("ignore_eos", [1, "yes", None], "True or False"),
         ("regex", ["", ["a"], 1, b"a"], "a text that is not empty"),
         ("grammar", ["", ["a"], 1, b"a"], "a text that is not empty"),
+        ("embed", ["", "max", 1, True, ["mean"]], '"mean" or "last"'),
     ],
 )
 def test_a_wrong_value_names_parameter_value_and_range(name, values, allowed):
@@ -75,11 +77,31 @@ def test_a_wrong_value_names_parameter_value_and_range(name, values, allowed):
         {"regex": "a", "stop": "b"},
         {"grammar": 'start: "a"', "ignore_eos": True},
         {"schema": {}, "stop": "b"},
+        {"normalize": True},
+        {"embed": "mean", "max_new_tokens": 5},
+        {"embed": "mean", "choices": ["a"]},
+        {"embed": "mean", "schema": {}},
+        {"embed": "last", "regex": "a"},
+        {"embed": "last", "quotes": True},
+        {"embed": "last", "temperature": 1, "n": 2},
+        {"embed": "last", "stop": "b"},
+        {"embed": "last", "logprobs": 0},
+        {"embed": "last", "prompt_logprobs": 0},
+        {"embed": "last", "seed": 1},
     ],
 )
 def test_what_contradicts_itself_is_refused(together):
     with pytest.raises(InvalidRequestError, match="leave out"):
         SamplingParams(**together)
+
+
+def test_an_embedding_has_no_answer_and_takes_only_the_priority_from_others():
+    params = SamplingParams(temperature=1.0, stop="x", max_new_tokens=7, priority=3)
+    assert params.updated({"top_k": 2}) == replace(params, top_k=2)
+    embed = params.updated({"embed": "mean", "normalize": True})
+    assert embed == SamplingParams(embed="mean", normalize=True, priority=3)
+    assert (embed.new_tokens, params.new_tokens) == (0, 7)
+    assert replace(embed, priority=1) == SamplingParams(embed="mean", normalize=True, priority=1)
 
 
 def test_params_travel_and_compare_as_values():

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from distkv_dask.errors import WorkerLostError
-from distkv_dask.gang import Exchanged, SequenceState, WindowResult
+from distkv_dask.gang import Exchanged, Pooled, SequenceState, WindowResult
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as do
@@ -62,7 +62,7 @@ FROM_WORKER: list[did.FromWorker] = [
     did.Lost(WORKER, "why"),
     did.AdaptersKept(WORKER, ("/adapters/one",), 100),
     did.ChunkStarted(WORKER, 5),
-    did.ChunkDone(WORKER, 7, 5, Exchanged()),
+    did.ChunkDone(WORKER, 7, 5, Exchanged(), pooled=Pooled(0, 8, str(SECRET).encode())),
     did.Prefilled(WORKER, 7, 5, SECRET, None, Exchanged()),
     did.WindowStarted(WORKER, 3),
     did.WindowDone(WORKER, 3, 0, WindowResult({7: [SECRET]}, {}, 1, 0.1), ()),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from distkv_dask.adapter import Adapter
 from distkv_dask.completion import Timings
+from distkv_dask.gang import Pooled
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import EngineSpec, Saved, SavedFile
 from distkv_dask.placement import Placement
@@ -96,7 +97,8 @@ class Delivery:
 
     ``generated`` counts the tokens of an answer that ended; it is None for documents and saves. ``logprobs`` are those
     of the tokens, where they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
-    come again if the prompt is recomputed. ``scores`` are the probabilities of the request's choices.
+    come again if the prompt is recomputed. ``scores`` are the probabilities of the request's choices, ``pooled`` a part
+    of its embedding; no part comes again.
     """
 
     sequence: int
@@ -112,3 +114,4 @@ class Delivery:
     scored: tuple[TokenLogprob, ...] = ()
     scored_from: int = 0
     scores: tuple[float, ...] = ()
+    pooled: Pooled | None = None

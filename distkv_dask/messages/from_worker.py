@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distkv_dask.gang import Chosen, Exchanged, WindowResult
+from distkv_dask.gang import Chosen, Exchanged, Pooled, WindowResult
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.names import SavedFile
@@ -93,7 +93,7 @@ class ChunkStarted(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(FromWorker):
-    """A chunk is computed after which no token is drawn; ``scored`` has its targets.
+    """A chunk is computed after which no token is drawn; ``scored`` has its targets, ``pooled`` its hidden states.
 
     One that ``joined`` was computed in the gang of another chunk, so that its own has not needed its holders.
     """
@@ -103,6 +103,7 @@ class ChunkDone(FromWorker):
     exchanged: Exchanged
     scored: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     joined: bool = False
+    pooled: Pooled | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

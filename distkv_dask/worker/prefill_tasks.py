@@ -182,7 +182,7 @@ class PrefillTasks:
             )
             return
         if chunk.sampling is None or token is None:
-            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored, joined))
+            engine.tell(did.ChunkDone(engine.worker, chunk.sequence, gang, exchanged, scored, joined, result.pooled))
             return
         reason: FinishReason | None = None
         assert engine.model is not None

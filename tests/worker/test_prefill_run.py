@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _examples import examples
@@ -42,12 +44,16 @@ class Model:
     def adapter(self, _: Any) -> None:
         return None
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Any, keep: torch.Tensor, past: Any) -> Any:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, step: Any, keep: torch.Tensor, past: Any, take: Any = None
+    ) -> Any:
         both = list(zip(tokens.tolist(), positions.tolist(), strict=True))
         self.calls.append(both)
         self.kept.append(len(keep))
         if past is not None:
             past.is_empty = False
+        if take is not None:
+            take(torch.tensor([logits_of(*one) for one in both]))
         return torch.tensor([logits_of(*both[at]) for at in keep.tolist()]).view(-1, VOCAB)
 
 
@@ -196,3 +202,25 @@ def test_what_a_home_keeps_of_chunks_is_named_before_and_after(snapshot: bool) -
     assert list(ended(some, None)) == [Ended(1, 5, None, snapshot), Ended(2, 1, None)]
     past: Any = SimpleNamespace(state=lambda row: {"row": row})
     assert [one.state for one in ended(some, past)] == [{"row": 0}, {"row": 1}]
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(st.data())
+def test_hidden_states_are_summed_over_the_wanted_tokens_of_each_chunk_and_no_others(data: st.DataObject) -> None:
+    together = data.draw(st.booleans())
+    some = [
+        data.draw(chunks(1 if together else 4, number)) for number in range(data.draw(st.integers(1, 4 * together + 1)))
+    ]
+    wanted = [data.draw(st.none() | st.integers(one.start, one.stop - 1)) for one in some]
+    some = [replace(one, pooled_from=first) for one, first in zip(some, wanted, strict=True)]
+    run = Run(Model())
+    run.run.run(some, None)
+    for chunk, first, found in zip(some, wanted, run.run.pooling.results(), strict=True):
+        if first is None:
+            assert found is None
+            continue
+        assert found is not None
+        assert found[:2] == (first, chunk.stop)
+        places = [(chunk.tokens[at - chunk.start], at) for at in range(first, chunk.stop)]
+        expected = [math.fsum(column) for column in zip(*(logits_of(*place) for place in places), strict=True)]
+        assert np.frombuffer(found.sums, "<f8").tolist() == pytest.approx(expected, abs=2e-5)

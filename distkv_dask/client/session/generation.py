@@ -97,7 +97,9 @@ class TextPieces:
 
     @classmethod
     def of(cls, sampling: SamplingParams | None) -> Self:
-        """The text of a request that is drawn so; raises InvalidRequestError if it has several answers."""
+        """The text of a request that is drawn so; raises InvalidRequestError if it has several answers, or none."""
+        if isinstance(sampling, SamplingParams) and sampling.embed is not None:
+            raise InvalidRequestError("an embedding is not read as it is generated: use submit, or leave out embed")
         if isinstance(sampling, SamplingParams) and (sampling.n > 1 or sampling.best_of is not None):
             raise InvalidRequestError("one answer can be read as it is generated, not several: leave out n and best_of")
         return cls()

@@ -9,10 +9,12 @@ from concurrent.futures import InvalidStateError
 from dataclasses import replace
 
 from distkv_dask.client.session.choices import chosen_text
+from distkv_dask.client.session.embeddings import embedding_of
 from distkv_dask.client.session.generation import Generation, Piece
 from distkv_dask.client.text_stream import TextStream
 from distkv_dask.completion import Completion, Timings
-from distkv_dask.errors import EngineClosedError, InvalidRequestError
+from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError
+from distkv_dask.gang import Pooled
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.messages.client_calls import Delivery, Submission
 from distkv_dask.models.grammars import grammar_of
@@ -56,6 +58,7 @@ class Request:
         self._logprobs: list[TokenLogprob] = []
         self._scored: dict[int, TokenLogprob] = {}
         self._scores: tuple[float, ...] = ()
+        self._pooled: list[Pooled] = []
 
     def receive(self, delivery: Delivery) -> bool:
         """Receive tokens or the end; returns True when the request has ended."""
@@ -69,11 +72,16 @@ class Request:
         self._logprobs += delivery.logprobs
         self._scores = delivery.scores or self._scores
         self._scored |= enumerate(delivery.scored, delivery.scored_from)
+        if delivery.pooled is not None:
+            self._pooled.append(delivery.pooled)
         self._say(self._stream.add(delivery.tokens), self._stream.told)
         if delivery.reason is None:
             return False
         self._say(self._stream.finish(), len(self._stream.token_ids))
-        self._complete("stop" if self._stream.stopped else delivery.reason, delivery)
+        try:
+            self._complete("stop" if self._stream.stopped else delivery.reason, delivery)
+        except DistKVError as error:
+            self.fail(error)
         return True
 
     def wants_stop(self) -> bool:
@@ -106,6 +114,7 @@ class Request:
             prompt_logprobs=scored,
             scores=None if sampling.choices is None else dict(zip(sampling.choices, self._scores, strict=True)),
             quote=None if self._quoting is None else self._quoting.find(self._stream.text),
+            embedding=None if sampling.embed is None else embedding_of(self._pooled, tokens, sampling),
         )
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             self.generation.set_result(completion)
@@ -133,10 +142,11 @@ def checked(sampling: SamplingParams | None, tokens: int, window: float, text: s
     sampling = sampling.quoting(text)
     if (form := sampling.form) is not None:
         grammar_of(form)
-    if tokens + sampling.max_new_tokens > window:
+    if tokens + sampling.new_tokens > window:
+        answer = f" with max_new_tokens={sampling.max_new_tokens}" if sampling.embed is None else ""
         raise InvalidRequestError(
-            f"a prompt of {tokens} tokens with max_new_tokens={sampling.max_new_tokens} is longer than the "
-            f"model's window of {window} tokens: shorten the prompt or lower max_new_tokens"
+            f"a prompt of {tokens} tokens{answer} is longer than the model's window of {window} tokens: shorten the "
+            f"prompt{' or lower max_new_tokens' if answer else ''}"
         )
     if sampling.seed is None and sampling.temperature > 0:
         return replace(sampling, seed=secrets.randbits(62))

@@ -209,7 +209,8 @@ class Session:
         ids, sampling, on_piece
             As for :meth:`submit`.
         document
-            Number of the document that the prompt begins with; not shared where the prompt's tokens are scored.
+            Number of the document that the prompt begins with; not shared where all of the prompt's tokens have to be
+            computed.
         keeps
             Whether prompt and answer become a document, which has the request's number.
         text
@@ -223,8 +224,10 @@ class Session:
         sampling = checked(sampling, len(ids), self.facts.max_positions, text)
         if sampling.n > 1 or sampling.best_of is not None:
             raise InvalidRequestError("a turn of a chat has one answer: leave out n and best_of")
+        if sampling.embed is not None and keeps:
+            raise InvalidRequestError("a turn of a chat has an answer: leave out embed")
         number = self.conversation.number()
-        if sampling.prompt_logprobs is not None:
+        if sampling.prompt_logprobs is not None or sampling.embed == "mean":
             document = None
         told = sampling, on_piece is not None, document, keeps
         adapter = self.adapter(sampling.adapter)

@@ -197,7 +197,9 @@ class Lifecycle:
             saved=one.saved,
             choices=one.choices,
             adapter=one.adapter,
-            alone=sampling.prompt_logprobs is not None,  # shared tokens are not computed and have no logits
+            # shared tokens are not computed: they have no logits and no hidden states
+            alone=sampling.prompt_logprobs is not None or sampling.embed == "mean",
+            pooled=len(prompt) - 1 if sampling.embed == "last" else 0,
         )
         try:
             self._accept(request)

@@ -23,6 +23,9 @@ def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
         _commit_chunk(life, request, state, done)
         if isinstance(done, Prefilled):
             _prefilled(life, request, done)
+        elif not state.chunks and request.sampling.embed is not None:
+            request.decoding = life.now
+            end(life, request, "stop", settled=True)
         elif not state.chunks:
             life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
     if state.wavefront:
@@ -51,6 +54,9 @@ def _commit_chunk(life: MachineState, request: Request, state: Prefill, event: C
     chunk = state.chunks.pop(event.gang)
     if event.scored:
         life.command(Delivery(request.sequence, (), scored=event.scored, scored_from=chunk.start + 1))
+    if isinstance(event, ChunkDone) and event.pooled is not None:
+        request.pooled = event.pooled.stop
+        life.command(Delivery(request.sequence, (), pooled=event.pooled))
     state.failures = 0
     life.ledger.commit(request.sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))

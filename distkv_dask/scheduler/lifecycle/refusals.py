@@ -20,12 +20,15 @@ def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int
             "larger memory limit, or lower kv_memory and add workers."
         )
     what = f"a prompt of {len(request.prompt)} tokens with max_new_tokens={request.sampling.max_new_tokens}"
+    shorter = ", or lower max_new_tokens" if request.sampling.embed is None else ", or shorten the text"
+    if request.sampling.embed is not None:
+        what = f"the embedding of a text of {len(request.prompt)} tokens"
     if request.is_document:
         what = f"a document of {len(request.prompt)} tokens"
     return CapacityError(
         f"{what} needs {need * block_bytes} bytes of KV memory; the {len(ledger.workers)} workers of the engine have "
         f"{have * block_bytes} bytes for one request (distkv.policy: {policy.name}). Raise kv_memory "
-        f"(distkv.kv-memory, per worker), add workers, or lower max_new_tokens.{lost}"
+        f"(distkv.kv-memory, per worker), add workers{shorter}.{lost}"
     )
 
 

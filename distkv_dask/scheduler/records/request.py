@@ -82,6 +82,8 @@ class Request:
     """The request that it waits for to share its first tokens, and how many."""
     adapter: Adapter | None = None
     """The adapter that it is computed with; it shares KV only with others of the same adapter."""
+    pooled: int = 0
+    """Up to which position hidden states have been summed for its embedding, or need not be."""
     stalls: int = 0
     """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None

@@ -20,7 +20,8 @@ def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[Pref
     """What is to be computed of a sequence in prefill, in order."""
     account, known = life.ledger.sequences[request.sequence], request.known
     placement, step = account.placement, life.config.prefill_chunk_tokens
-    draws = not request.is_document and not request.generated
+    embeds = request.sampling.embed is not None
+    draws = not (request.is_document or request.generated or embeds)
     best = request.sampling.prompt_logprobs if draws else None
     chunks: list[PrefillChunk] = []
     pieces = _pieces(life, request, state, step if best is None else min(step, SCORED_TOKENS))
@@ -47,6 +48,7 @@ def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[Pref
                 choices,
                 last in kept,
                 request.adapter,
+                max(first, request.pooled) if embeds and last > request.pooled else None,
             )
         )
     return chunks

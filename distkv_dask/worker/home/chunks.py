@@ -1,4 +1,4 @@
-"""Chunks of several prompts computed together, and what comes of each: scores, the best choice, or a first token."""
+"""Chunks of several prompts computed together, and what comes of each: scores, a choice, a token, pooled states."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from distkv_dask.gang import ChunkResult, PrefillChunk
 from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.worker.home.choosing import Choosing, rounds
 from distkv_dask.worker.home.home_state import HomeState
+from distkv_dask.worker.home.pooling import Pooling
 from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
 from distkv_dask.worker.model.logprobs import Drawn, draw_batch
 from distkv_dask.worker.model.sampling import Draw
@@ -45,6 +46,7 @@ class Chunks:
         self._chunks = [self._choosing[at].chunk if at in self._choosing else chunk for at, chunk in enumerate(chunks)]
         self._logits = torch.empty(0, 0)
         self._scored: list[list[TokenLogprob]] = []
+        self._pooling = Pooling(chunks)
 
     def compute(self, run: PrefillRun, kept: HomeState) -> None:
         """Compute the chunks, and then the choices behind them, which the home does not keep.
@@ -57,6 +59,7 @@ class Chunks:
             What the home has of the sequences.
         """
         self._logits, self._scored = self._forward(run, kept, self._chunks, keeps=True)
+        self._pooling = run.pooling
         for at, one in self._choosing.items():
             one.take_prompt_scores(self._scored[at])
         for batch in rounds([*self._choosing.values()]):
@@ -70,15 +73,15 @@ class Chunks:
         Raises
         ------
         DistKVError
-            A first token, or a choice, cannot be drawn.
+            A first token, or a choice, cannot be drawn, or hidden states are not finite.
         """
-        first, results = iter(self._first_tokens()), []
+        first, pooled, results = iter(self._first_tokens()), self._pooling.results(), []
         for at, chunk in enumerate(self._chunks):
             if at in self._choosing:
                 results.append(self._choosing[at].result())
             else:
                 token, logprob = next(first) if chunk.sampling else (None, None)
-                results.append(ChunkResult(token, logprob, tuple(self._scored[at])))
+                results.append(ChunkResult(token, logprob, tuple(self._scored[at]), pooled=pooled[at]))
         return results
 
     def _forward(self, run: PrefillRun, kept: HomeState, chunks: Sequence[PrefillChunk], *, keeps: bool) -> Computed:

@@ -15,6 +15,7 @@ from distkv_dask.worker.home.attention import DistAttention
 from distkv_dask.worker.home.decode import Attention
 from distkv_dask.worker.home.gang import HomeGang
 from distkv_dask.worker.home.home_state import Begun, Ended
+from distkv_dask.worker.home.pooling import Pooling
 from distkv_dask.worker.model.logprobs import token_logprobs
 from distkv_dask.worker.model.lora import adapted_rows, adapting
 from distkv_dask.worker.plan import Part, Stored, tail_of
@@ -56,6 +57,8 @@ class PrefillRun:
         """What was exchanged with holders so far."""
         self.scored: list[list[TokenLogprob]] = []
         """Log probabilities of the last chunks' targets, chunk by chunk."""
+        self.pooling = Pooling(())
+        """Sums of the last chunks' hidden states."""
         self.showing: Showing | None = None
         """Tells the holder lane how far the chunks are."""
         self._chunks: Sequence[PrefillChunk] = ()
@@ -73,7 +76,7 @@ class PrefillRun:
         past
             States of the chunks' sequences, if the model has recurrent layers.
         """
-        self._chunks, self.scored = chunks, [[] for _ in chunks]
+        self._chunks, self.scored, self.pooling = chunks, [[] for _ in chunks], Pooling(chunks)
         self._adapters = [self._model.adapter(chunk.adapter) for chunk in chunks]
         positions, logits = [chunk.start for chunk in chunks], torch.empty(0, 0)
         while counts := self._counts(positions, past):
@@ -123,7 +126,7 @@ class PrefillRun:
         inputs, keep = put(torch.tensor((tokens, positions))), put(torch.tensor(kept, dtype=torch.int64))
         counts = [one.queries for one in batch]
         with adapting(adapted_rows([*zip(self._adapters, counts, strict=False)])):
-            return self._model.forward(inputs[0], inputs[1], attention, keep, past)
+            return self._model.forward(inputs[0], inputs[1], attention, keep, past, self.pooling.step(batch))
 
     def _score(self, batch: Sequence[Stored], logits: torch.Tensor) -> torch.Tensor:
         """Score the targets of a step, and return the logits that tokens are drawn from."""

@@ -72,12 +72,11 @@ class TracedModel:
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor | None = None,
-        past: Past | None = None,
+        past: Past | None = None, take_hidden: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model."""
-        return self._recorded(
-            partial(self._model.forward, token_ids, positions, step, keep, past), step, len(token_ids)
-        )
+        forward = partial(self._model.forward, token_ids, positions, step, keep, past, take_hidden)
+        return self._recorded(forward, step, len(token_ids))
 
     def repeated(
         self, inputs: torch.Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int

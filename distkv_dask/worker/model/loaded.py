@@ -21,6 +21,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.adapters import Adapters
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 from distkv_dask.worker.model.cut import stage_forward
+from distkv_dask.worker.model.hidden_states import HiddenStates
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.lora import PlacedAdapter
@@ -66,6 +67,7 @@ class LoadedModel:
         self.device = weights.device
         self.weights = weights
         self._model = model
+        self._hidden_states = HiddenStates(model)
         self.geometry = geometry
         self.eos_token_ids = eos_token_ids
         self.is_packed = False
@@ -152,6 +154,7 @@ class LoadedModel:
         step: AttentionStep,
         keep: Tensor | None = None,
         past: Past | None = None,
+        take_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Run the model over flattened tokens of any number of sequences.
 
@@ -167,6 +170,8 @@ class LoadedModel:
         past
             Of a model with recurrent layers: the states of the sequences, each with as many of the tokens, which are
             those after the tokens then. ``keep`` is for one sequence only.
+        take_hidden
+            Called with the hidden states [T, size] of all tokens after the model's last norm.
 
         Returns
         -------
@@ -176,7 +181,8 @@ class LoadedModel:
         # never a number n: transformers takes the last n rows as a view, for which torch 2.13 copies the whole lm_head
         some: Tensor | int = 0 if keep is None else keep
         rows = 1 if past is None else past.rows
-        with torch.inference_mode(), attending_with(step, positions, self.geometry):
+        taken = self._hidden_states.taken(take_hidden)
+        with torch.inference_mode(), attending_with(step, positions, self.geometry), taken:
             output = self._model(
                 input_ids=token_ids.view(rows, -1),
                 position_ids=positions.view(rows, -1),
