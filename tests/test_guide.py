@@ -51,6 +51,7 @@ def test_every_command_of_the_guide_works_as_written(tmp_path: Path) -> None:
         table = pq.read_table(tmp_path / f"{name}.parquet", columns=["path", "answer", "error", *columns])
         assert sorted(table["path"].to_pylist()) == sorted(file.name for file in (tmp_path / "reports").iterdir())
         assert table["error"].null_count == table.num_rows == 5, table["error"]
+    assert "nearest: assert.txt" in said
     assert said.count("5 rows in answers.parquet; 5 of them new") == 1
     assert said.count("5 rows in answers.parquet; 0 of them new") == 1
     assert "Empty DataFrame" not in said

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from distributed import Client
 
-from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.documents.document import Document
 from distkv_dask.client.documents.library import Library
 from distkv_dask.client.documents.readers import Reader
+from distkv_dask.client.embedding import Embedding
 from distkv_dask.client.handle import Handle
 from distkv_dask.client.notebook import engine_html
 from distkv_dask.client.session.attached_engine import AttachedEngine
@@ -25,7 +25,7 @@ from distkv_dask.config import Config
 from distkv_dask.sampling import Prompt, SamplingParams
 
 
-class Engine(Handle, Processing):
+class Engine(Handle, Embedding):
     """A model served by all workers of a Dask cluster, whose KV caches form one pool.
 
     Parameters

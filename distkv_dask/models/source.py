@@ -85,6 +85,10 @@ class ModelSource:
             scale(config, self.rope_scaling, self.name)
         return config
 
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state; raises as :meth:`config` does."""
+        return int(self.config().get_text_config().hidden_size)
+
     def tokenizer(self) -> Any | None:
         """Read the model's tokenizer (a transformers tokenizer), or return None where the model has none.
 

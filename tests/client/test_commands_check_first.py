@@ -299,7 +299,7 @@ def test_an_output_of_another_batch_is_told_before_anything_starts(place: Path) 
     from distkv_dask.models.source import resolve_model
 
     spec = BatchSpec(questions=("Who?",))
-    schema = Results(source_for(place / "t.parquet", spec, None, None), spec).schema
+    schema = Results(source_for(place / "t.parquet", spec, None, None), spec, None).schema
     with Output(place / "out", schema, parameters_of(spec, resolve_model(str(text_model_dir())), "auto")):
         done = call(place, f"{RUN} -q Who?")
         assert "being written to" in done.output

@@ -93,7 +93,7 @@ def test_what_can_be_done_is_done() -> None:
         (chat(7), "custom_id is 7"),
         (chat(None), "custom_id is None"),
         ({"url": "/v1/chat/completions", "body": {}}, "custom_id is None"),
-        (chat(url="/v1/embeddings"), "embeddings"),
+        (chat(url="/v1/responses"), "responses"),
         (chat(url=7), "url is 7"),
         (chat() | {"method": "GET"}, "method is 'GET'"),
         (chat() | {"body": "x"}, "body"),

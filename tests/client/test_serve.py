@@ -232,3 +232,41 @@ def test_without_keys_only_names_of_this_machine_are_answered(tmp_path: Path, se
         assert http.get("/v1/models").status_code == 200
         rebound = http.get("/v1/models", headers={"Host": "evil.example:8000"})
         assert (rebound.status_code, "no API keys" in rebound.json()["error"]["message"]) == (403, True)
+
+
+def test_embeddings_are_those_of_the_engine_in_numbers_and_as_base64(server: Served) -> None:
+    texts = ["Which river?", "Once upon a time"]
+    ask = server.openai().embeddings.create
+    found = ask(model="tiny", input=texts)  # the client asks for base64 and makes numbers of it
+    expected = server.serving.session.submit(texts[0], SamplingParams(embed="mean")).result(60)
+    assert found.data[0].embedding == pytest.approx(expected.embedding.tolist(), abs=1e-5)
+    assert [one.index for one in found.data] == [0, 1]
+    assert (found.model, found.object) == ("tiny", "list")
+    assert found.usage.prompt_tokens == found.usage.total_tokens == sum(map(len, texts))
+    numbers = ask(model="tiny", input=texts[1], encoding_format="float", extra_body={"embed": "last"})
+    expected = server.serving.session.submit(texts[1], SamplingParams(embed="last")).result(60)
+    assert numbers.data[0].embedding == pytest.approx(expected.embedding.tolist(), abs=1e-5)
+    unit = ask(model="tiny", input=[5, 6, 7], extra_body={"normalize": True}).data[0].embedding
+    assert sum(one * one for one in unit) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"input": ""}, "empty"),
+        ({"input": []}, "not empty"),
+        ({"input": ["a", ""]}, "empty"),
+        ({"input": [[1, 2], 3]}, "list of token ids"),
+        ({"input": "a", "dimensions": 4}, "dimensions=4"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ({"input": "a", "extra_body": {"embed": "max"}}, "embed is 'max'"),
+        ({"input": "a", "extra_body": {"temperature": 1}}, "temperature"),
+        ({"input": ["a"] * 4}, "takes 3 at once"),
+        ({"input": "a" * 5000}, "longer than the model's window"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_and_named(server: Served, said: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        server.openai().embeddings.create(model="tiny", **said)
+    with pytest.raises(openai.NotFoundError):
+        server.openai().embeddings.create(model="other", input="a")

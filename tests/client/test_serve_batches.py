@@ -106,7 +106,7 @@ def test_ids_of_nothing_are_not_found_and_lead_nowhere(server: Served, name: str
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/responses"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"input_file_id": "file-x"}, "file-x"),
         ({"metadata": {"a": 1}}, "metadata"),
@@ -180,3 +180,15 @@ def test_a_server_that_is_started_again_goes_on_with_its_batches(session: Sessio
     for path in folder.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_batch_of_embeddings_gives_those_of_single_requests(server: Served) -> None:
+    client, texts = server.openai(), ["Who?", ["Where?", "When?"]]
+    content = lines(*({"input": text} for text in texts), {"input": ""}, url="/v1/embeddings")
+    batch = ended(client, begun(client, content, endpoint="/v1/embeddings").id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 1)
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    for text, answer in zip(texts, answers, strict=True):
+        alone = client.embeddings.create(model="tiny", input=text, encoding_format="float")
+        for found, expected in zip(answer["response"]["body"]["data"], alone.data, strict=True):
+            assert found["embedding"] == pytest.approx(expected.embedding, abs=1e-5)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distkv_dask.client.batch.details import details_of, response_of
-from distkv_dask.client.batch.rows import Content
+from distkv_dask.client.batch.details import details_of, embedded_response, response_of
+from distkv_dask.client.batch.rows import Content, Texts
 from distkv_dask.client.batch.spec import BatchSpec, TooLong
 from distkv_dask.client.documents.prompts import prompt_ids
 from distkv_dask.client.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ Plan = Generator[Round, list[Completion], Answer]
 
 def check_servable(spec: BatchSpec, tokenizer: Tokenizer, window: float) -> None:
     """Raise :class:`InvalidRequestError` if an engine cannot answer any row of a batch, whatever its text."""
-    if len(prompt_ids("x", tokenizer)) + spec.sampling.max_new_tokens > window:
+    if len(prompt_ids("x", tokenizer)) + spec.sampling.new_tokens > window:
         raise InvalidRequestError(
             f"max_new_tokens={spec.sampling.max_new_tokens} leaves no room for a prompt in the model's window of "
             f"{window} tokens: lower it"
@@ -76,6 +76,8 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
     InvalidRequestError
         While it runs, when the row cannot be answered.
     """
+    if isinstance(content.prompt, Texts):
+        return (yield from _embedded(content.prompt, tokenizer))
     if content.prompt is not None:
         asked = tokenizer.with_variables(content.template) if content.template else tokenizer
         chat = not isinstance(content.prompt, str) and isinstance(next(iter(content.prompt), None), Mapping)
@@ -85,9 +87,10 @@ def plan_answer(content: Content, question: str | None, spec: BatchSpec, tokeniz
         raise InvalidRequestError("the text is empty")
 
     def prompt(document: str) -> list[int]:
-        return prompt_ids(spec.render({**content.values, spec.text_column: document}, question), tokenizer)
+        rendered = spec.render({**content.values, spec.text_column: document}, question)
+        return tokenizer.encode(rendered) if spec.sampling.embed is not None else prompt_ids(rendered, tokenizer)
 
-    whole, room = prompt(text), window - spec.sampling.max_new_tokens
+    whole, room = prompt(text), window - spec.sampling.new_tokens
     if len(whole) <= room or spec.too_long == "refuse":  # a prompt that is too long is refused when it is submitted
         return (yield from _plain(whole, tokenizer))
     document = tokenizer.encode(text)
@@ -105,6 +108,13 @@ def _plain(prompt: list[int], tokenizer: Tokenizer, dropped: int = 0, chat: bool
     new, reused = sum(len(one.token_ids) for one in done.answers), done.reused_tokens
     details = details_of(done, tokenizer) | ({} if chat is None else response_of(done, chat, tokenizer))
     return Answer(done.text, done.finish_reason, done.prompt_tokens, new, 1, dropped, reused, done.quote, details)
+
+
+def _embedded(texts: Texts, tokenizer: Tokenizer) -> Plan:
+    """Embed the texts of one request, together."""
+    done = yield Round([tokenizer.encode(one) for one in texts.prompts])
+    tokens, reused = (sum(one.prompt_tokens for one in done), sum(one.reused_tokens for one in done))
+    return Answer("", "stop", tokens, 0, reused_tokens=reused, details=embedded_response(done, texts.base64))
 
 
 def _map_reduce(

@@ -23,9 +23,9 @@ QUOTE = (
 _PLAIN = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 
 
-def answer_fields(sampling: SamplingParams) -> list[pa.Field]:
-    """Return the columns of the output that hold what answers say."""
-    more = detail_fields(sampling)
+def answer_fields(sampling: SamplingParams, size: int) -> list[pa.Field]:
+    """Return the columns of the output that hold what answers say; embeddings have ``size`` numbers."""
+    more = detail_fields(sampling, size)
     if sampling.quotes is not None:
         return [*QUOTE, *more]
     return more if sampling.schema is None else [*schema_fields(json.loads(str(sampling.schema))), *more]

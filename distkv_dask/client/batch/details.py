@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from distkv_dask.client.batch.openai_choices import choices_of
+from distkv_dask.client.batch.openai_embeddings import embeddings_of
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
 from distkv_dask.logprobs import TokenLogprob
@@ -21,9 +22,11 @@ RESPONSE = pa.field("response", pa.string())
 """Column of the answers to an OpenAI batch file: what a response has beside its text, as JSON."""
 
 
-def detail_fields(sampling: SamplingParams) -> list[pa.Field]:
-    """Columns of what is asked for beside the answer's text."""
+def detail_fields(sampling: SamplingParams, size: int) -> list[pa.Field]:
+    """Columns of what is asked for beside the answer's text; embeddings have ``size`` numbers."""
     fields = []
+    if sampling.embed is not None:
+        fields.append(pa.field("embedding", pa.list_(pa.float32(), size)))
     if sampling.choices is not None:
         fields.append(pa.field("scores", pa.map_(pa.string(), pa.float64())))
         if sampling.choices == YES_NO:
@@ -44,6 +47,8 @@ def details_of(done: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     for name, logprobs in (("logprobs", done.logprobs), ("prompt_logprobs", done.prompt_logprobs)):
         if logprobs is not None:
             found[name] = _logprobs(logprobs, tokenizer)
+    if done.embedding is not None:
+        found["embedding"] = done.embedding
     if done.others:
         found["answers"] = [one.text for one in done.answers]
     return found
@@ -54,6 +59,11 @@ def response_of(done: Completion, chat: bool, tokenizer: Tokenizer) -> dict[str,
     if not (done.others or done.scores) and done.logprobs is None and done.prompt_logprobs is None:
         return {}
     return {RESPONSE.name: json.dumps({"choices": choices_of([done], chat, tokenizer)})}
+
+
+def embedded_response(done: Sequence[Completion], base64: bool) -> dict[str, Any]:
+    """Value of :data:`RESPONSE` for the embeddings of a request's texts."""
+    return {RESPONSE.name: json.dumps({"data": embeddings_of(done, base64)})}
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

@@ -55,7 +55,7 @@ class Job:
         if not isinstance(source, OpenAIBatchSource):
             check_servable(spec, session.tokenizer, session.facts.max_positions)
         self._errors = 0
-        self._results = Results(source, spec)
+        self._results = Results(source, spec, session.model)
 
     def write(
         self,

@@ -57,10 +57,9 @@ def answers_frame(
     if kind == "path":
         path, rows = str(Path(source).absolute()), opened.count() or 0
         cuts = [cut for cut in pairwise(rows * at // parts for at in range(parts + 1)) if cut[0] < cut[1]]
-        return dd.from_map(
-            answer_rows, cuts or [(0, 0)], path=path, keep=keep, asked=asked, meta=_meta(opened, spec, label=True)
-        )
-    meta = _meta(opened, spec, label=False)
+        meta = _meta(session, opened, spec, label=True)
+        return dd.from_map(answer_rows, cuts or [(0, 0)], path=path, keep=keep, asked=asked, meta=meta)
+    meta = _meta(session, opened, spec, label=False)
     if kind == "bag":
         answers = [delayed(answer_records)(part, keep, schema, asked) for part in source.to_delayed()]
         return dd.from_delayed(answers, meta=meta, verify_meta=False)
@@ -73,6 +72,6 @@ def answers_frame(
     return source.map_partitions(answer_frame, kept, asked, meta=meta)
 
 
-def _meta(source: Source, spec: BatchSpec, label: bool) -> pd.DataFrame:
+def _meta(session: Session, source: Source, spec: BatchSpec, label: bool) -> pd.DataFrame:
     """An empty frame with the columns of a source's answers."""
-    return as_pandas(Results(source, spec).schema.empty_table(), label)
+    return as_pandas(Results(source, spec, session.model).schema.empty_table(), label)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from distkv_dask.client.batch.answer_plan import Plan, plan_answer
 from distkv_dask.client.batch.row_documents import shared_prefix
 from distkv_dask.client.batch.rows import Content
@@ -64,6 +66,8 @@ class Counting:
     block_tokens: int
 
 
+_NO_NUMBERS = np.empty(0, np.float32)
+
 Lot = Sequence[tuple[int | str, Content | str]]
 """Rows by their labels: what they say, or what is wrong with them."""
 
@@ -112,16 +116,16 @@ def _prompts(
         done = []
         for ids in asked.prompts:
             drawn = checked(sampling if asked.last else sampling.without_form(), len(ids), window, text)
-            tokens = tuple(ids[: drawn.max_new_tokens])
+            tokens = tuple(ids[: drawn.new_tokens])
             said = "" if asked.last else tokenizer.decode(tokens)
-            done.append(Completion(said, tokens, len(ids), "length"))
+            done.append(Completion(said, tokens, len(ids), "length", embedding=_NO_NUMBERS))
             lengths.append(len(ids))
 
 
 def _longest(sampling: SamplingParams, tokenizer: Tokenizer) -> int:
     """Most tokens of an answer: those of the longest choice, where it is one of some."""
     if sampling.choices is None:
-        return sampling.max_new_tokens
+        return sampling.new_tokens
     return max(len(tokenizer.encode_more(choice)) for choice in sampling.choices)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from distkv_dask.client.batch.openai_embeddings import EMBEDDINGS
 from distkv_dask.client.batch.openai_request import CHAT, content_of
 from distkv_dask.client.batch.rows import Content, Row, fingerprint
 from distkv_dask.client.batch.spec import BatchSpec
@@ -100,6 +101,8 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
         raise InvalidRequestError("an OpenAI batch file always keeps custom_id and url: leave out keep")
     if spec.sampling.quotes is not None:
         raise InvalidRequestError("an OpenAI batch file has no documents to quote: leave out quotes")
+    if spec.sampling.embed is not None:
+        raise InvalidRequestError("requests of an OpenAI batch file say themselves what they embed: leave out embed")
     if (form := spec.sampling.form) is not None:
         raise InvalidRequestError(
             f"requests of an OpenAI batch file have their own response_format: leave out {form.kind}"
@@ -170,10 +173,14 @@ def write_openai_answers(table: pa.Table, model: str, file: Any) -> None:
 
 
 def _answer(row: Mapping[str, Any], model: str) -> dict[str, Any]:
-    name = f"distkv-{row['fingerprint']}"
+    name, tokens = f"distkv-{row['fingerprint']}", row["prompt_tokens"]
     if row["error"] is not None:
         error = {"code": "invalid_request_error", "message": row["error"]}
         return {"id": name, "custom_id": row["custom_id"], "response": None, "error": error}
+    if row["url"] == EMBEDDINGS:
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        body = {"object": "list", **json.loads(row["response"]), "model": model, "usage": usage}
+        return _answered(name, row, body)
     chat = row["url"] == CHAT
     said = {"message": {"role": "assistant", "content": row["answer"]}} if chat else {"text": row["answer"]}
     choice = {"index": 0, **said, "logprobs": None, "finish_reason": row["finish_reason"]}
@@ -185,10 +192,14 @@ def _answer(row: Mapping[str, Any], model: str) -> dict[str, Any]:
         "model": model,
         **response,
         "usage": {
-            "prompt_tokens": row["prompt_tokens"],
+            "prompt_tokens": tokens,
             "completion_tokens": row["new_tokens"],
-            "total_tokens": row["prompt_tokens"] + row["new_tokens"],
+            "total_tokens": tokens + row["new_tokens"],
         },
     }
+    return _answered(name, row, body)
+
+
+def _answered(name: str, row: Mapping[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     answer = {"status_code": 200, "request_id": name, "body": body}
     return {"id": name, "custom_id": row["custom_id"], "response": answer, "error": None}

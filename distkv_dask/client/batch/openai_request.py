@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distkv_dask.client.batch.openai_embeddings import EMBEDDINGS, embedding_content
 from distkv_dask.client.batch.rows import Content
 from distkv_dask.client.messages import plain_messages
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import Prompt
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+PATHS = CHAT, COMPLETIONS, EMBEDDINGS
+"""Paths of requests in batch files."""
 
 _SAMPLING = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
@@ -61,11 +65,11 @@ def content_of(record: Mapping[str, Any]) -> Content:
         raise InvalidRequestError(f"custom_id is {name!r:.100}, but it must be a text")
     if not isinstance(body, Mapping):
         raise InvalidRequestError(f"a request needs a body (object), not {type(body).__name__}")
-    if url not in (CHAT, COMPLETIONS):
-        raise InvalidRequestError(f"url is {url!r:.100}, but only {CHAT} and {COMPLETIONS} are answered")
+    if url not in PATHS:
+        raise InvalidRequestError(f"url is {url!r:.100}, but only {' and '.join(PATHS)} are answered")
     if method is not None and not (isinstance(method, str) and method.upper() == "POST"):
         raise InvalidRequestError(f"method is {method!r:.100}, but requests are POST")
-    return body_content(body, url)
+    return embedding_content(body) if url == EMBEDDINGS else body_content(body, url)
 
 
 def body_content(body: Mapping[str, Any], url: str) -> Content:

@@ -73,7 +73,7 @@ def pace_of(needs: Iterable[Need], means: Means) -> Pace:
 
 def kv_tokens(need: Need) -> int:
     """Tokens of KV that its largest request has in the end; those of its document, too."""
-    return max(need.prompts) + need.answers * need.new - 1
+    return max(need.prompts) + max(0, need.answers * need.new - 1)
 
 
 def prefill_seconds(need: Need, speed: WorkerPerformance) -> float:

@@ -17,6 +17,7 @@ from distkv_dask.client.batch.rows import Source
 from distkv_dask.client.batch.runner import Outcome
 from distkv_dask.client.batch.spec import BatchSpec
 from distkv_dask.errors import SourceError, in_words
+from distkv_dask.models.source import ModelSource
 
 
 class Lot(NamedTuple):
@@ -38,6 +39,8 @@ class Results:
     ----------
     source, spec
         The batch's.
+    model
+        What answers, whose hidden states have the size of embeddings; None where it is not known yet.
 
     Raises
     ------
@@ -45,11 +48,12 @@ class Results:
         When two columns of the output have the same name.
     """
 
-    def __init__(self, source: Source, spec: BatchSpec) -> None:
+    def __init__(self, source: Source, spec: BatchSpec, model: ModelSource | None) -> None:
         self._kept = source.kept
         self._sampling = spec.sampling
         more = [RESPONSE] if isinstance(source, OpenAIBatchSource) else []
-        self.schema = _columns(source, [*answer_fields(spec.sampling), *more])
+        size = -1 if spec.sampling.embed is None or model is None else model.hidden_size()
+        self.schema = _columns(source, [*answer_fields(spec.sampling, size), *more])
         """Columns of the output: the label, what is kept of the source, :data:`RESULT`, and what answers hold."""
 
     def lot(self, outcomes: Sequence[Outcome]) -> Lot:

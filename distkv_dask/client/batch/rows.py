@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from distkv_dask.client.documents.readers import Reader
 from distkv_dask.sampling import Prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+class Texts(NamedTuple):
+    """Texts of one request for embeddings, which are written as base64 or as numbers."""
+
+    prompts: tuple[Prompt, ...]
+    base64: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,8 @@ class Content:
     values
         Fields for the template, by name.
     prompt
-        A whole prompt, if the source has prompts (OpenAI batch files); then no template is used.
+        A whole prompt, if the source has prompts (OpenAI batch files), or several texts to embed; then no template is
+        used.
     sampling
         The row's own sampling parameters, by the names of :class:`~distkv_dask.sampling.SamplingParams`; the batch's
         sampling supplies the others.
@@ -32,7 +40,7 @@ class Content:
     """
 
     values: Mapping[str, Any]
-    prompt: Prompt | None = None
+    prompt: Prompt | Texts | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
 

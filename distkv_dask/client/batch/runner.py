@@ -122,7 +122,7 @@ class Runner:
     def flying(self) -> list[Flying]:
         """Requests that have not ended."""
         asks = (*self._running.values(), *self._ready, *self._suspects)
-        return [(one.work.row.label, len(one.prompt), one.sampling.max_new_tokens) for one in asks]
+        return [(one.work.row.label, len(one.prompt), one.sampling.new_tokens) for one in asks]
 
     def run(self, todo: Iterator[tuple[Row, str | None]]) -> Generator[list[Outcome]]:
         """Answer everything; yields what has finished (possibly nothing) at least every :data:`TICK` seconds.

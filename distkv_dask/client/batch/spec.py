@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distkv_dask.client.documents.readers import Reader, checked_reader
@@ -77,6 +77,8 @@ class BatchSpec:
             raise InvalidRequestError('too_long="map-reduce" needs a question, which is asked of each part')
         if not {"answers"} <= set(_fields(self.combine)) <= {"answers", "question"}:
             raise InvalidRequestError("combine may use {answers} and {question}, and needs the first")
+        if asks and self.sampling.embed is not None:
+            raise InvalidRequestError("an embedding is of a text: put what stands beside it into the template")
         fields = _fields(self.full_template)
         if "text" not in fields and self.text_column not in fields:
             raise InvalidRequestError("the template needs {text}, which stands for the row's text")
@@ -120,7 +122,7 @@ class BatchSpec:
         said = dict(content.sampling)
         if self.adapter_column is not None and (place := content.values[self.adapter_column]) is not None:
             said["adapter"] = place
-        sampling = replace(self.sampling, **said) if said else self.sampling
+        sampling = self.sampling.updated(said) if said else self.sampling
         if "adapter" in said and sampling.adapter is not None:
             read_adapter(sampling.adapter)
         return sampling

@@ -268,6 +268,7 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
         "prompt_logprobs", "n", "best_of", "adapter",
     )  # fmt: skip
     given = {name: options.pop(name) for name in names}
+    given |= {name: options.pop(name) for name in ("embed", "normalize") if name in options}
     scores = options.pop("score")
     if scores and given["choices"] is not None:
         raise click.UsageError("--score has choices of its own, Yes and No: leave out --choices")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -32,6 +31,7 @@ from distkv_dask.client.commands.options import (
     scheduler_option,
     size_options,
 )
+from distkv_dask.sampling import Embed
 from distkv_dask.scheduler.costs.presets import PRESETS
 
 
@@ -70,6 +70,12 @@ from distkv_dask.scheduler.costs.presets import PRESETS
 @click.option(
     "--adapter-column", metavar="COLUMN", help="Column with the folder of each row's LoRA adapter; empty: --adapter."
 )
+@click.option(
+    "--embed",
+    type=click.Choice(get_args(Embed)),
+    help="Answer nothing: write each text's embedding, the mean of its tokens' hidden states or that of the last one.",
+)
+@click.option("--normalize", is_flag=True, default=None, help="Make all embeddings vectors of length 1.")
 @click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Repeat rows that had errors in earlier runs.")
 @click.option("--in-flight", type=click.IntRange(1), help="Most requests to run at once.")
@@ -145,7 +151,7 @@ def _asked(options: dict[str, Any]) -> _Asked:
         # An OpenAI batch file has its own defaults.
         given = {name: getattr(sampling, name) for name in said}
         questions = options.pop("questions") or None
-        spec = spec_of(questions, replace(default_sampling(path), **given), **options)
+        spec = spec_of(questions, default_sampling(path).updated(given), **options)
         source = source_for(path, spec, keep, None)
         if not isinstance(source, OpenAIBatchSource):
             check_drawn(sampling)
@@ -160,7 +166,8 @@ def _run(out: str, options: dict[str, Any]) -> BatchSummary:
         target = target_of(out, path, requests)
         begun = None
         if chosen.source is not None:
-            begun = begun_with(Results(source, spec).schema, parameters_of(spec, chosen.source, chosen.model["dtype"]))
+            schema = Results(source, spec, chosen.source).schema
+            begun = begun_with(schema, parameters_of(spec, chosen.source, chosen.model["dtype"]))
         check_target(target, begun)
     with chosen.session(texts=not requests) as session:
         job = Job(session, source, spec, how["max_errors"], how["in_flight"])

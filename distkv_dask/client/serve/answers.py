@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +18,9 @@ from distkv_dask.client.serve.serving import Serving, serving_of
 from distkv_dask.client.serve.stream import streamed
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
+from distkv_dask.completion import Completion
+
+Written = Callable[[Sequence[Completion]], dict[str, Any]]
 
 GONE = 499
 """Status for a client that is gone, as others have it; nobody sees it but logs and metrics."""
@@ -30,10 +34,15 @@ async def answered(request: Request, url: str, form_of: Callable[[str, Tokenizer
     serving = serving_of(request)
     asked = await read_asked(await read_json(request), url, serving)
     form = form_of(asked.model, serving.session.tokenizer)
-    gone = asyncio.create_task(_gone(request))
+    gone = until_gone(request)
     if asked.stream:
         return await streamed(asked, form, serving, gone)
-    return await _whole(asked, form, serving, gone)
+    return await whole(asked, form.whole, serving, gone)
+
+
+def until_gone(request: Request) -> asyncio.Task[None]:
+    """A task that ends when the client is gone."""
+    return asyncio.create_task(_gone(request))
 
 
 async def _gone(request: Request) -> None:
@@ -42,7 +51,21 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _whole(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[None]) -> Response:
+async def whole(asked: Asked, write: Written, serving: Serving, gone: asyncio.Task[None]) -> Response:
+    """Answer all prompts of a call, and write what came of them as one object.
+
+    Parameters
+    ----------
+    asked, serving, gone
+        As :func:`~distkv_dask.client.serve.begun.begin` takes them.
+    write
+        Writes the answers, in the order of the prompts.
+
+    Raises
+    ------
+    DistKVError
+        When one of them fails; the others are cancelled.
+    """
     loop, ends = asyncio.get_running_loop(), asyncio.Queue[Generation]()
 
     def end(generation: Generation) -> None:
@@ -63,4 +86,4 @@ async def _whole(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[
     done = [result_of(one) for one in generations]
     for one in done:
         serving.metrics.answered(one)
-    return JSONResponse(form.whole(done))
+    return JSONResponse(write(done))

@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from distkv_dask.client.batch.openai_embeddings import EMBEDDINGS
 from distkv_dask.client.batch.openai_request import CHAT, COMPLETIONS
 from distkv_dask.client.serve import batches, files
 from distkv_dask.client.serve.batch_queue import BatchQueue
 from distkv_dask.client.serve.chat import chat
 from distkv_dask.client.serve.completions import completions
+from distkv_dask.client.serve.embeddings import embeddings
 from distkv_dask.client.serve.failures import on_unknown, refusal_of, response_of
 from distkv_dask.client.serve.gate import FILES, HEALTH, Gate
 from distkv_dask.client.serve.health import health, metrics
@@ -46,6 +48,7 @@ def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
 ROUTES = [
     _route(CHAT, chat, "POST"),
     _route(COMPLETIONS, completions, "POST"),
+    _route(EMBEDDINGS, embeddings, "POST"),
     _route("/v1/models", models),
     _route("/v1/models/{name:path}", model),
     _route(FILES, files.upload, "POST"),

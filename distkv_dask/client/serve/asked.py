@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distkv_dask.client.batch.openai_request import COMPLETIONS, body_content
-from distkv_dask.client.batch.rows import Content
+from distkv_dask.client.batch.rows import Content, Texts
 from distkv_dask.client.serve.serving import Serving
 from distkv_dask.client.session.request import checked
 from distkv_dask.errors import InvalidRequestError
@@ -103,6 +103,7 @@ def _checked(contents: list[Content], serving: Serving, model: str) -> list[tupl
         if content.template:
             tokenizer = tokenizer.with_variables(content.template)
         assert content.prompt is not None
+        assert not isinstance(content.prompt, Texts)  # they have a path of their own
         ids = tokenizer.encode(content.prompt)
         sampling = serving.sampling(content.sampling, len(ids), model)
         found.append((ids, checked(sampling, len(ids), serving.session.facts.max_positions)))

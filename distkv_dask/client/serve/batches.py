@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from distkv_dask.client.batch.openai_request import CHAT, COMPLETIONS
+from distkv_dask.client.batch.openai_request import PATHS
 from distkv_dask.client.serve.batch_queue import BatchQueue
 from distkv_dask.client.serve.body import read_json
 from distkv_dask.client.serve.failures import Refusal
@@ -29,8 +29,8 @@ async def create(request: Request) -> Response:
     )
     if left := sorted(key for key, value in body.items() if value is not None):
         raise Refusal(f"{left[0]!r:.100} is not supported: a batch has input_file_id, endpoint and metadata")
-    if endpoint not in (CHAT, COMPLETIONS):
-        raise Refusal(f"endpoint is {endpoint!r:.100}, but only {CHAT} and {COMPLETIONS} are answered")
+    if endpoint not in PATHS:
+        raise Refusal(f"endpoint is {endpoint!r:.100}, but only {' and '.join(PATHS)} are answered")
     if window != WINDOW:
         raise Refusal(f"completion_window is {window!r:.100}, but must be {WINDOW!r}; nothing expires")
     if metadata is not None and not _is_metadata(metadata):
