@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Completion, Engine, SamplingParams
@@ -192,3 +194,25 @@ async def test_a_text_as_long_as_the_window_is_embedded_and_a_longer_one_refused
             engine.submit([*text, 1], LAST)
         with pytest.raises(InvalidRequestError, match="empty"):
             engine.submit([], MEAN)
+
+
+def test_a_text_is_embedded_with_its_adapter_beside_others_without() -> None:
+    peft = pytest.importorskip("peft")
+    from tests._adapters import adapter_dir
+
+    folder, prompt = adapter_dir("llama-gqa"), prompt_ids(90, seed=8)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float64)
+    adapted = peft.PeftModel.from_pretrained(plain, folder).merge_and_unload().eval()
+    with torch.no_grad():
+        right = adapted.model(torch.tensor([prompt])).last_hidden_state[0].mean(0).numpy()
+
+    @engine_test(2)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with Engine(client, LLAMA, kv_memory="1 MiB", **SMALL) as engine:
+            both = await engine.generate([prompt, prompt], [MEAN, SamplingParams(embed="mean", adapter=folder)])
+            check(LLAMA, prompt, "mean", both[0].embedding)
+            assert both[1].embedding == pytest.approx(right, abs=1e-5 * float(np.abs(right).max()))
+            alone = await engine.embed(prompt, adapter=folder)
+            assert alone == pytest.approx(both[1].embedding, abs=1e-5)
+
+    run()
