@@ -159,3 +159,11 @@ class Measurement:
     prompt: tuple[tuple[int, int, float], ...] = ()
     attention: tuple[tuple[int, float], ...] = ()
     exchange: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """How fast frames travel between two workers: seconds one way for a small one, bytes per second for large ones."""
+
+    latency: float
+    bandwidth: float

@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from _channels import Bare, Way
@@ -58,6 +59,16 @@ def truncate(wire: Wire, answer: bytes) -> bytes:
     wire.home.sendall(answer[:100])
     wire.cut()
     return b""
+
+
+def slow(seconds: float) -> Trouble:
+    """Everything that the holder answers comes so much later."""
+
+    def wait(wire: Wire, answer: bytes) -> bytes:
+        time.sleep(seconds)
+        return answer
+
+    return wait
 
 
 class Proxy:

@@ -47,7 +47,10 @@ HOST_MEMORY = "host memory"
 """Where a worker with a card is to put blocks that it spills first; they are read as if they were on its disk."""
 
 TAKE_TRACE = "distkv_take_trace"
-"""The gManager's one call of a worker (rpc): spans by lane that an engine's lanes recorded since the last call."""
+"""The gManager's call of a worker (rpc) for spans by lane that an engine's lanes recorded since the last call."""
+
+TIME_LINK = "distkv_time_link"
+"""The gManager's call of a worker (rpc) to measure the link with another one: LinkTimes, or why there are none."""
 
 
 def pack(value: Any) -> Any:

@@ -197,6 +197,15 @@ class Debt(NamedTuple):
     blocks: int
 
 
+class MeasuredLink(NamedTuple):
+    """A measured link of two workers of one host, or of two hosts: seconds one way, and bytes per second."""
+
+    one: str
+    other: str
+    latency: float
+    bandwidth: float
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
     """What decides the length of windows in large clusters; the same for all engines of a scheduler.
@@ -242,7 +251,9 @@ class EngineStatus:
         How many tokens decode steps try ahead (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
         reason where the settings do not say so.
     exchange_seconds
-        The scheduler's estimate for one exchange of a decode step with one holder.
+        The scheduler's estimate for one exchange of a decode step with one holder on the same host.
+    links
+        Links that were measured.
     totals
         Since the engine opened: ``generated_tokens``, ``decode_steps``, ``accepted_tokens``, ``moved_blocks``,
         ``reused_disk_tokens``, ``finished_stop`` and others.
@@ -258,6 +269,7 @@ class EngineStatus:
     state_bytes: int
     speculation: str
     exchange_seconds: float
+    links: tuple[MeasuredLink, ...]
     totals: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -272,6 +284,7 @@ class EngineStatus:
             "state_bytes": self.state_bytes,
             "speculation": self.speculation,
             "exchange_seconds": self.exchange_seconds,
+            "links": [one._asdict() for one in self.links],
             "totals": dict(self.totals),
         }
 

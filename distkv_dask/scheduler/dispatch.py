@@ -1,8 +1,7 @@
 """Dispatch: passes events to the state machines of all engines, and carries out their commands.
 
-Messages to a worker travel over Dask's scheduler-to-worker stream, and tasks as step graphs through a Dask client that
-lives in the scheduler process (:mod:`distkv_dask.scheduler.tasks.submitter`), both in order: a task never runs before
-the blocks it needs are reserved.
+Messages to workers travel on Dask's stream, tasks as step graphs through a Dask client in the scheduler process
+(:mod:`distkv_dask.scheduler.tasks.submitter`), both in order: a task never runs before its blocks are reserved.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.dashboard.board import Board
 from distkv_dask.scheduler.engines.engine import EngineState
 from distkv_dask.scheduler.lifecycle.events import Event, Pause, StopAll, Tick, WorkerLost, WorkerReady
+from distkv_dask.scheduler.link_survey import LinkSurvey
 from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.scheduler.tasks.submitter import Submitter
 from distkv_dask.version import VERSION
@@ -60,6 +60,7 @@ class Dispatcher:
         self.versions: dict[str, str] = {}
         self.submitter = Submitter(scheduler, self._task_failed)
         self.board = Board(scheduler, self.engines)
+        self.survey = LinkSurvey(scheduler)
         self._pacer = Pacer()
         self._numbers = itertools.count(1)
         self._clock: asyncio.Task[None] | None = None
@@ -105,6 +106,7 @@ class Dispatcher:
         if state is None or state.is_closing:
             return
         state.start_closing()
+        self.survey.engine_closes(engine)
         self.handle(state, StopAll())
         limit = state.spec.config.timeout_close
         if state.broken is None:
@@ -196,8 +198,9 @@ class Dispatcher:
         state.ready(message)
         if message.role != "stage":
             rooms = message.spill_bytes, message.host_bytes, message.places
-            can_decode = message.role == "instance"
-            self.handle(state, WorkerReady(message.endpoint, message.capacity_blocks, can_decode, *rooms))
+            decodes = message.role == "instance"
+            self.handle(state, WorkerReady(message.endpoint, message.capacity_blocks, decodes, *rooms))
+            self.survey.worker_opened(state)
         elif state.group is not None:
             self._send(state, *state.group.openings(message.worker, state.facts))
 

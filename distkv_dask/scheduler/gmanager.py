@@ -127,6 +127,7 @@ class GManager(SchedulerPlugin):
                     if self.dispatcher.is_memory(worker) is memory:
                         self.dispatcher.open_on(worker, engine)
                 await engine.wait_open(spec.config.timeout_open)
+            await self.dispatcher.survey.engine_opens(engine)
         except DistKVError:
             await self.dispatcher.close_engine(spec.engine)
             raise

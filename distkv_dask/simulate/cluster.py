@@ -12,7 +12,6 @@ from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
 from distkv_dask.messages.client_calls import Delivery, Submission
-from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import TASK_SECONDS
@@ -94,9 +93,8 @@ class Simulation:
             life.cache.enabled = False  # no two prompts begin alike, so it could find nothing
         for lane in self.lanes.values():
             self.workers.add(lane.worker)
-            endpoint = Endpoint(lane.worker, lane.host, 0)
             capacity = self.preset.kv_tokens // BLOCK_TOKENS
-            self._handle(WorkerReady(endpoint, capacity, spill_bytes=life.config.spill))
+            self._handle(WorkerReady(lane.endpoint, capacity, spill_bytes=life.config.spill))
         for time, number in losses:
             self._at(time, self._lose, self._name(number))
         numbered = sorted(enumerate(arrivals), key=lambda one: one[1].at)

@@ -16,6 +16,7 @@ from distkv_dask.filesystems import check_file
 from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
 from distkv_dask.scheduler.policies import POLICIES
 from distkv_dask.simulate.cluster import Simulation
+from distkv_dask.simulate.islands import between_islands
 from distkv_dask.simulate.outcome import Outcome
 from distkv_dask.simulate.plots import plot as draw
 from distkv_dask.simulate.report import figures
@@ -50,6 +51,10 @@ def _losses(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> l
 )
 @click.option("--preset", default="a100-7b", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--link", type=click.Choice(list(LINKS)), help="Link between hosts, instead of the preset's.")
+@click.option("--islands", type=click.IntRange(2), help="Groups of hosts with slow links between them.")
+@click.option(
+    "--island-link", type=click.Choice(list(LINKS)), help="Link between hosts of different islands; 1gbe by default."
+)
 @click.option("--requests", type=click.IntRange(1), help="Number of requests (the first ones of a trace).")
 @click.option(
     "--rate", type=float, callback=_positive, help="Requests per second of a workload; by default all come at once."
@@ -87,6 +92,8 @@ def simulate(
     names: tuple[str, ...],
     preset: str,
     link: str | None,
+    islands: int | None,
+    island_link: str | None,
     requests: int | None,
     rate: float | None,
     speedup: float,
@@ -101,6 +108,9 @@ def simulate(
     chosen = PRESETS[preset]
     if link is not None:
         chosen = replace(chosen, model=replace(chosen.model, between=LINKS[link]))
+    if islands is not None:
+        apart = between_islands(chosen, workers, islands, LINKS[island_link or "1gbe"])
+        chosen = replace(chosen, model=replace(chosen.model, links=apart))
     try:
         for path in (json_file, plot):
             if path is not None:
@@ -123,10 +133,11 @@ def _check_given(context: click.Context) -> None:
     """Refuse options that do not go together."""
     if (context.params["trace"] is None) == (context.params["workload"] is None):
         raise click.UsageError("give either --trace or --workload")
-    for name, of in (("rate", "workload"), ("seed", "workload"), ("speedup", "trace")):
+    needs = (("rate", "workload"), ("seed", "workload"), ("speedup", "trace"), ("island_link", "islands"))
+    for name, of in needs:
         given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
         if given and context.params[of] is None:
-            raise click.UsageError(f"--{name} is for a --{of}: leave it out")
+            raise click.UsageError(f"--{name.replace('_', '-')} is for --{of}: leave it out")
 
 
 def _show(outcomes: Sequence[Outcome], json_file: Path | None, plot: Path | None) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from distkv_dask.gang import DecodeWindow, PrefillChunk
-from distkv_dask.messages.names import sequence_in_pool
+from distkv_dask.messages.names import SpilledFile, sequence_in_pool
 from distkv_dask.messages.to_worker import Fetch, Relocate, Retire, Send, Store, ToWorker
-from distkv_dask.placement import Placement
-from distkv_dask.scheduler.costs.model import PerformanceModel
+from distkv_dask.placement import Endpoint, Placement
+from distkv_dask.scheduler.costs.model import Link, PerformanceModel
 from distkv_dask.scheduler.records.disks import BYTES_PER_SECOND
 from distkv_dask.simulate.workers import Decoding
 
@@ -30,6 +30,11 @@ class Lane:
     current: DecodeWindow | PrefillChunk | None = None
     after: list[Retire] = field(default_factory=list)
     stolen: float = 0.0
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it would listen."""
+        return Endpoint(self.worker, self.host, 0)
 
     def drop(self, gang: int) -> None:
         """Take what belongs to a gang out of the queue."""
@@ -104,19 +109,29 @@ class Costs:
         model = self.model
         match message:
             case Send(source, _, _, start, stop, target, pace) if target in self.lanes:
-                link = model.link(self.lanes[source].host, self.lanes[target].host)
+                link = model.link(self.lanes[source].endpoint, self.lanes[target].endpoint)
                 return max(model.transfer(link, stop - start), pace * (stop - start) / tokens_per_step)
             case Store(ranges=ranges):
                 return sum(stop - start for start, stop in ranges) * model.shape.kv_bytes / BYTES_PER_SECOND
-            case Fetch(ranges=ranges, saved=saved):
-                pools = [file for file in saved.files if sequence_in_pool(file.name) is not None]
-                tokens = sum(_common(ranges, file.start, file.stop) for file in pools)
-                on_disk = sum(stop - start for start, stop in ranges) - tokens
-                return on_disk * model.shape.kv_bytes / BYTES_PER_SECOND + model.transfer(model.inside, tokens)
+            case Fetch(worker, ranges=ranges, saved=saved):
+                from_pools = seconds = 0.0
+                for file in saved.files:
+                    if isinstance(file, SpilledFile) and sequence_in_pool(file.name) is not None:
+                        tokens = _common(ranges, file.start, file.stop)
+                        from_pools += tokens
+                        seconds += model.transfer(self._link(worker, file.worker), tokens)
+                on_disk = sum(stop - start for start, stop in ranges) - from_pools
+                return on_disk * model.shape.kv_bytes / BYTES_PER_SECOND + seconds
         return 0.0
 
     def _exchange(self, lane: Lane, worker: str, rows: int) -> float:
-        return self.model.exchange(self.model.link(lane.host, self.lanes[worker].host), rows)
+        return self.model.exchange(self._link(lane.worker, worker), rows)
+
+    def _link(self, worker: str, other: str) -> Link:
+        """The link of two workers; the usual one to a worker that is gone."""
+        if worker not in self.lanes or other not in self.lanes:
+            return self.model.inside
+        return self.model.link(self.lanes[worker].endpoint, self.lanes[other].endpoint)
 
     def _parallel(self, lane: Lane, local: float, remote: list[tuple[str, float, float]]) -> float:
         """All parts of attention at once: the slowest counts, and exchanges with other hosts share one network card."""

@@ -1,4 +1,4 @@
-"""Calls between rManagers over Dask's own comm: pieces of moving blocks, and spilled blocks."""
+"""Calls between rManagers over Dask's own comm: pieces of moving blocks, and spilled blocks; links are measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from distributed import Worker
 from distributed.protocol.serialize import to_serialize
 
-from distkv_dask.errors import DistKVError
-from distkv_dask.messages.names import Piece, SpilledFile, ToPeer
+from distkv_dask.errors import DistKVError, in_words
+from distkv_dask.messages.names import TIME_LINK, Piece, SpilledFile, ToPeer, pack, unpack
 from distkv_dask.messages.to_worker import Send
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class Peers:
 
     @property
     def handlers(self) -> dict[str, Callable[..., Any]]:
-        """Handlers for other workers' calls, by Dask's operation."""
-        return {ToPeer.BLOCKS: self._take_blocks, ToPeer.SPILLED: self._read_spilled}
+        """Handlers for calls, by Dask's operation."""
+        return {ToPeer.BLOCKS: self._take_blocks, ToPeer.SPILLED: self._read_spilled, TIME_LINK: self._time_link}
 
     def send_blocks(self, engine: str, send: Send) -> None:
         """Copy blocks of an engine to another worker in the background."""
@@ -85,6 +85,18 @@ class Peers:
             return {"rows": to_serialize(await self._engines[engine].files.rows(SpilledFile(*file), first, count))}
         except DistKVError as error:
             return {"refusal": str(error)}
+
+    async def _time_link(self, engine: str, peer: Any) -> Any:
+        """Measure the link with another worker (packed LinkTimes), or say why that failed (packed text)."""
+        if engine not in self._engines:
+            return pack(self._not_open(engine))
+        from distkv_dask.worker.timing.link import link_times  # imports torch, as the open engine has
+
+        try:
+            times = partial(link_times, self._engines[engine].runtime, unpack(peer))
+            return pack(await asyncio.get_running_loop().run_in_executor(None, times))
+        except (DistKVError, OSError) as error:
+            return pack(in_words(error))
 
     def _not_open(self, engine: str) -> str:
         return f"engine {engine} is not open on worker {self._worker.address}"

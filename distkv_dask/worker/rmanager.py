@@ -27,7 +27,6 @@ from distkv_dask.messages.names import (
     PLUGIN,
     TAKE_TRACE,
     TO_WORKER,
-    ToPeer,
     pack,
     unpack,
 )
@@ -84,7 +83,7 @@ class RManager(WorkerPlugin):
             pass  # an engine that is being opened
         worker.stream_handlers.pop(TO_WORKER, None)
         worker.handlers.pop(TAKE_TRACE, None)
-        for operation in ToPeer:
+        for operation in self._peers.handlers:
             worker.handlers.pop(operation, None)
         for name in list(self.engines):
             await self._close_engine(name)

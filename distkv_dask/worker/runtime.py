@@ -92,7 +92,8 @@ class Runtime:
         self.dialer = Dialer(config.channel, lanes.certificates, config.unencrypted_channels, cluster_ucx)
         if self.dialer.uses_ucx:
             lanes.holder.offer_ucx()
-        self._cache = ChannelCache(self.dialer.connect, encode_hello(token, hello))
+        self.channels = ChannelCache(self.dialer.connect, encode_hello(token, hello))
+        """Channels to holders."""
         self._hello = hello
         self._links: StageLinks | None = None
         self._lock = threading.Lock()
@@ -238,7 +239,7 @@ class Runtime:
         self.lanes.holder.detach(self.spec.engine)
         with contextlib.suppress(EngineClosedError):  # closed lanes: no gang runs
             self.lanes.home.submit(_nothing).result()
-        self._cache.close()
+        self.channels.close()
         if self._links is not None:
             self._links.close()
 
@@ -272,7 +273,7 @@ class Runtime:
     @contextmanager
     def _running(self, gang: Gang) -> Iterator[HomeGang | PausedForward]:
         config = self.spec.config
-        opened = gang, self._cache, config.timeout_start, config.timeout_receive
+        opened = gang, self.channels, config.timeout_start, config.timeout_receive
         running = self.paused.get(gang.number) or (
             HomeGang(*opened) if self._ring is None else TracedGang(self._ring, *opened)
         )

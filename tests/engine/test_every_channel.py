@@ -95,7 +95,7 @@ def described(done: Sequence[Completion], status: EngineStatus, opened: Mapping[
 
 def kinds(engine: str, dask_worker: Any) -> set[str]:
     """Kinds of channels that a worker has opened."""
-    cache = dask_worker.plugins["distkv"].engines[engine].runtime._cache
+    cache = dask_worker.plugins["distkv"].engines[engine].runtime.channels
     return {type(one).__name__ for one in cache._idle.values()}
 
 

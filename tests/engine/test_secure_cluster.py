@@ -48,5 +48,5 @@ def test_workers_of_a_tls_cluster_exchange_partials_and_say_how(
 
 
 def _kinds(engine: str, dask_worker: Any) -> set[str]:
-    cache = dask_worker.plugins["distkv"].engines[engine].runtime._cache
+    cache = dask_worker.plugins["distkv"].engines[engine].runtime.channels
     return {type(one).__name__ for one in cache._idle.values()}

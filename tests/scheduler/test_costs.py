@@ -65,8 +65,9 @@ def test_an_exchange_is_queries_one_way_and_partials_back_in_every_layer(rows: i
     for link in (MODEL.inside, MODEL.between):
         layer = link.seconds(rows * SHAPE.query_bytes) + link.seconds(rows * SHAPE.partial_bytes)
         assert MODEL.exchange(link, rows) == pytest.approx(SHAPE.layers * layer)
-    assert MODEL.link("a", "a") is MODEL.inside
-    assert MODEL.link("a", "b") is MODEL.between
+    here, near, far = Endpoint("w0", "a", 1), Endpoint("w1", "a", 1), Endpoint("w2", "b", 1)
+    assert MODEL.link(here, near) is MODEL.inside
+    assert MODEL.link(here, far) is MODEL.between
     assert MODEL.inside.seconds(0) == 1e-5
     assert MODEL.inside.seconds(6e9) == pytest.approx(2 + 1e-5)
     assert MODEL.transfer(MODEL.between, 1000) == pytest.approx(3e-5 + 1000 * 96 / 1e9)

@@ -202,7 +202,7 @@ def test_a_share_for_an_idle_worker_is_proposed_where_the_model_says_that_it_pay
     ledger.commit(0, length)
     share = min(min(length, length + answer - 1) // BLOCK // 2, room, answer * WORTH // BLOCK)
     tokens = share * BLOCK
-    link = model.link("a", host)
+    link = model.link(Endpoint("home", "a", 1), Endpoint("idle", host, 1))
     before = model.step("home", 1, length, {})
     after = curve.decode(1, 0) + max(length - tokens, tokens) * token + model.exchange(link, 1)
     pays = tokens >= LEAST and before - after >= GAIN * before and 2 * model.transfer(link, tokens) <= answer * before

@@ -20,7 +20,7 @@ from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import DecodeWindow, Earlier, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Submission
-from distkv_dask.placement import Placement, Span
+from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.costs.pieces import equal_pieces, seconds_of_pieces
@@ -338,8 +338,8 @@ def test_pieces_are_all_of_a_prompt_in_turns_and_no_longer_than_a_chunk(tokens: 
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_pieces_end_together(workers: int) -> None:
     names = [f"w{at}" for at in range(workers)]
-    hosts = dict.fromkeys(names, "host")
-    seconds = seconds_of_pieces(PRESET, equal_pieces(PRESET, names, 6000, 512, 64), hosts)
+    ends = {name: Endpoint(name, "host", 1) for name in names}
+    seconds = seconds_of_pieces(PRESET, equal_pieces(PRESET, names, 6000, 512, 64), ends)
     assert seconds < 1.15 * PRESET.curve.prefill(6000) / workers
 
 

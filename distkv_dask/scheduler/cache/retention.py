@@ -29,7 +29,7 @@ def read(life: MachineState, place: Place, worker: str, tokens: int) -> float:
     size = life.ledger.blocks(tokens) * life.block_bytes
     if place.kind == "disk":
         return size / life.disks.disk.rate
-    here, there = (life.ledger.workers[one].endpoint.host for one in (worker, place.worker))
+    here, there = (life.ledger.workers[one].endpoint for one in (worker, place.worker))
     return life.policy.model.link(here, there).seconds(size)
 
 

@@ -123,7 +123,7 @@ def seconds(life: MachineState, request: Request, ask: Ask, placement: Placement
     for span in placement:
         tokens[span.worker] += span.tokens
     attention = max(count * model.of(worker).token for worker, count in tokens.items())
-    links = (model.link(home.endpoint.host, accounts[one].endpoint.host) for one in tokens if one != home.worker)
+    links = (model.link(home.endpoint, accounts[one].endpoint) for one in tokens if one != home.worker)
     curve = model.of(home.worker)
     step = curve.decode(home.homed + 1, 0) + attention + sum(model.exchange(link, 1) for link in links)
     prompt = curve.prefill(home.pending) + curve.prefill(ask.prompt, ask.shared)
@@ -135,10 +135,10 @@ def _exchange_seconds(life: MachineState, ask: Ask, placement: Placement) -> flo
     model, accounts = life.policy.model, life.ledger.workers
     seconds, before = 0.0, set[str]()
     for span in placement:
-        host = accounts[span.worker].endpoint.host
+        here = accounts[span.worker].endpoint
         rows = min(span.stop, ask.shared + ask.prompt) - max(span.start, ask.shared)
         if rows > 0:
-            links = (model.link(host, accounts[worker].endpoint.host) for worker in before - {span.worker})
+            links = (model.link(here, accounts[worker].endpoint) for worker in before - {span.worker})
             seconds += sum(model.exchange(link, rows) for link in links)
         before.add(span.worker)
     return seconds

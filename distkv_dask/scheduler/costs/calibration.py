@@ -74,7 +74,12 @@ class Calibration:
                 else:
                     there, more = remote.get(span.worker, (0.0, 0.0))
                     remote[span.worker] = there + part, more + held
-        return self._fitted.step(home, rows, tokens, remote) if rows else 0.0
+        if not rows:
+            return 0.0
+        ends = {worker: account.endpoint for worker, account in self._ledger.workers.items() if worker in remote}
+        here = self._ledger.workers.get(home)
+        links = {} if here is None else {one: self._fitted.link(here.endpoint, end) for one, end in ends.items()}
+        return self._fitted.step(home, rows, tokens, remote, links)
 
     def observe(self, home: str, result: WindowResult) -> None:
         """A home finished a window; to be called before the ledger is updated."""

@@ -13,6 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
+from distkv_dask.placement import Endpoint
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -84,6 +86,15 @@ class Link:
         return self.latency + size / self.bandwidth
 
 
+Pair = tuple[str, str]
+"""Two workers, or two hosts, in alphabetical order."""
+
+
+def pair(one: str, other: str) -> Pair:
+    """Two names in the order in which links are known."""
+    return (one, other) if one <= other else (other, one)
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a model: layers, and bytes per token of KV (all layers), of a query and of a partial (one layer)."""
@@ -105,7 +116,9 @@ class PerformanceModel:
     curve
         The curve of workers that ``curves`` does not name.
     inside, between
-        Links of two workers on one host, and on two hosts.
+        Links of two workers on one host, and on two hosts, where ``links`` has neither.
+    links
+        By pair of workers or hosts, where they were measured.
     curves
         By worker, where workers differ. Their owner may change them
         (:mod:`~distkv_dask.scheduler.costs.calibration`).
@@ -116,28 +129,42 @@ class PerformanceModel:
     inside: Link
     between: Link
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    links: Mapping[Pair, Link] = field(default_factory=dict)
 
     def of(self, worker: str) -> Curve:
         """A worker's curve."""
         return self.curves.get(worker, self.curve)
 
-    def link(self, host: str, other: str) -> Link:
-        """The link of two hosts."""
-        return self.inside if host == other else self.between
+    def link(self, one: Endpoint, other: Endpoint) -> Link:
+        """The link of two workers: theirs, their hosts', or the usual one."""
+        usual = self.inside if one.host == other.host else self.between
+        if not self.links:
+            return usual
+        found = self.links.get(pair(one.worker, other.worker)) or self.links.get(pair(one.host, other.host))
+        return found or usual
 
     def exchange(self, link: Link, rows: float) -> float:
         """Queries of ``rows`` tokens to a holder and partials back, in every layer."""
         shape = self.shape
         return shape.layers * (2 * link.latency + rows * (shape.query_bytes + shape.partial_bytes) / link.bandwidth)
 
-    def step(self, home: str, batch: float, tokens: float, remote: Mapping[str, tuple[float, float]]) -> float:
+    def step(
+        self,
+        home: str,
+        batch: float,
+        tokens: float,
+        remote: Mapping[str, tuple[float, float]],
+        links: Mapping[str, Link] | None = None,
+    ) -> float:
         """A decode step of ``batch`` sequences (on average) of a home with ``tokens`` tokens of their KV.
 
-        ``remote`` has, for each holder, whether it is on the same host, its sequences and its tokens. Holders and home
-        attend at the same time; queries are sent and partials received one after the other.
+        ``remote`` has, for each holder, its sequences and its tokens; ``links`` the holder's link with the home, by
+        default that inside a host. Holders and home attend at the same time; queries are sent and partials received one
+        after the other.
         """
         attention = max((count * self.of(holder).token for holder, (_, count) in remote.items()), default=0.0)
-        exchanges = sum(self.exchange(self.inside, rows) for rows, _ in remote.values())
+        known = links or {}
+        exchanges = sum(self.exchange(known.get(holder, self.inside), rows) for holder, (rows, _) in remote.items())
         curve = self.of(home)
         return curve.decode(batch, 0) + max(tokens * curve.token, attention) + exchanges
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
+from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.costs.model import PerformanceModel
 
 
@@ -63,11 +64,11 @@ def equal_pieces(
 
 
 def seconds_of_pieces(
-    model: PerformanceModel, pieces: Sequence[tuple[str, int, int]], hosts: Mapping[str, str], before: int = 0
+    model: PerformanceModel, pieces: Sequence[tuple[str, int, int]], ends: Mapping[str, Endpoint], before: int = 0
 ) -> float:
     """How long workers take for all pieces at once: as long as the last of them.
 
-    ``before`` tokens of KV come before the prompt, on the worker of the last piece.
+    ``before`` tokens of KV come before the prompt, on the worker of the last piece. ``ends`` are where workers listen.
     """
     last, end = pieces[-1][0], pieces[-1][2]
     seconds = dict.fromkeys((worker for worker, _, _ in pieces), 0.0)
@@ -75,7 +76,7 @@ def seconds_of_pieces(
     asked: dict[str, None] = {}
     for worker, first, stop in pieces:
         size, curve = stop - first, model.of(worker)
-        links = [model.link(hosts[worker], hosts[other]) for other in asked if other != worker]
+        links = [model.link(ends[worker], ends[other]) for other in asked if other != worker]
         attended = size * (end - stop + size / 2)  # by the piece's own queries and by all later ones
         seconds[worker] += size * curve.prompt + attended * curve.pair
         seconds[worker] += sum(model.exchange(link, size) for link in links)

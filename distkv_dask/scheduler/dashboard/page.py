@@ -17,7 +17,7 @@ from distributed.dashboard.scheduler import template_variables
 from distkv_dask.messages.names import PLUGIN
 from distkv_dask.scheduler.dashboard.look import TEXT
 from distkv_dask.scheduler.dashboard.panels_memory import DebtPanel, MemoryPanel
-from distkv_dask.scheduler.dashboard.panels_tables import EventsPanel, LatencyPanel, SequencesPanel
+from distkv_dask.scheduler.dashboard.panels_tables import EventsPanel, LatencyPanel, LinksPanel, SequencesPanel
 from distkv_dask.scheduler.dashboard.panels_time import AnatomyPanel, RequestsPanel, ThroughputPanel
 from distkv_dask.scheduler.dashboard.view import View
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from distkv_dask.scheduler.dashboard.board import Board
 
 PANELS = (
-    MemoryPanel, DebtPanel, SequencesPanel, ThroughputPanel, RequestsPanel, AnatomyPanel, LatencyPanel, EventsPanel
+    MemoryPanel, DebtPanel, SequencesPanel, ThroughputPanel, RequestsPanel, AnatomyPanel, LatencyPanel, LinksPanel,
+    EventsPanel
 )  # fmt: skip
 INTERVAL = 500
 """Milliseconds between updates of a page."""
@@ -96,13 +97,14 @@ class Page:
 
 def whole_page(scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> None:
     """Document of ``/distkv``."""
-    memory, debts, sequences, throughput, requests, anatomy, latencies, events = panels = [kind() for kind in PANELS]
+    panels = [kind() for kind in PANELS]
+    memory, debts, sequences, throughput, requests, anatomy, latencies, links, events = panels
     headline, select = Headline(), Select(title="engine", visible=False, width=320)
     body = column(
         row(memory.root, debts.root, sizing_mode="stretch_width"),
         sequences.root,
         row(throughput.root, requests.root, anatomy.root, sizing_mode="stretch_width"),
-        row(latencies.root, events.root, sizing_mode="stretch_width"),
+        row(latencies.root, links.root, events.root, sizing_mode="stretch_width"),
         sizing_mode="stretch_width",
     )
     page = Page(scheduler.extensions[PLUGIN].dispatcher.board, [headline, *panels], select, body)

@@ -1,4 +1,4 @@
-"""Tables: sequences with a bar of their KV's placement, latencies, and events."""
+"""Tables: sequences with a bar of their KV's placement, latencies, links, and events."""
 
 from __future__ import annotations
 
@@ -136,8 +136,27 @@ class LatencyPanel(_Table):
         ]
 
 
+class LinksPanel(_Table):
+    """The slowest measured links, of workers of one host or between hosts."""
+
+    name = "links"
+    columns: ClassVar = {
+        "one": ("link of", 130),
+        "other": ("and", 130),
+        "latency": ("one way", 70),
+        "bandwidth": ("bandwidth", 80),
+    }
+    height = 200
+
+    def rows(self, view: View) -> list[tuple[str, ...]]:
+        """Cells by row."""
+        return [(one.one, one.other, seconds(one.latency), f"{one.bandwidth / 1e9:.2f} GB/s") for one in view.links]
+
+
 def seconds(value: float) -> str:
     """A time in readable units."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs"
     return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
 
 from distkv_dask.scheduler.engines.figures import Event, Figures, Sample
 from distkv_dask.scheduler.ledger.accounts import WorkerAccount
@@ -23,6 +24,9 @@ WORKERS = 40
 
 SEQUENCES = 30
 """Number of sequences shown individually: those with the most placed tokens."""
+
+LINKS = 20
+"""Number of measured links shown: the slowest ones."""
 
 STATES = (*(state.label for state in UNDER_WAY), ASIDE)
 """States of live requests."""
@@ -76,6 +80,15 @@ class AnatomyRow:
     gap: float
 
 
+class LinkRow(NamedTuple):
+    """A measured link of two workers or hosts: seconds one way, and bytes per second."""
+
+    one: str
+    other: str
+    latency: float
+    bandwidth: float
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """One engine at one moment; times are seconds, memory is blocks of ``block_bytes`` bytes."""
@@ -93,6 +106,7 @@ class View:
     sequences: tuple[SequenceRow, ...] = ()
     more_sequences: int = 0
     anatomy: tuple[AnatomyRow, ...] = ()
+    links: tuple[LinkRow, ...] = ()
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     history: tuple[Sample, ...] = ()
     events: tuple[Event, ...] = ()
@@ -138,6 +152,7 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
         sequences=tuple(_row(life, live, label, now) for live in sorted(largest, key=lambda live: live.sequence)),
         more_sequences=states.total() - len(largest),
         anatomy=_anatomy(figures, shown, label),
+        links=_links(life, label),
         latencies={
             "in the queue": figures.queue.percentiles(),
             "to the first token": figures.first_token.percentiles(),
@@ -198,3 +213,9 @@ def _anatomy(figures: Figures, shown: set[str], label: Callable[[str], str]) -> 
             parts = max(0.0, one.seconds - one.sending - one.waiting), one.sending, one.waiting, one.gap
             rows.append(AnatomyRow(label(worker), *(part * scale for part in parts)))
     return tuple(sorted(rows, key=lambda row: row.label))
+
+
+def _links(life: MachineState, label: Callable[[str], str]) -> tuple[LinkRow, ...]:
+    """The slowest links first."""
+    slowest = heapq.nlargest(LINKS, life.policy.model.links.items(), key=lambda item: (item[1].latency, item[0]))
+    return tuple(LinkRow(label(one), label(other), *astuple(link)) for (one, other), link in slowest)

@@ -22,6 +22,7 @@ from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.group import Group
+from distkv_dask.scheduler.engines.link_record import LinkRecord
 from distkv_dask.scheduler.engines.outbox import Outbox
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle import retries
@@ -60,6 +61,7 @@ class EngineState:
         """Dask span of tasks submitted from now on; None: Dask's default one."""
         self.group = Group(spec) if spec.config.stages > 1 else None
         """The workers among which layers are divided, if they are."""
+        self.links = LinkRecord(self.facts, spec.config)
         self.figures = Figures()
         self.is_closing = False
         self.broken: EngineClosedError | None = None
@@ -108,9 +110,14 @@ class EngineState:
         self.geometry = facts.geometry
         if self.geometry.home_bytes:
             self.life.keep_states(self.geometry.home_bytes)
-        measured = {name: one.measured for name, one in self.facts.items()}
-        self.life.know_costs(fit_model(self.geometry, measured, PRESET))
+        self.fit_costs()
         self._answered(facts.worker)
+
+    def fit_costs(self) -> None:
+        """Fit the performance model to what was measured of workers and links."""
+        if self.geometry is not None:
+            measured = {name: one.measured for name, one in self.facts.items()}
+            self.life.know_costs(self.links.model(fit_model(self.geometry, measured, PRESET)))
 
     def open_failed(self, worker: str, error: Exception) -> None:
         """A worker could not open the engine and is not part of it."""
@@ -139,6 +146,7 @@ class EngineState:
     def worker_lost(self, worker: str) -> None:
         """A worker died or left."""
         self.facts.pop(worker, None)
+        self.links.forget(worker)
         if worker in self._pending:
             self._lost = worker
         self._answered(worker)

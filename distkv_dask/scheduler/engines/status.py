@@ -10,6 +10,7 @@ from distkv_dask.messages.status import (
     BlockCounts,
     Debt,
     EngineStatus,
+    MeasuredLink,
     SchedulerLoad,
     SequenceStatus,
     TierCounts,
@@ -47,6 +48,7 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
         state_bytes=max((opened.geometry.home_bytes for opened in facts.values()), default=0),
         speculation=_speculation(life),
         exchange_seconds=model.exchange(model.inside, 1),
+        links=tuple(MeasuredLink(*both, link.latency, link.bandwidth) for both, link in sorted(model.links.items())),
         totals={**figures.totals, **finished, "moved_blocks": life.moves.moved_blocks},
     )
 

@@ -80,9 +80,9 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     must end within half of the sequence's remaining time. A prompt in prefill does not move: each of its tokens would
     cost an exchange.
     """
-    idle = next((one for one in islice(ledger.room.creditors(), CREDITORS) if not one.held), None)
+    idles = [one for one in islice(ledger.room.creditors(), CREDITORS) if not one.held]
     full = next(ledger.room.fullest(), None)
-    if idle is None or full is None:
+    if not idles or full is None:
         return []
     movable = ((number, ledger.sequences[number]) for number in islice(full.held, SEQUENCES))
     spans = [
@@ -95,11 +95,11 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
         return []
     tokens, start, number, account = max(spans, key=lambda span: span[:3])
     home = ledger.workers[account.home]
-    near = ledger.room.on_host(home.endpoint.host)
-    idle = next((one for one in near if one.lendable and not one.held), idle)
+    near = [one for one in ledger.room.on_host(home.endpoint.host) if one.lendable and not one.held]
+    idle = min(near + idles, key=lambda one: model.exchange(model.link(home.endpoint, one.endpoint), 1))
     blocks = min(ledger.blocks(tokens) // 2, idle.lendable, account.due * WORTH // ledger.block_tokens)
     moved = blocks * ledger.block_tokens
-    link = model.link(home.endpoint.host, idle.endpoint.host)
+    link = model.link(home.endpoint, idle.endpoint)
     there, here = model.of(idle.worker).token, model.of(full.worker).token
     saved = tokens * here - max((tokens - moved) * here, moved * there) - model.exchange(link, 1)
     on_home = sum(_filled(ledger.sequences[other], home.worker) for other in home.homes)

@@ -73,7 +73,7 @@ def helpers(life: MachineState, home: WorkerAccount, sequence: int | None = None
     yield from sorted(
         (one for one in idle if one.lendable),
         key=lambda one: (
-            one.endpoint.host != home.endpoint.host,
+            life.policy.model.exchange(life.policy.model.link(home.endpoint, one.endpoint), 1),
             life.policy.model.of(one.worker).prefill(life.config.prefill_chunk_tokens),
             one.worker,
         ),
@@ -121,12 +121,12 @@ def _fits(life: MachineState, task: Task, pieces: Pieces) -> bool:
 def _seconds(life: MachineState, task: Task, pieces: Pieces) -> float:
     """How long the whole request takes, prompt and longest answer."""
     model, accounts, home = life.policy.model, life.ledger.workers, task.home
-    hosts = {worker: accounts[worker].endpoint.host for worker, _, _ in pieces}
+    ends = {worker: accounts[worker].endpoint for worker, _, _ in pieces}
     tokens: Counter[str] = Counter({home.worker: task.before + task.answer})
     for worker, first, last in pieces:
         tokens[worker] += last - first
     attention = max(count * model.of(worker).token for worker, count in tokens.items())
-    links = (model.link(home.endpoint.host, hosts[worker]) for worker in hosts if worker != home.worker)
+    links = (model.link(home.endpoint, end) for worker, end in ends.items() if worker != home.worker)
     step = model.of(home.worker).decode(home.homed + 1, 0) + attention + sum(model.exchange(link, 1) for link in links)
     own = [(worker, first - task.before, last - task.before) for worker, first, last in pieces]
-    return seconds_of_pieces(model, own, hosts, task.before) + task.answer * step
+    return seconds_of_pieces(model, own, ends, task.before) + task.answer * step

@@ -44,6 +44,10 @@ class Kind(IntEnum):
     """H, to a stage: positions of tokens, then their hidden states before the stage's layers."""
     HIDDEN = 11
     """A, of a stage: hidden states after its layers."""
+    PING = 12
+    """H, between gangs: some bytes, to see how long they take."""
+    PONG = 13
+    """A: the same bytes."""
     FAIL = 9
     """Both: the sender's part of the gang failed; the payload has the culprit and the reason; the connection ends."""
 

@@ -162,6 +162,8 @@ class HomeConnection:
             self._fail(header, failed(f"home {self.inlet.peer}", payload))
         elif self.service.turns is not None:
             self.service.turns.take(self.inlet, header, payload)
+        elif header.kind is Kind.PING and self._gang is None:
+            self.inlet.send(Header(Kind.PONG, step=header.step, length=header.length), payload)
         elif header.kind is Kind.BEGIN and self._gang is None:
             session = self.service.claim(header.gang, self)
             self._gang = header.gang, header.epoch
