@@ -16,6 +16,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.cache import copies, restore, retention
 from distkv_dask.scheduler.costs.presets import PRESET
+from distkv_dask.scheduler.engines.status import tiers_of
 from distkv_dask.scheduler.records.extents import RESTS
 
 TIERS: dict[str, Any] = {"prefix_cache_tier": "disk", "spill": 10_000}
@@ -68,6 +69,17 @@ def test_what_has_to_make_room_comes_back_from_disk_and_only_the_rest_is_compute
     assert ask(cluster, 3, text(1, 36)) == {"disk": 32}
     assert computed(cluster.seen) == [(32, 36)]
     assert_nothing_left(cluster)
+
+
+def test_the_status_counts_what_is_on_disk_not_what_is_still_being_written() -> None:
+    cluster = cluster_of(0, 10, **TIERS)
+    cluster.submit(1, text(1, 36), SamplingParams(max_new_tokens=5))
+    told = list[tuple[int, int]]()
+    while cluster.step():
+        written = sum(map(len, cluster.disks["w0"].values()))
+        told.append((tiers_of(cluster.life, "w0")["disk"], written))
+    assert told[-1] == (10, 10)
+    assert all(said == written for said, written in told)
 
 
 def test_a_chat_goes_on_where_it_was_though_others_took_its_room() -> None:

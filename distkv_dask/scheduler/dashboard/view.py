@@ -179,7 +179,7 @@ def _bar(life: MachineState, account: WorkerAccount, label: Callable[[str], str]
         borrowed=account.borrowed,
         homes=account.homed,
         copies=life.extents.blocks[account.worker, "workers"],
-        on_disk=life.extents.blocks[account.worker, "disk"],
+        on_disk=life.extents.on_disk(account.worker),
     )
 
 

@@ -60,8 +60,9 @@ def _speculation(life: MachineState) -> str:
 
 def tiers_of(life: MachineState, worker: str) -> dict[str, int]:
     """Blocks of finished requests on a worker, by tier."""
-    copies, disk = life.extents.blocks[worker, "workers"], life.extents.blocks[worker, "disk"]
-    return {"memory": life.ledger.workers[worker].cached - copies, "workers": copies, "disk": disk}
+    copies = life.extents.blocks[worker, "workers"]
+    memory = life.ledger.workers[worker].cached - copies
+    return {"memory": memory, "workers": copies, "disk": life.extents.on_disk(worker)}
 
 
 def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -> WorkerStatus:

@@ -148,6 +148,12 @@ class Extents:
         """The extents of a worker, the least recently used first."""
         return [self.by_number[number] for number in self.there.get((worker, kind), ())]
 
+    def on_disk(self, worker: str) -> int:
+        """Number of blocks on a worker's disk, without those that are being written."""
+        copying = (self.by_number[number] for number in self.copying.values())
+        under_way = sum(len(one.keys) for one in copying if (one.worker, one.kind) == (worker, "disk"))
+        return self.blocks[worker, "disk"] - under_way
+
     def may_write(self, worker: str, now: float) -> bool:
         """Whether a worker's disk has not failed lately."""
         return worker not in self.failed or now - self.failed[worker][0] > RESTS
