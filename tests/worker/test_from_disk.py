@@ -63,6 +63,19 @@ def test_logits_have_the_same_bits(family: str, dtype: str, tmp_path: Path, monk
         assert torch.equal(logits(disk, tokens), logits(memory, tokens))
 
 
+def test_a_disk_without_room_is_named_with_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(host_copy, "LEAST", 1)
+    monkeypatch.setattr(host_copy, "FREE", 0.1)
+    full = host_copy.shutil.disk_usage(tmp_path)._replace(total=1000, free=77)
+    monkeypatch.setattr(host_copy.shutil, "disk_usage", lambda _: full)
+    needs = r"a file of \d{6,} bytes .* disk of .*weights: 77 of 1000 bytes are free.*XDG_CACHE_HOME"
+    with pytest.raises(ModelError, match=needs):
+        load_model(str(model_dir("llama-gqa")), "bfloat16", 1, from_disk=True)
+    alone = load_model(str(model_dir("llama-gqa")), "bfloat16", 1)
+    assert "77 of 1000 bytes are free" in alone.weights.where
+
+
 def test_nothing_is_packed_of_what_is_in_a_buffer_for_a_moment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

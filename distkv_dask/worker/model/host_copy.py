@@ -36,6 +36,9 @@ FREE = 0.1
 WAIT = 600.0
 """Seconds to wait for another process that writes the file."""
 
+ALONE = "of this process alone: "
+"""Start of what is said of weights that are not mapped from a file, before the reason."""
+
 _COLUMNS = "columns:"
 """Prefix of matrices with contiguous columns, which are written transposed."""
 
@@ -107,7 +110,13 @@ def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
     form = _form(model)
     tensors = {name: tensor for name, tensor in _persistent(model)}
     if not _make_room(file.parent, need := sum(tensor.nbytes for tensor in tensors.values())):
-        return _alone(model, f"{need} bytes for all processes do not fit the disk of {file.parent}")
+        disk = shutil.disk_usage(file.parent)
+        return _alone(
+            model,
+            f"a file of {need} bytes for all processes does not fit the disk of {file.parent}: {disk.free} of "
+            f"{disk.total} bytes are free, and a tenth stays free. Make room there, or set XDG_CACHE_HOME to a folder "
+            "on another disk",
+        )
     _write(tensors, file)
     del model, tensors  # otherwise the weights would be in memory twice
     model = read(_tensors(file))
@@ -122,7 +131,7 @@ def _mapped(file: Path) -> str:
 
 
 def _alone(model: Any, reason: str) -> tuple[Any, str]:
-    where = f"of this process alone: {reason}"
+    where = f"{ALONE}{reason}"
     logger.warning("weights of a model are %s", where)
     return model, where
 

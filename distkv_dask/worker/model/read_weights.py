@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distkv_dask.errors import DeviceError, ModelError, in_words
+from distkv_dask.errors import DeviceError, ModelError, UnsupportedModelError, in_words
 from distkv_dask.models.complete import check_complete
 from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import ModelSource
 from distkv_dask.worker.device import Device
 from distkv_dask.worker.model.from_disk import DiskLayers
 from distkv_dask.worker.model.hook import IMPLEMENTATION
-from distkv_dask.worker.model.host_copy import Read, loaded_once
+from distkv_dask.worker.model.host_copy import ALONE, Read, loaded_once
 from distkv_dask.worker.model.sparse_rows import RowCounts, lay_in_rows, skip_zero_rows
 from distkv_dask.worker.model.text_part import drop_other_parts
 
@@ -106,8 +106,13 @@ def on_disk(model: Any, weights: Weights) -> Weights:
     Raises
     ------
     UnsupportedModelError
-        Its layers are not in one list, or their weights are not used as they are stored.
+        Its layers are not in one list, their weights are not used as they are stored, or no file has them.
     """
+    if weights.where.startswith(ALONE):
+        raise UnsupportedModelError(
+            f"layers cannot be read from disk (distkv.weights): {weights.where.removeprefix(ALONE)}; or set "
+            "distkv.weights to memory"
+        )
     disk = DiskLayers(model)
     return replace(weights, where=f"layers from disk, {disk.buffer_bytes} bytes in memory at a time", disk=disk)
 
