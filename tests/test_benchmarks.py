@@ -57,6 +57,7 @@ PLACED = {
 OTHERS = {
     "dashboard_cost": "--workers 5 --sequences 10 --repeat 1",
     "evaluation_simulated": "--workers 4 --requests 10 --seeds 1 --links 1gbe",
+    "mixed_links": "--workloads v2-short-3 --workers 16 --requests 10",
     "gmanager_scale": "--workers 4 --requests 20 --rounds 5 --policies overflow",
     "model_coverage": "--types llama",
     "few_rows": "--models 135M --rows 1 --turns 1",
