@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
+from distkv_dask.messages.measured_link import MeasuredLink
 from distkv_dask.placement import Placement
 
 
@@ -195,15 +196,6 @@ class Debt(NamedTuple):
     debtor: str
     creditor: str
     blocks: int
-
-
-class MeasuredLink(NamedTuple):
-    """A measured link of two workers of one host, or of two hosts: seconds one way, and bytes per second."""
-
-    one: str
-    other: str
-    latency: float
-    bandwidth: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,10 +59,8 @@ class Dispatcher:
         self.engines: dict[str, EngineState] = {}
         self.versions: dict[str, str] = {}
         self.submitter = Submitter(scheduler, self._task_failed)
-        self.board = Board(scheduler, self.engines)
-        self.survey = LinkSurvey(scheduler)
-        self._pacer = Pacer()
-        self._numbers = itertools.count(1)
+        self.board, self.survey = Board(scheduler, self.engines), LinkSurvey(scheduler)
+        self._pacer, self._numbers = Pacer(), itertools.count(1)
         self._clock: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 

@@ -17,9 +17,7 @@ from distkv_dask.messages.from_worker import AdaptersKept, ChunkDone, Opened, Pr
 from distkv_dask.messages.names import HANDLE_NUMBERS, EngineSpec
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.messages.to_worker import Open
-from distkv_dask.scheduler.costs.fit import fit_model
 from distkv_dask.scheduler.costs.pacer import Pacer
-from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.group import Group
 from distkv_dask.scheduler.engines.link_record import LinkRecord
@@ -87,7 +85,6 @@ class EngineState:
         return 0 if self.geometry is None else len(self.geometry.far_layers)
 
     # Opening and closing
-
     def expect(self, worker: str) -> None:
         """A worker is asked to open the engine."""
         self._pending.add(worker)
@@ -106,8 +103,7 @@ class EngineState:
         if facts.role == "stage":
             self._answered(facts.worker)
             return
-        self.life.block_bytes = facts.block_bytes
-        self.geometry = facts.geometry
+        self.life.block_bytes, self.geometry = facts.block_bytes, facts.geometry
         if self.geometry.home_bytes:
             self.life.keep_states(self.geometry.home_bytes)
         self.fit_costs()
@@ -116,8 +112,7 @@ class EngineState:
     def fit_costs(self) -> None:
         """Fit the performance model to what was measured of workers and links."""
         if self.geometry is not None:
-            measured = {name: one.measured for name, one in self.facts.items()}
-            self.life.know_costs(self.links.model(fit_model(self.geometry, measured, PRESET)))
+            self.life.know_costs(self.links.model(self.geometry))
 
     def open_failed(self, worker: str, error: Exception) -> None:
         """A worker could not open the engine and is not part of it."""

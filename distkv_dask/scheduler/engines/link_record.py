@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from distkv_dask.config import Config
-from distkv_dask.geometry import LinkTimes
+from distkv_dask.geometry import Geometry, LinkTimes
 from distkv_dask.messages.from_worker import Opened
 from distkv_dask.placement import Endpoint
+from distkv_dask.scheduler.costs.fit import fit_model
 from distkv_dask.scheduler.costs.links import MOST_FAILURES, of_pair, wanted, with_links
 from distkv_dask.scheduler.costs.model import Pair, PerformanceModel
+from distkv_dask.scheduler.costs.presets import PRESET
 
 
 class LinkRecord:
@@ -56,9 +58,10 @@ class LinkRecord:
             del self.times[both]
         self.failed = {both for both in self.failed if worker not in both}
 
-    def model(self, fitted: PerformanceModel) -> PerformanceModel:
-        """A performance model with these links."""
-        return with_links(fitted, self._ends(), self.times)
+    def model(self, geometry: Geometry) -> PerformanceModel:
+        """A performance model of what was measured of workers and links."""
+        measured = {worker: facts.measured for worker, facts in self._facts.items()}
+        return with_links(fit_model(geometry, measured, PRESET), self._ends(), self.times)
 
     def _ends(self) -> dict[str, Endpoint]:
         return {worker: facts.endpoint for worker, facts in self._facts.items()}

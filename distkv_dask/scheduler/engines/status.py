@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from distkv_dask.messages.from_worker import Opened
+from distkv_dask.messages.measured_link import MeasuredLink
 from distkv_dask.messages.status import (
     BlockCounts,
     Debt,
     EngineStatus,
-    MeasuredLink,
     SchedulerLoad,
     SequenceStatus,
     TierCounts,
