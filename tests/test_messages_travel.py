@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask import errors
+from distkv_dask.adapter import Adapter
 from distkv_dask.config import Config
 from distkv_dask.gang import SequenceState
 from distkv_dask.messages import client_calls, from_worker, names, status, to_worker
@@ -85,6 +86,7 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "keeps": st.booleans(),
         "saved": st.none() | st.from_type(names.Saved),
         "name": words,
+        "adapter": st.none() | st.builds(Adapter, words, words),
         "choices": st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple), max_size=3).map(tuple),
     },
 }
