@@ -139,6 +139,7 @@ def test_the_gmanager_takes_every_message_of_a_worker(message: did.FromWorker) -
         _engine_lost=lambda *_: handled.append("lost"),
         _gang_failed=lambda *_: handled.append("failed"),
         submitter=MagicMock(),
+        survey=MagicMock(),
     )
     Dispatcher.take_message(dispatcher, state, message)  # type: ignore[arg-type]
     assert handled or state.open_failed.called or state.adapters_kept.called
