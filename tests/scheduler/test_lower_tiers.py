@@ -271,7 +271,7 @@ def test_a_beginning_of_the_same_hash_is_not_taken_for_another(monkeypatch: pyte
     ask(cluster, 1, text(1, 36))
     ask(cluster, 2, text(2, 36))
     keys = [key for one in cluster.life.extents.by_number.values() if one.tokens[:4] == text(1, 4) for key in one.keys]
-    monkeypatch.setattr(restore, "chain", lambda tokens, size: iter(keys[: len(tokens) // size]))
+    monkeypatch.setattr(restore, "chain", lambda tokens, size, adapter: iter(keys[: len(tokens) // size]))
     assert not ask(cluster, 3, text(3, 36))
 
 

@@ -115,8 +115,11 @@ def test_ragged_prompts_flattened_into_one_call_do_not_see_each_other(family: st
     first = run(model, step, [prompts[0][16:], prompts[1], prompts[2][20:]], [16, 0, 20])
     tokens, logits = decode(model, step, first, lengths)
     assert tokens == [one.tokens for one in expected]
+    atol = (
+        5e-4 if family == "gpt-oss" else 1e-4
+    )  # experts' products have other rows together: 2.5e-4 on an Intel with AMX
     for ours, one in zip(logits, expected, strict=True):
-        torch.testing.assert_close(ours, one.logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours, one.logits, rtol=0, atol=atol)
 
 
 def test_smollm2_answers_as_in_plain_transformers() -> None:

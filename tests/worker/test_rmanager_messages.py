@@ -18,6 +18,7 @@ from distkv_dask.messages.from_worker import Expected, Relocated
 from distkv_dask.messages.names import (
     FROM_WORKER,
     TAKE_TRACE,
+    TIME_LINK,
     TO_WORKER,
     Saved,
     SavedFile,
@@ -39,6 +40,7 @@ RANGES = ((0, 16), (32, 48))
 
 AT_ONCE: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
     (do.Reserve(ADDRESS, 5, 16, 48), "reserve", (5, 16, 48)),
+    (do.Share(ADDRESS, 4, 5, 0, 16), "runtime.pool.share", (4, 5, 0, 16)),
     (do.Begin(ADDRESS, 5, 4, 16), "runtime.home_state.adopt", (5, 4, 16)),
     (do.Keep(ADDRESS, 5, (16, 32), ended=True), "runtime.home_state.keep", (5, (16, 32), True)),
     (do.Keep(ADDRESS, 5, (), ended=False), "runtime.home_state.keep", (5, (), False)),
@@ -213,7 +215,7 @@ def test_nothing_is_raised_where_the_scheduler_is_gone() -> None:
 def test_handlers_are_there_from_setup_on() -> None:
     made = Managed(AtOnce())
     assert made.worker.stream_handlers == {TO_WORKER: made.manager.receive}
-    assert made.worker.handlers.keys() == {TAKE_TRACE, *ToPeer}
+    assert made.worker.handlers.keys() == {TAKE_TRACE, TIME_LINK, *ToPeer}
 
 
 @pytest.mark.parametrize("traced", [False, True])
