@@ -41,7 +41,13 @@ class Engine(FakeEngine):
     def __init__(self, answer: Callable[[str], str] = lambda text: f"re {text}") -> None:
         super().__init__(lambda *_: None)
         self.answer = answer
-        self.store = SimpleNamespace(begin_ingest=lambda ids: SimpleNamespace(number=7), end=lambda number: None)
+        self.store = SimpleNamespace(
+            begin_ingest=lambda ids, adapter=None: SimpleNamespace(number=7), end=lambda number: None
+        )
+
+    def adapter(self, path: Any) -> None:
+        """Requests of these tests have none."""
+        assert path is None
 
     def in_span(self, *tags: str) -> Any:
         import contextlib
