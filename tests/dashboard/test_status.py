@@ -94,6 +94,7 @@ KEYS = [
     "state_bytes",
     "speculation",
     "exchange_seconds",
+    "links",
     "totals",
     "totals.prefilled_tokens",
     "totals.move_events",
