@@ -8,20 +8,16 @@ reads memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from _report import parser, report
 from _roof import read_roof
 from torch import Tensor
-from torch.nn.functional import linear
 
-from distkv_dask.kernels import few_rows
-from distkv_dask.worker.model.linear_choice import chosen
-from distkv_dask.worker.model.packed import ONEDNN, TORCH, PackedLinear
+from distkv_dask.worker.model.linear_choice import ROWS, Product, candidates, chosen
+from distkv_dask.worker.model.packed import in_words
 
-Product = Callable[[Tensor], Tensor]
 MODELS = {
     "135M": (30, ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))),
     "8B": (3, ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (12288, 4096), (12288, 4096), (4096, 12288))),
@@ -29,21 +25,10 @@ MODELS = {
 """Layers, and the outputs and inputs of a layer's linears."""
 
 
-def products(layers: int, shapes: tuple[tuple[int, int], ...]) -> tuple[dict[str, list[Product]], int]:
-    """The linears of all layers by what computes them, and the bytes of their weights."""
+def weights_of(layers: int, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Random weights of the linears of all layers."""
     torch.manual_seed(0)
-    weights = [torch.randn(shape).bfloat16() for _ in range(layers) for shape in shapes]
-    made: dict[str, list[Product]] = {
-        TORCH: [lambda rows, weight=weight: linear(rows, weight) for weight in weights],  # type: ignore[misc]
-        ONEDNN: [PackedLinear(weight, None) for weight in weights],
-    }
-    packed = [few_rows.packed(weight) for weight in weights]
-    for name in few_rows.sets():
-        made[name] = [
-            few_rows.FewRows(each, (weight.shape[0], weight.shape[1]), None, ((1 << 20, name),))
-            for each, weight in zip(packed, weights, strict=True)
-        ]
-    return made, sum(weight.nbytes for weight in weights)
+    return [torch.randn(shape).bfloat16() for _ in range(layers) for shape in shapes]
 
 
 def seconds(linears: list[Product], given: list[Tensor]) -> float:
@@ -61,13 +46,16 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--turns", type=int, default=7)
     options = arguments.parse_args()
+    if max(options.rows) > ROWS[-1]:
+        arguments.error(f"--rows: at most {ROWS[-1]}")
     torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {"chosen": str(chosen())}
+    figures: dict[str, Any] = {"chosen": in_words(chosen().few)}
     read, size = read_roof("cpu", options.threads)
     with torch.inference_mode():
         for model in options.models:
             layers, shapes = MODELS[model]
-            made, weights = products(layers, shapes)
+            weights = weights_of(layers, shapes)
+            made, size_of_all = candidates(weights), sum(weight.nbytes for weight in weights)
             for rows in options.rows:
                 given = [torch.randn(rows, inputs).bfloat16() for _ in range(layers) for _, inputs in shapes]
                 best, rates = dict.fromkeys(made, float("inf")), [0.0]
@@ -77,7 +65,7 @@ def main() -> None:
                     rates.append(size / (time.perf_counter() - began))
                     for name, linears in made.items():
                         best[name] = min(best[name], seconds(linears, given))
-                floor = weights / max(rates)
+                floor = size_of_all / max(rates)
                 figures[f"{model}, {rows} rows: ms"] = {name: round(1e3 * one, 2) for name, one in best.items()}
                 figures[f"{model}, {rows} rows: floor_ms"] = round(1e3 * floor, 2)
                 figures[f"{model}, {rows} rows: ratio"] = {name: round(one / floor, 2) for name, one in best.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from _models import Reference, model_dir
+from _models import Reference, generated, model_dir
 
 peft = pytest.importorskip("peft")
 
@@ -54,16 +54,7 @@ def adapted_generate(
 
 @cache
 def _reference(model: str, adapter: str, prompt: tuple[int, ...], max_new_tokens: int) -> Reference:
-    output = _adapted(model, adapter).generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return Reference(output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float())
+    return generated(_adapted(model, adapter), prompt, max_new_tokens)
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -171,8 +172,13 @@ def reference_generate(
 
 @cache
 def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attention: str | None) -> Reference:
-    output = _plain(model, attention).generate(
-        torch.tensor([prompt]),
+    return generated(_plain(model, attention), prompt, max_new_tokens)
+
+
+def generated(model: Any, prompt: tuple[int, ...], max_new_tokens: int) -> Reference:
+    """What a model of transformers, or of peft, generates greedily, past any end-of-sequence token."""
+    output = model.generate(
+        input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <new>
 #include <vector>
 
 #include "core.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace distkv {
 
@@ -20,25 +20,6 @@ constexpr int64_t kPieceTokens = 1024;       // of a piece, doubled until a row 
 constexpr int64_t kPieces = 32;
 constexpr int64_t kTileItems = 32;           // a row with fewer tiles is cut by tokens
 constexpr int64_t kTileSplitTokens = 1024;
-
-// Scratch memory of one thread, kept between calls: kernels are called once per layer.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(std::aligned_alloc(64, size_));
-      if (!data_) size_ = 0;
-    }
-    return data_;
-  }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 struct Row {
   int64_t first, last;  // queries

@@ -1,10 +1,10 @@
 // The plain C interface of linear.h: finds the kernels of an instruction set, pads rows, and divides panels among threads.
 #include "linear.h"
 
-#include <cstdlib>
 #include <cstring>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace distkv {
 namespace {
@@ -34,21 +34,6 @@ void work(void* context, int64_t index) {
   const int64_t first = index * all.share, last = first + all.share;
   all.kernels.panels(all.call, first, last < all.panels ? last : all.panels);
 }
-
-// Memory of the calling thread that grows and is kept: layers call one after the other.
-struct Scratch {
-  ~Scratch() { std::free(data); }
-  char* reserve(int64_t bytes) {
-    if (bytes <= size) return data;
-    std::free(data);
-    size = (bytes + 4095) / 4096 * 4096;
-    data = static_cast<char*>(std::aligned_alloc(64, size));
-    if (!data) size = 0;
-    return data;
-  }
-  char* data = nullptr;
-  int64_t size = 0;
-};
 
 void widen(float* to, const uint16_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {

@@ -7,7 +7,7 @@ by instruction set.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 
@@ -68,18 +68,22 @@ def timed() -> dict[int, dict[str, float]]:
     """Seconds of a round by number of rows and candidate, the best of a few rounds in turns: about 0.2 s in all."""
     with torch.inference_mode():
         weights = [torch.full((OUTPUTS, INPUTS), 0.01, dtype=torch.bfloat16) for _ in range(WEIGHTS)]
-        products = _candidates(weights)
+        products = candidates(weights)
         return {rows: _best(products, torch.ones(rows, INPUTS, dtype=torch.bfloat16)) for rows in ROWS}
 
 
-def _candidates(weights: list[Tensor]) -> dict[str, list[Product]]:
+def candidates(weights: Sequence[Tensor]) -> dict[str, list[Product]]:
+    """The products of some weights [outputs, inputs], in bfloat16, by the name of what computes them."""
     made: dict[str, list[Product]] = {TORCH: [partial(_plain, weight) for weight in weights]}
     if torch.backends.mkldnn.is_available():
         with suppress(RuntimeError):  # this processor has no bfloat16 that oneDNN uses
             made[ONEDNN] = [PackedLinear(weight, None) for weight in weights]
     packed = [few_rows.packed(weight) for weight in weights]
     for name in few_rows.sets():
-        made[name] = [few_rows.FewRows(each, (OUTPUTS, INPUTS), None, ((ROWS[-1], name),)) for each in packed]
+        made[name] = [
+            few_rows.FewRows(each, (weight.shape[0], weight.shape[1]), None, ((ROWS[-1], name),))
+            for each, weight in zip(packed, weights, strict=True)
+        ]
     return made
 
 

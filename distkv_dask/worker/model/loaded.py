@@ -26,7 +26,7 @@ from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.lora import PlacedAdapter
 from distkv_dask.worker.model.no_attention import NoAttention
-from distkv_dask.worker.model.packed import pack_linears
+from distkv_dask.worker.model.packed import pack_linears, packed_by
 from distkv_dask.worker.model.read_weights import Weights
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.structured import Follower, Grammars
@@ -111,7 +111,8 @@ class LoadedModel:
     @property
     def where(self) -> str:
         """Where its weights are, in words."""
-        packed = f"; those of linears also packed, which takes as much memory of this process alone: {chosen()}"
+        by = packed_by(self._model) if self.is_packed else ""
+        packed = f"; those of linears also packed, which takes as much memory of this process alone: {by}"
         return self.weights.where + packed * self.is_packed
 
     @property

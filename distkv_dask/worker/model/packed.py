@@ -39,11 +39,6 @@ class Choice:
     few: tuple[tuple[int, str], ...] = ()
     onednn: bool = False
 
-    def __str__(self) -> str:
-        if self.few:
-            return ", ".join(f"{name} up to {most} rows" for most, name in self.few)
-        return "packed by oneDNN" if self.onednn else ""
-
 
 def packing_room(limit: int | None) -> int:
     """Maximum bytes of packed weights on a worker with this memory limit (None: without one)."""
@@ -83,12 +78,29 @@ def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]
     return size
 
 
+def packed_by(model: torch.nn.Module) -> str:
+    """What computes with packed weights of a model, in words; empty where nothing is packed."""
+    found = (vars(module).get("forward") for module in model.modules())
+    return next((one.by for one in found if isinstance(one, FewRowsLinear | PackedLinear)), "")
+
+
 def _product(linear: torch.nn.Linear, choose: Callable[[], Choice]) -> Callable[[Tensor], Tensor] | None:
     weight, bias = linear.weight, linear.bias
     choice = choose() if weight.dtype == torch.bfloat16 else Choice(onednn=True)
     if choice.few:
         return FewRowsLinear(weight, bias, choice.few)
     return PackedLinear(weight, bias) if choice.onednn and torch.backends.mkldnn.is_available() else None
+
+
+def in_words(kernels: Sequence[tuple[int, str]]) -> str:
+    """Which instruction sets serve up to how many rows.
+
+    Examples
+    --------
+    >>> in_words([(4, "avx512"), (512, "amx_bf16")])
+    'avx512 up to 4 rows, amx_bf16 up to 512 rows'
+    """
+    return ", ".join(f"{name} up to {most} rows" for most, name in kernels)
 
 
 class FewRowsLinear:
@@ -103,6 +115,8 @@ class FewRowsLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Sequence[tuple[int, str]]) -> None:
+        self.by = in_words(kernels)
+        """What computes."""
         self._weight, self._bias = weight, bias
         self._few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, kernels)
 
@@ -124,6 +138,8 @@ class PackedLinear:
     weight, bias
         [out, in] and [out] or None.
     """
+
+    by = "packed by oneDNN"
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         with torch.no_grad():
