@@ -22,12 +22,18 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all cluster
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where processes of any kind find that
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
+from tests._forked_workers import fork_workers
+
+# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and
+# a real card needs processes that nobody has forked. Dask's module of tests, imported next, keeps the configuration
+# that it finds, and sets it again before each of its clusters.
+if os.environ.get("DISTKV_TEST_DEVICE") != "cuda":
+    fork_workers()
+
 import pytest
 import tqdm
 from distributed.utils_test import cleanup, loop, loop_in_thread
 from hypothesis import settings
-
-from tests._forked_workers import fork_workers
 
 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
@@ -35,11 +41,6 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
 
     emulated.install(memory=6 << 30)  # which all workers in this process share
     use_torch_kernels()
-
-# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and
-# a real card needs processes that nobody has forked.
-if os.environ.get("DISTKV_TEST_DEVICE") != "cuda":
-    fork_workers()
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no fault
 settings.load_profile("tests")
