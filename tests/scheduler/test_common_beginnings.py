@@ -202,6 +202,15 @@ def test_nobody_waits_for_so_few_tokens_that_another_forward_takes_longer() -> N
     assert many.computed == 2 * BLOCK + 8 * 3, "but for so many it pays"
 
 
+@pytest.mark.timeout(20)  # the scheduler would never come back
+def test_nobody_waits_for_a_prompt_that_is_not_computed_now() -> None:
+    cluster = counting(200)
+    together(cluster, 1, new=20)
+    cluster.life.in_prefill.clear()
+    cluster.send(submission(2, text(0, COMMON) + text(2, 3)))
+    assert isinstance(cluster.life.requests[2].state, Prefill)
+
+
 @pytest.mark.parametrize("config", [{"prefix_cache": False}, {"deterministic": True}])
 def test_nothing_is_shared_where_sharing_is_off_or_would_change_bits(config: dict[str, bool]) -> None:
     cluster = counting(200, **config)

@@ -90,7 +90,7 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     if account.length >= tokens:
         if tokens < account.stop:  # otherwise it has ended
             _give(life, other, tokens)
-    elif _pays(life, request, ask, placement, *found):
+    elif other.sequence in life.in_prefill and _pays(life, request, ask, placement, *found):
         request.awaits = other.sequence, tokens
     return request.awaits is not None
 
