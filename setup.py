@@ -36,6 +36,7 @@ X86 = {
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_model_avx512.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "elementwise_avx512.cpp": AVX512,
     "linear_avx512.cpp": AVX512,
     "linear_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "linear_amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
@@ -55,7 +56,7 @@ OPTIONAL = {
 }
 PORTABLE = [
     *("api.cpp", "layers.cpp", "pool.cpp", "read.cpp", "isa_portable.cpp", "isa_amx_model.cpp", "choose.cpp"),
-    *("linear.cpp", "linear_amx_model.cpp"),
+    *("linear.cpp", "linear_amx_model.cpp", "decoder_layer.cpp", "elementwise_portable.cpp"),
 ]
 WIRE = Path("distkv_dask/worker/native")
 MOST_COMPILERS = 8

@@ -76,12 +76,13 @@ class FewRows:
     def __init__(
         self, weights: Tensor, shape: tuple[int, int], bias: Tensor | None, kernels: Sequence[tuple[int, str]]
     ) -> None:
-        self._outputs, self._inputs = outputs, inputs = shape
+        self.outputs, self.inputs = outputs, inputs = shape
         self._kept = weights, None if bias is None else bias.detach().float().contiguous()
         self._kernels = [(most, _kernels(name)) for most, name in kernels]
         bias_at = None if self._kept[1] is None else self._kept[1].data_ptr()
         self._linear = PackedLinear(weights.data_ptr(), bias_at, inputs, outputs, 1)
-        self._at = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear)
+        """Where the core finds all this."""
 
     @property
     def most(self) -> int:
@@ -90,14 +91,17 @@ class FewRows:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., inputs] bfloat16 to [..., outputs], on torch's number of threads."""
-        flat = rows.reshape(-1, self._inputs)
+        flat = rows.reshape(-1, self.inputs)
         if flat.stride(1) != 1:
             flat = flat.contiguous()
-        out = torch.empty((*rows.shape[:-1], self._outputs), dtype=torch.bfloat16)
-        kernels = next(address for most, address in self._kernels if most >= flat.shape[0])
+        out = torch.empty((*rows.shape[:-1], self.outputs), dtype=torch.bfloat16)
         self._linear.threads = torch.get_num_threads()
-        native_kernel.linear(self._at, kernels, flat, out)
+        native_kernel.linear(self.address, self.kernels(flat.shape[0]), flat, out)
         return out
+
+    def kernels(self, rows: int) -> int:
+        """Address of the kernels that serve so many rows."""
+        return next(address for most, address in self._kernels if most >= rows)
 
 
 def _kernels(name: str) -> int:

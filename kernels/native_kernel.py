@@ -18,7 +18,7 @@ import torch
 
 from .contract import Call, lengths_message, offsets_message, slots_message, tables_message
 from .native_layout import disagreement, layout_of
-from .native_structures import PackedLayers, PackedLinear
+from .native_structures import PackedDecoderLayer, PackedLayers, PackedLinear
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _ARGS = struct.Struct("<28q2d")  # distkv::Args in native/core.h
@@ -53,6 +53,7 @@ def _load() -> ctypes.CDLL | str:
         "args": [_ARGS.size, *range(0, _ARGS.size, 8)],
         "layers": layout_of(PackedLayers),
         "linear": layout_of(PackedLinear),
+        "decoder_layer": layout_of(PackedDecoderLayer),
     }
     if (reason := disagreement(core, layouts)) is not None:
         return f"{file.name} was built from another version, {reason}; rebuild it: pip install -e ."

@@ -32,3 +32,30 @@ class PackedLinear(ctypes.Structure):
         ("outputs", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
+
+
+class PackedDecoderLayer(ctypes.Structure):
+    """distkv::DecoderLayer in native/decoder_layer.h."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("middle", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("epsilon", ctypes.c_double),
+        ("mlp_epsilon", ctypes.c_double),
+        ("head_epsilon", ctypes.c_double),
+    )

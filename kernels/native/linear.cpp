@@ -24,15 +24,23 @@ const LinearKernels* const kAll[] = {
 constexpr int64_t kShares = 4;  // of each thread, so that one that is late takes fewer
 
 struct Work {
-  const LinearCall& call;
+  const LinearCall* calls;
+  int count;
   const LinearKernels& kernels;
   int64_t panels, share;
 };
 
+int64_t panels_of(const LinearCall& call) { return (call.linear.outputs + kPanelOutputs - 1) / kPanelOutputs; }
+
+// A share of the panels of all linears, which are numbered one linear after the other.
 void work(void* context, int64_t index) {
   const Work& all = *static_cast<Work*>(context);
-  const int64_t first = index * all.share, last = first + all.share;
-  all.kernels.panels(all.call, first, last < all.panels ? last : all.panels);
+  int64_t first = index * all.share, last = first + all.share;
+  for (int i = 0; i < all.count && last > 0; ++i) {
+    const int64_t panels = panels_of(all.calls[i]);
+    if (first < panels) all.kernels.panels(all.calls[i], first > 0 ? first : 0, last < panels ? last : panels);
+    first -= panels, last -= panels;
+  }
 }
 
 void widen(float* to, const uint16_t* from, int64_t count) {
@@ -42,9 +50,11 @@ void widen(float* to, const uint16_t* from, int64_t count) {
   }
 }
 
-// Rows as the kernels take them: padded with zeros, and in fp32 if asked for. False: no memory.
-bool prepare(LinearCall& call, bool wide) {
+}  // namespace
+
+bool prepare(LinearCall& call, const LinearKernels& kernels) {
   thread_local Scratch scratch;
+  const bool wide = kernels.wide;
   const int64_t inputs = call.linear.inputs, padded = 2 * call.pairs();
   if (!wide && padded == inputs && (call.count <= kRowBlock || call.count % kRowBlock == 0)) return true;
   const int64_t rows = (call.count + kRowBlock - 1) / kRowBlock * kRowBlock;
@@ -65,7 +75,14 @@ bool prepare(LinearCall& call, bool wide) {
   return true;
 }
 
-}  // namespace
+void multiply(const LinearCall* calls, int count, const LinearKernels& kernels, int64_t threads) {
+  int64_t panels = 0;
+  for (int i = 0; i < count; ++i) panels += panels_of(calls[i]);
+  const int64_t shares = threads > 1 ? threads * kShares : 1;
+  Work all{calls, count, kernels, panels, (panels + shares - 1) / shares};
+  run_items(work, &all, (panels + all.share - 1) / all.share, threads);
+}
+
 }  // namespace distkv
 
 // The kernels of an instruction set, by name; null where they are not compiled in or do not run here.
@@ -80,11 +97,8 @@ DISTKV_EXPORT int distkv_linear(const distkv::Linear* linear, const void* kernel
                                 int64_t stride, uint16_t* out) {
   const auto& chosen = *static_cast<const distkv::LinearKernels*>(kernels);
   distkv::LinearCall call{*linear, rows, nullptr, count, stride, out};
-  if (!distkv::prepare(call, chosen.wide)) return distkv::kNoMemory;
-  const int64_t panels = (linear->outputs + distkv::kPanelOutputs - 1) / distkv::kPanelOutputs;
-  const int64_t shares = linear->threads > 1 ? linear->threads * distkv::kShares : 1;
-  distkv::Work all{call, chosen, panels, (panels + shares - 1) / shares};
-  distkv::run_items(distkv::work, &all, (panels + all.share - 1) / all.share, linear->threads);
+  if (!distkv::prepare(call, chosen)) return distkv::kNoMemory;
+  distkv::multiply(&call, 1, chosen, linear->threads);
   return distkv::kOk;
 }
 DISTKV_LAYOUT(linear, distkv::Linear, DISTKV_AT(distkv::Linear, weight), DISTKV_AT(distkv::Linear, bias),

@@ -36,6 +36,13 @@ struct LinearKernels {
   void (*panels)(const LinearCall&, int64_t first, int64_t last);
 };
 
+// Rows as the kernels take them, padded with zeros, and in fp32 if asked for: in memory of this thread until it prepares
+// others. False: no memory.
+bool prepare(LinearCall& call, const LinearKernels& kernels);
+
+// Prepared products with several linears, divided among threads together.
+void multiply(const LinearCall* calls, int count, const LinearKernels& kernels, int64_t threads);
+
 extern const LinearKernels kLinearAmxModel;
 #if defined(__x86_64__)
 extern const LinearKernels kLinearAvx512, kLinearAvx512Bf16, kLinearAmxBf16;

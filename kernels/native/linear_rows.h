@@ -1,16 +1,10 @@
 // What the kernels of linear.h share: the end of a panel, and a product in vector registers.
 #pragma once
 #include "linear.h"
+#include "rounded.h"
 
 namespace distkv {
 namespace DISTKV_ISA {
-
-static inline uint16_t rounded(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // NaN stays one
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // Sums [rows, kPanelOutputs] of a panel, with the bias, to the outputs of rows from `row` on.
 static inline void finish(const LinearCall& call, int64_t panel, int64_t row, int64_t rows, const float* sums) {

@@ -85,6 +85,18 @@ def running_positions() -> Tensor:
     return cast(Tensor, _running.positions)
 
 
+def fits(kv_heads: int, head_dim: int) -> bool:
+    """Whether keys and values of a layer with these sizes are stored as they are by the running step."""
+    sizes: Geometry = _running.geometry
+    return (sizes.kv_heads, sizes.head_dim, sizes.value_dim) == (kv_heads, head_dim, head_dim)
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """Attend with the running step in its next layer; see :meth:`AttentionStep.attend`."""
+    _running.layer += 1
+    return running_step().attend(_running.layer - 1, query, key, value, scale, sinks)
+
+
 def dist_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -126,9 +138,7 @@ def dist_attention(
     absorbed = is_absorbed(module)
     if absorbed:
         query = into_latents(module, query)
-    _running.layer += 1
-    out = running_step().attend(
-        _running.layer - 1,
+    out = attend_rows(
         _padded(query, query.shape[1], sizes.head_dim),
         _padded(key, sizes.kv_heads, sizes.head_dim),
         _padded(value, sizes.kv_heads, sizes.value_dim),

@@ -21,6 +21,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.model.adapters import Adapters
 from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 from distkv_dask.worker.model.cut import stage_forward
+from distkv_dask.worker.model.decoder_layers import use_core
 from distkv_dask.worker.model.hidden_states import HiddenStates
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.linear_choice import chosen
@@ -72,6 +73,7 @@ class LoadedModel:
         self.eos_token_ids = eos_token_ids
         self.is_packed = False
         """Whether :meth:`pack` found room."""
+        self._core_layers = 0
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
         self.adapters = Adapters(model, weights.device.torch)
         """Its adapters."""
@@ -86,6 +88,7 @@ class LoadedModel:
         """Pack weights to compute faster with few rows, if that takes no more than ``room`` bytes."""
         if not self.is_packed and self.weights.disk is None:
             self.is_packed = pack_linears(self._model, room, chosen) > 0
+            self._core_layers = use_core(self._model) if self.is_packed else 0
 
     def is_prepared(self, sampling: SamplingParams | None, adapter: Adapter | None = None) -> bool:
         """Whether :meth:`follower` and :meth:`adapter` do not have to compile a grammar or read an adapter first."""
@@ -113,7 +116,8 @@ class LoadedModel:
         """Where its weights are, in words."""
         by = packed_by(self._model) if self.is_packed else ""
         packed = f"; those of linears also packed, which takes as much memory of this process alone: {by}"
-        return self.weights.where + packed * self.is_packed
+        layers = f"; {self._core_layers} layers computed in C++ with as many rows"
+        return self.weights.where + packed * self.is_packed + layers * (self._core_layers > 0)
 
     @property
     def fingerprint(self) -> str:

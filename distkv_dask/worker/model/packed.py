@@ -118,12 +118,13 @@ class FewRowsLinear:
         self.by = in_words(kernels)
         """What computes."""
         self._weight, self._bias = weight, bias
-        self._few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, kernels)
+        self.few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, kernels)
+        """The core's product."""
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if 0 < rows.numel() <= self._few.most * rows.shape[-1]:
-            return self._few(rows)
+        if 0 < rows.numel() <= self.few.most * rows.shape[-1]:
+            return self.few(rows)
         return torch.nn.functional.linear(rows, self._weight, self._bias)
 
 
