@@ -61,6 +61,7 @@ OTHERS = {
     "gmanager_scale": "--workers 4 --requests 20 --rounds 5 --policies overflow",
     "model_coverage": "--types llama",
     "few_rows": "--models 135M --rows 1 --turns 1",
+    "decoder_layers": "--models 135M --rows 1 --turns 1",
     "sparse_rows": "--layers 1 --turns 1",
 }
 

@@ -43,7 +43,7 @@ def model(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def packed(family: str) -> Any:
     made = model(family)
-    assert pack_linears(made, 1 << 30, lambda: Choice(((MOST, few_rows.MODEL),)))
+    assert pack_linears(made, 1 << 30, lambda: Choice(((MOST, few_rows.MODEL),), alone=4))
     return made
 
 

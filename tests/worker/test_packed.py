@@ -14,7 +14,7 @@ needs_onednn = pytest.mark.skipif(
     reason="oneDNN does not serve bfloat16 on this processor",
 )
 needs_core = pytest.mark.skipif(few_rows.native_kernel.missing() is not None, reason="no C++ core")
-MODEL = Choice(((8, few_rows.MODEL),))
+MODEL = Choice(((16, few_rows.MODEL),), alone=8)
 
 
 def onednn() -> Choice:

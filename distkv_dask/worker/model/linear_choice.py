@@ -23,6 +23,9 @@ ROWS = (1, 4, 16, 64, 256, 512)
 WEIGHTS, OUTPUTS, INPUTS = 8, 1536, 576
 """Linears of a round, too large for a core's own cache together, and their sizes: a small model's."""
 ROUNDS = 3
+IN_LAYERS = 1.25
+"""A layer of the core, which needs no operations of torch between its products, pays with products that take as long as
+this beside the fastest ones."""
 BEATEN = 1.5
 """What takes longer than the best by this factor takes part in no further round."""
 
@@ -36,27 +39,33 @@ def chosen() -> Choice:
 
 @lru_cache
 def _chosen(threads: int) -> Choice:
-    return choice({rows: fastest(times) for rows, times in timed().items()}, few_rows.sets())
+    return choice(timed(), few_rows.sets())
 
 
-def choice(fastest_by_rows: Mapping[int, str], sets: list[str]) -> Choice:
+def choice(times: Mapping[int, Mapping[str, float]], sets: Sequence[str]) -> Choice:
     """Use the core's products up to the last number of rows that they serve fastest, from one row on.
 
     Parameters
     ----------
-    fastest_by_rows
-        For each number of rows in rising order: ``TORCH``, ``ONEDNN``, or one of ``sets``.
+    times
+        Seconds by number of rows in rising order, and by ``TORCH``, ``ONEDNN`` or one of ``sets``.
     sets
         Instruction sets of the core's products.
     """
     few: list[tuple[int, str]] = []
-    for rows, name in fastest_by_rows.items():
-        if name not in sets:
+    alone, is_fastest = 0, True
+    for rows, by_name in times.items():
+        best = fastest({name: seconds for name, seconds in by_name.items() if name in sets} or {TORCH: float("inf")})
+        ratio = by_name.get(best, float("inf")) / min(by_name.values())
+        is_fastest &= ratio <= 1
+        if best not in sets or ratio > (1 if not few else IN_LAYERS):
             break
-        if few and few[-1][1] == name:
+        alone = rows if is_fastest else alone
+        if few and few[-1][1] == best:
             few.pop()
-        few.append((rows, name))
-    return Choice(tuple(few), onednn=not few and next(iter(fastest_by_rows.values()), TORCH) == ONEDNN)
+        few.append((rows, best))
+    first = next(iter(times.values()), {TORCH: 0.0})
+    return Choice(tuple(few), alone, onednn=not few and fastest(first) == ONEDNN)
 
 
 def fastest(times: Mapping[str, float]) -> str:

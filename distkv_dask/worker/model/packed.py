@@ -32,11 +32,14 @@ class Choice:
     ----------
     few
         Most rows and instruction set of the core's products, in order of rows; empty if they are never the fastest.
+    alone
+        Most rows for which they are the fastest; with more, they serve in the core's layers only.
     onednn
         Whether oneDNN's packed weights serve instead of them.
     """
 
     few: tuple[tuple[int, str], ...] = ()
+    alone: int = 0
     onednn: bool = False
 
 
@@ -88,7 +91,7 @@ def _product(linear: torch.nn.Linear, choose: Callable[[], Choice]) -> Callable[
     weight, bias = linear.weight, linear.bias
     choice = choose() if weight.dtype == torch.bfloat16 else Choice(onednn=True)
     if choice.few:
-        return FewRowsLinear(weight, bias, choice.few)
+        return FewRowsLinear(weight, bias, choice)
     return PackedLinear(weight, bias) if choice.onednn and torch.backends.mkldnn.is_available() else None
 
 
@@ -110,20 +113,21 @@ class FewRowsLinear:
     ----------
     weight, bias
         [out, in] and [out] or None, bfloat16.
-    kernels
-        Most rows that an instruction set serves, and its name; in order of rows.
+    choice
+        What serves how many rows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Sequence[tuple[int, str]]) -> None:
-        self.by = in_words(kernels)
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice) -> None:
+        self.by = in_words(choice.few)
         """What computes."""
         self._weight, self._bias = weight, bias
-        self.few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, kernels)
+        self.few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, choice.few)
         """The core's product."""
+        self._alone = choice.alone
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if 0 < rows.numel() <= self.few.most * rows.shape[-1]:
+        if 0 < rows.numel() <= self._alone * rows.shape[-1]:
             return self.few(rows)
         return torch.nn.functional.linear(rows, self._weight, self._bias)
 

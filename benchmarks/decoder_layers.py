@@ -1,0 +1,109 @@
+"""How fast are decoder layers without their attention, by number of rows: transformers' modules, and the C++ core?
+
+Layers of SmolLM2-135M's or an 8B model's sizes (a few of the latter) with random bfloat16 weights: transformers' own
+modules, the same with packed linears, and the core's two calls, in turns. Attention returns its queries. The floor is
+the time to read the weights at the rate at which this run reads memory.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from _report import parser, report
+from _roof import read_roof
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from distkv_dask.geometry import Geometry
+from distkv_dask.worker.model.decoder_layers import use_core
+from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
+from distkv_dask.worker.model.linear_choice import ROWS, chosen
+from distkv_dask.worker.model.packed import in_words, pack_linears
+
+MODELS = {"135M": (30, 576, 1536, 9, 3, 64), "8B": (3, 4096, 12288, 32, 8, 128)}
+"""Layers, size, size of the MLP, heads, KV heads, and size of a head."""
+VOCABULARY = 64
+"""Small: logits are no part of what is measured."""
+
+
+class NoAttention:
+    """Returns queries."""
+
+    def attend(self, layer: int, q: Tensor, *_: Any) -> Tensor:
+        """What a layer would have attended to."""
+        return q
+
+
+def model_of(layers: int, size: int, middle: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Any, Geometry]:
+    """A Llama with random weights, and its sizes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size,
+        intermediate_size=middle,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION).eval()
+    return model, Geometry(layers, heads, kv_heads, head_dim, VOCABULARY, config.max_position_embeddings, "bfloat16")
+
+
+def seconds(model: Any, sizes: Geometry, rows: int) -> float:
+    """Of one forward."""
+    ids, positions = torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None]
+    last = torch.tensor([rows - 1])
+    with attending_with(NoAttention(), positions[0], sizes):
+        began = time.perf_counter()
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last)
+        return time.perf_counter() - began
+
+
+def variants(sizes: tuple[int, int, int, int, int, int]) -> dict[str, tuple[Any, Geometry]]:
+    """Models with the same weights, by how they are computed."""
+    made = {name: model_of(*sizes) for name in ("transformers", "packed linears", "C++ layers")}
+    for name, (model, _) in made.items():
+        if name != "transformers":
+            pack_linears(model, 1 << 40, chosen)
+        if name == "C++ layers":
+            use_core(model)
+    return made
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    arguments.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 32, 128, 512])
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--turns", type=int, default=7)
+    options = arguments.parse_args()
+    if max(options.rows) > ROWS[-1]:
+        arguments.error(f"--rows: at most {ROWS[-1]}")
+    torch.set_num_threads(options.threads)
+    figures: dict[str, Any] = {"chosen": in_words(chosen().few) or "no products of the core"}
+    read, size = read_roof("cpu", options.threads)
+    with torch.inference_mode():
+        for name in options.models:
+            made = variants(MODELS[name])
+            weights = sum(weight.nbytes for weight in made["transformers"][0].model.layers.parameters())
+            for rows in options.rows:
+                best, rates = dict.fromkeys(made, float("inf")), [0.0]
+                for _ in range(options.turns):
+                    began = time.perf_counter()
+                    read()
+                    rates.append(size / (time.perf_counter() - began))
+                    for way, (model, sizes) in made.items():
+                        best[way] = min(best[way], seconds(model, sizes, rows))
+                floor = weights / max(rates)
+                figures[f"{name}, {rows} rows: ms"] = {way: round(1e3 * one, 2) for way, one in best.items()}
+                figures[f"{name}, {rows} rows: floor_ms"] = round(1e3 * floor, 2)
+                figures[f"{name}, {rows} rows: ratio"] = {way: round(one / floor, 2) for way, one in best.items()}
+    named = {name: getattr(options, name) for name in ("models", "rows", "threads", "turns")}
+    report(figures, named, options.json)
+
+
+if __name__ == "__main__":
+    main()
