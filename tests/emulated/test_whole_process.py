@@ -14,7 +14,7 @@ TESTS = Path(__file__).with_name("whole_process")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE") == "emulated", reason="they run by themselves then")
 def test_in_a_process_of_their_own(pytestconfig: pytest.Config) -> None:
     """One process for all files: starting another, and a server that forks its workers, takes 15 s of a core."""
