@@ -16,7 +16,7 @@ from typing import Any
 import dask.config
 import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
-from distributed.utils_test import gen_cluster
+from distributed.utils_test import gen_cluster, reset_config
 
 from distkv_dask import Engine, EngineStatus, SequenceStatus
 
@@ -30,6 +30,7 @@ __all__ = [
     "decoding",
     "engine_test",
     "gen_cluster",
+    "reset_config",
     "until_idle",
     "when_idle",
 ]

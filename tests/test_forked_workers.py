@@ -6,7 +6,8 @@ import os
 
 import pytest
 from distributed.utils import get_mp_context
-from distributed.utils_test import reset_config
+
+from tests._cluster import reset_config
 
 
 @pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE") == "cuda", reason="a real card needs processes of its own")
