@@ -38,9 +38,7 @@ MODES = ("fixed", "budget")
 class SleepingModel(LoadedModel):
     """A model whose forward takes as long as a real one and computes nothing."""
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None, past: Any = None
-    ) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None, *_: Any) -> torch.Tensor:
         """Logits [n, vocab] of n tokens, after a while."""
         time.sleep(float(os.environ["STEP_SECONDS"]))
         return torch.zeros(len(token_ids if keep is None else keep), VOCAB)

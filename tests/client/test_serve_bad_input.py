@@ -131,7 +131,8 @@ def test_a_prompt_larger_than_the_cluster_is_refused_with_what_there_is(server: 
 def test_other_methods_paths_and_kinds_of_body_are_errors_of_the_same_form(server: Served) -> None:
     with server.http() as http:
         refused(http.get(CHAT), 405, "method")
-        refused(http.get("/v1/embeddings"), 404, "no such path")
+        refused(http.get("/v1/moderations"), 404, "no such path")
+        refused(http.get("/v1/embeddings"), 405, "method")
         refused(http.post("/v1/responses", json={}), 404, "no such path")
         refused(http.post(CHAT, content=json.dumps(BODY), headers={"Content-Type": "text/plain"}), 415, "text/plain")
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
@@ -84,8 +85,9 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
 
 
 def test_a_worker_keeps_freed_memory_while_an_engine_is_open() -> None:
-    """Dask's nannies tell their workers to give it back at once."""
+    """Dask's nannies tell their workers to give it back at once: in a variable that only a new process reads."""
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
