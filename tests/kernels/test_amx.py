@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import setuptools
 import torch
+from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 from test_fast_kernels import ROWS, ragged
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "kernels" / "native"
 TILED = [name for name in IMPLEMENTATIONS if "amx" in name]
 TILES = ["-mamx-tile", "-mamx-bf16"]
+AMX = {"isa_amx_bf16", "linear_amx_bf16"}
 LIBRARY = """
 #define DISTKV_ISA test
 #include "amx_model.h"
@@ -187,8 +188,8 @@ class OldCompiler:
     ("unknown", "missing", "left"),
     [
         ((), set(), {"DISTKV_HAS_AVX512_BF16", "DISTKV_HAS_AMX_BF16"}),
-        (TILES, {"isa_amx_bf16"}, {"DISTKV_HAS_AVX512_BF16"}),
-        (["-mavx512bf16"], {"isa_amx_bf16", "isa_avx512_bf16", "isa_amx_model_avx512"}, set()),
+        (TILES, AMX, {"DISTKV_HAS_AVX512_BF16"}),
+        (["-mavx512bf16"], {*AMX, "isa_avx512_bf16", "isa_amx_model_avx512", "linear_avx512_bf16"}, set()),
     ],
     ids=["new", "without-tiles", "without-bf16"],
 )
@@ -200,8 +201,9 @@ def test_a_compiler_that_does_not_know_tiles_builds_the_rest(
     monkeypatch.chdir(ROOT)
     build = runpy.run_path("setup.py")
     compiler = OldCompiler(*unknown)
-    command: Any = SimpleNamespace(compiler=compiler, build_temp="", get_ext_fullpath=lambda name: name)
-    build["BuildCore"].build_extension(command, build["core"])
+    command = build["BuildCore"](Distribution())
+    command.compiler, command.build_temp, command.get_ext_fullpath = compiler, "", lambda name: name
+    command.build_extension(build["core"])
     assert {Path(source).stem for source in build["core"].sources} - set(compiler.linked) == missing
     assert compiler.macros["choose.cpp"] == left
 
