@@ -197,7 +197,7 @@ def address(name: str) -> int:
 
 def pack(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Packed:
     """Arguments of the core for a checked call with contiguous queries, whose tensors must outlive them."""
-    q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads, first_keys, soft_cap = call
+    q, k, v, tables, lengths, scale, offsets, _, starts, k_scales, v_scales, threads, first_keys, soft_cap = call[:14]
     tokens, heads, d = q.shape
     blocks, kv_heads, block_tokens, _ = k.shape
     rows, max_blocks = tables.shape
