@@ -5,7 +5,8 @@ memory.
 """
 
 from distkv_dask.client.batch.summary import BatchSummary
-from distkv_dask.client.documents.document import Chat, Document
+from distkv_dask.client.documents.chat import Chat
+from distkv_dask.client.documents.document import Document
 from distkv_dask.client.engine import Engine
 from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import (

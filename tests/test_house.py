@@ -59,8 +59,6 @@ def test_no_message_shows_an_exception_as_python_writes_it() -> None:
 # calls flash attention with the log-sum-exp.
 PUBLIC = {"_fields", "_replace", "_fields_", "_meta", "_meta_nonempty", "_exit", "_run_exitfuncs"}
 PUBLIC |= {"_asdict", "_scaled_dot_product_flash_attention_for_cpu"}
-SHARED = {"self.document._check", "self.document._prompt"}
-"""What a chat uses of its document, which is in the same module."""
 
 
 def is_private(name: str) -> bool:
@@ -93,8 +91,7 @@ def uses_of_others(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 case ast.Attribute(value=ast.Name(id="self" | "cls")):
                     continue
                 case ast.Attribute() if is_private(node.attr) and node.attr not in own:
-                    if ast.unparse(node) not in SHARED:
-                        yield node.lineno, ast.unparse(node)
+                    yield node.lineno, ast.unparse(node)
 
 
 def test_nobody_uses_what_is_private_to_a_class_of_another_module() -> None:

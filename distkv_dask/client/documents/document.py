@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from distkv_dask.adapter import Adapter
 from distkv_dask.client.documents.adapted import with_adapter
+from distkv_dask.client.documents.chat import Chat
+from distkv_dask.client.documents.kept import Kept
 from distkv_dask.client.documents.prompts import DocumentText, Question, Turn, common_length
 from distkv_dask.client.documents.save import Save
 from distkv_dask.client.documents.saved_document import SavedDocument, plain_source
@@ -26,32 +27,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.watch import watched
 
 
-class _Kept(ABC):
-    """Something that stays on the cluster until its user leaves the ``with`` (or ``async with``) block."""
-
-    _session: Session
-
-    @abstractmethod
-    async def _end(self) -> None:
-        """Release it."""
-
-    def _leave(self) -> Any:
-        return self._session.leave(self._end)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._leave()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._end()
-
-
-class Document(_Kept):
+class Document(Kept):
     """A text whose KV cache stays on the cluster, shared by all questions on it; made by ``Engine.ingest``.
 
     It is a context manager (``async with`` for asynchronous clients) that releases the document at the end.
@@ -92,15 +68,25 @@ class Document(_Kept):
         """What it was ingested from, if that was a text or a file: offsets of quotes are in it, in characters."""
         return self._text.source if isinstance(self._text.source, str) else None
 
-    def prompt(self, question: Question) -> list[int]:
+    def prompt(self, question: Question, turns: Sequence[Turn] = ()) -> list[int]:
         """Token ids of a question's whole prompt; ``engine.generate`` gives the same answer to them, but prefills all.
+
+        ``turns`` are earlier questions of a chat with their answers (``Chat.turns``).
 
         Raises
         ------
         InvalidRequestError
             When the question is empty or of another type, or its prompt does not begin with the document.
         """
-        return self._prompt(question, ())
+        ids = self._text.prompts.prompt(question, turns)
+        same = common_length(ids, self.ids)
+        if same <= len(self.ids) - self._session.config.block_tokens:
+            raise InvalidRequestError(
+                f"the prompt of this question does not begin with the document: only {same} of its {len(self.ids)} "
+                "tokens are the same. The model's chat template puts something before it, or changes it, for this "
+                "question; ask it with engine.generate"
+            )
+        return ids
 
     def ask(
         self, question: Question | Sequence[Question], sampling: SamplingParams | Sequence[SamplingParams] | None = None
@@ -144,8 +130,8 @@ class Document(_Kept):
 
     def chat(self) -> Chat:
         """Begin a conversation about the document; the KV of every turn is kept."""
-        self._check()
-        return Chat(self)
+        self.check_open()
+        return Chat(self, self._session)
 
     def release(self) -> Any:
         """Release the document: its KV is freed once its running questions have ended."""
@@ -169,7 +155,7 @@ class Document(_Kept):
             When the folder cannot be written, or makes no progress for ``distkv.timeouts.files``. The failed save
             leaves nothing behind, and an earlier save is kept.
         """
-        self._check()
+        self.check_open()
         return self._session.client.sync(self._save, place)
 
     async def _save(self, place: str | Path) -> None:
@@ -192,6 +178,12 @@ class Document(_Kept):
             self._released = True
             await self._session.store.release_documents(self.number)
 
+    def check_open(self) -> None:
+        """Raise :class:`EngineClosedError` if the document was released or its engine closed."""
+        if self._released:
+            raise EngineClosedError(f"document {self.name!r} was released: ingest it again")
+        self._session.check_open()
+
     @property
     def is_released(self) -> bool:
         """Whether the document was released."""
@@ -203,81 +195,12 @@ class Document(_Kept):
     def __repr__(self) -> str:
         return f"<Document {self.name!r} of {self.tokens} tokens{', released' if self._released else ''}>"
 
-    def _check(self) -> None:
-        if self._released:
-            raise EngineClosedError(f"document {self.name!r} was released: ingest it again")
-        self._session.check_open()
-
-    def _prompt(self, question: Question, turns: Sequence[Turn]) -> list[int]:
-        ids = self._text.prompts.prompt(question, turns)
-        same = common_length(ids, self.ids)
-        if same <= len(self.ids) - self._session.config.block_tokens:
-            raise InvalidRequestError(
-                f"the prompt of this question does not begin with the document: only {same} of its {len(self.ids)} "
-                "tokens are the same. The model's chat template puts something before it, or changes it, for this "
-                "question; ask it with engine.generate"
-            )
-        return ids
-
     def _submit(
         self, question: Question, sampling: SamplingParams | None, on_piece: Callable[[Piece], None] | None = None
     ) -> Generation:
-        self._check()
+        self.check_open()
         sampling = with_adapter(sampling, self, self._session)
         return self._session.ask_ids(self.prompt(question), sampling, on_piece, self.number, self.text)
-
-
-class Chat(_Kept):
-    """A conversation about a document: each turn's KV is kept and shared by the next one.
-
-    It is a context manager that frees the turns at the end; the document stays.
-    """
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self._session = document._session
-        self.turns: list[Turn] = []
-        """Questions and answers so far."""
-        self._numbers: list[int] = []
-        self._asking = False
-
-    def ask(self, question: Question, sampling: SamplingParams | None = None) -> Any:
-        """Ask the next question; returns the :class:`Completion`. A failed question is not a turn and can be repeated.
-
-        Raises
-        ------
-        InvalidRequestError
-            When the question cannot be served, or the last one has not been answered yet.
-        DistKVError
-            When the question fails.
-        """
-        self.document._check()
-        if self._asking:
-            raise InvalidRequestError("wait for the answer to the last question of the chat before you ask the next")
-        last = self._numbers[-1] if self._numbers else self.document.number
-        ids = self.document._prompt(question, self.turns)
-        sampling = with_adapter(sampling, self.document, self._session)
-        request = self._session.submit_ids(ids, sampling, None, last, keeps=True, text=self.document.text)
-        self._asking = True
-        return self._session.client.sync(self._take, question, request.number, request.generation)
-
-    async def _take(self, question: Question, number: int, generation: Generation) -> Completion:
-        try:
-            done = await generation
-        finally:
-            self._asking = False
-        self._numbers.append(number)
-        self.turns.append((question, done.text, done.token_ids))
-        return done
-
-    def close(self) -> Any:
-        """Free the turns."""
-        return self._leave()
-
-    async def _end(self) -> None:
-        numbers, self._numbers = self._numbers, []
-        if numbers:
-            await self._session.store.release_documents(*numbers)
 
 
 async def _result(generation: Generation) -> Completion:
