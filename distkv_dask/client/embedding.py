@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from distkv_dask.client.batch.process import Processing
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.session.request import checked
+from distkv_dask.client.tokenizer import is_one_text
 from distkv_dask.errors import InvalidRequestError
 from distkv_dask.sampling import Embed, Prompt, SamplingParams
 
@@ -71,7 +72,7 @@ class Embedding(Processing):
             given = ", ".join(["out"] * (out is not None) + sorted(how))
             raise InvalidRequestError(f"{given}: for a table or a folder (Path), not for texts: leave them out")
         session = self._session
-        is_one = isinstance(source, str) or (bool(source) and all(isinstance(one, int) for one in source))
+        is_one = is_one_text(source)
         window, texts = session.facts.max_positions, [source] if is_one else source
         prompts = [session.tokenizer.encode(_text(one)) for one in texts]
         if not prompts:
@@ -83,7 +84,7 @@ class Embedding(Processing):
 
 def _text(one: Any) -> Prompt:
     """A text; what embeddings are not of is refused."""
-    if isinstance(one, str) or (isinstance(one, list | tuple) and all(isinstance(token, int) for token in one)):
+    if is_one_text(one):
         return cast(Prompt, one)
     raise InvalidRequestError(f"{one!r:.100} is not a text: give a text, or a list of token ids")
 

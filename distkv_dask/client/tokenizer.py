@@ -202,3 +202,16 @@ class Tokenizer:
                 f"token id {token} at position {at} is out of the model's vocabulary (0 to {self._vocab_size - 1})"
             )
         return token
+
+
+def is_one_text(given: object) -> bool:
+    """Whether this is a single text, given as such or as token ids, and not several texts or chat messages.
+
+    Examples
+    --------
+    >>> [is_one_text(given) for given in ("a text", [1, 2], ["a text"], [[1, 2]], [])]
+    [True, True, False, False, False]
+    """
+    return isinstance(given, str) or (
+        isinstance(given, list | tuple) and bool(given) and all(type(one) is int for one in given)
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distkv_dask.client.batch.rows import Content, Texts
+from distkv_dask.client.tokenizer import is_one_text
 from distkv_dask.completion import Completion
 from distkv_dask.errors import DistKVError, InvalidRequestError
 from distkv_dask.sampling import Prompt
@@ -42,15 +43,11 @@ def embedding_content(body: Mapping[str, Any]) -> Content:
 
 def _texts(given: Any) -> tuple[Prompt, ...]:
     """The texts of a request: one or several, each as text or as token ids."""
-    if isinstance(given, str) or (isinstance(given, list) and given and all(type(one) is int for one in given)):
+    if is_one_text(given):
         return (given,)
-    if isinstance(given, list) and given and all(map(_is_text, given)):
+    if isinstance(given, list) and given and all(map(is_one_text, given)):
         return tuple(given)
     raise InvalidRequestError("input should be a text or a list of token ids, or a list of those that is not empty")
-
-
-def _is_text(one: Any) -> bool:
-    return isinstance(one, str) or (isinstance(one, list) and all(type(token) is int for token in one))
 
 
 def embeddings_of(done: Sequence[Completion], base64_: bool) -> list[dict[str, Any]]:
