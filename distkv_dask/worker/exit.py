@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+from multiprocessing.util import Finalize
 
 from distributed import Worker
 
@@ -31,13 +32,19 @@ async def end_process(worker: Worker, reason: str, limit: float) -> None:
 
 
 def end_without_collection() -> None:
-    """Let this process end as soon as its exit handlers have run.
+    """Let this process, which a nanny started, end as soon as its exit handlers have run.
 
     Python's last garbage collection goes through all objects of torch, on busy processors for longer than a nanny
-    waits. If it were only told to skip them (``gc.freeze``), Triton's bindings would report them as leaked. Call this
-    last: handlers that are registered later run twice.
+    waits. If it were only told to skip them (``gc.freeze``), Triton's bindings would report them as leaked. A process
+    that fails at its end is left to Python, because only Python knows its exit status.
     """
-    atexit.register(_end)
+    Finalize(None, _prepare, exitpriority=0)  # runs when the process's function has ended
+
+
+def _prepare() -> None:
+    atexit.unregister(_end)
+    if sys.exc_info()[0] is None:
+        atexit.register(_end)  # last, so that it runs before all others
 
 
 def _end() -> None:
