@@ -123,7 +123,7 @@ class Fleet:
             here.send(gang)
         window = DecodeWindow(gang, 0, steps, 600.0)
         result, seconds = self._lanes.home.submit(self._timed, window, [state]).result()
-        self._runtime.release(1)
+        self._runtime.release_sequence(1)
         return result, seconds
 
     def _timed(self, window: DecodeWindow, batch: Sequence[SequenceState]) -> tuple[WindowResult, float]:

@@ -50,7 +50,7 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
         released, ask = numbers.pop(), next(asks)
         admission.enqueue(ask)
         clock = [time.perf_counter()]
-        ledger.release(released)
+        ledger.release_sequence(released)
         clock.append(time.perf_counter())
         admitted = admission.admit()
         clock.append(time.perf_counter())

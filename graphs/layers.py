@@ -13,7 +13,7 @@ from dask._task_spec import Alias
 
 from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
 from distkv_dask.graphs.build import StepGraph
-from distkv_dask.graphs.tasks import attend_layer, begin, finish, layer
+from distkv_dask.graphs.tasks import attend_layer, begin_forward, finish, layer
 
 
 def layer_key(gang: Gang, at: int) -> str:
@@ -46,7 +46,7 @@ def layer_prefill_graph(chunks: Iterable[PrefillChunk], layers: int) -> StepGrap
 def _add(graph: StepGraph, work: DecodeWindow | PrefillChunk, layers: int, after: Gang | None) -> None:
     gang = work.gang
     # an Alias, because Dask reads a string as a key only if the key is in the same graph
-    graph.add(layer_key(gang, 0), gang.home, begin, work, *([Alias(after.name)] if after else []))
+    graph.add(layer_key(gang, 0), gang.home, begin_forward, work, *([Alias(after.name)] if after else []))
     for at in range(layers):
         asked, answers = layer_key(gang, at), []
         for holder in gang.holders:

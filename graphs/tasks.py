@@ -38,7 +38,7 @@ def attend(gang: Gang, *after: object) -> dict[str, float]:
     return _rmanager().attend(gang)
 
 
-def begin(work: PrefillChunk | DecodeWindow, *after: object) -> TensorMessage | None:
+def begin_forward(work: PrefillChunk | DecodeWindow, *after: object) -> TensorMessage | None:
     """Start a forward at a home; returns the queries of its first layer for the holders, or None."""
     secede()
     return _rmanager().layers(work.gang.engine).begin_forward(work)

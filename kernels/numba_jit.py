@@ -17,6 +17,7 @@ from numba import njit
 
 from .numba_simd import (
     exp2,
+    fetch_and_increment,
     fma,
     integer,
     load,
@@ -28,7 +29,6 @@ from .numba_simd import (
     splat,
     store,
     store_sums,
-    take,
     tanh,
     turn,
 )
@@ -243,8 +243,8 @@ def attend_items(like, args, scale, soft_cap, items, count, partials, counter):
         most = max(most, items[i, 2])
     rows = kv_heads * ((most * (heads // kv_heads) + 3) // 4 * 4)
     scratch = np.empty(rows * (2 * d + 32) + rows * 8 + 4 * CHUNK + 64, np.float32)
-    at = take(counter)
+    at = fetch_and_increment(counter)
     while at < count:
         item = (items[at, 0], items[at, 1], items[at, 2], items[at, 3], items[at, 4], items[at, 5], items[at, 6])
         attend_item(like, args, scale, soft_cap, item, partials, scratch.ctypes.data)
-        at = take(counter)
+        at = fetch_and_increment(counter)

@@ -266,7 +266,7 @@ def integer(typingctx, address, index):
 
 
 @intrinsic
-def take(typingctx, address):
+def fetch_and_increment(typingctx, address):
     """Add one to an int64 that other threads increment too; returns the value before."""
 
     def generate(context, builder, signature, arguments):

@@ -116,9 +116,9 @@ class Fleet:
             start += tokens
         return tuple(spans)
 
-    def release(self, sequence: int) -> None:
+    def release_sequence(self, sequence: int) -> None:
         for member in self.members.values():
-            member.runtime.release(sequence)
+            member.runtime.release_sequence(sequence)
 
     def run(self, gang: Gang, call: Callable[[Runtime], Any]) -> Any:
         """Open the holders' sessions, have the home's lane call, and wait for all."""

@@ -77,8 +77,8 @@ class Runtime:
     def reserve(self, sequence: int, start: int, stop: int) -> None:
         self.pool.reserve(sequence, start, stop)
 
-    def release(self, sequence: int) -> None:
-        self.pool.release(sequence)
+    def release_sequence(self, sequence: int) -> None:
+        self.pool.release_sequence(sequence)
 
     def abort(self, gang: int, reason: str) -> None:
         self.aborted.append((gang, reason))

@@ -37,7 +37,7 @@ TO_WORKER: dict[do.ToWorker, Any] = {
     do.Begin(WORKER, 7, 5, 8): call.runtime.home_state.adopt(7, 5, 8),
     do.Keep(WORKER, 7, (8,), True): call.runtime.home_state.keep(7, (8,), True),
     do.Retire(WORKER, 7): call.retire(7),
-    do.Release(WORKER, 7): call.release(7),
+    do.Release(WORKER, 7): call.release_sequence(7),
     do.Free(WORKER, 7, 0, 8): call.free(7, 0, 8),
     do.Join(WORKER, STATE, HOLDERS): call.join(STATE, HOLDERS),
     do.Reset(WORKER, 3): call.reset(3),

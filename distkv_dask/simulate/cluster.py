@@ -106,7 +106,7 @@ class Simulation:
             self.now, _, event, arguments = heapq.heappop(self._events)
             event(*arguments)
             while self._ready:
-                self._begin(self._ready.pop())
+                self._begin_work(self._ready.pop())
         self.outcome.seconds = max((end for _, end in self.outcome.finished), default=0.0)
         self.outcome.moved_blocks = life.moves.moved_blocks
         return self.outcome
@@ -202,7 +202,7 @@ class Simulation:
         self.lanes[worker].queue.append(item)
         self._ready.append(self.lanes[worker])
 
-    def _begin(self, lane: Lane) -> None:
+    def _begin_work(self, lane: Lane) -> None:
         """Begin the next piece of work of a lane that does nothing."""
         if lane.current is not None or not lane.queue or lane.worker not in self.lanes:
             return

@@ -114,7 +114,7 @@ class Workers:
             case do.ForgetTasks(gang, finished):
                 self.attending.difference_update((gang.number, holder.worker) for holder in gang.holders)
                 if not finished:
-                    self._forget(gang)
+                    self._drop_tasks(gang)
             case to.Join(home, state, _):
                 self._join(home, state)
             case to.Relocate(home, _, sequence, placement) if sequence in self.batches[home]:
@@ -159,7 +159,7 @@ class Workers:
         entry = self.batches[home][state.sequence] = Decoding(state.length, state.last_token, state.remaining)
         entry.lies(state.placement)
 
-    def _forget(self, gang: Gang) -> None:
+    def _drop_tasks(self, gang: Gang) -> None:
         for chain in self.chunks:
             chain[:] = [chunk for chunk in chain if chunk.gang.number != gang.number]
         self.chunks = [chain for chain in self.chunks if chain]

@@ -171,7 +171,7 @@ class _CardGraph(Graph):
         self._memory = memory
         self._graph = torch.cuda.CUDAGraph()
 
-    def begin(self) -> None:
+    def begin_capture(self) -> None:
         """Record what the calling thread queues; other threads may use their streams as usual."""
         _capturing.acquire()
         gc.disable()  # freeing an older graph during a recording would invalidate it
@@ -182,7 +182,7 @@ class _CardGraph(Graph):
             self._ended()
             raise
 
-    def end(self) -> None:
+    def end_capture(self) -> None:
         """End the recording."""
         try:
             self._graph.capture_end()

@@ -117,8 +117,8 @@ class Peak:
 class Graph(Protocol):
     """Work of one thread, recorded once and repeated in the same memory; launching it costs the host one call."""
 
-    def begin(self) -> None:
-        """Record, and do not run, what the calling thread queues until :meth:`end`.
+    def begin_capture(self) -> None:
+        """Record, and do not run, what the calling thread queues until :meth:`end_capture`.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class Graph(Protocol):
             Queued operations may raise it, too, if one of them has to wait for the card.
         """
 
-    def end(self) -> None:
+    def end_capture(self) -> None:
         """End the recording.
 
         Raises

@@ -103,13 +103,13 @@ class WorkerEngine:
             self._retired.discard(sequence)
         self.runtime.reserve(sequence, start, stop)
 
-    def release(self, sequence: int) -> None:
+    def release_sequence(self, sequence: int) -> None:
         """Free all blocks of an idle sequence."""
         self._batch.leave(sequence)
         with self._lock:
             self._retired.discard(sequence)
         self._arrivals.drop(sequence)
-        self.runtime.release(sequence)
+        self.runtime.release_sequence(sequence)
 
     def retire(self, sequence: int) -> None:
         """Start no new work on a sequence, and tell the gManager when running work has ended."""

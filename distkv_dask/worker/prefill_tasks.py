@@ -59,7 +59,7 @@ class PrefillTasks:
                 try:
                     return engine.lanes.home.submit(self._turn, one).result()
                 finally:
-                    self._take([one])
+                    self._remove_waiting([one])
         except Exception as error:
             engine.fail(chunk.gang, error)
             raise
@@ -71,7 +71,7 @@ class PrefillTasks:
 
     def run(self, chunk: PrefillChunk, parts: dict[str, float]) -> int:
         """On the home lane: compute a chunk and tell the gManager; returns the number of its tokens."""
-        self._begin(chunk)
+        self._report_start(chunk)
         runtime = self._engine.runtime
         with computing(parts, lambda: runtime.exchanged):
             result = runtime.prefill(chunk)
@@ -104,10 +104,10 @@ class PrefillTasks:
                     if alike and {*other.chunk.gang.holders} <= {*first.chunk.gang.holders}:
                         chosen.append(other)
                         room -= len(other.chunk.tokens)
-        self._take(chosen)
+        self._remove_waiting(chosen)
         return chosen
 
-    def _take(self, some: Sequence[Waiting]) -> None:
+    def _remove_waiting(self, some: Sequence[Waiting]) -> None:
         with self._lock:
             self._waiting = [one for one in self._waiting if one not in some]
 
@@ -131,7 +131,7 @@ class PrefillTasks:
         runtime, ready = self._engine.runtime, []
         for one in some:
             try:
-                self._begin(one.chunk)
+                self._report_start(one.chunk)
                 ready.append(one)
             except GangAbortedError as error:
                 one.error = error
@@ -160,7 +160,7 @@ class PrefillTasks:
             except Exception as error:
                 one.error = error
 
-    def _begin(self, chunk: PrefillChunk) -> None:
+    def _report_start(self, chunk: PrefillChunk) -> None:
         """Report the start of a chunk; raises GangAbortedError if it must not start."""
         engine = self._engine
         engine.check(chunk.gang)

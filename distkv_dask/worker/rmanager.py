@@ -151,7 +151,7 @@ class RManager(WorkerPlugin):
             case do.Retire(_, sequence):
                 engine.retire(sequence)
             case do.Release(_, sequence):
-                engine.release(sequence)
+                engine.release_sequence(sequence)
             case do.Free(_, sequence, start, stop):
                 engine.free(sequence, start, stop)
             case do.Join(_, state, holders):

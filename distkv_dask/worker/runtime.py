@@ -131,10 +131,10 @@ class Runtime:
         """Reserve room for tokens ``[start, stop)`` of a sequence; CapacityError when there is none."""
         self.pool.reserve(sequence, start, stop)
 
-    def release(self, sequence: int) -> None:
+    def release_sequence(self, sequence: int) -> None:
         """Free a sequence's blocks, and what only its home has."""
         self.home_state.drop(sequence)
-        self.pool.release(sequence)
+        self.pool.release_sequence(sequence)
 
     def open_session(self, gang: Gang) -> Session:
         """Serve a gang as a holder: returns at once, :meth:`Session.wait` waits for its end.
@@ -222,7 +222,7 @@ class Runtime:
             window = replace(window, steps=self.home_state.most_steps(window.steps))
             rows = (Begun(one.sequence, one.length, one.length + (window.steps or 0)) for one in batch)
             with self.home_state.change(model, rows) as change:
-                speculator = None if self.speculation is None else self.speculation.begin(batch)
+                speculator = None if self.speculation is None else self.speculation.begin_window(batch)
                 result = decoding.run(window, change.past, speculator)
                 change.after = decoding.ended()
             self.exchanged = result.exchanged

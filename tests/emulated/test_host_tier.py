@@ -120,7 +120,7 @@ def test_what_is_spilled_to_host_memory_is_read_from_where_it_is(
     spilled = tuple(SpilledFile(*file, "here") for file in stored.files)
     if demoted:
         files.demote(spilled)
-    pool.release(1)
+    pool.release_sequence(1)
     pool.reserve(2, 0, 40)
     pool.reserve(1, 0, 26)
 

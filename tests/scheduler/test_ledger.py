@@ -44,16 +44,16 @@ def test_blocks_are_conserved_whatever_happens(sizes: list[int], events: list[tu
                 ledger.commit(number, value)
                 live.append(number)
         elif event == "release" and live:
-            ledger.release(live.pop(value % len(live)))
+            ledger.release_sequence(live.pop(value % len(live)))
         elif event == "lose" and ledger.workers:
             for lost in ledger.remove_worker(sorted(ledger.workers)[value % len(ledger.workers)]):
-                ledger.release(lost)
+                ledger.release_sequence(lost)
                 live.remove(lost)
         elif event == "join":
             ledger.add_worker(Endpoint(f"new{number}", "127.0.0.1", number), value)
         check_ledger(ledger)
     for number in live:
-        ledger.release(number)
+        ledger.release_sequence(number)
     check_ledger(ledger)
     assert not ledger.sequences
     assert not ledger.owes.by_pair()

@@ -134,7 +134,7 @@ class LedgerMachine(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.blocks)))
         if self.ledger.sequences[number].sharers:
             with pytest.raises(ValueError, match="shared by"):
-                self.ledger.release(number)
+                self.ledger.release_sequence(number)
         else:
             self.forget(number)
 
@@ -142,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
         account = self.ledger.sequences[number]
         targets = {move.target for move in self.moves if move.sequence == number}
         there = {name for name in (*self.blocks.pop(number), *targets) if name not in account.lost}
-        assert set(self.ledger.release(number)) == there
+        assert set(self.ledger.release_sequence(number)) == there
         self.moves = [move for move in self.moves if move.sequence != number]
 
     @precondition(lambda self: self.blocks and self.ledger.workers)

@@ -49,7 +49,7 @@ REFUSED: dict[str, Callable[[Ledger], object]] = {
     "mending what is shared": lambda ledger: ledger.replace_lost(1, (Span("c", 0, 16),)),
     "mending what moves": lambda ledger: ledger.replace_lost(3, (Span("c", 0, 12),)),
     "a larger document than there is room for": lambda ledger: ledger.resize(1, (Span("a", 0, 8), Span("b", 8, 60))),
-    "releasing what is shared": lambda ledger: ledger.release(1),
+    "releasing what is shared": lambda ledger: ledger.release_sequence(1),
     "moving what is shared": lambda ledger: ledger.start_move(Move(1, 0, 4, "a", "c")),
     "moving to a worker without room": lambda ledger: ledger.start_move(Move(2, 8, 14, "b", "z")),
     "moving what moves already": lambda ledger: ledger.start_move(Move(3, 0, 8, "a", "b")),

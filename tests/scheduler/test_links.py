@@ -117,7 +117,7 @@ def test_best_keeps_a_request_on_one_of_two_fast_islands() -> None:
     assert best.place(ledger, large) is None, "it waits for room on an island, though there is room on both together"
     blind = policy_named("best", replace(MODEL, between=MODEL.inside)).place(ledger, large)
     assert hosts_of(blind) > {"h2"}, "links that are not known are taken for fast"
-    ledger.release(0)
+    ledger.release_sequence(0)
     assert hosts_of(best.place(ledger, large)) == {"h0", "h1"}
 
 
@@ -152,7 +152,7 @@ def test_a_request_waits_for_the_only_island_that_is_large_enough() -> None:
         ledger.reserve(number, (Span(worker, 0, 4 * BLOCK),), 4 * BLOCK)
     large = Ask(3, 40 * BLOCK, 40 * BLOCK)  # more than h0 has, which has the most room; less than the three others
     assert best.place(ledger, large) is None
-    ledger.release(0)
+    ledger.release_sequence(0)
     assert hosts_of(best.place(ledger, large)) == {"h1", "h2", "h3"}
 
 

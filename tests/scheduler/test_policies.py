@@ -70,7 +70,7 @@ def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
             ledger.finish_move(move)
         check_ledger(ledger)
         if ledger.sequences:
-            ledger.release(data.draw(st.sampled_from(sorted(ledger.sequences))))
+            ledger.release_sequence(data.draw(st.sampled_from(sorted(ledger.sequences))))
     assert sorted(served) == wanted
 
 
@@ -149,7 +149,7 @@ def test_best_lays_a_request_on_as_few_hosts_as_possible_and_rather_waits_where_
     spread = fast.place(ledger, large)
     assert spread is not None
     assert len({ledger.workers[span.worker].endpoint.host for span in spread}) == 3
-    ledger.release(0)
+    ledger.release_sequence(0)
     placement = slow.place(ledger, large)
     assert placement is not None
     assert len({ledger.workers[span.worker].endpoint.host for span in placement}) == 2
@@ -161,7 +161,7 @@ def test_best_does_not_wait_for_room_that_documents_keep() -> None:
         ledger.reserve(number, (Span(worker, 0, 4 * BLOCK),), 4 * BLOCK, idle=True)
         ledger.commit(number, 4 * BLOCK)
     assert best.place(ledger, Ask(2, 14 * BLOCK, 14 * BLOCK)) is not None, "on both hosts, since none can be emptied"
-    ledger.release(0)
+    ledger.release_sequence(0)
     placement = best.place(ledger, Ask(2, 14 * BLOCK, 14 * BLOCK))
     assert {span.worker for span in placement or ()} == {"w0", "w1"}
 

@@ -29,7 +29,7 @@ def test_a_home_opens_once_each_time_that_all_stages_are_there(count: int, event
     group, facts = Group(spec(count)), dict[str, Any]()
     for worker, comes in events:
         if comes:
-            if not group.take(worker):
+            if not group.assign_stage(worker):
                 continue
             found = group.openings(worker, facts)
             if worker != group.home:
@@ -57,8 +57,8 @@ def test_what_a_home_tells_after_it_was_told_to_close_is_of_an_earlier_time() ->
         Group(spec(2)),
         {"b": cast(Any, SimpleNamespace(endpoint=Endpoint("b", "host", 1), capacity_blocks=1))},
     )
-    assert group.take("b")
-    assert group.take("a")
+    assert group.assign_stage("b")
+    assert group.assign_stage("a")
     assert group.openings("a", facts)
     assert group.leave("b") == "a"
     assert group.is_old(Lost("a", "its lanes ended"))
@@ -69,11 +69,11 @@ def test_what_a_home_tells_after_it_was_told_to_close_is_of_an_earlier_time() ->
 
 def test_a_worker_that_could_not_open_its_stage_gets_none_again() -> None:
     group = Group(spec(2))
-    assert group.take("a")
+    assert group.assign_stage("a")
     group.fail("a")
     assert group.leave("a") == ""
-    assert not group.take("a")
-    assert group.take("b")
+    assert not group.assign_stage("a")
+    assert group.assign_stage("b")
 
 
 def spec(stages: int) -> Any:

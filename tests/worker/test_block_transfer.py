@@ -54,7 +54,7 @@ def filled(sequence: int, tokens: int, scattered: random.Random) -> Pool:
         pool.reserve(other, 0, 1)
     scattered.shuffle(others)
     for at in range(0, tokens, BLOCK):
-        pool.release(others.pop())
+        pool.release_sequence(others.pop())
         pool.reserve(sequence, at, at + BLOCK)
     pool.storage.copy_(torch.rand(pool.storage.shape))
     return pool
@@ -213,7 +213,7 @@ class Moving(RuleBasedStateMachine):
     @rule(sequence=st.integers(0, 3))
     def release(self, sequence: int) -> None:
         self.arrivals.drop(sequence)
-        self.pool.release(sequence)
+        self.pool.release_sequence(sequence)
         self.forget(sequence, range(99))
 
     def forget(self, sequence: int, gone: range) -> None:
@@ -259,7 +259,7 @@ def test_moves_that_arrive_in_many_threads_while_others_are_given_up_land_in_the
                     (found,) = {*pool.storage[list(pool.table(mine))].view(torch.uint8).unique().tolist()}
                     assert found == mine, "somebody wrote into its blocks"
                 arrivals.drop(mine)
-                pool.release(mine)
+                pool.release_sequence(mine)
                 with pytest.raises(GangAbortedError):
                     arrivals.store_piece(Piece(number, 0, 0, False), np.zeros(4, np.uint8))
         except BaseException as error:

@@ -180,7 +180,7 @@ def test_a_holder_answers_for_its_own_blocks_only_and_tells_of_its_faults(tmp_pa
         question = tasks["w0"][0].begin_forward(chunk)
         assert question is not None
         assert tasks["w2"][0].attend(chunk.gang, question) is None, "nothing is asked of it"
-        made.members["w1"].runtime.release(1)
+        made.members["w1"].runtime.release_sequence(1)
         with pytest.raises(PlanError):
             tasks["w1"][0].attend(chunk.gang, question)
         assert kinds(tasks["w1"][2]) == ["GangFailed"]

@@ -45,11 +45,11 @@ class Graph:
     def __init__(self, card: Card) -> None:
         self._card, self._work = card, list[Callable[[], None]]()
 
-    def begin(self) -> None:
+    def begin_capture(self) -> None:
         assert self._card.recording is None, "one recording at a time"
         self._card.recording = self._work
 
-    def end(self) -> None:
+    def end_capture(self) -> None:
         assert self._card.recording is self._work
         self._card.recording = None
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from distkv_dask.errors import UnsupportedModelError
 from distkv_dask.placement import Stage
 from distkv_dask.worker.model.load import load_model
-from distkv_dask.worker.model.mapped import forgetting_pages
+from distkv_dask.worker.model.mapped import few_pages
 from tests._models import WINDOWED, model_dir, prompt_ids
 
 
@@ -101,12 +101,12 @@ def test_pages_that_were_given_back_are_read_again_when_needed(tmp_path: Path) -
     save_file({"weight": some}, file)
     module = torch.nn.Linear(512, 512, bias=False)
     module.weight = torch.nn.Parameter(load_file(file)["weight"])
-    with torch.no_grad(), forgetting_pages(module) as forget:
+    with torch.no_grad(), few_pages(module) as drop_pages:
         expected = module(some)
         assert resident(file) < 256
         torch.testing.assert_close(module.weight, some)
         assert resident(file) > 512
-        forget([module.weight])
+        drop_pages([module.weight])
         assert resident(file) < 256
         torch.testing.assert_close(module(some), expected)
 

@@ -84,7 +84,7 @@ class Members:
         self.gang, self.told = GANG, list[tuple[int, Any]]()
         self._checks, self._abort_at = 0, abort_at
 
-    def begin(self, parts: Mapping[str, Part]) -> None:
+    def open_sessions(self, parts: Mapping[str, Part]) -> None:
         self.told.append((0, parts))
 
     def change(self, step: int, old: Mapping[str, Part], new: Mapping[str, Part]) -> None:

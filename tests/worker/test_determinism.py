@@ -129,7 +129,7 @@ def test_drawn_tokens_are_those_of_one_process_whatever_becomes_of_the_sequence(
                 spans = [(lost.start, lost.stop)]
                 for block, data in zip(target.find(1, spans), source.read(source.find(1, spans)), strict=True):
                     target.fill(block, data)
-            made.members["w2"].runtime.release(1)
+            made.members["w2"].runtime.release_sequence(1)
             if fate == "recomputed":
                 lacking = tuple(prompt_ids(PROMPT)[lost.start : lost.stop])
                 chunk = PrefillChunk(made.gang("w1", []), 1, moved, lost.start, lacking)
@@ -162,7 +162,7 @@ def drawn_beside(
     batch.insert(others // 2, replace(state(1, placement, PROMPT, first, NEW - 1), sampling=DRAWN))
     while len(tokens) < NEW:
         if len(tokens) == joined:
-            made.release(1)
+            made.release_sequence(1)
             for span in placement:
                 made.members[span.worker].runtime.reserve(1, span.start, span.stop)
             made.prefill(1, placement, prompt + tokens[:-1], chunk)

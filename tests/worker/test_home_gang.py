@@ -102,7 +102,7 @@ def run(network: Network, *steps: Callable[[HomeGang], object]) -> None:
 
 
 def begin(gang: HomeGang) -> None:
-    gang.begin(PARTS)
+    gang.open_sessions(PARTS)
 
 
 def fault(error: Exception) -> Callable[[HomeGang], None]:
@@ -118,7 +118,7 @@ def frames(wire: Wire) -> list[str]:
 
 def test_holders_begin_with_their_rows_and_are_let_go_at_the_end(network: Network) -> None:
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
         assert gang.channels.keys() == {"w1", "w2", "w3"}
     for worker in ("w1", "w2", "w3"):
         wire = network.last(worker)
@@ -133,7 +133,7 @@ def test_holders_begin_with_their_rows_and_are_let_go_at_the_end(network: Networ
 
 def test_all_begin_before_any_is_waited_for(network: Network) -> None:
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
         kinds = [kind for _, kind in network.log]
     assert kinds.index("READY") > max(at for at, kind in enumerate(kinds) if kind == "BEGIN")
 
@@ -144,7 +144,7 @@ def test_the_time_to_begin_is_one_for_all_and_silence_is_counted_afterwards(
     clock = iter([100.0, 101.0, 104.0, 109.0])
     monkeypatch.setattr(gang_module.time, "monotonic", lambda: next(clock))  # type: ignore[attr-defined]
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
         limits = [wire.limits for wire in (gang.channels[worker] for worker in gang.channels)]  # type: ignore[attr-defined]
     assert limits == [[5.0, 4.0, 2.0], [5.0, 1.0, 2.0], [5.0, 0.001, 2.0]]
     assert network.waits == [2.0] * 3
@@ -153,17 +153,17 @@ def test_the_time_to_begin_is_one_for_all_and_silence_is_counted_afterwards(
 def test_channels_are_kept_for_the_next_gang_and_greeted_once(network: Network) -> None:
     for _ in range(3):
         with network.gang() as gang:
-            gang.begin(PARTS)
+            gang.open_sessions(PARTS)
     assert {worker: len(wires) for worker, wires in network.wires.items()} == {"w1": 1, "w2": 1, "w3": 1}
     assert frames(network.last("w1")) == ["HELLO", *["BEGIN", "END"] * 3]
 
 
 def test_a_channel_that_broke_meanwhile_is_replaced(network: Network) -> None:
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
     network.last("w2").is_idle = False
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
     old, new = network.wires["w2"]
     assert (old.closed, new.closed) == (1, 0)
     assert frames(new) == ["HELLO", "BEGIN", "END"]
@@ -171,7 +171,7 @@ def test_a_channel_that_broke_meanwhile_is_replaced(network: Network) -> None:
 
 def test_closing_the_cache_closes_what_is_kept_once(network: Network) -> None:
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
     network.cache.close()
     network.cache.close()
     assert [network.last(worker).closed for worker in ("w1", "w2", "w3")] == [1, 1, 1]
@@ -192,7 +192,7 @@ def test_a_new_batch_is_told_to_those_that_had_or_have_a_part(
 ) -> None:
     part = Part((ROW,), (0,))
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
         gang.change(9, dict.fromkeys(old, part), dict.fromkeys(new, part))
     for worker in ("w1", "w2", "w3"):
         batches = [one for one in network.last(worker).sent if one[0].kind is Kind.BATCH]
@@ -265,7 +265,7 @@ def test_a_holder_that_does_not_join_in_time_is_named_with_the_setting(network: 
 
 def test_a_gang_that_is_complete_does_not_fail_for_a_holder_that_left(network: Network) -> None:
     with network.gang() as gang:
-        gang.begin(PARTS)
+        gang.open_sessions(PARTS)
         network.last("w1").faults[Kind.END] = ChannelError("w1 closed the channel")
         network.last("w2").faults[Kind.END] = BrokenPipeError()
     assert frames(network.last("w3"))[-1] == "END"

@@ -34,7 +34,7 @@ def test_a_sequence_that_begins_with_a_snapshot_has_the_tokens_of_one_process(fa
             result, _ = made.decode("w0", [state(sequence, placement, PROMPT, first, NEW - 1)], NEW)
             assert [first, *result.tokens[sequence]] == reference(family).tokens
         for sequence in (1, 2, 3):
-            made.release(sequence)
+            made.release_sequence(sequence)
         assert home.home_state.windows is None or not home.home_state.windows.pool.used_blocks
         home.home_state.adopt(4, 1, SHARED)
         with pytest.raises(StateLostError):

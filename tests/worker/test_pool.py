@@ -60,7 +60,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
     @rule(sequence=st.integers(0, 5))
     def release(self, sequence: int) -> None:
-        self.pool.release(sequence)
+        self.pool.release_sequence(sequence)
         self.blocks[sequence].clear()
         assert self.pool.table(sequence) == ()
 
@@ -76,7 +76,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for sequence in range(6):
-            self.pool.release(sequence)
+            self.pool.release_sequence(sequence)
         assert self.pool.used_blocks == 0
         self.pool.reserve(99, 0, 20 * BLOCK)
         assert self.pool.table(99) == tuple(range(20))
@@ -90,7 +90,7 @@ def test_blocks_of_a_sequence_are_consecutive_when_any_run_is_long_enough() -> N
     pool = make_pool(12)
     for sequence, blocks in enumerate((2, 3, 1, 4)):
         pool.reserve(sequence, 0, blocks * BLOCK)
-    pool.release(1)
+    pool.release_sequence(1)
     pool.reserve(7, 0, 2 * BLOCK)
     assert pool.table(7) == (10, 11)  # the run that fits exactly, and leaves the longer one whole
     pool.reserve(8, 0, 3 * BLOCK)
@@ -109,7 +109,7 @@ def test_scattered_blocks_are_used_when_no_run_is_long_enough() -> None:
     for sequence in range(6):
         pool.reserve(sequence, 0, BLOCK)
     for sequence in (0, 2, 3, 5):
-        pool.release(sequence)
+        pool.release_sequence(sequence)
     pool.reserve(9, 0, 4 * BLOCK)
     assert sorted(pool.table(9)) == [0, 2, 3, 5]
     assert pool.table(9)[:2] == (2, 3)  # the longest run first

@@ -40,7 +40,7 @@ class Owner:
             self.check(sequence)
             match self.rng.randrange(4):
                 case 0:
-                    self.pool.release(sequence)
+                    self.pool.release_sequence(sequence)
                     self.stamped[sequence].clear()
                 case 1:
                     first = self.rng.randrange(12)
@@ -50,7 +50,7 @@ class Owner:
                     self.grow(sequence)
             self.check(sequence)
         for sequence in self.sequences:
-            self.pool.release(sequence)
+            self.pool.release_sequence(sequence)
 
     def grow(self, sequence: int) -> None:
         first, count = self.rng.randrange(10), self.rng.randint(1, 4)
@@ -134,6 +134,6 @@ def test_many_quick_changes_at_once_leave_every_block_with_one_owner() -> None:
         blocks = [block for table in owned for block in table]
         assert len(blocks) == len(set(blocks))
     for sequence in range(THREADS):
-        pool.release(sequence)
+        pool.release_sequence(sequence)
     pool.reserve(99, 0, 64 * BLOCK)
     assert pool.table(99) == tuple(range(64))

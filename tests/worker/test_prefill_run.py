@@ -63,10 +63,10 @@ class Run:
     def __init__(self, model: Model) -> None:
         self.told: list[tuple[int, Mapping[str, Part]]] = []
         self.closed = 0
-        gang: Any = SimpleNamespace(begin=self._begin, change=self._change)
+        gang: Any = SimpleNamespace(open_sessions=self._open_sessions, change=self._change)
         self.run = PrefillRun(gang, model, self._attention, cut)  # type: ignore[arg-type]
 
-    def _begin(self, parts: Mapping[str, Part]) -> None:
+    def _open_sessions(self, parts: Mapping[str, Part]) -> None:
         assert not self.told
         self.told.append((0, parts))
 

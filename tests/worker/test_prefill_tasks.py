@@ -82,7 +82,7 @@ def test_questions_of_one_forward_share_their_document() -> None:
         results = made.run(chunks[0].gang, lambda runtime: runtime.prefill_together(chunks))
         answers = [decoded(made, chunk, result.token) for chunk, result in zip(chunks, results, strict=True)]
         for chunk, answer in zip(chunks, answers, strict=True):
-            made.release(chunk.sequence)
+            made.release_sequence(chunk.sequence)
             alone = made.place(chunk.sequence, ("w0", 32 + len(chunk.tokens) + NEW))
             first = made.prefill(chunk.sequence, alone, [*text, *chunk.tokens])
             assert answer == decoded(made, replace(chunk, placement=alone), first)
@@ -177,7 +177,7 @@ def test_a_forward_has_no_more_tokens_than_a_chunk_no_other_holders_than_its_fir
 def test_a_chunk_that_fails_or_was_given_up_fails_alone(tmp_path: Path) -> None:
     with tasks("llama-gqa", tmp_path) as (made, engine, told):
         chunks = [whole(made, *one) for one in LENGTHS.items()]
-        made.release(2)  # a fault of the plan
+        made.release_sequence(2)  # a fault of the plan
         engine.abort(chunks[2].gang.number, "nobody wants it", unused=False)
         errors = computed(engine, chunks)
     assert [type(error) for error in errors] == [type(None), PlanError, GangAbortedError, type(None)]

@@ -45,7 +45,7 @@ def test_the_longest_match_in_document_question_and_answer_is_found(
     made, whole = Proposer(text, document), list(prompt)
     for tokens in answer:
         assert made.propose(most) == searched(whole, most)
-        made.take(tokens)
+        made.add_tokens(tokens)
         whole += tokens
         assert (made.answer.tolist(), made.length) == (whole[len(prompt) :], len(whole))
     assert made.propose(most) == searched(whole, most)

@@ -45,7 +45,7 @@ AT_ONCE: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
     (do.Keep(ADDRESS, 5, (16, 32), ended=True), "runtime.home_state.keep", (5, (16, 32), True)),
     (do.Keep(ADDRESS, 5, (), ended=False), "runtime.home_state.keep", (5, (), False)),
     (do.Retire(ADDRESS, 5), "retire", (5,)),
-    (do.Release(ADDRESS, 5), "release", (5,)),
+    (do.Release(ADDRESS, 5), "release_sequence", (5,)),
     (do.Free(ADDRESS, 5, 16, 48), "free", (5, 16, 48)),
     (do.Join(ADDRESS, STATE, HOLDERS), "join", (STATE, HOLDERS)),
     (do.Reset(ADDRESS, 3), "reset", (3,)),
@@ -158,7 +158,7 @@ def test_a_message_that_fails_is_logged_and_the_next_is_done(
     with caplog.at_level(logging.ERROR):
         made.manager.receive("engine", pack(do.Reserve(ADDRESS, 5, 16, 48)))
         made.manager.receive("engine", pack(do.Release(ADDRESS, 5)))
-    assert calls == [("release", (5,))]
+    assert calls == [("release_sequence", (5,))]
     (record,) = caplog.records
     assert record.exc_info is not None
     assert record.exc_info[1] is error

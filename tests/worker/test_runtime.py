@@ -59,7 +59,7 @@ def test_greedy_tokens_and_logits_are_those_of_one_process_for_every_split(famil
                 assert generate(made, placement, "w0") == right.tokens, name
                 logits = torch.cat(model.logits[-NEW:])
                 assert torch.allclose(logits, right.logits, atol=1e-4, rtol=1e-4), name
-                made.release(1)
+                made.release_sequence(1)
             assert all(member.pool.used_blocks == 0 for member in made.members.values())
 
 

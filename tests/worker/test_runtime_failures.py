@@ -84,7 +84,7 @@ def endings(made: Fleet, endpoint: Endpoint, others: tuple[str, ...] = ()) -> tu
     future = home.lanes.home.submit(home.runtime.decode, window, batch)
     error = future.exception(20)
     seen = [session.result.exception(20) for session in sessions]
-    made.release(1)
+    made.release_sequence(1)
     assert isinstance(error, Exception)
     return error, [one for one in seen if isinstance(one, Exception)], time.monotonic() - began
 
@@ -92,7 +92,7 @@ def endings(made: Fleet, endpoint: Endpoint, others: tuple[str, ...] = ()) -> tu
 def works(made: Fleet) -> bool:
     placement = made.place(1, ("w1", 40), ("w0", ROOM))
     tokens = generate(made, placement, "w0")
-    made.release(1)
+    made.release_sequence(1)
     return tokens == reference("llama-gqa").tokens
 
 
@@ -152,7 +152,7 @@ def test_a_session_that_never_opens_ends_the_gang_with_the_start_limit(way: Way)
         future = home.lanes.home.submit(home.runtime.decode, window, [state(1, placement, PROMPT, 1, 5)])
         with pytest.raises((ChannelTimeoutError, GangAbortedError), match=r"distkv.timeouts.start"):
             future.result(10)
-        made.release(1)
+        made.release_sequence(1)
         assert works(made)
 
 
@@ -181,7 +181,7 @@ def test_a_model_that_fails_tells_the_holders_and_leaves_the_lane_usable(way: Wa
         with pytest.raises(GangAbortedError, match="RuntimeError: no memory left"):
             session.wait(5)
         model.broken = False
-        made.release(1)
+        made.release_sequence(1)
         assert works(made)
 
 
@@ -206,7 +206,7 @@ def test_an_abort_from_another_thread_ends_all_members(way: Way, where: str) -> 
         with pytest.raises((GangAbortedError, ChannelError)):
             session.wait(5)
         home.runtime.abort(gang.number, "again")
-        made.release(1)
+        made.release_sequence(1)
         assert works(made)
 
 
@@ -226,7 +226,7 @@ def test_an_abort_ends_a_home_that_waits_for_a_frozen_holder(way: Way, welcome: 
         with pytest.raises(GangAbortedError, match="w9 is frozen"):
             future.result(5)
         holder.close()
-        made.release(1)
+        made.release_sequence(1)
         assert works(made)
 
 
@@ -293,7 +293,7 @@ def test_holders_are_told_of_a_plan_that_fails_before_it_begins(way: Way) -> Non
         for session in sessions:
             with pytest.raises(GangAbortedError, match="room reserved for 70"):
                 session.wait(5)
-        made.release(1)
+        made.release_sequence(1)
         assert works(made)
 
 

@@ -39,7 +39,7 @@ class Simulated:
         self.tokens = dict.fromkeys(range(batch), 1)
         self._added = once, each
         self._says = [itertools.cycle(text) for _ in range(batch)]
-        self.made.begin([committed(at, text, [next(says)]) for at, says in enumerate(self._says)])
+        self.made.begin_window([committed(at, text, [next(says)]) for at, says in enumerate(self._says)])
 
     def step(self, agrees: bool) -> None:
         """All sequences say their text once more, or never what is proposed, but words of the text."""
@@ -132,16 +132,16 @@ def test_a_window_that_was_given_up_is_forgotten() -> None:
     placement = (Span("w", 0, 64, document=5), Span("w", 64, 9999))
     batch = [committed(at, PROSE[:81], [7], placement) for at in (1, 2)]
     room = {1: 99, 2: 2, 3: 99}
-    made.begin(batch)
+    made.begin_window(batch)
     assert made.propose(room) == {}, "what steps take is not known"
     made.learn(1.0, {1: [50], 2: [50], 3: [50]})
-    assert made.begin(batch).propose(room) == {1: [1, 2, 3, 4], 2: [1, 2]}
+    assert made.begin_window(batch).propose(room) == {1: [1, 2, 3, 4], 2: [1, 2]}
     made.learn(1.0, {1: [1, 2, 9], 2: [1, 2, 3], 3: [50]})
-    assert made.begin([committed(1, PROSE[:81], [7, 1, 2, 9]), batch[1]]).propose(room)[2] == [1, 2]
+    assert made.begin_window([committed(1, PROSE[:81], [7, 1, 2, 9]), batch[1]]).propose(room)[2] == [1, 2]
 
 
 def test_sequences_without_a_prompt_are_left_alone() -> None:
-    made = Speculation("auto").begin([committed(1, (), [1])])
+    made = Speculation("auto").begin_window([committed(1, (), [1])])
     for _ in range(3):
         assert made.propose({1: 9}) == {}
         made.learn(1.0, {1: [1]})

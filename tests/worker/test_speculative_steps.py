@@ -28,7 +28,7 @@ class Told:
         self._at: dict[int, int] = {}
         self.rows: list[int] = []
 
-    def begin(self, batch: Sequence[SequenceState]) -> Told:
+    def begin_window(self, batch: Sequence[SequenceState]) -> Told:
         self._at = {one.sequence: one.length - PROMPT + 1 for one in batch}
         return self
 
@@ -74,7 +74,7 @@ def test_wherever_the_wrong_token_stands_tokens_and_logits_are_those_of_one_proc
             tell(made, {1: right.tokens}, (4, wrong), (1, wrong), (0, 0), (6, wrong))
             placement = made.place(1, *SPLITS[split])
             assert generate(made, placement, "w0") == right.tokens
-            made.release(1)
+            made.release_sequence(1)
 
 
 def test_the_logits_behind_right_tokens_are_those_of_one_process() -> None:

@@ -177,7 +177,7 @@ def test_a_sequence_whose_blocks_moved_to_others_is_found_where_they_are_now(hom
     hidden, other = torch.randn(9, SIZE), torch.randn(24, SIZE)
     with home.links.serving(gang(1)):
         through(home.step(1, (5, 0, 24)), other, [*range(24)])
-        home.pool.release(5)
+        home.pool.release_sequence(5)
         through(home.step(1, (6, 0, 8)), other[:8], [*range(8)])  # the first of these blocks is another one's now
         found = [through(home.step(1, (5, 0, 8)), hidden[:8], [*range(8)])]
         found.append(through(home.step(1, (5, 8, 1)), hidden[8:], [8]))

@@ -81,7 +81,7 @@ def test_a_home_without_the_state_says_so_and_computes_nothing(family: str) -> N
             with pytest.raises(StateLostError, match="from its first token") as raised:
                 made.decode("w0", [wrong], 2)
             assert raised.value.sequence == wrong.sequence
-        made.members["w0"].runtime.release(1)
+        made.members["w0"].runtime.release_sequence(1)
         with pytest.raises(StateLostError):
             made.decode("w0", [state(1, placement, 30, first, 9)], 2)
 

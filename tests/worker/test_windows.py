@@ -33,7 +33,7 @@ def test_a_long_sequence_takes_no_more_at_its_home_than_its_window(family: str) 
             result, batch = made.decode("w0", batch, 1000)
             assert result.steps <= windows.steps == 64
             tokens += result.tokens[1]
-        made.release(1)
+        made.release_sequence(1)
         assert windows.pool.used_blocks == 0
     assert tokens == reference(family, prompt, 0, new).tokens
 

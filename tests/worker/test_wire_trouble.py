@@ -87,6 +87,6 @@ def test_a_network_that_fails_in_mid_window_costs_one_window_and_no_token(
             assert proxy.opened == opened + 1
             made.decode("w0", [before], NEW, through(proxy, made, holders))
             assert proxy.opened == opened + 1  # a channel that is sound is kept
-            made.release(1)
+            made.release_sequence(1)
         finally:
             proxy.close()

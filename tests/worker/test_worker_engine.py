@@ -46,7 +46,7 @@ def test_who_retires_is_answered_when_both_lanes_have_let_go(made: Open) -> None
     "again",
     [
         lambda made: made.engine.reserve(5, 0, 8),
-        lambda made: made.engine.release(5),
+        lambda made: made.engine.release_sequence(5),
         lambda made: made.engine.free(5, 0, 8),
         lambda made: made.join(5),
     ],
@@ -67,7 +67,7 @@ def test_a_released_sequence_has_no_blocks_no_window_and_no_pieces(made: Open) -
     made.engine.reserve(5, 0, 16)
     made.engine.expect(1, 5, 16, 32)
     assert made.runtime.pool.used_blocks == 4
-    made.engine.release(5)
+    made.engine.release_sequence(5)
     assert made.runtime.pool.used_blocks == 0
     assert made.engine._batch.needs() == []
     assert "move 1 is not expected" in made.engine.store_piece(Piece(1, 0, 0, True), np.zeros(4, np.uint8))

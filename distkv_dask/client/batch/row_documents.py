@@ -64,22 +64,22 @@ class RowDocuments:
         """A question has ended."""
         if document is not None:
             document.open -= 1
-            self._release(document)
+            self._release_if_unused(document)
 
     def finish(self) -> None:
         """The last row has no more questions."""
         if self._last is not None:
             self._last.more = False
-            self._release(self._last)
+            self._release_if_unused(self._last)
         self._row = self._last = None
 
     def close(self) -> None:
         """Release all documents, also those with open questions."""
         for document in list(self._held):
             document.open, document.more = 0, False
-            self._release(document)
+            self._release_if_unused(document)
 
-    def _release(self, document: RowDocument) -> None:
+    def _release_if_unused(self, document: RowDocument) -> None:
         if not document.open and not document.more and document in self._held:
             self._held.discard(document)
             self._session.store.end(document.number)

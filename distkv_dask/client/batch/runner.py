@@ -246,10 +246,10 @@ class Runner:
         with contextlib.suppress(queue.Empty):
             generation = self._ended.get(timeout=TICK)
             while True:
-                self._take(self._running.pop(generation), generation)
+                self._add_answer(self._running.pop(generation), generation)
                 generation = self._ended.get_nowait()
 
-    def _take(self, ask: _Ask, generation: Generation) -> None:
+    def _add_answer(self, ask: _Ask, generation: Generation) -> None:
         if generation.cancelled():
             raise EngineClosedError("the engine was closed while the batch ran")
         error = generation.exception()

@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from distkv_dask.client.serve.asked import Asked, read_asked
-from distkv_dask.client.serve.begun import begin, result_of
 from distkv_dask.client.serve.body import read_json
 from distkv_dask.client.serve.form import Form
 from distkv_dask.client.serve.serving import Serving, serving_of
 from distkv_dask.client.serve.stream import streamed
+from distkv_dask.client.serve.submission import result_of, submit_prompts
 from distkv_dask.client.session.generation import Generation
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.completion import Completion
@@ -57,7 +57,7 @@ async def whole(asked: Asked, write: Written, serving: Serving, gone: asyncio.Ta
     Parameters
     ----------
     asked, serving, gone
-        As :func:`~distkv_dask.client.serve.begun.begin` takes them.
+        As :func:`~distkv_dask.client.serve.submission.submit_prompts` takes them.
     write
         Writes the answers, in the order of the prompts.
 
@@ -72,7 +72,7 @@ async def whole(asked: Asked, write: Written, serving: Serving, gone: asyncio.Ta
         with contextlib.suppress(RuntimeError):  # the server has ended, and its loop is closed
             loop.call_soon_threadsafe(ends.put_nowait, generation)
 
-    generations = begin(asked, serving, gone)
+    generations = submit_prompts(asked, serving, gone)
     for generation in generations:
         generation.add_done_callback(end)  # type: ignore[arg-type]  # it is called with this very future
     try:

@@ -12,10 +12,10 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from distkv_dask.client.serve.asked import Asked
-from distkv_dask.client.serve.begun import begin, result_of
 from distkv_dask.client.serve.failures import body_of, refusal_of
 from distkv_dask.client.serve.form import Form
 from distkv_dask.client.serve.serving import Serving
+from distkv_dask.client.serve.submission import result_of, submit_prompts
 from distkv_dask.client.session.generation import Generation, Piece
 
 REFUSED_SECONDS = 1.0
@@ -43,7 +43,7 @@ class Pieces:
         with contextlib.suppress(RuntimeError):  # the server has ended, and its loop is closed
             self._loop.call_soon_threadsafe(self._news.put_nowait, (number, one))
 
-    async def take(self, seconds: float) -> News:
+    async def next_within(self, seconds: float) -> News:
         """The next one; None after ``seconds`` without one."""
         try:
             async with asyncio.timeout(seconds):
@@ -55,11 +55,11 @@ class Pieces:
 async def streamed(asked: Asked, form: Form, serving: Serving, gone: asyncio.Task[None]) -> Response:
     """Begin a stream, once the cluster has accepted the request."""
     pieces = Pieces()
-    generations = begin(asked, serving, gone, pieces.put)
+    generations = submit_prompts(asked, serving, gone, pieces.put)
     for at, generation in enumerate(generations):
         generation.add_done_callback(lambda one, at=at: pieces.put(at, one))  # type: ignore[misc]
     try:
-        first = await pieces.take(REFUSED_SECONDS)
+        first = await pieces.next_within(REFUSED_SECONDS)
         if first is not None and isinstance(first[1], Generation):
             result_of(first[1])  # a refusal is an answer with its own status
     except BaseException:
@@ -77,7 +77,7 @@ async def _news(first: News, pieces: Pieces, left: int) -> AsyncGenerator[News]:
         left -= news is not None and isinstance(news[1], Generation)
         if not left:
             return
-        news = await pieces.take(PAUSE_SECONDS)
+        news = await pieces.next_within(PAUSE_SECONDS)
 
 
 async def _events(asked: Asked, form: Form, serving: Serving, news: AsyncGenerator[News]) -> AsyncGenerator[bytes]:

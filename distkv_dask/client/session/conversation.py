@@ -127,7 +127,7 @@ class Conversation:
     def release_document(self, number: int) -> None:
         """Release a document, after the requests so far; from any thread."""
         if not self.is_closed:
-            self._soon(lambda: self._spawn(self._release(number)))
+            self._soon(lambda: self._spawn(self._release_request(number)))
 
     async def flushed(self) -> None:
         """Wait until the requests so far have arrived at the gManager."""
@@ -140,7 +140,7 @@ class Conversation:
         if not self.is_closed and self._broken is None:
             await self.ask_quietly(ClientCall.STOP, request=number, reason="cancelled")
 
-    async def _release(self, number: int) -> None:
+    async def _release_request(self, number: int) -> None:
         await self.flushed()
         await self.give_up(number)
 

@@ -54,7 +54,7 @@ def _copy_one(life: MachineState, worker: str) -> None:
     for run in _runs(life, worker):
         place = _place(life, worker, run)
         if place is not None:
-            _begin(life, run, place)
+            _begin_copy(life, run, place)
             return
 
 
@@ -133,7 +133,7 @@ def _make_room_for(life: MachineState, worker: str, run: Extent) -> bool:
     return True
 
 
-def _begin(life: MachineState, extent: Extent, place: Place) -> None:
+def _begin_copy(life: MachineState, extent: Extent, place: Place) -> None:
     """Begin to copy blocks to a worker's memory, or their own worker's disk."""
     source, blocks = extent.source, len(extent.keys)
     assert source is not None

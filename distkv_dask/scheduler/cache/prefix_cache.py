@@ -81,7 +81,7 @@ def stop_sharing(life: MachineState, number: int, user: int) -> None:
 def free_or_cache(life: MachineState, request: Request) -> None:
     """A sequence is idle: free its blocks in the ledger, and cache or release them."""
     account = life.ledger.sequences[request.sequence]
-    workers = life.ledger.release(request.sequence)
+    workers = life.ledger.release_sequence(request.sequence)
     cached = life.cache.by_number.get(request.sequence)
     if cached is not None:
         cached.closed |= bool(account.lost) or not life.cache.enabled

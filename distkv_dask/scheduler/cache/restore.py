@@ -82,7 +82,7 @@ def _joined(runs: Iterable[tuple[int, int, Extent]]) -> list[tuple[int, int]]:
     return joined
 
 
-def begin(life: MachineState, request: Request, state: Fetching) -> None:
+def begin_reading(life: MachineState, request: Request, state: Fetching) -> None:
     """Read extents into a request's own blocks, on all of its workers at once."""
     account = life.ledger.sequences[request.sequence]
     ranges: dict[str, tuple[tuple[int, int], ...]] = {}

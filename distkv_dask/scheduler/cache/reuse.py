@@ -99,7 +99,7 @@ def _beside(life: MachineState, ask: Ask, missing: Counter[str], last: str, ahea
         life.ledger.reserve(ask.sequence, tuple(taken), idle=True)
     rest = life.policy.place(life.ledger, ask, ahead)
     if taken:
-        life.ledger.release(ask.sequence)
+        life.ledger.release_sequence(ask.sequence)
     return shifted(rest or (), ask.shared)
 
 

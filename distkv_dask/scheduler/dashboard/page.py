@@ -111,7 +111,7 @@ def whole_page(scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> No
     doc.title = "Dask: distkv"
     doc.add_root(column(row(headline.root, select, sizing_mode="stretch_width"), body, sizing_mode="stretch_width"))
     doc.template = env.get_template("simple.html")
-    _begin(page, extra, doc)
+    _show_page(page, extra, doc)
 
 
 def one_panel(kind: Callable[[], Any], scheduler: Scheduler, extra: dict[str, Any], doc: Document) -> None:
@@ -120,10 +120,10 @@ def one_panel(kind: Callable[[], Any], scheduler: Scheduler, extra: dict[str, An
     panel.root.sizing_mode = "stretch_both"
     doc.title = f"Dask: distkv {panel.name}"
     doc.add_root(panel.root)
-    _begin(Page(scheduler.extensions[PLUGIN].dispatcher.board, [panel]), extra, doc)
+    _show_page(Page(scheduler.extensions[PLUGIN].dispatcher.board, [panel]), extra, doc)
 
 
-def _begin(page: Page, extra: dict[str, Any], doc: Document) -> None:
+def _show_page(page: Page, extra: dict[str, Any], doc: Document) -> None:
     doc.template_variables.update(extra)
     doc.theme = BOKEH_THEME
     page.update()

@@ -122,7 +122,7 @@ class EngineState:
 
     def open_stage(self, worker: str) -> list[Open]:
         """A worker takes a stage, or stands by; what is sent for it."""
-        if self.group is None or not self.group.take(worker):
+        if self.group is None or not self.group.assign_stage(worker):
             self._answered(worker)
             return []
         self.expect(worker)
@@ -141,7 +141,7 @@ class EngineState:
     def worker_lost(self, worker: str) -> None:
         """A worker died or left."""
         self.facts.pop(worker, None)
-        self.links.forget(worker)
+        self.links.remove_worker(worker)
         if worker in self._pending:
             self._lost = worker
         self._answered(worker)

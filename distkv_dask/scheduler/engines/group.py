@@ -35,7 +35,7 @@ class Group:
         """The worker with the first stage; empty where there is none."""
         return self.places[0]
 
-    def take(self, worker: str) -> bool:
+    def assign_stage(self, worker: str) -> bool:
         """Give a worker a stage that has none, the first one last; False where none needs it."""
         if worker in self.places or worker in self._failed or "" not in self.places:
             return False

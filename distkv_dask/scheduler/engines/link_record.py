@@ -51,7 +51,7 @@ class LinkRecord:
         self.failed.add(of_pair(one, other))
         self._failures.update({one.worker, other.worker})
 
-    def forget(self, worker: str) -> None:
+    def remove_worker(self, worker: str) -> None:
         """A worker is gone."""
         self._failures.pop(worker, None)
         for both in [both for both in self.times if worker in both]:

@@ -215,7 +215,7 @@ class Ledger(Books):
             self.resize(sequence, (span for span in before if span.document is None))
             raise ValueError(f"sequence {sequence}: no room for more of it")
 
-    def release(self, sequence: int) -> list[str]:
+    def release_sequence(self, sequence: int) -> list[str]:
         """End all of a sequence's debts and moves, and return the live workers that have blocks of it.
 
         Raises

@@ -36,7 +36,7 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     """Start writing for a save whose document is stored, or reading for a saved sequence that has room."""
     account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
     if isinstance(state, Fetching) and state.extents:
-        restore.begin(life, request, state)
+        restore.begin_reading(life, request, state)
         return
     assert saved is not None
     assert isinstance(state, FilesUnderWay)

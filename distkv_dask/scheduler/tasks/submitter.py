@@ -38,7 +38,7 @@ class _Task:
     worker: str
     engine: str
     gang: int
-    forget: bool = False
+    is_done_with: bool = False
 
 
 class Submitter:
@@ -161,7 +161,7 @@ class Submitter:
             task = self._tasks.get(key)
             if task is None:
                 continue
-            task.forget = True
+            task.is_done_with = True
             state = self._scheduler.tasks.get(key)  # the future learns of it later
             if not finished or (state is not None and state.state in ("memory", "erred")):
                 self._drop(key)
@@ -191,18 +191,18 @@ class Submitter:
             self.ended = (ours + 1, others) if task is not None else (ours, others + 1)
         if task is None:
             return
-        if finish == "memory" and task.forget:
+        if finish == "memory" and task.is_done_with:
             self._drop(key)
         elif finish in ("forgotten", "erred") and task.worker not in self._scheduler.workers:
             self._drop(key)  # its worker is gone: the gManager learns of that next, and handles the whole gang
-        elif finish == "forgotten" and not task.forget:
+        elif finish == "forgotten" and not task.is_done_with:
             self._drop(key)
             self._failed(task.engine, task.gang, GangAbortedError(f"task {key} was cancelled by somebody else"))
         elif finish == "erred":
             state = self._scheduler.tasks[key]
             cause = state.exception_blame or state
             self._drop(key)
-            if not task.forget:
+            if not task.is_done_with:
                 self._failed(task.engine, task.gang, GangAbortedError(f"task {key} failed: {cause.exception_text}"))
 
     def _drop(self, key: str) -> None:

@@ -209,7 +209,7 @@ class Pool:
                 )
             while missing:
                 before = table.get(missing[0] - 1)
-                run = self._take(len(missing), after=None if before is None else before + 1)
+                run = self._take_run(len(missing), after=None if before is None else before + 1)
                 table.update(zip(missing, run, strict=False))
                 del missing[: len(run)]
             if table:
@@ -242,7 +242,7 @@ class Pool:
             else:
                 self._tables.pop(sequence, None)
 
-    def release(self, sequence: int) -> None:
+    def release_sequence(self, sequence: int) -> None:
         """Free all blocks of a sequence; no error if it has none."""
         with self._lock:
             self._give_back(self._tables.pop(sequence, {}).values())
@@ -266,7 +266,7 @@ class Pool:
                 merged[start], last = self._runs[start], start
         self._runs = merged
 
-    def _take(self, wanted: int, after: int | None) -> range:
+    def _take_run(self, wanted: int, after: int | None) -> range:
         """Take up to ``wanted`` consecutive blocks: the table's own continuation, else the best fitting free run."""
         if after is not None and after in self._runs:
             start = after

@@ -52,7 +52,7 @@ class PausedForward:
         """Drop all tensors."""
         self._question = self._answers = None
 
-    def begin(self, parts: Mapping[str, Part]) -> None:
+    def open_sessions(self, parts: Mapping[str, Part]) -> None:
         """Nothing to open: each request carries its rows."""
 
     def change(self, step: int, old: Mapping[str, Part], new: Mapping[str, Part]) -> None:

@@ -59,7 +59,7 @@ class StreamChannel:
     def recv_into(self, expected: Header, buffer: memoryview | None = None) -> None:
         """Receive exactly the frame ``expected``."""
         try:
-            self._finish(self._begin(buffer), expected, buffer)
+            self._finish(self._read_start(buffer), expected, buffer)
         except OSError as error:
             if isinstance(error, ChannelError):
                 raise
@@ -128,7 +128,7 @@ class StreamChannel:
         """Send as much as possible without waiting."""
         self._sock.sendmsg(frame, (), socket.MSG_DONTWAIT)
 
-    def _begin(self, buffer: memoryview | None) -> int:
+    def _read_start(self, buffer: memoryview | None) -> int:
         """Read a header and available bytes of its payload; returns the number of bytes."""
         return self._sock.recvmsg_into((self._head,) if buffer is None else (self._head, buffer))[0]
 

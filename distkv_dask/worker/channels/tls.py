@@ -81,7 +81,7 @@ class TlsChannel(StreamChannel):
         self._sock.settimeout(0)
         self._sock.send(b"".join(frame))
 
-    def _begin(self, buffer: memoryview | None) -> int:
+    def _read_start(self, buffer: memoryview | None) -> int:
         return self._sock.recv_into(self._head, HEADER_BYTES)
 
     def _read(self, view: memoryview) -> int:

@@ -73,7 +73,7 @@ class HomeConnection:
                 session.answer(inlet, header)
                 self.deadline = time.monotonic() + self._own_service.silence
             else:
-                self._take(header)
+                self._handle_frame(header)
             more = inlet.consume(header)
 
     def _holds(self, session: Session, header: Header) -> bool:
@@ -153,7 +153,7 @@ class HomeConnection:
         assert self.service is not None
         return self.service
 
-    def _take(self, header: Header) -> None:
+    def _handle_frame(self, header: Header) -> None:
         """Handle any frame except a session's ATTEND."""
         payload = self.inlet.payload(header)
         if self.service is None:
@@ -161,7 +161,7 @@ class HomeConnection:
         elif header.kind is Kind.FAIL:
             self._fail(header, failed(f"home {self.inlet.peer}", payload))
         elif self.service.turns is not None:
-            self.service.turns.take(self.inlet, header, payload)
+            self.service.turns.handle_frame(self.inlet, header, payload)
         elif header.kind is Kind.PING and self._gang is None:
             self.inlet.send(Header(Kind.PONG, step=header.step, length=header.length), payload)
         elif header.kind is Kind.BEGIN and self._gang is None:

@@ -72,7 +72,7 @@ class DecodeLoop:
         self._all = [Progress(state) for state in batch]
         for one in self._all:
             with one.guard():
-                one.begin(model)
+                one.begin_window(model)
         self._live = list(self._all)
         self._drop_finished()
         self._parts: dict[str, Part] = {}
@@ -100,7 +100,7 @@ class DecodeLoop:
         """
         began, self._past, self._speculator, self._window = time.perf_counter(), past, speculator, window
         if not self._live:
-            self._gang.begin({})
+            self._gang.open_sessions({})
         try:
             while self._live and (window.steps is None or self._steps < window.steps):
                 self._gang.check()
@@ -196,7 +196,7 @@ class DecodeLoop:
         ]
         parts = self._cutting(batch)
         if self._steps == 0:
-            self._gang.begin(parts)
+            self._gang.open_sessions(parts)
         else:
             self._gang.change(self._steps, self._parts, parts)
         if not live:

@@ -108,7 +108,7 @@ class HomeGang:
         if self._abort_reason is not None and not isinstance(error, GangAbortedError):
             raise GangAbortedError(f"gang {self.gang.name} was aborted: {self._abort_reason}") from error
 
-    def begin(self, parts: Mapping[str, Part]) -> None:
+    def open_sessions(self, parts: Mapping[str, Part]) -> None:
         """Open channels to all holders and wait until their sessions are open.
 
         Parameters

@@ -109,7 +109,7 @@ class HomeLane:
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
         _step_back()
-        while (item := self._take()) is not None:
+        while (item := self._next_call()) is not None:
             future, call = item
             if self._closed:
                 future.cancel()
@@ -132,7 +132,7 @@ class HomeLane:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineClosedError("this worker's home lane has ended"))
 
-    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+    def _next_call(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next call, as soon as there is one; None when the lane is closed and none is left."""
         with self._wake:
             self._wake.wait_for(lambda: self._calls or self._closed)

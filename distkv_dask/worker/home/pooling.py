@@ -39,11 +39,11 @@ class Pooling:
                 ranges[row] = at + max(0, chunk.pooled_from - one.length), at + one.queries
             at += one.queries
 
-        def take(hidden: Tensor) -> None:
+        def add_to_sums(hidden: Tensor) -> None:
             for row, sums in zip(ranges, summed(hidden, [*ranges.values()]), strict=True):
                 self._sums[row] = self._sums[row] + sums if row in self._sums else sums
 
-        return take if ranges else None
+        return add_to_sums if ranges else None
 
     def results(self) -> list[Pooled | None]:
         """The sums of each chunk.

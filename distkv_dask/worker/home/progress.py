@@ -54,7 +54,7 @@ class Progress:
         """End with an error."""
         self.error, self.finished = error, "error"
 
-    def begin(self, model: LoadedModel) -> None:
+    def begin_window(self, model: LoadedModel) -> None:
         """Take its adapter, if it has one, and go on with the schema, if there is one, from the committed tokens."""
         self.adapter = model.adapter(self.state.adapter)
         self.follower = model.follower(self.state.sampling, self.state.generated)

@@ -203,10 +203,10 @@ class Remote:
 
     def pack(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put the queries into the question, and the KV of tokens that belong to a tail there."""
-        _take(q, self._index, self._q)
+        _copy_rows(q, self._index, self._q)
         if self._kv_shape[1]:
             for tensor, there in zip((k, v), self._kv, strict=False):  # if values are a part of the keys, keys alone
-                _take(tensor, self._appended, there)
+                _copy_rows(tensor, self._appended, there)
 
     def ask(self, layer: int, step: int, scale: float) -> None:
         """Send the question, which is packed."""
@@ -233,7 +233,7 @@ def merging(
     return merges
 
 
-def _take(tensor: torch.Tensor, index: torch.Tensor | None, taken: torch.Tensor) -> None:
+def _copy_rows(tensor: torch.Tensor, index: torch.Tensor | None, taken: torch.Tensor) -> None:
     """Copy a tensor, or the rows of it that ``index`` names."""
     if index is None:
         taken.copy_(tensor)

@@ -36,10 +36,10 @@ class TracedGang(HomeGang):
         super().__init__(*args)
         self._ring = ring
 
-    def begin(self, parts: Mapping[str, Part]) -> None:
+    def open_sessions(self, parts: Mapping[str, Part]) -> None:
         """Open the gang."""
         with span(self._ring, "begin", self.gang.number, len(parts)):
-            super().begin(parts)
+            super().open_sessions(parts)
 
 
 class TracedDecodeLoop(DecodeLoop):

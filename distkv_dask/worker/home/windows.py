@@ -95,7 +95,7 @@ class Windows:
         """
         pool, first = self.pool, self.first(length)
         if not length:
-            pool.release(sequence)
+            pool.release_sequence(sequence)
         else:
             self.kept(sequence, length)
         pool.free(sequence, 0, first)
@@ -125,7 +125,7 @@ class Windows:
         if number is None and length in self._lengths.get(source, ()):
             number = source
         if number is not None:
-            self.pool.release(sequence)
+            self.pool.release_sequence(sequence)
             self.pool.share(number, sequence, self.first(length), length)
             self._lengths[sequence] = {length}
 
@@ -133,13 +133,13 @@ class Windows:
         """Keep only a sequence's snapshots after ``lengths`` tokens; if it has ``ended``, nothing else."""
         kept = self._snapshots.pop(sequence, {})
         for length in kept.keys() - lengths:
-            self.pool.release(kept.pop(length))
+            self.pool.release_sequence(kept.pop(length))
         if kept:
             self._snapshots[sequence] = kept
         if ended:
             self._lengths.pop(sequence, None)
             self._spans.pop(sequence, None)
-            self.pool.release(sequence)
+            self.pool.release_sequence(sequence)
 
     def drop(self, sequence: int) -> None:
         """Keep nothing of a sequence."""

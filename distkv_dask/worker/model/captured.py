@@ -83,34 +83,34 @@ class _Recorder:
         self.pieces: list[Callable[[], object]] = []
 
     def __enter__(self) -> None:
-        self._begin()
+        self._begin_piece()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._end()
+            self._end_piece()
         elif self._open is not None:
             with suppress(RuntimeError):  # which only says that there was an error
-                self._open.end()
+                self._open.end_capture()
 
     def attend(self, layer: int, *given: Any) -> Tensor:
         """Attend between two pieces."""
-        self._end()
+        self._end_piece()
         attend = partial(self._attention.attend, layer, *given)
         self.pieces.append(attend)
         out = attend()
-        self._begin()
+        self._begin_piece()
         return out
 
-    def _begin(self) -> None:
+    def _begin_piece(self) -> None:
         graph = self._device.graph()
         assert graph is not None, "the host has no graphs"
-        graph.begin()
+        graph.begin_capture()
         self._open = graph
 
-    def _end(self) -> None:
+    def _end_piece(self) -> None:
         assert self._open is not None
         graph, self._open = self._open, None
-        graph.end()
+        graph.end_capture()
         graph.replay()
         self.pieces.append(graph.replay)
 

@@ -15,14 +15,14 @@ SAMPLES = 64
 IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
-def fingerprint(model: Any, forget: Callable[[Iterable[Tensor]], None] | None = None) -> str:
+def fingerprint(model: Any, drop_pages: Callable[[Iterable[Tensor]], None] | None = None) -> str:
     """SHA-256 of a transformers model's configuration, and of some elements of every weight as it was loaded.
 
     Parameters
     ----------
     model
         The model.
-    forget
+    drop_pages
         Called with each weight once it was read.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_" and name not in IGNORED}
@@ -31,6 +31,6 @@ def fingerprint(model: Any, forget: Callable[[Iterable[Tensor]], None] | None = 
         for name, weight in sorted(model.named_parameters()):
             some = weight.reshape(-1)[:: max(1, weight.numel() // SAMPLES)].float().cpu().contiguous()
             digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-            if forget is not None:
-                forget([weight])
+            if drop_pages is not None:
+                drop_pages([weight])
     return digest.hexdigest()

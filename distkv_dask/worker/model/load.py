@@ -21,7 +21,7 @@ from distkv_dask.worker.model.cut import keep_layers
 from distkv_dask.worker.model.fingerprint import fingerprint
 from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.long_rope import pin_long_rope
-from distkv_dask.worker.model.mapped import forgetting_pages
+from distkv_dask.worker.model.mapped import few_pages
 from distkv_dask.worker.model.probe import probe
 from distkv_dask.worker.model.read_weights import Weights, in_rows, on_disk, read_weights
 from distkv_dask.worker.model.row_tiles import check_rows_alike, compute_rows_alike
@@ -81,7 +81,7 @@ def load_model(
         model, whole, weights = _read(source, dtype, deterministic, device, from_disk, stage)
         geometry = whole
         if stage is not None:
-            with forgetting_pages(model):
+            with few_pages(model):
                 geometry = keep_layers(model, whole, stage)
     loaded = LoadedModel(model, geometry, _eos_token_ids(model), source.tokenizer, weights)
     loaded.stage, loaded.whole = stage, whole
@@ -108,8 +108,8 @@ def _read(
     rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic and stage is None
     model, where = read_weights(load, source, config, dtype, device, rows)
     pin_long_rope(model, max_positions(config))
-    with forgetting_pages(model) if stage is not None else nullcontext() as forget:
-        weights = Weights(device, where, fingerprint(model, forget))
+    with few_pages(model) if stage is not None else nullcontext() as drop_pages:
+        weights = Weights(device, where, fingerprint(model, drop_pages))
         if from_disk:
             weights = on_disk(model, weights)
         geometry = probe(model, latents=not deterministic)

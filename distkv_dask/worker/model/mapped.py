@@ -62,7 +62,7 @@ class MappedPages:
         self._whole = {id(weight): _whole_pages(weight) for weight in mapped}
         self._madvise = ctypes.CDLL(None).madvise if mapped else None
 
-    def forget(self, weights: Iterable[Tensor]) -> None:
+    def drop_pages(self, weights: Iterable[Tensor]) -> None:
         """Give back memory of mapped weights: whoever reads them again has them from the operating system's cache.
 
         Reading a little of a weight is enough for the operating system to map many pages around it.
@@ -74,7 +74,7 @@ class MappedPages:
 
 
 @contextmanager
-def forgetting_pages(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+def few_pages(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     """Have little more of a model's mapped weights in memory than one layer's, while all of them are looked at.
 
     Parameters
@@ -91,15 +91,15 @@ def forgetting_pages(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], 
     pages, weights = MappedPages(model), [*model.parameters()]
 
     def computed(module: nn.Module, *_: Any) -> None:
-        pages.forget(module.parameters(recurse=False))
+        pages.drop_pages(module.parameters(recurse=False))
 
     hooks = [module.register_forward_hook(computed) for module in model.modules() if [*module.parameters(False)]]
     try:
-        yield pages.forget
+        yield pages.drop_pages
     finally:
         for hook in hooks:
             hook.remove()
-        pages.forget(weights)
+        pages.drop_pages(weights)
 
 
 def _whole_pages(weight: Tensor) -> tuple[int, int]:

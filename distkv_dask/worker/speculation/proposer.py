@@ -58,7 +58,7 @@ class Proposer:
         """Tokens of the answer so far."""
         return self._text[self._prompt : self.length]
 
-    def take(self, tokens: Sequence[int]) -> None:
+    def add_tokens(self, tokens: Sequence[int]) -> None:
         """Add tokens of the answer."""
         stop = self.length + len(tokens)
         if stop > len(self._text):

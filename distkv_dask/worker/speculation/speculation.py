@@ -37,7 +37,7 @@ class Speculation:
         self._proposed: dict[int, tuple[Sequence[int], int]] = {}
         self._searched = 0.0
 
-    def begin(self, batch: Sequence[SequenceState]) -> Speculation:
+    def begin_window(self, batch: Sequence[SequenceState]) -> Speculation:
         """Start a window with committed states; those without a prompt get no proposals."""
         known, self._known = self._known, {}
         for state in batch:
@@ -56,7 +56,7 @@ class Speculation:
         if shared and shared[-1].document is not None:
             index = self._documents.of(shared[-1].document, text[: shared[-1].stop])
         made = Proposer(text, index)
-        made.take(state.generated)
+        made.add_tokens(state.generated)
         return made
 
     def propose(self, room: Mapping[int, int]) -> Mapping[int, Sequence[int]]:
@@ -88,7 +88,7 @@ class Speculation:
             if sequence not in self._known:
                 continue
             proposer, chances = self._known[sequence]
-            proposer.take(tokens)
+            proposer.add_tokens(tokens)
             chances.fade()
             drafts, alike = self._proposed.get(sequence, ((), 0))
             for at, draft in enumerate(drafts[: max(1, len(tokens))]):

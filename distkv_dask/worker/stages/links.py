@@ -93,7 +93,7 @@ class StageLinks:
                 channel.recv_into(Header(Kind.WELCOME))
             yield
         except BaseException as error:
-            for channel in self._take():
+            for channel in self._detach_channels():
                 channel.fail(gang.number, gang.epoch, in_words(error))
             raise
 
@@ -114,10 +114,10 @@ class StageLinks:
 
     def close(self) -> None:
         """Close all channels."""
-        for channel in self._take():
+        for channel in self._detach_channels():
             channel.close()
 
-    def _take(self) -> list[Channel]:
+    def _detach_channels(self) -> list[Channel]:
         with self._lock:
             channels, self.channels = self.channels, []
         return channels

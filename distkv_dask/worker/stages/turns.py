@@ -43,7 +43,7 @@ class StageTurns:
         """Serve this home from now on: frames of an earlier connection, which may be unread, change nothing more."""
         self._inlet, self._attention = inlet, None
 
-    def take(self, inlet: Inlet, header: Header, payload: memoryview) -> None:
+    def handle_frame(self, inlet: Inlet, header: Header, payload: memoryview) -> None:
         """Handle a frame.
 
         Raises

@@ -112,7 +112,7 @@ def _reserved(pool: Pool, sequence: int, tokens: int) -> Iterator[None]:
     try:
         yield
     finally:
-        pool.release(sequence)
+        pool.release_sequence(sequence)
 
 
 class _Timing:
@@ -211,7 +211,7 @@ class _Timing:
             chunk = PrefillChunk(self._gang(home, None), 0, (Span(home, 0, 1),), 0, (1,))
             self._lanes.home.submit(self._runtime.prefill, chunk).result()
         state = self._runtime.home_state.states.begin_run(0, 1)
-        self._runtime.release(0)
+        self._runtime.release_sequence(0)
         return state
 
     def _gang(self, home: str, holder: Endpoint | None) -> Gang:

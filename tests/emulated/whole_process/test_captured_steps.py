@@ -46,7 +46,7 @@ def decoded(made: Fleet, split: str, new: int = NEW) -> tuple[list[int], emulate
     first = made.prefill(1, placement, prompt_ids(PROMPT), PROMPT, "w0")
     with emulated.counting() as counts:
         result, _ = made.decode("w0", [state(1, placement, PROMPT, first, new)], None)
-    made.release(1)
+    made.release_sequence(1)
     return [first, *result.tokens[1]], counts
 
 

@@ -13,7 +13,7 @@ from distkv_dask.client.session.generation import Generation, Piece
 from distkv_dask.completion import Completion
 
 
-def begin(
+def submit_prompts(
     asked: Asked, serving: Serving, gone: asyncio.Task[None], on_piece: Callable[[int, Piece], None] | None = None
 ) -> list[Generation]:
     """Submit every prompt of a call; if one is refused, none is answered.
