@@ -1,4 +1,4 @@
-"""One call on behalf of a client: its answers whole or as a stream, and cancelled when the client is gone."""
+"""Answers one call, whole or as a stream, and cancels it when the client disconnects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distkv_dask.completion import Completion
 Written = Callable[[Sequence[Completion]], dict[str, Any]]
 
 GONE = 499
-"""Status for a client that is gone, as others have it; nobody sees it but logs and metrics."""
+"""The usual status for a client that has disconnected; only logs and metrics show it."""
 
 
 async def answered(request: Request, url: str, form_of: Callable[[str, Tokenizer], Form]) -> Response:
@@ -46,7 +46,7 @@ def until_gone(request: Request) -> asyncio.Task[None]:
 
 
 async def _gone(request: Request) -> None:
-    """Return when the client is gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -82,7 +82,7 @@ async def whole(asked: Asked, write: Written, serving: Serving, gone: asyncio.Ta
                 return Response(status_code=GONE)
             result_of(ended)
     finally:
-        gone.cancel()  # and with it what has not ended
+        gone.cancel()  # also cancels requests that have not ended
     done = [result_of(one) for one in generations]
     for one in done:
         serving.metrics.answered(one)

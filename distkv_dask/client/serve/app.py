@@ -1,4 +1,4 @@
-"""The ASGI application: which path leads where, behind the gate."""
+"""The ASGI application: paths and their endpoints, behind the gate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
-    """A path whose errors are all answers; what is raised past Starlette would be logged with what it quotes."""
+    """A path whose errors all become answers; errors that pass Starlette would be logged with texts that they quote."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -71,7 +71,7 @@ def gate_of(serving: Serving, keys: Keys, folder: Path) -> Gate:
     Parameters
     ----------
     serving
-        Has the engine.
+        The open engine.
     keys
         Who may call.
     folder

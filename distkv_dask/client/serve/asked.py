@@ -1,4 +1,4 @@
-"""What a request asks, read from its body and checked before anything is submitted; what is not done is refused."""
+"""The content of a request, read from its body and checked before anything is submitted; the unsupported is refused."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distkv_dask.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks.
+    """The content of a request.
 
     Parameters
     ----------
     prompts
-        Token ids of each prompt, and how answers to it are drawn.
+        Token ids and sampling parameters of each prompt.
     stream
         Whether answers are sent as they are generated.
     usage
@@ -48,7 +48,7 @@ async def read_asked(body: Mapping[str, Any], url: str, serving: Serving) -> Ask
     Raises
     ------
     DistKVError
-        When it asks for what is not done; the message names it.
+        When it asks for something unsupported; the message names it.
     """
     said = dict(body)
     model = serving.check_name(said.pop("model", None))
@@ -63,7 +63,7 @@ async def read_asked(body: Mapping[str, Any], url: str, serving: Serving) -> Ask
 
 
 def each_prompt(body: Mapping[str, Any], url: str, most: int) -> list[Mapping[str, Any]]:
-    """The same body with each of its prompts; only completions may have several.
+    """A copy of the body for each prompt; only completions may have several.
 
     Raises
     ------
@@ -83,12 +83,12 @@ def each_prompt(body: Mapping[str, Any], url: str, most: int) -> list[Mapping[st
 
 
 def check_written(sampling: SamplingParams, stream: bool) -> None:
-    """Refuse what a stream would leave out.
+    """Refuse parameters that streams do not support.
 
     Raises
     ------
     InvalidRequestError
-        When a stream should have what is known only before or after its text.
+        When a parameter needs what is known only before or after the text.
     """
     for name in ("prompt_logprobs", "choices", "best_of") if stream else ():
         if getattr(sampling, name) is not None:
@@ -96,7 +96,7 @@ def check_written(sampling: SamplingParams, stream: bool) -> None:
 
 
 def _checked(contents: list[Content], serving: Serving, model: str) -> list[tuple[list[int], SamplingParams]]:
-    """What may take long for a long prompt or a large schema, and is not done on the event loop."""
+    """Checks that may take long for a long prompt or a large schema; not run on the event loop."""
     found = []
     for content in contents:
         tokenizer = serving.session.tokenizer
@@ -111,7 +111,7 @@ def _checked(contents: list[Content], serving: Serving, model: str) -> list[tupl
 
 
 def _usage(options: Any, stream: bool) -> bool:
-    """Whether a stream is to end with a count of tokens."""
+    """Whether a stream should end with a count of tokens."""
     if options is None:
         return False
     if not stream:

@@ -1,4 +1,4 @@
-"""Batches of a server, answered one after the other by a thread; a server that is started again goes on with them."""
+"""Batches of a server, answered one after the other by a thread; a restarted server continues them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from distkv_dask.errors import DistKVError, in_words, without_quotes
 logger = logging.getLogger("distributed.distkv.serve")
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-"""What a batch is before it has ended."""
+"""States of a batch that has not ended."""
 
 PRIORITY = -10
-"""Of requests of batches: those of people who wait overtake them, up to ten minutes."""
+"""Priority of batch requests: interactive requests overtake them by up to ten minutes."""
 
 
 class _Ended(DistKVError):
-    """A run that is to end: its batch was cancelled, or the server stops."""
+    """Ends a run: its batch was cancelled, or the server stops."""
 
 
 class BatchQueue:
@@ -44,7 +44,7 @@ class BatchQueue:
     Parameters
     ----------
     serving
-        Has the engine.
+        The open engine.
     store
         Keeps files and batches.
     """
@@ -59,20 +59,20 @@ class BatchQueue:
         self._thread = threading.Thread(target=self._work, name="distkv-batches", daemon=True)
 
     def start(self) -> None:
-        """Begin, with what an earlier server left open."""
+        """Start, with batches that an earlier server did not finish."""
         for record in reversed(self.store.records("batch")):
             if record["status"] in OPEN:
                 self._waiting.put(record["id"])
         self._thread.start()
 
     def stop(self) -> None:
-        """End what runs, and keep what it has so far; returns when it has ended."""
+        """End the current batch, and keep its answers so far; returns when it has ended."""
         self._stopping.set()
         self._waiting.put(None)
         self._thread.join()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take a new batch."""
+        """Add a new batch."""
         self.store.write(record)
         self._waiting.put(record["id"])
 
@@ -83,12 +83,12 @@ class BatchQueue:
             if record["status"] not in OPEN:
                 raise Refusal(f"batch {name} has ended: it is {record['status']}", 409)
             now = int(time.time())
-            if name != self._current:  # its turn has not come, and never will
+            if name != self._current:  # it has not started, and never will
                 return self._note(record, status="cancelled", cancelling_at=now, cancelled_at=now)
             return self._note(record, status="cancelling", cancelling_at=now)
 
     def needed(self) -> set[str]:
-        """Ids of files that are still read."""
+        """Ids of files that are still needed."""
         return {one["input_file_id"] for one in self.store.records("batch") if one["status"] in OPEN}
 
     def _work(self) -> None:
@@ -100,7 +100,7 @@ class BatchQueue:
             try:
                 self._answer(name)
             except _Ended:
-                continue  # the next server goes on
+                continue  # the next server continues
             except Exception as error:
                 logger.error("batch %s failed: %s", name, without_quotes(error))
                 said = in_words(error) if isinstance(error, DistKVError) else "the server failed: see its log"
@@ -108,7 +108,7 @@ class BatchQueue:
                 self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
 
     def _answer(self, name: str) -> None:
-        """Answer a batch, or go on with it, and write its files."""
+        """Answer a batch, or continue it, and write its files."""
         record = self.store.read(name)
         path = self.store.path(record["input_file_id"])
         source = OpenAIBatchSource(path, record["endpoint"], self._serving.adapters)

@@ -1,4 +1,4 @@
-"""``/v1/batches``: files of requests, answered when there is time, whatever is killed meanwhile."""
+"""``/v1/batches``: files of requests, answered in the background; they survive restarts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WINDOW = "24h"
 
 
 async def create(request: Request) -> Response:
-    """Take a batch of a file."""
+    """Create a batch from a file."""
     body, shelf = dict(await read_json(request)), shelf_of(request)
     name, endpoint, window, metadata = (
         body.pop(key, None) for key in ("input_file_id", "endpoint", "completion_window", "metadata")
@@ -48,12 +48,12 @@ async def batches(request: Request) -> Response:
 
 
 async def batch(request: Request) -> Response:
-    """How far a batch is."""
+    """Progress of a batch."""
     return JSONResponse(shelf_of(request).read(_id(request)))
 
 
 async def cancel(request: Request) -> Response:
-    """End a batch; what is answered by then is written."""
+    """End a batch; the answers so far are written."""
     shelf_of(request).read(_id(request))
     return JSONResponse(shown(await asyncio.to_thread(_batches(request).cancel, _id(request))))
 

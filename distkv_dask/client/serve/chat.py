@@ -30,7 +30,7 @@ class ChatForm:
     Parameters
     ----------
     model
-        The name that answers give.
+        Name of the model in answers.
     tokenizer
         The model's.
     """
@@ -40,7 +40,7 @@ class ChatForm:
         self._about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
-        """The answers as one object."""
+        """All answers as one object."""
         choices = choices_of(done, True, self._tokenizer)
         return {**self._about, "object": "chat.completion", "choices": choices, "usage": usage_of(done)}
 

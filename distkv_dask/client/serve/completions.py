@@ -30,7 +30,7 @@ class TextForm:
     Parameters
     ----------
     model
-        The name that answers give.
+        Name of the model in answers.
     tokenizer
         The model's.
     """

@@ -1,4 +1,4 @@
-"""What every endpoint needs: the engine, the model's names, how answers are drawn, and which ones are under way."""
+"""What every endpoint needs: the engine, the model's names, default sampling parameters, and open requests."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Serving:
     session
         The engine's.
     names
-        What clients may call the model; the first is what answers say.
+        Names of the model for clients; answers have the first.
     sampling
-        Where a request says nothing. Its ``max_new_tokens`` gives way where the model's window is shorter.
+        Defaults of requests. Its ``max_new_tokens`` is reduced if the model's window is shorter.
     limits
-        What the server takes.
+        Limits of the server.
     adapters
         Folders of adapters by the names with which clients ask for them.
     """
@@ -73,11 +73,11 @@ class Serving:
         return replace(usual, **said)
 
     def batch_sampling(self, priority: int) -> SamplingParams:
-        """How answers to requests of a batch are drawn that say nothing."""
+        """Default sampling parameters of a batch's requests."""
         return replace(self._sampling, priority=priority)
 
     def watch(self, generation: Generation) -> None:
-        """Know of a request until it ends."""
+        """Keep track of a request until it ends."""
         self._running.add(generation)
         generation.add_done_callback(self._ended)
 
@@ -87,12 +87,12 @@ class Serving:
             self.metrics.cancelled.inc()
 
     def cancel_all(self) -> None:
-        """End all requests that are under way."""
+        """End all open requests."""
         for generation in list(self._running):
             generation.cancel()
 
 
 def serving_of(request: Request) -> Serving:
-    """The server that a call came to."""
+    """The engine and settings behind a call."""
     found: Serving = request.app.state.serving
     return found

@@ -1,9 +1,9 @@
-"""Copies of cached blocks that may have to go soon, made ahead of that: on other workers, or on disks.
+"""Copies cached blocks that may soon be evicted, to other workers or to disks.
 
-Cached blocks have to go at once when their room is needed, and copying takes time. So while a worker has few empty
-blocks, one run of its cached blocks after the other is copied, those of the oldest sequences first and of a sequence
-the last ones first. Other workers' blocks that are empty come first, then the worker's own disk. A copy whose blocks go
-before it is complete is of no use.
+Cached blocks are evicted at once when their room is needed, and copying takes time. So while a worker has few empty
+blocks, runs of its cached blocks are copied one after the other: oldest sequences first, and of a sequence the last
+blocks first. They go to empty blocks of other workers, or else to the worker's own disk. A copy is useless if its
+blocks are evicted before it is complete.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from distkv_dask.scheduler.records.extents import Extent, Place, Source
 from distkv_dask.scheduler.records.machine_state import MachineState
 
 AHEAD = 0.25
-"""Part of a worker's blocks that should be empty, or have copies of what is cached in them."""
+"""Share of a worker's blocks that should be empty, or have a copy elsewhere."""
 
 EXTENT_TOKENS = 256
-"""Tokens of an extent at most: it is read, and given up, as a whole."""
+"""Maximum tokens of an extent, which is read and dropped as a whole."""
 
 MEASURED_BYTES = 4 << 20
-"""The speed of a disk is measured with files of this size at least: others take as long as the messages about them."""
+"""Smallest file from which a disk's speed is measured: smaller ones take as long as the messages about them."""
 
 CREDITORS = 4
 """Workers that are considered for a copy: those with the most room."""
 
 
 def copy_ahead(life: MachineState) -> None:
-    """Begin to copy cached blocks of workers that have few empty ones."""
+    """Start to copy cached blocks of workers that have few empty ones."""
     short, life.extents.short = life.extents.short, {}
     config = life.config
     if config.prefix_cache_tier == "memory" or config.stages > 1 or life.ledger.has_states or life.is_closing:
@@ -50,7 +50,7 @@ def copy_ahead(life: MachineState) -> None:
 
 
 def _copy_one(life: MachineState, worker: str) -> None:
-    """Begin to copy the first run of blocks on a worker that is worth it, if there is one."""
+    """Start to copy the first run of blocks on a worker that is worth it, if there is one."""
     for run in _runs(life, worker):
         place = _place(life, worker, run)
         if place is not None:
@@ -100,12 +100,12 @@ def _uncopied(life: MachineState, cached: Cached, worker: str) -> tuple[int, int
 
 
 def _has_copy(life: MachineState, key: int, worker: str) -> bool:
-    """Whether a block has a copy elsewhere than in a worker's pool, or will have one soon."""
+    """Whether a block has a copy outside a worker's pool, or will have one soon."""
     return any(one.kind == "disk" or one.worker != worker for one in having(life, key))
 
 
 def _place(life: MachineState, worker: str, run: Extent) -> Place | None:
-    """Where a copy of a worker's blocks pays, and has room: the first tier; None if there is none."""
+    """The first tier that has room for a copy of a worker's blocks and where it pays; None if there is none."""
     for account in islice(life.ledger.room.creditors(), CREDITORS) if run.kind == "workers" else ():
         empty, place = account.free - account.cached - len(run.keys), Place("workers", account.worker)
         has_room = account.worker != worker and empty >= AHEAD * account.capacity
@@ -120,7 +120,7 @@ def _place(life: MachineState, worker: str, run: Extent) -> Place | None:
 
 
 def _make_room_for(life: MachineState, worker: str, run: Extent) -> bool:
-    """Give up extents on a worker's disk that are worth less than a new one, until it fits; False if it does not."""
+    """Drop extents on a worker's disk that are worth less than a new one, until it fits; False if it does not."""
     disk, size = life.disks.disk, len(run.keys) * life.block_bytes
     if not size or size > disk.capacity.get(worker, 0):
         return False
@@ -134,7 +134,7 @@ def _make_room_for(life: MachineState, worker: str, run: Extent) -> bool:
 
 
 def _begin_copy(life: MachineState, extent: Extent, place: Place) -> None:
-    """Begin to copy blocks to a worker's memory, or their own worker's disk."""
+    """Start to copy blocks to a worker's memory, or to their own worker's disk."""
     source, blocks = extent.source, len(extent.keys)
     assert source is not None
     life.disks.spills += 1
@@ -154,7 +154,7 @@ def _begin_copy(life: MachineState, extent: Extent, place: Place) -> None:
 
 
 def expected(life: MachineState, event: Expected) -> None:
-    """A worker has room for a copy, or has not."""
+    """A worker has room for a copy, or not."""
     extent = life.extents.by_number.get(event.number)
     if extent is None or extent.source is None:
         return
@@ -204,7 +204,7 @@ def _copied(life: MachineState, extent: Extent) -> None:
 
 
 def expire(life: MachineState, limit: float) -> None:
-    """Give up copies that have been under way for longer than ``limit`` seconds."""
+    """Cancel copies that have been running for longer than ``limit`` seconds."""
     for number in list(life.extents.copying.values()):
         extent = life.extents.by_number[number]
         if extent.source is not None and life.now - extent.source.since > limit:

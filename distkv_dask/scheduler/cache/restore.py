@@ -1,8 +1,8 @@
-"""Restoring: a request that begins like one before gets back what lower tiers have, and computes what is missing.
+"""Restoring: a request that begins like an earlier one reads what lower tiers have, and computes what is missing.
 
-Extents are read into the request's own blocks, wherever these are, before its prompt is computed. What is missing
-between them, such as a front that was given up, is computed alone: KV depends only on the tokens before, so the kept KV
-behind it stays valid. Nothing else waits while blocks are read, and if that fails all is computed.
+Extents are read into the request's own blocks, on any worker, before its prompt is computed. Missing parts between
+them, such as a front that was dropped, are computed alone: KV depends only on the tokens before it, so later KV stays
+valid. Other requests continue while blocks are read. If reading fails, everything is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distkv_dask.scheduler.records.states import Fetching, Prefill
 
 
 def find(life: MachineState, request: Request, start: int, placement: Placement) -> Fetching | None:
-    """What an admitted request that lacks tokens from ``start`` on can get back; None if that does not pay."""
+    """What an admitted request can restore of the tokens from ``start`` on; None if that does not pay."""
     if not life.extents.index or not request.is_plain or request.saved is not None or life.ledger.has_states:
         return None
     known = request.known
@@ -45,7 +45,7 @@ def find(life: MachineState, request: Request, start: int, placement: Placement)
 
 
 def _runs(life: MachineState, tokens: array[int], start: int, adapter: str) -> list[tuple[int, int, Extent]]:
-    """Ranges of tokens from ``start`` on that are in extents, and in which."""
+    """Ranges of tokens from ``start`` on, each with the extent that has it."""
     size, index = life.ledger.block_tokens, life.extents.index
     right: dict[int, bool] = {}
     runs: list[tuple[int, int, Extent]] = []
@@ -106,7 +106,7 @@ def _file(extent: Extent) -> SpilledFile:
 
 
 def fetched(life: MachineState, request: Request, state: Fetching) -> None:
-    """All of a request's workers have read what is kept of its text, or could not: then it is computed."""
+    """All of a request's workers have read the kept parts of its text, or failed: then those are computed."""
     extents = [life.extents.by_number[number] for number in state.extents if number in life.extents.by_number]
     for extent in extents:
         extent.readers.discard(request.sequence)
@@ -126,7 +126,7 @@ def fetched(life: MachineState, request: Request, state: Fetching) -> None:
 
 
 def _between(start: int, ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """What is missing of the tokens from ``start`` on up to the last of these ranges.
+    """The gaps between ``start`` and the last of these ranges.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Extents: runs of blocks of requests that ended, below the prefix cache: on other workers, or on disks.
 
-The blocks of an extent are in a pool under a number of its own, or in a file. No sequence shares them: a request that
-begins with the same tokens reads them into blocks of its own, and computes what lies between them.
+The blocks of an extent are in a pool under its own number, or in a file. No sequence shares them: a request that begins
+with the same tokens reads them into its own blocks, and computes the gaps between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from distkv_dask.messages.names import SpilledFile
 
 Kind = Literal["workers", "disk"]
-"""Where an extent is: in the free memory of another worker than its sequence was on, or on a worker's own disk."""
+"""Where an extent is: in the free memory of a worker other than its sequence's, or on a worker's own disk."""
 
 
 class Place(NamedTuple):
@@ -54,15 +54,15 @@ class Extent:
     keys
         Of its blocks (:func:`~distkv_dask.scheduler.records.prefix_index.chain`).
     used
-        When it was last of use, in seconds.
+        When it was last used, in seconds.
     source
-        What it is being copied from; None once all of it is there.
+        What it is being copied from; None once it is complete.
     file
         Its file; None in memory.
     adapter
         The key of the adapter that its KV is of.
     readers
-        Requests that read it just now.
+        Requests that are reading it.
     """
 
     number: int
@@ -85,7 +85,7 @@ class Extent:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it is there."""
+        """Whether it is complete."""
         return self.source is None
 
 
@@ -107,7 +107,7 @@ class Extents:
     short: dict[str, None] = field(default_factory=dict)
     failed: dict[str, tuple[float, str]] = field(default_factory=dict)
     settled: dict[tuple[str, int], int] = field(default_factory=dict)
-    """How many blocks of a cached sequence were found to have copies, as far as they are on a worker."""
+    """By cached sequence and worker: how many of its blocks there were found to have copies."""
 
     def add(self, extent: Extent) -> None:
         """Add an extent that is being copied."""
@@ -139,7 +139,7 @@ class Extents:
             self.short[source.worker] = None
 
     def touch(self, extent: Extent, now: float) -> None:
-        """An extent was of use just now."""
+        """Note that an extent was used."""
         extent.used = now
         there = self.there[extent.worker, extent.kind]
         there[extent.number] = there.pop(extent.number)

@@ -41,7 +41,7 @@ def further_stages(first: Stage, whole: Geometry, token: bytes, hello: Hello) ->
     whole
         Sizes of the model with all its layers.
     token, hello
-        What the home shows holders.
+        What the home sends to holders.
     """
     found = []
     for number, endpoint in enumerate(first.further, start=1):
@@ -58,7 +58,7 @@ class StageLinks:
     Parameters
     ----------
     stages
-        They, in order.
+        The further stages, in order.
     connect
         Connects to a worker within a number of seconds.
     limit
@@ -74,7 +74,7 @@ class StageLinks:
 
     @contextmanager
     def serving(self, gang: Gang) -> Iterator[None]:
-        """Have channels open while a gang runs; after an error they are opened again, so that nothing old is in them.
+        """Keep channels open while a gang runs; after an error they are reopened, so that they contain nothing old.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class StageStep:
         return out
 
     def advance(self) -> None:
-        """Go on to the next step, as the stages do."""
+        """Advance to the next step, as the stages do."""
         self._header = self._header._replace(step=self._header.step + 1)
 
 
