@@ -1,6 +1,6 @@
-"""An adapter (LoRA, arXiv 2106.09685): small weights beside the model's, with which a request is computed.
+"""An adapter (LoRA, arXiv 2106.09685): small weights with which a request is computed, in addition to the model's.
 
-KV of one adapter is of no use with another one: documents, cached blocks and saved files all belong to theirs.
+KV of one adapter cannot be used with another: documents, cached blocks and saved files each belong to one.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ class Adapter(NamedTuple):
 
 
 def adapter_key(adapter: Adapter | None) -> str:
-    """What tells KV of adapters apart; empty for the model without one."""
+    """Identifies KV of this adapter; empty for the model without one."""
     return "" if adapter is None else adapter.fingerprint

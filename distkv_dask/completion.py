@@ -42,7 +42,7 @@ class Completion:
     were not computed: their KV came from a document, or from an earlier request that began alike.
 
     ``logprobs`` are those of ``token_ids``, and ``prompt_logprobs`` those of the prompt's tokens, None for its first;
-    both are None where they were not asked for (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
+    both are None if they were not requested (``SamplingParams(logprobs=..., prompt_logprobs=...)``).
     ``engine.tokenizer.decode([token_id], special=True)`` is the text of one. ``scores`` has the probability of each of
     ``SamplingParams(choices=...)`` among all of them. ``quote`` is where the answer quotes its document
     (``SamplingParams(quotes=...)``). ``others`` are the other answers of ``SamplingParams(n=...)``. ``embedding`` is
@@ -70,7 +70,7 @@ class Completion:
         return (self, *self.others)
 
     def _repr_html_(self) -> str:
-        """What notebooks show: the answer, its times, and a picture of where the KV lay."""
+        """What notebooks show: the answer, its times, and a picture of where the KV was."""
         times = self.timings
         reused = f" ({self.reused_tokens:,} reused, faint below)" if self.reused_tokens else ""
         return svg.card(

@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 from distkv_dask.errors import ConfigError
 
 ROOT = "distkv"
-"""The name under which all keys stand in Dask's configuration."""
+"""The section of Dask's configuration that has all keys."""
 
 Schema = Mapping[str, Any]
 
@@ -74,8 +74,8 @@ class Config:
     cuda_graphs
         Whether decode steps on a card are captured as CUDA graphs.
     weights
-        Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk
-        where they do not fit).
+        Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk if
+        they do not fit).
     stages
         Workers among which a model's layers are divided.
     channel
@@ -90,11 +90,11 @@ class Config:
     deterministic
         Whether an answer has the same bits with any number of other requests in the batch.
     adapters
-        LoRA adapters that a worker keeps in memory at most.
+        Maximum LoRA adapters that a worker keeps in memory.
     speculation
-        How many tokens a decode step tries ahead for each sequence at most: a number, ``"auto"`` or ``"off"``.
+        Maximum tokens that a decode step proposes for each sequence: a number, ``"auto"`` or ``"off"``.
     policy
-        Where KV goes, what moves, and who is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
+        Where KV goes, what moves, and which request is next: a name of :data:`distkv_dask.scheduler.policies.POLICIES`.
     performance
         Whether workers are timed when an engine opens: ``"auto"`` (once for each model and hardware), ``"measure"``
         (again) or ``"preset"`` (not at all).
@@ -103,11 +103,11 @@ class Config:
     prefill_chunk_tokens
         Tokens of a prompt computed at once.
     prefill_workers
-        Workers that compute one prompt at the same time at most, or ``"auto"``.
+        Maximum workers that compute one prompt at the same time, or ``"auto"``.
     window_seconds, window_stream_seconds
-        Length of a decode window, and its length while somebody reads along or waits for its end.
+        Length of a decode window, and its length while an answer is streamed or a request waits for its end.
     window_scheduler_share, window_max_seconds
-        Part of one core that windows may cost the scheduler, and how long they may become to keep to it.
+        Share of one core that windows may cost the scheduler, and the maximum length of windows that this may cause.
     window_steps
         A window ends after this many steps at the latest, if not None.
     window_batch
@@ -116,18 +116,18 @@ class Config:
         File, or folder for a file, into which the engine writes what the workers' lanes spend their time on; None
         records nothing.
     lend_limit
-        Part of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes at most.
+        Largest share of a worker's KV memory, from 0 to 1, that it lends to sequences of other homes.
     host_memory
         Bytes of pinned host memory that a worker with a card fills with KV before its disk, or None for a quarter of
         the worker's memory limit.
     spill
-        Bytes of its own disk that a worker fills with KV at most: of idle documents, preempted requests, and requests
+        Maximum bytes of its own disk that a worker fills with KV: of idle documents, preempted requests, and requests
         that ended.
     move_tokens_per_step
         Tokens of live sequences' KV that a worker sends or receives while a decode step runs.
     timeout_open, timeout_start, timeout_receive, timeout_drain, timeout_close, timeout_files
         Time limits in seconds: opening an engine, starting a gang, silence of a peer, moving everything away from a
-        worker that is retired, closing an engine, standstill of a folder that documents are saved in.
+        worker that is retired, closing an engine, lack of progress of a folder with saved documents.
     """
 
     kv_memory: int | None = _key("kv-memory")

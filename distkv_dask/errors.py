@@ -21,11 +21,11 @@ class InvalidRequestError(DistKVError, ValueError):
 
 
 class CapacityError(DistKVError):
-    """Memory is too small; the message says what is needed, what there is, and what to change."""
+    """Memory is too small; the message says how much is needed, how much there is, and what to change."""
 
 
 class AdapterError(InvalidRequestError):
-    """An adapter cannot be read, does not fit the model, or has something that is not computed."""
+    """An adapter cannot be read, does not fit the model, or uses something unsupported."""
 
 
 class PlanError(DistKVError):
@@ -48,7 +48,7 @@ class PlanError(DistKVError):
 
 
 class StateLostError(DistKVError):
-    """A home lacks the state or the windows that a sequence goes on from; the scheduler recomputes the sequence.
+    """A home lacks the state or the windows from which a sequence continues; the scheduler recomputes the sequence.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class MissingProgramError(DistKVError, ImportError):
 
 
 class ResultTimeoutError(DistKVError, TimeoutError):
-    """A request was not answered within its caller's time limit; the request goes on."""
+    """A request was not answered within its caller's time limit; the request continues."""
 
 
 def in_words(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What users ask: prompts, and how tokens are drawn; checked on construction."""
+"""Prompts and sampling parameters, checked on construction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Form(NamedTuple):
-    """What the text of an answer follows."""
+    """What constrains the text of an answer."""
 
     kind: Literal["schema", "regex", "grammar"]
     text: str
@@ -41,7 +41,7 @@ _FORMS = {"schema": "the JSON schema", "regex": "the regular expression", "gramm
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn, and with which priority.
+    """How tokens are drawn, and the request's priority.
 
     Parameters
     ----------
@@ -70,38 +70,37 @@ class SamplingParams:
         As ``regex``, but a context-free grammar in llguidance's variant of Lark
         (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
     quotes
-        Of questions on a document (``document.ask``, ``engine.process``): True makes every answer a span of the
+        For questions on a document (``document.ask``, ``engine.process``): True makes every answer a span of the
         document, word for word; ``"evidence"`` lets such a quote follow a free answer of one line.
         :attr:`Completion.quote` says where it is. Needs the extra ``schema``.
     priority
-        From -100 to 100. While requests wait for room, each step of priority lets a request go before those that came
-        up to a minute earlier. Running requests make way in the same order, and continue later. So no request waits
-        forever.
+        From -100 to 100. While requests wait for room, each step of priority lets a request overtake those that arrived
+        up to a minute earlier. Running requests are preempted in the same order, and continue later. So no request
+        waits forever.
     logprobs
         Return the log probability of every generated token, and of this many (0 to 20) of the most likely ones in its
         place: :attr:`Completion.logprobs`. None returns none.
     prompt_logprobs
-        The same for the tokens of the prompt: :attr:`Completion.prompt_logprobs`. The whole prompt is computed then,
-        nothing of it is reused.
+        The same for the tokens of the prompt: :attr:`Completion.prompt_logprobs`. The whole prompt is computed then; no
+        KV is reused.
     choices
         Texts, or lists of token ids: the answer is exactly one of them, the most likely, or one drawn by their
         probabilities at a temperature above 0. :attr:`Completion.scores` has the probability of each. They are scored
-        in short forwards behind the prompt and need no decode steps; ``max_new_tokens`` does not matter. Where one
+        in short forwards after the prompt and need no decode steps; ``max_new_tokens`` does not matter. Where one
         choice is the beginning of another in tokens, the end-of-sequence token counts as part of the shorter one.
     n
-        How many answers to draw for the prompt (1 to 128), each with a seed of its own that depends only on ``seed``.
-        The prompt is computed once, and its KV shared. :attr:`Completion.answers` has them. Needs a temperature above
-        0.
+        How many answers to draw for the prompt (1 to 128), each with its own seed, which depends only on ``seed``. The
+        prompt is computed once, and its KV is shared. :attr:`Completion.answers` has them. Needs a temperature above 0.
     best_of
-        How many answers are drawn of which the ``n`` best are returned, by their log probability per token.
+        How many answers are drawn; the ``n`` best of them, by log probability per token, are returned.
     adapter
         Path of a LoRA adapter as peft saves it, with which prompt and answer are computed; the client and every worker
-        must be able to read it. It is added beside the model's weights, not merged into them. A question on a document
-        has the document's adapter (``engine.ingest(..., adapter=...)``). Needs the extra ``lora``.
+        must be able to read it. It is computed separately from the model's weights, not merged into them. A question on
+        a document has the document's adapter (``engine.ingest(..., adapter=...)``). Needs the extra ``lora``.
     embed
         Instead of an answer, the prompt's embedding: the ``"mean"`` of all tokens' hidden states after the model's last
         norm, or that of the ``"last"`` token (:attr:`Completion.embedding`). Only ``priority``, ``adapter`` and
-        ``normalize`` can be set beside it. For the mean, nothing of the prompt is reused.
+        ``normalize`` can be set with it. For the mean, no KV is reused.
     normalize
         Whether embeddings have length 1; None means no.
 
@@ -136,7 +135,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every value, and bring numbers and ``stop`` to the declared types."""
-        put = partial(object.__setattr__, self)  # the one way to normalise a field of a frozen dataclass
+        put = partial(object.__setattr__, self)  # the only way to set a field of a frozen dataclass
         put("max_new_tokens", whole("max_new_tokens", self.max_new_tokens, low=1))
         put("temperature", real("temperature", self.temperature, "at least 0", lambda x: x >= 0))
         put("top_p", real("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1))
@@ -175,7 +174,7 @@ class SamplingParams:
         self._check_forms()
 
     def quoting(self, document: str | None) -> SamplingParams:
-        """The same for a question on a document of this text: its quotes are a grammar now.
+        """The same for a question on a document with this text: quotes become a grammar.
 
         Raises
         ------
@@ -191,28 +190,28 @@ class SamplingParams:
         return replace(self, quotes=None, grammar=quote_grammar(document, form))
 
     def without_form(self) -> SamplingParams:
-        """The same for an answer that may be any text."""
+        """The same without constraints on the answer's text."""
         return replace(self, schema=None, regex=None, grammar=None, quotes=None, choices=None, n=1, best_of=None)
 
     @property
     def form(self) -> Form | None:
-        """What the answer follows, if it may not be any text."""
+        """The constraint on the answer's text, if there is one."""
         kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
         return next((Form(kind, str(text)) for kind in kinds if (text := getattr(self, kind)) is not None), None)
 
     def updated(self, said: Mapping[str, Any]) -> SamplingParams:
-        """The same with what a request says; embeddings take nothing else but priority and adapter."""
+        """The same with a request's own values; for an embedding, only priority and adapter are kept."""
         return replace(
             self if said.get("embed") is None else SamplingParams(priority=self.priority, adapter=self.adapter), **said
         )
 
     @property
     def new_tokens(self) -> int:
-        """Most tokens of an answer; an embedding has none."""
+        """Maximum tokens of an answer; 0 for an embedding."""
         return 0 if self.embed is not None else self.max_new_tokens
 
     def _check_forms(self) -> None:
-        """Refuse an answer that would follow two things, or end otherwise than what it follows."""
+        """Refuse an answer with two constraints, or with an end other than its constraint's."""
         given = [kind for kind in (*_FORMS, "quotes") if getattr(self, kind) is not None]
         if len(given) > 1:
             raise InvalidRequestError(f"an answer follows one of {' and '.join(given)}: leave out the others")
@@ -229,7 +228,7 @@ class SamplingParams:
             )
 
     def _check_choices(self) -> None:
-        """Refuse what makes no sense for an answer that is one of some choices."""
+        """Refuse parameters that make no sense with choices."""
         usual = {"stop": (), "ignore_eos": False, "repetition_penalty": 1.0, "n": 1}
         usual |= dict.fromkeys(("best_of", "quotes", *_FORMS))
         for name, value in usual.items():
@@ -237,7 +236,7 @@ class SamplingParams:
                 raise InvalidRequestError(f"an answer that is one of some choices has no {name}: leave out one of them")
 
     def _check_embed(self) -> None:
-        """Refuse what makes no sense for a request that has no answer."""
+        """Refuse parameters that make no sense for an embedding."""
         if self.embed not in get_args(Embed):
             if self.embed is None:
                 raise InvalidRequestError('normalize is for embeddings: add embed="mean" or leave out normalize')

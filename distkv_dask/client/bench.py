@@ -14,7 +14,7 @@ from distkv_dask.messages.status import EngineStatus
 from distkv_dask.sampling import SamplingParams
 
 SHORT = 16
-"""Tokens of the prompts of a batch: so few that nearly all time is decoding."""
+"""Tokens of each prompt of a batch: few, so that nearly all time is decoding."""
 
 
 @dataclass(frozen=True, slots=True)

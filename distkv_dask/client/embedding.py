@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Embedding(Processing):
-    """What an engine does with texts that need no answer."""
+    """The part of an engine that embeds texts."""
 
     def embed(
         self,
@@ -50,7 +50,7 @@ class Embedding(Processing):
         priority, adapter
             As in :class:`~distkv_dask.SamplingParams`.
         out, **how
-            Of a source for :meth:`process`: where the table goes, and its other parameters, except for questions.
+            For a source of :meth:`process`: where the table goes, and its other parameters, except for questions.
 
         Returns
         -------
@@ -83,14 +83,14 @@ class Embedding(Processing):
 
 
 def _text(one: Any) -> Prompt:
-    """A text; what embeddings are not of is refused."""
+    """The text, or its token ids; anything else is refused."""
     if is_one_text(one):
         return cast(Prompt, one)
     raise InvalidRequestError(f"{one!r:.100} is not a text: give a text, or a list of token ids")
 
 
 async def _arrays(running: Sequence[Generation], is_one: bool) -> NDArray[np.float32]:
-    """The embeddings of all texts; what is under way when one fails is cancelled."""
+    """The embeddings of all texts; if one fails, the others are cancelled."""
     import numpy as np
 
     try:

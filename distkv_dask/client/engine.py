@@ -222,7 +222,7 @@ class Engine(Handle, Embedding):
         name
             The document's key in :meth:`documents`; None takes the name with which it was saved.
         adapter
-            Path of the adapter that it was computed with, where that has moved.
+            Path of the adapter that it was computed with, if that has moved.
 
         Returns
         -------

@@ -7,11 +7,11 @@ import socket
 from distkv_dask.errors import ClusterError
 
 BACKLOG = 128
-"""Connections that wait until somebody answers."""
+"""Maximum connections that wait to be accepted."""
 
 
 def listener_at(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; they wait until somebody answers.
+    """A listening socket; connections wait until they are accepted.
 
     Raises
     ------

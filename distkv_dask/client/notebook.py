@@ -56,10 +56,10 @@ def document_html(document: Document, session: Session) -> str:
     status = _status(session) if session.is_open else None
     if status is None:
         pieces = [Piece(span.worker, span.start, span.stop) for span in document.placement]
-        return svg.card(title, f"{size}; where its KV lay when it was stored:", svg.spans(pieces))
+        return svg.card(title, f"{size}; where its KV was when it was stored:", svg.spans(pieces))
     found = status.sequences.get(document.number)
     if found is None or not found.placement:
-        return svg.card(title, f"{size}; its KV was given up, and is recomputed when it is next asked")
+        return svg.card(title, f"{size}; its KV was dropped, and is recomputed when it is next asked")
     asked = found.questions
     running = f"; {counted(asked, 'question')} under way" if asked else ""
     colour = svg.colours(sorted(status.workers))

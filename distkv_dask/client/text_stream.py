@@ -25,7 +25,7 @@ class TextStream:
     Parameters
     ----------
     tokenizer
-        Decodes.
+        Decodes the tokens.
     stop
         The text ends before the first of these strings.
     """

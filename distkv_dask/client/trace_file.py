@@ -38,8 +38,8 @@ _FLOW = {"send": "s", "answer": "t", "wait": "f"}
 class TraceFile:
     """A file that can be opened at any time, even after its writer was killed: it is complete after every addition.
 
-    Each worker is a process in it and each of its lanes a thread; arrows lead from a query that a home sends over the
-    holder's answer to the end of the home's wait.
+    Each worker is a process in it and each of its lanes a thread; arrows lead from a home's query through the holder's
+    answer to the end of the home's wait.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class TraceFile:
         if self.path.is_dir():
             self.path /= f"distkv-{engine}.json"
         self.full = False
-        """Whether the file has reached its limit and takes nothing more."""
+        """Whether the file has reached its limit and accepts nothing more."""
         self._began = time.time_ns()
         self._adding = threading.Lock()
         self._workers: dict[str, int] = {}

@@ -137,7 +137,7 @@ def truncate_block(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no document": (lambda folder: (folder / "document.json").unlink(), {}, "no .whole. document"),
+    "no document": (lambda folder: (folder / "document.json").unlink(), {}, "no .complete. document"),
     "cut metadata": (lambda f: (f / "document.json").write_text((f / "document.json").read_text()[:-9]), {}, "damaged"),
     "changed metadata": (damage_metadata, {}, "damaged"),
     "a damaged block": (damage_block, {}, "damaged"),

@@ -22,7 +22,7 @@ from distkv_dask.quotes import Quote
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The result of a row: its document was asked in ``parts``, and ``dropped_tokens`` of it were left out.
+    """The result of a row: its document was split into ``parts``, and ``dropped_tokens`` of it were left out.
 
     ``reused_tokens`` of its prompts were not computed.
     """
@@ -36,7 +36,7 @@ class Answer:
     reused_tokens: int = 0
     quote: Quote | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Values of columns beside it."""
+    """Values of further columns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def answer_fields(sampling: SamplingParams, size: int) -> list[pa.Field]:
 
 
 def answer_values(sampling: SamplingParams, answer: Answer) -> dict[str, Any]:
-    """Read those columns' values from an answer; what is left of it as its text is among them, as ``"answer"``.
+    """Read those columns' values from an answer; the rest of its text is among them, as ``"answer"``.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def schema_values(schema: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _type(schema: Any) -> pa.DataType | None:
-    """Return Arrow's type for a schema, None where there is none."""
+    """Return Arrow's type for a schema, None if there is none."""
     if not isinstance(schema, Mapping):
         return None
     kind = schema.get("type")

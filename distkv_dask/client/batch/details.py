@@ -1,4 +1,4 @@
-"""What answers hold beside their text: log probabilities, scores of choices and further answers, in columns."""
+"""What answers have in addition to their text: log probabilities, scores of choices and further answers, in columns."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TOKEN = [("token", pa.string()), ("token_id", pa.int64()), ("logprob", pa.float
 _LOGPROBS = pa.list_(pa.struct([*_TOKEN, ("best", pa.list_(pa.struct(_TOKEN)))]))
 
 RESPONSE = pa.field("response", pa.string())
-"""Column of the answers to an OpenAI batch file: what a response has beside its text, as JSON."""
+"""Column of the answers to an OpenAI batch file: what a response has in addition to its text, as JSON."""
 
 
 def detail_fields(sampling: SamplingParams, size: int) -> list[pa.Field]:
-    """Columns of what is asked for beside the answer's text; embeddings have ``size`` numbers."""
+    """Columns of what is requested in addition to the answer's text; embeddings have ``size`` numbers."""
     fields = []
     if sampling.embed is not None:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), size)))

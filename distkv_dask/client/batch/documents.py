@@ -54,7 +54,7 @@ class DocumentSource:
         return len(self._paths)
 
     def sizes(self) -> dict[int | str, int]:
-        """Bytes of the files, by their labels; those that cannot be looked at are left out."""
+        """Bytes of the files, by their labels; unreadable ones are left out."""
         found: dict[int | str, int] = {}
         for path in self._paths:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A dry run: what a batch will take, and which of its rows will be refused; nothing is answered."""
+"""A dry run: the cost of a batch, and which of its rows will be refused; nothing is answered."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a batch will take, if every answer is as long as it may be.
+    """The cost of a batch, if every answer has its maximum length.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Estimate:
     sharing
         Questions that share a document with others.
     largest_tokens, kv_tokens
-        Tokens of KV of the largest request, and for which all workers together have room.
+        Tokens of KV of the largest request; tokens of KV for which all workers together have room.
     workers, basis
         Workers that compute, and where their speed comes from.
     prefill_seconds, decode_seconds
@@ -104,7 +104,7 @@ def estimate_alone(source: Source, spec: BatchSpec, how: Counting, means: Means)
 
 
 def summed(needs: Iterable[Need], means: Means) -> Estimate:
-    """Put together what rows need."""
+    """Add up what rows need."""
     found = [_fitting(one, means) for one in needs]
     asked = [one for one in found if one.error is None]
     wrong = [Refused(one.label, one.question, one.error) for one in found if one.error is not None]
@@ -130,7 +130,7 @@ def summed(needs: Iterable[Need], means: Means) -> Estimate:
 
 
 def _fitting(need: Need, means: Means) -> Need:
-    """A need that is refused where the cluster has no room for it."""
+    """The need, refused if the cluster has no room for it."""
     if need.error is None and (tokens := kv_tokens(need)) > means.kv_tokens:
         error = f"it needs room for {tokens:,} tokens of KV, and all workers together have room for {means.kv_tokens:,}"
         return Need(need.label, need.question, error=error)

@@ -84,7 +84,7 @@ class Job:
             try:
                 rows = self._fill(output, run, progress, on_tick)
             except BaseException as error:
-                with contextlib.suppress(OutputError):  # which is what ended it, perhaps
+                with contextlib.suppress(OutputError):  # which may be what ended it
                     output.rotate(now=True)
                     output.keep(run.record(output.parts, f"stopped: {in_words(error)}"))
                 raise
@@ -137,7 +137,7 @@ class Job:
         return pa.Table.from_batches([found[row.label, question] for row, question in todo], self._results.schema)
 
     def _meter(self, total: int | None, done: Mapping[tuple[int | str, str | None], str]) -> Meter:
-        """What measures how much is left of what is not done."""
+        """The meter of the work that is left."""
         answered = {label for label, _ in done}
         sizes = self._source.sizes() if isinstance(self._source, DocumentSource) else {}
         left = {label: size for label, size in sizes.items() if label not in answered}
@@ -154,7 +154,7 @@ class Job:
                     yield None
                     continue
                 lot = self._results.lot(ended)
-                self._errors += len(lot.errors)  # first: whoever hears of the rows hears of their errors, too
+                self._errors += len(lot.errors)  # first, so that callers get the rows together with the count of errors
                 yield lot
                 self._check_errors(next(iter(lot.errors), ""))
 

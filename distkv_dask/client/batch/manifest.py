@@ -1,4 +1,4 @@
-"""What a batch was begun with: all that its answers depend on, kept in the manifest and in each of its files.
+"""Parameters with which a batch was started: all that its answers depend on, kept in the manifest and in each file.
 
 The manifest also has the record of the batch's runs (:mod:`distkv_dask.client.batch.record`).
 """
@@ -55,7 +55,7 @@ def recorded(path: Path) -> dict[str, Any]:
 
 
 def keep_record(path: Path, begun: Mapping[str, Any], record: Mapping[str, Any], readme: str) -> None:
-    """Write the record of an output that was begun so; raises :class:`OSError` if that cannot be done."""
+    """Write the record of an output that was begun with these parameters; raises :class:`OSError` if it cannot."""
     _replace(path / MANIFEST, manifest(begun, record))
     _replace(path / README, readme.encode("utf-8", "backslashreplace"))
 

@@ -1,4 +1,4 @@
-"""The workers of an open engine, as its status tells: how fast they are, and for how many tokens they have room."""
+"""The workers of an open engine, from its status: their speed, and the number of tokens that fit their memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def means_of(session: Session) -> Means:
 
 
 def result_of(session: Session, ask: Callable[[], Any]) -> Any:
-    """What a call on the Dask client's event loop gives, wherever this is called."""
+    """The result of a call on the Dask client's event loop, from any thread."""
     client = session.client
     if not client.asynchronous:
         return client.sync(ask) if asyncio.iscoroutinefunction(ask) else ask()

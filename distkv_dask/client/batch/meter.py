@@ -13,7 +13,7 @@ from distkv_dask.client.batch.runner import Flying, Outcome
 
 
 class Meter:
-    """The work of a batch, in tokens of prompts that take as long.
+    """The work of a batch, in prompt tokens that take the same time.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class Meter:
     sizes
         Bytes of rows by their labels, where they are known before the rows are read.
     new
-        How many tokens of prompts take as long as one of an answer.
+        How many prompt tokens take as long as one token of an answer.
     """
 
     def __init__(self, total: int | None, sizes: Mapping[int | str, int], new: float) -> None:

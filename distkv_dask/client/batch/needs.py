@@ -1,6 +1,6 @@
 """What a batch needs, known before anything is answered: the tokens of every row, and which rows will be refused.
 
-The plans that answer rows are run with answers made up, so a dry run refuses what a run refuses, in the same words.
+The plans that answer rows are run with made-up answers, so a dry run refuses what a run refuses, with the same errors.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Need:
     shared
         Tokens of each prompt whose KV comes from the row's document.
     document
-        Tokens of the document, where this question is the one that has it computed.
+        Tokens of the document, if this question is the one that computes it.
     new
         Most tokens of each answer.
     answers
-        Answers that are drawn to each prompt.
+        Number of answers to each prompt.
     error
         Why it will be refused.
     """
@@ -69,7 +69,7 @@ class Counting:
 _NO_NUMBERS = np.empty(0, np.float32)
 
 Lot = Sequence[tuple[int | str, Content | str]]
-"""Rows by their labels: what they say, or what is wrong with them."""
+"""Rows by their labels, each with its content or its error."""
 
 
 def count_lot(lot: Lot, spec: BatchSpec, how: Counting) -> list[Need]:
@@ -105,7 +105,7 @@ def count_row(
 def _prompts(
     plan: Plan, sampling: SamplingParams, text: str | None, tokenizer: Tokenizer, window: float
 ) -> tuple[int, ...]:
-    """Lengths of all prompts of a plan, whose answers are as long as they may be."""
+    """Lengths of all prompts of a plan, if all answers have their maximum length."""
     lengths: list[int] = []
     done: list[Completion] | None = None
     while True:
@@ -123,7 +123,7 @@ def _prompts(
 
 
 def _longest(sampling: SamplingParams, tokenizer: Tokenizer) -> int:
-    """Most tokens of an answer: those of the longest choice, where it is one of some."""
+    """Maximum tokens of an answer; with choices, those of the longest one."""
     if sampling.choices is None:
         return sampling.new_tokens
     return max(len(tokenizer.encode_more(choice)) for choice in sampling.choices)

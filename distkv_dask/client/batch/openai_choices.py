@@ -11,7 +11,7 @@ from distkv_dask.completion import Completion
 from distkv_dask.logprobs import TokenLogprob
 
 LEAST = -9999.0
-"""What stands for the logarithm of 0, for which JSON has no number; as in OpenAI's API."""
+"""Replaces the logarithm of 0, for which JSON has no number; as in OpenAI's API."""
 
 Decode = Callable[[int], str]
 
@@ -22,7 +22,7 @@ def choices_of(done: Sequence[Completion], chat: bool, tokenizer: Tokenizer) -> 
     Parameters
     ----------
     done
-        What was answered to each prompt.
+        The completion of each prompt.
     chat
         Whether it answers chat messages.
     tokenizer

@@ -1,4 +1,4 @@
-"""Embeddings in OpenAI's format: which texts a request has, and how what came of them is written."""
+"""Embeddings in OpenAI's format: the texts of a request, and the response."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _WITHOUT_EFFECT = {"model", "user"}
 
 
 def embedding_content(body: Mapping[str, Any]) -> Content:
-    """What the body of a request for embeddings asks.
+    """The content of the body of a request for embeddings.
 
-    ``embed`` ("mean", if nothing is said, or "last") and ``normalize`` are ours, as in
+    ``embed`` ("mean", the default, or "last") and ``normalize`` are our additions, as in
     :class:`~distkv_dask.sampling.SamplingParams`.
 
     Raises
@@ -56,9 +56,9 @@ def embeddings_of(done: Sequence[Completion], base64_: bool) -> list[dict[str, A
     Parameters
     ----------
     done
-        What came of each text.
+        The completion of each text.
     base64_
-        Whether they are written as base64 of float32, as OpenAI's own client asks.
+        Whether they are written as base64 of float32, which OpenAI's own client requests.
     """
     return [{"object": "embedding", "index": at, "embedding": _written(one, base64_)} for at, one in enumerate(done)]
 

@@ -102,7 +102,7 @@ def check_spec(spec: BatchSpec, keep: Any) -> None:
     if spec.sampling.quotes is not None:
         raise InvalidRequestError("an OpenAI batch file has no documents to quote: leave out quotes")
     if spec.sampling.embed is not None:
-        raise InvalidRequestError("requests of an OpenAI batch file say themselves what they embed: leave out embed")
+        raise InvalidRequestError("requests of an OpenAI batch file say how they embed: leave out embed")
     if (form := spec.sampling.form) is not None:
         raise InvalidRequestError(
             f"requests of an OpenAI batch file have their own response_format: leave out {form.kind}"

@@ -73,7 +73,7 @@ def content_of(record: Mapping[str, Any]) -> Content:
 
 
 def body_content(body: Mapping[str, Any], url: str) -> Content:
-    """What the body of a request to a path of OpenAI's API asks; raises as :func:`content_of` does."""
+    """The content of a request's body to a path of OpenAI's API; raises as :func:`content_of` does."""
     for field, value in body.items():
         if value is None or field in _SAMPLING or field in _READ or field in _WITHOUT_EFFECT:
             continue
@@ -119,7 +119,7 @@ def _logprobs(body: Mapping[str, Any], url: str) -> dict[str, Any]:
 
 
 def _structured(given: Any) -> dict[str, Any]:
-    """VLLM's way to say what an answer follows beyond JSON."""
+    """A field of vLLM for constraints other than JSON."""
     match given:
         case None:
             return {}

@@ -51,7 +51,7 @@ PART_ROWS = 10_000
 """Rows after which a journal becomes a Parquet file."""
 
 PART_AGE = 2.0, 0.03
-"""Seconds, and share of the time since the output was opened: the older of both makes a journal a Parquet file."""
+"""Seconds, and share of the time since the output was opened: a journal older than both becomes a Parquet file."""
 
 
 class Output:

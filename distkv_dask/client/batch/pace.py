@@ -1,4 +1,4 @@
-"""How long workers take for a batch, by the performance model: seconds of prefill and decode from tokens alone. Pure.
+"""The time of a batch by the performance model: seconds of prefill and decode from numbers of tokens alone. Pure.
 
 A worker has one lane: prefill and decode steps add up on it. Requests go to the worker that will be free first. Those
 of a worker decode together, as many as its batch and the KV memory have room for.
@@ -22,11 +22,11 @@ class Means:
     Parameters
     ----------
     speeds
-        Of each worker that has the model.
+        Speed of each worker that has the model.
     kv_tokens
         Tokens of KV for which all workers together have room.
     batch
-        Most sequences that a worker decodes together.
+        Maximum sequences that a worker decodes together.
     exchange
         Seconds of a decode step's exchange with one holder.
     basis
@@ -72,12 +72,12 @@ def pace_of(needs: Iterable[Need], means: Means) -> Pace:
 
 
 def kv_tokens(need: Need) -> int:
-    """Tokens of KV that its largest request has in the end; those of its document, too."""
+    """Tokens of KV that its largest request has at its end, including those of its document."""
     return max(need.prompts) + max(0, need.answers * need.new - 1)
 
 
 def prefill_seconds(need: Need, speed: WorkerPerformance) -> float:
-    """Computing its prompts, and the document if it is the one that does."""
+    """Seconds to compute its prompts, and the document if this question computes it."""
     own = sum(_prefill(tokens - need.shared, need.shared, speed) for tokens in need.prompts)
     return own + _prefill(need.document, 0, speed)
 
@@ -99,7 +99,7 @@ def _prefill(tokens: int, before: int, speed: WorkerPerformance) -> float:
 
 
 def _rows(need: Need, speed: WorkerPerformance) -> float:
-    """What its rows add to the steps that they are part of; tokens of a shared document are read once for all."""
+    """Seconds that its rows add to decode steps; tokens of a shared document are read once for all."""
     own = sum(tokens - need.shared + need.new / 2 for tokens in need.prompts) + need.document
     return need.answers * need.new * (len(need.prompts) * speed.row + own * speed.token)
 
@@ -118,6 +118,6 @@ def _together(asked: Sequence[Need], means: Means) -> int:
 
 
 def _holders(needs: Sequence[Need], means: Means) -> int:
-    """Workers beside the home that hold KV of the longest request."""
+    """Workers other than the home that hold KV of the longest request."""
     own = means.kv_tokens / len(means.speeds)
     return max((ceil(kv_tokens(one) / max(1.0, own)) - 1 for one in needs), default=0)

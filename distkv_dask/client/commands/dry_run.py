@@ -41,7 +41,7 @@ def dry_run(chosen: Chosen, source: Source, spec: BatchSpec, preset: str | None,
 
 
 def _from_preset(chosen: Chosen, source: Source, spec: BatchSpec, name: str) -> Estimate:
-    """Estimate without a cluster: as many of the preset's workers as ``--workers`` says."""
+    """Estimate without a cluster, for ``--workers`` workers of the preset."""
     if chosen.source is None:
         raise click.UsageError("--preset is for an estimate without a cluster: leave out --engine")
     check_model(chosen.source, texts=True)

@@ -105,7 +105,7 @@ def adapter_option(command: Command) -> Command:
         "--adapter",
         metavar="FOLDER",
         callback=_adapter,
-        help="LoRA adapter, as peft saves it, that is computed beside the model; all workers must be able to read it.",
+        help="LoRA adapter, as peft saves it, with which answers are computed; all workers must be able to read it.",
     )(command)
 
 
@@ -123,7 +123,7 @@ def sampling_options(command: Command) -> Command:
         click.option(
             "--score",
             is_flag=True,
-            help="The question is a yes/no question: give the probability of Yes beside No, one number.",
+            help="The question is a yes/no question: give the probability of Yes relative to No, one number.",
         ),
         click.option(
             "--choices",
@@ -159,12 +159,12 @@ def _further_options(command: Command) -> Command:
         click.option(
             "--evidence",
             is_flag=True,
-            help="Let a quote of the document, word for word, follow the answer, which is one line.",
+            help="Answer in one line, followed by a quote of the document, word for word.",
         ),
         click.option(
             "--quotes", is_flag=True, help="Answer with a quote of the document, word for word, and say where it is."
         ),
-        click.option("--best-of", type=int, metavar="COUNT", help="Answers to draw, of which the -n best are kept."),
+        click.option("--best-of", type=int, metavar="COUNT", help="Answers to draw; the -n best of them are kept."),
         click.option("-n", "n", type=int, default=1, metavar="COUNT", help="Answers to draw for each prompt."),
         click.option(
             "--prompt-logprobs", type=int, metavar="COUNT", help="As --logprobs, for the tokens of the prompt."
@@ -239,7 +239,7 @@ def _choices_of(_: click.Context, __: click.Parameter, text: str | None) -> list
     try:
         choices: list[str] = json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no JSON list: {error}") from error
+        raise click.BadParameter(f"{text!r} is not a JSON list: {error}") from error
     return choices
 
 
@@ -274,7 +274,7 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
         raise click.UsageError("--score has choices of its own, Yes and No: leave out --choices")
     given["choices"] = YES_NO if scores else given["choices"]
     if (quotes := options.pop("quotes")) and options["evidence"]:
-        raise click.UsageError("--quotes makes the whole answer a quote, and --evidence not: give one of them")
+        raise click.UsageError("--quotes makes the whole answer a quote, but --evidence does not: give one of them")
     given["quotes"] = "evidence" if options.pop("evidence") else quotes
     with clear_failures():
         said = {name: value for name, value in given.items() if was_given(name)}

@@ -73,7 +73,7 @@ from distkv_dask.scheduler.costs.presets import PRESETS
 @click.option(
     "--embed",
     type=click.Choice(get_args(Embed)),
-    help="Answer nothing: write each text's embedding, the mean of its tokens' hidden states or that of the last one.",
+    help="Answer nothing: write each text's embedding, the mean of all tokens' hidden states or the last token's.",
 )
 @click.option("--normalize", is_flag=True, default=None, help="Make all embeddings vectors of length 1.")
 @click.option("--max-errors", type=click.IntRange(0), help="Stop if more rows than this have errors.")
@@ -83,7 +83,7 @@ from distkv_dask.scheduler.costs.presets import PRESETS
     "--dry-run",
     "dry",
     is_flag=True,
-    help="Answer nothing: count tokens, say which rows will be refused, and how long the rest will take.",
+    help="Answer nothing: count tokens, and say which rows will be refused and how long the others will take.",
 )
 @click.option(
     "--preset",
@@ -131,7 +131,7 @@ def command(out: str | None, dry: bool, preset: str | None, as_json: bool, **opt
 
 
 class _Asked(NamedTuple):
-    """What is asked of which source, and by which cluster and model; and how a run goes."""
+    """The questions of a run, its source, cluster and model; and its course."""
 
     chosen: Chosen
     source: Source

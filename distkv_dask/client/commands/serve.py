@@ -55,7 +55,10 @@ def _adapters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> 
 
 @click.command("serve")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's need keys."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; addresses that other machines reach need keys.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free port.")
 @click.option(
@@ -77,7 +80,7 @@ def _adapters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> 
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Longest answer where a request sets no limit.",
+    help="Longest answer if a request sets no limit.",
 )
 @click.option(
     "--max-open",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 INTERVAL = 1.0
-"""Seconds between looks with ``--watch``."""
+"""Seconds between two refreshes with ``--watch``."""
 
 
 @click.command("status")

@@ -1,4 +1,4 @@
-"""Questions on a document are computed with the document's adapter: its KV is of no use with another."""
+"""Questions on a document are computed with the document's adapter: its KV cannot be used with another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_adapter(sampling: SamplingParams | None, document: Adapted, session: Se
     document
         The document.
     session
-        Reads the adapter that they name, if they name one.
+        Reads the adapter that ``sampling`` names, if it names one.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def with_adapter(sampling: SamplingParams | None, document: Adapted, session: Se
     own = None if document.adapter is None else document.adapter.path
     asked = sampling.adapter if isinstance(sampling, SamplingParams) else None
     if asked is None:
-        adapts = own is not None and isinstance(sampling, SamplingParams | None)  # others are refused where all are
+        adapts = own is not None and isinstance(sampling, SamplingParams | None)  # other types are refused later
         return replace(sampling or SamplingParams(), adapter=own) if adapts else sampling
     if session.adapter(asked) != document.adapter:
         with_what = "without an adapter" if own is None else f"with the adapter in {own}"

@@ -103,7 +103,7 @@ class Document(Kept):
         Returns
         -------
         Completion or list of Completion
-            One for each question. If one of several questions fails, the others go on: its ``finish_reason`` is
+            One for each question. If one of several questions fails, the others continue: its ``finish_reason`` is
             ``"error"`` and ``error`` says why.
 
         Raises

@@ -52,7 +52,7 @@ class Save:
         self.tag = secrets.token_hex(8)
         self._held = contextlib.ExitStack()
         self._stage = "begun"
-        with explained(f"{self.place} cannot be made, or not be written to"):
+        with explained(f"{self.place} cannot be created or written to"):
             self._folder.make()
             with self._folder.lock(watch):
                 for name in self._folder.names():

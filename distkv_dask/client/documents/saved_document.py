@@ -36,8 +36,7 @@ class SavedDocument:
     """Metadata of a saved document.
 
     ``source`` is the ingested text, chat messages or token ids; ``ids`` is the common prefix of all prompts on it, and
-    ``files`` have the KV of these tokens. Where it was computed with an adapter, there are that one's path and
-    fingerprint.
+    ``files`` have the KV of these tokens. If it was computed with an adapter, it has the path and fingerprint of that.
     """
 
     name: str
@@ -94,7 +93,7 @@ class SavedDocument:
             It would be too large to be read.
         """
         body = {"format": "distkv-document", "version": VERSION, **asdict(self)}
-        if not self.adapter:  # what was saved without one can be read by versions that know none
+        if not self.adapter:  # versions without adapters can read documents without one
             del body["adapter"], body["adapter_path"]
         text = json.dumps({"checksum": _checksum(body), **body}).encode()
         if len(text) > MOST_BYTES:
@@ -116,7 +115,7 @@ def read_metadata(watch: Watch, place: str | os.PathLike[str]) -> tuple[str, Sav
 
 def document_in(folder: Folder) -> SavedDocument:
     """The document in a folder; raises as :func:`read_metadata` does."""
-    with explained(f"there is no (whole) document in {folder.place}"), folder.open(FILE) as source:
+    with explained(f"there is no (complete) document in {folder.place}"), folder.open(FILE) as source:
         if source.size > MOST_BYTES:
             raise SavedDocumentError(f"{FILE} in {folder.place} has {source.size} bytes, more than {MOST_BYTES}")
         text = source.read(source.size, 0)
@@ -164,10 +163,10 @@ def _checked(body: dict[str, Any]) -> SavedDocument:
     for name in ("name", "model", "fingerprint", "dtype", "adapter", "adapter_path"):
         _require(isinstance(body[name], str), f"{name} is no text")
     for name in ("block_tokens", "block_bytes"):
-        _require(_is_number(body[name], 1, TOP), f"{name} is no number above 0")
-    _require(isinstance(body["source"], str | list), "its source is neither text nor list")
+        _require(_is_number(body[name], 1, TOP), f"{name} is not a number above 0")
+    _require(isinstance(body["source"], str | list), "its source is neither a text nor a list")
     ids, files = body["ids"], body["files"]
-    _require(isinstance(ids, list) and all(_is_number(one, 0, 2**31) for one in ids), "its ids are no token ids")
+    _require(isinstance(ids, list) and all(_is_number(one, 0, 2**31) for one in ids), "its ids are not token ids")
     _require(isinstance(files, list), "its files are no list")
     body["ids"], body["files"] = tuple(ids), tuple(_checked_file(file) for file in files)
     document = SavedDocument(**body)
@@ -177,15 +176,15 @@ def _checked(body: dict[str, Any]) -> SavedDocument:
 
 def _checked_file(file: Any) -> SavedFile:
     kept = len(SavedFile._fields)
-    _require(isinstance(file, list) and len(file) == kept, f"the entry of a file has not {kept} fields")
+    _require(isinstance(file, list) and len(file) == kept, f"the entry of a file does not have {kept} fields")
     name, *numbers = file
     _require(isinstance(name, str) and FILE_NAME.fullmatch(name) is not None, f"a file is called {name!r:.100}")
-    _require(all(_is_number(one, 0, TOP) for one in numbers), f"an entry of {name} is no number")
+    _require(all(_is_number(one, 0, TOP) for one in numbers), f"an entry of {name} is not a number")
     return SavedFile(name, *numbers)
 
 
 def _check_files(document: SavedDocument) -> None:
-    """Check that the files cover all tokens once, in whole blocks; files of homes' states are for the end."""
+    """Check that the files cover all tokens once, in whole blocks; files with states of homes belong to the end."""
     size, end = document.block_tokens, 0
     kept = len(document.ids) // size * size
     for file in document.files:

@@ -27,9 +27,9 @@ GONE = 499
 
 
 async def answered(request: Request, url: str, form_of: Callable[[str, Tokenizer], Form]) -> Response:
-    """Answer a request that came to the path ``url``; raises :class:`DistKVError` where it is refused.
+    """Answer a request that came to the path ``url``; raises :class:`DistKVError` if it is refused.
 
-    ``form_of`` takes what answers call the model, and its tokenizer.
+    ``form_of`` takes the model's name in answers, and its tokenizer.
     """
     serving = serving_of(request)
     asked = await read_asked(await read_json(request), url, serving)
@@ -52,7 +52,7 @@ async def _gone(request: Request) -> None:
 
 
 async def whole(asked: Asked, write: Written, serving: Serving, gone: asyncio.Task[None]) -> Response:
-    """Answer all prompts of a call, and write what came of them as one object.
+    """Answer all prompts of a call, and write the answers as one object.
 
     Parameters
     ----------

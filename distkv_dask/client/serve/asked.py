@@ -28,7 +28,7 @@ class Asked:
     usage
         Whether a stream counts its tokens.
     model
-        What answers call the model.
+        Name of the model in answers.
     """
 
     prompts: list[tuple[list[int], SamplingParams]]

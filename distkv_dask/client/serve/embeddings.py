@@ -47,7 +47,7 @@ async def embeddings(request: Request) -> Response:
 
 
 def _checked(texts: Texts, said: Mapping[str, Any], serving: Serving) -> list[tuple[list[int], SamplingParams]]:
-    """What may take long for long texts, and is not done on the event loop."""
+    """Checks that may take long for long texts; not run on the event loop."""
     session, sampling = serving.session, SamplingParams(**said)
     ids = [session.tokenizer.encode(text) for text in texts.prompts]
     return [(one, checked(sampling, len(one), session.facts.max_positions)) for one in ids]

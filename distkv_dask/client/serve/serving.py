@@ -55,7 +55,7 @@ class Serving:
         self._running: set[Future[Completion]] = set()
 
     def check_name(self, name: Any) -> str:
-        """What answers call the model that a request names; raises :class:`Refusal` if that is another one."""
+        """The model's name in answers to a request; raises :class:`Refusal` if the request names another model."""
         if not isinstance(name, str):
             raise Refusal(f"model is {name!r:.100}, but must be a text: name {self.names[0]!r}")
         if name in self.adapters:
@@ -65,7 +65,7 @@ class Serving:
         return self.names[0]
 
     def sampling(self, said: Mapping[str, Any], prompt_tokens: int, model: str) -> SamplingParams:
-        """How an answer of a model to a prompt is drawn, of which a request says so much."""
+        """Sampling parameters of a request to a model, from the values that the request gives."""
         usual = replace(self._sampling, adapter=self.adapters.get(model))
         if "max_new_tokens" not in said:
             room = self.session.facts.max_positions - prompt_tokens

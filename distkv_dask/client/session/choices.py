@@ -1,4 +1,4 @@
-"""Choices that an answer is one of, as tokens: each has some, and no two have the same."""
+"""Choices as tokens: each has at least one token, and no two have the same tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choice_ids(
 
 
 def chosen_text(submission: Submission, tokens: Sequence[int], text: str) -> str:
-    """The choice that was answered as it was given, where it is a text; otherwise the ``text`` of its tokens."""
+    """The answered choice as it was given, if it is a text; otherwise the ``text`` of its tokens."""
     if not submission.choices or submission.sampling is None or submission.sampling.choices is None:
         return text
     chosen = submission.sampling.choices[submission.choices.index(tuple(tokens))]

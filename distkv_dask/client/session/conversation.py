@@ -25,7 +25,7 @@ from distkv_dask.sampling import FinishReason
 logger = logging.getLogger("distributed.distkv.engine")
 
 POLL = 9.0
-"""Seconds that a long poll waits at the gManager; shorter than the scheduler may be silent."""
+"""Seconds that a long poll waits at the gManager; less than the time that the scheduler may be silent."""
 
 ANSWERED = frozenset({ClientCall.ATTACH, ClientCall.SUBMIT, ClientCall.EVENTS, ClientCall.STATUS, ClientCall.GRAPH})
 """Calls that a gManager always answers: None means that the scheduler has no gManager."""

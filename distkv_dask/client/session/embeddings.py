@@ -1,4 +1,4 @@
-"""Embeddings of prompts, put together from sums over parts of them."""
+"""Embeddings of prompts, computed from sums over their parts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def embedding_of(parts: Sequence[Pooled], tokens: int, sampling: SamplingParams)
     borders = [start, *(one.stop for one in parts)]
     if [one.start for one in parts] != borders[:-1] or borders[-1] != tokens:
         raise DistKVError(
-            f"hidden states came of tokens {[one[:2] for one in parts]} of {tokens}, so there is no embedding; this is "
-            "a fault of the engine, please report it"
+            f"hidden states arrived for tokens {[one[:2] for one in parts]} of {tokens}, so there is no embedding; "
+            "this is a fault of the engine, please report it"
         )
     sums = np.stack([np.frombuffer(one.sums, "<f8") for one in parts])
     mean: NDArray[np.float64] = sums.sum(0) / (tokens - start)

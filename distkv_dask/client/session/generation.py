@@ -73,8 +73,8 @@ class Generation(concurrent.futures.Future[Completion]):
 class Piece(NamedTuple):
     """A piece of an answer, as it is generated.
 
-    ``logprobs`` are those of the tokens whose text ends in this piece, where they were asked for. ``branch`` is which
-    of several answers to the prompt it belongs to.
+    ``logprobs`` are those of the tokens whose text ends in this piece, if they were requested. ``branch`` says to which
+    of several answers to the prompt it belongs.
     """
 
     text: str
@@ -97,7 +97,7 @@ class TextPieces:
 
     @classmethod
     def of(cls, sampling: SamplingParams | None) -> Self:
-        """The text of a request that is drawn so; raises InvalidRequestError if it has several answers, or none."""
+        """The text of a request with one answer; raises InvalidRequestError for several answers, or none."""
         if isinstance(sampling, SamplingParams) and sampling.embed is not None:
             raise InvalidRequestError("an embedding is not read as it is generated: use submit, or leave out embed")
         if isinstance(sampling, SamplingParams) and (sampling.n > 1 or sampling.best_of is not None):

@@ -28,7 +28,7 @@ from distkv_dask.version import VERSION
 
 
 class OwnedEngine:
-    """Opens a new engine, which ends with its client; follows it with a trace if one is wanted.
+    """Opens a new engine, which ends with its client; records a trace of it if one is wanted.
 
     Parameters
     ----------

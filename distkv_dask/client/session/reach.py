@@ -16,8 +16,8 @@ LOOK = 0.25
 """Seconds between checks of the connection to the scheduler."""
 
 PATIENCE = 10.0
-"""Seconds that a client may take to connect; that a scheduler may be silent before it is asked whether it is there; and
-that it may take to say so."""
+"""Time limit in seconds for a client to connect, for a scheduler to be silent before it is pinged, and for its
+reply."""
 
 AGAIN = "Its engines ended with it: connect a client to a scheduler that runs, and open the engine there."
 
@@ -32,7 +32,7 @@ def lost(client: Client) -> str:
         return ""
     if is_closed(client):
         return (
-            "the Dask client is closed, by its user or since its scheduler was gone for too long, and its engines with "
+            "the Dask client is closed, by its user or because its scheduler was gone too long, and its engines with "
             "it: make a new client and a new engine"
         )
     return (
@@ -90,7 +90,9 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
         for _ in range(_looks(1.0)):  # this may notice its end before Dask's client does
             _check(client)
             await asyncio.sleep(LOOK)
-        raise ClusterError(f"the Dask scheduler{_at(client)} took no calls ({in_words(error)}): try again") from error
+        raise ClusterError(
+            f"the Dask scheduler{_at(client)} accepted no calls ({in_words(error)}): try again"
+        ) from error
     finally:
         for one in (work, gone):
             _drop(one)

@@ -36,7 +36,7 @@ class Request:
     on_piece
         Called with each piece of the answer.
     quoting
-        Finds what it quotes of its document, if it does.
+        Finds its quote in the document, if it has one.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Request:
         return wants
 
     def _say(self, text: str, tokens: int) -> None:
-        """Hand over text, which goes to the end of so many tokens."""
+        """Hand over text, which ends with the first ``tokens`` tokens."""
         if self._on_piece is None:
             return
         logprobs = tuple(self._logprobs[self._said : tokens])
@@ -126,7 +126,7 @@ class Request:
 
 
 def checked(sampling: SamplingParams | None, tokens: int, window: float, text: str | None = None) -> SamplingParams:
-    """Check sampling parameters for a prompt of ``tokens`` tokens, on a document of ``text`` perhaps.
+    """Check sampling parameters for a prompt of ``tokens`` tokens, perhaps on a document with the given ``text``.
 
     Returns them with a seed if they need one, and with the grammar of quotes if the answer quotes.
 

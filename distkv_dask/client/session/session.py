@@ -48,7 +48,7 @@ class Session:
     Attributes
     ----------
     conversation
-        Requests out, news in.
+        Requests out, events in.
     store
         Documents by number.
     tokenizer
@@ -83,7 +83,7 @@ class Session:
 
     @property
     def dtype(self) -> str:
-        """Of weights and KV cache, as asked for."""
+        """Dtype of weights and KV cache, as requested."""
         return self._engine.spec.dtype
 
     @property
@@ -209,7 +209,7 @@ class Session:
         ids, sampling, on_piece
             As for :meth:`submit`.
         document
-            Number of the document that the prompt begins with; not shared where all of the prompt's tokens have to be
+            Number of the document that the prompt begins with; not shared if all of the prompt's tokens have to be
             computed.
         keeps
             Whether prompt and answer become a document, which has the request's number.
