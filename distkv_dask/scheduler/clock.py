@@ -1,4 +1,4 @@
-"""The clock of all engines: a tick every second, and how busy the scheduler was meanwhile."""
+"""The clock of all engines: a tick every second, and how busy the scheduler was in between."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The survey of links: workers measure the way to each other when an engine opens, and to those that join later.
+"""The survey of links: workers measure their links when an engine opens, and those to workers that join later.
 
-It ends after :data:`SECONDS`, whoever is silent then; the model goes on with what is known. Nothing is measured again.
+It ends after :data:`SECONDS`, even if some have not answered; the model then uses what was measured. Nothing is
+measured twice.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class LinkSurvey:
                         await asyncio.gather(*(self._measure(state, *both) for both in some))
                         pairs = [both for both in pairs if state.links.may_measure(*both)]
         except TimeoutError:
-            logger.warning("links were measured for %g s; the others are taken to be like these", SECONDS)
+            logger.warning("links were measured for %g s; the others are assumed to be like these", SECONDS)
             for one, other in state.links.unknown():
                 state.links.failed.add(of_pair(one, other))
         state.fit_costs()

@@ -170,7 +170,7 @@ def test_what_is_damaged_or_of_another_model_is_refused_with_the_reason(tmp_path
             with pytest.raises(SavedDocumentError, match="no place"):
                 await document.save("nowhere://at/all")
             (tmp_path / "a file").write_text("")
-            with pytest.raises(SavedDocumentError, match=r"cannot be made|could not be written"):
+            with pytest.raises(SavedDocumentError, match=r"cannot be created|could not be written"):
                 await document.save(tmp_path / "a file")
 
     run()

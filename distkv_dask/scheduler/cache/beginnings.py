@@ -43,7 +43,7 @@ def _worker_at(cached: Cached, position: int) -> str:
 
 
 def begins(life: MachineState, number: int | None, tokens: array[int], length: int, adapter: str) -> bool:
-    """Whether a prompt really begins with a sequence's tokens, and has its adapter: hashes may collide."""
+    """Whether a prompt really begins with a sequence's tokens and has the same adapter: hashes may collide."""
     while number is not None:
         cached = life.cache.by_number.get(number)
         if cached is None:
@@ -58,7 +58,7 @@ def begins(life: MachineState, number: int | None, tokens: array[int], length: i
 
 
 def text(life: MachineState, number: int, stop: int) -> array[int]:
-    """The tokens of a sequence up to a position, those that it shares included."""
+    """The tokens of a sequence up to a position, including those that it shares."""
     cached = life.cache.by_number.get(number)
     if cached is None:
         return life.requests[number].prompt[:stop]

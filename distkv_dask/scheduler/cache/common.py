@@ -1,10 +1,10 @@
-"""Common beginnings: requests that come together compute what they all begin with only once.
+"""Common beginnings: requests that arrive together compute their common prefix only once.
 
-The prefix cache has only what ended. So a request that begins as a running one does takes its blocks into the cache:
-they get a number of their own, under which both share them from then on (in the pools, the running one keeps them under
-its number, too, because work with its old placement may be under way). What the other one has not computed yet is
-waited for, if that is faster by the performance model: not if the request could be computed on another worker in the
-meantime, and not for so few tokens that one more forward takes longer.
+The prefix cache has only finished requests. So if a request begins like a running one, the blocks of the running one go
+into the cache: they get their own number, under which both requests share them from then on (in the pools, the running
+one also keeps them under its number, because work with its old placement may be under way). The request waits for
+blocks that the other one has not computed yet, if that is faster by the performance model: not if the request could be
+computed on another worker in the meantime, and not for so few tokens that an additional forward takes longer.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
 
 COUNTED = 64
-"""Waiting requests that are looked at to count those that wait for the same beginning."""
+"""Number of waiting requests that are searched for those that wait for the same beginning."""
 
 # Running requests
 
 
 def enter(life: MachineState, request: Request) -> None:
-    """A request runs: others may share its prompt.
+    """A request starts to run: others may share its prompt.
 
-    With ``deterministic`` the borders of spans, which bits depend on, must not depend on what runs at the same time.
+    With ``deterministic``, the borders of spans must not depend on what runs at the same time, because bits depend on
+    them.
     """
     if life.cache.enabled and request.is_plain and not (life.ledger.has_states or life.config.deterministic):
         life.running.add(request.sequence, request.prompt, request.adapter_key)
 
 
 def leave(life: MachineState, request: Request) -> None:
-    """A request runs no more."""
+    """A request no longer runs."""
     if life.running and request.is_plain:
         life.running.drop(request.sequence, request.prompt, request.adapter_key)
 
 
 def forget_given(life: MachineState, request: Request) -> None:
-    """Nothing computes on a request any more: what it gave to the cache is no longer its own, too."""
+    """Nothing computes on a request any more: blocks that it gave to the cache are now only the cache's."""
     for span in request.given:
         if span.worker in life.ledger.workers:
             life.command(Free(span.worker, request.sequence, span.start, span.stop))
@@ -69,7 +70,7 @@ def is_awaiting(life: MachineState, sequence: int) -> bool:
 
 
 def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) -> bool:
-    """Whether a request that found room should rather wait until a running one has computed their common beginning.
+    """Whether a request that found room should wait until a running one has computed their common beginning.
 
     If it has, the beginning is in the prefix cache afterwards.
     """
@@ -96,7 +97,7 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
 
 
 def _running(life: MachineState, tokens: array[int], near: str, adapter: str) -> tuple[Request, int] | None:
-    """A running request with the longest common beginning, and its tokens; of several, one that has its end nearby."""
+    """A running request with the longest common beginning, and its tokens; preferably one that ends nearby."""
     numbers, length = life.running.longest(tokens, adapter)
     some = [life.requests[number] for number in islice(numbers, beginnings.CANDIDATES)]
     some = [one for one in some if one.adapter_key == adapter and one.prompt[:length] == tokens[:length]]
@@ -144,7 +145,7 @@ def _pays(life: MachineState, request: Request, ask: Ask, placement: Placement, 
 
 
 def _rests(life: MachineState, ask: Ask, placement: Placement, there: str) -> Iterator[Placement]:
-    """Where the tokens behind the common ones may lie: as admitted, or on the worker where these end."""
+    """Candidate placements of the tokens after the common ones: as admitted, or on the worker where those end."""
     yield tuple(clipped(placement, ask.shared, placement[-1].stop))
     worker = life.ledger.workers[there]
     if worker.can_decode and worker.has_place and worker.free >= life.ledger.blocks(ask.tokens):

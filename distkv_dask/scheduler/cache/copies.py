@@ -186,7 +186,7 @@ def stored(life: MachineState, event: Stored) -> bool:
         return False
     if event.error is not None:
         life.extents.failed[event.worker] = life.now, without_quotes(event.error)
-        life.command(Note("failure", f"the disk of {event.worker} takes no KV: {without_quotes(event.error)}"))
+        life.command(Note("failure", f"the disk of {event.worker} accepts no KV: {without_quotes(event.error)}"))
         give_up(life, extent)
         return True
     life.extents.failed.pop(event.worker, None)

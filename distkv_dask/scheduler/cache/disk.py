@@ -42,7 +42,7 @@ def pays(life: MachineState, request: Request) -> bool:
 
 
 def _can_go_on(life: MachineState, request: Request) -> bool:
-    """Whether a sequence can go on from what would be written: all known tokens, and what its home has beside KV."""
+    """Whether a sequence could continue from files: they would have all known tokens, and its home's state."""
     if life.ledger.sequences[request.sequence].length < request.known_tokens:
         return False
     if not life.ledger.has_states or not request.is_document:
@@ -75,7 +75,7 @@ def begin_spill(life: MachineState, request: Request) -> None:
 
 
 def with_home(life: MachineState, request: Request) -> dict[str, int]:
-    """The home of a sequence, if it has more of it than blocks, and after how many tokens."""
+    """The home of a sequence, if it has state besides blocks, and the number of tokens before that state."""
     home = life.ledger.sequences[request.sequence].home
     return {home: request.known_tokens} if life.ledger.has_states and request.known_tokens else {}
 
@@ -147,7 +147,7 @@ def worker_lost(life: MachineState, worker: str) -> None:
 def _tier_for(life: MachineState, request: Request, worker: str, size: int) -> Tier | None:
     """The first tier of a worker with room for ``size`` bytes, after evictions if needed; None if there is none.
 
-    What a home has beside blocks only goes to its disk.
+    State that a home has besides blocks only goes to its disk.
     """
     disks = life.disks
     if worker in with_home(life, request):

@@ -1,8 +1,8 @@
 """Retention: how much it is worth to keep a block of an ended request (Pensieve, section 4.3.2). Pure.
 
-A block is worth what it costs to get it back, times how likely it is needed, which falls with the time since its last
-use. All blocks have the same size. To recompute one costs more the later it comes, since it attends to all before it:
-so the front of a text goes first. One that has a copy costs no more than to read that.
+The value of a block is the cost of getting it back times the probability that it is needed, which falls with the time
+since its last use. All blocks have the same size. A later block costs more to recompute, since it attends to all blocks
+before it, so the front of a text is evicted first. A block with a copy costs at most the reading of the copy.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from distkv_dask.scheduler.records.extents import Place
 from distkv_dask.scheduler.records.machine_state import MachineState
 
 YOUNGEST = 1e-3
-"""Seconds since its last use that a block has at least."""
+"""Minimum of the seconds since a block's last use."""
 
 COPY_PAYS = 2.0
-"""Recomputing must take this many times as long as reading back: what is read has been written before."""
+"""Recomputing must take this many times as long as reading back, because blocks also had to be written."""
 
 
 def recomputed(life: MachineState, worker: str, start: int, stop: int) -> float:
@@ -25,7 +25,7 @@ def recomputed(life: MachineState, worker: str, start: int, stop: int) -> float:
 
 
 def read(life: MachineState, place: Place, worker: str, tokens: int) -> float:
-    """Seconds in which a worker reads the KV of so many tokens from where an extent is."""
+    """Seconds in which a worker reads the KV of this many tokens of an extent."""
     size = life.ledger.blocks(tokens) * life.block_bytes
     if place.kind == "disk":
         return size / life.disks.disk.rate
@@ -34,12 +34,12 @@ def read(life: MachineState, place: Place, worker: str, tokens: int) -> float:
 
 
 def pays(life: MachineState, place: Place, worker: str, start: int, stop: int) -> bool:
-    """Whether tokens are worth a copy in a place, or reading one, for a worker that could also compute them."""
+    """Whether copying tokens to a place, or reading them there, pays for a worker that could also compute them."""
     return COPY_PAYS * read(life, place, worker, stop - start) < recomputed(life, worker, start, stop)
 
 
 def value(life: MachineState, seconds: float, used: float) -> float:
-    """What is lost per second of age with something that costs ``seconds`` to get back, last used then.
+    """Value per second of age of something last used at a time, which costs ``seconds`` to get back.
 
     Costs count in powers of two: they are estimates, and among similar ones the oldest should go.
     """

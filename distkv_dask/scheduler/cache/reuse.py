@@ -1,8 +1,8 @@
-"""Whether a request uses a cached prefix, and where the rest is placed then.
+"""Decides whether a request uses a cached prefix, and where the rest is then placed.
 
-The cache must not change which requests are admitted when. So room has already been found for a request, and this
-module only compares placements within that room. Sharing does not always pay: the saved prefill is paid for in every
-step if a worker with the prefix has to be queried, or has more work than others.
+The cache must not change when requests are admitted. So this module runs after room was found for a request, and only
+compares placements within that room. Sharing does not always pay: the saved prefill is paid for in every step if a
+worker with the prefix has to be queried, or has more work than others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def share(life: MachineState, request: Request, ask: Ask, placement: Placement) 
 
 
 def _with_snapshot(life: MachineState, tokens: array[int], adapter: str) -> tuple[int, int] | None:
-    """The cached sequence with the last snapshot in a prompt's beginning, and how many tokens that is after."""
+    """The cached sequence with the last snapshot in a prompt's beginning, and the number of tokens before it."""
     some = (one for one in snapshots.find(life, tokens, adapter) if one[0] in life.cache.by_number)
     return next((one for one in some if beginnings.begins(life, one[0], tokens, one[1], adapter)), None)
 
@@ -82,7 +82,7 @@ def _rests(life: MachineState, ask: Ask, less: Ask, placement: Placement, prefix
     for rest in dict.fromkeys((anyway, behind, beside)):
         workers = missing.keys() | {span.worker for span in rest}
         if passes and not workers <= {span.worker for span in placement}:
-            continue  # it may not take the room that another request waits for
+            continue  # it must not take the room that another request waits for
         if rest and less.home in ("", rest[-1].worker) and _fits(life, missing, rest):
             yield rest
 

@@ -1,12 +1,12 @@
-"""Snapshots of models whose homes have more than KV: where prompts leave them, which go, and what can begin with one.
+"""Snapshots of models whose homes have state besides KV: where they are taken, which are dropped, what can use them.
 
-KV alone is no beginning for a model with recurrent layers, or with windows at homes. So a home keeps what it has of a
-sequence after some of its tokens: after a document, and on the way through any prompt. A snapshot takes a free place of
-a home, as cached blocks take free blocks: when somebody needs the place, those not used for longest go.
+A model with recurrent layers, or with windows at homes, cannot continue from KV alone. So a home keeps the state of a
+sequence after some of its tokens: after a document, and at some points within any prompt. A snapshot takes a free place
+of a home, as cached blocks take free blocks: when the place is needed, the least recently used are dropped.
 
-On the way, snapshots are taken between chunks, each twice as far from the prompt's beginning, or from its end, as the
-one before: prompts that begin alike leave each other early (a system prompt) or late (a question on a text). And one is
-taken just where a prompt leaves what an earlier one had in common with it, for the third.
+Within a prompt, snapshots are taken between chunks, each twice as far from the prompt's beginning, or from its end, as
+the previous one: prompts that begin alike diverge early (a system prompt) or late (a question on a text). Another one
+is taken exactly where a prompt diverges from an earlier one, for a third prompt.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from distkv_dask.scheduler.records.prefix_index import chain
 from distkv_dask.scheduler.records.request import Request
 
 LEAST = 1 / 8
-"""Part of a chunk that a snapshot where prompts part must save: it takes a forward of its own."""
+"""Part of a chunk that a snapshot at a divergence must save, because it takes an additional forward."""
 
 # Where they are taken
 
 
 def border(life: MachineState, request: Request, start: int) -> int:
-    """Where a prompt that is computed from ``start`` on leaves an earlier one, if a snapshot pays there; else 0."""
+    """Where a prompt, computed from ``start`` on, diverges from an earlier one, if a snapshot pays there; else 0."""
     if not life.ledger.has_states or request.is_document:
         return 0
     least = start + max(1, int(LEAST * life.config.prefill_chunk_tokens))
@@ -34,7 +34,7 @@ def border(life: MachineState, request: Request, start: int) -> int:
 
 
 def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
-    """After which of its chunks a prompt leaves snapshots; others make room for them.
+    """The chunks of a prompt after which snapshots are taken; other snapshots are dropped for them.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def begin_with_snapshot(life: MachineState, request: Request, tokens: int) -> No
 
 
 def make_room(life: MachineState, home: str) -> None:
-    """Give up snapshots for which a home has no free place, those not used for longest first."""
+    """Drop snapshots for which a home has no free place, the least recently used first."""
     recent = life.snapshots.recent[home]
     while len(recent) > _room(life, home):
         number, tokens = next(iter(recent))
@@ -112,14 +112,14 @@ def drop_later(life: MachineState, number: int, beyond: int) -> None:
 
 
 def keep_only_snapshots(life: MachineState, number: int, home: str, beyond: int) -> None:
-    """Nothing goes on with a sequence: its home keeps only its snapshots after at most ``beyond`` tokens."""
+    """A sequence is not continued: its home keeps only its snapshots after at most ``beyond`` tokens."""
     drop_later(life, number, beyond)
     if life.ledger.has_states:
         _keep_rest(life, home, number, ended=True)
 
 
 def drop(life: MachineState, number: int) -> list[str]:
-    """A home, which is returned if it lives, is told to keep nothing of a sequence."""
+    """Let a home drop all state of a sequence; returns the home if it is alive."""
     home = life.snapshots.homes.get(number)
     for tokens in list(life.snapshots.of.get(number, ())):
         life.snapshots.remove(number, tokens)

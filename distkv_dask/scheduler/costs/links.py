@@ -1,7 +1,8 @@
-"""Which links are measured, in which order, and what the performance model takes from them. Pure.
+"""Which links are measured and in which order, and how the performance model uses them. Pure.
 
-Workers of one host are measured in pairs, but hosts only once for each pair of them: what is slow between hosts is the
-network, which their workers share. A host takes part in one measurement at a time, so that none disturbs another.
+Workers of one host are measured in pairs, but for each pair of hosts only one link is measured: between hosts, the
+network is slow, which their workers share. A host takes part in one measurement at a time, so that none disturbs
+another.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.costs.model import Link, Pair, PerformanceModel, pair
 
 PER_HOST = 8
-"""Workers of one host that are measured with each other; others take the median of these."""
+"""Number of workers of one host that are measured with each other; others get the median of these."""
 MOST_FAILURES = 2
-"""Links of a worker that may fail; after that, no other is tried: each of them takes a time limit."""
+"""Number of a worker's links that may fail; then no others are tried, because each failure takes a full time limit."""
 
 
 def of_pair(one: Endpoint, other: Endpoint) -> Pair:
-    """What the link of two workers is known by: the two of them on one host, else their hosts."""
+    """The key of the link of two workers: the workers if they are on one host, else their hosts."""
     return pair(one.worker, other.worker) if one.host == other.host else pair(one.host, other.host)
 
 
 def wanted(ends: Mapping[str, Endpoint], known: Collection[Pair]) -> Iterator[tuple[Endpoint, Endpoint]]:
-    """Pairs of workers between which a link is not yet ``known``; of each host also a worker with itself.
+    """Pairs of workers between which a link is not yet ``known``; for each host also a worker with itself.
 
     Examples
     --------
@@ -63,7 +64,8 @@ def with_links(
     """The model with measured links.
 
     An exchange with a holder is timed by the code that serves requests, but with a worker's own holder lane. A measured
-    link adds what it takes longer than the link of a worker with itself. What was not measured takes the median.
+    link adds the time by which it is slower than the link of a worker with itself. Links that were not measured get the
+    median.
     """
     own = [times.latency for (one, other), times in measured.items() if one == other and one in ends]
     base = median(own) if own else 0.0

@@ -97,7 +97,7 @@ class Pacer:
         return min(max(wish, sum(self.rounds.values()) / rate), max(pace.longest, wish))
 
     def prefilled(self, tasks: int) -> None:
-        """A chunk of a prompt is done; its gang had this many tasks."""
+        """Note that a chunk of a prompt is done; its gang had this many tasks."""
         self._prefilled += tasks
 
     def measured(self, seconds: float, cpu: float, tasks: int, others: int) -> None:

@@ -1,7 +1,7 @@
 """Pieces of a prompt that several workers compute at the same time, so that all of them end together. Pure.
 
 A token costs its worker the forward, and attention of all later tokens of the prompt, which is computed where its KV
-lies. So early tokens cost more than late ones. In each round all workers get pieces that cost the same.
+is. So early tokens cost more than late ones. In each round all workers get pieces that cost the same.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def equal_pieces(
 def seconds_of_pieces(
     model: PerformanceModel, pieces: Sequence[tuple[str, int, int]], ends: Mapping[str, Endpoint], before: int = 0
 ) -> float:
-    """How long workers take for all pieces at once: as long as the last of them.
+    """Seconds until the last worker has computed its pieces, if all start at once.
 
     ``before`` tokens of KV come before the prompt, on the worker of the last piece. ``ends`` are where workers listen.
     """

@@ -263,7 +263,7 @@ class EngineState:
             self.deliver(Delivery(sequence, (), "error", error))
 
     async def take_events(self, handle: int, heard: int, wait: float) -> list[Delivery]:
-        """Events that a handle has not received, as :meth:`Outbox.take` returns them.
+        """Events that a handle has not received, as :meth:`Outbox.take_unheard` returns them.
 
         Raises
         ------

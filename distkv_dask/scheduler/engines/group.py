@@ -25,18 +25,17 @@ class Group:
         self._spec = spec
         self.places = [""] * spec.config.stages
         self._closing: set[str] = set()
-        """Workers that were told to close the engine because they lost a stage: until they answer, what they tell is
-        of that time."""
+        """Workers told to close the engine because they lost a stage: messages before their answers are outdated."""
         self._failed: set[str] = set()
         self._asked = False
 
     @property
     def home(self) -> str:
-        """The worker with the first stage; empty where there is none."""
+        """The worker with the first stage; empty if there is none."""
         return self.places[0]
 
     def assign_stage(self, worker: str) -> bool:
-        """Give a worker a stage that has none, the first one last; False where none needs it."""
+        """Give a worker a stage that has no worker, the first one last; False if all stages have one."""
         if worker in self.places or worker in self._failed or "" not in self.places:
             return False
         self.places[next((at for at in range(1, len(self.places)) if not self.places[at]), 0)] = worker
@@ -48,7 +47,7 @@ class Group:
         Parameters
         ----------
         worker
-            It.
+            The worker.
         facts
             Of all workers that have opened the engine.
         """
@@ -60,7 +59,7 @@ class Group:
         return found
 
     def fail(self, worker: str) -> None:
-        """A worker could not open its stage, and gets none any more."""
+        """A worker could not open its stage; it gets no other."""
         self._failed.add(worker)
 
     def leave(self, worker: str) -> str | None:
@@ -116,7 +115,7 @@ def check_stages(config: Config, workers: Sequence[str]) -> None:
     Raises
     ------
     ConfigError
-        A setting does not go together with stages.
+        A setting cannot be combined with stages.
     ClusterError
         There are too few workers.
     """
@@ -129,7 +128,7 @@ def check_stages(config: Config, workers: Sequence[str]) -> None:
     }
     if found := [name for name, is_set in wrong.items() if is_set]:
         raise ConfigError(
-            f"distkv.stages is {config.stages}, which does not go together with {' and '.join(found)}: change that, or "
+            f"distkv.stages is {config.stages}, which cannot be combined with {' and '.join(found)}: change that, or "
             "set distkv.stages to 1"
         )
     if len(workers) < config.stages:

@@ -1,4 +1,4 @@
-"""What is known of the links between an engine's workers. Pure."""
+"""Measurements of the links between an engine's workers. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LinkRecord:
     Parameters
     ----------
     facts
-        What workers said when they opened the engine, as the engine changes it.
+        Workers' reports at opening, as the engine changes them.
     config
         The engine's settings.
     """
@@ -42,7 +42,7 @@ class LinkRecord:
         return [both for both in pairs if self.may_measure(*both)]
 
     def may_measure(self, one: Endpoint, other: Endpoint) -> bool:
-        """Whether both workers have the engine, and do not fail again and again."""
+        """Whether both workers have the engine, and few of their links have failed."""
         both = {one.worker, other.worker}
         return both <= self._facts.keys() and all(self._failures[worker] < MOST_FAILURES for worker in both)
 

@@ -22,7 +22,7 @@ class WorkerAccount:
     capacity
         Blocks of its pool.
     lend_limit
-        Blocks that it lends at most.
+        Maximum blocks that it lends.
     can_decode
         False for a memory worker: it has no weights, so it cannot be a home.
     places
@@ -115,8 +115,8 @@ class SequenceAccount:
 
     ``prompt`` is how many tokens prefill computes; ``moves`` are under way; ``lost`` names workers that died with
     blocks of it. A document is ``idle``: nothing decodes it, so it has no place in its home's batch; one that was
-    ``cached`` has none even where homes keep more than KV of documents. ``sharers`` are
-    the sequences in whose placements spans of it stand.
+    ``cached`` has none even if homes keep state besides KV of documents. ``sharers`` are the sequences whose placements
+    include spans of it.
     """
 
     placement: Placement

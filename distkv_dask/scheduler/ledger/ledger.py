@@ -180,7 +180,7 @@ class Ledger(Books):
         """
         account = self.sequences[sequence]
         if account.moves or account.lost or account.sharers:
-            raise ValueError(f"sequence {sequence}: {account} cannot lie elsewhere now")
+            raise ValueError(f"sequence {sequence}: {account} cannot be placed elsewhere now")
         self.epoch += 1
         before, account.placement = account.placement, placement
         self._recount(sequence, before)

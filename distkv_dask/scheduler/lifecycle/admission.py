@@ -43,7 +43,7 @@ def admit(life: MachineState) -> None:
 
 
 def _may_begin(life: MachineState, room: prefill.Room, ask: Ask) -> bool:
-    """Whether a waiting request may begin: its prompt, and what it waits for to share."""
+    """Whether a waiting request may begin: its prompt may, and it does not wait for blocks to share."""
     return room.has(ask.prompt, life.config.prefill_chunk_tokens) and not common.is_awaiting(life, ask.sequence)
 
 

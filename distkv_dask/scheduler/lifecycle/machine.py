@@ -58,7 +58,7 @@ class Lifecycle:
         Raises
         ------
         RuntimeError, ValueError, TypeError
-            A fault of ours: the engine must not go on.
+            A bug: the engine must not continue.
         """
         life = self.state
         life.now = now

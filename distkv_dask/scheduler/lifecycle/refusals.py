@@ -33,7 +33,7 @@ def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int
 
 
 def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
-    """The error of a request that was set aside for too long for another reason than its size."""
+    """The error of a request that was set aside for too long for a reason other than its size."""
     what = "the document" if request.is_document else "the request"
     return CapacityError(
         f"{what} was set aside for more than {limit:g} s (distkv.timeouts.open): {reason}. Submit it again "

@@ -42,8 +42,8 @@ def begin_retirement(life: MachineState, request: Request, before: State) -> Non
 def retired(life: MachineState, request: Request, worker: str) -> None:
     """A worker no longer computes on a retiring sequence.
 
-    First the workers that run its forwards answer, then all of its holders, so that no frame is left to be answered;
-    then its blocks are freed.
+    First the workers that run its forwards answer, then all of its holders, so that no frame is left unanswered; then
+    its blocks are freed.
     """
     state = request.state
     assert isinstance(state, Retiring)

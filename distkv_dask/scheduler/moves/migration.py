@@ -6,7 +6,7 @@ moved only from a leaving worker: the sequence pauses between two windows. The p
 One move goes through: Expect (the target allocates, or refuses) -> Send (the source copies) -> Relocate (the home uses
 the new placement from its next window on, and reports when no window uses the old one) -> Free (at the source). One
 with a pause: Expect -> Retire (home and source stop computing on the sequence) -> Send -> Join (at the home) and Free.
-If homes have more than KV, and the home moves, Store (at the source) and Fetch (at the target) come between.
+If homes have state besides KV, and the home moves, Store (at the source) and Fetch (at the target) come between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distkv_dask.scheduler.records.moves import UnderWay
 from distkv_dask.scheduler.work import homes
 
 COPYING = ("sending", "writing", "reading")
-"""Phases of a move in which blocks, or what a home has beside them, go to the target."""
+"""Phases of a move in which blocks, or a home's state, go to the target."""
 
 # What may move
 
@@ -113,7 +113,7 @@ def sent(life: MachineState, event: Sent) -> None:
 
 
 def stored(life: MachineState, event: Stored) -> bool:
-    """A home wrote what it has beside KV of a sequence that moves, or could not; False if no move waits for that."""
+    """A home wrote its state of a moving sequence, or could not; False if no move waits for that."""
     for one in life.moves.under_way.values():
         if one.phase != "writing" or one.handed != event.number:
             continue
@@ -130,7 +130,7 @@ def stored(life: MachineState, event: Stored) -> bool:
 
 
 def fetched(life: MachineState, event: Fetched) -> None:
-    """The new home has what the old one had beside KV, or could not read it; or it read that in vain."""
+    """The new home has read the old one's state, or could not; or the move no longer needs it."""
     reading = [one for one in life.moves.of(event.sequence) if one.phase == "reading"]
     account = life.ledger.sequences.get(event.sequence)
     for one in reading:
@@ -152,7 +152,7 @@ def relocated(life: MachineState, event: Relocated) -> None:
 
 
 def worker_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
-    """Give up the moves to a worker that is gone. What was to switch, or is ``lost``, is not seen to."""
+    """Drop the moves to a worker that is gone; sequences that paused for one continue, unless they are ``lost``."""
     life.moves.step_seconds.pop(worker, None)
     for one in [one for one in life.moves.under_way.values() if one.move.target == worker]:
         if one.phase == "pausing":
@@ -164,7 +164,7 @@ def worker_lost(life: MachineState, worker: str, lost: Collection[int]) -> None:
 
 
 def expire(life: MachineState) -> None:
-    """Give up moves that take too long; a switch is never given up, since the home may have made it."""
+    """Drop moves that take too long, but never during a switch, since the home may have made it."""
     for one in list(life.moves.under_way.values()):
         if one.late < life.now and one.phase in ("expecting", *COPYING):
             _give_up(life, one)
@@ -190,7 +190,7 @@ def _send(life: MachineState, one: UnderWay) -> None:
 
 
 def _hands_over(life: MachineState, move: Move) -> bool:
-    """Whether a home moves that has more than KV of a sequence; of a document it may not have what is at its end."""
+    """Whether a home with state of a sequence moves; of a document it may lack the state at its end."""
     account = life.ledger.sequences[move.sequence]
     if not life.ledger.has_states or move.stop < account.stop or not account.length:
         return False
@@ -198,7 +198,7 @@ def _hands_over(life: MachineState, move: Move) -> bool:
 
 
 def _write(life: MachineState, one: UnderWay) -> None:
-    """Let the home write what it has beside KV."""
+    """Let the home write its state."""
     move, account = one.move, life.ledger.sequences[one.move.sequence]
     life.disks.spills += 1
     one.handed, one.phase, one.late = -life.disks.spills, "writing", life.now + life.config.timeout_start
@@ -207,7 +207,7 @@ def _write(life: MachineState, one: UnderWay) -> None:
 
 
 def _arrive(life: MachineState, one: UnderWay) -> None:
-    """All is at the target of a move for which a sequence paused, or whose sequence is at rest."""
+    """Everything has arrived at the target of a move whose sequence was paused, or is idle."""
     _finish(life, one)
     if not life.ledger.sequences[one.move.sequence].idle:
         homes.join(life, life.requests[one.move.sequence])

@@ -42,7 +42,7 @@ class Ask:
     is_document
         It will be kept for others to share.
     home
-        The worker that has what it begins with, beside KV; empty if any will do.
+        The worker that has the state with which it begins; empty if any worker will do.
     """
 
     sequence: int

@@ -58,7 +58,7 @@ class Best(Policy):
         """The longest requests first, or the shortest among those with a priority."""
         curve = self.model.curve
         pool = ledger.capacity_blocks * ledger.block_tokens // max(1, len(ledger.workers))
-        step = curve.decode(1, min(ask.tokens, pool))  # several workers attend to what is larger than a pool
+        step = curve.decode(1, min(ask.tokens, pool))  # several workers attend to sequences larger than a pool
         lead = min(LEAD, curve.prefill(ask.prompt) + (ask.tokens - ask.prompt) * step)
         return Policy.rank(self, ledger, ask) + (lead if ask.priority > 0 else -lead)
 

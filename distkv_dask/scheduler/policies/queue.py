@@ -69,7 +69,7 @@ class Admission:
         It needs more than the workers that stay have for one request, or its document cannot be shared now.
         """
         if ask.document is not None and not self.ledger.is_shareable(ask.document):
-            return "its document is being moved, or lost blocks, or lies on a worker that is being retired or paused"
+            return "its document is being moved, or lost blocks, or is on a worker that is being retired or paused"
         need, limit = self.ledger.blocks(ask.tokens), self.limit
         if need <= limit:
             return ""

@@ -1,8 +1,8 @@
 """Placement of a request on several workers: those with fast links to its home, and as few others as possible.
 
-Every decode step asks all holders of a request, one exchange for each layer. So its KV stays among workers with fast
-links, an island, however much room others have; a request that fits there once others have ended waits for that. What
-is larger than every island takes as few hosts behind slow links as possible.
+Every decode step asks all holders of a request, one exchange for each layer. So its KV stays on an island, workers with
+fast links, even if others have more room; a request that will fit there once others have ended waits for that. A
+request larger than every island uses as few hosts behind slow links as possible.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distkv_dask.scheduler.policies.shares import borrow_shares, overflow, place
 SLOW = 0.25
 """A link is slow if the exchange for one sequence takes this share of a step without sequences."""
 HOSTS_OF_HOMES, HOMES = 4, 8
-"""Where links were measured, hosts that are tried for a home, and workers of each of them."""
+"""If links were measured: hosts that are tried for a home, and workers of each of them."""
 
 HOSTS = 64
 """Number of hosts that one decision considers: those with the most room."""
@@ -62,7 +62,7 @@ def kept_for(ledger: Ledger, model: PerformanceModel, need: int) -> frozenset[st
 
 
 def _homes(ledger: Ledger, model: PerformanceModel) -> Iterator[WorkerAccount]:
-    """Candidates for the home: on the hosts with the most room, those that can lend least of theirs first."""
+    """Candidates for the home: on the hosts with the most room, those that can lend least first."""
     hosts, each = (HOSTS_OF_HOMES, HOMES) if model.links else (1, 1)
     for _, host in islice(ledger.room.hosts(), hosts):
         own = ledger.room.on_host(host)
@@ -99,7 +99,7 @@ class _Around:
         return count
 
     def place(self, ledger: Ledger, tokens: int, most: int) -> Placement | None:
-        """All workers of the home's host down to equal room, few others, and at most so many groups of slow ones."""
+        """The home's host down to equal room on its workers, few others, at most ``most`` groups with slow links."""
         need = ledger.blocks(tokens)
         here = min(need, self.home.free + sum(account.lendable for account in self.own))
         others = [*self.fast, *self.slow[:most]]
@@ -140,7 +140,7 @@ def _level(home: WorkerAccount, own: list[WorkerAccount], blocks: int) -> Iterat
     rooms = sorted([(account.lendable, account.worker) for account in own if account is not home])
     left, size = blocks, len(rooms) + 1
     total = home.free + sum(room for room, _ in rooms)
-    level = (total - blocks) / size  # a worker with less room than this gives nothing, so the others give more
+    level = (total - blocks) / size  # workers with less room than this lend nothing, so the others lend more
     for room, worker in rooms:
         share = min(room, left - 1, max(0, round(room - level)))
         total -= room

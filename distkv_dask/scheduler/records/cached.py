@@ -21,7 +21,7 @@ class Cached:
 
     The ledger has its tokens up to ``held``. ``keys`` are the keys of its blocks in the index. ``users`` has, of every
     sharer, the number of leading tokens that it shares, parents' included; ``lengths`` are these numbers, sorted.
-    ``used`` is when it was last of use, in seconds. ``adapter`` is the key of the adapter that its KV is of.
+    ``used`` is when it was last used, in seconds. ``adapter`` is the key of the adapter that its KV is of.
     It is ``closed`` once it has lost blocks or the engine closes: it gets no more sharers.
     """
 
@@ -92,7 +92,7 @@ class CachedSequences:
         return [self.by_number[child] for _, child in children.irange((position + 1, -1))]
 
     def touch(self, number: int, now: float) -> None:
-        """A sequence was used just now."""
+        """Note that a sequence was used."""
         self.by_number[number].used = now
         for span in self.by_number[number].spans:
             if number in self.recent[span.worker]:

@@ -53,11 +53,11 @@ class MachineState:
     pacer: Pacer = field(default_factory=Pacer)
     block_bytes: int = 0
     home_bytes: int = 0
-    """Bytes that a home has of a sequence beside KV in blocks."""
+    """Bytes of state that a home has of a sequence, besides KV in blocks."""
     now: float = 0.0
     """The gManager's clock at the event that is being handled, in seconds."""
     arrived: float = -math.inf
-    """When requests came last."""
+    """When the last requests arrived."""
     ledger: Ledger = field(init=False)
     requests: dict[int, Request] = field(default_factory=dict)
     queue: Admission = field(init=False)
@@ -126,7 +126,7 @@ class MachineState:
         self.queue.policy = replace(self.policy, model=self.calibration.follow(model))
 
     def keep_states(self, nbytes: int) -> None:
-        """Homes have ``nbytes`` of a sequence beside its KV: it stays there, and begins with a snapshot or at 0."""
+        """Homes have ``nbytes`` of a sequence's state: it stays there, and begins with a snapshot or at 0."""
         self.ledger.has_states, self.home_bytes = True, nbytes
 
     def command(self, command: Command) -> None:

@@ -14,7 +14,7 @@ class UnderWay:
     """A running move; ``late`` is its deadline.
 
     With a pause, ``computing`` are the workers that may still compute on the sequence. ``handed`` is the number under
-    which its home writes what it has beside KV, 0 where it has no more.
+    which its home writes its state, 0 if it has none.
     """
 
     number: int
@@ -31,7 +31,7 @@ class Moves:
     """Moves of one engine, by number.
 
     ``step_seconds`` is the time of a decode step of each home, ``moved_blocks`` the number of blocks moved so far.
-    ``handed`` has, by move, the worker with the files in which a home wrote what it has beside KV, and their names.
+    ``handed`` has, by move, the worker with the files in which a home wrote its state, and their names.
     """
 
     under_way: dict[int, UnderWay] = field(default_factory=dict)

@@ -26,19 +26,19 @@ class Request:
 
     A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
     becomes one; one that ``saves`` its document generates nothing. ``document`` is the one whose blocks it shares,
-    ``reused`` of its tokens; ``restored`` counts tokens that lower tiers gave back; ``alone`` if it has to do without,
-    ``borrows`` if the client did not name it; a ``cached`` one is what requests share just now of one that ended
-    (:mod:`~distkv_dask.scheduler.cache.prefix_cache`). Where homes have more than KV, ``begins`` names the sequence
-    whose snapshot it begins with, and ``common`` is how many tokens it has in common with some sequence, snapshot or
-    not.
+    ``reused`` of its tokens; ``restored`` counts tokens that were read from lower tiers; ``alone`` if it must not share
+    any, ``borrows`` if the client did not name it; a ``cached`` one is the part of a finished request that others share
+    now (:mod:`~distkv_dask.scheduler.cache.prefix_cache`). If homes have state besides KV, ``begins`` names the
+    sequence whose snapshot it begins with, and ``common`` is how many tokens it has in common with some sequence,
+    snapshot or not.
 
-    Of a document, ``announced`` says that its client knows it, ``released`` that it needs it no more; ``dependents``
-    are the requests that name it, of which those ``awaited`` (since when they were submitted) wait until it is stored;
-    ``used`` is when it was last needed, ``saved`` where its blocks are in files, too.
+    Of a document, ``announced`` says that its client knows it, ``released`` that its client no longer needs it;
+    ``dependents`` are the requests that name it; those in ``awaited`` (with their times of submission) wait until it is
+    stored; ``used`` is when it was last needed, ``saved`` where its blocks are also in files.
 
-    ``rank`` is its place when it last waited for room; ``behind`` that of the request that a document made way for: it
-    may not come back before that. ``lost`` are the workers with which it lost blocks; ``retires`` counts the answers of
-    workers that are still to come after they were asked to compute on it no more.
+    ``rank`` is its place when it last waited for room; ``behind`` that of the request for which a document was evicted:
+    it must not return before that. ``lost`` are the workers with which it lost blocks; ``retires`` counts the
+    outstanding answers of workers that were asked to stop computing on it.
     """
 
     sequence: int
@@ -75,23 +75,23 @@ class Request:
     behind: float = -math.inf
     used: float = 0.0
     choices: tuple[tuple[int, ...], ...] = ()
-    """Tokens of the choices that it is answered with one of."""
+    """Tokens of the choices, one of which is its answer."""
     given: Placement = ()
-    """Blocks that it computed and shares now with others (:mod:`~distkv_dask.scheduler.cache.common`)."""
+    """Blocks that it computed and now shares with others (:mod:`~distkv_dask.scheduler.cache.common`)."""
     awaits: tuple[int, int] | None = None
     """The request that it waits for to share its first tokens, and how many."""
     adapter: Adapter | None = None
     """The adapter that it is computed with; it shares KV only with others of the same adapter."""
     pooled: int = 0
-    """Up to which position hidden states have been summed for its embedding, or need not be."""
+    """Position up to which hidden states have been summed for its embedding, or need not be."""
     stalls: int = 0
     """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None
-    """The time since which it is set aside in the queue."""
+    """Time at which it was set aside in the queue."""
 
     @property
     def adapter_key(self) -> str:
-        """What tells its KV from that of other adapters."""
+        """Key that distinguishes its KV from that of other adapters."""
         return adapter_key(self.adapter)
 
     @property

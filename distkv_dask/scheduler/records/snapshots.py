@@ -1,6 +1,6 @@
-"""Snapshots: what homes keep of sequences after some of their tokens, beside KV, for others to begin with there.
+"""Snapshots: state that homes keep of sequences after some of their tokens, with which other sequences can begin.
 
-:mod:`~distkv_dask.scheduler.cache.snapshots` says where they are taken and which go.
+:mod:`~distkv_dask.scheduler.cache.snapshots` says where they are taken and which are dropped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class Snapshots:
 
     ``of`` has those of a sequence: the number of tokens that each is after, and the hash of these tokens, or None of
     the end of a document, which takes the document's own place. All snapshots of a sequence are at one of ``homes``.
-    ``recent`` are those of a worker that others may take the place of, the one not used for longest first; ``index``
-    those by hash.
+    ``recent`` are those of a worker that may be dropped for others, the least recently used first; ``index`` has them
+    by hash.
     """
 
     of: dict[int, dict[int, int | None]] = field(default_factory=dict)

@@ -79,10 +79,10 @@ class Decode(State):
 class Retiring(State):
     """It is being stopped: it continues or ends only when workers confirm that they no longer compute on it.
 
-    First those are waited for that run its forwards, then all its holders, so that none has a frame left to answer
-    (``forwards_ended``); ``workers`` have not answered yet. One whose files are being read (``reading``) waits for
-    those that read. With ``settled`` nothing computes on it, so nobody is asked. It goes on later if it does not end
-    for good (``again``): it lost blocks, or made way for one of higher priority.
+    First it waits for the workers that run its forwards (``forwards_ended``), then for all its holders, so that none
+    has an unanswered frame; ``workers`` have not answered yet. If its files are being read (``reading``), it waits for
+    the workers that read them. With ``settled`` nothing computes on it, so no worker is asked. With ``again`` it
+    continues later: it lost blocks, or was preempted by one of higher priority.
     """
 
     label: ClassVar[str] = "retiring"
@@ -147,7 +147,7 @@ class Spilling(FilesUnderWay):
 class Fetching(FilesUnderWay):
     """Its blocks are read from files: all of them, or token ``ranges`` of its prompt that ``extents`` have.
 
-    ``tokens`` are those of each kind of extent. With one that was given up meanwhile, what is read is ``spoilt``.
+    ``tokens`` are those of each kind of extent. If one of them is dropped in the meantime, the read data is ``spoilt``.
     """
 
     label: ClassVar[str] = "fetching"

@@ -36,8 +36,8 @@ class Outstanding:
 class WindowChain:
     """Windows of one home of one engine.
 
-    ``sequences`` has the holders of each sequence that it decodes. ``failures`` says how many windows have failed since
-    the last that did not, ``failing_since`` since when; none is submitted before ``rests_until``. ``seconds`` is the
+    ``sequences`` has the holders of each sequence that it decodes. ``failures`` counts windows that have failed since
+    the last success, ``failing_since`` is when that began; none is submitted before ``rests_until``. ``seconds`` is the
     length of the latest window, as planned, ``step_seconds`` that of the latest step, as measured.
     """
 
@@ -80,7 +80,7 @@ class WindowChain:
         return all(one in running.batch and requests[one].remaining <= steps for one in self.sequences)
 
     def expected(self, window: DecodeWindow) -> float:
-        """Seconds that a window is expected to last: 0 where only its steps are limited, and none has been timed."""
+        """Seconds that a window is expected to last: 0 if only its steps are limited, and none has been timed."""
         if window.steps is None:
             return window.seconds
         return min(window.seconds, window.steps * self.step_seconds)

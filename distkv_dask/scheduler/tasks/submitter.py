@@ -100,7 +100,7 @@ class Submitter:
     ) -> None:
         """Send a graph to the scheduler, in ``patience`` seconds at the latest and after those submitted before.
 
-        Of tasks that are no gang's own, Dask forgets the results by itself. ``span`` is the Dask span of all its tasks.
+        Dask itself forgets the results of tasks that belong to no gang. ``span`` is the Dask span of all its tasks.
         """
         self._gathered.append((graph, list(gangs), span))
         if not patience and self._is_open:
@@ -210,7 +210,7 @@ class Submitter:
 
 
 def _as_client(security: Any) -> Any:
-    """Credentials (Dask's ``Security``) for a client in the scheduler's process: its own, where it has none for one."""
+    """Credentials (Dask's ``Security``) of a client in the scheduler's process: for clients, else the scheduler's."""
     if security.tls_client_cert or not security.tls_scheduler_cert:
         return security
     return Security(

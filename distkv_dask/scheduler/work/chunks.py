@@ -13,11 +13,11 @@ from distkv_dask.scheduler.records.states import Prefill
 from distkv_dask.scheduler.work.gangs import new_gang
 
 SCORED_TOKENS = 128
-"""Tokens of a chunk whose log probabilities are wanted: the logits of all of them are there at once."""
+"""Tokens of a chunk whose log probabilities are wanted: the logits of all of them are in memory at once."""
 
 
 def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[PrefillChunk]:
-    """What is to be computed of a sequence in prefill, in order."""
+    """The ranges of a sequence that prefill has to compute, in order."""
     account, known = life.ledger.sequences[request.sequence], request.known
     placement, step = account.placement, life.config.prefill_chunk_tokens
     embeds = request.sampling.embed is not None

@@ -133,7 +133,7 @@ def fill(life: MachineState) -> None:
 
 
 def _gathers(life: MachineState, chain: WindowChain) -> bool:
-    """Whether a home delays its sequences because it is computing prompts that came together with each of them.
+    """Whether a home delays its sequences because it is computing prompts submitted together with each of them.
 
     A client that submits a batch waits for its end, and a step hardly takes longer with more sequences. No sequence
     waits for prompts of others, which have another time of submission.
@@ -193,7 +193,7 @@ def _window_seconds(life: MachineState, chain: WindowChain) -> float:
     """Length of a home's next window."""
     count_tasks(life)
     watched = (
-        next(life.queue.turns(), None) is not None  # for room, which sequences that stop will free
+        next(life.queue.turns(), None) is not None  # it waits for room, which sequences that stop will free
         or any(life.requests[sequence].streamed for sequence in chain.sequences)
         or is_awaited_by(life, chain.home)
     )

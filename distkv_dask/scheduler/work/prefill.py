@@ -16,7 +16,7 @@ from distkv_dask.scheduler.work.gangs import abandon
 
 
 class Room(NamedTuple):
-    """How many prompts of more than a chunk may begin, and tokens of shorter ones."""
+    """How many long prompts (more than a chunk) may begin, and how many tokens of short ones."""
 
     long: int
     short: int
@@ -27,15 +27,15 @@ class Room(NamedTuple):
         return self.long > 0 or self.short > 0
 
     def has(self, tokens: int, step: int) -> bool:
-        """Whether a prompt may begin, of which ``tokens`` are to be computed in chunks of ``step``."""
+        """Whether a prompt may begin that has ``tokens`` tokens to compute in chunks of ``step``."""
         return self.long > 0 if tokens > step else self.short > 0
 
 
 def room(life: MachineState) -> Room:
-    """What may begin besides the prompts that are computed now.
+    """The prompts that may begin in addition to those being computed.
 
-    Of long prompts there is one for each worker. Short ones wait for none of those: a worker computes several of them
-    together, between two chunks of a long one. While it does, as many wait for it.
+    There may be one long prompt for each worker. Short ones do not wait for those: a worker computes several of them
+    together, between two chunks of a long one, while as many others wait for it.
     """
     step, slots = life.config.prefill_chunk_tokens, prefill_slots(life.ledger)
     long, short = slots, FORWARDS * slots * step
@@ -54,7 +54,7 @@ FORWARDS = 2
 
 
 def begin_prefill(life: MachineState, request: Request, before: State) -> None:
-    """Compute what is known of a sequence that is in prefill now."""
+    """Compute the known tokens of a sequence that is now in prefill."""
     common.enter(life, request)
     submit_chunks(life, request)
 
@@ -93,7 +93,7 @@ def chunk_began(life: MachineState, gang: int) -> None:
 
 
 def resubmit_chunks(life: MachineState, request: Request) -> None:
-    """Submit again the chunks that were given up."""
+    """Submit the dropped chunks again."""
     state = request.state
     assert isinstance(state, Prefill)
     state.start, state.lost, state.rests_until = life.ledger.sequences[request.sequence].length, (), None
@@ -101,7 +101,7 @@ def resubmit_chunks(life: MachineState, request: Request) -> None:
 
 
 def stop_prefill(life: MachineState, request: Request, reason: str) -> None:
-    """Give up the chunks that are not done, if it is in prefill."""
+    """Drop the chunks that are not done, if it is in prefill."""
     if isinstance(request.state, Prefill):
         state = request.state
         for number, chunk in state.chunks.items():

@@ -1,8 +1,8 @@
-"""Replans: which workers compute the rest of a long prompt, decided again before each of its chunks is submitted.
+"""Replans: decides before each chunk of a long prompt which workers compute the rest of it.
 
-What others do changes while a prompt is computed. A worker that helps with it may get work of its own: then the chunks
-that were not submitted go to those that still do nothing else, or back to the prompt's home. And a worker that had work
-may have none any more: then it helps from here on. Nothing is stored yet for such chunks, so only reservations change.
+Other work changes while a prompt is computed. A worker that helps with it may get other work: then the chunks that were
+not submitted go to workers that are still idle, or back to the prompt's home. A busy worker may become idle: then it
+helps with the remaining chunks. Nothing is stored yet for such chunks, so only reservations change.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from distkv_dask.scheduler.work.chunks import chunks_of
 from distkv_dask.scheduler.work.spread import PAYS, Task, best, helpers, spans_of
 
 LONG = 0.3
-"""Seconds of a chunk from which on chunks are submitted one by one, which costs about a hundredth of one."""
+"""Chunks that take at least this many seconds are submitted one by one, which costs about 1 % of that."""
 QUIET = 0.75
-"""Time of a chunk for which nobody has come before others help with a prompt: this long they would have to wait."""
+"""Others help with a prompt if no request came for this part of a chunk's time: a new one would wait that long."""
 
 
 def is_possible(life: MachineState) -> bool:
-    """Whether workers of a prompt are chosen again: as the user asks, and where borders of spans change no bits.
+    """Whether workers of a prompt are chosen again: if the user asks for it, and if borders of spans change no bits.
 
     Chunks have to be long, because each is submitted on its own then.
     """
@@ -38,7 +38,7 @@ def is_possible(life: MachineState) -> bool:
 
 
 def replan(life: MachineState, request: Request, state: Prefill) -> None:
-    """Lay the chunks of a prompt that were not submitted where they are done soonest."""
+    """Place the chunks of a prompt that were not submitted where they end soonest."""
     rest = [chunk for number, chunk in state.chunks.items() if number not in state.under_way]
     if not is_possible(life) or request.is_document or not _may_change(life, request, state, rest[0]):
         return
@@ -60,7 +60,7 @@ def replan(life: MachineState, request: Request, state: Prefill) -> None:
 
 
 def _is_quiet(life: MachineState) -> bool:
-    """Whether nobody has come for about as long as a chunk takes: requests often come together."""
+    """Whether no request has arrived for about the time of a chunk: requests often arrive together."""
     chunk = life.policy.model.curve.prefill(life.config.prefill_chunk_tokens)
     return life.now - life.arrived >= QUIET * chunk
 
@@ -87,7 +87,7 @@ def _lay(life: MachineState, request: Request, start: int, spans: Placement) -> 
 
 
 def _renew(life: MachineState, request: Request, state: Prefill, start: int) -> None:
-    """Make the chunks from a position on anew, for their new workers."""
+    """Rebuild the chunks from a position on, for their new workers."""
     state.chunks = {number: chunk for number, chunk in state.chunks.items() if number in state.under_way}
     state.start = start
     state.chunks |= {chunk.gang.number: chunk for chunk in chunks_of(life, request, state)}

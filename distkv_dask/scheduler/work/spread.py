@@ -1,7 +1,7 @@
-"""Spread: which workers compute a long prompt at the same time, when others would do nothing meanwhile.
+"""Spread: which workers compute a long prompt at the same time, if they would otherwise be idle.
 
-Every worker gets pieces of it, in turns, and keeps their KV. So more workers also attend in each decode step; the whole
-request is weighed by the performance model.
+Every worker gets pieces of it, in turns, and keeps their KV. So more workers also attend in each decode step; the
+performance model therefore compares times of the whole request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.work.chunks import next_chunks
 
 PAYS = 0.9
-"""Part of its time that a request takes at most when its prompt is spread."""
+"""A prompt is spread only if its request then takes at most this part of its time."""
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
@@ -30,9 +30,9 @@ Pieces = Sequence[tuple[str, int, int]]
 
 
 class Task(NamedTuple):
-    """What is to be computed of a request: ``prompt`` tokens behind ``before`` ones, and an ``answer`` of so many.
+    """The work of a request: ``prompt`` tokens after ``before`` earlier ones, and at most ``answer`` tokens.
 
-    ``held`` are the blocks that are reserved for it already, by worker.
+    ``held`` are the blocks that are already reserved for it, by worker.
     """
 
     home: WorkerAccount
@@ -43,11 +43,11 @@ class Task(NamedTuple):
 
 
 def spread(life: MachineState, ask: Ask, placement: Placement) -> Placement:
-    """Where a request lies that just found room: where it was placed, or its prompt on several workers in turns."""
+    """The placement of an admitted request: as the policy chose it, or with its prompt on several workers in turns."""
     workers = life.config.prefill_workers
     own = [span for span in placement if span.start >= ask.shared]
     if workers in (1, "auto") or len(own) != 1 or ask.is_document or ask.prompt <= life.config.prefill_chunk_tokens:
-        return placement  # what does not fit one worker is on several already
+        return placement  # a request that does not fit one worker is already on several
     home = life.ledger.workers[own[0].worker]
     idle = [one.worker for one in helpers(life, home)]
     task = Task(home, ask.shared, ask.prompt, ask.tokens - ask.prompt)
@@ -61,7 +61,7 @@ def spread(life: MachineState, ask: Ask, placement: Placement) -> Placement:
 
 
 def helpers(life: MachineState, home: WorkerAccount, sequence: int | None = None) -> Iterator[WorkerAccount]:
-    """Workers that do nothing, except for a ``sequence``, while nobody waits; the best first."""
+    """Workers without work, except for a ``sequence``, while no request waits; the best first."""
     busy = {chunk.gang.home for chunk in next_chunks(life) if chunk.sequence != sequence}
     if life.queue or life.ledger.has_states or life.config.granularity != "window" or home.worker in busy:
         return
@@ -81,13 +81,13 @@ def helpers(life: MachineState, home: WorkerAccount, sequence: int | None = None
 
 
 def _is_used(worker: WorkerAccount, sequence: int | None) -> bool:
-    """Whether a worker decodes something, or attends to something of others than a sequence."""
+    """Whether a worker decodes anything, or attends for sequences other than this one."""
     held = worker.held.get(sequence, 0) if sequence is not None else 0
     return bool(worker.homed) or worker.lent - worker.documents_lent > held
 
 
 def best(life: MachineState, task: Task, idle: Sequence[str], pays: float) -> Pieces:
-    """The pieces that are done soonest, with help of the ``idle`` workers; one piece where that hardly ``pays``."""
+    """The pieces that end soonest, with help of the ``idle`` workers; one piece if that hardly ``pays``."""
     alone = [(task.home.worker, task.before, task.before + task.prompt)]
     ways = [_pieces(life, task, idle[: count - 1]) for count in range(2, len(idle) + 2)]
     fitting = [pieces for pieces in ways if _fits(life, task, pieces)]
@@ -110,7 +110,7 @@ def _pieces(life: MachineState, task: Task, helping: Sequence[str]) -> Pieces:
 
 
 def _fits(life: MachineState, task: Task, pieces: Pieces) -> bool:
-    """Whether all workers have room for what they get, beside what is reserved already."""
+    """Whether all workers have room for their pieces, in addition to what is already reserved."""
     blocks: Counter[str] = Counter()
     for span in spans_of(pieces, task.before + task.prompt + task.answer):
         blocks[span.worker] += life.ledger.blocks(span.tokens)

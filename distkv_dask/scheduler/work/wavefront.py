@@ -1,8 +1,8 @@
-"""Wavefronts: chunks of one prompt under way on several workers at once, each layer of one behind that of the last.
+"""Wavefronts: several workers compute chunks of one prompt at once, each layer after that of the previous chunk.
 
-A chunk waits at its worker's lane, layer by layer, for those before it. So it is submitted only when the one before it
-has begun: whatever a running chunk waits for is running too, down to one that waits for nothing. Prompts that use the
-same workers in any order cannot wait for each other.
+A chunk waits at its worker's lane, layer by layer, for earlier chunks. So it is submitted only when the previous one
+has begun: every chunk that a running one waits for is running too, and the first of them waits for nothing. So prompts
+that use the same workers in different orders cannot wait for each other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from distkv_dask.scheduler.work import replan
 
 
 def is_possible(life: MachineState, state: Prefill) -> bool:
-    """Whether the chunks of a prompt are computed at once, or may be later on; then they are submitted one by one.
+    """Whether several chunks of a prompt are computed at once, or may be later; then they are submitted one by one.
 
-    Those that failed are computed one after the other, as are those of models with states, which go from chunk to
+    After a failure, chunks are computed one after the other. So are those of models with states, which go from chunk to
     chunk, and those whose KV does not stay where it is computed.
     """
     config, chunks = life.config, state.chunks.values()
@@ -41,7 +41,7 @@ def is_possible(life: MachineState, state: Prefill) -> bool:
 def is_due(life: MachineState, state: Prefill) -> bool:
     """Whether there is a chunk that may be submitted: the one before it has begun.
 
-    With ``auto``, a worker gets one chunk at a time, so that others wait for one at most.
+    With ``auto``, a worker gets one chunk at a time, so that other requests wait for at most one.
     """
     waiting = [chunk for number, chunk in state.chunks.items() if number not in state.under_way]
     running = [chunk for number, chunk in state.chunks.items() if number in state.under_way]
