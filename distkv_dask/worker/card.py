@@ -25,10 +25,10 @@ BOUNCE_BYTES = 16 << 20
 
 
 _capturing = threading.RLock()
-"""Held while a stream of the process is captured: no thread may wait for the whole card then."""
+"""Held while a stream of the process is captured: during that time no thread may wait for the whole card."""
 
 _NO_MEMORY = "out of memory", "ALLOC_FAILED"
-"""Texts of out-of-memory errors of other classes than torch's: pinned memory, Triton's, cuBLAS's."""
+"""Texts of out-of-memory errors of classes other than torch's: pinned memory, Triton's, cuBLAS's."""
 
 
 class Card(Device):
@@ -98,7 +98,7 @@ class Card(Device):
     def memory(self) -> tuple[int, int]:
         """Bytes that this process can still allocate (torch's cached memory included), and total bytes."""
         free, total = torch.cuda.mem_get_info(self.torch)
-        with suppress(RuntimeError):  # another allocator than torch's, such as RMM's, does not report this
+        with suppress(RuntimeError):  # allocators other than torch's, such as RMM's, do not report this
             free += torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return free, total
 
@@ -135,7 +135,7 @@ class Card(Device):
         """Measure the peak memory of the calling thread inside a ``with`` statement."""
         found, (free, _) = Peak(), torch.cuda.mem_get_info(self.torch)
         before = None
-        with suppress(RuntimeError):  # another allocator than torch's does not report the peak: the final use counts
+        with suppress(RuntimeError):  # allocators other than torch's do not report the peak: the final use counts
             torch.cuda.reset_peak_memory_stats(self.torch)
             before = torch.cuda.memory_allocated(self.torch)
         yield found

@@ -95,7 +95,7 @@ class DecodeBatch:
     def _may_join(self, state: SequenceState, gang: Gang) -> bool:
         """Whether a gang has all holders of a sequence, its schema is compiled and its adapter in memory.
 
-        The gManager adds holders later where tasks are few.
+        With few tasks per gang, the gManager adds holders later.
         """
         assert self._model is not None
         if not self._model.is_prepared(state.sampling, state.adapter):
@@ -122,7 +122,7 @@ class DecodeBatch:
             self._decoded_until = time.perf_counter() if self._states else 0.0
 
     def _advance(self, state: SequenceState, result: WindowResult) -> None:
-        """Commit a window's tokens to one sequence of the batch, unless it has left meanwhile."""
+        """Commit a window's tokens to one sequence of the batch, unless it has left in between."""
         tokens = result.tokens.get(state.sequence, [])
         present = self._states.get(state.sequence)  # perhaps relocated
         if present is None:

@@ -22,7 +22,7 @@ class Use(Enum):
 
     HOME = "home"
     HOLDER = "holder"
-    """The stream with priority: others wait for its results."""
+    """The stream with priority: other workers wait for its results."""
     COPIES = "copies"
 
 
@@ -66,7 +66,7 @@ class Device:
         """Wait until all that the calling thread has queued on its stream is done."""
 
     def mark(self) -> Mark:
-        """A mark behind all that the calling thread has queued so far."""
+        """A mark after everything that the calling thread has queued so far."""
         return Mark()
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ class Device:
         return Pair(there if self.is_host else self.host_buffer(there.shape, there.dtype), there)
 
     def put(self, values: Tensor) -> Tensor:
-        """A tensor on the device, of the host or of the device; do not write to it afterwards. Copies are queued."""
+        """A tensor of the host or the device, on the device; do not write to it afterwards. Copies are queued."""
         return values
 
     def read(self, source: Tensor) -> np.ndarray[Any, Any]:

@@ -251,7 +251,7 @@ class WorkerEngine:
         return result.steps
 
     def tell_adapters(self) -> None:
-        """Tell the gManager which adapters are in memory, if others are than last time."""
+        """Tell the gManager which adapters are in memory, if that has changed since the last time."""
         assert self.model is not None
         kept = did.AdaptersKept(self.worker, self.model.adapters.paths, self.model.adapters.nbytes)
         if kept != self._adapters:

@@ -84,7 +84,7 @@ def host_memory(spec: EngineSpec, worker: Worker, device: Device) -> int:
 
 
 def adapter_room(worker: Worker, device: Device, kv_bytes: int) -> int:
-    """Bytes for adapters beside weights and KV: on the host, where KV takes its memory as it is written, without it."""
+    """Bytes that weights and KV leave for adapters; on the host, KV takes its memory only when it is written."""
     if device.is_host:
         return max(0, int(min(free_memory(), until_paused(worker))) - kv_bytes)
     return device.memory()[0]
@@ -110,7 +110,7 @@ def needs_of(geometry: Geometry, config: Config) -> Needs:
 
 
 def rooms(memory: int, block: BlockShape, needs: Needs, batch: int) -> tuple[int, int]:
-    """Blocks of a pool, and sequences that the worker can be home of, that fit into this much KV memory.
+    """Blocks of a pool, and sequences of which the worker can be home, that fit into this much KV memory.
 
     Without needs per sequence these are ``batch``; else as many as fit into their part of the memory, at least one.
 

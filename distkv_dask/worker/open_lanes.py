@@ -51,7 +51,7 @@ class OpenLanes:
             self.current = None
 
     async def close(self, lanes: Lanes | None = None) -> None:
-        """Close ``lanes`` that were given up, by default the current ones, if there are any."""
+        """Close ``lanes`` that are no longer used, by default the current ones, if there are any."""
         if lanes is None:
             lanes, self.current = self.current, None
         if lanes is not None:

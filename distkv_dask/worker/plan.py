@@ -48,7 +48,7 @@ _Joined = dict[tuple[Row, int], list[tuple[range, int]]]
 
 
 def cut(batch: Sequence[Stored], alike: bool = False) -> dict[str, Part]:
-    """Parts of a step by worker; workers with nothing to see are left out.
+    """Parts of a step by worker; workers without visible KV are left out.
 
     Sequences that share the same spans of a document are one row there, with the queries of all: a shared-prefix group,
     whose blocks are read once.

@@ -93,7 +93,7 @@ class PrefillTasks:
         return one.tokens
 
     def _together(self, first: Waiting) -> list[Waiting]:
-        """Take a chunk, and queued ones that fit into the same forward."""
+        """A chunk, and queued ones that fit into the same forward; they are removed from the queue."""
         with self._lock:
             chosen, room = [first], self._engine.spec.config.prefill_chunk_tokens - len(first.chunk.tokens)
             adapter = first.chunk.adapter
@@ -114,8 +114,8 @@ class PrefillTasks:
     def _is_joined(self, chunk: PrefillChunk) -> bool:
         """Whether a chunk may be computed with others: all of its KV stays here, and it has no recurrent state.
 
-        Nor does it follow others that may be under way, nor are all of its tokens scored, because their logits take
-        much memory.
+        It must not follow others that may be under way, and not all of its tokens may be scored, because their logits
+        take much memory.
         """
         assert self._engine.model is not None
         if chunk.gang.follows or chunk.targets or self._engine.model.geometry.state_bytes:
@@ -126,7 +126,7 @@ class PrefillTasks:
     def _run_together(self, some: Sequence[Waiting]) -> bool:
         """Compute chunks in one forward; False if that failed: then each is computed alone, to find the cause.
 
-        The first one, if it has holders, has to be planned again: they take its gang for failed.
+        The first one, if it has holders, has to be planned again, because its gang has failed for them.
         """
         runtime, ready = self._engine.runtime, []
         for one in some:

@@ -202,7 +202,7 @@ class RManager(WorkerPlugin):
             self._leave(reason)
             return True
         if self._shortages.are_too_many(message):
-            self._give_up("its card ran out of memory again and again", every=True)
+            self._give_up("its card ran out of memory repeatedly", every=True)
             return True
         return False
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 class Runtime:
     """Serves one engine on one worker until :meth:`close`.
 
-    Gangs are pure functions of what they are given: one that fails leaves nothing but KV past the committed length.
+    Gangs are pure functions of their inputs: a failed one leaves nothing but KV past the committed length.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Runtime:
     EngineClosedError
         The lanes are closed.
     ConfigError, MissingProgramError
-        The channel that the settings ask for is not encrypted, or needs ``ucxx``.
+        The configured channel is not encrypted, or needs ``ucxx``.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Runtime:
         self._closed = False
         speculates = model is not None and not model.geometry.home_bytes and config.speculation != "off"
         self.speculation = Speculation(config.speculation) if speculates else None
-        """What decode steps try; None where they try nothing."""
+        """Proposes tokens to decode steps; None without speculation."""
         self.home_state = HomeState(windows)
-        """What only a home has of its sequences."""
+        """States and windows of sequences, which only homes have."""
         self.exchanged = Exchanged()
-        """What the last chunk or window exchanged with holders."""
+        """Bytes and times of the last chunk's or window's exchange with holders."""
         limits = Limits(config.timeout_start, config.timeout_receive)
         ring = None if self.tracer is None else self.tracer.holder
         service = Service(spec.engine, token, pool, limits, ring)
@@ -132,7 +132,7 @@ class Runtime:
         self.pool.reserve(sequence, start, stop)
 
     def release_sequence(self, sequence: int) -> None:
-        """Free a sequence's blocks, and what only its home has."""
+        """Free a sequence's blocks, and its states and windows at the home."""
         self.home_state.drop(sequence)
         self.pool.release_sequence(sequence)
 
@@ -172,7 +172,7 @@ class Runtime:
         PlanError
             The placement has no room for the chunk.
         StateLostError
-            What the chunk begins with is not here.
+            The state with which the chunk begins is not here.
         InvalidRequestError, ModelError
             No first token can be drawn.
         """
@@ -181,9 +181,8 @@ class Runtime:
     def prefill_together(self, chunks: Sequence[PrefillChunk]) -> list[ChunkResult]:
         """Compute chunks of several prompts in one forward, asking holders in the first one's gang.
 
-        They need no other holders, and each lies in one span.
-
-        What one alone raises, in :meth:`prefill`, all raise together; computing them again changes nothing.
+        They need no other holders, and each is in one span. An error of one, as in :meth:`prefill`, is an error of all;
+        computing them again changes nothing.
 
         Returns
         -------
@@ -213,7 +212,7 @@ class Runtime:
         PlanError
             A placement has no room for its next token.
         StateLostError
-            The state that a sequence goes on from is not here.
+            The state from which a sequence continues is not here.
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
@@ -249,7 +248,7 @@ class Runtime:
         return self._model
 
     def _planning(self, gang: HomeGang | PausedForward) -> tuple[Callable[..., Attention], Callable[..., Any]]:
-        """What makes the attention of a gang's steps, and what cuts their batches."""
+        """The functions that build the attention of a gang's steps and cut their batches."""
         steps = StepAttention(
             self.pool, self._loaded().geometry, self.home_state.windows, self.spec.config.deterministic, self._ring
         )
@@ -287,11 +286,11 @@ class Runtime:
                 try:
                     yield running
                 finally:
-                    self.pool.device.finish()  # what others are told next is there, and nothing is written later
+                    self.pool.device.finish()  # what is reported next has been written, and nothing is written later
         finally:
             with self._lock:
                 self._gang = None
 
 
 def _nothing() -> None:
-    """Run on a lane to learn that all before it has ended."""
+    """Runs on a lane to show that all earlier calls have ended."""

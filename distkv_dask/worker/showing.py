@@ -1,4 +1,4 @@
-"""Showing: the home lane tells the holder lane of its worker how far the chunks are that it computes."""
+"""Showing: the home lane tells the holder lane of its worker the progress of the chunks that it computes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Showing:
     gangs
         Numbers of their gangs.
     under_way
-        Where the holder lane looks.
+        The progress that the holder lane reads.
     lane
         The holder lane.
     engine
         The engine's id.
     device
-        What computes.
+        The device that computes them.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def build_engine(
 ) -> WorkerEngine:
     """Load the model and allocate the pool of an engine on a worker; blocks for seconds.
 
-    A memory worker gets the model's ``geometry`` instead, and needs no model. Where layers are on several workers, this
+    A memory worker gets the model's ``geometry`` instead, and needs no model. If layers are on several workers, this
     one has those of its ``stage``.
 
     Raises
@@ -71,7 +71,7 @@ def build_engine(
         geometry = model.geometry
     if geometry.scan_once and spec.config.granularity == "layer":
         raise UnsupportedModelError(
-            "the recurrent layers of this model go on from a state token by token, which tasks by layer cannot: set "
+            "the recurrent layers of this model continue from a state token by token, which tasks by layer cannot: set "
             "distkv.granularity to window"
         )
     pool, windows, places = _pools(spec, worker, geometry, device, model, stage)
@@ -125,7 +125,7 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage
 def _pools(
     spec: EngineSpec, worker: Worker, geometry: Geometry, device: Device, model: LoadedModel | None, stage: Stage | None
 ) -> tuple[Pool, Windows | None, int]:
-    """Memory for KV: blocks, no more than further stages have room for, windows of layers, and places for sequences."""
+    """Memory for KV: blocks, at most as many as further stages can have, windows of layers, places for sequences."""
     block = BlockShape.of(geometry, spec.config.block_tokens)
     memory = kv_memory(spec, worker, block, device, model)
     needs = Needs() if model is None else needs_of(geometry, spec.config)
@@ -213,7 +213,7 @@ def _timings(runtime: Runtime, geometry: Geometry, model: LoadedModel | None, ke
         "threads": lanes.threads,
         "deterministic": spec.config.deterministic,
         "block_tokens": spec.config.block_tokens,
-        "blocks": min(blocks, LONGEST // spec.config.block_tokens + 2 * BATCH),  # more change nothing
+        "blocks": min(blocks, LONGEST // spec.config.block_tokens + 2 * BATCH),  # more would change nothing
         "channel": runtime.dialer.explain(),
         "kernels": kernels,
         **hardware(runtime.pool.device.name),
@@ -231,7 +231,7 @@ def _device(spec: EngineSpec, worker: Worker) -> Device:
         logger.warning("worker %s %s", worker.address, device.note)
     if spec.config.deterministic and not device.is_host:
         raise DeviceError(
-            f"distkv.deterministic holds on CPUs only: on {device.name} a row's attention is cut by what else is in "
-            "the batch. Set distkv.device to cpu, or distkv.deterministic to false"
+            f"distkv.deterministic holds on CPUs only: on {device.name} the batch determines how a row's "
+            "attention is split. Set distkv.device to cpu, or distkv.deterministic to false"
         )
     return device

@@ -1,7 +1,7 @@
-"""Chunks under way: in which layers their KV is stored already, for chunks that follow them layer by layer.
+"""Chunks under way: the layers whose KV is already stored, for chunks that follow them layer by layer.
 
 The home lane that computes a chunk writes here; the holder lane of the same worker reads, before it answers a later
-chunk of the same prompt. What was not noted here does not exist yet.
+chunk of the same prompt. KV that was not noted here does not exist yet.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from distkv_dask.errors import GangAbortedError
 from distkv_dask.worker.device import Mark
 
 REMEMBERED = 1024
-"""Chunks that are remembered; those that follow one begin before it has ended."""
+"""Number of chunks that are remembered; those that follow one begin before it has ended."""
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """A mark behind the KV of each layer that is stored; whether it is of all layers, or why it never will be."""
+    """A mark after the KV of each stored layer; whether all layers are stored, or why they never will be."""
 
     stored: dict[int, Mark] = field(default_factory=dict)
     complete: bool = False
@@ -58,7 +58,7 @@ class UnderWay:
             return self._take_awaited()
 
     def check_computed(self, gangs: Iterable[int]) -> None:
-        """Raise GangAbortedError unless all of these chunks are complete: a later one begins, which reads them here."""
+        """Raise GangAbortedError unless all of these chunks are complete: a later one reads their KV here."""
         for gang in gangs:
             if not self.is_computed(gang):
                 raise GangAbortedError(f"the chunk of gang {gang}, which this one follows, was not completed here")

@@ -84,9 +84,9 @@ def test_more_than_there_is_room_for_is_refused_and_takes_none(pool: Pool, tier:
 def test_what_was_discarded_is_an_error(tier: HostTier) -> None:
     tier.store("a", [0])
     tier.discard("a")
-    with pytest.raises(SavedDocumentError, match="a is not in host memory any more"):
+    with pytest.raises(SavedDocumentError, match="a is no longer in host memory"):
         tier.fill("a", 0, [1], nullcontext)
-    with pytest.raises(SavedDocumentError, match="a is not in host memory any more"):
+    with pytest.raises(SavedDocumentError, match="a is no longer in host memory"):
         list(tier.read("a", 0, 1))
 
 

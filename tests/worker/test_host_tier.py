@@ -108,7 +108,7 @@ TestTier.settings = settings(max_examples=40, stateful_step_count=20, deadline=N
 def test_what_is_gone_is_an_error_and_changes_nothing() -> None:
     pool = make_pool()
     tier, before = HostTier(pool, 2 * pool.block_bytes), pool.storage.clone()
-    with pytest.raises(SavedDocumentError, match="gone is not in host memory any more"):
+    with pytest.raises(SavedDocumentError, match="gone is no longer in host memory"):
         tier.fill("gone", 0, [1], nullcontext)
     with pytest.raises(SavedDocumentError, match="any more"):
         next(tier.read("gone", 0, 1))

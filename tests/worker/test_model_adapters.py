@@ -138,7 +138,7 @@ def test_an_adapter_that_was_changed_since_the_client_saw_it_is_refused(tmp_path
     shutil.copytree(adapter_dir(LLAMA, 1), folder)
     model = loaded()
     model.prepare(None, seen)
-    with pytest.raises(AdapterError, match="another one than the client saw"):
+    with pytest.raises(AdapterError, match="not the one that the client saw"):
         model.adapter(seen)
     assert read_adapter(folder).fingerprint != seen.fingerprint
     assert model.adapter(read_adapter(folder)) is not None

@@ -85,7 +85,7 @@ class BlockFiles:
     ) -> None:
         """Write the blocks of token ranges of an idle sequence, and report the end of ``number``.
 
-        What a home has beside them after ``home`` tokens is written, too, unless that is 0.
+        The state of a home after ``home`` tokens is written, too, unless that is 0.
         """
         files: tuple[SavedFile, ...] = ()
         error: DistKVError | None = None
@@ -106,7 +106,7 @@ class BlockFiles:
     ) -> None:
         """Fill the blocks of token ranges of a sequence from files, and report the end.
 
-        What a home has beside them after ``home`` tokens is read, too, unless that is 0.
+        The state of a home after ``home`` tokens is read, too, unless that is 0.
         """
         error: DistKVError | None = None
         try:
@@ -188,7 +188,7 @@ class BlockFiles:
     async def _fetch_home(
         self, peer: Peer, sequence: int, saved: Saved, file: SavedFile | SpilledFile, home: HomeFiles
     ) -> None:
-        """Have here what a file says that a home has beside blocks."""
+        """Restore the state of a home that a file has."""
         if isinstance(file, SpilledFile) and file.worker != self._worker:
             count, size = home.shape(file)
             rows = [row async for some in self._rows_of(peer, file, 0, count, size) for row in some]
@@ -227,7 +227,7 @@ class BlockFiles:
             rows = await asyncio.wait_for(peer(file, first + at, some), self._silence)
             if isinstance(rows, str):
                 raise SavedDocumentError(rows)
-            if rows.shape != (some, size) or rows.dtype != np.uint8:  # blocks would get what belongs into others
+            if rows.shape != (some, size) or rows.dtype != np.uint8:  # blocks would get the contents of others
                 raise SavedDocumentError(
                     f"worker {file.worker} sent {rows.dtype} {rows.shape} of {file.name} in place of {some} blocks of "
                     f"{size} bytes; do all workers have the same version of distkv-dask?"

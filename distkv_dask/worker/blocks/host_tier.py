@@ -19,14 +19,14 @@ from distkv_dask.worker.blocks.pool import Pool
 from distkv_dask.worker.device import Use
 
 SLAB_BYTES = 1 << 30
-"""Bytes that are pinned together, or those of a block: torch rounds each up to a power of two."""
+"""Bytes that are pinned together (or one block): torch rounds each allocation up to a power of two."""
 
 PIECE_BYTES = 64 << 20
 """Maximum bytes of one copy (or one block), so that other copies do not wait for long."""
 
 
 class HostTier:
-    """Blocks of a pool on a card, by the names of the files that they would be on disk.
+    """Blocks of a pool on a card, by the names that their files would have on disk.
 
     Parameters
     ----------
@@ -83,10 +83,10 @@ class HostTier:
         Raises
         ------
         SavedDocumentError
-            It is not here any more.
+            It is no longer here.
         """
         for at, some in self._pieces(range(first, first + len(blocks))):
-            with change(), self._lock:  # so that the memory is not reused meanwhile
+            with change(), self._lock:  # so that the memory is not reused during the copy
                 rows = self._known(name)
                 self._copy(blocks[at : at + len(some)], [rows[one] for one in some], into_pool=True)
 
@@ -96,7 +96,7 @@ class HostTier:
         Raises
         ------
         SavedDocumentError
-            It is not here any more.
+            It is no longer here.
         """
         for at in range(first, first + count):
             with self._lock:
@@ -110,7 +110,7 @@ class HostTier:
 
     def _known(self, name: str) -> list[int]:
         if name not in self._rows:
-            raise SavedDocumentError(f"{name} is not in host memory any more")
+            raise SavedDocumentError(f"{name} is no longer in host memory")
         return self._rows[name]
 
     def _row(self, row: int) -> Tensor:

@@ -27,8 +27,8 @@ from distkv_dask.worker.device import HOST, Device
 class BlockShape:
     """The content of a block: keys and values of ``block_tokens`` tokens in all layers.
 
-    ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees,
-    nothing where all see everything. Where ``latent_dim`` is not 0, they are the first numbers of the keys.
+    ``dtype`` is the name of the element type, for instance ``"bfloat16"``; ``layer_kinds`` says what each layer sees;
+    it is empty if all see everything. If ``latent_dim`` is not 0, values are the first numbers of the keys.
     """
 
     layers: int
@@ -41,7 +41,7 @@ class BlockShape:
 
     @classmethod
     def of(cls, geometry: Geometry, block_tokens: int, layers: Sequence[int] | None = None) -> BlockShape:
-        """Blocks for some layers of a model: without them, for those whose KV is on any workers."""
+        """Blocks for some layers of a model; by default for those whose KV may be on any worker."""
         layers = geometry.far_layers if layers is None else layers
         kinds = tuple(geometry.layer_kinds[layer] for layer in layers) if geometry.layer_kinds else ()
         sizes = len(layers), geometry.kv_heads, geometry.head_dim, geometry.dtype
@@ -63,7 +63,7 @@ class Pool:
     """Block storage of one worker for one model.
 
     The storage is one tensor [blocks, layers, planes, kv_heads, block_tokens, head_dim], of keys and values, or of keys
-    in which values lie: a block's KV of all layers is contiguous, so that moving, saving or lending a block is one
+    that contain the values: a block's KV of all layers is contiguous, so that moving, saving or lending a block is one
     copy. The pool knows which blocks belong to which sequence, but not how many tokens are in them: lengths are in the
     ledger and in plans, and KV past the committed length is not valid.
 
@@ -153,7 +153,7 @@ class Pool:
         self.device.write(self._bytes[block, start : start + len(data)], data)
 
     def slots(self, table: Sequence[int], start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Block ids and offsets of tokens ``start`` to ``stop``, counted from the first of the table's."""
+        """Block ids and offsets of tokens ``start`` to ``stop``, counted from the first token of the table."""
         size = self.block_tokens
         return [table[at // size] for at in range(start, stop)], [at % size for at in range(start, stop)]
 
@@ -216,7 +216,7 @@ class Pool:
                 self._tables[sequence] = table  # a new dict: lanes may be reading the old one
 
     def share(self, source: int, sequence: int, start: int, stop: int) -> None:
-        """Let another sequence, which has none of them, have the blocks of tokens ``[start, stop)`` as well.
+        """Share the blocks of tokens ``[start, stop)`` with another sequence, which has none of them.
 
         Raises
         ------

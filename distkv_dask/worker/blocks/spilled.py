@@ -125,10 +125,10 @@ class Spilled:
         shutil.rmtree(self.folder.path, ignore_errors=True)
 
     def _pool_rows(self, owner: int, file: SpilledFile, first: int, count: int) -> np.ndarray:
-        """Blocks of the pool; if they are dropped while they are read, the gManager knows and uses nothing of them."""
+        """Blocks of the pool; if they are dropped during the read, the gManager knows it and uses none of them."""
         start = file.start + first * self.pool.block_tokens
         return self.pool.read(self.pool.find(owner, [(start, start + count * self.pool.block_tokens)]))
 
     def _on_disk(self, file: SpilledFile) -> SavedFile | SpilledFile:
-        """A file as it is on the disk, where its size is another one than in memory."""
+        """A file as it is on the disk, where its size differs from that in memory."""
         return self._demoted.get(file.name, file)

@@ -67,7 +67,7 @@ def all_or_none(files: Iterable[SavedFile], delete: Callable[[str], None]) -> tu
     """Write files one per iteration; if one fails, the earlier ones are deleted."""
     written = list[SavedFile]()
     try:
-        written.extend(files)  # those before one that fails are in it
+        written.extend(files)  # files before the one that failed are in it
     except BaseException:
         for file in written:
             delete(file.name)
@@ -111,7 +111,7 @@ def write_batches(
 def read_blocks(
     pool: Pool, sequence: int, start: int, stop: int, folder: Folder, file: SavedFile | SpilledFile, watch: Watch
 ) -> None:
-    """Fill the blocks of tokens ``[start, stop)`` of a sequence, as far as a file of a folder holds them (some).
+    """Fill the blocks of tokens ``[start, stop)`` of a sequence that are in a file of a folder (at least some).
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Moves of blocks between pools while both workers compute: copying at the source, expected moves at the target.
 
-Bytes go over Dask's own comm from worker to worker (encrypted where the cluster's is), off the lanes. A block of the
-pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they are. What a
-target has not been told to expect, or expects no more, it does not take: a late piece never lands in somebody else's
+Bytes go over Dask's own comm from worker to worker (encrypted if the cluster's comms are), not on the lanes. A block of
+the pool is one contiguous piece of memory and full blocks never change, so pieces of it are sent as they are. A target
+refuses pieces that it does not expect, or no longer expects: a late piece is never written into another sequence's
 block.
 """
 

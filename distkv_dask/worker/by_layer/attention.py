@@ -2,7 +2,7 @@
 
 Plan, kernel and merge are those of :mod:`distkv_dask.worker.home.attention`. Everything else is as simple as possible:
 the same few lines at home and holders, one sequence at a time, repeated in each layer. It is a reference for the fast
-way, which prepares and batches.
+implementation, which prepares and batches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tasks of gangs at layer granularity on one worker: a forward that tasks carry from layer to layer, and answers.
 
-A forward lives from its first task to its last. One that fails or is aborted is forgotten at once, and its later tasks
+A forward lives from its first task to its last. If it fails or is aborted, it is dropped at once, and its later tasks
 fail because they do not find it.
 """
 

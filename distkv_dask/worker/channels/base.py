@@ -58,14 +58,14 @@ class Channel(Protocol):
         """Close; can be called again."""
 
     def idle(self) -> bool:
-        """Whether the channel is open and nothing unread is in it, so that a next gang can use it."""
+        """Whether the channel is open and nothing unread is in it, so that another gang can use it."""
 
     def fileno(self) -> int:
         """Descriptor that becomes readable when a frame comes."""
 
 
 class Inlet(Protocol):
-    """The holder's end: never blocks. The frame being read lies at the start of ``data``."""
+    """The holder's end: never blocks. The frame being read is at the start of ``data``."""
 
     peer: str
     maximum: int
@@ -116,7 +116,7 @@ class Inlet(Protocol):
     def fail(self, gang: int, epoch: int, message: str, culprit: int = NOBODY) -> None:
         """Try to send a failure frame without waiting, then close. Never raises.
 
-        ``culprit`` is the sequence whose plan is the reason, if that is so.
+        ``culprit`` is the sequence whose plan is the reason, if there is one.
         """
 
     def close(self) -> None:

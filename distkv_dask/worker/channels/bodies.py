@@ -21,10 +21,10 @@ class Row(NamedTuple):
     """One sequence's part of a step at one worker.
 
     ``length`` tokens of the sequence are stored there before the step; ``queries`` new tokens attend to them; with
-    ``appends`` these tokens' KV is stored there too, behind the others, and attention among them is causal. ``spans``
+    ``appends`` these tokens' KV is stored there too, after the others, and attention among them is causal. ``spans``
     are the sequence's token ranges that the worker has room for so far, in order: all but the last are full.
-    ``positions`` are the first positions of the sequences that the row joins, each of which has as many new tokens; of
-    each of its tokens, where they have not.
+    ``positions`` are the first positions of the sequences that the row joins, if each has the same number of new
+    tokens; otherwise the positions of all tokens.
     """
 
     sequence: int
@@ -64,7 +64,7 @@ def encode_hello(token: bytes, hello: Hello) -> bytes:
 
 
 def decode_hello(payload: Buffer) -> Hello:
-    """Read the payload of a HELLO frame whose digest was found right.
+    """Read the payload of a HELLO frame whose digest was correct.
 
     Raises
     ------

@@ -19,8 +19,8 @@ class Dialer:
     choice
         ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     certificates
-        If given, TCP uses TLS. A Unix socket never does: its bytes stay in the kernel of one machine, which shows them
-        only to the worker's own user.
+        If given, TCP uses TLS. A Unix socket never does: its bytes stay in the kernel of one machine, where only the
+        worker's own user can read them.
     unencrypted
         Whether UCX, which cannot be encrypted, may be used although there are certificates.
     cluster_ucx

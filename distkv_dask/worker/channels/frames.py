@@ -33,7 +33,7 @@ class Kind(IntEnum):
     READY = 4
     """A: the gang's session is open."""
     BATCH = 5
-    """H: other rows from this step on; to a stage with the blocks that hold them."""
+    """H: other rows from this step on; to a stage, also the blocks that hold them."""
     ATTEND = 6
     """H: q, then k and v of rows that append here."""
     PARTIAL = 7
@@ -45,7 +45,7 @@ class Kind(IntEnum):
     HIDDEN = 11
     """A, of a stage: hidden states after its layers."""
     PING = 12
-    """H, between gangs: some bytes, to see how long they take."""
+    """H, between gangs: some bytes, to measure how long they take."""
     PONG = 13
     """A: the same bytes."""
     FAIL = 9
@@ -107,7 +107,7 @@ def failure_frame(gang: int, epoch: int, message: str, culprit: int = NOBODY) ->
 
 
 def failed(peer: str, payload: Buffer) -> GangAbortedError | PlanError:
-    """Error for a peer that sent a failure frame; of a payload that was cut short, what is there."""
+    """Error for a peer that sent a failure frame; from a truncated payload, the part that arrived."""
     said = bytes(payload).ljust(_CULPRIT.size, b"\xff")
     (culprit,) = _CULPRIT.unpack_from(said)
     reason = f"{peer} failed: {said[_CULPRIT.size :].decode(errors='replace')}"
@@ -125,7 +125,7 @@ def rest_of_frame(sent: int, header: Header, buffers: Sequence[Buffer]) -> list[
 
 
 def unexpected(peer: str, header: Header | None, expected: Header) -> ChannelError:
-    """Error for a frame, or bytes that are none, where another was expected."""
+    """Error for an unexpected frame, or for bytes that are no frame."""
     if header is None:
         return ChannelError(f"{peer} sent bytes that are no frame, where {expected} was expected")
     return ChannelError(f"{peer} sent {header}; expected was {expected}")

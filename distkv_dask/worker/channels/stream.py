@@ -66,7 +66,7 @@ class StreamChannel:
             raise self._broken("send", expected, error) from error
 
     def go_on(self, head: bytes, got: int, expected: Header, buffer: memoryview, error: int) -> None:
-        """:meth:`recv_into` of a frame of which ``got`` bytes were read elsewhere, into ``head`` and then ``buffer``.
+        """:meth:`recv_into` if ``got`` bytes of the frame were read elsewhere, into ``head`` and then ``buffer``.
 
         ``error`` is the errno that ended this; 0 when it was something else.
         """
@@ -140,10 +140,10 @@ class StreamChannel:
         """Read what has arrived, at most this many bytes."""
         return self._sock.recv(count, socket.MSG_DONTWAIT)
 
-    # Common to all
+    # Common to plain and encrypted sockets
 
     def _finish(self, got: int, expected: Header, buffer: memoryview | None) -> None:
-        """Read the rest of a frame that must be ``expected``; ``got`` bytes of it are there already."""
+        """Read the rest of a frame that must be ``expected``; ``got`` bytes of it have been read."""
         head = self._head
         if got < HEADER_BYTES:
             self._fill(memoryview(head)[got:], got)

@@ -107,7 +107,7 @@ class TlsInlet(StreamInlet):
         self._context = context
 
     def consume(self, header: Header) -> bool:
-        """Drop the current frame; True when bytes of a next one are there already, here or decrypted."""
+        """Drop the current frame; True if bytes of the next one have arrived, here or in the decrypted data."""
         return super().consume(header) or self._sock.pending() > 0
 
     def _read(self, view: memoryview) -> int:

@@ -196,7 +196,7 @@ class UcxChannel:
             self._events.poll(left)
 
     def _settle(self) -> None:
-        """Leave the descriptor readable if the next frame has come already, or the connection has ended."""
+        """Leave the descriptor readable if the next frame has arrived, or the connection has ended."""
         work(self._worker)
         try:
             ready = self._line.arrived()

@@ -196,7 +196,7 @@ class UcxListener:
         except (OSError, libucxx.UCXError) as error:
             with contextlib.suppress(libucxx.UCXError):
                 endpoint.close_blocking()
-            raise ChannelError(f"{peer} was not let in: {error}") from error
+            raise ChannelError(f"{peer} was refused: {error}") from error
         self._inlets.add(inlet)
         self.work()
         return inlet

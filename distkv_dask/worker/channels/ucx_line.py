@@ -1,13 +1,13 @@
-"""One end of a UCX connection: whole frames in order, and no step ever waits.
+"""One end of a UCX connection: whole frames in order; nothing here waits.
 
 Connections are made to a listener, not to worker addresses: then endpoints are created in pairs, each sees the other's
 end, and a holder never connects to an address named by an unauthenticated peer.
 
-The holder gives each connection a random tag. Frames are messages under this tag: a header, then its payload, which
-UCX moves between the two buffers themselves (over RDMA where the network has it). An end looks for messages instead of
-asking for them beforehand: ``ucxx`` keeps sockets open forever where a receive is under way when its endpoint closes.
+The holder gives each connection a random tag. Frames are messages under this tag: a header, then its payload, which UCX
+moves between the two buffers themselves (over RDMA where the network has it). An end looks for messages instead of
+posting receives in advance: ``ucxx`` keeps sockets open forever if a receive is pending when its endpoint closes.
 
-``ucxx`` offers no synchronous interface but its private one. Importing this module raises ImportError without it.
+The only synchronous interface of ``ucxx`` is private. Importing this module raises ImportError without it.
 """
 
 from __future__ import annotations

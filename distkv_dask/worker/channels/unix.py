@@ -1,6 +1,6 @@
 """Channels over Unix sockets, between two workers of one user on one machine: 0.6 to 0.9 of TCP's round trip.
 
-Sockets are abstract ones: they have no file that somebody must remove, and they belong to a network namespace, so
+Sockets are abstract ones: they have no file that would have to be removed, and they belong to a network namespace, so
 containers that share one reach each other. The kernel tells each end the other's user: only the same one is served.
 """
 
@@ -21,7 +21,7 @@ _CREDENTIALS = struct.Struct("iII")
 
 
 def machine() -> str:
-    """Name of this running kernel and network namespace: Unix sockets reach everywhere within; "" where unknown."""
+    """Name of this running kernel and network namespace: Unix sockets connect processes within it; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"

@@ -108,7 +108,7 @@ class Connections:
             if listener in self._resting:
                 self._resting.discard(listener)
                 self._selector.register(listener, selectors.EVENT_READ, partial(self._let_in, listener))
-            self._let_in(listener)  # over UCX a peer that connects meanwhile is reported only once
+            self._let_in(listener)  # over UCX a peer that connects in the meantime is reported only once
         self._log.report(now)
 
     def close(self, error: Exception) -> None:
@@ -152,7 +152,7 @@ class Connections:
             self._selector.unregister(inlet)
 
     def _make_room(self, listener: Listener) -> None:
-        """Drop a stranger if there are too many, unless its token has come: the oldest from where most of them are."""
+        """Drop a stranger if there are too many, unless its token has arrived: the oldest of the commonest host."""
         strangers = [one for one, where in self._connections.items() if where is listener and one.service is None]
         if len(strangers) <= STRANGERS:
             return
@@ -163,8 +163,8 @@ class Connections:
             self.dismiss(oldest, ChannelError(f"more than {STRANGERS} connections show no token; it was the oldest"))
 
     def _rest(self, listener: Listener, error: Exception) -> None:
-        """Listen again after the next look at the clock: what failed would fail again at once, again and again."""
-        self._log.dropped(type(listener).__name__, "a listener, which rests for a moment", error, time.monotonic())
+        """Listen again after the next check of the clock: an immediate attempt would fail in the same way."""
+        self._log.dropped(type(listener).__name__, "a listener, which pauses for a moment", error, time.monotonic())
         self._resting.add(listener)
         if (failure := attempt(partial(self._selector.unregister, listener))) is not None:
             logger.error("a listener of the holder lane is lost", exc_info=failure)

@@ -84,7 +84,7 @@ class HomeConnection:
         return self.is_held
 
     def hand_to_native(self) -> NativeTurns | None:
-        """Let the session's requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
+        """Let the session's requests be answered in C++ until :meth:`take_from_native`; None if they cannot."""
         return None if self._session is None or self.inlet.sending else self._session.hand_to_native()
 
     def take_from_native(self) -> None:

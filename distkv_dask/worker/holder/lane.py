@@ -39,7 +39,7 @@ class HolderLane:
     ----------
     host
         Address to listen on; homes connect to :attr:`port` of it, those on this machine to the Unix socket
-        :attr:`unix` (empty where that cannot be offered), and over UCX to :attr:`ucx` (see :meth:`offer_ucx`).
+        :attr:`unix` (empty if there is none), and over UCX to :attr:`ucx` (see :meth:`offer_ucx`).
     threads
         torch threads of an operation.
     certificates
@@ -171,7 +171,7 @@ class HolderLane:
         return future
 
     def go_on(self, engine: str) -> None:
-        """Answer questions that waited for KV which the home lane has stored by now."""
+        """Answer questions that waited for KV that the home lane has now stored."""
 
         def look() -> None:
             if (service := self._services.get(engine)) is not None:

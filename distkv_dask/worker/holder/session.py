@@ -123,7 +123,7 @@ class Session:
         self._native = new_turns(inlet, shard, (self._q, self._keys, self._values), reply, self._ring)
 
     def is_stored(self, header: Header) -> bool:
-        """Whether all that an ATTEND frame is about is stored here: chunks that this one follows may be under way.
+        """Whether all KV that an ATTEND frame needs is stored here: chunks that this one follows may be under way.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class Session:
         return all(self.under_way.is_stored(gang, header.layer) for gang in self._follows)
 
     def hand_to_native(self) -> NativeTurns | None:
-        """Let requests be answered in C++ until :meth:`take_from_native`; None where they cannot."""
+        """Let requests be answered in C++ until :meth:`take_from_native`; None if they cannot."""
         if self._native is None or self._shard.full or self._follows:
             return None
         self._native.hand_to_native(Header(*self._turn))

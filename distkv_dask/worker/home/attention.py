@@ -30,7 +30,7 @@ class DistAttention:
     Parameters
     ----------
     gang
-        The running gang, with a channel to every holder in ``parts``; None where all is at the home.
+        The running gang, with a channel to every holder in ``parts``; None if everything is at the home.
     parts
         Parts of a step by worker, as :func:`distkv_dask.worker.plan.cut` gives.
     tokens
@@ -45,7 +45,7 @@ class DistAttention:
         self.step = 0
         """Number of the next step, as the holders count."""
         self.showing: Showing | None = None
-        """Tells the holder lane which layers are stored, where later chunks may follow."""
+        """Tells the holder lane which layers are stored, if later chunks may follow."""
         self.further: StageStep | None = None
         """Sends hidden states through further stages, if other workers have layers."""
         self._pool = pool
@@ -73,7 +73,7 @@ class DistAttention:
         memory: torch.Tensor | None,
         theirs: torch.Tensor | None,
     ) -> None:
-        """Make what merges the partials, in an order that neither time nor the rest of the batch changes.
+        """Build the merge of the partials, in an order that depends neither on time nor on the rest of the batch.
 
         On a card with holders, ``memory`` takes all partials: the home's own, then ``theirs``.
         """
@@ -102,7 +102,7 @@ class DistAttention:
 
     @property
     def queued(self) -> bool:
-        """Whether :meth:`attend` only queues work on a card, always in the same memory, and waits for nobody."""
+        """Whether :meth:`attend` only queues work on a card, always in the same memory, and never waits."""
         return self._exchange is None and self.further is None and (self._local is None or self._local.shard.queued)
 
     @property

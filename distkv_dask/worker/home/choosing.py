@@ -1,7 +1,7 @@
 """Answers that are one of several choices: scored after the prompt's last chunk, without a decode step.
 
-The KV of one path of the trie is behind the prompt's, past the committed length; the next path
-overwrites it, as a repeated window would.
+The KV of a path of the trie is stored after the prompt's, past the committed length; the next path overwrites it, as a
+repeated window would.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distkv_dask.worker.model.choices import ChoiceTrie, Tokens
 from distkv_dask.worker.model.sampling import Draw
 
 ROWS = 128
-"""Most tokens of paths in one forward, unless a single path is longer: each token has its own logits."""
+"""Maximum tokens of paths in one forward, unless a single path is longer: each token has its own logits."""
 
 
 class Choosing:
@@ -31,7 +31,7 @@ class Choosing:
     Raises
     ------
     InvalidRequestError
-        When the choices cannot be told from each other.
+        When the choices cannot be distinguished.
     """
 
     def __init__(self, chunk: PrefillChunk, ends: Collection[int]) -> None:
@@ -46,27 +46,27 @@ class Choosing:
             targets=(*chunk.targets, *without, self._trie.after()),
             best=max(chunk.best, chunk.sampling.logprobs or 0),
         )
-        """The chunk, with the tokens that are scored behind it."""
+        """The chunk, with the tokens that are scored after it."""
         self._scored: tuple[TokenLogprob, ...] = ()
 
     def take_prompt_scores(self, scored: Sequence[TokenLogprob]) -> None:
-        """Take what was scored in the chunk and right after it."""
+        """Add the scores in the chunk and right after it."""
         self._scored = tuple(one._replace(best=one.best[: self._best]) for one in scored[: self._prompt])
         self._trie.learn((), scored[self._prompt :])
 
     def paths(self) -> Iterator[PrefillChunk]:
-        """What is to be computed after the chunk, path by path."""
+        """The paths to compute after the chunk."""
         for path in self._trie.paths:
             yield replace(
                 self.chunk, start=self.chunk.stop, tokens=path, sampling=None, targets=self._trie.targets(path)
             )
 
     def learn(self, path: Tokens, scored: Sequence[TokenLogprob]) -> None:
-        """Take what was scored on a path."""
+        """Add the scores on a path."""
         self._trie.learn(path, scored)
 
     def result(self) -> ChunkResult:
-        """What came of the chunk; raises a DistKVError where none of the choices can be drawn."""
+        """The result of the chunk; raises a DistKVError if none of the choices can be drawn."""
         chosen = self._trie.choose(Draw(self._sampling, self.chunk.stop))
         return ChunkResult(scored=self._scored, chosen=chosen)
 

@@ -1,4 +1,4 @@
-"""Chunks of several prompts computed together, and what comes of each: scores, a choice, a token, pooled states."""
+"""Chunks of several prompts computed together, and the result of each: scores, a choice, a token, pooled states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Computed = tuple[torch.Tensor, list[list[TokenLogprob]]]
 
 
 class Chunks:
-    """Chunks that one forward computes: they lie in one span each, unless there is only one.
+    """Chunks that one forward computes: each is in one span, unless there is only one chunk.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Chunks:
     Raises
     ------
     InvalidRequestError
-        Choices cannot be told from each other.
+        Choices cannot be distinguished.
     """
 
     def __init__(self, model: LoadedModel, chunks: Sequence[PrefillChunk]) -> None:
@@ -49,14 +49,14 @@ class Chunks:
         self._pooling = Pooling(chunks)
 
     def compute(self, run: PrefillRun, kept: HomeState) -> None:
-        """Compute the chunks, and then the choices behind them, which the home does not keep.
+        """Compute the chunks, and then the choices after them, which the home does not keep.
 
         Parameters
         ----------
         run
             Computes chunks in the gang that is running.
         kept
-            What the home has of the sequences.
+            The home's states of the sequences.
         """
         self._logits, self._scored = self._forward(run, kept, self._chunks, keeps=True)
         self._pooling = run.pooling
@@ -68,7 +68,7 @@ class Chunks:
                 one.learn(chunk.tokens, some)
 
     def results(self) -> list[ChunkResult]:
-        """What came of each chunk, after :meth:`compute`.
+        """The result of each chunk, after :meth:`compute`.
 
         Raises
         ------

@@ -33,7 +33,7 @@ class Speculator(Protocol):
     """Proposes draft tokens for sequences, and learns which of them were right."""
 
     def propose(self, room: Mapping[int, int]) -> Mapping[int, Sequence[int]]:
-        """Drafts to try in the next step, for some of the sequences; ``room`` is the most for each."""
+        """Drafts to try in the next step, for some of the sequences; ``room`` is the maximum for each."""
 
     def learn(self, seconds: float, taken: Mapping[int, Sequence[int]]) -> None:
         """Take the seconds of the step, and the tokens that each sequence took in it."""
@@ -96,7 +96,7 @@ class DecodeLoop:
         past
             The states of the batch's sequences, if the model has recurrent layers.
         speculator
-            Proposes drafts; None for models with recurrent layers, whose states cannot go back.
+            Proposes drafts; None for models with recurrent layers, whose states cannot be rolled back.
         """
         began, self._past, self._speculator, self._window = time.perf_counter(), past, speculator, window
         if not self._live:
@@ -157,7 +157,7 @@ class DecodeLoop:
         return any(one.drafts for one in self._live)
 
     def _draw(self, logits: torch.Tensor) -> dict[int, list[int]]:
-        """Take a token of each sequence, and further ones while its drafts are right; returns the tokens of each."""
+        """Add a token to each sequence, and further ones while its drafts are right; returns the tokens of each."""
         before = [len(one.tokens) for one in self._live]
         device, going, ahead = self._model.device, self._live, 0
         firsts = list(accumulate((1 + len(one.drafts) for one in going), initial=0))
@@ -180,7 +180,7 @@ class DecodeLoop:
         return taken
 
     def _cut(self) -> None:
-        """Cut the batch again: it begins, or lost sequences, or a tail moves on to the next span."""
+        """Cut the batch again: at its start, after it lost sequences, or when a tail continues in the next span."""
         self._close_attention()
         gang = self._gang.gang
         members = {gang.home, *(holder.worker for holder in gang.holders)}
@@ -214,7 +214,7 @@ class DecodeLoop:
         )
 
     def _steps_alike(self) -> int:
-        """For how many steps the attention stays as it is, if no sequence stops by itself."""
+        """Number of steps for which the attention stays the same, if no sequence stops earlier."""
         if isinstance(self._gang, PausedForward):
             return 1  # its attention makes new tensors in every step
         if any(one.drafts for one in self._live):

@@ -1,4 +1,4 @@
-"""The contract of a step's exchange with its holders: what is asked of them, and the errors that both ways raise.
+"""The contract of a step's exchange with its holders: its questions, and the errors that both implementations raise.
 
 Layer by layer, queries go out, partials come in, and each is merged as soon as those before it in order are there. In
 C++: :mod:`~distkv_dask.worker.home.native_exchange`; over any channel, for any device:
@@ -24,7 +24,7 @@ from distkv_dask.worker.plan import Part, Run
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What a step asks of its holders, and where their partials are merged.
+    """The questions of a step to its holders, and where their partials are merged.
 
     ``out`` [tokens, heads, value_dim] and ``lse`` [tokens, heads] are float32, and empty at the start of each layer.
     ``order`` is the order of merging, by worker. ``local`` are the home's own partials, if it has any: float32
@@ -55,7 +55,7 @@ class Exchange(Protocol):
     def ask(self, layer: int, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         """Send the queries [tokens, heads, head_dim], and new KV [tokens, kv_heads, head_dim] of tails elsewhere.
 
-        Holders that see nothing in this layer are not asked.
+        Holders without visible KV in this layer are not asked.
         """
 
     def gather(self, layer: int, step: int) -> None:
@@ -69,7 +69,7 @@ class Exchange(Protocol):
 
 
 def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Tokens of the step that a part sees (None: all, each once), and those that it appends; int64."""
+    """Tokens of the step that a part has queries for (None: all, each once), and those that it appends; int64."""
     index = None if part.tokens == tuple(range(tokens)) else torch.tensor(part.tokens, dtype=torch.int64)
     appended: list[int] = []
     first = 0
@@ -80,7 +80,7 @@ def indices(part: Part, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]
 
 
 def placed_indices(part: Part, tokens: int, device: Device) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """The same on a device, None where it is all of the step's tokens; and how many are appended."""
+    """The same on a device, None for all of the step's tokens; and how many are appended."""
     index, appended = indices(part, tokens)
     there = None if index is None else device.put(index)
     return there, None if len(appended) == tokens else device.put(appended), len(appended)

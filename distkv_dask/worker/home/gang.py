@@ -40,7 +40,7 @@ class ChannelCache:
     def take_channel(self, endpoint: Endpoint, seconds: float) -> tuple[Channel, bool]:
         """A channel that no gang uses, and whether it is new and must be greeted.
 
-        Where the last one broke or was closed by the peer, a new one is connected within ``seconds``.
+        If the last one broke or was closed by the peer, a new one is connected within ``seconds``.
         """
         channel = self._idle.pop(endpoint, None)
         if channel is not None and channel.idle():
@@ -184,7 +184,7 @@ class HomeGang:
             self._cache.keep_channel(endpoint, channel)
 
     def _tell(self, error: BaseException) -> None:
-        """Let every holder know that the gang is over, those too that were not asked yet, where it can be reached."""
+        """Tell every holder that can be reached that the gang is over, including those that were not asked yet."""
         reason = in_words(error)
         number, epoch = self.gang.number, self.gang.epoch
         for channel in self._take_channels().values():

@@ -1,7 +1,7 @@
-"""What only a home has of a sequence, in files: states of recurrent layers, and KV of layers that see a window.
+"""Files of what only a home has of a sequence: states of recurrent layers, and KV of layers that see a window.
 
-A state is one row of bytes, a window has its blocks. How many bytes they have is known from the model, as for other
-blocks (:mod:`~distkv_dask.worker.blocks.storage`), so nothing is read by what a file says of itself.
+A state is one row of bytes, a window has its blocks. Their sizes are known from the model, as for other blocks
+(:mod:`~distkv_dask.worker.blocks.storage`), so no size in a file's own metadata is trusted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distkv_dask.worker.device import HOST, Device, Use
 from distkv_dask.worker.home.home_state import HomeState
 
 STATE, WINDOW = "state", "window"
-"""What names of such files begin with."""
+"""Prefixes of the names of such files."""
 
 File = SavedFile | SpilledFile
 
@@ -39,7 +39,7 @@ class HomeFiles:
     kept
         What the home has in memory.
     template
-        A state, whose tensors have the sizes of all; empty where the model has no recurrent layers.
+        A state, whose tensors have the sizes of all; empty if the model has no recurrent layers.
     device
         Where states are.
     """
@@ -117,7 +117,7 @@ class HomeFiles:
             self._windows.put(sequence, file.stop)
             blocks = pool.find(sequence, [(file.start, file.stop)])
         for block, row in zip(blocks, rows, strict=True):
-            with watch.change():  # a read that was given up must not land in what is somebody else's block by now
+            with watch.change():  # an abandoned read must not write to a block that has a new owner
                 pool.fill(block, row)
 
     def _state(self, row: np.ndarray) -> dict[Any, torch.Tensor]:

@@ -1,8 +1,8 @@
 """What only the home of a sequence has: states of recurrent layers, and KV of layers that see a window.
 
-Both are kept after the committed tokens until what runs has ended, so a window or chunk that runs again begins with
-what it began with before. Snapshots are kept as well, after numbers of tokens that the gManager names: other
-sequences begin with them.
+Both are kept as of the committed tokens until the running window or chunk has ended, so one that is repeated begins
+with the same state. Snapshots are kept as well, after numbers of tokens that the gManager names: other sequences begin
+with them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Begun(NamedTuple):
-    """A sequence that something runs on, from ``length`` tokens to at most ``stop``."""
+    """A sequence in a running window or chunk, from ``length`` tokens to at most ``stop``."""
 
     sequence: int
     length: int
@@ -30,7 +30,7 @@ class Begun(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A sequence after what ran: its tokens, its state if the model has recurrent layers; whether it is a snapshot."""
+    """A sequence after a window or chunk: its tokens, its recurrent state if any; whether it is a snapshot."""
 
     sequence: int
     length: int
@@ -40,7 +40,7 @@ class Ended(NamedTuple):
 
 @dataclass(slots=True)
 class Change:
-    """What something that runs begins with (the model's ``past``), and what is kept ``after`` it, once that is set."""
+    """The states with which a window or chunk begins (the model's ``past``), and those ``after`` it, once set."""
 
     past: Past | None
     after: Iterable[Ended] = ()
@@ -66,7 +66,7 @@ class HomeState:
 
     @contextmanager
     def change(self, model: LoadedModel, begun: Iterable[Begun]) -> Iterator[Change]:
-        """Let something run on sequences; what it leaves is kept unless it fails.
+        """Run a window or chunk on sequences; the states after it are kept unless it fails.
 
         Raises
         ------
@@ -96,7 +96,7 @@ class HomeState:
             self.windows.put(sequence, length)
 
     def adopt(self, sequence: int, source: int, length: int) -> None:
-        """Let a sequence begin with what this worker has of another one after ``length`` tokens, if it has anything."""
+        """Let a sequence begin with this worker's state of another one after ``length`` tokens, if it has any."""
         with self._lock:
             for one in self._parts():
                 one.adopt(sequence, source, length)
@@ -120,7 +120,7 @@ class HomeState:
         return [*([self.states] if states else []), *([self.windows] if self.windows is not None else [])]
 
     def most_steps(self, steps: int | None) -> int | None:
-        """Most steps of a decode window: ``steps``, or fewer where the blocks of windows have no room for them."""
+        """Most steps of a decode window: ``steps``, or fewer if the blocks of windows have no room for them."""
         if self.windows is None:
             return steps
         return self.windows.steps if steps is None else min(self.windows.steps, steps)

@@ -1,6 +1,6 @@
 """The home lane: one thread that runs model forwards and waits for partials, in the order they were submitted.
 
-A call that only has to know that the present one has ended goes before those that wait.
+A call that only has to run after the current one goes before those that wait.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from distkv_dask.worker.guard import run_lane
 P = ParamSpec("P")
 T = TypeVar("T")
 NICENESS = 10
-"""How far the lane steps back behind the holder lane of the same process, which other homes wait for.
+"""Niceness of the lane, below the holder lane of the same process, which other homes wait for.
 
 On a busy machine the 99th percentile of a holder's round trip beside a lane that multiplies matrices was 3.5, 2.8 and
 0.6 ms at niceness 0, 5 and 10 on two cores, and 2.5, 0.3 and 0.3 ms on one core, where the lane got 185, 124 and 96
-rounds done per second. Other programs disturbed this: beside an idle lane it was 2.3 and 1.6 ms. It is no proof that 5
-is worse than 10; measure again on a quiet machine before changing this.
+rounds done per second. Other programs disturbed this: beside an idle lane it was 2.3 and 1.6 ms. This does not prove
+that 5 is worse than 10; measure again on a quiet machine before changing this.
 """
 
 
@@ -118,7 +118,7 @@ class HomeLane:
             del item, future, call
 
     def _end(self, reason: str) -> None:
-        """The lane ends by itself: say so before its calls fail, so that nobody tries them here again."""
+        """The lane ends because of an error: report it before its calls fail, so that they are not retried here."""
         with self._wake:
             self._closed = True
         self._on_end(reason)

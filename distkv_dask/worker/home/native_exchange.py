@@ -128,7 +128,7 @@ class NativeExchange:
         return Header(Kind.PARTIAL, gang.number, gang.epoch, layer, step, len(answer)), answer
 
     def _fail(self, status: int, layer: int, step: int) -> None:
-        """Raise for a status of the last call; a channel that broke finds the reason itself, by reading on."""
+        """Raise for a status of the last call; a broken channel finds the reason itself, by reading further."""
         home = self._home
         if status == _LATE and len(self._channels) > 1:
             whole = zip(self._channels, self._holders, strict=True)

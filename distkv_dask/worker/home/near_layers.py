@@ -11,7 +11,7 @@ from distkv_dask.worker.home.attention import DistAttention
 
 
 class SplitAttention:
-    """What a model's attention layers call where they have their KV in two pools.
+    """Called by a model's attention layers if their KV is in two pools.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ class Pooling:
         self._sums: dict[int, Tensor] = {}
 
     def step(self, batch: Sequence[Stored]) -> Callable[[Tensor], None] | None:
-        """What takes the hidden states of a step, if any of them are wanted.
+        """A function that adds the hidden states of a step, if any of them are wanted.
 
         Parameters
         ----------

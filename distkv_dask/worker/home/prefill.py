@@ -1,4 +1,4 @@
-"""Chunks of prompts: several in one forward; one in several forwards where its tail moves on to another span."""
+"""Chunks of prompts: several in one forward; one in several forwards if its tail continues in another span."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PrefillRun:
         Parameters
         ----------
         chunks
-            A chunk, or several that lie in one span each and need no holders but the gang's.
+            A chunk, or several that are in one span each and need no holders but the gang's.
         past
             States of the chunks' sequences, if the model has recurrent layers.
         """
@@ -158,7 +158,7 @@ def ended(chunks: Sequence[PrefillChunk], past: Past | None) -> Iterator[Ended]:
 
 
 def _targets(chunk: PrefillChunk, step: Stored) -> tuple[tuple[int, ...], ...]:
-    """The chunk's targets behind the tokens that a step computes."""
+    """The chunk's targets after the tokens that a step computes."""
     first = step.length - chunk.start
     return chunk.targets[first : first + step.queries]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Progress:
     """A sequence in a window: its committed state, and what the window added.
 
-    An error that concerns it alone ends it alone: :meth:`guard` is around everything that is done for it.
+    An error of this sequence ends only this sequence: everything done for it is inside :meth:`guard`.
     """
 
     def __init__(self, state: SequenceState) -> None:
@@ -36,7 +36,7 @@ class Progress:
         self.logprobs: list[TokenLogprob] = []
         """Those of the tokens, if they are wanted."""
         self.drafts: Sequence[int] = ()
-        """Tokens that the present step tries after the last one."""
+        """Tokens that the current step tries after the last one."""
         self.speculated = Speculated()
         self.history = [*state.prompt, *state.generated] if state.sampling.repetition_penalty != 1 else []
         self.finished: FinishReason | None = None
@@ -44,7 +44,7 @@ class Progress:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """End this sequence with an exception that is raised inside, and go on."""
+        """If an exception is raised inside, end only this sequence with it."""
         try:
             yield
         except Exception as error:
@@ -55,7 +55,7 @@ class Progress:
         self.error, self.finished = error, "error"
 
     def begin_window(self, model: LoadedModel) -> None:
-        """Take its adapter, if it has one, and go on with the schema, if there is one, from the committed tokens."""
+        """Load its adapter, if it has one, and continue its schema, if it has one, from the committed tokens."""
         self.adapter = model.adapter(self.state.adapter)
         self.follower = model.follower(self.state.sampling, self.state.generated)
 
@@ -83,7 +83,7 @@ class Progress:
             self.finished = "length"
 
     def check_plan(self, members: Collection[str]) -> None:
-        """Raise PlanError when its next token has no place, or what is stored lies on none of the ``members``."""
+        """Raise PlanError if its next token has no room, or if some of its KV is on none of the ``members``."""
         tail = tail_of(self.state.sequence, self.state.placement, self.length)
         for span in self.state.placement:
             if (span is tail or span.filled(self.length)) and span.worker not in members:
@@ -103,12 +103,12 @@ class Progress:
 
     @property
     def room(self) -> int:
-        """Most drafts of the next step: they have to fit into the tail's span and into the answer."""
+        """Maximum drafts of the next step: they have to fit into the tail's span and into the answer."""
         stop = next((span.stop for span in self.state.placement if span.start <= self.length < span.stop), 0)
         return max(0, min(stop - self.length, self.state.remaining - len(self.tokens)) - 1)
 
     @property
     def steps_in_span(self) -> int:
-        """Steps until the tail moves on to another worker."""
+        """Steps until the tail continues on another worker."""
         tail = tail_of(self.state.sequence, self.state.placement, self.length)
         return tail.stop - self.length

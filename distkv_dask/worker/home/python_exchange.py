@@ -48,7 +48,7 @@ class PythonExchange:
                 self._selector.register(remote.channel, selectors.EVENT_READ, remote)
 
     def _buffers(self, asking: Asking) -> tuple[Pair, Pair]:
-        """Memory of all questions and of all answers, of which each holder's is a piece."""
+        """Memory of all questions and of all answers; each holder has a piece of it."""
         device, dtype = asking.pool.device, asking.pool.dtype
         questions = device.pair((sum(one.question_size for one in self._remotes),), dtype)
         size = sum(one.answer_size for one in self._remotes)
@@ -105,7 +105,7 @@ class PythonExchange:
             self._merge(None, self._asking.together, layer, step)
 
     def _take_up(self) -> None:
-        """Copy a layer's partials to the card, where those of holders that were not asked are partials of no keys."""
+        """Copy a layer's partials to the card; those of holders that were not asked are empty partials there."""
         if self._asked:
             self._answers.up()
         for remote in self._remotes:
@@ -115,7 +115,7 @@ class PythonExchange:
                 lse.fill_(-torch.inf)
 
     def _ask_packed(self, layer: int, step: int) -> None:
-        """Send the questions that are still on their way from the device."""
+        """Send the questions that are still being copied from the device."""
         if self._packed is None:
             return
         began = time.perf_counter()
@@ -126,7 +126,7 @@ class PythonExchange:
         self._sending += time.perf_counter() - began
 
     def _arrived(self, there: set[Remote | None], layer: int, step: int) -> list[Remote]:
-        """Holders whose partials are on their way in."""
+        """Holders whose partials have begun to arrive."""
         if self._selector is None:
             return self._asked
         events = self._select(self._selector, layer, step)
@@ -139,7 +139,7 @@ class PythonExchange:
         if self._selector is not None:
             self._selector.close()
 
-    # A layer's parts, apart so that a trace can tell them apart (:mod:`distkv_dask.worker.home.traced`)
+    # A layer's parts, separate so that a trace can record each (:mod:`distkv_dask.worker.home.traced`)
 
     def _ask(self, remote: Remote, layer: int, step: int, scale: float) -> None:
         remote.ask(layer, step, scale)

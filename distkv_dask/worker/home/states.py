@@ -1,8 +1,7 @@
-"""States of recurrent layers at their home: per sequence the committed one, and the one after what runs now.
+"""States of recurrent layers at their home: per sequence the committed one, and one after the running window or chunk.
 
-A window or chunk that runs again begins with the state that it began with before: forwards never change a state that is
-kept here. A missing state is an error, never a guess. Snapshots are states on the way, which other
-sequences begin with.
+A repeated window or chunk begins with the same state: forwards never change a state that is kept here. A missing state
+is an error, never a guess. Snapshots are intermediate states, with which other sequences begin.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
     from distkv_dask.worker.model.recurrent import State
 
 KEPT = 2
-"""States of a sequence while something runs: the one that it began with, and the one that changes."""
+"""States of a sequence in a running window or chunk: the one that it began with, and the one that changes."""
 
 
 class States:
-    """States by sequence and the number of tokens that they are after.
+    """States by sequence and number of tokens.
 
     The home lane's thread reads and keeps them. Any thread may change snapshots, and drop the states of a sequence that
     nothing computes on.

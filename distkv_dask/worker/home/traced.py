@@ -1,6 +1,6 @@
-"""The running parts of a home that record what they do; used in the place of the plain ones while there is a trace.
+"""Parts of a home that record their work; used instead of the plain ones while there is a trace.
 
-Each overrides the few methods that begin or end a kind of time; the plain classes do not know about traces.
+Each overrides the few methods that start or end an activity; the plain classes do not know about traces.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TracedModel:
     def repeated(
         self, inputs: torch.Tensor, step: AttentionStep, queued: bool, past: Past | None, steps: int
     ) -> Repeated:
-        """The forward of steps that are alike."""
+        """The forward of similar steps."""
         return partial(self._recorded, self._model.repeated(inputs, step, queued, past, steps), step, len(inputs[0]))
 
     def _recorded(self, forward: Repeated, step: AttentionStep, tokens: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ class TracedAttention(DistAttention):
         super().__init__(gang, *args)
         self.number = gang.gang.number
         self.left = 0
-        """When the model was last left to itself, by :func:`time.perf_counter_ns`."""
+        """When the model's own code last continued, by :func:`time.perf_counter_ns`."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,

@@ -1,8 +1,8 @@
 """KV of layers that see only a window, at the home of its sequence: blocks are freed as they leave the window.
 
-The pool, rows and kernels are those of distributed layers; only placements differ, which name one worker and begin
-where the window does. As with states of recurrent layers (:mod:`~distkv_dask.worker.home.states`), a window or chunk
-that runs again begins with the KV that it began with before, and missing KV is an error.
+The pool, rows and kernels are those of distributed layers; only placements differ: they name one worker and begin where
+the window does. As with states of recurrent layers (:mod:`~distkv_dask.worker.home.states`), a repeated decode window
+or chunk begins with the same KV, and missing KV is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STEPS = 64
 
 
 def blocks_per_sequence(geometry: Geometry, block_tokens: int, chunk_tokens: int) -> int:
-    """Blocks of a sequence while nothing runs on it: its windows after the last commit and after what ran since.
+    """Blocks of an idle sequence: its windows after the last commit and after the window or chunk since then.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Windows:
         self._numbers = count(1)
 
     def begin_run(self, sequence: int, length: int, stop: int) -> None:
-        """Make room for tokens ``[length, stop)`` of a sequence; what none of them sees is freed.
+        """Make room for tokens ``[length, stop)`` of a sequence; blocks that none of them sees are freed.
 
         Parameters
         ----------
@@ -86,7 +86,7 @@ class Windows:
         length
             Its tokens until now.
         stop
-            Its tokens at the end of what runs now, at most.
+            Maximum number of its tokens after the window or chunk.
 
         Raises
         ------

@@ -1,6 +1,6 @@
 """The adapters of one model in this process: read and checked on any thread, computed on the home lane.
 
-A few are kept in memory, those that were used last (``distkv.adapters``), within the memory that weights and KV leave.
+The most recently used ones are kept in memory (``distkv.adapters``), as far as weights and KV leave room.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from distkv_dask.worker.model.lora import AdaptedRows, PlacedAdapter, Run, adapt
 from distkv_dask.worker.model.read_adapter import Weights, bytes_of, read_weights
 
 BYTES = 4
-"""Of a number of an adapter: in float32, as peft computes with it."""
+"""Bytes of a number of an adapter: float32, as in peft."""
 TRIED = 5
-"""Tokens with which an adapter is tried."""
+"""Tokens of the trial forward of an adapter."""
 
 
 class Adapters:
@@ -48,9 +48,9 @@ class Adapters:
         self.alike = False
         """Whether a row's bits must not depend on others (``distkv.deterministic``)."""
         self.limit = 1
-        """Most adapters in memory."""
+        """Maximum adapters in memory."""
         self.room = 0
-        """Bytes that all of them together may take."""
+        """Maximum bytes of all of them together."""
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,7 @@ class Adapters:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The folders of the adapters in memory, the one that was used last at the end."""
+        """The folders of the adapters in memory, the most recently used last."""
         with self._lock:
             return tuple(self._paths[one] for one in self._kept)
 
@@ -76,7 +76,7 @@ class Adapters:
             read = self._weights(adapter)
             with self._lock:
                 self._read[adapter.fingerprint] = read
-                while len(self._read) > self.limit:  # nobody came for them
+                while len(self._read) > self.limit:  # they were never used
                     self._read.popitem(last=False)
 
     def _weights(self, adapter: Adapter) -> Weights | DistKVError:
@@ -92,7 +92,7 @@ class Adapters:
         Parameters
         ----------
         adapter
-            Which.
+            The adapter.
         attempt
             Runs the model over some tokens.
 
@@ -107,7 +107,7 @@ class Adapters:
         if (made := self._used(key)) is not None:
             return made
         with self._reading:
-            if (made := self._used(key)) is not None:  # the lane of another engine on this model got it meanwhile
+            if (made := self._used(key)) is not None:  # another engine on this model has read it in the meantime
                 return made
             with self._lock:
                 read = self._read.pop(key, None)
@@ -123,7 +123,7 @@ class Adapters:
         return made
 
     def _used(self, key: str) -> PlacedAdapter | None:
-        """An adapter that is in memory, and was used just now."""
+        """An adapter in memory, noted as used."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -148,7 +148,7 @@ class Adapters:
                 self._read.popitem(last=False)
 
     def _taken(self) -> int:
-        """Bytes of the adapters in memory, those included that were only read."""
+        """Bytes of the adapters in memory, including those that were only read."""
         read = (bytes_of(one) for one in self._read.values() if not isinstance(one, DistKVError))
         return sum(one.nbytes for one in self._kept.values()) + sum(read)
 
@@ -163,6 +163,6 @@ class Adapters:
         if missing := sorted(made.added.keys() - rows.computed):
             raise AdapterError(
                 f"the adapter in {adapter.path} changes {missing[0]} and {len(missing) - 1} others like it, which this "
-                "engine computes in another way than as linear layers: merge it into the model (peft's "
+                "engine does not compute as linear layers: merge it into the model (peft's "
                 "merge_and_unload), and open an engine on the result"
             )

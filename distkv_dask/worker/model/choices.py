@@ -1,7 +1,7 @@
-"""Choices as a trie of tokens: which tokens are scored behind which, and what the choices are worth in the end.
+"""Choices as a trie of tokens: which tokens are scored after which, and the likelihoods of the choices.
 
-A choice's log-likelihood is the sum of its tokens' log probabilities. Where a choice is the beginning of another one,
-that the answer ends there counts, too: then no two choices can be had at once, and their probabilities compare.
+A choice's log-likelihood is the sum of its tokens' log probabilities. If a choice is the beginning of another one, the
+end of the answer counts as part of it: then the choices exclude each other, and their probabilities can be compared.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class ChoiceTrie:
             self._next[choice] |= dict.fromkeys(self._ends)
         passed = {node[:at] for node in self._next for at in range(len(node))}
         self.paths = sorted(self._next.keys() - passed - {()})
-        """Tokens to compute behind the prompt: each path covers the nodes on it."""
+        """Tokens to compute after the prompt: each path covers the nodes on it."""
         self._found: dict[tuple[Tokens, int], TokenLogprob] = {}
 
     def targets(self, path: Tokens) -> tuple[Tokens, ...]:
-        """Which tokens are scored behind each token of a path."""
+        """The tokens that are scored after each token of a path."""
         return tuple(self.after(path[: at + 1]) for at in range(len(path)))
 
     def after(self, node: Tokens = ()) -> Tokens:
-        """Which tokens are scored behind some, or behind the prompt."""
+        """The tokens that are scored after some tokens, or after the prompt."""
         return tuple(self._next[node])
 
     def learn(self, path: Tokens, scored: Iterable[TokenLogprob]) -> None:
-        """Take the log probabilities of a path's targets, or those behind the prompt."""
+        """Add the log probabilities of a path's targets, or of those after the prompt."""
         nodes = [path[: at + 1] for at in range(len(path))] or [()]
         keys = ((node, token) for node in nodes for token in self.after(node))
         self._found.update(zip(keys, scored, strict=True))

@@ -1,8 +1,8 @@
-"""A model cut down to the layers of a stage: others stay in the list as modules that compute nothing.
+"""A model cut down to the layers of a stage: other layers stay in the list as modules that compute nothing.
 
-The model's own forward runs at every stage, so that all that it makes of positions is there. At the home, the first
-layer of each further stage sends hidden states there and returns what comes back; at a stage, the layer before its own
-returns the hidden states that came.
+The model's own forward runs at every stage, so that everything it derives from positions is available. At the home, the
+first layer of each further stage sends hidden states there and returns the reply; at a stage, the layer before its own
+returns the hidden states that it received.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _TOLERANCE = 1e-3
 _ADVICE = "Set distkv.stages to 1, or choose another model"
 
 _here = threading.local()
-"""Hidden states that came to, and leave, the stage whose forward runs on this thread."""
+"""Hidden states that the stage whose forward runs on this thread received, and those that it sends."""
 
 
 class Elsewhere(nn.Module):
-    """Takes the place of a layer that another worker computes.
+    """Replaces a layer that another worker computes.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Elsewhere(nn.Module):
         self.stage_number = stage
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Hidden states [1, T, size] after the whole stage; unchanged in a forward that no stages take part in."""
+        """Hidden states [1, T, size] after the whole stage; unchanged in a forward without stages."""
         further = getattr(running_step(), "further", None) if self.stage_number else None
         return hidden_states if further is None else cast(Tensor, further.through(self.stage_number, hidden_states))
 
@@ -61,7 +61,7 @@ class _Entry(Elsewhere):
     """The layer before a stage's own."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Hidden states that came from the home."""
+        """Hidden states from the home."""
         return cast(Tensor, _here.came)
 
 
@@ -109,7 +109,7 @@ def keep_layers(model: Any, geometry: Geometry, stage: Stage) -> Geometry:
 
 
 def stage_forward(model: Any, hidden: Tensor, positions: Tensor) -> Tensor:
-    """Hidden states [T, size] after a stage's layers, of those before it.
+    """Hidden states [T, size] after a stage's layers, computed from those before it.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ class _OwnToken:
 
 
 def _check_cut(model: Any, few: nn.ModuleList, geometry: Geometry) -> None:
-    """Refuse a model of which nothing but hidden states, or more than them, goes from layer to layer."""
+    """Refuse a model unless hidden states, and only these, go from layer to layer."""
     config, after = model.config.get_text_config(), list[Any]()
     ids = torch.linspace(0, config.vocab_size - 1, 5).long()[None]
     first = few[0]

@@ -24,7 +24,7 @@ from distkv_dask.errors import ModelError, UnsupportedModelError, in_words
 from distkv_dask.worker.model.mapped import FileMaps
 
 _LINE = 64
-"""Bytes of a cache line: libraries round as a weight's place in one tells, so it has the same place as in its file."""
+"""Bytes of a cache line: rounding may depend on a weight's place in one, so it has the same place as in its file."""
 _AT_ONCE = 1 << 30
 """Maximum bytes of a read: Linux reads at most 2 GiB."""
 
@@ -144,7 +144,7 @@ class DiskLayers:
             self.begin_reading(layer + 1)
 
     def check_taken(self) -> None:
-        """Check, after the model has run, that it computes its layers in a way that this notices.
+        """Check, after the model has run, that every layer was read before it was computed.
 
         Raises
         ------
@@ -204,7 +204,7 @@ def _read(pieces: list[Piece], done: Future[None]) -> None:
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    """How often a module has each weight."""
+    """How many times a module has each weight."""
     return Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
 
 
@@ -219,12 +219,12 @@ def _size(weights: list[nn.Parameter]) -> int:
 
 
 def _lines(weight: Tensor) -> int:
-    """Bytes of a weight, wherever it begins in a cache line, in whole lines."""
+    """Bytes of a weight in whole cache lines, wherever it begins in one."""
     return (weight.nbytes // _LINE + 2) * _LINE
 
 
 def _shift(weight: Tensor) -> int:
-    """Where in a cache line a weight begins; 0 where that is no place for its dtype."""
+    """Where in a cache line a weight begins; 0 if its dtype cannot begin there."""
     shift = weight.data_ptr() % _LINE
     return 0 if shift % weight.itemsize else shift
 
@@ -237,7 +237,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _room(size: int) -> Tensor:
-    """Memory of ``size`` bytes that begins with a cache line."""
+    """Memory of ``size`` bytes, aligned to a cache line."""
     whole = torch.zeros(size + _LINE, dtype=torch.uint8)
     first = -whole.data_ptr() % _LINE
     return whole[first : first + size]

@@ -13,7 +13,7 @@ from torch import Tensor
 from distkv_dask.errors import ModelError, UnsupportedModelError
 
 ROWS = 256
-"""Tokens whose hidden states become float64 at once."""
+"""Tokens whose hidden states are converted to float64 at once."""
 
 
 class HiddenStates:
@@ -35,7 +35,7 @@ class HiddenStates:
 
     @contextmanager
     def taken(self, take: Callable[[Tensor], None] | None) -> Iterator[None]:
-        """Hand over those of each forward of this thread while the context lasts.
+        """Hand over the hidden states of each forward of this thread while the context lasts.
 
         Parameters
         ----------
@@ -80,7 +80,7 @@ def summed(hidden: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     hidden
         [T, size].
     ranges
-        First token and the one after the last, of each; none is empty.
+        First token of each, and the one after its last; none is empty.
     """
     return torch.stack([_sum(hidden[first:last]) for first, last in ranges])
 

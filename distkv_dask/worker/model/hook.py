@@ -51,8 +51,8 @@ class AttentionStep(Protocol):
 
 
 _running = threading.local()
-"""Holds the step of the forward that runs on this thread. A keyword given to the model would not do: not every family
-hands keywords that it does not know down to its attention."""
+"""Holds the step of the forward that runs on this thread. A keyword argument of the model would not work: not every
+family passes unknown keywords on to its attention."""
 
 
 @contextmanager
@@ -110,8 +110,8 @@ def dist_attention(
     """Attend with the running step; the form is that of transformers' attention functions.
 
     What a layer sees and its soft cap were learned when the model was loaded (:mod:`.layer_kinds`). Layers with fewer
-    KV heads or smaller heads than the pool are padded, which is exact: zeros add nothing to scores, and further numbers
-    of values are cut off again.
+    KV heads or smaller heads than the pool are padded, which is exact: zeros add nothing to scores, and padded numbers
+    of values are removed again.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def dist_attention(
 
 
 def _padded(tensor: Tensor, heads: int, size: int) -> Tensor:
-    """Contiguous [n * T, heads, size] of [n, h, T, d]: each head repeated, and zeros behind its numbers."""
+    """Contiguous [n * T, heads, size] of [n, h, T, d]: each head repeated, and padded with zeros."""
     _, given, _, d = tensor.shape
     if given != heads:
         tensor = tensor.repeat_interleave(heads // given, 1)

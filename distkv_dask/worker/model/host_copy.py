@@ -1,8 +1,8 @@
 """Weights that cannot be mapped from their checkpoint, shared by a machine's processes through a converted file.
 
-Weights in a checkpoint's own dtype and form are mapped, so processes of one machine share their pages. Where they are
-converted to another dtype, or joined (experts), each process would have its own copy. So the first process writes
-its copy to the user's cache directory, and all of them map this file.
+Weights in a checkpoint's own dtype and form are mapped, so processes of one machine share their pages. If they are
+converted to another dtype, or joined (experts), each process would have its own copy. So the first process writes its
+copy to the user's cache directory, and all of them map this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WAIT = 600.0
 """Seconds to wait for another process that writes the file."""
 
 ALONE = "of this process alone: "
-"""Start of what is said of weights that are not mapped from a file, before the reason."""
+"""Start of the note on weights that are not mapped from a file, before the reason."""
 
 _COLUMNS = "columns:"
 """Prefix of matrices with contiguous columns, which are written transposed."""
@@ -57,9 +57,9 @@ def loaded_once(read: Read, name: str, key: object) -> tuple[Any, str]:
     read
         Loads it.
     name
-        What messages call it.
+        The model's name in messages.
     key
-        All that its weights depend on, with a ``repr`` that is the same in all processes.
+        Everything that its weights depend on, with a ``repr`` that is the same in all processes.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def loaded_once(read: Read, name: str, key: object) -> tuple[Any, str]:
 def own_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's weights that are not mapped from files, and so in memory once for each process.
 
-    Where the operating system does not say (outside Linux), 0.
+    0 if the operating system does not report it (outside Linux).
     """
     maps = FileMaps()
     return sum(weight.nbytes for weight in model.parameters() if maps.of(weight) is None) if maps.are_known else 0
@@ -123,7 +123,7 @@ def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
     if _form(model) == form:
         return model, _mapped(file)
     file.unlink()  # transformers converts weights of these names again
-    return _alone(read(None), "transformers does not read them back as they are")
+    return _alone(read(None), "transformers does not read them back unchanged")
 
 
 def _mapped(file: Path) -> str:

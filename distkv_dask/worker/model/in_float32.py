@@ -1,8 +1,8 @@
 """Runs a 16-bit model in float32, a module at a time, so that rounding does not hide or fake a difference.
 
 There is never a second copy of the model: small weights are widened while their layer runs, large ones during their own
-call, and the largest (experts) stay in 16 bits, between two conversions. Embeddings and heads over a big vocabulary are
-not copied: rows are looked up and then widened, and products computed by some rows of the weight at a time.
+call, and the largest (experts) stay in 16 bits, between two conversions. Embeddings and heads over a large vocabulary
+are not copied: rows are looked up and then widened, and products are computed for some rows of the weight at a time.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 _SHORT = (torch.bfloat16, torch.float16)
 _SMALL, _LARGE = 64 << 20, 2 << 30
-"""Bytes in float32 of a module's own weights: up to the first it is widened with its layer, up to the second alone."""
+"""Bytes of a module's own weights in float32: up to the first it is widened with its layer, up to the second alone."""
 
 
 @contextmanager
 def in_float32(model: Any, layers: nn.ModuleList | None) -> Iterator[bool]:
-    """Run a model in float32 for a while; yields whether all of it does.
+    """Run a model in float32 for a while; yields whether all parts of it run in float32.
 
     Parameters
     ----------
     model
         A transformers model.
     layers
-        Its decoder layers, where they are known: only one of them is widened at a time.
+        Its decoder layers, if they are known: only one of them is widened at a time.
     """
     if model.dtype not in _SHORT or getattr(model, "hf_quantizer", None) is not None:
         yield model.dtype == torch.float32
@@ -102,7 +102,7 @@ def _is_table(module: nn.Module) -> bool:
 
 
 def _widen_rows(stack: ExitStack, table: Any) -> None:
-    """Let a table compute in float32 without a copy of it."""
+    """Let an embedding or head compute in float32 without a copy of it."""
     table.forward = partial(_looked_up if isinstance(table, nn.Embedding) else _multiplied, table)
     stack.callback(delattr, table, "forward")
 

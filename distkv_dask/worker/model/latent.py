@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _ABSORBED = "distkv_absorbed"
 _NUMBERS = 8
-"""Kernels take values of a multiple of that many numbers."""
+"""Kernels need a multiple of this as the number of a value's elements."""
 
 
 def can_absorb(attentions: Sequence[Any]) -> bool:
@@ -43,7 +43,7 @@ def sizes_of(module: Any) -> dict[str, Any]:
 
 def is_absorbed(module: nn.Module) -> bool:
     """Whether an attention module passes latents."""
-    return _ABSORBED in vars(module)  # modules look long for attributes that they do not have
+    return _ABSORBED in vars(module)  # looking for a missing attribute of a module is slow
 
 
 def into_latents(module: Any, query: Tensor) -> Tensor:

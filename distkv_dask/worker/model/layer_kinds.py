@@ -1,7 +1,7 @@
 """What each layer of a model sees, inferred from the masks that the model requests from transformers.
 
-A configuration says it in many ways, or not. A model's code always requests a mask, by a function of two positions that
-returns whether one sees the other. Here that function is called instead of being made into a tensor.
+Configurations express it in many ways, or not at all. A model's code always requests a mask, by a function of two
+positions that returns whether one sees the other. Here that function is called instead of being turned into a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distkv_dask.worker.model.recurrent import attending_layers, has_recurrent_l
 _LOOKING = "distkv-look"
 _TOKENS = 4
 _NUMBERS = 8
-"""Kernels take heads of a multiple of that many numbers."""
+"""Kernels need a multiple of this as head size."""
 
 MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 
@@ -69,7 +69,7 @@ def kind_of(visible: MaskFunction, longest: int, device: torch.device | None = N
     longest
         Longest sequence in tokens.
     device
-        Where ``visible`` wants its positions.
+        The device on which ``visible`` expects positions.
 
     Examples
     --------

@@ -21,19 +21,19 @@ from distkv_dask.worker.model.packed import ONEDNN, TORCH, Choice, PackedLinear
 ROWS = (1, 4, 16, 64, 256, 512)
 """Numbers of rows that are timed: one sequence, batches that decode, prompts computed together, a chunk of one."""
 WEIGHTS, OUTPUTS, INPUTS = 8, 1536, 576
-"""Linears of a round, too large for a core's own cache together, and their sizes: a small model's."""
+"""Linears of a round, together too large for a core's own cache, and their sizes, those of a small model."""
 ROUNDS = 3
 IN_LAYERS = 1.25
 """A layer of the core, which needs no operations of torch between its products, pays with products that take as long as
 this beside the fastest ones."""
 BEATEN = 1.5
-"""What takes longer than the best by this factor takes part in no further round."""
+"""A candidate that is slower than the best by this factor is not timed in further rounds."""
 
 Product = Callable[[Tensor], Tensor]
 
 
 def chosen() -> Choice:
-    """The choice for torch's present number of threads."""
+    """The choice for torch's current number of threads."""
     return _chosen(torch.get_num_threads())
 
 
@@ -69,12 +69,12 @@ def choice(times: Mapping[int, Mapping[str, float]], sets: Sequence[str]) -> Cho
 
 
 def fastest(times: Mapping[str, float]) -> str:
-    """Name of the shortest time."""
+    """The name with the shortest time."""
     return min(times, key=lambda name: times[name])
 
 
 def timed() -> dict[int, dict[str, float]]:
-    """Seconds of a round by number of rows and candidate, the best of a few rounds in turns: about 0.2 s in all."""
+    """Seconds of a round by number of rows and candidate, the best of a few alternating rounds: about 0.2 s in all."""
     with torch.inference_mode():
         weights = [torch.full((OUTPUTS, INPUTS), 0.01, dtype=torch.bfloat16) for _ in range(WEIGHTS)]
         products = candidates(weights)
@@ -82,10 +82,10 @@ def timed() -> dict[int, dict[str, float]]:
 
 
 def candidates(weights: Sequence[Tensor]) -> dict[str, list[Product]]:
-    """The products of some weights [outputs, inputs], in bfloat16, by the name of what computes them."""
+    """The products of some weights [outputs, inputs], in bfloat16, by the name of the candidate."""
     made: dict[str, list[Product]] = {TORCH: [partial(_plain, weight) for weight in weights]}
     if torch.backends.mkldnn.is_available():
-        with suppress(RuntimeError):  # this processor has no bfloat16 that oneDNN uses
+        with suppress(RuntimeError):  # oneDNN has no bfloat16 on this processor
             made[ONEDNN] = [PackedLinear(weight, None) for weight in weights]
     packed = [few_rows.packed(weight) for weight in weights]
     for name in few_rows.sets():

@@ -1,4 +1,4 @@
-"""Loading of a model's weights on a worker, with every check that comes before it serves a request."""
+"""Loading of a model's weights on a worker, with all checks before it serves a request."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _read(
 ) -> tuple[Any, Geometry, Weights]:
     """The model with all its weights, checked; for parameters and errors see :func:`load_model`.
 
-    A stage's worker has no memory for all of them, so it maps them and keeps no pages that it has looked at.
+    A stage's worker has no memory for all of them, so it maps them and releases the pages that it has read.
     """
     check_supported(config := source.config())
     load = model_class(config, source.name).from_pretrained

@@ -37,7 +37,7 @@ __all__ = ["AttentionStep", "Geometry", "LoadedModel"]
 Repeated = Callable[[], Tensor]
 
 LEAST_STEPS = 6
-"""Steps for which a capture pays: it takes as long as one or two steps that Python launches."""
+"""Minimum steps for which a capture pays: it takes as long as one or two steps that Python launches."""
 
 
 class LoadedModel:
@@ -78,7 +78,7 @@ class LoadedModel:
         self.adapters = Adapters(model, weights.device.torch)
         """Its adapters."""
         self.stage: Stage | None = None
-        """The layers that it was cut down to, if it was, in a geometry of these alone."""
+        """The geometry of the layers to which it was cut down, if it was; else of all."""
         self.whole = geometry
         """Sizes of the model with all its layers."""
         self.uncaptured = "the host has no graphs"
@@ -170,11 +170,11 @@ class LoadedModel:
         step
             Attends in each layer; only it knows which token belongs to which sequence.
         keep
-            Whose logits are computed: those of the flattened tokens at the int64 indices [n] on the device, of which
-            there may be none; without it, of all.
+            int64 [n] on the device, maybe empty: indices of the flattened tokens whose logits are computed; None means
+            all.
         past
-            Of a model with recurrent layers: the states of the sequences, each with as many of the tokens, which are
-            those after the tokens then. ``keep`` is for one sequence only.
+            For a model with recurrent layers: the states of the sequences, each with the same number of tokens; after
+            the call, those after the tokens. ``keep`` is for one sequence only.
         take_hidden
             Called with the hidden states [T, size] of all tokens after the model's last norm.
 
@@ -204,7 +204,7 @@ class LoadedModel:
 
     @property
     def hidden_size(self) -> int:
-        """Numbers of a token's hidden state."""
+        """Size of a token's hidden state."""
         return int(self._model.config.get_text_config().hidden_size)
 
     def further(self, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
@@ -218,7 +218,7 @@ class LoadedModel:
         Parameters
         ----------
         inputs
-            int64 [2, T] on the device: tokens and positions, as :meth:`forward` takes them, of the step to come.
+            int64 [2, T] on the device: tokens and positions, as :meth:`forward` takes them, of the next step.
         step
             Attends, always in the same memory.
         queued
@@ -226,7 +226,7 @@ class LoadedModel:
         past
             As :meth:`forward` takes it.
         steps
-            How many steps there will be at most.
+            Maximum number of steps.
         """
 
         def forward(attention: AttentionStep) -> Tensor:

@@ -15,7 +15,7 @@ from distkv_dask.worker.device import HOST, Device
 from distkv_dask.worker.model.sampling import Draw, sample_batch
 
 ROWS = 16
-"""Rows that become float64 at once: the vocabulary of more would take hundreds of megabytes."""
+"""Rows that are converted to float64 at once: more would take hundreds of megabytes."""
 
 
 class Drawn(NamedTuple):
@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 def draw_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -> list[Drawn | DistKVError]:
     """Choose the next tokens of a batch as :func:`sample_batch` does, with log probabilities for those that want them.
 
-    Those are of the logits as they come: schemas forbid tokens only in what is drawn from.
+    Log probabilities are of the unchanged logits: schemas forbid tokens only in draws.
     """
     wanting = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not wanting:

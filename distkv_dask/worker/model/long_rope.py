@@ -1,7 +1,7 @@
 """LongRoPE (arXiv 2402.13753) pinned to the model's longest sequence.
 
-Transformers switches a batch to other frequencies when it grows past the original length, and leaves the keys that are
-stored wrong. Here all positions have the frequencies of long sequences from the first token on, as in vLLM.
+Transformers switches a batch to other frequencies when it grows past the original length, so that stored keys become
+wrong. Here all positions use the frequencies of long sequences from the first token on, as in vLLM.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _LONG = "longrope"
 
 
 def pin_long_rope(model: Any, longest: int) -> None:
-    """Give rotary embeddings of the kind ``longrope`` the frequencies of sequences of ``longest`` tokens, for good.
+    """Permanently give rotary embeddings of the kind ``longrope`` the frequencies of sequences of ``longest`` tokens.
 
     Parameters
     ----------
     model
         A transformers model; changed in place.
     longest
-        Longest sequence in tokens. Where the original length is no shorter, nothing changes.
+        Longest sequence in tokens. If the original length is not shorter, nothing changes.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

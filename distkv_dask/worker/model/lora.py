@@ -1,8 +1,8 @@
-"""LoRA beside a model: products of low rank that are added to some rows of a linear's result.
+"""LoRA without merging: products of low rank are added to some rows of a linear's result.
 
-One forward may have rows of several adapters, and rows of none, each in a run of its own (as in Punica, arXiv
+One forward may have rows of several adapters, and rows of none, each in its own run (as in Punica, arXiv
 2310.18547). The model's own weights are never changed, so packed linears, tiles and layers from disk stay as they are.
-As in peft, the weights of an adapter are float32, and so is what is added.
+As in peft, the weights of an adapter and its contributions are float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _here = threading.local()
 
 
 class LoraWeights(NamedTuple):
-    """What an adapter adds to a linear: ``up`` after ``down``, times ``scaling``.
+    """An adapter's contribution to a linear: ``up`` after ``down``, times ``scaling``.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class PlacedAdapter:
     Parameters
     ----------
     added
-        By the name of a linear, what it adds to rows [n, in]: [n, out].
+        By the name of a linear, its contribution to rows [n, in]: [n, out].
     nbytes
         Bytes of its weights.
     """
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
 @dataclass(slots=True)
 class AdaptedRows:
-    """Which of a forward's tokens have which adapter: none those that are in no run.
+    """The adapter of each of a forward's tokens; tokens that are in no run have none.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def adapted_rows(counts: Sequence[tuple[PlacedAdapter | None, int]]) -> AdaptedR
 
 @contextmanager
 def adapting(rows: AdaptedRows) -> Iterator[None]:
-    """Let forwards on this thread add what adapters add, inside a ``with`` statement."""
+    """Let forwards on this thread add the adapters' contributions, inside a ``with`` statement."""
     if not rows.runs:
         yield
         return
@@ -131,7 +131,7 @@ def placed(weights: dict[str, LoraWeights], device: torch.device, alike: bool) -
 
 
 def watch_linear(name: str, linear: nn.Module) -> Any:
-    """Let a linear of the model add what adapters add to it; returns the handle that removes this."""
+    """Let a linear of the model add adapters' contributions; returns the handle that removes this."""
     return linear.register_forward_hook(partial(_add, name))
 
 
@@ -151,7 +151,7 @@ def _added_alike(down: TiledLinear, up: TiledLinear, scaling: float, rows: Tenso
 
 
 def _add(name: str, linear: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor | None:
-    """After a linear has computed: add to the rows of adapters what these add."""
+    """After a linear has computed: add the contributions of adapters to their rows."""
     rows: AdaptedRows | None = getattr(_here, "rows", None)
     if rows is None:
         return None

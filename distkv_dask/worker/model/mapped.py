@@ -40,7 +40,7 @@ class FileMaps:
         return bool(self._parts)
 
     def of(self, tensor: Tensor) -> Part | None:
-        """The part of a file that holds all of a contiguous tensor; None where it is in memory of this process."""
+        """The part of a file that holds all of a contiguous tensor; None if it is in memory of this process."""
         at = bisect_right(self._starts, tensor.data_ptr()) - 1
         if at < 0 or tensor.data_ptr() + tensor.nbytes > self._parts[at].stop:
             return None
@@ -48,7 +48,7 @@ class FileMaps:
 
 
 class MappedPages:
-    """The pages of files in which a model's weights lie when this is made; what was read of them can be given back.
+    """The pages of files from which a model's weights are mapped now; pages that were read can be released.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class MappedPages:
         self._madvise = ctypes.CDLL(None).madvise if mapped else None
 
     def drop_pages(self, weights: Iterable[Tensor]) -> None:
-        """Give back memory of mapped weights: whoever reads them again has them from the operating system's cache.
+        """Release pages of mapped weights: the next read gets them from the operating system's cache.
 
         Reading a little of a weight is enough for the operating system to map many pages around it.
         """
@@ -75,18 +75,18 @@ class MappedPages:
 
 @contextmanager
 def few_pages(model: nn.Module) -> Iterator[Callable[[Iterable[Tensor]], None]]:
-    """Have little more of a model's mapped weights in memory than one layer's, while all of them are looked at.
+    """Keep little more than one layer of a model's mapped weights in memory, while all of them are read.
 
     Parameters
     ----------
     model
-        A model. Whenever one of its modules has computed, the pages of the module's own weights are given back; in the
+        A model. Whenever one of its modules has computed, the pages of the module's own weights are released; at the
         end, those of all weights.
 
     Yields
     ------
     Callable
-        Gives back pages of weights that were read outside of modules.
+        Releases pages of weights that were read outside of modules.
     """
     pages, weights = MappedPages(model), [*model.parameters()]
 

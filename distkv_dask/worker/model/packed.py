@@ -1,4 +1,4 @@
-"""Linears with weights in the form that few rows are computed with fastest: the C++ core's, or oneDNN's.
+"""Linears with weights in the form that is fastest for few rows: the C++ core's, or oneDNN's.
 
 The loaded weights are kept, too: most are mapped from files, and other parts of the model use them.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from distkv_dask.kernels.few_rows import FewRows, packed
 
 PART = 1 / 16
-"""Maximum part of a worker's memory for packed weights; more is better used for KV."""
+"""Maximum part of a worker's memory for packed weights; KV makes better use of more."""
 
 REORDER, LINEAR = "_reorder_linear_weight", "_linear_pointwise"
 """Operations of torch that Inductor uses, too."""
@@ -26,14 +26,14 @@ TORCH, ONEDNN = "torch", "oneDNN"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What serves how many rows.
+    """Which products are used, by number of rows.
 
     Attributes
     ----------
     few
-        Most rows and instruction set of the core's products, in order of rows; empty if they are never the fastest.
+        Maximum rows and instruction set of the core's products, in order of rows; empty if they are never the fastest.
     alone
-        Most rows for which they are the fastest; with more, they serve in the core's layers only.
+        Maximum rows for which they are the fastest; with more, they are used in the core's layers only.
     onednn
         Whether oneDNN's packed weights serve instead of them.
     """
@@ -57,14 +57,14 @@ def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]
     model
         A model in host memory.
     room
-        Bytes that all of it may take; nothing is packed if it would take more.
+        Maximum bytes of all packed weights; nothing is packed if they would take more.
     choose
-        Asked what serves bfloat16 weights. float16 is left to oneDNN, float32 to what torch computes with.
+        Chooses the products of bfloat16 weights. float16 is left to oneDNN, float32 to torch's library.
 
     Returns
     -------
     int
-        Bytes that were packed: 0 where nothing serves packed weights of this dtype on this processor.
+        Bytes that were packed: 0 if there are no products of packed weights of this dtype on this processor.
     """
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear and _is_short(module.weight)]
     linears = [linear for linear in linears if "forward" not in vars(linear)]  # others skip rows, or compute them alike
@@ -76,13 +76,13 @@ def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]
             if (product := _product(linear, choose)) is None:
                 return 0
             linear.forward = product  # type: ignore[assignment]
-    except RuntimeError:  # float16 needs instructions that the processor does not have: it is so for the first one
+    except RuntimeError:  # float16 needs instructions that the processor does not have: the first one shows it
         return 0
     return size
 
 
 def packed_by(model: torch.nn.Module) -> str:
-    """What computes with packed weights of a model, in words; empty where nothing is packed."""
+    """The products of packed weights of a model, in words; empty if nothing is packed."""
     found = (vars(module).get("forward") for module in model.modules())
     return next((one.by for one in found if isinstance(one, FewRowsLinear | PackedLinear)), "")
 
@@ -96,7 +96,7 @@ def _product(linear: torch.nn.Linear, choose: Callable[[], Choice]) -> Callable[
 
 
 def in_words(kernels: Sequence[tuple[int, str]]) -> str:
-    """Which instruction sets serve up to how many rows.
+    """Instruction sets and their maximum numbers of rows, in words.
 
     Examples
     --------
@@ -114,7 +114,7 @@ class FewRowsLinear:
     weight, bias
         [out, in] and [out] or None, bfloat16.
     choice
-        What serves how many rows.
+        Which products are used, by number of rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice) -> None:

@@ -31,12 +31,12 @@ from distkv_dask.worker.model.temperature import take_temperatures
 _PIECES = ((3, 1), (2, 3))
 """Tokens that each of the two sequences adds in each of the two calls."""
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.3
-"""Largest relative difference of logits in float32, and where parts stay in 16 bits or fewer, whose rounding may send a
+"""Largest relative difference of logits in float32, and if parts stay in 16 bits or fewer, whose rounding may send a
 token to another expert."""
 
 
 def probe(model: Any, latents: bool = True) -> Geometry:
-    """Run ``model`` (a transformers causal LM) and return the geometry that its layers showed.
+    """Run ``model`` (a transformers causal LM) and return the geometry found in its layers.
 
     The model is left with the attention implementation ``"distkv"``, and its temperatures with our hook.
 
@@ -50,7 +50,7 @@ def probe(model: Any, latents: bool = True) -> Geometry:
     Raises
     ------
     UnsupportedModelError
-        When a layer asks for what DistAttention does not compute, or the logits differ from the model's own.
+        When a layer needs something that DistAttention does not compute, or the logits differ from the model's own.
     """
     config = model.config.get_text_config()
     total = [sum(tokens) for tokens in zip(*_PIECES, strict=True)]
@@ -82,7 +82,7 @@ def probe(model: Any, latents: bool = True) -> Geometry:
 def _both(
     model: Any, ids: Sequence[Tensor], geometry: Geometry, attentions: Sequence[nn.Module]
 ) -> tuple[Tensor, Tensor]:
-    """Logits by the model's own attention, and by ours, which all ``attentions`` are left with."""
+    """Logits by the model's own attention, and by ours, which all ``attentions`` keep."""
     model.set_attn_implementation("eager")
     own = torch.cat([_own_logits(model, tokens, bool(geometry.state_bytes)) for tokens in ids])
     take_temperatures(attentions)
@@ -169,7 +169,7 @@ def _in_pieces_with_states(model: Any, ids: Sequence[Tensor], geometry: Geometry
 
 
 def _forward(model: Any, dense: _Dense, past: Past, pieces: Sequence[tuple[int, Tensor, int, int]]) -> Tensor:
-    """Logits of pieces of sequences: number of each, its tokens, and the first and last of the piece."""
+    """Logits of pieces of sequences: the number of each sequence, its tokens, and the first and last of the piece."""
     sizes = {sequence: stop - start for sequence, _, start, stop in pieces}
     dense.counts = tuple(sizes.get(sequence, 0) for sequence in range(max(sizes) + 1))
     tokens = torch.cat([ids[start:stop] for _, ids, start, stop in pieces])

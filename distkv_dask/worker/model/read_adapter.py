@@ -1,4 +1,4 @@
-"""Reading an adapter, with every check that comes before it is computed: peft says what it changes in a model."""
+"""Reading an adapter, with all checks before it is computed: peft determines what it changes in a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.models.adapter_files import CONFIG, WEIGHTS, fingerprint_of, re
 from distkv_dask.worker.model.lora import LoraWeights
 
 Weights = dict[str, LoraWeights]
-"""By the names of the linears that an adapter changes."""
+"""An adapter's weights, by the names of the linears that it changes."""
 
 
 def bytes_of(weights: Weights) -> int:
@@ -43,7 +43,7 @@ def read_weights(adapter: Adapter, model: Any) -> Weights:
     """
     from safetensors.torch import load
 
-    read_adapter(adapter.path)  # says what is wrong better than what follows
+    read_adapter(adapter.path)  # its errors are clearer than the later ones
     folder = Path(adapter.path)
     try:
         contents = [(folder / name).read_bytes() for name in (CONFIG, WEIGHTS)]
@@ -51,7 +51,7 @@ def read_weights(adapter: Adapter, model: Any) -> Weights:
         raise AdapterError(f"the adapter in {folder} cannot be read: {in_words(error)}") from error
     if fingerprint_of(iter(contents)) != adapter.fingerprint:
         raise AdapterError(
-            f"the adapter in {folder} is another one than the client saw: it was changed meanwhile, or the path leads "
+            f"the adapter in {folder} is not the one that the client saw: it was changed since then, or the path leads "
             "somewhere else on this worker"
         )
     tensors = load(contents[1])
@@ -81,21 +81,21 @@ PREFIX = "base_model.model."
 
 
 class Change(NamedTuple):
-    """What an adapter's configuration says of a linear: the rank of what is added, and the factor before it."""
+    """An adapter's configuration of a linear: the rank of its contribution, and the factor."""
 
     rank: int
     scaling: float
 
 
 def changes_of(folder: Path, model: Any) -> dict[str, Change]:
-    """What an adapter changes in a model, by the names of linears: peft says which, and how.
+    """The linears of a model that an adapter changes, by their names, as peft determines them.
 
     peft puts the adapter into a model of the same class and sizes that has no weights.
 
     Raises
     ------
     AdapterError
-        When the model does not have its modules, or has them as something else than linear layers.
+        When the model does not have its modules, or they are not linear layers.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear, LoraLayer
@@ -106,7 +106,7 @@ def changes_of(folder: Path, model: Any) -> dict[str, Change]:
         with torch.device("meta"):
             bare = type(model)(copy.deepcopy(model.config))
             inject_adapter_in_model(config, bare)
-    except Exception as error:  # peft raises whatever its configuration makes it stumble over
+    except Exception as error:  # peft may raise any error for a faulty configuration
         raise AdapterError(f"the adapter in {folder} does not fit the model: {in_words(error)}") from error
     found: dict[str, Change] = {}
     own = dict(model.named_modules())
@@ -125,7 +125,7 @@ def changes_of(folder: Path, model: Any) -> dict[str, Change]:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear layer with plain weights; some models of old have them as a convolution."""
+    """Whether a module is a linear layer with plain weights; some old models have them as a convolution."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
@@ -139,7 +139,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, part: str, folder: Path) -
     """A weight of an adapter in float32, as peft computes with it."""
     found = tensors.get(f"{PREFIX}{name}.lora_{part}.weight")
     if found is None:
-        raise AdapterError(f"the adapter in {folder} has no weights for {name}, which it is to change: save it again")
+        raise AdapterError(f"the adapter in {folder} has no weights for {name}, which it should change: save it again")
     return found.float()
 
 

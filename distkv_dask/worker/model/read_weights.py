@@ -32,7 +32,7 @@ class Weights:
     device
         The device that has them.
     where
-        Whether other processes share that memory, or that layers are on disk, in words.
+        Whether other processes share that memory, or whether layers are on disk, in words.
     fingerprint
         Their fingerprint.
     disk

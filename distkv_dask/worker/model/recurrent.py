@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 
 
 class Slot(NamedTuple):
-    """Which tensor of a state: layer of the model, whether it is a convolution's, and its number in the layer."""
+    """A tensor of a state: layer of the model, whether it is a convolution's, and its number in the layer."""
 
     layer: int
     convolution: bool

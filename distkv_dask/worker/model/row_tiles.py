@@ -23,11 +23,11 @@ SIZES = tuple(1 << power for power in range(10))
 """Numbers of rows that are tried."""
 
 BASE = 64
-"""Every batch is to give the bits of this number of rows, which is cheap for large batches; a smaller number is used
-where the bits of a row depend on its place among this many."""
+"""Every batch should give the bits of this number of rows, which is cheap for large batches; a smaller number is used
+if the bits of a row depend on its place among this many."""
 
 _ELEMENTS = 1 << 22
-"""Elements of a result, at most, with which sizes are tried."""
+"""Maximum elements of a result in a trial."""
 
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
@@ -139,7 +139,7 @@ class TiledActivation:
 
 
 def linear_sizes(linear: torch.nn.Linear) -> tuple[int, ...]:
-    """Find the numbers of rows with which linears of such a shape give the same bits.
+    """Find the numbers of rows with which linears of this shape give the same bits.
 
     All sums in the trial are 0 except for rounding, so that no dtype hides it.
     """
@@ -168,9 +168,9 @@ def row_sizes(function: Rows, rows: Tensor, shifts: int) -> tuple[int, ...]:
     Parameters
     ----------
     function
-        What is tried.
+        The function to try.
     rows
-        [n, in], with which it is tried; n is a multiple of :data:`BASE`.
+        [n, in], its input in the trial; n is a multiple of :data:`BASE`.
     shifts
         Maximum shift of the rows: larger ones find rarer differences.
     """

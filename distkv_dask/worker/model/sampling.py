@@ -1,8 +1,8 @@
 """From logits to the next tokens, filtered as Hugging Face's ``generate`` does, in float64, on the logits' device.
 
 A draw uses one uniform number made from (seed, position) alone. So it is the same in any batch, in a retried window and
-on any device, up to rounding. Extreme parameters give the token that they tend to: a tiny temperature the greedy one,
-for instance. The whole batch is drawn at once on a card, and the host waits for it once: for the tokens.
+on any device, up to rounding. Extreme parameters give their limits: a tiny temperature the greedy token, for instance.
+The whole batch is drawn at once on a card, and the host waits for it once: for the tokens.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ LARGEST_PENALTY = 1e100
 """Larger penalties no longer change the order of float32 logits, and their products would overflow float64."""
 
 ROWS = 1
-"""Rows that are drawn at once on the host: more leave the processor's cache, and take several times as long each."""
+"""Rows that are drawn at once on the host: more exceed the processor's cache, and take several times as long each."""
 
 
 class Draw(NamedTuple):
     """How the next token of one sequence is chosen.
 
-    ``position`` is the one that the token will have in its sequence; ``history``, all tokens so far, is looked at only
-    when there is a repetition penalty; ``follower`` says which tokens a schema allows.
+    ``position`` is the one that the token will have in its sequence; ``history``, all tokens so far, is used only with
+    a repetition penalty; ``follower`` says which tokens a schema allows.
     """
 
     params: SamplingParams
@@ -49,16 +49,16 @@ def sample_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -
     Parameters
     ----------
     logits
-        float32 [rows, vocab] on the device; overwritten where a schema forbids tokens.
+        float32 [rows, vocab] on the device; overwritten if a schema forbids tokens.
     draws
-        One for each row. The ``seed`` must be set where the temperature is not 0.
+        One for each row. The ``seed`` must be set unless the temperature is 0.
     device
         Where the logits are.
 
     Returns
     -------
     list
-        For each row its token, an index into its logits, or the error that kept it from having one.
+        For each row its token, an index into its logits, or the error that prevented it.
     """
     largest, tokens = logits.max(-1)
     errors = _restrict(logits, draws, device)
@@ -70,7 +70,7 @@ def sample_batch(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) -
         tokens = _draw_rows(tokens, logits, draws, some, device, errors)
     found = torch.stack((largest.double(), tokens.double())).cpu().T.tolist()
     return [
-        errors.get(row) or (int(token) if isfinite(most) else _not_finite(draws[row]))  # of NaN and others, NaN is most
+        errors.get(row) or (int(token) if isfinite(most) else _not_finite(draws[row]))  # a maximum with NaN is NaN
         for row, (most, token) in enumerate(found)
     ]
 
@@ -81,7 +81,7 @@ def probabilities(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) 
     Parameters
     ----------
     logits
-        float32 [rows, vocab] on the device, of which in each row at least one is above -inf and none is inf or NaN.
+        float32 [rows, vocab] on the device; each row has at least one above -inf, and none is inf or NaN.
     draws
         One for each row, with temperatures above 0.
     device
@@ -92,7 +92,7 @@ def probabilities(logits: Tensor, draws: Sequence[Draw], device: Device = HOST) 
 
 def _probabilities(scores: Tensor, every: Sequence[SamplingParams], device: Device) -> Tensor:
     """Probabilities, float64 [rows, vocab], of scores with penalties."""
-    scores = scores - scores.max(-1, keepdim=True).values  # the quotient by a tiny temperature is -inf then, or 0
+    scores = scores - scores.max(-1, keepdim=True).values  # so that the quotient by a tiny temperature is -inf or 0
     vocab = scores.shape[1]
     settings = [(one.temperature, min(one.top_k, vocab), one.top_p, one.min_p) for one in every]
     temperature, top_k, top_p, min_p = device.put(torch.tensor(settings, dtype=torch.float64)).T[:, :, None]
@@ -108,19 +108,19 @@ def _probabilities(scores: Tensor, every: Sequence[SamplingParams], device: Devi
 
 
 def _is_drawn(params: SamplingParams) -> bool:
-    """Whether a row's token is another than that of its largest logit."""
+    """Whether a row's token may differ from that of its largest logit."""
     return params.temperature != 0 or params.repetition_penalty != 1
 
 
 def _restrict(logits: Tensor, draws: Sequence[Draw], device: Device) -> dict[int, DistKVError]:
-    """Forbid what the schemas forbid; the errors of rows that cannot be drawn for."""
+    """Forbid the tokens that schemas forbid; returns the errors of rows without a possible draw."""
     errors: dict[int, DistKVError] = {}
     for row, draw in enumerate(draws):
         if draw.follower is None:
             continue
         try:
             forbidden = device.put(draw.follower.forbidden(logits.shape[1]))
-            with torch.inference_mode():  # in which the logits were made
+            with torch.inference_mode():  # in which the logits were computed
                 logits[row].masked_fill_(forbidden, -torch.inf)
         except Exception as error:
             errors[row] = _failed(error, draw)
@@ -131,7 +131,7 @@ def _draw_rows(
     tokens: Tensor, logits: Tensor, draws: Sequence[Draw], some: Sequence[int], device: Device,
     errors: dict[int, DistKVError],
 ) -> Tensor:  # fmt: skip
-    """The tokens with those of some rows drawn: at once, or, where that fails, each by itself."""
+    """The tokens, those of some rows drawn: all at once, or one by one if that fails."""
     try:
         rows = device.put(torch.tensor(some))
         return tokens.index_copy(0, rows, _sampled(logits[rows], [draws[row] for row in some], device))
@@ -165,7 +165,7 @@ def _drawn(scores: Tensor, draws: Sequence[Draw], uniform: Tensor, device: Devic
 
 
 def _penalised(scores: Tensor, draws: Sequence[Draw], device: Device) -> Tensor:
-    """Scores, float64 [rows, vocab], written to: with the repetition penalties of tokens that were there before."""
+    """Scores, float64 [rows, vocab], written to: with the repetition penalties of earlier tokens."""
     some = [(row, draw) for row, draw in enumerate(draws) if draw.params.repetition_penalty != 1 and draw.history]
     if not some:
         return scores
@@ -189,7 +189,7 @@ def _best(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
 
 
 def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Leave the likeliest of each row that together have ``top_p``, float64 [rows, 1], and one at least."""
+    """Leave the most likely of each row that together have ``top_p``, float64 [rows, 1], and at least one."""
     ordered, order = scores.sort(stable=True, dim=-1)
     gone = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
     gone[:, -1] = False

@@ -1,4 +1,4 @@
-"""Models that engines of one process share: a second engine on a model opens without its weights being read again."""
+"""Models that engines of one process share: a second engine on a model opens without reading its weights again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distkv_dask.worker.model.loaded import LoadedModel
 
 _lock = threading.Lock()
 _models: WeakValueDictionary[tuple[Any, ...], LoadedModel] = WeakValueDictionary()
-"""Models in use, by all that they depend on; a model is freed when its last engine closes."""
+"""Models in use, by everything that they depend on; a model is freed when its last engine closes."""
 
 
 def shared_model(
@@ -35,10 +35,10 @@ def shared_model(
 ) -> LoadedModel:
     """A model that an open engine of this process has, or a newly loaded one.
 
-    For parameters and errors see :func:`~distkv_dask.worker.model.load.load_model`; ``place`` is called before
-    weights are read, and says whether layers are to be read from disk; ``weights`` is the setting that it goes by. A
-    model whose files have changed is another model. On cards nothing is shared: the streams of an engine belong to its
-    own model; nor where layers are read from disk, in the buffers of one model.
+    For parameters and errors see :func:`~distkv_dask.worker.model.load.load_model`; ``place`` is called before weights
+    are read, and says whether to read layers from disk; ``weights`` is the setting that it follows. A model whose files
+    have changed is another model. On cards nothing is shared, because the streams of an engine belong to its own model;
+    nor are layers from disk, because a model has its own buffers.
     """
     load = partial(load_model, name, dtype, threads, rope_scaling, deterministic, device, stage=stage)
     if not device.is_host:

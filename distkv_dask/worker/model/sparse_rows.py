@@ -1,4 +1,4 @@
-"""Sparse rows (PowerInfer, arXiv 2312.12456): where a ReLU gave 0, the row of the down projection is not needed.
+"""Sparse rows (PowerInfer, arXiv 2312.12456): if a ReLU gave 0, the row of the down projection is not needed.
 
 Skipping such rows is exact: they would be multiplied by 0. It pays for few tokens and many zeros; the limits are
 measured when a model is loaded. For this, the weights are stored row by row, as [inner, hidden].
@@ -46,7 +46,7 @@ class RowCounts:
 
     @property
     def most_tokens(self) -> int:
-        """Most tokens of a step in which rows are skipped."""
+        """Maximum tokens of a step in which rows are skipped."""
         return max((tokens for tokens, limit in self.limits.items() if limit), default=0)
 
     def limit(self, tokens: int) -> float:
@@ -83,7 +83,7 @@ def skip_zero_rows(model: Any) -> RowCounts:
     Parameters
     ----------
     model
-        A transformers model whose weights :func:`lay_in_rows` has laid.
+        A transformers model whose weights :func:`lay_in_rows` has stored.
     """
     linears = list(down_projections(model))
     counts = RowCounts(measured_limits(linears[:_TRIED]) if linears else {})
@@ -94,16 +94,16 @@ def skip_zero_rows(model: Any) -> RowCounts:
 
 
 class SparseLinear:
-    """A linear that reads only the rows that it needs, if these are few.
+    """A linear that reads only the needed rows, if they are few.
 
     Parameters
     ----------
     weight
-        [out, in], whose columns lie together in memory.
+        [out, in], whose columns are contiguous in memory.
     bias
         [out], if there is one.
     counts
-        When to do so, and what was read.
+        When to skip rows, and counts of bytes read.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, counts: RowCounts) -> None:
@@ -132,7 +132,7 @@ def sparse_product(flat: Tensor, where: Tensor, weight: Tensor, bias: Tensor | N
     flat
         [rows, in].
     where
-        int64 [n, 2]: what of them is not 0, row by row.
+        int64 [n, 2]: positions of their nonzero elements, row by row.
     weight, bias
         As :class:`SparseLinear` takes them.
     """
@@ -169,7 +169,7 @@ def _sparse(linear: nn.Linear, inner: Tensor) -> Tensor:
 
 
 def _seconds(linears: Sequence[nn.Linear], inner: Tensor, compute: Callable[[nn.Linear, Tensor], Tensor]) -> float:
-    """Of one product: the best of three rounds over the linears, after one that is not counted."""
+    """Seconds of one product: the best of three rounds over the linears, after one that is not counted."""
     rounds = []
     for _ in range(4):
         began = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Sampling that follows a grammar (of a JSON schema, say): before each draw, tokens that would break it get -inf.
+"""Sampling that follows a grammar (such as a JSON schema's): before each draw, tokens that would break it get -inf.
 
-A follower is built again from the committed tokens in each window, so a retried window follows the same way.
+A follower is rebuilt from the committed tokens in each window, so a retried window follows in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Follower:
     Parameters
     ----------
     form
-        What the answer follows.
+        The schema, regex or grammar.
     matcher
         At the answer's beginning.
     generated
@@ -65,7 +65,7 @@ class Follower:
         self._ask(partial(self._matcher.consume_token, token))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Ask the matcher; its own words of what went wrong would quote the form and the answer."""
+        """Ask the matcher; its own error messages would quote the form and the answer."""
         with no_panic(self._form):
             answer = question()
             if not self._matcher.is_error():
@@ -76,7 +76,7 @@ class Follower:
 
 
 KEPT = 256
-"""Number of compiled grammars that are kept: more than decode together."""
+"""Number of compiled grammars that are kept: more than can decode together."""
 
 
 class Grammars:
@@ -87,7 +87,7 @@ class Grammars:
     Parameters
     ----------
     tokenizer
-        Loads the model's transformers tokenizer, or None where it has none.
+        Loads the model's transformers tokenizer, or None if it has none.
     eos_token_ids
         Tokens that end an answer.
     vocab_size
@@ -103,11 +103,11 @@ class Grammars:
         self._made: dict[Form, LLMatcher | DistKVError] = {}
 
     def is_prepared(self, form: Form) -> bool:
-        """Whether :meth:`follow` needs not compile a form's grammar."""
+        """Whether :meth:`follow` does not have to compile a form's grammar."""
         return form in self._made
 
     def prepare(self, form: Form) -> LLMatcher | DistKVError:
-        """Compile a form's grammar, on any thread; what came of it, also if that is an error."""
+        """Compile a form's grammar, on any thread; returns the result, or the error."""
         if (made := self._made.get(form)) is not None:
             return made
         with self._compiling:
@@ -143,7 +143,7 @@ class Grammars:
         with no_panic(form):
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
             if matcher.is_error():
-                reason = matcher.get_error().partition("\n")[0]  # what follows quotes the whole grammar
+                reason = matcher.get_error().partition("\n")[0]  # the rest would quote the whole grammar
                 raise InvalidRequestError(f"{form.name} cannot be followed: {reason}")
         return matcher
 

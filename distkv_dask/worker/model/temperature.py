@@ -16,7 +16,7 @@ _SCALES = "distkv_temperature"
 
 
 def take_temperatures(attentions: Iterable[Any]) -> None:
-    """Switch temperatures off in the own code of attention modules; :func:`tempered` computes them from now on."""
+    """Switch temperatures off in attention modules' own code; :func:`tempered` computes them from now on."""
     for module in attentions:
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
@@ -36,7 +36,7 @@ def tempered(module: torch.nn.Module, query: Tensor, positions: Tensor) -> Tenso
     positions
         int64 [b * t].
     """
-    scales = vars(module).get(_SCALES)  # modules look long for attributes that they do not have
+    scales = vars(module).get(_SCALES)  # looking for a missing attribute of a module is slow
     if scales is None:
         return query
     floor, factor = scales

@@ -1,4 +1,4 @@
-"""Models with other parts than text (vision, audio) as text models."""
+"""Models with parts other than text (vision, audio) as text models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ half of an exchange (worker/native), loaded through ctypes: a layer without Python on plain sockets.
+"""The C++ half of an exchange (worker/native), loaded through ctypes: on plain sockets, layers need no Python.
 
 ctypes releases the interpreter lock during a call, so a holder answers while its own home lane runs Python. If the
 library or the kernels' core is missing, and on channels other than plain sockets, Python does the same.

@@ -29,7 +29,7 @@ SURPRISE = 4.0
 
 
 FIRST_SUMS = [2.0, 9.0, 65.0, 0.4, 2.6]
-"""As if two steps had tried 1 and 8 tokens, and added 0.1 and 0.3 of a plain step."""
+"""Prior: two steps that tried 1 and 8 tokens, and added 0.1 and 0.3 of a plain step."""
 
 
 class Chances:

@@ -16,7 +16,7 @@ SHORTEST = 2
 LONGEST = 16
 """Maximum length of a match: longer ones are hardly more reliable."""
 NEAREST = 4096
-"""Maximum occurrences of a pair that are compared, the last ones of each text: in a table, some are everywhere."""
+"""Maximum occurrences of a pair that are compared, the last ones of each text: in tables, some are everywhere."""
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 Positions = np.ndarray[Any, np.dtype[np.int64]]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StageBatch(NamedTuple):
-    """What a stage computes in the steps to come: a step's part, its number of tokens, and the blocks of each row."""
+    """The work of a stage in the next steps: a step's part, its number of tokens, and the blocks of each row."""
 
     part: Part
     tokens: int

@@ -20,7 +20,7 @@ _POSITION_BYTES = 8
 
 
 class StageTurns:
-    """Computes what one home asks; used by the holder lane's thread only.
+    """Computes a stage's layers for one home; used by the holder lane's thread only.
 
     It keeps nothing of a sequence but KV in blocks that the home names, so there is nothing to free or to move.
 
@@ -40,7 +40,7 @@ class StageTurns:
         self._shape = 0, model.hidden_size
 
     def greet(self, inlet: Inlet) -> None:
-        """Serve this home from now on: frames of an earlier connection, which may be unread, change nothing more."""
+        """Serve this home from now on: unread frames of an earlier connection no longer change anything."""
         self._inlet, self._attention = inlet, None
 
     def handle_frame(self, inlet: Inlet, header: Header, payload: memoryview) -> None:

@@ -1,6 +1,6 @@
 """How fast frames travel from this worker to another one and back, through the channel that requests use.
 
-The peer's holder lane sends back what it gets. Other work only makes trips slower, so the fastest ones count. A link
+The peer's holder lane returns the frames. Other work only makes trips slower, so the fastest ones count. A link
 between machines is kept for a day with the other measurements; between workers of one machine it is measured each time,
 which takes about 10 ms.
 """
@@ -24,7 +24,7 @@ FORM = 1
 SECONDS = 1.0
 """A link that takes longer than this is not measured."""
 TRIPS = 32
-"""Trips of one size at most."""
+"""Maximum trips of one size."""
 LEAST_TRIPS = 3
 SIZE_SECONDS = 0.02
 """Time for trips of one size, but at least ``LEAST_TRIPS``."""
@@ -35,7 +35,7 @@ KEPT_SECONDS = 24 * 3600
 
 
 def link_times(runtime: Runtime, peer: Endpoint) -> LinkTimes:
-    """Measure the link to a worker on which the engine of ``runtime`` is open, or read what is known of it.
+    """Measure the link to a worker on which the engine of ``runtime`` is open, or read a kept measurement.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def _in_this_thread(runtime: Runtime, peer: Endpoint) -> LinkTimes:
 
 
 def _trip(channel: Channel, size: int, until: float) -> float:
-    """Seconds of the fastest of a few trips there and back with so many bytes."""
+    """Seconds of the fastest of a few round trips with this many bytes."""
     sent, received = bytes(size), bytearray(size)
     best, began = float("inf"), time.perf_counter()
     for trip in range(TRIPS):
