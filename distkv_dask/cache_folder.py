@@ -1,4 +1,4 @@
-"""Where the user's processes keep what later runs on a machine need again."""
+"""The user's cache directory, for files that later runs on a machine reuse."""
 
 from __future__ import annotations
 

@@ -30,18 +30,18 @@ class RemoteFolder(Folder):
         self._path = path
 
     def make(self) -> None:
-        """Make it, with what it is in."""
+        """Create it and its parents."""
         self._filesystem.create_dir(self._path, recursive=True)
 
     @contextlib.contextmanager
     def create(self, name: str, durable: bool = True) -> Iterator[Any]:
-        """Write a new file; when it is durable is the service's business."""
+        """Write a new file; the service determines when it is durable."""
         path = self._file(name)
         try:
             with self._filesystem.open_output_stream(path) as stream:
                 yield stream
         except BaseException:
-            with contextlib.suppress(Exception):  # what went wrong first is what counts
+            with contextlib.suppress(Exception):  # the first error counts
                 self._filesystem.delete_file(path)
             raise
 
@@ -60,7 +60,7 @@ class RemoteFolder(Folder):
         return [one.base_name for one in found if one.is_file]
 
     def replace(self, name: str, by: str) -> None:
-        """Give file ``by`` the name of another one, which is gone."""
+        """Rename file ``by`` to the name of another one, which it replaces."""
         self._filesystem.move(self._file(by), self._file(name))
 
     def delete(self, name: str) -> None:
@@ -114,12 +114,12 @@ def folder_at(place: str | os.PathLike[str]) -> Folder:
         return _known(name, fs.PyFileSystem(fs.FSSpecHandler(other)), path)
     except (ImportError, ValueError) as error:
         reason = error
-    raise SavedDocumentError(f"{name} is no place that pyarrow or fsspec can write to: {in_words(reason)}")
+    raise SavedDocumentError(f"{name} is not a place that pyarrow or fsspec can write to: {in_words(reason)}")
 
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Raise what goes wrong as :class:`SavedDocumentError` that begins with ``what``: drivers raise what they like."""
+    """Raise any error as :class:`SavedDocumentError` that begins with ``what``: drivers raise errors of all kinds."""
     try:
         yield
     except DistKVError:
@@ -147,7 +147,7 @@ def local_path(place: str | os.PathLike[str]) -> Path | None:
 
 
 def check_file(path: Path) -> None:
-    """Raise :class:`OutputError` if a file cannot be written; nothing is left of the attempt, nor of a file changed."""
+    """Raise :class:`OutputError` if a file cannot be written; the attempt leaves nothing behind and changes no file."""
     there = path.exists()
     try:
         with path.open("ab"):

@@ -1,4 +1,4 @@
-"""What a folder of files has to do for us, wherever it is.
+"""The interface of a folder of files, local or remote.
 
 Names of files come from other people's metadata and from other workers: each is checked before it becomes a path.
 """
@@ -46,11 +46,11 @@ class Folder(ABC):
 
     @abstractmethod
     def create(self, name: str, durable: bool = True) -> AbstractContextManager[Any]:
-        """Write a new file, through to the disk if it is to be ``durable``; it is gone if the block raises."""
+        """Write a new file, synced to disk if it should be ``durable``; it is deleted if the block raises."""
 
     @abstractmethod
     def open(self, name: str) -> AbstractContextManager[Source]:
-        """Read a file; raises :class:`OSError` if it does not exist or no plain file."""
+        """Read a file; raises :class:`OSError` if it does not exist or is not a regular file."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class Folder(ABC):
 
     @abstractmethod
     def replace(self, name: str, by: str) -> None:
-        """Give file ``by`` the name of another one, which is gone."""
+        """Rename file ``by`` to the name of another one, which it replaces."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -66,19 +66,19 @@ class Folder(ABC):
 
     @abstractmethod
     def lock(self, watch: Watch) -> AbstractContextManager[None]:
-        """Have it for oneself; where locks are not known, nothing happens."""
+        """Lock the folder; without support for locks, nothing happens."""
 
     @abstractmethod
     def hold(self, name: str) -> AbstractContextManager[None]:
-        """Hold a file until the block, or this process, ends; where locks are not known, nothing happens."""
+        """Lock a file until the block, or this process, ends; without support for locks, nothing happens."""
 
     @abstractmethod
     def is_held(self, name: str) -> bool | None:
-        """Whether somebody holds a file; None where locks are not known."""
+        """Whether a process has locked a file; None without support for locks."""
 
 
 def checked_file_name(name: str) -> str:
-    """The name of a file, if it is that of one in the folder at hand.
+    """The name of a file, if it names one in the folder itself.
 
     Raises
     ------

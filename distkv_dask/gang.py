@@ -1,4 +1,4 @@
-"""What runs as one: the gang of tasks of a prefill chunk or a decode window, what it computes, and what came of it.
+"""Gangs: the tasks of a prefill chunk or a decode window, which run together, their work and their results.
 
 Units: positions and lengths are tokens, times are seconds, memory is bytes. A worker is named by its Dask address.
 """
@@ -28,9 +28,9 @@ class Earlier(NamedTuple):
 class Gang:
     """The Dask tasks, one per member worker, that run one decode window or one prefill chunk together.
 
-    ``number`` is unique in a gManager's life and stands in every frame on the wire; ``name`` is what people read on the
-    dashboard; ``epoch`` is the placement version the gang was planned with. A chunk ``follows`` earlier ones whose end
-    nobody has waited for: each of its layers comes after the same layer of theirs.
+    ``number`` is unique in a gManager's life and is in every frame on the wire; ``name`` is shown on the dashboard;
+    ``epoch`` is the placement version the gang was planned with. A chunk ``follows`` earlier ones that may still be
+    running: each of its layers is computed after the same layer of theirs.
     """
 
     engine: str
@@ -42,17 +42,17 @@ class Gang:
     follows: tuple[Earlier, ...] = ()
 
     def follows_at(self, worker: str) -> tuple[Earlier, ...]:
-        """Those of the chunks that it follows which a worker computes."""
+        """Of the chunks that it follows, those that a worker computes."""
         return tuple(earlier for earlier in self.follows if earlier.worker == worker)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """What a home needs to decode a sequence: committed facts only, so that a window can be retried from it.
+    """The state from which a home decodes a sequence: only committed facts, so that a window can be retried from it.
 
     ``length`` counts tokens whose KV is stored; ``last_token`` is the sampled token that comes next, at position
     ``length``. ``generated`` holds all tokens of the answer so far, ``prompt`` those before them when the repetition
-    penalty or speculation needs them, else nothing. What users wrote is left out of its ``repr``, and so of logs. It is
+    penalty or speculation needs them, else nothing. Users' texts are not in its ``repr``, and so not in logs. It is
     decoded with its ``adapter``, if it has one.
     """
 
@@ -73,8 +73,8 @@ class PrefillChunk:
 
     ``start`` is the position of the first token. With ``sampling`` the chunk is the prompt's last and its result
     carries the first generated token, or which of the ``choices`` was chosen. ``targets`` are, for each of the tokens,
-    those behind it whose log probabilities are wanted, with those of the ``best`` most likely ones. With ``snapshot``
-    the home keeps what it has of the sequence after the chunk, for others to begin with. It is computed with its
+    those after it whose log probabilities are wanted, with those of the ``best`` most likely ones. With ``snapshot``
+    the home keeps its state of the sequence after the chunk, for other sequences to begin with. It is computed with its
     ``adapter``, if it has one. From position ``pooled_from`` on, hidden states are summed for an embedding. Dask logs
     tasks that fail with their arguments: no text of users is in its ``repr``.
     """
@@ -100,7 +100,7 @@ class PrefillChunk:
 
     @property
     def reach(self) -> int:
-        """The position after the last token that is computed: those of choices, but for their last, come behind it."""
+        """The position after the last computed token: tokens of choices, except their last ones, follow the chunk."""
         return self.stop + max(0, *(len(choice) - 1 for choice in self.choices)) if self.choices else self.stop
 
 
@@ -113,7 +113,7 @@ class Pooled(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The choice that a request is answered with: its tokens, with their log probabilities if wanted.
+    """The choice that answers a request: its tokens, with their log probabilities if wanted.
 
     ``scores`` has the probability of each choice among all of them.
     """
@@ -125,10 +125,10 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What came of a chunk: the first generated ``token`` behind a prompt's last, with its ``logprob`` if wanted.
+    """The result of a chunk: after a prompt's last one the first generated ``token``, with its ``logprob`` if wanted.
 
-    ``scored`` has the log probabilities of the chunk's targets; ``chosen`` is there instead of a token if the request
-    has choices; ``pooled`` if hidden states of the chunk were summed.
+    ``scored`` has the log probabilities of the chunk's targets; if the request has choices, ``chosen`` replaces the
+    token; ``pooled`` is set if hidden states of the chunk were summed.
     """
 
     token: int | None = field(default=None, repr=False)
@@ -150,9 +150,9 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """What a home exchanged with its holders over channels.
+    """Totals of a home's exchange with its holders over channels.
 
-    Seconds it spent sending queries (and KV of tails that lie elsewhere) and waiting for partials, and payload bytes.
+    Seconds it spent sending queries (and KV of tails on other workers) and waiting for partials, and payload bytes.
     """
 
     sending: float = 0.0
@@ -170,7 +170,7 @@ class Exchanged:
 
 
 class Speculated(NamedTuple):
-    """Tokens of a sequence that were tried in steps before they were drawn, and how many were drawn then."""
+    """Tokens of a sequence that were tried in steps before they were drawn, and how many of them were then drawn."""
 
     proposed: int = 0
     accepted: int = 0
@@ -182,11 +182,11 @@ class Speculated(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
-    """What a window generated: new token ids by sequence, and why those that ended did.
+    """The result of a window: new token ids by sequence, and why sequences ended.
 
-    ``seconds`` is the window's length, and ``gap`` the time from the end of the home's window before to the start of
-    this one, when the home had sequences to decode all the while. ``errors`` has those of the sequences that ended with
-    ``"error"``: each failed alone, with the tokens that it had before. ``speculated`` has those for which tokens were
+    ``seconds`` is the window's length, and ``gap`` the time from the end of the home's previous window to the start of
+    this one, if the home had sequences to decode all the time. ``errors`` has those of the sequences that ended with
+    ``"error"``: each failed alone, and keeps its earlier tokens. ``speculated`` has those for which tokens were
     proposed: they may have more tokens than there were steps. ``logprobs`` has those of the tokens of sequences that
     want them.
     """

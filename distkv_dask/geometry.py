@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Which earlier tokens a layer's queries see, and what it does to their scores.
+    """Which earlier tokens a layer's queries see, and how it changes their scores.
 
     Parameters
     ----------
     visible
-        As transformers' ``layer_types`` say it: ``full`` is all earlier tokens; ``sliding`` the last ``size``, the
+        As in transformers' ``layer_types``: ``full`` is all earlier tokens; ``sliding`` the last ``size``, the
         query's own token among them; ``chunked`` those from the last multiple of ``size`` on.
     size
         Tokens of a window or chunk; 0 for ``full``.
     soft_cap
-        Scores become ``soft_cap * tanh(score / soft_cap)``; None leaves them.
+        Scores become ``soft_cap * tanh(score / soft_cap)``; None leaves them unchanged.
     """
 
     visible: Literal["full", "sliding", "chunked"] = "full"
@@ -42,11 +42,11 @@ class Geometry:
 
     ``kv_heads`` and ``head_dim`` are those of the pool: layers that have less are padded. ``max_positions`` is the
     longest sequence in tokens; ``dtype`` is torch's name of the dtype, e.g. ``bfloat16``; ``layer_kinds`` has one kind
-    a layer, or is empty where all of them see everything. Where ``latent_dim`` is not 0 (latent attention), values are
-    the first ``latent_dim`` numbers of the keys, and stored once. ``layers`` are those with attention: a model may have
-    recurrent ones beside them, which keep ``state_bytes`` of a sequence. Where they ``scan_once``, they cannot go on
-    from a state with several tokens at once. KV of ``home_layers`` stays at the home of its sequence, that of
-    ``far_layers`` is on any workers.
+    per layer, or is empty if all of them see everything. If ``latent_dim`` is not 0 (latent attention), values are the
+    first ``latent_dim`` numbers of the keys, and stored once. ``layers`` counts those with attention: a model may also
+    have recurrent ones, which keep ``state_bytes`` per sequence. If they ``scan_once``, they cannot continue from a
+    state with several tokens at once. KV of ``home_layers`` stays at the home of its sequence, that of ``far_layers``
+    may be on any workers.
     """
 
     layers: int
@@ -68,7 +68,7 @@ class Geometry:
 
     @property
     def home_layers(self) -> tuple[int, ...]:
-        """Layers that see only a window, which is short beside the longest sequence."""
+        """Layers that see only a window, which is short compared with the longest sequence."""
         return near_layers(self.layer_kinds, self.max_positions)
 
     @property
@@ -78,17 +78,17 @@ class Geometry:
 
     @property
     def window(self) -> int:
-        """Tokens that ``home_layers`` see at most."""
+        """Maximum tokens that ``home_layers`` see."""
         return max((self.layer_kinds[layer].size for layer in self.home_layers), default=0)
 
     @property
     def layer_numbers(self) -> int:
-        """Numbers that a layer stores of a token."""
+        """Numbers that a layer stores per token."""
         return self.kv_heads * self.head_dim * (1 if self.latent_dim else 2)
 
     @property
     def kv_numbers(self) -> int:
-        """Numbers that are stored of a token in ``far_layers``."""
+        """Numbers that are stored per token in ``far_layers``."""
         return len(self.far_layers) * self.layer_numbers
 
     @property
@@ -101,7 +101,7 @@ class Geometry:
 def near_layers(kinds: Sequence[LayerKind], max_positions: int) -> tuple[int, ...]:
     """Which layers' KV stays at the home of its sequence: that of windows, freed as it leaves them.
 
-    There must be others, and windows so short that keeping two of them takes half of the memory at most that the
+    There must be other layers, and windows must be so short that two of them take at most half of the memory that the
     longest sequence would.
 
     Examples
@@ -117,7 +117,7 @@ def near_layers(kinds: Sequence[LayerKind], max_positions: int) -> tuple[int, ..
 
 
 def describe_kinds(kinds: Sequence[LayerKind]) -> str:
-    """Kinds of layers in a line: what each letter stands for, then a letter a layer.
+    """Kinds of layers in one line: the meaning of each letter, then a letter per layer.
 
     Examples
     --------
@@ -152,7 +152,7 @@ class Measurement:
     attention
         (tokens of KV, seconds of one query over them in all layers): the only ones of a worker without a model.
     exchange
-        Seconds that it adds to a step to ask a holder on the same machine; None where that was not measured.
+        Seconds that asking a holder on the same machine adds to a step; None if that was not measured.
     """
 
     decode: tuple[tuple[int, int, float], ...] = ()

@@ -1,7 +1,7 @@
 """Folders of this machine, network disks included.
 
-New folders and files are for their owner alone whatever the umask says, and survive a crash of the machine once they
-are made. A file that could not be written whole is gone again.
+New folders and files are readable only by their owner, whatever the umask, and survive a crash of the machine once they
+exist. A file that could not be written completely is deleted.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from distkv_dask.folder import Folder, Source, checked_file_name
 from distkv_dask.watch import Watch
 
 LOCK_POLL = 0.05
-"""Seconds between two tries to lock a folder."""
+"""Seconds between two attempts to lock a folder."""
 
 
 class LocalFolder(Folder):
-    """A folder of this machine, or one that looks so (NFS)."""
+    """A folder of this machine, or one that looks local (NFS)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.place = str(path)
 
     def make(self) -> None:
-        """Make it, with what it is in, for its owner alone."""
+        """Create it and its parents, for its owner only."""
         missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
         for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # somebody else just did
+            with contextlib.suppress(FileExistsError):  # another process has just created it
                 folder.mkdir(0o700)
-                folder.chmod(0o700)  # whatever the umask took
+                folder.chmod(0o700)  # whatever the umask
                 sync(folder.parent)
         if not self.path.is_dir():
-            raise NotADirectoryError(f"{self.path} is no folder")
+            raise NotADirectoryError(f"{self.path} is not a folder")
 
     @contextlib.contextmanager
     def create(self, name: str, durable: bool = True) -> Iterator[IO[bytes]]:
-        """Write a new file for its owner alone."""
+        """Write a new file for its owner only."""
         path = self._file(name)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                with contextlib.suppress(PermissionError):  # a filesystem without modes
+                with contextlib.suppress(PermissionError):  # the file system has no modes
                     os.fchmod(descriptor, 0o600)
                 yield file
                 file.flush()
@@ -63,7 +63,7 @@ class LocalFolder(Folder):
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Source]:
         """Read a file without mapping it into memory: truncating it at the same time must not end this process."""
-        descriptor = os.open(self._file(name), os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        descriptor = os.open(self._file(name), os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a pipe
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
@@ -78,7 +78,7 @@ class LocalFolder(Folder):
             return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
 
     def replace(self, name: str, by: str) -> None:
-        """Give file ``by`` the name of another one; that is durable when this returns."""
+        """Rename file ``by`` to the name of another one; durable when this returns."""
         self._file(by).replace(self._file(name))
         sync(self.path)
 
@@ -88,7 +88,7 @@ class LocalFolder(Folder):
 
     @contextlib.contextmanager
     def lock(self, watch: Watch) -> Iterator[None]:
-        """Have it for oneself, once others are done."""
+        """Lock the folder, once other processes have released it."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             while _flock(descriptor) is False:
@@ -100,7 +100,7 @@ class LocalFolder(Folder):
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
-        """Hold a file until the block, or this process, ends."""
+        """Lock a file until the block, or this process, ends."""
         descriptor = os.open(self._file(name), os.O_RDWR)
         try:
             _flock(descriptor)
@@ -109,10 +109,10 @@ class LocalFolder(Folder):
             os.close(descriptor)
 
     def is_held(self, name: str) -> bool | None:
-        """Whether somebody holds a file; None where locks are not known."""
+        """Whether a process has locked a file; None without support for locks."""
         try:
             descriptor = os.open(self._file(name), os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except OSError:  # gone, or somebody else's
+        except OSError:  # deleted, or another user's
             return True
         try:
             free = _flock(descriptor)
@@ -125,7 +125,7 @@ class LocalFolder(Folder):
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Lock an open file: False if somebody else has, None if that is not known here (some network disks)."""
+    """Lock an open file: False if another process has, None without support for locks (some network disks)."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,7 +136,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk; nothing happens where a filesystem syncs no folders."""
+    """Sync a file, or the names in a folder, to disk; nothing happens if a file system does not sync folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Log probabilities: what the model gave a token, and which tokens it found most likely in its place."""
+"""Log probabilities: that of a token, and the most likely tokens in its place."""
 
 from __future__ import annotations
 

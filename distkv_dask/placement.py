@@ -51,7 +51,7 @@ class Move:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that change their place."""
+        """Number of tokens that move."""
         return self.stop - self.start
 
 
@@ -73,8 +73,8 @@ class Endpoint:
 class Stage:
     """A run of a model's layers, ``number`` of ``count``, that one worker computes.
 
-    The home of all sequences has the first one. It is told where the ``further`` stages listen, and the most ``blocks``
-    that all of them have room for.
+    The home of all sequences has the first one. It is told where the ``further`` stages listen, and how many ``blocks``
+    all of them have room for.
 
     Examples
     --------
@@ -88,5 +88,5 @@ class Stage:
     blocks: int = 0
 
     def layers(self, of: int) -> tuple[int, int]:
-        """First layer of the stage, and the one after its last, of a model with so many: the home has the fewest."""
+        """First layer of the stage, and the one after its last, by the number of layers: the home has the fewest."""
         return self.number * of // self.count, (self.number + 1) * of // self.count

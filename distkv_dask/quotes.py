@@ -17,7 +17,7 @@ QuoteForm = Literal["answer", "evidence"]
 """Whether the whole answer is a quote, or a free answer is followed by one."""
 
 PAGE_END = "\f"
-"""What ends a page of a text, as ``pdftotext`` writes it."""
+"""The end of a page of a text, as ``pdftotext`` writes it."""
 
 _BEFORE = '\nQuote: "'
 _LONGEST_WORD = 16
@@ -29,7 +29,7 @@ class Quote:
     """A span of a document.
 
     ``text`` is ``document[start:stop]``, in characters. ``page`` counts from 1, and is None where the document's text
-    has no pages. A text that is in the document several times is found where it is first.
+    has no pages. If a text occurs several times in the document, this is the first occurrence.
     """
 
     text: str
@@ -78,5 +78,5 @@ class Quoting:
 
 
 def free_answer(said: str) -> str:
-    """What an answer with evidence says before its quote."""
+    """The answer before its quote, with evidence."""
     return said.partition(_BEFORE)[0]

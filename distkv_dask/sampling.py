@@ -16,7 +16,7 @@ from distkv_dask.sampling_values import choice_values, place, real, refusal, sch
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Message = dict[str, Any]
 MOST_ANSWERS = 128
-"""Most answers to one prompt."""
+"""Maximum answers to one prompt."""
 Embed = Literal["mean", "last"]
 """Which of a text's hidden states are its embedding: their mean, or the last token's."""
 YES_NO = ("Yes", "No")

@@ -95,7 +95,7 @@ def tokens_by_worker(pieces: Iterable[Piece]) -> dict[str, int]:
 
 
 def spans(pieces: Sequence[Piece], colour: Mapping[str, str] | None = None) -> str:
-    """A strip and its legend; nothing where there are no pieces."""
+    """A strip and its legend; empty without pieces."""
     if not pieces:
         return ""
     colour = colours(piece.worker for piece in pieces) if colour is None else colour
@@ -115,12 +115,12 @@ def table(rows: Iterable[tuple[str, str, str]]) -> str:
         f'<td style="{cell}">{escape(words)}</td></tr>'
         for name, picture, words in rows
     )
-    look = "border:none;margin:0;color:inherit;font-size:inherit"  # which not every page hands on to tables
+    look = "border:none;margin:0;color:inherit;font-size:inherit"  # not every page passes it on to tables
     return f'<table style="{look}">{body}</table>' if body else ""
 
 
 def counted(number: int, thing: str) -> str:
-    """Number and noun, in the plural but for one."""
+    """Number and noun, in the plural unless it is one."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 

@@ -1,4 +1,4 @@
-"""Texts and names as users and files give them, checked before anything is done with them."""
+"""Checks of texts and names from users and files, before they are used."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import unicodedata
 from distkv_dask.errors import InvalidRequestError
 
 LONGEST_TEXT = 1 << 26
-"""Characters of the longest text; ten times what the longest windows of today hold."""
+"""Characters of the longest text; ten times what today's longest windows hold."""
 LONGEST_NAME = 200
 
 
 def checked_text(text: str, what: str) -> str:
-    r"""Return a text as it is, if it can be one.
+    r"""Return a text unchanged, if it is valid.
 
     Parameters
     ----------
     text
         Any string.
     what
-        What the message calls it, such as ``"the prompt"``.
+        Its name in the message, such as ``"the prompt"``.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def checked_name(name: object, what: str) -> str:
     Raises
     ------
     InvalidRequestError
-        When it is no text, is empty or longer than :data:`LONGEST_NAME`, or holds control characters or halves of
+        When it is not a text, is empty or longer than :data:`LONGEST_NAME`, or holds control characters or halves of
         surrogate pairs.
     """
     if not isinstance(name, str) or not name.strip():

@@ -1,8 +1,8 @@
-"""Blocking work on files that may hang (a network disk, an object store): watched, and given up when it stands still.
+"""Blocking work on files that may hang (a network disk, an object store): watched, and abandoned without progress.
 
-A thread that hangs in the kernel cannot be ended. So such work gets a daemon thread of its own, which keeps no pool of
-threads busy and no process alive; it shows its progress, and learns before it changes anything that nobody waits any
-more.
+A thread that hangs in the kernel cannot be ended. So such work gets its own daemon thread, which blocks no thread pool
+and keeps no process alive; it reports its progress, and before it changes anything it checks whether its caller still
+waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Watch:
-    """Shared by work and its waiting caller; work without a limit gets one that is never given up."""
+    """Shared by work and its waiting caller; work without a limit gets one that is never abandoned."""
 
     def __init__(self) -> None:
         self.seen = time.monotonic()
@@ -29,18 +29,18 @@ class Watch:
         self._lock = threading.Lock()
 
     def step(self) -> None:
-        """Show progress; raises :class:`TimeoutError` if nobody is waiting."""
+        """Show progress; raises :class:`TimeoutError` if the caller no longer waits."""
         self.check()
         self.seen = time.monotonic()
 
     def check(self) -> None:
-        """Raise :class:`TimeoutError` if nobody is waiting."""
+        """Raise :class:`TimeoutError` if the caller no longer waits."""
         if self._given_up:
             raise TimeoutError("it took too long, and its caller no longer waits")
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Change what others own, in no time; impossible once the work was given up."""
+        """Do a short change of shared data; impossible once the work was abandoned."""
         with self._lock:
             self.step()
             yield
@@ -76,7 +76,7 @@ async def watched(limit: float, what: str, work: Callable[..., Result], *argumen
             result = work(watch, *arguments)
         except BaseException as error:
             failure = error
-        with contextlib.suppress(RuntimeError):  # the event loop has been closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the event loop was closed in the meantime
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=run, daemon=True, name="distkv-files").start()

@@ -25,7 +25,7 @@ def visualize(graph: StepGraph, filename: str | None = "step.svg", **options: An
     Parameters
     ----------
     graph
-        What to draw.
+        The graph.
     filename
         The file to write (``.svg``, ``.png``, ``.pdf``; ``.html`` with cytoscape); None writes none.
     **options

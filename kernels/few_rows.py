@@ -1,7 +1,6 @@
 """Products of few rows with a linear's bfloat16 weights, in the C++ core (native/linear.h): weights are read once.
 
-Libraries for matrix products are made for many rows: with one row they read weights at a fraction of the rate that
-memory has.
+Libraries for matrix products are made for many rows: with one row they read weights at a fraction of the memory's rate.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class FewRows:
     bias
         [outputs] or None.
     kernels
-        Most rows that an instruction set of :func:`sets` serves, and its name; in order of rows.
+        Maximum rows of an instruction set of :func:`sets`, and its name; in order of rows.
 
     Raises
     ------
@@ -86,7 +85,7 @@ class FewRows:
 
     @property
     def most(self) -> int:
-        """Most rows that are served."""
+        """Maximum rows."""
         return self._kernels[-1][0]
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Index(NamedTuple):
     first_keys: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> Index:
-        """The same tensors on a device; those that are there already are not copied."""
+        """The same tensors on a device; those already there are not copied."""
         return Index(*(beside(x, device) for x in self))
 
     def read(self) -> tuple[Ints, Ints, Ints | None, Ints | None, Ints | None]:

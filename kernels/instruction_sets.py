@@ -1,6 +1,6 @@
 """The fastest of the core's instruction sets on this processor, measured for few queries and for many.
 
-CPU flags do not tell: on one processor the bf16 dot product is the fastest, on another it runs at half the rate of
+CPU flags do not show it: on one processor the bf16 dot product is the fastest, on another it runs at half the rate of
 plain AVX-512.
 """
 

@@ -28,7 +28,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
             scores.masked_fill_(positions > last[:, None], -torch.inf)
         if call.first_keys is not None:
             scores.masked_fill_(positions < call.first_keys[queries, None], -torch.inf)
-        seen = (scores != -torch.inf).flatten(0, 1).any(0)  # what no query sees may contain NaN
+        seen = (scores != -torch.inf).flatten(0, 1).any(0)  # keys and values that no query sees may contain NaN
         scores, values = scores[..., seen], values[:, seen]
         total = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - total[..., None]).nan_to_num(0.0)

@@ -76,7 +76,7 @@ def _attend_row(call: Call, row: int, sight: _Sight, out: torch.Tensor, lse: tor
         ids = call.block_tables[row, first // block_tokens : -(-last // block_tokens)].long()
         _upcast(call.k_pool, call.k_scales, ids, keys)
         _upcast(call.v_pool, call.v_scales, ids, values)
-        seen = slice(max(0, sight.first - first), last - first)  # what no query sees may contain NaN
+        seen = slice(max(0, sight.first - first), last - first)  # keys and values that no query sees may contain NaN
         mask = sight.mask(first + seen.start, last, count, q.device)
         if mask is not None:
             mask = mask.repeat(heads // kv_heads, 1)

@@ -1,4 +1,4 @@
-"""Client to gManager and back, on Dask's rpc: the calls, and what requests and their news look like."""
+"""Client to gManager and back, on Dask's rpc: the calls, and the form of requests and events."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineFacts:
     Attributes
     ----------
     max_positions
-        Longest sequence of the model in tokens; infinite where it has no limit.
+        Longest sequence of the model in tokens; infinite if it has no limit.
     vocab_size
         Token ids are below this.
     block_bytes
@@ -48,9 +48,9 @@ class EngineFacts:
     dtype
         torch's name of the dtype of weights and KV.
     fingerprint
-        Tells models with other weights apart.
+        Distinguishes models with other weights.
     workers
-        How many workers the engine had then.
+        Number of the engine's workers at that time.
     """
 
     max_positions: float
@@ -62,7 +62,7 @@ class EngineFacts:
 
 
 class Attached(NamedTuple):
-    """A new handle on an open engine: what its owner asked for (without the token), and what its workers said."""
+    """A new handle on an open engine: its owner's settings (without the token), and its workers' reports."""
 
     spec: EngineSpec
     facts: EngineFacts
@@ -70,10 +70,10 @@ class Attached(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """A request as it travels to the gManager.
+    """A request as it is sent to the gManager.
 
-    ``streamed`` when somebody reads the answer as it comes; ``document`` is the number of the document that it begins
-    with, if any. With ``keeps`` it becomes a document once it is answered, and without ``sampling`` it is one, whose
+    ``streamed`` if the answer is read as it is generated; ``document`` is the number of the document that it begins
+    with, if any. With ``keeps`` it becomes a document once it is answered. Without ``sampling`` it is a document, whose
     blocks are read from ``saved`` if that is given. Without ``sampling`` and a prompt, the blocks of ``document`` are
     saved there. ``name`` is a document's; ``choices`` has the tokens of each choice, one of which is the answer. All of
     it is computed with the ``adapter``, if there is one.
@@ -96,9 +96,9 @@ class Delivery:
     """New tokens of a request, and its end when ``reason`` is set.
 
     ``generated`` counts the tokens of an answer that ended; it is None for documents and saves. ``logprobs`` are those
-    of the tokens, where they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
-    come again if the prompt is recomputed. ``scores`` are the probabilities of the request's choices, ``pooled`` a part
-    of its embedding; no part comes again.
+    of the tokens, if they are wanted; ``scored`` those of the prompt's tokens from position ``scored_from`` on: they
+    are sent again if the prompt is recomputed. ``scores`` are the probabilities of the request's choices, ``pooled`` a
+    part of its embedding; no part is sent twice.
     """
 
     sequence: int

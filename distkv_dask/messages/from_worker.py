@@ -31,10 +31,10 @@ class Opened(FromWorker):
     """An engine is open on the worker.
 
     ``role`` is "memory" for a worker that only holds KV, "stage" for one that computes further layers; sizes are in
-    blocks and bytes. It can be home of ``places`` sequences at most. ``device`` is what it computes on, with a note if
-    there is one; ``fingerprint`` tells which weights were loaded; ``measured`` how fast the worker is, if it was timed;
-    ``kernels`` which attention kernels serve, and why; ``weights`` where the weights are; ``adapters`` what it said of
-    them last.
+    blocks and bytes. It can be home of at most ``places`` sequences. ``device`` is what it computes on, with a note if
+    there is one; ``fingerprint`` identifies the loaded weights; ``measured`` is the worker's speed, if it was timed;
+    ``kernels`` says which attention kernels are used, and why; ``weights`` where the weights are; ``adapters`` is its
+    latest report about them.
     """
 
     endpoint: Endpoint
@@ -63,12 +63,12 @@ class OpenFailed(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Closed(FromWorker):
-    """The worker freed all that an engine had there."""
+    """The worker freed everything that an engine had there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost(FromWorker):
-    """The worker lives, but lost all that it had of an engine."""
+    """The worker is alive, but lost everything that it had of an engine."""
 
     reason: str
 
@@ -93,9 +93,9 @@ class ChunkStarted(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(FromWorker):
-    """A chunk is computed after which no token is drawn; ``scored`` has its targets, ``pooled`` its hidden states.
+    """A chunk without a draw after it is computed; ``scored`` has its targets, ``pooled`` its hidden states.
 
-    One that ``joined`` was computed in the gang of another chunk, so that its own has not needed its holders.
+    If it ``joined``, it was computed in the gang of another chunk, so its own gang did not need its holders.
     """
 
     sequence: int
@@ -110,9 +110,9 @@ class ChunkDone(FromWorker):
 class Prefilled(FromWorker):
     """A prompt's last chunk is computed, and its first token drawn.
 
-    ``reason`` is set if the answer ended with the token; with "stop" the token is no part of it. ``logprob`` is the
+    ``reason`` is set if the answer ended with the token; with "stop" the token is not part of it. ``logprob`` is the
     token's, if wanted; ``scored`` has the targets of the chunk. With ``chosen``, the answer is a choice, and ends.
-    ``joined`` as of :class:`ChunkDone`.
+    ``joined`` as in :class:`ChunkDone`.
     """
 
     sequence: int

@@ -23,7 +23,7 @@ MEMORY_RESOURCE = "distkv-memory"
 """Dask resource of workers that only hold KV and load no model (``dask worker --resources "distkv-memory=1"``)."""
 
 KV_MEMORY_RESOURCE = "distkv-kv-memory"
-"""Dask resource: bytes of KV memory of just this worker, instead of ``distkv.kv-memory``."""
+"""Dask resource: bytes of KV memory of this worker, instead of ``distkv.kv-memory``."""
 
 PAUSE_FRACTION = 0.8
 """Dask pauses a worker whose process is above this part of its memory limit (``distributed.worker.memory.pause``)."""
@@ -38,13 +38,13 @@ HANDLE_NUMBERS = 10**9
 """Requests and documents of handle ``h`` of an engine are numbered from ``h * HANDLE_NUMBERS``; the owner's is 0."""
 
 COMMON_NUMBERS = 2**52
-"""Beginnings that requests share while the first of them runs are numbered from here: no handle reaches it."""
+"""Numbers of beginnings that requests share while the first of them runs start here: no handle reaches it."""
 
 OWN_DISK = ""
-"""The place of blocks that were spilled: a folder of each worker's own."""
+"""The place of spilled blocks: each worker's own folder."""
 
 HOST_MEMORY = "host memory"
-"""Where a worker with a card is to put blocks that it spills first; they are read as if they were on its disk."""
+"""Where a worker with a card first puts spilled blocks; they are read as if they were on its disk."""
 
 TAKE_TRACE = "distkv_take_trace"
 """The gManager's call of a worker (rpc) for spans by lane that an engine's lanes recorded since the last call."""
@@ -80,9 +80,9 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Something that a lane did: from ``began`` to ``ended``, nanoseconds since 1970.
+    """An activity of a lane, from ``began`` to ``ended`` in nanoseconds since 1970.
 
-    Numbers are -1 where there is none. ``peer`` is the worker at the other end, ``size`` the bytes sent or received, or
+    Numbers are -1 if there is none. ``peer`` is the worker at the other end, ``size`` the bytes sent or received, or
     tokens or sequences computed.
     """
 
@@ -97,7 +97,7 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Spans of one lane in the order of their ends, and how many before them were lost for want of room."""
+    """Spans of one lane in the order of their ends, and how many earlier ones were lost for lack of room."""
 
     spans: list[Span]
     lost: int
@@ -130,8 +130,8 @@ class EngineSpec:
 class SavedFile(NamedTuple):
     """A file with the blocks of tokens ``[start, stop)`` of a sequence.
 
-    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32. Documents that anybody wrote consist of these,
-    so there is nothing in it that a worker would call or run.
+    ``bytes`` is its size, ``checksum`` the CRC-32 of its blocks' CRC-32. Untrusted documents consist of these, so it
+    contains nothing that a worker would call or run.
     """
 
     name: str
@@ -144,7 +144,7 @@ class SavedFile(NamedTuple):
 class SpilledFile(NamedTuple):
     """A :class:`SavedFile` on the own disk of ``worker``, or in its host memory until it is moved there.
 
-    Only the gManager makes these, of what that worker told.
+    Only the gManager makes these, from that worker's reports.
     """
 
     name: str
@@ -160,7 +160,7 @@ POOL = "blocks-in-pool-"
 
 
 def pool_file(sequence: int, start: int, stop: int, worker: str) -> SpilledFile:
-    """Blocks of a sequence in a worker's pool, to be read as those of a file are.
+    """Blocks of a sequence in a worker's pool, to be read like those of a file.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def pool_file(sequence: int, start: int, stop: int, worker: str) -> SpilledFile:
 
 
 def sequence_in_pool(name: str) -> int | None:
-    """Whose blocks these are; None where they are in a file."""
+    """The sequence of these blocks; None if they are in a file."""
     return int(name.removeprefix(POOL)) if name.startswith(POOL) else None
 
 

@@ -108,17 +108,17 @@ class WorkerStatus:
     channels
         Which kinds of channel it opens to which workers, and why.
     device
-        What it computes on: ``"cpu"`` or a card's name; after a colon, what should be known about that.
+        What it computes on: ``"cpu"`` or a card's name; after a colon, a note on it.
     kernels
-        Which attention kernels serve it, and why: where instruction sets were measured, the figure of each.
+        Which attention kernels it uses, and why: if instruction sets were measured, the figure of each.
     weights
-        Where the model's weights are: mapped from a file that its machine's workers share, or else, and why.
+        Where the model's weights are: mapped from a file that its machine's workers share, or elsewhere, and why.
     adapters, adapter_bytes
         Folders of the LoRA adapters that it has in memory (``distkv.adapters``), and the bytes of all of them.
     window_seconds
         Length of its latest decode window.
     performance
-        How fast it is.
+        Its speed.
     """
 
     role: Literal["instance", "memory"]
@@ -150,8 +150,8 @@ class SequenceStatus:
     ----------
     state
         ``"waiting"``, ``"prefill"``, ``"decode"``, ``"retiring"``; ``"saving"``, ``"spilling"`` or ``"fetching"`` while
-        its KV is written to files or read back; ``"document"`` for a document that can be asked, ``"dropped"`` while
-        its KV is given up for others; ``"aside"`` while it cannot run on the remaining workers.
+        its KV is written to files or read back; ``"document"`` for a document that can be asked, ``"dropped"`` while it
+        is evicted; ``"aside"`` while it cannot run on the remaining workers.
     aside
         Why it is set aside; empty otherwise.
     document
@@ -159,7 +159,7 @@ class SequenceStatus:
     name
         The document's name.
     saved
-        Whether its KV is in files, too.
+        Whether its KV is also in files.
     prompt_tokens, generated_tokens
         Tokens of the prompt, and tokens generated so far.
     questions
@@ -167,7 +167,7 @@ class SequenceStatus:
     kv_tokens
         Tokens whose KV is stored.
     home
-        Address of the worker that holds its last tokens and, for a request, decodes it; None while it has no place.
+        Address of the worker that holds its last tokens and, for a request, decodes it; None while it has no placement.
     placement
         Where its KV is, in the order of its tokens.
     """
@@ -219,7 +219,7 @@ class SchedulerLoad:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """Where everything of an engine is, at one moment.
+    """A snapshot of an engine: where everything is.
 
     Attributes
     ----------
@@ -238,10 +238,10 @@ class EngineStatus:
     state_bytes
         Bytes that only the home of a sequence has: a state, if the model has recurrent layers, and KV of layers that
         see a short window; 0 for other models. Such a sequence stays at its home until that worker leaves, and others
-        can begin with its tokens only where the home kept a snapshot.
+        can share its tokens only up to a snapshot that the home kept.
     speculation
-        How many tokens decode steps try ahead (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
-        reason where the settings do not say so.
+        How many tokens decode steps propose (``distkv.speculation``): ``"auto"``, a number or ``"off"``, with the
+        reason if it differs from the setting.
     exchange_seconds
         The scheduler's estimate for one exchange of a decode step with one holder on the same host.
     links
@@ -283,7 +283,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class EngineSummary:
-    """An engine of a cluster as anybody sees it: its model and dtype, the id of its owner's Dask client, its status."""
+    """An engine of a cluster as every client sees it: model and dtype, the id of its owner's Dask client, status."""
 
     model: str
     dtype: str

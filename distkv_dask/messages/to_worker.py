@@ -1,4 +1,4 @@
-"""GManager to rManager, on Dask's ordered stream: what a worker is to do for one engine.
+"""GManager to rManager, on Dask's ordered stream: work for one engine.
 
 The state machine makes these as commands, and they are sent as they are.
 """
@@ -24,7 +24,7 @@ class ToWorker:
 class Open(ToWorker):
     """Open an engine (the worker answers Opened or OpenFailed); a memory worker is told the model's ``geometry``.
 
-    Where the model's layers are on several workers, each is told its ``stage``.
+    If the model's layers are on several workers, each is told its ``stage``.
     """
 
     spec: EngineSpec
@@ -34,7 +34,7 @@ class Open(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Close(ToWorker):
-    """Free all that the engine has here (the worker answers Closed)."""
+    """Free everything that the engine has here (the worker answers Closed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Reserve(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Share(ToWorker):
-    """Let a sequence have the blocks of ``source``'s tokens ``[start, stop)``, too: they are freed with the last."""
+    """Share the blocks of ``source``'s tokens ``[start, stop)`` with a sequence: the last sharer frees them."""
 
     source: int
     sequence: int
@@ -58,7 +58,7 @@ class Share(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Begin(ToWorker):
-    """Let a sequence begin with what its home keeps of another one, ``source``, after ``length`` tokens."""
+    """Let a sequence begin with its home's snapshot of another one, ``source``, after ``length`` tokens."""
 
     sequence: int
     source: int
@@ -76,7 +76,7 @@ class Keep(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Retire(ToWorker):
-    """Begin no more work on a sequence, and say when none is under way (the worker answers Retired)."""
+    """Start no new work on a sequence, and report when no work is running (the worker answers Retired)."""
 
     sequence: int
 
@@ -90,7 +90,7 @@ class Release(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Free(ToWorker):
-    """Free the blocks of tokens ``[start, stop)`` of a sequence: no window uses them, and moves must leave them out."""
+    """Free the blocks of tokens ``[start, stop)`` of a sequence: no window uses them, and moves must skip them."""
 
     sequence: int
     start: int
@@ -99,7 +99,7 @@ class Free(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Join(ToWorker):
-    """Decode a sequence (again), from the committed state on; it takes part from the home's next window."""
+    """Decode a sequence (again) from its committed state, beginning with the home's next window."""
 
     state: SequenceState
     holders: tuple[Endpoint, ...]
@@ -116,7 +116,7 @@ class Reset(ToWorker):
 class Expect(ToWorker):
     """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers Expected).
 
-    A copy has another ``sequence`` here than where it comes from.
+    A copy has another ``sequence`` here than at its source.
     """
 
     number: int
@@ -129,7 +129,7 @@ class Expect(ToWorker):
 class Send(ToWorker):
     """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects move ``number`` (answered by Sent).
 
-    ``pace`` is the time of a decode step that the copying hides under, in seconds; 0 means as fast as possible.
+    ``pace`` is the time of a decode step, in seconds, with which the copying overlaps; 0 means as fast as possible.
     """
 
     number: int
@@ -169,7 +169,7 @@ class Store(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Fetch(ToWorker):
-    """Fill the blocks of these token ranges of a sequence from where it is saved (the worker answers Fetched).
+    """Fill the blocks of these token ranges of a sequence from its files (the worker answers Fetched).
 
     The home also reads its state and windows after ``home`` tokens; 0 if there are none, or on another worker.
     """
@@ -182,21 +182,21 @@ class Fetch(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Demote(ToWorker):
-    """Move spilled blocks from host memory to the worker's own disk, before anything that is asked for later."""
+    """Move spilled blocks from host memory to the worker's own disk, before any later message."""
 
     files: tuple[SpilledFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Discard(ToWorker):
-    """Delete spilled blocks, after everything that was asked for earlier."""
+    """Delete spilled blocks, after all earlier messages."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Abort(ToWorker):
-    """End the worker's part in a gang; without an error where the gang went on without needing it (``unused``)."""
+    """End the worker's part in a gang; without an error if the gang did not need it (``unused``)."""
 
     gang: int
     reason: str

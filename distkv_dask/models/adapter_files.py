@@ -1,7 +1,7 @@
 """The files of an adapter, checked before anything starts, without torch and peft.
 
-An adapter is LoRA of linear layers, as peft saves it. Whatever else peft knows (DoRA, whole modules, embeddings, new
-tokens) would be computed wrongly if it were left out, so it is refused by name.
+An adapter is LoRA of linear layers, as peft saves it. Other features of peft (DoRA, whole modules, embeddings, new
+tokens) are refused by name, because leaving them out would give wrong answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMPUTED = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     )
 )
-"""Keys that say what is computed; peft itself reads them on the workers."""
+"""Keys that determine the computation; peft itself reads them on the workers."""
 
 _WITHOUT_EFFECT = frozenset(
     (
@@ -36,7 +36,7 @@ _WITHOUT_EFFECT = frozenset(
         *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     )
 )
-"""Keys that change nothing when an adapter is computed beside the model, or that are checked by themselves."""
+"""Keys that change nothing if an adapter is not merged, or that are checked separately."""
 
 _NAMES = {
     "use_dora": "DoRA",
@@ -48,17 +48,17 @@ _NAMES = {
     "layer_replication": "layers that are repeated",
     "alora_invocation_tokens": "tokens from which on it applies (aLoRA)",
 }
-"""What is not computed, in words."""
+"""Unsupported features, in words."""
 
 _INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Initialisations that leave the model's own weights as they are."""
+"""Initialisations that do not change the model's own weights."""
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _FLOATS = "F32", "F16", "BF16"
 
 
 def read_adapter(place: str | os.PathLike[str]) -> Adapter:
-    """Check the files of an adapter, and name it.
+    """Check the files of an adapter, and compute its fingerprint.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def read_adapter(place: str | os.PathLike[str]) -> Adapter:
     MissingProgramError
         When peft is not installed.
     AdapterError
-        When the folder has no whole adapter, or one that is not LoRA of linear layers alone; the message says what.
+        When the folder has no complete adapter, or one that is not only LoRA of linear layers; the message says what.
     """
     if find_spec("peft") is None:
         raise MissingProgramError("adapters need peft: pip install 'distkv-dask[lora]'")
@@ -109,19 +109,19 @@ def fingerprint_of(contents: Iterator[bytes]) -> str:
 
 
 def check_config(config: Mapping[str, Any], folder: str) -> None:
-    """Refuse an adapter of which something would be left out.
+    """Refuse an adapter with unsupported features.
 
     Parameters
     ----------
     config
         As ``adapter_config.json`` has it.
     folder
-        What messages call the adapter.
+        The adapter's name in messages.
 
     Raises
     ------
     AdapterError
-        Naming what it has that is not computed.
+        The message names the unsupported feature.
     """
     if (kind := config.get("peft_type")) != "LORA":
         raise AdapterError(f"the adapter in {folder} is of peft_type {kind!r:.50}, but only LORA is computed")
@@ -146,12 +146,12 @@ def check_config(config: Mapping[str, Any], folder: str) -> None:
 
 
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """The modules that an adapter's weights are for: numbers that go in, the rank, and numbers that come out.
+    """The modules that an adapter's weights are for: input size, rank and output size of each.
 
     Raises
     ------
     AdapterError
-        When its file is damaged, or holds other tensors than pairs of LoRA.
+        When its file is damaged, or has tensors other than pairs of LoRA.
     """
     from safetensors import safe_open
 

@@ -1,7 +1,7 @@
 """Every weight of a model is in its checkpoint, and every tensor of the checkpoint is used.
 
-Transformers draws weights that it does not find at random and leaves tensors out that it does not know, with a warning
-only. Both are refused here by name: what a checkpoint says beyond the model is a scale, an expert or a bias left out.
+Transformers initialises missing weights at random and ignores unknown tensors, with only a warning. Both are refused
+here by name: an unknown tensor is a scale, an expert or a bias that would be left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from distkv_dask.errors import ModelError
 
 _SHOWN = 3
-"""Tensors that a message names."""
+"""Number of tensors that a message names."""
 
 _OTHER_PARTS = re.compile(
     r"(^|[._])(vision|visual|images?|img|audio|speech|video|multi_?modal|mm)([._]|\d)"  # towers beside the text model
@@ -23,21 +23,21 @@ _OTHER_PARTS = re.compile(
 
 
 def check_complete(found: Mapping[str, Any], config: Any, name: str) -> None:
-    """Refuse a model of which a weight was missing or of another size, or that does not use a tensor of its checkpoint.
+    """Refuse a model with a missing weight, a weight of another size, or an unused tensor in its checkpoint.
 
     Parameters
     ----------
     found
-        Loading information of transformers (``output_loading_info``), without what its model classes ignore.
+        Loading information of transformers (``output_loading_info``), without the keys that its model classes ignore.
     config
         The text part of the model's configuration.
     name
-        What messages call the model.
+        The model's name in messages.
 
     Raises
     ------
     ModelError
-        Naming tensors.
+        The message names tensors.
     """
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
@@ -71,7 +71,7 @@ def beside_the_text_model(key: str) -> bool:
 
 
 def _further_layers(config: Any) -> int:
-    """Layers after the last that predict further tokens; they are numbered on."""
+    """Layers after the last one that predict further tokens; their numbers continue."""
     return int(getattr(config, "num_nextn_predict_layers", None) or 0)
 
 

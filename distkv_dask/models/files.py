@@ -1,7 +1,7 @@
-"""What a model's folder says, checked before transformers reads it: folders come from strangers.
+"""Checks of a model's folder before transformers reads it: folders are untrusted.
 
-Nothing in a folder has code run or something else fetched: keys of its configuration that name kernels, code or other
-places are left out. What is damaged is said. Weights: :mod:`distkv_dask.models.weight_files`.
+Nothing in a folder can run code or fetch anything: keys of its configuration that name kernels, code or other places
+are left out. Damage is reported. Weights: :mod:`distkv_dask.models.weight_files`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST_JSON = 64 << 20
 LARGEST_TEMPLATE = 1 << 20
 """Bytes of the largest chat template."""
 DEEPEST = 32
-"""How deep values of a configuration may be nested."""
+"""Maximum nesting of a configuration's values."""
 
 _DROPPED = frozenset(
     (
@@ -31,7 +31,7 @@ _DROPPED = frozenset(
         *("name_or_path", "_name_or_path", "_commit_hash", "use_pretrained_backbone"),
     )
 )
-"""Keys that name code, kernels, or other files and places; what is computed here depends on none of them."""
+"""Keys that name code, kernels, or other files and places; no computation here depends on them."""
 
 _FETCHING = frozenset(("eetq", "metal", "nvfp4", "fbgemm_fp8", "mxfp4", "fp8", "mxfp8", "gguf"))
 """Quantisations whose kernels transformers fetches from the hub and runs."""
@@ -46,7 +46,7 @@ _SIZES: Mapping[str, int] = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
 }
-"""Sizes that a model has, with the largest that is believed: ten times those of any model, or more."""
+"""Sizes of a model, each with its maximum: at least ten times that of any model."""
 
 
 _POINTER = b"version https://git-lfs"
@@ -54,12 +54,12 @@ _POINTER = b"version https://git-lfs"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that git-lfs has left a pointer for.
+    """Refuse a file that is only a pointer of git-lfs.
 
     Raises
     ------
     ModelError
-        Saying how to fetch it.
+        The message says how to fetch it.
     """
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
@@ -75,7 +75,8 @@ def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
     Raises
     ------
     ModelError
-        When it is no file or no JSON object, or is larger than ``limit`` bytes or nested deeper than :data:`DEEPEST`.
+        When it is not a file or not a JSON object, or is larger than ``limit`` bytes or nested deeper than
+        :data:`DEEPEST`.
     """
     try:
         if not file.is_file():
@@ -94,19 +95,19 @@ def read_json(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
 
 
 def safe_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A model's configuration without what would have code run or something fetched.
+    """A model's configuration without keys that would run code or fetch something.
 
     Parameters
     ----------
     config
-        As :func:`read_json` reads ``config.json``.
+        ``config.json``, as :func:`read_json` reads it.
     name
-        What messages call the model.
+        The model's name in messages.
 
     Raises
     ------
     ModelError
-        When it does not say what kind of model it is, or is quantised in a way that needs kernels from the hub.
+        When it does not name a model type, or is quantised in a way that needs kernels from the hub.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
@@ -120,19 +121,19 @@ def safe_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_sizes(config: Any, name: str) -> None:
-    """Refuse a configuration whose sizes cannot be those of a model.
+    """Refuse a configuration with impossible sizes.
 
     Parameters
     ----------
     config
         The text part of a transformers configuration.
     name
-        What messages call the model.
+        The model's name in messages.
 
     Raises
     ------
     ModelError
-        Naming the size.
+        The message names the size.
     """
     from transformers import PreTrainedConfig
 
@@ -156,12 +157,12 @@ def check_sizes(config: Any, name: str) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse tokenizer files that are none, and chat templates that are too long for one.
+    """Refuse tokenizer files that are not files, and chat templates that are too long.
 
     Raises
     ------
     ModelError
-        Naming the file.
+        The message names the file.
     """
     if (file := folder / "tokenizer_config.json").exists():
         template = read_json(file).get("chat_template")
@@ -182,7 +183,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _check_quantisation(quantised: Any, name: str) -> None:
-    """Refuse quantised weights that transformers leaves as they are, or computes with kernels that it fetches."""
+    """Refuse quantised weights that transformers does not dequantise, or computes with kernels that it fetches."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if not isinstance(quantised, Mapping) or not isinstance(quantised.get("quant_method", ""), str):

@@ -1,8 +1,8 @@
-"""GGUF files converted once to what transformers reads fast.
+"""GGUF files, converted once to a form that transformers reads fast.
 
 Reading a GGUF file through transformers takes 18 s of Python even for a small model (its vocabulary is parsed item by
-item, several times), and each worker would pay it. So configuration and tokenizer, and the weights in each dtype asked
-for, are saved under the user's cache directory, where all processes of a machine and all later runs find them: 0.4 s.
+item, several times), and each worker would pay it. So configuration and tokenizer, and the weights in each requested
+dtype, are saved in the user's cache directory, where all processes of a machine and all later runs find them: 0.4 s.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distkv_dask.models.weight_sizes import COUNTED
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
 _FORM = 3
-"""Counted up when the same file would be converted to something else."""
+"""Incremented when the same file would be converted to a different result."""
 
 
 def converted_text(file: Path) -> Path:
@@ -39,7 +39,7 @@ def converted_text(file: Path) -> Path:
     ------
     ModelError
         When the file cannot be read or the cache directory cannot be written, or transformers' model would not compute
-        what the file says.
+        as the file says.
     """
     return _converted(file, "text", _save_text)
 
@@ -57,7 +57,7 @@ def converted_weights(file: Path, dtype: str) -> Path:
 
 
 def _converted(file: Path, part: str, save: Callable[[Sequence[Path], Path, Path], None]) -> Path:
-    """Return the converted ``part`` of ``file``; the first process that asks converts while the others wait."""
+    """Return the converted ``part`` of ``file``; the first process converts it while the others wait."""
     parts = gguf_parts(file)
     try:
         home = cache_folder("gguf") / _identity(parts)
@@ -81,12 +81,12 @@ def _converted(file: Path, part: str, save: Callable[[Sequence[Path], Path, Path
             f"GGUF file {str(file)!r} cannot be converted below {cache_folder('gguf')} (set XDG_CACHE_HOME for another "
             f"place): {in_words(error)}"
         ) from error
-    except Exception as error:  # of a damaged file: the reader raises whatever it stumbles over
+    except Exception as error:  # a damaged file: the reader may raise any error
         raise ModelError(f"GGUF file {str(file)!r} cannot be converted: {in_words(error)}") from error
 
 
 def _identity(parts: Sequence[Path]) -> str:
-    """Name the contents of files (their sizes, and samples spread over them) and what reads them."""
+    """A hash of files (of their sizes, and of samples spread over them) and of the versions that read them."""
     from transformers import __version__
 
     digest = hashlib.sha256(f"{_FORM} {__version__}".encode())
@@ -137,7 +137,7 @@ def _save_weights(parts: Sequence[Path], alone: Path, target: Path, text: Path, 
 
 
 def _place(model: GgufModel, parts: Sequence[Path], alone: Path, with_data: bool) -> None:
-    """Put one file where transformers reads it."""
+    """Provide one file where transformers reads it."""
     if len(parts) == 1:
         alone.symlink_to(parts[0].absolute())
     else:

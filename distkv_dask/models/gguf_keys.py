@@ -1,7 +1,7 @@
-"""What a GGUF file's metadata says of its model, set in the configuration that transformers made of it, or refused.
+"""A GGUF file's metadata, applied to the configuration that transformers made from it, or refused.
 
-Transformers reads some keys of each architecture and drops the others, and tensors that it has no place for. Each key
-of the architecture has its place here, or is refused by name, and so is each tensor that no weight comes from.
+Transformers reads some keys of each architecture and drops the others, as well as tensors without an equivalent. Here,
+each key of the architecture has an equivalent or is refused by name, and so is each unused tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ELSEWHERE = frozenset(
         *gguf_rope.KEYS,
     )
 )
-"""Keys that functions below, and :mod:`.gguf_rope`, have a place for."""
+"""Keys that the functions below, and :mod:`.gguf_rope`, apply."""
 
 _READ_BY_TRANSFORMERS = frozenset(
     (
@@ -48,12 +48,12 @@ _READ_BY_TRANSFORMERS = frozenset(
         *("shortconv.l_cache", "full_attention_interval", "rope.dimension_sections"),
     )
 )
-"""Keys that transformers reads wherever they occur, as they are meant."""
+"""Keys that transformers applies correctly in all architectures."""
 
 _WITHOUT_MEANING = frozenset(("pooling_type", "tensor_data_layout"))
 
 _SOFTMAX = 1
-"""llama.cpp's number of the function that weighs experts; transformers reads others where it has them."""
+"""llama.cpp's number of the function that weights experts; transformers reads the others if it supports them."""
 
 _REORDERED = frozenset(("llama", "mistral"))
 """Model types whose queries and keys llama.cpp has in another order."""
@@ -63,22 +63,22 @@ _SMALLER_SCALE = {"gemma2": 46, "gemma3": 62}
 
 
 def complete_config(config: Any, model: GgufModel) -> None:
-    """Set in a configuration what its GGUF file says.
+    """Apply a GGUF file's metadata to a configuration.
 
     Parameters
     ----------
     config
-        The text part of what transformers made of the file; changed in place.
+        The text part of the configuration that transformers made from the file; changed in place.
     model
         The file, or its parts.
 
     Raises
     ------
     ModelError
-        Naming what transformers' model has no place for.
+        The message names a key that transformers' model does not have.
     """
     for kind, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        if f"tokenizer.ggml.{name}_token_id" not in model.fields:  # that of another model otherwise
+        if f"tokenizer.ggml.{name}_token_id" not in model.fields:  # otherwise it is that of another model
             setattr(config, f"{kind}_token_id", None)
     keys = {key: value for key, value in model.keys.items() if key not in _WITHOUT_MEANING}
     if not keys.get("expert_count"):  # some dense models say that they have no experts
@@ -103,19 +103,19 @@ def complete_config(config: Any, model: GgufModel) -> None:
 
 
 def check_tensors(config: Any, model: GgufModel) -> None:
-    """Refuse a file with tensors from which no weight comes; ``config`` is complete.
+    """Refuse a file with unused tensors; ``config`` is complete.
 
     Raises
     ------
     ModelError
-        Naming some of them.
+        The message names some of them.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     if not _read_by_names(model.architecture):
-        return  # names are those of the checkpoint then, and loading tells which of them it did not use
+        return  # names are those of the checkpoint, and loading reports which of them it did not use
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config)
     kind: Any = TENSOR_PROCESSORS.get(model.architecture, TensorProcessor)

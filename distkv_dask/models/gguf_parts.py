@@ -22,7 +22,7 @@ def gguf_parts(file: Path) -> list[Path]:
     Raises
     ------
     ModelError
-        Naming a part that is missing.
+        The message names a missing part.
     """
     if (named := _PART.fullmatch(file.name)) is None:
         return [file]
@@ -37,26 +37,26 @@ def gguf_parts(file: Path) -> list[Path]:
 
 
 class GgufModel:
-    """What the GGUF files of one model hold; their data are mapped, not read.
+    """The contents of one model's GGUF files; their data are mapped, not read.
 
     Parameters
     ----------
     parts
-        As :func:`gguf_parts` gives them.
+        As :func:`gguf_parts` returns them.
 
     Attributes
     ----------
     architecture
         llama.cpp's name of the model's type.
     keys
-        What its metadata says of that architecture: ``rope.freq_base``, for example, without the architecture's name.
+        Its metadata for that architecture, without the architecture's name: ``rope.freq_base``, for example.
     fields, tensors
         Name to field of the metadata, and name to tensor, as gguf's reader has them.
 
     Raises
     ------
     ModelError
-        When parts are missing or belong to other models, or it is no language model.
+        When parts are missing or belong to other models, or it is not a language model.
     """
 
     def __init__(self, parts: Sequence[Path]) -> None:

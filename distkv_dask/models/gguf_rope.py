@@ -1,7 +1,8 @@
-"""What a GGUF file says of rotary position embeddings: base, width, scaling, and a factor for each frequency.
+"""Rotary position embeddings of a GGUF file: base, width, scaling, and a factor for each frequency.
 
 Transformers reads the base for some architectures, and nothing else. Factors (``rope_freqs.weight``, of Llama 3.1 and
-later) divide frequencies, as those of ``longrope`` do (``transformers.modeling_rope_utils``), which we give both times.
+later) divide frequencies, as those of ``longrope`` do (``transformers.modeling_rope_utils``), so they are set as its
+short and long factors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from distkv_dask.errors import ModelError
 
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-"""Tensors that are no weights, but factors of frequencies."""
+"""Tensors that are not weights, but factors of frequencies."""
 
 _SCALING = "rope.scaling."
 KEYS = frozenset(
@@ -22,10 +23,10 @@ KEYS = frozenset(
         *(f"{_SCALING}yarn_{key}" for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
     )
 )
-"""Keys that :func:`set_rope` has a place for."""
+"""Keys that :func:`set_rope` applies."""
 
 _DEFAULT_BASE = 10000.0
-"""llama.cpp's, where a file names none."""
+"""llama.cpp's default."""
 
 
 def set_rope(config: Any, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
@@ -34,7 +35,7 @@ def set_rope(config: Any, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -
     Parameters
     ----------
     config
-        Changed in place; its sizes are right already.
+        Changed in place; its sizes are already right.
     keys, tensors
         Those of the file (:class:`~distkv_dask.models.gguf_parts.GgufModel`).
 
@@ -60,7 +61,7 @@ def set_rope(config: Any, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -
 
 
 def _set_width(config: Any, rope: dict[str, Any], keys: Mapping[str, Any]) -> None:
-    """How many numbers of a head are rotated."""
+    """Number of rotated elements of a head."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = int(keys.get("rope.dimension_count", size))
     if hasattr(config, "rotary_dim"):

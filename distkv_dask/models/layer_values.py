@@ -6,12 +6,12 @@ from typing import Any
 
 
 def layers_of(config: Any) -> list[Any]:
-    """A transformers configuration for each layer where they differ, else the one that all have."""
+    """A transformers configuration for each layer if they differ, else the one of all layers."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def layer_values(config: Any, key: str) -> list[Any]:
-    """What a transformers configuration says of ``key``: each value that a layer has, once, or None where it has none.
+    """The values of ``key`` in a transformers configuration: each value of a layer once, None for layers without.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The class of transformers that computes a model, and whether DistAttention can take the place of its attention."""
+"""The class of transformers that computes a model, and whether DistAttention can replace its attention."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _CAN_SET = "_can_set_attn_implementation"
 
 
 def model_class(config: Any, name: str) -> Any:
-    """The class that loads a model to continue text: with its other parts, where its text part has no class alone.
+    """The class that loads a model to continue text, with its other parts if its text part has no class of its own.
 
     Parameters
     ----------
     config
         A transformers configuration.
     name
-        What messages call the model.
+        The model's name in messages.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What is known of a model before a cluster starts: whether it is served and why not, and the memory that it needs."""
+"""A report on a model before a cluster starts: whether it is served or why not, and the memory that it needs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from distkv_dask.models.source import ModelSource, resolve_model
 from distkv_dask.models.support import check_supported, max_positions
 
 _NUMBERS = 8
-"""Heads are stored with a multiple of that many numbers."""
+"""Stored head sizes are multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """What is known of a model.
+    """A report on a model.
 
     Parameters
     ----------
     model
-        Its name, or where it is.
+        Its name or location.
     type
-        transformers' name of its type; empty where its configuration cannot be read.
+        transformers' name of its type; empty if its configuration cannot be read.
     reason
-        Why it is not served; None where it is, as far as its files tell: a dry run with the weights comes when an
-        engine opens.
+        Why it is not served; None if its files show no reason: a dry run with the weights follows when an engine opens.
     weight_bytes
-        Memory of its weights; None where its files are not on this machine.
+        Memory of its weights; None if its files are not on this machine.
     kv_bytes_per_token
-        Memory of a token's keys and values on whatever worker it is; None where it is not served.
+        Memory of a token's keys and values, on any worker; None if it is not served.
     window_bytes
-        Memory of a sequence's keys and values in the layers that see a short window only, at its home, twice that at
-        most while something runs; None where it is not served.
+        Memory of a sequence's keys and values in the layers that see a short window only, at its home, at most twice
+        that while it is computed; None if it is not served.
     window
         Longest sequence in tokens.
     """
@@ -51,12 +50,12 @@ class ModelReport:
 
 
 def report_on(name: str, dtype: str = "auto", rope_scaling: Mapping[str, Any] | None = None) -> ModelReport:
-    """Find a model and see what its files say; weights are not read.
+    """Find a model and read its files, except for weights.
 
     Parameters
     ----------
     name, dtype, rope_scaling
-        As ``Engine`` takes them.
+        As for ``Engine``.
     """
     try:
         source = resolve_model(name, rope_scaling)
@@ -120,7 +119,7 @@ def _layer_bytes(config: Any, dtype: str) -> int:
 
 
 def _kinds(config: Any) -> tuple[LayerKind, ...]:
-    """What the layers with attention see, as the configuration says it; others have a state, or nothing."""
+    """What the layers with attention see, by the configuration; other layers have a state, or nothing."""
     names = getattr(config, "layer_types", None) or ("full_attention",) * config.num_hidden_layers
     sliding, chunk = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
     kinds: dict[str, tuple[Literal["sliding", "chunked"], int | None]] = {

@@ -1,7 +1,7 @@
 """Longer sequences than a model was made for: rotary position embeddings scaled by a factor.
 
-Transformers computes the frequencies (``transformers.modeling_rope_utils``); here is which scalings keep keys valid
-that were stored earlier. ``dynamic`` and ``longrope`` do not: their frequencies change as a sequence grows.
+Transformers computes the frequencies (``transformers.modeling_rope_utils``); this module knows which scalings keep
+stored keys valid. ``dynamic`` and ``longrope`` do not: their frequencies change as a sequence grows.
 """
 
 from __future__ import annotations

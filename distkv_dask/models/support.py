@@ -2,8 +2,8 @@
 
 DistAttention is causal softmax attention over earlier tokens: in each layer over all of them, over a sliding window, or
 over chunks, with soft caps and sinks. Recurrent layers of models with attention compute with states, at a sequence's
-home. A configuration that asks for anything else is refused here by name. What a configuration does not tell is found
-by running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`, :mod:`distkv_dask.worker.model.probe`).
+home. A configuration with any other feature is refused here by name. Features that a configuration does not show are
+found by running the loaded model (:mod:`distkv_dask.worker.model.layer_kinds`, :mod:`distkv_dask.worker.model.probe`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _REFUSED_WHEN_SET: Mapping[str, str] = {
     "is_encoder_decoder": "an encoder in addition to the decoder",
     "state_size": "state-space layers",
 }
-"""Configuration keys that, set to anything true, name a feature that DistAttention does not compute."""
+"""Configuration keys that, with any true value, enable a feature that DistAttention does not compute."""
 
 _NEEDED: Mapping[str, str] = {
     "max_position_embeddings": "unlimited sequence lengths",
     "num_hidden_layers": "an unknown number of layers",
 }
-"""Configuration keys of every model that DistAttention computes, and what it is without one."""
+"""Configuration keys of every model that DistAttention computes, and the feature of a model without one."""
 
 _REFUSED_TYPES: Mapping[str, str] = {
     "bloom": "ALiBi position biases",
@@ -41,7 +41,7 @@ _REFUSED_TYPES: Mapping[str, str] = {
     "mpt": "ALiBi position biases",
     "rwkv": "linear attention layers",
 }
-"""Model types whose feature is in the code of the model and in no key of its configuration."""
+"""Model types with a feature that is in the code of the model, but in no key of its configuration."""
 
 
 def check_supported(config: Any) -> None:
@@ -56,7 +56,7 @@ def check_supported(config: Any) -> None:
     Raises
     ------
     UnsupportedModelError
-        Naming the model type, the feature and the configuration key.
+        The message names the model type, the feature and the configuration key.
     """
     text = _text_part(config)
     for key, feature in _unsupported(text):
@@ -69,7 +69,7 @@ def check_supported(config: Any) -> None:
 
 
 def max_positions(config: Any) -> int:
-    """Return the longest sequence, in tokens, that the model was made for."""
+    """Return the longest sequence, in tokens, for which the model was made."""
     return int(_text_part(config).max_position_embeddings)
 
 
@@ -79,7 +79,7 @@ def _text_part(config: Any) -> Any:
 
 
 def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield (configuration key, feature) of everything in ``config`` that DistAttention does not compute."""
+    """Yield (configuration key, feature) of all features in ``config`` that DistAttention does not compute."""
     if config.model_type in _REFUSED_TYPES:
         yield "model_type", _REFUSED_TYPES[config.model_type]
     for key, feature in _REFUSED_WHEN_SET.items():
@@ -97,7 +97,7 @@ def _unsupported(config: Any) -> Iterator[tuple[str, str]]:
 
 def _layers(config: Any) -> Iterator[tuple[str, str]]:
     """Yield layers of other kinds."""
-    # two names of one list: some types have the first as an alias of the second, and others the other way round
+    # two names of one list: in some types the first is an alias of the second, in others the other way round
     key = next((key for key in ("layer_types", "layers_block_type") if getattr(config, key, None)), "layer_types")
     for kind in sorted(set(getattr(config, key, None) or ()) - _SERVED):
         yield key, f"layers of type {kind!r}"

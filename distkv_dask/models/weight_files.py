@@ -1,6 +1,6 @@
-"""The files of a model's weights: whole safetensors files in the model's own folder.
+"""The files of a model's weights: complete safetensors files in the model's own folder.
 
-Pickled weights are refused, since reading a pickle can run code, and so are files elsewhere. What is damaged is said.
+Pickled weights are refused, since reading a pickle can run code, and so are files elsewhere. Damage is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PICKLED = "*.bin", "*.pt", "*.pth", "*.pkl", "*.bin.index.json", "*.distcp"
 
 
 def check_weights(folder: Path, config: Any) -> None:
-    """Refuse a folder whose weights are not whole safetensors files in it.
+    """Refuse a folder whose weights are not complete safetensors files in it.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def check_weights(folder: Path, config: Any) -> None:
     Raises
     ------
     ModelError
-        When weights are pickled, lie elsewhere, are missing or damaged, belong to an adapter, or are far fewer than the
+        When weights are pickled, elsewhere, missing or damaged, belong to an adapter, or are far fewer than the
         configuration says.
     """
     if (folder / "adapter_config.json").exists():
@@ -40,11 +40,11 @@ def check_weights(folder: Path, config: Any) -> None:
             "this folder as the adapter of requests (SamplingParams.adapter, --adapter)"
         )
     if (generation := folder / "generation_config.json").exists():
-        read_json(generation)  # transformers goes on without one that it cannot read, and answers would not end
+        read_json(generation)  # transformers ignores one that it cannot read, and answers would not end
     files = weight_files(folder)
     for file in files:
         _check_tensors(file)
-    # memory for all that is missing would be taken
+    # memory would be allocated for all missing weights
     heads, head_dim = (
         min(one or 1 for one in layer_values(config, key)) for key in ("num_attention_heads", "head_dim")
     )
@@ -100,7 +100,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise ModelError(f"{file} is missing, or is not a file: download the model again")
     refuse_pointer(file)
     real, home = file.resolve(), folder.resolve()
-    cache = home.parent.parent / "blobs"  # where the hub's cache keeps what its folders link to
+    cache = home.parent.parent / "blobs"  # the targets of links in the hub's cache
     if home not in real.parents and cache not in real.parents:
         raise ModelError(
             f"{file} is a link to {real}, outside the folder: copy the file here, or give the other folder"

@@ -1,4 +1,4 @@
-"""Memory that a model's weights take, from the headers of their files: known before anything is loaded."""
+"""Memory of a model's weights, from the headers of their files, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BYTES: Mapping[str, int] = {
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
 }
-"""Bytes of a number by safetensors' names; of all others one."""
+"""Bytes of a number by safetensors' names of dtypes; all others have one."""
 
 _CONVERTED = frozenset(("F64", "F32", "BF16", "F16"))
 """Dtypes that are converted to the model's; of quantised weights only scales have them."""
@@ -38,7 +38,7 @@ def stored_numbers(files: Iterable[Path]) -> Counter[str]:
 
 
 def numbers_by_layer(files: Iterable[Path]) -> dict[str, Counter[str]]:
-    """The same by layer, as the names of tensors tell them; those outside of layers are under ``""``."""
+    """The same by layer, from the names of tensors; those outside of layers are under ``""``."""
     from safetensors import safe_open
 
     layers: dict[str, Counter[str]] = {}
@@ -58,7 +58,7 @@ def counted_numbers(folder: Path) -> Counter[str]:
 
 
 def disk_memory_of(layers: Mapping[str, Mapping[str, int]], config: Any, dtype: str) -> int | None:
-    """Bytes in memory where layers are read from disk: of two layers, and of what is outside of them.
+    """Bytes in memory if layers are read from disk: of two layers, and of weights outside of layers.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def disk_memory_of(layers: Mapping[str, Mapping[str, int]], config: Any, dtype: 
     Returns
     -------
     int or None
-        None where weights would be converted, so that they cannot be read as they are stored.
+        None if weights would be converted, so that they cannot be read directly.
     """
     target = _STORED.get(_target(config, dtype))
     if target is not None and any(stored in _CONVERTED - {target} for numbers in layers.values() for stored in numbers):
@@ -108,7 +108,7 @@ def memory_of(numbers: Mapping[str, int], config: Any, dtype: str) -> int:
     config
         The model's transformers configuration.
     dtype
-        As ``Engine`` takes it; ``auto`` is that of the configuration, or else they stay as they are.
+        As for ``Engine``; ``auto`` is that of the configuration, or else of the files.
 
     Examples
     --------
@@ -124,5 +124,5 @@ def memory_of(numbers: Mapping[str, int], config: Any, dtype: str) -> int:
 
 
 def _target(config: Any, dtype: str) -> str:
-    """Name of torch's dtype into which weights are converted; another text where they stay as they are."""
+    """Name of torch's dtype into which weights are converted; another text if they are not converted."""
     return str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype

@@ -1,4 +1,4 @@
-"""The event loop: the state machine that runs an engine, and modelled workers that take the time the model says."""
+"""The event loop: the state machine that runs an engine, and modelled workers, with times by the performance model."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Simulation:
     preset
         Model and worker.
     workers
-        How many there are.
+        Number of workers.
     policy
         A policy's name; ``single`` makes one worker of them all.
     prefill
-        False where prompts come with their KV, computed by others.
+        False if prompts come with their KV, computed elsewhere.
     pipeline
-        False where ``single`` is tensor parallel over all hosts.
+        False if ``single`` is tensor parallel over all hosts.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Simulation:
         """
         life = self.machine.state
         if not any(arrival.blocks for arrival in arrivals):
-            life.cache.enabled = False  # no two prompts begin alike, so it could find nothing
+            life.cache.enabled = False  # no two prompts begin alike, so it would find nothing
         for lane in self.lanes.values():
             self.workers.add(lane.worker)
             capacity = self.preset.kv_tokens // BLOCK_TOKENS
@@ -127,7 +127,7 @@ class Simulation:
             self._enact(command)
 
     def _enact(self, command: do.Command) -> None:
-        """Let a command take its time."""
+        """Carry out a command; its work takes time."""
         life = self.machine.state
         match command:
             case Delivery(sequence):
@@ -158,7 +158,7 @@ class Simulation:
                 self._end(sequence, served=False)
 
     def _answer(self, message: Asked) -> None:
-        """A worker has done what a message asks for."""
+        """A worker has carried out a message."""
         answer = self.workers.answer(message)
         if answer is not None:
             self._handle(answer)
@@ -203,7 +203,7 @@ class Simulation:
         self._ready.append(self.lanes[worker])
 
     def _begin_work(self, lane: Lane) -> None:
-        """Begin the next piece of work of a lane that does nothing."""
+        """Begin the next piece of work of an idle lane."""
         if lane.current is not None or not lane.queue or lane.worker not in self.lanes:
             return
         match item := lane.queue.popleft():
@@ -224,7 +224,7 @@ class Simulation:
         lane.stolen = 0.0
 
     def _free(self, lane: Lane) -> None:
-        """A lane's present work is over."""
+        """A lane's current work has ended."""
         lane.current = None
         for message in lane.after:
             self._at(self.now, self._answer, message)
@@ -240,7 +240,7 @@ class Simulation:
     def _lane_chunk_done(self, lane: Lane, chunk: PrefillChunk) -> None:
         if lane.current is not chunk:
             return
-        if self.workers.waits(chunk):  # its last layer does, for that of another one
+        if self.workers.waits(chunk):  # its last layer waits for that of another chunk
             self._held[chunk.gang.number] = lane, chunk
             return
         self._free(lane)
@@ -249,7 +249,7 @@ class Simulation:
 
     def _chunk_done(self, chunk: PrefillChunk) -> None:
         if not self.workers.is_next(chunk):
-            return  # it was given up
+            return  # it was abandoned
         following = next(chain[1:2] for chain in self.workers.chunks if chain[0] is chunk)
         answer = self.workers.compute(chunk)
         for one in following:
@@ -262,7 +262,7 @@ class Simulation:
     # Time and losses
 
     def _tick(self, elapsed: float = 0.0) -> None:
-        """Let time pass for the state machine, and note how full the workers are."""
+        """Pass a tick to the state machine, and record how full the workers are."""
         life = self.machine.state
         used = {name: account.used / max(1, account.capacity) for name, account in self.ledger.workers.items()}
         self.outcome.memory.append((self.now, used))

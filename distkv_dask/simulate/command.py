@@ -1,4 +1,4 @@
-"""``distkv simulate``: what a policy would do with a trace, without a cluster."""
+"""``distkv simulate``: policies on a trace, without a cluster."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def simulate(
 
 
 def _check_given(context: click.Context) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     if (context.params["trace"] is None) == (context.params["workload"] is None):
         raise click.UsageError("give either --trace or --workload")
     needs = (("rate", "workload"), ("seed", "workload"), ("speedup", "trace"), ("island_link", "islands"))
@@ -141,7 +141,7 @@ def _check_given(context: click.Context) -> None:
 
 
 def _show(outcomes: Sequence[Outcome], json_file: Path | None, plot: Path | None) -> None:
-    """Print a line for each policy, and write the files that were asked for."""
+    """Print a line for each policy, and write the requested files."""
     found = [figures(outcome) for outcome in outcomes]
     for one in found:
         click.echo(

@@ -18,10 +18,10 @@ from distkv_dask.simulate.workers import Decoding
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A worker's home lane: one piece of work after the other, in the order in which they came.
+    """A worker's home lane: one piece of work after the other, in the order of arrival.
 
-    ``queue`` waits for the ``current`` one; ``after`` are answered as soon as that has ended, before all that waits.
-    ``stolen`` are seconds in which its holder lane computes for others before the current work is done.
+    ``queue`` waits for the ``current`` one; ``after`` are answered as soon as that has ended, before everything that
+    waits. ``stolen`` are seconds in which its holder lane computes for others before the current work is done.
     """
 
     worker: str
@@ -33,19 +33,19 @@ class Lane:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it would listen."""
+        """The address at which it would listen."""
         return Endpoint(self.worker, self.host, 0)
 
     def drop(self, gang: int) -> None:
-        """Take what belongs to a gang out of the queue."""
+        """Remove a gang's work from the queue."""
         self.queue = deque(item for item in self.queue if isinstance(item, Relocate) or item.gang.number != gang)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A window that was begun: its ``steps`` and ``seconds``, and the holders that it needs.
+    """A running window: its ``steps`` and ``seconds``, and the holders that it needs.
 
-    ``parts`` are the tokens of each sequence, and where it lies.
+    ``parts`` are the tokens of each sequence, and its placement.
     """
 
     steps: int
@@ -70,7 +70,7 @@ class Costs:
         self.lanes = lanes
 
     def window(self, lane: Lane, window: DecodeWindow, batch: Mapping[int, Decoding]) -> Work:
-        """What a home does in a decode window with its batch."""
+        """A home's decode window with its batch."""
         if not batch:
             return Work(0, 0.0, {}, ())
         curve = self.model.of(lane.worker)
@@ -134,7 +134,7 @@ class Costs:
         return self.model.link(self.lanes[worker].endpoint, self.lanes[other].endpoint)
 
     def _parallel(self, lane: Lane, local: float, remote: list[tuple[str, float, float]]) -> float:
-        """All parts of attention at once: the slowest counts, and exchanges with other hosts share one network card."""
+        """Seconds of all parts of attention at once, by the slowest; exchanges between hosts share one network card."""
         card = sum(exchange for worker, _, exchange in remote if self.lanes[worker].host != lane.host)
         parts = [
             seconds + (card if self.lanes[worker].host != lane.host else exchange)
@@ -155,7 +155,7 @@ def _common(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> int:
 
 
 def _read(home: str, batch: Iterable[Decoding]) -> tuple[dict[str, int], dict[str, int], int]:
-    """Sequences and tokens of KV by holder, and tokens at home, that a step reads: what is shared only once."""
+    """Sequences and tokens of KV by holder, and tokens at home, that a step reads; shared tokens count once."""
     rows: dict[str, int] = {}
     tokens: dict[str, int] = {}
     seen: set[tuple[int | None, int]] = set()

@@ -1,7 +1,7 @@
 """Pools and disks of simulated workers: which blocks are there, and the tokens whose KV they hold.
 
 It checks the state machine's messages: KV has to be where the home looks for it, nothing may be written into blocks of
-others, and no pool may hold more than it has room for.
+other sequences, and no pool may exceed its capacity.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Memory:
         self.pools[worker], self.disks[worker], self.hosts[worker] = {}, {}, {}
 
     def remove(self, worker: str) -> None:
-        """A worker is gone, and its host memory and disk."""
+        """A worker is gone, with its host memory and disk."""
         del self.pools[worker], self.disks[worker], self.hosts[worker]
         self._again = {one for one in self._again if one[0] != worker}
 
     def used(self, worker: str) -> int:
-        """Blocks of a worker that belong to sequences; what several have counts once."""
+        """Blocks of a worker that belong to sequences; shared blocks count once."""
         return sum(map(len, self.pools[worker].values())) - sum(one[0] == worker for one in self._again)
 
     def blocks(self, start: int, stop: int) -> range:
@@ -74,7 +74,7 @@ class Memory:
             case to.Reserve(worker, sequence, start, stop):
                 self._reserve(worker, sequence, start, stop)
             case to.Expect(worker, number, sequence, start, stop):
-                # at once: what is sent to one worker arrives in order, so before a Free or Release of it
+                # at once: messages to one worker arrive in order, so before a Free or Release of these blocks
                 self._reserve(worker, sequence, start, stop)
                 self.expected.add(number)
             case to.Share(worker, source, sequence, start, stop):
@@ -98,7 +98,7 @@ class Memory:
                         self.disks[worker][file.name] = content
 
     def copy(self, message: to.Send) -> str:
-        """Copy the blocks of a move to its target; why not, if that failed."""
+        """Copy the blocks of a move to its target; returns the reason if that failed."""
         source = self.pools.get(message.worker, {}).get(message.sequence, {})
         copied = message.number if message.number < 0 else message.sequence
         target = self.pools.get(message.target, {}).get(copied, {})
@@ -114,13 +114,13 @@ class Memory:
         own = {OWN_DISK: self.disks, HOST_MEMORY: self.hosts}.get(message.saved.place)
         place = self.folder if own is None else own[message.worker]
         for file in files:
-            # a sequence that was given up meanwhile is written all the same, and of no use
+            # a sequence that was dropped in the meantime is still written, without any use
             wanted = self.blocks(file.start, file.stop)
             place[file.name] = {block: table[block] for block in wanted if block in table}
         return files
 
     def read(self, message: to.Fetch) -> Exception | None:
-        """Fill blocks from files; why not, if that failed."""
+        """Fill blocks from files; returns the reason if that failed."""
         table, failure = self.pools[message.worker].get(message.sequence, {}), None
         for block in (block for start, stop in message.ranges for block in self.blocks(start, stop)):
             files = (file for file in message.saved.files if block in self.blocks(file.start, file.stop))
@@ -128,7 +128,7 @@ class Memory:
             if content is None or block not in content:
                 failure = OSError("not on any disk")
                 continue
-            assert block in table, "read into somebody else's blocks"
+            assert block in table, "read into another sequence's blocks"
             table[block] = content[block]
         return failure
 
@@ -148,7 +148,7 @@ class Memory:
         assert self.used(worker) <= self.life.ledger.workers[worker].capacity
 
     def _share(self, worker: str, source: int, sequence: int, start: int, stop: int) -> None:
-        """Let a sequence have full blocks of another one, which may still look for them in its own."""
+        """Share full blocks of a sequence with another one; the first may still look for them in its own table."""
         table = self.pools[worker][source]
         for block in self.blocks(start, stop):
             assert len(table[block]) == self.life.config.block_tokens, "shared before it was computed"
@@ -158,9 +158,9 @@ class Memory:
     # Work
 
     def compute(self, sequence: int, placement: Placement, start: int, stop: int, more: Sequence[int] = ()) -> None:
-        """Compute the KV of tokens ``[start, stop)``: all before them has to be where the placement says.
+        """Compute the KV of tokens ``[start, stop)``: all earlier KV has to be where the placement says.
 
-        ``more`` is what was generated since the last commit.
+        ``more`` are the tokens generated since the last commit.
         """
         request, size = self.life.requests[sequence], self.life.config.block_tokens
         text = [*request.prompt, *request.generated, *more]
@@ -177,7 +177,7 @@ class Memory:
                 table[block] = tuple(text[block * size : min(stop, (block + 1) * size)])
 
     def check_join(self, state: SequenceState) -> None:
-        """A home has to decode from what is known."""
+        """Check that a home decodes from the known tokens."""
         request = self.life.requests[state.sequence]
         assert state.length == len(request.prompt) + len(request.generated) - 1
 

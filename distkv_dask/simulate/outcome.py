@@ -20,14 +20,14 @@ class Run:
 
 @dataclass(slots=True)
 class Outcome:
-    """What happened: finished runs with their end times, arrivals that were not served, moved blocks, memory."""
+    """The outcome: finished runs with their end times, arrivals that were not served, moved blocks, memory."""
 
     policy: str
     workers: int
     finished: list[tuple[Run, float]] = field(default_factory=list)
     refused: list[Arrival] = field(default_factory=list)
-    """Refused when they came, or given up after workers were lost."""
+    """Requests that were refused on arrival, or ended after workers were lost."""
     moved_blocks: int = 0
     seconds: float = 0.0
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    """Times, and the fraction of its pool that each worker uses then (lost workers are left out)."""
+    """Times, and the fraction of its pool that each worker uses at that time (without lost workers)."""

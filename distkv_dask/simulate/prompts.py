@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, SupportsIndex, overload
 
 BLOCK = 512
-"""Number of tokens that one id of a trace means (Mooncake's ``hash_ids``)."""
+"""Number of tokens for which one id of a trace stands (Mooncake's ``hash_ids``)."""
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Prompt(Tokens):
     _blocks: tuple[int, ...]
 
     def __new__(cls, length: int, blocks: tuple[int, ...] = ()) -> Prompt:
-        """An empty array that says it is ``length`` tokens long."""
+        """An empty array with a length of ``length`` tokens."""
         self: Prompt = super().__new__(cls, "i")  # type: ignore[assignment]
         self._length, self._blocks = length, blocks
         return self

@@ -16,7 +16,7 @@ BLOCK_TOKENS = 64
 BATCH = 256
 """Sequences that one instance decodes together (vLLM's default)."""
 CHUNK_SECONDS = 0.25
-"""Least time of a prompt's first chunk: on workers that are faster, chunks are larger than configured."""
+"""Minimum time of a prompt's first chunk: on faster workers, chunks are larger than configured."""
 
 
 def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:
@@ -29,7 +29,7 @@ def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:
     policy
         A policy's name.
     prefill
-        False where prompts cost nothing: they come whole, and the policy knows it.
+        False if prompts cost nothing: they come with their KV, and the policy knows it.
     """
     config = Config.load(block_tokens=BLOCK_TOKENS, window_batch=BATCH)
     fast = int(CHUNK_SECONDS / preset.model.curve.prompt) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -37,7 +37,7 @@ def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:
         config,
         policy=policy,
         prefill_chunk_tokens=max(config.prefill_chunk_tokens, fast if prefill else preset.kv_tokens),
-        timeout_start=math.inf,  # no simulated worker is silent: what takes long does so because the model says so
+        timeout_start=math.inf,  # no simulated worker is silent: work takes long only because the model says so
         timeout_receive=math.inf,
     )
     state = MachineState("simulated", config, count(), block_bytes=BLOCK_TOKENS * preset.model.shape.kv_bytes)
@@ -46,5 +46,5 @@ def machine(preset: Preset, policy: str, *, prefill: bool) -> Lifecycle:
 
 
 def without_prefill(model: PerformanceModel) -> PerformanceModel:
-    """The same model where prompts cost nothing."""
+    """The same model, in which prompts cost nothing."""
     return replace(model, curve=replace(model.curve, prompt=0.0, pair=0.0))

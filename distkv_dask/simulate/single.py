@@ -11,11 +11,11 @@ from distkv_dask.scheduler.costs.presets import Preset
 def one_instance(preset: Preset, workers: int, *, pipeline: bool = True) -> Curve:
     """Costs of ``workers`` GPUs as one instance: tensor parallel inside a host, a pipeline from host to host.
 
-    This is the best that is known to work over a slow network. Without ``pipeline`` all GPUs are tensor parallel, as
-    engines had it in early 2024: of each all-reduce a host's share crosses the network, to and fro.
-    Attention and arithmetic are divided by all GPUs. In each turn of the pipeline every stage reads its weights once
-    for each microbatch (as many as stages), all layers pay two all-reduces, and a token's hidden state crosses the
-    network at the link's rate; rows and prompt tokens cost what is slower, that or the arithmetic.
+    This is the best known form over a slow network. Without ``pipeline`` all GPUs are tensor parallel, as in engines of
+    early 2024: a host's share of each all-reduce crosses the network in both directions. Attention and arithmetic are
+    divided by all GPUs. In each turn of the pipeline every stage reads its weights once for each microbatch (as many as
+    stages), all layers pay two all-reduces, and a token's hidden state crosses the network at the link's rate; rows and
+    prompt tokens cost the slower of this and the arithmetic.
     """
     shape, curve = preset.model.shape, preset.model.curve
     width = min(workers, preset.per_host)
@@ -40,7 +40,7 @@ def one_instance(preset: Preset, workers: int, *, pipeline: bool = True) -> Curv
 def as_one(preset: Preset, workers: int, *, pipeline: bool = True) -> Preset:
     """The preset of a cluster whose only worker has the memory of ``workers`` workers.
 
-    Each GPU keeps its share of the weights only, so that the instance has more room for KV than the workers together.
+    Each GPU keeps only its share of the weights, so the instance has more room for KV than the workers together.
     """
     model = replace(preset.model, curve=one_instance(preset, workers, pipeline=pipeline))
     spare = preset.weight_tokens * (workers - 1)

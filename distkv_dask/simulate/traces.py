@@ -23,10 +23,10 @@ Row = tuple[float, int, int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: seconds after the first one at which it comes, tokens of its prompt and of its answer.
+    """A request: its arrival in seconds after the first one, tokens of its prompt and of its answer.
 
     ``blocks`` has an id for each :data:`~distkv_dask.simulate.prompts.BLOCK` tokens of the prompt: prompts whose first
-    ids agree begin alike. A prompt without ids begins like no other.
+    ids agree begin alike. A prompt without ids shares no beginning.
     """
 
     at: float
@@ -41,12 +41,12 @@ class Arrival:
 
 
 def read_trace(path: Path, speedup: float = 1.0, limit: int | None = None) -> list[Arrival]:
-    """Read a trace, its time running ``speedup`` times as fast, up to ``limit`` requests.
+    """Read a trace, up to ``limit`` requests; its time passes ``speedup`` times as fast.
 
     Raises
     ------
     InvalidRequestError
-        When the file's name or its content is of neither format; the message names the line.
+        When the file's name or its content has neither format; the message names the line.
     """
     readers = {".csv": _azure, ".jsonl": _mooncake}
     if path.suffix not in readers:

@@ -31,8 +31,8 @@ Asked = to.Retire | to.Expect | to.Send | to.Relocate | to.Store | to.Fetch
 class Decoding:
     """A sequence in the batch of a home.
 
-    ``length`` tokens have KV, ``last`` is the token that was drawn last, ``remaining`` may follow. ``remote`` counts
-    the tokens of its own that have room on other workers; ``shared`` are spans of documents.
+    ``length`` tokens have KV, ``last`` is the last drawn token, ``remaining`` may follow. ``remote`` counts its own
+    tokens that have room on other workers; ``shared`` are spans of documents.
     """
 
     length: int
@@ -86,7 +86,7 @@ class Workers:
             self.memory.add(worker)
 
     def remove(self, worker: str) -> None:
-        """A worker is gone with all that it had."""
+        """A worker is gone, with everything that it had."""
         del self.batches[worker]
         self.windows.pop(worker, None)
         self.chunks = [chain for chain in self.chunks if all(chunk.gang.home != worker for chunk in chain)]
@@ -96,7 +96,7 @@ class Workers:
     # Messages
 
     def enact(self, command: do.Command) -> None:
-        """Do those commands of the state machine that take no time."""
+        """Carry out commands of the state machine that take no time."""
         if self.memory is not None:
             self.memory.enact(command)
         match command:
@@ -129,7 +129,7 @@ class Workers:
                 self.attending.discard((gang, worker))
 
     def answer(self, message: Asked) -> did.FromWorker | None:
-        """Do what takes its time, and say so; None from a worker that is gone."""
+        """Carry out a message that takes time, and return the answer; None from a worker that is gone."""
         memory = self.memory
         if message.worker not in self.batches:
             return None
@@ -207,9 +207,9 @@ class Workers:
         Parameters
         ----------
         parts
-            How many tokens of each sequence at most, and where it lay when the window began.
+            Maximum tokens of each sequence, and its placement when the window began.
         steps, seconds, used
-            What the home says of the window: steps, their time, and the holders that it needed.
+            The home's report of the window: steps, their time, and the holders that it needed.
         """
         home = window.gang.home
         batch = self.batches[home]
@@ -218,7 +218,7 @@ class Workers:
         errors: dict[int, DistKVError] = {}
         for sequence, (count, placement) in parts.items():
             if sequence not in batch:
-                continue  # it was retired meanwhile
+                continue  # it was retired in the meantime
             entry = batch[sequence]
             drawn, reason, error = self.draw(sequence, entry, min(count, entry.remaining))
             tokens[sequence] = drawn
