@@ -32,11 +32,11 @@ def recalls(ledger: Ledger, waiting: Iterable[Ask]) -> list[Move]:
 
     Blocks move only to their sequences' homes, if these have room, so that no other worker has to lend.
     """
-    ask = next(iter(waiting), None)
-    roomiest = next(ledger.room.homes(), None)
-    if ask is None or (roomiest is not None and roomiest.free >= ledger.blocks(ask.tokens)):
+    if (ask := next(iter(waiting), None)) is None:
         return []
-    need = ledger.blocks(ask.tokens)
+    need, roomiest = ledger.blocks(ask.tokens), next(ledger.room.homes(), None)
+    if roomiest is not None and roomiest.free >= need:
+        return []
     for creditor in _creditors(ledger):
         if creditor.lent and creditor.free + creditor.lent >= need:
             found = list(_home(ledger, creditor, need - creditor.free))
@@ -81,8 +81,7 @@ def share_with_idle(ledger: Ledger, model: PerformanceModel) -> list[Move]:
     cost an exchange.
     """
     idles = [one for one in islice(ledger.room.creditors(), CREDITORS) if not one.held]
-    full = next(ledger.room.fullest(), None)
-    if not idles or full is None:
+    if not idles or (full := next(ledger.room.fullest(), None)) is None:
         return []
     movable = ((number, ledger.sequences[number]) for number in islice(full.held, SEQUENCES))
     spans = [
