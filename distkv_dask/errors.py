@@ -135,7 +135,7 @@ class ResultTimeoutError(DistKVError, TimeoutError):
 
 
 def in_words(error: BaseException) -> str:
-    """The text of an error, encodable in any file; errors of other libraries may have no text of their own.
+    """The text of an error, encodable in any file; errors of other libraries may have no text.
 
     Examples
     --------

@@ -179,7 +179,7 @@ class SamplingParams:
         Raises
         ------
         InvalidRequestError
-            When quotes are asked for, but there is no text to quote.
+            When quotes are requested, but there is no text to quote.
         """
         if (form := self.quotes) is None or isinstance(form, bool):
             return self

@@ -79,7 +79,7 @@ def choice_values(value: object) -> tuple[str | tuple[int, ...], ...]:
             raise InvalidRequestError(f"a choice is {one!r:.100}, but must be a text that is not empty, or token ids")
     if len(set(found)) < len(found):
         twice = next(one for one in found if found.count(one) > 1)
-        raise InvalidRequestError(f"the choice {twice!r:.100} is there twice: give each once")
+        raise InvalidRequestError(f"the choice {twice!r:.100} occurs twice: give each once")
     return tuple(found)
 
 

@@ -161,7 +161,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
             names = list(opened.keys())
             found = {name: opened.get_slice(name) for name in names}
             kinds = {name: (one.get_shape(), one.get_dtype()) for name, one in found.items()}
-    except Exception as error:  # safetensors has an error of its own that derives from no other
+    except Exception as error:  # safetensors' own error derives from no other
         raise AdapterError(f"{folder / WEIGHTS} is damaged or cut short, save it again: {error}") from error
     for name, (shape, dtype) in kinds.items():
         match = _TENSOR.fullmatch(name)

@@ -114,7 +114,7 @@ def _check_tensors(file: Path) -> None:
     try:
         with safe_open(file, framework="np") as opened:
             names = list(opened.keys())
-    except Exception as error:  # safetensors has an error of its own that derives from no other
+    except Exception as error:  # safetensors' own error derives from no other
         raise ModelError(f"{file} is damaged or cut short, download it again: {error}") from error
     if not names:
         raise ModelError(f"{file} holds no weights: download it again")

@@ -196,7 +196,7 @@ class GManager(SchedulerPlugin):
         state.span = span and {"name": tuple(span["name"]), "ids": tuple(span["ids"])}
 
     def list_engines(self, version: str = "") -> Any:
-        """Every engine, whoever opened it, by its id (packed); a client of another version could not read it."""
+        """All engines, of all clients, by id (packed); a client of another version could not read it."""
         _check_version(version)
         return pack(
             {

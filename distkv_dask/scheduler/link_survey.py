@@ -75,7 +75,7 @@ class LinkSurvey:
     async def _survey(self, state: EngineState) -> None:
         try:
             async with asyncio.timeout(SECONDS):
-                while pairs := state.links.unknown():  # workers may open the engine meanwhile
+                while pairs := state.links.unknown():  # workers may open the engine in the meantime
                     while some := next_round(pairs):
                         await asyncio.gather(*(self._measure(state, *both) for both in some))
                         pairs = [both for both in pairs if state.links.may_measure(*both)]

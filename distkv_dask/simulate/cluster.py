@@ -173,7 +173,7 @@ class Simulation:
         sampling = SamplingParams(max_new_tokens=arrival.output, ignore_eos=True)
         ids = arrival.blocks
         if not ids and self.machine.state.cache.enabled:
-            ids = (-1 - number,)  # tokens of its own: no id of a trace is negative
+            ids = (-1 - number,)  # unique tokens: no id of a trace is negative
         return Submission(number, Prompt(arrival.prompt, ids), sampling)
 
     def _deliver(self, run: Run, news: Delivery) -> None:

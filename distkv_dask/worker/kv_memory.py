@@ -187,6 +187,6 @@ def _chunk_bytes(model: LoadedModel, device: Device, tokens: int) -> int:
         free, total = device.memory()
         raise DeviceError(
             f"a prompt chunk of {tokens} tokens does not fit {device.name}, which has {free} of {total} bytes left "
-            "beside the weights: lower distkv.prefill.chunk-tokens, or choose a smaller model or a larger card"
+            "after the weights: lower distkv.prefill.chunk-tokens, or choose a smaller model or a larger card"
         ) from error
     return peak.bytes

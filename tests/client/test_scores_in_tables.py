@@ -98,8 +98,8 @@ def test_options_of_commands_say_the_same(name: str) -> None:
     [
         ("--choices a,,b", "not empty"),
         ("--choices a,a", "twice"),
-        ("--choices '[1'", "no JSON"),
-        ("--score --choices a,b", "of its own"),
+        ("--choices '[1'", "not a JSON"),
+        ("--score --choices a,b", "its own choices"),
         ("-n 2", "temperature"),
     ],
 )

@@ -32,7 +32,7 @@ def test_synchronous_use_from_a_plain_script() -> None:
     ):
         assert [one.token_ids for one in engine.generate([prompt, prompt], params)] == [expected] * 2
         assert engine.submit(prompt, params).result(60).token_ids == expected
-        with engine.stream(prompt, LONG) as unread, pytest.raises(ResultTimeoutError, match="goes on"):
+        with engine.stream(prompt, LONG) as unread, pytest.raises(ResultTimeoutError, match="and continues"):
             unread._generation.result(0.01)
         pieces = engine.stream(prompt, params)
         assert list(pieces) == []  # the tiny model has no tokenizer: no text

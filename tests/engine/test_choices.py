@@ -118,7 +118,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a text": ({"choices": "abc"}, "choices is"),
     "an empty choice": ({"choices": ["yes", ""]}, "not empty"),
     "an empty list": ({"choices": [[1], []]}, "not empty"),
-    "twice the same": ({"choices": ["yes", "no", "yes"]}, "there twice"),
+    "twice the same": ({"choices": ["yes", "no", "yes"]}, "occurs twice"),
     "with a schema": ({"choices": ["yes"], "schema": {"type": "object"}}, "schema"),
     "with stop": ({"choices": ["yes"], "stop": "e"}, "stop"),
     "half a surrogate": ({"choices": ["\ud800"]}, "surrogate"),

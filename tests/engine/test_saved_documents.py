@@ -167,7 +167,7 @@ def test_what_is_damaged_or_of_another_model_is_refused_with_the_reason(tmp_path
                 await until_idle(engine)
         async with engine_of(client, 40) as engine:
             document = await engine.load(tmp_path / "whole")
-            with pytest.raises(SavedDocumentError, match="no place"):
+            with pytest.raises(SavedDocumentError, match="not a place"):
                 await document.save("nowhere://at/all")
             (tmp_path / "a file").write_text("")
             with pytest.raises(SavedDocumentError, match=r"cannot be created|could not be written"):

@@ -30,7 +30,7 @@ class Need:
     Parameters
     ----------
     label, question
-        Of which row, and which question.
+        The row's label, and the question.
     prompts
         Tokens of each of its prompts.
     shared

@@ -121,7 +121,7 @@ class Output:
         return self._parts
 
     def keep(self, record: Mapping[str, Any]) -> None:
-        """Keep the record of the batch beside its answers; raises as :meth:`append` does."""
+        """Keep the record of the batch with its answers; raises as :meth:`append` does."""
         with self._writing():
             keep_record(self.path, self._begun, record, in_words(self._begun, record))
 

@@ -177,7 +177,7 @@ class Processing:
         """Say what :meth:`process` would take, and which rows it would refuse; nothing is answered.
 
         Tokens are counted by the model's tokenizer, of many rows by the workers. The time follows from the speeds of
-        the workers (:class:`~distkv_dask.messages.status.WorkerPerformance`), if nobody else asks the engine.
+        the workers (:class:`~distkv_dask.messages.status.WorkerPerformance`), if no other requests use the engine.
 
         Parameters
         ----------

@@ -43,7 +43,7 @@ def in_words(parameters: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _about(parameters: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was asked of which model, and the sums of all runs."""
+    """Questions, model, and the sums of all runs."""
     runs = record["runs"]
     prints = dict.fromkeys(run["fingerprint"] for run in runs)
     questions = [one for one in parameters["questions"] if one is not None]

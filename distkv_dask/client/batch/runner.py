@@ -150,7 +150,7 @@ class Runner:
                 except DistKVError as error:
                     ended = error
                 except Exception as error:
-                    ended = DistKVError(f"the batch cannot go on: {in_words(error)}")
+                    ended = DistKVError(f"the batch cannot continue: {in_words(error)}")
                     ended.__cause__ = error
                 finished, self._outcomes = self._outcomes, []
                 yield finished

@@ -37,7 +37,7 @@ _KINDS = {
 
 
 HIDDEN = ".", "~$"
-"""Prefixes of names that are not documents: ``~$report.docx`` says who has a document open."""
+"""Prefixes of names that are not documents: ``~$report.docx`` is the lock of an open document."""
 
 
 def located(source: Any) -> Any:

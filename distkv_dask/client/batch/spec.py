@@ -78,7 +78,7 @@ class BatchSpec:
         if not {"answers"} <= set(_fields(self.combine)) <= {"answers", "question"}:
             raise InvalidRequestError("combine may use {answers} and {question}, and needs the first")
         if asks and self.sampling.embed is not None:
-            raise InvalidRequestError("an embedding is of a text: put what stands beside it into the template")
+            raise InvalidRequestError("an embedding is of a text: put further words into the template")
         fields = _fields(self.full_template)
         if "text" not in fields and self.text_column not in fields:
             raise InvalidRequestError("the template needs {text}, which stands for the row's text")
@@ -134,7 +134,7 @@ class BatchSpec:
     def parameters(self) -> dict[str, Any]:
         """Everything that answers depend on, as JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        if self.sampling.n == 1:  # outputs that were begun before there was a number, or a reader, go on
+        if self.sampling.n == 1:  # so that outputs begun by versions without a number, or a reader, can be continued
             del plain["sampling"]["n"]
         if self.reader == "auto":
             del plain["reader"]

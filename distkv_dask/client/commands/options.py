@@ -271,7 +271,7 @@ def sampling_of(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]
     given |= {name: options.pop(name) for name in ("embed", "normalize") if name in options}
     scores = options.pop("score")
     if scores and given["choices"] is not None:
-        raise click.UsageError("--score has choices of its own, Yes and No: leave out --choices")
+        raise click.UsageError("--score has its own choices, Yes and No: leave out --choices")
     given["choices"] = YES_NO if scores else given["choices"]
     if (quotes := options.pop("quotes")) and options["evidence"]:
         raise click.UsageError("--quotes makes the whole answer a quote, but --evidence does not: give one of them")

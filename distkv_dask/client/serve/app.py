@@ -73,7 +73,7 @@ def gate_of(serving: Serving, keys: Keys, folder: Path) -> Gate:
     serving
         The open engine.
     keys
-        Who may call.
+        The keys that may call.
     folder
         Keeps files and batches.
     """

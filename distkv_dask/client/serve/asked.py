@@ -103,7 +103,7 @@ def _checked(contents: list[Content], serving: Serving, model: str) -> list[tupl
         if content.template:
             tokenizer = tokenizer.with_variables(content.template)
         assert content.prompt is not None
-        assert not isinstance(content.prompt, Texts)  # they have a path of their own
+        assert not isinstance(content.prompt, Texts)  # they have their own path
         ids = tokenizer.encode(content.prompt)
         sampling = serving.sampling(content.sampling, len(ids), model)
         found.append((ids, checked(sampling, len(ids), serving.session.facts.max_positions)))

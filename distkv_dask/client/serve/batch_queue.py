@@ -163,7 +163,7 @@ class BatchQueue:
         with self._lock:
             record = self.store.read(name)
             if record["status"] == "cancelling" and changes.get("status") in ("in_progress", "finalizing"):
-                del changes["status"]  # it was cancelled meanwhile
+                del changes["status"]  # it was cancelled in the meantime
             self._note(record, **changes)
 
     def _note(self, record: dict[str, Any], **changes: Any) -> dict[str, Any]:

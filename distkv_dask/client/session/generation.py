@@ -33,7 +33,7 @@ class Generation(concurrent.futures.Future[Completion]):
         Raises
         ------
         ResultTimeoutError
-            When it takes longer; the request goes on.
+            When it takes longer; the request continues.
         DistKVError
             When the request fails.
         """
@@ -54,7 +54,7 @@ class Generation(concurrent.futures.Future[Completion]):
     def _check_ended(self, timeout: float | None) -> None:
         if not self.done():
             raise ResultTimeoutError(
-                f"the request was not answered within the {timeout:g} s of this call, and goes on: wait longer or "
+                f"the request was not answered within the {timeout:g} s of this call, and continues: wait longer or "
                 "cancel() it; engine.status() says where it is"
             ) from None
 

@@ -56,7 +56,7 @@ class OwnedEngine:
             self._trace = TraceFetcher(TraceFile(self.spec.config.trace, engine), fetch)
         checking = loop.run_in_executor(None, lambda: check_supported(self.model.config()))
         checking.add_done_callback(_retrieved)
-        await _install(client)  # meanwhile: this process and the workers import for seconds
+        await _install(client)  # at the same time: imports take this process and the workers seconds
         await checking
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:

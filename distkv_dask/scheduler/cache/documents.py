@@ -277,7 +277,7 @@ def room_with(life: MachineState, sequences: Iterable[int]) -> int:
 
 
 def freed_with(life: MachineState, sequences: Set[int]) -> int:
-    """Blocks that become free with these sequences: their own, and cached ones that nobody else shares."""
+    """Blocks that become free with these sequences: their own, and cached ones that no other sequence shares."""
     accounts, owned = life.ledger.sequences, {*sequences}
     for document in {number for one in sequences for number in accounts[one].documents}:
         sharers = (one for one in accounts[document].sharers if not life.requests[one].cached)

@@ -56,7 +56,7 @@ class MemoryPanel:
         legend(self.root)
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         bars = view.workers if view is not None else ()
         size = view.block_bytes if view is not None else 0
         data = {name: [getattr(bar, name) for bar in bars] for name in ("label", *PARTS, *OTHERS)}
@@ -105,7 +105,7 @@ class DebtPanel:
         self.root.add_tools(HoverTool(tooltips=[("", "@creditor holds @blocks blocks (@bytes) for @debtor")]))
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         debts = view.debts if view is not None else ()
         size = view.block_bytes if view is not None else 0
         creditors = sorted({creditor for _, creditor, _ in debts})

@@ -50,7 +50,7 @@ class _Table:
         self.source.js_on_change("data", redraw)
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         rows = self.rows(view) if view is not None else []
         self.source.data = {name: [row[at] for row in rows] for at, name in enumerate(self.columns)}
 

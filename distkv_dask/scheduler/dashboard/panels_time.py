@@ -30,7 +30,7 @@ class ThroughputPanel:
         legend(self.root)
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         data = rates(view.history if view is not None else ())
         fit(self.root, data)
         self.source.data = data
@@ -68,7 +68,7 @@ class RequestsPanel:
         legend(self.root)
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         history = view.history if view is not None else ()
         now = history[-1].time if history else 0.0
         data: dict[str, list[float]] = {"ago": [now - sample.time for sample in history]}
@@ -117,7 +117,7 @@ class AnatomyPanel:
         legend(self.root)
 
     def update(self, view: View | None) -> None:
-        """Show a view; nothing where there is none."""
+        """Show a view; nothing without one."""
         rows = view.anatomy if view is not None else ()
         labels = [row.label for row in rows][::-1]
         if self.root.y_range.factors != labels:

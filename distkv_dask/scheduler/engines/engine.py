@@ -39,7 +39,7 @@ class EngineState:
     Parameters
     ----------
     spec
-        What the client asked for.
+        The client's model and settings.
     client
         Id of the Dask client that owns the engine; it has the first handle.
     gang_numbers

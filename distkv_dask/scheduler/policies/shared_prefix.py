@@ -62,7 +62,7 @@ def common_tokens(one: array[int], other: array[int], block_tokens: int) -> int:
     4
     """
     low, high = 0, min(len(one), len(other)) // block_tokens
-    while low < high:  # the number of equal blocks lies between
+    while low < high:  # the number of equal blocks is between
         middle = (low + high + 1) // 2
         if one[low * block_tokens : middle * block_tokens] == other[low * block_tokens : middle * block_tokens]:
             low = middle

@@ -30,7 +30,7 @@ class Waiting(State):
     """It waits for room, or for its document to be stored.
 
     ``submitted`` replaces its submission time, if given; ``rank`` is its earlier place in the queue, if it had one;
-    ``latest`` that of its document, which was restored for it and must not be evicted for others meanwhile.
+    ``latest`` that of its document, which was restored for it and must not be evicted for others in the meantime.
     """
 
     label: ClassVar[str] = "waiting"

@@ -1,4 +1,4 @@
-"""DistAttention of a step (paper section 4): queries to holders, the local part meanwhile, exact merge of partials."""
+"""DistAttention of a step (paper section 4): queries to holders, the local part in parallel, exact merge."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class DistAttention:
     """What a model's attention layers call; serves all steps between two changes of the batch.
 
-    All buffers are made once: a layer of a short decode takes tens of microseconds, of which allocations and checks
-    would be a large part.
+    All buffers are made once: a layer of a short decode takes tens of microseconds, and allocations and checks would be
+    a large part of that.
 
     Parameters
     ----------

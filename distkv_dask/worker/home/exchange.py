@@ -1,7 +1,7 @@
 """The contract of a step's exchange with its holders: its questions, and the errors that both implementations raise.
 
-Layer by layer, queries go out, partials come in, and each is merged as soon as those before it in order are there. In
-C++: :mod:`~distkv_dask.worker.home.native_exchange`; over any channel, for any device:
+Layer by layer, queries go out, partials come in, and each is merged as soon as all earlier ones in order have arrived.
+In C++: :mod:`~distkv_dask.worker.home.native_exchange`; over any channel, for any device:
 :mod:`~distkv_dask.worker.home.python_exchange`.
 """
 
@@ -59,7 +59,7 @@ class Exchange(Protocol):
         """
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders, and merge each as soon as those before it in order are there.
+        """Wait for the partials of all holders, and merge each as soon as all earlier ones in order have arrived.
 
         The home's own are there already.
         """

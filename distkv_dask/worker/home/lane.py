@@ -24,9 +24,9 @@ T = TypeVar("T")
 NICENESS = 10
 """Niceness of the lane, below the holder lane of the same process, which other homes wait for.
 
-On a busy machine the 99th percentile of a holder's round trip beside a lane that multiplies matrices was 3.5, 2.8 and
+On a busy machine the 99th percentile of a holder's round trip next to a lane that multiplies matrices was 3.5, 2.8 and
 0.6 ms at niceness 0, 5 and 10 on two cores, and 2.5, 0.3 and 0.3 ms on one core, where the lane got 185, 124 and 96
-rounds done per second. Other programs disturbed this: beside an idle lane it was 2.3 and 1.6 ms. This does not prove
+rounds done per second. Other programs disturbed this: next to an idle lane it was 2.3 and 1.6 ms. This does not prove
 that 5 is worse than 10; measure again on a quiet machine before changing this.
 """
 

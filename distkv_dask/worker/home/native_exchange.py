@@ -76,7 +76,7 @@ class NativeExchange:
             raise self._channels[home.culprit].not_sent(asked, error) from error
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
+        """Wait for the partials of all holders, and merge each as soon as all earlier ones in order have arrived."""
         status = self._gather(self._at, self._asking.limit)
         self._collect()
         if status:

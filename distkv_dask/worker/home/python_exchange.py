@@ -86,7 +86,7 @@ class PythonExchange:
             self._asking.lse.fill_(-torch.inf)
 
     def gather(self, layer: int, step: int) -> None:
-        """Wait for the partials of all holders, and merge each as soon as those before it in order are there."""
+        """Wait for the partials of all holders, and merge each as soon as all earlier ones in order have arrived."""
         self._ask_packed(layer, step)
         there: set[Remote | None] = {None}  # the home's own
         merges = [(remote, merge) for remote, merge in self._merges if remote is None or remote in self._asked]

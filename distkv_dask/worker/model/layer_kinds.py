@@ -54,7 +54,7 @@ def look_at_layers(model: Any) -> list[Layer]:
     model.set_attn_implementation(_LOOKING)
     positions = torch.arange(_TOKENS, device=model.device)
     with torch.inference_mode(), attending_with(cast(Any, look), positions, cast(Any, None)):
-        # not a number: with one, Gemma 4 computes only some tokens in its last layers, with masks of their own
+        # not a number: with one, Gemma 4 computes only some tokens in its last layers, with their own masks
         model(input_ids=positions[None], position_ids=positions[None], use_cache=False, logits_to_keep=positions)
     return look.layers
 

@@ -91,7 +91,7 @@ def load_model(
         with device.stream(Use.HOME):
             loaded.try_capture()
             device.finish()
-    device.finish()  # lanes have streams of their own
+    device.finish()  # lanes have their own streams
     return loaded
 
 

@@ -131,7 +131,7 @@ class Grammars:
         """
         made = self.prepare(form)
         if isinstance(made, DistKVError):
-            raise portable(made, "")  # not the exception itself: it would keep the frames of all who raise it
+            raise portable(made, "")  # not the exception itself: it would keep the frames of all that raise it
         return Follower(form, made.deep_copy(), generated)
 
     def _compiled(self, form: Form) -> LLMatcher:
