@@ -85,9 +85,10 @@ class PrefillRun:
                 for chunk, at, count in zip(self._chunks, positions, counts, strict=True)
             ]
             old, self._parts = self._parts, self._cutting(batch)
-            self._gang.open_sessions(self._parts) if self._step == 0 else self._gang.change(
-                self._step, old, self._parts
-            )
+            if self._step == 0:
+                self._gang.open_sessions(self._parts)
+            else:
+                self._gang.change(self._step, old, self._parts)
             attention = self._new_attention(self._parts, batch, self._step)
             positions = [at + count for at, count in zip(positions, counts, strict=True)]
             if isinstance(attention, DistAttention) and positions == [chunk.stop for chunk in chunks]:
