@@ -56,7 +56,7 @@ def ask(engine: Engine) -> list[Completion]:
 
 
 def show(answers: list[Completion], workers: list[str], total: float) -> None:
-    """Print answers, where each document's blocks lay, and speeds."""
+    """Print answers, where each document's blocks were, and speeds."""
     for (name, (_, question)), answer in zip(QUESTIONS.items(), answers, strict=True):
         console.print(f"\n[bold]{name}[/bold]: {question}\n[cyan]{answer.text.strip()}[/cyan]")
     columns = ["tokens", *(f"worker {number}" for number in range(len(workers))), "prefill/s", "decode/s"]
