@@ -39,7 +39,7 @@ def pays(life: MachineState, place: Place, worker: str, start: int, stop: int) -
 
 
 def value(life: MachineState, seconds: float, used: float) -> float:
-    """Value per second of age of something last used at a time, which costs ``seconds`` to get back.
+    """Value of something that costs ``seconds`` to get back and was last used at ``used``: cost per second of age.
 
     Costs count in powers of two: they are estimates, and among similar ones the oldest should go.
     """

@@ -78,7 +78,7 @@ class LoadedModel:
         self.adapters = Adapters(model, weights.device.torch)
         """Its adapters."""
         self.stage: Stage | None = None
-        """The geometry of the layers to which it was cut down, if it was; else of all."""
+        """The stage to whose layers it was cut down, if it was; ``geometry`` is then of these layers alone."""
         self.whole = geometry
         """Sizes of the model with all its layers."""
         self.uncaptured = "the host has no graphs"
