@@ -31,7 +31,7 @@ class Causal:
         keys, values = (one.float().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for one in (k, v))
         hidden = torch.full((len(q), len(k)), -torch.inf).triu(1)
         scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * scale + hidden
-        return (scores.softmax(-1) @ values).transpose(0, 1).contiguous().to(q.dtype)
+        return (scores.softmax(-1) @ values).transpose(0, 1).contiguous().to(v.dtype)
 
 
 def model(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -93,6 +93,22 @@ def test_more_rows_than_the_core_serves_are_computed_by_transformers() -> None:
     made, plain = packed("llama-gqa"), packed("llama-gqa")
     use_core(made)
     assert torch.equal(logits(made, MOST + 1), logits(plain, MOST + 1))
+
+
+@pytest.mark.parametrize("change", ["dtype", "size", "rows"])
+def test_rotary_embeddings_of_another_form_are_left_to_transformers(change: str) -> None:
+    made, plain = packed("llama-gqa"), packed("llama-gqa")
+    use_core(made)
+    for one in (made, plain):
+        real = one.model.rotary_emb.forward
+
+        def other(*given: Any, real: Any = real, **named: Any) -> Any:
+            if change == "dtype":
+                return tuple(found.float() for found in real(*given, **named))
+            return tuple(found[..., :1] if change == "size" else found[:, :1] for found in real(*given, **named))
+
+        one.model.rotary_emb.forward = other
+    assert torch.equal(logits(made, 5), logits(plain, 5))
 
 
 def test_modules_that_somebody_watches_are_called() -> None:

@@ -10,8 +10,9 @@ import inspect
 import weakref
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
@@ -25,6 +26,8 @@ from distkv_dask.worker.model.from_disk import layers_of
 from distkv_dask.worker.model.hook import attend_rows, fits
 from distkv_dask.worker.model.packed import FewRowsLinear
 
+Embeddings = tuple[Tensor, Tensor]
+"""Cosines and sines [1, T, head_dim] of positions."""
 PLAIN = (llama.LlamaAttention, MistralAttention, Qwen2Attention)
 """Attention that differs in nothing but windows, which the step knows."""
 NORMED = (Qwen3Attention,)
@@ -79,27 +82,32 @@ class CoreLayer:
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Embeddings | None = None,
         **others: Any,
     ) -> Tensor:
         """Hidden states [1, T, size] after the layer; parameters are those of transformers' decoder layers."""
         core = self._core
-        if (
-            hidden_states.shape[0] != 1
-            or not 0 < hidden_states.shape[1] <= core.most
-            or past_key_values is not None
-            or position_embeddings is None
-            or not fits(*self._form)
-            or any(self._watchers)
-        ):
+        if past_key_values is not None or any(self._watchers) or not self._takes(hidden_states, position_embeddings):
             given = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
             layer: Any = self._layer()
             plain: Tensor = type(layer).forward(layer, hidden_states, *given, **others)
             return plain
         hidden = hidden_states[0].contiguous()
-        cosines, sines = (one.expand(1, *one.shape[1:])[0].contiguous() for one in position_embeddings)
+        cosines, sines = (one[0].contiguous() for one in cast(Embeddings, position_embeddings))
         attended = attend_rows(*core.before_attention(hidden, cosines, sines), self._scale)
         return core.after_attention(hidden, attended.to(hidden.dtype)).unsqueeze(0)
+
+    def _takes(self, hidden: Tensor, embeddings: Embeddings | None) -> bool:
+        """Whether hidden states and rotary embeddings have the shapes and the dtype that the core reads."""
+        rows, (kv_heads, head_dim) = hidden.shape[1], self._form
+        return (
+            embeddings is not None
+            and hidden.shape[0] == 1
+            and 0 < rows <= self._core.most
+            and all(one.shape == (1, rows, head_dim) and one.dtype == torch.bfloat16 for one in embeddings)
+            and hidden.dtype == torch.bfloat16
+            and fits(kv_heads, head_dim)
+        )
 
 
 def _has_form(layer: Any) -> bool:
