@@ -123,6 +123,12 @@ def test_modules_that_somebody_watches_are_called() -> None:
     assert len(seen) == 1
 
 
+def test_layers_are_found_wherever_a_model_keeps_them() -> None:
+    made = packed("llama-gqa")
+    made.config.num_hidden_layers = 99  # as in models that have no list of all layers
+    assert use_core(made) == 3
+
+
 def test_layers_attend_in_order_with_their_scale() -> None:
     class Asked(Causal):
         def __init__(self) -> None:

@@ -22,7 +22,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from distkv_dask.kernels.decoder_layer import DecoderLayer, Norm, Parts, is_served
 from distkv_dask.kernels.few_rows import FewRows
-from distkv_dask.worker.model.from_disk import layers_of
 from distkv_dask.worker.model.hook import attend_rows, fits
 from distkv_dask.worker.model.packed import FewRowsLinear
 
@@ -47,7 +46,7 @@ def use_core(model: nn.Module) -> int:
         A model whose linears are packed (:mod:`.packed`).
     """
     made = 0
-    for layer in layers_of(model):
+    for layer in [*model.modules()]:
         parts = _parts(layer) if _has_form(layer) else None
         if parts is not None:
             layer.forward = CoreLayer(layer, parts)

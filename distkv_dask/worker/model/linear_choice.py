@@ -53,14 +53,15 @@ def choice(times: Mapping[int, Mapping[str, float]], sets: Sequence[str]) -> Cho
         Instruction sets of the core's products.
     """
     few: list[tuple[int, str]] = []
-    alone, is_fastest = 0, True
+    alone = 0
     for rows, by_name in times.items():
-        best = fastest({name: seconds for name, seconds in by_name.items() if name in sets} or {TORCH: float("inf")})
-        ratio = by_name.get(best, float("inf")) / min(by_name.values())
-        is_fastest &= ratio <= 1
-        if best not in sets or ratio > (1 if not few else IN_LAYERS):
+        ours = {name: by_name[name] for name in sets if name in by_name}
+        slower = min(ours.values(), default=float("inf")) / min(by_name.values())
+        if slower > (IN_LAYERS if few else 1):
             break
-        alone = rows if is_fastest else alone
+        if slower <= 1 and (not few or alone == few[-1][0]):  # as with all smaller numbers
+            alone = rows
+        best = fastest(ours)
         if few and few[-1][1] == best:
             few.pop()
         few.append((rows, best))
