@@ -69,6 +69,16 @@ class Parts:
     key_norm: Norm | None
     head_dim: int
 
+    @property
+    def linears(self) -> tuple[FewRows, ...]:
+        """All linears, in the core's order."""
+        return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        """All norms, in the core's order."""
+        return self.norm, self.mlp_norm, self.query_norm, self.key_norm
+
 
 class DecoderLayer:
     """What a layer does before its attention and after it, rounded to bfloat16 where transformers' modules round.
@@ -91,14 +101,18 @@ class DecoderLayer:
             raise ValueError(f"parts: expected what is_served takes, got {_shapes(parts)}, heads of {parts.head_dim}")
         self._parts, self.head_dim = parts, parts.head_dim
         self.heads, self.kv_heads = (one.outputs // parts.head_dim for one in (parts.query, parts.key))
-        linears = (parts.query, parts.key, parts.value, parts.output, parts.gate, parts.up, parts.down)
-        norms = (parts.norm, parts.mlp_norm, parts.query_norm, parts.key_norm)
-        self._kept = [None if one is None else one.weight.detach().contiguous() for one in norms]
+        self._kept = [None if one is None else one.weight.detach().contiguous() for one in parts.norms]
         weights = [None if one is None else one.data_ptr() for one in self._kept]
         sizes = parts.query.inputs, parts.gate.outputs, self.heads, self.kv_heads, parts.head_dim
         heads = 0.0 if parts.query_norm is None else parts.query_norm.epsilon
         self._layer = PackedDecoderLayer(
-            *(one.address for one in linears), *weights, *sizes, 1, parts.norm.epsilon, parts.mlp_norm.epsilon, heads
+            *(one.address for one in parts.linears),
+            *weights,
+            *sizes,
+            1,
+            parts.norm.epsilon,
+            parts.mlp_norm.epsilon,
+            heads,
         )
         self._at = ctypes.addressof(self._layer)
         self._before, self._after = _functions()
@@ -162,7 +176,7 @@ def is_served(parts: Parts) -> bool:
     sizes = parts.query.inputs, parts.gate.outputs, parts.head_dim
     both = parts.query_norm, parts.key_norm
     epsilons = {one.epsilon for one in both if one is not None}
-    weights = [one.weight for one in (parts.norm, parts.mlp_norm, *both) if one is not None]
+    weights = [one.weight for one in parts.norms if one is not None]
     return (
         not any(one % MULTIPLE for one in sizes)
         and (both[0] is None) == (both[1] is None)
@@ -173,9 +187,8 @@ def is_served(parts: Parts) -> bool:
 
 
 def _shapes(parts: Parts) -> list[tuple[int, ...]]:
-    linears = parts.query, parts.key, parts.value, parts.output, parts.gate, parts.up, parts.down
-    norms = parts.norm, parts.mlp_norm, parts.query_norm, parts.key_norm
-    return [(one.outputs, one.inputs) for one in linears] + [tuple(one.weight.shape) for one in norms if one]
+    linears = [(one.outputs, one.inputs) for one in parts.linears]
+    return [*linears, *(tuple(one.weight.shape) for one in parts.norms if one is not None)]
 
 
 def _expected(parts: Parts) -> list[tuple[int, ...]]:

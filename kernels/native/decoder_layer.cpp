@@ -1,6 +1,8 @@
 // The plain C interface of decoder_layer.h.
 #include "decoder_layer.h"
 
+#include <utility>
+
 #include "pool.h"
 #include "scratch.h"
 
@@ -48,24 +50,21 @@ bool reserve(Memory& memory, int64_t count, const int64_t (&sizes)[4]) {
   return true;
 }
 
-// Products of rows [count, inputs] with up to three linears.
-template <int Count>
-bool products(const DecoderLayer& layer, const LinearKernels& kernels, const Linear* const (&linears)[Count],
-              const uint16_t* rows, int64_t count, uint16_t* const (&outs)[Count]) {
+// Products of rows [count, inputs] with one or more linears.
+template <size_t... At>
+bool products(std::index_sequence<At...>, const DecoderLayer& layer, const LinearKernels& kernels,
+              const Linear* const* linears, const uint16_t* rows, int64_t count, uint16_t* const* outs) {
   LinearCall first{*linears[0], rows, nullptr, count, linears[0]->inputs, outs[0]};
   if (!prepare(first, kernels)) return false;
-  if constexpr (Count == 1) {
-    multiply(&first, 1, kernels, layer.threads);
-  } else if constexpr (Count == 2) {
-    const LinearCall calls[] = {first, {*linears[1], first.rows, first.wide, count, first.stride, outs[1]}};
-    multiply(calls, 2, kernels, layer.threads);
-  } else {
-    const LinearCall calls[] = {first,
-                                {*linears[1], first.rows, first.wide, count, first.stride, outs[1]},
-                                {*linears[2], first.rows, first.wide, count, first.stride, outs[2]}};
-    multiply(calls, 3, kernels, layer.threads);
-  }
+  const LinearCall calls[] = {{*linears[At], first.rows, first.wide, count, first.stride, outs[At]}...};
+  multiply(calls, sizeof...(At), kernels, layer.threads);
   return true;
+}
+
+template <size_t Count>
+bool products(const DecoderLayer& layer, const LinearKernels& kernels, const Linear* const (&linears)[Count],
+              const uint16_t* rows, int64_t count, uint16_t* const (&outs)[Count]) {
+  return products(std::make_index_sequence<Count>{}, layer, kernels, linears, rows, count, outs);
 }
 
 // Norms of heads, if there are some, and positions.
@@ -96,8 +95,7 @@ DISTKV_EXPORT int distkv_before_attention(const distkv::DecoderLayer* of, const 
   for_rows(count, layer.threads, [&](int64_t row) {
     row_by_row.norm(hidden + row * layer.size, layer.norm, normed + row * layer.size, layer.size, epsilon);
   });
-  if (!products(layer, chosen, {layer.query, layer.key, layer.value}, normed, count,
-                {query, key, value}))
+  if (!products(layer, chosen, {layer.query, layer.key, layer.value}, normed, count, {query, key, value}))
     return kNoMemory;
   for_rows(count, layer.threads, [&](int64_t row) {
     const int64_t d = layer.head_dim;
