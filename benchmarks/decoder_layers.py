@@ -8,32 +8,26 @@ the time to read the weights at the rate at which this run reads memory.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from _report import parser, report
-from _roof import read_roof
-from torch import Tensor
+from _report import report
+from _rows import NAMES, Runs, measured, options_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distkv_dask.geometry import Geometry
 from distkv_dask.worker.model.decoder_layers import use_core
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
-from distkv_dask.worker.model.linear_choice import ROWS, chosen
+from distkv_dask.worker.model.linear_choice import chosen
+from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import in_words, pack_linears
 
 MODELS = {"135M": (30, 576, 1536, 9, 3, 64), "8B": (3, 4096, 12288, 32, 8, 128)}
 """Layers, size, size of the MLP, heads, KV heads, and size of a head."""
 VOCABULARY = 64
 """Small: logits are no part of what is measured."""
-
-
-class NoAttention:
-    """Returns queries."""
-
-    def attend(self, layer: int, q: Tensor, *_: Any) -> Tensor:
-        """What a layer would have attended to."""
-        return q
 
 
 def model_of(layers: int, size: int, middle: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Any, Geometry]:
@@ -56,7 +50,7 @@ def seconds(model: Any, sizes: Geometry, rows: int) -> float:
     """Of one forward."""
     ids, positions = torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None]
     last = torch.tensor([rows - 1])
-    with attending_with(NoAttention(), positions[0], sizes):
+    with attending_with(NoAttention(sizes.head_dim), positions[0], sizes):
         began = time.perf_counter()
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last)
         return time.perf_counter() - began
@@ -73,36 +67,20 @@ def variants(sizes: tuple[int, int, int, int, int, int]) -> dict[str, tuple[Any,
     return made
 
 
+def cases(models: Iterable[str], numbers: Iterable[int]) -> Iterator[tuple[str, int, int, Runs]]:
+    """What :func:`_rows.measured` takes, of these models with these numbers of rows."""
+    for name in models:
+        made = variants(MODELS[name])
+        weights = sum(weight.nbytes for weight in made["transformers"][0].model.layers.parameters())
+        for rows in numbers:
+            yield name, rows, weights, {way: partial(seconds, *both, rows) for way, both in made.items()}
+
+
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    arguments.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 32, 128, 512])
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--turns", type=int, default=7)
-    options = arguments.parse_args()
-    if max(options.rows) > ROWS[-1]:
-        arguments.error(f"--rows: at most {ROWS[-1]}")
-    torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {"chosen": in_words(chosen().few) or "no products of the core"}
-    read, size = read_roof("cpu", options.threads)
-    with torch.inference_mode():
-        for name in options.models:
-            made = variants(MODELS[name])
-            weights = sum(weight.nbytes for weight in made["transformers"][0].model.layers.parameters())
-            for rows in options.rows:
-                best, rates = dict.fromkeys(made, float("inf")), [0.0]
-                for _ in range(options.turns):
-                    began = time.perf_counter()
-                    read()
-                    rates.append(size / (time.perf_counter() - began))
-                    for way, (model, sizes) in made.items():
-                        best[way] = min(best[way], seconds(model, sizes, rows))
-                floor = weights / max(rates)
-                figures[f"{name}, {rows} rows: ms"] = {way: round(1e3 * one, 2) for way, one in best.items()}
-                figures[f"{name}, {rows} rows: floor_ms"] = round(1e3 * floor, 2)
-                figures[f"{name}, {rows} rows: ratio"] = {way: round(one / floor, 2) for way, one in best.items()}
-    named = {name: getattr(options, name) for name in ("models", "rows", "threads", "turns")}
-    report(figures, named, options.json)
+    options = options_of(__doc__, MODELS, (1, 4, 8, 32, 128, 512))
+    figures = {"chosen": in_words(chosen().few) or "no products of the core"}
+    figures |= measured(cases(options.models, options.rows), options.threads, options.turns)
+    report(figures, {name: getattr(options, name) for name in NAMES}, options.json)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ reads memory.
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
-from _report import parser, report
-from _roof import read_roof
+from _report import report
+from _rows import NAMES, Runs, measured, options_of
 from torch import Tensor
 
-from distkv_dask.worker.model.linear_choice import ROWS, Product, candidates, chosen
+from distkv_dask.worker.model.linear_choice import Product, candidates, chosen
 from distkv_dask.worker.model.packed import in_words
 
 MODELS = {
@@ -39,38 +40,22 @@ def seconds(linears: list[Product], given: list[Tensor]) -> float:
     return time.perf_counter() - began
 
 
+def cases(models: Iterable[str], numbers: Iterable[int]) -> Iterator[tuple[str, int, int, Runs]]:
+    """What :func:`_rows.measured` takes, of these models with these numbers of rows."""
+    for model in models:
+        layers, shapes = MODELS[model]
+        weights = weights_of(layers, shapes)
+        made, size = candidates(weights), sum(weight.nbytes for weight in weights)
+        for rows in numbers:
+            given = [torch.randn(rows, inputs).bfloat16() for _ in range(layers) for _, inputs in shapes]
+            yield model, rows, size, {name: partial(seconds, linears, given) for name, linears in made.items()}
+
+
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    arguments.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64, 128, 256, 512])
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--turns", type=int, default=7)
-    options = arguments.parse_args()
-    if max(options.rows) > ROWS[-1]:
-        arguments.error(f"--rows: at most {ROWS[-1]}")
-    torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {"chosen": in_words(chosen().few)}
-    read, size = read_roof("cpu", options.threads)
-    with torch.inference_mode():
-        for model in options.models:
-            layers, shapes = MODELS[model]
-            weights = weights_of(layers, shapes)
-            made, size_of_all = candidates(weights), sum(weight.nbytes for weight in weights)
-            for rows in options.rows:
-                given = [torch.randn(rows, inputs).bfloat16() for _ in range(layers) for _, inputs in shapes]
-                best, rates = dict.fromkeys(made, float("inf")), [0.0]
-                for _ in range(options.turns):
-                    began = time.perf_counter()
-                    read()
-                    rates.append(size / (time.perf_counter() - began))
-                    for name, linears in made.items():
-                        best[name] = min(best[name], seconds(linears, given))
-                floor = size_of_all / max(rates)
-                figures[f"{model}, {rows} rows: ms"] = {name: round(1e3 * one, 2) for name, one in best.items()}
-                figures[f"{model}, {rows} rows: floor_ms"] = round(1e3 * floor, 2)
-                figures[f"{model}, {rows} rows: ratio"] = {name: round(one / floor, 2) for name, one in best.items()}
-    named = {name: getattr(options, name) for name in ("models", "rows", "threads", "turns")}
-    report(figures, named, options.json)
+    options = options_of(__doc__, MODELS, (1, 4, 8, 16, 32, 64, 128, 256, 512))
+    figures = {"chosen": in_words(chosen().few)}
+    figures |= measured(cases(options.models, options.rows), options.threads, options.turns)
+    report(figures, {name: getattr(options, name) for name in NAMES}, options.json)
 
 
 if __name__ == "__main__":

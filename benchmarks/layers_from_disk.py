@@ -19,21 +19,14 @@ from distkv_dask.models.gguf_cache import converted_weights
 from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
-
-
-class NoAttention:
-    """Replaces attention."""
-
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
-    ) -> torch.Tensor:
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+from distkv_dask.worker.model.no_attention import NoAttention
 
 
 def seconds(model: LoadedModel, tokens: int, keep: int) -> float:
     """Of a forward over some tokens, of which the last ``keep`` have their logits computed."""
     began = time.perf_counter()
-    model.forward(torch.arange(tokens), torch.arange(tokens), NoAttention(), torch.arange(tokens - keep, tokens))
+    attention = NoAttention(model.geometry.value_dim)
+    model.forward(torch.arange(tokens), torch.arange(tokens), attention, torch.arange(tokens - keep, tokens))
     return time.perf_counter() - began
 
 
