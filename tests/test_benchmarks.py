@@ -46,6 +46,7 @@ PROCESSES = {
     "prefix_cache": "--requests 2 --uncached 1 --peer 0 --tokens 200 --new 2 --threads 1",
     "save_load": "--tokens 200 --repeats 1",
     "scheduler_budget": "--workers 2 --settle 0.1 --seconds 0.5",
+    "stages": "--layers 2 --hidden 64 --batch 8 --prompt 128 --new 4 --turns 1",
     "weights_per_host": "--workers 1",
 }
 """These start processes, most of them with an engine of SmolLM2: minutes together."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,13 +24,12 @@ from distkv_dask.worker.device import Use
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.holder.session import Session
 from distkv_dask.worker.home.chunks import Chunks
-from distkv_dask.worker.home.decode import Attention, DecodeLoop
 from distkv_dask.worker.home.gang import ChannelCache, HomeGang
 from distkv_dask.worker.home.home_state import Begun, HomeState
-from distkv_dask.worker.home.prefill import PrefillRun
 from distkv_dask.worker.home.step_attention import StepAttention
-from distkv_dask.worker.home.traced import TracedDecodeLoop, TracedGang, traced_model
+from distkv_dask.worker.home.traced import TracedGang, traced_model
 from distkv_dask.worker.home.windows import Windows
+from distkv_dask.worker.home_runs import HomeRuns
 from distkv_dask.worker.lanes import Lanes
 from distkv_dask.worker.showing import Showing
 from distkv_dask.worker.speculation.speculation import Speculation
@@ -193,8 +191,7 @@ class Runtime:
         together = Chunks(model, chunks)
         recording = span(self._ring, "chunk", gang.number, sum(len(chunk.tokens) for chunk in chunks))
         with self._showing(chunks) as showing, self._running(gang) as running, recording:
-            run = PrefillRun(running, model, *self._planning(running))
-            run.showing = showing
+            run = self._runs().prefill(running, model, showing)
             try:
                 together.compute(run, self.home_state)
             finally:
@@ -216,8 +213,7 @@ class Runtime:
         """
         model = self._loaded()
         with self._running(window.gang) as gang, span(self._ring, "window", window.gang.number, len(batch)):
-            loop: tuple[Any, ...] = gang, model, batch, *self._planning(gang)
-            decoding = DecodeLoop(*loop) if self._ring is None else TracedDecodeLoop(self._ring, *loop)
+            decoding = self._runs().decode(gang, model, batch)
             window = replace(window, steps=self.home_state.most_steps(window.steps))
             rows = (Begun(one.sequence, one.length, one.length + (window.steps or 0)) for one in batch)
             with self.home_state.change(model, rows) as change:
@@ -247,13 +243,12 @@ class Runtime:
             raise ModelError("this worker only holds KV and has no model; send prompts to a worker that has one")
         return self._model
 
-    def _planning(self, gang: HomeGang | PausedForward) -> tuple[Callable[..., Attention], Callable[..., Any]]:
-        """The functions that build the attention of a gang's steps and cut their batches."""
+    def _runs(self) -> HomeRuns:
         steps = StepAttention(
             self.pool, self._loaded().geometry, self.home_state.windows, self.spec.config.deterministic, self._ring
         )
         steps.links = self._links
-        return partial(steps.attention, gang), steps.cut
+        return HomeRuns(steps, self._ring)
 
     @contextmanager
     def _showing(self, chunks: Sequence[PrefillChunk]) -> Iterator[Showing]:

@@ -182,6 +182,21 @@ async def test_a_model_in_stages_and_one_whose_layers_are_on_disk_have_the_same_
                 check_both(LLAMA, prompt, mean, last)
 
 
+@engine_test(3)
+async def test_texts_that_go_through_stages_in_parts_are_embedded_whole_beside_answers(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (410, 230, 70, 9, 33, 129, 64, 65)]
+    answer = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    right = reference_generate(LLAMA, prompts, 6)
+    settings = SMALL | {"kv_memory": "4 MiB", "prefill_chunk_tokens": 300, "stages": 3, "prefix_cache": False}
+    async with Engine(client, LLAMA, **settings) as engine:
+        means, lasts, answers = await asyncio.gather(*(engine.generate(prompts, one) for one in (MEAN, LAST, answer)))
+    for prompt, mean, last, answered, expected in zip(prompts, means, lasts, answers, right, strict=True):
+        check_both(LLAMA, prompt, mean, last)
+        assert list(answered.token_ids) == expected.tokens
+
+
 @engine_test(1)
 async def test_a_text_as_long_as_the_window_is_embedded_and_a_longer_one_refused(
     client: Client, scheduler: Scheduler, *workers: Worker

@@ -8,6 +8,8 @@ import signal
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 from distkv_dask import ClusterError, ConfigError, Engine, SamplingParams
@@ -41,6 +43,32 @@ def test_a_model_in_stages_gives_the_tokens_of_one_process(family: str, stages: 
             assert "layers 0 to" in home.weights
 
     run()
+
+
+def test_long_chunks_and_large_batches_go_through_stages_in_parts_and_exactly() -> None:
+    prompts = [prompt_ids(length, seed=length) for length in (230, 410, 70, 9, 33, 129, 5, 64, 65)]
+    expected = [one.tokens for one in reference_generate(model_dir("llama-gqa"), prompts, NEW)]
+
+    @engine_test(workers=3)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        given = {"kv_memory": "4 MiB", "stages": 3, **SMALL, "prefill_chunk_tokens": 300}
+        async with Engine(client, str(model_dir("llama-gqa")), **given) as engine:
+            together = await engine.generate(prompts, GREEDY)
+            assert [list(one.token_ids) for one in together] == expected
+            scored = await engine.submit(prompts[1], SamplingParams(max_new_tokens=1, prompt_logprobs=0))
+            assert scored.prompt_logprobs is not None
+            found = [one.logprob for one in scored.prompt_logprobs if one is not None]
+            assert found == pytest.approx(logprobs_of(prompts[1]), abs=1e-4)
+
+    run()
+
+
+def logprobs_of(prompt: list[int]) -> list[float]:
+    """Log probabilities of a prompt's tokens but the first, by one forward of plain transformers."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model_dir("llama-gqa"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        scores = plain(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+    return [float(row[token]) for row, token in zip(scores, prompt[1:], strict=False)]
 
 
 def test_questions_on_a_document_in_stages_are_answered_exactly_and_it_is_not_saved(tmp_path: Any) -> None:

@@ -41,10 +41,12 @@ class Chain:
     def __init__(self, stages: list, positions: torch.Tensor, heads: int) -> None:
         self.stages, self.positions, self.heads = stages, positions, heads
 
-    def through(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
-        with ThreadPoolExecutor(1) as worker:  # as on another one, whose attention is its own
-            step = OwnSequence(self.heads)
-            return worker.submit(self.stages[stage - 1].further, hidden[0], self.positions, step).result()[None]
+    def through(self, hidden: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            with ThreadPoolExecutor(1) as worker:  # as on another one, whose attention is its own
+                step = OwnSequence(self.heads)
+                hidden = worker.submit(stage.further, hidden[0], self.positions, step).result()[None]
+        return hidden
 
 
 @pytest.mark.parametrize(("family", "count"), [("llama-gqa", 3), ("qwen2", 2), ("qwen3-moe", 4), ("phi3", 2)])

@@ -20,6 +20,8 @@ class Channel(Protocol):
     """The home's end: blocks, each call at most for the time limit. Used by one thread, except :meth:`abort`."""
 
     peer: str
+    is_duplex: bool
+    """Whether one thread may send while another one receives."""
 
     def limit(self, seconds: float) -> None:
         """Set the time limit of every later call."""

@@ -55,8 +55,8 @@ class Kind(IntEnum):
 class Header(NamedTuple):
     """Header of a frame.
 
-    ``gang`` and ``epoch`` are zero outside gangs, ``layer`` outside ATTEND and PARTIAL. ``length`` is the payload's
-    size in bytes, ``scale`` the factor of the scores (ATTEND).
+    ``gang`` and ``epoch`` are zero outside gangs, ``layer`` outside ATTEND and PARTIAL; to and from stages it is the
+    number of a batch. ``length`` is the payload's size in bytes, ``scale`` the factor of the scores (ATTEND).
     """
 
     kind: Kind

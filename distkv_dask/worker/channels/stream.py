@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class StreamChannel:
     """Home's end over any stream socket; see :class:`distkv_dask.worker.channels.base.Channel`."""
 
+    is_duplex = True
+
     def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
         self.peer = peer
         self._sock = sock

@@ -43,6 +43,7 @@ class TlsChannel(StreamChannel):
     The first frame begins with the handshake, so that :meth:`abort` ends that too.
     """
 
+    is_duplex = False
     _sock: ssl.SSLSocket
 
     @classmethod

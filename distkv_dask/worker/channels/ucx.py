@@ -50,6 +50,8 @@ class UcxChannel:
     keeps for it.
     """
 
+    is_duplex = False
+
     def __init__(self, worker: Any, line: UcxLine, address: str, seconds: float, left: Left) -> None:
         self.peer = line.peer
         self._worker = worker

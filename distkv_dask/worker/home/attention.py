@@ -166,6 +166,8 @@ class DistAttention:
 
     def close(self) -> None:
         """Forget the channels (they stay open)."""
+        if self.further is not None:
+            self.further.close()
         if self._exchange is not None:
             self._exchange.close()
 

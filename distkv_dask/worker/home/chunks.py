@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -13,12 +13,24 @@ from distkv_dask.logprobs import TokenLogprob
 from distkv_dask.worker.home.choosing import Choosing, rounds
 from distkv_dask.worker.home.home_state import HomeState
 from distkv_dask.worker.home.pooling import Pooling
-from distkv_dask.worker.home.prefill import PrefillRun, begun, ended
+from distkv_dask.worker.home.prefill import begun, ended
 from distkv_dask.worker.model.logprobs import Drawn, draw_batch
 from distkv_dask.worker.model.sampling import Draw
 
 if TYPE_CHECKING:
     from distkv_dask.worker.model.loaded import LoadedModel
+    from distkv_dask.worker.model.recurrent import Past
+
+
+class Run(Protocol):
+    """Computes chunks, such as :class:`~distkv_dask.worker.home.prefill.PrefillRun`."""
+
+    scored: list[list[TokenLogprob]]
+    pooling: Pooling
+
+    def run(self, chunks: Sequence[PrefillChunk], past: Past | None) -> torch.Tensor:
+        """Compute chunks; logits, float32 [n, vocabulary], of the last token of each from which one is drawn."""
+
 
 Computed = tuple[torch.Tensor, list[list[TokenLogprob]]]
 """Logits from which tokens are drawn, and what was scored in each chunk."""
@@ -48,7 +60,7 @@ class Chunks:
         self._scored: list[list[TokenLogprob]] = []
         self._pooling = Pooling(chunks)
 
-    def compute(self, run: PrefillRun, kept: HomeState) -> None:
+    def compute(self, run: Run, kept: HomeState) -> None:
         """Compute the chunks, and then the choices after them, which the home does not keep.
 
         Parameters
@@ -84,7 +96,7 @@ class Chunks:
                 results.append(ChunkResult(token, logprob, tuple(self._scored[at]), pooled=pooled[at]))
         return results
 
-    def _forward(self, run: PrefillRun, kept: HomeState, chunks: Sequence[PrefillChunk], *, keeps: bool) -> Computed:
+    def _forward(self, run: Run, kept: HomeState, chunks: Sequence[PrefillChunk], *, keeps: bool) -> Computed:
         with kept.change(self._model, begun(chunks)) as change:
             logits = run.run(chunks, change.past)
             if keeps:

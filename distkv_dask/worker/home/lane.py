@@ -108,7 +108,7 @@ class HomeLane:
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
-        _step_back()
+        step_back()
         while (item := self._next_call()) is not None:
             future, call = item
             if self._closed:
@@ -149,7 +149,7 @@ def _complete(future: Future[Any], call: Callable[[], Any]) -> None:
         future.set_result(result)
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Lower the calling thread's priority where the system can do so for one thread (Linux)."""
     setpriority: Any = getattr(os, "setpriority", None)
     if setpriority is not None and hasattr(os, "sched_getaffinity"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -17,12 +17,13 @@ class Pooling:
     Parameters
     ----------
     chunks
-        In the order of the rows of each step.
+        In the order of the rows of each step; of different sequences.
     """
 
     def __init__(self, chunks: Sequence[PrefillChunk]) -> None:
         self._chunks = chunks
         self._sums: dict[int, Tensor] = {}
+        """By sequence."""
 
     def step(self, batch: Sequence[Stored]) -> Callable[[Tensor], None] | None:
         """A function that adds the hidden states of a step, if any of them are wanted.
@@ -34,16 +35,19 @@ class Pooling:
         """
         ranges: dict[int, tuple[int, int]] = {}
         at = 0
-        for row, (chunk, one) in enumerate(zip(self._chunks, batch, strict=False)):
+        for chunk, one in zip(self._chunks, batch, strict=False):
             if chunk.pooled_from is not None and chunk.pooled_from < one.length + one.queries:
-                ranges[row] = at + max(0, chunk.pooled_from - one.length), at + one.queries
+                ranges[chunk.sequence] = at + max(0, chunk.pooled_from - one.length), at + one.queries
             at += one.queries
 
         def add_to_sums(hidden: Tensor) -> None:
-            for row, sums in zip(ranges, summed(hidden, [*ranges.values()]), strict=True):
-                self._sums[row] = self._sums[row] + sums if row in self._sums else sums
+            self._add(zip(ranges, summed(hidden, [*ranges.values()]), strict=True))
 
         return add_to_sums if ranges else None
+
+    def add(self, part: Pooling) -> None:
+        """Add the sums of a part of the same chunks."""
+        self._add(part._sums.items())
 
     def results(self) -> list[Pooled | None]:
         """The sums of each chunk.
@@ -54,10 +58,14 @@ class Pooling:
             They are not finite.
         """
         found: list[Pooled | None] = []
-        for row, chunk in enumerate(self._chunks):
+        for chunk in self._chunks:
             if chunk.pooled_from is None:
                 found.append(None)
             else:
-                (sums,) = as_bytes(self._sums[row][None])
+                (sums,) = as_bytes(self._sums[chunk.sequence][None])
                 found.append(Pooled(chunk.pooled_from, chunk.stop, sums))
         return found
+
+    def _add(self, sums: Iterable[tuple[int, Tensor]]) -> None:
+        for sequence, some in sums:
+            self._sums[sequence] = self._sums[sequence] + some if sequence in self._sums else some

@@ -1,8 +1,8 @@
 """A model cut down to the layers of a stage: other layers stay in the list as modules that compute nothing.
 
 The model's own forward runs at every stage, so that everything it derives from positions is available. At the home, the
-first layer of each further stage sends hidden states there and returns the reply; at a stage, the layer before its own
-returns the hidden states that it received.
+first layer of the next stage sends hidden states through all further stages and returns the reply; at a stage, the
+layer before its own returns the hidden states that it received.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Elsewhere(nn.Module):
     ----------
     layer
         The layer, whose plain attributes some models read.
-    stage
-        The stage that begins with it; 0 if none does.
+    sends
+        Whether it sends hidden states through all further stages.
     """
 
-    def __init__(self, layer: nn.Module, stage: int = 0) -> None:
+    def __init__(self, layer: nn.Module, sends: bool = False) -> None:
         super().__init__()
         for name, value in vars(layer).items():
             if isinstance(value, str | int | float | None) and not name.startswith("_"):
                 setattr(self, name, value)
-        self.stage_number = stage
+        self.sends = sends
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Hidden states [1, T, size] after the whole stage; unchanged in a forward without stages."""
-        further = getattr(running_step(), "further", None) if self.stage_number else None
-        return hidden_states if further is None else cast(Tensor, further.through(self.stage_number, hidden_states))
+        """Hidden states [1, T, size] after all stages; unchanged in a forward without stages."""
+        further = getattr(running_step(), "further", None) if self.sends else None
+        return hidden_states if further is None else cast(Tensor, further.through(hidden_states))
 
 
 class _Entry(Elsewhere):
@@ -95,12 +95,11 @@ def keep_layers(model: Any, geometry: Geometry, stage: Stage) -> Geometry:
     with first_layers(model, geometry) as few, in_float32(model, few):
         _check_cut(model, cast(nn.ModuleList, few), geometry)
     first, stop = stage.layers(len(layers))
-    begins = {Stage(number, stage.count).layers(len(layers))[0]: number for number in range(1, stage.count)}
     for at, layer in enumerate([*layers]):
         if stage.number and at == first - 1:
             layers[at] = _Entry(layer)
         elif not first <= at < stop:
-            layers[at] = Elsewhere(layer, 0 if stage.number else begins.get(at, 0))
+            layers[at] = Elsewhere(layer, sends=not stage.number and at == stop)
     if stage.number:
         layers[stop - 1].register_forward_hook(_leave)
         model.set_output_embeddings(None)

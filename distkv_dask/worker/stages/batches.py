@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
@@ -16,16 +15,21 @@ if TYPE_CHECKING:
 
 
 class StageBatch(NamedTuple):
-    """The work of a stage in the next steps: a step's part, its number of tokens, and the blocks of each row."""
+    """The work of a stage in the next steps: a step's part, its number of tokens, and the blocks of each row.
+
+    Batches with numbers in ``over`` have no more steps.
+    """
 
     part: Part
     tokens: int
     blocks: tuple[tuple[int, ...], ...]
+    over: tuple[int, ...] = ()
 
 
-def encode_batch(part: Part, tokens: int, blocks: Sequence[Sequence[int]]) -> bytes:
+def encode_batch(batch: StageBatch) -> bytes:
     """Payload of a BATCH frame to a stage."""
-    body: bytes = msgpack.packb([tokens, list(part.tokens), [list(some) for some in blocks], msgpack.packb(part.rows)])
+    part, tokens, blocks, over = batch
+    body: bytes = msgpack.packb([tokens, part.tokens, blocks, msgpack.packb(part.rows), over])
     return body
 
 
@@ -38,7 +42,7 @@ def decode_batch(payload: Buffer, capacity: int) -> StageBatch:
         It is not the format of :func:`encode_batch`.
     """
     try:
-        tokens, places, blocks, packed = msgpack.unpackb(payload)
+        tokens, places, blocks, packed, over = msgpack.unpackb(payload)
         rows = decode_rows(packed)
         fits = (
             type(tokens) is int
@@ -48,9 +52,10 @@ def decode_batch(payload: Buffer, capacity: int) -> StageBatch:
             and len(places) == sum(row.queries for row in rows)
             and len(blocks) == len(rows)
             and all(type(block) is int and 0 <= block < capacity for some in blocks for block in some)
+            and all(type(one) is int for one in over)
         )
     except (ValueError, TypeError) as error:
         raise ChannelError(f"a batch for a stage is malformed: {error}") from error
     if not fits:
         raise ChannelError(f"a batch for a stage has {len(places)} tokens and {len(rows)} rows that do not fit")
-    return StageBatch(Part(tuple(rows), tuple(places)), tokens, tuple(map(tuple, blocks)))
+    return StageBatch(Part(tuple(rows), tuple(places)), tokens, tuple(map(tuple, blocks)), tuple(over))

@@ -8,7 +8,7 @@ from distkv_dask.worker.blocks.pool import Pool
 
 
 class NamedBlocks(Pool):
-    """A pool in which blocks belong to the sequences of the batch under way, and to no others."""
+    """A pool in which blocks belong to the sequences of the batch that came last, and to no others."""
 
     def name_blocks(self, rows: Iterable[tuple[int, Iterable[tuple[int, int]], Sequence[int]]]) -> None:
         """Let sequences have these blocks, each with token ranges ``[start, stop)`` and their blocks, in order."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 
-from distkv_dask.errors import in_words
+from distkv_dask.errors import GangAbortedError, in_words
 from distkv_dask.gang import Exchanged, Gang
 from distkv_dask.geometry import Geometry, LayerKind, describe_kinds
 from distkv_dask.placement import Endpoint, Stage
@@ -20,15 +23,16 @@ from distkv_dask.worker.channels.bodies import Hello, encode_hello
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.model.hook import running_positions
 from distkv_dask.worker.plan import Part
-from distkv_dask.worker.stages.batches import encode_batch
+from distkv_dask.worker.stages.abreast import Abreast
+from distkv_dask.worker.stages.batches import StageBatch, encode_batch
+from distkv_dask.worker.stages.line import AHEAD, Line
 
 
 class Further(NamedTuple):
-    """A further stage: where it listens, the HELLO that greets it, and its first layer."""
+    """A further stage: where it listens, and the HELLO that greets it."""
 
     endpoint: Endpoint
     hello: bytes
-    first_layer: int
 
 
 def further_stages(first: Stage, whole: Geometry, token: bytes, hello: Hello) -> list[Further]:
@@ -48,7 +52,7 @@ def further_stages(first: Stage, whole: Geometry, token: bytes, hello: Hello) ->
         start, stop = Stage(number, first.count).layers(whole.layers)
         kinds = describe_kinds(whole.layer_kinds[start:stop] or (LayerKind(),) * (stop - start))
         greeting = encode_hello(token, hello._replace(layers=stop - start, layer_kinds=kinds))
-        found.append(Further(endpoint, greeting, start))
+        found.append(Further(endpoint, greeting))
     return found
 
 
@@ -70,7 +74,16 @@ class StageLinks:
         self._connect = connect
         self._limit = limit
         self._lock = threading.Lock()
-        self.channels: list[Channel] = []
+        self.lines: list[Line] = []
+        self.abreast = Abreast(AHEAD * (len(stages) + 1))
+        """Runs forwards of a gang while stages compute others."""
+        self._numbers = itertools.cycle(range(1 << 16))
+        self._over: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """Forwards that all stages, the home among them, compute at the same time."""
+        return len(self._stages) + 1 if all(line.channel.is_duplex for line in self.lines) else 1
 
     @contextmanager
     def serving(self, gang: Gang) -> Iterator[None]:
@@ -82,45 +95,53 @@ class StageLinks:
             A stage cannot be reached, or does not know the engine.
         """
         try:
-            if not all(channel.idle() for channel in self.channels):
-                self.close()
-            for stage in self._stages[len(self.channels) :]:
+            if not all(line.channel.idle() for line in self.lines):
+                self._close_channels()
+            for stage in self._stages[len(self.lines) :]:
                 channel = self._connect(stage.endpoint, self._limit)
                 with self._lock:
-                    self.channels = [*self.channels, channel]
+                    self.lines = [*self.lines, Line(channel)]
                 channel.limit(self._limit)
                 channel.send(Header(Kind.HELLO, length=len(stage.hello)), stage.hello)
                 channel.recv_into(Header(Kind.WELCOME))
             yield
         except BaseException as error:
-            for channel in self._detach_channels():
-                channel.fail(gang.number, gang.epoch, in_words(error))
+            for line in self._detach_lines():
+                line.channel.fail(gang.number, gang.epoch, in_words(error))
             raise
 
     def step(self, gang: Gang, step: int, pool: Pool, part: Part, tokens: int) -> StageStep:
         """Let the stages compute these rows from ``step`` on, over ``tokens`` tokens in each step."""
-        body = encode_batch(part, tokens, [pool.find(row.sequence, row.spans) for row in part.rows])
-        header = Header(Kind.BATCH, gang.number, gang.epoch, 0, step, len(body))
-        for channel in self.channels:
-            channel.send(header, body)
-        layers = [stage.first_layer for stage in self._stages]
-        return StageStep(self.channels, layers, Header(Kind.LAYERS, gang.number, gang.epoch, 0, step))
+        blocks = tuple(tuple(pool.find(row.sequence, row.spans)) for row in part.rows)
+        number, over = next(self._numbers), tuple(self._over)
+        self._over.clear()
+        header = Header(Kind.LAYERS, gang.number, gang.epoch, number, step)
+        batch = encode_batch(StageBatch(part, tokens, blocks, over))
+        return StageStep(self, header, batch, partial(self._over.append, number))
+
+    def break_off(self, error: BaseException) -> None:
+        """End all waits for stages, from any thread, because of an error."""
+        with self._lock:
+            for line in self.lines:
+                line.break_off(error)
 
     def abort(self) -> None:
-        """End a call that waits for a stage, from another thread."""
-        with self._lock:
-            for channel in self.channels:
-                channel.abort()
+        """End all waits for stages, from any thread, because the gang is aborted."""
+        self.break_off(GangAbortedError("it was aborted"))
 
     def close(self) -> None:
-        """Close all channels."""
-        for channel in self._detach_channels():
-            channel.close()
+        """Close all channels, and end the threads."""
+        self._close_channels()
+        self.abreast.close()
 
-    def _detach_channels(self) -> list[Channel]:
+    def _close_channels(self) -> None:
+        for line in self._detach_lines():
+            line.channel.close()
+
+    def _detach_lines(self) -> list[Line]:
         with self._lock:
-            channels, self.channels = self.channels, []
-        return channels
+            lines, self.lines = self.lines, []
+        return lines
 
 
 class StageStep:
@@ -128,38 +149,58 @@ class StageStep:
 
     Parameters
     ----------
-    channels, layers
-        To each stage, and the number of its first layer.
+    links
+        The channels to them.
     header
-        Of the first step's frames.
+        Of the first step's frames to stages.
+    batch
+        Payload of the frame that tells them the batch.
+    close
+        Called when the batch has no more steps.
     """
 
-    def __init__(self, channels: Sequence[Channel], layers: Sequence[int], header: Header) -> None:
-        self._channels = channels
-        self._layers = layers
+    def __init__(self, links: StageLinks, header: Header, batch: bytes, close: Callable[[], None]) -> None:
+        self._links = links
+        self._lines = links.lines
         self._header = header
+        self._batch: bytes | None = batch
+        self.close = close
         self.exchanged = Exchanged()
         """What was exchanged so far."""
 
-    def through(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [1, T, size] after the layers of stage ``stage``, counted from 1.
+    def through(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [1, T, size] after the layers of all further stages; the home computes others meanwhile.
 
         Raises
         ------
         ChannelError, GangAbortedError
-            The stage failed.
+            A stage failed.
         """
-        began, channel, header = time.perf_counter(), self._channels[stage - 1], self._header
-        sent = _bytes(running_positions()), _bytes(hidden)
-        length = sum(map(len, sent))
-        header = header._replace(layer=self._layers[stage - 1], length=length)
-        channel.send(header, *sent)
-        asked = time.perf_counter()
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        into = _bytes(out)
-        channel.recv_into(header._replace(kind=Kind.HIDDEN, length=len(into)), into)
-        self.exchanged += Exchanged(asked - began, time.perf_counter() - asked, length, len(into))
+        began, out = time.perf_counter(), torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        positions, states = _bytes(running_positions()), _bytes(hidden)
+        place = self._lines[0].enter()
+        with self._links.abreast.away():
+            try:
+                for line, after in zip_longest(self._lines, self._lines[1:]):
+                    self._send(line, place, positions, states)
+                    states = _bytes(out)
+                    with line.receiving(place) as channel:
+                        channel.recv_into(self._header._replace(kind=Kind.HIDDEN, length=len(states)), states)
+                        place = 0 if after is None else after.enter()  # so the order is the same there
+            except BaseException as error:
+                self._links.break_off(error)
+                raise
+        size, self._batch = len(self._lines) * len(states), None
+        sent = size + len(self._lines) * len(positions)
+        self.exchanged += Exchanged(0.0, time.perf_counter() - began, sent, size)
         return out
+
+    def _send(self, line: Line, place: int, *payload: memoryview) -> None:
+        header = self._header._replace(length=sum(map(len, payload)))
+        with line.sending(place) as channel:
+            if self._batch is not None:
+                channel.send(header._replace(kind=Kind.BATCH, length=len(self._batch)), self._batch)
+            channel.send(header, *payload)
 
     def advance(self) -> None:
         """Advance to the next step, as the stages do."""
