@@ -77,7 +77,7 @@ class Config:
         Where weights are: ``"memory"``, ``"disk"`` (layers are read while others compute), or ``"auto"`` (from disk if
         they do not fit).
     stages
-        Workers among which a model's layers are divided.
+        Workers among which a model's layers are divided, or ``"auto"`` (the fewest that have room for them).
     channel
         How queries and partials travel between workers: ``"auto"``, ``"tcp"``, ``"unix"`` or ``"ucx"``.
     unencrypted_channels
@@ -137,7 +137,7 @@ class Config:
     device: str = _key("device")
     cuda_graphs: bool = _key("cuda-graphs")
     weights: str = _key("weights")
-    stages: int = _key("stages")
+    stages: str | int = _key("stages")
     channel: str = _key("channel")
     unencrypted_channels: bool = _key("unencrypted-channels")
     prefix_cache: bool = _key("prefix-cache")
@@ -167,6 +167,11 @@ class Config:
     timeout_drain: float = _key("timeouts.drain")
     timeout_close: float = _key("timeouts.close")
     timeout_files: float = _key("timeouts.files")
+
+    @property
+    def stage_count(self) -> int:
+        """Number of stages; 1 before it is chosen, which it is when an engine opens."""
+        return self.stages if isinstance(self.stages, int) else 1
 
     @classmethod
     def load(cls, **overrides: Any) -> Config:

@@ -118,7 +118,7 @@ class GManager(SchedulerPlugin):
                 "the cluster has no workers that may load a model: start some (cluster.scale(n)) or wait for them "
                 f"(client.wait_for_workers(n)); those with the resource {MEMORY_RESOURCE} only hold KV"
             )
-        if spec.config.stages > 1:
+        if spec.config.stage_count > 1:
             check_stages(spec.config, [one for one in self.scheduler.workers if not self.dispatcher.is_memory(one)])
         engine = await self.dispatcher.add_engine(spec, client)
         try:

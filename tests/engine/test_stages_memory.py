@@ -51,14 +51,14 @@ def limit_nanny(limit: int, dask_worker: Nanny) -> None:
 def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted() -> None:
     prompts = [prompt_ids(length, seed=length) for length in (70, 9)]
     greedy = SamplingParams(max_new_tokens=8, ignore_eos=True)
-    given = {"stages": STAGES, "dtype": "float32", "kv_memory": "16 MiB", "block_tokens": 8}
+    given = {"dtype": "float32", "kv_memory": "16 MiB", "block_tokens": 8}
     with (
         LocalCluster(
             n_workers=STAGES, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None, memory_limit="8 GiB"
         ) as cluster,
         client_of_all(cluster) as client,
     ):
-        with Engine(client, str(model_dir("qwen3-moe")), **given):
+        with Engine(client, str(model_dir("qwen3-moe")), stages=STAGES, **given):
             pass  # imports what takes memory in any engine
         base = max(client.run(resident).values())
         room = 2 * base
@@ -67,6 +67,8 @@ def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted(
         path = large_model(room)
         expected = [one.tokens for one in reference_generate(path, prompts, 8)]
         before = client.run(lambda: psutil.Process().pid)
-        with Engine(client, str(path), **given) as engine:
+        with Engine(client, str(path), stages="auto", **given) as engine:
+            (home,) = engine.status().workers.values()
+            assert home.weights.count(" on tcp") == STAGES - 1
             assert [list(one.token_ids) for one in engine.generate(prompts, greedy)] == expected
         assert client.run(lambda: psutil.Process().pid) == before

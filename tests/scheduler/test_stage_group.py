@@ -77,4 +77,4 @@ def test_a_worker_that_could_not_open_its_stage_gets_none_again() -> None:
 
 
 def spec(stages: int) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(stages=stages))
+    return SimpleNamespace(config=SimpleNamespace(stage_count=stages))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from distributed import Client, span
 
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.reach import answered
+from distkv_dask.client.session.stage_count import memories, stage_count
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.client.trace_fetcher import TraceFetcher
 from distkv_dask.client.trace_file import TraceFile
@@ -58,6 +60,7 @@ class OwnedEngine:
         checking.add_done_callback(_retrieved)
         await _install(client)  # at the same time: imports take this process and the workers seconds
         await checking
+        await self._choose_stages(client)
         loading = loop.run_in_executor(None, self.model.tokenizer)
         try:
             facts = await conversation.call(ClientCall.OPEN, spec=pack(self.spec), client=client.id, version=VERSION)
@@ -72,6 +75,19 @@ class OwnedEngine:
         if self._trace is not None:
             self._trace.start()
         return facts, tokenizer
+
+    async def _choose_stages(self, client: Client) -> None:
+        """Choose the number of stages if that is asked (``distkv.stages: auto``), by what workers have room for."""
+        config = self.spec.config
+        if config.stages != "auto":
+            return
+        count = 1
+        if config.weights != "disk" and config.device != "cuda":
+            assert client.scheduler is not None  # it is connected
+            found = await answered(client, client.scheduler.identity(n_workers=-1))
+            asked = self.model, self.spec.dtype, memories(found["workers"]), config.kv_memory
+            count = await asyncio.get_running_loop().run_in_executor(None, stage_count, *asked)
+        self.spec = replace(self.spec, config=replace(config, stages=count))
 
     async def close(self, conversation: Conversation) -> None:
         """Free everything on the cluster."""

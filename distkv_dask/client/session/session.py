@@ -248,9 +248,9 @@ class Session:
         """
         if place is None:
             return None
-        if self.config.stages > 1:
+        if (stages := self.config.stage_count) > 1:
             raise InvalidRequestError(
-                f"an adapter needs all layers of the model on one worker, but distkv.stages is {self.config.stages}: "
+                f"an adapter needs all layers of the model on one worker, but distkv.stages is {stages}: "
                 "merge it into the model (peft's merge_and_unload), or open an engine with stages=1"
             )
         return read_adapter(place)

@@ -39,7 +39,7 @@ def copy_ahead(life: MachineState) -> None:
     """Start to copy cached blocks of workers that have few empty ones."""
     short, life.extents.short = life.extents.short, {}
     config = life.config
-    if config.prefix_cache_tier == "memory" or config.stages > 1 or life.ledger.has_states or life.is_closing:
+    if config.prefix_cache_tier == "memory" or config.stage_count > 1 or life.ledger.has_states or life.is_closing:
         return
     for worker in short:
         account = life.ledger.workers.get(worker)

@@ -57,7 +57,7 @@ class EngineState:
         """Sizes of the model, once a worker has loaded it; they are sent to memory workers."""
         self.span = spec.span
         """Dask span of tasks submitted from now on; None: Dask's default one."""
-        self.group = Group(spec) if spec.config.stages > 1 else None
+        self.group = Group(spec) if spec.config.stage_count > 1 else None
         """The workers among which layers are divided, if they are."""
         self.links = LinkRecord(self.facts, spec.config)
         self.figures = Figures()

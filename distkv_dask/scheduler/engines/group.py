@@ -23,7 +23,7 @@ class Group:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self.places = [""] * spec.config.stages
+        self.places = [""] * spec.config.stage_count
         self._closing: set[str] = set()
         """Workers told to close the engine because they lost a stage: messages before their answers are outdated."""
         self._failed: set[str] = set()
@@ -128,11 +128,11 @@ def check_stages(config: Config, workers: Sequence[str]) -> None:
     }
     if found := [name for name, is_set in wrong.items() if is_set]:
         raise ConfigError(
-            f"distkv.stages is {config.stages}, which cannot be combined with {' and '.join(found)}: change that, or "
-            "set distkv.stages to 1"
+            f"distkv.stages is {config.stage_count}, which cannot be combined with {' and '.join(found)}: change that, "
+            "or set distkv.stages to 1"
         )
-    if len(workers) < config.stages:
+    if len(workers) < config.stage_count:
         raise ClusterError(
-            f"distkv.stages is {config.stages}, but the cluster has {len(workers)} workers that may load a model: "
+            f"distkv.stages is {config.stage_count}, but the cluster has {len(workers)} workers that may load a model: "
             "start more (cluster.scale(n)), or lower distkv.stages"
         )

@@ -28,7 +28,7 @@ class LinkRecord:
 
     def __init__(self, facts: Mapping[str, Opened], config: Config) -> None:
         self._facts = facts
-        self._off = config.performance == "preset" or config.stages > 1
+        self._off = config.performance == "preset" or config.stage_count > 1
         self.times: dict[Pair, LinkTimes] = {}
         self.failed: set[Pair] = set()
         self._failures: Counter[str] = Counter()

@@ -77,7 +77,7 @@ class BlockFiles:
         self._silence = config.timeout_receive
         self._standstill = config.timeout_files
         self._tell = tell
-        self._stages = config.stages
+        self._stages = config.stage_count
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 
     async def store(
