@@ -18,6 +18,7 @@ from distkv_dask.errors import ChannelError, GangAbortedError
 from distkv_dask.gang import Gang, PrefillChunk
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.worker.channels.bodies import Row
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.home.pooling import Pooling
 from distkv_dask.worker.model.hook import attending_with
@@ -29,6 +30,7 @@ from distkv_dask.worker.stages.parts import most_tokens, pieces_of, together
 
 GANG = Gang("engine", 1, "one", 1, "home", ())
 LIMIT = 20.0
+ROW = Row(1, 0, 3, True, ((0, 8),), (0,))
 
 
 class HandStage:
@@ -100,7 +102,7 @@ def new_links(*channels: HandStage) -> StageLinks:
 
 def forward(links: StageLinks, value: float, steps: int = 1) -> list[float]:
     """Steps of a forward that computes no layers of its own, of hidden states that begin with ``value``."""
-    step: StageStep = links.step(GANG, 0, Blocks(), Part((), ()), 3)  # type: ignore[arg-type]
+    step: StageStep = links.step(GANG, 0, Blocks(), Part((ROW,), (0, 1, 2)), 3)  # type: ignore[arg-type]
     hidden, found = torch.full((1, 3, 4), value), []
     with attending_with(step, torch.arange(3), None):  # type: ignore[arg-type]
         for _ in range(steps):
