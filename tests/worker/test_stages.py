@@ -17,7 +17,6 @@ from _peers import HEAD_DIM, HEADS, HELLO, KV_HEADS, Holder, gang, read
 from torch import Tensor
 
 from distkv_dask.errors import ChannelError, ChannelTimeoutError, GangAbortedError, PlanError
-from distkv_dask.gang import Exchanged
 from distkv_dask.geometry import Geometry, LayerKind, describe_kinds
 from distkv_dask.placement import Endpoint, Span, Stage
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
@@ -93,9 +92,12 @@ class Home:
         return self.links.step(gang(number), 0, self.pool, part, sum(new for _, _, new in stored))
 
 
-def through(step: StageStep, hidden: Tensor, positions: list[int]) -> Tensor:
-    with attending_with(step, torch.tensor(positions), WHOLE):  # type: ignore[arg-type]
-        return step.through(1, hidden[None])[0]
+def through(home: Home, step: StageStep, hidden: Tensor, positions: list[int]) -> Tensor:
+    def forward() -> Tensor:
+        with attending_with(step, torch.tensor(positions), WHOLE):  # type: ignore[arg-type]
+            return step.through(hidden[None])[0]
+
+    return home.links.abreast.run([forward], home.links.break_off)[0]
 
 
 def open_to(lane: Holder) -> Callable[[Endpoint, float], Channel]:
@@ -106,13 +108,13 @@ def compute(home: Home, number: int, hidden: Tensor, tokens: int | None = None) 
     """A gang of a new sequence's first tokens; ``tokens`` are announced where they are others."""
     with home.links.serving(gang(number)):
         step = home.step(number, (1, 0, tokens or len(hidden)))
-        return through(step, hidden, [*range(len(hidden))])
+        return through(home, step, hidden, [*range(len(hidden))])
 
 
 def ask(home: Home, number: int, header: Header, body: bytes = b"") -> None:
     """A gang that sends one frame and waits for hidden states."""
     with home.links.serving(gang(number)):
-        (channel,) = home.links.channels
+        channel = home.links.lines[0].channel
         channel.send(header._replace(gang=number, epoch=1, length=len(body)), body)
         channel.recv_into(Header(Kind.HIDDEN, number, 1))
 
@@ -142,7 +144,7 @@ def linked(opened: Callable[[], Channel], limit: float = 20.0, token: str = TOKE
     links = StageLinks(further_stages(first, WHOLE, token.encode(), HELLO), connect, limit)
     yield Home(links), count
     links.close()
-    assert links.channels == []
+    assert links.lines == []
 
 
 @pytest.fixture
@@ -155,12 +157,12 @@ def test_a_prompt_and_a_batch_through_a_stage_are_as_in_one_process(home: Home) 
     torch.manual_seed(1)
     one, two = torch.randn(23, SIZE), torch.randn(14, SIZE)
     with home.links.serving(gang(1)):
-        first = through(home.step(1, (1, 0, 20)), one[:20], [*range(20)])
-        second = through(home.step(1, (2, 0, 11)), two[:11], [*range(11)])
+        first = through(home, home.step(1, (1, 0, 20)), one[:20], [*range(20)])
+        second = through(home, home.step(1, (2, 0, 11)), two[:11], [*range(11)])
         step = home.step(1, (1, 20, 1), (2, 11, 1))
         later = []
         for at in range(3):
-            later.append(through(step, torch.stack((one[20 + at], two[11 + at])), [20 + at, 11 + at]))
+            later.append(through(home, step, torch.stack((one[20 + at], two[11 + at])), [20 + at, 11 + at]))
             step.advance()
     for found, whole in (((first, 0), one), ((second, 1), two)):
         chunk, row = found
@@ -169,18 +171,17 @@ def test_a_prompt_and_a_batch_through_a_stage_are_as_in_one_process(home: Home) 
     assert step.exchanged.sent_bytes == 3 * 2 * (8 + 4 * SIZE)
     assert step.exchanged.received_bytes == 3 * 2 * 4 * SIZE
     assert min(step.exchanged.sending, step.exchanged.waiting) > 0
-    assert Exchanged() == StageStep([], [], Header(Kind.LAYERS)).exchanged
 
 
 def test_a_sequence_whose_blocks_moved_to_others_is_found_where_they_are_now(home: Home) -> None:
     torch.manual_seed(2)
     hidden, other = torch.randn(9, SIZE), torch.randn(24, SIZE)
     with home.links.serving(gang(1)):
-        through(home.step(1, (5, 0, 24)), other, [*range(24)])
+        through(home, home.step(1, (5, 0, 24)), other, [*range(24)])
         home.pool.release_sequence(5)
-        through(home.step(1, (6, 0, 8)), other[:8], [*range(8)])  # the first of these blocks is another one's now
-        found = [through(home.step(1, (5, 0, 8)), hidden[:8], [*range(8)])]
-        found.append(through(home.step(1, (5, 8, 1)), hidden[8:], [8]))
+        through(home, home.step(1, (6, 0, 8)), other[:8], [*range(8)])  # the first of these blocks is another one's now
+        found = [through(home, home.step(1, (5, 0, 8)), hidden[:8], [*range(8)])]
+        found.append(through(home, home.step(1, (5, 8, 1)), hidden[8:], [8]))
     assert set(home.pool.table(5)).isdisjoint(home.pool.table(6))
     torch.testing.assert_close(torch.cat(found).double(), expected(hidden), rtol=0, atol=2e-5)
 
@@ -192,7 +193,7 @@ def test_gangs_share_a_connection_until_one_of_them_fails(lane: Holder) -> None:
         assert len(count) == 1
         with pytest.raises(ZeroDivisionError), home.links.serving(gang(3)):
             raise ZeroDivisionError
-        assert home.links.channels == []
+        assert home.links.lines == []
         assert len(compute(home, 4, torch.randn(3, SIZE))) == 3
     assert len(count) == 2
 
@@ -202,8 +203,10 @@ def test_answers_that_a_gang_left_unread_are_never_taken_for_those_of_a_later_on
     hidden = torch.randn(3, SIZE)
     with linked(lane.open) as (home, count):
         with home.links.serving(gang(1)):
-            header = home.step(1, (1, 0, 3))._header._replace(layer=SPLIT[0], length=3 * (8 + 4 * SIZE))
-            (channel,) = home.links.channels
+            step, channel = home.step(1, (1, 0, 3)), home.links.lines[0].channel
+            header, batch = step._header._replace(length=3 * (8 + 4 * SIZE)), step._batch
+            assert batch is not None
+            channel.send(header._replace(kind=Kind.BATCH, length=len(batch)), batch)
             channel.send(header, bytes(header.length))
             pause = threading.Event()
             while channel.idle():  # until the answer is there
@@ -216,11 +219,11 @@ def test_answers_that_a_gang_left_unread_are_never_taken_for_those_of_a_later_on
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_stage_of_another_cut_is_refused_with_both_geometries(lane: Holder, layers: int) -> None:
     hello = HELLO._replace(layers=layers, layer_kinds=f"a=full; {'a' * layers}")
-    links = StageLinks([Further(Endpoint("w1", "", 1), encode_hello(TOKEN.encode(), hello), 2)], open_to(lane), 20.0)
+    links = StageLinks([Further(Endpoint("w1", "", 1), encode_hello(TOKEN.encode(), hello))], open_to(lane), 20.0)
     said = rf"\({layers}, 2, 64, .*this holder has engine engine, \(3, 2, 64, 'float32', 'a=full; aaa'"
     with pytest.raises(GangAbortedError, match=said), links.serving(gang(1)):
         pass
-    assert links.channels == []
+    assert links.lines == []
 
 
 def test_a_home_without_the_token_reaches_no_stage(lane: Holder) -> None:
@@ -244,19 +247,19 @@ def test_frames_of_an_earlier_connection_change_nothing_any_more(lane: Holder) -
     hidden = torch.randn(3, SIZE)
     with linked(lane.open) as (earlier, _), linked(lane.open) as (home, _), earlier.links.serving(gang(1)):
         late = earlier.step(1, (1, 0, 3))
-        through(late, torch.randn(3, SIZE), [0, 1, 2])
+        through(earlier, late, torch.randn(3, SIZE), [0, 1, 2])
         with home.links.serving(gang(2)):
-            found = through(home.step(2, (1, 0, 2)), hidden[:2], [0, 1])
+            found = through(home, home.step(2, (1, 0, 2)), hidden[:2], [0, 1])
             with pytest.raises(GangAbortedError, match="opened another channel to this stage since"):
-                through(late, torch.randn(3, SIZE), [0, 1, 2])
-            after = through(home.step(2, (1, 2, 1)), hidden[2:], [2])
+                through(earlier, late, torch.randn(3, SIZE), [0, 1, 2])
+            after = through(home, home.step(2, (1, 2, 1)), hidden[2:], [2])
     torch.testing.assert_close(torch.cat((found, after)).double(), expected(hidden), rtol=0, atol=2e-5)
 
 
 def test_a_row_without_room_in_the_blocks_that_the_home_names_is_a_fault_of_the_plan(lane: Holder) -> None:
     with linked(lane.open) as (home, _):
         part = home.part((7, 0, 9))
-        body = encode_batch(part, 9, [home.pool.table(7)[:1]])
+        body = encode_batch(StageBatch(part, 9, (home.pool.table(7)[:1],)))
         with pytest.raises(PlanError, match="of sequence 7 were planned on this worker, which has no") as caught:
             ask(home, 1, Header(Kind.BATCH), body)
     assert caught.value.sequence == 7
@@ -287,7 +290,7 @@ def test_a_stage_that_does_not_answer_is_given_up_after_the_limit(frozen: Callab
     with linked(frozen, limit=0.3) as (home, _):
         with pytest.raises(ChannelTimeoutError, match=r"HIDDEN .*within 0.3 s.*distkv.timeouts.receive"):
             compute(home, 1, torch.randn(3, SIZE))
-        assert home.links.channels == []
+        assert home.links.lines == []
 
 
 def test_a_call_that_waits_for_a_stage_can_be_ended_by_another_thread(frozen: Callable[[], Channel]) -> None:
@@ -297,7 +300,7 @@ def test_a_call_that_waits_for_a_stage_can_be_ended_by_another_thread(frozen: Ca
         with pytest.raises(ChannelError):
             compute(home, 1, torch.randn(3, SIZE))
         ending.join()
-        assert home.links.channels == []
+        assert home.links.lines == []
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -309,28 +312,28 @@ def test_further_stages_together_have_all_layers_after_the_homes_once(count: int
     assert [one.endpoint for one in found] == [*endpoints]
     hellos = [decode_hello(one.hello) for one in found]
     assert all(one.hello.startswith(token_digest(b"token")) for one in found)
-    for stage, hello, after in zip(found, hellos, [*found[1:], None], strict=True):
-        stop = 7 if after is None else after.first_layer
-        assert hello.layers == stop - stage.first_layer > 0
-        assert hello.layer_kinds == describe_kinds(kinds[stage.first_layer : stop])
-        assert hello == HELLO._replace(layers=hello.layers, layer_kinds=hello.layer_kinds)
-    assert found[0].first_layer == Stage(0, count).layers(7)[1]
+    for number, hello in enumerate(hellos, start=1):
+        first, stop = Stage(number, count).layers(7)
+        assert hello.layers == stop - first > 0
+        assert hello == HELLO._replace(layers=stop - first, layer_kinds=describe_kinds(kinds[first:stop]))
 
 
 ROWS = (Row(1, 0, 3, True, ((0, 8),), (0,)), Row(2, 8, 1, True, ((0, 16),), (8,)))
 BATCH = StageBatch(Part(ROWS, (0, 1, 2, 3)), 4, ((3,), (5, 0)))
 
 
-def body(tokens: Any = 4, places: Any = (0, 1, 2, 3), blocks: Any = ((3,), (5, 0)), rows: Any = ROWS) -> bytes:
-    packed: bytes = msgpack.packb([tokens, places, blocks, msgpack.packb(rows)])
+def body(
+    tokens: Any = 4, places: Any = (0, 1, 2, 3), blocks: Any = ((3,), (5, 0)), rows: Any = ROWS, over: Any = ()
+) -> bytes:
+    packed: bytes = msgpack.packb([tokens, places, blocks, msgpack.packb(rows), over])
     return packed
 
 
 def test_a_batch_arrives_as_it_was_sent() -> None:
     shared = Part((*ROWS, Row(3, 8, 2, False, ((0, 8),), (9, 4))), (0, 1, 2, 3, 3, 2))
-    for batch in (BATCH, StageBatch(shared, 4, ((3,), (5, 0), (7,)))):
-        assert decode_batch(encode_batch(batch.part, batch.tokens, batch.blocks), 8) == batch
-    assert encode_batch(BATCH.part, 4, BATCH.blocks) == body()
+    for batch in (BATCH, StageBatch(shared, 4, ((3,), (5, 0), (7,)), (65535, 0))):
+        assert decode_batch(encode_batch(batch), 8) == batch
+    assert encode_batch(BATCH) == body()
 
 
 REFUSED = [
@@ -340,6 +343,7 @@ REFUSED = [
     body(places=(0, 1, 2)), body(places=(0, 1, 2, 4)), body(places=(0, 1, 2, -1)), body(places=(0, 1, 2, 3.0)),
     body(places=2), body(tokens=3), body(tokens=4.0), body(tokens=True), body(tokens="4"),
     body(tokens=5), body(tokens=2**40), body(tokens=2**63), body(tokens=-1),  # tokens that no row has
+    body(over=3), body(over=("1",)), body(over=(True,)),
     body(tokens=0, places=(), blocks=(), rows=()), body(rows=[[1, 0, 3, True, [], []]]),
 ]  # fmt: skip
 

@@ -176,13 +176,14 @@ class StageStep:
         ChannelError, GangAbortedError
             A stage failed.
         """
-        began, out = time.perf_counter(), torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        began, sending = time.perf_counter(), 0.0
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         positions, states = _bytes(running_positions()), _bytes(hidden)
         place = self._lines[0].enter()
         with self._links.abreast.away():
             try:
                 for line, after in zip_longest(self._lines, self._lines[1:]):
-                    self._send(line, place, positions, states)
+                    sending += self._send(line, place, positions, states)
                     states = _bytes(out)
                     with line.receiving(place) as channel:
                         channel.recv_into(self._header._replace(kind=Kind.HIDDEN, length=len(states)), states)
@@ -192,15 +193,18 @@ class StageStep:
                 raise
         size, self._batch = len(self._lines) * len(states), None
         sent = size + len(self._lines) * len(positions)
-        self.exchanged += Exchanged(0.0, time.perf_counter() - began, sent, size)
+        self.exchanged += Exchanged(sending, time.perf_counter() - began - sending, sent, size)
         return out
 
-    def _send(self, line: Line, place: int, *payload: memoryview) -> None:
+    def _send(self, line: Line, place: int, *payload: memoryview) -> float:
+        """Send a step, and its batch before it if that is new; returns the seconds that it took."""
         header = self._header._replace(length=sum(map(len, payload)))
         with line.sending(place) as channel:
+            began = time.perf_counter()
             if self._batch is not None:
                 channel.send(header._replace(kind=Kind.BATCH, length=len(self._batch)), self._batch)
             channel.send(header, *payload)
+            return time.perf_counter() - began
 
     def advance(self) -> None:
         """Advance to the next step, as the stages do."""
