@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import transformers
-from distributed import LocalCluster, Nanny, Worker
+from distributed import LocalCluster, Nanny, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
 from tests._cluster import PROTOCOL, client_of_all
@@ -46,6 +46,12 @@ def limit_nanny(limit: int, dask_worker: Nanny) -> None:
     dask_worker.memory_manager.memory_limit = limit
 
 
+def tell_scheduler(limit: int, dask_scheduler: Scheduler) -> None:
+    """Workers tell their limit when they register."""
+    for worker in dask_scheduler.workers.values():
+        worker.memory_limit = limit
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted() -> None:
@@ -64,6 +70,7 @@ def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted(
         room = 2 * base
         client.run(limit_worker, base + room)
         client.run(limit_nanny, base + room, nanny=True)
+        client.run_on_scheduler(tell_scheduler, base + room)
         path = large_model(room)
         expected = [one.tokens for one in reference_generate(path, prompts, 8)]
         before = client.run(lambda: psutil.Process().pid)
