@@ -18,10 +18,10 @@ PYTEST = $(if $(CHANNEL),DASK_DISTKV__CHANNEL=$(CHANNEL)) $(if $(DEVICE),DISTKV_
   $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all nightly sanitize lint bench docs clean
+.PHONY: help demo test test-thorough test-all nightly sanitize lint bench docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed  ## Answer questions about documents that fit on no single worker
 	$(BIN)/python examples/demo.py
@@ -29,7 +29,10 @@ demo: $(VENV)/.installed  ## Answer questions about documents that fit on no sin
 test: $(VENV)/.installed  ## Run the tests (ARGS=tests/engine: fewer; CHANNEL=tcp or unix: engines use that; DEVICE=emulated: on a card that does not exist; JOBS=1: one at a time)
 	$(PYTEST) -m "not thorough" $(ARGS)
 
-test-all: $(VENV)/.installed-test  ## Run all: also over UCX, on the emulated card, and with docling and tables of other libraries, which takes another 1 GB (CHANNEL=ucx: engines use it)
+test-thorough: $(VENV)/.installed-test  ## Run the other tests: also over UCX, and with docling and tables of other libraries, which takes another 1 GB
+	$(PYTEST) -m thorough $(ARGS)
+
+test-all: $(VENV)/.installed-test  ## Run both (CHANNEL=ucx: engines use it)
 	$(PYTEST) $(ARGS)
 
 nightly: $(VENV)/.installed  ## Try the state machine, ledger, policies and control tokens with 20 times as many random cases, and compile all GPU kernels (takes minutes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 from pathlib import Path
 
 # Read when torch and huggingface_hub are first imported, hence before all imports; worker processes inherit them.
@@ -79,8 +80,8 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with files of slow tests, so that no process waits for one at the end.
 
-    Leave families of models that are like others to ``make test-all``. Give tests over UCX three tries: ucxx misses
-    their time limits now and then on a busy machine.
+    Leave families of models that are like others to ``make test-thorough``, and all that goes over UCX, which gets
+    three tries: ucxx misses time limits now and then on a busy machine.
     """
     for item in items:
         call = getattr(item, "callspec", None)
@@ -89,5 +90,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:
-        if "ucx" in item.nodeid:
+        if item.get_closest_marker("ucx") or re.search(r"\[(.*-)?ucx\b", item.name):
             item.add_marker(pytest.mark.flaky(reruns=2))
+            item.add_marker(pytest.mark.thorough)

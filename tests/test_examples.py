@@ -17,6 +17,7 @@ from tests._processes import tracebacks
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
 OF_README = "02_three_workers.py"
+OTHERS = [name for name in EXAMPLES if name != OF_README]
 DEMO = "demo.py"
 
 pytestmark = [
@@ -50,18 +51,33 @@ def test_the_readmes_example_runs_as_users_start_it(tmp_path: Path) -> None:
     assert len(run(tmp_path, ROOT / "examples" / OF_README).split()) > 10
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which all examples have run, in one process; what each has printed is there."""
-    folder = tmp_path_factory.mktemp("examples")
-    scripts = [shlex.quote(str(ROOT / "examples" / name)) for name in (*EXAMPLES, DEMO)]
+def printed_by(folder: Path, *names: str) -> Path:
+    """Run examples in one process, after each other; what each has printed is in the folder then."""
+    scripts = [shlex.quote(str(ROOT / "examples" / name)) for name in names]
     run(folder, "-m", "tests._forked_workers", folder, *scripts)
     return folder
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_prints_answers(printed: Path, name: str) -> None:
-    assert len((printed / f"{name}.out").read_text().split()) > 10
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the demo and the README's example have run."""
+    return printed_by(tmp_path_factory.mktemp("examples"), OF_README, DEMO)
+
+
+@pytest.fixture(scope="module")
+def printed_by_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the other examples have run."""
+    return printed_by(tmp_path_factory.mktemp("others"), *OTHERS)
+
+
+def test_the_readmes_example_prints_answers(printed: Path) -> None:
+    assert len((printed / f"{OF_README}.out").read_text().split()) > 10
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_example_prints_answers(printed_by_others: Path, name: str) -> None:
+    assert len((printed_by_others / f"{name}.out").read_text().split()) > 10
 
 
 @pytest.mark.parametrize("script", EXAMPLES)

@@ -72,6 +72,7 @@ def wheel(tmp_path_factory):
     return built
 
 
+@pytest.mark.thorough  # compiles the core once more
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {Path(name) for name in archive.namelist()}
@@ -86,6 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {Path("distkv_dask/kernels/__init__.py"), Path("distkv_dask/graphs/__init__.py")} <= names
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the wheel has no C++ core")
 def test_wheel_built_with_a_compiler_holds_the_fast_kernels(wheel):
     with zipfile.ZipFile(wheel) as archive:
@@ -101,6 +103,7 @@ def test_what_the_compiler_built_is_what_this_checkout_loads():
     assert wire() is not None
 
 
+@pytest.mark.thorough
 def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
     """A new environment that has our dependencies (by a path entry, which runs no editable hook) and the wheel."""
     venv.create(tmp_path / "env", with_pip=False)

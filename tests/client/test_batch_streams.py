@@ -105,9 +105,13 @@ KINDS: dict[str, Callable[[pa.Table, Path], Any]] = {
     "iceberg": iceberg,
     "iceberg-scan": lambda table, folder: iceberg(table, folder).scan(),
 }
+ARROW = "dataset", "scanner", "capsule"
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.thorough] * (kind not in ARROW)) for kind in KINDS]
+)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_the_same_table_gives_the_same_rows_whatever_library_has_it(kind: str, tmp_path: Path) -> None:
     source = opened(KINDS[kind](TABLE, tmp_path))
     expected = read(opened(TABLE))
@@ -118,7 +122,7 @@ def test_the_same_table_gives_the_same_rows_whatever_library_has_it(kind: str, t
     assert [row.fingerprint for row in source.rows()] == [row.fingerprint for row in opened(TABLE).rows()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_a_table_of_any_library_may_be_empty_or_lack_a_column(kind: str, tmp_path: Path) -> None:
     if kind in ("datasets-streamed", "datasets-saved"):
         pytest.skip("datasets can neither stream a table without rows nor load it from disk")
@@ -137,7 +141,7 @@ NESTED = pa.table(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_nulls_cost_their_row_and_nested_values_are_kept(kind: str, tmp_path: Path) -> None:
     if kind == "delta-folder":
         pytest.skip("its rows are told apart by a column that this table has not")

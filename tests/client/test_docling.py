@@ -22,6 +22,8 @@ from distkv_dask.errors import InvalidRequestError
 from distkv_dask.quotes import Quoting
 from tests._pdf import save_pdf
 
+pytestmark = pytest.mark.thorough
+
 READER = TextReader("docling")
 TABLE = [["Region", "Sales"], ["North", "12"], ["South", "7"]]
 

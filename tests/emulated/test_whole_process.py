@@ -16,9 +16,9 @@ TESTS = Path(__file__).with_name("whole_process")
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE") == "emulated", reason="they run by themselves then")
-def test_in_a_process_of_their_own(pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("part", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_in_a_process_of_their_own(part: str) -> None:
     """One process for all files: starting another, and a server that forks its workers, takes 15 s of a core."""
-    part = "not thorough" if pytestconfig.option.markexpr == "not thorough" else ""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider", "-m", part, str(TESTS)],
         cwd=ROOT, env={**os.environ, "DISTKV_TEST_DEVICE": "emulated"}, capture_output=True, text=True,

@@ -27,6 +27,7 @@ def test_a_run_can_be_repeated_by_its_seed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_under_faults_of_all_kinds_no_answer_is_wrong_or_missing_and_nothing_is_left(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     options = ["--seed", SEED, "--minutes", SECONDS / 60, "--every", EVERY, "--few", "--json", found]

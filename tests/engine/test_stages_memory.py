@@ -53,6 +53,7 @@ def tell_scheduler(limit: int, dask_scheduler: Scheduler) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted() -> None:
     prompts = [prompt_ids(length, seed=length) for length in (70, 9)]

@@ -75,6 +75,7 @@ def holder_process() -> Iterator[tuple[subprocess.Popen[str], Elsewhere]]:
             process.kill()
 
 
+@pytest.mark.ucx
 @pytest.mark.parametrize("frozen", [False, True], ids=["killed", "frozen"])
 def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(frozen: bool) -> None:
     skip_without(UCX)
@@ -99,6 +100,7 @@ def test_a_holder_process_that_is_killed_or_frozen_is_an_error_in_time(frozen: b
         home.close()
 
 
+@pytest.mark.ucx
 @ucxx_may_keep_sockets
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGCONT], ids=["dies", "wakes up"])
 def test_a_question_given_up_to_a_frozen_holder_costs_no_sockets_once_it(how: signal.Signals) -> None:
