@@ -1,4 +1,4 @@
-"""A home in this process and holders in their own processes, driven without Dask, to measure what a layer costs.
+"""A home in this process and holders in other processes, driven without Dask, to measure what a layer costs.
 
 Holders are forked from one process that has imported everything, so that sixteen of them take little memory.
 """
@@ -65,7 +65,7 @@ class Fleet:
     channel
         ``"tcp"``, ``"unix"`` or ``"ucx"``.
     holders
-        How many.
+        Number of holders.
     home_blocks
         KV blocks of the home.
     """

@@ -1,4 +1,4 @@
-"""``docs/models.md``: a table of model types made from what ``model_coverage.py`` found."""
+"""``docs/models.md``: a table of model types, made from the results of ``model_coverage.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placements of a benchmark, instead of the policy's; the scheduler runs in the benchmark's process."""
+"""Placements that a benchmark sets instead of the policy; the scheduler runs in the benchmark's process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 
 
 def place_by(choose: Callable[[int], Sequence[tuple[int, int | None]]]) -> None:
-    """Place a sequence, by its tokens, in spans of (worker, room; None is the rest); the last one is the home's."""
+    """Place a sequence of n tokens in the spans of ``choose(n)``, the home's last.
+
+    A span is (number of its worker, tokens), where None stands for all remaining tokens.
+    """
 
     def place(policy: Policy, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)

@@ -1,4 +1,4 @@
-"""What every benchmark prints with its figures: commit, hardware, configuration; and ``--json FILE``."""
+"""What every benchmark prints with its figures (commit, hardware, configuration), and ``--json FILE``."""
 
 from __future__ import annotations
 

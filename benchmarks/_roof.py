@@ -1,4 +1,4 @@
-"""Best times of calls that take turns, and how fast this machine reads memory."""
+"""Best times of calls that take turns, and the rate at which this machine reads memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from distkv_dask.kernels import advise_huge_pages, native_kernel
 
 SECONDS = 1.5
-"""Time limit for all repetitions of a call."""
+"""Seconds after which a call is no longer repeated; it always runs three times."""
 
 
 def best_seconds(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
@@ -33,7 +33,7 @@ def best_seconds(runs: dict[str, Callable[[], object]], device: str) -> dict[str
 
 
 def read_roof(device: str, threads: int) -> tuple[Callable[[], object], int]:
-    """Callable that reads memory as fast as this machine can, and how many bytes it reads."""
+    """Return a callable that reads memory as fast as this machine can, and how many bytes it reads."""
     memory = torch.empty(1 << 27, dtype=torch.int64, device=device)
     advise_huge_pages(memory)
     memory.fill_(1)

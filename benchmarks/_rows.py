@@ -1,4 +1,7 @@
-"""What benchmarks of few rows share: their options, and ways to compute that take turns with a read of memory."""
+"""Common parts of the benchmarks of few rows: options, and timing of several implementations in turns.
+
+A read of memory takes a turn, too: it is the floor.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from _roof import read_roof
 from distkv_dask.worker.model.linear_choice import ROWS
 
 Runs = Mapping[str, Callable[[], float]]
-"""Ways to compute the same: each computes once and returns its seconds."""
+"""Implementations of the same computation: each computes once and returns its seconds."""
 
 NAMES = "models", "rows", "threads", "turns"
 """Options that :func:`options_of` adds."""
 
 
 def options_of(description: str | None, models: Collection[str], rows: Sequence[int]) -> argparse.Namespace:
-    """Options of a benchmark of these models, by default with these numbers of rows; sets torch's threads."""
+    """Parse the options of a benchmark with these models and default numbers of rows; sets torch's threads."""
     arguments = parser(description)
     arguments.add_argument("--models", nargs="+", choices=list(models), default=list(models))
     arguments.add_argument("--rows", nargs="+", type=int, default=list(rows))
@@ -35,16 +38,16 @@ def options_of(description: str | None, models: Collection[str], rows: Sequence[
 
 
 def measured(cases: Iterator[tuple[str, int, int, Runs]], threads: int, turns: int) -> dict[str, Any]:
-    """Milliseconds of each way, of reading the weights once, and the ratio of both, by case.
+    """Milliseconds of each implementation and of reading the weights once, and their ratios, by case.
 
     Parameters
     ----------
     cases
-        Model, number of rows, bytes of its weights, and the ways to compute, one case after the other.
+        Model, number of rows, bytes of weights, and implementations of each case.
     threads
-        That read memory.
+        Threads that read memory.
     turns
-        Of each case; the best counts.
+        Turns of each case; the best one counts.
     """
     figures: dict[str, Any] = {}
     read, size = read_roof("cpu", threads)

@@ -1,7 +1,7 @@
 """Tiny configurations and random weights of every causal model type of the installed transformers.
 
-Sizes are set by the names that configurations use for them; layers are cut down to one or two of each kind that the
-default configuration has; windows are a few tokens. What that does not fit is said in ``SPECIAL``, type by type.
+Sizes are set by the names that configurations use for them; layers are reduced to one or two of each kind in the
+default configuration; windows are a few tokens long. Types that need other settings are in ``SPECIAL``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_CAUSAL = frozenset(
         *("xmod", "xlm", "reformer", "xlnet", "git", "gemma4_assistant", "gemma4_unified_assistant", "blt"),
     )
 )
-"""Types that transformers maps to causal models too, but whose models are encoders or need another input."""
+"""Types that transformers also maps to causal models, although the models are encoders or need other input."""
 
 TEXT_PARTS = (
     "mistral3",
@@ -42,7 +42,7 @@ TEXT_PARTS = (
     "idefics3",
     "smolvlm",
 )
-"""Vision-language types to try as text models, beside those in the causal mapping."""
+"""Vision-language types to try as text models, in addition to the causal mapping."""
 
 SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCAB),
@@ -214,7 +214,7 @@ def _settings(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
     rope = default.__dict__.get("rope_parameters")
     if isinstance(rope, dict) and "original_max_position_embeddings" in rope:
         settings["rope_parameters"] = rope | {"original_max_position_embeddings": 2 * WINDOW}
-    if settings.get("kv_lora_rank"):  # latent attention: every head has keys, and this name means their rotary part
+    if settings.get("kv_lora_rank"):  # latent attention: all heads have keys, whose rotary size this name means
         settings |= {"num_key_value_heads": 4, "head_dim": SIZES["qk_rope_head_dim"]}
     lists = {name: default.__dict__[name] for name in LISTS if isinstance(default.__dict__.get(name), list | tuple)}
     if lists:
@@ -236,7 +236,7 @@ def _few_layers(lists: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_model(name: str, seed: int) -> Any:
-    """A tiny model with random weights, the same for the same seed; wide, so that greedy tokens vary."""
+    """A tiny model with random weights that depend only on the seed, drawn wide so that greedy tokens vary."""
     kind, config = VARIANTS.get(name, (name, {}))[0], tiny_config(name)
     torch.manual_seed(seed)
     auto: Any = transformers.AutoModelForCausalLM

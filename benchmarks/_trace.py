@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One span; times in ms from the trace's beginning, numbers -1 where there is none."""
+    """One span; times are in ms from the beginning of the trace, and missing numbers are -1."""
 
     name: str
     category: str

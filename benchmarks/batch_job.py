@@ -1,7 +1,7 @@
-"""A batch that is killed repeatedly: what do three killed clients and a killed worker cost, and is a row lost?
+"""A batch that is killed repeatedly: what do three killed clients and a killed worker cost, and are rows lost?
 
-The same job runs twice on a cluster of this machine's processes: undisturbed, and with the client killed three times
-and a worker once. A share of its rows is bad (nothing, white space, far too long). The peer answers some good rows with
+The same job runs twice on a cluster of processes on this machine: undisturbed, and with the client killed three times
+and a worker once. Some of its rows are bad (null, white space, far too long). The peer answers some good rows with
 plain transformers in the same run, with as many threads as the workers have together.
 """
 
@@ -63,7 +63,7 @@ def answered(out: Path) -> int:
 
 
 def killed_again_and_again(folder: Path, client: Client, options: Namespace) -> Iterator[str]:
-    """Run the batch with kills at even shares of the rows; yields who was killed."""
+    """Run the batch with kills after equal shares of the rows; yields who was killed."""
     victims = ["client"] * KILLS + ["worker"]
     scheduler = client.scheduler.address
     process = job(folder, "killed", scheduler, options)
@@ -84,7 +84,7 @@ def killed_again_and_again(folder: Path, client: Client, options: Namespace) -> 
 
 
 def peer_seconds(prompts: list[str], options: Namespace) -> float:
-    """Seconds that plain transformers takes for a row."""
+    """Seconds that plain transformers needs for a row."""
     torch.set_num_threads(options.workers)
     source = resolve_model("smollm2-135m")
     folder = converted_weights(Path(source.location), "bfloat16")
@@ -103,7 +103,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", type=int, default=200)
     arguments.add_argument("--bad", type=int, default=10)
-    arguments.add_argument("--characters", type=int, default=1000, help="of a document")
+    arguments.add_argument("--characters", type=int, default=1000, help="characters of a document")
     arguments.add_argument("--new", type=int, default=16)
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--kv-memory", default="128 MiB", help="per worker")
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def figures(tables: list[pa.Table], options: Namespace, undisturbed: float, killed: float) -> dict[str, Any]:
-    """What the two runs gave; bfloat16 answers may differ where batches were composed differently."""
+    """Results of the two runs; bfloat16 answers may differ where batches were composed differently."""
     plain, again = (table.to_pylist() for table in tables)
     rows = [one["row"] for one in again]
     same = sum(a["answer"] == b["answer"] for a, b in zip(plain, again, strict=False))

@@ -1,7 +1,7 @@
 """How long does a round trip of one layer's queries and partials take on each kind of channel?
 
-The home is this process. The holder, in its own process, answers every frame with as many bytes, through the classes
-that the engine uses. Kinds take turns.
+The home is this process. The holder, in its own process, answers every frame with the same number of bytes, through
+the classes that the engine uses. The kinds take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HELLO = Header(Kind.HELLO)
 
 
 def hold(kind: str, said: Connection) -> None:
-    """Answer one home until it closes."""
+    """Answer one home until it closes the channel."""
     maximum = max(SIZES.values())
     listener: Listener
     if kind == "unix":

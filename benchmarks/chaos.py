@@ -1,13 +1,13 @@
 """Does the engine survive faults of all kinds under a mixed load? Reproducible by a seed.
 
-Processes, also of clients, are killed and frozen, links are cut, machines join and are retired; blocks move, documents
-are saved, loaded and spilled, requests cancelled and urgent ones squeezed in. Meanwhile users send plain, sampled,
-streamed and structured requests, chat, and ask about documents. Every answer is compared with the tokens that
-transformers generates in one process, in float32. ``wrong`` counts other tokens, ``lost`` requests whose end was never
-reported, ``hung`` those that have not ended 75 s after the last fault, ``failed`` those that ended with an error
-although they could have been served, ``failed_legitimately`` those that lost blocks with a fourth worker, which are
-then repeated. ``leaks`` counts blocks, tasks, sockets, threads, files and processes that are left. The logs are kept if
-anything went wrong.
+Workers, machines and clients are killed, workers are frozen, links are cut, machines join and workers are retired.
+Blocks move; documents are saved, loaded and spilled; requests are cancelled, and urgent ones displace others. Meanwhile
+users send plain, sampled, streamed and structured requests, chat, and ask about documents. Every answer is compared
+with the tokens that transformers generates in one process, in float32. ``wrong`` counts answers with other tokens,
+``lost`` requests whose end was never reported, ``hung`` those that have not ended 75 s after the last fault, ``failed``
+those that ended with an error although they could have been served, and ``failed_legitimately`` those that lost blocks
+for the fourth time (a save: for the third time); these are repeated. ``leaks`` counts blocks, tasks, sockets, threads,
+files and processes that are left. The logs are kept if anything went wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests._models import text_model_dir
 
 QUIET = "plan", "happened", "legitimate", "snapshot", "totals"
-"""Figures that are only in the JSON file."""
+"""Results that are only in the JSON file."""
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """What does the dashboard cost the scheduler, with 200 workers and 10,000 sequences?
 
 A gManager's lifecycle is filled with placed sequences, some of them split. Then the work of the dashboard is timed: the
-sample of the history (once a second, always), a Prometheus scrape (every 15 s), the view of a page (while any page is
-open, shared by all, as often as the board allows) and updating the models of a page from it. There is no browser:
-Bokeh's sending of changes is not counted.
+history's sample (every second, also without open pages), a Prometheus scrape (every 15 s), the view of a page (while
+any page is open, shared by all pages, as often as the board allows) and updating a page's models from it. There is no
+browser, so the cost of sending Bokeh's changes is not included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 
 
 def crowd(workers: int, sequences: int) -> tuple[MachineState, Figures]:
-    """A lifecycle with this many sequences, placed by the engine's own policy; one of 1,000 is larger than a worker."""
+    """A lifecycle with this many sequences, placed by the engine's policy; one in 1,000 is larger than a worker."""
     config = Config.load(block_tokens=16, window_batch=100_000)
     life = MachineState("engine", config, itertools.count(1), block_bytes=1024)
     machine = Lifecycle(life)
@@ -47,7 +47,7 @@ def crowd(workers: int, sequences: int) -> tuple[MachineState, Figures]:
     for number in range(sequences):
         prompt = array("i", [1] * (100_000 if number % 1000 == 999 else 40 + number * 37 % 700))
         machine.handle(Submit((Submission(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
-        life.in_prefill.clear()  # the next one may begin
+        life.in_prefill.clear()  # so that the next one may begin
     figures = Figures()
     for at in range(1000):
         figures.ended("length", Timings(0.1 * at, 1.0, 2.0), 50)

@@ -1,8 +1,9 @@
-"""How fast are decoder layers without their attention, by number of rows: transformers' modules, and the C++ core?
+"""How fast are decoder layers without attention in transformers and in the C++ core, by number of rows?
 
-Layers of SmolLM2-135M's or an 8B model's sizes (a few of the latter) with random bfloat16 weights: transformers' own
-modules, the same with packed linears, and the core's two calls, in turns. Attention returns its queries. The floor is
-the time to read the weights at the rate at which this run reads memory.
+Layers have the sizes of SmolLM2-135M or of an 8B model (only a few layers) and random bfloat16 weights. Three
+implementations take turns: transformers' modules, the same modules with packed linears, and the core's two calls per
+layer. Attention returns its queries. The floor is the time to read the weights at the rate at which this run reads
+memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distkv_dask.worker.model.packed import in_words, pack_linears
 MODELS = {"135M": (30, 576, 1536, 9, 3, 64), "8B": (3, 4096, 12288, 32, 8, 128)}
 """Layers, size, size of the MLP, heads, KV heads, and size of a head."""
 VOCABULARY = 64
-"""Small: logits are no part of what is measured."""
+"""Small, because logits are not part of the measurement."""
 
 
 def model_of(layers: int, size: int, middle: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Any, Geometry]:
@@ -47,7 +48,7 @@ def model_of(layers: int, size: int, middle: int, heads: int, kv_heads: int, hea
 
 
 def seconds(model: Any, sizes: Geometry, rows: int) -> float:
-    """Of one forward."""
+    """Seconds of one forward."""
     ids, positions = torch.zeros(1, rows, dtype=torch.int64), torch.arange(rows)[None]
     last = torch.tensor([rows - 1])
     with attending_with(NoAttention(sizes.head_dim), positions[0], sizes):
@@ -57,7 +58,7 @@ def seconds(model: Any, sizes: Geometry, rows: int) -> float:
 
 
 def variants(sizes: tuple[int, int, int, int, int, int]) -> dict[str, tuple[Any, Geometry]]:
-    """Models with the same weights, by how they are computed."""
+    """Models with the same weights, by implementation."""
     made = {name: model_of(*sizes) for name in ("transformers", "packed linears", "C++ layers")}
     for name, (model, _) in made.items():
         if name != "transformers":
@@ -68,7 +69,7 @@ def variants(sizes: tuple[int, int, int, int, int, int]) -> dict[str, tuple[Any,
 
 
 def cases(models: Iterable[str], numbers: Iterable[int]) -> Iterator[tuple[str, int, int, Runs]]:
-    """What :func:`_rows.measured` takes, of these models with these numbers of rows."""
+    """Cases for :func:`_rows.measured` of these models and numbers of rows."""
     for name in models:
         made = variants(MODELS[name])
         weights = sum(weight.nbytes for weight in made["transformers"][0].model.layers.parameters())

@@ -1,6 +1,6 @@
-"""What ``distkv.deterministic`` costs: prefill by length of a prompt and decoding by batch, with and without.
+"""What does ``distkv.deterministic`` cost, for prefill by prompt length and for decoding by batch size?
 
-SmolLM2-135M on one worker. Engines with and without take turns in one process tree; figures are medians over the turns.
+SmolLM2-135M on one worker. Engines with and without it take turns on one cluster; figures are medians over the turns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCHES = (1, 3, 4, 16, 64)
 
 
 def measure(client: Client, deterministic: bool, settings: dict[str, Any], new: int) -> dict[str, float]:
-    """Tokens per second of one turn, by what was measured."""
+    """Tokens per second of one turn, by measurement."""
     with Engine(client, "smollm2-135m", deterministic=deterministic, **settings) as engine:
         found = {f"prefill {one.prompt_tokens}": one.tokens_per_second for one in prefills(engine, PROMPTS)}
         return found | {f"decode {one.batch}": one.tokens_per_second for one in decodes(engine, BATCHES, new)}
@@ -27,10 +27,10 @@ def measure(client: Client, deterministic: bool, settings: dict[str, Any], new: 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the model")
-    arguments.add_argument("--threads", type=int, default=1, help="of the worker")
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the model")
+    arguments.add_argument("--threads", type=int, default=1, help="threads of the worker")
     arguments.add_argument("--new", type=int, default=48, help="new tokens of each request")
-    arguments.add_argument("--turns", type=int, default=3, help="of each")
+    arguments.add_argument("--turns", type=int, default=3, help="turns of each engine")
     options = arguments.parse_args()
     settings = {"dtype": options.dtype, "kv_memory": "512 MiB", "prefix_cache": False}
     turns: dict[bool, list[dict[str, float]]] = {False: [], True: []}

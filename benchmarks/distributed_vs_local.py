@@ -1,9 +1,9 @@
-"""Decode and prefill of a batch with every sequence's KV half and half on two workers, against all KV at its home.
+"""How fast are decode and prefill with every sequence's KV split over two workers, compared with all KV at its home?
 
 A model of SmolLM2-135M's shape with fewer layers and random weights, in bfloat16, on two workers of one thread; 8
-sequences of 2,048 tokens, 16K in all. Both ways each worker is home of four of them, so both do the same arithmetic;
-split, each worker also holds half of the KV of the other's four. One engine serves both ways in turns (local, split,
-split, local, ...); figures are medians, the ratio is of tokens per second.
+sequences of 2,048 tokens, 16K in all. In both modes each worker is the home of four sequences, so both do the same
+arithmetic; in split mode each worker also holds half of the KV of the other's four. One engine serves both modes in
+turns (local, split, split, local, ...); figures are medians, and the ratio is of tokens per second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUESTION = [1, 2, 3]
 
 
 def save_model(layers: int, folder: Path) -> None:
-    """SmolLM2-135M but for its number of layers and its weights."""
+    """SmolLM2-135M, except for its number of layers and its weights."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=576,
@@ -56,7 +56,7 @@ def prefill_rate(engine: Engine, prompts: Sequence[list[int]]) -> float:
 def decode_rate(engine: Engine, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
     """New tokens per second while all sequences decode, and the share of the windows' time spent waiting.
 
-    The prompts are ingested first, so that all sequences begin to decode at once.
+    The prompts are ingested first, so that all sequences start to decode at the same time.
     """
     documents = [engine.ingest(prompt) for prompt in prompts]
     before = engine.status().totals
@@ -73,7 +73,7 @@ def decode_rate(engine: Engine, prompts: Sequence[list[int]], new: int) -> tuple
 
 
 def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[str, list[float]]], str]:
-    """Rates of every turn, by whether KV is split, and the kind of channel."""
+    """Rates of every turn with and without split KV, and the kind of channel."""
     way, homes = {"split": False}, itertools.cycle((0, 1))
 
     def choose(tokens: int) -> list[tuple[int, int | None]]:
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
         Engine(client, folder, channel=options.channel, **settings) as engine,
     ):
         for way["split"] in (False, True):
-            engine.generate([prompt[:256] for prompt in prompts[:2]], SamplingParams(max_new_tokens=4))  # warm
+            engine.generate([prompt[:256] for prompt in prompts[:2]], SamplingParams(max_new_tokens=4))  # warm-up
         for number in range(options.repeat):
             for split in (False, True) if number % 2 == 0 else (True, False):
                 way["split"] = split
@@ -113,10 +113,10 @@ def measure(options: argparse.Namespace, folder: str) -> tuple[dict[bool, dict[s
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=8, help="of the model")
-    arguments.add_argument("--tokens", type=int, default=2048, help="of a sequence")
+    arguments.add_argument("--layers", type=int, default=8, help="layers of the model")
+    arguments.add_argument("--tokens", type=int, default=2048, help="tokens of a sequence")
     arguments.add_argument("--batch", type=int, default=8, help="sequences")
-    arguments.add_argument("--new", type=int, default=192, help="new tokens of each, when decoding is measured")
+    arguments.add_argument("--new", type=int, default=192, help="new tokens of each sequence when decoding is measured")
     arguments.add_argument("--repeat", type=int, default=4, help="turns")
     arguments.add_argument("--channel", choices=["auto", "tcp", "unix", "ucx"], default="auto", help="kind of channel")
     options = arguments.parse_args()

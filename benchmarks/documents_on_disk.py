@@ -1,9 +1,9 @@
 """Documents that take turns in memory: what does a question cost if its document must be restored first?
 
-KV memory has room for one of several documents. They are asked in turn: with KV on disk, with KV recomputed
-(``spill=0``), and, as the floor, with room for all of them. The last part times an urgent request that arrives while
-another one uses all the room and is preempted (``urgent``) or waited for (``equal``), and what that costs the other
-one. The model is SmolLM2-135M in bfloat16; each worker has one thread.
+KV memory has room for one of several documents. Questions go to the documents in turn: with KV on disk, with KV
+recomputed (``spill=0``), and, as the floor, with room for all documents. The last part times an urgent request that
+arrives while another one uses all the room: the other one is preempted (``urgent``) or finishes first (``equal``), and
+its time is measured, too. The model is SmolLM2-135M in bfloat16; each worker has one thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWER = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
 def in_turn(engine: Engine, texts: list[list[int]], question: list[int], turns: int) -> tuple[float, float, list[str]]:
-    """Seconds of ingesting a document and of a question (medians), and the answers."""
+    """Median seconds to ingest a document and to answer a question, and the answers."""
     ingests, asks, answers, documents = [], [], [], []
     for ids in texts:
         began = time.perf_counter()
@@ -38,7 +38,7 @@ def in_turn(engine: Engine, texts: list[list[int]], question: list[int], turns: 
 
 
 def preempted(engine: Engine, long: list[int], short: list[int], priority: int) -> tuple[float, float]:
-    """Seconds of a short request that comes while a long one takes the room, and of the long one."""
+    """Seconds of a short request that arrives while a long one uses all the room, and of the long one."""
     began = time.perf_counter()
     first = engine.submit(long, SamplingParams(max_new_tokens=192, ignore_eos=True))
     while not any(one.generated_tokens for one in engine.status().sequences.values()):

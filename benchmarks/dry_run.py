@@ -1,9 +1,9 @@
-"""Dry runs beside real ones: how far is the predicted time from the real one, on three kinds of batches?
+"""How far is the time that a dry run predicts from that of the real run, for three kinds of batches?
 
 Long documents with short answers (prefill), short prompts with long answers (decode), and documents with several
 questions each, whose KV is shared. Workers are timed when the engine opens; all answers have their maximum length, as
-the dry run assumes. On a busy machine that timing is outdated within seconds, so the time is predicted once more from
-the speed of the decode windows in the run. A large folder is only counted.
+the dry run assumes. On a busy machine this timing is outdated within seconds, so the time is predicted again from the
+speed of the run's decode windows. For a large folder there is only a dry run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))
 
 
 def rows(count: int, characters: int) -> pa.Table:
-    """Texts of which no two begin alike."""
+    """Texts, no two of which begin alike."""
     return pa.table({"text": [f"Text {at}. {TEXT[at * 9973 % 300_000 :][:characters]}" for at in range(count)]})
 
 

@@ -1,7 +1,8 @@
-"""Eight documents of about 6,000 tokens, 64 greedy tokens of answer each: how long, against plain transformers?
+"""How long do eight documents of about 6,000 tokens, with 64 answer tokens each, take compared with plain transformers?
 
-The documents are pieces of Python's own language reference and the model is SmolLM2-135M in bfloat16. The peer runs one
-document in the same run, with as many threads as the workers have together; the ratio is per document.
+The documents are pieces of Python's language reference, the model is SmolLM2-135M in bfloat16, and answers are greedy.
+The peer answers one document in the same run, with as many threads as the workers have together; the ratio is per
+document.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> None:
         Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory, prefix_cache=False) as engine,
     ):
         prompts = documents(engine, options.documents)
-        engine.generate([prompts[0][:100]], SamplingParams(max_new_tokens=2))  # warm
+        engine.generate([prompts[0][:100]], SamplingParams(max_new_tokens=2))  # warm-up
         began = time.perf_counter()
         done = engine.generate(prompts, sampling)
         seconds = time.perf_counter() - began

@@ -1,8 +1,8 @@
-"""One long request among many short ones on the real engine: how long do they take together, by policy?
+"""How long do one long request and many short ones take together on the real engine, by policy?
 
-Two mixes on three workers: a long request that just fits on one worker, and one that fits on none, which `local-only`
-has to refuse. All requests arrive at once, the long one in the middle; they have many lengths, and not all fit at the
-same time. Policies take turns on one cluster.
+Two mixes on three workers: with a long request that just fits on one worker, and with one that fits on none, which
+`local-only` has to refuse. All requests arrive at once, the long one in the middle; their lengths vary, and not all
+fit into memory at the same time. Policies take turns on one cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLICIES = ("local-only", "single", "overflow", "best")
 
 
 def mix(options: Any, long: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of random tokens, and how many tokens each is answered with."""
+    """Prompts of random tokens, and the number of answer tokens of each."""
     rng = random.Random(0)
     lengths = [
         (rng.randint(options.short // 2, options.short * 3 // 2), rng.randint(8, 2 * options.short_new - 8))
@@ -38,7 +38,7 @@ def mix(options: Any, long: int) -> list[tuple[list[int], SamplingParams]]:
 def serve(client: Client, policy: str, memory: int, requests: list[Any]) -> dict[str, Any]:
     """Wall time of all requests, and their outcomes."""
     with Engine(client, "smollm2-135m", kv_memory=memory, policy=policy, prefix_cache=False) as engine:
-        engine.generate([[1] * 64] * 3, SamplingParams(max_new_tokens=4, ignore_eos=True))  # all awake
+        engine.generate([[1] * 64] * 3, SamplingParams(max_new_tokens=4, ignore_eos=True))  # warm-up of all workers
         began = time.perf_counter()
         done = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
         seconds = time.perf_counter() - began
@@ -75,7 +75,7 @@ def main() -> None:
         Client(cluster) as client,
     ):
         with Engine(client, "smollm2-135m", kv_memory=room * 23_040):
-            pass  # loaded and timed once
+            pass  # so that the weights are loaded and the workers timed
         for name, long in mixes.items():
             for _ in range(options.repeat):
                 for policy in options.policies:

@@ -1,8 +1,8 @@
-"""How do the policies compare on the paper's traces, in simulation, and with the paper?
+"""How do the policies compare with each other and with the paper, in simulations of the paper's traces?
 
-Settings: prompts computed by the cluster or elsewhere (the paper's performance model knows decode only), hosts linked
-by 1 Gb/s Ethernet (the paper's cluster) or 200 Gb/s InfiniBand. ``static`` is local-only with requests dealt out round
-robin when they arrive, each instance with a queue of its own; ``tensor parallel`` is ``single`` without a pipeline.
+Settings: with or without prefill (the paper's performance model covers decode only), and hosts linked by 1 Gb/s
+Ethernet (as in the paper's cluster) or 200 Gb/s InfiniBand. ``static`` is local-only with requests assigned round robin
+to instances as they arrive, each with its own queue; ``tensor parallel`` is ``single`` without a pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distkv_dask.simulate.workloads import WORKLOADS
 
 
 def static(preset: Preset, workers: int, arrivals: list[Arrival], prefill: bool) -> Outcome:
-    """Every request belongs to one instance from its arrival on: as many engines of one worker, dealt round robin."""
+    """Requests are assigned round robin to engines of one worker each when they arrive, and stay there."""
     ours = Outcome("static", workers)
     for number in range(workers):
         one = Simulation(preset, 1, "local-only", prefill=prefill).run(arrivals[number::workers])
@@ -42,7 +42,7 @@ def geometric(values: Iterable[float]) -> float:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--workers", type=int, default=32)
-    arguments.add_argument("--requests", type=int, help="instead of each workload's own number")
+    arguments.add_argument("--requests", type=int, help="number of requests (default: that of the workload)")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--first-seed", type=int, default=0, help="policies were developed on seeds 0 and 10 to 13")
     arguments.add_argument("--links", nargs="+", default=["1gbe", "ib-200"])

@@ -1,9 +1,9 @@
-"""A holder is killed, freezes or sends garbage: when does its gang end, and the client get an error or a token?
+"""A holder is killed, freezes or sends garbage: how soon does its gang end, and the client get an error or a token?
 
 A tiny model on worker processes decodes one sequence with part of its KV on another worker. ``gang`` is the time until
-the gManager knows that the gang failed, ``client`` until the request's future raises, or, where a worker was killed,
-until its next token: the KV of its prompt and tokens is recomputed on two of the others. A gang that fails for
-a reason other than a worker's death is retried twice before its request fails.
+the gManager knows that the gang failed. ``client`` is the time until the request's future raises or, if a worker was
+killed, until its next token: the KV of its prompt and tokens is recomputed on two of the other workers. A gang that
+fails for a reason other than a worker's death is retried twice before its request fails.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LAYERS, PROMPT, WORKERS = 4, 256, 3
 
 
 def _send_garbage(begin: bool) -> None:
-    """On the holder: answer every question with bytes that are no frame, or go back to partials."""
+    """Answer every question with bytes that are not a frame, or with partials again; runs on the holder."""
     from distkv_dask.worker.holder import session
     from distkv_dask.worker.holder.native_turns import new_turns
 
-    kind: Any = session.Session  # kept there, since this function travels again for each call
+    kind: Any = session.Session  # kept in the module, because this function is sent again for each call
     kind.sound = getattr(kind, "sound", kind._reply_to)
     vars(session)["new_turns"] = (lambda *_: None) if begin else new_turns  # C++ would answer by itself
     garbage: Any = lambda session, inlet, header: inlet._sock.send(b"\xff" * 5000)  # noqa: E731
@@ -41,7 +41,7 @@ def _send_garbage(begin: bool) -> None:
 
 
 class Trouble:
-    """What can be done to a worker, and how it is undone."""
+    """Faults of a worker, and how they are undone."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -69,7 +69,7 @@ class Trouble:
 
 
 def goes_on(engine: Engine, running: Generation, repairs: int, seconds: float = 60.0) -> str:
-    """Wait until a request fails, or goes on after one more repair than those, and say which."""
+    """Wait until a request fails, or continues after more than ``repairs`` repairs, and say which."""
     deadline = time.monotonic() + seconds
     before = None
     while time.monotonic() < deadline:
@@ -82,7 +82,7 @@ def goes_on(engine: Engine, running: Generation, repairs: int, seconds: float = 
             before = generated if before is None else before
             if generated > before:
                 running.cancel()
-                return "none: it goes on"
+                return "none: it continues"
         time.sleep(0.005)
     raise SystemExit("nothing happened")
 
@@ -94,7 +94,7 @@ def once(
     running = engine.submit([1] * PROMPT, SamplingParams(max_new_tokens=4000, ignore_eos=True))
     while not (found := engine.status().sequences) or next(iter(found.values())).generated_tokens < 20:
         if running.done():
-            raise SystemExit(f"the request ended before anything was done to it: {running.exception()}")
+            raise SystemExit(f"the request ended before the fault: {running.exception()}")
         time.sleep(0.02)
     holder = next(iter(found.values())).placement[0].worker
     seen = len(client.get_events("distkv"))
@@ -105,7 +105,7 @@ def once(
         client_seconds = time.time() - trouble.began
     finally:
         undo()
-    while len((status := engine.status()).workers) < WORKERS or status.sequences:  # until all is as before
+    while len((status := engine.status()).workers) < WORKERS or status.sequences:  # until everything is as before
         time.sleep(0.1)
     events = client.get_events("distkv")[seen:]
     failed = [at - trouble.began for at, event in events if event.get("action") == "gang-failed"]

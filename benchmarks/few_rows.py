@@ -1,8 +1,8 @@
-"""How fast are the linears of a step, by number of rows: torch, oneDNN with packed weights, and the C++ core?
+"""How fast are a step's linears in torch, in oneDNN with packed weights and in the C++ core, by number of rows?
 
-All layers' linears of SmolLM2-135M's or an 8B model's sizes (a few layers of the latter), with random bfloat16 weights,
-one after the other as in a step, in turns. The floor is the time to read the weights at the rate at which this run
-reads memory.
+The linears of all layers have the sizes of SmolLM2-135M or of an 8B model (only a few layers) and random bfloat16
+weights. They run one after the other, as in a step, and the implementations take turns. The floor is the time to read
+the weights at the rate at which this run reads memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def weights_of(layers: int, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]
 
 
 def seconds(linears: list[Product], given: list[Tensor]) -> float:
-    """Of one step."""
+    """Seconds of one step."""
     began = time.perf_counter()
     for product, rows in zip(linears, given, strict=True):
         product(rows)
@@ -41,7 +41,7 @@ def seconds(linears: list[Product], given: list[Tensor]) -> float:
 
 
 def cases(models: Iterable[str], numbers: Iterable[int]) -> Iterator[tuple[str, int, int, Runs]]:
-    """What :func:`_rows.measured` takes, of these models with these numbers of rows."""
+    """Cases for :func:`_rows.measured` of these models and numbers of rows."""
     for model in models:
         layers, shapes = MODELS[model]
         weights = weights_of(layers, shapes)

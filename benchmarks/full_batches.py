@@ -1,8 +1,8 @@
-"""How full are decode steps and prefill forwards, and what does that make of a batch's time and a first token's?
+"""How full are decode steps and prefill forwards, and how long do batches and first tokens take as a result?
 
-Four loads on SmolLM2-135M in bfloat16: (a) eight long documents, (b) 64 short prompts, (c) a long prompt that comes
-just before 16 short ones, which are read along, (d) 32 prompts of which the first 1,000 tokens are the same; of these
-one alone is timed, too. The engine records a trace, from which steps and forwards are counted.
+Four loads on SmolLM2-135M in bfloat16: (a) eight long documents; (b) 64 short prompts; (c) a long prompt just before
+16 short ones, whose answers are streamed; (d) 32 prompts that share their first 1,000 tokens, and one of them alone.
+The engine records a trace, from which steps and forwards are counted.
 The peer is plain transformers in the same run, with as many threads as the workers have together: ``generate`` of a
 padded batch; for (c) the long prompt and then a batch of the short ones, which cannot join it.
 """
@@ -33,7 +33,7 @@ Prompts = list[list[int]]
 
 
 def loads(ids: Sequence[int], options: Namespace) -> dict[str, Prompts]:
-    """Prompts of each load, cut from a text; only those that are to be alike begin alike."""
+    """Prompts of each load, cut from a text; only those of (d) begin alike."""
     whole = iter(range(0, len(ids), 16))
 
     def cut(tokens: int) -> list[int]:
@@ -52,7 +52,7 @@ def loads(ids: Sequence[int], options: Namespace) -> dict[str, Prompts]:
 
 
 def together(engine: Engine, prompts: Prompts, sampling: SamplingParams) -> dict[str, float]:
-    """A batch that comes at once."""
+    """Time a batch that arrives at once."""
     began = time.perf_counter()
     done = engine.generate(prompts, sampling)
     seconds = time.perf_counter() - began
@@ -61,7 +61,7 @@ def together(engine: Engine, prompts: Prompts, sampling: SamplingParams) -> dict
 
 
 def beside(engine: Engine, prompts: Prompts, sampling: SamplingParams) -> dict[str, float]:
-    """A long prompt, then short ones that are read along: seconds to their first tokens and to the end of all."""
+    """Time a long prompt and streamed short ones after it: seconds to their first tokens and to the end of all."""
     firsts: list[float] = []
 
     def read(prompt: list[int]) -> None:
@@ -92,7 +92,7 @@ def beside(engine: Engine, prompts: Prompts, sampling: SamplingParams) -> dict[s
 
 
 def batches(lanes: Lanes) -> dict[str, float]:
-    """What the home lanes ran: decode steps with their mean rows, and forwards of prompts with their mean rows."""
+    """Numbers of decode steps and prefill forwards in the home lanes, and their mean numbers of rows."""
     homes = [one for (_, lane), spans in lanes.items() if lane == "home lane" for one in spans]
     steps = [one.size for one in homes if one.name == "step"]
     chunks = [one for one in homes if one.name == "chunk"]
@@ -105,7 +105,7 @@ def batches(lanes: Lanes) -> dict[str, float]:
 
 
 def ours(options: Namespace) -> dict[str, dict[str, float]]:
-    """Each load on an engine of its own, traced."""
+    """Figures of each load on its own engine, traced."""
     found: dict[str, dict[str, float]] = {}
     sampling = SamplingParams(max_new_tokens=options.new, ignore_eos=True)
     with (
@@ -122,7 +122,7 @@ def ours(options: Namespace) -> dict[str, dict[str, float]]:
                 one = together(engine, [prompts[0][::-1]], sampling) if name == "alike" else {}
                 found[name] = (beside if name == "beside" else together)(engine, prompts, sampling)
                 found[name] |= {f"one_{key}": value for key, value in one.items()}
-            if name != "alike":  # whose trace has the one alone, too
+            if name != "alike":  # the trace of "alike" also contains the single prompt
                 found[name] |= batches(read_trace(file))
     return found
 
@@ -150,7 +150,7 @@ def peer(options: Namespace) -> dict[str, dict[str, float]]:
         model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
         return time.perf_counter() - began
 
-    generate(prompts["short"][:1], 2)  # warm
+    generate(prompts["short"][:1], 2)  # warm-up
     found: dict[str, dict[str, float]] = {}
     for name in options.only:
         if name != "beside":
@@ -167,15 +167,15 @@ def main() -> None:
     loads = ["documents", "short", "beside", "alike"]
     arguments.add_argument("--only", nargs="+", default=loads, choices=loads, metavar="LOAD")
     arguments.add_argument("--documents", type=int, default=8)
-    arguments.add_argument("--tokens", type=int, default=6070, help="of a document")
-    arguments.add_argument("--short", type=int, default=64, help="short prompts")
-    arguments.add_argument("--beside", type=int, default=16, help="short prompts beside the long one")
-    arguments.add_argument("--alike", type=int, default=32, help="prompts that begin alike")
-    arguments.add_argument("--common", type=int, default=1000, help="tokens that they begin with")
-    arguments.add_argument("--without-cache", action="store_true", help="let each of them compute its beginning")
+    arguments.add_argument("--tokens", type=int, default=6070, help="tokens of a document")
+    arguments.add_argument("--short", type=int, default=64, help="number of short prompts")
+    arguments.add_argument("--beside", type=int, default=16, help="number of short prompts after the long one")
+    arguments.add_argument("--alike", type=int, default=32, help="number of prompts that begin alike")
+    arguments.add_argument("--common", type=int, default=1000, help="number of tokens that these share")
+    arguments.add_argument("--without-cache", action="store_true", help="compute the shared beginning of each")
     arguments.add_argument("--new", type=int, default=64)
     arguments.add_argument("--workers", type=int, default=2)
-    arguments.add_argument("--threads", type=int, default=1, help="of a worker")
+    arguments.add_argument("--threads", type=int, default=1, help="threads of a worker")
     arguments.add_argument("--kv-memory", default="700 MiB", help="per worker")
     options = arguments.parse_args()
     found, peers = ours(options), peer(options)

@@ -1,7 +1,7 @@
-"""What does the gManager's bookkeeping cost with 32, 1,000 and 10,000 workers and 100,000 live requests?
+"""What does the gManager's bookkeeping cost with 32, 1,000 and 10,000 workers and 100,000 running requests?
 
-A decision is one request admitted: policy, reservation, all indices. Also measured: a release, one call of
-the policy's ``moves``, and the memory of ledger and requests.
+A decision is the admission of one request: policy, reservation and all indices. A release, one call of the policy's
+``moves``, and the memory of ledger and requests are measured, too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/gpu_smoke.py --json smoke.json [--emulated]
 
 Every stage has its own time limit, fails independently and prints its figures at once. ``--emulated`` runs small shapes
-on an emulated card (tests/emulated), to test the script without a card; its times mean nothing.
+on an emulated card (tests/emulated), to test the script without a card; its times have no meaning.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """How long does a decoding home wait for a holder whose home lane is computing long prefill layers?
 
-SmolLM2-135M on two workers of one thread. A sequence decodes at its home with half of its KV on the other worker;
-meanwhile the other worker prefills a document. A trace shows for each layer how long the home waited for partials, and
-how long the holder took from the first byte of the query to the last byte of the answer (both on the clock of one
-machine).
+SmolLM2-135M on two workers of one thread. A sequence decodes at its home with half of its KV on the other worker, while
+that worker prefills a document. A trace shows for each layer how long the home waited for partials, and how long the
+holder took from the first byte of the query to the last byte of the answer (on the clock of the same machine).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from distributed import Client, LocalCluster
 from distkv_dask import Engine, SamplingParams
 
 NEIGHBOUR = 6070
-"""Tokens of the document that the holder prefills; nothing else is placed at the holder alone."""
+"""Tokens of the document that the holder prefills; only this document is placed entirely at the holder."""
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -34,7 +33,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=4096, help="of the sequence that decodes")
+    arguments.add_argument("--tokens", type=int, default=4096, help="tokens of the sequence that decodes")
     arguments.add_argument("--new", type=int, default=400, help="its decode steps")
     options = arguments.parse_args()
     place_by(lambda tokens: [(1, None)] if tokens > NEIGHBOUR else [(1, options.tokens // 2), (0, None)])

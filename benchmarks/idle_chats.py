@@ -1,10 +1,11 @@
 """Chats with pauses between turns, and room for a part of their KV: what do lower tiers of the prefix cache save?
 
-Each turn is a plain request: the chat so far and a few more tokens, sent some time after the answer before (a random
-pause, the same in every mode). KV memory is ``--room`` of what all chats have at their end. The modes: ``none`` reuses
-nothing (``distkv.prefix-cache: false``), ``memory`` has one tier (``distkv.prefix-cache-tier: memory``), ``tiers`` has
-all. ``times_none`` and ``times_memory`` are ratios of throughput, ``first_token_ratio`` is that of the median time to
-the first token with tiers and without reuse. Weights and KV are float32, answers greedy: tokens can be compared.
+Each turn is a plain request: the chat so far and a few more tokens, sent after the previous answer and a random pause,
+which is the same in every mode. KV memory has room for the share ``--room`` of the KV that all chats have at their end.
+The modes: ``none`` reuses nothing (``distkv.prefix-cache: false``), ``memory`` has one tier
+(``distkv.prefix-cache-tier: memory``), ``tiers`` has all. ``times_none`` and ``times_memory`` are ratios of throughput;
+``first_token_ratio`` is that of the median times to the first token with all tiers and without reuse. Weights and KV
+are float32 and answers are greedy, so that tokens can be compared.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def serve(options: Any, mode: str) -> tuple[dict[str, Any], list[list[Completion
     ):
         room = int(options.room * options.chats * per_chat * options.kv_bytes / options.workers)
         with Engine(client, options.model, dtype="float32", kv_memory=room, **MODES[mode]) as engine:
-            engine.generate([[1] * 100] * options.workers, SamplingParams(max_new_tokens=2))  # warm
+            engine.generate([[1] * 100] * options.workers, SamplingParams(max_new_tokens=2))  # warm-up
             began = time.perf_counter()
             with ThreadPoolExecutor(options.chats) as threads:
                 chats = list(threads.map(lambda number: chat(engine, number, options), range(options.chats)))
@@ -79,7 +80,7 @@ def main() -> None:
     arguments.add_argument("--think", type=float, default=2.0, help="seconds between turns, on average")
     arguments.add_argument("--room", type=float, default=0.25, help="KV memory, as a part of the KV of all chats")
     arguments.add_argument("--workers", type=int, default=2)
-    arguments.add_argument("--threads", type=int, default=1, help="of each worker")
+    arguments.add_argument("--threads", type=int, default=1, help="threads of each worker")
     arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options = arguments.parse_args()
     found: dict[str, Any] = {}

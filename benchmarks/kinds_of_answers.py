@@ -1,12 +1,12 @@
-"""What do quotes, choices and several answers cost beside one free answer, on a document of real text?
+"""What do quotes, choices and several answers cost compared with one free answer, on a document of real text?
 
-The document is Python's own language reference, the model SmolLM2-135M in bfloat16, with its KV over all workers.
+The document is Python's language reference, with its KV on all workers; the model is SmolLM2-135M in bfloat16.
 
-``quote``: questions about a stored document, answered with quotes, and freely with as many tokens each, in batches:
-seconds of a batch, and how many quotes are in the document at their offsets. ``choices``: one question with five
-choices, and ``--columns`` such questions, each time about a document that is not stored yet: seconds from its text to
-the last answer. ``n``: one answer to the whole text, and ``--answers`` of them, each time computed from the start:
-seconds, and the maximum of KV blocks in use. Figures are medians over turns, ratios those of pairs of turns.
+``quote``: batches of questions about a stored document, with quotes and with free answers of the same length: seconds
+of a batch, and how many quotes are in the document at their offsets. ``choices``: one question with five choices, and
+``--columns`` such questions, each time about a new document: seconds from its text to the last answer. ``n``: one
+answer to the whole text, and ``--answers`` of them, each time without reused KV: seconds, and the maximum number of KV
+blocks in use. Figures are medians over turns, and ratios are medians over pairs of turns.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CHOICES = ("syntax", "names", "types", "errors", "none of these")
 
 
 def asked(count: int, turn: int) -> list[str]:
-    """Questions, different ones in each turn."""
+    """Questions, which differ in each turn."""
     return [f"{turn}.{number}: which passage is about the letter {chr(97 + number % 26)}?" for number in range(count)]
 
 
 def answered(document: Document, questions: list[str], sampling: Any) -> tuple[float, list[Completion]]:
-    """Seconds of answers that are computed together, and what they are."""
+    """Seconds of answers that are computed together, and the answers."""
     began = time.perf_counter()
     done: list[Completion] = document.ask(questions, sampling)
     return time.perf_counter() - began, done
@@ -42,7 +42,7 @@ def measured_quotes(engine: Engine, text: str, options: Any) -> dict[str, Any]:
     free, quoting = [], []
     spans = right = 0
     with engine.ingest(text) as document:
-        for turn in range(-(-options.spans // options.batch) + 1):  # the first one warms up
+        for turn in range(-(-options.spans // options.batch) + 1):  # the first turn is a warm-up
             took, done = answered(document, asked(options.batch, turn), SamplingParams(options.new, 1.0, quotes=True))
             lengths = [max(1, len(one.token_ids)) for one in done]
             same = [SamplingParams(length, 1.0, ignore_eos=True) for length in lengths]
@@ -63,7 +63,7 @@ def measured_quotes(engine: Engine, text: str, options: Any) -> dict[str, Any]:
 
 
 def measured_choices(engine: Engine, text: str, options: Any) -> dict[str, Any]:
-    """One column of choices and many, in turns."""
+    """One column of choices and several, in turns."""
     sampling = SamplingParams(choices=CHOICES)
     seconds: dict[int, list[float]] = {1: [], options.columns: []}
     for turn in range(options.turns + 1):
@@ -82,7 +82,7 @@ def measured_choices(engine: Engine, text: str, options: Any) -> dict[str, Any]:
 
 
 class MostBlocks:
-    """Maximum of KV blocks in use inside the ``with`` statement, sampled every 50 ms."""
+    """Maximum number of KV blocks in use inside the ``with`` statement, sampled every 50 ms."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -129,15 +129,15 @@ def measured_answers(engine: Engine, text: str, options: Any) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=6000, help="of the document")
+    arguments.add_argument("--tokens", type=int, default=6000, help="tokens of the document")
     arguments.add_argument("--new", type=int, default=40, help="tokens of an answer, at most")
-    arguments.add_argument("--batch", type=int, default=16, help="quotes at once")
+    arguments.add_argument("--batch", type=int, default=16, help="quotes in a batch")
     arguments.add_argument("--spans", type=int, default=1000, help="quotes in all")
-    arguments.add_argument("--columns", type=int, default=30, help="columns of choices")
-    arguments.add_argument("--answers", type=int, default=8, help="to one prompt")
-    arguments.add_argument("--turns", type=int, default=3, help="for choices and several answers")
+    arguments.add_argument("--columns", type=int, default=30, help="number of columns with choices")
+    arguments.add_argument("--answers", type=int, default=8, help="number of answers to one prompt")
+    arguments.add_argument("--turns", type=int, default=3, help="turns of choices and several answers")
     arguments.add_argument("--workers", type=int, default=2)
-    arguments.add_argument("--threads", type=int, default=1, help="of each worker")
+    arguments.add_argument("--threads", type=int, default=1, help="threads of each worker")
     arguments.add_argument("--kv-memory", default="256 MiB", help="per worker")
     options = arguments.parse_args()
     settings = {"dtype": "bfloat16", "kv_memory": options.kv_memory, "prefix_cache": False}

@@ -1,8 +1,8 @@
-"""What do layers from disk cost? Forwards of a prompt's chunk and of a decode step, compared with weights in memory.
+"""What do layers from disk cost in prefill chunks and decode steps, compared with weights in memory?
 
-SmolLM2-135M. Both models are in one process and take turns; figures are medians over the turns. Attention takes equally
-long with both and is left out. The page cache is warm: the file was read just before, so this is the cost of copying
-layers while others compute, not that of a disk.
+SmolLM2-135M. Both models are in one process and take turns; figures are medians over the turns. Attention takes the
+same time with both and is left out. The page cache is warm, because the file was read just before: the figures show
+the cost of copying layers while others compute, not the cost of a disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distkv_dask.worker.model.no_attention import NoAttention
 
 
 def seconds(model: LoadedModel, tokens: int, keep: int) -> float:
-    """Of a forward over some tokens, of which the last ``keep`` have their logits computed."""
+    """Seconds of a forward over some tokens, with logits for the last ``keep``."""
     began = time.perf_counter()
     attention = NoAttention(model.geometry.value_dim)
     model.forward(torch.arange(tokens), torch.arange(tokens), attention, torch.arange(tokens - keep, tokens))
@@ -32,7 +32,7 @@ def seconds(model: LoadedModel, tokens: int, keep: int) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the model")
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the model")
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--turns", type=int, default=9)
     options = arguments.parse_args()

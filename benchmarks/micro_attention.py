@@ -86,7 +86,7 @@ def rivals(device: str, slow: bool) -> list[str]:
 
 
 def use_the_fastest_sets() -> str:
-    """Make 'native' use the sets that an engine would choose on this machine; returns them, and why."""
+    """Make 'native' use the instruction sets that an engine would choose on this machine; returns them, and why."""
     if native_kernel.missing() is not None:
         return "no C++ core"
     times = time_sets(torch.bfloat16)
@@ -96,7 +96,7 @@ def use_the_fastest_sets() -> str:
 
 
 def decode_case(name: str, lengths: list[int], shape: tuple[int, int, int], device: str, threads: int) -> Rows:
-    """One decode case: every implementation beside the roof."""
+    """One decode case: every implementation compared with the roof."""
     kv_heads, group, d = shape
     arguments = pool(lengths, kv_heads, d, device)
     q = torch.randn(len(lengths), kv_heads * group, d, device=device).bfloat16()
@@ -134,7 +134,7 @@ def shared_case(name: str, tokens: int, shape: tuple[int, int, int], device: str
 def prefill_case(
     name: str, queries: int, tokens: int, shape: tuple[int, int, int], causal: bool, device: str, threads: int
 ) -> Rows:
-    """One prefill chunk beside the matrix-product rates."""
+    """One prefill chunk compared with the matrix-product rates."""
     kv_heads, group, d = shape
     arguments = pool([tokens], kv_heads, d, device)
     arguments["query_offsets"] = torch.tensor([0, queries], dtype=torch.int32, device=device)
@@ -164,7 +164,7 @@ def prefill_case(
 
 
 def window_case(name: str, queries: int, shape: tuple[int, int, int], device: str, threads: int) -> Rows:
-    """The last queries of a long row with a sliding window, beside the same ones of a row that ends with the window."""
+    """The last queries of a long row with a sliding window, compared with a row that consists of their windows only."""
     kv_heads, group, d = shape
     q = torch.randn(queries, kv_heads * group, d, device=device).bfloat16()
     runs: dict[str, Callable[[], object]] = {}
@@ -188,7 +188,7 @@ def window_case(name: str, queries: int, shape: tuple[int, int, int], device: st
 
 
 def latent_case(name: str, heads: int, device: str, threads: int) -> Rows:
-    """Decode over latents of 576 numbers whose first 512 are the value, beside the matrix-product rate."""
+    """Decode over latents of 576 numbers whose first 512 are the value, compared with the matrix-product rate."""
     d, dv, tokens = 576, 512, 16384
     arguments = pool([tokens], 1, d, device)
     arguments["v_pool"] = arguments["k_pool"][..., :dv]
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
     if options.device == "cpu" and "numba" in IMPLEMENTATIONS:
-        numba_kernel.compiled(torch.bfloat16)  # not measured: compilation
+        numba_kernel.compiled(torch.bfloat16)  # compilation is not measured
     about = environment(options.device)
     print(about)
     results: Rows = []

@@ -1,7 +1,7 @@
-"""What is it worth to know which links are slow? Simulated: two islands of hosts, joined by a slow link.
+"""How much does it help to know which links are slow? A simulation of two islands of hosts, joined by a slow link.
 
-The same cluster serves the same requests twice: its policy knows the links by pair, or takes all hosts to be joined by
-the fast link. Work takes the same time in both.
+The same cluster serves the same requests twice: with a policy that knows the link of each pair of hosts, and with one
+that assumes the fast link for all pairs. Work takes the same time in both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distkv_dask.simulate.workloads import WORKLOADS, workload_named
 
 
 def served(workload: str, options: Any, known: bool) -> Outcome:
-    """What became of a workload whose policy knows the slow links, or does not."""
+    """Simulate a workload with a policy that knows the slow links, or does not."""
     preset = PRESETS["a100-7b"]
     alike = replace(preset.model, between=LINKS[options.fast])
     links = between_islands(preset, options.workers, options.islands, LINKS[options.slow])

@@ -1,10 +1,10 @@
-"""Which causal model types of the installed transformers are served, and with the right tokens?
+"""Which causal model types of the installed transformers are served, and are their tokens right?
 
-Each is tried with a tiny model with random weights in float32: three prompts longer than its windows, the KV of each on
-three workers, 24 greedy tokens compared with ``generate`` of transformers. The workers' runtimes are in this process,
-without Dask. Verdicts: ``exact``; ``differs`` (``differs`` says from which token); ``fails`` (it opened, and a request
-failed); ``refused`` with its reason; ``not built`` (no tiny model could be made); ``aside`` (an encoder, or an encoder
-and a decoder).
+Each type is tried with a tiny model with random weights in float32: three prompts longer than its windows, each with
+its KV on three workers, whose 24 greedy tokens are compared with those of transformers' ``generate``. The workers'
+runtimes are in this process, without Dask. Verdicts: ``exact``; ``differs`` (``differs`` says from which token on);
+``fails`` (loading or a request failed); ``refused`` with its reason; ``not built`` (no tiny model could be made);
+``aside`` (an encoder, or an encoder and a decoder).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from distkv_dask.worker.model.load import load_model
 
 NEW = 24
 SEEDS, LEAD = 8, 1e-3
-"""Weights are drawn again, up to this many times, until every token leads by this much."""
+"""Weights are drawn again, up to this many times, until every token leads the second best by this much."""
 SPLITS = {
     45: [("w1", 16), ("w2", 16), ("w0", 45)],
     29: [("w2", 8), ("w0", 8), ("w1", 8), ("w2", 45)],
     38: [("w0", 8), ("w1", 16), ("w0", 8), ("w2", 45)],
 }
-"""Tokens of a prompt -> where its KV lies; all decode at ``w0``, in one batch."""
+"""Tokens of a prompt -> placement of its KV; all decode at ``w0``, in one batch."""
 
 
 def prompt(length: int) -> list[int]:
@@ -48,7 +48,7 @@ def prompt(length: int) -> list[int]:
 
 
 def expected(model: Any, length: int) -> tuple[list[int], float]:
-    """Greedy tokens, and the smallest lead of one of them over the second best."""
+    """Greedy tokens, and the smallest lead of any of them over the second best."""
     ids = torch.tensor([prompt(length)])
     made = model.generate(
         ids,
@@ -95,7 +95,7 @@ def answered(model: Any) -> dict[int, list[int]]:
 
 
 def verdict(kind: str) -> dict[str, Any]:
-    """Build, load, ask and compare one type."""
+    """Build, load and run one type, and compare its tokens."""
     if kind in NOT_CAUSAL:
         return {"verdict": "aside", "reason": "an encoder, or an encoder and a decoder"}
     with tempfile.TemporaryDirectory() as folder:

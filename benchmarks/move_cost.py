@@ -1,7 +1,7 @@
-"""What do moves of live blocks cost decoding?
+"""How much do moves of live blocks slow down decoding?
 
-One sequence decodes at its home while blocks of it go back and forth between two other workers, at 0, 16 and 32 tokens
-for each decode step; engines for all three rates are open on the same cluster and take turns.
+One sequence decodes at its home while some of its blocks move back and forth between two other workers, at 0, 16 and 32
+tokens per decode step. Engines for all three rates are open on the same cluster and take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 64
 
 
 def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
-    """On the scheduler: have an engine's policy propose to move remote blocks on to the next other worker."""
+    """Have an engine's policy propose to move remote blocks to the other holder; runs on the scheduler."""
     from distkv_dask.placement import Move
 
     life = list(dask_scheduler.plugins["distkv"].engines.values())[engine].life
@@ -37,7 +37,7 @@ def shuttle(dask_scheduler: Any, engine: int, moving: bool) -> None:
 
 
 def decode(engine: Engine, prompt: int, new: int) -> tuple[float, int]:
-    """Milliseconds of a decode step, and blocks that moved meanwhile."""
+    """Milliseconds of a decode step, and the number of blocks that moved during the decode."""
     before = engine.status().totals
     engine.submit([1] * prompt, SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
     after = engine.status().totals
@@ -72,7 +72,7 @@ def main() -> None:
         for at, rate in enumerate(rates):
             client.run_on_scheduler(shuttle, engine=at, moving=rate > 0)
         for engine in engines:
-            decode(engine, options.prompt, 8)  # warm
+            decode(engine, options.prompt, 8)  # warm-up
         turns = [[decode(engine, options.prompt, options.new) for engine in engines] for _ in range(options.repeat)]
         for engine in engines:
             engine.close()

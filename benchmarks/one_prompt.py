@@ -1,7 +1,7 @@
-"""One document of about 6,000 tokens: how long to its first token with one worker, and with all of them at once?
+"""How long does a document of about 6,000 tokens take to its first token with one worker, and with all at once?
 
-Both ways take turns in one run, on the same workers of one thread each. On a busy machine, wall time says less than the
-processor time of the worker that used most of it: the time that would be left if each worker had its own core.
+Both modes take turns in one run, on the same workers of one thread each. On a busy machine, wall time says less than
+the processor time of the worker that used most of it: the time that would remain if each worker had its own core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIRST = SamplingParams(max_new_tokens=1, ignore_eos=True)
 
 
 def turn(client: Client, engine: Engine, prompt: list[int]) -> tuple[float, float, float]:
-    """Seconds to the first token, processor time of the worker that took most, and of all workers."""
+    """Seconds to the first token, and processor seconds of the worker that used most, and of all workers."""
     before, began = client.run(time.process_time), time.perf_counter()
     done = engine.generate([prompt], FIRST)[0]
     seconds, after = time.perf_counter() - began, client.run(time.process_time)
@@ -51,7 +51,7 @@ def main() -> None:
         }
         prompt = documents(ways[1], 1)[0][: options.tokens]
         for engine in ways.values():
-            engine.generate([prompt[:1200]], FIRST)  # warm
+            engine.generate([prompt[:1200]], FIRST)  # warm-up
         turns = {count: list[tuple[float, float, float]]() for count in ways}
         for _ in range(options.turns):
             for count, engine in ways.items():

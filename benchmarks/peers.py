@@ -1,15 +1,16 @@
-"""How fast are transformers, vLLM's CPU build and llama.cpp at the same work, in turns with ours in one run?
+"""How fast are transformers, vLLM's CPU build and llama.cpp at the same work, in turns with this project in one run?
 
-The model is SmolLM2-135M in bfloat16, the text Python's own language reference, answers are greedy and of fixed length.
-Each system has a process of its own, all threads, and its best settings; all get the same token ids, case by case in
-turns, which begin with another system each time. The machine's floors (read bandwidth and bfloat16 matrix products of
-the same run) are measured between the cases. Cases: short prompts decoded together; one document (first token and
-decoding); a passage of it repeated word for word, with speculation where a system has it; questions on one document;
-documents; and the same documents with 40 % of one as each worker's (or system's) room for KV.
+The model is SmolLM2-135M in bfloat16, the text is Python's language reference, and answers are greedy and of fixed
+length. Each system has its own process, all threads, and its best settings. All get the same token ids, case by case in
+turns, and a different system begins each turn. The machine's floors (read bandwidth and bfloat16 matrix products of the
+same run) are measured before each turn. Cases: short prompts decoded together; one document (first token and decoding);
+a passage of it repeated word for word, with speculation if a system supports it; questions on one document; documents;
+and the same documents where each worker (or system) has room for the KV of only 40 % of one.
 
-`benchmarks/peers/setup.sh` builds the environments of vLLM and llama.cpp; without them these are left out. transformers
-answers documents and questions one after the other and llama.cpp computes prompts so, which takes minutes: some are
-measured there, and their time is multiplied (``measured`` says how many). The JSON has a row for each system and case.
+`benchmarks/peers/setup.sh` builds the environments of vLLM and llama.cpp; a system without its environment is left out.
+transformers answers documents and questions one after the other, and llama.cpp computes prompts one after the other,
+which takes minutes: there only some are measured, and the time of all is extrapolated (``measured`` says how many). The
+JSON has a row for each system and case.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from distkv_dask.models.source import resolve_model
 
 CORES = len(os.sched_getaffinity(0))
 OURS = {f"distkv {CORES}x1": (CORES, 1), f"distkv 1x{CORES}": (1, CORES)}
-"""Workers and threads of each of ours."""
+"""Workers and threads of each of our systems."""
 PEERS = {"transformers": "transformers", "vllm": "vllm", "vllm ngram": "vllm", "llama.cpp": "llama_cpp"}
 """Names of the peers, and the modules that drive them."""
 SPREAD, SPREAD_OVER = 0.4, 3
-"""Part of a document that a pool has room for in the last case, and our workers there."""
+"""Share of a document that a pool has room for in the last case, and the number of our workers there."""
 POOLED = ("vllm", "llama.cpp")
-"""Peers that have a pool, too."""
+"""Peers that have a pool of KV memory, too."""
 BLOCK = 64
-"""Tokens of a block of ours."""
+"""Tokens of one of our blocks."""
 LONGEST = 8192
-"""Tokens of a sequence that the model was trained for."""
+"""Maximum tokens of a sequence for which the model was trained."""
 
 
 def systems(names: list[str], files: dict[str, str], sizes: Sizes, token_bytes: int) -> dict[str, System]:
-    """The systems of these names, with room for the KV of everything."""
+    """Systems by name, with room for the KV of all cases."""
     tokens = sizes.documents * (sizes.tokens + sizes.extracted + 256) + 4096
     every = {"threads": CORES, "longest": LONGEST, "pool_tokens": None, **files}
     found: dict[str, System] = {}
@@ -60,7 +61,7 @@ def systems(names: list[str], files: dict[str, str], sizes: Sizes, token_bytes: 
 
 
 def small_systems(names: list[str], files: dict[str, str], sizes: Sizes, token_bytes: int) -> dict[str, System]:
-    """Those systems that have a pool, with room for a part of a document in each worker's."""
+    """The systems that have pools, each of which has room for a part of a document."""
     tokens = -(-int(SPREAD * sizes.tokens) // BLOCK) * BLOCK
     every = {"longest": LONGEST, "pool_tokens": tokens, "pool_bytes": tokens * token_bytes, "speculate": False, **files}
     own = {"workers": SPREAD_OVER, "threads": 1}
@@ -70,13 +71,13 @@ def small_systems(names: list[str], files: dict[str, str], sizes: Sizes, token_b
 
 
 def installed(environments: Path) -> list[str]:
-    """Names of the systems whose environments are there."""
+    """Names of the systems whose environments exist."""
     there = [name for name, driver in PEERS.items() if System(driver, {}).python(environments).exists()]
     return ["distkv", *there]
 
 
 def titles(sizes: Sizes) -> dict[str, dict[str, str]]:
-    """The questions that the tables answer, and the heads of their columns by case."""
+    """Titles of the tables, and the headings of their columns by case."""
     tokens = f"{sizes.tokens:,} tokens"
     return {
         f"{sizes.documents} documents of {tokens}, {sizes.new} new tokens each": {"documents": "all"},
@@ -93,7 +94,7 @@ def titles(sizes: Sizes) -> dict[str, dict[str, str]]:
 
 
 def run(comparison: Comparison, names: list[str], todo: list[Case], sizes: Sizes, model: Model) -> None:
-    """All cases that have room, then the spread one, each with its own processes."""
+    """Run all cases but the last with one set of processes, then the last with a new process for each system."""
     files = model_files(comparison.environments, "llama.cpp" in names)
     if roomy := [case for case in todo if case.name != "spread"]:
         comparison.run(systems(names, files, sizes, model.kv_bytes), roomy)
@@ -107,9 +108,9 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--environments", type=Path, default=Path("build/peers"), help="what setup.sh has built")
     arguments.add_argument("--systems", nargs="+", choices=["distkv", *PEERS], help="default: all that are installed")
-    arguments.add_argument("--only", nargs="+", metavar="CASE", help="such as documents or short-8")
-    arguments.add_argument("--turns", type=int, default=3, help="of each case; documents take one")
-    arguments.add_argument("--quick", action="store_true", help="small sizes, whose figures mean nothing")
+    arguments.add_argument("--only", nargs="+", metavar="CASE", help="only these cases, such as documents or short-8")
+    arguments.add_argument("--turns", type=int, default=3, help="turns of each case; several documents: one")
+    arguments.add_argument("--quick", action="store_true", help="use small sizes, whose figures have no meaning")
     options = arguments.parse_args()
     sizes, source = QUICK if options.quick else FULL, resolve_model("smollm2-135m")
     tokenizer: Any = source.tokenizer()

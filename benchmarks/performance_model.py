@@ -1,11 +1,11 @@
 """How well does the performance model, fitted when an engine opens, predict measured decode steps on this machine?
 
-Two workers are homes of equally many sequences, because workers were timed at the same time: the model describes a busy
-cluster. Batches, contexts and the share of KV at the other worker vary. A step is predicted before the case begins,
-including the attention that a worker of one thread computes for the other one's sequences in the same time, and
-compared with the steps of the engine's own windows. ``windows`` are the errors of single windows, predicted when they
-began, as policies do. ``noise`` is how much consecutive windows of a home differ beyond what the model expects, which
-no model can predict.
+Two workers are homes of the same number of sequences, because workers were timed at the same time: the model describes
+a busy cluster. Batches, contexts and the share of KV at the other worker vary. A step is predicted before the case
+begins, including the attention that a worker of one thread computes for the other one's sequences during a step, and
+compared with the measured steps of the engine's windows. ``windows`` are the errors of single windows, predicted from
+the windows before them, as policies do. ``noise`` is how much consecutive windows of a home differ beyond what the
+model expects, which no model can predict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distkv_dask.scheduler.policies.base import Ask, Policy
 BLOCK = 64
 NEW = 64
 WARM = 32
-"""Steps before each case, from which the model learns how fast the machine is at that time."""
+"""Steps before each case, from which the model learns the current speed of the machine."""
 LOCAL = ((1, 256), (1, 2048), (1, 6144), (4, 512), (4, 1536), (8, 256), (8, 768))
 HALVED = ((1, 2048), (1, 6144), (4, 1536), (8, 768))
 CASES = [
@@ -37,7 +37,7 @@ CASES = [
     (1, 6144, 0.25),
     (1, 6144, 0.75),
 ]
-"""Sequences of each home, tokens of each, and their share at the other worker."""
+"""Sequences of each home, tokens of a sequence, and the share of them at the other worker."""
 
 
 class Fixed(Policy):
@@ -64,7 +64,7 @@ def measure(engine: Engine, batch: int, context: int) -> tuple[float, float]:
 
 
 def watch(calibration: Calibration) -> tuple[list[float], list[float]]:
-    """Errors of the steps of all windows from now on, predicted by what was known before each; and their noise."""
+    """Record the errors of all later windows, each predicted from those before it, and their noise."""
     errors: list[float] = []
     noise: list[float] = []
     last: dict[str, float] = {}
@@ -90,9 +90,9 @@ def cases(options: Any, life: Any, engine: Engine) -> Iterable[dict[str, Any]]:
             continue
         Fixed.share = share
         engine.generate([[1] * 64] * 2, SamplingParams(max_new_tokens=WARM, ignore_eos=True))
-        model = replace(life.policy.model, curves=dict(life.policy.model.curves))  # as it is before
+        model = replace(life.policy.model, curves=dict(life.policy.model.curves))  # as it is before the case
         measured, steps = measure(engine, batch, context)
-        mean = 2 * batch * (NEW - 1) / steps  # sequences that decode together, on average
+        mean = 2 * batch * (NEW - 1) / steps  # average number of sequences that decode together
         length = context + NEW / 2
         away = int(context * share) // BLOCK * BLOCK
         remote = {holder: (batch, mean * away)} if away else {}

@@ -1,11 +1,11 @@
-"""Plain requests on one long text, one after the other: how much faster are they with the prefix cache?
+"""How much faster are plain requests on one long text, one after the other, with the prefix cache?
 
-Nothing is ingested or named: each request is the whole text and another question, through ``engine.generate``.
-``seconds_cached`` is all of them with the cache, the first one included; ``seconds_uncached`` without it, scaled
-from ``--uncached`` requests. The peer is plain transformers on as many threads as the workers have together:
-with a forward over the whole prompt of each request (``peer_uncached_seconds``), and with a copy of the text's cache
-for each (``peer_cached_seconds``); both scaled from ``--peer`` requests. The model is SmolLM2-135M
-in bfloat16, answers are greedy.
+No document is ingested: each request is the whole text and another question, through ``engine.generate``.
+``seconds_cached`` is the time of all requests with the cache, including the first one; ``seconds_uncached`` is the time
+without it, extrapolated from ``--uncached`` requests. The peer is plain transformers on as many threads as the workers
+have together: with a forward over the whole prompt of each request (``peer_uncached_seconds``), and with a copy of the
+text's cache for each (``peer_cached_seconds``); both are extrapolated from ``--peer`` requests. The model is
+SmolLM2-135M in bfloat16, and answers are greedy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distkv_dask import Completion, Engine, SamplingParams
 
 
 def ours(options: Any, cached: bool, count: int) -> tuple[list[float], list[Completion], list[int], list[list[int]]]:
-    """Seconds of each request, their answers, the text and the questions."""
+    """Seconds of each request, the answers, the text and the questions."""
     sampling = SamplingParams(max_new_tokens=options.new, ignore_eos=True)
     settings = {"dtype": "bfloat16", "kv_memory": options.kv_memory, "prefix_cache": cached}
     with (
@@ -31,7 +31,7 @@ def ours(options: Any, cached: bool, count: int) -> tuple[list[float], list[Comp
         Engine(client, "smollm2-135m", **settings) as engine,
     ):
         text, questions = prompts(engine, options.tokens, options.requests)
-        engine.generate([[1] * 100] * options.workers, SamplingParams(max_new_tokens=2))  # warm
+        engine.generate([[1] * 100] * options.workers, SamplingParams(max_new_tokens=2))  # warm-up
         times, answers = [], []
         for question in questions[:count]:
             began = time.perf_counter()
@@ -44,12 +44,12 @@ def ours(options: Any, cached: bool, count: int) -> tuple[list[float], list[Comp
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--requests", type=int, default=8)
-    arguments.add_argument("--uncached", type=int, default=2, help="requests that are measured without the cache")
-    arguments.add_argument("--peer", type=int, default=1, help="requests that the peer is measured with; 0 is none")
+    arguments.add_argument("--uncached", type=int, default=2, help="number of requests measured without the cache")
+    arguments.add_argument("--peer", type=int, default=1, help="number of requests measured with the peer; 0: no peer")
     arguments.add_argument("--tokens", type=int, default=4000)
     arguments.add_argument("--new", type=int, default=32)
     arguments.add_argument("--workers", type=int, default=1)
-    arguments.add_argument("--threads", type=int, default=2, help="of each worker")
+    arguments.add_argument("--threads", type=int, default=2, help="threads of each worker")
     arguments.add_argument("--kv-memory", default="512 MiB", help="per worker")
     options = arguments.parse_args()
     times, answers, text, questions = ours(options, True, options.requests)

@@ -1,10 +1,10 @@
-"""Sixteen questions on one document of 6,000 tokens: how much faster than sixteen separate requests?
+"""How much faster are sixteen questions on one document of 6,000 tokens than sixteen separate requests?
 
-``seconds_shared`` is ingesting the document and asking all questions together; ``seconds_separate`` is the same prompts
-through ``engine.generate``, scaled from ``--separate`` of them. The peer is plain transformers on as many
-threads as the workers have together, asked one question after the other: with a forward over the whole prompt for each
-(``peer_separate_seconds``), and with a copy of the document's cache for each (``peer_shared_seconds``); both scaled
-from ``--peer`` questions. The model is SmolLM2-135M in bfloat16, answers are greedy.
+``seconds_shared`` is the time to ingest the document and answer all questions together; ``seconds_separate`` is that of
+the same prompts through ``engine.generate``, extrapolated from ``--separate`` of them. The peer is plain transformers
+on as many threads as the workers have together, one question after the other: with a forward over the whole prompt for
+each (``peer_separate_seconds``), and with a copy of the document's cache for each (``peer_shared_seconds``); both are
+extrapolated from ``--peer`` questions. The model is SmolLM2-135M in bfloat16, and answers are greedy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distkv_dask.models.source import resolve_model
 
 
 def prompts(engine: Engine, tokens: int, count: int) -> tuple[list[int], list[list[int]]]:
-    """A document of Python's language reference, and questions on it."""
+    """A document from Python's language reference, and questions on it."""
     ids = engine.tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
     words = sorted(topics)
     return ids[:tokens], [
@@ -44,7 +44,7 @@ def ours(options: Any) -> tuple[dict[str, float], list[int], list[list[int]]]:
         Engine(client, "smollm2-135m", dtype="bfloat16", kv_memory=options.kv_memory, prefix_cache=False) as engine,
     ):
         document, questions = prompts(engine, options.tokens, options.questions)
-        engine.generate([document[:100]] * options.workers, SamplingParams(max_new_tokens=2))  # warm
+        engine.generate([document[:100]] * options.workers, SamplingParams(max_new_tokens=2))  # warm-up
         began = time.perf_counter()
         with engine.ingest(document) as handle:
             ingested = time.perf_counter()
@@ -68,7 +68,7 @@ def ours(options: Any) -> tuple[dict[str, float], list[int], list[list[int]]]:
 
 
 def peer(document: list[int], questions: list[list[int]], options: Any) -> tuple[float, float]:
-    """Seconds of plain transformers for all questions: each from the beginning, and each from a copied cache."""
+    """Seconds of plain transformers for all questions: each with its whole prompt, and each with a copied cache."""
     torch.set_num_threads(options.workers * options.threads)
     folder = converted_weights(Path(resolve_model("smollm2-135m").location), "bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -95,12 +95,12 @@ def peer(document: list[int], questions: list[list[int]], options: Any) -> tuple
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--questions", type=int, default=16)
-    arguments.add_argument("--separate", type=int, default=6, help="separate requests that are measured")
-    arguments.add_argument("--peer", type=int, default=1, help="questions that the peer is measured with; 0 is none")
+    arguments.add_argument("--separate", type=int, default=6, help="number of separate requests measured")
+    arguments.add_argument("--peer", type=int, default=1, help="number of questions measured with the peer; 0: no peer")
     arguments.add_argument("--tokens", type=int, default=6000)
     arguments.add_argument("--new", type=int, default=32)
     arguments.add_argument("--workers", type=int, default=1, help="workers; one at a time computes a document")
-    arguments.add_argument("--threads", type=int, default=2, help="of each worker")
+    arguments.add_argument("--threads", type=int, default=2, help="threads of each worker")
     arguments.add_argument("--kv-memory", default="512 MiB", help="per worker")
     options = arguments.parse_args()
     figures, document, questions = ours(options)

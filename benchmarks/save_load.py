@@ -1,8 +1,8 @@
-"""How fast are saving and loading a document, compared with the disk's rate for the same bytes in the same run?
+"""How fast is a document saved and loaded, compared with the disk's rate for the same bytes in the same run?
 
-The KV is that of SmolLM2-135M in bfloat16. ``load`` reads, checks and copies into the pools of two workers.
-``load_cold`` does so after the files were dropped from the page cache (if the system allows it); ``disk_cold`` is a
-plain read of the same files with one thread.
+The KV is that of SmolLM2-135M in bfloat16. ``load`` reads the files, checks them and copies them into the pools of two
+workers. ``load_cold`` does the same after the files were dropped from the page cache (if the system allows it);
+``disk_cold`` is a plain read of the same files with one thread.
 """
 
 from __future__ import annotations

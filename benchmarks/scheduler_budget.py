@@ -1,9 +1,9 @@
-"""How much of a core do decode windows take from the Dask scheduler as the cluster grows?
+"""How much of a core does the Dask scheduler need for decode windows as the cluster grows?
 
 A real scheduler, alone in its process, and real workers with lanes, pools, channels and gangs; only the model's forward
 is replaced by a sleep as long as a decode step, so that dozens of workers fit on a few cores. Every request is larger
-than a worker, so every home has holders. For each number of workers, windows have the length that streaming needs,
-first fixed and then within the scheduler's budget.
+than a worker, so every home has holders. For each number of workers, windows first have a fixed length for streaming,
+and then one within the scheduler's budget.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SleepingModel(LoadedModel):
     """A model whose forward takes as long as a real one and computes nothing."""
 
     def forward(self, token_ids: torch.Tensor, positions: Any, step: Any, keep: Any = None, *_: Any) -> torch.Tensor:
-        """Logits [n, vocab] of n tokens, after a while."""
+        """Return logits [n, vocab] of n tokens after the time of a step."""
         time.sleep(float(os.environ["STEP_SECONDS"]))
         return torch.zeros(len(token_ids if keep is None else keep), VOCAB)
 
@@ -50,7 +50,7 @@ def _load(name: str, dtype: str, threads: int, *_: Any, **__: Any) -> SleepingMo
 
 
 def run_scheduler(address: Any) -> None:
-    """A process with a scheduler."""
+    """Run a scheduler; the main function of a process."""
 
     async def serve() -> None:
         async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
@@ -61,7 +61,7 @@ def run_scheduler(address: Any) -> None:
 
 
 def run_workers(scheduler: str, count: int, step_seconds: float) -> None:
-    """A process with workers."""
+    """Run workers; the main function of a process."""
     os.environ["STEP_SECONDS"] = str(step_seconds)
     load.load_model = _load  # type: ignore[assignment]
 
@@ -89,7 +89,7 @@ def save_model(folder: Path) -> None:
 
 
 def measure(client: Client, scheduler: psutil.Process, model: str, workers: int, mode: str, options: Any) -> Any:
-    """Open an engine, fill it, and look at the scheduler while all homes decode."""
+    """Open an engine, fill it, and measure the scheduler while all homes decode."""
     asked = options.asked
     windows: dict[str, Any] = {"window_stream_seconds": asked, "window_seconds": asked}
     if mode == "fixed":
@@ -140,7 +140,7 @@ def main() -> None:
     arguments.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     options = arguments.parse_args()
     context = multiprocessing.get_context("spawn")
-    os.environ["DASK_LOGGING__DISTRIBUTED"] = "error"  # of the processes that follow
+    os.environ["DASK_LOGGING__DISTRIBUTED"] = "error"  # for the processes that are started from here on
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))

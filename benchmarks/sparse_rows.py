@@ -1,7 +1,7 @@
-"""What does skipping rows of zeros save? Bytes of down projections read, and time of a forward, by tokens of a step.
+"""What does skipping rows for zero activations save: bytes read of down projections, and time, by tokens of a step?
 
-The model has OPT's shape and random weights; its biases leave about one in ten inner activations nonzero (``--bias``
-changes that), as in trained ReLU models of some size. Both ways take turns in one process.
+The model has OPT's architecture and random weights; its biases leave about one in ten inner activations nonzero
+(``--bias`` changes that), as in larger trained ReLU models. Both modes take turns in one process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def saved(folder: Path, bias: float, layers: int) -> Path:
 
 
 def seconds(model: LoadedModel, tokens: int) -> float:
-    """Of a forward."""
+    """Seconds of a forward."""
     began = time.perf_counter()
     model.forward(torch.arange(tokens), torch.arange(tokens), EachItself())
     return time.perf_counter() - began

@@ -1,11 +1,11 @@
-"""How much faster is speculation without a draft model if answers quote their document, and what does it cost if not?
+"""How much does speculation without a draft model gain if answers quote their document, and what does it cost if not?
 
-Two engines with the same weights are open in one cluster, ``distkv.speculation`` at ``auto`` and ``off``, in turns.
-The document is Python's own language reference, the model SmolLM2-135M in bfloat16. ``quote`` asks for passages of the
-document word for word and gives their first words; ``write`` draws the text's continuation at temperature 1, which
-repeats some of its phrases; ``strange`` draws at temperature 3, which repeats nothing. Decode tokens per second are
-the tokens of all answers of a turn per second in decode windows; figures are medians over turns, ratios those of pairs
-of turns.
+Two engines with the same weights are open on one cluster and take turns, with ``distkv.speculation`` at ``auto`` and
+``off``. The document is Python's language reference, the model SmolLM2-135M in bfloat16. ``quote`` asks for passages of
+the document word for word and gives their first words; ``write`` samples a continuation at temperature 1, which repeats
+some phrases of the text; ``strange`` samples at temperature 3, which repeats nothing. Decode tokens per second are the
+tokens of all answers of a turn per second in decode windows; figures are medians over turns, and ratios are medians
+over pairs of turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODES = ("off", "auto")
 TASKS = {"quote": 0.0, "write": 1.0, "strange": 3.0}
 """Temperatures."""
 GIVEN = 24
-"""Tokens of a passage that a question begins with."""
+"""Tokens of a passage with which a question ends."""
 
 
 def questions(engine: Engine, document: list[int], task: str, batch: int, turn: int) -> list[list[int]]:
@@ -37,7 +37,7 @@ def questions(engine: Engine, document: list[int], task: str, batch: int, turn: 
 
 
 def run(engine: Engine, handle: Document, asked: list[list[int]], sampling: SamplingParams) -> dict[str, Any]:
-    """Answer once; tokens per second of decoding, and what was tried."""
+    """Answer once; returns decode tokens per second, proposed and accepted tokens, and the answers."""
     before = engine.status().totals
     done = handle.ask(asked, sampling)
     after = engine.status().totals
@@ -60,7 +60,7 @@ def measured(engines: dict[str, Engine], options: Any) -> dict[str, Any]:
         for batch in options.batch:
             sampling = SamplingParams(max_new_tokens=options.new, temperature=temperature, seed=1, ignore_eos=True)
             turns: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-            for turn in range(options.turns + 1):  # the first one warms up
+            for turn in range(options.turns + 1):  # the first turn is a warm-up
                 for mode in MODES if turn % 2 else MODES[::-1]:
                     asked = questions(engines[mode], document, task, batch, turn)
                     turns[mode].append(run(engines[mode], handles[mode], asked, sampling))
@@ -80,12 +80,12 @@ def measured(engines: dict[str, Engine], options: Any) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=3000, help="of the document")
+    arguments.add_argument("--tokens", type=int, default=3000, help="tokens of the document")
     arguments.add_argument("--new", type=int, default=128)
-    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="questions at once")
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="questions in a batch")
     arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--workers", type=int, default=1)
-    arguments.add_argument("--threads", type=int, default=2, help="of each worker")
+    arguments.add_argument("--threads", type=int, default=2, help="threads of each worker")
     arguments.add_argument("--kv-memory", default="256 MiB", help="per worker and engine")
     options = arguments.parse_args()
     settings = {"dtype": "bfloat16", "kv_memory": options.kv_memory, "prefix_cache": False}

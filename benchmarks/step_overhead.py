@@ -2,12 +2,12 @@
 
 A model with ``--layers`` layers of SmolLM2's attention (9 heads, 3 KV heads, head dim 64) and almost nothing else
 decodes one sequence, with all KV at its home or with one block of it on another worker. Engines for both are open on
-the same cluster and take turns; the result is the median of the differences. Also measured: the floor, a round trip of
-the same bytes on a bare socket between two processes, and the same step as a Dask graph of one task per layer and
-holder.
+the same cluster and take turns; the result is the median of the differences. The floor (a round trip of the same bytes
+on a bare socket between two processes) and the same step as a Dask graph with one task per layer and worker are
+measured, too.
 
-``--holders 1,4,16`` also measures what a layer costs with these numbers of holders. They are real holder lanes in
-forked processes without Dask. The floor is as many bare sockets to as many processes, in turns with them.
+``--holders 1,4,16`` also measures what a layer costs with these numbers of holders, which are real holder lanes in
+forked processes without Dask. They take turns with their floor: the same number of bare sockets and processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save_model(layers: int, folder: Path) -> None:
 
 
 def decode(engine: Engine, new: int) -> dict[str, float]:
-    """Decode one sequence; milliseconds of a step, of its waiting, and of the gap between windows."""
+    """Decode one sequence; returns milliseconds of a step, of its waiting, and of the gap between windows."""
     before = engine.status().totals
     completion = engine.submit([1] * (CONTEXT - new), SamplingParams(max_new_tokens=new, ignore_eos=True)).result()
     after = engine.status().totals
@@ -89,14 +89,14 @@ def without_delay(peer: socket.socket) -> None:
 
 
 class Floor:
-    """Bare sockets to processes that answer queries of a layer's size with as many bytes as partials have.
+    """Bare sockets to processes that answer messages of the size of queries with messages of the size of partials.
 
     Parameters
     ----------
     channel
         ``"unix"``; anything else is TCP.
     holders
-        How many processes.
+        Number of processes.
     """
 
     def __init__(self, channel: str, holders: int) -> None:
@@ -125,10 +125,10 @@ class Floor:
             process.join(10)
 
     def us(self, holders: int, pause_us: float, rounds: int = 300) -> float:
-        """Median time to send queries to ``holders`` processes and to have all of their partials.
+        """Median time to send queries to ``holders`` processes and to receive all their partials.
 
-        Between two rounds the home computes for as long as a layer without exchange takes, because a peer that waits
-        longer sleeps deeper. Its thread has the priority of a home lane.
+        Between two rounds the home computes for the time of a layer without exchange, because the processor of a peer
+        that waits longer enters a deeper idle state. The home's thread has the priority of a home lane.
         """
         return self._thread.submit(_rounds, self._peers[:holders], pause_us * 1e-6, rounds).result()
 
@@ -158,13 +158,13 @@ def _rounds(peers: list[socket.socket], pause: float, rounds: int) -> float:
 
 
 def fan_out(folder: str, options: argparse.Namespace, holders: list[int]) -> list[dict[str, Any]]:
-    """What a layer costs with holders that are processes of their own, over the same attention at the home alone."""
+    """Additional cost of a layer with holders in their own processes, compared with attention at the home alone."""
     steps, layers = options.new // 3, options.layers
     most, blocks = max(holders), (CONTEXT + steps) // BLOCK_TOKENS + 1
     with Fleet(folder, options.channel, most, blocks) as fleet, Floor(options.channel, most) as floor:
         counts, turns, floors = [0, *holders], [], []
         for count in counts:
-            fleet.decode(steps, CONTEXT, count)  # warm
+            fleet.decode(steps, CONTEXT, count)  # warm-up
         for _ in range(options.repeat):
             turns.append({count: fleet.decode(steps, CONTEXT, count) for count in counts})
             local, _ = turns[-1][0]
@@ -209,7 +209,7 @@ def scheduler_graph_ms(client: Client, layers: int, repeat: int) -> float:
 
 
 def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[str, float], ...]], float, float]:
-    """Turns of an engine with all KV at home and one with a block elsewhere; the floor; a step as a Dask graph."""
+    """Turns of two engines (all KV at home, and one block elsewhere), the floor, and the step as a Dask graph."""
     block_bytes = options.layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * 2
     common: dict[str, Any] = {
         "dtype": "bfloat16", "block_tokens": BLOCK, "window_steps": 16, "channel": options.channel,
@@ -227,7 +227,7 @@ def engines(folder: str, options: argparse.Namespace) -> tuple[list[tuple[dict[s
         ):
             both = all_local, one_remote
             for engine in both:
-                decode(engine, options.new)  # warm
+                decode(engine, options.new)  # warm-up
             turns, floors = [], []
             for _ in range(options.repeat):
                 turns.append(tuple(decode(engine, options.new) for engine in both))

@@ -1,7 +1,7 @@
-"""How much memory do weights take on one machine? One worker and several, in the checkpoint's dtype and converted.
+"""How much memory do weights take on one machine, with one worker and several, as stored and converted?
 
-The checkpoint is SmolLM2-135M in bfloat16. The figure is the proportional set size (PSS) of the memory with weights: a
-page that several processes map is divided among them.
+The checkpoint is SmolLM2-135M in bfloat16. The figure is the proportional set size (PSS) of the memory that holds
+weights: a page that several processes map is divided among them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def of_workers(count: int, folder: Path, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--workers", type=int, default=2, help="of the machine")
+    arguments.add_argument("--workers", type=int, default=2, help="number of workers")
     options = arguments.parse_args()
     folder = converted_weights(Path(resolve_model("smollm2-135m").location), "bfloat16")
     figures: dict[str, Any] = {}

@@ -1,7 +1,8 @@
-"""How much of a decode step and a prefill chunk is computing, waiting and sending, and what does a trace cost?
+"""How do decode steps and prefill chunks divide into computing, waiting and sending, and what does a trace cost?
 
-SmolLM2-135M on two workers of one thread; half of a document's KV is on its home and half on the other worker. Two
-engines are open, one with a trace and one without, and take turns: the trace shows the shares, the turns its cost.
+SmolLM2-135M on two workers of one thread; half of a document's KV is at its home and half on the other worker. Two
+engines, one with a trace and one without, are open and take turns: the trace shows how time is divided, and the
+difference between the engines is its cost.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from distkv_dask import Engine, SamplingParams
 
 
 def shares(lanes: Lanes, home: str, frames: list[Timed]) -> dict[str, dict[str, float]]:
-    """Mean ms by what was done, in the home's lane and in the lane of the holder, within frames like ``frames``."""
+    """Mean ms of each kind of span within ``frames``, in the home's lane and in the holder's."""
     found: dict[str, dict[str, float]] = {}
     for (worker, lane), spans in lanes.items():
         if (worker == home) != (lane == "home lane"):
@@ -48,7 +49,7 @@ def decode_ms(engine: Engine, prompt: list[int], new: int) -> tuple[float, str]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--tokens", type=int, default=4096, help="of the document")
+    arguments.add_argument("--tokens", type=int, default=4096, help="tokens of the document")
     arguments.add_argument("--new", type=int, default=32)
     arguments.add_argument("--repeat", type=int, default=3, help="turns")
     arguments.add_argument("--trace", type=Path, metavar="FILE", help="keep the trace")

@@ -15,7 +15,7 @@ from distributed.core import Status
 from distkv_dask.scheduler.engines.engine import EngineState
 
 SETTLE = 30.0
-"""Seconds that running work gets to end by itself."""
+"""Time in which running work may still end, in seconds."""
 
 OURS = ("prefill-", "decode-", "attend-", "layer-")
 """Prefixes of the engine's task keys."""
@@ -30,7 +30,7 @@ def settled(look: Callable[[], list[str]], seconds: float = SETTLE) -> list[str]
 
 
 def engine_leaks(client: Client, state: EngineState) -> list[str]:
-    """What the ledger and the workers' pools still have of an engine without requests and documents."""
+    """What the ledger and the workers' pools still hold for an engine without requests and documents."""
     life = state.life
     ledger = life.ledger
     left = [f"sequence {number} is {one.state.label}" for number, one in list(life.requests.items())]
@@ -44,10 +44,10 @@ def engine_leaks(client: Client, state: EngineState) -> list[str]:
     try:
         pools = client.run(_used_blocks, state.spec.engine)
     except Exception as error:  # a worker that has just died
-        return [f"workers do not say what they hold: {error!r}"]
+        return [f"workers do not report what they hold: {error!r}"]
     for worker, account in accounts.items():
         if pools.get(worker) != account.cached:
-            left.append(f"{worker} holds {pools.get(worker)} blocks, the ledger knows {account.cached} cached ones")
+            left.append(f"{worker} holds {pools.get(worker)} blocks, but the ledger has {account.cached} cached ones")
     return left
 
 
@@ -60,7 +60,7 @@ def _used_blocks(engine: str, dask_worker: Worker) -> int | None:
 def cluster_leaks(client: Client, scheduler: Scheduler, known: Iterable[str]) -> list[str]:
     """What is left on scheduler and workers after the last engine was closed.
 
-    ``known`` are addresses of Dask's own servers: connections to them are no leaks.
+    ``known`` are addresses of Dask's own servers: connections to them are not leaks.
     """
     manager: Any = scheduler.plugins["distkv"]
     left = [f"engine {name} is open" for name in manager.engines]
@@ -69,12 +69,12 @@ def cluster_leaks(client: Client, scheduler: Scheduler, known: Iterable[str]) ->
     try:
         workers = client.run(_left_on, frozenset(known))
     except Exception as error:
-        return [f"workers do not say what they have: {error!r}"]
+        return [f"workers do not report what they have: {error!r}"]
     return left + [f"{worker}: {what}" for worker, several in workers.items() for what in several]
 
 
 def _left_on(known: frozenset[str], dask_worker: Worker) -> list[str]:
-    """On a worker: what the engine left."""
+    """What the engine left behind; runs on a worker."""
     plugin: Any = dask_worker.plugins["distkv"]
     left = [f"engine {name} is open" for name in plugin.engines]
     left += [f"lanes {plugin.lanes}"] if plugin.lanes is not None else []
@@ -118,12 +118,12 @@ def own_leaks() -> list[str]:
 
 
 class Addresses:
-    """All addresses that Dask's servers have had.
+    """Every address that a Dask server has had.
 
     Parameters
     ----------
     scheduler
-        In this process.
+        The scheduler, in this process.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -131,7 +131,7 @@ class Addresses:
         self.known = {scheduler.address}
 
     def look(self) -> None:
-        """Add those of now."""
+        """Add the current addresses."""
         for address, worker in dict(self._scheduler.workers).items():
             self.known |= {address, worker.nanny or address}
 

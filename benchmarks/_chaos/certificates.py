@@ -8,12 +8,12 @@ from distributed import Security
 
 
 class Certificates:
-    """One authority, certificate and key for all.
+    """One authority, certificate and key for all processes.
 
     Parameters
     ----------
     folder
-        Where they are written.
+        Folder for their files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,22 +25,22 @@ class Certificates:
 
     @property
     def security(self) -> Security:
-        """For the scheduler and its clients."""
+        """Security settings of the scheduler and its clients."""
         return security(self._ca, self._certificate, self._key)
 
     @property
     def options(self) -> list[str]:
-        """For Dask's programs."""
+        """Options of Dask's command-line programs."""
         return ["--tls-ca-file", str(self._ca), "--tls-cert", str(self._certificate), "--tls-key", str(self._key)]
 
     @property
     def files(self) -> list[str]:
-        """Arguments of :func:`security`, for our programs."""
+        """Arguments of :func:`security`, for the benchmark's programs."""
         return [str(self._ca), str(self._certificate), str(self._key)]
 
 
 def security(ca: Path, certificate: Path, key: Path) -> Security:
-    """Security of these files, in every role."""
+    """Security settings that use these files in every role."""
     return Security(
         require_encryption=True,
         tls_ca_file=str(ca),

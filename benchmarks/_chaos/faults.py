@@ -1,4 +1,4 @@
-"""Faults, applied to what runs at their time."""
+"""Faults, applied to whatever is running at that time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distkv_dask.scheduler.lifecycle.events import Tick
 from distkv_dask.scheduler.moves import migration
 
 FEWEST, MOST, ENOUGH = 2, 6, 4
-"""Workers: the least after a retirement, the most after a join, and the number at the end."""
+"""Numbers of workers: the minimum after a retirement, the maximum after a join, and the number at the end."""
 
 
 class Faults:
@@ -38,9 +38,9 @@ class Faults:
     state
         The engine as the scheduler sees it.
     load
-        Its users.
+        The engine's users.
     certificates
-        Files for clients in other processes, where the cluster speaks TLS.
+        Files for clients in other processes, if the cluster uses TLS.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Faults:
     def _cut_peers(self, fault: Fault) -> str:
         machines = self._machines.up()
         for machine in machines:
-            with contextlib.suppress(OSError):  # it went down just now
+            with contextlib.suppress(OSError):  # it has just gone down
                 machine.link.isolate(True)
                 self._later(fault.seconds, lambda one=machine: one.link.isolate(False))  # type: ignore[misc]
         return f"{', '.join(one.name for one in machines)} for {fault.seconds:.1f} s"
@@ -178,7 +178,7 @@ class Faults:
             Random(fault.pick).shuffle(moves)
             for move in (move for move in moves if migration.can_start(life, move)):
                 migration.start(life, move)
-                manager.dispatcher.handle(self._state, Tick())  # which carries out what that asks for
+                manager.dispatcher.handle(self._state, Tick())  # carries out the commands that the move needs
                 return f"tokens {move.start} to {move.stop} of {move.sequence}, {move.source} to {move.target}"
             return "nothing: no block can move"
 
@@ -217,7 +217,7 @@ class Faults:
             self.count[f"{fault.kind} {how}"] += 1
 
         self._beside(end)
-        return f"nothing yet: process {visitor.pid} begins to ask"
+        return f"nothing yet: process {visitor.pid} is starting to ask"
 
     def _cancel(self, fault: Fault) -> str:
         return self._users.cancel(fault.pick)

@@ -16,7 +16,7 @@ from distkv_dask import Completion, Document, Engine, SamplingParams
 from distkv_dask.client.session.generation import Generation
 
 URGENT = 50
-"""Priority of a request that squeezes others."""
+"""Priority of a request that takes memory from others."""
 
 
 class Load:
@@ -31,7 +31,7 @@ class Load:
     records
         Collects outcomes.
     folder
-        Where documents are saved.
+        Folder for saved documents.
     """
 
     def __init__(self, engine: Engine, questions: Questions, records: Records, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Load:
         self._names = itertools.count()
         self._saved: list[tuple[Path, Text]] = []
         self._shelf: list[tuple[Document, Text]] = []
-        """Documents that all users ask, during the whole run."""
+        """Documents that all users ask about during the whole run."""
 
     def start(self, seed: int, users: int) -> None:
         """Ingest the shared documents, and start the users."""
@@ -78,7 +78,7 @@ class Load:
         for document, _ in self._shelf:
             document.release()
 
-    # What users do
+    # Actions of users
 
     def _use(self, plan: Iterable[Errand]) -> None:
         for errand in plan:
@@ -138,7 +138,7 @@ class Load:
                 if record.outcome != "completed":
                     return
 
-    # What happens to the load
+    # Faults of the load
 
     def cancel(self, pick: float) -> str:
         """Cancel a running request."""
@@ -165,9 +165,9 @@ class Load:
         return f"{text.name} in {place.name}"
 
     def load(self, pick: float) -> str:
-        """Load a saved document, and ask it."""
+        """Load a saved document, and ask about it."""
         if not self._saved:
-            return "nothing: no document was saved yet"
+            return "nothing: no document has been saved yet"
         place, text = picked(self._saved, pick)
         self.spawn(self._load, place, text)
         return place.name

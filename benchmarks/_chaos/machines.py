@@ -21,10 +21,10 @@ from _chaos.network import Link, Loopback
 from _chaos.relay import Relays
 
 MARK = "DISTKV_CHAOS"
-"""In the environment of every process of a run."""
+"""Variable in the environment of every process of a run, by which leftover processes are found."""
 
 HOME = Path(__file__).resolve().parent.parent
-"""Where workers find this package, to be looked at."""
+"""Folder from which workers import the functions of this package that are run on them."""
 
 PRELOAD, TRACEBACKS, VISITOR = (
     Path(__file__).with_name(name) for name in ("preload.py", "tracebacks.py", "visitor.py")
@@ -44,11 +44,11 @@ class Machine:
     name, link
         Its name and network link.
     scheduler
-        Its address, and options to reach it.
+        The scheduler's address, and the options that are needed to connect.
     workers
         Number of workers.
     folder
-        For its logs and its workers' files.
+        Folder for the machine's logs and its workers' files.
     """
 
     def __init__(self, name: str, link: Link, scheduler: Sequence[str], workers: int, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Machine:
 
     @property
     def is_up(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return self._process.poll() is None
 
     def processes(self) -> list[psutil.Process]:
@@ -124,9 +124,9 @@ class Machines:
     Parameters
     ----------
     scheduler
-        Its address, and options to reach it.
+        The scheduler's address, and the options that are needed to connect.
     folder
-        For their logs and files.
+        Folder for their logs and files.
     cuttable
         Whether they are in network namespaces.
     """
@@ -136,7 +136,7 @@ class Machines:
         self._folder = folder
         self._cuttable = cuttable
         self.relays: Relays | None = None
-        """Cuts links where there are no network namespaces."""
+        """Cuts links if there are no network namespaces."""
         self._numbers = itertools.count(2)
         self._all: list[Machine] = []
         self._lock = threading.Lock()
@@ -161,11 +161,11 @@ class Machines:
             )  # fmt: skip
 
     def up(self) -> list[Machine]:
-        """Those that run."""
+        """Machines that are running."""
         return [one for one in list(self._all) if one.is_up]
 
     def workers(self) -> list[tuple[Machine, psutil.Process]]:
-        """Worker processes that are alive, frozen ones too."""
+        """Worker processes that are alive, including frozen ones."""
         return [(machine, process) for machine in self.up() for process in machine.processes()]
 
     def stop(self) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from _chaos.relay import Relays
 
 HERE = "10.77.0.1"
-"""Where the scheduler and the client are."""
+"""Address of the scheduler and the client."""
 
 BRIDGE = "chaos"
 INSIDE = "DISTKV_CHAOS_NETWORK"
@@ -56,7 +56,7 @@ class Link:
     Parameters
     ----------
     number
-        Of the machine, from 2 on.
+        The machine's number, 2 or more.
     """
 
     def __init__(self, number: int) -> None:

@@ -131,7 +131,7 @@ class Records:
         detail = f"{type(error).__name__}: {error}"
         if isinstance(error, CancelledError):
             self.end(record, "cancelled" if record.unwanted else "failed", "" if record.unwanted else detail)
-        elif isinstance(error, WorkerLostError):  # with its fourth worker; a save with its third
+        elif isinstance(error, WorkerLostError):  # a request fails with its fourth lost worker, a save with its third
             self.end(record, "failed_legitimately", detail)
         else:
             ours = "" if isinstance(error, DistKVError) else "not an error of ours: "

@@ -39,7 +39,7 @@ ROOM = 416
 """Tokens that a worker has memory for."""
 
 PATIENCE = 75.0
-"""Seconds after the last fault in which every request must have ended."""
+"""Seconds after the last fault within which every request must end."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Chaos:
     Parameters
     ----------
     cluster, client
-        Without workers yet.
+        A cluster that has no workers yet, and its client.
     folder
-        For logs and files.
+        Folder for logs and files.
     setting
         Settings of the run.
     certificates
@@ -147,7 +147,7 @@ class Chaos:
 
     def happen(self, model: Path, questions: Questions, plan: Sequence[Fault]) -> dict[str, Any]:
         """Open an engine, run the users and the faults, and check what is left."""
-        for workers in (2, 1, 1):  # two on one machine share its network, and use a Unix socket
+        for workers in (2, 1, 1):  # two on one machine are cut off together, and use a Unix socket
             self._machines.start(workers)
         self._client.wait_for_workers(4, timeout=120)
         if not self._setting.cuttable:

@@ -25,12 +25,12 @@ WEIGHTS = {
     "load": 3,
     "squeeze": 3,  # an urgent request for much memory: documents go to disk, other requests make way
     "cancel": 4,
-    "kill-client": 2,  # a process with requests under way and a document of its own
+    "kill-client": 2,  # a process with running requests and its own document
 }
 """Kinds of faults and how often each is drawn."""
 
 SHORTEST, LONGEST = 2.0, 20.0
-"""Seconds that something stays frozen or cut off."""
+"""How long something stays frozen or cut off, in seconds."""
 
 LOAD = {
     "plain": 5,
@@ -38,7 +38,7 @@ LOAD = {
     "stream": 4,
     "wide": 2,  # larger than any worker's memory
     "shared": 4,  # several questions on a document that many ask
-    "document": 3,  # several questions on a document of one's own
+    "document": 3,  # several questions on the user's own document
     "chat": 2,
     "schema": 3,
     "too-large": 1,  # must be refused

@@ -12,7 +12,7 @@ import torch
 from distkv_dask.kernels import PreparedAttention, PreparedLayers, micro_attention
 
 KV_HEADS, GROUP, D, BLOCK = 8, 4, 128, 64
-"""Of Llama-3-8B and Qwen3-8B."""
+"""Sizes of attention in Llama-3-8B and Qwen3-8B, and tokens of a block."""
 
 
 class Card:
@@ -40,7 +40,7 @@ class Card:
         return statistics.median(found)
 
     def roofs(self, figures: dict[str, Any]) -> None:
-        """Its read bandwidth and matrix-product rate."""
+        """Measure its read bandwidth and matrix-product rate."""
         properties = torch.cuda.get_device_properties(0)
         figures |= {"card": properties.name, "processors": properties.multi_processor_count}
         figures |= {"bytes": properties.total_memory, "torch": torch.__version__, "cuda": str(torch.version.cuda)}

@@ -14,16 +14,16 @@ Figures = dict[str, Any]
 
 
 class LateError(Exception):
-    """A stage took longer than it may."""
+    """A stage exceeded its time limit."""
 
 
 class Stages:
-    """Runs stages while there is time.
+    """Runs stages until the time is up.
 
     Parameters
     ----------
     seconds
-        For all of them.
+        Time limit of all stages together.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -37,7 +37,7 @@ class Stages:
             with _limit(min(seconds, self._end - began)):
                 right = stage(figures)
             figures["ok"] = right is not False
-        except Exception as error:  # the others run, whatever fails here
+        except Exception as error:  # a failure here must not stop the other stages
             where = traceback.extract_tb(error.__traceback__)[-1]
             figures |= {"ok": False, "error": f"{type(error).__name__}: {error!s:.300}"}
             figures["at"] = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"

@@ -1,1 +1,1 @@
-"""Other systems beside ours: what is asked of all, how each is driven in a process of its own, and how they compare."""
+"""Comparison with other systems: the cases that all are given, how each is driven in its own process, and results."""

@@ -1,4 +1,4 @@
-"""What every system is asked, as token ids: documents, one document, a passage of it, short prompts, questions."""
+"""Cases that all systems are given, as token ids: documents, one document, its extraction, short prompts, questions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 GIVEN = 24
-"""Tokens of a passage that its extraction begins with."""
+"""Tokens of a passage that the prompt of its extraction ends with."""
 
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the cases are: numbers of prompts, tokens of a document, new tokens of each answer."""
+    """Sizes of the cases: numbers of prompts, tokens of a document, new tokens of each answer."""
 
     documents: int
     tokens: int
@@ -31,16 +31,16 @@ QUICK = Sizes(documents=2, tokens=300, new=6, extracted=6, short=(1, 2), questio
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Prompts that come at once, each answered with ``new`` tokens; questions on ``document`` where there is one.
+    """Prompts that arrive at once, each answered with ``new`` tokens; questions on ``document`` if there is one.
 
     Attributes
     ----------
     speculate
-        Whether systems that can do so shall guess tokens from the text.
+        Whether systems that support it speculate, with tokens guessed from the text.
     few
-        By system that answers one prompt after the other and would take minutes: how many it is measured with.
+        Numbers of prompts for systems that answer one after the other, where all prompts would take minutes.
     slow
-        Whether one turn has to do.
+        Whether the case is measured in one turn only.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Case:
     slow: bool = False
 
     def request(self, system: str) -> dict[str, Any]:
-        """What a system's process is sent."""
+        """The request that is sent to a system's process."""
         prompts = self.prompts[: dict(self.few).get(system, len(self.prompts))]
         return {"prompts": prompts, "new": self.new, "document": self.document, "speculate": self.speculate}
 
     @property
     def shortest(self) -> dict[str, Any]:
-        """A request for two tokens after a few."""
+        """A request for two tokens with a short prompt."""
         return {"prompts": [self.prompts[0][:16]], "new": 2, "document": (), "speculate": False}
 
 
 def cases(ids: Sequence[int], encode: Callable[[str], Sequence[int]], sizes: Sizes) -> list[Case]:
-    """All cases, in the order in which they run, from a text's tokens; ``encode`` makes tokens of what follows it."""
+    """All cases, in the order in which they run, from a text's tokens; ``encode`` encodes what is appended to it."""
     pieces = tuple((*ids[at * sizes.tokens : (at + 1) * sizes.tokens],) for at in range(sizes.documents))
     passage = sizes.tokens * 2 // 3
     again = encode("\n\nThe same passage once more, word for word:\n\n")

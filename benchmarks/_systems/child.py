@@ -1,6 +1,6 @@
-"""One system in a process of its own: it loads, then answers each line of JSON on stdin with a line of JSON.
+"""One system in its own process: it loads, then answers each line of JSON on stdin with a line of JSON.
 
-It runs in the system's own environment, so it imports only what Python has, and the one module that drives the system.
+It runs in the system's own environment, so it imports only the standard library and the module that drives the system.
 What libraries print goes to stderr.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main(system: str, settings: dict[str, Any]) -> None:
-    """Load, say so, and answer until stdin ends."""
+    """Load, report that, and answer until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -27,7 +27,7 @@ def main(system: str, settings: dict[str, Any]) -> None:
             for line in sys.stdin:
                 try:
                     reply(loaded.answer(**json.loads(line)))
-                except Exception as error:  # whatever the system raises is its answer
+                except Exception as error:  # any error of the system is its answer
                     reply({"error": said(error)})
     except Exception as error:
         reply({"error": said(error)})

@@ -1,4 +1,4 @@
-"""A run of all cases: every system in turns, the machine's rates between them, and what came of it."""
+"""A run of all cases: systems take turns, the machine's rates are measured in between, and results are collected."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from _systems.results import Row, Run, refused, rows, started
 
 @dataclass(slots=True)
 class Comparison:
-    """What was measured so far.
+    """Measures systems, and holds the results so far.
 
     Parameters
     ----------
     environments
-        Where those of the peers are.
+        Folder with the peers' environments.
     turns
-        Of each case that is not ``slow``.
+        Turns of each case that is not ``slow``.
     measure
         Measures the machine's rates.
     """
@@ -36,10 +36,10 @@ class Comparison:
     about: dict[str, str] = field(default_factory=dict)
     runs: dict[tuple[str, Case], list[Run]] = field(default_factory=dict)
     others: list[Row] = field(default_factory=list)
-    """Rows of starts and refusals."""
+    """Rows for starts and refusals."""
 
     def run(self, systems: Mapping[str, System], todo: Sequence[Case]) -> None:
-        """Cases one after the other, with the processes of all systems open."""
+        """Run cases one after the other, with the processes of all systems open."""
         with ExitStack() as stack:
             children: dict[str, Child] = {}
             for name, system in systems.items():
@@ -49,7 +49,7 @@ class Comparison:
                 self._turns({name: child for name, child in children.items() if systems[name].answers(case)}, case)
 
     def rows(self, model: Model) -> list[Row]:
-        """Rows of all that was measured, with floors by the highest rates of the run."""
+        """Rows for all measurements, with floors from the highest rates of the run."""
         return [
             *self.others,
             *(
@@ -60,7 +60,7 @@ class Comparison:
         ]
 
     def _start(self, name: str, system: System, case: Case) -> Child | None:
-        """A process that has loaded and answered once; None where it refuses, and a row that says why."""
+        """Start a process and have it answer once; if it refuses, return None and record a row that says why."""
         print(f"starting {name}", flush=True)
         began = time.perf_counter()
         try:
@@ -79,7 +79,7 @@ class Comparison:
         return child
 
     def _turns(self, children: dict[str, Child], case: Case) -> None:
-        """One case: the systems in turns, another one first each time; one that refuses is not asked again."""
+        """Run one case: systems take turns, a different one first each time; one that refuses is not asked again."""
         for turn in range(1 if case.slow else self.turns):
             self.machine = self.machine.faster(self.measure())
             order = [*children]

@@ -1,4 +1,4 @@
-"""What the machine could do: its rates in one run, and what each case's arithmetic and reads take at them."""
+"""The machine's limits: its rates in one run, and the time that each case's arithmetic and reads take at them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Machine:
     gemm: float
 
     def faster(self, other: Machine) -> Machine:
-        """The higher of both rates: what slowed one measurement is no limit of the machine."""
+        """The higher of both rates: if something slowed a measurement, that is not a limit of the machine."""
         return Machine(max(self.read, other.read), max(self.gemm, other.gemm))
 
 
@@ -51,7 +51,7 @@ def _best(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Numbers in the layers' linears and in the head, and the attention's shape."""
+    """Parameters in the layers' linears and in the head, and the attention's shape."""
 
     linears: int
     head: int
@@ -62,12 +62,12 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token, in all layers."""
+        """Bytes of one token's KV in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * NUMBER
 
     @classmethod
     def of(cls, config: Any) -> Model:
-        """Of a Llama's configuration."""
+        """Create it from the configuration of a Llama."""
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         layer = hidden * head_dim * 2 * (heads + kv_heads) + 3 * hidden * config.intermediate_size
@@ -77,14 +77,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds to the first token of all answers, and of a decode step of all of them together."""
+    """Seconds until all answers have their first token, and of a decode step of all of them together."""
 
     first: float
     step: float
 
 
 def floor(model: Model, machine: Machine, case: Case) -> Floor:
-    """What a case would take if nothing but its matrix products and its reads of weights and KV took time."""
+    """Time that a case would take if only its matrix products and its reads of weights and KV took time."""
     operations = _prompt(model, len(case.document), 0) if case.document else 0.0
     for prompt in case.prompts:
         operations += _prompt(model, len(prompt), len(case.document)) + 2 * model.head
@@ -96,6 +96,6 @@ def floor(model: Model, machine: Machine, case: Case) -> Floor:
 
 
 def _prompt(model: Model, tokens: int, before: int) -> float:
-    """Operations of a prompt's linears and attention, after tokens whose KV is there."""
+    """Operations of a prompt's linears and attention, after ``before`` tokens whose KV is already stored."""
     pairs = tokens * before + tokens * (tokens + 1) / 2
     return 2.0 * model.linears * tokens + 4.0 * model.heads * model.head_dim * model.layers * pairs

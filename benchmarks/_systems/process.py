@@ -21,14 +21,14 @@ BENCHMARKS = Path(__file__).resolve().parent.parent
 
 
 class Refused(Exception):
-    """A system answered with an error, which this says, or ended."""
+    """A system's process answered with an error, or ended; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
     """A system with its settings: ``driver`` is the module that drives it, in the environment of that name.
 
-    ``small`` is one whose pool has no room for a document, ``only`` what alone it answers (all, if empty).
+    ``small`` means that its pool has no room for a document; ``only`` names the cases that it answers (all if empty).
     """
 
     driver: str
@@ -41,12 +41,12 @@ class System:
         return not self.only or case.name in self.only
 
     def python(self, environments: Path) -> Path:
-        """Its interpreter: this process's own for what is installed there."""
+        """Its interpreter: this process's own for systems that are installed in its environment."""
         own = self.driver in ("distkv", "transformers")
         return Path(sys.executable) if own else environments / self.driver / "bin" / "python"
 
     def variables(self, environments: Path) -> dict[str, str]:
-        """Its environment: vLLM wants two libraries preloaded, and all cores."""
+        """Its environment variables: vLLM needs two preloaded libraries, and all cores."""
         path = {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
         if self.driver != "vllm":
             return {**os.environ, **path}
@@ -65,7 +65,7 @@ class System:
 
 
 class Child:
-    """A system's process, which has loaded; ``about`` says what it is. What it prints goes to a file in ``folder``.
+    """A system's process that has loaded; ``about`` describes it. Its output goes to a log file in ``folder``.
 
     Raises
     ------
@@ -95,7 +95,7 @@ class Child:
         self.close()
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """Its answer, and the sum of its processes' peaks of memory meanwhile, in GB.
+        """Send a request; returns the answer, and the sum of its processes' peak memory during it, in GB.
 
         Raises
         ------
@@ -104,14 +104,14 @@ class Child:
         """
         for one in self._processes():
             with contextlib.suppress(OSError):
-                Path(f"/proc/{one.pid}/clear_refs").write_text("5")  # peaks start over
+                Path(f"/proc/{one.pid}/clear_refs").write_text("5")  # resets the peak
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._reply(ANSWER_SECONDS), sum(map(_peak, self._processes())) / 1e6
 
     def close(self) -> None:
-        """End it, and all that it started."""
+        """End it, and all processes that it started."""
         everything = self._processes()
         assert self._process.stdin is not None
         self._process.stdin.close()

@@ -1,4 +1,4 @@
-"""From what systems answered to rows and tables: medians over turns, ratios to the floor and to ours."""
+"""Rows and tables from the systems' answers: medians over turns, ratios to the floor and to ours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from _systems.cases import Case
 from _systems.floors import Floor
 
 OURS = "distkv"
-"""How the names of our systems begin."""
+"""Prefix of the names of our systems."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One turn of a case: seconds of all of it, to each first and last token; peak memory in GB; prompts measured."""
+    """One turn of a case: seconds in all, and until each first and last token; peak memory in GB; prompts measured."""
 
     seconds: float
     firsts: tuple[float, ...]
@@ -28,20 +28,20 @@ class Run:
 
     @classmethod
     def of(cls, reply: Mapping[str, Any], rss_gb: float, prompts: int) -> Run:
-        """Where fewer than all prompts were measured, one after the other, the time of the others is added."""
+        """If only some prompts were measured, one after the other, the time of the others is extrapolated."""
         measured, shared = len(reply["firsts"]), reply["shared"]
         seconds = shared + (reply["seconds"] - shared) * prompts / measured
         begins = tuple(answer[0] for answer in reply["tokens"])
         return cls(seconds, tuple(reply["firsts"]), tuple(reply["ends"]), rss_gb, measured, begins)
 
     def step(self, new: int) -> float:
-        """Mean seconds between tokens of an answer; a microsecond at least, where all came at once."""
+        """Mean seconds between tokens of an answer; at least a microsecond, if all came at once."""
         return max(mean(end - first for first, end in zip(self.firsts, self.ends, strict=True)) / (new - 1), 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system in one case; ``figure`` is what the case is about, in ``unit``. ``ratio_to_ours`` above 1 is slower.
+    """One system in one case; ``figure`` is the case's result, in ``unit``. ``ratio_to_ours`` above 1 is slower.
 
     Figures are medians over turns; ``lowest`` and ``highest`` are the extremes of ``figure``. ``begins`` are the first
     tokens of its answers: with rounding in bfloat16, most but not all systems agree on them.
@@ -65,7 +65,7 @@ class Row:
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; numbers of four digits, and no figures where there is an error."""
+        """The row for JSON: numbers with four digits, and only the error if there is one."""
         if self.error is not None:
             return {"system": self.system, "case": self.case, "error": self.error}
         plain = {name: value for name, value in asdict(self).items() if name not in ("begins", "error")}
@@ -88,7 +88,7 @@ def _step(run: Run, case: Case) -> float:
 
 
 def figures(case: Case) -> dict[str, tuple[Figure, str]]:
-    """Rows that a case has: what each is about, and its unit."""
+    """Rows of a case: the figure of each, and its unit."""
     if case.name == "document":
         return {"first-token": (_first, "s"), "decode-6k": (_step, "ms")}
     if case.name == "extraction" or case.name.startswith("short"):
@@ -125,17 +125,17 @@ def rows(system: str, case: Case, runs: Sequence[Run], floor: Floor) -> list[Row
 
 
 def refused(system: str, case: str, error: str) -> Row:
-    """A system that did not answer, and what it said."""
+    """A row for a system that did not answer, with its error."""
     return Row(system, case, *[0.0] * 6, "", 0.0, 0.0, 0, 0.0, error=error)
 
 
 def started(system: str, seconds: float, rss_gb: float) -> Row:
-    """A system that has started and answered once."""
+    """A row for a system that has started and answered once."""
     return Row(system, "start", seconds, 0.0, 0.0, 0.0, rss_gb, seconds, "s", seconds, seconds, 1, 0.0)
 
 
 def compared(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with their ratio to our best one of the same case, and the part of answers that begin as its own."""
+    """Rows with their ratio to our best one of the same case, and the share of answers with the same first token."""
     ours: dict[str, Row] = {}
     for row in found:
         if row.system.startswith(OURS) and row.error is None:
@@ -161,7 +161,7 @@ def tables(found: Sequence[Mapping[str, Any]], titles: Mapping[str, Mapping[str,
     found
         Rows of :func:`compared`.
     titles
-        Question -> case -> the head of its column.
+        Question -> case -> the heading of its column.
     """
     parts = []
     for title, columns in titles.items():
@@ -170,7 +170,7 @@ def tables(found: Sequence[Mapping[str, Any]], titles: Mapping[str, Mapping[str,
             continue
         heads = [columns[name] for name in columns if any(row["case"] == name for row in inside)]
         names = [name for name in columns if any(row["case"] == name for row in inside)]
-        lines = [f"### {title}", "", f"{processor}; in brackets times the floor, and times ours.", ""]
+        lines = [f"### {title}", "", f"{processor}; in parentheses: multiples of the floor, and of our best time.", ""]
         lines += [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for system in dict.fromkeys(row["system"] for row in inside):
             cells = {row["case"]: _cell(row) for row in inside if row["system"] == system}

@@ -1,4 +1,4 @@
-"""The model for every system: a folder of transformers' with bfloat16 weights, and a GGUF file with the same ones."""
+"""The model for all systems: a transformers folder with bfloat16 weights, and a GGUF file with the same weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distkv_dask.models.source import resolve_model
 
 
 def model_files(folder: Path, with_gguf: bool) -> dict[str, str]:
-    """Where transformers and vLLM read SmolLM2-135M in bfloat16, and where llama.cpp does: below ``folder``."""
+    """Paths of SmolLM2-135M in bfloat16: for transformers and vLLM, and for llama.cpp a GGUF file in ``folder``."""
     source = Path(resolve_model("smollm2-135m").location)
     target = folder / "smollm2-135m-bf16.gguf"
     if with_gguf and not target.exists():

@@ -1,4 +1,4 @@
-"""Ours: workers of one cluster, and an engine with speculation and one without."""
+"""Our system: the workers of one cluster, with one engine that speculates and one that does not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class System:
         return self._engines[speculate]
 
     def answer(self, prompts: list[list[int]], new: int, document: list[int], speculate: bool) -> dict[str, Any]:
-        """Seconds, and when each answer's first and last token were there."""
+        """Seconds in all, and until each answer's first and last token."""
         engine, sampling = self._engine(speculate), SamplingParams(max_new_tokens=new, ignore_eos=True)
         began, shared = time.perf_counter(), 0.0
         if document:

@@ -11,14 +11,14 @@ import llama_cpp
 import numpy as np
 
 BATCH = 2048
-"""Most tokens of a call; llama.cpp cuts them into pieces of 512."""
+"""Maximum tokens of a call; llama.cpp cuts them into pieces of 512."""
 
 Row = tuple[int, int, int, bool]
-"""Token, position, sequence, whether its logits are wanted."""
+"""Token, position, sequence, and whether its logits are needed."""
 
 
 class System:
-    """A model of llama.cpp on all threads; each case has a context of its own, as large as it needs."""
+    """A model of llama.cpp on all threads; each case has its own context, as large as it needs."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         llama_cpp.llama_backend_init()
@@ -39,7 +39,7 @@ class System:
         llama_cpp.llama_model_free(self._model)
 
     def answer(self, prompts: list[list[int]], new: int, document: list[int], speculate: bool) -> dict[str, Any]:
-        """Seconds, and when each answer's first and last token were there."""
+        """Seconds in all, and until each answer's first and last token."""
         longest = len(document) + max(map(len, prompts)) + new
         context = self._context(longest, len(prompts), shared=bool(document))
         try:
@@ -86,7 +86,7 @@ class System:
         return {"seconds": seconds, "shared": shared, "firsts": firsts, "ends": ends, "tokens": tokens}
 
     def _groups(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Sequences whose prompts fit one call, in order."""
+        """Sequences whose prompts fit into one call, in order."""
         groups: list[list[int]] = []
         room = 0
         for sequence, prompt in enumerate(prompts):
@@ -98,7 +98,7 @@ class System:
         return groups
 
     def _compute(self, context: Any, rows: list[Row]) -> list[int]:
-        """The likeliest next token of each row that wants its logits."""
+        """The most likely next token of each row that needs its logits."""
         found, left = [], iter(rows)
         while some := list(islice(left, BATCH)):
             batch = self._batch

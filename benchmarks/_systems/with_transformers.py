@@ -1,4 +1,4 @@
-"""Plain transformers: documents one after the other, short prompts as a padded batch, questions on a kept cache."""
+"""Plain transformers: documents one after the other, short prompts as a padded batch, questions on a stored cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 
 class Times(transformers.StoppingCriteria):
-    """When each token was there; stops nothing."""
+    """Records the time of each token; never stops generation."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -37,7 +37,7 @@ class System:
         pass
 
     def answer(self, prompts: list[list[int]], new: int, document: list[int], speculate: bool) -> dict[str, Any]:
-        """Seconds, and when each answer's first and last token were there."""
+        """Seconds in all, and until each answer's first and last token."""
         began, shared, cache = time.perf_counter(), 0.0, None
         if document:
             with torch.inference_mode():

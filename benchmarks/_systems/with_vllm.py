@@ -29,7 +29,7 @@ class System:
         pass
 
     def answer(self, prompts: list[list[int]], new: int, document: list[int], speculate: bool) -> dict[str, Any]:
-        """Seconds, and when each answer's first and last token were there; a document goes through the cache."""
+        """Seconds in all, and until each answer's first and last token; a document is in the prefix cache."""
         self._llm.reset_prefix_cache()
         began, shared = time.perf_counter(), 0.0
         if document:

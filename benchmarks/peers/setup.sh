@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
-environment() { # a new one, under its name when it is complete
+environment() { # NAME: creates it from scratch
   rm -rf "${folder:?}/$1"
   "$python" -m venv "$folder/$1"
 }

@@ -1,4 +1,4 @@
-"""Draw the ratio of decode speed to the read roof against context length, from the results of micro_attention.py.
+"""Draw the ratio of decode speed to the read roof by context length, from the results of micro_attention.py.
 
 python benchmarks/plots/attention_roof.py results.json docs/attention_roof.svg
 """
@@ -72,7 +72,7 @@ def draw(lines: dict[tuple[str, str], list[tuple[int, float]]], title: str) -> s
 
 
 def main() -> None:
-    """Read the results named first on the command line and write the SVG named second."""
+    """Read the results (first argument) and write the SVG (second argument)."""
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     content = json.loads(Path(sys.argv[1]).read_text())

@@ -37,14 +37,14 @@ LABELS = {
 
 
 def typical_step(lanes: Lanes) -> tuple[str, Timed]:
-    """The home, and of its steps with nothing but steps in them the one of median length."""
+    """The home, and its step of median duration."""
     home = max(lanes, key=lambda key: sum(one.name == "step" for one in lanes[key]))
     steps = sorted((one for one in lanes[home] if one.name == "step" and one.step > 1), key=lambda one: one.ms)
     return home[0], steps[len(steps) // 2]
 
 
 def panel(lanes: list[tuple[str, list[Timed]]], frame: Timed, top: float, title: str) -> list[str]:
-    """Bars of the lanes from ``frame``'s begin to its end, below ``top``."""
+    """Bars of the lanes from the beginning of ``frame`` to its end, below ``top``."""
     scale = (WIDTH - LEFT - RIGHT) / frame.ms
     parts = [f'<text x="{LEFT}" y="{top + 14}" font-size="13">{title}</text>']
     for number, (name, spans) in enumerate(lanes):
@@ -64,7 +64,7 @@ def panel(lanes: list[tuple[str, list[Timed]]], frame: Timed, top: float, title:
 
 
 def arrows(home: list[Timed], holder: list[Timed], frame: Timed, top: float) -> list[str]:
-    """Lines from a query's sending to the holder's work on it, and from there to the end of the home's wait."""
+    """Lines from the sending of a query to the holder's work on it, and from there to the end of the home's wait."""
     scale, parts = (WIDTH - LEFT - RIGHT) / frame.ms, []
     answers = {(one.gang, one.step, one.layer): one for one in holder if one.name == "answer"}
     low, high = top + 24 + BAR, top + 24 + BAR + GAP
@@ -101,7 +101,7 @@ def draw(lanes: Lanes) -> str:
 
 
 def main() -> None:
-    """Read the trace named first on the command line and write the SVG named second."""
+    """Read the trace (first argument) and write the SVG (second argument)."""
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     Path(sys.argv[2]).write_text(draw(read_trace(Path(sys.argv[1]))))

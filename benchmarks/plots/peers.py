@@ -1,4 +1,4 @@
-"""Draw how each system did in the cases of peers.py, as bars beside the machine's floor, from the results of peers.py.
+"""Draw the results of peers.py as bars, with the machine's floor in each.
 
 python benchmarks/plots/peers.py results.json docs/peers.svg
 """
@@ -62,7 +62,7 @@ def _text(x: float, y: float, text: str, size: int = 12, anchor: str = "start") 
 
 
 def main() -> None:
-    """Read the results named first on the command line and write the SVG named second."""
+    """Read the results (first argument) and write the SVG (second argument)."""
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     Path(sys.argv[2]).write_text(draw(json.loads(Path(sys.argv[1]).read_text())))
