@@ -161,7 +161,7 @@ def _check_pools(call: Call) -> None:
 
 
 def _check_strides(name: str, pool: torch.Tensor, token: int) -> None:
-    """Raise unless tokens of a block are ``token`` elements apart, and heads follow each other."""
+    """Raise unless tokens of a block are ``token`` elements apart, and heads are contiguous."""
     if pool.stride()[1:] != (pool.shape[2] * token, token, 1) and pool.numel():
         raise ValueError(
             f"{name}: the inner three dimensions must be contiguous (values may also be the first numbers of the keys, "

@@ -1,7 +1,7 @@
-"""A decoder layer of Llama's form on few rows, without its attention, in the C++ core (native/decoder_layer.h).
+"""A decoder layer of Llama's architecture for few rows, without attention, in the C++ core (native/decoder_layer.h).
 
-Norms, rotary embeddings, activations and residuals take as long as products do where there are few rows, because each
-of torch's operations takes microseconds to start. Here a layer is two calls.
+With few rows, norms, rotary embeddings, activations and residuals take as long as matrix products, because each torch
+operation takes microseconds to start. Here a layer takes two calls.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a layer computes with.
+    """The parts of a layer.
 
     Attributes
     ----------
     query, key, value, output
         Linears of attention.
     gate, up, down
-        Of the MLP, which is ``down(silu(gate) * up)``.
+        Linears of the MLP, which is ``down(silu(gate) * up)``.
     norm, mlp_norm
-        Before attention and before the MLP.
+        Norms before attention and before the MLP.
     query_norm, key_norm
-        Of each head before its rotary embedding, or None.
+        Norms of each head before its rotary embedding, or None.
     head_dim
-        Of queries, keys and values.
+        Head size of queries, keys and values.
     """
 
     query: FewRows
@@ -81,19 +81,19 @@ class Parts:
 
 
 class DecoderLayer:
-    """What a layer does before its attention and after it, rounded to bfloat16 where transformers' modules round.
+    """The operations of a layer before and after its attention, rounded to bfloat16 where transformers' modules round.
 
     A row's bits do not depend on other rows.
 
     Parameters
     ----------
     parts
-        The layer's parts, which :func:`is_served` takes; the linears serve the same rows with the same kernels.
+        The layer's parts, which :func:`is_served` accepts; for the same rows, all linears use the same kernels.
 
     Raises
     ------
     ValueError
-        They are not served.
+        :func:`is_served` does not accept the parts.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -119,7 +119,7 @@ class DecoderLayer:
 
     @property
     def most(self) -> int:
-        """Most rows that are served."""
+        """Maximum rows."""
         return self._parts.query.most
 
     def before_attention(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +150,10 @@ class DecoderLayer:
         return query, key, value
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states after the layer [T, size], of those before it and contiguous [T, heads, head_dim]."""
+        """Hidden states after the layer [T, size], from those before it and attention's [T, heads, head_dim].
+
+        All are contiguous.
+        """
         rows, out = hidden.shape[0], torch.empty_like(hidden)
         self._layer.threads = torch.get_num_threads()
         status = self._after(

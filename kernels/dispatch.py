@@ -46,7 +46,7 @@ def choose(
     device_type
         ``"cpu"`` or ``"cuda"``: where the pool lives.
     kv_dtype, head_dim, block_tokens
-        Of the pool.
+        Dtype, head dim and block size of the pool.
     override
         Name of the implementation to use instead of the best one.
 
@@ -140,12 +140,12 @@ def micro_attention(
     k_scales, v_scales
         float32 [blocks, kv_heads], for int8 pools: a block's values are ``int8 * scale``.
     threads
-        CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
+        Maximum CPU threads; None: ``torch.get_num_threads()`` of the calling thread.
     implementation
         Name from :data:`IMPLEMENTATIONS` instead of the one that :func:`choose` picks.
     first_keys
-        int32 [tokens]: each query sees only its row's shard positions from here on (a sliding or chunked window). At
-        or below 0 hides nothing, at or past the end everything. Blocks that no query sees are not read.
+        int32 [tokens]: each query sees only its row's shard positions from here on (a sliding or chunked window). A
+        value at or below 0 hides nothing, one at or past the end everything. Blocks that no query sees are not read.
     soft_cap
         Scores become ``soft_cap * tanh(score / soft_cap)``; None: they stay as they are.
 

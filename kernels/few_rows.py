@@ -1,6 +1,6 @@
 """Products of few rows with a linear's bfloat16 weights, in the C++ core (native/linear.h): weights are read once.
 
-Libraries for matrix products are made for many rows: with one row they read weights at a fraction of the memory's rate.
+Libraries for matrix products are made for many rows: with one row they read weights at a fraction of the bandwidth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OUTPUTS, INPUTS = 32, 32
 
 
 def sets() -> list[str]:
-    """Those of :data:`SETS` that the core has and this processor runs; none without a core."""
+    """Those of :data:`SETS` that the core has and this processor supports; none without a core."""
     if native_kernel.missing() is not None:
         return []
     return [name for name in SETS if native_kernel.linear_kernels(name)]
@@ -58,13 +58,13 @@ class FewRows:
     Parameters
     ----------
     weights
-        Of :func:`packed`.
+        Result of :func:`packed`.
     shape
-        Outputs and inputs, before they were padded.
+        Outputs and inputs, without padding.
     bias
         [outputs] or None.
     kernels
-        Maximum rows of an instruction set of :func:`sets`, and its name; in order of rows.
+        Maximum rows and name of each instruction set of :func:`sets` to use, in ascending order of rows.
 
     Raises
     ------
@@ -81,7 +81,7 @@ class FewRows:
         bias_at = None if self._kept[1] is None else self._kept[1].data_ptr()
         self._linear = PackedLinear(weights.data_ptr(), bias_at, inputs, outputs, 1)
         self.address = ctypes.addressof(self._linear)
-        """Where the core finds all this."""
+        """Address of the core's structure."""
 
     @property
     def most(self) -> int:
@@ -99,7 +99,7 @@ class FewRows:
         return out
 
     def kernels(self, rows: int) -> int:
-        """Address of the kernels that serve so many rows."""
+        """Address of the kernels for this number of rows."""
         return next(address for most, address in self._kernels if most >= rows)
 
 

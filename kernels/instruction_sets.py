@@ -22,13 +22,13 @@ POOL_BYTES = 64 << 20
 BLOCK_TOKENS, KV_HEADS, GROUP, HEAD_DIM = 64, 4, 4, 128
 PREFILL_QUERIES, PREFILL_TOKENS = 64, 1024
 ROUND_SECONDS, ROUNDS = 0.08, 3
-"""Time limit for the rounds of one kind of work, and their minimum number."""
+"""Time limit in seconds for the rounds of one kind of work, and their minimum number."""
 CLEARLY = 1.05
 """A set is preferred to an earlier one in :func:`native_kernel.instruction_sets` if it is faster by this factor."""
 REPEATED = 1.05
 """If the two best times of a set differ by more, something else used the processor."""
 BEATEN = 1.5
-"""After ``ROUNDS`` rounds, sets that are slower than the best by this factor are not timed any more."""
+"""After ``ROUNDS`` rounds, sets that are slower than the best by this factor are no longer timed."""
 
 Times = Mapping[str, tuple[float, ...]]
 """The two best times of each instruction set in seconds, the best first."""

@@ -93,7 +93,7 @@ def _core() -> ctypes.CDLL:
 def instruction_sets(dtype: torch.dtype | None = None, *, many: bool = True) -> list[str]:
     """Instruction sets that the core has and this processor supports; the first is used unless one was chosen.
 
-    With a ``dtype`` of KV, those are left out that pass such KV, or rows of few queries, to one of the others.
+    With a ``dtype`` of KV, sets that pass such KV, or rows of few queries, to another set are left out.
     """
     core = _core()
     left = () if dtype is None or (many and dtype == torch.bfloat16) else _TILES_OF_BF16
@@ -101,7 +101,7 @@ def instruction_sets(dtype: torch.dtype | None = None, *, many: bool = True) -> 
 
 
 def software_models() -> list[str]:
-    """Instruction sets in software: slow, never chosen; they test on any processor what other sets compute."""
+    """Instruction sets in software, for tests on any processor of what other sets compute; slow, and never chosen."""
     core = _core()
     return [name for name in _MODELS if core.distkv_has_isa(name.encode())]
 
@@ -151,7 +151,7 @@ def run_isa(call: Call, isa: bytes) -> tuple[torch.Tensor, torch.Tensor]:
 def run_packed(
     packed: Packed, call: Call, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float
 ) -> None:
-    """Attend with the packed arguments of ``call``, but other tensors of the same form."""
+    """Attend with the packed arguments of ``call``, but other tensors of the same shapes, strides and dtypes."""
     _POINTERS.pack_into(packed, 0, q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr())
     _SCALE.pack_into(packed, _SCALE_AT, scale)
     status = _core().distkv_attend(packed, b"")

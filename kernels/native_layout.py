@@ -33,20 +33,20 @@ def disagreement(library: ctypes.CDLL, layouts: Mapping[str, Layout]) -> str | N
     Parameters
     ----------
     library
-        It exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in exports.h).
+        The library, which exports ``distkv_layout_NAME`` for each name (``DISTKV_LAYOUT`` in exports.h).
     layouts
-        Those of Python.
+        Python's layouts, by name.
     """
     for name, expected in layouts.items():
         try:
             export = getattr(library, f"distkv_layout_{name}")
         except AttributeError:
-            return f"it says nothing of its structure {name!r}"
+            return f"it does not describe its structure {name!r}"
         export.restype = ctypes.POINTER(ctypes.c_int64)
         there = export()
         found: list[int] = []
         while there[len(found)] != -1:
             found.append(there[len(found)])
         if found != list(expected):
-            return f"its structure {name!r} has size and offsets {found}, and Python's {list(expected)}"
+            return f"its structure {name!r} has size and offsets {found}, but Python's has {list(expected)}"
     return None

@@ -19,7 +19,7 @@ class PackedLayers(ctypes.Structure):
         ("appended", ctypes.c_int64),
     )
     kept: Any
-    """What the pointers point to."""
+    """The objects behind the pointers, kept alive."""
 
 
 class PackedLinear(ctypes.Structure):

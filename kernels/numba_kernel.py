@@ -120,7 +120,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, size: int) -> tuple[int, ...]:
-    """What all functions of numba_jit.py take first."""
+    """The first argument of all compiled functions: addresses, sizes and strides."""
     k, v, tables = call.k_pool, call.v_pool, call.block_tables
     blocks, kv_heads, block_tokens, d = k.shape
     pointers = [
@@ -137,7 +137,7 @@ def _arguments(call: Call, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 
 
 def _share(function: Any, work: tuple[Any, ...], threads: int) -> None:
-    """Run the same work on several threads; the caller does what late helpers leave."""
+    """Run the same work on several threads; the caller does the work that late helpers leave."""
     helpers = [_helpers().submit(function, *work) for _ in range(threads - 1)]
     function(*work)
     for helper in helpers:

@@ -22,7 +22,7 @@ NO_LIMIT = 1 << 60
 
 @njit(nogil=True)
 def check_row(args, row, first):
-    """(status, last query, length, token that the row's first query sees last)."""
+    """(status, last query, length, last token that the row's first query sees)."""
     (_, _, _, tables, lengths, offsets, starts, _, _, _, _, _, _, tokens, _, _, _, block_tokens, blocks, max_blocks,
      table_stride, _, _, _, _, _) = args  # fmt: skip
     length = integer(lengths, row)
@@ -41,7 +41,7 @@ def check_row(args, row, first):
 
 @njit(nogil=True)
 def seen_by(args, query, queries, length, sees):
-    """Tokens [first, last) of a row that some of its queries see, of which the first sees tokens up to ``sees``."""
+    """Tokens [first, last) of a row that some of its queries see; the first query sees tokens up to ``sees``."""
     first_keys = args[7]
     if first_keys == 0:
         return 0, max(0, min(length, sees + queries))
@@ -58,7 +58,7 @@ def plan(args, tile, items):
 
     How a row is cut depends on this row alone: threads and other rows must not change how its sums are rounded.
 
-    items int64 [n, 7]: row, first query, queries, first and last token, token that the first query sees last, and place
+    items int64 [n, 7]: row, first query, queries, first and last token, last token that the first query sees, and place
     among partial results (-1: the answer). Returns (status, items, floats of partial results).
     """
     offsets, rows, tokens, heads, block_tokens, d_v = args[5], args[12], args[13], args[14], args[17], args[23]

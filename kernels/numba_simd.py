@@ -94,7 +94,7 @@ def _load(builder, kind, address, index, count):
 
 @intrinsic
 def load(typingctx, like, address, index):
-    """16 elements of a pool from ``index`` on, as floats; the type of ``like`` says their dtype."""
+    """16 elements of a pool from ``index`` on, as floats; the type of ``like`` determines their dtype."""
 
     def generate(context, builder, signature, arguments):
         return _load(builder, like, arguments[1], arguments[2], 16)
@@ -148,7 +148,7 @@ def store_sums(typingctx, address, index, a, b, c, d):
 
 @intrinsic
 def splat(typingctx, value):
-    """16 times the same float."""
+    """The same float in all 16 lanes."""
 
     def generate(context, builder, signature, arguments):
         return _splat(builder, arguments[0])
@@ -168,7 +168,7 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def maximum(typingctx, a, b):
-    """Lane by lane."""
+    """The maximum of each lane."""
 
     def generate(context, builder, signature, arguments):
         a, b = arguments
@@ -179,7 +179,7 @@ def maximum(typingctx, a, b):
 
 @intrinsic
 def turn(typingctx, a):
-    """Lanes moved on by four: with scores of four rows in turn, the next token's."""
+    """Lanes rotated by four: with scores stored as [token][4 rows], those of the next token."""
 
     def generate(context, builder, signature, arguments):
         return _shuffle(builder, arguments[0], arguments[0], [(lane + 4) % 16 for lane in range(16)])
@@ -188,7 +188,7 @@ def turn(typingctx, a):
 
 
 def _polynomial(builder, x, factors):
-    """Highest power first."""
+    """Evaluate a polynomial, whose factors are given from the highest power down."""
     y = _constant(factors[0])
     for factor in factors[1:]:
         y = _call(builder, "llvm.fmuladd", y, x, _constant(factor))
@@ -209,7 +209,7 @@ def _exp2(builder, x):
 
 @intrinsic
 def exp2(typingctx, x):
-    """``2 ** x`` for x up to 127; exactly 0 below -126, for -inf too."""
+    """``2 ** x`` for x up to 127; exactly 0 below -126 and for -inf."""
 
     def generate(context, builder, signature, arguments):
         return _exp2(builder, arguments[0])

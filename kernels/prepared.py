@@ -1,4 +1,4 @@
-"""MicroAttention and merge of tensors that stay the same for many layers: checked once, then called by pointers.
+"""MicroAttention and merge of tensors that stay the same for many layers: checked once, then passed as pointers.
 
 Within a step only the queries and the layer change. :func:`distkv_dask.kernels.micro_attention` checks every argument
 each time, which takes longer than the arithmetic of a short sequence.
@@ -33,7 +33,7 @@ class PreparedAttention:
         place between calls, then call :meth:`refresh`. Keep them on the host even for a pool on a GPU, so that nothing
         waits for the GPU.
     threads
-        CPU threads to use at most; None: ``torch.get_num_threads()`` of the calling thread.
+        Maximum CPU threads; None: ``torch.get_num_threads()`` of the calling thread.
     result
         Contiguous memory for :attr:`result`, such as a part of what :class:`PreparedMerges` merges; None: new memory.
 
@@ -85,7 +85,7 @@ class PreparedAttention:
 
     @property
     def call(self) -> Call:
-        """A call of the prepared form."""
+        """A call with the prepared arguments."""
         return self._call
 
     def refresh(self) -> None:
@@ -146,7 +146,7 @@ class PreparedAttention:
 
 
 class PreparedMerge:
-    """:func:`distkv_dask.kernels.merge_into` of the same tensors again and again; see there for the parameters.
+    """Repeated :func:`distkv_dask.kernels.merge_into` of the same tensors; see there for the parameters.
 
     The values of ``index`` must not change.
 

@@ -30,7 +30,7 @@ class _Layer(NamedTuple):
     values_in_keys: bool
 
     def takes(self, k: torch.Tensor, v: torch.Tensor | None) -> bool:
-        """Whether fresh keys and values are of the right form."""
+        """Whether fresh keys and values have the right shapes and dtype."""
         if k.shape != self.fresh_k or k.dtype != self.k.dtype:
             return False
         return self.values_in_keys if v is None else v.shape == self.fresh_v and v.dtype == self.k.dtype
@@ -45,11 +45,11 @@ class PreparedLayers:
         MicroAttention of the batch for each kind of layer (with and without a window, for instance), prepared with the
         pool of such a layer. A layer's results are in the ``out`` and ``lse`` of its kind, which may share memory.
     of_layer
-        For each layer the index of its attention.
+        Index of each layer's attention.
     k_layers, v_layers
         Every layer's keys and values: views of the form that its attention was prepared for.
     blocks, offsets
-        int64 [appended]: block ids and offsets within them, where new tokens go. Values may be changed in place between
+        int64 [appended]: block ids, and offsets within them, of new tokens. Values may be changed in place between
         calls, then call :meth:`refresh`. Keep them on the host, like index tensors.
 
     Raises

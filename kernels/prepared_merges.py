@@ -24,7 +24,7 @@ class PreparedMerges:
     partials
         float32, flat: for each source its out [queries, heads, d], then its lse [queries, heads].
     queries
-        How many queries each source answers.
+        Number of queries that each source answers.
     runs
         (source, query, token, count) in the order in which a token's partials are merged: ``count`` queries of a source
         from ``query`` on belong to the tokens from ``token`` on.

@@ -38,7 +38,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Sight(NamedTuple):
-    """Tokens [first, last) of a row that some query sees; query i of them those from first_keys[i] to start + i."""
+    """Tokens [first, last) of a row that some query sees; query i sees those from first_keys[i] to start + i."""
 
     first: int
     last: int

@@ -131,7 +131,7 @@ class TritonBatch:
         self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float,
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:  # fmt: skip
-        """Queue attention of queries of the prepared form: at most two launches, and one that merges pieces."""
+        """Queue attention of queries like the prepared ones: at most two launches, and one that merges pieces."""
         out, lse = self._results
         q = q.contiguous()
         kv_heads = k_pool.shape[1]
@@ -149,7 +149,10 @@ class TritonBatch:
             launch_merge((self._partials, self._merge_tokens, self._merge_entries), out, lse)
 
     def append(self, k: torch.Tensor, v: torch.Tensor | None, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
-        """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots; v None: not."""
+        """Queue one launch that stores new KV [appended, kv_heads, d] of the pool's dtype in the slots.
+
+        If v is None, only keys are stored: values are a part of them.
+        """
         appended, kv_heads, d = k.shape
         d_v = v_pool.shape[3]
         if appended:

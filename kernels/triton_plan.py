@@ -17,14 +17,14 @@ from .triton_tiles import Tiles
 
 ITEM = 8
 """int32 of an item: queries of its row (0: no item), row of the block table, first query of the row, first packed row
-of the tile, first token that the tile sees, token after the last, tokens before the one that query 0 sees last, and
-where the result goes: query 0's token of out, or ``-1 - partial``."""
+of the tile, first token that the tile sees, token after the last, index of the last token that query 0 sees, and where
+the result goes: query 0's token of out, or ``-1 - partial``."""
 MIN_PIECE = 256
 """Pieces of a row have at least about this many tokens; merging smaller ones costs more than it saves."""
 FEW_PROGRAMS = 4
 """Programs per processor for a batch of few queries per row; more than run at once, to balance the load."""
 NO_LIMIT = 1 << 30
-"""Past every token."""
+"""An index past every token."""
 
 
 class Shape(NamedTuple):

@@ -1,6 +1,6 @@
 """The tuning table of the Triton kernels: tiles, warps and pipeline stages by family of GPU, head dim and dtype.
 
-tests/kernels/test_triton_compile.py holds registers, spills, shared memory, buffers and widths of loads of its entries.
+tests/kernels/test_triton_compile.py checks registers, spills, shared memory, buffers and load widths of its entries.
 """
 
 from __future__ import annotations

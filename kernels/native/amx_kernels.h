@@ -1,4 +1,4 @@
-// Instantiates the AMX tile; include vectors, pairs and tile instructions before. Few queries and types other than bf16
+// Instantiates the AMX tile; include vectors, pairs and tile instructions first. Few queries and types other than bf16
 // are left to other kernels: decode is limited by memory, and int8 tiles would need int8 queries.
 #pragma once
 #include <math.h>

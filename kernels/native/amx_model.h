@@ -74,7 +74,7 @@ static inline float bf16_at(const uint8_t* row, int i) {
   return flushed(x);
 }
 // sum + x * y, rounded once. The double is exact wherever rounding it again could matter: the product has 16 binary
-// digits and the sum 24, so the middle between two floats is only hit by operands whose digits all fit into 53.
+// digits and the sum 24, so only operands whose digits all fit into 53 give the exact middle between two floats.
 static inline float multiply_add_once(float sum, float x, float y) {
   return flushed((float)((double)x * (double)y + (double)sum));
 }

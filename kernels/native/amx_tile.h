@@ -1,6 +1,6 @@
 // A matrix product on AMX tiles: 32 rows x 32 columns at a time in four tiles, 32 numbers of depth per step.
 //
-// The instructions have Intel's names. The header included before decides what they are: the processor's own
+// The instructions have Intel's names. The header included before this one defines them: the processor's own
 // (immintrin.h, with -mamx-tile -mamx-bf16), or software (amx_model.h).
 #pragma once
 #include "pack_pairs.h"

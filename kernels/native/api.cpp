@@ -26,7 +26,7 @@ struct Row {
   int64_t length;
   int64_t limit;        // its first query sees tokens <= limit, each next one more
   int64_t step;         // queries of a tile
-  int64_t span = 0;     // tokens that a tile reads at most, counted from the begin of its first block
+  int64_t span = 0;     // maximum tokens that a tile reads, counted from the beginning of its first block
   int64_t parts = 1;    // pieces that a tile's tokens are cut into
   int64_t piece = 0;    // tokens of a piece
 

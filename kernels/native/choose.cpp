@@ -47,7 +47,7 @@ const Kernels* const kAll[] = {
     &kNeon,
 #endif
     &kPortable,
-// in software, used only by name: portable kernels come before and run everywhere
+// in software, used only by name: portable kernels come first and run everywhere
 #if defined(DISTKV_HAS_AVX512_BF16)
     &kAmxModelAvx512,
 #endif
@@ -94,7 +94,7 @@ bool supported(const Kernels* kernels) {
 #endif
 #if defined(__aarch64__)
 #if defined(DISTKV_HAS_NEON_BF16) && defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not define
   if (kernels == &kNeonBf16) return getauxval(AT_HWCAP2) & kBf16;
 #endif
   if (kernels == &kNeon) return true;
@@ -102,7 +102,7 @@ bool supported(const Kernels* kernels) {
   return kernels == &kPortable || kernels == &kAmxModel;
 }
 
-std::atomic<const Kernels*> chosen[kDtypes][2];  // [KV dtype][few queries, many queries]; null: nobody chose
+std::atomic<const Kernels*> chosen[kDtypes][2];  // [KV dtype][few queries, many queries]; null: none was chosen
 
 }  // namespace
 
@@ -136,7 +136,7 @@ DISTKV_EXPORT int distkv_choose_isa(int64_t kv_dtype, int many, const char* name
   return 0;
 }
 
-// Name of this default instruction set.
+// Name of the default instruction set for a KV dtype and few or many queries.
 DISTKV_EXPORT const char* distkv_isa(int64_t kv_dtype, int many) {
   const distkv::Served served = distkv::served(kv_dtype);
   return (many ? served.many : served.few)->name;

@@ -9,9 +9,9 @@
 namespace distkv {
 namespace {
 
-constexpr int64_t kRowsOfItem = 16;  // of work that is too short for one row
+constexpr int64_t kRowsOfItem = 16;  // rows of an item, because one row is too little work
 
-// Calls work(row) for all rows, on several threads where there are many.
+// Calls work(row) for all rows, on several threads if there are many.
 template <class Work>
 void for_rows(int64_t count, int64_t threads, const Work& work) {
   struct Rows {
@@ -26,7 +26,7 @@ void for_rows(int64_t count, int64_t threads, const Work& work) {
   run_items(some, &rows, (count + kRowsOfItem - 1) / kRowsOfItem, threads);
 }
 
-// The fastest that runs here; beside products in software, those that run anywhere.
+// The fastest operations that run here; the portable ones if products are in software.
 const Elementwise& elementwise(const LinearKernels& kernels) {
 #if defined(__x86_64__)
   static const bool fast = find(kElementwiseAvx512.name) != nullptr;
@@ -67,7 +67,7 @@ bool products(const DecoderLayer& layer, const LinearKernels& kernels, const Lin
   return products(std::make_index_sequence<Count>{}, layer, kernels, linears, rows, count, outs);
 }
 
-// Norms of heads, if there are some, and positions.
+// Norms of heads, if any, and rotary embeddings.
 void turn(const DecoderLayer& layer, const Elementwise& by, const uint16_t* norm, int64_t heads, const uint16_t* cosines,
           const uint16_t* sines, uint16_t* row) {
   for (int64_t head = 0; head < heads; ++head, row += layer.head_dim) {
@@ -106,7 +106,7 @@ DISTKV_EXPORT int distkv_before_attention(const distkv::DecoderLayer* of, const 
   return kOk;
 }
 
-// Hidden states after the layer, of those before it and what its attention gave [count, heads * head_dim].
+// Hidden states after the layer, from those before it and attention's result [count, heads * head_dim].
 DISTKV_EXPORT int distkv_after_attention(const distkv::DecoderLayer* of, const void* kernels, const uint16_t* hidden,
                                          int64_t count, const uint16_t* attended, uint16_t* out) {
   using namespace distkv;

@@ -1,4 +1,4 @@
-// A decoder layer of Llama's form on few rows, without its attention: two calls of this core instead of twenty of torch.
+// A decoder layer of Llama's architecture for few rows, without attention: two calls instead of twenty of torch's.
 #pragma once
 #include "linear.h"
 
@@ -6,7 +6,7 @@ namespace distkv {
 
 constexpr int64_t kElementMultiple = 32;  // of all sizes, so that no vector of a half head is partial
 
-// On one row; sizes are multiples of kElementMultiple. `out` may be an input.
+// Operations on one row; sizes are multiples of kElementMultiple. `out` may be an input.
 struct Elementwise {
   const char* name;  // of the instruction set that must run here
   void (*norm)(const uint16_t* x, const uint16_t* weight, uint16_t* out, int64_t size, float epsilon);

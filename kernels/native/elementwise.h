@@ -1,6 +1,6 @@
-// What a decoder layer does between its matrix products, on rows of bf16: computed in fp32, and rounded wherever the
-// modules of transformers round. DISTKV_ISA, its vectors and their rounding come before: narrow(x, to) stores as bf16,
-// and rounded_once(x) is what wide() would read then.
+// Operations of a decoder layer between its matrix products, on rows of bf16: computed in fp32, and rounded wherever
+// the modules of transformers round. DISTKV_ISA, its vectors and their rounding are defined before: narrow(x, to)
+// stores as bf16, and rounded_once(x) is what wide() would read afterwards.
 #pragma once
 #include <math.h>
 
@@ -22,7 +22,7 @@ static void sum(const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t siz
   for (int64_t i = 0; i < size; i += W) narrow(add(wide(a + i), wide(b + i)), out + i);
 }
 
-// The halves of a head, turned by the angles of its position.
+// Rotates the halves of a head by the angles of its position.
 static void rotate(const uint16_t* x, const uint16_t* cosines, const uint16_t* sines, uint16_t* out, int64_t size) {
   const int64_t half = size / 2;
   for (int64_t i = 0; i < half; i += W) {
@@ -34,7 +34,7 @@ static void rotate(const uint16_t* x, const uint16_t* cosines, const uint16_t* s
   }
 }
 
-// silu(gate) * up, with e^-|gate|, which does not overflow.
+// silu(gate) * up, computed from e^-|gate|, which does not overflow.
 static void gated(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t size) {
   const F one = set1(1.0f);
   for (int64_t i = 0; i < size; i += W) {

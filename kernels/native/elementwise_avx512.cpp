@@ -1,11 +1,11 @@
-// What is between matrix products, on AVX-512.
+// The operations between matrix products, with AVX-512.
 #define DISTKV_ISA avx512_elementwise
 #include "simd_avx512.h"
 
 namespace distkv {
 namespace DISTKV_ISA {
 
-// To nearest even; NaN stays one.
+// To the nearest, ties to even; NaN stays NaN.
 static inline __m512i rounded_bits(F x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

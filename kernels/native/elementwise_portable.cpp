@@ -1,4 +1,4 @@
-// What is between matrix products, on any processor.
+// The operations between matrix products, for any processor.
 #define DISTKV_ISA portable_elementwise
 #include "simd_portable.h"
 

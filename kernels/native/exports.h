@@ -1,4 +1,4 @@
-// What both C++ libraries (the kernels' core, and the exchange in distkv_dask/worker/native) export to Python.
+// Macros for the exports of both C++ libraries (the kernels' core, and the exchange in distkv_dask/worker/native).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

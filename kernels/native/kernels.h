@@ -1,4 +1,4 @@
-// Instantiates the kernels for one instruction set; include the vector operations before.
+// Instantiates the kernels for one instruction set; include the vector operations first.
 #pragma once
 #include <math.h>
 
@@ -62,7 +62,7 @@ static void tile(const Args& a, const Item& it, char* scratch) {
 static void merge(float* out, float* lse, const float* part_out, const float* part_lse, int64_t rows, int64_t d) {
   for (int64_t r = 0; r < rows; ++r, out += d, part_out += d) {
     if (part_lse[r] == -INFINITY) continue;
-    const float gap = part_lse[r] - lse[r];  // +inf where nothing was there yet
+    const float gap = part_lse[r] - lse[r];  // +inf if nothing has been merged yet
     const float small = expf(-fabsf(gap));
     const float minor = small / (1 + small), major = 1 / (1 + small);
     const float keep = gap > 0 ? minor : major, take = gap > 0 ? major : minor;

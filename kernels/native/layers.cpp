@@ -15,7 +15,7 @@ struct Layers {
   const void* const* k;     // [layers] keys and values of the layers' pools
   const void* const* v;
   int64_t layers;
-  const int64_t* blocks;    // [appended] where new tokens go: block ids and offsets within them
+  const int64_t* blocks;    // [appended] slots of new tokens: block ids and offsets within them
   const int64_t* offsets;
   int64_t appended;
 };
@@ -35,7 +35,7 @@ struct Room {
   int64_t block, token, d;
 };
 
-// fresh [appended, kv_heads, d] into a pool
+// Stores fresh [appended, kv_heads, d] in a pool.
 void append(const Layers& batch, const Args& a, const Room& room, const void* fresh) {
   const int64_t size = a.kv_dtype == kFp32 ? 4 : a.kv_dtype == kInt8 ? 1 : 2, bytes = room.d * size;
   const char* from = static_cast<const char*>(fresh);

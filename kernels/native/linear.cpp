@@ -21,7 +21,7 @@ const LinearKernels* const kAll[] = {
 #endif
     &kLinearAmxModel};
 
-constexpr int64_t kShares = 4;  // of each thread, so that one that is late takes fewer
+constexpr int64_t kShares = 4;  // per thread, so that a thread that starts late takes fewer
 
 struct Work {
   const LinearCall* calls;
@@ -85,7 +85,7 @@ void multiply(const LinearCall* calls, int count, const LinearKernels& kernels, 
 
 }  // namespace distkv
 
-// The kernels of an instruction set, by name; null where they are not compiled in or do not run here.
+// The kernels of an instruction set, by name; null if they are not compiled in or do not run here.
 DISTKV_EXPORT const void* distkv_linear_kernels(const char* name) {
   for (const distkv::LinearKernels* kernels : distkv::kAll)
     if (!std::strcmp(name, kernels->name) && distkv::find(name)) return kernels;

@@ -23,7 +23,7 @@ struct Linear {
 struct LinearCall {
   const Linear& linear;
   const uint16_t* rows;
-  const float* wide;  // the same in fp32 where kernels ask for it, without padded rows
+  const float* wide;  // the same in fp32 if the kernels need it, without padded rows
   int64_t count, stride;
   uint16_t* out;      // [count, outputs]
 
@@ -32,15 +32,15 @@ struct LinearCall {
 
 struct LinearKernels {
   const char* name;  // of the instruction set that must run here
-  bool wide;         // whether rows are asked for in fp32
+  bool wide;         // whether they need rows in fp32
   void (*panels)(const LinearCall&, int64_t first, int64_t last);
 };
 
-// Rows as the kernels take them, padded with zeros, and in fp32 if asked for: in memory of this thread until it prepares
-// others. False: no memory.
+// Prepares rows for the kernels: padded with zeros, and in fp32 if needed, in memory of this thread until it prepares
+// others. Returns false if there is no memory.
 bool prepare(LinearCall& call, const LinearKernels& kernels);
 
-// Prepared products with several linears, divided among threads together.
+// Products of prepared rows with several linears, whose panels are divided among threads together.
 void multiply(const LinearCall* calls, int count, const LinearKernels& kernels, int64_t threads);
 
 extern const LinearKernels kLinearAmxModel;

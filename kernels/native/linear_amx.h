@@ -1,11 +1,11 @@
-// Linears with few rows on AMX tiles: 32 rows x 32 outputs at a time. DISTKV_ISA and the tile instructions come before.
+// Linears with few rows on AMX tiles: 32 rows x 32 outputs at a time. Include DISTKV_ISA and tile instructions first.
 #pragma once
 #include "linear_rows.h"
 
 namespace distkv {
 namespace DISTKV_ISA {
 
-// As many rows of a tile as there are rows make its products shorter: tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7
+// Tiles have no more rows than needed, which makes their products shorter. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7
 // weights.
 template <bool Lower>
 static void tile_product(const LinearCall& call, int64_t panel, int64_t row) {
@@ -34,7 +34,7 @@ static void tile_product(const LinearCall& call, int64_t panel, int64_t row) {
   _tile_stored(1, sums + 16, 4 * kPanelOutputs);
   if (Lower) _tile_stored(2, sums + 16 * kPanelOutputs, 4 * kPanelOutputs);
   if (Lower) _tile_stored(3, sums + 16 * kPanelOutputs + 16, 4 * kPanelOutputs);
-  asm volatile("" ::: "memory");  // the compiler does not know what a tile is stored to
+  asm volatile("" ::: "memory");  // the compiler does not know which memory a tile is stored to
   const int64_t left = call.count - row;
   finish(call, panel, row, left < 32 ? left : 32, sums);
 }

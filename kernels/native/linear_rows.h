@@ -1,4 +1,4 @@
-// What the kernels of linear.h share: the end of a panel, and a product in vector registers.
+// Common parts of the kernels of linear.h: the end of a panel, and a product in vector registers.
 #pragma once
 #include "linear.h"
 #include "rounded.h"
@@ -6,7 +6,7 @@
 namespace distkv {
 namespace DISTKV_ISA {
 
-// Sums [rows, kPanelOutputs] of a panel, with the bias, to the outputs of rows from `row` on.
+// Stores the sums [rows, kPanelOutputs] of a panel, with the bias, in the outputs of rows from `row` on.
 static inline void finish(const LinearCall& call, int64_t panel, int64_t row, int64_t rows, const float* sums) {
   const Linear& linear = call.linear;
   const int64_t first = panel * kPanelOutputs, left = linear.outputs - first;

@@ -1,4 +1,4 @@
-// bf16 as matrix units and dot products of pairs take it: two neighbours in depth are next to each other.
+// Packs bf16 for matrix units and dot products of pairs: two neighbours in depth are adjacent in memory.
 #pragma once
 
 namespace distkv {

@@ -9,7 +9,7 @@ struct RegisterTile {
   static constexpr int kPanel = kColumns * W;    // columns of a packed panel
   static constexpr int kTokens = 16;             // a tile computes whole multiples of this many tokens
   static constexpr int kDepth = W;               // and of this many numbers of a key
-  static constexpr int kAhead = 4;               // tokens to look ahead at per product
+  static constexpr int kAhead = 4;               // tokens to prefetch per product
   static constexpr int64_t kItemRows = 192;      // query rows for which keys and values are packed once
   static constexpr bool kBesideVectors = false;  // whether products run while vectors compute something else
 

@@ -19,8 +19,8 @@ static inline F tanh(F x) {
   return where_less(x, zero(), sub(zero(), y), y);
 }
 
-// What makes scores of products: the softmax takes outer * tanh(inner * product), or outer * product without a soft cap,
-// in units of log2.
+// Factors that turn products into scores: the softmax takes outer * tanh(inner * product), or outer * product without a
+// soft cap, in units of log2.
 struct Factors {
   bool capped;
   float inner, outer;

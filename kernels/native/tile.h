@@ -65,7 +65,7 @@ struct Tile {
   int64_t* tile_from;           // first token that a row of the same tile sees
   float* s;                     // scores and weights [kept_rows, kTileTokens]
   typename M::Weight* p;
-  Walk ahead;                   // next token to look ahead at, and how many are left
+  Walk ahead;                   // next token to prefetch, and how many are left
   int64_t ahead_left = 0;
 
   Tile(const Args& args, const Item& item, char* scratch)
@@ -126,7 +126,7 @@ struct Tile {
 
   static int64_t place(int r) { return (Tiles::kBesideVectors ? r % (2 * kTileRows) : r) * kTileTokens; }
 
-  // Tokens of the chunk that are not past what query row r sees, and those that its tile computes.
+  // Tokens of the chunk up to the last one that query row r sees, and those that its tile computes.
   int visible(int r, int64_t token, int n) const { return clamp(limit[r] - token + 1, n); }
   int skipped(int r, int64_t token, int n) const { return clamp(tile_from[r] - token, n) / Tiles::kTokens * Tiles::kTokens; }
   int padded(int r, int64_t token, int n) const {
