@@ -38,7 +38,7 @@ inline double seconds_now() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// The part of `whole` behind its first `skipped` bytes; the number of pieces that are left.
+// The part of `whole` after its first `skipped` bytes; returns the number of pieces in it.
 inline int remaining(const iovec* whole, int pieces, int64_t skipped, iovec* left) {
   int count = 0;
   for (int i = 0; i < pieces; ++i) {
@@ -49,7 +49,7 @@ inline int remaining(const iovec* whole, int pieces, int64_t skipped, iovec* lef
   return count;
 }
 
-// send() or receive() of what is left of some pieces; the number of bytes, or -1 with errno.
+// Calls send() or receive() for the pieces after the first `done` bytes; returns the number of bytes, or -1 with errno.
 inline int64_t transfer(ssize_t (*call)(int, msghdr*, int), int fd, const iovec* whole, int pieces, int64_t done,
                         int flags) {
   iovec left[4];

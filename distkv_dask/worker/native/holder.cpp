@@ -1,7 +1,7 @@
-// The holder's side of layers that go as expected: a request is read, answered and sent back, and the next awaited.
+// The holder's side of layers that go as expected: a request is read and answered, and the next one is awaited.
 //
-// Whatever else happens (another frame, a closed channel, a full socket, the end of a step, somebody new) goes back to
-// Python, which decides about it.
+// Everything else (another frame, a closed channel, a full socket, the end of a step, a new connection) returns to
+// Python, which decides what to do.
 #include <sys/epoll.h>
 
 #include <cstring>
@@ -11,7 +11,7 @@
 
 namespace distkv {
 
-// One session. Python fills it (holder/native_turns.py): every field has 8 bytes, but for the headers.
+// One session. Python fills it (holder/native_turns.py): every field has 8 bytes, except the headers.
 struct Session {
   int64_t fd;
   char* frame;  // header and payload of the request that is being read
@@ -24,21 +24,21 @@ struct Session {
   const char* answer;
   int64_t answer_bytes;
   int64_t layer;
-  const int64_t* next;  // [layers] the layer asked after each; not a later one where a step ends
+  const int64_t* next;  // [layers] the layer that is asked after each; where a step ends, not a later one
   Header expected, reply;
   int64_t answered;
   double busy;     // seconds spent on answers
-  int64_t sent;    // bytes of the last answer that left, when its end did not
+  int64_t sent;    // bytes of the last answer that were sent, if not all were
   int64_t status;  // distkv::Turn of the last call
-  Marks* marks;    // what is traced, with those of other sessions of its engine; null: nothing
-  int64_t peer;    // the home's name's number there
+  Marks* marks;    // trace marks, shared with other sessions of its engine; null: no trace
+  int64_t peer;    // number of the home's name in the trace
 };
 
 enum Turn : int64_t { kAwaits = 0, kStepDone = 1, kPython = 2, kUnsent = 3, kBadBatch = 4 };
 
 namespace {
 
-// Reads the bytes of the frame that have arrived; returns whether it is complete, as expected.
+// Reads the bytes of the frame that have arrived; returns whether it is complete and the expected one.
 bool request(Session& session) {
   while (session.filled < session.frame_bytes) {
     const iovec whole = {session.frame, static_cast<size_t>(session.frame_bytes)};
@@ -58,7 +58,7 @@ bool request(Session& session) {
   return true;
 }
 
-// Records something of a turn.
+// Records a mark for a turn.
 void note(const Session& session, What what, int64_t began, const Header& turn, int64_t size = -1) {
   put(session.marks, what, began, static_cast<int64_t>(turn.gang), turn.step, turn.layer, session.peer, size);
 }
@@ -86,7 +86,7 @@ void answer(Session& session, const Header& asked, LayerCall layer) {
   session.expected.layer = static_cast<uint16_t>(next);
   session.expected.step += step_done;
   if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
-    session.status = kPython;  // which reads why the home is gone
+    session.status = kPython;  // which finds out why the home is gone
     return;
   }
   session.sent = sent < 0 ? 0 : sent;
@@ -117,8 +117,8 @@ bool serve(Session& session, LayerCall layer) {
 }  // namespace
 }  // namespace distkv
 
-// Answers requests of sessions until there is something for Python to do, for `seconds` at most. `poller` is an epoll
-// descriptor that watches, level-triggered and by descriptor, all that Python waits for, sessions included.
+// Answers requests of sessions until there is something for Python to do, for at most `seconds`. `poller` is an epoll
+// descriptor that watches, level-triggered and by descriptor, everything that Python waits for, including sessions.
 DISTKV_EXPORT void distkv_serve(int64_t poller, distkv::Session** sessions, int64_t count, distkv::LayerCall layer,
                                 double seconds) {
   const double deadline = distkv::seconds_now() + seconds;

@@ -1,4 +1,5 @@
-// The home's side of one layer: queries to all holders, then their partials, merged in a fixed order as they come.
+// The home's side of one layer: sends queries to all holders, then receives their partials and merges them in a fixed
+// order.
 #include <poll.h>
 
 #include <algorithm>
@@ -12,22 +13,22 @@
 
 namespace distkv {
 
-// One holder. Python fills it (home/native_exchange.py): every field has 8 bytes, but for the headers.
+// One holder. Python fills it (home/native_exchange.py): every field has 8 bytes, except the headers.
 struct Holder {
   int64_t fd;
-  const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent from where they are
+  const int64_t* q_index;  // [queries] tokens whose queries the holder gets; null: all, sent without a copy
   int64_t queries, q_bytes;
   const int64_t* kv_index;  // [appended] tokens whose KV is appended there; null: all
   int64_t appended, kv_bytes;
-  char* packed;  // room for everything that is picked by an index
+  char* packed;  // memory for everything that is selected by an index
   float* answer;
   int64_t answer_bytes;
   float* part_lse;  // within the answer
   Header ask, expected, got;
   int64_t received;
-  int64_t peer;  // its name's number in a trace
-  const uint8_t* asked;  // [layers] whether it is asked in a layer
-  int64_t due;           // whether a partial of the layer under way comes from it
+  int64_t peer;  // number of its name in a trace
+  const uint8_t* asked;  // [layers] whether it gets queries in a layer
+  int64_t due;           // whether it sends a partial in the current layer
 };
 
 // Partials that are merged together: `count` of a holder's answer from `query` on, for the tokens from `token` on.
@@ -44,16 +45,16 @@ struct Home {
   float* out;
   float* lse;
   int64_t tokens, heads, d;
-  const float* local_out;  // the home's own partials, there before distkv_gather; null: it has none
+  const float* local_out;  // the home's own partials, complete before distkv_gather; null: none
   const float* local_lse;
-  const Run* runs;  // [run_count] what is merged after what, whenever it arrives
+  const Run* runs;  // [run_count] in the order of merging, whatever the order of arrival
   int64_t run_count;
   double sent;      // seconds spent sending, all layers together
   double waited;    // seconds spent waiting, likewise
   int64_t culprit;  // holder that a status other than kDone is about
   int64_t error;    // errno, or 0
   int64_t bytes_out, bytes_in;  // payloads of questions and of partials, all layers together
-  Marks* marks;     // what is traced; null: nothing
+  Marks* marks;     // trace marks; null: no trace
 };
 
 enum Status : int { kDone = 0, kBroken = 1, kLate = 2, kUnexpected = 3 };
@@ -110,7 +111,7 @@ bool receive(Home& home, Holder& holder, Status& status) {
   return status == kDone && is_whole(holder);
 }
 
-// Records something of the layer that is under way.
+// Records a mark for the current layer.
 void note(const Home& home, What what, int64_t began, int64_t peer = -1, int64_t size = -1) {
   const Header& turn = home.holders[0].expected;
   put(home.marks, what, began, static_cast<int64_t>(turn.gang), turn.step, turn.layer, peer, size);

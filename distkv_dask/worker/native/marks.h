@@ -1,4 +1,4 @@
-// A trace's records of layers that run without Python: what was done, from when to when, by the monotonic clock.
+// Records of a trace for layers that run without Python: what was done, from when to when on the monotonic clock.
 #pragma once
 #include <stdint.h>
 #include <time.h>
@@ -20,11 +20,11 @@ struct Mark {
 struct Marks {
   Mark* room;
   int64_t capacity, count;
-  int64_t lost;  // did not fit
-  int64_t last;  // end of the last one, 0 at first
+  int64_t lost;  // marks that did not fit
+  int64_t last;  // end of the last mark, 0 at first
 };
 
-// Nanoseconds of the monotonic clock; 0, and no look at it, without a trace.
+// Nanoseconds of the monotonic clock; without a trace 0, and the clock is not read.
 inline int64_t nanos_now(const Marks* marks) {
   if (!marks) return 0;
   timespec now;
@@ -32,7 +32,7 @@ inline int64_t nanos_now(const Marks* marks) {
   return static_cast<int64_t>(now.tv_sec) * 1000000000 + now.tv_nsec;
 }
 
-// Records what began then and ends now.
+// Records something that began at `began` and ends now.
 inline void put(Marks* marks, What what, int64_t began, int64_t gang, int64_t step, int64_t layer,
                 int64_t peer = -1, int64_t size = -1) {
   if (!marks) return;

@@ -14,7 +14,7 @@ NAMES = ("send", "wait", "wait", "merge", "idle", "receive", "attend", "send", "
 """Names of spans, by distkv::What."""
 
 Recorded = tuple[str, int, int, int, int, int, str, int]
-"""A :class:`~distkv_dask.messages.names.Span` by the monotonic clock."""
+"""A :class:`~distkv_dask.messages.names.Span` on the monotonic clock."""
 
 
 class NativeMarks:
@@ -28,7 +28,7 @@ class NativeMarks:
         """distkv::Marks."""
 
     def number(self, peer: str) -> int:
-        """How marks name a peer."""
+        """The number by which marks refer to a peer."""
         if peer not in self._peers:
             self._peers.append(peer)
         return self._peers.index(peer)

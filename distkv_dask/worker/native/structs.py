@@ -1,4 +1,4 @@
-"""Structures of the exchange's C++ (worker/native), as Python lays them out."""
+"""Structures of the exchange's C++ code (worker/native), with their layout in Python."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from distkv_dask.worker.native.structs import Holder, Home, Mark, Marks, Session
 logger = logging.getLogger("distributed.distkv.wire")
 
 STRUCTURES = {"holder": Holder, "home": Home, "session": Session, "mark": Mark, "marks": Marks}
-"""Python's structures, by the names of the library's."""
+"""Python's structures, by their names in the library."""
 
 
 @lru_cache(maxsize=1)
