@@ -1,4 +1,4 @@
-"""A document is read once and asked often: several questions together, a chat, and again after saving it."""
+"""Many questions about a document that is read once: several together, in a chat, and after saving and loading it."""
 
 import tempfile
 from pydoc_data.topics import topics

@@ -1,4 +1,4 @@
-"""Pictures of step graphs, drawn by Dask: with graphviz if it is installed, else with cytoscape."""
+"""Pictures of step graphs, drawn by Dask with graphviz if it is installed, otherwise with cytoscape."""
 
 from __future__ import annotations
 

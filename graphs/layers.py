@@ -1,7 +1,7 @@
 """The same steps as explicit graphs: one task per layer at the home, one per layer and holder for attention.
 
 Queries and partials are the tasks' results, so Dask transfers them. A window is one step long: the graph of a window is
-the graph of a step. Everything is visible, but slow; :mod:`distkv_dask.graphs.build` is how engines run.
+the graph of a step. Everything is visible, but slow; engines use :mod:`distkv_dask.graphs.build` by default.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The functions in step graphs: each finds its worker's rManager and delegates.
 
-Those that wait for other tasks leave the worker's thread pool at once (`secede`): two gangs on workers of one thread
-would otherwise wait for each other forever. KV stays in the pools, and tokens are sent with the
-commit; at layer granularity queries and partials are results.
+Functions that wait for other tasks leave the worker's thread pool at once (`secede`): two gangs on workers of one
+thread would otherwise wait for each other forever. KV stays in the pools, and tokens are sent with the commit; with
+layer granularity, queries and partials are results.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Many documents on the GPUs of one machine, through dask-cuda (`pip install 'distkv-dask[gpu,ucx]'`).
 
-Not run by our tests: needs NVIDIA GPUs. Nothing of the engine has run on a GPU yet.
+Not run by our tests: needs NVIDIA GPUs. The engine has not run on a real GPU yet.
 """
 
 from dask_cuda import LocalCUDACluster

@@ -1,7 +1,7 @@
 """Many documents on a Slurm cluster, through dask-jobqueue (`pip install dask-jobqueue`).
 
-Not run by our tests: needs Slurm. PBS, LSF, SGE and the others have a class each that takes the same arguments. By
-hand, batches ran on dask-jobqueue's own cluster of local processes.
+Not run by our tests: needs Slurm. dask-jobqueue has a class with the same arguments for each of PBS, LSF, SGE and the
+others. Batches were run by hand on its cluster of local processes.
 """
 
 from dask_jobqueue import SLURMCluster
@@ -15,7 +15,7 @@ if __name__ == "__main__":
         Client(cluster) as client,
     ):
         cluster.scale(jobs=16)
-        client.wait_for_workers(4)  # the others become part of the engine when they come
+        client.wait_for_workers(4)  # the others join the engine when they start
         with Engine(client, model="Qwen/Qwen3-0.6B", kv_memory="20 GiB") as engine:
             done = engine.process("reports", question="What is this report about?", out="answers.parquet")
             print(done.rows, "rows,", done.errors, "errors")
