@@ -1,4 +1,4 @@
-"""Tiny adapters as peft saves them, and what transformers with peft generates with them."""
+"""Tiny adapters as saved by peft, and tokens that transformers with peft generates with them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _plain(model: Path | str) -> Any:
 
 @cache
 def adapter_dir(family: str, seed: int = 0, targets: str = "all", **settings: Any) -> Path:
-    """Return a tiny adapter of a tiny model, drawn wide, so that answers differ from the model's own."""
+    """Return a tiny adapter of a tiny model, with large random weights, so that answers differ from the model's own."""
     name = "-".join([family, str(seed), targets, *(f"{key}{value}" for key, value in settings.items())])
     return save_adapter(model_dir(family), Path(_saved.name) / name, seed, targets, **settings)
 
 
 def save_adapter(model: Path | str, target: Path, seed: int = 0, targets: str = "all", **settings: Any) -> Path:
-    """Save an adapter with random weights, always the same ones."""
+    """Save an adapter with random weights, the same ones each time."""
     named = {"all": ALL, "attention": ATTENTION, "all-linear": "all-linear"}.get(targets, [targets])
     common = {"r": 4, "lora_alpha": 8, "target_modules": named, "task_type": "CAUSAL_LM"}
     adapted = peft.get_peft_model(_plain(model), peft.LoraConfig(**(common | settings)))
@@ -48,7 +48,7 @@ def save_adapter(model: Path | str, target: Path, seed: int = 0, targets: str = 
 def adapted_generate(
     model: Path | str, adapter: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[Reference]:
-    """Generate greedily with transformers and peft in float32, the adapter not merged, one prompt at a time."""
+    """Generate greedily with transformers and peft in float32, without merging the adapter, one prompt at a time."""
     return [_reference(str(model), str(adapter), tuple(prompt), max_new_tokens) for prompt in prompts]
 
 

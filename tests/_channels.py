@@ -32,7 +32,7 @@ def certificates() -> Certificates:
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of channel: what ``distkv.channel`` says, whether with certificates, whether C++ may serve it."""
+    """A kind of channel: the value of ``distkv.channel``, whether it has certificates, and whether C++ may serve it."""
 
     name: str
     channel: str
@@ -69,7 +69,7 @@ def skip_without(way: Way) -> None:
 
 
 class Bare:
-    """A holder's address behind which tests accept by hand: sockets, or what behaves like one."""
+    """A holder's address at which tests accept connections themselves: sockets, or objects that behave like them."""
 
     def __init__(self, way: Way) -> None:
         self._listener, self.endpoint = way.listen(1 << 20)
@@ -89,7 +89,7 @@ class Bare:
         return peer
 
     def close(self) -> None:
-        """Accept nobody else."""
+        """Accept no more connections."""
         if self._way is UCX:
             from _ucx_peers import close_when_unused
 
@@ -100,7 +100,7 @@ class Bare:
 
 @contextmanager
 def stranger(listener: Listener, seconds: float = 5.0) -> Iterator[Any]:
-    """A bare connection of somebody who is no home."""
+    """A bare connection from a peer that is not a home."""
     if not hasattr(listener, "_sock"):
         from _ucx_peers import connected
 
@@ -115,7 +115,7 @@ def stranger(listener: Listener, seconds: float = 5.0) -> Iterator[Any]:
 
 
 def send_bare(home: Channel, frame: bytes) -> None:
-    """Send part of a frame, header first, and leave it at that (over UCX the header: messages are never cut)."""
+    """Send the first part of a frame and no more (over UCX only the header, because messages are never cut)."""
     if hasattr(home, "_sock"):
         home._sock.send(frame)
     else:

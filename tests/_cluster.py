@@ -1,6 +1,6 @@
-"""In-process Dask clusters for tests: the one module, besides ``conftest.py``, that knows ``distributed.utils_test``.
+"""In-process Dask clusters for tests: the only module, besides ``conftest.py``, that uses ``distributed.utils_test``.
 
-That module of Dask's is no stable API; should it change, these two files are all there is to adapt.
+That module is not a stable API of Dask; if it changes, only these two files have to be adapted.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = [
 
 
 ON_CARD = os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu"
-"""Whether workers compute on a card, be it an emulated one."""
+"""Whether workers compute on a card, real or emulated."""
 
 
 def about_the_host(reason: str) -> pytest.MarkDecorator:
-    """Mark a test that says nothing about cards, and why."""
+    """Mark a test that says nothing about cards, with the reason."""
     return pytest.mark.skipif(ON_CARD, reason=reason)
 
 
 Test = Callable[..., Awaitable[None]]
 OURS = ("prefill-", "decode-", "attend-", "layer-")
-"""How the keys of our tasks begin."""
+"""Prefixes of the keys of our tasks."""
 SLOW = os.environ.get("DISTKV_TEST_DEVICE") == "emulated"
 """Whether workers compute on an emulated card, on which a step takes ten times as long as on the CPU."""
 PROTOCOL = "ucx" if dask.config.get("distkv.channel", None) == "ucx" else None
-"""What clusters of tests speak: UCX where all engines do (``make test CHANNEL=ucx``), else Dask's default."""
+"""Protocol of test clusters: UCX if all engines use it (``make test CHANNEL=ucx``), otherwise Dask's default."""
 
 
 def engine_test(
@@ -83,9 +83,9 @@ def engine_test(
 
 
 async def assert_clean(scheduler: Scheduler, *workers: Worker) -> None:
-    """No engines, tasks, blocks, channels or lanes are left, once what is under way has ended.
+    """Check that no engines, tasks, blocks, channels or lanes are left once work in progress has ended.
 
-    A call may end before what it started has: a worker whose engine was refused closes its lanes afterwards.
+    A call may end before the work that it started: a worker whose engine was refused closes its lanes afterwards.
     """
     for _ in range(600):
         if not (left := _left(scheduler, workers)):
@@ -99,7 +99,7 @@ def _left(scheduler: Scheduler, workers: Sequence[Worker]) -> list[object]:
     left: list[object] = [key for key in scheduler.tasks if str(key).startswith(OURS)]
     left += [*manager.engines, *manager.dispatcher.submitter._tasks]
     for worker in workers:
-        if worker.address in scheduler.workers:  # else it was retired, and its plugin removed
+        if worker.address in scheduler.workers:  # otherwise it was retired, and its plugin removed
             plugin = worker.plugins["distkv"]
             left += [*plugin.engines, *([plugin.lanes] if plugin.lanes is not None else [])]
     return left + [thread for thread in threading.enumerate() if thread.name.startswith("distkv-")]
@@ -107,7 +107,7 @@ def _left(scheduler: Scheduler, workers: Sequence[Worker]) -> list[object]:
 
 @contextmanager
 def client_of_all(cluster: LocalCluster) -> Iterator[Client]:
-    """A client, once all worker processes of a cluster are there, whatever the test before has done to them."""
+    """A client, once all worker processes of a cluster are running, whatever the previous test did to them."""
     with Client(cluster) as client:
         client.wait_for_workers(len(cluster.worker_spec), timeout=60)
         yield client
@@ -125,9 +125,9 @@ def decoding(engine: Engine, seconds: float = 60 * (1 + 4 * SLOW)) -> Mapping[in
 
 
 async def until_idle(engine: Engine) -> EngineStatus:
-    """The status of an engine on which no request is under way any more.
+    """The status of an engine once it has no running requests.
 
-    An answer may arrive, and a call to cancel return, before the last worker has said that it is done with a request:
+    An answer may arrive, and a call to cancel return, before the last worker reports that it has finished a request:
     until then its status is ``retiring``.
     """
     for _ in range(600):

@@ -1,4 +1,4 @@
-"""Embeddings of plain transformers in float64, and a limit on errors that its own float32 sets."""
+"""Embeddings of plain transformers in float64, and an error limit derived from those in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _plain(model: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
 
 @cache
 def _hidden(model: str, tokens: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Hidden states [tokens, size], in one forward of the model without its head."""
+    """Hidden states [tokens, size] from one forward of the model without its head."""
     with torch.no_grad():
         return _plain(model, dtype)(torch.tensor([tokens]), use_cache=False).last_hidden_state[0].double()
 
@@ -35,7 +35,8 @@ def expected(
 def check(model: Path | str, tokens: Sequence[int], pooling: str, found: NDArray[np.float32] | None) -> None:
     """The error against float64 is at most three times that of transformers' own float32, over all numbers.
 
-    Other orders of additions give other errors of the same size; a wrong token or position gives ten thousand times it.
+    Another order of additions changes the error, but not its size; a wrong token or position makes it ten thousand
+    times larger.
     """
     assert found is not None
     assert found.dtype == np.float32

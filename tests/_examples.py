@@ -1,4 +1,4 @@
-"""How many random cases a test tries: few in every run, ``EXAMPLES`` times as many in a nightly one."""
+"""How many random cases a test tries: few in a normal run, ``EXAMPLES`` times as many in a nightly one."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def examples(few: int) -> int:
-    """The number of cases where a run of all tests tries ``few``."""
+    """The number of cases, if a normal run tries ``few``."""
     return few * int(os.environ.get("EXAMPLES", "1"))

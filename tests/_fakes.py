@@ -29,7 +29,7 @@ from distkv_dask.worker.runtime import Runtime
 
 BLOCK_TOKENS = 8
 SEQUENCES = 5
-"""How many a home has windows for."""
+"""Number of sequences for which a home has windows."""
 LONGEST_CHUNK = 512
 GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 PROMPT, NEW = 70, 14
@@ -43,7 +43,7 @@ def loaded(family: str) -> LoadedModel:
 
 
 class Recorder:
-    """A model that keeps the logits it computed."""
+    """A model that records the logits that it computes."""
 
     def __init__(self, model: Any) -> None:
         self.geometry = model.geometry
@@ -69,7 +69,7 @@ class Member:
 
     def __init__(self, address: str, model: Any, blocks: int, block_tokens: int, spec: EngineSpec, way: Way) -> None:
         geometry = model.geometry
-        if isinstance(model, LoadedModel):  # each worker has streams of its own
+        if isinstance(model, LoadedModel):  # each worker has its own streams
             model = copy(model)
             model.device = choose_device(Config.load().device)
         self.address = address
@@ -85,7 +85,7 @@ class Member:
 
 
 class Fleet:
-    """Workers ``w0``, ``w1``, ... with one engine, and the little of a gManager that tests need."""
+    """Workers ``w0``, ``w1``, ... with one engine, and the few functions of a gManager that tests need."""
 
     def __init__(
         self, model: Any, size: int, way: Way = TCP, block_tokens: int = BLOCK_TOKENS, **limits: float
@@ -108,7 +108,7 @@ class Fleet:
         return Gang("engine", number, f"gang-{number}", epoch, home, endpoints)
 
     def place(self, sequence: int, *room: tuple[str, int]) -> Placement:
-        """Reserve spans of so many tokens on these workers, in order."""
+        """Reserve spans in order, given as (worker, tokens)."""
         spans, start = [], 0
         for worker, tokens in room:
             self.members[worker].runtime.reserve(sequence, start, start + tokens)
@@ -121,7 +121,7 @@ class Fleet:
             member.runtime.release_sequence(sequence)
 
     def run(self, gang: Gang, call: Callable[[Runtime], Any]) -> Any:
-        """Open the holders' sessions, have the home's lane call, and wait for all."""
+        """Open the holders' sessions, run ``call`` in the home's lane, and wait for all."""
         sessions = [self.members[holder.worker].runtime.open_session(gang) for holder in gang.holders]
         home = self.members[gang.home]
         result = home.lanes.home.submit(call, home.runtime).result(60)
@@ -138,7 +138,7 @@ class Fleet:
         home: str | None = None,
         sampling: SamplingParams | None = GREEDY,
     ) -> int | None:
-        """Prefill in chunks, each computed where its KV will lie, or all at ``home``; the first new token, if any."""
+        """Prefill in chunks, each where its KV is placed, or all at ``home``; returns the first new token, if any."""
         token = None
         for start, stop in self._pieces(placement, len(prompt), chunk):
             worker = home or next(span.worker for span in placement if span.start <= start < span.stop)
@@ -152,7 +152,7 @@ class Fleet:
     def decode(
         self, home: str, batch: Sequence[SequenceState], steps: int, gang: Gang | None = None
     ) -> tuple[WindowResult, list[SequenceState]]:
-        """Run a window, and the states that go into the next one."""
+        """Run a window; returns its result, and the states for the next one."""
         workers = {span.worker for state in batch for span in state.placement} - {home}
         window = DecodeWindow(gang or self.gang(home, sorted(workers)), 0, steps, 60.0)
         result = self.run(window.gang, lambda runtime: runtime.decode(window, batch))

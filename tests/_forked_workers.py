@@ -1,8 +1,8 @@
-"""Clusters and commands that fork from one process that has imported all that a worker needs.
+"""Clusters and commands that fork from one process that has imported everything that a worker needs.
 
-Importing torch and transformers takes each of them five seconds of a core otherwise. As a program, run scripts one
-after the other in such a process, each with its arguments as a shell splits them, and write what each prints to a file
-of its name.
+Otherwise importing torch and transformers would cost each process five seconds of a core. As a program, it runs scripts
+one after the other in such a process, each with its arguments split as by a shell, and writes the output of each to a
+file with its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distributed.utils import get_mp_context
 
 
 def fork_workers() -> None:
-    """Let clusters that are started from now on fork their workers."""
+    """Make all clusters that are started later fork their workers."""
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
     get_mp_context().set_forkserver_preload(
         [
@@ -40,9 +40,9 @@ class Forked:
     Parameters
     ----------
     module, arguments
-        What it runs.
+        The module and its arguments.
     environment
-        Variables that are set there.
+        Additional environment variables.
     """
 
     def __init__(self, module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
@@ -58,7 +58,7 @@ class Forked:
         return self._process.exitcode
 
     def wait(self, seconds: float) -> int | None:
-        """The same, once it has ended or this time has passed."""
+        """Its exit status, once it has ended or this time has passed."""
         self._process.join(seconds)
         return self.poll()
 
@@ -68,7 +68,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
     dask.config.refresh()
     fork_workers()
     if (server := forkserver._forkserver)._forkserver_address:  # type: ignore[attr-defined]
-        # Its workers shall be forked from where it was itself: Python means to do that, but starts another server.
+        # Its workers must be forked from the server that forked it; Python intends this, but starts another server.
         server.ensure_running = lambda: None  # type: ignore[method-assign]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -78,7 +78,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
 
 
 def main(folder: Path, commands: list[str]) -> None:
-    """Run scripts with their arguments; what ends one with an error is printed, and the next one runs."""
+    """Run scripts with their arguments; if one fails, the error is printed and the next one runs."""
     fork_workers()
     for command in commands:
         script, *_ = sys.argv = shlex.split(command)

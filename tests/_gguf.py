@@ -1,4 +1,4 @@
-"""Tiny models written as GGUF files, as llama.cpp's converter does it: names, metadata, and its changes to weights."""
+"""Tiny models as GGUF files like those of llama.cpp's converter: names, metadata, and its changes to weights."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def write_gguf(folder: Path, file: Path, said: Mapping[str, Any] = {}, parts: in
     Parameters
     ----------
     folder, file
-        A model saved by transformers, and where the GGUF file goes.
+        A model saved by transformers, and the path of the GGUF file.
     said
-        Keys of the architecture, without its name, beside those of :func:`metadata`; None removes one.
+        Keys of the architecture, without its name, in addition to those of :func:`metadata`; None removes one.
     parts
-        Files that the model is cut into.
+        Number of files into which the model is split.
     extra
-        Tensors beside the weights, whose names have ``_weight`` for ``.weight``.
+        Additional tensors, in whose names ``_weight`` stands for ``.weight``.
     """
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config
@@ -123,7 +123,7 @@ def _tensors(model: Any, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, n
 
 
 def _changed(config: Any, name: str, suffix: str, values: np.ndarray) -> np.ndarray:
-    """What llama.cpp's converter does to a weight."""
+    """A weight as changed by llama.cpp's converter."""
     kind = config.model_type
     if kind in ("llama", "mixtral") and name.endswith((".attn_q", ".attn_k")):
         heads = config.num_attention_heads if name.endswith("q") else config.num_key_value_heads

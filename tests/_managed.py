@@ -1,4 +1,4 @@
-"""An rManager without Dask: a worker that keeps what is sent, and engines that keep what is called."""
+"""An rManager without Dask: a worker that records what is sent, and engines that record their calls."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 class AtOnce:
-    """Dask's loop, on which callbacks run when they are added."""
+    """A stand-in for Dask's loop, which runs callbacks as soon as they are added."""
 
     def add_callback(self, call: Callable[..., Any], *given: Any) -> None:
         call(*given)
 
 
 class Threaded:
-    """Dask's loop around the running one: callbacks of any thread run on it, in order."""
+    """A stand-in for Dask's loop that runs callbacks of all threads on the running loop, in order."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -53,7 +53,7 @@ class Managed:
 
     @property
     def told(self) -> list[tuple[str, Any]]:
-        """Engines and messages, without the worker's own announcement."""
+        """Engines and messages, without the message that announces the worker."""
         return [(one["engine"], unpack(one["message"])) for one in self.sent if "message" in one]
 
     @property
@@ -63,7 +63,7 @@ class Managed:
 
 
 class Recorded:
-    """Anything: calls of it and of its parts are kept by their names."""
+    """Any object: records calls of itself and of its attributes, by name."""
 
     def __init__(self, calls: list[Call], name: str = "") -> None:
         self._calls, self._name = calls, name

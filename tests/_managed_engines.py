@@ -1,4 +1,4 @@
-"""An rManager that opens engines of nothing, on lanes that only tell whether they were closed."""
+"""An rManager that opens empty engines, on lanes that only record whether they were closed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.worker import open_lanes, startup
 
 
 class Lanes:
-    """Lanes that tell whether they were closed."""
+    """Lanes that record whether they were closed."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -27,13 +27,13 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine says of itself when it is open."""
+    """What an engine reports when it is open."""
 
     engine: str
 
 
 class Engine:
-    """An engine that is open; ``order`` has what was closed, in order."""
+    """An open engine; ``order`` lists what was closed, in order."""
 
     def __init__(self, name: str, lanes: Lanes, order: list[str]) -> None:
         self.facts, self.lanes, self.closed = Facts(name), lanes, 0
@@ -48,7 +48,7 @@ class Engine:
 
 
 class Worker(Managed):
-    """An rManager whose engines are built here; ``faults`` are raised instead."""
+    """An rManager whose engines are built here; for engines in ``faults``, the error is raised instead."""
 
     def __init__(self) -> None:
         super().__init__(Threaded())
@@ -66,7 +66,7 @@ class Worker(Managed):
         return self.manager._lanes.current  # type: ignore[return-value]
 
     def build_engine(self, spec: Any, geometry: Any, lanes: Lanes, *_: Any) -> Engine:
-        """What an rManager does to open an engine."""
+        """Replaces the function with which an rManager opens an engine."""
         self.meanwhile()
         if spec.engine in self.faults:
             raise self.faults[spec.engine]
@@ -83,23 +83,23 @@ class Worker(Managed):
             self.manager.receive(name, do.Close(ADDRESS))
 
     async def idle(self) -> None:
-        """Until nothing is under way any more."""
+        """Wait until nothing is in progress."""
         await asyncio.sleep(0)
         while self.manager._tasks:
             await asyncio.wait(self.manager._tasks)
-        for _ in range(3):  # what other threads told
+        for _ in range(3):  # callbacks of other threads
             await asyncio.sleep(0)
 
 
 def worker(test: Callable[[Worker], Awaitable[None]]) -> Callable[[], None]:
-    """A test on a loop."""
+    """Make a test that runs on an event loop."""
 
     def run() -> None:
         async def on_a_worker() -> None:
             one = Worker()
             with (
                 patch.object(startup, "build_engine", one.build_engine),
-                patch.object(open_lanes, "give_back_freed_memory"),  # the allocator of this process stays as it is
+                patch.object(open_lanes, "give_back_freed_memory"),  # leave the allocator of this process alone
             ):
                 await test(one)
 

@@ -1,6 +1,6 @@
-"""Tiny models with random weights, one per family, and what plain transformers generates with them.
+"""Tiny models with random weights, one per family, and the tokens that plain transformers generates with them.
 
-Weights are drawn wide so that greedy tokens are well separated and vary: token-exact comparisons mean something then.
+Weights are large so that greedy tokens vary and lead clearly: only then are token-exact comparisons meaningful.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ PAGED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     ),
     "mistral-window": lambda: _config("Mistral", 4, 2, 64, sliding_window=45),
 }  # fmt: skip
-"""The same of models whose windows are long beside their longest sequence, or that have nothing else."""
+"""The same for models whose windows are long compared with their longest sequence, or that have only windows."""
 
 
 _TINY_MAMBA = {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2}
@@ -105,15 +105,15 @@ HYBRIDS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, moe_shared_expert_intermediate_size=64,
     ),
 }  # fmt: skip
-"""The same of tiny models with recurrent layers, of each kind one."""
+"""The same for tiny models with recurrent layers, one of each kind."""
 
 
 WINDOWED = ("gemma2", "gpt-oss", "llama4")
-"""Models of which one layer sees everything, and the others windows, whose KV stays at homes."""
+"""Models in which one layer sees everything, and the others see windows, whose KV stays at homes."""
 
 
 def block_bytes(family: str, tokens: int = 8) -> int:
-    """Bytes of a block of so many tokens of a tiny model's KV in float32."""
+    """Bytes of a block of a tiny model's KV in float32."""
     config = {**FAMILIES, **PAGED}[family]()
     latent = getattr(config, "kv_lora_rank", 0)
     numbers = latent + config.qk_rope_head_dim if latent else 2 * config.num_key_value_heads * config.head_dim
@@ -121,9 +121,9 @@ def block_bytes(family: str, tokens: int = 8) -> int:
 
 
 def kv_memory(family: str, blocks: int, sequences: int = 1) -> int:
-    """Bytes for so many blocks of 8 tokens, and for so many sequences' windows with prompt chunks of 32 tokens.
+    """Bytes for ``blocks`` blocks of 8 tokens, and for the windows of ``sequences`` with prompt chunks of 32 tokens.
 
-    A home keeps windows of two lengths that chunks may lie between, whose ends lie in blocks.
+    A home keeps a sequence's windows after the last commit and after the chunk since then, in whole blocks.
     """
     config = FAMILIES[family]()
     near = config.num_hidden_layers - 1 if family in WINDOWED else 0
@@ -143,13 +143,13 @@ def model_dir(family: str) -> Path:
 
 
 def save_model(config: transformers.PreTrainedConfig, name: str) -> Path:
-    """Save a model with random weights (always the same ones) and no tokenizer."""
+    """Save a model with random weights (the same ones each time) and no tokenizer."""
     torch.manual_seed(_SEEDS.get(name, 8))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if name in HYBRIDS:
         for weight in model.parameters():
             weight.data.normal_(0, 0.3) if weight.ndim > 1 else weight.data.add_(0.1 * torch.randn_like(weight))
-    model.lm_head.weight.data *= 0.3  # logits of a few units, so that an absolute tolerance of 1e-4 means something
+    model.lm_head.weight.data *= 0.3  # logits of a few units, so that an absolute tolerance of 1e-4 is meaningful
     target = Path(_saved.name) / name
     model.save_pretrained(target)
     return target
@@ -176,7 +176,7 @@ def _reference(model: str, prompt: tuple[int, ...], max_new_tokens: int, attenti
 
 
 def generated(model: Any, prompt: tuple[int, ...], max_new_tokens: int) -> Reference:
-    """What a model of transformers, or of peft, generates greedily, past any end-of-sequence token."""
+    """Tokens that a model of transformers or peft generates greedily, past any end-of-sequence token."""
     output = model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -192,7 +192,7 @@ def generated(model: Any, prompt: tuple[int, ...], max_new_tokens: int) -> Refer
 def choice_probabilities(
     model: Path | str, prompt: Sequence[int], choices: Sequence[tuple[int, ...]], end: int | None = None
 ) -> list[float]:
-    """Probabilities of choices, by one forward of plain transformers each; ``end`` follows those that begin others."""
+    """Probabilities of choices, from one forward of plain transformers each; ``end`` ends those that begin others."""
     likelihoods = []
     for choice in choices:
         begins = any(other != choice and other[: len(choice)] == choice for other in choices)

@@ -1,4 +1,4 @@
-"""An engine on a worker without a model: lanes that work when they are told to, and what the gManager hears."""
+"""An engine on a worker without a model: lanes that work when a test says so, and messages to the gManager."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ W1 = Endpoint("w1", "host", 5)
 
 
 class HomeLane:
-    """A lane that works when it is told to: ``first`` is what goes before all others."""
+    """A lane that works at once, or when a test calls :meth:`work`."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
@@ -51,7 +51,7 @@ class HomeLane:
 
 
 class HolderLane:
-    """A lane that retires what it is told to, when the test says so."""
+    """A lane that retires sequences when a test says so."""
 
     def __init__(self) -> None:
         self.retiring: list[tuple[str, int, Future[None]]] = []
@@ -62,7 +62,7 @@ class HolderLane:
 
 
 class Runtime:
-    """Computes nothing; ``result`` is what comes of a window, or is raised."""
+    """Computes nothing; ``result`` is the result of a window, or the error that it raises."""
 
     def __init__(self) -> None:
         self.spec = EngineSpec("engine", "tiny", "float32", "a token", Config.load(timeout_receive=5.0))
@@ -98,7 +98,7 @@ def given_or_raised(value: Any) -> Any:
 
 
 class Model:
-    """Compiles forms, which is noted."""
+    """Records the regular expressions that it has to compile."""
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -113,7 +113,7 @@ class Model:
 
 
 class Open:
-    """An engine, and what it told."""
+    """An engine, and the messages that it sent."""
 
     def __init__(self) -> None:
         self.told: list[did.FromWorker] = []

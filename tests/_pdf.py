@@ -9,7 +9,7 @@ import pytest
 
 
 def save_pdf(path: Path, pages: Sequence[str], times: int = 1) -> None:
-    """Write a PDF whose pages show these texts, each ``times`` times; skips the test where there is no pypdf."""
+    """Write a PDF whose pages show these texts, each ``times`` times; skips the test if pypdf is not installed."""
     pypdf = pytest.importorskip("pypdf")
     from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 

@@ -1,4 +1,4 @@
-"""Homes played by hand before a real holder lane, and a holder that misbehaves as told."""
+"""Homes that a test plays to a real holder lane, and a holder that misbehaves on command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gang(number: int = 1, epoch: int = 1) -> Gang:
 
 
 class Holder(HolderLane):
-    """A holder lane that homes reach in one way."""
+    """A holder lane that homes reach by one kind of channel."""
 
     def __init__(self, way: Way) -> None:
         super().__init__("127.0.0.1", 1, way.certificates)
@@ -86,7 +86,7 @@ def serves(lane: Holder, number: int) -> bool:
 
 
 class BadHolder:
-    """A holder that answers HELLO and BEGIN well, and then behaves as told."""
+    """A holder that answers HELLO and BEGIN correctly, and then behaves as the test says."""
 
     def __init__(self, behave: Callable[[socket.socket, Header], None], welcome: bool = True, way: Way = TCP) -> None:
         self.stop = threading.Event()

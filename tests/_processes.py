@@ -1,4 +1,4 @@
-"""Other processes, made to behave as on a bad day."""
+"""Other processes: how to stop them, and what they print when they fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def freeze(process: int, seconds: float = 60.0) -> None:
-    """Stop a process, and wait until it has: the signal returns while threads on other CPUs still answer."""
+    """Stop a process, and wait until it has stopped: after the signal, threads on other CPUs may still answer."""
     os.kill(process, signal.SIGSTOP)
     deadline = time.monotonic() + seconds
     while not all(map(_stopped, Path(f"/proc/{process}/task").iterdir())):
@@ -30,9 +30,9 @@ _HEARTBEAT = re.compile(
 
 
 def tracebacks(printed: str) -> list[str]:
-    r"""The last lines of tracebacks in what processes printed, without those of one fault of Dask's.
+    r"""The last lines of tracebacks in the output of processes, except those of one fault of Dask.
 
-    A worker whose heartbeat is due while it closes, or under way, logs that its connections are closed (Dask 2026.7.1).
+    A worker that closes while its heartbeat is due or in progress logs that its connections are closed (Dask 2026.7.1).
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A network between a home and a real holder that can be cut, fall silent, or mangle what the holder answers."""
+"""A network between a home and a real holder that can be cut, fall silent, or garble the holder's answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Wire:
 
 
 def silence(wire: Wire, answer: bytes) -> bytes:
-    """Packets are dropped in both directions, and neither side is told."""
+    """Packets are dropped in both directions, and neither side learns of it."""
     return b""
 
 
@@ -62,7 +62,7 @@ def truncate(wire: Wire, answer: bytes) -> bytes:
 
 
 def slow(seconds: float) -> Trouble:
-    """Everything that the holder answers comes so much later."""
+    """Delays all answers of the holder by this time."""
 
     def wait(wire: Wire, answer: bytes) -> bytes:
         time.sleep(seconds)
@@ -72,7 +72,7 @@ def slow(seconds: float) -> Trouble:
 
 
 class Proxy:
-    """Forwards between homes and a holder; ``trouble``, once set, decides what becomes of the holder's answers."""
+    """Forwards between homes and a holder; ``trouble``, once set, decides what happens to the holder's answers."""
 
     def __init__(self, way: Way, holder: Endpoint) -> None:
         self._bare = Bare(way)
@@ -118,7 +118,7 @@ class Proxy:
             data = source.recv(1 << 20)
         except OSError:
             data = b""
-        if not data and self.trouble is silence:  # the other side does not hear of it
+        if not data and self.trouble is silence:  # the other side must not learn of it
             selector.unregister(source)
             return
         if data and self.trouble is not None:

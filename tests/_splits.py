@@ -1,4 +1,4 @@
-"""Placements and moves that a test asks for, instead of the policy's."""
+"""Placements and moves that a test sets instead of the policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.scheduler.policies.overflow import Overflow
 
 
 def force_split(split: Sequence[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Place every sequence in spans of (worker, room; None is the rest); the number of workers that it takes."""
+    """Place every sequence in spans (worker, tokens), where None is the rest; returns the number of workers needed."""
 
     def place(policy: Policy, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement:
         spans, start, names = [], 0, sorted(ledger.workers)
@@ -31,7 +31,7 @@ def force_split(split: Sequence[tuple[int, int | None]], monkeypatch: pytest.Mon
 
 
 def move_at_random(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Have the policy propose random moves of random blocks between random workers, whenever it is asked."""
+    """Have the policy propose random moves of random blocks between random workers whenever it is called."""
     rng = random.Random(seed)
 
     def moves(policy: Policy, ledger: Ledger, waiting: object) -> list[Move]:

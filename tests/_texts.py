@@ -1,4 +1,4 @@
-"""Texts as users' files and browsers hold them: any characters, halves of surrogate pairs too."""
+"""Texts as in users' files and browsers: any characters, including halves of surrogate pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers over UCX that behave like bare sockets: they can send anything, be cut off, or leave without a word."""
+"""Peers over UCX that behave like bare sockets: they can send anything, be cut off, or disappear silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.worker.channels.ucx_line import UcxLine, new_context, new_worke
 
 
 def send_bytes(line: UcxLine, data: bytes) -> int:
-    """Send bytes as they would lie in a frame: the first 64 as its header, others as its payload."""
+    """Send bytes as a frame: the first 64 as its header, the others as its payload."""
     for piece in (data[:HEADER_BYTES], data[HEADER_BYTES:]):
         if piece:
             line._post(piece, line._tag)
@@ -47,14 +47,14 @@ class UcxPeer:
     def send(self, data: bytes) -> int:
         header = parse_header(data) if len(data) >= HEADER_BYTES else None
         if header is not None and len(data) < HEADER_BYTES + header.length:
-            data = data[:HEADER_BYTES]  # messages are never cut: the payload does not come
+            data = data[:HEADER_BYTES]  # messages are never cut, so the payload is not sent
         with self._lock:
             return send_bytes(self._inlet._line, data)
 
     sendall = send
 
     def setsockopt(self, *options: object) -> None:
-        """Every end of a UCX connection is as abrupt as a socket's that does not linger."""
+        """A UCX connection always ends as abruptly as a socket that does not linger."""
 
     def shutdown(self, how: int) -> None:
         self.close()
@@ -84,7 +84,7 @@ def accepted(listener: UcxListener) -> UcxPeer:
 
 
 def close_when_unused(listener: UcxListener) -> None:
-    """Close a listener, or have its last peer do that: what a peer does goes through its listener's UCX worker."""
+    """Close a listener, or let its last peer do so: peers use the UCX worker of their listener."""
     if listener._inlets:
         _UNWANTED.append(listener)
     else:
@@ -92,7 +92,7 @@ def close_when_unused(listener: UcxListener) -> None:
 
 
 class _Stranger:
-    """Somebody who connects and sends bytes, in a thread of its own: both ends have to work on a connection."""
+    """A peer that connects and sends bytes in its own thread, because both ends have to work on a connection."""
 
     def __init__(self, port: int) -> None:
         self._bytes: queue.SimpleQueue[bytes] = queue.SimpleQueue()

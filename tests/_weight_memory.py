@@ -1,7 +1,7 @@
-"""How much memory a model's weights take in one process, and in two: a program, run with a folder and dtypes.
+"""A program that measures how much memory a model's weights take in one process, and in two.
 
-It prints a JSON object with ``[bytes in one, bytes in both, bytes of own copies]`` for each dtype. Both processes fork
-from this one, which has imported all that takes seconds.
+Its arguments are a folder and dtypes. It prints a JSON object with ``[bytes in one, bytes in both, bytes of own
+copies]`` for each dtype. Both processes fork from this one, because imports take seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distkv_dask.worker.model.loaded import LoadedModel
 
 
 def pss(weights: list[torch.Tensor]) -> int:
-    """Bytes of the memory that holds weights, shared pages counted in part, as the kernel says."""
+    """Bytes of memory with weights as reported by the kernel (PSS): shared pages are divided among processes."""
     found, holds = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -34,7 +34,7 @@ def pss(weights: list[torch.Tensor]) -> int:
 
 
 def serve(pipe: Connection) -> None:
-    """Load a model when told, and measure."""
+    """Load a model on command, and measure."""
     models: list[LoadedModel] = []
     while command := pipe.recv():
         match command:

@@ -1,4 +1,4 @@
-"""What every test gets: no network, one compute thread, Dask's fixtures that notice what is left behind."""
+"""Set-up of all tests: no network, one compute thread, and Dask's fixtures that find leftovers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import os
 import re
 from pathlib import Path
 
-# Read when torch and huggingface_hub are first imported, hence before all imports; worker processes inherit them.
+# torch and huggingface_hub read these when they are imported, so they are set first; worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Timing every worker when an engine opens is for the tests of that: they ask for it.
+# Only tests of that let an engine time every worker when it opens; they set this.
 os.environ["DASK_DISTKV__PERFORMANCE"] = "preset"
-# 15 s after a worker's death, a cluster looks whether there is a new one; it gives up a nanny whose new one was just
-# killed, too.
+# 15 s after a worker's death, a cluster checks whether there is a new one; if that was just killed, too, the cluster
+# gives up its nanny.
 os.environ["DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT"] = "10 minutes"
 # cpu, emulated, or cuda: a real card
 os.environ["DASK_DISTKV__DEVICE"] = "cuda" if os.environ.get("DISTKV_TEST_DEVICE", "cpu") != "cpu" else "cpu"
-if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters get the card, too
+if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":  # workers of all clusters also get the card
     os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = repr(["emulated.preload"])
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where processes of any kind find that
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]  # where all processes find the preload
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 from tests._forked_workers import fork_workers
 
-# Clusters of tests fork their workers. What a test starts by a command (guide, demo, dask worker) is as for users, and
-# a real card needs processes that nobody has forked. Dask's module of tests, imported next, keeps the configuration
-# that it finds, and sets it again before each of its clusters.
+# Clusters of tests fork their workers. Commands that a test starts (guide, demo, dask worker) run as for users, and a
+# real card needs processes that were not forked. Dask's test module, imported next, keeps the current configuration
+# and restores it before each of its clusters.
 if os.environ.get("DISTKV_TEST_DEVICE") != "cuda":
     fork_workers()
 
@@ -40,10 +40,10 @@ if os.environ.get("DISTKV_TEST_DEVICE") == "emulated":
     import emulated
     from emulated.engine import use_torch_kernels
 
-    emulated.install(memory=6 << 30)  # which all workers in this process share
+    emulated.install(memory=6 << 30)  # shared by all workers in this process
     use_torch_kernels()
 
-settings.register_profile("tests", deadline=None)  # a busy machine is no fault
+settings.register_profile("tests", deadline=None)  # a busy machine is not a failure
 settings.load_profile("tests")
 tqdm.tqdm.monitor_interval = 0  # its monitor thread would look like one that a test left behind
 
@@ -52,9 +52,9 @@ __all__ = ["cleanup", "loop", "loop_in_thread"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the thread that watches time limits end at once where there is none: every test waits for it.
+    """Let the thread that watches time limits end at once if there is no limit, because every test waits for it.
 
-    Give tests on the emulated card more time: a step takes ten times as long there.
+    Give tests on the emulated card more time, because a step takes ten times as long there.
     """
     from distkv_dask.client import time_limit
 
@@ -67,21 +67,21 @@ LIKE_OTHERS = {
     "llama-mha", "llama-mqa", "qwen2", "mistral", "phi3", "mixtral",  # like llama-gqa, qwen3 and qwen3-moe
     "granite4-h", "lfm2", "nemotron-h",  # like qwen3-next and jamba
 }  # fmt: skip
-"""Tiny models (``_models.py``) for which our code does what it does for another one."""
+"""Tiny models (``_models.py``) that use the same code as another one."""
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there now alone: each garbage collection, such as pytest's last ones, takes a second with it."""
+    """Exclude current objects from garbage collections, which would take a second each, such as pytest's last ones."""
     gc.freeze()
-    atexit.register(gc.unfreeze)  # extensions complain of what is never collected
+    atexit.register(gc.unfreeze)  # extensions report objects that are never collected
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files of slow tests, so that no process waits for one at the end.
+    """Begin with the files of slow tests, so that no process waits for one at the end.
 
-    Leave families of models that are like others to ``make test-thorough``, and all that goes over UCX, which gets
-    three tries: ucxx misses time limits now and then on a busy machine.
+    Leave model families that resemble others to ``make test-thorough``, and all tests over UCX. These get three tries,
+    because ucxx occasionally misses time limits on a busy machine.
     """
     for item in items:
         call = getattr(item, "callspec", None)

@@ -1,4 +1,4 @@
-"""Every benchmark starts, and most do their smallest case from the first line to the last figure."""
+"""Every benchmark starts, and most run their smallest case to the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests._processes import tracebacks
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")}
 ELSEWHERE = {"chaos", "gpu_smoke"}
-"""These have tests of their own, which look at what they find."""
+"""These have their own tests, which check their results."""
 ONLY_STARTED = {
     "batch_job",
     "documents_on_disk",
@@ -37,7 +37,7 @@ ONLY_STARTED = {
     "step_overhead",
     "where_time_goes",
 }
-"""These take minutes, or wait for what happens only with long prompts or answers; no small case of them is known."""
+"""These take minutes, or need long prompts or answers; no small case of them is known."""
 PROCESSES = {
     "channel_round_trip": "--rounds 2 --turns 1",
     "deterministic_cost": "--new 2 --turns 1",
@@ -49,12 +49,12 @@ PROCESSES = {
     "stages": "--layers 2 --hidden 64 --batch 8 --prompt 128 --new 4 --turns 1",
     "weights_per_host": "--workers 1",
 }
-"""These start processes, most of them with an engine of SmolLM2: minutes together."""
+"""These start processes, most of them with an engine of SmolLM2, and take minutes together."""
 PLACED = {
     "distributed_vs_local": "--layers 1 --tokens 128 --batch 2 --new 4 --repeat 1",
     "move_cost": "--prompt 256 --new 8 --repeat 1",
 }
-"""These, too; they also place what any engine of their process is asked."""
+"""These, too; they also change the placements of all engines of their process."""
 OTHERS = {
     "dashboard_cost": "--workers 5 --sequences 10 --repeat 1",
     "evaluation_simulated": "--workers 4 --requests 10 --seeds 1 --links 1gbe",
@@ -82,7 +82,7 @@ def test_a_benchmark_says_what_it_measures(
 
 
 def figures(folder: Path, cases: dict[str, str]) -> dict[str, object]:
-    """Run these in one process; what each has measured."""
+    """Run these in one process; returns the results of each."""
     commands = [
         f"{shlex.quote(str(ROOT / 'benchmarks' / name))}.py {options} --json {name}.json"
         for name, options in cases.items()

@@ -1,4 +1,4 @@
-"""Configuration: where values come from, what is refused, and that YAML, schema and dataclass agree."""
+"""Configuration: sources of values, what is refused, and that YAML, schema and dataclass agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples for people who change the package apply to it as it is, and then its tests and types are right."""
+"""The examples in docs/contributing.md apply to the current package, which then passes its tests and type checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TESTS = {
     "A state of a request": ("tests/scheduler/test_transitions.py", "tests/scheduler/test_states_and_events.py"),
     "A kind of attention": ("tests/kernels/test_contract.py", "-k", "position_biases"),
 }  # fmt: skip
-"""By heading: the tests that an example must pass."""
+"""Heading of an example -> tests that it must pass."""
 
 
 def changes(title: str) -> Iterator[tuple[str, str]]:
@@ -37,7 +37,7 @@ def changes(title: str) -> Iterator[tuple[str, str]]:
 
 
 def apply(root: Path, title: str) -> None:
-    """Make an example's changes; whatever a hunk replaces must be in its file exactly once."""
+    """Make an example's changes; the text that a hunk replaces must occur in its file exactly once."""
     for name, text in changes(title):
         file = root / name
         new, *hunks = re.split(r"^@@\n", text, flags=re.MULTILINE)
@@ -67,7 +67,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, *arguments: str) -> None:
-    """Run a module of Python there, with the changed package."""
+    """Run a Python module in this folder, with the changed package."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=root,

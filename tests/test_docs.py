@@ -1,4 +1,4 @@
-"""What the documents refer to exists: tests of the failure matrix, pictures, links; and they build as a site."""
+"""What the documents refer to exists: tests, modules, files, pictures and links; and the site has every page."""
 
 from __future__ import annotations
 

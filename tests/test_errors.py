@@ -1,4 +1,4 @@
-"""Errors travel between processes, and are kept by whoever they are about."""
+"""Errors travel between processes without the frames that raised them, so that they can be kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distkv_dask.errors import DistKVError, InvalidRequestError, PlanError, port
 OURS = [InvalidRequestError("too long"), PlanError("no room", 3), DistKVError("lost")]
 
 
-tblib.pickling_support.install()  # as Dask does: what is pickled or copied keeps its traceback then
+tblib.pickling_support.install()  # as Dask does: pickled and copied errors then keep their tracebacks
 
 
 @pytest.mark.parametrize("error", OURS, ids=lambda error: type(error).__name__)

@@ -42,7 +42,7 @@ def run(folder: Path, *command: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     assert not tracebacks(done.stderr), done.stderr
-    assert "leaked" not in done.stderr, done.stderr  # so say Triton's bindings where objects outlive Python
+    assert "leaked" not in done.stderr, done.stderr  # a message of Triton's bindings if objects outlive Python
     return done.stdout
 
 
@@ -52,7 +52,7 @@ def test_the_readmes_example_runs_as_users_start_it(tmp_path: Path) -> None:
 
 
 def printed_by(folder: Path, *names: str) -> Path:
-    """Run examples in one process, after each other; what each has printed is in the folder then."""
+    """Run examples one after the other in one process; returns the folder with the output of each."""
     scripts = [shlex.quote(str(ROOT / "examples" / name)) for name in names]
     run(folder, "-m", "tests._forked_workers", folder, *scripts)
     return folder

@@ -1,4 +1,4 @@
-"""Clusters of tests fork all their workers: importing what a worker needs takes seconds of a core each time."""
+"""Clusters of tests fork all their workers, because imports would take seconds of a core for each."""
 
 from __future__ import annotations
 

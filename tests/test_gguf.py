@@ -1,4 +1,4 @@
-"""A GGUF file is its model: everything that it says is computed, or it is refused by name."""
+"""A GGUF file gives the same model as its folder: everything in it is used, or refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(folder: Path, kind: str, **settings: Any) -> Path:
-    """A tiny model of a type, whose norms are not all ones."""
+    """A tiny model of a type, with norms that are not all ones."""
     sizes: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 64,
@@ -58,7 +58,7 @@ def logits(folder: Path, config: Any = None) -> torch.Tensor:
 
 
 def check_same(folder: Path, file: Path) -> None:
-    """Plain transformers computes the same from the folder and from what we make of the file."""
+    """Plain transformers computes the same from the folder and from our conversion of the file."""
     source = resolve_model(str(file))
     ours = logits(converted_weights(Path(source.location), "float32"), source.config())
     torch.testing.assert_close(ours, logits(folder), rtol=1e-4, atol=1e-4)
@@ -172,7 +172,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gpt2": ({"n_positions": 128, "n_inner": 48}, {"attention.head_count_kv": 4}),
 }
-"""Name of a model -> its configuration, and what its GGUF file says beside sizes."""
+"""Name of a model -> its configuration, and further keys of its GGUF file."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -184,7 +184,7 @@ def test_a_gguf_file_computes_what_its_model_does(name: str, tmp_path: Path) -> 
 
 
 def llama3_factors(factor: float, low: float, high: float, original: int, base: float, dim: int) -> list[float]:
-    """As llama.cpp's converter computes them from a Llama 3.1 configuration."""
+    """Factors as computed by llama.cpp's converter from a Llama 3.1 configuration."""
     factors = []
     for frequency in (1 / base ** (at / dim) for at in range(0, dim, 2)):
         length = 2 * math.pi / frequency

@@ -1,4 +1,4 @@
-"""Every message has those who take it, each in one place, and every call names arguments that its handler has."""
+"""Every message is handled in one place of each receiver, and every call uses arguments that its handler has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parsed(function: Callable[..., Any]) -> ast.AST:
 
 
 def cases(function: Callable[..., Any]) -> Counter[str]:
-    """Which classes a function's ``match`` statements take, and in how many cases without a further condition."""
+    """Classes in a function's ``match`` statements, and the number of cases of each without a further condition."""
     found: Counter[str] = Counter()
     for node in ast.walk(parsed(function)):
         if isinstance(node, ast.match_case):
@@ -44,7 +44,7 @@ def cases(function: Callable[..., Any]) -> Counter[str]:
 
 
 def _inside_another(whole: ast.pattern, pattern: ast.MatchClass) -> bool:
-    """Whether a pattern is only about a part of another class's."""
+    """Whether a pattern is only a part of another class's pattern."""
     classes = [one for one in ast.walk(whole) if isinstance(one, ast.MatchClass) and one is not pattern]
     return any(part is pattern for one in classes for part in ast.walk(one))
 
@@ -55,7 +55,7 @@ def kinds(base: type) -> set[str]:
 
 FROM_WORKERS, TO_WORKERS = kinds(from_worker.FromWorker), kinds(to_worker.ToWorker)
 ABOUT_ENGINES = {"Opened", "OpenFailed", "Closed", "Lost", "AdaptersKept"}
-"""What workers say of themselves: the gManager takes these, and the state machine hears of workers instead."""
+"""Messages of workers about themselves: the gManager handles these and tells the state machine about workers."""
 
 
 def test_a_worker_takes_every_message_to_workers_in_one_case() -> None:
@@ -104,7 +104,7 @@ def handlers() -> dict[str, Callable[..., Any]]:
 
 
 def calls() -> Iterator[tuple[str, set[str]]]:
-    """All calls of clients in the package: which, and the arguments that they name."""
+    """All calls of clients in the package: their names and arguments."""
     for path in sorted((PACKAGE / "client").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):

@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows, held for every module of the package."""
+"""House rules that no linter checks, tested for every module of the package."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "distkv_dask"
 LINKED = PACKAGE / "kernels", PACKAGE / "graphs"
-"""Links to folders beside the package, which ``rglob`` leaves out."""
+"""Links to folders next to the package, which ``rglob`` leaves out."""
 
 
 def found(pattern: str) -> list[Path]:
-    """Files of the package, those of linked folders too."""
+    """Files of the package, including those of linked folders."""
     return sorted(path for folder in (PACKAGE, *LINKED) for path in folder.rglob(pattern))
 
 
@@ -46,7 +46,7 @@ Found = TypeVar("Found")
 
 
 def breaches(rule: Callable[[ast.Module], Iterable[Found]]) -> dict[str, list[Found]]:
-    """What breaks a rule, by module: one test for all modules, since each of a thousand would cost milliseconds."""
+    """What breaks a rule, by module; one test covers all modules, because a thousand tests would take seconds."""
     found = {str(path.relative_to(PACKAGE)): [*rule(parsed(path))] for path in MODULES}
     return {module: some for module, some in found.items() if some}
 
@@ -55,8 +55,8 @@ def test_no_message_shows_an_exception_as_python_writes_it() -> None:
     assert breaches(reprs_of_errors) == {}, "say errors.in_words(error)"
 
 
-# What named tuples, ctypes, os and atexit offer, what Dask documents for those who write collections, and what torch
-# calls flash attention with the log-sum-exp.
+# Names of named tuples, ctypes, os and atexit, those that Dask documents for authors of collections, and torch's name
+# of flash attention with the log-sum-exp.
 PUBLIC = {"_fields", "_replace", "_fields_", "_meta", "_meta_nonempty", "_exit", "_run_exitfuncs"}
 PUBLIC |= {"_asdict", "_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -99,7 +99,7 @@ def test_nobody_uses_what_is_private_to_a_class_of_another_module() -> None:
 
 
 def imports(node: ast.AST, modules: Collection[str], folder: Sequence[str]) -> Iterator[str]:
-    """Which of ``modules`` a module in ``folder`` imports anywhere, but for what only type checkers see."""
+    """Which of ``modules`` a module in ``folder`` imports anywhere, except for type checkers only."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):
@@ -117,7 +117,7 @@ def imports(node: ast.AST, modules: Collection[str], folder: Sequence[str]) -> I
 
 @cache
 def import_graph() -> dict[str, set[str]]:
-    """Which modules each module imports, by their full names."""
+    """The modules that each module imports, by full name."""
     paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     return {
@@ -140,13 +140,13 @@ def test_rooms_and_modules_side_by_side_import_each_other_one_way(folder: Path) 
     for name, imported in import_graph().items():
         parts = [tuple(one.split(".")) for one in (name, *imported)]
         room, *others = (".".join(one[: len(within) + 1]) if one[: len(within)] == within else "" for one in parts)
-        if room and room != ".".join(within):  # a package's own __init__ may name what is in it
+        if room and room != ".".join(within):  # a package's own __init__ may import its modules
             rooms.setdefault(room, set()).update({*others} - {"", room, ".".join(within)})
     TopologicalSorter(rooms).prepare()  # its CycleError names the circle
 
 
 MANY_PARTS = {"PreparedAttention", "PreparedLayers"}
-"""Kernels' own: the arguments of a call in C, and of its layers."""
+"""Classes of the kernels that hold the arguments of a call in C."""
 
 
 def constructors(tree: ast.Module) -> Iterator[tuple[str, ast.arguments]]:
@@ -160,7 +160,7 @@ def constructors(tree: ast.Module) -> Iterator[tuple[str, ast.arguments]]:
 
 
 def large_constructors(tree: ast.Module) -> Iterator[str]:
-    """Classes whose constructor takes more than five things."""
+    """Classes whose constructors take more than five arguments."""
     for name, arguments in constructors(tree):
         if len(arguments.args) + len(arguments.kwonlyargs) - 1 > 5 and name not in MANY_PARTS:
             yield name
@@ -199,7 +199,7 @@ def test_no_file_has_more_than_three_hundred_lines() -> None:
 
 
 MACHINE = "lifecycle", "records", "work", "cache", "moves", "policies", "costs", "ledger"
-"""Rooms of the scheduler in which the state machine is."""
+"""Folders of the scheduler that contain the state machine."""
 
 
 @pytest.mark.parametrize(

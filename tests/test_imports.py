@@ -1,4 +1,4 @@
-"""Imports point one way, and what runs beside the user or in the scheduler never pulls in torch."""
+"""Imports point one way, and code that runs in the client or the scheduler never imports torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-# Folder of the package -> the folders of ours that it may import. "ground" is every module outside the folders.
+# Folder of the package -> the other folders that it may import. "ground" is every module outside the folders.
 ALLOWED = {
     "ground": {"ground"},
     "kernels": {"kernels"},
@@ -23,7 +23,7 @@ ALLOWED = {
     "client": {"client", "ground"},
     "simulate": {"simulate", "scheduler", "ground"},
 }
-# Import name -> distribution, where they differ.
+# Import name -> distribution, if they differ.
 DISTRIBUTIONS = {
     "docling": "docling-slim",
     "cupy": "cupy-cuda12x",
@@ -33,11 +33,11 @@ DISTRIBUTIONS = {
     "ucxx": "ucxx-cu12",
     "yaml": "pyyaml",
 }
-# Import names of packages that only an extra has: a module that needs one may not be importable here.
+# Import names of packages that only an extra installs: a module that needs one may not be importable here.
 EXTRAS = {"bokeh", "pandas", "prometheus_client", "selectolax", "starlette", "uvicorn", "webencodings"}
-# Where one process names the plugin that it installs in another.
+# Modules in which one process names the plugin that it installs in another.
 INSTALLS = {"scheduler": "distkv_dask.worker.rmanager", "client": "distkv_dask.scheduler.gmanager"}
-# Published figures, with which clients estimate where there is no cluster.
+# Presets with which clients make estimates without a cluster.
 FIGURES = {"client": "distkv_dask.scheduler.costs.presets"}
 
 
@@ -73,7 +73,7 @@ def test_imports_point_one_way():
     wrong = []
     for source in sources():
         if source == Path("distkv_dask/__init__.py"):
-            continue  # the public names, gathered from everywhere
+            continue  # the public names, collected from all modules
         home = folder(".".join(source.with_suffix("").parts))
         allowed, named = ALLOWED[home], (INSTALLS.get(home), FIGURES.get(home))
         ours = [name for name in imported(source) if name.split(".")[0] == "distkv_dask"]

@@ -1,4 +1,4 @@
-"""Everything that processes say to each other: through Dask's own serialisation and back, whatever it holds."""
+"""All messages between processes survive Dask's serialisation, whatever values they hold."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "choices": st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple), max_size=3).map(tuple),
     },
 }
-"""Values of fields whose types say too little about them."""
+"""Values of fields whose types do not say enough about them."""
 GIVEN["Attached"] = {
     "spec": st.builds(names.EngineSpec, **GIVEN["EngineSpec"]),
     "facts": st.from_type(client_calls.EngineFacts),
@@ -110,13 +110,13 @@ st.register_type_strategy(names.EngineSpec, st.builds(names.EngineSpec, **GIVEN[
 
 
 def sent(message: Any) -> Any:
-    """What arrives of a message that Dask's comms carry to another process."""
+    """A message as it arrives in another process through Dask's comms."""
     frames = [bytes(frame) for frame in dumps({"op": "op", "message": pack(message)})]
     return unpack(loads(frames)["message"])
 
 
 def plain(value: Any) -> Any:
-    """A value in which errors can be compared: by class and by what they were made of."""
+    """A value in which errors are replaced by their class and arguments, so that they can be compared."""
     if isinstance(value, Exception):
         return type(value), value.args, str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,4 @@
-"""A model's folder comes from a stranger: it has no code run and nothing fetched, and what is wrong with it is said."""
+"""A model's folder comes from a stranger: it runs no code and fetches nothing, and errors say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_what_a_configuration_cannot_say_is_an_error_of_ours(
     values: dict[str, Any], words: str | None, folder: Path
 ) -> None:
     change(folder, **values)
-    if words is None:  # it has no meaning, and no effect
+    if words is None:  # the change has no effect
         load(folder)
         return
     with pytest.raises(ModelError, match=words):
@@ -193,7 +193,7 @@ def test_depth_is_counted(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Leaves a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -225,7 +225,7 @@ def test_a_folder_with_an_adapter_is_refused(folder: Path) -> None:
 
 
 def shard(folder: Path, place: Callable[[str], str]) -> None:
-    """Cut the weights in two; ``place`` says what the index calls a file."""
+    """Split the weights in two; ``place`` gives the name of a file in the index."""
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     keys = sorted(weights)

@@ -112,6 +112,6 @@ def test_failed_conversion_leaves_nothing_and_is_tried_again(gguf: Path) -> None
 
 
 def test_cache_that_cannot_be_written_names_the_setting(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(gguf))  # a file, so no directory can be made below it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gguf))  # a file, so that no directory can be made below it
     with pytest.raises(ModelError, match="XDG_CACHE_HOME"):
         gguf_cache.converted_text(gguf)

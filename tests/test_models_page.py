@@ -1,4 +1,4 @@
-"""The page of model types tells the truth: all are on it, and some are built, loaded and asked again."""
+"""The page of model types is right: it lists all types, and some are built, loaded and run again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
 @cache
 def listed() -> dict[str, tuple[str, str]]:
-    """Model -> attention, and what the page says of it."""
+    """Model -> attention and outcome on the page."""
     lines = re.findall(r"^\| ([^|]+) \| ([^|]*) \| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE)
     return {kind: (attention, said) for kind, attention, said in lines if said.strip("-") and kind != "type"}
 

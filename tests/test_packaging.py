@@ -1,4 +1,4 @@
-"""The package as users install it: what the wheel holds, that it works away from the checkout, what it asks for."""
+"""The package as users install it: contents of the wheel, use outside of the checkout, and requirements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distkv_dask.worker.native.wire import wire
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# What conda calls differently, and what only conda or only the Makefile has to name.
+# Packages with other names in conda, and those that only conda or only the Makefile lists.
 CONDA_NAMES = {
     "cupy-cuda12x": "cupy",
     "duckdb": "python-duckdb",
@@ -98,14 +98,14 @@ def test_wheel_built_with_a_compiler_holds_the_fast_kernels(wheel):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler there is no C++")
 def test_what_the_compiler_built_is_what_this_checkout_loads():
-    """Nothing else would tell: without a library everything works, only slower."""
+    """Nothing else would show it: without a library everything works, only slower."""
     assert native_kernel.missing() is None
     assert wire() is not None
 
 
 @pytest.mark.thorough
 def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    """A new environment that has our dependencies (by a path entry, which runs no editable hook) and the wheel."""
+    """A new environment with our dependencies (through a path entry, which runs no editable hook) and the wheel."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
@@ -154,7 +154,7 @@ def test_every_requirement_has_a_tested_pin_within_its_range():
 
 
 def test_a_build_fetches_nothing_but_what_it_imports():
-    """Build tools are fetched into an environment of their own, whatever else is installed."""
+    """Build tools are installed into their own environment, whatever else is installed."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]

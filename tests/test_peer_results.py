@@ -1,4 +1,4 @@
-"""What benchmarks/peers.py makes of systems' answers: rows, floors, ratios and tables, from times that are known."""
+"""How benchmarks/peers.py turns systems' answers into rows, floors, ratios and tables, tested with known times."""
 
 from __future__ import annotations
 

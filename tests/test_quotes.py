@@ -1,4 +1,4 @@
-"""Whatever a model would rather say, what it quotes is in the document, where it is said to be."""
+"""Whatever a model prefers to say, its quotes are in the document, at the given offsets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ documents = st.lists(words | gaps, min_size=1, max_size=40).map("".join)
 
 
 def say(document: str, form: QuoteForm, seed: int, most: int) -> str:
-    """What a model of random preferences answers, in at most so many tokens."""
+    """The answer of a model with random preferences, limited in tokens."""
     grammar = SamplingParams(quotes=form).quoting(document).form
     assert grammar is not None
     matcher, preferences = LLMatcher(BYTES, grammar_of(grammar), log_level=0), random.Random(seed)

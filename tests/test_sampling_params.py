@@ -1,4 +1,4 @@
-"""SamplingParams: what users may ask for, and what they are told when they ask for something else."""
+"""SamplingParams: valid values, and the errors for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages between gManager and rManagers: sent as they are, known at both ends, silent on users' texts."""
+"""Messages between gManager and rManagers: sent as they are, known at both ends, and without users' texts in reprs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors arrive as they were sent over every comm of Dask's, bfloat16 included, and no byte of them is pickled."""
+"""Tensors, including bfloat16, arrive unchanged over every comm of Dask, and none of their bytes are pickled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors() -> tuple[torch.Tensor, ...]:
     block = torch.randn(30, 2, 3, 64, 64).bfloat16()
     return (
         block,
-        block.transpose(2, 3)[:, :, ::2],  # bytes that do not lie in order
+        block.transpose(2, 3)[:, :, ::2],  # not contiguous
         torch.randn(1, 9, 65),
         torch.empty(0, 3, dtype=torch.bfloat16),
         torch.tensor(7.0, dtype=torch.float16),

@@ -1,4 +1,4 @@
-"""Texts are checked once, where all of them meet, and never half: what is no text is refused, or mended in files."""
+"""Texts are checked in one place, and completely: invalid ones are refused, or repaired if they come from files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that may hang is given up when it stands still, and changes nothing after that."""
+"""Work that may hang is abandoned when it makes no progress, and changes nothing after that."""
 
 from __future__ import annotations
 
