@@ -1,4 +1,4 @@
-"""A CUDA device that does not exist, on which the real engine runs: tensors say ``cuda:0`` and lie in host memory."""
+"""An emulated CUDA device on which the real engine runs: tensors report ``cuda:0``, and are in host memory."""
 
 from emulated.counts import Counts, counting
 from emulated.errors import CaptureError, RaceError, StaleGraphError

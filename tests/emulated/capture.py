@@ -1,4 +1,4 @@
-"""A stream that is being captured: what it is given is recorded, and what would stop the host is refused."""
+"""A stream that is being captured: its work is recorded, and calls that would synchronize the host are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emulated.work import Work
 
 Mode = Literal["global", "thread_local", "relaxed"]
-"""Who may not stop meanwhile: no thread, not the one that captures, or nobody who does not use the captured streams."""
+"""Who may not synchronize during a capture: any thread, the capturing thread, or users of the captured streams only."""
 
 _running: list[Capture] = []
 
@@ -25,22 +25,22 @@ _running: list[Capture] = []
 class Capture:
     """Work that is recorded for a graph.
 
-    A card does none of it meanwhile. Here it is done, for nothing else knows the shapes of results; afterwards memory
-    that was there before is as it was, and memory that was taken meanwhile holds NaN. The streams have stand-ins, so
-    that what is recorded is ordered among itself only.
+    A card executes nothing during a capture. Here work is executed to find the shapes of results; afterwards existing
+    memory is restored, and memory allocated during the capture holds NaN. Stand-ins replace the streams, so that the
+    recorded work is ordered only among itself.
     """
 
     def __init__(self, mode: Mode, pool: object) -> None:
         self.pool = pool
-        """The memory that it shares with other graphs: what one of them has taken there stays valid for all."""
+        """The memory that it shares with other graphs: what one of them has allocated there is valid for all."""
         self.steps: list[tuple[Work, str]] = []
-        """The work, and which line asked for it."""
+        """The work, and the line that asked for it."""
         self.outside: dict[int, tuple[weakref.ref[DeviceMemory], str]] = {}
-        """Memory that was there before, and what uses it first."""
+        """Memory that existed before, and the first work that uses it."""
         self.numbers: list[tuple[Tensor, Tensor, str]] = []
-        """Single numbers of the host that are arguments, what they were, and of what."""
+        """Scalars in host memory that are arguments, their values, and the work that takes them."""
         self.storages: list[torch.UntypedStorage] = []
-        """Memory that is the graph's own."""
+        """Memory that belongs to the graph."""
         self.mode = mode
         self.thread = threading.get_ident()
         self.fault = ""
@@ -60,7 +60,7 @@ class Capture:
                 _running.append(self)
 
     def take(self, work: Work, stream: Queue, tick: int) -> Any:
-        """Record work; what it makes."""
+        """Record work; returns its results."""
         what = stream.what(tick)
         for memory in work.memories():
             if memory.graph is None or memory.graph.pool is not self.pool:
@@ -75,12 +75,12 @@ class Capture:
         return made
 
     def end(self) -> None:
-        """End it.
+        """End the capture.
 
         Raises
         ------
         CaptureError
-            A call that is not permitted has made it void, or a stream that has joined is not waited for.
+            A forbidden call has invalidated it, or the first stream does not wait for one that has joined.
         """
         with LOCK, torch.inference_mode():
             origin = self._streams[0].queue
@@ -102,7 +102,7 @@ class Capture:
 
 
 def permit_stop(name: str, stream: Queue | None) -> None:
-    """Refuse to have the host wait for a stream, or for all, where a capture forbids it."""
+    """Raise if a capture forbids the host to wait for a stream (None: for all)."""
     with LOCK:
         running = tuple(_running)
     for capture in running:
@@ -118,7 +118,7 @@ def permit_stop(name: str, stream: Queue | None) -> None:
 
 
 def order_events(stream: Queue, capture: Capture | None) -> None:
-    """A stream waits for an event that was recorded in a capture, or in none: it joins the capture, or may not wait."""
+    """Let a stream that waits for an event join the event's capture, or raise if it may not wait for the event."""
     if capture is stream.capture:
         return
     if capture is None:

@@ -1,8 +1,8 @@
-"""What comes before what: queues of a card, whose work is done at once, and vector clocks.
+"""The order of operations: queues of a card, whose work is executed at once, and vector clocks.
 
-A queue counts its operations. Its clock holds, for every queue, up to which operation it is ordered behind it: an
-event, or the host, carries the clock of one queue to another. What the host has waited for it tells to all that is
-launched afterwards, by any thread: how threads wait for each other cannot be seen from here.
+A queue counts its operations. Its clock holds, for every queue, the last operation that it is ordered after: an event,
+or the host, carries the clock of one queue to another. Everything that is launched after a wait of the host, by any
+thread, is ordered after what the host has waited for, because the emulation cannot see how threads wait for each other.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 from emulated.counts import place
 
 Clock = dict[int, int]
-"""Number of a stream -> of its last operation that is known to come before."""
+"""Number of a stream -> number of its last operation that is known to come before."""
 
 LOCK = threading.RLock()
-"""Held while clocks, memory's records or the card's figures are read and changed together."""
+"""Held while clocks, records of memory or the card's figures are read and changed together."""
 
 _KEPT = 4096
-"""Operations of a stream whose names are known."""
+"""Number of a stream's last operations whose names are kept."""
 
 
 def advance(clock: Clock, other: Clock) -> None:
-    """Order the clock behind another."""
+    """Order the clock after another."""
     for stream, tick in other.items():
         if tick > clock.get(stream, 0):
             clock[stream] = tick
@@ -35,28 +35,28 @@ def advance(clock: Clock, other: Clock) -> None:
 
 @dataclass
 class Effect:
-    """What the host sees of an operation once it has waited for it."""
+    """The effect of an operation that the host sees once it has waited for it."""
 
     stream: int
     tick: int
 
     def happen(self) -> None:
-        """The host has waited for it."""
+        """Apply it, because the host has waited for the operation."""
 
 
 class Host:
-    """What the host has waited for, and what it has yet to see."""
+    """What the host has waited for, and the effects that it has not seen yet."""
 
     def __init__(self) -> None:
         self.clock: Clock = {}
         self.launched: Clock = {}
-        """All that was ever queued."""
+        """Everything that was ever queued."""
         self.effects: list[Effect] = []
 
     def waits(self, clock: Clock) -> None:
-        """The host has waited for all of this: copies to its memory appear, and their sources were not to change.
+        """Note that the host has waited for this clock: copies to its memory appear, and sources of copies are checked.
 
-        Another thread that waits for some of the same goes on only when they have appeared.
+        Another thread that waits for some of the same operations continues only when their copies have appeared.
         """
         faults = []
         with LOCK:
@@ -78,7 +78,7 @@ _queues: weakref.WeakValueDictionary[int, Queue] = weakref.WeakValueDictionary()
 
 
 class Queue:
-    """Work in order: that of a stream, or of its stand-in while it is captured."""
+    """Ordered work: that of a stream, or of its stand-in during a capture."""
 
     def __init__(self) -> None:
         self.number = next(_numbers)
@@ -86,21 +86,21 @@ class Queue:
         self.names: deque[tuple[str, str]] = deque(maxlen=_KEPT)
         self.capture: Any = None
         self.stand_in: Queue | None = None
-        """On what its work is queued while it is captured."""
+        """The queue of its work during a capture."""
         _queues[self.number] = self
 
     @property
     def queue(self) -> Queue:
-        """On what its work is queued now."""
+        """The queue of its work now."""
         return self.stand_in or self
 
     @staticmethod
     def numbered(number: int) -> Queue:
-        """The queue of a number; one without names if it is no more."""
+        """The queue with a number; one without names if it no longer exists."""
         return _queues.get(number) or Queue()
 
     def begin(self, name: str) -> int:
-        """Queue an operation; its number."""
+        """Queue an operation; returns its number."""
         with LOCK:
             advance(self.clock, HOST.clock)
             tick = self.clock[self.number] = HOST.launched[self.number] = self.clock[self.number] + 1
@@ -108,7 +108,7 @@ class Queue:
             return tick
 
     def what(self, tick: int) -> str:
-        """What an operation was, and which line asked for it."""
+        """An operation's name, and the line that asked for it."""
         back = self.clock[self.number] - tick
         if not 0 <= back < len(self.names):
             return "something"

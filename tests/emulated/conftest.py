@@ -1,4 +1,4 @@
-"""The emulated card for the tests in this folder: taken out afterwards, so that other files of the process see none."""
+"""The emulated card for the tests in this folder: removed afterwards, so that other files of the process see none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import emulated
 
 @pytest.fixture(scope="module", autouse=True)
 def card() -> Iterator[None]:
-    """One card for a file's tests."""
+    """One card for the tests of a file."""
     if reason := emulated.missing():
         pytest.skip(reason)
     if emulated.installed():

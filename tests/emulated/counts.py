@@ -1,4 +1,4 @@
-"""What a program makes a card do, counted by kind and by the line of the project that asked for it."""
+"""Counts of a program's operations on a card, by kind and by the line of the project that asked for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from types import FrameType
 from typing import Literal, NamedTuple
 
 Kind = Literal["launch", "sync", "h2d", "d2h", "alloc", "replay"]
-"""A kernel is launched; the host waits; a copy from host to device, and one back; memory is taken; a graph runs."""
+"""A kernel launch; a wait of the host; a copy from host to device, and one back; an allocation; a graph replay."""
 
 _KIT = Path(__file__).parent
 _ROOT = _KIT.parents[1]
 
 
 class Entry(NamedTuple):
-    """What was counted together."""
+    """The key of a count."""
 
     kind: Kind
     name: str
@@ -35,10 +35,10 @@ class Counts:
         self.number: Counter[Entry] = Counter()
         self.bytes: Counter[Entry] = Counter()
         self.variants: Counter[tuple[str, object]] = Counter()
-        """Launches of Triton kernels by name and by what the compiler would make a variant of its own for."""
+        """Launches of Triton kernels by name and by properties for which the compiler makes variants."""
 
     def of(self, kind: Kind, name: str | None = None) -> int:
-        """How often something of this kind happened, or something of this name."""
+        """Number of operations of this kind, or of this kind and name."""
         return sum(n for entry, n in self.number.items() if entry.kind == kind and name in (None, entry.name))
 
     def bytes_of(self, kind: Kind) -> int:
@@ -46,7 +46,7 @@ class Counts:
         return sum(n for entry, n in self.bytes.items() if entry.kind == kind)
 
     def places(self, kind: Kind) -> Counter[str]:
-        """How often by file and line."""
+        """Numbers of operations by file and line."""
         found: Counter[str] = Counter()
         for entry, n in self.number.items():
             if entry.kind == kind:
@@ -54,7 +54,7 @@ class Counts:
         return found
 
     def table(self) -> str:
-        """All of it, to print: what happens most comes first."""
+        """All counts as text, the most frequent first."""
         rows = sorted(self.number.items(), key=lambda row: (row[0].kind, -row[1]))
         lines = (
             f"{entry.kind:7}{n:6}{self.bytes[entry]:12} B  {entry.name:32} {entry.place} [{entry.thread}]"
@@ -69,7 +69,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what all threads of this process do meanwhile."""
+    """Count operations of all threads of this process inside the ``with`` statement."""
     counts = Counts()
     with _lock:
         _active.append(counts)
@@ -81,7 +81,7 @@ def counting() -> Iterator[Counts]:
 
 
 def note(kind: Kind, name: str, nbytes: int = 0, variant: object = None) -> None:
-    """Count something in all counts that are being taken."""
+    """Count an operation in all active counts."""
     if not _active:
         return
     entry = Entry(kind, name, place(), threading.current_thread().name)
@@ -106,7 +106,7 @@ def place() -> str:
 
 @cache
 def _project_file(filename: str) -> str:
-    """Name of a file of the project in its folder; empty for others, and for the kit's own."""
+    """Path of a file within the project; empty for other files, and for those of the emulation itself."""
     path = Path(filename)
     if path.parent == _KIT and not path.name.startswith("test_"):
         return ""

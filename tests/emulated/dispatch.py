@@ -1,4 +1,4 @@
-"""How an operation on device tensors runs: it is checked, counted, queued, and done on the CPU tensors behind them."""
+"""How operations on device tensors run: checked, counted, queued, and executed on the CPU tensors behind them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emulated.work import Kernel, perform, stop, tensors
 
 
 def dispatch(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation at least one of whose tensors is on the device."""
+    """Run an operation that has at least one tensor on the device."""
     if func in _SPECIAL:
         return _SPECIAL[func](*args, **kwargs)
     known = signature(func)
@@ -64,7 +64,7 @@ def _held(value: Any) -> Any:
 
 
 def _wrapped(result: Any, given: list[Tensor], is_view: bool) -> Any:
-    """Results as device tensors: what was changed is the argument itself; a view is as plain as its base."""
+    """Results as device tensors: a changed argument is returned; a view is an inference tensor if its base is."""
     plain = is_view and torch.is_inference_mode_enabled() and not given[0].is_inference()
     with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
         return _device_tensors(result, given)
@@ -89,7 +89,7 @@ def _is_host(kwargs: dict[str, Any]) -> bool:
 
 
 def _same_device(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse tensors of the host, but for single numbers and for indices, which are copied."""
+    """Refuse host tensors, except for scalars, and for indices, which are copied."""
     if func in INDEXING and isinstance(args[0], CudaTensor):
         for index in args[1]:
             if index is not None and not isinstance(index, CudaTensor):
@@ -143,7 +143,7 @@ def _scalar(source: CudaTensor) -> Any:
 
 
 def _histc(source: CudaTensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
-    """CUDA counts integers, too, and needs no look at them where it is told their range."""
+    """CUDA also counts integers, and does not synchronize if the range is given."""
     if min == max:
         stop("histc")
     held = source.bytes
@@ -152,7 +152,7 @@ def _histc(source: CudaTensor, bins: int = 100, min: float = 0, max: float = 0) 
 
 
 def _softmax(source: CudaTensor, dim: int, half_to_float: bool) -> Tensor:
-    """CUDA reads halves and writes single precision at once, which the CPU does not."""
+    """CUDA can read half precision and write single precision in one kernel, which the CPU cannot."""
     held, dtype = source.bytes, torch.float32 if half_to_float else None
     return CudaTensor(perform(Kernel("_softmax", lambda: torch.softmax(held, dim, dtype=dtype), [held])))
 

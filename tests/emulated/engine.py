@@ -1,4 +1,4 @@
-"""The engine's tests on the card: with torch's kernels, because Triton's interpreter would take hours."""
+"""The kernel of the engine's tests on the card: torch's, because Triton's interpreter would take hours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def use_torch_kernels() -> None:
-    """Have pools on the card served by torch from now on, in this process; not with ``DISTKV_TEST_KERNEL=triton``."""
+    """Make torch serve pools on the card from now on in this process, unless ``DISTKV_TEST_KERNEL=triton``."""
     from distkv_dask.kernels import dispatch, triton_kernel
 
     if os.environ.get("DISTKV_TEST_KERNEL") != "triton":

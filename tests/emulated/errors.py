@@ -1,10 +1,10 @@
-"""What the emulated device raises beside what CUDA's torch would: a fault that a card would show as wrong numbers."""
+"""Errors of the emulated device that torch with CUDA does not raise: on a card these faults give wrong numbers."""
 
 from __future__ import annotations
 
 
 class RaceError(RuntimeError):
-    """Memory is used by two streams, or by a stream and the host, and nothing orders the two uses."""
+    """Two streams, or a stream and the host, use the same memory, and nothing orders the two uses."""
 
 
 class CaptureError(RuntimeError):
@@ -12,4 +12,4 @@ class CaptureError(RuntimeError):
 
 
 class StaleGraphError(RuntimeError):
-    """A graph is replayed, but memory or a number that was baked into it is no longer what it was."""
+    """A graph is replayed, but memory that it uses, or a number that was captured, is no longer the same."""

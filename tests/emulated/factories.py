@@ -25,10 +25,10 @@ _PINNED = (
 
 
 def register(library: torch.library.Library) -> None:
-    """Make the device's kernels of factory functions: what comes with a tensor of the device needs none."""
+    """Register the device's kernels of factory functions; functions that take a device tensor need none."""
     library.impl("empty.memory_format", _empty)
     library.impl("empty_strided", _empty_strided)
-    library.impl("copy_", copy)  # torch.tensor() copies past the tensors' own dispatch
+    library.impl("copy_", copy)  # torch.tensor() copies without the tensors' own dispatch
     for name in _FILLED:
         packet = getattr(torch.ops.aten, name)
         for overload in packet.overloads():
@@ -38,7 +38,7 @@ def register(library: torch.library.Library) -> None:
 
 
 def pinning() -> dict[str, Callable[..., Tensor]]:
-    """Factory functions of ``torch``, by name, that know what pinned memory is."""
+    """Factory functions of ``torch``, by name, that support pinned memory."""
     return {name: _pinning(getattr(torch, name)) for name in _PINNED}
 
 
@@ -55,7 +55,7 @@ def _pinning(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _room(numel: int, dtype: torch.dtype | None) -> torch.dtype:
-    """The type; fails before the host takes memory that the card would not have."""
+    """The dtype; raises before the host allocates memory that the card does not have."""
     dtype = dtype or torch.get_default_dtype()
     card().find_room(numel * dtype.itemsize, current_stream())
     return dtype

@@ -1,4 +1,4 @@
-"""CUDA graphs: what was captured is done again, in the same memory, if that is still there."""
+"""CUDA graphs: captured work is executed again, in the same memory, if that still exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emulated.shadow import Memory, Region
 from emulated.streams import DEFAULT, Stream, current_stream, synchronize
 
 Pool = tuple[int, int]
-"""Name of memory that graphs share, of which one may run at a time."""
+"""Handle of memory that graphs share, only one of which may run at a time."""
 
 _handles = itertools.count(1)
 _pools: weakref.WeakValueDictionary[Pool, Memory] = weakref.WeakValueDictionary()
@@ -25,12 +25,12 @@ _ALL = Region(0, (1,), (1,), 1)
 
 
 def graph_pool_handle() -> Pool:
-    """A new name for memory of graphs."""
+    """A new handle for memory of graphs."""
     return (0, next(_handles))
 
 
 class MemPool:
-    """Memory for graphs, like ``torch.cuda.MemPool``: it stays when none of them is left."""
+    """Memory for graphs, like ``torch.cuda.MemPool``: it remains when no graphs are left."""
 
     def __init__(self) -> None:
         self.id = graph_pool_handle()
@@ -48,7 +48,7 @@ class CUDAGraph:
         """Stands for the memory that graphs of the pool share."""
 
     def capture_begin(self, pool: Pool | None = None, capture_error_mode: Mode = "global") -> None:
-        """Begin to record what is given to the current stream."""
+        """Begin to record the work of the current stream."""
         stream = current_stream()
         if stream == DEFAULT:
             raise CaptureError("CUDA graphs must be captured on a non-default stream.")
@@ -68,12 +68,12 @@ class CUDAGraph:
         self._capture, self._captured = capture, True
 
     def replay(self) -> None:
-        """Do it again on the current stream, with what its memory holds now.
+        """Execute it again on the current stream, with the current contents of its memory.
 
         Raises
         ------
         StaleGraphError
-            Memory that it uses was freed or moved, or a number of the host that it was given has changed.
+            Memory that it uses was freed or moved, or a captured number in host memory has changed.
         """
         capture, stream = self._capture, current_stream()
         if capture is None or not self._captured:
@@ -92,16 +92,16 @@ class CUDAGraph:
                 raise
 
     def reset(self) -> None:
-        """Forget what was captured."""
+        """Discard the captured work."""
         self._capture, self._captured = None, False
 
     def pool(self) -> Pool:
-        """The name of its memory, for graphs that never run beside it."""
+        """The handle of its memory, for graphs that never run at the same time."""
         return self._pool
 
 
 class graph:
-    """``torch.cuda.graph(...)``: what a ``with`` statement does is captured."""
+    """``torch.cuda.graph(...)``: work inside the ``with`` statement is captured."""
 
     def __init__(
         self, cuda_graph: CUDAGraph, pool: Pool | None = None, stream: Stream | None = None,
@@ -129,7 +129,7 @@ class graph:
 
 
 def _check(capture: Capture) -> None:
-    """Look whether all is as it was baked in."""
+    """Check that memory and numbers are as they were captured."""
     for memory, what in capture.outside.values():
         if memory() is None:
             raise StaleGraphError(f"a graph uses memory that was freed or moved since it was captured: {what}")

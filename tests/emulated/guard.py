@@ -1,4 +1,4 @@
-"""The part of the device that C++ asks for: a guard, which knows the current device. Compiled once for each torch."""
+"""The part of the device that C++ needs: a guard, which knows the current device. Compiled once for each torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _compiler() -> list[str]:
 
 
 def missing() -> str:
-    """Why there can be no emulated device here; empty if there can be."""
+    """Why the emulated device cannot be used here; empty if it can."""
     if torch.backends.cuda.is_built():
         return "the emulated device takes the place of CUDA, but this torch was built with CUDA"
     if shutil.which(_compiler()[0]) is None:
@@ -35,7 +35,7 @@ def missing() -> str:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The compiled guard; the first process that wants it compiles it, which takes a few seconds."""
+    """The compiled guard; the first process that needs it compiles it, which takes a few seconds."""
     key = hashlib.sha256(f"{torch.__version__} {_compiler()}".encode() + _SOURCE.read_bytes()).hexdigest()[:16]
     library = _BUILD / f"guard-{key}.so"
     _BUILD.mkdir(parents=True, exist_ok=True)
@@ -51,5 +51,5 @@ def _library() -> ctypes.CDLL:
 
 
 def set_guard(on: bool) -> None:
-    """Let C++ find a CUDA device, or none, as torch without CUDA has it."""
+    """Let C++ find a CUDA device, or none, as in torch without CUDA."""
     _library().emulated_guard(ctypes.c_bool(on))

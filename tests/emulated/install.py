@@ -1,4 +1,4 @@
-"""Putting the emulated card into this process's torch, and taking it out again."""
+"""Install the emulated card in this process's torch, and remove it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _undo: list[Callable[[], None]] = []
 
 
 def install(memory: int = 256 << 20, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
-    """Have torch find one CUDA device that does not exist; nothing if it is there already.
+    """Make torch find one emulated CUDA device; does nothing if it is installed already.
 
-    Triton's kernels run in its interpreter, in which they have to have been defined: install before they are imported.
+    Triton's kernels run in its interpreter, for which they must be defined: install the card before they are imported.
 
     Parameters
     ----------
     memory
-        Bytes that this process can have of the card's memory.
+        Bytes of the card's memory that this process can use.
     processors
-        How many streaming multiprocessors it has.
+        Number of streaming multiprocessors.
     capability
         Its compute capability.
     """
@@ -54,7 +54,7 @@ def install(memory: int = 256 << 20, processors: int = 132, capability: tuple[in
             _replace(torch, name, function)
         _replace(torch.Tensor, "pin_memory", pinned.pin_memory)
         _replace(torch.Tensor, "is_pinned", pinned.is_pinned)
-        swap = torch.__future__.get_swap_module_params_on_conversion()  # else modules write to parameters' data
+        swap = torch.__future__.get_swap_module_params_on_conversion()  # otherwise modules write to parameters' data
         torch.__future__.set_swap_module_params_on_conversion(True)
         _undo.append(lambda: torch.__future__.set_swap_module_params_on_conversion(swap))
         _environment("TRITON_INTERPRET", "1")
@@ -63,7 +63,7 @@ def install(memory: int = 256 << 20, processors: int = 132, capability: tuple[in
 
 
 def uninstall() -> None:
-    """Restore torch as it was. Tensors of the device that are left are of no use any more."""
+    """Restore torch as it was. Remaining tensors of the device can no longer be used."""
     with _lock:
         while _undo:
             _undo.pop()()
@@ -72,7 +72,7 @@ def uninstall() -> None:
 
 
 def installed() -> bool:
-    """Whether the card is there."""
+    """Whether the card is installed."""
     return bool(_undo)
 
 

@@ -1,4 +1,4 @@
-"""The card: its memory, which tensors take and give back, and what it says of itself."""
+"""The card: its properties, and its memory, which tensors allocate and free."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from emulated.shadow import Memory
 from emulated.streams import current_stream
 
 _ROUND = 512
-"""An allocation is a multiple of so many bytes."""
+"""Allocations are multiples of this many bytes."""
 _SEGMENT = 2 << 20
-"""So many bytes, and multiples, are taken from the card at once."""
+"""Memory is reserved from the card in multiples of this many bytes."""
 _OTHERS = 5 << 28
-"""What other processes have of the card: transformers takes it that every card has more than 1.2 GiB."""
+"""Bytes that other processes use: transformers assumes that every card has more than 1.2 GiB."""
 
 
 class Card:
-    """Figures of the one card, and bytes of its memory that are in use."""
+    """Properties of the card, and bytes of its memory in use."""
 
     def __init__(self, memory: int, processors: int, capability: tuple[int, int]) -> None:
         self.total = memory + _OTHERS
         self.ours = memory
-        """Bytes that this process can have."""
+        """Bytes that this process can use."""
         major, minor = capability
         self.properties = types.SimpleNamespace(
             name="Emulated GPU", total_memory=self.total, multi_processor_count=processors, major=major, minor=minor,
@@ -39,17 +39,17 @@ class Card:
         )  # fmt: skip
         self.allocated = self.peak = self.reserved = self.peak_reserved = 0
         self.freed: list[tuple[int, int, Clock]] = []
-        """Memory that was freed while other streams might use it: bytes, the stream to which it returned, its uses."""
+        """Memory that was freed while other streams might use it: bytes, the stream that may reuse it, and its uses."""
 
     def find_room(self, nbytes: int, stream: Queue) -> None:
-        """Look whether there is memory for a stream.
+        """Check that there is memory for a stream.
 
         Raises
         ------
         torch.OutOfMemoryError
-            The card has no more.
+            The card has not enough free memory.
         RaceError
-            Memory that the stream's allocator may give out is still used by another stream.
+            Memory that the stream's allocator may reuse is still used by another stream.
         """
         with LOCK:
             if stream.capture is None:
@@ -62,7 +62,7 @@ class Card:
                 )
 
     def take(self, nbytes: int, stream: Queue) -> None:
-        """Take memory for a stream; fails as :meth:`find_room` does."""
+        """Allocate memory for a stream; raises as :meth:`find_room` does."""
         with LOCK:
             self.find_room(nbytes, stream)
             self.allocated += nbytes
@@ -76,13 +76,13 @@ class Card:
             self.allocated -= nbytes
 
     def empty_cache(self) -> None:
-        """Return to the card what nobody uses."""
+        """Return unused memory to the card."""
         with LOCK:
             self.reserved = -(-self.allocated // _SEGMENT) * _SEGMENT
             self.freed.clear()
 
     def _reuse(self, nbytes: int, stream: Queue) -> None:
-        """Look whether what the allocator may give to the stream is free for it."""
+        """Check that memory which the allocator may give to the stream is no longer used by others."""
         clock = dict(stream.clock)
         advance(clock, HOST.clock)
         self.freed = [one for one in self.freed if one[1] != stream.number or _after(one[2], clock)]
@@ -101,7 +101,7 @@ def _after(uses: Clock, clock: Clock) -> bool:
 
 
 class DeviceMemory(Memory):
-    """Memory of the card that a storage has."""
+    """A storage's memory on the card."""
 
     def __init__(self, card: Card, nbytes: int) -> None:
         size = -(-nbytes // _ROUND) * _ROUND
@@ -110,14 +110,14 @@ class DeviceMemory(Memory):
         super().__init__(nbytes)
         self._size, self._card = size, card
         self.graph: Any = self._stream.capture
-        """The capture in which it was taken, if in one: it is a graph's own then."""
+        """The capture in which it was allocated, if any: it then belongs to a graph."""
         self.recorded: set[int] = set()
-        """Streams that were recorded: the memory is given out again only behind them."""
+        """Streams that were recorded: the memory is reused only after their work."""
         note("alloc", "memory", size)
 
     def __del__(self) -> None:
         if not hasattr(self, "recorded"):
-            return  # there was no memory
+            return  # the allocation failed
         self._card.give_back(self._size)
         uses = {by: at for by, at in self.last.items() if by != self._stream.number and by not in self.recorded}
         if uses and self.graph is None:
@@ -128,17 +128,17 @@ _slot: list[Card] = []
 
 
 def card() -> Card:
-    """The card that is there."""
+    """The installed card."""
     return _slot[0]
 
 
 def plug(new: Card | None) -> None:
-    """Put a card in, or take it out."""
+    """Install a card, or remove it."""
     _slot[:] = [] if new is None else [new]
 
 
 def memory_of(held: Tensor) -> DeviceMemory:
-    """The card's memory of a CPU tensor's storage: what it has, or else as much as it needs."""
+    """The card's memory for a CPU tensor's storage, which is allocated if there is none."""
     memory = known_memory(held)
     if memory is None:
         storage = held.untyped_storage()
@@ -150,6 +150,6 @@ def memory_of(held: Tensor) -> DeviceMemory:
 
 
 def known_memory(held: Tensor) -> DeviceMemory | None:
-    """The card's memory of a CPU tensor's storage; None if it has none, or no more."""
+    """The card's memory for a CPU tensor's storage; None if there is none, or it was freed."""
     known = getattr(held.untyped_storage(), "emulated", None)
     return None if known is None else known()

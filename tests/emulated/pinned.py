@@ -1,4 +1,4 @@
-"""Pinned host memory: the card copies from and to it while the host goes on."""
+"""Pinned host memory: the card copies from and to it while the host continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emulated.shadow import Memory
 
 
 class PinnedMemory(Memory):
-    """A piece of it."""
+    """A piece of pinned memory."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         super().__init__(nbytes)
@@ -22,11 +22,11 @@ class PinnedMemory(Memory):
 
 
 _pieces: list[PinnedMemory] = []
-"""All that there is, by address."""
+"""All pieces, by address."""
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Declare the memory of a host tensor pinned, which it stays as long as it lives."""
+    """Mark the memory of a host tensor as pinned for as long as it exists."""
     storage = tensor.untyped_storage()
     if storage.nbytes() and not is_pinned(tensor):
         piece = PinnedMemory(storage.data_ptr(), storage.nbytes())
@@ -37,7 +37,7 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def pinned_memory(tensor: Tensor) -> PinnedMemory | None:
-    """The pinned memory in which a host tensor lies, also one that was made from NumPy's view of it; None if none."""
+    """The pinned memory that contains a host tensor, including tensors made from NumPy views of it, or None."""
     address = tensor.data_ptr()
     with LOCK:
         at = bisect_right(_pieces, address, key=_address) - 1
@@ -46,7 +46,7 @@ def pinned_memory(tensor: Tensor) -> PinnedMemory | None:
 
 
 def is_pinned(tensor: Tensor, device: Any = None) -> bool:
-    """Whether a tensor lies in pinned memory."""
+    """Whether a tensor is in pinned memory."""
     return tensor.device.type == "cpu" and tensor.numel() > 0 and pinned_memory(tensor) is not None
 
 

@@ -1,6 +1,6 @@
-"""Preload of Dask workers: theirs is the emulated card, too. Importing it does nothing (pytest looks for doctests).
+"""Preload of Dask workers that installs the emulated card. Importing it does nothing (pytest looks for doctests).
 
-A worker from which all cards are hidden gets none, as with real ones.
+As with real cards, a worker from which all cards are hidden gets none.
 """
 
 import os

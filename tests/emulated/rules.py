@@ -1,4 +1,4 @@
-"""What is special about operations: which stop the host, which are no kernels, which use only some rows of a tensor."""
+"""Properties of operations: which make the host wait, which launch no kernel, which use only some rows of a tensor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from emulated.shadow import Region
 aten = torch.ops.aten
 
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-"""These take indices from the host, too: they copy them, and wait for that."""
+"""These also take indices from the host: they copy them, and wait for the copy."""
 
 _STOPS = {
     "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique2",
     "unique_dim_consecutive", "equal", "bincount",
 }  # fmt: skip
-"""The size or value of their result is read from the device."""
+"""Operations that read the size or value of their result from the device."""
 
 _NO_KERNELS = {
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh",
@@ -30,17 +30,17 @@ _NO_KERNELS = {
 
 
 class Signature(NamedTuple):
-    """What the schema of an operation says of it."""
+    """Properties of an operation from its schema."""
 
     name: str
     names: tuple[str, ...]
-    """Of its arguments."""
+    """Names of its arguments."""
     written: frozenset[str]
     """Arguments that it changes."""
     is_view: bool
     launches: bool
     composed: bool
-    """Whether it is made of others."""
+    """Whether it is composed of other operations."""
 
 
 @cache
@@ -56,7 +56,7 @@ def signature(func: torch._ops.OpOverload) -> Signature:
 
 
 def stops(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
-    """Whether an operation has the host wait for its result."""
+    """Whether an operation makes the host wait for its result."""
     if func in INDEXING:
         masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
         filled = func is not aten.index.Tensor and len(args[1]) == 1 and args[2].numel() == 1
@@ -67,7 +67,7 @@ def stops(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
 
 
 def regions(func: torch._ops.OpOverload, args: Sequence[Any]) -> dict[int, Region]:
-    """What an operation on host tensors uses of these, by ``id``, where that is known to be some rows only."""
+    """Regions of the tensors that an operation uses, by ``id``, for those of which it uses only some rows."""
     if func in INDEXING:
         return {id(args[0]): _indexed(args[0], list(args[1]))}
     if signature(func).name in ("index_select", "index_copy_", "index_add_", "index_fill_"):
@@ -79,7 +79,7 @@ def regions(func: torch._ops.OpOverload, args: Sequence[Any]) -> dict[int, Regio
 
 
 def _indexed(held: Tensor, indices: list[Tensor | None]) -> Region:
-    """What an index takes: tensors of row numbers (or a mask) for the first dimensions, None for all of a dimension."""
+    """The region that indices select: row numbers (or a mask) by dimension, None for all of a dimension."""
     rows: Any = np.zeros(1, np.int64)
     taken = []
     for dim, index in enumerate(indices):

@@ -1,4 +1,4 @@
-"""Who has used which bytes of a memory, and whether another stream may use them now."""
+"""Records of which streams have used which bytes of a memory, and whether another stream may use them now."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from emulated.clocks import LOCK, Clock, Queue
 from emulated.errors import RaceError
 
 GRANULE = 64
-"""Bytes that are remembered together."""
+"""Bytes that are recorded together."""
 
 _LOG = 256
-"""Uses by the only stream that are kept as they are before they are entered granule by granule."""
+"""Maximum uses by a single stream that are kept as they are before they are recorded by granule."""
 
 Granules = slice | np.ndarray
-"""Numbers of granules of a memory."""
+"""Indices of granules in a memory."""
 
 
 class Region(NamedTuple):
@@ -37,7 +37,7 @@ class Region(NamedTuple):
         return cls(tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.element_size())
 
     def granules(self) -> Granules:
-        """What it covers."""
+        """The granules that it covers."""
         if 0 in self.sizes or (self.rows is not None and not len(self.rows)):
             return slice(0, 0)
         run, outer = _run(self.sizes, self.strides)
@@ -49,7 +49,7 @@ class Region(NamedTuple):
 
 
 def _run(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
-    """Elements that lie together, and sizes and strides by which such runs repeat."""
+    """Number of contiguous elements, and sizes and strides by which such runs repeat."""
     run, outer = 1, []
     for size, stride in sorted(zip(sizes, strides, strict=True), key=lambda dim: dim[1]):
         if size == 1 or stride == 0:
@@ -62,7 +62,7 @@ def _run(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, list[tu
 
 
 def bytes_at(starts: np.ndarray, size: int) -> Granules:
-    """Granules of pieces of so many bytes that begin at these bytes, int64 [n]."""
+    """Granules of pieces of ``size`` bytes that begin at these bytes, int64 [n]."""
     first, last = starts // GRANULE, (starts + size - 1) // GRANULE
     if len(starts) == 1:
         return slice(int(first[0]), int(last[0]) + 1)
@@ -79,18 +79,18 @@ class Memory:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.last: Clock = {}
-        """The last use of any of it by each stream."""
+        """The last use of any part of it by each stream."""
         self._log: list[tuple[Region, bool, int]] = []
         self._uses: dict[bool, dict[int, np.ndarray]] = {False: {}, True: {}}
         """Written or read -> stream -> its last such operation on each granule, int64."""
 
     def use(self, where: Region | Granules, write: bool, stream: Queue, tick: int) -> None:
-        """An operation of a stream reads or writes bytes.
+        """Record that an operation of a stream reads or writes bytes.
 
         Raises
         ------
         RaceError
-            Another stream uses them, too, at least one of the two writes, and nothing orders them.
+            Another stream uses them, too; at least one of the two writes, and nothing orders them.
         """
         with LOCK:
             if self.last.keys() <= {stream.number} and isinstance(where, Region):

@@ -1,4 +1,4 @@
-"""Streams and events of the card, as ``torch.cuda`` has them."""
+"""Streams and events of the card, as in ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Stream(Queue):
         _entered().pop()
 
     def synchronize(self) -> None:
-        """Have the host wait for all that is queued."""
+        """Make the host wait for all queued work."""
         FAULTS.call()
         permit_stop("stream.synchronize", self)
         note("sync", "stream.synchronize")
         HOST.waits(self.clock)
 
     def query(self) -> bool:
-        """Whether all that is queued is done: not when asked for the first time, unless the host has waited for it."""
+        """Whether all queued work is done; the first call says no, unless the host has waited for the work."""
         FAULTS.call()
         permit_stop("stream.query", self)
         queued = self.clock[self.number]
@@ -75,11 +75,11 @@ class Stream(Queue):
         return True
 
     def wait_event(self, event: Event) -> None:
-        """Do nothing further before the event."""
+        """Wait for the event before further work."""
         event.wait(self)
 
     def wait_stream(self, stream: Stream) -> None:
-        """Do nothing further before all that the other has queued."""
+        """Wait for all queued work of the other stream before further work."""
         self.wait_event(stream.record_event())
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -102,7 +102,7 @@ class Event:
         self._capture: Any = None
 
     def record(self, stream: Stream | None = None) -> None:
-        """Place it behind all that is queued; the time is the host's, by whom everything is done at once."""
+        """Record it after all queued work; its time is the host's, because all work is executed at once."""
         stream = current_stream() if stream is None else stream
         with LOCK:
             self._clock = dict(stream.queue.clock)
@@ -111,7 +111,7 @@ class Event:
         self._asked = False
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Have a stream do nothing further before the event; nothing if it was never recorded."""
+        """Make a stream wait for the event before further work; no effect if it was never recorded."""
         stream = current_stream() if stream is None else stream
         if self._clock:
             order_events(stream, self._capture)
@@ -119,7 +119,7 @@ class Event:
             advance(stream.queue.clock, self._clock)
 
     def query(self) -> bool:
-        """Whether it has happened: not when asked for the first time, unless the host has waited for it."""
+        """Whether it has happened; the first call says no, unless the host has waited for it."""
         self._permit("event.query")
         if not self._done() and not self._asked:
             self._asked = True
@@ -128,7 +128,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        """Have the host wait for it."""
+        """Make the host wait for it."""
         self._permit("event.synchronize")
         note("sync", "event.synchronize")
         HOST.waits(self._clock)
@@ -169,13 +169,13 @@ def current_stream(device: Any = None) -> Stream:
 
 
 def set_stream(stream: Stream | None) -> None:
-    """Have the calling thread queue its work there from now on."""
+    """Make the calling thread queue its work on this stream from now on."""
     if stream is not None:
         _entered()[-1] = stream
 
 
 def synchronize(device: Any = None) -> None:
-    """Have the host wait for all streams."""
+    """Make the host wait for all streams."""
     FAULTS.call()
     permit_stop("cuda.synchronize", None)
     note("sync", "cuda.synchronize")
@@ -183,7 +183,7 @@ def synchronize(device: Any = None) -> None:
 
 
 class StreamContext:
-    """``torch.cuda.stream(...)``: the calling thread queues its work there meanwhile; None changes nothing."""
+    """``torch.cuda.stream(...)``: the calling thread queues its work there inside the ``with``; None has no effect."""
 
     def __init__(self, stream: Stream | None) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""A tensor that says ``cuda:0``: its bytes lie in a CPU tensor, which only the emulated device may touch."""
+"""A tensor that reports ``cuda:0``: its bytes are in a CPU tensor, which only the emulated device may use."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from emulated.memory import DeviceMemory, memory_of
 from emulated.streams import Stream
 
 _CARD = 1 << 62
-"""Added to addresses, which no process has then."""
+"""Added to addresses, so that they are invalid in any process."""
 _TO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first."
 
 
 class CudaTensor(Tensor):
-    """A tensor on the card. Operations on it come to :func:`emulated.dispatch.dispatch`.
+    """A tensor on the card, whose operations run through :func:`emulated.dispatch.dispatch`.
 
     Attributes
     ----------
     bytes
-        The CPU tensor [like this one] that holds its elements: views share storages as the device's tensors do.
+        The CPU tensor of the same shape that holds its elements; views share storages, as on a device.
     memory
-        What the storage takes of the card's memory, which is freed with the last tensor in it.
+        The storage's memory on the card, which is freed with the last tensor in it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -52,17 +52,17 @@ class CudaTensor(Tensor):
         return dispatch(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """Parts of the wrapper: because of it, modules swap such parameters instead of writing to their ``data``."""
+        """Parts of the wrapper; with this method, modules swap such parameters instead of writing to their ``data``."""
         return ["bytes"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> CudaTensor:
-        """The tensor of such parts."""
+        """The tensor with these parts."""
         return CudaTensor(inner["bytes"])
 
     @property
     def data(self) -> Tensor:
-        """The tensor without its gradient; setting it takes the other one's elements, too."""
+        """The tensor without its gradient; setting it also takes over the other tensor's elements."""
         return self.detach()
 
     @data.setter
@@ -71,7 +71,7 @@ class CudaTensor(Tensor):
         self.bytes, self.memory = other.bytes, other.memory
 
     def data_ptr(self) -> int:
-        """An address like a card's: it tells tensors apart, and the host cannot read what is there."""
+        """An address like a card's: different for each tensor, and not readable by the host."""
         return self.bytes.data_ptr() | _CARD
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -90,7 +90,7 @@ class CudaTensor(Tensor):
         raise AttributeError("the emulated device's tensors cannot be given to other libraries")
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """The storage, to tell whether two tensors share one."""
+        """The storage, for comparisons of whether two tensors share one."""
         return self.bytes.untyped_storage()
 
     def tolist(self) -> Any:
@@ -103,7 +103,7 @@ class CudaTensor(Tensor):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
     def record_stream(self, stream: Stream) -> None:
-        """Keep the memory, once it is freed, until the stream has done what is queued now."""
+        """Keep the memory, once it is freed, until the stream has done its queued work."""
         self.memory.recorded.add(stream.number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

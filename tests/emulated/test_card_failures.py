@@ -1,4 +1,4 @@
-"""What a card's failures mean for the worker: some pass, others end it."""
+"""How a card's failures affect the worker: some are temporary, others end it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card's memory: what tensors take, what they give back, and that there is no more than the card has."""
+"""The card's memory: what tensors allocate and free, and that the card's size is a limit."""
 
 from __future__ import annotations
 

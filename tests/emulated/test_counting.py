@@ -1,4 +1,4 @@
-"""Launches, stops, copies and allocations are counted right, in all threads, with the line that asked for them."""
+"""Launches, waits, copies and allocations of all threads are counted correctly, with the line that asked for them."""
 
 from __future__ import annotations
 

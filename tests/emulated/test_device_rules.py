@@ -1,4 +1,4 @@
-"""What a card refuses, the emulated one refuses; what it computes is what the host computes."""
+"""The emulated card refuses what a real one refuses, and computes what the host computes."""
 
 from __future__ import annotations
 

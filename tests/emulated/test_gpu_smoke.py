@@ -1,4 +1,4 @@
-"""The script that is run first where there is a card works: all its stages, on the card that does not exist."""
+"""The script that is run first on a real card works: all its stages run on the emulated card."""
 
 from __future__ import annotations
 

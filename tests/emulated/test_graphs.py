@@ -1,4 +1,4 @@
-"""Graphs: a capture does nothing and refuses what a card refuses; a replay does all of it, or says why it cannot."""
+"""Graphs: a capture changes nothing and refuses what a card refuses; a replay does everything or says why it cannot."""
 
 from __future__ import annotations
 

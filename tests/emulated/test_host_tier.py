@@ -1,4 +1,4 @@
-"""Blocks of a card in pinned host memory, and on to the disk: they come back as they were, by queued copies alone."""
+"""Blocks of a card that move to pinned host memory and to disk return unchanged, through queued copies only."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_what_is_spilled_to_host_memory_is_read_from_where_it_is(
     assert np.array_equal(blocks(pool, pool.find(1, [(0, 26)])), before)
     assert np.array_equal(rows, before[3:6])
     wanted = sorted(one.name for one in spilled) if demoted else []
-    deadline = time.monotonic() + 10.0  # it is written meanwhile
+    deadline = time.monotonic() + 10.0  # the file is being written
     while (
         written := sorted(one.name for one in (tmp_path / "own").glob("*"))
     ) != wanted and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The card is put into a process and taken out again, and torch is as it was; workers get it by their preload."""
+"""The card is installed in a process and removed, and torch is as before; workers get it through their preload."""
 
 from __future__ import annotations
 

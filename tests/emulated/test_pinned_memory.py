@@ -1,4 +1,4 @@
-"""Copies from and to pinned memory are queued: the host sees them, and has its buffers again, once it has waited."""
+"""Copies from and to pinned memory are queued: the host sees them, and may reuse its buffers, once it has waited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that two streams use: without an order between the uses it raises, with one it does not."""
+"""Memory that two streams use raises an error if nothing orders the uses, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that need the card in the whole process run in one of their own: no other test's process has seen one."""
+"""Tests that need the card from the start of a process run in a separate one, so that other tests see no card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTS = Path(__file__).with_name("whole_process")
 @pytest.mark.skipif(os.environ.get("DISTKV_TEST_DEVICE") == "emulated", reason="they run by themselves then")
 @pytest.mark.parametrize("part", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
 def test_in_a_process_of_their_own(part: str) -> None:
-    """One process for all files: starting another, and a server that forks its workers, takes 15 s of a core."""
+    """One process for all files, because another one, with a server that forks workers, takes 15 s of a core."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider", "-m", part, str(TESTS)],
         cwd=ROOT, env={**os.environ, "DISTKV_TEST_DEVICE": "emulated"}, capture_output=True, text=True,

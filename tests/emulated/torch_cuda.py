@@ -1,4 +1,4 @@
-"""What ``torch.cuda`` answers while the card is there."""
+"""Functions of ``torch.cuda`` while the card is installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def functions(card: Card) -> dict[str, Any]:
 
 
 def _index(device: Device) -> int:
-    """The number of a device: there is only card 0."""
+    """The number of a device; there is only card 0."""
     index = device if isinstance(device, int) else torch.device("cuda" if device is None else device).index or 0
     if index > 0:
         raise RuntimeError("CUDA error: invalid device ordinal")
@@ -60,7 +60,7 @@ def _device(card: Card) -> dict[str, Callable[..., Any]]:
 
 
 class _DeviceContext:
-    """``torch.cuda.device(...)``: there is nothing to switch to."""
+    """``torch.cuda.device(...)``, which has no other device to switch to."""
 
     def __init__(self, device: Device) -> None:
         _index(device)

@@ -1,4 +1,4 @@
-"""Copies between host and device, as torch does them: what waits, what the host sees, and when."""
+"""Copies between host and device as in torch: which of them wait, and when the host sees their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emulated.work import Kernel, Work, perform, stop, use
 
 _POISON = 0xA5
 _POISON_FLOAT = 0xFF
-"""NaN in all floating-point types."""
+"""Bytes that are NaN in all floating-point types."""
 
 
 def to_device(target: Tensor, source: Tensor, non_blocking: bool) -> None:
@@ -56,7 +56,7 @@ def to_host(target: Tensor, source: Tensor, non_blocking: bool) -> None:
 
 
 class _Borrowed:
-    """A host tensor whose memory a graph uses, but does not keep."""
+    """A host tensor whose memory a graph uses, but does not keep alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._storage = weakref.ref(tensor.untyped_storage())
@@ -106,7 +106,7 @@ class Upload(Copy):
 
 
 class Download(Copy):
-    """A copy to the host; it is the caller that fills memory which is not pinned."""
+    """A copy to the host; the caller fills memory that is not pinned."""
 
     kind = "d2h"
 
@@ -120,21 +120,21 @@ class Download(Copy):
 
 @dataclass
 class _Arrival(Effect):
-    """A copy to pinned memory, which holds a pattern of no meaning until the host has waited for it."""
+    """A copy to pinned memory, which holds a meaningless pattern until the host has waited for the copy."""
 
     target: Tensor
     memory: PinnedMemory
     sent: Tensor
 
     def happen(self) -> None:
-        """The host sees what was copied."""
+        """Let the host see the copy."""
         with torch.inference_mode():
             self.target.copy_(self.sent)
 
 
 @dataclass
 class _Departure(Effect):
-    """A copy from pinned memory, which must not change before the host has waited for it."""
+    """A copy from pinned memory, which must not change before the host has waited for the copy."""
 
     source: Tensor
     memory: PinnedMemory
@@ -142,11 +142,11 @@ class _Departure(Effect):
     what: str
 
     def happen(self) -> None:
-        """The source is the host's again: whether it has changed too early is seen now."""
+        """Check that the source has not changed; the host may use it again."""
         self.compare(self.source)
 
     def compare(self, source: Tensor) -> None:
-        """Fail if the source, as the card would see it, is not what was sent."""
+        """Raise if the source, as the card would see it, differs from what was sent."""
         if not torch.equal(_octets(source), _octets(self.sent)):
             raise RaceError(
                 f"the host has changed pinned memory before the copy from it was done ({self.what}): wait for an event "
@@ -155,7 +155,7 @@ class _Departure(Effect):
 
 
 def _depart(source: Tensor, memory: PinnedMemory, stream: Queue, tick: int) -> Tensor:
-    """Queue a copy from pinned memory; what it copies."""
+    """Queue a copy from pinned memory; returns the copied values."""
     with LOCK:
         memory.use(_region(memory, source), False, stream, tick)
         sent = _as_queued(source, memory)
@@ -168,14 +168,14 @@ def _arrive(target: Tensor, memory: PinnedMemory, sent: Tensor, stream: Queue, t
     with LOCK, torch.inference_mode():
         memory.use(_region(memory, target), True, stream, tick)
         for effect in [one for one in HOST.effects if isinstance(one, _Departure) and one.memory is memory]:
-            effect.compare(_as_queued(effect.source, memory))  # from now on it is the card that changes it
+            effect.compare(_as_queued(effect.source, memory))  # from here on the card changes it
             HOST.effects.remove(effect)
         _octets(target).fill_(_POISON_FLOAT if target.is_floating_point() else _POISON)
         HOST.effects.append(_Arrival(stream.number, tick, target, memory, sent.clone()))
 
 
 def _as_queued(source: Tensor, memory: PinnedMemory) -> Tensor:
-    """What pinned memory holds for the card, for which what is queued has arrived there."""
+    """Contents of pinned memory as the card sees it, after the queued copies to it."""
     arrivals = [one for one in HOST.effects if isinstance(one, _Arrival) and one.memory is memory]
     before = [one.target.clone() for one in arrivals]
     for one in arrivals:
@@ -188,7 +188,7 @@ def _as_queued(source: Tensor, memory: PinnedMemory) -> Tensor:
 
 
 def _region(memory: PinnedMemory, tensor: Tensor) -> Region:
-    """Where a contiguous host tensor lies in pinned memory."""
+    """The region of a contiguous host tensor in pinned memory."""
     return Region(tensor.data_ptr() - memory.address, (tensor.nbytes,), (1,), 1)
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels on the emulated device: its interpreter runs them, one at a time, and every address is checked."""
+"""Triton's kernels on the emulated device: Triton's interpreter runs one at a time, and every address is checked."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from emulated.work import Work, perform
 _ONE = threading.Lock()
 """The interpreter replaces functions of ``triton.language`` while a kernel runs."""
 _running: list[Launch] = []
-"""The launch that runs."""
+"""The running launch."""
 
 
 class Launch(Work):
-    """A kernel with its arguments: memory that it was given, and what it uses of that."""
+    """A kernel with its arguments: memory that it was given, and the parts that it uses."""
 
     def __init__(self, name: str, run: Callable[[], None], given: list[Tensor]) -> None:
         super().__init__(name)
@@ -38,11 +38,11 @@ class Launch(Work):
         return self._given
 
     def written(self) -> Iterable[Tensor]:
-        """All of them: which it changes is seen only when it runs."""
+        """All arguments, because those that it changes are known only when it runs."""
         return self._given
 
     def do(self, stream: Queue, tick: int) -> None:
-        """Run it, and look afterwards whether it could have run with what it has used."""
+        """Run it, and check afterwards that it was allowed to use the memory that it has used."""
         self._used.clear()
         with _ONE:
             _running.append(self)
@@ -57,7 +57,7 @@ class Launch(Work):
                 memory.use(np.flatnonzero(used), write, stream, tick)
 
     def touch(self, pointers: Any, mask: Any, write: bool) -> None:
-        """Elements are loaded or stored: all, or those where the mask is true."""
+        """Record that elements are loaded or stored: all, or those where the mask is true."""
         data = pointers.data if mask is None else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         addresses = data.astype(np.int64).ravel()
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -74,7 +74,7 @@ class Launch(Work):
 
 
 def replacements() -> list[tuple[Any, str, Any]]:
-    """What to replace in Triton: owner, name, value. Nothing where there is no Triton."""
+    """Replacements in Triton (owner, name, value); none if Triton is not installed."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -135,7 +135,7 @@ def _atomic(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wide_dot(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The interpreter multiplies the bits of bfloat16 as integers; here they are multiplied in float32."""
+    """Multiply bfloat16 in float32, because the interpreter multiplies its bits as integers."""
     from triton import language as tl
 
     def dot(builder: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
@@ -146,7 +146,7 @@ def _wide_dot(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wide_cast(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The interpreter converts bfloat16 from and to float32 only; here others go through that."""
+    """Convert bfloat16 through float32, because the interpreter supports no other conversions."""
     from triton import language as tl
 
     def cast(builder: Any, source: Any, target: Any) -> Any:
@@ -159,7 +159,7 @@ def _wide_cast(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _variant(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """For what the compiler would make a variant of its own: constants, types, what is 1 or divisible by 16."""
+    """Properties for which the compiler makes separate variants: constants, types, values of 1, multiples of 16."""
     given = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
     plain = set(function.kwargs.get("do_not_specialize") or ())
     hints = inspect.get_annotations(function.fn)

@@ -1,4 +1,4 @@
-"""What is queued on a stream: every kernel and copy, done at once, and recorded where the stream is being captured."""
+"""Work of a stream: kernels and copies, which are executed at once, and recorded if the stream is being captured."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from emulated.streams import current_stream
 
 
 class Work:
-    """Something for the card to do, once or, in a graph, again and again.
+    """Work for the card, executed once or, in a graph, repeatedly.
 
-    It holds host tensors with the bytes of device tensors, but not these: their memory may be freed meanwhile.
+    It holds host tensors with the bytes of device tensors, but not the device tensors: their memory may be freed.
     """
 
     kind: Kind = "launch"
@@ -30,35 +30,35 @@ class Work:
     def __init__(self, name: str) -> None:
         self.name = name
         self.numbers: list[Tensor] = []
-        """Single numbers in host memory that are among its arguments."""
+        """Scalars in host memory among its arguments."""
         self.fresh: list[DeviceMemory] = []
-        """Memory of what it has made, until tensors have it."""
+        """Memory of its results, until tensors hold it."""
 
     def given(self) -> Iterable[Tensor]:
         """Host tensors with the bytes of the device tensors that it uses."""
         raise NotImplementedError
 
     def written(self) -> Iterable[Tensor]:
-        """Those of them that it changes."""
+        """Those of the given tensors that it changes."""
         return []
 
     def memories(self) -> list[DeviceMemory]:
-        """The card's memory in which these lie."""
+        """The card's memory that contains the given tensors."""
         found = (known_memory(held) for held in self.given())
         return [memory for memory in found if memory is not None]
 
     def do(self, stream: Queue, tick: int) -> Any:
-        """Do it as an operation of a stream; what it makes.
+        """Execute it as an operation of a stream; returns its results.
 
         Raises
         ------
         RaceError
-            It uses bytes that another stream uses, too, and nothing orders them.
+            It uses bytes that another stream uses, too, and nothing orders the uses.
         """
         raise NotImplementedError
 
     def repeat(self, stream: Queue, tick: int) -> None:
-        """Do it again; what it makes comes to where it was before."""
+        """Execute it again; results are written to the same memory as before."""
         self.do(stream, tick)
 
 
@@ -68,15 +68,16 @@ class Kernel(Work):
     Parameters
     ----------
     name
-        What it is called.
+        Name of the operation.
     run
-        Does it on the host tensors.
+        Executes it on the host tensors.
     given
-        These.
+        The host tensors.
     written
         Those of them that it changes.
     regions
-        What it uses of them, by ``id``, where that is not all; asked each time, as indices change.
+        Returns the regions that it uses, by ``id``, of tensors that it does not use entirely; called each time, because
+        indices change.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Kernel(Work):
 
 
 def perform(work: Work) -> Any:
-    """Queue work on the current stream; what it makes."""
+    """Queue work on the current stream; returns its results."""
     FAULTS.queued()
     note(work.kind, work.name, work.nbytes, work.variant)
     stream = current_stream().queue
@@ -133,7 +134,7 @@ def perform(work: Work) -> Any:
 
 
 def stop(name: str, stream: Queue | None = None) -> None:
-    """Have the host wait for a stream, by default the current one."""
+    """Make the host wait for a stream, by default the current one."""
     FAULTS.call()
     stream = stream or current_stream()
     permit_stop(name, stream)
@@ -142,7 +143,7 @@ def stop(name: str, stream: Queue | None = None) -> None:
 
 
 def use(held: Tensor, write: bool, stream: Queue, tick: int, where: Region | None = None) -> None:
-    """A stream uses the bytes of a device tensor; nothing if their memory is a graph's own by now."""
+    """Record that a stream uses the bytes of a device tensor; no effect if the memory belongs to a graph by now."""
     memory = known_memory(held)
     if memory is not None:
         memory.use(where or Region.of(held), write, stream, tick)

@@ -1,4 +1,4 @@
-"""On a real GPU, the Triton kernels (and torch's operations) give the float64 answer on every case of the contract."""
+"""On a real GPU, the Triton kernels (and torch's operations) give the float64 answer for every case of the contract."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 SOME = CASES if torch.cuda.is_available() else CASES[:1]
-"""Hundreds of skipped tests would say no more than one."""
+"""One skipped case is enough without a GPU, instead of hundreds."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,4 @@
-"""CUDA tensors, bfloat16 included, cross Dask's comms: without a copy where it takes GPU memory, else over the host."""
+"""CUDA tensors, bfloat16 too, cross Dask's comms: without a copy if the comm takes GPU memory, or over the host."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Case:
         return (1,) * len(self.lengths) if self.queries is None else self.queries
 
     def window(self, row: int) -> int:
-        """First token of a row that one of its queries sees."""
+        """First token of a row that any of its queries sees."""
         length, count, before = self.lengths[row], self.counts[row], sum(self.counts[:row])
         if self.first_keys is None:
             return 0
@@ -176,7 +176,7 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """The case with this name."""
     return next(case for case in CASES if case.name == name)
 
 
@@ -187,7 +187,7 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") ->
     per_row = [-(-n // bt) for n in case.lengths]
     blocks = sum(per_row) + 3
     order = torch.randperm(blocks, generator=rng)
-    # As in the worker's pool: the layers of one block lie together, so a layer's view strides over the others.
+    # As in the worker's pool, the layers of a block are contiguous, so a layer's view strides over the other layers.
     storage = torch.randn(blocks, 2, 2, case.kv_heads, bt, d, generator=rng)
     tables = torch.full((rows, max(per_row, default=0) + 1), -7, dtype=torch.int32)
     used = torch.zeros(blocks, bt, dtype=torch.bool)
@@ -238,8 +238,8 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
     assert not out[blind].any()
     seen_out, seen_lse = expected_out[~blind], expected_lse[~blind]
     # fp32 rounding of a score grows with the score, and exp turns it into a relative error of a weight.
-    # Few keys share the weight at logits of 8: every implementation, torch's too, is then off by up to 2.5e-6 in fp32.
-    # A score of d = 576 is a sum of so many rounded products.
+    # With logits of 8, few keys share the weight: every implementation, also torch's, is then off by up to 2.5e-6 in
+    # fp32. With d = 576, a score is a sum of 576 rounded products.
     tolerance = TOLERANCE[dtype] * max(min(case.logits, 4.0), case.logits / 50, case.d / 256)
     scale = max(1.0, float(seen_out.abs().max())) if seen_out.numel() else 1.0
     torch.testing.assert_close(out[~blind], seen_out, rtol=0, atol=tolerance * scale)
@@ -247,7 +247,7 @@ def check(implementation: str, case: Case, dtype: torch.dtype, device: str = "cp
 
 
 def check_far_blocks(implementation: str) -> None:
-    """A pool whose blocks lie more than 2**31 elements apart; its memory is reserved, not used."""
+    """A pool whose blocks are more than 2**31 elements apart; its memory is reserved, not used."""
     heads, block_tokens, d, stride = 2, 16, 64, (1 << 31) + 4096
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 8192), flags=flags), dtype=torch.float16)
@@ -267,6 +267,6 @@ def check_far_blocks(implementation: str) -> None:
 
 
 def use_interpreter() -> None:
-    """Make Triton, which must not have been imported yet, run kernels in its interpreter."""
+    """Make Triton run kernels in its interpreter; Triton must not have been imported yet."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""AMX: what its tile instructions do in software, and that the core has the real ones, used only where it may."""
+"""AMX: the tile instructions in software, and that the core has the real ones and uses them only where it may."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(rows: Sequence[int], row_bytes: Sequence[int]) -> bytes:
-    """Tiles of a palette-1 configuration, as the manual lays it out."""
+    """Tiles of a palette-1 configuration, with the layout of the manual."""
     memory = bytearray(64)
     memory[0] = 1
     for tile, (count, size) in enumerate(zip(rows, row_bytes, strict=True)):
@@ -68,7 +68,7 @@ def config(rows: Sequence[int], row_bytes: Sequence[int]) -> bytes:
 
 
 def numbers(seed: int, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Floats whose lower half is zero: bf16, denormal ones and such with denormal products among them."""
+    """Floats whose lower half is zero (bf16), including denormals and numbers with denormal products."""
     draw = np.random.default_rng(seed)
     exponents = draw.choice([0, 0, 1, -3, -60, -70, -126, -130], shape)
     values = (draw.standard_normal(shape) * 2.0**exponents).astype(np.float32)
@@ -167,7 +167,7 @@ def test_tiles_serve_only_where_the_processor_has_them() -> None:
 
 
 class OldCompiler:
-    """Knows some flags not yet; remembers what it compiled with which macros, and what was linked."""
+    """A compiler that does not support some flags; records what was compiled with which macros, and what was linked."""
 
     def __init__(self, *unknown: str) -> None:
         self.unknown, self.macros, self.linked = unknown, dict[str, set[str]](), list[str]()

@@ -1,4 +1,4 @@
-"""The core for Arm: it compiles, has bf16 dot products, and gives the float64 answer where an emulator runs it."""
+"""The core for Arm: it compiles, has bf16 dot products, and gives the float64 answer in an emulator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCES = {
     **dict.fromkeys(("api", "choose", "pool", "isa_portable", "isa_amx_model", "isa_neon"), ()),
     "isa_neon_bf16": ("-march=armv8.2-a+bf16",),
 }
-# Reads a call from stdin, with 0 or 1 in place of pointers and then what these point to; writes out and lse.
+# Reads a call from stdin, with 0 or 1 instead of pointers, followed by the data behind them; writes out and lse.
 DRIVER = """
 #include <cstdio>
 #include <cstring>
@@ -52,7 +52,7 @@ int main(int, char** argv) {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core and the driver, linked statically; choose.cpp knows of the bf16 dot product, as setup.py tells it."""
+    """The core and the driver, linked statically; choose.cpp includes the bf16 dot product, as in setup.py."""
     folder = tmp_path_factory.mktemp("arm")
     flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-Wno-uninitialized", "-DDISTKV_HAS_NEON_BF16", f"-I{NATIVE}"]
     (folder / "driver.cpp").write_text(DRIVER)

@@ -137,7 +137,7 @@ def test_any_index_values_give_the_reference_answer_or_its_error(
 ) -> None:
     arguments = build(PREFILL, torch.float32)
     for name in ("k_pool", "v_pool"):
-        arguments[name] = arguments[name].nan_to_num(0.5)  # any block may be read here
+        arguments[name] = arguments[name].nan_to_num(0.5)  # here any block may be read
     arguments["block_tables"] = torch.tensor(tables, dtype=torch.int32).view(2, 7)
     arguments["lengths"] = torch.tensor(lengths, dtype=torch.int32)
     arguments["query_offsets"] = torch.tensor([0, *offsets, 27], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Every CPU implementation gives the float64 answer, on every case of the contract."""
+"""Every CPU implementation gives the float64 answer for every case of the contract."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name not in ("referen
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_DTYPES = [(name, dtype) for name in CPU_IMPLEMENTATIONS for dtype in DTYPES]
 WITH_DTYPES = [one for one in WITH_DTYPES if "model" not in one[0] or one[1] == torch.bfloat16]
-"""Tiles are of bfloat16: all else is left to kernels that have cases of their own."""
+"""AMX tiles compute bfloat16 only; everything else is left to kernels that have their own cases."""
 LIKE_OTHERS = {("numba", torch.float16)}
 if "native:amx_model_avx512" in CPU_IMPLEMENTATIONS:  # the same source with other vectors
     LIKE_OTHERS.add(("native:amx_model", torch.bfloat16))

@@ -1,4 +1,4 @@
-"""What the C++ core computes between products equals torch's operations, rounded where transformers' modules round."""
+"""Operations of the C++ core between products equal torch's, rounded where transformers' modules round."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def angles(rows: int, d: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def assert_alike(found: Tensor, right: Tensor) -> None:
-    """The same bits but for a few that were rounded the other way, because sums were added in another order."""
+    """Check that all but a few results have the same bits: sums in another order may be rounded the other way."""
     assert found.shape == right.shape
     assert (found != right).float().mean() < 0.02
     torch.testing.assert_close(found.float(), right.float(), rtol=2**-6, atol=2**-6)
@@ -96,7 +96,7 @@ def test_hidden_states_after_the_layer_are_those_of_torch(name: str, rows: int) 
 
 @pytest.mark.parametrize("name", SETS)
 def test_activations_of_any_size_are_those_of_torch(name: str) -> None:
-    """A layer whose gates are its hidden states, normed to any size, and whose MLP else passes them on."""
+    """A layer whose gates are its hidden states, normed to any size, and whose MLP otherwise passes them on."""
     identity, nothing = torch.eye(32).bfloat16(), torch.zeros(32, 32).bfloat16()
     ones, sizes = torch.ones(32).bfloat16(), Norm(torch.logspace(-6, 2.5, 32).bfloat16(), 1e-5)
 

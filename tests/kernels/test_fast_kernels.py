@@ -1,4 +1,4 @@
-"""What the C++ core and numba promise beyond the contract: threads, concurrent callers, forks, life without them."""
+"""Guarantees of the C++ core and numba beyond the contract: threads, concurrent callers, forks, work without them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_splitting_over_threads_does_not_change_the_answer(implementation: str, 
 
 
 def ragged(rows: Sequence[tuple[int, int]], form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A batch of rows of (tokens, queries); a row is the same whatever the others are."""
+    """A batch of rows of (tokens, queries); a row does not depend on the others."""
     causal = form != "full"
     windows = [at for tokens, n in rows for at in range(tokens - n - 1500, tokens - 1500)]
     blocks = [-(-tokens // 16) for tokens, _ in rows]

@@ -1,4 +1,4 @@
-"""Instruction sets of the C++ core: the choice follows from times alone, and is what serves calls that name none."""
+"""Instruction sets of the C++ core: the choice depends on times only, and serves calls that name no set."""
 
 from __future__ import annotations
 

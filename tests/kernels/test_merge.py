@@ -1,4 +1,4 @@
-"""Partial results merge to the answer of one pass, however the keys were cut and in whatever order they arrive."""
+"""Partial results merge to the answer of one pass, however the keys are divided and in whatever order they arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared calls answer like checked ones, layer after layer, and refuse tensors that they were not prepared for."""
+"""Prepared calls give the results of checked ones, layer by layer, and refuse tensors unlike the prepared ones."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_windows_may_move_between_calls(served: str) -> None:
 
 
 class Kind(NamedTuple):
-    """What is different from layer to layer: window, soft cap, kv heads and sizes of the layer's pool."""
+    """Differences between layers: window, soft cap, kv heads and sizes of the layer's pool."""
 
     first_keys: list[int] | None
     soft_cap: float | None

@@ -1,6 +1,6 @@
 """A layer on a GPU is a few launches and nothing else: no wait, no copy, no allocation; a step adds one copy.
 
-Launches are recorded instead of made, and every other operation of torch is seen on its way to the device.
+Launches are recorded instead of executed, and so is every other torch operation on the device.
 """
 
 from __future__ import annotations

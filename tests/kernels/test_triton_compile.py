@@ -1,6 +1,6 @@
 """The Triton kernels compile for real GPUs: no spills, registers and shared memory that fit, overlapped 16-byte loads.
 
-Compiling needs no GPU. A spill would make a kernel slow on a real one, an oversized tile would not launch at all, and
+Compiling needs no GPU. On a real one, a spill would make a kernel slow, an oversized tile could not be launched, and
 with one buffer, or narrow loads, memory would wait for arithmetic.
 """
 
@@ -35,7 +35,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Processor(NamedTuple):
-    """A compiler's target, the family that it is of, and bytes of shared memory that a program can have."""
+    """A compiler's target, its family, and bytes of shared memory that a program can use."""
 
     target: GPUTarget
     family: Family
@@ -79,7 +79,7 @@ WINDOWS = [
 ]
 FORMS = [(128, "fp16"), (128, "bf16", False, 32), (80,), (64, "bf16", True)]
 NIGHTLY = [*(Kernel(few, *form) for few in (True, False) for form in FORMS), Kernel(True, 128, "fp32")]
-# All of it takes two minutes where nothing is kept from earlier compilations; sm_80 has the fewest registers to spare.
+# All targets take two minutes without a cache of earlier compilations; sm_80 has the fewest registers to spare.
 EVERYWHERE = [*USUAL, *OTHERS, *WINDOWS, *NIGHTLY] if "EXAMPLES" in os.environ else USUAL
 PAIRS = [(processor, kernel) for processor in PROCESSORS for kernel in EVERYWHERE]
 PAIRS += [("sm_80", kernel) for kernel in [*OTHERS, *WINDOWS[1:6:4]] if kernel not in EVERYWHERE]
@@ -148,11 +148,11 @@ def spills_and_registers(processor: str, compiled: Any) -> tuple[int, int]:
         return max(0, int(spills[1]) - ROCM_SPILLS), int(registers[1])
     text = run_tool("cuobjdump", compiled, "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["STACK"] + usage["LOCAL"], usage["REG"]  # spilled registers lie on the stack
+    return usage["STACK"] + usage["LOCAL"], usage["REG"]  # spilled registers are on the stack
 
 
 def buffers(compiled: Any, tiles: Tiles) -> int:
-    """Buffers of keys that the compiler keeps in shared memory, so that loads run ahead of arithmetic."""
+    """Number of key buffers that the compiler keeps in shared memory, so that loads run ahead of arithmetic."""
     found = re.findall(rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{tiles.tokens}x\d+x\w+", compiled.asm["ttgir"])
     return min(map(int, found), default=0)
 
@@ -195,7 +195,7 @@ def test_products_run_on_tensor_cores(processor: str, kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("processor", ["sm_80", "gfx942"])
 def test_one_query_of_one_kv_head_compiles(processor: str) -> None:
-    """Triton makes a constant of every number that is 1."""
+    """Triton makes every argument that is 1 a constant."""
     assert compile_attend(processor, USUAL[0], ones=("kv_heads",))
 
 

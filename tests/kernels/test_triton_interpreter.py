@@ -1,6 +1,6 @@
-"""The Triton kernels give the float64 answer in Triton's interpreter, on the cases that every implementation passes.
+"""The Triton kernels give the float64 answer in Triton's interpreter, for the cases that every implementation passes.
 
-The interpreter is chosen by an environment variable when Triton is imported, so it runs in a process of its own.
+An environment variable selects the interpreter when Triton is imported, so the test runs in a separate process.
 """
 
 from __future__ import annotations

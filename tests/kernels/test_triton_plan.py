@@ -1,4 +1,4 @@
-"""A GPU's work list covers every visible key of every query once, whatever the rows are, in a list of one size."""
+"""A GPU's work list covers every visible key of every query once, and its size does not depend on the step."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ CUT = [
 
 @contextmanager
 def served_by_triton() -> Iterator[None]:
-    """Let prepared calls of the host's tensors go to Triton, whose interpreter takes them."""
+    """Let Triton serve prepared calls of host tensors, which its interpreter accepts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared, "choose", lambda *_: Choice("triton", "for a test"))
         patch.setattr(triton_kernel, "unsupported", lambda *_: None)
@@ -53,7 +53,7 @@ def prepare(arguments: dict[str, Any], index: dict[str, Any]) -> PreparedAttenti
 
 
 def check_prepared(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Values of index tensors on the host change from step to step; addresses and answers' exactness do not."""
+    """Check that answers stay exact and addresses the same when index tensors on the host change from step to step."""
     arguments = build(case, dtype, device=device)
     index = {name: arguments[name].cpu() for name in INDEX if name in arguments}
     with served_by_triton():
@@ -75,7 +75,7 @@ def check_prepared(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def check_layers(device: str = "cpu") -> None:
-    """New KV is stored by one launch and seen by the same layer's attention, in two steps of two layers."""
+    """Check that one launch stores new KV, which the same layer's attention sees, in two steps of two layers."""
     pool, heads, d = torch.randn(5, 2, 2, 2, 16, 64, device=device), 4, 64
     k_layers, v_layers = [pool[:, at, 0] for at in range(2)], [pool[:, at, 1] for at in range(2)]
     tables, lengths = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([18, 5], dtype=torch.int32)
@@ -102,7 +102,7 @@ def check_layers(device: str = "cpu") -> None:
 
 
 def check_merges(device: str = "cpu") -> None:
-    """Partials of three sources, some tokens with several, one with none, against a float64 softmax over sources."""
+    """Compare partials of three sources (some tokens with several, one without) with a float64 softmax over sources."""
     tokens, heads, d, queries = 5, 3, 80, (4, 5, 1)
     runs = [(1, 0, 0, 3), (0, 0, 0, 2), (0, 2, 2, 1), (2, 0, 0, 1), (0, 3, 4, 1), (1, 4, 4, 1)]
     out, lse = torch.full((tokens, heads, d), 7.0, device=device), torch.full((tokens, heads), 7.0, device=device)
@@ -129,7 +129,7 @@ def check_merges(device: str = "cpu") -> None:
 
 
 def variant(kwargs: dict[str, Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Triton's compiler makes a kernel of its own for."""
+    """Properties for which Triton's compiler makes a separate kernel."""
 
     def form(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -142,7 +142,7 @@ def variant(kwargs: dict[str, Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_all_variants_are_warm(windows: bool = False, soft_cap: float | None = None) -> None:
-    """What batches of a kind of layers launch was launched when the engine opened."""
+    """Check that batches launch only kernels that were already launched when the engine opened."""
     from triton.runtime.interpreter import GridExecutor
 
     seen: set[tuple[Any, ...]] = set()

@@ -1,4 +1,4 @@
-"""These run in a process that has the card from the start: libraries remember whether they have found one.
+"""These tests need the card from the start of their process, because libraries remember whether they found one.
 
 ``test_whole_process.py`` starts such a process, and ``make test DEVICE=emulated`` is one.
 """

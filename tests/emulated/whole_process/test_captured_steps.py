@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the same tokens, hardly a launch, and Python's launches where a graph cannot be."""
+"""Decode steps as CUDA graphs: the same tokens with few launches, and launches from Python if no graph is possible."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def decoded(made: Fleet, split: str, new: int = NEW) -> tuple[list[int], emulated.Counts]:
-    """The tokens of one window, and what it asked of the card."""
+    """The tokens of one window, and the counts of its operations on the card."""
     placement = made.place(1, *SPLITS[split])
     first = made.prefill(1, placement, prompt_ids(PROMPT), PROMPT, "w0")
     with emulated.counting() as counts:
@@ -79,7 +79,7 @@ def test_python_launches_the_model_twice_in_a_window_of_any_length() -> None:
             rows = counts.number.items()
             ours = "distkv_dask/worker/model/loaded.py", "distkv_dask/worker/home/attention.py", "distkv_dask/kernels"
             launches.append(sum(n for one, n in rows if one.kind == "launch" and one.place.startswith(ours)))
-            assert counts.of("sync") <= new + 8, counts.table()  # the tokens of each step; what a batch begins with
+            assert counts.of("sync") <= new + 8, counts.table()  # the tokens of each step, and the beginning of a batch
     assert launches[0] == launches[1] > 0
 
 

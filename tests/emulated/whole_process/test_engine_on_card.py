@@ -1,4 +1,4 @@
-"""A whole engine on the card: what it says of it, how much KV memory it takes, what it refuses, and its tokens."""
+"""A whole engine on the card: its reported device, the size of its KV memory, what it refuses, and its tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_kv_memory_is_by_default_what_weights_and_a_chunk_leave_free() -> None:
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         free, total = torch.cuda.mem_get_info()
-        others = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")  # filling what is left takes time
+        others = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")  # because filling the rest takes time
         free, total = torch.cuda.mem_get_info()
         async with Engine(client, MODEL, **SMALL) as engine:
             (one,) = (await engine.status()).workers.values()

@@ -18,14 +18,14 @@ from tests._models import model_dir, prompt_ids, reference_generate
 TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "window_steps": 4}
 MODEL = str(model_dir("llama-gqa"))
 NEW = 80
-PROMPT = prompt_ids(320)  # on two of three workers of 340 tokens, with its answer
+PROMPT = prompt_ids(320)  # with its answer, on two of three workers with room for 340 tokens each
 LONG = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three processes with a card each, under nannies."""
+    """Three processes with nannies and a card each."""
     with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
@@ -63,7 +63,7 @@ def test_a_card_that_breaks_in_a_step_is_its_workers_death(client: Client, victi
 
 
 def occupy_home_lane(dask_worker: Worker) -> None:
-    """Have the home lane be in a call that does not return, as calls to a card that hangs do not."""
+    """Keep the home lane in a call that does not return, like calls to a card that hangs."""
     dask_worker.plugins["distkv"].lanes.home.submit(time.sleep, 10**6)
 
 
@@ -91,7 +91,7 @@ def test_a_call_that_never_returns_keeps_no_process_whose_card_is_lost(client: C
     ],
 )
 def test_a_card_without_memory_in_a_step_costs_a_request_no_token(client: Client, victim: str, times: int) -> None:
-    """What passes costs nothing else; what does not costs the worker its engine, which opens with what fits then."""
+    """Temporary failures have no other effect; after others, the worker reopens its engine with memory that fits."""
     expected = reference_generate(model_dir("llama-gqa"), [PROMPT], NEW)[0].tokens
     with Engine(client, MODEL, kv_memory="1 MiB", **TINY) as engine:
         running = engine.submit(PROMPT, LONG)

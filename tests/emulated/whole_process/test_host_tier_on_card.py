@@ -1,4 +1,4 @@
-"""An engine whose documents take turns on a card: they wait in host memory, then on disk, and come back."""
+"""An engine whose documents take turns on a card: they wait in host memory, then on disk, and return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = str(model_dir("qwen3"))
 DOCUMENTS = [prompt_ids(80, seed=seed) for seed in (4, 5, 6)]
 QUESTION = prompt_ids(9, seed=9)
 BLOCKS = 10
-"""Of a document; the card has room for one of them, its question and some more."""
+"""Tokens of a document; the card has room for one document, its question and a little more."""
 SMALL = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 32, "device": "cuda", "prefix_cache": False}
 
 

@@ -30,7 +30,7 @@ CLUSTERS = {
 
 @contextmanager
 def cluster_of(workers: Sequence[tuple[str, int]]) -> Iterator[Client]:
-    """A client of a cluster with just these, each a process of its own."""
+    """A client of a cluster with these workers, each in its own process."""
     specs = {}
     for name, (kind, blocks) in enumerate(workers):
         resources = {"distkv-kv-memory": blocks * block_bytes(FAMILY)}
@@ -64,7 +64,7 @@ def test_a_prompt_over_cards_and_cpus_gets_the_tokens_of_one_process(kind: str) 
 
 @pytest.mark.thorough
 def test_cpus_serve_halves_of_a_card() -> None:
-    """No reference rounds as a split does: each token is one that single precision finds about as likely as its own."""
+    """Single precision must find each token about as likely as its own, because no reference rounds as a split does."""
     done: list[Completion] = []
     with cluster_of(CLUSTERS["a card and memory of CPUs"]) as client:
         for dtype in ("bfloat16", "float16"):
@@ -85,7 +85,7 @@ def test_blocks_move_between_cards_and_cpus_while_their_request_decodes(leaves: 
     prompt, new = prompt_ids(200), 120
     expected = reference_generate(model_dir(FAMILY), [prompt], new)[0].tokens
     with (
-        cluster_of([("card", 31), ("cpu", 32), ("card", 22)]) as client,  # a third one, for what the leaving one has
+        cluster_of([("card", 31), ("cpu", 32), ("card", 22)]) as client,  # the third one replaces the one that leaves
         Engine(client, MODEL, dtype="float32", **SMALL) as engine,
     ):
         running = engine.submit(prompt, SamplingParams(max_new_tokens=new, ignore_eos=True))

@@ -1,4 +1,4 @@
-"""Models of transformers run on the emulated card, and give what they give on the host."""
+"""Models of transformers run on the emulated card, with the same results as on the host."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tokens_and_logits_are_those_of_the_host(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_are_read_to_the_card(dtype: torch.dtype) -> None:
-    pytest.importorskip("accelerate")  # transformers wants it for device_map
+    pytest.importorskip("accelerate")  # transformers needs it for device_map
     before = torch.cuda.memory_allocated()
     model = load("qwen3", dtype=dtype, device_map={"": "cuda:0"})
     weights = {one.data.untyped_storage().data_ptr(): one.nbytes for one in model.parameters()}

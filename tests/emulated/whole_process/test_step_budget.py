@@ -1,4 +1,4 @@
-"""What a step of the engine asks of a card, with Triton's kernels: stops, launches and copies, by where the KV lies."""
+"""A step's operations on a card with Triton's kernels: waits, launches and copies, by placement of the KV."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model() -> LoadedModel:
 
 
 def decoded(made: Fleet, split: str) -> tuple[list[int], emulated.Counts]:
-    """The tokens of a few steps, and what the last of them did to the card."""
+    """The tokens of a few steps, and the counts of the last ones."""
     placement = made.place(1, *SPLITS[split])
     first = made.prefill(1, placement, prompt_ids(PROMPT), PROMPT, "w0")
     result, batch = made.decode("w0", [state(1, placement, PROMPT, first, NEW)], 2)
@@ -53,7 +53,7 @@ def decoded(made: Fleet, split: str) -> tuple[list[int], emulated.Counts]:
 
 
 def at(counts: emulated.Counts, kind: str, lane: str, *files: str) -> int:
-    """How often something happened on a lane that these files asked for."""
+    """Number of operations of a kind on a lane that these files asked for."""
     rows = counts.number.items()
     return sum(n for one, n in rows if one.kind == kind and lane in one.thread and one.place.startswith(files))
 
@@ -71,7 +71,7 @@ def test_a_decode_step_has_few_stops_and_launches(model: LoadedModel, split: str
     assert once <= 8, "stops where a batch begins"
     ours = ("distkv_dask/worker/home", "distkv_dask/worker/shard", "distkv_dask/kernels")
     launches = at(counts, "launch", "home", *ours)
-    tails = 2 * (split == "tail at a holder")  # keys and values go there, and are not appended here
+    tails = 2 * (split == "tail at a holder")  # keys and values are sent there, and not appended here
     assert launches <= STEPS * layers * (2 + (1 + holders) * remote + tails), counts.table()
     assert at(counts, "d2h", "home", "") == STEPS * (1 + layers * remote), counts.table()
     assert at(counts, "sync", "holder", "distkv_dask/worker") == STEPS * layers * holders

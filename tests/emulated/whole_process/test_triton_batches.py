@@ -1,4 +1,4 @@
-"""Prepared batches on the emulated card: Triton's kernels, in its interpreter, at the counts that a layer may have."""
+"""Prepared batches on the emulated card: Triton's kernels, in its interpreter, within the counts of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's kernels run on the emulated card in the interpreter: counted, checked address by address, one at a time."""
+"""Triton's kernels run on the emulated card in the interpreter: counted, with every address checked, one at a time."""
 
 from __future__ import annotations
 
