@@ -1,4 +1,4 @@
-"""A server of a tiny model on an in-process cluster, and what asks it."""
+"""A server of a tiny model on an in-process cluster, and its clients."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Served(NamedTuple):
     server: Server
 
     def openai(self, key: str = KEY) -> OpenAI:
-        """OpenAI's own client, which tries nothing twice."""
+        """OpenAI's own client, without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def http(self, key: str | None = KEY) -> httpx.Client:
-        """A client for anything."""
+        """A plain HTTP client."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
@@ -51,14 +51,14 @@ class Served(NamedTuple):
         until(lambda: not session.client.sync(session.status).sequences)
 
     def count(self, sample: str) -> float:
-        """One of the server's own figures."""
+        """One of the server's metrics."""
         with self.http() as http:
             lines = http.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(sample))
 
 
 def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until something holds."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it never came to be"

@@ -88,14 +88,14 @@ def _word_piece() -> RawTokenizer:
     raw.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "<s>", "</s>"], show_progress=False)
     raw.train_from_iterator(CORPUS, trainer)
-    raw.add_tokens(  # matched after the normalizer, which makes letters small: "<|IM_START|>" is one, too
+    raw.add_tokens(  # matched after the normalizer, which lowercases letters, so that "<|IM_START|>" also is one
         [AddedToken(name, normalized=True, special=False) for name in CONTROL[2:]]
     )
     return raw
 
 
 def _clinging() -> RawTokenizer:
-    """Control tokens that take the spaces around them along, and one that is no part of a word."""
+    """Control tokens that include the spaces around them, and one that never is a part of a word."""
     raw = _byte_bpe(special=True)
     raw.add_special_tokens(
         [

@@ -1,4 +1,4 @@
-"""Handles on an engine that somebody else opened: their own requests and documents, and nobody else's end."""
+"""Handles on an engine that another client opened: they end their own requests and documents only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny(client: Client) -> Engine:
 
 
 async def settled(engine: Engine, requests: int) -> None:
-    """Wait until so many requests and documents are left."""
+    """Wait until this many requests and documents are left."""
     for _ in range(200):
         if len((await engine.status()).sequences) == requests:
             return
@@ -90,7 +90,7 @@ async def test_what_cannot_be_attached_to_is_a_clear_error(
 
 
 def ask(engine_id: str, prompt: list[int]) -> list[int]:
-    """A task that asks."""
+    """A task that sends a request."""
     secede()
     with Engine.attach(engine_id) as engine:
         return list(engine.generate([prompt], FEW)[0].token_ids)
@@ -118,7 +118,7 @@ async def test_a_client_that_is_still_being_connected_is_waited_for(
 
 
 def attach_at_once(engine_id: str) -> None:
-    """A task that keeps its worker's thread."""
+    """A task that occupies its worker's thread."""
     Engine.attach(engine_id)
 
 
@@ -158,7 +158,7 @@ def test_a_killed_process_leaves_nothing_of_its_handle_and_the_engine_goes_on() 
             try:
                 assert any("asked" in line for line in process.stdout)
                 deadline = time.monotonic() + 30
-                while len(engine.status().sequences) < 2:  # submit returns before the request is there
+                while len(engine.status().sequences) < 2:  # submit returns before the request has arrived
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
             finally:

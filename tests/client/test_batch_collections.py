@@ -1,4 +1,4 @@
-"""Dask collections as sources: partitions that differ from what was said of them cost their own rows."""
+"""Dask collections as sources: a partition that differs from the collection's metadata costs its own rows only."""
 
 from __future__ import annotations
 

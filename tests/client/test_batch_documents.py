@@ -1,4 +1,4 @@
-"""A folder of documents as people have them: pages of every kind, links, odd names, and files that are traps."""
+"""A folder of documents as users have them: pages of every kind, links, odd names, and malicious files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reader() -> TextReader:
 
 
 def documents(folder: Path) -> dict[str, str]:
-    """Label and text of each file, what is wrong with it in place of the text."""
+    """Label and text of each file, or its error instead of the text."""
     found = {}
     for row in open_source(folder, Columns("text", None, ("text",)), None).rows():  # type: ignore[arg-type]
         try:
@@ -244,7 +244,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, monkeypat
     (tmp_path / "empty").mkdir()
     (tmp_path / "large.txt").touch()
     os.truncate(tmp_path / "large.txt", extract.LARGEST + 1)
-    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.txt")
         began = time.monotonic()
@@ -270,7 +270,7 @@ def test_a_folder_that_may_not_be_looked_into_is_an_error_row(tmp_path: Path, mo
             raise PermissionError(13, "Permission denied", str(folder))
         return iterdir(folder)
 
-    monkeypatch.setattr(Path, "iterdir", refused)  # root may look into everything
+    monkeypatch.setattr(Path, "iterdir", refused)  # root may read everything
     found = documents(tmp_path)
     assert found["a.txt"] == "a"
     assert found["closed"].startswith("! the file cannot be read")

@@ -1,4 +1,4 @@
-"""A dry run says what a run then does: the same tokens, the same refusals, and a time that follows from both."""
+"""A dry run predicts a run: the same tokens, the same refusals, and a time that follows from both."""
 
 from __future__ import annotations
 

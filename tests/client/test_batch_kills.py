@@ -1,4 +1,4 @@
-"""Clients, a worker and a scheduler killed in a batch: the same command again ends it, every row once."""
+"""Clients, a worker and a scheduler killed in a batch: the same command again completes it, with every row once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def texts() -> list[str | None]:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A scheduler and two workers under nannies, each a process; yields the scheduler's file and what kills it."""
+    """A scheduler and two workers with nannies, each a process; yields the scheduler's file and what kills it."""
     file = folder / f"scheduler-{time.monotonic_ns()}.json"
     local = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file)]
     commands = [["scheduler", "--port", "0", *local], *[["worker", "--nthreads", "1", *local]] * 2]
@@ -57,7 +57,7 @@ def begin(folder: Path, scheduler: Path) -> Forked:
 
 
 def answered(folder: Path) -> int:
-    """Rows that a crash cannot take away any more: those in Parquet files and in whole batches of a journal."""
+    """Rows that a crash can no longer remove: those in Parquet files and in whole batches of a journal."""
     rows = 0
     for file in (folder / "out").glob("*"):
         try:

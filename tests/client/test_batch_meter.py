@@ -1,4 +1,4 @@
-"""The time left of a batch goes by tokens: rows that are longer than those before them take longer."""
+"""The remaining time of a batch is estimated by tokens: longer rows take longer."""
 
 from __future__ import annotations
 

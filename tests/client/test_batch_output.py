@@ -1,4 +1,4 @@
-"""A batch's output holds every finished row once, whatever is cut off where, and belongs to one job at a time."""
+"""A batch's output has every finished row once, whatever file is truncated where, and belongs to one job at a time."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def labels(path: Path) -> list[int]:
 
 @pytest.fixture
 def never_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Journals become Parquet files only when they are told to."""
+    """Journals become Parquet files only when a test says so."""
     monkeypatch.setattr(module, "PART_AGE", (1e9, 1.0))
 
 
 def abandon(output: Output) -> None:
-    """What is left of a process that was killed: everything as it is, and no lock."""
+    """The state that a killed process leaves: all files as they are, and no lock."""
     output._lock.release()
 
 
@@ -162,7 +162,7 @@ def numbered(*labels: int) -> pa.RecordBatch:
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What lies in an output folder when its machine crashes: three Parquet files, a journal of five rows, and more."""
+    """An output folder after a crash of its machine: three Parquet files, a journal of five rows, and more."""
     path = tmp_path_factory.mktemp("crashed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PART_AGE", NEVER)

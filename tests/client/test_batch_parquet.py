@@ -1,4 +1,4 @@
-"""Parquet folders as other tools write them, and what is damaged in them costs its own rows."""
+"""Parquet folders as other tools write them; damaged parts cost their own rows only."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_names_that_are_not_utf8_are_read_and_never_the_same(tmp_path: Path) -> 
 
 
 END = 9_223_372_036_854
-"""Seconds of the last second that 64 bits of microseconds hold a part of."""
+"""The last second that 64 bits of microseconds can hold in part."""
 
 EARLIEST = -2_440_587 * 86_400
 """Seconds of INT96's second day; the first is pyarrow's 1970."""

@@ -1,4 +1,4 @@
-"""A batch gives the answers of plain requests, whatever its source, and goes on where it was."""
+"""A batch gives the answers of plain requests, whatever its source, and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 async def plain(engine: Engine, texts: list[str], sampling: SamplingParams = FEW) -> list[Completion]:
-    """What the same prompts give as requests."""
+    """Answers to the same prompts as plain requests."""
     done: list[Completion] = await engine.generate([chat(text) for text in texts], sampling)
     return done
 
@@ -42,7 +42,7 @@ def answers(path: Path, by: str = "row") -> list[dict[str, Any]]:
 
 
 def submissions(engine: Engine) -> list[Any]:
-    """From now on, the prompts that are submitted."""
+    """The prompts that are submitted from now on."""
     seen: list[Any] = []
     session = engine._session
     submit = session.submit_ids

@@ -1,4 +1,4 @@
-"""Files are read by workers, ahead of their turn; rows come in their order, and an error where it belongs."""
+"""Workers read files ahead of their turn; rows come in order, and each error at its row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Result:
 
 
 class Workers:
-    """A session whose workers read what the test says."""
+    """A session whose workers read files as the test says."""
 
     asynchronous = False
 

@@ -1,4 +1,4 @@
-"""A year later one knows what answered a batch, when, and what was refused; and nothing takes that for data."""
+"""The record of a batch says later what answered it, when, and what was refused; no tool takes it for data."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_whatever_an_error_says_it_stays_in_its_cell(text: str) -> None:
 
 @pytest.mark.parametrize("values", [["one", "two", ""], ["", ""], ["", "one"]])
 def test_errors_are_counted_with_the_rows_that_have_them(tmp_path: Path, values: list[str]) -> None:
-    """A server tells its clients these figures; after the last lot there may be no other tick."""
+    """A server reports these figures to clients; after the last rows there may be no further tick."""
     ticks: list[tuple[int, int]] = []
     run(tmp_path / "out", values, on_tick=lambda *counts: ticks.append(counts))
     bad = len(SPEC.questions) * values.count("")

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with one row, whatever it is and wherever it happens, is that row's error and costs no other."""
+"""Anything that goes wrong with one row, wherever it happens, is that row's error and costs no other row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEPT = pa.schema([("id", pa.int64()), ("when", pa.timestamp("s"))])
 
 
 class Engine(FakeEngine):
-    """A fake engine with what a whole batch needs."""
+    """A fake engine with everything that a batch needs."""
 
     config = Config.load(block_tokens=4)
     facts = EngineFacts(10_000, 100, 1, "float32", "f00d", 1)
@@ -46,7 +46,7 @@ class Engine(FakeEngine):
         )
 
     def adapter(self, path: Any) -> None:
-        """Requests of these tests have none."""
+        """Requests of these tests have no adapter."""
         assert path is None
 
     def in_span(self, *tags: str) -> Any:
@@ -67,7 +67,7 @@ class Engine(FakeEngine):
 
 
 class Rows:
-    """A source of rows, some of which may be anything."""
+    """A source of rows, some of which may be any object."""
 
     label = "row"
     kept = KEPT
@@ -122,7 +122,7 @@ def answers(path: Path) -> list[dict[str, Any]]:
 
 
 class Odd(Exception):
-    """Of somebody else, and cannot even be shown."""
+    """An error of another library, whose text cannot be made."""
 
     def __str__(self) -> str:
         raise RuntimeError("no")

@@ -1,4 +1,4 @@
-"""Requests in flight are bounded, lost workers cost retries and no rows, and a row that kills workers ends alone."""
+"""Requests in flight are bounded, lost workers cost retries but no rows, and a row that kills workers fails alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = pa.RecordBatch.from_pydict({"id": [0]})
 
 
 class FakeEngine:
-    """Answers what is in flight whenever nothing more comes, last in first out; ``fate`` says how a prompt ends."""
+    """Answers requests in flight when no more are submitted, last in first out; ``fate`` says how a prompt ends."""
 
     facts = EngineFacts(100, 100, 1, "float32", "f00d", 1)
     tokenizer = SimpleNamespace(has_chat_template=False, encode=lambda text: [ord(letter) for letter in text])
@@ -48,7 +48,7 @@ class FakeEngine:
         return generation
 
     def land(self) -> None:
-        """End all that is in flight."""
+        """End all requests in flight."""
         together = [text for text, _ in self.flying]
         flying, self.flying = self.flying[::-1], []
         for text, generation in flying:
@@ -59,7 +59,7 @@ class FakeEngine:
 
 
 class Queue:
-    """Stands for the runner's queue: when it is empty, the engine lands what flies."""
+    """Stands for the runner's queue: when it is empty, the engine ends the requests in flight."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.items = engine, []  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same rows, and what is wrong with one row is that row's error alone."""
+"""Every kind of source gives the same rows, and a fault in one row is an error of that row only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ KINDS: list[Callable[[Path], Any]] = [parquet, parquet_folder, jsonl, lambda _: 
 
 
 def read(source: Source) -> list[Any]:
-    """Label, kept columns and text of each row; what is wrong with it in place of the text."""
+    """Label, kept columns and text of each row, or its error instead of the text."""
     found = []
     for row in source.rows():
         try:

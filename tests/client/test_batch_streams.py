@@ -1,4 +1,4 @@
-"""Tables of other libraries give the rows of an Arrow table, a few at a time; what is wrong with them is said."""
+"""Tables of other libraries give the rows of an Arrow table, a few at a time, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = Columns("text", None, ("text",))
 
 
 class Capsule:
-    """Nothing but a C stream, of views as polars has them."""
+    """Only a C stream, with string views as in polars."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -48,7 +48,7 @@ def delta(table: pa.Table, folder: Path) -> Any:
 
 
 def delta_folder(table: pa.Table, folder: Path) -> Path:
-    """A table whose files hold rows that were deleted."""
+    """A table whose files contain deleted rows."""
     more = table.slice(0, 1).set_column(0, "id", pa.array(["deleted"] * min(1, len(table)), pa.string()))
     delta(pa.concat_tables([table, more]), folder).delete("id = 'deleted'")
     return folder
@@ -76,7 +76,7 @@ def saved(table: pa.Table, folder: Path) -> Path:
 
 
 def shuffled_back(table: pa.Table, folder: Path) -> Any:
-    """Rows whose order is an index over the table, as sorting and filtering leave it."""
+    """Rows ordered by an index over the table, as after sorting and filtering."""
     some = hugging_face(table)
     return some.select(range(len(table))[::-1]).select(range(len(table))[::-1])
 

@@ -1,4 +1,4 @@
-"""Whatever a source holds comes out unchanged, or is an error of its row that names the column."""
+"""Values of a source come out unchanged, or give an error of their row that names the column."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE = [{"text": "t", "n": number} for number in range(1001)]
 
 
 def rows(source: Any, columns: Columns = COLUMNS, *, client: Any = None) -> list[tuple[dict[str, Any], str | None]]:
-    """What is kept of each row, and its error; collections need a ``client``."""
+    """The kept values of each row, and its error; collections need a ``client``."""
     found: list[tuple[dict[str, Any], str | None]] = []
     opened = open_source(source, columns, client)
     for row in opened.rows():
@@ -48,7 +48,7 @@ def jsonl(folder: Path, records: list[Any]) -> Path:
 
 
 def equal(value: Any, found: Any) -> bool:
-    """Equal, of one kind, and JSON texts by what they say."""
+    """Whether values are equal and of the same kind; JSON texts are compared by content."""
     if isinstance(value, dict | list):
         return isinstance(found, str) and repr(json.loads(found)) == repr(value)
     if isinstance(value, float) and value != value:
@@ -224,7 +224,7 @@ CELLS = st.lists(
 
 
 def are_several(values: list[Any]) -> bool:
-    """Whether no column holds all of these numbers as numbers, or there are other values: JSON texts do then."""
+    """Whether JSON texts are needed: no column type holds all these numbers, or there are other values."""
     wide = any(type(value) is int and not -(2**63) <= value < 2**64 for value in values)
     kinds = {type(value) for value in values if value is not None}
     return len(kinds - {int, float}) > 0 or (wide and float in kinds)

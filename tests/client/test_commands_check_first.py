@@ -1,4 +1,4 @@
-"""A command that cannot do what it is asked says so in one line, before it starts a cluster or loads a model."""
+"""A command that cannot do its work says so in one line, before it starts a cluster or loads a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests._models import model_dir, text_model_dir
 
 
 class Started(BaseException):
-    """Not an error that anybody catches."""
+    """An error that no code catches."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Good things and bad things to name on a command line."""
+    """Valid and invalid values for a command line."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("Profits rose.")
     (tmp_path / "a.txt").write_text("Profits rose.")
@@ -111,7 +111,7 @@ BAD = {
     "run @/notes.xyz -o @/out": "not of a kind that can be read",
     "run @/half.parquet -o @/out": "Parquet|cannot be read",
     "run @/empty -o @/out": "holds no documents",
-    # what is asked
+    # questions
     f"{RUN} --template {{text}}{{nothing}}": "the source has only",
     f"{RUN} --template {{text": "cannot be read",
     f"{RUN} --template {{text:d}}": "cannot be filled in",
@@ -141,7 +141,7 @@ BAD = {
     f"{LINES} --regex a": "response_format",
     f"{LINES} --evidence": "no documents to quote",
     f"{RUN} --quotes --stop x": "leave out",
-    # where answers go
+    # outputs
     "run @/t.parquet -o s3://bucket/out --model MODEL": "not a folder on this machine",
     "run @/t.parquet -o memory://out --model MODEL": "not a folder on this machine",
     "run @/t.parquet -o file://elsewhere/out --model MODEL": "not a folder on this machine",

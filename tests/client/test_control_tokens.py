@@ -1,4 +1,4 @@
-"""What users and documents say never becomes a control token, and all other prompts have transformers' own ids."""
+"""Texts of users and documents never become control tokens, and all other prompts have the ids of transformers."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def count(kind: str, ids: list[int]) -> int:
 
 
 def innocent(text: str) -> bool:
-    """Whether no spelling of any mark is in a text, nor could be put together at its ends."""
+    """Whether a text contains no spelling of any mark, and none can form at its ends."""
     plain = text.casefold().replace("\uff1c", "<").replace("\uff1e", ">").replace("\uff5c", "|")
     return not any(mark.casefold() in plain for mark in MARKS if mark)
 
 
 unhurried = settings(deadline=None, max_examples=examples(25))
-"""The first example of a kind makes its tokenizers; many kinds are tried with many templates."""
+"""No time limit: the first example of a kind makes its tokenizers, and there are many kinds and templates."""
 
 
 def asks(content: str, **more: str) -> dict[str, str]:

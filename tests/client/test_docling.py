@@ -1,4 +1,4 @@
-"""Documents through docling: their text in order, tables as such, and quotes that say the slide they are on."""
+"""Documents through docling: their text in order, tables as tables, and quotes with the number of their slide."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_a_text_and_a_question_are_one_message_of_the_chat_template(document: st
     prompts = prompts_of(document, CHATS)
     prompt = prompts.prompt(question)
     assert prompt == CHATS.encode([asks(f"{document}\n\n{question}")])
-    assert common_length(prompt, prompts.prefix()) >= len(prompts.prefix()) - 1  # the seam may melt into one token
+    assert common_length(prompt, prompts.prefix()) >= len(prompts.prefix()) - 1  # two tokens may merge at the boundary
 
 
 @given(text, text)

@@ -29,7 +29,7 @@ SIZE = transformers.AutoConfig.from_pretrained(MODEL).hidden_size
 
 
 def tokens(text: str) -> list[int]:
-    """Of plain transformers."""
+    """Embeddings of plain transformers."""
     ids: list[int] = transformers.AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
     return ids
 

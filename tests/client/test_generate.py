@@ -1,4 +1,4 @@
-"""Of prompts that are answered together, one that cannot be submitted never takes the others' answers with it."""
+"""A prompt that cannot be submitted does not lose the answers of the others in its batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers as a Dask DataFrame: those of plain requests, in the source's order, computed by tasks when asked for."""
+"""Answers as a Dask DataFrame: those of plain requests, in the source's order, computed by tasks on demand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny(client: Client) -> Engine:
 
 
 async def plain(engine: Engine, texts: list[str]) -> list[str]:
-    """What the same prompts give as requests."""
+    """Answers to the same prompts as plain requests."""
     done = await engine.generate([[{"role": "user", "content": text}] for text in texts], FEW)
     return [one.text for one in done]
 

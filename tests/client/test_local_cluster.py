@@ -1,4 +1,4 @@
-"""Commands start one worker for each card where there are cards, and say why where they do not."""
+"""Commands start one worker for each card if there are any, or say why they do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distkv_dask.client.commands import connect
 
 
 class CardCluster(LocalCluster):
-    """Stands for dask-cuda's."""
+    """Stands for dask-cuda's cluster."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Chat messages reach the model as the text that they are, and nothing that is no text is written into a prompt."""
+"""Chat messages reach the model with their exact text, and nothing but text is written into a prompt."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_longest_sequence_counts_workers_that_the_model_fits() -> None:
     assert said["workers_too_small"]["b"]["memory_limit_needed"] == int(4 * GIB / 0.8)
     own = {"distkv-kv-memory": GIB}
     said = room_on({"a": worker(8 * GIB, 2 * GIB), "b": worker(4 * GIB, **own)}, report, config)
-    assert said["longest_context"] == 1024  # a has no room for 3 GiB beside what it holds, b for its own
+    assert said["longest_context"] == 1024  # a has no room for 3 GiB in addition to what it holds, b none for its own
     only = {"distkv-memory": 1}
     assert room_on({"a": worker(4 * GIB, **only)}, report, config)["longest_context"] == 0
     said = room_on({"a": worker(8 * GIB), "b": worker(4 * GIB, **only)}, report, config)

@@ -1,4 +1,4 @@
-"""What notebooks show of engines, documents and completions: right, escaped, and there even when nobody answers."""
+"""Notebooks show engines, documents and completions correctly and escaped, even if the scheduler does not answer."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_engine_and_document_show_where_their_kv_lies_until_they_are_closed() ->
         assert "released" in document._repr_html_()
         rest = engine.ingest(prompt_ids(40))
     assert "closed" in engine._repr_html_()
-    assert rest._repr_html_().count("<rect") == 1  # where it lay
+    assert rest._repr_html_().count("<rect") == 1  # its former placement
 
 
 @engine_test(2)

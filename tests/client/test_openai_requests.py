@@ -1,4 +1,4 @@
-"""OpenAI batch files: what can be done is done, what changes nothing is no error, and all else is refused by name."""
+"""OpenAI batch files: supported options work, options without effect are accepted, all others are refused by name."""
 
 from __future__ import annotations
 

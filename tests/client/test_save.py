@@ -1,4 +1,4 @@
-"""Saves in one folder: of several at once one is there whole, and nothing of anybody else's is touched."""
+"""Saves in one folder: of several at the same time one is complete, and other files are left alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def document_of(save: Save, title: str) -> SavedDocument:
 
 
 def write_blocks(save: Save) -> None:
-    """What a worker does."""
+    """Write blocks as a worker does."""
     with folder_at(save.place).create(f"blocks-{save.tag}-0-8.arrow") as stream:
         stream.write(save.tag.encode())
 
@@ -170,7 +170,7 @@ def test_saves_of_processes_that_were_killed_are_cleared_away_by_the_next(tmp_pa
 
 def test_without_locks_what_is_old_is_cleared_away(monkeypatch: pytest.MonkeyPatch) -> None:
     place = place_of("memory", Path())
-    write_blocks(Save(Watch(), place))  # nobody ends it
+    write_blocks(Save(Watch(), place))  # the save is never finished
     Save(Watch(), place).end(Watch())
     assert len(folder_at(place).names()) == 2, "perhaps it is still being written"
     monkeypatch.setattr(saves, "HELD_SECONDS", -1.0)

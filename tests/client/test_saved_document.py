@@ -1,4 +1,4 @@
-"""``document.json`` from anybody: read as it was written, or refused."""
+"""A ``document.json`` from any source is read as it was written, or refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(folder: Path) -> SavedDocument:
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """The document after a change by somebody who knows how its checksum is made."""
+    """The document after a change by someone who knows how to compute its checksum."""
     body = json.loads(DOCUMENT.encoded())
     change(body)
     body.pop("checksum")

@@ -47,7 +47,7 @@ def cluster(folder: Path) -> Iterator[tuple[str, Forked]]:
 
 
 def in_time(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns or raises, unless it takes too long."""
+    """Result or error of a call; fails if the call takes too long."""
     ended: list[Any] = []
 
     def run() -> None:
@@ -64,7 +64,7 @@ def in_time(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def assert_refused(call: Callable[..., Any], *arguments: Any, words: Sequence[str] = ("lost", "closed")) -> None:
-    """A call ends in time with an error that says what happened and what to do."""
+    """Check that a call ends in time with an error that says what happened and what to do."""
     error = in_time(call, *arguments)
     assert isinstance(error, EngineClosedError), repr(error)
     assert "scheduler" in str(error)
@@ -73,7 +73,7 @@ def assert_refused(call: Callable[..., Any], *arguments: Any, words: Sequence[st
 
 
 def test_after_the_schedulers_death_every_call_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "PATIENCE", 2.0)  # a new engine waits for so long whether the client connects again
+    monkeypatch.setattr(reach, "PATIENCE", 2.0)  # time in which a new engine lets the client reconnect
     with cluster(tmp_path) as (where, scheduler):
         client = Client(scheduler_file=where, timeout=60)
         client.wait_for_workers(1, timeout=60)

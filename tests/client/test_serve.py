@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it; and what it sees is what the engine says without a server."""
+"""The server through OpenAI's own client gives the answers of the engine without a server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def plain(server: Served, prompt: object, tokens: int = 16, **sampling: object) -> tuple[str, int]:
-    """What the engine says without a server."""
+    """The engine's answers without a server."""
     done = server.serving.session.submit(prompt, SamplingParams(max_new_tokens=tokens, **sampling)).result(60)
     return done.text, done.prompt_tokens
 
@@ -146,7 +146,7 @@ def test_more_requests_than_are_taken_are_told_when_to_come_back(server: Served)
     with pytest.raises(openai.RateLimitError) as caught:
         client.chat.completions.create(model="tiny", messages=USER)
     assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
-    assert client.models.list().data  # those who only look are not concerned
+    assert client.models.list().data  # requests that only read are not limited
     for stream in streams:
         stream.close()
     server.idle()
@@ -237,7 +237,7 @@ def test_without_keys_only_names_of_this_machine_are_answered(tmp_path: Path, se
 def test_embeddings_are_those_of_the_engine_in_numbers_and_as_base64(server: Served) -> None:
     texts = ["Which river?", "Once upon a time"]
     ask = server.openai().embeddings.create
-    found = ask(model="tiny", input=texts)  # the client asks for base64 and makes numbers of it
+    found = ask(model="tiny", input=texts)  # the client asks for base64 and decodes it
     expected = server.serving.session.submit(texts[0], SamplingParams(embed="mean")).result(60)
     assert found.data[0].embedding == pytest.approx(expected.embedding.tolist(), abs=1e-5)
     assert [one.index for one in found.data] == [0, 1]

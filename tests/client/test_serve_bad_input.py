@@ -1,4 +1,4 @@
-"""What no client should send is an error in OpenAI's form with the right status, and the next request is answered."""
+"""Bad requests give errors in OpenAI's form with the right status, and the next request is answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and batches over HTTP, by OpenAI's own client; a server that is started again goes on where one stopped."""
+"""Files and batches over HTTP, by OpenAI's own client; a restarted server continues where the last one stopped."""
 
 from __future__ import annotations
 

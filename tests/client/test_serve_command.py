@@ -1,4 +1,4 @@
-"""``distkv serve`` as a process: it answers, and ends in an orderly way when it is told to."""
+"""``distkv serve`` as a process: it answers, and shuts down cleanly on a signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one key uploads is its own; and who is slow to say what he wants is not waited for."""
+"""Uploads belong to one key; and the server does not wait for clients that send their requests slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several prompts, several answers and log probabilities: in a stream they are what they are in whole answers."""
+"""Several prompts, several answers and log probabilities are the same in streams as in whole answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def plain(server: Served, prompt: object, **sampling: Any) -> Completion:
-    """What the engine says without a server."""
+    """The engine's answers without a server."""
     return server.serving.session.submit(prompt, SamplingParams(max_new_tokens=24, **DRAWN, **sampling)).result(60)
 
 

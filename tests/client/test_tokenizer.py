@@ -1,4 +1,4 @@
-"""Prompts become the ids that transformers makes of them; answers stream without half characters or stop strings."""
+"""Prompts get the ids of transformers; answers stream without half characters or stop strings."""
 
 from __future__ import annotations
 

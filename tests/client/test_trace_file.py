@@ -1,4 +1,4 @@
-"""A trace file can be opened whenever its writer dies, says what was lost, and does not fill the disk."""
+"""A trace file is readable whenever its writer dies, says what was lost, and does not fill the disk."""
 
 from __future__ import annotations
 

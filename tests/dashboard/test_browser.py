@@ -1,4 +1,4 @@
-"""The page as people see it: a real browser opens it on a running cluster; each panel shows what the engine says."""
+"""The page in a real browser on a running cluster: each panel shows the engine's figures."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 def complaints(browser: webdriver.Chrome) -> list[str]:
-    """What went wrong, says the browser's console."""
+    """Errors in the browser's console."""
     return [line["message"] for line in browser.get_log("browser") if line["level"] in ("SEVERE", "WARNING")]
 
 
 async def until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Look, in a thread, until there is something to see."""
+    """Look repeatedly, in a thread, until the page shows something."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Figures that people and monitoring read are right: counters never go back, percentiles are those of the data."""
+"""Figures for users and monitoring are right: counters never decrease, percentiles are those of the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON, metrics and pages of a scheduler that was running before the first engine came, and after the last one left."""
+"""JSON, metrics and pages of a scheduler before its first engine, with engines, and after the last one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_status_json_is_what_the_engine_says(client: Client, scheduler: Sc
         assert set(shown) == {engine.id, other.id}
         expected = json.loads(json.dumps((await engine.status()).as_dict()))
         assert list(shown[engine.id]) == ["model", *expected]
-        del expected["scheduler"]  # what it does changes from second to second
+        del expected["scheduler"]  # its activity changes from second to second
         assert {name: shown[engine.id][name] for name in expected} == expected
     assert json.loads(await get(scheduler, "/distkv/status.json")) == {"engines": {}}
 

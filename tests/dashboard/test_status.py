@@ -1,4 +1,4 @@
-"""A status says what the ledger says, travels whole, and has as JSON the keys that monitoring reads."""
+"""A status agrees with the ledger, is sent complete, and has the JSON keys that monitoring reads."""
 
 from __future__ import annotations
 
@@ -101,18 +101,18 @@ KEYS = [
     "totals.finished_length",
     "totals.moved_blocks",
 ]
-"""In the order in which they are written; ``*`` stands for any worker or sequence, numbers for places in a list."""
+"""Keys in the order of output; ``*`` stands for any worker or sequence, numbers for positions in a list."""
 
 
 def keys(value: Any, *path: str) -> Iterator[str]:
-    """The keys of a JSON value and of all that it holds."""
+    """The keys of a JSON value and of all values in it."""
     if path:
         yield ".".join(path)
     if isinstance(value, dict):
         for name, one in value.items():
             yield from keys(one, *path, "*" if path in (("workers",), ("sequences",)) else name)
     elif isinstance(value, list):
-        for at, one in enumerate(value):  # a list of lists is a table, whose rows are alike
+        for at, one in enumerate(value):  # a list of lists is a table with rows of the same form
             yield from keys(one, *path, str(at)) if not isinstance(one, list) else keys(one, *path)
 
 

@@ -1,4 +1,4 @@
-"""What the dashboard shows agrees with the ledger, and stays small however large the cluster is."""
+"""The dashboard's view agrees with the ledger, and stays small however large the cluster is."""
 
 from __future__ import annotations
 

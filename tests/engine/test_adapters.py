@@ -1,4 +1,4 @@
-"""Adapters by request: whatever company a request has, its tokens are those of transformers with peft."""
+"""Adapters by request: whatever else is in its batch, a request has the tokens of transformers with peft."""
 
 from __future__ import annotations
 

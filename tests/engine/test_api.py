@@ -1,4 +1,4 @@
-"""What a user does with an engine: generate, submit, stream, cancel, look at its status; alone and beside others."""
+"""A user's calls of an engine: generate, submit, stream, cancel, status; alone and with other requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests._cluster import engine_test, until_idle, when_idle
 from tests._models import model_dir, prompt_ids, reference_generate
 
 TINY = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32}
-POOLS = ("asyncio_", "Dask-", "IO loop")  # threads of pools of Python's and Dask's, which breathe
+POOLS = ("asyncio_", "Dask-", "IO loop")  # threads of Python's and Dask's pools, which grow and shrink
 LONG = SamplingParams(max_new_tokens=2000, ignore_eos=True)
 
 
@@ -92,7 +92,7 @@ async def test_a_cancelled_request_frees_its_blocks_while_others_go_on(
             await decoding
         assert (await keeps).finish_reason == "length"
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool for worker in workers]
-        for _ in range(200):  # the ledger knows first, the pools when the message comes
+        for _ in range(200):  # the ledger is first, the pools follow when the message arrives
             status = await engine.status()
             ledger = [status.workers[worker.address] for worker in workers]
             left = [pool.used_blocks - one.blocks.cached for pool, one in zip(pools, ledger, strict=True)]

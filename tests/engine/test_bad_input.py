@@ -1,4 +1,4 @@
-"""Every mistake is a clear error of ours at the earliest moment, and the engine still serves the next request."""
+"""Every mistake gives a clear error of ours as early as possible, and the engine still serves the next request."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def test_a_cluster_without_workers_is_an_error_that_says_how_to_get_some(
 
 
 class Impostor(SchedulerPlugin):
-    """Stands where the gManager should be, as one that failed to start would."""
+    """Replaces the gManager, like one that failed to start."""
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)], timeout=60)
@@ -174,7 +174,7 @@ async def test_a_gmanager_that_failed_to_start_is_an_error_that_says_where_to_lo
 async def test_an_rmanager_that_fails_to_start_names_the_worker(
     client: Client, scheduler: Scheduler, worker: Worker
 ) -> None:
-    worker.stream_handlers = None  # what the rManager needs is broken
+    worker.stream_handlers = None  # breaks what the rManager needs
     with pytest.raises(ClusterError, match=worker.address):
         await Engine(client, str(model_dir("llama-gqa")), **TINY)
 

@@ -1,4 +1,4 @@
-"""Several answers to one prompt: drawn as each alone would be, with the prompt's KV once."""
+"""Several answers to one prompt: sampled as each would be alone, with the prompt's KV stored once."""
 
 from __future__ import annotations
 

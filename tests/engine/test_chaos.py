@@ -1,4 +1,4 @@
-"""Faults of all kinds under a mixed load: nothing wrong, lost, hung or left (``benchmarks/chaos.py``, made short)."""
+"""Faults of all kinds under a mixed load: nothing wrong, lost, hung or left (a short ``benchmarks/chaos.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that are one of some choices: probabilities of one process, whatever becomes of workers meanwhile."""
+"""Answers from a list of choices: the probabilities of one process, whatever happens to workers in the meantime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come together and begin alike: tokens of plain transformers, with what they share computed once."""
+"""Requests that arrive together and begin alike: tokens of plain transformers, and the beginning computed once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FAMILY = "llama-gqa"
 
 
 def small(client: Client, blocks: int, **settings: Any) -> Engine:
-    """An engine whose workers have room for so many blocks each."""
+    """An engine whose workers have room for ``blocks`` blocks each."""
     return Engine(client, str(model_dir(FAMILY)), kv_memory=blocks * block_bytes(FAMILY), **SMALL | settings)
 
 
 def alike(count: int, common: int = COMMON) -> list[list[int]]:
-    """Prompts with a common beginning, and a few tokens of their own each."""
+    """Prompts with a common beginning, and a few different tokens each."""
     return [prompt_ids(common) + prompt_ids(3 + seed % 4, seed=seed) for seed in range(1, count + 1)]
 
 
@@ -39,8 +39,8 @@ def assert_right(prompts: list[list[int]], done: list[Completion]) -> None:
 
 
 async def assert_nothing_left(engine: Engine, *workers: Worker) -> None:
-    """No request is left, and every pool holds what the gManager takes for cached."""
-    for _ in range(300):  # the last releases are on their way
+    """Check that no request is left, and that every pool holds just the blocks that the gManager considers cached."""
+    for _ in range(300):  # the last releases may still be on their way
         status = await engine.status()
         cached = [status.workers[worker.address].blocks.cached for worker in workers]
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers]

@@ -1,4 +1,4 @@
-"""KV that makes room goes to the workers' disks and comes back: the same tokens, wherever it comes back to."""
+"""KV that makes room is written to the workers' disks and restored: the same tokens, wherever it is restored."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_documents_take_turns_in_memory_and_answer_alike(damage: str) -> None:
                 assert disks[worker.address] <= size < disks[worker.address] * 1.2 + 5000
             for document in documents:
                 await document.release()
-            while files_on(workers):  # deleting is not answered; the test has a time limit
+            while files_on(workers):  # deletions are not acknowledged; the test has a time limit
                 await asyncio.sleep(0.02)
             assert not any(one.disk_bytes for one in (await engine.status()).workers.values())
         assert not [one for worker in workers for one in Path(worker.local_directory).glob("distkv-*")]
@@ -98,13 +98,13 @@ def test_a_document_comes_back_to_another_worker_than_it_left(monkeypatch: pytes
             document = await engine.ingest(DOCUMENTS[0])
             (left,) = {span.worker for span in document.placement}
             await engine.generate([prompt_ids(250, seed=8)], GREEDY)  # needs both workers
-            # the plain request's KV may be on disks by now, too
+            # the plain request's KV may also be on disks by now
             own = [file for file in files_on(workers) if file.name.startswith(f"blocks-{document.number}-")]
             assert {file.parents[1] for file in own} == {
                 Path(worker.local_directory) for worker in workers if worker.address == left
             }
             before = (await engine.status()).totals["prefilled_tokens"]
-            scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # nothing new goes there
+            scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # no new blocks go there
             done = await document.ask(QUESTION, GREEDY)
             assert list(done.token_ids) == expected
             assert (await engine.status()).totals["prefilled_tokens"] - before == 9, "only the question was computed"
@@ -144,7 +144,7 @@ def test_a_request_whose_disk_is_killed_with_its_worker_is_answered_all_the_same
         deadline = time.monotonic() + 60
         while not any(one.generated_tokens for one in engine.status().sequences.values()):
             assert time.monotonic() < deadline
-            time.sleep(0.02)  # each look costs the scheduler as much as a step
+            time.sleep(0.02)  # each status costs the scheduler as much as a step
         urgent = engine.submit(prompts[1], SamplingParams(max_new_tokens=200, ignore_eos=True, priority=1))
         while (status := engine.status()).sequences[0].state != "waiting":
             assert time.monotonic() < deadline, status

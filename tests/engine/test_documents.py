@@ -1,4 +1,4 @@
-"""Documents: ingested once, asked often, with the tokens that separate requests and plain transformers give."""
+"""Documents: ingested once, asked about often, with the tokens of separate requests and of plain transformers."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ async def test_a_chat_keeps_its_turns_and_says_what_one_long_prompt_would(
                 assert list(done.token_ids) == reference_generate(model_dir("llama-gqa"), [said], NEW)[0].tokens
                 said += done.token_ids
                 reused.append(done.reused_tokens)
-            assert reused == [96, 104, 120, 160]  # whole blocks of the turns before, but for the last token
+            assert reused == [96, 104, 120, 160]  # whole blocks of the turns before, without the last token
             assert len(chat.turns) == 4
         assert used_blocks(await engine.status()) == 12
         await document.release()

@@ -1,4 +1,4 @@
-"""Embeddings: those of one process over all tokens, whatever becomes of workers, memory and prefixes meanwhile."""
+"""Embeddings are those of one process over all tokens, whatever happens to workers, memory and prefixes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whatever carries queries and partials, on a cluster that speaks UCX itself too, tokens are those of one process.
+"""Tokens are those of one process on every kind of channel, also on clusters that use UCX themselves.
 
-Clusters of several processes run in a process of their own: Dask's UCX comms leave an event loop behind that polls
+Clusters of several processes run in a separate process, because Dask's UCX comms leave an event loop behind that polls
 forever.
 """
 
@@ -66,7 +66,7 @@ def test_tokens_are_those_of_one_process_whatever_carries_the_partials(
         "-m",
         "tests.engine.test_every_channel",
         str(model_dir("llama-gqa")),
-        str(tmp_path / "found.json"),  # not its output: UCX writes there too
+        str(tmp_path / "found.json"),  # not its output, because UCX also writes there
         protocol,
         *channels,
     ]
@@ -78,7 +78,7 @@ def test_tokens_are_those_of_one_process_whatever_carries_the_partials(
 
 
 def answers(client: Client, model: str, channel: str) -> dict[str, Any]:
-    """Tokens over one kind of channel, and what an engine says of it."""
+    """Tokens over one kind of channel, and the kind that the engine reports."""
     with Engine(client, model, channel=channel, **SMALL) as engine:
         done = engine.generate(PROMPTS, PARAMS)
         return described(done, engine.status(), client.run(kinds, engine.id))

@@ -1,4 +1,4 @@
-"""Whatever the model family, the split and the company, greedy tokens in float32 are those of plain transformers."""
+"""Whatever the model family, the split and the batch, greedy tokens in float32 are those of plain transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes killed and frozen amid requests: the same tokens or a clear error, and the engine goes on."""
+"""Real processes killed and frozen during requests: the same tokens or a clear error, and the engine continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests._processes import freeze
 
 pytestmark = pytest.mark.slow
 
-# Short windows: however fast the machine, a long request is seen decoding before it ends.
+# Windows are short, so that a long request is seen decoding before it ends on any machine.
 TINY: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "prefill_chunk_tokens": 64, "window_steps": 4}
 NEW = 240
 WIDE = prompt_ids(1200 - NEW)
@@ -31,7 +31,7 @@ SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three worker processes under nannies, which start new ones in place of those that are killed."""
+    """Three worker processes with nannies, which replace killed ones."""
     with LocalCluster(n_workers=3, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=None) as cluster:
         yield cluster
 
@@ -63,7 +63,7 @@ def test_a_killed_worker_costs_a_request_no_token(client: Client, victim: str, f
         assert list(engine.submit(prompt, SHORT).result(60).token_ids) == expected
         assert list(wide.result(120).token_ids) == reference_generate(model_dir(family), [WIDE], NEW)[0].tokens
         assert engine.status().totals["repair_events"] == 1
-        deadline = time.monotonic() + 60  # the nanny's new worker becomes part of the engine
+        deadline = time.monotonic() + 60  # the nanny's new worker joins the engine
         while len(engine.status().workers) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -140,7 +140,7 @@ def test_a_holder_that_freezes_between_windows_is_noticed_by_dasks_own_limit() -
         process = pid(client, holder)
         freeze(process)
         again = engine.submit(prompt_ids(900), SHORT)  # distkv.timeouts.start is five minutes
-        assert again.result(120).token_ids == first.token_ids  # once the nanny has a worker in the frozen one's place
+        assert again.result(120).token_ids == first.token_ids  # once the nanny has replaced the frozen worker
         assert engine.status().totals["repair_events"] == 1
         assert engine.submit(prompt_ids(10), SHORT).result(60).finish_reason == "length"
 

@@ -1,4 +1,4 @@
-"""Memory that a forward frees is not cleared by the kernel for the next one, and other tasks get it back."""
+"""The kernel does not clear memory that a forward frees for the next forward, and other tasks get it back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other
 TENSOR = 1 << 20
 """Bytes: less than a huge page."""
 FEW, MANY = 0.05, 0.5
-"""Of a tensor's pages: how many the kernel clears."""
+"""Shares of a tensor's pages that the kernel clears: few at most, many at least."""
 SETTLED = 8
-"""Times after which no tensor lies anywhere new. Aligning tensors cuts small pieces off. glibc sets aside seven of each
-size, and until it has them a tensor does not fit where one was before."""
+"""Repetitions after which tensors use no new addresses. Aligning tensors cuts off small pieces. glibc keeps seven of
+each size, and until it has them a tensor does not fit where one was before."""
 KEPT, GIVEN_BACK = 8, 64
-"""Tensors at a time. Memory between what is in use is used again in any case: there is less of it than 32 tensors."""
+"""Tensors at a time. Free memory between blocks in use is reused in any case; it is less than 32 tensors."""
 
 SCRIPT = """
 from distkv_dask.worker.heap import give_back_freed_memory, keep_freed_memory
@@ -43,9 +43,9 @@ print([*cleared(GIVEN_BACK)])
 
 
 def cleared(tensors: int) -> tuple[float, float]:
-    """Which part of so many tensors' pages the kernel clears when they are made again, here and in another thread.
+    """Share of the tensors' pages that the kernel clears when they are made again, here and in another thread.
 
-    Lanes are other threads, and what they free lies elsewhere (in another "arena" of glibc).
+    Lanes are other threads, and memory that they free is in another "arena" of glibc.
     """
     with ThreadPoolExecutor(1) as lane:
         return _cleared(tensors), lane.submit(_cleared, tensors).result()
@@ -62,7 +62,7 @@ def _make(tensors: int) -> None:
 
     made = [torch.empty(TENSOR, dtype=torch.uint8) for _ in range(tensors)]
     for tensor in made:
-        tensor[:: mmap.PAGESIZE] = 1  # in this thread, other than torch.ones
+        tensor[:: mmap.PAGESIZE] = 1  # in this thread, unlike torch.ones
 
 
 def _map_as_much() -> None:
@@ -85,7 +85,7 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
 
 
 def test_a_worker_keeps_freed_memory_while_an_engine_is_open() -> None:
-    """Dask's nannies tell their workers to give it back at once: in a variable that only a new process reads."""
+    """Dask's nannies tell their workers to return it at once, in a variable that only a new process reads."""
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,

@@ -1,4 +1,4 @@
-"""Chats whose KV had to make room between turns: their tokens are those of plain transformers, wherever it was."""
+"""Chats whose KV made room between turns have the tokens of plain transformers, wherever the KV was."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small_extents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def copy_no_more(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Ends copying: what others leave would take the place of what is older."""
+    """Stops copies to lower tiers, where KV of other requests would replace older KV."""
     return lambda: monkeypatch.setattr(copies, "AHEAD", -1.0)
 
 
@@ -54,14 +54,14 @@ async def turn(engine: Engine, prompt: list[int]) -> Completion:
 
 
 async def until(engine: Engine, seen: Callable[[EngineStatus], bool]) -> EngineStatus:
-    """Wait for what happens in the background; the test has a time limit."""
+    """Wait for work in the background; the test has a time limit."""
     while not seen(status := await engine.status()):
         await asyncio.sleep(0.01)
     return status
 
 
 async def displaced(engine: Engine, is_kept: Callable[[EngineStatus], bool]) -> Completion:
-    """The first turn of a chat, whose room another one takes once it is kept elsewhere."""
+    """Run the first turn of a chat; another chat takes its room once its KV is in a lower tier."""
     first = await turn(engine, FIRST)
     await until(engine, is_kept)
     await turn(engine, OTHER)
@@ -69,7 +69,7 @@ async def displaced(engine: Engine, is_kept: Callable[[EngineStatus], bool]) -> 
 
 
 async def second_turn(engine: Engine, first: Completion) -> tuple[Completion, int]:
-    """Go on with the first chat; also how many tokens were computed for that."""
+    """Continue the first chat; also returns how many tokens were computed for it."""
     before = (await engine.status()).totals["prefilled_tokens"]
     done = await turn(engine, [*FIRST, *first.token_ids, *prompt_ids(9, seed=3)])
     return done, int((await engine.status()).totals["prefilled_tokens"] - before)
@@ -80,7 +80,7 @@ def tier(status: EngineStatus, name: str) -> int:
 
 
 def is_on_disk(status: EngineStatus, blocks: int) -> bool:
-    """Whether so many blocks are written: the tier also counts those that are being written."""
+    """Whether this many blocks are written (the tier also counts those being written)."""
     return tier(status, "disk") == blocks and status.totals.get("copied_disk_blocks", 0) >= blocks
 
 
@@ -220,7 +220,7 @@ def test_nobody_waits_for_a_chat_that_is_read_back_and_it_does_not_wait_forever(
                 later = asyncio.ensure_future(second_turn(engine, first))
                 if goes_on:
                     await until(engine, is_reading)
-                    await turn(engine, prompt_ids(60, seed=6))  # is computed and decoded meanwhile
+                    await turn(engine, prompt_ids(60, seed=6))  # is computed and decoded in the meantime
                     assert not later.done()
                     free.set()
                 done, _ = await later
@@ -232,7 +232,7 @@ def test_nobody_waits_for_a_chat_that_is_read_back_and_it_does_not_wait_forever(
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3-next"])
 def test_models_whose_homes_have_more_than_kv_keep_only_what_they_can_begin_with(family: str) -> None:
-    """KV alone is no beginning there: what has to make room is dropped with its snapshots."""
+    """There KV alone cannot be reused as a prefix: what makes room is dropped with its snapshots."""
 
     @engine_test(1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:

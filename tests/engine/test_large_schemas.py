@@ -1,4 +1,4 @@
-"""A JSON schema that takes long to compile holds up nobody who decodes on the same worker."""
+"""A JSON schema that takes long to compile does not delay requests that decode on the same worker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STRUCTURED = SamplingParams(max_new_tokens=200, schema=SCHEMA)
 
 
 class Slow:
-    """A compiler that goes on when it is told to; what ends before that, it has not held up."""
+    """A compiler that continues when a test says so; work that ends before was not delayed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.began, self.may_go_on = threading.Event(), threading.Event()
@@ -55,7 +55,7 @@ async def goes_on(engine: Engine, number: int) -> None:
 def test_a_neighbour_decodes_while_the_schema_of_a_new_request_is_compiled(
     granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.collect()  # a model that this process has still would be shared, with the schemas that it has compiled
+    gc.collect()  # a model that this process still has would be shared, with its compiled schemas
 
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:

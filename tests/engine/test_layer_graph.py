@@ -1,4 +1,4 @@
-"""One task per layer and holder: the same tokens as the fused gang's and plain transformers', and as tidy an end."""
+"""One task per layer and holder: the tokens of fused gangs and of plain transformers, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_bfloat16_queries_survive_the_journey(client: Client, scheduler: S
         assert done.finish_reason == "length"
 
 
-# What fails
+# Failures
 
 
 @engine_test(workers=2)
@@ -161,7 +161,7 @@ async def test_partials_that_never_come_end_the_forward_in_time(
 
     layer_tasks.attend_part = slow
     try:
-        limits = {"timeout_start": "200 ms", "timeout_receive": 1}  # for as long as the second, it is tried again
+        limits = {"timeout_start": "200 ms", "timeout_receive": 1}  # the second one also limits retries
         async with tiny(client, kv_memory="256 KiB", **limits) as engine:
             with pytest.raises(DistKVError, match=r"no partials of layer 0.*distkv\.timeouts\.start"):
                 await engine.submit(prompt_ids(100), GREEDY)

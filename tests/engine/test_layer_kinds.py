@@ -1,4 +1,4 @@
-"""Layers with windows, chunks, soft caps, sinks and short values: nothing that is done to their KV changes a token."""
+"""Layers with windows, chunks, soft caps, sinks and short values: no operation on their KV changes a token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_documents_are_asked_saved_and_loaded_on_another_number_of_workers(famil
 
         run()
 
-    ask(blocks=9, load=False)  # no worker holds it alone
+    ask(blocks=9, load=False)  # too large for one worker
     ask(blocks=16, load=True)
 
 

@@ -29,11 +29,11 @@ SMALL: dict[str, Any] = {"dtype": "float32", "block_tokens": 8, "policy": "best"
 TWELVE = SamplingParams(max_new_tokens=12, ignore_eos=True)
 PROMPT = prompt_ids(120)
 OWN = {"threads": False}
-"""Of a cluster's checks at its end: networks have threads until the end of a test."""
+"""Checks at the end of a cluster: threads are left out, because networks have threads until the end of a test."""
 
 
 class Networks:
-    """What lies before workers, by Dask address: put there before their lanes start."""
+    """Proxies before workers, by Dask address, installed before their lanes start."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trouble: dict[str, Trouble] = {}
@@ -69,7 +69,7 @@ def right(done: Completion) -> bool:
 
 
 def small(client: Client, blocks: int = 12, **settings: Any) -> Engine:
-    """An engine whose workers have room for so many blocks each: the prompt needs two of them."""
+    """An engine whose workers have room for ``blocks`` blocks each; the prompt needs two workers."""
     return Engine(client, str(model_dir("llama-gqa")), kv_memory=blocks * block_bytes("llama-gqa"), **SMALL | settings)
 
 
@@ -77,7 +77,7 @@ def small(client: Client, blocks: int = 12, **settings: Any) -> Engine:
 def test_kv_stays_off_a_worker_behind_a_slow_link_once_it_is_measured(networks: Networks, setting: str) -> None:
     @engine_test(workers=3, clean_kwargs=OWN)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
-        far = max(worker.address for worker in workers)  # the others measure the way to it
+        far = max(worker.address for worker in workers)  # the others measure the link to it
         networks.trouble[far] = _proxy.slow(0.02)
         async with small(client, performance=setting) as engine:
             links = {(one.one, one.other): one for one in (await engine.status()).links}
@@ -133,7 +133,7 @@ def test_opening_waits_no_longer_for_links_than_its_limit(networks: Networks, mo
     @engine_test(workers=2, clean_kwargs=OWN)
     async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
         async with small(client, blocks=40):
-            pass  # workers are timed, which ask themselves for it
+            pass  # workers are timed now, for which each is its own holder
         networks.trouble[max(worker.address for worker in workers)] = _proxy.slow(3.0)
         began = time.monotonic()
         async with small(client, blocks=40) as engine:

@@ -1,4 +1,4 @@
-"""Log probabilities of answers and prompts: those of one process, whatever becomes of workers and memory meanwhile."""
+"""Log probabilities of answers and prompts are those of one process, whatever happens to workers and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCORED = SamplingParams(max_new_tokens=NEW, ignore_eos=True, logprobs=3, prompt_
 
 @cache
 def reference(model: str, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Log probabilities of every next token, float64 [tokens, vocab], of one forward of plain transformers."""
+    """Log probabilities of every next token, float64 [tokens, vocab], from one forward of plain transformers."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         return plain(torch.tensor([tokens])).logits[0].double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""A worker whose compute thread ends is like one that died: answers are the same, and it takes part again."""
+"""A worker whose compute thread ends is treated like a dead one: answers are the same, and it joins again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distkv_dask.worker.lanes import Lanes
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
-# 680 tokens fit on a worker; in short windows a request is seen decoding before it ends.
+# 680 tokens fit on a worker; windows are short, so that a request is seen decoding before it ends.
 TINY: dict[str, Any] = {
     "dtype": "float32",
     "kv_memory": "2 MiB",
@@ -194,7 +194,7 @@ def test_a_lane_that_ends_as_an_engine_opens_is_started_again(beside: int) -> No
             await asyncio.sleep(0)
         while manager.lanes is None or len(manager.lanes.holder._services) == beside:
             time.sleep(0.01)
-        time.sleep(0.5)  # the worker's own loop stands still meanwhile: the engine is there, but nobody knows
+        time.sleep(0.5)  # meanwhile the worker's loop is blocked: the engine is open, but has not been reported
         end_holder_lane(manager.lanes)
         while lanes_alive() > 1:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Blocks of live sequences move between workers while they decode, and nobody's tokens change."""
+"""Blocks of running sequences move between workers while they decode, and no tokens change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_random_blocks_move_between_random_workers_all_the_time_and_tokens_stay(
             assert state.life.moves.moved_blocks > 5
             assert all(one.used_blocks == 0 for one in (await engine.status()).workers.values())
             cached = [state.life.ledger.workers[worker.address].cached for worker in workers]
-            for _ in range(200):  # the last releases are on their way
+            for _ in range(200):  # the last releases may still be on their way
                 pools = [one.runtime.pool.used_blocks for worker in workers for one in open_on(worker)]
                 if pools == cached:
                     break
@@ -164,7 +164,7 @@ def test_workers_of_unequal_memory_each_hold_what_they_have_room_for(policy: str
 
 
 def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_unchanged() -> None:
-    prompt, new = prompt_ids(2200), 300 if SLOW else 1200  # it still decodes when the worker is there
+    prompt, new = prompt_ids(2200), 300 if SLOW else 1200  # it must still be decoding when the worker has joined
     expected = reference_generate(model_dir("llama-gqa"), [prompt], new)[0].tokens
 
     @engine_test(workers=1)
@@ -183,7 +183,7 @@ def test_a_worker_that_joins_takes_over_a_part_of_a_long_request_which_goes_on_u
                 while len((await engine.status()).workers) < 2:
                     await asyncio.sleep(0.01)
                 model = state.life.policy.model
-                slow = replace(model.curve, token=1.0)  # half of the attention elsewhere is worth it by far
+                slow = replace(model.curve, token=1.0)  # so that it pays to compute half of the attention elsewhere
                 state.life.know_costs(replace(model, curve=slow, curves={}))
                 assert list((await running).token_ids) == expected
                 assert (await engine.status()).totals["moved_blocks"] >= 128

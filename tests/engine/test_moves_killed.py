@@ -1,4 +1,4 @@
-"""Real processes killed while blocks of a running request move: the right answer, and no rest."""
+"""Real processes killed while blocks of a running request move: the right answer, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 THOROUGH = pytest.mark.thorough
 
 NEW = 200
-WIDE = prompt_ids(1400)  # with the room for its answer 1600 tokens, on two workers of 1365
+WIDE = prompt_ids(1400)  # 1600 tokens including its answer, on two workers with room for 1365 each
 SHORT = prompt_ids(20, seed=9)
 SLOW: dict[str, Any] = {
     "dtype": "float32",
@@ -32,13 +32,13 @@ SLOW: dict[str, Any] = {
     "block_tokens": 8,
     "prefill_chunk_tokens": 128,
     "window_steps": 4,
-    "move_tokens_per_step": 1,  # hundreds of steps for a move: it is seen under way on any machine
+    "move_tokens_per_step": 1,  # a move takes hundreds of steps, so that it is seen in progress on any machine
 }
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three worker processes under nannies, with new ones for those killed; their scheduler is in this process."""
+    """Three worker processes with nannies, which replace killed ones; their scheduler is in this process."""
     with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
@@ -53,7 +53,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def propose(monkeypatch: pytest.MonkeyPatch, wanted: list[Move]) -> None:
-    """Have the policy propose these moves and no others."""
+    """Make the policy propose these moves and no others."""
 
     def moves(policy: Policy, ledger: Ledger, waiting: object) -> list[Move]:
         return [wanted.pop()] if wanted else []
@@ -67,7 +67,7 @@ def used_blocks(dask_worker: Worker) -> int:
 
 
 def assert_nothing_is_left(client: Client, life: MachineState) -> None:
-    """Ledger and pools are empty but for cached blocks, on all three workers and their replacements."""
+    """Check that ledger and pools are empty except for cached blocks, on all three workers and their replacements."""
     wait_for(lambda: len(life.ledger.workers) == 3)
     wait_for(lambda: not life.requests)
     assert not life.ledger.sequences

@@ -1,4 +1,4 @@
-"""One prompt on all workers at once: its tokens are those of plain transformers, whatever happens meanwhile."""
+"""One prompt on all workers at once: its tokens are those of plain transformers, whatever happens during it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt that all workers compute at once loses one of them, or its client: no token is lost, and nothing is left."""
+"""A prompt that all workers compute loses one of them, or its client: no token is lost, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def begun(engine: Engine) -> SequenceStatus:
         for one in engine.status().sequences.values():
             if one.kv_tokens:
                 return one
-        time.sleep(0.005)  # each look costs the scheduler as much as a step
+        time.sleep(0.005)  # each status costs the scheduler as much as a step
     raise AssertionError(engine.status())
 
 

@@ -1,4 +1,4 @@
-"""Workers that Dask really pauses, since their memory is full: what was given to them does not wait without end."""
+"""Workers that Dask pauses because their memory is full: their work does not wait forever."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def until(is_so: Callable[[], object]) -> None:
 
 
 async def fill(worker: Worker) -> int | None:
-    """Have a worker's memory limit exceeded by what its process takes, until Dask pauses it; the limit before."""
+    """Set a worker's memory limit below its use, until Dask pauses it; returns the limit before."""
     before = worker.memory_manager.memory_limit
     worker.memory_manager.memory_limit = psutil.Process().memory_info().rss
     await until(lambda: worker.status == Status.paused)
@@ -50,7 +50,7 @@ def test_prompts_that_were_sent_to_a_paused_worker_are_answered_by_another(granu
         settings = TINY | {"granularity": granularity, "timeout_start": 3}
         async with Engine(client, str(model_dir("llama-gqa")), **settings) as engine:
             limit = await fill(a)
-            running = [engine.submit(prompt, SAMPLING) for prompt in PROMPTS]  # before the gManager looks again
+            running = [engine.submit(prompt, SAMPLING) for prompt in PROMPTS]  # before the gManager checks again
             done = [await one for one in running]
             assert [list(one.token_ids) for one in done] == expected()
             assert {span.worker for one in done for span in one.placement} == {b.address}

@@ -1,4 +1,4 @@
-"""An open engine knows how fast each of its workers is, and its policy decides by that."""
+"""An open engine knows the speed of each of its workers, and its policy uses it."""
 
 from __future__ import annotations
 

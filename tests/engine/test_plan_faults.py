@@ -1,4 +1,4 @@
-"""Blocks vanish from a worker's pool behind the scheduler's back: only the request whose blocks they are fails."""
+"""Blocks vanish from a worker's pool without the scheduler's knowledge: only the request that owns them fails."""
 
 from __future__ import annotations
 

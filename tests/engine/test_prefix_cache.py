@@ -1,4 +1,4 @@
-"""Requests that begin like ones before them: their tokens are those of plain transformers, whatever was reused."""
+"""Requests that begin like earlier ones have the tokens of plain transformers, whatever was reused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWELVE = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
 def small(client: Client, blocks: int, **settings: Any) -> Engine:
-    """An engine whose workers have room for so many blocks each."""
+    """An engine whose workers have room for ``blocks`` blocks each."""
     return Engine(client, str(model_dir("llama-gqa")), kv_memory=blocks * block_bytes("llama-gqa"), **SMALL | settings)
 
 
@@ -29,8 +29,8 @@ def right(prompt: list[int], done: Completion) -> bool:
 
 
 async def assert_pools_agree(engine: Engine, *workers: Worker) -> None:
-    """No request is left, and every pool holds what the gManager takes for cached."""
-    for _ in range(200):  # the last releases are on their way
+    """Check that no request is left, and that every pool holds just the blocks that the gManager considers cached."""
+    for _ in range(200):  # the last releases may still be on their way
         status = await engine.status()
         cached = [status.workers[worker.address].blocks.cached for worker in workers]
         pools = [worker.plugins["distkv"].engines[engine.id].runtime.pool.used_blocks for worker in workers]

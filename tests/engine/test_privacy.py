@@ -1,4 +1,4 @@
-"""What users ask and documents say is in no log, event, metric, status, page or trace, whatever becomes of it."""
+"""Texts of users and documents are in no log, event, metric, status, page or trace, whatever happens to requests."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ HALF = f"{CANARY} \ud83d"
 DASHBOARD = {"scheduler_kwargs": {"dashboard": True, "dashboard_address": "127.0.0.1:0"}}
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "prefill_chunk_tokens": 32,
                         "timeout_receive": 1}  # fmt: skip
-"""What fails is not tried again for longer than a second."""
+"""Retries end after a second."""
 TWO = SamplingParams(max_new_tokens=2, ignore_eos=True)
 
 
 class Eavesdropper(logging.Handler):
-    """Keeps every record of every logger that would be shown by default, tracebacks included."""
+    """Keeps every log record that would be shown by default, including tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -49,7 +49,7 @@ class Eavesdropper(logging.Handler):
 
 @contextlib.contextmanager
 def eavesdropping(capfd: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
-    """Collect what is logged, warned of and printed; at the end it must not name the canary, nor its tokens."""
+    """Collect logs, warnings and output; at the end they must contain neither the canary nor its tokens."""
     handler = Eavesdropper()
     loggers = [logging.getLogger(name) for name in ("", "distributed", "distkv", "transformers")]
     levels = [(one, one.level, one.propagate) for one in loggers]
@@ -86,7 +86,7 @@ async def get(scheduler: Scheduler, path: str) -> str:
 
 
 async def everything(engine: Engine, scheduler: Scheduler) -> list[Any]:
-    """What a running engine shows to whoever looks."""
+    """Everything that a running engine shows."""
     shown = [
         await get(scheduler, path) for path in ("/distkv/status.json", "/metrics", "/distkv", "/info/main/logs.html")
     ]

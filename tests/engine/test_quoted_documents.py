@@ -1,4 +1,4 @@
-"""Answers that quote a document: the tokens of one process that follows the same grammar, wherever the KV lies."""
+"""Answers that quote a document: the tokens of one process with the same grammar, wherever the KV is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MOST = 60
 
 
 def reference(prompt: list[int], form: QuoteForm) -> list[int]:
-    """Greedy tokens of one process, with the grammar's bits applied to the logits of a whole forward each."""
+    """Greedy tokens of one process, with the grammar's mask applied to the logits of a whole forward each."""
     folder = text_model_dir(end=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = from_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), n_vocab=VOCAB, eos_token=END)

@@ -1,4 +1,4 @@
-"""Models with recurrent layers, or windows at homes, on a cluster: the tokens of plain transformers, come what may."""
+"""Models with recurrent layers, or windows at homes, on a cluster: tokens of plain transformers, whatever happens."""
 
 from __future__ import annotations
 

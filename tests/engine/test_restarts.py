@@ -1,4 +1,4 @@
-"""Workers that close in the middle of requests, by themselves: a loss like any other, repeated elsewhere."""
+"""Workers that close by themselves during requests: a loss like any other, repeated elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def decoding(engine: Engine) -> None:
 
 
 async def end(worker: Worker, engine: str, how: str) -> None:
-    """End a worker, or only a part of it that goes when it is about to leave."""
+    """End a worker, or only a part of it that ends first when a worker leaves."""
     rmanager = worker.plugins["distkv"]
     match how:
         case "close":
@@ -73,6 +73,6 @@ def test_requests_on_workers_that_are_restarted_end_elsewhere() -> None:
         for _ in range(2):
             running = [engine.submit(prompt, SAMPLING) for prompt in PROMPTS]
             while not any(one.generated_tokens > 1 for one in engine.status().sequences.values()):
-                time.sleep(0.02)  # each look costs the scheduler as much as a step
+                time.sleep(0.02)  # each status costs the scheduler as much as a step
             client.restart_workers([next(iter(engine.status().workers))])
             assert [list(one.result(120).token_ids) for one in running] == expected()

@@ -1,4 +1,4 @@
-"""Races and mishaps between user, scheduler and workers: nobody hangs, nothing is left behind."""
+"""Races and failures between user, scheduler and workers: nothing hangs, nothing is left behind."""
 
 from __future__ import annotations
 

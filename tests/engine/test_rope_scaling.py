@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "768 KiB", "block_token
 
 
 def short_model() -> Path:
-    """A model made for 128 tokens."""
+    """A model trained for 128 tokens."""
     config = FAMILIES["llama-gqa"]()
     config.max_position_embeddings = WINDOW
     return save_model(config, "llama-gqa-128")

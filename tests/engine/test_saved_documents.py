@@ -1,4 +1,4 @@
-"""Documents in files: the same tokens after loading on other workers, and nothing damaged or foreign is loaded."""
+"""Documents in files: the same tokens after loading on other workers; damaged or foreign files are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wanted() -> list[list[int]]:
 
 
 def save(place: str | Path, workers: int = 3) -> None:
-    """Save the document from workers too small to hold it alone."""
+    """Save the document from workers that are too small to hold it alone."""
 
     @engine_test(workers=workers)
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:

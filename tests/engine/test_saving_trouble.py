@@ -1,4 +1,4 @@
-"""Saving and loading where folders hang, fill up or are hostile: an error, and nothing is lost, left, run or called."""
+"""Saving and loading with folders that hang, fill up or are hostile: an error, and nothing is lost, left or run."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_worker_whose_disk_is_full_leaves_no_files_of_others_either(
 
 
 def crafted(folder: Path, extra: list[Any]) -> None:
-    """Give every file of a document more fields, as somebody would who knows the format."""
+    """Add fields to every file of a document, like someone who knows the format."""
     body = json.loads((folder / "document.json").read_text())
     body.pop("checksum")
     body["files"] = [[*file, *extra] for file in body["files"]]

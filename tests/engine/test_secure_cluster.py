@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": "256 KiB", "block_toke
 
 @pytest.fixture(scope="module")
 def client():
-    """Client of two worker processes that speak TLS."""
+    """Client of two worker processes that use TLS."""
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, security=True, dashboard_address=None) as cluster,
         Client(cluster) as client,

@@ -1,4 +1,4 @@
-"""Dask's own pages show the engine: its tasks are in spans, and tell where their time went."""
+"""Dask's own pages show the engine: its tasks are in spans, and report how their time was spent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "512 KiB", "block_token
 
 
 def tasks_by_span(scheduler: Scheduler) -> dict[tuple[str, ...], set[str]]:
-    """What kinds of tasks every span had."""
+    """Kinds of tasks in every span."""
     spans = scheduler.extensions["spans"].spans.values()
     return {one.name: {group.prefix.name for group in one.groups} for one in spans if one.groups}
 
@@ -31,7 +31,7 @@ async def test_tasks_are_in_the_engines_span_and_those_of_a_batch_in_its_own(
     with span("my work"):
         opening = Engine(client, str(text_model_dir()), **TINY)
     async with opening as engine:
-        await engine.submit(prompt_ids(200), few)  # lies on both workers
+        await engine.submit(prompt_ids(200), few)  # is on both workers
         alone = tasks_by_span(scheduler)
         (name,) = (one for one in alone if one[:2] == ("my work", "distkv"))
         assert name[2] == f"text {engine.id}"
@@ -43,7 +43,7 @@ async def test_tasks_are_in_the_engines_span_and_those_of_a_batch_in_its_own(
 
 
 def told_by(workers: tuple[Worker, ...]) -> defaultdict[str, float]:
-    """Seconds and bytes that tasks told Dask, by label."""
+    """Seconds and bytes that tasks reported to Dask, by label."""
     told: defaultdict[str, float] = defaultdict(float)
     for worker in workers:
         for key, value in worker.digests_total.items():
@@ -59,7 +59,7 @@ async def test_tasks_tell_dask_where_their_time_went(client: Client, scheduler: 
         await engine.submit(prompt_ids(200), SamplingParams(max_new_tokens=30, ignore_eos=True))
         totals = (await engine.status()).totals
         computed = totals["decode_seconds"] - totals["waiting_seconds"] - totals["sending_seconds"]
-        for _ in range(200):  # tasks tell when they end, which is after the request has ended
+        for _ in range(200):  # tasks report when they end, which is after the request has ended
             if not any(worker.state.tasks for worker in workers):
                 break
             await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Answers are the same with steps that try tokens, right and wrong ones, whatever becomes of sequence and workers."""
+"""Speculation with right and wrong tokens does not change answers, whatever happens to sequences and workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = [prompt_ids(length, seed=length) for length in (150, 61, 97, 30)]
 
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], Sequence[int]]:
-    """Answers by prompt, of which every step tries some tokens: all right, none, or the first ones, in turns."""
+    """Answers by prompt, of which every step proposes tokens: in turns all, none, or only the first ones are right."""
     known: dict[tuple[int, ...], Sequence[int]] = {}
     wrong = itertools.cycle((8, 0, 3, 1, 8))
 
@@ -50,7 +50,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], Sequence[in
 
 
 def expect(oracle: dict[tuple[int, ...], Sequence[int]], prompts: Sequence[Sequence[int]], new: int = NEW) -> Any:
-    """The answers of plain transformers, which the oracle knows from now on."""
+    """Answers of plain transformers, which the oracle proposes from now on."""
     right = [one.tokens for one in reference_generate(model_dir("llama-gqa"), prompts, new)]
     oracle.update(zip(map(tuple, prompts), right, strict=True))
     return right

@@ -1,4 +1,4 @@
-"""Layers over workers: whatever the stages and the batch, greedy tokens in float32 are those of plain transformers."""
+"""Layers divided among workers: for all stages and batches, greedy float32 tokens are those of plain transformers."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from tests._models import model_dir, prompt_ids, reference_generate, save_model
 
 STAGES = 4
 TIMES = 2.5
-"""Bytes of the model, of the memory that a worker has for it."""
+"""Size of the model as a multiple of a worker's memory for it."""
 
 
 def large_model(room: int) -> Path:
-    """A Llama in float32 of :data:`TIMES` as many bytes as ``room``."""
+    """A Llama in float32 with :data:`TIMES` times ``room`` bytes."""
     sizes = {"vocab_size": 499, "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64}
     layer = 4 * (2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 2048)
     none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -34,7 +34,7 @@ def large_model(room: int) -> Path:
 
 
 def resident(dask_worker: Worker) -> int:
-    """Bytes of a worker's process."""
+    """Memory of a worker's process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -66,7 +66,7 @@ def test_a_model_larger_than_any_worker_answers_in_stages_and_none_is_restarted(
         client_of_all(cluster) as client,
     ):
         with Engine(client, str(model_dir("qwen3-moe")), stages=STAGES, **given):
-            pass  # imports what takes memory in any engine
+            pass  # imports the modules that take memory in any engine
         base = max(client.run(resident).values())
         room = 2 * base
         client.run(limit_worker, base + room)

@@ -1,4 +1,4 @@
-"""Real processes killed that have what only homes have, or blocks beside them: the right answer all the same."""
+"""Killed processes that held what only homes have, or other blocks of such a sequence: the right answer still."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PROMPT, NEW = prompt_ids(200, seed=3), 150
 
 FAMILIES = ("gemma2", "gpt-oss", "qwen3-next", "granite4-h", "lfm2")
 BY_DEFAULT = {("gemma2", "holder"), ("qwen3-next", "home")}
-"""A model with windows and one with recurrent layers, and who is killed."""
+"""A model with windows and one with recurrent layers, and the process that is killed."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three worker processes under nannies, with new ones for those killed; their scheduler is in this process."""
+    """Three worker processes with nannies, which replace killed ones; their scheduler is in this process."""
     with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 

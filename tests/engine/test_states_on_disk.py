@@ -1,4 +1,4 @@
-"""Models whose homes have more than KV: it goes to disk and comes back, and moves with the home."""
+"""Models whose homes have more than KV: it is spilled and restored, and moves with the home."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTION = prompt_ids(5, seed=5)
 
 
 def memory_for(family: str, places: int) -> tuple[int, int]:
-    """Bytes of KV memory with room for so many places, and the blocks that there are beside them."""
+    """Bytes of KV memory with room for ``places`` states, and the number of blocks in addition to them."""
     geometry = loaded(family).geometry
     needs, block = needs_of(geometry, Config.load(**SMALL)), BlockShape.of(geometry, 8).nbytes
     blocks = max(30, -(-int((places * needs.each + needs.once) * (1 / needs.share - 1)) // block))
@@ -47,7 +47,7 @@ def test_a_document_comes_back_to_another_home_with_what_only_homes_have(family:
             kinds = {file.name.partition("-")[0] for file in there.glob("distkv-*/*.arrow")}
             assert kinds == {"blocks", "window" if family in ("gemma2", "gpt-oss") else "state"}
             before = (await engine.status()).totals["prefilled_tokens"]
-            scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # nothing new goes there
+            scheduler.plugins["distkv"].engines[engine.id].life.ledger.retire_worker(left)  # no new blocks go there
             done = await document.ask(QUESTION, GREEDY)
             assert list(done.token_ids) == expected[0]
             computed = (await engine.status()).totals["prefilled_tokens"] - before

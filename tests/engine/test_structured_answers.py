@@ -1,4 +1,4 @@
-"""Requests with a JSON schema: the tokens of a plain loop over transformers that follows it, in any windows."""
+"""Requests with a JSON schema: the tokens of a plain loop over transformers with the same schema, in any windows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "512 KiB", "block_token
 
 
 def reference(prompt: list[int], grammar: str) -> list[int]:
-    """Greedy tokens of one process, with llguidance's bits applied to the logits of a whole forward each."""
+    """Greedy tokens of one process, with llguidance's mask applied to the logits of a whole forward each."""
     folder = text_model_dir(end=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = from_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), n_vocab=VOCAB, eos_token=END)
@@ -59,7 +59,7 @@ def reference(prompt: list[int], grammar: str) -> list[int]:
 
 @pytest.mark.parametrize("steps", [1, 3, 400])
 def test_answers_are_those_of_one_process_and_follow_the_schema(steps: int) -> None:
-    prompts = [prompt_ids(150, seed=4), prompt_ids(20, seed=5)]  # the first lies on two workers
+    prompts = [prompt_ids(150, seed=4), prompt_ids(20, seed=5)]  # the first is on two workers
     options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     json_grammar = LLMatcher.grammar_from_json_schema(SCHEMA, defaults=options)
     expected = [reference(prompt, json_grammar) for prompt in prompts]
@@ -93,7 +93,7 @@ CHOICES = {"anyOf": [{"type": "object", "properties": {f"secret{at}": YEAR}} for
 
 
 class Log(logging.Handler):
-    """All that is logged, in one text."""
+    """Everything that is logged, as one text."""
 
     def __init__(self) -> None:
         super().__init__()

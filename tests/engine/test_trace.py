@@ -1,4 +1,4 @@
-"""A trace tells truthfully where time went, costs nothing while it is off, and survives what it is needed for."""
+"""A trace shows correctly how time was spent, costs nothing while it is off, and survives the failures it must show."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def holders_seen(file: Path) -> bool:
 
 
 def assert_nested(lane: list[dict[str, Any]]) -> None:
-    """Any two spans of a lane are apart, or one contains the other."""
+    """Check that any two spans of a lane are disjoint, or one contains the other."""
     around: list[dict[str, Any]] = []
     for one in lane:
         while around and around[-1]["ended"] <= one["began"]:
@@ -100,7 +100,7 @@ def test_every_layer_of_every_step_is_there_on_home_and_holders(
         parts = [one["dur"] for one in inside if one["name"] in ("model", "attention")]
         assert len(parts) == 2 * LAYERS + 1
         gaps = forward["dur"] - sum(parts)
-        assert 0 <= gaps < 0.5 * forward["dur"] + 5000  # nothing is counted twice, and little is not counted
+        assert 0 <= gaps < 0.5 * forward["dur"] + 5000  # nothing is counted twice, and little is left out
     sent = [one for one in home if one["name"] == "send"]
     answers = [
         one
@@ -141,7 +141,7 @@ def test_a_gang_that_fails_leaves_a_trace_of_how_far_it_came(tmp_path: Path, mon
         raise RuntimeError("no memory left")
 
     monkeypatch.setattr(Session, "_attend", attend)
-    monkeypatch.setattr(session, "new_turns", lambda *given: None)  # which only Python calls
+    monkeypatch.setattr(session, "new_turns", lambda *given: None)  # so that Python answers, which calls _attend
 
     @engine_test(workers=force_split(SPLITS["one holder"], monkeypatch))
     async def run(client: Client, scheduler: Scheduler, *them: Worker) -> None:

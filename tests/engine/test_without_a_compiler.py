@@ -19,7 +19,7 @@ SMALL = {"dtype": "float32", "kv_memory": "1 MiB", "block_tokens": 8, "prefill_c
 
 @pytest.fixture(params=["numba", "torch"])
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Name of the implementation that engines get without the core."""
+    """Name of the implementation that engines use without the core."""
     if request.param not in IMPLEMENTATIONS:
         pytest.skip(f"{request.param} is not available here")
     monkeypatch.setattr(native_kernel, "missing", lambda: "no compiler")
