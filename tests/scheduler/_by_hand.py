@@ -1,4 +1,4 @@
-"""The gManager without Dask: a scheduler whose workers, streams and tasks are lists that a test looks at."""
+"""The gManager without Dask: a scheduler whose workers, streams and tasks are lists that a test inspects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENGINE = "engine"
 
 
 class Tasks:
-    """In place of the submitter: what was asked of it, in order."""
+    """Replaces the submitter: records its calls in order."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
@@ -65,7 +65,7 @@ class Tasks:
 
 
 class DaskByHand:
-    """What the gManager uses of Dask's scheduler; ``sent`` are the messages to workers."""
+    """The parts of Dask's scheduler that the gManager uses; ``sent`` has the messages to workers."""
 
     def __init__(self, *workers: str, memory: Sequence[str] = ()) -> None:
         self.workers: dict[str, Any] = {}
@@ -120,7 +120,7 @@ class DaskByHand:
 
 
 async def started(dask: DaskByHand) -> GManager:
-    """A gManager whose workers have all said which version they run."""
+    """A gManager whose workers have all reported their versions."""
     manager = GManager()
     await manager.start(dask)  # type: ignore[arg-type]
     without_tasks(manager.dispatcher)
@@ -130,7 +130,7 @@ async def started(dask: DaskByHand) -> GManager:
 
 
 def without_tasks(dispatcher: Dispatcher) -> Tasks:
-    """Have a dispatcher without a Dask client, and without pages."""
+    """Use a dispatcher without a Dask client, and without pages."""
     dispatcher.submitter = tasks = Tasks()  # type: ignore[assignment]
     dispatcher.board.start = dispatcher.board.stop = lambda: None  # type: ignore[method-assign]
     return tasks
@@ -147,13 +147,13 @@ def opened(worker: str, role: str = "instance", blocks: int = 8) -> Opened:
 
 
 def say(manager: GManager, *messages: FromWorker, engine: str = ENGINE) -> None:
-    """Workers say something, as Dask's streams bring it."""
+    """Deliver messages of workers, as Dask's streams do."""
     for message in messages:
         manager.worker_event(message.worker, VERSION, engine, message)
 
 
 async def open_engine(manager: GManager, *answers: FromWorker, engine: str = ENGINE, **settings: Any) -> Any:
-    """A client opens an engine; workers answer as soon as they are asked."""
+    """Open an engine for a client; workers answer at once."""
     opening = asyncio.ensure_future(manager.open(spec(engine, **settings), "client", VERSION))
     for answer in answers:
         await until(lambda asked=answer.worker: engine in manager.engines and manager.engines[engine].knows(asked))

@@ -1,4 +1,4 @@
-"""What may happen to a request that is in some state (:mod:`_situations`): answers, users, faults."""
+"""Events for a request in some state (:mod:`_situations`): answers of workers, actions of users, faults."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from distkv_dask.scheduler.lifecycle.events import (
 from distkv_dask.simulate.workers import Asked
 
 ONE, OTHER = 1, 2
-"""The sequence that is in the state, and the one because of which it is."""
+"""The sequence in the state, and the one that caused the state."""
 
 SPARE = "w2"
-"""A worker on which nothing lies, where there is one."""
+"""A worker that holds nothing, if there is one."""
 
 
 def state(cluster: Simulated, number: int = ONE) -> str:
-    """The state of a request, as its class is called."""
+    """The name of a request's state class."""
     request = cluster.life.requests.get(number)
     return "gone" if request is None else type(request.state).__name__
 
@@ -47,14 +47,14 @@ def workers_of(cluster: Simulated) -> tuple[str | None, str | None]:
 
 
 def lose(cluster: Simulated, worker: str) -> WorkerLost:
-    """A worker dies; what the gManager hears of that."""
+    """Kill a worker; returns the event that the gManager gets."""
     cluster.remove(worker)
     cluster.retirements = [one for one in cluster.retirements if one[0] != worker]
     return WorkerLost(worker)
 
 
 def asked_about(cluster: Simulated) -> list[Asked]:
-    """What workers were asked about the sequence and have not answered yet."""
+    """Messages about the sequence that workers have not answered yet."""
     everything = [*(to.Retire(*one) for one in cluster.retirements), *cluster.moves, *cluster.files]
     return [
         one
@@ -64,7 +64,7 @@ def asked_about(cluster: Simulated) -> list[Asked]:
 
 
 def take(cluster: Simulated, message: Asked) -> None:
-    """A worker answers a message, which it was asked once."""
+    """Remove a message that a worker answers, so that it is answered once."""
     for bag in (cluster.moves, cluster.files):
         if message in bag:
             bag.remove(message)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def go_on(cluster: Simulated, message: Asked) -> None:
     cluster.go_on(message)
 
 
-# What may happen
+# Events
 
 
 def chunk(cluster: Simulated) -> Event | None:
@@ -86,17 +86,17 @@ def chunk(cluster: Simulated) -> Event | None:
 
 
 def window(cluster: Simulated) -> Event | None:
-    """The home's window is done, with three tokens of each sequence."""
+    """The home's window is done, with three tokens for each sequence."""
     queued = next((queue[0] for queue in cluster.windows.values() if queue), None)
     if queued is None:
         return None
-    accounts = cluster.life.ledger.sequences  # where all lay when the window began
+    accounts = cluster.life.ledger.sequences  # placements at the beginning of the window
     parts = {number: (3, accounts[number].placement) for number in cluster.batches[queued.gang.home]}
     return cluster.decode(queued, parts, 3, 0.15)
 
 
 def failing(error: Exception) -> Callable[[Simulated], Event | None]:
-    """A gang of it fails."""
+    """One of its gangs fails."""
 
     def fail(cluster: Simulated) -> Event | None:
         head = cluster.head(ONE)
@@ -108,7 +108,7 @@ def failing(error: Exception) -> Callable[[Simulated], Event | None]:
 
 
 def answer(kind: type, **otherwise: object) -> Callable[[Simulated], Event | None]:
-    """A worker answers what it was asked about it, or says that it could not do it."""
+    """A worker answers a message about it, or reports that it failed."""
 
     def answered(cluster: Simulated) -> Event | None:
         message = next((one for one in asked_about(cluster) if isinstance(one, kind)), None)
@@ -125,7 +125,7 @@ def answer(kind: type, **otherwise: object) -> Callable[[Simulated], Event | Non
 
 
 def losing(of_home: bool) -> Callable[[Simulated], Event | None]:
-    """A worker with blocks of it dies."""
+    """A worker that has blocks of it dies."""
 
     def lost(cluster: Simulated) -> Event | None:
         home, holder = workers_of(cluster)
@@ -136,7 +136,7 @@ def losing(of_home: bool) -> Callable[[Simulated], Event | None]:
 
 
 def target_lost(cluster: Simulated) -> Event | None:
-    """The worker dies to which blocks of it move."""
+    """The worker to which its blocks are moving dies."""
     return lose(cluster, SPARE) if cluster.life.moves.of(ONE) else None
 
 

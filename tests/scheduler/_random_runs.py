@@ -1,7 +1,7 @@
-"""Random runs of the simulated cluster, and what each must end with by a model that knows only messages and users.
+"""Random runs of the simulated cluster, checked against a model that knows only messages and users.
 
-``python tests/scheduler/_random_runs.py 3000`` prints a digest of all tokens, ends and final ledgers, and how often
-what happened. A change of the state machine that changes no behaviour leaves the digest as it was.
+``python tests/scheduler/_random_runs.py 3000`` prints a digest of all tokens, ends and final ledgers, and the number of
+events of each kind. A change of the state machine that changes no behaviour leaves the digest as it was.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ HAPPENINGS = {
     "ask": 10, "ingest": 4, "release": 1, "cancel": 1, "step": 40, "move": 6, "lose": 1, "join": 2, "fail": 1,
     "fault": 1, "poison": 1, "drain": 1, "stay": 2, "late": 1, "rot": 1,
 }  # fmt: skip
-"""What happens, and how often."""
+"""Events and their weights."""
 
 
 @dataclass
 class Users:
-    """What users asked for, which is all that the model knows besides messages to workers."""
+    """The users' requests, which are all that the model knows besides messages to workers."""
 
     cluster: Simulated
     rng: random.Random
     wanted: dict[int, int] = field(default_factory=dict)
-    """Tokens that each request may be answered with."""
+    """Maximum answer tokens of each request."""
     documents: dict[int, array[int]] = field(default_factory=dict)
-    """Documents that were handed in and not released, with their tokens."""
+    """Documents that were ingested and not released, with their tokens."""
     cancelled: set[int] = field(default_factory=set)
     happened: Counter[str] = field(default_factory=Counter)
     numbers: int = 0
 
     def do(self, what: str) -> None:
-        """Let something happen; the cluster may refuse it."""
+        """Trigger an event; the cluster may refuse it."""
         self.happened[what] += 1
         try:
             match what:
@@ -66,7 +66,7 @@ class Users:
             self.happened["refused"] += 1
 
     def release(self, number: int) -> None:
-        """Need a document no more."""
+        """Release a document."""
         del self.documents[number]
         self.cluster.stop(number)
 
@@ -94,7 +94,7 @@ class Users:
 
 @dataclass(frozen=True)
 class Ending:
-    """What a run ended with."""
+    """The results of a run."""
 
     tokens: dict[int, tuple[int, ...]]
     ends: dict[int, str]
@@ -103,7 +103,7 @@ class Ending:
 
 
 def run(seed: int, events: int = 90) -> Ending:
-    """One run; raises AssertionError where it ends otherwise than the model says."""
+    """One run; raises AssertionError if its results differ from the model's."""
     rng = random.Random(seed)
     policy, cached, lends = rng.choice(sorted(POLICIES)), rng.random() < 0.7, rng.choice([1.0, 1.0, 0.5])
     sizes = [rng.randint(8, 24) for _ in range(rng.randint(1, 4))]
@@ -128,7 +128,7 @@ def run(seed: int, events: int = 90) -> Ending:
 
 
 def check_answers(users: Users) -> None:
-    """Each request has ended once, with all of its tokens, or with the first ones and a reason that the users know."""
+    """Check that each request has ended once, with all its tokens, or the first ones and a reason known to users."""
     cluster = users.cluster
     for number, new in users.wanted.items():
         reason, error = cluster.ends[number]
@@ -142,10 +142,10 @@ def check_answers(users: Users) -> None:
 
 
 def check_ledger_by_messages(users: Users) -> None:
-    """The ledger says of every worker and document what the messages to workers have made of their pools.
+    """Check that the ledger agrees with the pools that result from the messages to workers.
 
-    A pool here is what Reserve, Expect, Free and Release have left of it, and of a block the tokens that were computed,
-    copied or read into it. Blocks of documents that users have not released are held; all others are cached.
+    A pool results here from Reserve, Expect, Free and Release; a block has the tokens that were computed, copied or
+    read into it. Blocks of documents that users have not released are held; all others are cached.
     """
     cluster, ledger = users.cluster, users.cluster.life.ledger
     where: dict[int, dict[int, str]] = {}
@@ -176,7 +176,7 @@ def check_ledger_by_messages(users: Users) -> None:
 
 
 def final_ledger(cluster: Simulated) -> tuple[object, ...]:
-    """What the ledger has of each worker and document, in an order that does not depend on their history."""
+    """The ledger's records of workers and documents, in an order that does not depend on their history."""
     ledger = cluster.life.ledger
     workers = sorted((one.worker, one.capacity, one.used, one.cached, one.lent) for one in ledger.workers.values())
     documents = sorted(
@@ -187,7 +187,7 @@ def final_ledger(cluster: Simulated) -> tuple[object, ...]:
 
 
 def main() -> None:
-    """Print how many runs ended as they must, what happened in them, and the digest of their endings."""
+    """Print how many runs ended correctly, their events, and the digest of their results."""
     first, count = (0, int(sys.argv[1])) if len(sys.argv) < 3 else (int(sys.argv[1]), int(sys.argv[2]))
     digest, happened = hashlib.sha256(), Counter[str]()
     for seed in range(first, first + count):

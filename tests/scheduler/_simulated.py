@@ -1,4 +1,4 @@
-"""A simulated cluster that does things in any order, loses workers and fails gangs, and checks its orders."""
+"""A simulated cluster that works in any order, loses workers and fails gangs, and checks its commands."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def blocks(start: int, stop: int) -> range:
 
 
 def token(sequence: int, index: int) -> int:
-    """The model of the simulation: what any correct run generates as a sequence's token number ``index``."""
+    """The model of the simulation: the token number ``index`` of a sequence in any correct run."""
     return sequence * 1000 + index
 
 
 class Simulated(Workers):
-    """Workers that enact commands, and a bag of what may happen next."""
+    """Workers that execute commands, and the set of possible next events."""
 
     memory: Memory
 
@@ -83,7 +83,7 @@ class Simulated(Workers):
 
     @property
     def life(self) -> MachineState:
-        """What the state machine knows."""
+        """The state machine's state."""
         return self.machine.state
 
     @property
@@ -98,16 +98,16 @@ class Simulated(Workers):
 
     @property
     def hosts(self) -> dict[str, dict[str, Table]]:
-        """What is in host memory by worker, named as files are."""
+        """Contents of host memory by worker, named like files."""
         return self.memory.hosts
 
     def watch(self) -> list[do.Command]:
-        """A list of all commands from now on."""
+        """A list that collects all commands from now on."""
         self.seen = []
         return self.seen
 
     def handle(self, event: Event, now: float | None = None) -> None:
-        """Let something happen, and do what the state machine asks for."""
+        """Handle an event, and execute the commands of the state machine."""
         for command in self.machine.handle(event, self.now if now is None else now):
             self.enact(command)
         self.check()
@@ -152,12 +152,12 @@ class Simulated(Workers):
         super().enact(command)
 
     def drop_file(self, worker: str, name: str) -> None:
-        """A file is no longer on a worker's disk or in its host memory."""
+        """Remove a file from a worker's disk or host memory."""
         for tier in (self.disks, self.hosts):
             tier[worker].pop(name, None)
 
     def go_on(self, message: Asked) -> None:
-        """A worker does what a message asks for, and answers."""
+        """Execute a message on its worker, and handle the answer."""
         answer = self.answer(message)
         to_disk = isinstance(message, to.Store) and message.saved.place in (OWN_DISK, HOST_MEMORY)
         if isinstance(answer, did.Stored) and to_disk and self.refusing and self.rng.random() < 0.2:
@@ -180,14 +180,14 @@ class Simulated(Workers):
             return drawn, "error", InvalidRequestError(f"{sequence} is to blame")
         return drawn, None, None
 
-    # What clients do
+    # Actions of clients
 
     def submit(self, number: int, prompt: array[int], sampling: SamplingParams, **how: object) -> None:
-        """Ask; raises where the request is refused."""
+        """Submit a request; raises if it is refused."""
         self.send(Submission(number, prompt, sampling, **how))  # type: ignore[arg-type]
 
     def ingest(self, number: int, prompt: array[int], **how: object) -> None:
-        """Hand in a document."""
+        """Ingest a document."""
         self.send(Submission(number, prompt, None, **how))  # type: ignore[arg-type]
 
     def save(self, number: int, document: int, saved: Saved) -> None:
@@ -195,7 +195,7 @@ class Simulated(Workers):
         self.send(Submission(number, array("i"), None, document=document, saved=saved))
 
     def send(self, *submissions: Submission) -> None:
-        """Ask for several things at once; raises the first refusal."""
+        """Send several submissions at once; raises the first refusal."""
         self.refusals.clear()
         self.handle(Submit(submissions))
         for error in self.refusals.values():
@@ -205,18 +205,18 @@ class Simulated(Workers):
         """Stop a request."""
         self.handle(Stop(number, reason))
 
-    # What may happen next
+    # Possible events
 
     def drain(self, worker: str, leaving: bool = True) -> None:
-        """Let a worker leave, or stay after all."""
+        """Make a worker leave, or stay after all."""
         self.handle(Drain(worker, leaving))
 
     def pause(self, *workers: str) -> None:
-        """Dask pauses these workers, and no others."""
+        """Pause these workers, and no others, as Dask does."""
         self.handle(Pause(frozenset(workers)))
 
     def tick(self, later: float = 0.0) -> None:
-        """Some time has passed."""
+        """Let time pass."""
         self.handle(Tick(), self.now + later)
 
     def start_move(self, move: Move) -> None:
@@ -244,7 +244,7 @@ class Simulated(Workers):
             self.handle(WorkerLost(worker))
 
     def happen(self, mishap: str) -> None:
-        """One of :data:`mishaps` to workers, gangs, moves and files; anything else is a step."""
+        """Trigger one of :data:`mishaps` to workers, gangs, moves and files; anything else is a step."""
         match mishap:
             case "lose":
                 self.lose_worker()
@@ -254,7 +254,7 @@ class Simulated(Workers):
                 self.fail_some_gang(GangAbortedError("a peer was silent"))
             case "fault":
                 self.fail_some_gang(ValueError("a fault"))
-            case "poison" if self.life.requests:  # its next window cannot draw a token of it
+            case "poison" if self.life.requests:  # its next window cannot sample its token
                 self.poisoned.add(self.rng.choice(sorted(self.life.requests)))
             case "move":
                 self.move_something()
@@ -271,13 +271,13 @@ class Simulated(Workers):
                 self.step()
 
     def lose_file(self) -> None:
-        """A file vanishes from a disk, or from host memory."""
+        """Lose a file on a disk, or in host memory."""
         tiers = *self.disks.items(), *self.hosts.items()
         if files := [(worker, name) for worker, names in tiers for name in names]:
             self.drop_file(*self.rng.choice(files))
 
     def move_something(self) -> None:
-        """Move random blocks of a random sequence, if that is possible just now."""
+        """Move random blocks of a random sequence, if that is possible now."""
         ledger, life = self.life.ledger, self.life
         numbers = [
             number for number in ledger.sequences if isinstance(self.life.requests[number].state, Decode | StoredState)
@@ -307,7 +307,7 @@ class Simulated(Workers):
         return [*self.chunks, *busy, *self.retirements, *self.moves, *self.files]
 
     def take(self, choice: object) -> None:
-        """Do one of these."""
+        """Execute one of these."""
         match choice:
             case str():
                 self.run_window(self.windows[choice][0])
@@ -342,7 +342,7 @@ class Simulated(Workers):
 
 
 def assert_nothing_left(cluster: Simulated) -> None:
-    """No request, and no block but cached ones; those go when the engine closes."""
+    """Check that no requests are left, and only cached blocks, which are freed when the engine closes."""
     life = cluster.life
     assert not life.requests
     assert not life.ledger.sequences
@@ -356,7 +356,7 @@ def assert_nothing_left(cluster: Simulated) -> None:
     assert not life.extents.by_number
     assert not life.extents.index
     assert not life.disks.disk.used
-    while cluster.step():  # copies that were under way
+    while cluster.step():  # copies that were in progress
         pass
     assert not any(cluster.disks.values())
     assert not any(cluster.pools.values())
@@ -384,8 +384,8 @@ def finish(cluster: Simulated) -> None:
 
 
 def settle(cluster: Simulated) -> None:
-    """Finish, and end what waits for workers that do not come."""
-    for wait in (0.0, *[1e6] * 6):  # what comes back to waiting is seen to be stuck one round later, and so on
+    """Finish, and end requests that wait for workers that do not come."""
+    for wait in (0.0, *[1e6] * 6):  # requests that return to the queue are found to be stuck one round later, and so on
         cluster.now += wait
         cluster.tick()
         finish(cluster)

@@ -1,4 +1,4 @@
-"""Requests in every state of the state machine, each in a small simulated cluster of two workers or three."""
+"""Requests in every state of the state machine, each in a small simulated cluster of two or three workers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def losing() -> Simulated:
 
 
 def making_way() -> Simulated:
-    """It makes way for one that is more urgent."""
+    """It is preempted by a more urgent one."""
     cluster = decode()
     submit(cluster, OTHER, 30, 9, priority=1)
     return cluster
@@ -88,7 +88,7 @@ def spilling() -> Simulated:
 
 
 def on_disk() -> Simulated:
-    """It waits, and its blocks are on disk."""
+    """It waits, with its blocks on disk."""
     return until(making_way(), "Waiting")
 
 
@@ -97,7 +97,7 @@ def fetching() -> Simulated:
 
 
 def interrupted() -> Simulated:
-    """It retires in the middle of reading files."""
+    """It retires while it reads files."""
     cluster = fetching()
     cluster.stop(ONE)
     return cluster
@@ -148,7 +148,7 @@ def stored() -> Simulated:
 
 
 def crowded() -> Simulated:
-    """A document makes room, and goes to disk."""
+    """A document makes room by going to disk."""
     cluster = stored()
     submit(cluster, OTHER, 50, 9)
     return cluster
@@ -170,7 +170,7 @@ def coming_back() -> Simulated:
 
 
 def question() -> Simulated:
-    """A question waits for its document, which is computed."""
+    """A question waits for its document, which is being computed."""
     cluster = cluster_of(1, 8, 8)
     cluster.ingest(OTHER, prompt(OTHER, 40))
     cluster.submit(ONE, prompt(OTHER, 40) + array("i", [7, 8]), SamplingParams(max_new_tokens=9), document=OTHER)
@@ -186,7 +186,7 @@ def saving() -> Simulated:
 
 
 def moving(phase: str, pauses: bool) -> Simulated:
-    """Blocks of it are on their way to a third worker."""
+    """Its blocks are moving to a third worker."""
     cluster = decode()
     cluster.add_worker(8)
     account = cluster.life.ledger.sequences[ONE]
@@ -271,4 +271,4 @@ SITUATIONS: dict[str, tuple[str, Callable[[], Simulated]]] = {
     "pausing": ("Decode", lambda: moving("pausing", True)),
     "sending with a pause": ("Decode", lambda: moving("sending", True)),
 }
-"""By what it is about: the state of sequence :data:`ONE`, and how it comes into it."""
+"""Name of a situation -> the state of sequence :data:`ONE`, and the function that leads to it."""

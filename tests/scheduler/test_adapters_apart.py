@@ -28,7 +28,7 @@ def text(seed: int, tokens: int) -> array[int]:
 
 
 def ask(cluster: Simulated, number: int, prompt: array[int], adapter: Adapter | None, **how: Any) -> int:
-    """Answer a request; how many tokens it reused."""
+    """Answer a request; returns how many tokens it reused."""
     cluster.submit(number, prompt, FIVE, adapter=adapter, **how)
     finish(cluster)
     assert cluster.tokens[number] == expected(number, 5)
@@ -36,7 +36,7 @@ def ask(cluster: Simulated, number: int, prompt: array[int], adapter: Adapter | 
 
 
 def adapters_of(commands: list[do.Command], sequence: int) -> Iterator[Adapter | None]:
-    """What a sequence was computed and decoded with."""
+    """The adapters with which a sequence was computed and decoded."""
     for command in commands:
         match command:
             case do.SubmitPrefill(chunks):
@@ -47,7 +47,7 @@ def adapters_of(commands: list[do.Command], sequence: int) -> Iterator[Adapter |
 
 @pytest.fixture(params=["hashes that differ", "hashes that all collide"])
 def hashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Also keys that say nothing about adapters: what they find is compared."""
+    """Also use keys that do not depend on adapters, so that matches must be compared."""
     if "collide" in request.param:
         plain = prefix_index.chain
 

@@ -1,4 +1,4 @@
-"""Admission: whose turn it is, what is counted on, and where documents and the questions on them are placed."""
+"""Admission: the order of requests, expected room, and placement of documents and questions on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = PRESETS["cpu-smollm2"].model
 
 
 class Watched(LocalOnly):
-    """A policy that writes down what it was asked, and has room for small requests only."""
+    """A policy that records its calls, and has room for small requests only."""
 
     look_ahead = 3
     asked: ClassVar[list[tuple[int, int | None]]] = []
@@ -63,7 +63,7 @@ def test_what_is_held_is_counted_at_once_and_no_more_once_it_is_free() -> None:
 
 
 def documented(free: Mapping[str, int], sharers: Mapping[str, int], homed: int = 0) -> Ledger:
-    """A document that ends on w2, and how many questions on it decode where."""
+    """A document that ends on w2, and numbers of questions on it that decode on each worker."""
     ledger, numbers = Ledger(BLOCK, batch=4), itertools.count(10)
     for name, room in free.items():
         ledger.add_worker(Endpoint(name, "host", 1), room + 20)
@@ -84,10 +84,10 @@ def documented(free: Mapping[str, int], sharers: Mapping[str, int], homed: int =
     [
         ({"w0": 9, "w1": 9, "w2": 5}, {}, (), "w2"),  # where the document ends
         ({"w0": 9, "w1": 9, "w2": 5}, {"w0": 1, "w1": 2}, (), "w1"),  # where most questions on it decode
-        ({"w0": 9, "w1": 1, "w2": 5}, {"w0": 1, "w1": 2}, (), "w0"),  # where there is room, too
+        ({"w0": 9, "w1": 1, "w2": 5}, {"w0": 1, "w1": 2}, (), "w0"),  # where there also is room
         ({"w0": 9, "w1": 9, "w2": 5}, {"w0": 1, "w1": 2}, ("w1",), "w0"),  # not on one that leaves
         ({"w0": 9, "w1": 9, "w2": 5}, {"w1": 4}, (), "w2"),  # not in a full batch
-        ({"w0": 9, "w1": 1, "w2": 1}, {}, (), "w0"),  # where the policy would lay any request
+        ({"w0": 9, "w1": 1, "w2": 1}, {}, (), "w0"),  # where the policy would place any request
     ],
 )
 def test_a_question_decodes_where_others_share_its_steps(

@@ -1,4 +1,4 @@
-"""Moves that happen by default: lent blocks come back when their creditor needs the room, idle workers get a share."""
+"""Default moves: lent blocks return when their creditor needs the room, and idle workers get a share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from distkv_dask.scheduler.records.machine_state import MachineState
 BLOCK = 512
 CURVE = Curve(step=0.01, row=0.001, token=3e-6, prompt=0.001, pair=0.0)
 NEAR = PerformanceModel(PRESETS["a100-7b"].model.shape, CURVE, Link(1e-6, 1e9), Link(1.0, 1e9))
-"""Attention is slow, links inside a host cost next to nothing, those between hosts two seconds a layer."""
+"""Attention is slow, links inside a host cost almost nothing, those between hosts two seconds per layer."""
 
 
 def ledger_of(*capacities: int, hosts: str = "") -> Ledger:
@@ -48,7 +48,7 @@ def apply(ledger: Ledger, moves: list[Move]) -> None:
 
 
 def lent() -> Ledger:
-    """w0 lends 8 of its 10 blocks to a sequence whose home w1 has had room again since then."""
+    """w0 lends 8 of its 10 blocks to a sequence whose home w1 now has room again."""
     ledger = ledger_of(10, 14)
     ledger.reserve(0, (Span("w0", 0, 8 * BLOCK), Span("w1", 8 * BLOCK, 12 * BLOCK)))
     ledger.commit(0, 9 * BLOCK)

@@ -1,4 +1,4 @@
-"""The prefix cache in the lifecycle: what is reused, what has to go, and that nothing else changes."""
+"""The prefix cache in the lifecycle: what is reused, what is evicted, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def submit(cluster: Simulated, number: int, prompt: array[int], new: int = 5) ->
 
 
 def ask(cluster: Simulated, number: int, prompt: array[int], new: int = 5) -> int:
-    """Answer one request, and say how many tokens were reused."""
+    """Answer one request; returns how many tokens were reused."""
     submit(cluster, number, prompt, new)
     finish(cluster)
     assert cluster.tokens[number] == expected(number, new)
@@ -97,9 +97,9 @@ def test_blocks_go_only_when_their_room_is_needed_the_least_recently_used_first(
     cluster = cluster_of(0, 16)
     for number in (1, 2, 3):
         ask(cluster, number, text(number, 16), new=1)  # four blocks each
-    assert ask(cluster, 4, text(1, 17), new=1) == 16  # the first was used again, and a fifth block came
+    assert ask(cluster, 4, text(1, 17), new=1) == 16  # the first was used again, and got a fifth block
     assert cached(cluster) == {"w0": 12}
-    ask(cluster, 5, text(5, 19), new=1)  # needs five: one of the second's has to go, the last one
+    ask(cluster, 5, text(5, 19), new=1)  # needs five: the last one of the second is evicted
     assert cached(cluster) == {"w0": 15}
     assert ask(cluster, 6, text(2, 16) + text(6, 1), new=1) == 12
     assert_nothing_left(cluster)
@@ -298,7 +298,7 @@ MISHAPS = ("lose", "join", "fail", "fault", "cancel", "move", "move", "drain", "
 
 
 def happenings(seed: int, rate: float) -> list[object]:
-    """Requests, each of which begins like one before to some length, steps, and mishaps at a rate."""
+    """Requests that begin like earlier ones up to some length, steps between them, and a rate of mishaps."""
     draw = random.Random(seed)
     found: list[object] = []
     for _ in range(120):

@@ -1,4 +1,4 @@
-"""The prefix cache against a slow one: what is kept, what goes first when room is needed, and what is found again."""
+"""The prefix cache against a slow reference: what is kept, what is evicted first, and what is found again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAPACITY = 12
 
 @dataclass
 class Node:
-    """Blocks ``[start, stop)`` of a prompt of a kind, cached behind those of its parent."""
+    """Blocks ``[start, stop)`` of a prompt of a kind, cached after those of its parent."""
 
     kind: int
     start: int
@@ -30,7 +30,7 @@ class Node:
 
 
 class Slow:
-    """One worker's cache, as a list of nodes: the one that is given up first comes first."""
+    """One worker's cache, as a list of nodes in the order of eviction."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -40,7 +40,7 @@ class Slow:
         return sum(node.stop - node.start for node in self.nodes)
 
     def ask(self, kind: int, blocks: int) -> int:
-        """Blocks that a request for a prompt of so many whole blocks finds; what it computes is cached after it."""
+        """Blocks that a request for a prompt of ``blocks`` whole blocks finds; others are computed, and cached."""
         leaf = max((node for node in self.nodes if node.kind == kind), key=lambda node: node.stop, default=None)
         path = []
         while leaf is not None:
@@ -58,7 +58,7 @@ class Slow:
         return found
 
     def make_room(self, left: int, used: list[Node], found: int) -> None:
-        """Give up blocks until no more are ``left``, but none of the ``used`` nodes' before position ``found``."""
+        """Evict blocks until at most ``left`` remain, but none of the ``used`` nodes before position ``found``."""
         while (more := self.blocks - left) > 0:
             first = next(node for node in self.nodes if node not in used or node.stop > found)
             self.cut(first, max(found if first in used else first.start, first.stop - more))

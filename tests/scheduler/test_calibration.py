@@ -1,4 +1,4 @@
-"""The performance model follows what windows take, and only for those workers that it knows."""
+"""The performance model follows the measured times of windows, but only for workers that it knows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ledger() -> Ledger:
 
 
 def window(seconds: float, steps: int, *sequences: int) -> WindowResult:
-    """All sequences are decoded in all steps."""
+    """The result of a window in which all sequences are decoded in all steps."""
     return WindowResult({one: [1] * steps for one in sequences}, {}, steps, seconds)
 
 

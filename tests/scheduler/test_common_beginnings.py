@@ -1,4 +1,4 @@
-"""Requests that begin alike and run at the same time: what they share is computed once, whatever happens to one."""
+"""Requests that begin alike and run at the same time compute their common beginning once, whatever happens to one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(seed: int, tokens: int) -> array[int]:
 
 
 class Counting(Simulated):
-    """Counts the tokens of prompts that are computed."""
+    """Counts the prompt tokens that are computed."""
 
     computed = 0
 
@@ -47,7 +47,7 @@ def submission(number: int, prompt: array[int], new: int = 5, priority: int = 0)
 
 
 def together(cluster: Simulated, count: int, common: int = COMMON, new: int = 5) -> None:
-    """Submit requests at the same instant, each with 3 tokens of its own behind the common ones."""
+    """Submit requests at the same time, each with 3 tokens of its own after the common ones."""
     cluster.send(*(submission(number, text(0, common) + text(number, 3), new) for number in range(1, count + 1)))
 
 
@@ -202,7 +202,7 @@ def test_nobody_waits_for_so_few_tokens_that_another_forward_takes_longer() -> N
     assert many.computed == 2 * BLOCK + 8 * 3, "but for so many it pays"
 
 
-@pytest.mark.timeout(20)  # the scheduler would never come back
+@pytest.mark.timeout(20)  # the scheduler would never return
 def test_nobody_waits_for_a_prompt_that_is_not_computed_now() -> None:
     cluster = counting(200)
     together(cluster, 1, new=20)
@@ -225,7 +225,7 @@ batches = st.lists(
     min_size=1,
     max_size=6,
 )
-"""Requests by the instant at which they come: whose text they begin with, how much of it, and tokens of their own."""
+"""Requests by arrival: whose text they begin with, how many tokens of it, and how many of their own."""
 
 
 @settings(max_examples=examples(120), deadline=None)

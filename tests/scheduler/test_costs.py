@@ -1,4 +1,4 @@
-"""The performance model against what it stands for: sums over steps, tokens and bytes, and the best fit there is."""
+"""The performance model against its definition: sums over steps, tokens and bytes, and the best possible fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sample = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([10, 100, 1000
 
 @given(st.lists(sample, min_size=3, max_size=8))
 def test_no_steps_that_cost_nothing_or_more_fit_samples_better(samples: list[tuple[int, int, float]]) -> None:
-    """By the conditions of Karush, Kuhn and Tucker, which the least of squares without negative numbers has alone."""
+    """Check the conditions of Karush, Kuhn and Tucker, which only the solution of nonnegative least squares meets."""
     measured = np.array(samples, float)
     assume(np.linalg.matrix_rank(np.column_stack([np.ones(len(measured)), measured[:, :2]])) == 3)
     found = np.array(fit_decode(samples))
@@ -124,7 +124,7 @@ def ledger_of(*placements: tuple[Span, ...]) -> Ledger:
 
 
 def stepwise(ledger: Ledger, new: dict[int, int], steps: int) -> float:
-    """Seconds of a step in the mean, where all sequences decode in every step: each is added up as it is."""
+    """Mean seconds of a step in which all sequences decode, as a plain sum."""
     seconds = 0.0
     for step in range(steps):
         held = {"home": 0.0, "holder": 0.0}

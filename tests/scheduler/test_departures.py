@@ -1,4 +1,4 @@
-"""Dask takes workers away: they are emptied first, and what does not fit elsewhere keeps its worker."""
+"""Dask retires workers: they are emptied first, and a worker stays if its blocks do not fit elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.sampling import SamplingParams
 
 
 async def one_request(dask: DaskByHand, **settings: Any) -> tuple[Any, Any, str]:
-    """A request that lies on one worker."""
+    """A request on one worker."""
     manager, state, _ = await open_on(dask, **settings)
     sampling = SamplingParams(max_new_tokens=4)
     manager.submit(ENGINE, (Submission(1, array("i", range(6)), sampling),))

@@ -1,4 +1,4 @@
-"""Room on the workers' disks: what is worth writing, what goes first, and what is counted of it."""
+"""Room on the workers' disks: what is worth writing, what is deleted first, and how it is counted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def copies(cluster: Simulated) -> list[int]:
 
 
 def three_on_disk() -> Simulated:
-    """A disk with room for three documents of five blocks, of which the last is in memory, too, beside a fourth."""
+    """A disk with three documents of five blocks, the last of which is also in memory, together with a fourth."""
     cluster = cluster_of(0, 12, spill=1500)
     for number in (0, 1, 2):
         spilled(cluster, number)
@@ -65,7 +65,7 @@ def three_on_disk() -> Simulated:
 
 def test_a_copy_of_what_is_in_memory_makes_room_before_others() -> None:
     cluster = three_on_disk()
-    ask(cluster, 21, document=2, tokens=20)  # now it is the one used last, and has to stay in memory
+    ask(cluster, 21, document=2, tokens=20)  # now it was used last, and must stay in memory
     finish(cluster)
     crowd(cluster, 30, 20, 8)
     finish(cluster)
@@ -75,7 +75,7 @@ def test_a_copy_of_what_is_in_memory_makes_room_before_others() -> None:
 
 def test_of_documents_that_are_on_disk_alone_the_one_not_used_for_longest_makes_room() -> None:
     cluster = three_on_disk()
-    make_room(cluster, 30)  # both that are in memory go
+    make_room(cluster, 30)  # both in memory are evicted
     assert copies(cluster) == [1, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""What each message of a worker does to an engine, and how each command leaves for workers, Dask and clients."""
+"""The effect of each message of a worker on an engine, and how each command reaches workers, Dask and clients."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_an_engine_is_closed_on_every_worker_even_on_those_that_open_it_just_now
         assert dask.to("a")[-1] == "Close"
         assert dask.to("b") == []
         await manager.dispatcher.close_engine(ENGINE)  # a second call has nothing to do
-        say(manager, opened("c"))  # it was on its way
+        say(manager, opened("c"))  # the message was on its way
         say(manager, did.Closed("a"))
         assert not closing.done()
         say(manager, did.Closed("c"))

@@ -1,4 +1,4 @@
-"""Documents in the lifecycle: shared, evicted, lost and released in any order, and nothing is left of them."""
+"""Documents in the lifecycle: shared, evicted, lost and released in any order, with nothing left in the end."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_least_recently_used_document_makes_room_and_comes_back_when_it_is_a
     ask(cluster, 5, document=1)
     finish(cluster)
     assert cluster.tokens[5] == expected(5, 5)
-    assert cluster.reused[5] == 16  # 18 of its 20 tokens were asked with
+    assert cluster.reused[5] == 16  # the question begins with 18 of its 20 tokens
     assert cluster.life.requests[1].state.label == "document"
 
 
@@ -115,7 +115,7 @@ def test_a_document_that_made_way_comes_back_only_after_the_one_that_it_made_way
     finish(cluster)
     sampling = SamplingParams(max_new_tokens=12)
     asked = [Submission(2 + one, prompt(one, 18, 7), sampling, document=one) for one in (0, 1)]
-    cluster.send(*asked)  # at the same time: neither fits as long as both documents are there
+    cluster.send(*asked)  # at the same time: neither fits while both documents are stored
     finish(cluster)
     assert [cluster.tokens[number] for number in (2, 3)] == [expected(number, 12) for number in (2, 3)]
     assert [cluster.reused[number] for number in (2, 3)] == [16, 16]
@@ -133,7 +133,7 @@ def test_a_question_whose_document_leaves_no_room_for_it_is_answered_without_sha
 
 
 def test_a_document_that_lost_blocks_is_computed_anew_for_who_asks_next() -> None:
-    cluster = stored([3, 4, 5], tokens=40)  # no room for what is lost, before a replacement comes
+    cluster = stored([3, 4, 5], tokens=40)  # no room for lost blocks before a replacement comes
     cluster.lose_worker()
     assert cluster.life.requests[0].state.label == "dropped"
     cluster.add_worker(9)
@@ -192,14 +192,14 @@ def test_a_request_that_begins_like_a_document_shares_it_unasked_and_never_waits
 
 
 asked = st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 40), st.booleans())
-crowd = st.tuples(st.just(0), st.just(0), st.integers(30, 60), st.just(False))  # takes the room of documents
+crowd = st.tuples(st.just(0), st.just(0), st.integers(30, 60), st.just(False))  # evicts documents
 events = st.one_of(
     mishaps.filter(bool).map(lambda some: some[0]), st.just("step"), st.just("step"), asked, crowd, st.integers(0, 3)
 )
 
 
 def ingest_all(cluster: Simulated, documents: list[int]) -> set[int]:
-    """Ingest documents of so many tokens; the numbers of those that there is room for."""
+    """Ingest documents of these numbers of tokens; returns the ids of those for which there is room."""
     held: set[int] = set()
     for number, tokens in enumerate(documents):
         try:
@@ -211,7 +211,7 @@ def ingest_all(cluster: Simulated, documents: list[int]) -> set[int]:
 
 
 def assert_right_ends(cluster: Simulated, wanted: dict[int, int], happenings: list[object]) -> None:
-    """Each request has ended, with its right tokens or an error that something has caused."""
+    """Check that each request has ended, with the right tokens or an error that has a cause."""
     for number, new in wanted.items():
         reason, error = cluster.ends[number]
         right = expected(number, new)

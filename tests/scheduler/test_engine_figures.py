@@ -1,4 +1,4 @@
-"""An engine's figures and status: every number is the sum of what happened, and what is seen is what there is."""
+"""An engine's figures and status: every number is the sum of its events, and the status shows the current state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers measured of themselves becomes the model that policies decide by."""
+"""Measurements of workers become the performance model that policies use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAST = Curve(step=0.01, row=0.001, token=1e-6, prompt=0.0005, pair=1e-7)
 
 
 def timed(curve: Curve, exchange: float | None = None, noise: float = 0.0) -> Measurement:
-    """What a worker of this speed would measure, with some noise in the longest step."""
+    """Measurements of a worker with this speed, with some noise in the longest step."""
     return Measurement(
         tuple((b, t, curve.decode(b, t) - noise * (t > 512)) for b, t in ((1, 64), (8, 512), (1, 4096), (8, 4096))),
         ((128, 0, curve.prefill(128)), (128, 4096, curve.prefill(128, 4096))),

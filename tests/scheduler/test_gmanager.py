@@ -1,4 +1,4 @@
-"""Every call of a client, as the gManager takes it: what is refused, with which words, and what follows from it."""
+"""Every call of a client at the gManager: what is refused, with which words, and what follows from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host tier: what makes room on a card goes to host memory first, and from there to disk."""
+"""The host tier: blocks that make room on a card go to host memory first, and from there to disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cluster_with(host: int, spill: int) -> Simulated:
 
 
 def where(cluster: Simulated) -> tuple[list[int], list[int]]:
-    """Documents whose copies are in host memory and on disk; what is counted of them is what is there."""
+    """Documents whose copies are in host memory and on disk; also checks that they are counted correctly."""
     disks = cluster.life.disks
     for tier, files in ((disks.memory, cluster.hosts), (disks.disk, cluster.disks)):
         assert tier.used["w0"] == sum(map(len, files["w0"].values())) * BLOCK_BYTES

@@ -1,4 +1,4 @@
-"""Messages about what is over: chunks, windows, gangs, moves and files that were given up meanwhile change nothing."""
+"""Late messages about chunks, windows, gangs, moves and files that were given up change nothing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ABOUT_NUMBERS = (
     did.ChunkStarted, did.ChunkDone, did.Prefilled, did.WindowStarted, did.WindowDone, did.GangFailed, did.Expected,
     did.Sent, did.Relocated, did.Stored,
 )  # fmt: skip
-"""Messages that name what they are about by a number that no other thing ever has."""
+"""Messages that name their subject by a number that is never used again."""
 NOTHING_YET = 10**6
-"""A number that nothing has."""
+"""An unused number."""
 
 
 def facts(cluster: Simulated) -> Any:
-    """What must not change: who has which state and tokens, what lies where, what is under way."""
+    """What must not change: states and tokens of requests, placements, and work in progress."""
     life = cluster.life
     requests = {number: (one.state.label, list(one.generated), one.lost) for number, one in life.requests.items()}
     chains = {
@@ -39,11 +39,11 @@ def facts(cluster: Simulated) -> Any:
 
 
 def repeat(cluster: Simulated, event: Event) -> None:
-    """Hear of something once more."""
+    """Handle an event again."""
     before = facts(cluster)
     commands = cluster.machine.handle(event, cluster.now)
     assert facts(cluster) == before, event
-    if isinstance(event, did.Stored):  # what was written for nobody is deleted
+    if isinstance(event, did.Stored):  # files that nobody needs are deleted
         commands = [one for one in commands if not isinstance(one, to.Discard)]
     assert not commands, event
 

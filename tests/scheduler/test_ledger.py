@@ -1,4 +1,4 @@
-"""The ledger and the policy on it: properties that hold for any order of reservations, releases and lost workers."""
+"""The ledger and its policy: properties that hold for any order of reservations, releases and lost workers."""
 
 from __future__ import annotations
 

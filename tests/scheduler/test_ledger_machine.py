@@ -1,7 +1,7 @@
 """The ledger under any order of reservations, moves, drains, deaths and joins.
 
-The model beside it knows one thing: on which worker each block of each sequence lies. Everything that the ledger counts
-has to follow from that.
+The model knows one thing: the worker of each block of each sequence. Everything that the ledger counts must follow from
+that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = [f"w{number}" for number in range(5)]
 
 
 def spans_of(blocks: list[str], tokens: int) -> Placement:
-    """The placement in which the blocks lie on these workers, one after the other."""
+    """The placement of blocks on these workers, one after the other."""
     spans: list[Span] = []
     for number, worker in enumerate(blocks):
         start, stop = number * BLOCK, min((number + 1) * BLOCK, tokens)
@@ -34,7 +34,7 @@ def spans_of(blocks: list[str], tokens: int) -> Placement:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Workers with fixed names that come and go, sequences whose blocks lie anywhere, moves that end in all ways."""
+    """Workers with fixed names that join and leave, sequences with blocks anywhere, moves with all kinds of ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LedgerMachine(RuleBasedStateMachine):
         lost = self.ledger.remove_worker(name)
         assert lost == sorted(expected)
         self.moves = [move for move in self.moves if move not in moves_to]
-        for number in reversed(lost) if settle else ():  # who shares came later
+        for number in reversed(lost) if settle else ():  # sharers were added later
             if not self.ledger.sequences[number].sharers:
                 self.forget(number)
 
@@ -88,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks and self.ledger.workers)
     @rule(data=st.data(), own=st.integers(1, 3 * BLOCK))
     def share(self, data: st.DataObject, own: int) -> None:
-        """A sequence that begins with whole blocks of another one, or of what that one shares itself."""
+        """A sequence that begins with whole blocks of another one, or with blocks that the other one shares itself."""
         document = data.draw(st.sampled_from(sorted(self.blocks)))
         most = self.ledger.sequences[document].length // BLOCK
         if not most:

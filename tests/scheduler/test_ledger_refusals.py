@@ -1,4 +1,4 @@
-"""What the ledger refuses leaves nothing behind, and a request is given up only after it was set aside long enough."""
+"""Refusals of the ledger change nothing, and a request is given up only after it was set aside long enough."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_time_for_which_a_request_is_set_aside_begins_anew_each_time() -> No
     limit = cluster.life.config.timeout_open
 
     def aside(seconds: float) -> bool:
-        """Leave it set aside for so long; whether it still waits."""
+        """Leave it set aside for this time; returns whether it still waits."""
         cluster.drain("w1")
         cluster.tick()
         cluster.now += seconds

@@ -1,4 +1,4 @@
-"""The lifecycle driven by a simulated cluster: every request ends once, with right tokens, and nothing is left."""
+"""The lifecycle driven by a simulated cluster: every request ends once, with the right tokens, and nothing is left."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_request_can_be_cancelled_while_the_rest_of_it_retires_to_be_computed_
 
 
 def keep_failing(cluster: Simulated, seconds: float) -> int:
-    """Fail every gang for a while, in which the clock goes on; how many there were."""
+    """Fail every gang for a while, as the clock advances; returns their number."""
     failed, until = 0, cluster.now + seconds
     while cluster.now < until:
         while any(cluster.windows.values()) or any(cluster.chunks):
@@ -235,7 +235,7 @@ def test_a_request_that_rests_can_be_cancelled_or_lose_a_worker() -> None:
 
 
 def decode(cluster: Simulated, number: int, tokens: int, streamed: bool = False) -> str:
-    """A request for so many tokens whose prompt is done; its home."""
+    """Submit a request and compute its prompt; returns its home."""
     sampling = SamplingParams(max_new_tokens=tokens)
     cluster.submit(number, array("i", range(8)), sampling, streamed=streamed)
     while cluster.chunks:
@@ -262,7 +262,7 @@ def test_a_request_that_joins_waits_for_one_window_at_most() -> None:
 def test_no_window_is_queued_behind_one_that_ends_every_sequence() -> None:
     cluster = cluster_of(6, 100, window_seconds=1, window_stream_seconds=1)
     home = decode(cluster, 0, 20)  # 1 s has 20 steps of 50 ms
-    cluster.run_window(cluster.windows[home][0])  # tells how long a step takes
+    cluster.run_window(cluster.windows[home][0])  # reports how long a step takes
     running = cluster.windows[home][0]
     assert cluster.life.requests[0].remaining <= 16
     cluster.handle(did.WindowStarted(home, running.window))

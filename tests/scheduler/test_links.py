@@ -1,4 +1,4 @@
-"""Which links are measured, and what the performance model makes of them."""
+"""Which links are measured, and how the performance model uses them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ SLOW = LINKS["1gbe"]
 
 
 def mixed(apart: set[tuple[str, str]]) -> PerformanceModel:
-    """A model in which all links are fast but those of these hosts or workers."""
+    """A model in which all links are fast, except those of these hosts or workers."""
     return replace(MODEL, between=MODEL.inside, links={tuple(sorted(both)): SLOW for both in apart})  # type: ignore[misc]
 
 
@@ -98,7 +98,7 @@ def ledger_of(capacity: int, *sizes: int) -> Ledger:
 
 
 ISLANDS = mixed({(one, other) for one in ("h0", "h1") for other in ("h2", "h3")})
-"""Holmes' case: two fast islands of two hosts each, joined by a slow link."""
+"""The case of Holmes: two fast islands of two hosts each, joined by a slow link."""
 
 
 def hosts_of(placement: Placement | None) -> set[str]:

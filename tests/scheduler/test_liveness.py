@@ -1,4 +1,4 @@
-"""Whatever happens: once faults stop, what fits is answered, nothing waits for nobody, and nothing is left."""
+"""Whatever happens: once faults stop, all requests that fit are answered, none waits in vain, and nothing is left."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HAPPENINGS = {
     "lose": 2, "join": 2, "drain": 1, "stay": 1, "fail": 2, "fault": 1, "move": 3, "rot": 1, "late": 1,
 }  # fmt: skip
 ROUNDS = 100
-"""Seconds of the gManager's clock after the last fault, within which all that fits has to be answered."""
+"""Seconds of the gManager's clock after the last fault within which all requests that fit must be answered."""
 
 
 @dataclass
 class Users:
-    """People who use a simulated cluster: what they asked for, and what they have not given back."""
+    """Users of a simulated cluster: their requests, and the documents that they have not released."""
 
     cluster: Simulated
     rng: random.Random
@@ -81,7 +81,7 @@ class Users:
         return self.numbers
 
     def held(self) -> list[int]:
-        """Documents that have been stored and not given back."""
+        """Documents that were stored and not released."""
         ends = self.cluster.ends
         stored = {n for n in self.documents if ends.get(n, ("",))[0] == "stop"}
         kept = {n for n in self.keeping if ends.get(n, ("",))[0] in ("stop", "length")}
@@ -105,7 +105,7 @@ class Users:
         self.cluster.stop(number)
 
     def hear(self) -> None:
-        """Who hears that a document is saved may load it."""
+        """Note saved documents, which users may then load."""
         for number, document in list(self.saving.items()):
             if number in self.cluster.ends:
                 del self.saving[number]
@@ -115,12 +115,12 @@ class Users:
                     self.saved.append((live.prompt, where))
 
     def want(self, number: int) -> bool:
-        """Whether somebody waits for a request, or has a document."""
+        """Whether a user waits for a request, or has a document."""
         return number not in self.stopped and (number in self.held() or number not in self.cluster.ends)
 
 
 def add_worker(cluster: Simulated, rng: random.Random) -> None:
-    """A worker of any size, on one of two hosts, perhaps without a model."""
+    """Add a worker of any size, on one of two hosts, perhaps without a model."""
     worker = f"w{next(cluster.names)}"
     cluster.add(worker)
     endpoint = Endpoint(worker, rng.choice(["127.0.0.1", "127.0.0.2"]), 1)
@@ -130,7 +130,7 @@ def add_worker(cluster: Simulated, rng: random.Random) -> None:
 
 
 def live_through(seed: int, events: int = 120) -> None:
-    """A random life of a cluster and its users, and what has to hold afterwards."""
+    """Run a cluster and its users through random events, and check what must hold afterwards."""
     rng = random.Random(seed)
     policy, lends = rng.choice(sorted(POLICIES)), rng.choice([1.0, 1.0, 0.5])
     cluster = cluster_of(seed, policy=policy, lend_limit=lends, prefix_cache=rng.random() < 0.7)

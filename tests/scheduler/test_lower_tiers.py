@@ -1,4 +1,4 @@
-"""Lower tiers of the prefix cache: what is copied where, what comes back, what goes first, and what faults cost."""
+"""Lower tiers of the prefix cache: what is copied where, what is restored or evicted first, and what faults cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text(seed: int, tokens: int) -> array[int]:
 
 
 def ask(cluster: Simulated, number: int, prompt: array[int], new: int = 5) -> Counter[str]:
-    """Answer a request, and make the copies that follow; reused tokens by tier."""
+    """Answer a request, and make the copies that follow; returns reused tokens by tier."""
     commands = cluster.watch()
     cluster.submit(number, prompt, SamplingParams(max_new_tokens=new))
     finish(cluster)
@@ -52,7 +52,7 @@ def computed(commands: list[do.Command]) -> list[tuple[int, int]]:
 
 
 def with_attention(cluster: Simulated) -> None:
-    """Let late tokens be much dearer to compute than early ones, as in long texts."""
+    """Make late tokens much more expensive to compute than early ones, as in long texts."""
     curve = replace(PRESET.curve, prompt=1e-5, pair=1e-3)
     cluster.life.know_costs(replace(PRESET, curve=curve))
 
@@ -95,7 +95,7 @@ def test_a_chat_goes_on_where_it_was_though_others_took_its_room() -> None:
 
 
 def full_and_empty(**config: Any) -> Simulated:
-    """A small worker with a text in its cache, of which an empty one has copies."""
+    """A small worker with a text in its cache, and a larger worker with copies of it."""
     cluster = cluster_of(0, 10, **TIERS | config)
     cluster.submit(1, text(1, 36), SamplingParams(max_new_tokens=5))
     cluster.add_worker(40)
@@ -105,7 +105,7 @@ def full_and_empty(**config: Any) -> Simulated:
 
 
 def reading_copies() -> Simulated:
-    """The same, while request 3 reads these copies: another text took the room of the first."""
+    """The same, while request 3 reads these copies, because another text took the room of the first."""
     cluster = full_and_empty(spill=0)
     cluster.life.ledger.retire_worker("w1")
     ask(cluster, 2, text(2, 36))
@@ -115,7 +115,7 @@ def reading_copies() -> Simulated:
 
 def test_copies_on_other_workers_are_read_from_there() -> None:
     cluster = full_and_empty()
-    cluster.life.ledger.retire_worker("w1")  # the next ones go to w0
+    cluster.life.ledger.retire_worker("w1")  # the next requests go to w0
     assert not ask(cluster, 2, text(2, 36))
     cluster.life.ledger.retire_worker("w1", False)
     found = ask(cluster, 3, text(1, 36))

@@ -1,4 +1,4 @@
-"""Moves of blocks: how fast, how long they may take, what is counted, and what drains and pauses leave behind."""
+"""Moves of blocks: their speed, time limits and counters, and the effects of drains and pauses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sends(commands: list[object]) -> to.Send:
 
 
 def expect(cluster: Simulated) -> to.Send:
-    """The target of the move answers; what its source is told then."""
+    """Answer for the target of a move; returns the message to its source."""
     (number,) = cluster.life.moves.under_way
     commands = cluster.watch()
     cluster.handle(did.Expected(SPARE, number))
@@ -54,7 +54,7 @@ def test_a_sequence_that_pauses_moves_as_fast_as_can_be_and_only_what_is_there()
     account = cluster.life.ledger.sequences[ONE]
     cluster.life.moves.step_seconds = {account.home: 0.3}
     (other,) = {"w0", "w1"} - {account.home}
-    cluster.life.chains[account.home].sequences[99] = ()  # it decodes another one
+    cluster.life.chains[account.home].sequences[99] = ()  # it also decodes another sequence
     commands = cluster.watch()
     (retirement,) = cluster.retirements
     cluster.retirements.clear()

@@ -1,4 +1,4 @@
-"""News for a client: each once and in order, whatever replies get lost and however polls overtake each other."""
+"""News for a client: each once and in order, whatever replies are lost and however polls overtake each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_reader_hears_everything_once_and_in_order(happenings: list[str]) -> N
                 case "late" if polls:
                     await box.take_unheard(
                         polls[0], 0.0
-                    )  # a poll that was overtaken; nobody waits for its reply any more
+                    )  # a poll that was overtaken; nobody waits for its reply any longer
         heard += await box.take_unheard(len(heard), 0.0)
         assert heard == [news(number) for number in range(written)]
         assert await box.take_unheard(len(heard), 0.0) == []

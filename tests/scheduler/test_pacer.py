@@ -39,7 +39,7 @@ def test_more_workers_never_make_windows_shorter(pace, few, more, watched):
 
 @given(st.floats(0.0005, 0.009), st.integers(1, 600), st.floats(0, 0.08))
 def test_the_scheduler_keeps_its_share_whatever_a_task_costs_there(cost, tasks, idle):
-    """``idle``: what the scheduler takes of a core without any task."""
+    """``idle`` is the share of a core that the scheduler uses without tasks."""
     pacer, pace = Pacer(), Pace(watched=0.25, unwatched=1.0, longest=100.0, share=0.2)
     for _ in range(30):
         pacer.measured(10.0, 10 * idle, 0, others=0)

@@ -1,4 +1,4 @@
-"""Plans that do not fit what a worker holds: only the requests that they are about fail with them."""
+"""Plans that do not match what a worker holds fail only the requests that they are about."""
 
 from __future__ import annotations
 

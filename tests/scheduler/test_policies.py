@@ -1,4 +1,4 @@
-"""One contract for all policies: what they place and move always fits, and what they promise to hold, they hold."""
+"""One contract for all policies: placements and moves always fit, and requests up to their limit are placed."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_best_lays_a_request_on_as_few_hosts_as_possible_and_rather_waits_where_
     slow, fast = (policy_named("best", replace(MODEL, between=LINKS[link])) for link in ("1gbe", "nvlink"))
     for number, worker in enumerate(("w0", "w2", "w4")):
         ledger.reserve(number, (Span(worker, 0, 6 * BLOCK),), 6 * BLOCK)
-    large = Ask(3, 25 * BLOCK, 25 * BLOCK)  # more than one host ever holds, less than there is room for now
+    large = Ask(3, 25 * BLOCK, 25 * BLOCK)  # larger than any host, smaller than the room that there is now
     assert slow.place(ledger, large) is None
     spread = fast.place(ledger, large)
     assert spread is not None

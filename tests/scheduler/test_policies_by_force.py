@@ -1,4 +1,4 @@
-"""Policies on small clusters, against trying everything."""
+"""Policies on small clusters, compared with brute force."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BORROWING = ("overflow", "dgfm", "greedy", "best")
 
 @st.composite
 def clusters(draw: st.DrawFn, largest: int = 9) -> Ledger:
-    """Workers of any size on one to three hosts, some without weights, some about to leave; they lend a part."""
+    """Workers of any size on one to three hosts, some without weights, some leaving; they lend a part."""
     ledger, part = Ledger(BLOCK), draw(st.sampled_from([1.0, 0.5, 0.3]))
     for number in range(draw(st.integers(1, 5))):
         capacity, decodes = draw(st.integers(1, largest)), draw(st.integers(0, 3)) > 0
@@ -41,7 +41,7 @@ def clusters(draw: st.DrawFn, largest: int = 9) -> Ledger:
 
 
 def largest(ledger: Ledger, lends: bool) -> int:
-    """Blocks of the largest request: on the best of all homes, with all that others may lend to it."""
+    """Blocks of the largest request: those of the best home, with all that other workers may lend to it."""
     stay = [one for one in ledger.workers.values() if not one.retiring]
     return max(
         (
@@ -129,7 +129,7 @@ def test_best_leaves_the_workers_of_a_host_equally_much_room(sizes: list[int], d
     ledger = Ledger(BLOCK)
     for number, capacity in enumerate(sizes):
         ledger.add_worker(Endpoint(f"w{number}", "host", 1), capacity)
-    blocks = data.draw(st.integers(max(sizes) + 1, sum(sizes)))  # it fits on no single one
+    blocks = data.draw(st.integers(max(sizes) + 1, sum(sizes)))  # it fits on no single worker
     placement = policy_named("best", MODEL).place(ledger, Ask(0, 1, blocks * BLOCK))
     assert placement is not None
     fits(ledger, placement, blocks * BLOCK)

@@ -1,4 +1,4 @@
-"""Random runs of the simulated cluster end with the right tokens, and with the ledger that the messages say."""
+"""Random runs of the simulated cluster end with the right tokens, and with the ledger that the messages imply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker dies and there is room elsewhere: only what lay on it is recomputed."""
+"""A worker dies and there is room elsewhere: only its part is recomputed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repair keeps to what workers lend, and recalls find the creditor that would just have room."""
+"""Repair respects lend limits, and recalls find the creditor that would then just have room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gangs that fail while their workers live: tried again at once, then with pauses, and not without end."""
+"""Gangs that fail while their workers live are retried at once, then with pauses, and not forever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decoding() -> Simulated:
 
 
 def fail(cluster: Simulated, error: Exception = SILENT) -> bool:
-    """Fail what is computed; whether it is tried again at once."""
+    """Fail the work in progress; returns whether it is retried at once."""
     heads = [chain[0].gang for chain in cluster.chunks]
     heads += [queue[0].gang for queue in cluster.windows.values() if queue]
     commands = cluster.watch()
@@ -46,7 +46,7 @@ def fail(cluster: Simulated, error: Exception = SILENT) -> bool:
 
 
 def rest(cluster: Simulated, seconds: float) -> bool:
-    """Some time passes; whether it is tried again then."""
+    """Let time pass; returns whether the work is retried then."""
     commands = cluster.watch()
     cluster.now += seconds
     cluster.tick()

@@ -1,4 +1,4 @@
-"""The same events bring the same commands in every process: a failure that was seen once can be seen again."""
+"""The same events give the same commands in every process, so that failures can be reproduced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot run now lets others pass: too large for the workers left, or its document or folder is not to be had."""
+"""Requests that cannot run now let others pass: too large for the workers left, or without their document or folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distkv_dask.scheduler.policies.local_only import LocalOnly
 
 SHORT = [1, 2, 3, 4]
 LARGE, SMALL = 96, 32
-"""Blocks of workers: three together have room for more than any two, and a large one for more than a small one."""
+"""Blocks of workers: three have room for more than any two, and the large one for more than a small one."""
 
 
 def submit(cluster: Simulated, number: int, tokens: int, new: int = 5, document: int | None = None) -> None:
@@ -132,7 +132,7 @@ def test_what_needs_room_that_a_silent_folder_holds_lets_others_pass_until_it_an
     cluster.save(8, 0, Saved("folder", tag="x"))
     (store,) = cluster.files
     cluster.files = []
-    submit(cluster, 9, 40)  # needs the document's room, and a save of it is under way
+    submit(cluster, 9, 40)  # needs the document's room, and the document is being saved
     for number in SHORT:
         submit(cluster, number, 10)
     finish(cluster)
@@ -170,8 +170,8 @@ def test_two_documents_do_not_take_turns_for_questions_that_cannot_run() -> None
     finish(cluster)
     cluster.lose_worker("w0")
     for number in (2, 3):
-        submit(cluster, number, 90, document=number - 2)  # more than the worker that is left has
-    finish(cluster)  # which ends
+        submit(cluster, number, 90, document=number - 2)  # more than the remaining worker has
+    finish(cluster)  # it ends
     cluster.add_worker(40)
     finish(cluster)
     assert [cluster.tokens[number] for number in (2, 3)] == [expected(number, 5) for number in (2, 3)]

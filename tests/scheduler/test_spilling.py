@@ -1,4 +1,4 @@
-"""Blocks that make room on disk: documents and preempted requests come back as they were, or are recomputed."""
+"""Blocks spilled to disk to make room: documents and preempted requests are restored unchanged, or recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def computed(cluster: Simulated, number: int) -> int:
 
 
 def spilled(capacities: list[int], tokens: int = 40) -> Simulated:
-    """A cluster whose document 0 had to make room, and is on disk."""
+    """A cluster whose document 0 made room, and is on disk."""
     cluster = stored(capacities, tokens)
     crowd(cluster, 9, 4 * sum(capacities) - 12, 9)
     finish(cluster)

@@ -1,4 +1,4 @@
-"""Chunks of prompts whose worker does not begin them: nobody waits for these without end."""
+"""Chunks of prompts that their worker does not begin: no request waits for these forever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def begin(cluster: Simulated, number: int) -> None:
 
 
 def pass_time(cluster: Simulated, seconds: float) -> None:
-    """Let time pass in which no worker begins a task of Dask's, but all answer messages."""
+    """Let time pass in which workers answer messages, but begin no Dask tasks."""
     for _ in range(int(seconds)):
         cluster.now += 1
         cluster.tick()

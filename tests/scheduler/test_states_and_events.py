@@ -1,4 +1,4 @@
-"""Every event in every state: what a request becomes, and what the gManager is told to do."""
+"""Every event in every state: the request's next state, and the commands to the gManager."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distkv_dask.scheduler.lifecycle.events import Event
 
 
 def outcome(cluster: Simulated, happening: Callable[[Simulated], Event | None]) -> tuple[str, tuple[str, ...]] | None:
-    """Let something happen; the state that follows, and the kinds of commands. None if it cannot happen here."""
+    """Trigger an event; returns the next state and the kinds of commands, or None if the event is impossible here."""
     event = happening(cluster)
     if event is None:
         return None
@@ -198,7 +198,7 @@ sending with a pause   | window                      | Decode   | Abort ForgetTa
                        | holder lost                 | Retiring | Abort ForgetTasks Reset Note Retire
                        | target lost                 | Decode   | Join
 """
-"""By situation and events: the state that follows, and what is commanded. What is not here changes nothing."""
+"""By situation and events: the next state, and the commands. Events that are not listed change nothing."""
 
 
 def rows() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
@@ -267,5 +267,5 @@ def live_after_each_event(situation: str) -> None:
 
 
 def stays_unwritten(situation: str, event: str) -> bool:
-    """Whether a worker cannot write its part of a document: the holder's may be there already."""
+    """Whether a worker cannot write its part of a document; the holder's part may be written already."""
     return event in ("not stored", "home lost") or (event == "holder lost" and situation == "saving")

@@ -1,4 +1,4 @@
-"""Models with recurrent layers in the state machine: no sequence goes on without its state, whatever happens."""
+"""Models with recurrent layers in the state machine: no sequence continues without its state, whatever happens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distkv_dask.worker.home.states import States
 
 
 class Stateful(Simulated):
-    """Workers that keep states as homes do, and fail as they do where one is missing."""
+    """Workers that keep states like homes, and fail like homes if one is missing."""
 
     def __init__(self, machine: Lifecycle, rng: random.Random) -> None:
         super().__init__(machine, rng)
@@ -92,7 +92,7 @@ class Stateful(Simulated):
         super().go_on(message)
 
     def check(self) -> None:
-        """No home keeps more than its places, nor less or more snapshots than the gManager knows."""
+        """Check that homes keep no more than their places, and exactly the snapshots that the gManager knows."""
         super().check()
         snapshots = self.life.snapshots
         for worker, account in self.life.ledger.workers.items():
@@ -186,7 +186,7 @@ def test_prompts_leave_snapshots_near_their_beginning_their_end_and_where_they_p
     ends = {chunk.start + len(chunk.tokens) for chunk in cluster.chunks[0] if chunk.snapshot}
     assert ends == {8, 16, 32, 64} | {88, 80, 64, 32}
     finish(cluster)
-    ask(cluster, 1, prompt(0, 50, 30))  # nothing is kept between 32 and 64
+    ask(cluster, 1, prompt(0, 50, 30))  # no snapshot between 32 and 64 is kept
     assert [chunk.start for chunk in cluster.chunks[0]][:2] == [32, 40]
     finish(cluster)
     ask(cluster, 2, prompt(0, 50, 20))

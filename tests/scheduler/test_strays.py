@@ -1,4 +1,4 @@
-"""Events that are late, heard twice, or about nothing that there is: in every state they change nothing at all."""
+"""Events that are late, duplicated, or about unknown subjects change nothing in any state."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.lifecycle.events import Drain, Event, Pause, Stop, WorkerLost, WorkerReady
 
 NEVER = 10**6
-"""A number that nothing has."""
+"""An unused number."""
 STRANGER = "nobody"
-"""A worker that there is not."""
+"""A worker that does not exist."""
 FAILURE = OSError("the disk is full")
 FILE = SavedFile("stray", 0, 4, 100, 7)
 
 
 def everything(cluster: Simulated) -> dict[str, Any]:
-    """All that the state machine knows, as text."""
+    """The whole state of the state machine as text."""
     life = cluster.life
     known = {name: getattr(life, name) for name in life.__slots__ if name not in ("now", "commands", "numbers")}
     known |= {"workers": life.ledger.workers, "sequences": life.ledger.sequences, "epoch": life.ledger.epoch}
@@ -40,13 +40,13 @@ def assert_ignored(cluster: Simulated, event: Event) -> None:
     commands = cluster.machine.handle(event, cluster.now)
     after = everything(cluster)
     assert {name: text for name, text in after.items() if before[name] != text} == {}, event
-    if isinstance(event, did.Stored):  # what was written for nobody is deleted
+    if isinstance(event, did.Stored):  # files that nobody needs are deleted
         commands = [one for one in commands if not isinstance(one, to.Discard)]
     assert commands == [], event
 
 
 def strays(cluster: Simulated) -> Iterator[Event]:
-    """Events that nobody waits for."""
+    """Events that are not expected."""
     life, result = cluster.life, WindowResult({ONE: [7]}, {ONE: "stop"}, 1, 0.1)
     for worker in (*life.ledger.workers, STRANGER):
         yield did.ChunkDone(worker, ONE, NEVER, Exchanged())
@@ -109,5 +109,5 @@ def test_an_answer_that_is_heard_twice_counts_once(situation: str) -> None:
         answer = cluster.answer(message)
         assert answer is not None
         cluster.handle(answer)
-        if message not in asked_about(cluster):  # else this may be its next answer
+        if message not in asked_about(cluster):  # otherwise this may be its next answer
             assert_ignored(cluster, answer)

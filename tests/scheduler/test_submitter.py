@@ -1,4 +1,4 @@
-"""Graphs that have time are gathered; what is hurried, forgotten or added to them meanwhile comes out right."""
+"""Graphs that can wait are collected, and hurrying, forgetting or adding tasks in the meantime works correctly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATER = 60.0
 
 
 class Graphs(SchedulerPlugin):
-    """Keys of each graph that the scheduler got."""
+    """Keys of each graph that was sent to the scheduler."""
 
     def __init__(self, submitter: Submitter) -> None:
         self.submitter = submitter

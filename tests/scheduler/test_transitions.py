@@ -1,4 +1,4 @@
-"""The table of transitions: everything in it happens, nothing else can, and only one module gives requests a state."""
+"""The table of transitions: all of them happen, no others can, and only one module assigns states to requests."""
 
 from __future__ import annotations
 

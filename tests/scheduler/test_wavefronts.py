@@ -1,4 +1,4 @@
-"""Chunks of prompts on several workers at once: who begins when, what is recorded, and that nobody waits forever."""
+"""Chunks of prompts on several workers at once: which begin when, what is recorded, and that none waits forever."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from distkv_dask.scheduler.work import replan
 
 
 class Scattered(Overflow):
-    """Lays prompts on random workers, each of them several times."""
+    """Places prompts on random workers, with several spans on each."""
 
     def place(self, ledger: Ledger, ask: Ask, ahead: Ask | None = None) -> Placement | None:
         rng = random.Random(ask.sequence)
@@ -56,9 +56,9 @@ class Scattered(Overflow):
 
 
 class InLanes(Simulated):
-    """Home lanes compute one chunk at a time, whose end waits for those that it follows.
+    """Home lanes compute one chunk at a time, which ends after those that it follows.
 
-    Which of the chunks that were submitted to a lane is next, and whose news come first, is left to chance.
+    The next chunk of a lane, and the order of messages, are random.
     """
 
     def __init__(self, machine: Lifecycle, rng: random.Random) -> None:
@@ -103,7 +103,7 @@ class InLanes(Simulated):
 
 
 def in_lanes(seed: int, *capacities: int, workers: int | str = 64) -> InLanes:
-    """Such a cluster, on which everything is scattered."""
+    """Such a cluster with scattered prompts."""
     config = Config.load(
         block_tokens=BLOCK, prefill_chunk_tokens=8, window_batch=4, spill=1500, prefill_workers=workers
     )
@@ -193,7 +193,7 @@ def test_a_prompt_of_which_a_chunk_failed_is_computed_by_one_after_the_other() -
     assert cluster.ends == {0: ("length", None)}
 
 
-# Who computes what
+# Which worker computes what
 
 
 def spread_over(cluster: Simulated, number: int) -> int:
@@ -209,7 +209,7 @@ LONG = array("i", range(400))
 
 @pytest.fixture(autouse=True)
 def always_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of few tokens count as long, and the cluster as quiet at once."""
+    """Count short prompts as long, and the cluster as quiet at once."""
     monkeypatch.setattr(replan, "LONG", 0.0)
     monkeypatch.setattr(replan, "QUIET", 0.0)
 
@@ -259,7 +259,7 @@ def computing(cluster: Simulated, number: int) -> set[str]:
 
 
 def test_nobody_helps_before_the_cluster_has_been_quiet_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replan, "QUIET", 2.5)  # chunks, which take 15 ms each by the model, and an event takes 10 ms
+    monkeypatch.setattr(replan, "QUIET", 2.5)  # in chunks, which take 15 ms each by the model; an event takes 10 ms
     cluster = of_workers("auto", 200, 200)
     cluster.send(long_prompt(1))
     (home,) = computing(cluster, 1)

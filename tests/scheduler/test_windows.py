@@ -1,4 +1,4 @@
-"""Windows and chunks: when the next one is sent, how long it is, who takes part, and how a prompt is cut."""
+"""Windows and chunks: when the next one is sent, its length, its sequences, and how a prompt is cut."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_window_is_queued_behind_one_that_runs_unless_that_one_ends_all(
     expected = 10 if steps is None else 8  # steps of the window
     ends_all = joined and max(remaining) <= expected
     assert chain.needs_window(requests) == (started and not ends_all)
-    chain.step_seconds = 0.0  # nothing is known of its steps
+    chain.step_seconds = 0.0  # the time of its steps is not known
     assert chain.needs_window(requests) == started
     chain.rests_until = 5.0
     assert not chain.needs_window(requests)
@@ -251,7 +251,7 @@ def test_no_document_makes_way_for_a_prompt_that_waits_for_another_prompt() -> N
     finish(cluster)
 
 
-# Whom a window waits for
+# Requests for which a window waits
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -303,7 +303,7 @@ def test_what_was_begun_is_forgotten_with_its_prompt() -> None:
     assert cluster.life.starts.begun == set()
 
 
-# What the scheduler has time for
+# The scheduler's budget
 
 
 def test_what_a_pacer_measured_moves_by_three_tenths() -> None:

@@ -1,4 +1,4 @@
-"""The simulator: every request is served or refused, costs follow the model, and the command writes what it says."""
+"""The simulator: every request is served or refused, costs follow the model, and the command writes its results."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_the_command_says_what_is_wrong_with_its_arguments() -> None:
 
 
 def checked(workers: int, policy: str, **settings: Any) -> Simulation:
-    """A cluster whose workers check that all KV is where it is looked for."""
+    """A cluster whose workers check that all KV is where it is expected."""
     simulation = Simulation(replace(A100, kv_tokens=4096), workers, policy, **settings)
     simulation.workers.memory = Memory(simulation.machine.state)
     return simulation
@@ -206,7 +206,7 @@ def test_a_prompt_that_begins_like_one_before_is_computed_from_there_on() -> Non
     ids = tuple(range(16))
     arrivals = [Arrival(at, 16 * BLOCK, 50, ids) for at in (0.0, 100.0)]
     (first, _), (second, _) = Simulation(A100, 1, "overflow").run(arrivals).finished
-    shared = 16 * BLOCK - 64  # a prompt's last token is always computed, and blocks are shared as a whole
+    shared = 16 * BLOCK - 64  # a prompt's last token is always computed, and only whole blocks are shared
     assert first.first == pytest.approx(A100.model.curve.prefill(16 * BLOCK))
     assert second.first - 100 == pytest.approx(A100.model.curve.prefill(64, shared))
     others = [replace(arrival, blocks=()) for arrival in arrivals]

@@ -1,4 +1,4 @@
-"""A holder lane with a pool and a home before it; every test ends with the threads and sockets that it began with."""
+"""A holder lane with a pool, and a home; every test must end with the threads and sockets with which it began."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _open_now(sockets: bool) -> set[Any]:
 
 @pytest.fixture(autouse=True)
 def room_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are copied to files that processes share however full this machine's disk is."""
+    """Allow copies of weights in shared files, however full this machine's disk is."""
     monkeypatch.setattr(host_copy, "FREE", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    # On a busy machine ucxx 0.52 keeps sockets of endpoints that were closed with a message under way, for a while:
-    # some may close during a later test. Tests of UCX count sockets where they are about them.
+    # On a busy machine, ucxx 0.52 keeps sockets of endpoints that were closed during a message for a while, so that
+    # some may close in a later test. Tests of UCX count sockets themselves if needed.
     sockets = "ucx" not in request.node.nodeid
     before = _open_now(sockets)
     yield

@@ -1,4 +1,4 @@
-"""Holders outside the window of a layer are not asked in it, on no channel and over no task, and no token changes."""
+"""Holders outside a layer's window are not asked in that layer, on any channel or by tasks, and no token changes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distkv_dask.geometry import LayerKind
 from distkv_dask.worker.asked_layers import asked_layers, next_layers
 from distkv_dask.worker.channels.bodies import Row
 
-ROOM = (("w1", 24), ("w2", 24), ("w0", 48))  # queries from 70 on do not see what lies before 30
+ROOM = (("w1", 24), ("w2", 24), ("w0", 48))  # queries from 70 on do not see tokens before 30
 FULL = {"gemma2-short": 1, "gpt-oss-short": 1, "llama4-short": 1, "mistral-window": 0}
-"""How many layers see everything."""
+"""Number of layers that see everything."""
 
 
 def asked(made: Fleet) -> dict[str, list[int]]:
-    """Requests that each holder answered from now on, gang by gang."""
+    """Requests that each holder answers from now on, by gang."""
     counts: dict[str, list[int]] = {}
 
     def watch(worker: str) -> None:

@@ -1,4 +1,4 @@
-"""Blocks read from files: only those that are needed are opened, and nothing is missing unseen."""
+"""Blocks read from files: only the files that are needed are opened, and missing blocks are errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> 
         stored = told.pop()
         assert stored == Stored("here", 1, stored.files)
         written = stored.files
-        (tmp_path / written[1].name).unlink()  # of no use to who holds the first half
+        (tmp_path / written[1].name).unlink()  # not needed by the holder of the first half
         pool.storage[list(pool.table(1))] = 0
         await files.fetch(no_peer, 1, [(0, 8)], Saved(str(tmp_path), written))
         assert told.pop() == Fetched("here", 1)

@@ -1,4 +1,4 @@
-"""Blocks on the disks of several workers: read back as they were, wherever they lie, or an error that says why not."""
+"""Blocks on the disks of several workers are read back unchanged from any of them, or an error says why not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Usage(NamedTuple):
 
 
 class Workers:
-    """Workers with pools and disks, which ask each other."""
+    """Workers with pools and disks, which request blocks from each other."""
 
     def __init__(self, folder: Path, names: str, **config: float) -> None:
         self.told: list[Any] = []

@@ -1,4 +1,4 @@
-"""Blocks that go from pool to pool: all of them, to their places only, and no faster than is allowed."""
+"""Blocks that move from pool to pool: all arrive, only in their places, and no faster than allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPE = BlockShape(2, 1, 2, "float32", BLOCK)
 
 
 def run_on_a_clock_of_its_own(work: Callable[[], Awaitable[None]]) -> float:
-    """Run a coroutine on a loop whose time passes only while it sleeps; the seconds that it took."""
+    """Run a coroutine on a loop whose time passes only while it sleeps; returns the seconds that it took."""
 
     class Clock(selectors.DefaultSelector):
         now = 0.0
@@ -47,7 +47,7 @@ def run_on_a_clock_of_its_own(work: Callable[[], Awaitable[None]]) -> float:
 
 
 def filled(sequence: int, tokens: int, scattered: random.Random) -> Pool:
-    """A pool in which a sequence's blocks lie in no order, with random content."""
+    """A pool with a sequence's blocks in random order, with random contents."""
     pool = Pool(SHAPE, BLOCKS)
     others = [*range(100, 100 + BLOCKS)]
     for other in others:
@@ -138,7 +138,7 @@ def test_a_move_that_finds_no_room_leaves_nothing_behind() -> None:
 
 
 class Moving(RuleBasedStateMachine):
-    """Moves of several sequences whose pieces come in any order of moves, and which may be given up at any time."""
+    """Moves of several sequences whose pieces arrive interleaved, and which may be given up at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Moving(RuleBasedStateMachine):
     @precondition(lambda self: self.over)
     @rule(data=st.data())
     def hear_again(self, data: st.DataObject) -> None:
-        """A piece of a move that is over lands nowhere."""
+        """Check that a piece of an ended move is written nowhere."""
         piece, payload = data.draw(st.sampled_from(self.over))
         if piece.number not in self.under_way:
             with pytest.raises(GangAbortedError, match="not expected"):

@@ -1,4 +1,4 @@
-"""Forwards that tasks carry from layer to layer, without Dask: the handoff, its ends, and the tokens that come out."""
+"""Forwards that tasks carry from layer to layer, without Dask: the handoff, its ends, and the resulting tokens."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def kinds(told: list[did.FromWorker]) -> list[str]:
 def engines(
     model: LoadedModel, made: Fleet, folder: Path
 ) -> Iterator[dict[str, tuple[LayerTasks, WorkerEngine, list[did.FromWorker]]]]:
-    """The tasks of an engine on every worker, and what each tells the gManager."""
+    """The tasks of an engine on every worker, and their messages to the gManager."""
     found = {}
     for name, member in made.members.items():
         told: list[did.FromWorker] = []
@@ -115,7 +115,7 @@ def engines(
 
 
 def carried(tasks: dict, chunk: PrefillChunk, layers: int) -> int:
-    """Do what a graph of one prompt chunk does, task by task."""
+    """Run the tasks of one prompt chunk's graph one by one."""
     home, *_ = tasks[chunk.gang.home]
     holders = [tasks[one.worker][0] for one in chunk.gang.holders]
     question = home.begin_forward(chunk)
@@ -127,7 +127,7 @@ def carried(tasks: dict, chunk: PrefillChunk, layers: int) -> int:
 
 
 def prompt_of(made: Fleet, *before: tuple[str, int], tail: str = "w0") -> PrefillChunk:
-    """The last chunk of a prompt, whose first tokens lie on these workers, and whose last ones go to ``tail``."""
+    """The last chunk of a prompt whose first tokens are on these workers, and whose last ones go to ``tail``."""
     start = sum(tokens for _, tokens in before)
     placement: Placement = made.place(1, *before, (tail, PROMPT + NEW - start))
     prompt = prompt_ids(PROMPT)

@@ -1,4 +1,4 @@
-"""Forwards as graphs, on a card of lists: what is replayed is what was launched, piece by piece, with new values."""
+"""Forwards as graphs, on a card made of lists: replays execute what was launched, piece by piece, with new values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distkv_dask.worker.model.captured import CapturedForward, why_not_captured
 
 
 class Card(Device):
-    """A card that runs what is queued at once, or records it while a graph is open."""
+    """A card that executes queued work at once, or records it while a graph is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Card(Device):
             self.recording.append(work)
 
     def wait(self) -> None:
-        """What the host cannot do while it records."""
+        """Wait for the card, which is forbidden during a recording."""
         if self.recording is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -61,7 +61,7 @@ class Graph:
 
 
 class Attention:
-    """Adds the layer's number, as a kernel, or after a word with a holder, which no graph may have."""
+    """Adds the layer's number, in a kernel, or after an exchange with a holder, which no graph may contain."""
 
     def __init__(self, card: Card, waits: bool) -> None:
         self._card, self._waits = card, waits
@@ -76,7 +76,7 @@ class Attention:
 
 
 class Model:
-    """Doubles its input before each of two layers, in memory of its own."""
+    """Doubles its input before each of two layers, in its own memory."""
 
     def __init__(self, card: Card, layers: int = 2) -> None:
         self.given, self._hidden, self.logits = torch.zeros(1), torch.zeros(1), torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Whatever happens on the wire, a frame arrives as it was sent or an error of ours says what happened, in time."""
+"""Whatever happens on the wire, a frame arrives as it was sent, or an error of ours says in time what happened."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def pair(way: Way) -> Iterator[Pair]:
     inlet = greeted(home, listener)
     yield Pair(home, inlet, listener)
     inlet.close()
-    closing = threading.Thread(target=home.close)  # over UCX this waits for a holder that is at work
+    closing = threading.Thread(target=home.close)  # over UCX this waits for a holder that is polling
     closing.start()
     until(lambda: listener.accept() or not closing.is_alive())
     for end in (home, inlet, listener):
@@ -69,7 +69,7 @@ def pair(way: Way) -> Iterator[Pair]:
 
 
 def greeted(home: Channel, listener: Listener) -> Inlet:
-    """The holder's end after a first frame, as every channel begins with one: that is where TLS and UCX connect."""
+    """The holder's end after a first frame, with which every channel begins: TLS and UCX connect there."""
     greeting = threading.Thread(target=home.send, args=(HELLO,))
     greeting.start()
     inlet = until(listener.accept)
@@ -81,7 +81,7 @@ def greeted(home: Channel, listener: Listener) -> Inlet:
 
 @pytest.fixture
 def raw(way: Way) -> Iterator[tuple[socket.socket, Channel]]:
-    """A home's channel whose peer is a bare socket, or behaves like one: it can send anything."""
+    """A home's channel whose peer is a bare socket, or behaves like one, and can send anything."""
     server = Bare(way)
     home = way.open(server.endpoint)
     greeting = threading.Thread(target=home.send, args=(HELLO,))

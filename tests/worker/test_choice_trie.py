@@ -1,4 +1,4 @@
-"""Choices as a trie: likelihoods against sums by hand, in few forwards, for any choices that begin alike."""
+"""Choices as a trie: likelihoods compared with explicit sums, in few forwards, for any choices that begin alike."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ some_choices = st.lists(
 
 
 def logprob(before: Sequence[int], token: int) -> float:
-    """What the model gives a token behind others (and behind the prompt)."""
+    """The model's log probability of a token after others (and after the prompt)."""
     return -1.5 + math.sin(13 * token + sum((at + 2) * one for at, one in enumerate(before)))
 
 
@@ -38,7 +38,7 @@ def answered(before: Sequence[int], targets: Iterable[int]) -> list[TokenLogprob
 
 
 def learned(choices: Sequence[tuple[int, ...]], ends: Sequence[int] = ENDS) -> tuple[ChoiceTrie, int]:
-    """A trie that knows all it asked for, and how many log probabilities those were."""
+    """A trie with all requested log probabilities, and their number."""
     trie = ChoiceTrie(choices, ends)
     first = answered((), trie.after())
     trie.learn((), first)
@@ -53,7 +53,7 @@ def learned(choices: Sequence[tuple[int, ...]], ends: Sequence[int] = ENDS) -> t
 
 
 def likelihood(choice: Sequence[int], choices: Sequence[tuple[int, ...]]) -> float:
-    """Sum of a choice's log probabilities, with that of the end where another choice goes on."""
+    """Sum of a choice's log probabilities, including the end's if another choice continues it."""
     whole = sum(logprob(choice[:at], token) for at, token in enumerate(choice))
     if any(other != choice and other[: len(choice)] == choice for other in choices):
         whole += math.log(sum(math.exp(logprob(choice, end)) for end in ENDS))

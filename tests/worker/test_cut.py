@@ -1,4 +1,4 @@
-"""A model cut into stages of one process computes what transformers does; models that cannot be cut are refused."""
+"""A model cut into stages in one process gives the results of transformers; models that cannot be cut are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Chain:
 
     def through(self, hidden: torch.Tensor) -> torch.Tensor:
         for stage in self.stages:
-            with ThreadPoolExecutor(1) as worker:  # as on another one, whose attention is its own
+            with ThreadPoolExecutor(1) as worker:  # like another worker, with its own attention
                 step = OwnSequence(self.heads)
                 hidden = worker.submit(stage.further, hidden[0], self.positions, step).result()[None]
         return hidden

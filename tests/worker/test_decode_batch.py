@@ -1,4 +1,4 @@
-"""Sequences of a home join, move, leave and decode in any order: windows take who is ready, and commit once."""
+"""Sequences of a home join, move, leave and decode in any order: windows take those that are ready, and commit once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def taken(made: DecodeBatch, epoch: int = 0, holders: tuple[Endpoint, ...] = ALL
 
 
 class Decoding(RuleBasedStateMachine):
-    """A home's sequences against plain dictionaries of what each is and has."""
+    """A home's sequences compared with plain dictionaries of their states and data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Decoding(RuleBasedStateMachine):
 
     @rule(sequence=st.integers(0, 5), length=st.integers(1, 40), holders=st.sets(st.sampled_from(sorted(HOLDERS))))
     def join(self, sequence: int, length: int, holders: set[str]) -> None:
-        self.states.setdefault(sequence, state(sequence))  # who joins again keeps its place
+        self.states.setdefault(sequence, state(sequence))  # a sequence that joins again keeps its place
         self.states[sequence] = state(sequence, length)
         self.holders[sequence] = tuple(sorted(holders))
         self.made.join(self.states[sequence], tuple(HOLDERS[one] for one in self.holders[sequence]))

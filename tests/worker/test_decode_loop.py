@@ -1,4 +1,4 @@
-"""A decode window with a model of one line: tokens, ends and plans of any batch are those of its sequences alone."""
+"""A decode window with a trivial model: tokens, ends and plans of any batch are those of its sequences alone."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GANG = Gang("engine", 1, "gang-1", 1, "w0", (Endpoint("w1", "host", 1), Endpoint
 
 
 def following(token: int, position: int) -> int:
-    """What the model says behind a token at a position."""
+    """The model's next token after a token at a position."""
     return (7 * token + 3 * position + 1) % VOCAB
 
 
 class Model:
-    """Logits of :func:`following`; ``inputs`` has tokens and positions, ``alike`` the steps foreseen."""
+    """Logits of :func:`following`; ``inputs`` records tokens and positions, ``alike`` the expected steps."""
 
     def __init__(self) -> None:
         self.device, self.eos_token_ids = HOST, frozenset({EOS})
@@ -78,7 +78,7 @@ class Attention:
 
 
 class Members:
-    """A gang that notes when its holders are told of a batch."""
+    """A gang that records when its holders are told about a batch."""
 
     def __init__(self, abort_at: int | None = None) -> None:
         self.gang, self.told = GANG, list[tuple[int, Any]]()
@@ -98,7 +98,7 @@ class Members:
 
 
 class Window:
-    """A window over some sequences, and all that came of it."""
+    """A window over some sequences, with records of its calls."""
 
     def __init__(self, batch: Sequence[SequenceState], members: Members | None = None) -> None:
         self.model, self.members, self.attentions = Model(), members or Members(), list[Attention]()
@@ -131,7 +131,7 @@ def batches(most: int = 4) -> st.SearchStrategy[list[SequenceState]]:
 
 
 def alone(state: SequenceState, steps: int | None) -> tuple[list[int], str | None, int]:
-    """Tokens, end and steps of a sequence, one token after the other."""
+    """Tokens, end and steps of a sequence, computed one token after the other."""
     tokens, last, length, done = list[int](), state.last_token, state.length, 0
     while steps is None or done < steps:
         if length >= state.placement[-1].stop:
@@ -187,7 +187,7 @@ def test_holders_are_told_of_each_batch_before_its_first_step(batch: list[Sequen
 
 
 class Guess:
-    """Proposes tokens of which the first ``right`` are what the model says; the loop must keep within ``room``."""
+    """Proposes tokens of which the first ``right`` are the model's; the loop must stay within ``room``."""
 
     def __init__(self, batch: Sequence[SequenceState], plan: Sequence[tuple[int, int]]) -> None:
         self.states = {one.sequence: (one.last_token, one.length) for one in batch}

@@ -1,4 +1,4 @@
-"""The C++ core computes layers whose code it knows, and leaves all others as they are."""
+"""The C++ core computes layers of known code, and leaves all others as they are."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_other_layers_stay_transformers_own(family: str) -> None:
 
 
 def logits_or_none(made: Any) -> Tensor | None:
-    """Logits where this file's simple attention serves the model."""
+    """Logits of the model with this file's simple attention."""
     return logits(made, 9) if made.config.model_type in ("qwen2", "llama") else None
 
 

@@ -1,4 +1,4 @@
-"""The same request gives the same tokens, bit for bit where that is possible, wherever and beside whatever it runs."""
+"""The same request gives the same tokens, bit for bit if possible, on any workers and in any batch."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ DRAWN = SamplingParams(max_new_tokens=1000, temperature=1.0, seed=5, ignore_eos=
 
 
 def drawn(new: int) -> list[int]:
-    """What is drawn from the logits of a whole forward of plain transformers for each token."""
+    """Tokens drawn from the logits of plain transformers, with a whole forward for each token."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir("llama-gqa"), dtype=torch.float32)
     tokens = prompt_ids(PROMPT)
     with torch.inference_mode():
@@ -147,9 +147,9 @@ def deterministic(dtype: str) -> LoadedModel:
 def drawn_beside(
     made: Fleet, model: Recorder, placement: Placement, others: int, chunk: int = 24, joined: int = 0
 ) -> tuple[list[int], torch.Tensor]:
-    """Tokens of sequence 1 and the logits they were drawn from, while so many others decode with it.
+    """Tokens of sequence 1 and their logits, while ``others`` sequences decode with it.
 
-    ``joined`` tokens are drawn alone; then its KV is computed again, as part of its prompt.
+    After ``joined`` tokens, its KV is computed again, with these tokens as part of its prompt.
     """
     prompt = prompt_ids(PROMPT)
     first = made.prefill(1, placement, prompt, chunk, sampling=DRAWN)
@@ -190,7 +190,7 @@ def test_deterministic_logits_have_the_same_bits_whatever_becomes_of_the_sequenc
             found.append(drawn_beside(made, model, made.place(1, *rooms), others, chunk, joined))
     assert all(tokens == found[0][0] for tokens, _ in found)
     assert all(torch.equal(logits, found[0][1]) for _, logits in found)
-    if dtype == "float32":  # other spans are rounded in another way, and tokens are the same
+    if dtype == "float32":  # other spans are rounded differently, but give the same tokens
         for rooms in ([("w0", ROOM)], [("w1", 48), ("w0", ROOM)]):
             with fleet(model, 4, deterministic=True) as made:
                 assert drawn_beside(made, model, made.place(1, *rooms), 6)[0] == found[0][0]

@@ -1,4 +1,4 @@
-"""Which device a worker computes on, and what it says where that is not what a user would expect."""
+"""The device on which a worker computes, and its messages if that is not what a user would expect."""
 
 from __future__ import annotations
 

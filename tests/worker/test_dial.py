@@ -1,4 +1,4 @@
-"""Two workers find the right kind of channel, and certificates or another user's socket are never passed over."""
+"""Two workers find the right kind of channel; certificates are never skipped, nor another user's socket used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks of an engine's gangs on a worker: what its gManager hears of each beginning and each end."""
+"""Tasks of an engine's gangs on a worker, and the messages that its gManager gets at each beginning and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's process ends at once when its exit handlers have run, before its nanny loses patience."""
+"""A worker's process ends as soon as its exit handlers have run, before its nanny's time limit."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if __name__ == "__main__":
     process.join()
     print(process.exitcode)
 """
-"""A process as nannies start it, which ends in some way."""
+"""A process like those that nannies start, which ends in some way."""
 
 
 def ended(folder: Path, end: str) -> tuple[str, str]:
-    """What such a process prints, its exit status, and its errors."""
+    """Output, exit status and errors of such a process."""
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, folder / "program.py", end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""Where windows and chunks begin in the KV that a worker has of a sequence, against counting token by token."""
+"""Where windows and chunks begin in a worker's KV of a sequence, compared with counting token by token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FULL, SLIDING, CHUNKED = LayerKind(), LayerKind("sliding", 12), LayerKind("chunk
 
 
 def sees(kind: LayerKind, query: int, key: int) -> bool:
-    """What transformers says of a layer: whether a token sees one that is not after it."""
+    """Whether a token sees one that is not after it, by the rule of transformers."""
     if kind.visible == "sliding":
         return key > query - kind.size
     return kind.visible == "full" or key // kind.size == query // kind.size
 
 
 def counted(row: Row, kind: LayerKind, step: int) -> list[int]:
-    """How many of the tokens that a worker has room for come before the first one that each query sees."""
+    """How many of the tokens in a worker's spans come before the first one that each query sees."""
     each = row.queries // len(row.positions)
     places = [at for start, stop in row.spans for at in range(start, stop)]
     firsts = []
@@ -35,7 +35,7 @@ def counted(row: Row, kind: LayerKind, step: int) -> list[int]:
 
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
-    """A row of some sequences over spans with gaps, as other workers have what lies between."""
+    """A row of some sequences over spans with gaps, which are on other workers."""
     ends = sorted(draw(st.sets(st.integers(0, 60), min_size=2, max_size=6)))
     spans = tuple(zip(ends[::2], ends[1::2], strict=False))
     positions = tuple(draw(st.lists(st.integers(0, 90), min_size=1, max_size=4)))

@@ -1,4 +1,4 @@
-"""Frames and bodies: what was sent is what is read, and whatever else comes is refused by one kind of error."""
+"""Frames and bodies are read as they were sent, and anything else is refused with one kind of error."""
 
 from __future__ import annotations
 

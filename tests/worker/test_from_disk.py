@@ -1,4 +1,4 @@
-"""Layers read from disk while others compute give the same bits, in bounded memory, and say what went wrong."""
+"""Layers that are read from disk while others compute give the same bits in bounded memory; errors say why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = about_the_host("weights on a card are in its memory")
 
 
 class EachItself:
-    """Stands for attention: what every token makes of its own query, key and value."""
+    """Replaces attention by a function of each token's own query, key and value."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_have_the_same_bits(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of odd and even numbers of layers, and of weights that are joined or converted when they are loaded."""
+    """Models with odd and even numbers of layers, and with weights that are joined or converted when loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(host_copy, "LEAST", 1)
     memory = load_model(str(model_dir(family)), dtype, 1)

@@ -1,4 +1,4 @@
-"""Whatever bytes come in, from strangers or from a home that went mad, a holder lane serves the next home."""
+"""Whatever bytes arrive, from strangers or from a broken home, a holder lane serves the next home."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ often = settings(
 
 
 def conversation(number: int) -> list[bytes]:
-    """The frames of a home that does everything right: two steps of two layers."""
+    """The frames of a correct home: two steps of two layers."""
     hello, rows = encode_hello(TOKEN.encode(), HELLO), encode_rows([ROW])
     question = bytes(HEADS * HEAD_DIM * 4)
     asks = [
@@ -41,7 +41,7 @@ def conversation(number: int) -> list[bytes]:
 
 @st.composite
 def talks(draw: st.DrawFn) -> tuple[int, bytes]:
-    """A gang's number and a conversation that was damaged in some ways, or never was one."""
+    """A gang's number and a conversation that was damaged in some ways, or is random."""
     number = next(numbers)
     frames = conversation(number)
     match draw(st.sampled_from(["garbage", "headers", "shuffled", "flipped", "spliced", "truncated"])):
@@ -96,7 +96,7 @@ def test_no_bytes_whatever_end_a_lane_or_its_service_of_others(
     number, data = talk
     session = lane.open_session("engine", gang(number)) if opened else None
     sock = caller(lane)
-    with suppress(OSError):  # it was dropped in the middle, as it should be
+    with suppress(OSError):  # it was dropped during the message, as it should be
         if lane._way is TLS and not plain:
             sock = certificates().home.wrap_socket(sock)
         sock.settimeout(0.05)

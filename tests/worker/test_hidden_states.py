@@ -1,4 +1,4 @@
-"""Hidden states of a model that several threads run, and sums of them: each thread gets its own, and no NaN passes."""
+"""Hidden states of a model that several threads run, and their sums: each thread gets its own, and NaN is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distkv_dask.worker.model.hidden_states import ROWS, HiddenStates, as_bytes,
 
 
 class Decoder(nn.Module):
-    """Returns what it is given, once all threads are in it."""
+    """Returns its input once all threads have called it."""
 
     def __init__(self, together: int = 1) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def gang(number: int) -> Gang:
 
 
 class Meeting(RuleBasedStateMachine):
-    """Sessions that open, homes that begin, ends and aborts of gangs, against one word for each gang."""
+    """Sessions that open, homes that begin, ends and aborts of gangs, compared with one word for each gang."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only a home has of a document is saved and read like its blocks: the same bytes, or an error that says why."""
+"""A home's own data of a document is saved and read like its blocks: the same bytes, or an error that says why."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_another_home_goes_on_with_the_same_bytes(folder: LocalFolder) -> None:
     assert [(file.name.partition("-")[0], file.start, file.stop) for file in files] == [
         ("state", 0, TOKENS), ("window", 24, TOKENS),
     ]  # fmt: skip
-    other.windows.put(9, 16)  # its blocks are others
+    other.windows.put(9, 16)  # so that other blocks are used
     other.read(7, folder, [SavedFile("blocks-00ff-0-48.arrow", 0, 48, 9, 9), *files])
     mine, theirs = one.states.begin_run(1, TOKENS), other.states.begin_run(7, TOKENS)
     assert all(torch.equal(mine[slot], theirs[slot]) for slot in TEMPLATE)

@@ -1,4 +1,4 @@
-"""Every frame of a home at its holder: in turn where it belongs, refused where it does not, and in time."""
+"""Every frame of a home at its holder is handled in turn, refused if it does not belong there, and in time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gang(number: int) -> Gang:
 
 
 class Inlet:
-    """A channel whose frames are given, and what is sent back."""
+    """A channel with given frames, which records what is sent back."""
 
     def __init__(self) -> None:
         self.peer, self.maximum = "10.0.0.7:4711", HELLO_BYTES
@@ -82,7 +82,7 @@ ASK = Header(Kind.ATTEND, 4, 1, 0, 0, 2 * 8 * 4, 0.5)
 
 
 class Home:
-    """A home before a service."""
+    """A home of a service."""
 
     def __init__(self, shown: bool = True) -> None:
         self.inlet, self.service = Inlet(), service()

@@ -1,4 +1,4 @@
-"""A gang at its home, over channels that are lists: who is told what, in which order, however it ends."""
+"""A gang at its home, over channels that are lists: what each holder is told, in which order, for all kinds of ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = {"w0": Part((ROW,), (0,)), "w1": Part((ROW,), (0,)), "w3": Part((ROW, RO
 
 
 class Wire:
-    """A channel that keeps what is said on it; ``faults`` are raised where a kind of frame is sent or awaited."""
+    """A channel that records its frames; ``faults`` are raised when a kind of frame is sent or awaited."""
 
     def __init__(self, peer: str, log: list[tuple[str, str]]) -> None:
         self.peer, self._log = peer, log
@@ -216,7 +216,7 @@ def test_a_fault_at_home_is_told_to_all_and_no_channel_is_kept(network: Network)
 
 
 def test_holders_that_were_not_asked_yet_are_told_too(network: Network) -> None:
-    """Their tasks would wait for a home that never comes."""
+    """Otherwise their tasks would wait for a home that never comes."""
     with pytest.raises(PlanError):
         run(network, fault(PlanError("a fault of the plan", 5)))
     for worker in ("w1", "w2", "w3"):
@@ -272,7 +272,7 @@ def test_a_gang_that_is_complete_does_not_fail_for_a_holder_that_left(network: N
 
 
 def test_an_abort_ends_what_blocks_and_is_the_reason_that_all_hear(network: Network) -> None:
-    closed = fault(ChannelError("w1 closed the channel"))  # what a call raises whose channel was aborted
+    closed = fault(ChannelError("w1 closed the channel"))  # the error of a call whose channel was aborted
     with pytest.raises(GangAbortedError, match="gang gang-7 was aborted: w9 died") as caught:
         run(network, begin, lambda gang: gang.abort("w9 died"), closed)
     assert [network.last(worker).aborted for worker in ("w1", "w2", "w3")] == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""What only homes have: snapshots are taken of what runs, and not of what the gManager wants no more."""
+"""Data that only homes have: snapshots are taken of running sequences, but not if the gManager no longer wants them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of a machine that load one model have its weights in memory once, converted or not."""
+"""Processes of a machine that load the same model have its weights in memory once, converted or not."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MB = 1 << 20
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where files of weights go."""
+    """Folder for files of weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "distkv-dask" / "weights"
 
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of any size are shared."""
+    """Share weights of any size."""
     monkeypatch.setattr(host_copy, "LEAST", 1)
 
 
@@ -102,7 +102,7 @@ def test_the_files_used_longest_ago_make_room(cache: Path, monkeypatch: pytest.M
     load_model(str(model_dir("llama-gqa")), "bfloat16", 1)
     assert not old.exists()
     assert len(list(cache.glob("*.safetensors"))) == 1
-    assert all(weight.isfinite().all() for weight in weights(used).values())  # it is mapped still
+    assert all(weight.isfinite().all() for weight in weights(used).values())  # it is still mapped
     monkeypatch.setattr(host_copy.shutil, "disk_usage", lambda _: disk._replace(free=0))
     alone = load_model(str(model_dir("llama-mqa")), "bfloat16", 1)
     assert "of this process alone" in alone.weights.where

@@ -1,4 +1,4 @@
-"""The host tier against a dictionary: bytes come back as they went, rows are given back, and nothing lands twice."""
+"""The host tier compared with a dictionary: bytes return unchanged, rows are freed, and nothing is written twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS, ROWS = 12, 7
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slabs of three blocks and copies of two: every boundary is crossed."""
+    """Slabs of three blocks and copies of two, so that every boundary is crossed."""
     size = BlockShape(1, 1, 4, "float32", 4).nbytes
     monkeypatch.setattr(host_tier, "SLAB_BYTES", 3 * size)
     monkeypatch.setattr(host_tier, "PIECE_BYTES", 2 * size)

@@ -1,4 +1,4 @@
-"""States at homes, alone and with windows, in any order of what runs, against plain dictionaries."""
+"""States at homes, alone and with windows, in any order of work, compared with plain dictionaries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def state(value: int) -> Any:
 
 
 class Keeping(RuleBasedStateMachine):
-    """Sequences that run, are retried, adopted, kept and dropped; a state is a number that says what it is after."""
+    """Sequences that run, are retried, adopted, kept and dropped; a state is the number of tokens that it includes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ TestKeeping.settings = settings(max_examples=examples(80), stateful_step_count=2
 
 
 class Home:
-    """A home of a model with recurrent layers and windows, and what its sequences have."""
+    """A home of a model with recurrent layers and windows, with the data of its sequences."""
 
     def __init__(self, states: bool, windows: bool) -> None:
         kinds = (LayerKind("sliding", WINDOW), LayerKind()) if windows else (LayerKind(),)

@@ -1,4 +1,4 @@
-"""Attention kernels of a worker: measured by the first one of a machine, read by the others, and told in the status."""
+"""Attention kernels of a worker: measured by a machine's first one, read by the others, and shown in the status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests._models import model_dir, prompt_ids, reference_generate
 pytestmark = pytest.mark.skipif(native_kernel.missing() is not None, reason="no C++ core here")
 SETS = native_kernel.instruction_sets() if native_kernel.missing() is None else []
 DECODES = native_kernel.instruction_sets(torch.bfloat16, many=False) if SETS else []
-"""Sets that do the work of few queries: tiles leave it to another set."""
+"""Sets that serve few queries themselves; tiles leave these to another set."""
 POOL: Any = SimpleNamespace(
     device=SimpleNamespace(torch=torch.device("cpu")), dtype=torch.bfloat16, head_dim=64, block_tokens=64
 )
@@ -36,14 +36,17 @@ AUTO = Config.load(performance="auto")
 
 
 def times(seconds: float, second: float = 1.0) -> SetTimes:
-    """The last set is the fastest for few queries, the first for many; all take ``second`` times as long again."""
+    """The last set is the fastest for few queries, the first for many.
+
+    The second best time of the last set for few queries is ``second`` times its best one.
+    """
     last = dict.fromkeys(SETS, (2 * seconds, 2 * seconds)) | {SETS[-1]: (seconds, second * seconds)}
     first = dict.fromkeys(SETS, (2 * seconds, 2 * seconds)) | {SETS[0]: (seconds, seconds)}
     return SetTimes(last, first, 10**9, 10**9)
 
 
 class Machine:
-    """In place of time_sets: what it finds each time, and what it was told to be known."""
+    """Replaces time_sets: its results for each call, and the known times that it was given."""
 
     def __init__(self, *found: SetTimes) -> None:
         self.found, self.known = list(found), list[SetTimes | None]()
@@ -91,7 +94,7 @@ def test_workers_that_open_at_once_measure_once(monkeypatch: pytest.MonkeyPatch)
         return times(0.1)
 
     monkeypatch.setattr(kernel_choice, "time_sets", slow)
-    with ThreadPoolExecutor(4) as executor:  # each as if it were a process of its own
+    with ThreadPoolExecutor(4) as executor:  # each like a separate process
         list(executor.map(lambda _: kernel_choice._measured(torch.bfloat16, "auto"), range(4)))
     assert measured == [1]
 

@@ -1,4 +1,4 @@
-"""How much KV memory a worker gives an engine: what was asked for, or what is left, or a refusal with both numbers."""
+"""KV memory that a worker gives an engine: what was requested, or what is left, or a refusal with both numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distkv_dask.worker.kv_memory import Needs, host_memory, kv_memory, rooms
 BLOCK = BlockShape(2, 1, 8, "float32", 8)
 GIB = 1 << 30
 RESIDENT = GIB // 2
-"""What the process holds."""
+"""Bytes that the process uses."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def worker(limit: int | None = 10 * GIB, **resources: int) -> Any:
 
 
 class Card(Device):
-    """A card with so much memory free, on which a chunk of a prompt takes some, or too much."""
+    """A card with this much free memory, of which a prompt chunk takes a part, or too much."""
 
     def __init__(self, free: int, total: int = 80 * GIB, chunk: int = GIB, fits: bool = True) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Card(Device):
 
 
 class Model:
-    """Notes how many tokens were computed to learn what a chunk takes."""
+    """Records how many tokens were computed to measure the memory of a chunk."""
 
     def __init__(self, longest: int = 0, weights: int = GIB) -> None:
         self.geometry = Geometry(2, 1, 1, 8, 10, longest, "float32")
@@ -165,7 +165,7 @@ def test_a_chunk_that_does_not_fit_is_not_a_failure_of_torch() -> None:
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
-# Host memory for what leaves a card
+# Host memory for blocks that leave a card
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The home lane works in order and steps back; the holder lane answers every home, and none waits for another."""
+"""The home lane works in order, with low priority; the holder lane answers every home, and none waits for another."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_an_abort_ends_session_and_home(lane: Holder, home: Channel, begun: bool
     lane.abort("engine", 1, "w7 died")
     with pytest.raises(GangAbortedError, match="w7 died"):
         session.wait(5)
-    if not begun:  # READY may be on its way
+    if not begun:  # READY may still be on its way
         with contextlib.suppress(GangAbortedError):
             home.recv_into(Header(Kind.READY, 1, 1))
     with pytest.raises((GangAbortedError, ChannelError), match=r"w7 died|closed"):

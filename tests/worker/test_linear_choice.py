@@ -1,4 +1,4 @@
-"""What serves a linear is what was fastest with one row and on, and it computes the product."""
+"""A linear is served by what was fastest for its numbers of rows, and gives the right product."""
 
 from __future__ import annotations
 

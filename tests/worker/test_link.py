@@ -1,4 +1,4 @@
-"""A link is measured through the channel that requests use, and no peer, whatever it does, holds that up for long."""
+"""A link is measured through the channel that requests use, and no peer can delay the measurement for long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distkv_dask.worker.timing import link
 from distkv_dask.worker.timing.link import SECONDS, link_times
 
 PATIENCE = 5 * SECONDS
-"""Far more than the limit: others use this machine."""
+"""Far more than the limit, because this machine may be busy."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Log probabilities against their definition in float64, for any logits, rows and numbers of alternatives."""
+"""Log probabilities compared with their float64 definition, for any logits, rows and numbers of alternatives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits_of(rows: int, seed: int = 0, scale: float = 4.0) -> torch.Tensor:
 
 
 def right(logits: torch.Tensor, row: int, token: int) -> float:
-    """By the definition, one number after the other."""
+    """The definition, computed one number after the other."""
     scores = [float(one) for one in logits[row]]
     most = max(scores)
     return scores[token] - most - math.log(math.fsum(math.exp(one - most) for one in scores))
@@ -83,7 +83,7 @@ def test_a_token_that_cannot_be_has_no_probability_and_is_no_error() -> None:
 
 
 class Forbids:
-    """A follower that forbids all tokens but some."""
+    """A follower that allows only some tokens."""
 
     def __init__(self, *allowed: int) -> None:
         self._allowed = allowed

@@ -1,4 +1,4 @@
-"""Workers time themselves when an engine opens, and leave nothing behind by that."""
+"""Workers time themselves when an engine opens, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_damaged_cache_is_replaced_and_one_that_cannot_be_written_costs_no_mor
     assert cached_measurement({}, "auto", lambda: TIMED) == TIMED
 
 
-# While others use the processors
+# While other processes use the processors
 
 
 def kept(file: Path) -> tuple[float, int]:
@@ -121,7 +121,7 @@ def test_a_worker_that_always_waits_for_processors_is_timed_three_times(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0, 0))
-    monkeypatch.setattr("distkv_dask.worker.timing.measurement_cache.MOST", -1.0)  # even what does not wait does
+    monkeypatch.setattr("distkv_dask.worker.timing.measurement_cache.MOST", -1.0)  # any wait is too long
     for seconds in (0.1, 0.2, 0.3):
         latest = Measurement(exchange=seconds)
         assert cached_measurement({}, "auto", lambda latest=latest: latest) == latest

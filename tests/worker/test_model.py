@@ -1,4 +1,4 @@
-"""Models through DistAttention give the tokens of plain transformers, and those that would not are refused."""
+"""Models with DistAttention give the tokens of plain transformers, and those that would not are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _one_thread() -> None:
 
 
 class DenseStep:
-    """The plainest attention step: every sequence's keys and values in one tensor per layer."""
+    """The simplest attention step: every sequence's keys and values in one tensor per layer."""
 
     def __init__(self, sequences: int, kinds: Sequence[LayerKind] = ()) -> None:
         self.counts = [0] * sequences
@@ -117,7 +117,7 @@ def test_ragged_prompts_flattened_into_one_call_do_not_see_each_other(family: st
     assert tokens == [one.tokens for one in expected]
     atol = (
         5e-4 if family == "gpt-oss" else 1e-4
-    )  # experts' products have other rows together: 2.5e-4 on an Intel with AMX
+    )  # products of experts combine other rows: 2.5e-4 on an Intel processor with AMX
     for ours, one in zip(logits, expected, strict=True):
         torch.testing.assert_close(ours, one.logits, rtol=0, atol=atol)
 
@@ -291,7 +291,7 @@ def test_deterministic_engines_expand_latents(tmp_path: Path) -> None:
 def test_latents_are_expanded_where_a_layer_is_of_another_kind() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("deepseek-v3"), attn_implementation="distkv").eval()
     attention = model.model.layers[1].self_attn
-    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)  # its weight is not at hand: quantised, for instance
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)  # no weight to read, as if quantised
     geometry = probe(model)
     assert (geometry.kv_heads, geometry.head_dim, geometry.latent_dim) == (4, 64, 0)
 
@@ -308,8 +308,8 @@ def test_kinds_of_masks_are_found_by_asking(visible: str, size: int, longest: in
 @pytest.mark.parametrize(
     "mask",
     [
-        lambda batch, head, q, k: q >= 0,  # sees what comes later
-        lambda batch, head, q, k: (k <= q) & ((k > q - 8) | (k < 2)),  # a window, and what comes first
+        lambda batch, head, q, k: q >= 0,  # sees later tokens
+        lambda batch, head, q, k: (k <= q) & ((k > q - 8) | (k < 2)),  # a window, and the first tokens
         lambda batch, head, q, k: (k <= q) & (k % 2 == q % 2),
         lambda batch, head, q, k: (k <= q) & (k > q - 8 - q // 9),
         lambda batch, head, q, k: k < q,

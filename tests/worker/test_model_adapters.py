@@ -1,4 +1,4 @@
-"""Adapters of one model: beside packed, tiled and plain linears, for their own rows alone, within limits."""
+"""Adapters of one model: with packed, tiled and plain linears, for their own rows only, within limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LLAMA = "llama-gqa"
 
 
 class EachItself:
-    """Stands for attention: what every token makes of its own query, key and value."""
+    """Replaces attention by a function of each token's own query, key and value."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Any = None) -> Tensor:
         groups = q.shape[1] // v.shape[1]
@@ -46,7 +46,7 @@ def loaded(dtype: str = "float32", room: int = 1 << 30, limit: int = 2, **option
 
 
 def logits(model: LoadedModel, *counts: tuple[Adapter | None, int]) -> Tensor:
-    """Of so many tokens with an adapter each, the same ones for each adapter."""
+    """Logits of (adapter, number of tokens) pairs; each pair has the same first tokens."""
     rows = [(model.adapter(adapter), count) for adapter, count in counts]
     tokens = torch.cat([torch.arange(count) for _, count in counts])
     with adapting(adapted_rows(rows)):

@@ -1,4 +1,4 @@
-"""A layer's exchange without Python: it is what plain sockets get, and what goes wrong is still ours to explain."""
+"""A layer's exchange without Python: plain sockets use it, and failures still give our errors."""
 
 from __future__ import annotations
 

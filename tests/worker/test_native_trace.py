@@ -1,4 +1,4 @@
-"""What is traced is what runs: layers that C++ exchanges are recorded by C++, and come out the same bit for bit."""
+"""A trace shows the code that runs: C++ records the layers that it exchanges, and results are the same bit for bit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from distkv_dask.worker.native import wire as native_wire
 
 pytestmark = pytest.mark.skipif(native_wire.wire() is None, reason="the C++ libraries were not built")
 AGREE = 10**7
-"""Nanoseconds to which rings know the time of day, by far; each reads it once."""
+"""Generous limit in nanoseconds on how far rings may differ in the time of day, which each reads once."""
 SPLIT = ("w1", 32), ("w2", 32), ("w0", 48)
 
 
 def run(
     way: Way, **settings: Any
 ) -> tuple[list[torch.Tensor], list[int], Exchanged, dict[tuple[str, str], list[Span]]]:
-    """A window over a sequence on three workers: its logits and tokens, what it exchanged, and its spans by lane."""
+    """Run a window over a sequence on three workers; returns logits, tokens, exchanged bytes, and spans by lane."""
     model = Recorder(loaded("llama-gqa"))
     with fleet(model, 3, way, **settings) as made:
         placement = made.place(1, *SPLIT)
@@ -36,7 +36,7 @@ def run(
         tracers = {name: member.runtime.tracer for name, member in made.members.items()}
         for tracer in tracers.values():
             if tracer is not None:
-                tracer.take_spans()  # of the prompt
+                tracer.take_spans()  # those of the prompt
         result, _ = made.decode("w0", [state(1, placement, PROMPT, first, NEW - 1)], NEW)
         taken = {name: {} if tracer is None else tracer.take_spans() for name, tracer in tracers.items()}
     assert not any(lost for lanes in taken.values() for _, lost in lanes.values())
@@ -46,7 +46,7 @@ def run(
 
 @pytest.fixture
 def in_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No home exchanges in Python. A holder answers there only what comes between two of its turns in C++."""
+    """Check that no home exchanges layers in Python, and holders answer in Python only between two turns in C++."""
     answered = []
 
     def fail(*args: object) -> None:
@@ -113,7 +113,7 @@ def test_spans_that_cpp_records_are_nested_in_order_and_add_up_to_what_was_sent(
         asked = [one for one in home if one.name == "send" and one.peer == worker]
         assert [one.size for one in asked] == [one.size for one in holder if one.name == "answer"]
         attended = {(one.step, one.layer): one for one in holder if one.name == "attend"}
-        for one in asked:  # before the answer, which the home waits for
+        for one in asked:  # before the answer for which the home waits
             attend, turn = attended[one.step, one.layer], turns[one.step, one.layer][0]
             assert one.began < attend.began + AGREE
             assert attend.ended < turn.ended + AGREE
@@ -135,7 +135,7 @@ def test_what_finds_no_room_among_the_marks_is_counted(monkeypatch: pytest.Monke
 
 
 def assert_nested(lane: list[Span]) -> None:
-    """Any two spans of a lane are apart, or one contains the other."""
+    """Check that any two spans of a lane are disjoint, or one contains the other."""
     around: list[Span] = []
     for one in sorted(lane, key=lambda one: (one.began, -one.ended)):
         assert one.began <= one.ended

@@ -1,4 +1,4 @@
-"""Lanes exist while an engine is open, their memory goes back to the system, and a process that must end does."""
+"""Lanes exist while an engine is open, their memory is returned to the system, and a process that must end does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distkv_dask.worker.guard import attempt, run_lane
 
 
 class FakeLanes:
-    """What lanes were made of, and how often they were closed."""
+    """Lanes that record how they were made, and how often they were closed."""
 
     def __init__(self, *given: Any) -> None:
         self.given, self.closes = given, 0
@@ -32,7 +32,7 @@ class FakeLanes:
 
 @pytest.fixture
 def given_back(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
-    """The threads that gave memory back."""
+    """The threads that returned memory."""
     threads: list[threading.Thread] = []
     monkeypatch.setattr(lanes_module, "Lanes", FakeLanes)
     monkeypatch.setattr(tls.Certificates, "of", classmethod(lambda cls, security: security))
@@ -91,7 +91,7 @@ def test_closing_lanes_gives_memory_back_off_the_loop_and_is_done_once(given_bac
 
 
 class Library:
-    """A C library, and what it was told."""
+    """A C library that records its calls."""
 
     def __init__(self, has: tuple[str, ...] = ("mallopt", "malloc_trim"), takes: bool = True) -> None:
         self.told: list[tuple[Any, ...]] = []

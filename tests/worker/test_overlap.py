@@ -1,4 +1,4 @@
-"""A home asks all holders before it computes anything itself, and first the one that will take longest."""
+"""A home asks all holders before it computes anything itself, beginning with the one that will take longest."""
 
 from __future__ import annotations
 

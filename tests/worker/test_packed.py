@@ -1,4 +1,4 @@
-"""Packed linears compute what they computed before, and only where there is room for them."""
+"""Packed linears give the same results as before, and are made only if there is room for them."""
 
 from __future__ import annotations
 

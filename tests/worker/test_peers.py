@@ -1,4 +1,4 @@
-"""What workers ask of each other, without Dask: who answers what, and what is said where it cannot be had."""
+"""Requests between workers, without Dask: which engine answers, and what the errors say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATA = np.arange(8, dtype=np.uint8)
 
 
 class Other:
-    """An engine of another worker; ``pieces`` are those it took."""
+    """An engine of another worker; ``pieces`` records those that it accepted."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[Piece, list[int]]] = []
@@ -36,7 +36,7 @@ class Other:
 
 
 class Sender:
-    """An engine that sends one piece of each move, and says what became of it."""
+    """An engine that sends one piece of each move, and reports the outcome."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

@@ -1,4 +1,4 @@
-"""Plans of steps against counting: every query meets every stored token before it once, and partials merge in order."""
+"""Plans of steps checked by counting: every query meets every stored token before it once; partials merge in order."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_windows_and_chunks_hide_the_tokens_before_them_wherever_they_lie(
 ) -> None:
     batch = stored(some, queries)
     owners = [(one, at) for one in batch for at in range(one.queries)]
-    steps *= len({one.queries for one in batch}) == 1 or alike  # parts of unlike sequences serve one step
+    steps *= len({one.queries for one in batch}) == 1 or alike  # parts of different sequences serve one step only
     for part in cut(batch, alike).values():
         first = FirstKeys(part.rows, [LayerKind(), kind])
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The pool gives no block to two sequences that do not share it, loses none, and keeps a sequence's together."""
+"""The pool gives no block to two sequences that do not share it, loses none, and keeps a sequence's blocks together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_pool(blocks: int) -> Pool:
 
 
 class Bookkeeping(RuleBasedStateMachine):
-    """Any order of reserving, growing, sharing and releasing, against a plain count."""
+    """Any order of reserving, growing, sharing and releasing, compared with a plain count."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The pool under threads: lanes write and read their own sequences while others come, grow and go."""
+"""The pool with several threads: lanes write and read their own sequences while others are added, grow and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def threads_take_turns_often() -> Iterator[None]:
 
 
 class Owner:
-    """A thread with sequences of its own: it stamps its blocks, and looks whether its stamps are there later."""
+    """A thread with its own sequences: it stamps its blocks, and checks its stamps later."""
 
     def __init__(self, pool: Pool, number: int, seed: int) -> None:
         self.pool = pool

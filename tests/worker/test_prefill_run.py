@@ -1,4 +1,4 @@
-"""Chunks of prompts with a model of one line: every token is computed once at its place, and scored as it should be."""
+"""Chunks of prompts with a trivial model: every token is computed once at its position, and scored correctly."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GANG = Gang("engine", 1, "gang-1", 1, "w0", ())
 
 
 def logits_of(token: int, position: int) -> list[float]:
-    """What the model says at a token's place."""
+    """The model's logits at a token's position."""
     return [math.sin(1 + 3 * token + 5 * position + 7 * other) * 4 for other in range(VOCAB)]
 
 
 class Model:
-    """Computes :func:`logits_of` where they are wanted; ``calls`` are tokens with positions, forward by forward."""
+    """Computes :func:`logits_of` where needed; ``calls`` has tokens with positions, forward by forward."""
 
     def __init__(self, scan_once: bool = False) -> None:
         self.device, self.geometry = HOST, SimpleNamespace(scan_once=scan_once)
@@ -58,7 +58,7 @@ class Model:
 
 
 class Run:
-    """A run over chunks, and what holders were told."""
+    """A run over chunks that records what holders are told."""
 
     def __init__(self, model: Model) -> None:
         self.told: list[tuple[int, Mapping[str, Part]]] = []
@@ -91,7 +91,7 @@ def placed(*stops: int) -> Placement:
 
 @st.composite
 def chunks(draw: st.DrawFn, spans: int, sequence: int = 1) -> PrefillChunk:
-    """A chunk that lies in so many spans at most, with targets behind some of its tokens."""
+    """A chunk in at most ``spans`` spans, with targets after some of its tokens."""
     stops = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=spans)))
     start = draw(st.integers(0, stops[-1] - 1))
     tokens = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=stops[-1] - start))
@@ -104,13 +104,13 @@ def chunks(draw: st.DrawFn, spans: int, sequence: int = 1) -> PrefillChunk:
 
 
 def logprob(token: int, position: int, target: int) -> float:
-    """Natural log probability, by the definition."""
+    """Natural log probability by definition."""
     scores = logits_of(token, position)
     return scores[target] - math.log(math.fsum(map(math.exp, scores)))
 
 
 def check_scores(chunk: PrefillChunk, scored: Sequence[Any]) -> None:
-    """What was scored in a chunk is right, in the order of its tokens and targets."""
+    """Check the scores of a chunk, in the order of its tokens and targets."""
     places = [(chunk.tokens[at], chunk.start + at) for at, some in enumerate(chunk.targets) for _ in some]
     wanted = [target for some in chunk.targets for target in some]
     assert [one.token_id for one in scored] == wanted

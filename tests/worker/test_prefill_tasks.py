@@ -1,4 +1,4 @@
-"""Chunks that wait for a home's lane are computed in one forward, with the tokens that each has alone."""
+"""Chunks that wait for a home's lane are computed in one forward, and each has the same tokens as alone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_questions_of_one_forward_share_their_document() -> None:
 
 @contextmanager
 def tasks(family: str, folder: Path) -> Iterator[tuple[Fleet, WorkerEngine, list[did.FromWorker]]]:
-    """An engine on a worker, and what it tells the gManager."""
+    """An engine on a worker, and its messages to the gManager."""
     model, told = loaded(family), list[did.FromWorker]()
     with fleet(model, 2) as made:
         member, config = made.members["w0"], made.spec.config
@@ -109,7 +109,7 @@ def tasks(family: str, folder: Path) -> Iterator[tuple[Fleet, WorkerEngine, list
 
 @contextmanager
 def busy(engine: WorkerEngine) -> Iterator[None]:
-    """The lane computes something meanwhile."""
+    """Keep the lane busy with other work."""
     begun, leave = threading.Event(), threading.Event()
     engine.lanes.home.submit(lambda: (begun.set(), leave.wait(60)))
     begun.wait(60)
@@ -120,7 +120,7 @@ def busy(engine: WorkerEngine) -> Iterator[None]:
 
 
 def computed(engine: WorkerEngine, chunks: list[PrefillChunk]) -> list[Exception | None]:
-    """What comes of tasks that all wait for a busy lane, in their order."""
+    """Results of tasks that all wait for a busy lane, in their order."""
     with ThreadPoolExecutor(len(chunks)) as threads, busy(engine):
         futures: list[Future[int]] = []
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""The dry run of a model tells rounding from another computation, and takes little memory."""
+"""The dry run of a model distinguishes rounding from a different computation, and takes little memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def state(model: Any) -> dict[str, tuple[int, torch.dtype]]:
 
 
 SIZES = [(1 << 62, 1 << 62), (0, 1 << 62), (0, 0), (1 << 14, 1 << 62)]
-"""Every weight widened with its layer; alone; none; some so and some so."""
+"""Weights widened with their layer; alone; not at all; in mixed ways."""
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

@@ -1,4 +1,4 @@
-"""A sequence in a window: it ends where its answer, its room or its plan does, and no error of its own ends others."""
+"""A sequence in a window ends with its answer, its room or its plan, and its errors do not end others."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_sequence_whose_room_is_used_up_tries_nothing_and_is_a_fault_of_the_pl
     ("length", "members", "missing"),
     [
         (40, {"w0", "w1"}, None), (40, {"w1"}, "0 to 32 .* on w0"), (40, {"w0"}, "32 to 48 .* on w1"),
-        (20, {"w0"}, None),  # nothing is on the other yet
+        (20, {"w0"}, None),  # nothing is on the other worker yet
         (32, {"w0"}, "32 to 48 .* on w1"), (32, {"w0", "w1"}, None),  # the next token will be
         (48, {"w1"}, "0 to 32 .* on w0"),
     ],

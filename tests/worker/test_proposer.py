@@ -1,4 +1,4 @@
-"""What is proposed as a sequence's next tokens, against a search through the whole text."""
+"""Proposals for a sequence's next tokens, compared with a search through the whole text."""
 
 from __future__ import annotations
 

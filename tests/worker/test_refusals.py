@@ -1,4 +1,4 @@
-"""A holder lane serves nobody who shows no token, and nothing that is out of turn."""
+"""A holder lane serves no peer without the token, and no frame out of turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines open, close and are lost on a worker in any order, and the gManager hears of each end once."""
+"""Engines open, close and are lost on a worker in any order, and each end is reported to the gManager once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every message of the gManager reaches the engine that it is for, value by value; none can end the worker."""
+"""Every message of the gManager reaches its engine, value by value; none can end the worker."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ AT_ONCE: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
     (do.Abort(ADDRESS, 6, "a holder died"), "abort", (6, "a holder died", False)),
     (do.Abort(ADDRESS, 6, "not needed", unused=True), "abort", (6, "not needed", True)),
 ]
-"""Messages, and the calls of the engine that they are."""
+"""Messages, and the calls of the engine that they become."""
 
 IN_BACKGROUND: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
     (do.Store(ADDRESS, 9, 5, RANGES, SAVED, 20), "store", (9, 5, RANGES, SAVED, 20)),
     (do.Fetch(ADDRESS, 5, RANGES, SAVED, 20), "fetch", (5, RANGES, SAVED, 20)),
     (do.Send(ADDRESS, 9, 5, 16, 48, "w1", 0.5), "send", (9, 5, range(16, 48), 0.5)),
 ]
-"""Messages that take time: tasks of the loop."""
+"""Messages that take time, which are tasks on the loop."""
 
 
 def opened() -> tuple[Managed, list[Call]]:
@@ -95,7 +95,7 @@ def test_what_takes_time_runs_beside_the_messages_after_it(
     calls: list[Call] = []
 
     class Slow:
-        """An engine, and its files, whose work waits."""
+        """An engine and its files, whose work waits."""
 
         def __init__(self) -> None:
             self.files = self
@@ -186,7 +186,7 @@ def test_no_text_of_users_is_logged_where_a_message_fails(caplog: pytest.LogCapt
     assert not any(words in caplog.text for words in ("a users words", "424242", "424243"))
 
 
-# What the worker says
+# Messages of the worker
 
 
 def test_a_worker_announces_itself_and_its_version_in_plain_values() -> None:

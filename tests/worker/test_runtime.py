@@ -1,4 +1,4 @@
-"""Wherever a sequence's KV lies, its tokens are those that one process computes."""
+"""Wherever a sequence's KV is, its tokens are those that one process computes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SPLITS = {
 
 
 def block_tokens(room: list[tuple[str, int]]) -> int:
-    """The largest block that all inner borders of a split are borders of."""
+    """The largest block size of which all inner borders of a split are multiples."""
     ends = list(itertools.accumulate(tokens for _, tokens in room))
     return next(size for size in (8, 4, 2, 1) if not any(end % size for end in ends[:-1]))
 
@@ -178,7 +178,7 @@ def test_a_window_that_is_run_again_draws_the_same_tokens() -> None:
 
 
 class Poisoned(Recorder):
-    """A model whose logits, or schemas, of some sequences are broken: by the last token that they were given."""
+    """A model with broken logits, or schemas, for some sequences, selected by their last token."""
 
     def __init__(self, model: Any, logits: dict[int, float], schema: str = "") -> None:
         super().__init__(model)
@@ -249,7 +249,7 @@ def test_what_one_sequence_does_wrong_ends_it_alone(name: str, place: int) -> No
         assert {1: right[1:], 2: right[1:], 3: []} == result.tokens
         assert list(result.errors) == [3]
         assert words in str(result.errors[3])
-        again, _ = made.decode("w0", [others[place]], 100)  # alone, and nobody is left
+        again, _ = made.decode("w0", [others[place]], 100)  # alone: no other sequence is left
         assert (again.finished, again.tokens) == ({3: "error"}, {3: []})
 
 

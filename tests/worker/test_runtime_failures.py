@@ -33,7 +33,7 @@ from distkv_dask.worker.runtime import Runtime
 
 
 def silence(way: Way) -> float:
-    """Seconds that a peer may be silent: a busy machine needs more to connect over UCX, whose ends work in turns."""
+    """Seconds that a peer may be silent; over UCX, a busy machine needs more to connect, as both ends must poll."""
     return 3.0 if way is UCX else 1.0
 
 
@@ -69,7 +69,7 @@ MISBEHAVIOUR: dict[str, tuple[Callable[[socket.socket, Header], object], type[Ex
 
 
 def endings(made: Fleet, endpoint: Endpoint, others: tuple[str, ...] = ()) -> tuple[Exception, list[Exception], float]:
-    """Decode with a bad holder: the errors of home and other holders, and the seconds that it took."""
+    """Decode with a bad holder; returns the errors of home and other holders, and the seconds that it took."""
     room = [(worker, 8) for worker in others]
     placement = made.place(1, *room, ("w0", ROOM - 8 * len(room)))
     bad = replace(placement[-1], worker="w9", start=placement[-1].start, stop=64)

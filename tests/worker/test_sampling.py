@@ -1,4 +1,4 @@
-"""Tokens are chosen as Hugging Face's generate does, and a draw never depends on who else is in the batch."""
+"""Tokens are chosen as by Hugging Face's generate, and a draw never depends on other sequences in the batch."""
 
 from __future__ import annotations
 

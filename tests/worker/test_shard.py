@@ -1,4 +1,4 @@
-"""A worker's part of a batch against attention in float64, step after step, for any rows, windows and soft caps."""
+"""A worker's part of a batch compared with float64 attention, step by step, for any rows, windows and soft caps."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Dense:
 
 
 def prepared(some: list[Row], layer_kinds: tuple[LayerKind, ...], dense: Dense) -> Pool:
-    """A pool with what the rows have stored, and the same in plain arrays."""
+    """A pool with the stored tokens of the rows, and the same in plain arrays."""
     pool = Pool(BlockShape(len(layer_kinds), KV_HEADS, DIM, "float32", BLOCK, layer_kinds), 40)
     for row in some:
         for start, stop in row.spans:
@@ -127,7 +127,7 @@ def check(
     some: list[Row], kind: LayerKind, dense: Dense, layer: int, step: int, new: tuple[np.ndarray, ...],
     out: np.ndarray, lse: np.ndarray,
 ) -> None:  # fmt: skip
-    """What came of one layer, query by query; what is appended is stored in the plain arrays, too."""
+    """Results of one layer, query by query; appended tokens are also stored in the plain arrays."""
     q, k, v = new
     query = appended = 0
     for row in some:

@@ -79,7 +79,7 @@ def test_the_model_is_freed_when_its_last_engine_closes(own: Path) -> None:
             used = ref(worker.plugins["distkv"].engines[engine.id].model)
             await engine.submit(prompt_ids(20), SamplingParams(max_new_tokens=4))
             assert used() is not None
-        for _ in range(500):  # the thread of its last task may be on its way back
+        for _ in range(500):  # the thread of its last task may not have returned yet
             if used() is None:
                 break
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""When a worker whose card has too little memory gives up its engines: after failures in a row, not in all."""
+"""A worker whose card has too little memory gives up its engines after consecutive failures, not after a total."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small rooms of the worker: measurements that are kept, traces, structures shared with C++, and metrics for Dask."""
+"""Small parts of the worker: cached measurements, traces, structures shared with C++, and metrics for Dask."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """A machine that is timed, and how often that happened."""
+    """A timed machine that counts its measurements."""
 
     def __init__(self, found: Measurement | None = TIMED) -> None:
         self.found, self.times = found, 0
@@ -162,7 +162,7 @@ SOURCES = {
 
 
 def fields_in_cpp(structure: type[ctypes.Structure]) -> list[tuple[str, str]]:
-    """Names and types of a structure's fields, as its source has them."""
+    """Names and types of a structure's fields in its source."""
     text = re.sub(r"//.*", "", (NATIVE / SOURCES[structure]).read_text())
     body = re.search(rf"struct {structure.__name__} \{{(.*?)\n\}};", text, re.DOTALL)
     assert body is not None
@@ -179,7 +179,7 @@ def fields_in_cpp(structure: type[ctypes.Structure]) -> list[tuple[str, str]]:
 
 KINDS = {
     "pointer": ctypes.c_void_p,
-    "MergeCall": ctypes.c_void_p,  # of a function
+    "MergeCall": ctypes.c_void_p,  # a function pointer
     "int64_t": ctypes.c_int64,
     "double": ctypes.c_double,
     "Header": structs.HeaderBytes,

@@ -36,7 +36,7 @@ KINDS: dict[str, transformers.PreTrainedConfig] = {
 
 @cache
 def saved(kind: str) -> Path:
-    """A model of random weights, of whose inner activations most are 0."""
+    """A model with random weights, most of whose inner activations are 0."""
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(KINDS[kind], dtype=torch.float32)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_tokens_are_those_of_transformers(kind: str) -> None:
 
 
 class EachItself:
-    """Stands for attention."""
+    """Replaces attention."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: Any = None
@@ -101,7 +101,7 @@ def test_few_of_the_bytes_are_read_where_few_are_needed() -> None:
     assert counts.dense == sum(one.weight.nbytes for one in down_projections(model._model))
     assert 0 < counts.read < 0.2 * counts.dense
     before = counts.dense
-    model.forward(torch.arange(9), torch.arange(9), EachItself())  # many tokens need most rows together
+    model.forward(torch.arange(9), torch.arange(9), EachItself())  # many tokens together need most rows
     assert counts.dense == before
 
 

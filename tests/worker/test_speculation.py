@@ -1,4 +1,4 @@
-"""What steps try, and whether it pays: with nothing right it costs next to nothing, and right tokens save steps."""
+"""Speculation pays: wrong proposals cost almost nothing, and right tokens save steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distkv_dask.worker.speculation.gate import CREDIT, MOST_SHARE, Chances, Ste
 from distkv_dask.worker.speculation.speculation import MOST, Speculation
 
 PROSE = [7, 1, 2, 3, 4, 5, 6, 8, 9] * 30
-"""Says the same again and again, so that something is always proposed."""
+"""Repeats itself, so that there is always a proposal."""
 
 
 def committed(sequence: int, prompt: Sequence[int], answer: Sequence[int], placement: Placement = ()) -> SequenceState:
@@ -30,7 +30,7 @@ def committed(sequence: int, prompt: Sequence[int], answer: Sequence[int], place
 
 
 class Simulated:
-    """A home whose steps take one second, and more for each token that is tried."""
+    """A home whose steps take one second, and more for each proposed token."""
 
     def __init__(self, batch: int, once: float, each: float, text: Sequence[int] = PROSE) -> None:
         self.made = Speculation("auto")
@@ -42,7 +42,7 @@ class Simulated:
         self.made.begin_window([committed(at, text, [next(says)]) for at, says in enumerate(self._says)])
 
     def step(self, agrees: bool) -> None:
-        """All sequences say their text once more, or never what is proposed, but words of the text."""
+        """All sequences repeat their text, or words of the text that are never the proposed ones."""
         drafts = self.made.propose(dict.fromkeys(self.tokens, 99))
         taken = {}
         for sequence, says in enumerate(self._says):

@@ -1,4 +1,4 @@
-"""Steps that try tokens give the tokens of one process, whatever was tried and wherever KV lies."""
+"""Speculative steps give the tokens of one process, whatever was proposed and wherever the KV is."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distkv_dask.sampling import SamplingParams
 
 
 class Told:
-    """Proposes what a test says: the right tokens up to some place, a wrong one there, right ones behind it."""
+    """Proposes what a test says: right tokens up to some position, a wrong one there, and right ones after it."""
 
     def __init__(self, right: Mapping[int, Sequence[int]], tries: Sequence[tuple[int, int]]) -> None:
         self._right = right
         self._tries = itertools.cycle(tries)
-        """How many tokens each step tries of each sequence, and which of them is wrong."""
+        """Numbers of tokens that each step proposes for each sequence, and which of them is wrong."""
         self._at: dict[int, int] = {}
         self.rows: list[int] = []
 
@@ -124,7 +124,7 @@ def test_an_end_of_sequence_token_among_those_that_were_tried_ends_the_sequence(
 
 
 class Allowing:
-    """A follower that counts what it was told, and allows one more token of the vocabulary each time."""
+    """A follower that counts its tokens, and allows one more token of the vocabulary each time."""
 
     def __init__(self, right: Sequence[int], generated: Sequence[int]) -> None:
         self._right = right
@@ -152,7 +152,7 @@ def test_a_schema_follows_the_tokens_that_were_drawn_and_no_others() -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_questions_on_one_document_try_different_numbers_of_tokens(way: Way, deterministic: bool) -> None:
-    """Where the document lies, their queries are one row; its KV is read once."""
+    """At the document's holder their queries are one row, so that its KV is read once."""
     prompts = {number: [*prompt_ids(48), *prompt_ids(PROMPT - 48, number)] for number in (1, 2, 3)}
     with fleet(loaded("gemma2-short"), 3, way, deterministic=deterministic) as made:
         shared = made.place(9, ("w1", 32), ("w2", 16))

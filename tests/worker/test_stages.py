@@ -1,4 +1,4 @@
-"""Stages over every kind of channel: what a home sends through them is what their layers compute of it, in float64."""
+"""Stages over every kind of channel give a home the results of their layers, compared with float64."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def expected(hidden: Tensor) -> Tensor:
 
 
 class Home:
-    """A home with its own pool of blocks, which it names to the stage."""
+    """A home with its own pool of blocks, whose ids it sends to the stage."""
 
     def __init__(self, links: StageLinks) -> None:
         self.links = links
         self.pool = Pool(BlockShape(SPLIT[0], KV_HEADS, HEAD_DIM, "float32", BLOCK), 16)
 
     def part(self, *stored: tuple[int, int, int]) -> Part:
-        """Sequences that have so many tokens, and get so many more."""
+        """The home's part of a batch of sequences, given as (sequence, length, new tokens)."""
         rows = []
         for sequence, length, new in stored:
             self.pool.reserve(sequence, 0, length + new)
@@ -105,14 +105,14 @@ def open_to(lane: Holder) -> Callable[[Endpoint, float], Channel]:
 
 
 def compute(home: Home, number: int, hidden: Tensor, tokens: int | None = None) -> Tensor:
-    """A gang of a new sequence's first tokens; ``tokens`` are announced where they are others."""
+    """Run a gang for a new sequence's first tokens; ``tokens`` is the announced number, if it differs."""
     with home.links.serving(gang(number)):
         step = home.step(number, (1, 0, tokens or len(hidden)))
         return through(home, step, hidden, [*range(len(hidden))])
 
 
 def ask(home: Home, number: int, header: Header, body: bytes = b"") -> None:
-    """A gang that sends one frame and waits for hidden states."""
+    """Run a gang that sends one frame and waits for hidden states."""
     with home.links.serving(gang(number)):
         channel = home.links.lines[0].channel
         channel.send(header._replace(gang=number, epoch=1, length=len(body)), body)
@@ -132,7 +132,7 @@ def lane(way: Way) -> Iterator[Holder]:
 
 @contextmanager
 def linked(opened: Callable[[], Channel], limit: float = 20.0, token: str = TOKEN) -> Iterator[tuple[Home, list[int]]]:
-    """A home before one further stage, and how often it has connected."""
+    """A home with one further stage, and the number of its connections."""
     count: list[int] = []
 
     def connect(endpoint: Endpoint, seconds: float) -> Channel:
@@ -179,7 +179,7 @@ def test_a_sequence_whose_blocks_moved_to_others_is_found_where_they_are_now(hom
     with home.links.serving(gang(1)):
         through(home, home.step(1, (5, 0, 24)), other, [*range(24)])
         home.pool.release_sequence(5)
-        through(home, home.step(1, (6, 0, 8)), other[:8], [*range(8)])  # the first of these blocks is another one's now
+        through(home, home.step(1, (6, 0, 8)), other[:8], [*range(8)])  # the first of these blocks is reused
         found = [through(home, home.step(1, (5, 0, 8)), hidden[:8], [*range(8)])]
         found.append(through(home, home.step(1, (5, 8, 1)), hidden[8:], [8]))
     assert set(home.pool.table(5)).isdisjoint(home.pool.table(6))
@@ -209,7 +209,7 @@ def test_answers_that_a_gang_left_unread_are_never_taken_for_those_of_a_later_on
             channel.send(header._replace(kind=Kind.BATCH, length=len(batch)), batch)
             channel.send(header, bytes(header.length))
             pause = threading.Event()
-            while channel.idle():  # until the answer is there
+            while channel.idle():  # until the answer has arrived
                 pause.wait(0.01)
         found = compute(home, 2, hidden)
     torch.testing.assert_close(found.double(), expected(hidden), rtol=0, atol=2e-5)
@@ -267,7 +267,7 @@ def test_a_row_without_room_in_the_blocks_that_the_home_names_is_a_fault_of_the_
 
 @pytest.fixture
 def frozen(way: Way) -> Iterator[Callable[[], Channel]]:
-    """Opens channels to a stage that welcomes its home and then does nothing."""
+    """Opens channels to a stage that accepts its home and then does nothing."""
     if way.encrypted or way.channel == "ucx":
         pytest.skip("how long a call waits is not theirs to decide")
     server, stop = Bare(way), threading.Event()
@@ -339,10 +339,10 @@ def test_a_batch_arrives_as_it_was_sent() -> None:
 REFUSED = [
     b"", b"\xc1", msgpack.packb(4), msgpack.packb([4, [0, 1, 2, 3], []]),  # no batch at all
     body(blocks=((8,), (5, 0))), body(blocks=((-1,), (5, 0))), body(blocks=((True,), (5, 0))),  # no such block
-    body(blocks=((3,),)), body(blocks=3), body(blocks=(3, 5)), body(rows=ROWS[:1]),  # not one list a row
+    body(blocks=((3,),)), body(blocks=3), body(blocks=(3, 5)), body(rows=ROWS[:1]),  # not one list for each row
     body(places=(0, 1, 2)), body(places=(0, 1, 2, 4)), body(places=(0, 1, 2, -1)), body(places=(0, 1, 2, 3.0)),
     body(places=2), body(tokens=3), body(tokens=4.0), body(tokens=True), body(tokens="4"),
-    body(tokens=5), body(tokens=2**40), body(tokens=2**63), body(tokens=-1),  # tokens that no row has
+    body(tokens=5), body(tokens=2**40), body(tokens=2**63), body(tokens=-1),  # numbers of tokens that no row has
     body(over=3), body(over=("1",)), body(over=(True,)),
     body(tokens=0, places=(), blocks=(), rows=()), body(rows=[[1, 0, 3, True, [], []]]),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an engine asks when it opens, so that no request finds out."""
+"""Checks when an engine opens, so that no request is the first to fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_heads_that_kernels_take_pass(kv_heads: int, head_dim: int, heads: int) 
 
 
 def test_workers_import_what_opening_needs_before_an_engine_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that only hold KV have no model, and import nothing for one."""
+    """Workers that only hold KV have no model, and import nothing for one."""
     imported = threading.Semaphore(0)
     monkeypatch.setattr("distkv_dask.worker.rmanager.import_ahead", imported.release)
     memory = {"resources": {"distkv-memory": 1}}

@@ -1,4 +1,4 @@
-"""Models with recurrent layers: states go on from chunk to chunk and window to window, or back where one runs again."""
+"""Models with recurrent layers: states continue from chunk to chunk and window to window, or return for a retry."""
 
 from __future__ import annotations
 

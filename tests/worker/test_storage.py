@@ -1,4 +1,4 @@
-"""Files of blocks, whole or hostile: the same bytes or an error, whatever a file says of itself."""
+"""Files of blocks, intact or hostile: the same bytes or an error, whatever a file's metadata says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = "blocks-00-0-28.arrow"
 
 
 def filled() -> Pool:
-    """A pool whose sequence 1 has blocks that do not follow each other."""
+    """A pool whose sequence 1 has blocks that are not consecutive."""
     pool = Pool(BlockShape(1, 1, 2, "float32", BLOCK), BLOCKS + 2)
     pool.reserve(1, 0, 2 * BLOCK)
     pool.reserve(2, 0, BLOCK)
@@ -88,7 +88,7 @@ def test_nobody_else_can_read_a_file_whatever_the_umask(umask: int, tmp_path: Pa
 
 
 def other_schema(rows: int, pool: Pool, **options: Any) -> bytes:
-    """A file of so many rows as anybody's Arrow would write it."""
+    """A file with this many rows as any Arrow library would write it."""
     sink = pa.BufferOutputStream()
     blocks = [pool.read([block]).tobytes() for block in pool.table(1)]
     column = pa.array((blocks * (rows // BLOCKS + 1))[:rows], pa.binary(SIZE))
@@ -100,7 +100,7 @@ def other_schema(rows: int, pool: Pool, **options: Any) -> bytes:
 
 
 def declare_rows(data: bytes, rows: int, said: int) -> bytes:
-    """Let every length of so many rows in a file's metadata say something else."""
+    """Change every length of this many rows in a file's metadata."""
     return data.replace(struct.pack("<q", rows), struct.pack("<q", said))
 
 

@@ -1,4 +1,4 @@
-"""Strangers who scan, hang or flood cost a holder lane nothing, and a lane that ends nevertheless says so."""
+"""Strangers that scan, hang or flood do not harm a holder lane, and a lane that ends for other reasons says so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sockets = pytest.mark.parametrize("way", [TCP, UNIX, TLS], indirect=True, ids=la
 
 
 def dialled(lane: Holder) -> tuple[socket.socket, Any]:
-    """A socket that a stranger may connect, and where to."""
+    """An unconnected socket for a stranger, and the address for it."""
     if lane._way is UNIX:
         return socket.socket(socket.AF_UNIX), f"\0{lane.unix}"
     return socket.socket(), ("127.0.0.1", lane.port)
@@ -54,14 +54,14 @@ def visit(lane: Holder) -> Iterator[socket.socket]:
 
 
 def reset(sock: socket.socket) -> None:
-    """Hang up without a goodbye."""
+    """Close abruptly."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
 @contextmanager
 def busy(lane: Holder) -> Iterator[None]:
-    """The lane is at work meanwhile, and accepts nobody."""
+    """Keep the lane busy, so that it accepts no connections."""
     working, done = threading.Event(), threading.Event()
     lane.submit(lambda: (working.set(), done.wait(10)))
     assert working.wait(10)
@@ -89,7 +89,7 @@ def test_silent_connections_are_few_and_the_oldest_go_first(lane: Holder, monkey
         silent = [stack.enter_context(visit(lane)) for _ in range(20)]
         for one in silent[:15]:
             assert one.recv(100) == b""
-        assert serves(lane, 2)  # which takes the place of another one
+        assert serves(lane, 2)  # its connection replaces another one
         for one in silent[16:]:
             one.settimeout(0.01)
             with pytest.raises(TimeoutError):
@@ -190,7 +190,7 @@ def test_a_process_without_descriptors_turns_strangers_away_and_serves_afterward
     try:
         if lost:
             time.sleep(1.0)
-            assert len(calls) < 100  # it rests, instead of being woken without end
+            assert len(calls) < 100  # it pauses, instead of being woken forever
         else:
             for sock, _ in callers:
                 with suppress(ConnectionResetError):

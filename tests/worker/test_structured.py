@@ -1,4 +1,4 @@
-"""Whatever a model would rather say, an answer with a schema is JSON of that schema; so it is with other forms."""
+"""Whatever a model prefers to say, an answer with a schema is JSON of that schema, and other forms hold, too."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def text_of(tokens: list[int]) -> str:
 
 
 def answer(grammars: Grammars, form: Form, seed: int) -> str:
-    """What a model of random preferences says."""
+    """The answer of a model with random preferences."""
     generator = torch.Generator().manual_seed(seed)
     follower, tokens = grammars.follow(form), list[int]()
     for _ in range(200):

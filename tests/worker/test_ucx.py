@@ -1,4 +1,4 @@
-"""Over UCX too a holder that is killed or frozen is an error in time, and what cannot be protected is refused."""
+"""Over UCX, too, a killed or frozen holder gives an error in time; channels that cannot be encrypted are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sockets() -> int:
 
 
 class Elsewhere:
-    """A holder lane in another process, as far as homes see it."""
+    """A holder lane in another process, as homes see it."""
 
     def __init__(self, port: int, dialer: Dialer | None = None) -> None:
         self._port = port

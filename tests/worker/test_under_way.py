@@ -1,4 +1,4 @@
-"""How far chunks are that others follow: nothing is read before it is stored, and who waits for news hears them."""
+"""Progress of chunks that others follow: nothing is read before it is stored, and every waiter is notified."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mark:
 
 
 class Following(RuleBasedStateMachine):
-    """Chunks that begin, store, end and fail in any order, against plain sets."""
+    """Chunks that begin, store, end and fail in any order, compared with plain sets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_only_the_latest_chunks_are_remembered(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_follower_in_another_thread_reads_no_layer_too_early() -> None:
-    """The home lane stores and tells; the holder lane looks again only when it is told."""
+    """The home lane stores and notifies; the holder lane looks again only when it is notified."""
     layers, made = 200, UnderWay()
     kept: list[int] = []
     news = threading.Semaphore(0)
@@ -152,11 +152,11 @@ def test_a_follower_in_another_thread_reads_no_layer_too_early() -> None:
     writer.join(20)
 
 
-# What the home lane shows
+# The home lane's progress
 
 
 class Lane:
-    """A holder lane, and the engines for which it looked again."""
+    """A holder lane that records the engines for which it looks again."""
 
     def __init__(self) -> None:
         self.woken: list[str] = []

@@ -1,4 +1,4 @@
-"""Chunks of one prompt that are computed at the same time give the tokens that one after the other gives."""
+"""Chunks of one prompt that are computed at the same time give the same tokens as one after the other."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def chunks_of(made: Fleet, sequence: int, placement: Placement, prompt: Sequence
 
 
 def start(made: Fleet, chunk: PrefillChunk) -> tuple[Future[Any], list[Session]]:
-    """Give a chunk to its home's lane, and open its sessions."""
+    """Submit a chunk to its home's lane, and open its sessions."""
     sessions = [made.members[holder.worker].runtime.open_session(chunk.gang) for holder in chunk.gang.holders]
     home = made.members[chunk.gang.home]
     return home.lanes.home.submit(home.runtime.prefill, chunk), sessions
 
 
 def prefill(made: Fleet, placement: Placement, prompt: Sequence[int], sequence: int = 1) -> int:
-    """Compute all chunks of a prompt at once; the first token."""
+    """Compute all chunks of a prompt at once; returns the first token."""
     under_way = [start(made, chunk) for chunk in chunks_of(made, sequence, placement, prompt)]
     for _, sessions in under_way:
         for session in sessions:
@@ -114,7 +114,7 @@ def wait_until_held(made: Fleet, worker: str) -> None:
 
 @contextmanager
 def following(way: Way = TCP, **limits: float) -> Iterator[tuple[Fleet, list[PrefillChunk], Future[Any], Session]]:
-    """The second of two chunks is under way, and waits for the first, which is not."""
+    """Start the second of two chunks, which waits for the first, which has not started."""
     with fleet(loaded("llama-gqa"), 2, way, **limits) as made:
         placement = made.place(1, ("w0", 40), ("w1", ROOM))
         chunks = chunks_of(made, 1, placement, prompt_ids(PROMPT))

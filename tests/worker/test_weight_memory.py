@@ -1,4 +1,4 @@
-"""A model that is too large for a worker is refused before it is loaded, in bytes."""
+"""A model that is too large for a worker is refused before it is loaded, with numbers of bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A model of 6 GiB in bfloat16, of which nothing is on disk but names and sizes."""
+    """A model of 6 GiB in bfloat16, with only names and sizes on disk."""
     config = json.loads((model_dir("llama-gqa") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1 << 24, "dtype": "bfloat16"}))
     sizes = {"model.embed_tokens.weight": [1 << 24, 96], "lm_head.weight": [1 << 24, 96]}
@@ -46,7 +46,7 @@ def large(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A machine with a lot of memory; a test can give it another."""
+    """A machine with a lot of memory; a test can replace it."""
 
     def give(free: int) -> None:
         monkeypatch.setattr(weight_memory, "free_memory", lambda: free)
@@ -56,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def worker(left: int, **resources: int) -> Any:
-    """A worker with so many bytes left."""
+    """A worker with this many bytes left."""
     limit = int((psutil.Process().memory_info().rss + left) / 0.8)
     return SimpleNamespace(
         address="tcp://w",
@@ -110,13 +110,13 @@ def test_a_machine_that_is_too_small_is_told_so_whatever_dask_allows(
 
 
 def test_by_default_kv_gets_half_of_what_weights_leave(large: Path) -> None:
-    """Half of the limit itself would not fit beside weights of more than 0.3 of it."""
+    """Half of the limit itself would not fit together with weights of more than 0.3 of it."""
     is_from_disk(spec(large, kv_memory=None), worker(14 * GIB), HOST)  # the limit is larger by what this process holds
 
 
 @pytest.fixture
 def deep(tmp_path: Path) -> Path:
-    """A model of 6 GiB in 12 layers, of which nothing is on disk but names and sizes."""
+    """A model of 6 GiB in 12 layers, with only names and sizes on disk."""
     config = json.loads((model_dir("llama-gqa") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 12, "dtype": "bfloat16"}))
     size, header = GIB // 2, {}

@@ -1,4 +1,4 @@
-"""Windows of KV at a home: as much as a layer sees, whatever the length of the sequence, and never a guess."""
+"""Windows of KV at a home: as much as a layer sees, whatever the length of the sequence, or an error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ kinds = st.builds(LayerKind, st.sampled_from(["sliding", "chunked"]), st.integer
 
 
 class Kept:
-    """Windows whose blocks say which token of which sequence they hold."""
+    """Windows whose blocks contain the numbers of their tokens and sequences."""
 
     def __init__(self, near: list[LayerKind], block_tokens: int, chunk: int) -> None:
         kinds = (*near, LayerKind())
@@ -82,7 +82,7 @@ class Kept:
             self.pool.storage[block, ..., at % size, :] = value + at
 
     def check(self, sequence: int, length: int, value: int) -> None:
-        """All that the token at ``length`` sees is there."""
+        """Check that everything is stored that the token at ``length`` sees."""
         size = self.pool.block_tokens
         for kind in self.geometry.layer_kinds[:-1]:
             for at in range(max(0, kind.first(length)), length):
@@ -104,7 +104,7 @@ def test_what_is_seen_is_there_in_bounded_room_whatever_runs_again(
     for part, decodes, again in runs:
         most = kept.windows.steps if decodes else chunk
         count = max(1, round(part * most))
-        for value in (5000, 0) if again else (0,):  # what an attempt wrote that failed is written over
+        for value in (5000, 0) if again else (0,):  # values of a failed attempt are overwritten
             kept.windows.begin_run(1, length, length + most)
             kept.check(1, length, 0)
             kept.write(1, length, length + count, value)

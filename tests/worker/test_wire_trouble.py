@@ -1,4 +1,4 @@
-"""Whatever the network between a home and a sound holder does in mid-window, all members hear of it and go on after."""
+"""Whatever the network between a home and a sound holder does during a window, all members notice it and continue."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_network_that_fails_in_mid_window_costs_one_window_and_no_token(
             assert [first, *result.tokens[1]] == reference("llama-gqa").tokens
             assert proxy.opened == opened + 1
             made.decode("w0", [before], NEW, through(proxy, made, holders))
-            assert proxy.opened == opened + 1  # a channel that is sound is kept
+            assert proxy.opened == opened + 1  # a sound channel is kept
             made.release_sequence(1)
         finally:
             proxy.close()

@@ -1,4 +1,4 @@
-"""An engine on a worker: what its gManager hears of sequences and moves, and in which order."""
+"""An engine on a worker: its messages about sequences and moves to the gManager, and their order."""
 
 from __future__ import annotations
 
