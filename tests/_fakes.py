@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -35,6 +36,8 @@ GREEDY = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 PROMPT, NEW = 70, 14
 ROOM = PROMPT + NEW + BLOCK_TOKENS
 TOKEN = "a token of this test"
+WAIT = 600.0 if os.environ.get("DISTKV_TEST_DEVICE") == "emulated" else 60.0
+"""Seconds to wait for a lane; a step takes ten times as long on the emulated card."""
 
 
 @cache
@@ -124,9 +127,9 @@ class Fleet:
         """Open the holders' sessions, run ``call`` in the home's lane, and wait for all."""
         sessions = [self.members[holder.worker].runtime.open_session(gang) for holder in gang.holders]
         home = self.members[gang.home]
-        result = home.lanes.home.submit(call, home.runtime).result(60)
+        result = home.lanes.home.submit(call, home.runtime).result(WAIT)
         for session in sessions:
-            session.wait(60)
+            session.wait(WAIT)
         return result
 
     def prefill(
@@ -154,7 +157,7 @@ class Fleet:
     ) -> tuple[WindowResult, list[SequenceState]]:
         """Run a window; returns its result, and the states for the next one."""
         workers = {span.worker for state in batch for span in state.placement} - {home}
-        window = DecodeWindow(gang or self.gang(home, sorted(workers)), 0, steps, 60.0)
+        window = DecodeWindow(gang or self.gang(home, sorted(workers)), 0, steps, WAIT)
         result = self.run(window.gang, lambda runtime: runtime.decode(window, batch))
         left = [state for state in batch if state.sequence not in result.finished]
         return result, [advanced(state, result.tokens[state.sequence]) for state in left]

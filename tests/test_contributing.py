@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests._thorough import some_of
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "contributing.md").read_text()
 COPIED = "distkv_dask", "kernels", "graphs", "tests", "benchmarks"
@@ -79,7 +81,7 @@ def run(root: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("title", TESTS)
+@pytest.mark.parametrize("title", some_of(TESTS, "A message to workers", "A kind of attention"))
 def test_an_example_applies_to_the_code_and_passes_its_tests(changed: Path, title: str) -> None:
     run(changed, "pytest", "-q", "-p", "no:cacheprovider", *TESTS[title])
 

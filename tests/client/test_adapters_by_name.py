@@ -131,6 +131,7 @@ def test_commands_take_adapters(adapters: list[Path], tmp_path: Path) -> None:
     assert "is not a name and a folder" in done.output
 
 
+@pytest.mark.thorough
 def test_clients_of_a_server_ask_for_adapters_by_name_only(adapters: list[Path], tmp_path: Path) -> None:
     names = {"first": str(adapters[0]), "second": str(adapters[1])}
     with open_session() as session, served(session, tmp_path, adapters=names) as server:

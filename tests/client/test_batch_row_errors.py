@@ -26,6 +26,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError, SourceError
 from distkv_dask.messages.client_calls import EngineFacts
 from distkv_dask.sampling import SamplingParams
+from tests._examples import examples
 
 KEPT = pa.schema([("id", pa.int64()), ("when", pa.timestamp("s"))])
 
@@ -289,7 +290,7 @@ VALUES = (
 FORMATS = st.sampled_from(["", ":.2f", ":d", ":>9", "!r", "!s:5", ":x", ":%Y"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(st.tuples(st.text(st.characters(), max_size=6), VALUES), min_size=1, max_size=6), FORMATS)
 def test_any_values_in_any_template_give_every_row_once(
     tmp_path_factory: pytest.TempPathFactory, values: list[tuple[str, Any]], how: str
@@ -315,7 +316,7 @@ PROPERTIES = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(ANSWERS, min_size=1, max_size=6))
 def test_any_answers_to_a_schema_give_every_row_once(tmp_path_factory: pytest.TempPathFactory, said: list[str]) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")

@@ -19,6 +19,7 @@ from distkv_dask.client.batch.tables import CHUNK, Columns
 from distkv_dask.errors import MissingProgramError
 from tests._cluster import engine_test
 from tests._models import text_model_dir
+from tests._thorough import some_of
 
 TEXT = Columns("text", None, ("text",))
 
@@ -105,10 +106,7 @@ KINDS: dict[str, Callable[[pa.Table, Path], Any]] = {
     "iceberg": iceberg,
     "iceberg-scan": lambda table, folder: iceberg(table, folder).scan(),
 }
-ARROW = "dataset", "scanner", "capsule"
-each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.thorough] * (kind not in ARROW)) for kind in KINDS]
-)
+each_kind = pytest.mark.parametrize("kind", some_of(KINDS, "dataset", "scanner", "capsule"))
 
 
 @each_kind

@@ -239,6 +239,7 @@ async def test_stages_take_no_adapters(client: Client, scheduler: Scheduler, *wo
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_home_costs_a_request_with_an_adapter_no_token() -> None:
     adapter, new, prompt = adapter_dir(LLAMA, 0), 300, prompt_ids(900)
     settings = SMALL | {"window_steps": 4}

@@ -129,7 +129,7 @@ async def test_status_shows_where_a_running_sequence_lies(
 async def test_who_reads_along_gets_many_short_windows_and_who_does_not_few_long_ones(
     client: Client, scheduler: Scheduler, *workers: Worker
 ) -> None:
-    prompt, params = prompt_ids(40), SamplingParams(max_new_tokens=400, ignore_eos=True)
+    prompt, params = prompt_ids(40), SamplingParams(max_new_tokens=150, ignore_eos=True)
     settings = {"window_stream_seconds": 0.01, "window_seconds": 60, "window_scheduler_share": 100}
     async with tiny(client, **settings) as engine:
         alone = await engine.submit(prompt, params)

@@ -13,6 +13,7 @@ from distributed import Client, LocalCluster
 from distkv_dask import Engine, SamplingParams
 from tests._models import model_dir, prompt_ids, reference_generate
 from tests._splits import force_split
+from tests._thorough import some_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,10 +34,7 @@ def cluster() -> Iterator[LocalCluster]:
 CASES = [(family, victim) for family in FAMILIES for victim in ("holder", "home")]
 
 
-@pytest.mark.parametrize(
-    ("family", "victim"),
-    [pytest.param(*one, marks=[pytest.mark.thorough] * (one not in BY_DEFAULT)) for one in CASES],
-)
+@pytest.mark.parametrize(("family", "victim"), some_of(CASES, *BY_DEFAULT))
 def test_a_killed_worker_costs_no_token(
     cluster: LocalCluster, family: str, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ assert os.waitpid(child, 0)[1] == 0
 """)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif("numba" not in IMPLEMENTATIONS, reason="numba is not installed")
 def test_without_the_core_numba_serves_and_compiles_before_the_first_request(tmp_path: Path) -> None:
     script = f"""{WITHOUT_CORE}

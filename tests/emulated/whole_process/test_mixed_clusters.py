@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from distkv_dask import Completion, Engine, SamplingParams
 from tests._models import block_bytes, model_dir, prompt_ids, reference_generate
+from tests._thorough import some_of
 
 FAMILY, NEW = "llama-gqa", 24
 MODEL = str(model_dir(FAMILY))
@@ -45,9 +46,7 @@ def cluster_of(workers: Sequence[tuple[str, int]]) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(one, marks=[pytest.mark.thorough] * ("memory" in one)) for one in CLUSTERS]
-)
+@pytest.mark.parametrize("kind", some_of(CLUSTERS, *(one for one in CLUSTERS if "memory" not in one)))
 def test_a_prompt_over_cards_and_cpus_gets_the_tokens_of_one_process(kind: str) -> None:
     workers = CLUSTERS[kind]
     expected = [one.tokens for one in reference_generate(model_dir(FAMILY), PROMPTS, NEW)]

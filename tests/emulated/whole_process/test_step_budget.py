@@ -8,6 +8,7 @@ import emulated
 import pytest
 from _fakes import Fleet, fleet, reference, state
 from _models import model_dir, prompt_ids
+from _thorough import some_of
 
 from distkv_dask.kernels import dispatch, triton_kernel
 from distkv_dask.worker.device_choice import choose_device
@@ -58,7 +59,7 @@ def at(counts: emulated.Counts, kind: str, lane: str, *files: str) -> int:
     return sum(n for one, n in rows if one.kind == kind and lane in one.thread and one.place.startswith(files))
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", some_of(SPLITS, "local", "one holder"))
 def test_a_decode_step_has_few_stops_and_launches(model: LoadedModel, split: str) -> None:
     layers = model.geometry.layers
     with fleet(model, 3) as made:
