@@ -36,7 +36,8 @@ test-all: $(VENV)/.installed-test  ## Run both (CHANNEL=ucx: engines use it)
 	$(PYTEST) $(ARGS)
 
 nightly: $(VENV)/.installed  ## Try the state machine, ledger, policies and control tokens with 20 times as many random cases, and compile all GPU kernels (takes minutes)
-	EXAMPLES=20 $(PYTEST) tests/scheduler tests/kernels/test_triton_compile.py tests/client/test_control_tokens.py $(ARGS)
+	EXAMPLES=20 $(PYTEST) tests/scheduler tests/kernels/test_triton_compile.py tests/client/test_control_tokens.py \
+	  tests/client/test_batch_row_errors.py $(ARGS)
 
 # The copy of the package in build/sanitize goes before the one in .venv. Python itself is not built for AddressSanitizer, which
 # therefore comes first by LD_PRELOAD, with the C++ library whose exceptions it watches. Python frees little when it ends: leaks
