@@ -112,6 +112,14 @@ def status(cluster: Simulated) -> EngineStatus:
     return status_of(cluster.life, Figures(), {})
 
 
+def test_a_status_says_why_an_engine_does_not_speculate_although_it_should() -> None:
+    cluster = cluster_of(0, 10, speculation="auto")
+    assert status(cluster).speculation == "auto"
+    cluster.life.keep_states(100)
+    assert status(cluster).speculation == "off: recurrent state and windows cannot be rolled back"
+    assert status(cluster_of(0, 10, speculation="off")).speculation == "off"
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_status_adds_up_in_every_situation(situation: str) -> None:
     cluster = SITUATIONS[situation][1]()

@@ -55,7 +55,7 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
 
 def _speculation(life: MachineState) -> str:
     chosen = str(life.config.speculation)
-    return chosen if life.speculates or chosen == "off" else "off: what only homes have cannot go back"
+    return chosen if life.speculates or chosen == "off" else "off: recurrent state and windows cannot be rolled back"
 
 
 def tiers_of(life: MachineState, worker: str) -> dict[str, int]:
