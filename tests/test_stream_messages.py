@@ -123,6 +123,17 @@ def test_a_message_that_cannot_be_taken_does_not_end_the_worker(caplog: pytest.L
     assert "a message of the gManager failed" in caplog.text
 
 
+def test_a_message_that_a_worker_does_not_know_is_in_its_log_without_its_contents(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manager, engine = RManager(), MagicMock()
+    manager.engines = {"engine": engine}
+    manager.receive("engine", pack("secret"))
+    assert not engine.mock_calls
+    assert "no handler for str" in caplog.text
+    assert "secret" not in caplog.text
+
+
 @pytest.mark.parametrize("message", FROM_WORKER, ids=lambda one: type(one).__name__)
 def test_the_gmanager_takes_every_message_of_a_worker(message: did.FromWorker) -> None:
     from _simulated import cluster_of

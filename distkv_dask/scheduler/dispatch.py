@@ -16,17 +16,16 @@ from distributed.core import Status
 
 from distkv_dask.errors import ClusterError, EngineClosedError, in_words, without_quotes
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.names import MEMORY_RESOURCE, PLUGIN, TO_WORKER, EngineSpec, pack
 from distkv_dask.messages.to_worker import Close, Open, ToWorker
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.clock import run_clock
 from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.dashboard.board import Board
+from distkv_dask.scheduler.enact import enact
 from distkv_dask.scheduler.engines.engine import EngineState
 from distkv_dask.scheduler.lifecycle.events import Event, Pause, StopAll, Tick, WorkerLost, WorkerReady
 from distkv_dask.scheduler.link_survey import LinkSurvey
-from distkv_dask.scheduler.tasks.lowering import lower
 from distkv_dask.scheduler.tasks.submitter import Submitter
 from distkv_dask.version import VERSION
 
@@ -257,7 +256,7 @@ class Dispatcher:
             commands = state.machine.handle(event, monotonic())
             with self.submitter.together():
                 for command in commands:
-                    self._enact(state, command)
+                    enact(command, state, self.submitter, self._send)
             return commands
         except Exception as error:
             logger.exception("engine %s is broken and will be closed", state.spec.engine)
@@ -265,26 +264,6 @@ class Dispatcher:
             state.fail(state.broken)
             self.close_soon(state.spec.engine)
             return []
-
-    def _enact(self, state: EngineState, command: do.Command) -> None:
-        match command:
-            case ToWorker():
-                self._send(state, command)
-            case do.SubmitWindow(patience=patience) if state.spec.config.granularity == "window":
-                self.submitter.submit(*lower(command, "window", state.layers), patience, state.span)
-            case do.SubmitPrefill() | do.SubmitWindow() | do.AddHolders():
-                lowered = lower(command, state.spec.config.granularity, state.layers)
-                self.submitter.submit(*lowered, span=state.span)
-            case do.ForgetTasks(gang, finished):
-                self.submitter.forget_tasks(gang, finished)
-            case do.Note(kind, text):
-                state.figures.happened(monotonic(), kind, text)
-                if kind == "repair":
-                    logger.warning(text)
-            case do.Count(total, more):
-                state.figures.totals[total] += more
-            case Delivery():
-                state.deliver(command)
 
     def _send(self, state: EngineState, *messages: ToWorker) -> None:
         for message in messages:

@@ -174,6 +174,8 @@ class RManager(WorkerPlugin):
                 engine.files.discard(names)
             case do.Abort(_, gang, reason, unused):
                 engine.abort(gang, reason, unused)
+            case _:
+                raise TypeError(f"no handler for {type(message).__name__}")
 
     def take_trace(self, engine: str) -> Any:
         """Spans of the lanes for a traced engine since the last call (packed)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from distkv_dask.messages.names import unpack
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import clock, dispatch
 from distkv_dask.scheduler import commands as do
+from distkv_dask.scheduler.enact import enact
 from distkv_dask.scheduler.engines.engine import MAX_REOPENINGS, EngineState
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.scheduler.lifecycle.events import Tick
@@ -194,18 +196,33 @@ def test_commands_leave_for_where_they_belong() -> None:
         dask = DaskByHand("a")
         manager, state, tasks, _, window = await decoding(dask)
         (gang,) = [one.window.gang for one in state.life.chains["a"].outstanding.values()]
-        enact = manager.dispatcher._enact
-        enact(state, to.Release("a", 1))
+        carry_out = partial(enact, state=state, submitter=tasks, send=manager.dispatcher._send)  # type: ignore[arg-type]
+        carry_out(to.Release("a", 1))
         assert dask.to("a")[-1] == "Release"
         sent = len(dask.sent)
-        enact(state, to.Release("gone", 1))
+        carry_out(to.Release("gone", 1))
         assert len(dask.sent) == sent, "its end is heard of next"
-        enact(state, do.Note("repair", "recomputed 3 tokens"))
+        carry_out(do.Note("repair", "recomputed 3 tokens"))
         assert state.figures.events[-1].text == "recomputed 3 tokens"
-        enact(state, do.ForgetTasks(gang, True))
+        carry_out(do.ForgetTasks(gang, True))
         assert tasks.asked[-1] == ("forget", window, True)
-        enact(state, Delivery(5, (1, 2)))
+        carry_out(Delivery(5, (1, 2)))
         assert (await state.take_events(0, 0, 0.0))[-1].tokens == (1, 2)
+        before = len(dask.sent), len(tasks.asked)
+        carry_out(do.Refuse(6, ClusterError("it is the answer of the client's call")))
+        assert (len(dask.sent), len(tasks.asked)) == before
+
+    asyncio.run(run())
+
+
+def test_a_command_that_nobody_carries_out_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        manager, state, _ = await open_on(DaskByHand("a"), timeout_close=0.01)
+        monkeypatch.setattr(state.machine, "handle", lambda event, now: [Tick()])  # an event is no command
+        assert manager.dispatcher.handle(state, Tick()) == []
+        assert "nobody carries out Tick" in str(state.broken)
+        await until(lambda: state.is_closing)
+        say(manager, did.Closed("a"))
 
     asyncio.run(run())
 
