@@ -87,14 +87,14 @@ class Dispatcher:
         if engine.knows(worker) or (holds and (geometry is None or engine.group is not None)):
             return
         if (version := self.versions.get(worker)) is None:
-            engine.await_hello(worker)
+            engine.opening.await_hello(worker)
         elif version != VERSION:
             text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
             engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
         elif engine.group is not None:
             self._send(engine, *engine.open_stage(worker))
         else:
-            engine.expect(worker)
+            engine.opening.ask(worker)
             self._send(engine, Open(worker, engine.spec, geometry))
 
     async def close_engine(self, engine: str) -> None:
@@ -227,7 +227,7 @@ class Dispatcher:
         logger.error("engine %s was lost on %s: %s", state.spec.engine, worker, reason)
         self._lose(state, worker, f"lost the engine: {reason}")
         self.submitter.worker_lost(worker, state.spec.engine)
-        if state.may_open_again(worker):
+        if state.opening.may_repeat(worker):
             self.open_on(worker, state)
 
     def _gang_failed(self, state: EngineState, failed: did.GangFailed) -> None:

@@ -126,7 +126,8 @@ class GManager(SchedulerPlugin):
                 for worker in list(self.scheduler.stream_comms):
                     if self.dispatcher.is_memory(worker) is memory:
                         self.dispatcher.open_on(worker, engine)
-                await engine.wait_open(spec.config.timeout_open)
+                await engine.opening.wait_open(spec.config.timeout_open)
+            engine.opening.finish()
             await self.dispatcher.survey.engine_opens(engine)
         except DistKVError:
             await self.dispatcher.close_engine(spec.engine)
@@ -145,10 +146,9 @@ class GManager(SchedulerPlugin):
                 raise ClusterError(f"several engines are open ({', '.join(names)}): say which one")
             (engine,) = names
         state = self._engine(engine)
-        if not state.facts:
-            await state.wait_open(state.spec.config.timeout_open)
-        if state.is_closing:
-            raise EngineClosedError(f"engine {engine} is closing")
+        await state.wait_usable(state.spec.config.timeout_open)
+        if client not in self.scheduler.clients:
+            raise EngineClosedError(f"client {client} left while it waited for engine {engine}")
         return pack(state.attach(client))
 
     def detach(self, engine: str, handle: int) -> None:

@@ -70,6 +70,7 @@ class DaskByHand:
     def __init__(self, *workers: str, memory: Sequence[str] = ()) -> None:
         self.workers: dict[str, Any] = {}
         self.stream_comms: dict[str, Any] = {}
+        self.clients = dict.fromkeys(("client", "guest", "c1", "c2"))
         self.extensions: dict[str, Any] = {}
         self.handlers: dict[str, Any] = {"retire_workers": self.retire_workers}
         self.stream_handlers: dict[str, Any] = {}

@@ -21,7 +21,8 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import clock, dispatch
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.enact import enact
-from distkv_dask.scheduler.engines.engine import MAX_REOPENINGS, EngineState
+from distkv_dask.scheduler.engines.engine import EngineState
+from distkv_dask.scheduler.engines.opening import MAX_REOPENINGS
 from distkv_dask.scheduler.gmanager import GManager
 from distkv_dask.scheduler.lifecycle.events import Tick
 

@@ -88,6 +88,81 @@ async def test_workers_that_die_while_an_engine_opens_are_named() -> None:
 
 
 @at_once
+async def test_whoever_attaches_while_all_workers_are_gone_waits_for_one() -> None:
+    dask = DaskByHand("a")
+    manager, state, _ = await open_on(dask)
+    dask.join("late")
+    manager.worker_event("late", VERSION)
+    say(manager, did.OpenFailed("late", ClusterError("no room")))  # long before: it concerns nobody who attaches
+    dask.leave("a")
+    manager.remove_worker(dask, "a")  # type: ignore[arg-type]
+    attaching = [asyncio.ensure_future(manager.attach(ENGINE, client, VERSION)) for client in ("guest", "c1", "c2")]
+    dask.join("m", memory=True)
+    manager.worker_event("m", VERSION)
+    say(manager, opened("m", "memory"))
+    await asyncio.sleep(0.01)
+    assert not any(one.done() for one in attaching), "a worker that only holds KV answers nothing"
+    del dask.clients["c2"]
+    dask.join("b")
+    manager.worker_event("b", VERSION)
+    say(manager, opened("b"))
+    assert [unpack(await one).handle for one in attaching[:2]] == [1, 2]
+    with pytest.raises(EngineClosedError, match="client c2 left"):
+        await attaching[2]
+    assert state.handles_of("c2") == []
+
+
+@at_once
+async def test_whoever_attaches_in_vain_is_told_what_is_true() -> None:
+    dask = DaskByHand("a")
+    manager, state, _ = await open_on(dask, timeout_open=0.01)
+    dask.leave("a")
+    manager.remove_worker(dask, "a")  # type: ignore[arg-type]
+    with pytest.raises(ClusterError, match=r"engine has no worker now .* within 0\.01 s .*start some"):
+        await manager.attach(ENGINE, "guest", VERSION)
+    state.spec = spec(timeout_open=60)
+    attaching = asyncio.ensure_future(manager.attach(ENGINE, "guest", VERSION))
+    await asyncio.sleep(0)
+    manager.dispatcher.close_soon(ENGINE)
+    with pytest.raises(EngineClosedError, match="is closing"):
+        await attaching
+
+
+@at_once
+async def test_whoever_attaches_while_an_engine_opens_gets_it_or_learns_why_not() -> None:
+    for answer in (opened("b"), did.OpenFailed("b", ClusterError("no such model"))):
+        manager = await started(DaskByHand("a", "b"))
+        opening = asyncio.ensure_future(manager.open(spec(timeout_close=0.01), "client", VERSION))
+        await until(lambda manager=manager: ENGINE in manager.engines and manager.engines[ENGINE].knows("b"))
+        attaching = asyncio.ensure_future(manager.attach(ENGINE, "guest", VERSION))
+        say(manager, opened("a"))
+        await asyncio.sleep(0.01)
+        assert not attaching.done(), "the other may still fail"
+        say(manager, answer)
+        if isinstance(answer, did.OpenFailed):
+            for one in (opening, attaching):
+                with pytest.raises(ClusterError, match="no such model"):
+                    await one
+        else:
+            assert unpack(await attaching).facts.workers == unpack(await opening).workers == 2
+
+
+@at_once
+async def test_an_engine_whose_only_instance_dies_while_holders_open_it_does_not_open() -> None:
+    dask = DaskByHand("a", memory=["m"])
+    manager = await started(dask)
+    opening = asyncio.ensure_future(manager.open(spec(timeout_close=0.01), "client", VERSION))
+    await until(lambda: dask.to("a"))
+    say(manager, opened("a"))
+    await until(lambda: dask.to("m"))
+    dask.leave("a")
+    manager.remove_worker(dask, "a")  # type: ignore[arg-type]
+    say(manager, opened("m", "memory"))
+    with pytest.raises(ClusterError, match="worker a died while it opened the engine"):
+        await opening
+
+
+@at_once
 async def test_a_worker_is_asked_once_it_has_said_its_version_and_not_if_it_is_another() -> None:
     dask = DaskByHand("a")
     manager = await started(dask)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +19,7 @@ from distkv_dask.scheduler.costs.pacer import Pacer
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.engines.group import Group
 from distkv_dask.scheduler.engines.link_record import LinkRecord
+from distkv_dask.scheduler.engines.opening import Opening
 from distkv_dask.scheduler.engines.outbox import Outbox
 from distkv_dask.scheduler.engines.status import status_of
 from distkv_dask.scheduler.lifecycle import retries
@@ -28,9 +27,6 @@ from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.moves.drain import fits_elsewhere
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Prefill, Waiting
-
-MAX_REOPENINGS = 3
-"""How many times a worker reopens an engine that it lost, so that a permanent fault of its lanes ends."""
 
 
 class EngineState:
@@ -53,6 +49,7 @@ class EngineState:
         self.client = client
         self.machine = Lifecycle(MachineState(spec.engine, spec.config, gang_numbers, pacer))
         self.facts: dict[str, Opened] = {}
+        self.opening = Opening(self.facts)
         self.geometry: Geometry | None = None
         """Sizes of the model, once a worker has loaded it; they are sent to memory workers."""
         self.span = spec.span
@@ -64,12 +61,6 @@ class EngineState:
         self.is_closing = False
         self.broken: EngineClosedError | None = None
         """The error of every request once the state machine has failed."""
-        self._pending: set[str] = set()
-        self._silent: set[str] = set()
-        self._failure: Exception | None = None
-        self._lost = ""
-        self._openings: Counter[str] = Counter()
-        self._changed = asyncio.Event()
         self._handle_numbers = itertools.count(1)
         self.handles = {0: Outbox(client)}
         """Handles of the engine; request ``n`` belongs to handle ``n // HANDLE_NUMBERS``."""
@@ -85,15 +76,6 @@ class EngineState:
         return 0 if self.geometry is None else len(self.geometry.far_layers)
 
     # Opening and closing
-    def expect(self, worker: str) -> None:
-        """A worker is asked to open the engine."""
-        self._pending.add(worker)
-        self._silent.discard(worker)
-
-    def await_hello(self, worker: str) -> None:
-        """A worker will be asked to open it once its version is known."""
-        self._pending.add(worker)
-        self._silent.add(worker)
 
     def ready(self, facts: Opened) -> None:
         """A worker opened the engine."""
@@ -101,13 +83,13 @@ class EngineState:
             return  # CLOSE is on its way there
         self.facts[facts.worker] = facts
         if facts.role == "stage":
-            self._answered(facts.worker)
+            self.opening.answered(facts.worker)
             return
         self.life.block_bytes, self.geometry = facts.block_bytes, facts.geometry
         if self.geometry.home_bytes:
             self.life.keep_states(self.geometry.home_bytes)
         self.fit_costs()
-        self._answered(facts.worker)
+        self.opening.answered(facts.worker)
 
     def fit_costs(self) -> None:
         """Fit the performance model to what was measured of workers and links."""
@@ -117,21 +99,20 @@ class EngineState:
     def open_failed(self, worker: str, error: Exception) -> None:
         """A worker could not open the engine and is not part of it."""
         if not self.is_closing:
-            self._failure = self._failure or error
-            self._answered(worker)
+            self.opening.failed(worker, error)
 
     def open_stage(self, worker: str) -> list[Open]:
         """A worker takes a stage, or stands by; what is sent for it."""
         if self.group is None or not self.group.assign_stage(worker):
-            self._answered(worker)
+            self.opening.answered(worker)
             return []
-        self.expect(worker)
+        self.opening.ask(worker)
         return self.group.openings(worker, self.facts)
 
     def closed(self, worker: str) -> None:
         """A worker freed everything of the engine."""
         self.facts.pop(worker, None)
-        self._answered(worker)
+        self.opening.answered(worker)
 
     def adapters_kept(self, message: AdaptersKept) -> None:
         """A worker has other adapters in memory."""
@@ -142,18 +123,11 @@ class EngineState:
         """A worker died or left."""
         self.facts.pop(worker, None)
         self.links.remove_worker(worker)
-        if worker in self._pending:
-            self._lost = worker
-        self._answered(worker)
-
-    def may_open_again(self, worker: str) -> bool:
-        """Whether a live worker that lost the engine should reopen it; counts the attempts."""
-        self._openings[worker] += 1
-        return self._openings[worker] <= MAX_REOPENINGS
+        self.opening.lost(worker)
 
     def knows(self, worker: str) -> bool:
         """Whether the engine is open on a worker, or being opened there."""
-        return (worker in self._pending and worker not in self._silent) or worker in self.facts
+        return self.opening.is_asked(worker) or worker in self.facts
 
     def waits_for(self, gang: int) -> bool:
         """Whether a chunk or window is still expected, and the engine is not closing."""
@@ -167,9 +141,9 @@ class EngineState:
         """Workers that must not be scaled down: opening, expected, or with blocks that fit nowhere else."""
         life = self.life
         if any(isinstance(request.state, Waiting) for request in life.requests.values()):
-            return self._pending | set(self.facts)
+            return self.opening.pending | set(self.facts)
         stages = () if self.group is None else filter(None, self.group.places)
-        needed, leaving = {*self._pending, *stages}, set[str]()
+        needed, leaving = {*self.opening.pending, *stages}, set[str]()
         ledger = life.ledger
         for worker in sorted(ledger.workers, key=lambda name: ledger.workers[name].used):
             if fits_elsewhere(ledger, leaving | {worker}):
@@ -178,42 +152,26 @@ class EngineState:
                 needed.add(worker)
         return needed
 
-    def _answered(self, worker: str) -> None:
-        self._pending.discard(worker)
-        self._silent.discard(worker)
-        self._changed.set()
-
-    async def _settled(self, limit: float) -> bool:
-        """Wait until all workers have answered; False after ``limit`` seconds."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + limit
-        while self._pending:
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
-            except TimeoutError:
-                return False
-        return True
-
-    async def wait_open(self, limit: float) -> None:
-        """Wait until every worker is ready.
+    async def wait_usable(self, limit: float) -> None:
+        """Wait until the engine is open, and a worker can decode.
 
         Raises
         ------
         DistKVError
-            The first worker's error, or that workers did not answer in time.
+            Why it could not be opened.
+        EngineClosedError
+            It is closing.
+        ClusterError
+            It has no such worker, and got none within ``limit`` seconds.
         """
-        settled = await self._settled(limit)
-        if self._failure is not None:
-            raise self._failure
-        if not settled:
+        name, opening = self.spec.engine, self.opening
+        is_ready = await opening.until(lambda: self.is_closing or opening.can_decode, limit)
+        if self.is_closing:
+            raise opening.failure or EngineClosedError(f"engine {name} is closing")
+        if not is_ready:
             raise ClusterError(
-                f"workers {sorted(self._pending)} did not open the engine within {limit:g} s (distkv.timeouts.open)"
-            )
-        if not self.facts:
-            raise ClusterError(
-                f"worker {self._lost} died while it opened the engine; see its log. If it ran out of memory, lower "
-                f"kv_memory or give workers a higher memory limit."
+                f"engine {name} has no worker now that loads its model, and got none within {limit:g} s "
+                "(distkv.timeouts.open): start some (cluster.scale(n)), or see the logs of those that run"
             )
 
     def start_closing(self) -> None:
@@ -221,15 +179,16 @@ class EngineState:
         self.is_closing = True
         for outbox in self.handles.values():
             outbox.close()
-        self._pending |= set(self.facts)
+        self.opening.pending |= set(self.facts)
+        self.opening.changed()
 
     def open_on(self) -> list[str]:
         """Workers that have to close it."""
-        return sorted(self._pending)
+        return sorted(self.opening.pending)
 
     async def wait_closed(self, limit: float) -> None:
         """Wait for all workers to close the engine, but not longer than ``limit`` seconds."""
-        await self._settled(limit)
+        await self.opening.settled(limit)
 
     # Handles and their events
 
