@@ -90,7 +90,7 @@ class Dispatcher:
             engine.opening.await_hello(worker)
         elif version != VERSION:
             text = f"worker {worker} runs distkv-dask {version}, the scheduler {VERSION}"
-            engine.open_failed(worker, ClusterError(f"{text}: {ONE_VERSION}"))
+            self._open_failed(engine, worker, ClusterError(f"{text}: {ONE_VERSION}"))
         elif engine.group is not None:
             self._send(engine, *engine.open_stage(worker))
         else:
@@ -164,8 +164,7 @@ class Dispatcher:
             case did.Opened():
                 self._opened(state, message)
             case did.OpenFailed(worker, error):
-                logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
-                state.open_failed(worker, error)
+                self._open_failed(state, worker, error)
                 if state.group is not None:
                     state.group.fail(worker)
                     self._regroup(state, worker)
@@ -201,6 +200,12 @@ class Dispatcher:
         elif state.group is not None:
             self._send(state, *state.group.openings(message.worker, state.facts))
 
+    def _open_failed(self, state: EngineState, worker: str, error: Exception) -> None:
+        """A worker is not part of an engine; a client is told only if it waits for the engine to open."""
+        logger.error("engine %s cannot open on %s: %s", state.spec.engine, worker, error)
+        state.figures.happened(monotonic(), "failure", f"worker {worker} cannot open it: {without_quotes(error)}")
+        state.open_failed(worker, error)
+
     def _lose(self, state: EngineState, worker: str, how: str) -> None:
         """An engine lost a worker: its blocks are recomputed."""
         if worker in state.facts:
@@ -217,7 +222,7 @@ class Dispatcher:
             self._send(state, Close(home))
             self._lose(state, home, f"lost {gone}, which had further layers")
             self.submitter.worker_lost(home, state.spec.engine)
-        for other in [one for one in self.scheduler.stream_comms if one in self.versions and one != gone]:
+        for other in [one for one in self.scheduler.stream_comms if self.versions.get(one) == VERSION and one != gone]:
             self.open_on(other, state)
 
     def _engine_lost(self, state: EngineState, worker: str, reason: str) -> None:

@@ -87,6 +87,36 @@ async def test_workers_that_die_while_an_engine_opens_are_named() -> None:
         await opening
 
 
+@pytest.mark.parametrize(
+    ("version", "answer", "said"),
+    [
+        ("0.0.1", None, f"worker late runs distkv-dask 0.0.1, the scheduler {VERSION}: install the same version"),
+        (VERSION, did.OpenFailed("late", ClusterError("it needs 4 GiB")), "it needs 4 GiB"),
+    ],
+    ids=["another version", "no room"],
+)
+def test_a_late_worker_that_cannot_open_an_engine_is_an_event_and_in_the_log(
+    version: str, answer: did.FromWorker | None, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        dask = DaskByHand("a")
+        manager, state, _ = await open_on(dask)
+        dask.join("late")
+        manager.worker_event("late", version)
+        if answer is not None:
+            say(manager, answer)
+        (event,) = [one for one in state.figures.events if one.kind == "failure"]
+        assert "late" in event.text
+        assert said in event.text
+        assert state.status().totals["failure_events"] == 1
+        (line,) = [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
+        assert f"engine {ENGINE} cannot open on late: " in line
+        assert said in line
+        assert unpack(await manager.attach(ENGINE, "guest", VERSION)).facts.workers == 1
+
+    asyncio.run(run())
+
+
 @at_once
 async def test_whoever_attaches_while_all_workers_are_gone_waits_for_one() -> None:
     dask = DaskByHand("a")
