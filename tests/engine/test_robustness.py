@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
+from distributed.comm import Comm
 
-from distkv_dask import DistKVError, Engine, EngineClosedError, InvalidRequestError, SamplingParams
+from distkv_dask import ClusterError, DistKVError, Engine, EngineClosedError, InvalidRequestError, SamplingParams
+from distkv_dask.client.session import reach
+from distkv_dask.messages.client_calls import ClientCall
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
 
@@ -88,6 +93,55 @@ async def test_requests_cancelled_at_once_do_not_live_on_in_the_cluster(
             one.cancel()
         await until_idle(engine)
         assert (await engine.generate([prompt_ids(9)], TWO))[0].finish_reason == "length"
+
+
+@contextmanager
+def without_answers(scheduler: Scheduler, late: float) -> Iterator[None]:
+    """A network on which connections break that submit requests; what they carried arrives so much later."""
+    submit = scheduler.handlers[ClientCall.SUBMIT]
+
+    async def lossy(comm: Comm, **given: Any) -> Any:
+        comm.abort()
+        await asyncio.sleep(late)
+        return submit(**given)
+
+    scheduler.handlers[ClientCall.SUBMIT] = lossy
+    try:
+        yield
+    finally:
+        scheduler.handlers[ClientCall.SUBMIT] = submit
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5], ids=["with its answer lost", "after its connection broke"])
+def test_a_request_that_failed_without_an_answer_does_not_live_on_in_the_cluster(
+    late: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = reach._looks
+    monkeypatch.setattr(reach, "_looks", lambda seconds: 0 if seconds == 1.0 else looks(seconds))  # it fails at once
+
+    @engine_test(workers=1)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        async with tiny(client, kv_memory="8 MiB") as engine:
+            with without_answers(scheduler, late), pytest.raises(ClusterError, match=r"got no answer .*: try again"):
+                await (engine.ingest(prompt_ids(400)) if late else engine.submit(prompt_ids(20), LONG))
+            await asyncio.sleep(late)
+            await until_idle(engine)  # a document would stay
+            assert late or (await engine.status()).totals["finished_cancelled"] == 1
+            assert (await engine.generate([prompt_ids(9)], TWO))[0].finish_reason == "length"
+
+    run()
+
+
+@engine_test(workers=1)
+async def test_a_document_that_is_there_stays_although_the_answer_to_its_call_was_lost(
+    client: Client, scheduler: Scheduler, *workers: Worker
+) -> None:
+    async with tiny(client) as engine:
+        with without_answers(scheduler, 0.0):
+            document = await engine.ingest(prompt_ids(40))
+            await asyncio.sleep(2)  # until the call has failed
+        assert document.number in (await engine.status()).sequences
+        assert (await document.ask(prompt_ids(9), TWO)).finish_reason == "length"
 
 
 @engine_test()

@@ -27,6 +27,13 @@ logger = logging.getLogger("distributed.distkv.engine")
 POLL = 9.0
 """Seconds that a long poll waits at the gManager; less than the time that the scheduler may be silent."""
 
+WITHDRAWALS = 0.0, 1.0, 10.0
+"""Seconds before each attempt to stop requests of a call without an answer; a call may arrive after its connection has
+broken."""
+
+WITHDRAWING = 60.0
+"""Time limit in seconds for all attempts."""
+
 ANSWERED = frozenset({ClientCall.ATTACH, ClientCall.SUBMIT, ClientCall.EVENTS, ClientCall.STATUS, ClientCall.GRAPH})
 """Calls that a gManager always answers: None means that the scheduler has no gManager."""
 
@@ -174,12 +181,24 @@ class Conversation:
             refused = await self.ask(ClientCall.SUBMIT, requests=pack(payload))
         except Exception as failure:
             refused = {number: _ours(failure) for number, *_ in payload}
+            unknown = (one for one in requests if one.number in self._requests or one.generation.cancelled())
+            self._spawn(self._withdraw([one.number for one in unknown]))
         for number, error in refused.items():
             if (refusal := self._requests.pop(number, None)) is not None:
                 refusal.fail(error)
         for request in requests:
             if request.generation.cancelled():  # perhaps before the cluster received it
                 self._stop(request.number, "cancelled")
+
+    async def _withdraw(self, numbers: list[int]) -> None:
+        """Stop requests of a call without an answer, which the gManager may have, or get a moment later."""
+        with contextlib.suppress(EngineClosedError, TimeoutError):  # the gManager has nothing of them, or is silent
+            async with asyncio.timeout(WITHDRAWING):
+                for pause in WITHDRAWALS:
+                    await asyncio.sleep(pause)
+                    for number in numbers:
+                        with contextlib.suppress(ClusterError):
+                            await self.ask(ClientCall.STOP, request=number, reason="cancelled")
 
     def _send_cancel(self, number: int) -> None:
         if self._requests.pop(number, None) is not None and not self.is_closed:
@@ -239,7 +258,7 @@ class Conversation:
         EngineClosedError
             The scheduler is gone, silent, or was restarted.
         DistKVError
-            The gManager's error, or a call that did not reach it.
+            The gManager's error, or a call without an answer.
         """
         if why := lost(self.client):
             raise EngineClosedError(why)

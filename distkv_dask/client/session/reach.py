@@ -74,7 +74,7 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
     EngineClosedError
         The scheduler is gone, or no longer answers.
     ClusterError
-        The call did not arrive, although the scheduler is reachable: it may be repeated.
+        There is no answer, although the scheduler is reachable: the call may have arrived or not.
     DistKVError
         The gManager's error.
     """
@@ -91,7 +91,8 @@ async def answered(client: Client, call: Awaitable[T]) -> T:
             _check(client)
             await asyncio.sleep(LOOK)
         raise ClusterError(
-            f"the Dask scheduler{_at(client)} accepted no calls ({in_words(error)}): try again"
+            f"a call to the Dask scheduler{_at(client)} got no answer ({in_words(error)}), although it can be "
+            "reached: try again"
         ) from error
     finally:
         for one in (work, gone):
