@@ -81,13 +81,14 @@ def test_a_call_that_never_returns_keeps_no_process_whose_card_is_lost(client: C
         assert before not in client.run(os.getpid).values()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("victim", "times"),
     [
-        pytest.param("holder", 2, marks=pytest.mark.thorough, id="it passes"),
-        pytest.param("home", 2, marks=pytest.mark.thorough, id="it passes at the home"),
+        pytest.param("holder", 2, id="it passes"),
+        pytest.param("home", 2, id="it passes at the home"),
         pytest.param("holder", 3, id="the engine is opened again"),
-        pytest.param("home", 10**6, marks=pytest.mark.thorough, id="it stays"),
+        pytest.param("home", 10**6, id="it stays"),
     ],
 )
 def test_a_card_without_memory_in_a_step_costs_a_request_no_token(client: Client, victim: str, times: int) -> None:

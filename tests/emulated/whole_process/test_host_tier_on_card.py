@@ -52,6 +52,7 @@ def test_documents_go_to_host_memory_and_then_to_disk_and_nobody_computes_them_a
     run()
 
 
+@pytest.mark.thorough
 def test_blocks_come_and_go_beside_a_request_that_decodes_and_no_lane_waits_for_them() -> None:
     wide, new = prompt_ids(20, seed=1), 200
     (expected,) = reference_generate(model_dir("qwen3"), [wide], new)
