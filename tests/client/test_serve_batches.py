@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import openai
 import pytest
 from _served import Served, open_session, served, until
 
-from distkv_dask.client.serve import batch_queue
+from distkv_dask.client.serve import batch_queue, store
+from distkv_dask.client.serve.store import private
 from distkv_dask.client.session.session import Session
 from distkv_dask.sampling import SamplingParams
 
@@ -180,6 +182,37 @@ def test_a_server_that_is_started_again_goes_on_with_its_batches(session: Sessio
     for path in folder.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_full_disk_delays_batches_and_leaves_nothing_unfinished(
+    server: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = 0  # writes of batches' records that the disk has room for
+
+    def full(path: Path) -> BinaryIO:
+        nonlocal left
+        if path.name.startswith("batch-"):
+            left -= 1
+            if left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return private(path)
+
+    client = server.openai()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "private", full)
+        patched.setattr(batch_queue, "PAUSE", 0.05)
+        with pytest.raises(openai.APIStatusError, match=r"No space left") as refused:
+            begun(client, lines(says("Who?")))
+        assert refused.value.status_code == 507
+        left = 1
+        batch = begun(client, lines(says("Who?")))
+        until(lambda: left < -5)
+        assert client.batches.retrieve(batch.id).status == "validating"
+        left = 1000
+        done = ended(client, batch.id)
+    assert (done.status, done.request_counts.completed) == ("completed", 1)
+    assert f"batch {batch.id} is tried again" in caplog.text
+    assert "No space left" in caplog.text
 
 
 def test_a_batch_of_embeddings_gives_those_of_single_requests(server: Served) -> None:

@@ -34,6 +34,10 @@ PRIORITY = -10
 """Priority of batch requests: interactive requests overtake them by up to ten minutes."""
 
 
+PAUSE = 5.0
+"""Seconds before a batch is tried again of which the disk takes nothing, not even that it failed."""
+
+
 class _Ended(DistKVError):
     """Ends a run: its batch was cancelled, or the server stops."""
 
@@ -93,19 +97,30 @@ class BatchQueue:
 
     def _work(self) -> None:
         while (name := self._waiting.get()) is not None and not self._stopping.is_set():
-            with self._lock:
-                self._current = name
-                if self.store.read(name)["status"] not in OPEN:
-                    continue
             try:
-                self._answer(name)
-            except _Ended:
-                continue  # the next server continues
-            except Exception as error:
-                logger.error("batch %s failed: %s", name, without_quotes(error))
-                said = in_words(error) if isinstance(error, DistKVError) else "the server failed: see its log"
-                errors = {"object": "list", "data": [{"code": "failed", "message": said, "line": None, "param": None}]}
-                self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
+                self._take_turn(name)
+            except Exception as error:  # a disk that is full now may have room later
+                logger.error("batch %s is tried again in %s s: %s", name, PAUSE, without_quotes(error))
+                self._stopping.wait(PAUSE)
+                self._waiting.put(name)
+
+    def _take_turn(self, name: str) -> None:
+        """Answer a batch if it is still open, or note why it failed."""
+        with self._lock:
+            self._current = name
+            if self.store.read(name)["status"] not in OPEN:
+                return
+        try:
+            self._answer(name)
+        except _Ended:
+            return  # the next server continues
+        except Exception as error:
+            logger.error("batch %s failed: %s", name, without_quotes(error))
+            errors = {
+                "object": "list",
+                "data": [{"code": "failed", "message": _said(error), "line": None, "param": None}],
+            }
+            self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
 
     def _answer(self, name: str) -> None:
         """Answer a batch, or continue it, and write its files."""
@@ -152,11 +167,13 @@ class BatchQueue:
 
     def _file(self, name: str, rows: pa.Table, owner: str) -> str:
         unfinished = self.store.folder / f"{name}.unfinished"
-        with private(unfinished) as file:
-            write_openai_answers(rows, self._serving.names[0], file)
-            file.seek(0)
-            record = self.store.add_file(file, name, "batch_output", owner)
-        unfinished.unlink()
+        try:
+            with private(unfinished) as file:
+                write_openai_answers(rows, self._serving.names[0], file)
+                file.seek(0)
+                record = self.store.add_file(file, name, "batch_output", owner)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return str(record["id"])
 
     def _change(self, name: str, **changes: Any) -> None:
@@ -169,3 +186,10 @@ class BatchQueue:
     def _note(self, record: dict[str, Any], **changes: Any) -> dict[str, Any]:
         self.store.write(changed := record | changes)
         return changed
+
+
+def _said(error: Exception) -> str:
+    """Why a batch failed, for its client."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"the server's files: {error.strerror}"
+    return in_words(error) if isinstance(error, DistKVError) else "the server failed: see its log"

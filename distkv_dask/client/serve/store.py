@@ -52,14 +52,18 @@ class Store:
         return found
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record."""
+        """Write a record; raises :class:`Refusal` if the disk does not take it, and leaves the old one then."""
         path = self._record(record["id"])
         unfinished = path.with_suffix(".unfinished")
-        with private(unfinished) as file:
-            file.write(json.dumps(record).encode())
-        sync(unfinished)
-        unfinished.replace(path)
-        sync(self.folder)
+        try:
+            with private(unfinished) as file:
+                file.write(json.dumps(record).encode())
+            sync(unfinished)
+            unfinished.replace(path)
+            sync(self.folder)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise Refusal(f"{record['id']} cannot be kept: {error.strerror or error}", 507) from error
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """All records of a kind (``"file"`` or ``"batch"``), the newest first."""
@@ -78,10 +82,14 @@ class Store:
                 shutil.copyfileobj(source, file, 1 << 20)
             sync(path)
             record["bytes"] = path.stat().st_size
-            self.write(record)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise Refusal(f"the file cannot be kept: {error.strerror or error}", 507) from error
+        try:
+            self.write(record)
+        except Refusal:
+            path.unlink(missing_ok=True)
+            raise
         return record
 
     def remove(self, name: str) -> None:
