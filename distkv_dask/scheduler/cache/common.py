@@ -17,7 +17,6 @@ from itertools import islice
 from distkv_dask.messages.names import COMMON_NUMBERS
 from distkv_dask.messages.to_worker import Free, Relocate, Share
 from distkv_dask.placement import Placement, Span
-from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.cache import beginnings, prefix_cache, reuse
 from distkv_dask.scheduler.ledger.placements import clipped
 from distkv_dask.scheduler.policies.base import Ask
@@ -25,7 +24,7 @@ from distkv_dask.scheduler.records.cached import Cached
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.prefix_index import chain
 from distkv_dask.scheduler.records.request import Request
-from distkv_dask.scheduler.records.states import Decode, Prefill, Stored
+from distkv_dask.scheduler.records.states import Decode, Prefill
 
 COUNTED = 64
 """Number of waiting requests that are searched for those that wait for the same beginning."""
@@ -165,10 +164,7 @@ def _give(life: MachineState, request: Request, tokens: int) -> None:
     keys = list(chain(text, size, request.adapter_key))[start // size :]
     cached = Cached(number, start, text[start:], keys, own, parent, tokens, request.adapter_key, used=life.now)
     life.cache.add(cached)
-    life.requests[number] = Request(
-        number, array("i"), SamplingParams(), life.now, document=parent, is_document=True, cached=True,
-        state=Stored(), announced=True, released=True,
-    )  # fmt: skip
+    life.requests[number] = Request.of_cached(number, parent, life.now)
     if request.document is not None:
         _leave(life, request, request.document, number if parent is not None else None, start)
     request.document, request.borrows, request.reused = number, True, tokens

@@ -65,8 +65,9 @@ def begin_spill(life: MachineState, request: Request) -> None:
     disks.numbers[number] = sequence
     account = life.ledger.sequences[sequence]
     ranges, home = ranges_of(account.own, account.length), with_home(life, request)
-    state.answering, state.asked = {*ranges, *home}, life.now
-    for worker in dict.fromkeys([*ranges, *home]):
+    workers = dict.fromkeys([*ranges, *home])
+    state.ask(workers, life.now)
+    for worker in workers:
         some = ranges.get(worker, ())
         place, where = (HOST_MEMORY, HOST_MEMORY) if worker in in_memory else (OWN_DISK, "disk")
         life.command(Note("spill", f"tokens {in_words(some)} of sequence {sequence} to the {where} of {worker}"))

@@ -72,7 +72,7 @@ def give_up(life: MachineState, extent: Extent) -> None:
             life.command(Discard(extent.worker, (extent.file.name,)))
         return
     for state in reads(life, extent):
-        state.spoilt = True
+        state.spoil()
     sources_gone(life, extent.number, extent.start)
     if alive:
         life.ledger.workers[extent.worker].cached -= blocks

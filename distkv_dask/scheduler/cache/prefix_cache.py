@@ -13,11 +13,8 @@ which the ledger has it, and the blocks beyond are cached. A request that shared
 
 from __future__ import annotations
 
-from array import array
-
 from distkv_dask.messages.to_worker import Free, Release, Reserve
 from distkv_dask.placement import Placement
-from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.cache import beginnings, lower_tiers, snapshots
 from distkv_dask.scheduler.ledger.accounts import SequenceAccount
 from distkv_dask.scheduler.ledger.placements import clipped
@@ -25,7 +22,6 @@ from distkv_dask.scheduler.records.cached import Cached
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.prefix_index import chain
 from distkv_dask.scheduler.records.request import Request
-from distkv_dask.scheduler.records.states import Stored
 
 # Use
 
@@ -54,10 +50,7 @@ def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) 
     number = cached.number
     life.ledger.reserve(number, placement, cached.held, idle=True, cached=True)
     life.ledger.commit(number, cached.held)
-    life.requests[number] = Request(
-        number, array("i"), SamplingParams(), life.now, document=cached.parent, is_document=True, cached=True,
-        state=Stored(), announced=True, released=True,
-    )  # fmt: skip
+    life.requests[number] = Request.of_cached(number, cached.parent, life.now)
 
 
 def stop_sharing(life: MachineState, number: int, user: int) -> None:

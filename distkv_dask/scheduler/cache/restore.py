@@ -93,7 +93,7 @@ def begin_reading(life: MachineState, request: Request, state: Fetching) -> None
         life.recommend(request, Prefill(request.reused))
         return
     files = tuple(_file(life.extents.by_number[number]) for number in state.extents)
-    state.answering, state.asked = set(ranges), life.now
+    state.ask(ranges, life.now)
     for worker, some in ranges.items():
         wanted = tuple(file for file in files if any(file.start < last and first < file.stop for first, last in some))
         life.command(Fetch(worker, request.sequence, some, Saved(OWN_DISK, wanted)))

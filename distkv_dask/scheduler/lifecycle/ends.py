@@ -40,8 +40,8 @@ def end(
     )
     life.moves.end(request.sequence)
     request.ended = reason
-    if isinstance(request.state, Retiring | Spilling) and request.state.again:  # it is being retired already
-        request.state.again = False
+    if request.goes_on_later:  # it is being stopped already
+        life.recommend(request, Retiring() if isinstance(request.state, Retiring) else Spilling())
     elif account is None:
         if request.sequence in life.queue:
             life.queue.withdraw(request.sequence)
@@ -50,6 +50,23 @@ def end(
         prefill.stop_prefill(life, request, f"the request ended: {without_quotes(error) if error else reason}")
         homes.leave(life, request.sequence)
         life.recommend(request, Retiring(settled=settled or request.saves))
+
+
+def end_instead(life: MachineState, request: Request, before: State) -> None:
+    """A request that is being stopped will not continue: it ends when the workers have answered that it waits for.
+
+    Raises
+    ------
+    RuntimeError
+        It was not to continue, or still is: there is nothing to change.
+    """
+    match before, request.state:
+        case Retiring(again=True) as retiring, Retiring(again=False) as state:
+            state.take_over(retiring)
+        case Spilling(again=True) as spilling, Spilling(again=False) as state:
+            state.take_over(spilling)
+        case _:
+            raise RuntimeError(f"request {request.sequence} is {request.state.label} already")
 
 
 def end_document(life: MachineState, request: Request, error: Exception | None = None) -> None:

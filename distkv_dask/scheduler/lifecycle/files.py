@@ -42,8 +42,9 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     assert isinstance(state, FilesUnderWay)
     ranges = disk.ranges_of(account.placement if request.saves else account.own, request.known_tokens)
     home = disk.with_home(life, request)
-    state.answering, state.asked = {*ranges, *home}, life.now
-    for worker in dict.fromkeys([*ranges, *home]):
+    workers = dict.fromkeys([*ranges, *home])
+    state.ask(workers, life.now)
+    for worker in workers:
         some = ranges.get(worker, ())
         if request.saves:
             assert request.document is not None
@@ -69,7 +70,7 @@ def stored(life: MachineState, event: Stored) -> None:
     request = life.requests.get(event.number)
     if request is None or not isinstance(state := request.state, Saving) or event.worker not in state.answering:
         return
-    state.files += event.files
+    state.wrote(event.files)
     if not state.answered(event.worker, event.error):  # a failed save waits, too, so that all its files can be deleted
         return
     if state.failure is not None:

@@ -32,7 +32,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
             files.stored(life, Stored(worker, request.sequence, (), workers_lost(request)))
             return
         if isinstance(state, FilesUnderWay):
-            state.answering.discard(worker)
+            state.forget(worker)
         if len(request.lost) > MAX_LOSSES:
             end(life, request, "error", workers_lost(request))
         else:
@@ -41,7 +41,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
             life.command(Note("repair", text))
     elif isinstance(state, Prefill | Fetching):
         if isinstance(state, Fetching):
-            state.answering.discard(worker)
+            state.forget(worker)
         prefill.stop_prefill(life, request, "a worker with blocks of the document is gone")
         life.recommend(request, Retiring())
     elif not life.ledger.sequences[request.sequence].sharers:  # otherwise with the last of them

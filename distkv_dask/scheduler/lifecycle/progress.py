@@ -18,8 +18,8 @@ def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
     request = life.requests.get(event.sequence)
     if request is None or not isinstance(state := request.state, Prefill) or event.gang not in state.chunks:
         return
-    state.early[event.gang] = event
-    while state.chunks and (done := state.early.pop(next(iter(state.chunks)), None)) is not None:
+    state.computed(event)
+    while (done := state.next_result()) is not None:
         _commit_chunk(life, request, state, done)
         if isinstance(done, Prefilled):
             _prefilled(life, request, done)
@@ -51,13 +51,12 @@ def _prefilled(life: MachineState, request: Request, event: Prefilled) -> None:
 
 def _commit_chunk(life: MachineState, request: Request, state: Prefill, event: ChunkDone | Prefilled) -> None:
     """Record that a chunk is computed."""
-    chunk = state.chunks.pop(event.gang)
+    chunk = state.record(event.gang)
     if event.scored:
         life.command(Delivery(request.sequence, (), scored=event.scored, scored_from=chunk.start + 1))
     if isinstance(event, ChunkDone) and event.pooled is not None:
         request.pooled = event.pooled.stop
         life.command(Delivery(request.sequence, (), pooled=event.pooled))
-    state.failures = 0
     life.ledger.commit(request.sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
     for holder in chunk.gang.holders if event.joined else ():

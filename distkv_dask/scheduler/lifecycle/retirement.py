@@ -30,9 +30,9 @@ def begin_retirement(life: MachineState, request: Request, before: State) -> Non
     assert isinstance(state, Retiring)
     common.leave(life, request)
     if isinstance(before, Fetching):  # workers that still read files report when they are done
-        state.workers, state.reading, state.forwards_ended = set(before.answering), True, True
+        state.wait_for_readers(before.answering)
     elif state.settled:
-        state.forwards_ended = True
+        state.end_forwards()
     else:
         _ask(life, request, {account.home} if isinstance(before, Decode) else account.workers())
     if not state.workers:
@@ -47,11 +47,10 @@ def retired(life: MachineState, request: Request, worker: str) -> None:
     """
     state = request.state
     assert isinstance(state, Retiring)
-    state.workers.discard(worker)
-    if state.workers:
+    if not state.answered(worker):
         return
     if not state.forwards_ended:
-        state.forwards_ended = True
+        state.end_forwards()
         _ask(life, request, life.ledger.sequences[request.sequence].workers())
     if not state.workers:
         life.recommend(request, _next(life, request, state))
@@ -60,7 +59,7 @@ def retired(life: MachineState, request: Request, worker: str) -> None:
 def _ask(life: MachineState, request: Request, workers: Iterable[str]) -> None:
     assert isinstance(request.state, Retiring)
     asked = [worker for worker in workers if worker in life.ledger.workers]
-    request.state.workers = set(asked)
+    request.state.ask(asked)
     for worker in asked:  # a set's order differs between processes
         life.command(request.retire(worker))
 

@@ -68,14 +68,13 @@ def _to_blame(life: MachineState, chain: WindowChain, error: Exception) -> list[
 def _prefill_failed(life: MachineState, request: Request, error: Exception, again: bool) -> None:
     state = request.state
     assert isinstance(state, Prefill)
-    state.failing_since = state.failing_since if state.failures else life.now
-    state.failures += 1
+    state.failed(life.now)
     if not again or _is_hopeless(life, state.failures, state.failing_since):
         end(life, request, "error", error)
         return
     prefill.stop_prefill(life, request, without_quotes(error))
     if state.failures > MAX_RETRIES:
-        state.rests_until = life.now + PAUSE
+        state.rest(life.now + PAUSE)
     else:
         prefill.resubmit_chunks(life, request)
 

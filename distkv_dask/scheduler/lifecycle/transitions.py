@@ -52,6 +52,7 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     (Retiring, Stored): documents.become_document,
     (Retiring, Dropped): documents.drop_blocks,
     (Retiring, Gone): ends.forget_request,
+    (Retiring, Retiring): ends.end_instead,
     # documents
     (Stored, Prefill): prefill.begin_prefill,
     (Stored, Spilling): documents.spill,
@@ -61,6 +62,7 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
     (Dropped, Stored): documents.stored,
     (Dropped, Gone): ends.forget_request,
     # files
+    (Spilling, Spilling): ends.end_instead,
     (Spilling, Dropped): documents.drop_blocks,
     (Spilling, Waiting): queue.requeue,
     (Spilling, Gone): ends.forget_request,

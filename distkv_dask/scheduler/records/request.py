@@ -1,6 +1,7 @@
 """A request in the gManager: its submission, its progress, and its state.
 
-Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state.
+Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state than its first one. It begins as
+a waiting one, or, if it is the shared part of a cached sequence, as a stored one (:meth:`Request.of_cached`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from distkv_dask.messages.names import Saved
 from distkv_dask.messages.to_worker import Retire
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import FinishReason, SamplingParams
-from distkv_dask.scheduler.records.states import Retiring, Spilling, State, Waiting
+from distkv_dask.scheduler.records.states import Retiring, Spilling, State, Stored, Waiting
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Request:
     keeps: bool = False
     saves: bool = False
     saved: Saved | None = None
-    state: State = field(default_factory=Waiting)
+    state: State = field(init=False, default_factory=Waiting)
     admitted: float = 0.0
     decoding: float = 0.0
     generated: list[int] = field(default_factory=list)
@@ -88,6 +89,19 @@ class Request:
     """How often a worker did not start a chunk of it."""
     stuck_since: float | None = None
     """Time at which it was set aside in the queue."""
+
+    @classmethod
+    def of_cached(cls, number: int, parent: int | None, now: float) -> Request:
+        """The shared part of a cached sequence: a stored document without a name, which no client knows or needs.
+
+        ``parent`` has the tokens before its own (:mod:`~distkv_dask.scheduler.cache.prefix_cache`).
+        """
+        request = cls(
+            number, array("i"), SamplingParams(), now,
+            document=parent, is_document=True, cached=True, announced=True, released=True,
+        )  # fmt: skip
+        request.state = Stored()
+        return request
 
     @property
     def adapter_key(self) -> str:

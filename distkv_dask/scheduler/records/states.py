@@ -1,12 +1,14 @@
 """States of a request, each with the data that only this state has.
 
-Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state.
+Only :mod:`~distkv_dask.scheduler.lifecycle.transitions` gives a request another state, and only methods of these
+classes change the data of one: they are all that may happen within a state.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -67,6 +69,60 @@ class Prefill(State):
             return list(self.chunks.values())[:1]
         return [chunk for number, chunk in self.chunks.items() if number in self.under_way and number not in self.early]
 
+    # Which chunks there are
+
+    def begin(self, chunks: Iterable[PrefillChunk], *, wavefront: bool) -> None:
+        """These chunks are to be computed; those of a ``wavefront`` are submitted one by one."""
+        self.chunks, self.wavefront = {chunk.gang.number: chunk for chunk in chunks}, wavefront
+
+    def submit(self, chunk: PrefillChunk) -> None:
+        """A chunk of a wavefront is submitted, in the form that its worker gets."""
+        self.chunks[chunk.gang.number] = chunk
+        self.under_way.add(chunk.gang.number)
+
+    def cut_at(self, start: int) -> None:
+        """Forget the chunks of a wavefront that were not submitted: tokens from ``start`` on get others."""
+        self.chunks = {number: chunk for number, chunk in self.chunks.items() if number in self.under_way}
+        self.start = start
+
+    def add(self, chunks: Iterable[PrefillChunk]) -> None:
+        """These chunks come after all others."""
+        self.chunks |= {chunk.gang.number: chunk for chunk in chunks}
+
+    def drop(self) -> list[PrefillChunk]:
+        """Forget all chunks; returns those that were submitted and not recorded."""
+        submitted = [chunk for number, chunk in self.chunks.items() if number in self.under_way or not self.wavefront]
+        self.chunks, self.under_way, self.early = {}, set(), {}
+        return submitted
+
+    def resume(self, start: int) -> None:
+        """Tokens from ``start`` on are to be computed now, after a failure."""
+        self.start, self.lost, self.rests_until = start, (), None
+
+    # What became of them
+
+    def computed(self, result: ChunkDone | Prefilled) -> None:
+        """A worker computed a chunk."""
+        self.early[result.gang] = result
+
+    def next_result(self) -> ChunkDone | Prefilled | None:
+        """The result of the first chunk, if it has come; it is returned once."""
+        return self.early.pop(next(iter(self.chunks)), None) if self.chunks else None
+
+    def record(self, gang: int) -> PrefillChunk:
+        """A chunk is recorded and no longer one of those to compute; returns it."""
+        self.failures = 0
+        return self.chunks.pop(gang)
+
+    def failed(self, now: float) -> None:
+        """A chunk failed."""
+        self.failing_since = self.failing_since if self.failures else now
+        self.failures += 1
+
+    def rest(self, until: float) -> None:
+        """Try again only at a later time."""
+        self.rests_until = until
+
 
 @dataclass(slots=True)
 class Decode(State):
@@ -91,6 +147,28 @@ class Retiring(State):
     workers: set[str] = field(default_factory=set)
     forwards_ended: bool = False
     reading: bool = False
+
+    def ask(self, workers: Iterable[str]) -> None:
+        """These workers are asked to stop computing on it."""
+        self.workers = set(workers)
+
+    def wait_for_readers(self, workers: Iterable[str]) -> None:
+        """Nothing computes on it, but these workers read its files."""
+        self.workers, self.reading, self.forwards_ended = set(workers), True, True
+
+    def answered(self, worker: str) -> bool:
+        """A worker no longer computes on it or is gone; returns whether no other is waited for."""
+        self.workers.discard(worker)
+        return not self.workers
+
+    def end_forwards(self) -> None:
+        """No worker runs its forwards any more."""
+        self.forwards_ended = True
+
+    def take_over(self, other: Retiring) -> None:
+        """Wait for the workers that another one waited for."""
+        self.settled, self.workers = other.settled, other.workers
+        self.forwards_ended, self.reading = other.forwards_ended, other.reading
 
 
 @dataclass(slots=True)
@@ -118,6 +196,14 @@ class FilesUnderWay(State):
     asked: float = 0.0
     failure: Exception | None = None
 
+    def ask(self, workers: Iterable[str], now: float) -> None:
+        """These workers are asked to write or read."""
+        self.answering, self.asked = set(workers), now
+
+    def forget(self, worker: str) -> None:
+        """A worker is gone: it will not report."""
+        self.answering.discard(worker)
+
     def answered(self, worker: str, error: Exception | None) -> bool:
         """A worker has finished its part or failed; returns whether all have."""
         if worker not in self.answering:
@@ -134,6 +220,10 @@ class Saving(FilesUnderWay):
     label: ClassVar[str] = "saving"
     files: list[SavedFile] = field(default_factory=list)
 
+    def wrote(self, files: Iterable[SavedFile]) -> None:
+        """A worker has written these files."""
+        self.files += files
+
 
 @dataclass(slots=True)
 class Spilling(FilesUnderWay):
@@ -141,6 +231,10 @@ class Spilling(FilesUnderWay):
 
     label: ClassVar[str] = "spilling"
     again: bool = False
+
+    def take_over(self, other: Spilling) -> None:
+        """Wait for the workers that another one waited for."""
+        self.answering, self.asked, self.failure = other.answering, other.asked, other.failure
 
 
 @dataclass(slots=True)
@@ -155,6 +249,10 @@ class Fetching(FilesUnderWay):
     ranges: tuple[tuple[int, int], ...] = ()
     tokens: Counter[str] = field(default_factory=Counter)
     spoilt: bool = False
+
+    def spoil(self) -> None:
+        """Some of what is being read was dropped."""
+        self.spoilt = True
 
 
 @dataclass(slots=True)

@@ -68,8 +68,7 @@ def submit_chunks(life: MachineState, request: Request) -> None:
     assert isinstance(state, Prefill)
     life.in_prefill[request.sequence] = None
     chunks = chunks_of(life, request, state)
-    state.chunks = {chunk.gang.number: chunk for chunk in chunks}
-    state.wavefront = wavefront.is_possible(life, state)
+    state.begin(chunks, wavefront=wavefront.is_possible(life, state, chunks))
     if state.wavefront:
         submit_next(life, request, state)
     else:
@@ -96,18 +95,15 @@ def resubmit_chunks(life: MachineState, request: Request) -> None:
     """Submit the dropped chunks again."""
     state = request.state
     assert isinstance(state, Prefill)
-    state.start, state.lost, state.rests_until = life.ledger.sequences[request.sequence].length, (), None
+    state.resume(life.ledger.sequences[request.sequence].length)
     submit_chunks(life, request)
 
 
 def stop_prefill(life: MachineState, request: Request, reason: str) -> None:
     """Drop the chunks that are not done, if it is in prefill."""
     if isinstance(request.state, Prefill):
-        state = request.state
-        for number, chunk in state.chunks.items():
-            if number in state.under_way or not state.wavefront:
-                abandon(life, chunk.gang, reason)
-        state.chunks, state.under_way, state.early = {}, set(), {}
+        for chunk in request.state.drop():
+            abandon(life, chunk.gang, reason)
         life.in_prefill.pop(request.sequence, None)
 
 

@@ -88,6 +88,5 @@ def _lay(life: MachineState, request: Request, start: int, spans: Placement) -> 
 
 def _renew(life: MachineState, request: Request, state: Prefill, start: int) -> None:
     """Rebuild the chunks from a position on, for their new workers."""
-    state.chunks = {number: chunk for number, chunk in state.chunks.items() if number in state.under_way}
-    state.start = start
-    state.chunks |= {chunk.gang.number: chunk for chunk in chunks_of(life, request, state)}
+    state.cut_at(start)
+    state.add(chunks_of(life, request, state))

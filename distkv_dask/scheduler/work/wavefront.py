@@ -7,23 +7,23 @@ that use the same workers in different orders cannot wait for each other.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
-from distkv_dask.gang import Earlier
+from distkv_dask.gang import Earlier, PrefillChunk
 from distkv_dask.scheduler.commands import SubmitPrefill
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.states import Prefill
 from distkv_dask.scheduler.work import replan
 
 
-def is_possible(life: MachineState, state: Prefill) -> bool:
-    """Whether several chunks of a prompt are computed at once, or may be later; then they are submitted one by one.
+def is_possible(life: MachineState, state: Prefill, chunks: Collection[PrefillChunk]) -> bool:
+    """Whether several of a prompt's chunks are computed at once, or may be later; then they are submitted one by one.
 
     After a failure, chunks are computed one after the other. So are those of models with states, which go from chunk to
     chunk, and those whose KV does not stay where it is computed.
     """
-    config, chunks = life.config, state.chunks.values()
-    again = replan.is_possible(life)
+    config, again = life.config, replan.is_possible(life)
     if config.prefill_workers == 1 or (config.prefill_workers == "auto" and not again):
         return False
     if config.granularity != "window" or life.ledger.has_states or state.failures:
@@ -61,8 +61,7 @@ def submit(life: MachineState, state: Prefill) -> None:
     for number, chunk in state.chunks.items():
         if number not in state.under_way:
             chunk = replace(chunk, gang=replace(chunk.gang, follows=tuple(earlier)))
-            state.chunks[number] = chunk
-            state.under_way.add(number)
+            state.submit(chunk)
             life.command(SubmitPrefill((chunk,)))
             return
         earlier.append(Earlier(number, chunk.gang.home))
