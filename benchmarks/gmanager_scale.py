@@ -18,9 +18,10 @@ from _report import parser, report
 from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.costs.presets import PRESETS
 from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.admission import reserve
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.policies.queue import Queue
 
 MODEL = PRESETS["a100-7b"].model
 
@@ -30,15 +31,16 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
     blocks = 40 * live // workers  # so that the cluster is about three quarters full
     tracemalloc.start()
     ledger = Ledger(64)
-    admission = Admission(ledger, policy_named(policy, MODEL))
+    queue = Queue(ledger, policy_named(policy, MODEL))
     for number in range(workers):
         ledger.add_worker(Endpoint(f"tcp://10.0.0.1:{number}", f"host{number // 8}", 0), blocks)
     asks = (Ask(number, tokens := int(64 * rng.lognormvariate(3, 0.9)) + 64, tokens + 64) for number in range(10**9))
     while len(ledger.sequences) < live:
-        admission.enqueue(next(asks))
-        admitted = admission.admit()
-        assert admitted is not None
-        ledger.commit(admitted[0].sequence, admitted[0].prompt)
+        queue.enqueue(next(asks))
+        chosen = queue.choose()
+        assert chosen is not None
+        reserve(ledger, *chosen)
+        ledger.commit(chosen[0].sequence, chosen[0].prompt)
     memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     seconds: dict[str, list[float]] = {"decision": [], "release": [], "moves": []}
@@ -48,18 +50,20 @@ def measure(policy: str, workers: int, live: int, rounds: int) -> dict[str, Any]
         at = rng.randrange(len(numbers))
         numbers[at], numbers[-1] = numbers[-1], numbers[at]
         released, ask = numbers.pop(), next(asks)
-        admission.enqueue(ask)
+        queue.enqueue(ask)
         clock = [time.perf_counter()]
         ledger.release_sequence(released)
         clock.append(time.perf_counter())
-        admitted = admission.admit()
+        chosen = queue.choose()
+        if chosen is not None:
+            reserve(ledger, *chosen)
         clock.append(time.perf_counter())
-        admission.policy.moves(ledger, [])
+        queue.policy.moves(ledger, [])
         clock.append(time.perf_counter())
         for kind, start, end in zip(("release", "decision", "moves"), clock, clock[1:], strict=False):
             seconds[kind].append(end - start)
-        if admitted is not None:
-            numbers.append(admitted[0].sequence)
+        if chosen is not None:
+            numbers.append(chosen[0].sequence)
     found: dict[str, Any] = {"ledger_bytes_per_request": memory / live}
     for kind, values in seconds.items():
         found[f"{kind}_us"] = {f"p{share}": float(np.percentile(values, share) * 1e6) for share in (50, 99)}

@@ -14,7 +14,7 @@ from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.policies.local_only import LocalOnly
-from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.policies.queue import Queue
 from distkv_dask.scheduler.policies.shared_prefix import HEADROOM, place
 
 BLOCK = 4
@@ -36,27 +36,27 @@ def test_those_behind_the_first_that_does_not_fit_are_asked_with_that_one_ahead_
     ledger = Ledger(BLOCK)
     ledger.add_worker(Endpoint("w0", "host", 1), 50)
     Watched.asked = []
-    admission = Admission(ledger, Watched(MODEL))
+    queue = Queue(ledger, Watched(MODEL))
     for number in range(6):
-        admission.enqueue(Ask(number, 1, 10 * BLOCK, float(number)))
-    assert admission.choose() is None
+        queue.enqueue(Ask(number, 1, 10 * BLOCK, float(number)))
+    assert queue.choose() is None
     assert Watched.asked == [(0, None), (1, 0), (2, 0), (3, 0)]
-    admission.enqueue(Ask(9, 1, 1, 1.5))
-    assert admission.choose() == (Ask(9, 1, 1, 1.5), (Span("w0", 0, 1),))
-    assert [ask.sequence for ask in admission] == [0, 1, 2, 3, 4, 5]
-    assert 9 not in admission
+    queue.enqueue(Ask(9, 1, 1, 1.5))
+    assert queue.choose() == (Ask(9, 1, 1, 1.5), (Span("w0", 0, 1),))
+    assert [ask.sequence for ask in queue] == [0, 1, 2, 3, 4, 5]
+    assert 9 not in queue
 
 
 def test_what_is_held_is_counted_at_once_and_no_more_once_it_is_free() -> None:
     ledger = Ledger(BLOCK)
     ledger.add_worker(Endpoint("w0", "host", 1), 10)
-    admission = Admission(ledger, policy_named("overflow", MODEL))
-    admission.enqueue(ask := Ask(0, 1, 8 * BLOCK))
+    queue = Queue(ledger, policy_named("overflow", MODEL))
+    queue.enqueue(ask := Ask(0, 1, 8 * BLOCK))
     for held, limit in (({}, 10), ({"w0": 5}, 5), ({"w0": 2}, 8), ({}, 10)):
-        admission.hold(held)
-        assert admission.limit == limit
-        assert bool(admission.aside(ask)) == (limit < 8)
-        assert [one.sequence for one in admission.turns()] == ([0] if limit >= 8 else [])
+        queue.hold(held)
+        assert queue.limit == limit
+        assert bool(queue.aside(ask)) == (limit < 8)
+        assert [one.sequence for one in queue.turns()] == ([0] if limit >= 8 else [])
 
 
 # Documents and questions on them

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from _examples import examples
@@ -14,10 +17,11 @@ from distkv_dask.scheduler.costs.model import fit_decode
 from distkv_dask.scheduler.costs.presets import LINKS, PRESETS
 from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.lifecycle.admission import reserve
 from distkv_dask.scheduler.policies import POLICIES, policy_named
 from distkv_dask.scheduler.policies.base import Ask, Policy
 from distkv_dask.scheduler.policies.dgfm import find_cycle
-from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.policies.queue import Queue
 
 BLOCK = 16
 MODEL = PRESETS["a100-7b"].model
@@ -47,15 +51,16 @@ def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
     name: str, sizes: list[int], lengths: list[int], lend_limit: int, data: st.DataObject
 ) -> None:
     policy, ledger = policy_named(name, MODEL), ledger_of(*sizes, lend_limit=lend_limit)
-    admission = Admission(ledger, policy)
+    queue = Queue(ledger, policy)
     limit = policy.limit(ledger)
     wanted = [n for n, length in enumerate(lengths) if ledger.blocks(length) <= limit]
     for number in wanted:
-        admission.enqueue(Ask(number, lengths[number], lengths[number], float(number)))
+        queue.enqueue(Ask(number, lengths[number], lengths[number], float(number)))
     served: list[int] = []
     for _ in range(4 * len(lengths) + 4):
-        while (admitted := admission.admit()) is not None:
-            ask, placement = admitted
+        while (chosen := queue.choose()) is not None:
+            reserve(ledger, *chosen)
+            ask, placement = chosen
             served.append(ask.sequence)
             assert placement[-1].stop == ask.tokens
             assert len({span.worker for span in placement}) == len(placement)
@@ -63,7 +68,7 @@ def test_what_is_placed_and_moved_always_fits_and_every_request_gets_its_turn(
             assert all(account.lent <= account.lend_limit for account in ledger.workers.values())
             ledger.commit(ask.sequence, ask.tokens)
             check_ledger(ledger)
-        moves = policy.moves(ledger, list(admission))
+        moves = policy.moves(ledger, list(queue))
         for move in moves:
             ledger.start_move(move)
         for move in moves:
@@ -196,3 +201,19 @@ def test_the_performance_model_recovers_the_machine_that_was_measured() -> None:
     assert fit_decode(samples) == pytest.approx((step, row, token), rel=1e-6)
     with pytest.raises(ValueError, match="at least two batch sizes"):
         fit_decode([(1, 100, 0.1), (1, 200, 0.2), (1, 300, 0.3)])
+
+
+CHANGES = {
+    "add_worker", "remove_worker", "retire_worker", "reserve", "commit", "make_document", "split", "replace_lost",
+    "lay", "resize", "release_sequence", "start_move", "finish_move", "cancel_move",
+}  # fmt: skip
+"""Methods that change a ledger."""
+
+
+def test_policies_and_the_queue_only_read_the_ledger() -> None:
+    reading = {"blocks", "own_blocks", "holders", "is_shareable", "objection"}
+    public = {name for name, one in inspect.getmembers(Ledger, inspect.isfunction) if not name.startswith("_")}
+    assert public == reading | CHANGES
+    for module in Path(inspect.getfile(Queue)).parent.glob("*.py"):
+        used = {node.attr for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Attribute)}
+        assert not used & CHANGES, module.name

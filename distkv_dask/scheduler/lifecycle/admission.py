@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import common, documents, prefix_cache, restore, reuse, snapshots
+from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.preemption import make_way
 from distkv_dask.scheduler.lifecycle.transitions import settle, transition
 from distkv_dask.scheduler.policies.base import Ask
@@ -35,11 +37,17 @@ def admit(life: MachineState) -> None:
         restores = restore.find(life, request, ask.shared, placement)
         if restores is None:
             placement = spread.spread(life, ask, placement)
-        life.queue.reserve(ask, placement)
+        reserve(life.ledger, ask, placement)
         request.admitted = request.admitted or life.now
         snapshots.begin_with_snapshot(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
         transition(life, request, restores or _first(request, ask.shared))
+
+
+def reserve(ledger: Ledger, ask: Ask, placement: Placement) -> None:
+    """Reserve the room that the policy found for a request; the tokens that it shares are computed already."""
+    ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=ask.is_document or not ask.tokens)
+    ledger.commit(ask.sequence, ask.shared)
 
 
 def _may_begin(life: MachineState, room: prefill.Room, ask: Ask) -> bool:

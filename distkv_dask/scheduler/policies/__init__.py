@@ -1,7 +1,7 @@
 """Policies by name: where KV goes, what moves, and which request is next.
 
 May import: `ledger` and `costs`.
-May not touch: the ledger's accounts; policies propose, the lifecycle reserves.
+May not touch: what the ledger has; policies propose, the lifecycle reserves.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ PASSED = 256
 """Number of requests at the head of the queue that are searched for one whose prompt may begin."""
 
 
-class Admission:
+class Queue:
     """The waiting requests, in the policy's order.
 
     Parameters
     ----------
     ledger
-        Reserves admitted requests.
+        Has the free room; it is only read.
     policy
         Decides order and placement.
 
@@ -122,19 +122,6 @@ class Admission:
                 return ask, placement
             ahead = ahead or ask
         return None
-
-    def reserve(self, ask: Ask, placement: Placement) -> None:
-        """Reserve the room that was found."""
-        idle = ask.is_document or not ask.tokens
-        self.ledger.reserve(ask.sequence, placement, ask.shared + ask.prompt, idle=idle)
-        self.ledger.commit(ask.sequence, ask.shared)
-
-    def admit(self) -> tuple[Ask, Placement] | None:
-        """Find room for the next request, and reserve it."""
-        chosen = self.choose()
-        if chosen is not None:
-            self.reserve(*chosen)
-        return chosen
 
 
 def prefill_slots(ledger: Ledger) -> int:

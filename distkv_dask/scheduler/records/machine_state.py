@@ -16,7 +16,7 @@ from distkv_dask.scheduler.costs.presets import PRESET
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.base import Policy
-from distkv_dask.scheduler.policies.queue import Admission
+from distkv_dask.scheduler.policies.queue import Queue
 from distkv_dask.scheduler.records.cached import CachedSequences
 from distkv_dask.scheduler.records.disks import Disks
 from distkv_dask.scheduler.records.extents import Extents
@@ -60,7 +60,7 @@ class MachineState:
     """When the last requests arrived."""
     ledger: Ledger = field(init=False)
     requests: dict[int, Request] = field(default_factory=dict)
-    queue: Admission = field(init=False)
+    queue: Queue = field(init=False)
     calibration: Calibration = field(init=False)
     chains: dict[str, WindowChain] = field(default_factory=dict)
     """Decode windows by home."""
@@ -101,7 +101,7 @@ class MachineState:
     def __post_init__(self) -> None:
         """Build the parts that depend on the configuration."""
         self.ledger = Ledger(self.config.block_tokens, self.config.window_batch)
-        self.queue = Admission(self.ledger, policy_named(self.config.policy, PRESET))
+        self.queue = Queue(self.ledger, policy_named(self.config.policy, PRESET))
         self.calibration = Calibration(self.ledger)
         self.index = PrefixIndex(self.config.block_tokens)
         self.running = PrefixIndex(self.config.block_tokens)
