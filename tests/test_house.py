@@ -98,11 +98,11 @@ def test_nobody_uses_what_is_private_to_a_class_of_another_module() -> None:
     assert breaches(uses_of_others) == {}, "make it public, or ask for something else"
 
 
-def imports(node: ast.AST, modules: Collection[str], folder: Sequence[str]) -> Iterator[str]:
-    """Which of ``modules`` a module in ``folder`` imports anywhere, except for type checkers only."""
+def imports(node: ast.AST, modules: Collection[str], folder: Sequence[str], typed: bool = False) -> Iterator[str]:
+    """Which of ``modules`` a module in ``folder`` imports anywhere; what only type checkers see, only if ``typed``."""
     for child in ast.iter_child_nodes(node):
         match child:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) if not typed:
                 yield from (name for other in child.orelse for name in imports(other, modules, folder))
             case ast.Import():
                 yield from (alias.name for alias in child.names if alias.name in modules)
@@ -112,16 +112,16 @@ def imports(node: ast.AST, modules: Collection[str], folder: Sequence[str]) -> I
                 named = [f"{base}.{alias.name}" for alias in child.names]
                 yield from (name if name in modules else base for name in named if {name, base} & {*modules})
             case _:
-                yield from imports(child, modules, folder)
+                yield from imports(child, modules, folder, typed)
 
 
 @cache
-def import_graph() -> dict[str, set[str]]:
-    """The modules that each module imports, by full name."""
+def import_graph(*, typed: bool = False) -> dict[str, set[str]]:
+    """Which modules each module imports, by their full names; for type checkers, too, if ``typed``."""
     paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     return {
-        name: set(imports(parsed(path), modules, path.parent.relative_to(PACKAGE.parent).parts))
+        name: set(imports(parsed(path), modules, path.parent.relative_to(PACKAGE.parent).parts, typed))
         for name, path in modules.items()
     }
 
@@ -219,23 +219,45 @@ def test_no_part_of_the_state_machine_holds_a_callback(path: Path) -> None:
 ROOMS = [path for path in found("__init__.py") if path.parent != PACKAGE]
 
 
-def promised(path: Path) -> str:
-    """What the docstring of a package says that its modules may import."""
+def promised(path: Path) -> tuple[set[str], set[str]]:
+    """What the docstring of a package says that its modules may import: at all, and only for types."""
     said = ast.get_docstring(parsed(path)) or ""
     _, _, lines = said.partition("\n\nMay import: ")
     allowed, _, untouched = lines.partition("\nMay not touch: ")
     assert untouched, "what lives here, what it may import, what it may not touch"
-    return allowed
+    always, _, for_types = allowed.partition("for types only:")
+    named, types = (re.findall(r"(?<!`)`(\w+)`(?!`)", part) for part in (always, for_types))
+    return {*named}, {*types}
+
+
+def imported_by(path: Path, *, typed: bool) -> Iterator[tuple[str, str]]:
+    """What the modules of a package import from others of the project: a module, and the full name of another."""
+    room = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+    for module, imported in import_graph(typed=typed).items():
+        if room in (module, module.rpartition(".")[0]):
+            yield from ((module, other) for other in imported if not f"{other}.".startswith(f"{room}."))
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_room_says_what_lives_there_and_imports_only_what_it_says(path: Path) -> None:
-    named = set(re.findall(r"`(\w+)`", promised(path)))
-    room = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
-    for module, imported in import_graph().items():
-        if module.rpartition(".")[0] != room:
-            continue
-        for other in imported:
-            package = other if PACKAGE.parent.joinpath(*other.split(".")).is_dir() else other.rpartition(".")[0]
-            mine = f"{package}.".startswith(f"{room}.") or f"{room}.".startswith(f"{package}.")
-            assert mine or named & {*package.split(".")}, f"{module} imports {other}"
+    always, for_types = promised(path)
+    around = {*path.parent.relative_to(PACKAGE.parent).parts[:-1]}
+    for typed, named in ((False, always), (True, always | for_types)):
+        for module, other in imported_by(path, typed=typed):
+            folder = other if PACKAGE.parent.joinpath(*other.split(".")).is_dir() else other.rpartition(".")[0]
+            if folder == PACKAGE.name:
+                continue
+            # of a package around it, only the modules beside it are meant, not other rooms there
+            meant = {*other.split(".")} - around | {folder.rpartition(".")[2]}
+            assert named & meant, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_room_says_that_it_may_import_what_none_of_its_modules_does(path: Path) -> None:
+    always, for_types = promised(path)
+    used, seen = (
+        {part for _, other in imported_by(path, typed=one) for part in other.split(".")} for one in (False, True)
+    )
+    project = {part for module in import_graph() for part in module.split(".")}
+    assert always & project <= used
+    assert for_types <= seen - used

@@ -1,5 +1,5 @@
-"""The state of one engine as plain records: requests and their states, homes, moves, disks.
+"""The state of one engine as records: requests and their states, homes, moves, disks.
 
-May import: `ledger`, `policies`, `costs` and `messages`.
-May not touch: each other, or workers; `work`, `cache`, `moves` and `lifecycle` are functions of these records.
+May import: `ledger`, `policies`, `costs`, `commands` and `messages`.
+May not touch: one another; a record changes only itself. `work`, `cache`, `moves` and `lifecycle` are functions of all.
 """

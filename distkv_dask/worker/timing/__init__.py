@@ -1,5 +1,5 @@
 """How fast this worker is: short timings, kept on this machine by model and hardware.
 
-May import: `blocks`, `channels`, `kernels`, and the worker's runtime.
+May import: `blocks`, `channels`, `kernels`, modules of the `worker` beside it; for types only: a `model`.
 May not touch: open engines; it runs before one opens.
 """
