@@ -15,6 +15,7 @@ from distkv_dask.gang import WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.placement import Move
 from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler.lifecycle import machine
 from distkv_dask.scheduler.lifecycle.events import WorkerLost
 from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
 
@@ -322,3 +323,17 @@ def test_a_worker_that_leaves_is_emptied_while_its_requests_go_on() -> None:
     finish(cluster)
     assert all(cluster.tokens[number] == expected(number, 15) for number in range(4))
     assert all(reason == "length" for reason, _ in cluster.ends.values())
+
+
+def test_free_room_is_given_once_in_an_event_and_by_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_of(0, 10, 10)
+    admissions: list[str] = []
+    monkeypatch.setattr(machine, "admit", lambda life: admissions.append("room"))
+    prompt, sampling = array("i", range(8)), SamplingParams(max_new_tokens=4)
+    for happen in (lambda: cluster.submit(1, prompt, sampling), cluster.tick, lambda: cluster.stop(1), cluster.tick):
+        admissions.clear()
+        happen()
+        assert admissions == ["room"]
+    admissions.clear()
+    cluster.handle(did.WindowStarted("w0", 1))
+    assert admissions == []

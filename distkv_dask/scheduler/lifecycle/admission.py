@@ -8,7 +8,7 @@ from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import common, documents, prefix_cache, restore, reuse, snapshots
 from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.lifecycle.preemption import make_way
-from distkv_dask.scheduler.lifecycle.transitions import settle, transition
+from distkv_dask.scheduler.lifecycle.transitions import settle
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -41,7 +41,8 @@ def admit(life: MachineState) -> None:
         request.admitted = request.admitted or life.now
         snapshots.begin_with_snapshot(life, request, ask.shared)
         prefix_cache.allocate(life, request.sequence)
-        transition(life, request, restores or _first(request, ask.shared))
+        life.recommend(request, restores or _first(request, ask.shared))
+        settle(life)
 
 
 def reserve(ledger: Ledger, ask: Ask, placement: Placement) -> None:

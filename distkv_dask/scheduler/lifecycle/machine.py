@@ -66,10 +66,13 @@ class Lifecycle:
         settle(life)
         if not isinstance(event, STARTS):
             admit(life)
+        if isinstance(event, Tick) and stalls.refuse(life):
+            settle(life)
+            admit(life)  # a refused request may have been the last that needed a document
         homes.fill(life)
         if not isinstance(event, STARTS):
             drain.start_moves(life)
-            settle(life)
+            settle(life)  # it stops sequences that fit no other home: their blocks do not move
             for move in life.policy.moves(life.ledger, life.queue.turns()):
                 if migration.can_start(life, move):
                     migration.start(life, move)
@@ -164,7 +167,6 @@ class Lifecycle:
         migration.worker_lost(life, worker, lost)
         disk.worker_lost(life, worker)
         homes.holder_lost(life, worker, lost)
-        settle(life)
         for sequence in lost:
             if sequence in life.ledger.sequences:
                 losses.lost(life, life.requests[sequence], worker)
@@ -269,6 +271,8 @@ class Lifecycle:
         for gang, error in homes.late_windows(life):
             retries.failed(life, gang.number, error)
             settle(life)
+        # A request has one late chunk at most, so none is retired twice: of a wavefront, a chunk is submitted when the
+        # one before has begun (wavefront.is_due), and of other prompts only the first chunk can be late.
         for chunk, error in life.starts.late(chunks.next_chunks(life), life.now, life.config.timeout_start):
             losses.stalled(life, life.requests[chunk.sequence], error)
             settle(life)
@@ -276,6 +280,3 @@ class Lifecycle:
         migration.expire(life)
         files.expire(life)
         stalls.hold_blocks(life)
-        settle(life)
-        admit(life)
-        stalls.refuse(life)

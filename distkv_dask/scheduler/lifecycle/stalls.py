@@ -31,9 +31,9 @@ def hold_blocks(life: MachineState) -> None:
     life.queue.hold(held)
 
 
-def refuse(life: MachineState) -> None:
-    """End requests that have been set aside for longer than a replacement of a lost worker may take."""
-    limit = life.config.timeout_open
+def refuse(life: MachineState) -> bool:
+    """End requests that have been set aside for longer than a replacement of a lost worker may take; False if none."""
+    limit, refused = life.config.timeout_open, False
     for ask in list(life.queue):
         request = life.requests[ask.sequence]
         reason = life.queue.aside(ask)
@@ -44,6 +44,8 @@ def refuse(life: MachineState) -> None:
         elif life.now - request.stuck_since > limit:
             large = life.ledger.blocks(request.tokens) > life.policy.limit(life.ledger)
             end(life, request, "error", refusal(life, request) if large else waited_in_vain(request, reason, limit))
+            refused = True
+    return refused
 
 
 def refusal(life: MachineState, request: Request) -> Exception:

@@ -77,7 +77,14 @@ TABLE: Mapping[tuple[type[State], type[State]], Enter] = {
 
 
 def settle(life: MachineState) -> None:
-    """Carry out recommendations, and those that follow from them, until none is left."""
+    """Carry out recommendations, and those that follow from them, until none is left.
+
+    Notes
+    -----
+    Once an event is handled, this is called. Only loops call it before, after each of their steps, because steps change
+    what later ones read: which requests and accounts there are (a lost worker, the end of all requests), the order of
+    commands for late work, and for an admission the room.
+    """
     while True:
         if life.recommendations:
             request, state = life.recommendations.popleft()

@@ -6,7 +6,7 @@ the next window is depends on what waits for its end (:mod:`~distkv_dask.schedul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 
 from distkv_dask.errors import GangAbortedError
@@ -175,13 +175,11 @@ def restart(life: MachineState, chain: WindowChain, reason: str, but: Collection
         join(life, life.requests[sequence])
 
 
-def late_windows(life: MachineState) -> Iterator[tuple[Gang, GangAbortedError]]:
+def late_windows(life: MachineState) -> list[tuple[Gang, GangAbortedError]]:
     """Windows whose start is overdue, and the likely reason."""
     limit = life.config.timeout_start
-    for chain in list(life.chains.values()):
-        gang = chain.late(life.now, limit)
-        if gang is not None:
-            yield gang, not_started(chain.home, f"window {gang.name}", limit)
+    late = [(chain.home, gang) for chain in life.chains.values() if (gang := chain.late(life.now, limit)) is not None]
+    return [(gang, not_started(home, f"window {gang.name}", limit)) for home, gang in late]
 
 
 def count_tasks(life: MachineState) -> None:
