@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from typing import Any
 
 import pytest
 from _examples import examples
@@ -16,6 +17,7 @@ from distkv_dask.messages import to_worker as to
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.cache.beginnings import DEEPEST, prefix
+from distkv_dask.scheduler.ledger.invariants import check_ledger
 
 
 def text(seed: int, tokens: int) -> array[int]:
@@ -361,3 +363,24 @@ def happen(cluster: Simulated, happening: object, texts: list[tuple[int, array[i
                 cluster.step()
         case str():
             cluster.happen(happening)
+
+
+def test_a_policy_that_fails_about_a_cached_prefix_leaves_nothing_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_of(0, 20)
+    ask(cluster, 1, text(1, 18))
+    ledger, kind = cluster.life.ledger, type(cluster.life.policy)
+    place, asked = kind.place, []
+
+    def fail_if_supposed(*arguments: Any) -> Any:
+        asked.append(2 in ledger.sequences)
+        if asked[-1]:
+            raise RuntimeError("a fault of the policy")
+        return place(*arguments)
+
+    monkeypatch.setattr(kind, "place", fail_if_supposed)
+    with pytest.raises(RuntimeError, match="a fault of the policy"):
+        submit(cluster, 2, text(1, 18))
+    assert asked == [False, True]
+    assert 2 not in ledger.sequences
+    assert ledger.workers["w0"].used == 0
+    check_ledger(ledger)

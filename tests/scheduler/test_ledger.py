@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from distkv_dask.placement import Endpoint, Span
 from distkv_dask.scheduler.ledger.invariants import check_ledger
 from distkv_dask.scheduler.ledger.ledger import Ledger
+from distkv_dask.scheduler.ledger.supposed import supposed
 from distkv_dask.scheduler.policies.shares import overflow
 
 BLOCK = 16
@@ -96,3 +100,19 @@ def test_debts_are_the_blocks_that_others_hold_for_a_home() -> None:
 def test_reserving_more_than_there_is_is_a_fault() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         ledger_of(1).reserve(0, (Span("w0", 0, BLOCK + 1),))
+
+
+@pytest.mark.parametrize("spans", [(), (Span("w1", 0, 20),), (Span("w1", 0, 16), Span("w0", 16, 32))])
+def test_what_is_supposed_is_forgotten_even_if_the_question_fails(spans: tuple[Span, ...]) -> None:
+    ledger = ledger_of(4, 4)
+    ledger.reserve(0, (Span("w0", 0, 40),))
+    before = copy.deepcopy((ledger.workers, ledger.sequences, ledger.epoch))
+    taken = sum(ledger.blocks(span.tokens) for span in spans)
+    for error in (None, RuntimeError("no")):
+        with pytest.raises(RuntimeError, match="no") if error else nullcontext(), supposed(ledger, 1, spans):
+            assert sum(account.free for account in ledger.workers.values()) == 5 - taken
+            check_ledger(ledger)
+            if error:
+                raise error
+        assert (ledger.workers, ledger.sequences, ledger.epoch) == before
+        check_ledger(ledger)

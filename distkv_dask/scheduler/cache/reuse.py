@@ -16,6 +16,7 @@ from distkv_dask.placement import Placement, Span
 from distkv_dask.scheduler.cache import beginnings, prefix_cache, snapshots
 from distkv_dask.scheduler.commands import Count
 from distkv_dask.scheduler.ledger.placements import clipped, shifted
+from distkv_dask.scheduler.ledger.supposed import supposed
 from distkv_dask.scheduler.policies.base import Ask
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
@@ -95,11 +96,8 @@ def _beside(life: MachineState, ask: Ask, missing: Counter[str], last: str, ahea
             return ()
         taken.append(Span(worker, at, at + missing[worker] * life.ledger.block_tokens))
         at = taken[-1].stop
-    if taken:
-        life.ledger.reserve(ask.sequence, tuple(taken), idle=True)
-    rest = life.policy.place(life.ledger, ask, ahead)
-    if taken:
-        life.ledger.release_sequence(ask.sequence)
+    with supposed(life.ledger, ask.sequence, tuple(taken)):
+        rest = life.policy.place(life.ledger, ask, ahead)
     return shifted(rest or (), ask.shared)
 
 
