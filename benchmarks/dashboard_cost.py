@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from distkv_dask.completion import Timings
 from distkv_dask.config import Config
 from distkv_dask.gang import Exchanged, WindowResult
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dashboard.board import FRESH, SHARE
@@ -46,7 +46,7 @@ def crowd(workers: int, sequences: int) -> tuple[MachineState, Figures]:
         machine.handle(WorkerReady(endpoint, blocks), 0.0)
     for number in range(sequences):
         prompt = array("i", [1] * (100_000 if number % 1000 == 999 else 40 + number * 37 % 700))
-        machine.handle(Submit((Submission(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
+        machine.handle(Submit((Generate(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
         life.in_prefill.clear()  # so that the next one may begin
     figures = Figures()
     for at in range(1000):

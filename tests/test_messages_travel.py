@@ -67,6 +67,7 @@ st.register_type_strategy(Exception, st.one_of([an_error(one) for one in ERRORS]
 
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(lambda some: array("i", some))
+an_adapter = st.none() | st.builds(Adapter, words, words)
 GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "EngineSpec": {
         "engine": words,
@@ -77,17 +78,23 @@ GIVEN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rope_scaling": st.none() | st.just({"rope_type": "yarn", "factor": 4.0}),
         "span": st.none() | st.just({"name": ("a",), "ids": ("b",)}),
     },
-    "Submission": {
+    "Generate": {
         "number": numbers,
         "prompt": tokens,
-        "sampling": st.none() | a_sampling,
+        "sampling": a_sampling,
         "streamed": st.booleans(),
         "document": st.none() | numbers,
         "keeps": st.booleans(),
-        "saved": st.none() | st.from_type(names.Saved),
-        "name": words,
-        "adapter": st.none() | st.builds(Adapter, words, words),
         "choices": st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple), max_size=3).map(tuple),
+        "adapter": an_adapter,
+    },
+    "Ingest": {"number": numbers, "prompt": tokens, "name": words, "adapter": an_adapter},
+    "Load": {
+        "number": numbers,
+        "prompt": tokens,
+        "saved": st.from_type(names.Saved),
+        "name": words,
+        "adapter": an_adapter,
     },
 }
 """Values of fields whose types do not say enough about them."""

@@ -69,26 +69,56 @@ class Attached(NamedTuple):
     handle: int
 
 
-class Submission(NamedTuple):
-    """A request as it is sent to the gManager.
-
-    ``streamed`` if the answer is read as it is generated; ``document`` is the number of the document that it begins
-    with, if any. With ``keeps`` it becomes a document once it is answered. Without ``sampling`` it is a document, whose
-    blocks are read from ``saved`` if that is given. Without ``sampling`` and a prompt, the blocks of ``document`` are
-    saved there. ``name`` is a document's; ``choices`` has the tokens of each choice, one of which is the answer. All of
-    it is computed with the ``adapter``, if there is one.
-    """
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What is submitted to the gManager: one of the kinds below, under a number that its client chose."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generate(Submission):
+    """A request for tokens, or for an embedding.
+
+    ``streamed`` if the answer is read as it is generated; ``document`` is the number of the document that it begins
+    with, if any. With ``keeps`` it becomes a document once it is answered. ``choices`` has the tokens of each choice,
+    one of which is the answer. It is computed with the ``adapter``, if there is one.
+    """
+
     prompt: array[int]
-    sampling: SamplingParams | None
+    sampling: SamplingParams
     streamed: bool = False
     document: int | None = None
     keeps: bool = False
-    saved: Saved | None = None
-    name: str = ""
     choices: tuple[tuple[int, ...], ...] = ()
     adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest(Submission):
+    """A document, computed with the ``adapter``, if there is one; ``name`` is for display."""
+
+    prompt: array[int]
+    name: str = ""
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Submission):
+    """A document whose blocks are read from where they were ``saved``; else as :class:`Ingest`."""
+
+    prompt: array[int]
+    saved: Saved
+    name: str = ""
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Save(Submission):
+    """The blocks of a ``document`` are written where they are to be ``saved``."""
+
+    document: int
+    saved: Saved
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from distkv_dask.errors import InvalidRequestError
 from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Generate
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import TASK_SECONDS
@@ -169,12 +169,12 @@ class Simulation:
         self._runs |= {number: Run(number, arrival) for number, arrival in together}
         self._handle(Submit(tuple(self._submission(number, arrival) for number, arrival in together)))
 
-    def _submission(self, number: int, arrival: Arrival) -> Submission:
+    def _submission(self, number: int, arrival: Arrival) -> Generate:
         sampling = SamplingParams(max_new_tokens=arrival.output, ignore_eos=True)
         ids = arrival.blocks
         if not ids and self.machine.state.cache.enabled:
             ids = (-1 - number,)  # unique tokens: no id of a trace is negative
-        return Submission(number, Prompt(arrival.prompt, ids), sampling)
+        return Generate(number, Prompt(arrival.prompt, ids), sampling)
 
     def _deliver(self, run: Run, news: Delivery) -> None:
         if news.tokens:

@@ -15,7 +15,7 @@ from distkv_dask import EngineStatus, SequenceStatus, WorkerStatus
 from distkv_dask.completion import Timings
 from distkv_dask.config import Config
 from distkv_dask.geometry import Geometry, Measurement
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate, Ingest
 from distkv_dask.messages.from_worker import Opened
 from distkv_dask.messages.status import EngineSummary
 from distkv_dask.placement import Endpoint
@@ -131,9 +131,9 @@ def life() -> MachineState:
         machine.handle(WorkerReady(Endpoint(f"w{at}", "127.0.0.1", at), 9), 0.0)
     sampling = SamplingParams(max_new_tokens=8)
     for submission in (
-        Submission(0, array("i", [1] * 220), sampling),
-        Submission(1, array("i", [2] * 100), None, name="report"),
-        Submission(2, array("i", [3] * 120), sampling),
+        Generate(0, array("i", [1] * 220), sampling),
+        Ingest(1, array("i", [2] * 100), name="report"),
+        Generate(2, array("i", [3] * 120), sampling),
     ):
         machine.handle(Submit((submission,)), 0.0)
     return machine.state

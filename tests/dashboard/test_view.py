@@ -6,7 +6,7 @@ import itertools
 from array import array
 
 from distkv_dask.config import Config
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate, Ingest
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dashboard.view import SEQUENCES, WORKERS, view_of
@@ -25,7 +25,7 @@ def crowd(workers: int, sequences: int, blocks: int = 100) -> Lifecycle:
         machine.handle(WorkerReady(Endpoint(f"w{at}", "127.0.0.1", at), blocks), 0.0)
     for number in range(sequences):
         prompt = array("i", [1] * (100 + number % 300))
-        machine.handle(Submit((Submission(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
+        machine.handle(Submit((Generate(number, prompt, SamplingParams(max_new_tokens=8)),)), 0.0)
     return machine
 
 
@@ -45,7 +45,7 @@ def test_blocks_of_documents_are_told_apart_from_those_of_requests() -> None:
     life = machine.state
     for number in (7, 8):  # the second needs more than one worker
         document = array("i", [number] * (100 if number == 7 else 200))
-        machine.handle(Submit((Submission(number, document, None),)), 0.0)
+        machine.handle(Submit((Ingest(number, document),)), 0.0)
     check_ledger(life.ledger)
     shown = view_of(life, Figures(), "m", str, 1.0)
     documents = {number for number in (7, 8) if number in life.ledger.sequences}

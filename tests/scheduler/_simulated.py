@@ -16,7 +16,7 @@ from distkv_dask.errors import DistKVError, GangAbortedError, InvalidRequestErro
 from distkv_dask.gang import DecodeWindow, PrefillChunk
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Generate, Ingest, Load, Save, Submission
 from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved
 from distkv_dask.placement import Endpoint, Move
 from distkv_dask.sampling import FinishReason, SamplingParams
@@ -184,15 +184,15 @@ class Simulated(Workers):
 
     def submit(self, number: int, prompt: array[int], sampling: SamplingParams, **how: object) -> None:
         """Submit a request; raises if it is refused."""
-        self.send(Submission(number, prompt, sampling, **how))  # type: ignore[arg-type]
+        self.send(Generate(number, prompt, sampling, **how))  # type: ignore[arg-type]
 
     def ingest(self, number: int, prompt: array[int], **how: object) -> None:
         """Ingest a document."""
-        self.send(Submission(number, prompt, None, **how))  # type: ignore[arg-type]
+        self.send((Load if "saved" in how else Ingest)(number, prompt, **how))  # type: ignore[arg-type]
 
     def save(self, number: int, document: int, saved: Saved) -> None:
         """Save a document."""
-        self.send(Submission(number, array("i"), None, document=document, saved=saved))
+        self.send(Save(number, document, saved))
 
     def send(self, *submissions: Submission) -> None:
         """Send several submissions at once; raises the first refusal."""

@@ -10,7 +10,7 @@ import pytest
 
 from distkv_dask.config import Config
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.messages.from_worker import Retired
 from distkv_dask.placement import Endpoint, Move, Span
 from distkv_dask.sampling import SamplingParams
@@ -124,7 +124,7 @@ def test_a_request_with_a_higher_priority_gets_room_before_those_that_came_earli
     started: list[int] = []
     for number, priority in enumerate((0, 0, 0, 2)):
         sampling = SamplingParams(max_new_tokens=10, priority=priority)
-        submission = Submission(number, array("i", range(50)), sampling)
+        submission = Generate(number, array("i", range(50)), sampling)
         commands = machine.handle(Submit((submission,)), float(number))
         started += [one.sequence for one in commands if isinstance(one, to.Reserve)]
     while len(started) < 4:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.messages.names import COMMON_NUMBERS
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.records.states import Decode, Prefill, Waiting
@@ -42,8 +42,8 @@ def counting(*capacities: int, **config: object) -> Counting:
     return cluster
 
 
-def submission(number: int, prompt: array[int], new: int = 5, priority: int = 0) -> Submission:
-    return Submission(number, prompt, SamplingParams(max_new_tokens=new, priority=priority))
+def submission(number: int, prompt: array[int], new: int = 5, priority: int = 0) -> Generate:
+    return Generate(number, prompt, SamplingParams(max_new_tokens=new, priority=priority))
 
 
 def together(cluster: Simulated, count: int, common: int = COMMON, new: int = 5) -> None:
@@ -244,7 +244,7 @@ def test_whatever_happens_all_are_answered_rightly_and_nothing_is_left(
             else:
                 cluster.happen(event)
             continue
-        some: list[Submission] = []
+        some: list[Generate] = []
         for kind, common, own, new in event:  # type: ignore[attr-defined]
             number = len(wanted) + 1
             wanted[number] = new

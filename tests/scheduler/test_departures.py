@@ -11,7 +11,7 @@ from _by_hand import ENGINE, DaskByHand, open_on, until
 
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.sampling import SamplingParams
 
 
@@ -19,7 +19,7 @@ async def one_request(dask: DaskByHand, **settings: Any) -> tuple[Any, Any, str]
     """A request on one worker."""
     manager, state, _ = await open_on(dask, **settings)
     sampling = SamplingParams(max_new_tokens=4)
-    manager.submit(ENGINE, (Submission(1, array("i", range(6)), sampling),))
+    manager.submit(ENGINE, (Generate(1, array("i", range(6)), sampling),))
     return manager, state, state.life.ledger.sequences[1].home
 
 

@@ -15,7 +15,7 @@ from distkv_dask.errors import ClusterError, DistKVError, EngineClosedError, Gan
 from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Generate
 from distkv_dask.messages.names import unpack
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import clock, dispatch
@@ -32,7 +32,7 @@ NOTHING = Exchanged(0.0, 0.0, 0, 0)
 def ask(manager: GManager, number: int = 1, tokens: int = 6, new: int = 12) -> None:
     """A request that one chunk of a prompt prefills."""
     prompt, sampling = array("i", range(tokens)), SamplingParams(max_new_tokens=new, ignore_eos=True)
-    assert unpack(manager.submit(ENGINE, (Submission(number, prompt, sampling),))) == {}
+    assert unpack(manager.submit(ENGINE, (Generate(number, prompt, sampling),))) == {}
 
 
 def submitted(tasks: Tasks) -> list[tuple[Any, ...]]:

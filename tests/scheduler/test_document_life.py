@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv_dask.errors import CapacityError, InvalidRequestError, WorkerLostError
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.losses import MAX_LOSSES
 
@@ -114,7 +114,7 @@ def test_a_document_that_made_way_comes_back_only_after_the_one_that_it_made_way
     cluster.ingest(1, prompt(1, 18))
     finish(cluster)
     sampling = SamplingParams(max_new_tokens=12)
-    asked = [Submission(2 + one, prompt(one, 18, 7), sampling, document=one) for one in (0, 1)]
+    asked = [Generate(2 + one, prompt(one, 18, 7), sampling, document=one) for one in (0, 1)]
     cluster.send(*asked)  # at the same time: neither fits while both documents are stored
     finish(cluster)
     assert [cluster.tokens[number] for number in (2, 3)] == [expected(number, 12) for number in (2, 3)]

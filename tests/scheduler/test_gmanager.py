@@ -13,7 +13,7 @@ from _by_hand import ENGINE, DaskByHand, open_engine, open_on, opened, say, spec
 
 from distkv_dask.errors import CapacityError, ClusterError, EngineClosedError
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.messages.names import HANDLE_NUMBERS, PLUGIN, unpack
 from distkv_dask.messages.to_worker import Open
 from distkv_dask.sampling import SamplingParams
@@ -28,8 +28,8 @@ def at_once(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
     return run
 
 
-def submission(number: int, tokens: int = 6, new: int = 4) -> Submission:
-    return Submission(number, array("i", range(tokens)), SamplingParams(max_new_tokens=new))
+def submission(number: int, tokens: int = 6, new: int = 4) -> Generate:
+    return Generate(number, array("i", range(tokens)), SamplingParams(max_new_tokens=new))
 
 
 @at_once

@@ -19,7 +19,7 @@ from distkv_dask.config import Config
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import DecodeWindow, Earlier, PrefillChunk
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.commands import SubmitPrefill
@@ -226,7 +226,7 @@ def test_a_long_prompt_is_computed_by_as_many_workers_as_may(workers: int | str,
 
 def test_where_others_wait_or_work_a_prompt_stays_with_one_worker() -> None:
     cluster = of_workers("auto", 200, 200)
-    both = [Submission(number, LONG, SamplingParams(max_new_tokens=2)) for number in range(3)]
+    both = [Generate(number, LONG, SamplingParams(max_new_tokens=2)) for number in range(3)]
     cluster.send(*both)
     assert [spread_over(cluster, number) for number in cluster.life.ledger.sequences] == [1, 1]
     finish(cluster)
@@ -247,8 +247,8 @@ def test_short_prompts_documents_and_those_without_room_elsewhere_stay_with_one_
     assert spread_over(cluster, 0) == 1
 
 
-def long_prompt(number: int) -> Submission:
-    return Submission(number, array("i", range(1000 * number, 1000 * number + 400)), SamplingParams(max_new_tokens=2))
+def long_prompt(number: int) -> Generate:
+    return Generate(number, array("i", range(1000 * number, 1000 * number + 400)), SamplingParams(max_new_tokens=2))
 
 
 def computing(cluster: Simulated, number: int) -> set[str]:
@@ -294,7 +294,7 @@ def test_a_prompt_goes_back_to_its_home_while_another_request_waits() -> None:
     cluster = of_workers("auto", 220, 220)
     cluster.send(long_prompt(1))
     assert computing(cluster, 1) == {"w0", "w1"}
-    cluster.send(Submission(2, array("i", range(1600)), SamplingParams(max_new_tokens=2)))
+    cluster.send(Generate(2, array("i", range(1600)), SamplingParams(max_new_tokens=2)))
     assert isinstance(cluster.life.requests[2].state, Waiting)
     for _ in range(4):
         cluster.step()

@@ -13,7 +13,7 @@ from test_document_life import ask, stored
 from distkv_dask.gang import DecodeWindow, Gang, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
@@ -260,7 +260,7 @@ def test_sequences_of_a_batch_that_nobody_reads_along_wait_for_its_prompts(strea
     cluster = cluster_of(1, 90)
     prompts = {1: range(100, 108), 2: range(200, 224)}
     sent = [
-        Submission(number, array("i", prompt), SamplingParams(max_new_tokens=6), streamed=streamed)
+        Generate(number, array("i", prompt), SamplingParams(max_new_tokens=6), streamed=streamed)
         for number, prompt in prompts.items()
     ]
     for some in [sent] if at_once else [[one] for one in sent]:
@@ -279,7 +279,7 @@ def test_sequences_of_a_batch_that_nobody_reads_along_wait_for_its_prompts(strea
 def test_sequences_do_not_wait_for_a_prompt_that_does_not_come(mishap: str) -> None:
     cluster = cluster_of(1, 90, 9)
     prompts = {1: range(100, 108), 2: range(200, 224)}
-    cluster.send(*(Submission(n, array("i", one), SamplingParams(max_new_tokens=6)) for n, one in prompts.items()))
+    cluster.send(*(Generate(n, array("i", one), SamplingParams(max_new_tokens=6)) for n, one in prompts.items()))
     cluster.run_chunk(cluster.chunks[0][0])
     assert not cluster.windows["w0"]
     gang = cluster.chunks[0][0].gang

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import InvalidRequestError
-from distkv_dask.messages.client_calls import Submission
+from distkv_dask.messages.client_calls import Generate
 
 
 def choice_ids(
@@ -39,9 +39,9 @@ def choice_ids(
     return tuple(found)
 
 
-def chosen_text(submission: Submission, tokens: Sequence[int], text: str) -> str:
+def chosen_text(submission: Generate, tokens: Sequence[int], text: str) -> str:
     """The answered choice as it was given, if it is a text; otherwise the ``text`` of its tokens."""
-    if not submission.choices or submission.sampling is None or submission.sampling.choices is None:
+    if not submission.choices or submission.sampling.choices is None:
         return text
     chosen = submission.sampling.choices[submission.choices.index(tuple(tokens))]
     return chosen if isinstance(chosen, str) else text

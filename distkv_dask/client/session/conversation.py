@@ -180,7 +180,7 @@ class Conversation:
         try:
             refused = await self.ask(ClientCall.SUBMIT, requests=pack(payload))
         except Exception as failure:
-            refused = {number: _ours(failure) for number, *_ in payload}
+            refused = {one.number: _ours(failure) for one in payload}
             unknown = (one for one in requests if one.number in self._requests or one.generation.cancelled())
             self._spawn(self._withdraw([one.number for one in unknown]))
         for number, error in refused.items():

@@ -16,7 +16,7 @@ from distkv_dask.completion import Completion, Timings
 from distkv_dask.errors import DistKVError, EngineClosedError, InvalidRequestError
 from distkv_dask.gang import Pooled
 from distkv_dask.logprobs import TokenLogprob
-from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Generate
 from distkv_dask.models.grammars import grammar_of
 from distkv_dask.quotes import Quoting
 from distkv_dask.sampling import FinishReason, SamplingParams
@@ -41,7 +41,7 @@ class Request:
 
     def __init__(
         self,
-        submission: Submission,
+        submission: Generate,
         stream: TextStream,
         generation: Generation,
         on_piece: Callable[[Piece], None] | None = None,

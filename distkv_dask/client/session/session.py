@@ -25,7 +25,7 @@ from distkv_dask.client.session.store import DocumentStore
 from distkv_dask.client.tokenizer import Tokenizer
 from distkv_dask.config import Config
 from distkv_dask.errors import EngineClosedError, InvalidRequestError
-from distkv_dask.messages.client_calls import ClientCall, EngineFacts, Submission
+from distkv_dask.messages.client_calls import ClientCall, EngineFacts, Generate
 from distkv_dask.messages.status import EngineStatus
 from distkv_dask.models.adapter_files import read_adapter
 from distkv_dask.models.source import ModelSource
@@ -231,7 +231,7 @@ class Session:
             document = None
         told = sampling, on_piece is not None, document, keeps
         adapter = self.adapter(sampling.adapter)
-        submission = Submission(number, array("i", ids), *told, choices=choices, adapter=adapter)
+        submission = Generate(number, array("i", ids), *told, choices=choices, adapter=adapter)
         generation = Generation(lambda: self.conversation.cancel(number))
         quoting = None if quotes is None or text is None else Quoting(text, quotes)
         request = Request(submission, self.tokenizer.stream(sampling.stop), generation, on_piece, quoting)

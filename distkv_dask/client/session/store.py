@@ -10,7 +10,7 @@ from distkv_dask.adapter import Adapter
 from distkv_dask.client.session.conversation import Conversation
 from distkv_dask.client.session.operation import Operation
 from distkv_dask.errors import WorkerLostError
-from distkv_dask.messages.client_calls import Delivery, Submission
+from distkv_dask.messages.client_calls import Delivery, Ingest, Load, Save, Submission
 from distkv_dask.messages.names import Saved
 
 SAVE_TRIES = 3
@@ -51,7 +51,10 @@ class DocumentStore:
             A future of the delivery with the placement of its KV; ``number`` is the document's.
         """
         number = self._conversation.number()
-        return self._submit(Submission(number, array("i", ids), None, saved=saved, name=name, adapter=adapter))
+        tokens = array("i", ids)
+        if saved is not None:
+            return self._submit(Load(number, tokens, saved, name, adapter))
+        return self._submit(Ingest(number, tokens, name, adapter))
 
     async def save(self, document: int, saved: Saved) -> Delivery:
         """Write a document's blocks; the delivery names the files.
@@ -62,7 +65,7 @@ class DocumentStore:
             number, tag = self._conversation.number(), f"{saved.tag}{attempt or ''}"
             place = saved._replace(tag=tag)
             try:
-                return await ended(self._submit(Submission(number, array("i"), None, document=document, saved=place)))
+                return await ended(self._submit(Save(number, document, place)))
             except WorkerLostError:
                 if attempt == SAVE_TRIES - 1:
                     raise

@@ -6,16 +6,15 @@ requests, homes get their next windows, and moves start. Nothing is lazy, and no
 
 from __future__ import annotations
 
-from array import array
-
 from distkv_dask.errors import DistKVError, StateLostError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.client_calls import Delivery, Submission
-from distkv_dask.sampling import FinishReason, SamplingParams
+from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler.cache import copies, disk, documents, prefix_cache, snapshots
 from distkv_dask.scheduler.commands import Command, Refuse
 from distkv_dask.scheduler.lifecycle import files, losses, retirement, retries, stalls
 from distkv_dask.scheduler.lifecycle.admission import admit
+from distkv_dask.scheduler.lifecycle.arrivals import arrived
 from distkv_dask.scheduler.lifecycle.ends import end, end_document
 from distkv_dask.scheduler.lifecycle.events import (
     Drain,
@@ -180,33 +179,10 @@ class Lifecycle:
     # Requests
 
     def _submit(self, one: Submission) -> None:
-        life, sampling = self.state, one.sampling or SamplingParams()
-        saves = one.sampling is None and one.document is not None and one.saved is not None
-        is_document = one.sampling is None and not saves
-        size = life.config.block_tokens
-        prompt = one.prompt[: len(one.prompt) // size * size] if is_document else one.prompt
-        request = Request(
-            one.number,
-            array("i") if saves else prompt,
-            sampling,
-            submitted=life.now,
-            streamed=one.streamed,
-            document=None if is_document else one.document,
-            is_document=is_document,
-            name=one.name,
-            keeps=one.keeps,
-            saves=saves,
-            saved=one.saved,
-            choices=one.choices,
-            adapter=one.adapter,
-            # shared tokens are not computed: they have no logits and no hidden states
-            alone=sampling.prompt_logprobs is not None or sampling.embed == "mean",
-            pooled=len(prompt) - 1 if sampling.embed == "last" else 0,
-        )
         try:
-            self._accept(request)
+            self._accept(arrived(self.state, one))
         except DistKVError as error:
-            life.command(Refuse(one.number, error))
+            self.state.command(Refuse(one.number, error))
 
     def _accept(self, request: Request) -> None:
         life = self.state
