@@ -181,6 +181,15 @@ class Speculated(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Attended:
+    """What a holder has done for a gang: answered requests, and bytes of the queries and of the partials."""
+
+    requests: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WindowResult:
     """The result of a window: new token ids by sequence, and why sequences ended.
 

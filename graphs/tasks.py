@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from distributed import get_worker, secede
 
 from distkv_dask.errors import ClusterError
-from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
+from distkv_dask.gang import Attended, DecodeWindow, Gang, PrefillChunk
 from distkv_dask.messages.names import PLUGIN
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def decode(window: DecodeWindow, *after: object) -> int:
     return _rmanager().decode(window)
 
 
-def attend(gang: Gang, *after: object) -> dict[str, float]:
+def attend(gang: Gang, *after: object) -> Attended:
     """Compute attention for the gang's home until it ends the session; returns what was done."""
     secede()
     return _rmanager().attend(gang)

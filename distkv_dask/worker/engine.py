@@ -28,7 +28,7 @@ from distkv_dask.errors import (
     in_words,
     portable,
 )
-from distkv_dask.gang import DecodeWindow, Gang, SequenceState, WindowResult
+from distkv_dask.gang import Attended, DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages.names import Piece
 from distkv_dask.placement import Endpoint, Placement
@@ -258,7 +258,7 @@ class WorkerEngine:
             self._adapters = kept
             self.tell(kept)
 
-    def attend(self, gang: Gang) -> dict[str, float]:
+    def attend(self, gang: Gang) -> Attended:
         """Serve one gang as a holder until its home ends it."""
         try:
             self.check(gang)
@@ -268,10 +268,10 @@ class WorkerEngine:
             with self._lock:
                 unused = self._aborted.get(gang.number, ("", False))[1]
             if unused:
-                return {"requests": 0}
+                return Attended()
             self.fail(gang, error)
             raise
-        return {"requests": stats.requests, "bytes_in": stats.bytes_in, "bytes_out": stats.bytes_out}
+        return Attended(stats.requests, stats.bytes_in, stats.bytes_out)
 
     def is_retired(self, sequence: int) -> bool:
         """Whether no new work may start on a sequence."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     import numpy as np
 
     from distkv_dask.worker.engine import WorkerEngine
+
+
+@dataclass(frozen=True, slots=True)
+class SpilledRows:
+    """Blocks of a file that its worker has read: uint8 [count, bytes of a block]. They are sent without a copy."""
+
+    rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a worker does not do what another one asked for."""
+
+    reason: str
 
 
 class Peers:
@@ -65,10 +80,11 @@ class Peers:
 
     async def ask_spilled(self, engine: str, file: SpilledFile, first: int, count: int) -> np.ndarray | str:
         """Blocks that another worker has spilled, uint8 [count, bytes]; raises the reason if it has none."""
-        answer: dict[str, Any] = await self._worker.rpc(file.worker).distkv_spilled(
+        packed = await self._worker.rpc(file.worker).distkv_spilled(
             engine=engine, file=tuple(file), first=first, count=count
         )
-        return answer["rows"] if "rows" in answer else str(answer["refusal"])
+        answer: SpilledRows | Refused = unpack(packed)
+        return answer.rows if isinstance(answer, SpilledRows) else answer.reason
 
     async def _take_blocks(self, engine: str, piece: Sequence[Any], data: np.ndarray) -> str:
         """Receive a piece of a block from another worker; returns the reason if it is refused."""
@@ -77,14 +93,14 @@ class Peers:
         store = partial(self._engines[engine].store_piece, Piece(*piece), data)
         return await asyncio.get_running_loop().run_in_executor(None, store)
 
-    async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> dict[str, Any]:
-        """Return blocks spilled here to another worker: ``rows``, uint8 [count, bytes], or a ``refusal``."""
+    async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> Any:
+        """Return blocks spilled here to another worker (packed SpilledRows), or why there are none (packed Refused)."""
         if engine not in self._engines:
-            return {"refusal": self._not_open(engine)}
+            return pack(Refused(self._not_open(engine)))
         try:
-            return {"rows": to_serialize(await self._engines[engine].files.rows(SpilledFile(*file), first, count))}
+            return pack(SpilledRows(await self._engines[engine].files.rows(SpilledFile(*file), first, count)))
         except DistKVError as error:
-            return {"refusal": str(error)}
+            return pack(Refused(str(error)))
 
     async def _time_link(self, engine: str, peer: Any) -> Any:
         """Measure the link with another worker (packed LinkTimes), or say why that failed (packed text)."""

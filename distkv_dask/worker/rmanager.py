@@ -18,7 +18,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from distkv_dask.errors import EngineClosedError
-from distkv_dask.gang import DecodeWindow, Gang, PrefillChunk
+from distkv_dask.gang import Attended, DecodeWindow, Gang, PrefillChunk
 from distkv_dask.messages import to_worker as do
 from distkv_dask.messages.from_worker import Closed, FromWorker, Lost
 from distkv_dask.messages.names import (
@@ -101,7 +101,7 @@ class RManager(WorkerPlugin):
         """Run one window; see :func:`distkv_dask.graphs.tasks.decode`."""
         return self._engine(window.gang.engine).decode(window)
 
-    def attend(self, gang: Gang) -> dict[str, float]:
+    def attend(self, gang: Gang) -> Attended:
         """Attend one gang as a holder; see :func:`distkv_dask.graphs.tasks.attend`."""
         return self._engine(gang.engine).attend(gang)
 

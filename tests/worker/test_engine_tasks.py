@@ -11,7 +11,7 @@ import pytest
 from _open_engine import GANG, W1, WINDOW, Open
 
 from distkv_dask.errors import ChannelError, DistKVError, EngineClosedError, GangAbortedError
-from distkv_dask.gang import WindowResult
+from distkv_dask.gang import Attended, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.worker import engine as engine_module
 
@@ -89,12 +89,12 @@ def test_a_gang_that_was_aborted_does_not_begin_and_tells_nothing(made: Open, ta
 
 def test_a_holder_that_was_not_needed_ends_without_an_error(made: Open) -> None:
     made.engine.abort(4, "nobody asked", unused=True)
-    assert made.engine.attend(GANG) == {"requests": 0}
+    assert made.engine.attend(GANG) == Attended()
     assert made.told == []
 
 
 def test_a_holder_says_what_it_did(made: Open) -> None:
-    assert made.engine.attend(GANG) == {"requests": 3, "bytes_in": 10, "bytes_out": 20}
+    assert made.engine.attend(GANG) == Attended(requests=3, bytes_in=10, bytes_out=20)
 
 
 def test_aborts_of_long_ago_are_forgotten(made: Open, monkeypatch: pytest.MonkeyPatch) -> None:
