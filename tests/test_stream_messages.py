@@ -16,7 +16,7 @@ from distkv_dask.gang import Exchanged, Pooled, SequenceState, WindowResult
 from distkv_dask.geometry import Geometry
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as do
-from distkv_dask.messages.names import Saved, SavedFile, SpilledFile, pack
+from distkv_dask.messages.names import Saved, SavedFile, SpilledFile, Transfer, pack
 from distkv_dask.placement import Endpoint, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.dispatch import Dispatcher
@@ -26,6 +26,7 @@ SECRET = 987654321  # a token of a user
 HOLDERS = (Endpoint("tcp://b", "host", 1),)
 PLACEMENT = (Span("tcp://a", 0, 8),)
 SAVED = Saved("folder", (SavedFile("name", 0, 8, 100, 7),))
+MOVE, SAVE = Transfer("move", 1), Transfer("save", 9)
 SPILLED = (SpilledFile("name", 0, 8, 100, 0, "tcp://a"),)
 STATE = SequenceState(7, PLACEMENT, 8, SECRET, 5, SamplingParams(stop=("secret",)), array("i", [SECRET]), (SECRET,))
 GEOMETRY = Geometry(2, 4, 2, 8, 100, 1000, "float32")
@@ -41,14 +42,14 @@ TO_WORKER: dict[do.ToWorker, Any] = {
     do.Free(WORKER, 7, 0, 8): call.free(7, 0, 8),
     do.Join(WORKER, STATE, HOLDERS): call.join(STATE, HOLDERS),
     do.Reset(WORKER, 3): call.reset(3),
-    do.Expect(WORKER, 1, 7, 0, 8): call.expect(1, 7, 0, 8),
+    do.Expect(WORKER, MOVE, 7, 0, 8): call.expect(MOVE, 7, 0, 8),
     do.Relocate(WORKER, 1, 7, PLACEMENT, HOLDERS): call.relocate(1, 7, PLACEMENT, HOLDERS),
     do.Demote(WORKER, SPILLED): call.files.demote(SPILLED),
     do.Discard(WORKER, ("name",)): call.files.discard(("name",)),
     do.Abort(WORKER, 5, "why", True): call.abort(5, "why", True),
-    do.Store(WORKER, 9, 7, ((0, 8),), SAVED): call.files.store(9, 7, ((0, 8),), SAVED, 0),
+    do.Store(WORKER, SAVE, 7, ((0, 8),), SAVED): call.files.store(SAVE, 7, ((0, 8),), SAVED, 0),
     do.Fetch(WORKER, 7, ((0, 8),), SAVED): None,
-    do.Send(WORKER, 1, 7, 0, 8, "tcp://b", 0.5): None,
+    do.Send(WORKER, MOVE, 7, 0, 8, "tcp://b", 0.5): None,
     do.Close(WORKER): None,
 }  # fmt: skip
 
@@ -68,10 +69,10 @@ FROM_WORKER: list[did.FromWorker] = [
     did.WindowDone(WORKER, 3, 0, WindowResult({7: [SECRET]}, {}, 1, 0.1), ()),
     did.GangFailed(WORKER, 5, WorkerLostError("why")),
     did.Retired(WORKER, 7),
-    did.Expected(WORKER, 1),
-    did.Sent(WORKER, 1),
+    did.Expected(WORKER, MOVE),
+    did.Sent(WORKER, MOVE),
     did.Relocated(WORKER, 1),
-    did.Stored(WORKER, 9, SAVED.files),
+    did.Stored(WORKER, SAVE, SAVED.files),
     did.Fetched(WORKER, 7),
 ]
 

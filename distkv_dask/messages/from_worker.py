@@ -11,7 +11,7 @@ from typing import Literal
 from distkv_dask.gang import Chosen, Exchanged, Pooled, WindowResult
 from distkv_dask.geometry import Geometry, Measurement
 from distkv_dask.logprobs import TokenLogprob
-from distkv_dask.messages.names import SavedFile
+from distkv_dask.messages.names import SavedFile, Transfer
 from distkv_dask.placement import Endpoint
 from distkv_dask.sampling import FinishReason
 
@@ -163,17 +163,17 @@ class Retired(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Expected(FromWorker):
-    """The target of a move allocated its blocks, or has a ``refusal``."""
+    """The target of a move or copy allocated its blocks, or has a ``refusal``."""
 
-    number: int
+    transfer: Transfer
     refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Sent(FromWorker):
-    """The source of a move copied all blocks, or had a ``failure``."""
+    """The source of a move or copy sent all blocks, or had a ``failure``."""
 
-    number: int
+    transfer: Transfer
     failure: str = ""
 
 
@@ -186,9 +186,9 @@ class Relocated(FromWorker):
 
 @dataclass(frozen=True, slots=True)
 class Stored(FromWorker):
-    """The worker wrote its part of request ``number`` into files, or could not."""
+    """The worker wrote its part of a transfer into files, or could not."""
 
-    number: int
+    transfer: Transfer
     files: tuple[SavedFile, ...] = ()
     error: Exception | None = None
 

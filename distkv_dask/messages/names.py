@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from distributed.protocol.serialize import ToPickle
 
@@ -70,10 +70,25 @@ class ToPeer(StrEnum):
     SPILLED = "distkv_spilled"
 
 
-class Piece(NamedTuple):
-    """A piece of move ``number``: bytes of its block number ``block`` from ``offset`` on; ``last`` ends the move."""
+class Transfer(NamedTuple):
+    """A transfer of blocks from worker to worker, or into files: what it is for, and its number.
 
+    A "move" brings blocks to another worker, and a "state" is what their home has besides them; a "copy" is of cached
+    blocks that may soon be evicted, and a "spill" is of a sequence that makes room; a "save" is of a document, and has
+    the number of its request.
+    """
+
+    kind: Literal["move", "state", "copy", "spill", "save"]
     number: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number}"
+
+
+class Piece(NamedTuple):
+    """A piece of a transfer: bytes of its block number ``block`` from ``offset`` on; ``last`` ends the transfer."""
+
+    transfer: Transfer
     block: int
     offset: int
     last: bool

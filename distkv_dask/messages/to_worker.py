@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from distkv_dask.gang import SequenceState
 from distkv_dask.geometry import Geometry
-from distkv_dask.messages.names import EngineSpec, Saved, SpilledFile
+from distkv_dask.messages.names import EngineSpec, Saved, SpilledFile, Transfer
 from distkv_dask.placement import Endpoint, Placement, Stage
 
 
@@ -114,12 +114,12 @@ class Reset(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Expect(ToWorker):
-    """Allocate room for tokens ``[start, stop)`` of a sequence that a move brings (the worker answers Expected).
+    """Allocate room for tokens ``[start, stop)`` of a sequence that a transfer brings (the worker answers Expected).
 
     A copy has another ``sequence`` here than at its source.
     """
 
-    number: int
+    transfer: Transfer
     sequence: int
     start: int
     stop: int
@@ -127,12 +127,12 @@ class Expect(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Send(ToWorker):
-    """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects move ``number`` (answered by Sent).
+    """Copy tokens ``[start, stop)`` of a sequence to ``target``, which expects the transfer (answered by Sent).
 
     ``pace`` is the time of a decode step, in seconds, with which the copying overlaps; 0 means as fast as possible.
     """
 
-    number: int
+    transfer: Transfer
     sequence: int
     start: int
     stop: int
@@ -155,12 +155,12 @@ class Relocate(ToWorker):
 
 @dataclass(frozen=True, slots=True)
 class Store(ToWorker):
-    """Write these token ranges of a sequence to files, for request ``number`` (the worker answers Stored).
+    """Write these token ranges of a sequence to files, for a transfer (the worker answers Stored).
 
     The home also writes its state and windows after ``home`` tokens; 0 if there are none, or on another worker.
     """
 
-    number: int
+    transfer: Transfer
     sequence: int
     ranges: tuple[tuple[int, int], ...]
     saved: Saved

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distkv_dask.gang import SequenceState
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, SavedFile, SpilledFile, sequence_in_pool
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, SavedFile, SpilledFile, Transfer, sequence_in_pool
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.commands import Command
 from distkv_dask.scheduler.records.machine_state import MachineState
@@ -36,7 +36,7 @@ class Memory:
     folder
         Saved blocks by file, which all workers reach.
     expected
-        Numbers of moves whose target has allocated its blocks.
+        Moves and copies whose target has allocated its blocks.
     """
 
     def __init__(self, life: MachineState) -> None:
@@ -45,7 +45,7 @@ class Memory:
         self.disks: dict[str, dict[str, Table]] = {}
         self.hosts: dict[str, dict[str, Table]] = {}
         self.folder: dict[str, Table] = {}
-        self.expected: set[int] = set()
+        self.expected: set[Transfer] = set()
         self._again: set[tuple[str, int, int]] = set()
 
     def add(self, worker: str) -> None:
@@ -73,10 +73,10 @@ class Memory:
         match command:
             case to.Reserve(worker, sequence, start, stop):
                 self._reserve(worker, sequence, start, stop)
-            case to.Expect(worker, number, sequence, start, stop):
+            case to.Expect(worker, transfer, sequence, start, stop):
                 # at once: messages to one worker arrive in order, so before a Free or Release of these blocks
                 self._reserve(worker, sequence, start, stop)
-                self.expected.add(number)
+                self.expected.add(transfer)
             case to.Share(worker, source, sequence, start, stop):
                 self._share(worker, source, sequence, start, stop)
             case to.Release(worker, sequence):
@@ -100,7 +100,7 @@ class Memory:
     def copy(self, message: to.Send) -> str:
         """Copy the blocks of a move to its target; returns the reason if that failed."""
         source = self.pools.get(message.worker, {}).get(message.sequence, {})
-        copied = message.number if message.number < 0 else message.sequence
+        copied = message.transfer.number if message.transfer.kind == "copy" else message.sequence
         target = self.pools.get(message.target, {}).get(copied, {})
         wanted = set(self.blocks(message.start, message.stop))
         if not wanted <= source.keys() & target.keys():

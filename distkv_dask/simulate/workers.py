@@ -136,14 +136,15 @@ class Workers:
         match message:
             case to.Retire(worker, sequence):
                 return did.Retired(worker, sequence)
-            case to.Expect(worker, number):
-                return did.Expected(worker, number, "" if memory is None or number in memory.expected else "no room")
-            case to.Send(worker, number):
-                return did.Sent(worker, number, "" if memory is None else memory.copy(message))
+            case to.Expect(worker, transfer):
+                has_room = memory is None or transfer in memory.expected
+                return did.Expected(worker, transfer, "" if has_room else "no room")
+            case to.Send(worker, transfer):
+                return did.Sent(worker, transfer, "" if memory is None else memory.copy(message))
             case to.Relocate(worker, number):
                 return did.Relocated(worker, number)
-            case to.Store(worker, number):
-                return did.Stored(worker, number, files_of(message) if memory is None else memory.write(message))
+            case to.Store(worker, transfer):
+                return did.Stored(worker, transfer, files_of(message) if memory is None else memory.write(message))
             case to.Fetch(worker, sequence):
                 return did.Fetched(worker, sequence, None if memory is None else memory.read(message))
 

@@ -30,7 +30,7 @@ from distkv_dask.errors import (
 )
 from distkv_dask.gang import Attended, DecodeWindow, Gang, SequenceState, WindowResult
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.names import Piece
+from distkv_dask.messages.names import Piece, Transfer
 from distkv_dask.placement import Endpoint, Placement
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.worker.blocks.files import BlockFiles
@@ -136,14 +136,14 @@ class WorkerEngine:
 
     # Moves of blocks
 
-    def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
+    def expect(self, transfer: Transfer, sequence: int, start: int, stop: int) -> None:
         """Allocate blocks for a move, and report whether there was room."""
         refusal = ""
         try:
-            self._arrivals.expect(number, sequence, start, stop)
+            self._arrivals.expect(transfer, sequence, start, stop)
         except CapacityError as error:
             refusal = str(error)
-        self.tell(did.Expected(self.worker, number, refusal))
+        self.tell(did.Expected(self.worker, transfer, refusal))
 
     def store_piece(self, piece: Piece, data: np.ndarray) -> str:
         """Store a received piece of a block; returns the reason if it is refused. May run in any thread."""
@@ -151,14 +151,14 @@ class WorkerEngine:
             self._arrivals.store_piece(piece, data)
         except DistKVError as error:
             if isinstance(error, DeviceLostError):  # the sender only learns that it was refused
-                self.tell(did.Expected(self.worker, piece.number, str(error)))
+                self.tell(did.Expected(self.worker, piece.transfer, str(error)))
             return str(error)
         return ""
 
     async def send(
         self,
         peer: Callable[[Piece, np.ndarray], Awaitable[str]],
-        number: int,
+        transfer: Transfer,
         sequence: int,
         tokens: range,
         pace: float,
@@ -173,11 +173,11 @@ class WorkerEngine:
         failure = ""
         try:
             await send_blocks(
-                self.runtime.pool, number, sequence, tokens, send, self.spec.config.move_tokens_per_step, pace
+                self.runtime.pool, transfer, sequence, tokens, send, self.spec.config.move_tokens_per_step, pace
             )
         except (DistKVError, OSError, TimeoutError) as error:
             failure = in_words(error)
-        self.tell(did.Sent(self.worker, number, failure))
+        self.tell(did.Sent(self.worker, transfer, failure))
 
     def free(self, sequence: int, start: int, stop: int) -> None:
         """Free blocks that moved away, or that a cancelled move had allocated."""

@@ -12,7 +12,7 @@ from distributed import Worker
 from distributed.protocol.serialize import to_serialize
 
 from distkv_dask.errors import DistKVError, in_words
-from distkv_dask.messages.names import TIME_LINK, Piece, SpilledFile, ToPeer, pack, unpack
+from distkv_dask.messages.names import TIME_LINK, Piece, SpilledFile, ToPeer, Transfer, pack, unpack
 from distkv_dask.messages.to_worker import Send
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Peers:
         """Copy blocks of an engine to another worker in the background."""
         peer = partial(self._send_piece, engine, send.target)
         tokens = range(send.start, send.stop)
-        sending = self._engines[engine].send(peer, send.number, send.sequence, tokens, send.pace)
+        sending = self._engines[engine].send(peer, send.transfer, send.sequence, tokens, send.pace)
         task = asyncio.create_task(sending)
         self._sending[task] = engine
         task.add_done_callback(self._sending.pop)
@@ -90,7 +90,7 @@ class Peers:
         """Receive a piece of a block from another worker; returns the reason if it is refused."""
         if engine not in self._engines:
             return self._not_open(engine)
-        store = partial(self._engines[engine].store_piece, Piece(*piece), data)
+        store = partial(self._engines[engine].store_piece, Piece(Transfer(*piece[0]), *piece[1:]), data)
         return await asyncio.get_running_loop().run_in_executor(None, store)
 
     async def _read_spilled(self, engine: str, file: Sequence[Any], first: int, count: int) -> Any:

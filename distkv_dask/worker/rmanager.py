@@ -158,14 +158,14 @@ class RManager(WorkerPlugin):
                 engine.join(state, holders)
             case do.Reset(_, epoch):
                 engine.reset(epoch)
-            case do.Expect(_, number, sequence, start, stop):
-                engine.expect(number, sequence, start, stop)
+            case do.Expect(_, transfer, sequence, start, stop):
+                engine.expect(transfer, sequence, start, stop)
             case do.Send():
                 self._peers.send_blocks(name, message)
             case do.Relocate(_, number, sequence, placement, holders):
                 engine.relocate(number, sequence, placement, holders)
-            case do.Store(_, number, sequence, ranges, saved, home):
-                self._spawn(engine.files.store(number, sequence, ranges, saved, home))
+            case do.Store(_, transfer, sequence, ranges, saved, home):
+                self._spawn(engine.files.store(transfer, sequence, ranges, saved, home))
             case do.Fetch(_, sequence, ranges, saved, home):
                 self._spawn(engine.files.fetch(partial(self._peers.ask_spilled, name), sequence, ranges, saved, home))
             case do.Demote(_, files):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distkv_dask.errors import DeviceLostError, DeviceMemoryError
-from distkv_dask.messages.names import Piece
+from distkv_dask.messages.names import Piece, Transfer
 from distkv_dask.worker.blocks.host_tier import HostTier
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.blocks.transfer import Arrivals
@@ -75,9 +75,11 @@ def test_other_errors_of_a_card_that_still_answers_stay_as_they_are(gpu: Card, e
 def test_a_card_that_breaks_as_blocks_are_copied_is_found_lost(gpu: Card, use: str) -> None:
     pool = Pool(BlockShape(1, 1, 4, "float32", 4), 8, gpu)
     arrivals, tier = Arrivals(pool), HostTier(pool, 4 * pool.block_bytes)
-    arrivals.expect(1, 7, 0, 8)
+    arrivals.expect(Transfer("move", 1), 7, 0, 8)
     uses: dict[str, Callable[[], object]] = {
-        "a piece arrives": lambda: arrivals.store_piece(Piece(1, 0, 0, False), np.zeros(pool.block_bytes, np.uint8)),
+        "a piece arrives": lambda: arrivals.store_piece(
+            Piece(Transfer("move", 1), 0, 0, False), np.zeros(pool.block_bytes, np.uint8)
+        ),
         "blocks are read": lambda: pool.read([0, 1]),
         "blocks go to host memory": lambda: tier.store("a", [0, 1]),
     }

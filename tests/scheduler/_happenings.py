@@ -10,6 +10,7 @@ from _simulated import Simulated
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import Transfer
 from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.lifecycle.events import (
     Drain,
@@ -59,7 +60,8 @@ def asked_about(cluster: Simulated) -> list[Asked]:
     return [
         one
         for one in everything
-        if one.sequence == ONE or (isinstance(one, to.Store) and state(cluster) == "Saving" and one.number == ONE)
+        if one.sequence == ONE
+        or (isinstance(one, to.Store) and state(cluster) == "Saving" and one.transfer == Transfer("save", ONE))
     ]
 
 

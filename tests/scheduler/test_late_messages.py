@@ -15,6 +15,7 @@ from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import Transfer
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.lifecycle.events import Event
 
@@ -93,12 +94,12 @@ def test_what_was_heard_once_changes_nothing_when_it_is_heard_again(seed: int) -
         did.GangFailed("w0", NOTHING_YET, GangAbortedError("why")),
         did.Retired("w0", NOTHING_YET),
         did.Retired("w0", 0),
-        did.Expected("w0", NOTHING_YET),
-        did.Sent("w0", NOTHING_YET, "why"),
+        did.Expected("w0", Transfer("move", NOTHING_YET)),
+        did.Sent("w0", Transfer("move", NOTHING_YET), "why"),
         did.Relocated("w0", NOTHING_YET),
-        did.Stored("w0", NOTHING_YET),
-        did.Stored("w0", 0),
-        did.Stored("w0", -NOTHING_YET),
+        did.Stored("w0", Transfer("save", NOTHING_YET)),
+        did.Stored("w0", Transfer("save", 0)),
+        did.Stored("w0", Transfer("spill", -NOTHING_YET)),
         did.Fetched("w0", NOTHING_YET),
         did.Fetched("w0", 0),
     ],

@@ -11,6 +11,7 @@ from _situations import moving
 
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
+from distkv_dask.messages.names import Transfer
 from distkv_dask.placement import Endpoint, Move, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.ledger.ledger import Ledger
@@ -26,7 +27,7 @@ def expect(cluster: Simulated) -> to.Send:
     """Answer for the target of a move; returns the message to its source."""
     (number,) = cluster.life.moves.under_way
     commands = cluster.watch()
-    cluster.handle(did.Expected(SPARE, number))
+    cluster.handle(did.Expected(SPARE, Transfer("move", number)))
     return sends(commands)
 
 

@@ -86,8 +86,9 @@ class Stateful(Simulated):
             try:
                 self.states[message.worker].kept(message.sequence, message.home)
             except StateLostError as error:
-                self.missing += message.number >= 0 or message.number in self.life.disks.numbers  # else it was given up
-                self.handle(did.Stored(message.worker, message.number, (), error))
+                kind, number = message.transfer
+                self.missing += kind == "save" or number in self.life.disks.numbers  # else it was given up
+                self.handle(did.Stored(message.worker, message.transfer, (), error))
                 return
         super().go_on(message)
 

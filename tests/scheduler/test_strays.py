@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from _happenings import ONE, asked_about, take
@@ -14,12 +14,14 @@ from distkv_dask.errors import GangAbortedError
 from distkv_dask.gang import Exchanged, WindowResult
 from distkv_dask.messages import from_worker as did
 from distkv_dask.messages import to_worker as to
-from distkv_dask.messages.names import SavedFile
+from distkv_dask.messages.names import SavedFile, Transfer
 from distkv_dask.placement import Endpoint
 from distkv_dask.scheduler.lifecycle.events import Drain, Event, Pause, Stop, WorkerLost, WorkerReady
 
 NEVER = 10**6
 """An unused number."""
+KINDS = get_args(get_type_hints(Transfer)["kind"])
+"""What a transfer may be for."""
 STRANGER = "nobody"
 """A worker that does not exist."""
 FAILURE = OSError("the disk is full")
@@ -57,32 +59,33 @@ def strays(cluster: Simulated) -> Iterator[Event]:
         yield did.WindowDone(worker, 0, NEVER, result, ())
         yield did.GangFailed(worker, NEVER, GangAbortedError("why"))
         yield did.Retired(worker, NEVER)
-        yield did.Expected(worker, NEVER)
-        yield did.Expected(worker, NEVER, "no room")
-        yield did.Sent(worker, NEVER)
-        yield did.Sent(worker, NEVER, "why")
+        for kind in KINDS:
+            yield did.Expected(worker, Transfer(kind, NEVER))
+            yield did.Expected(worker, Transfer(kind, NEVER), "no room")
+            yield did.Sent(worker, Transfer(kind, NEVER))
+            yield did.Sent(worker, Transfer(kind, NEVER), "why")
         yield did.Relocated(worker, NEVER)
-        yield did.Stored(worker, NEVER)
-        yield did.Stored(worker, -NEVER)
+        for kind in KINDS:
+            yield did.Stored(worker, Transfer(kind, NEVER))
         yield did.Fetched(worker, NEVER)
         asked = {(type(one), one.worker) for one in asked_about(cluster)}
-        numbers = [ONE, *life.disks.numbers]
+        writes = [Transfer("save", ONE), *(Transfer("spill", number) for number in life.disks.numbers)]
         if (to.Retire, worker) not in asked and not life.requests[ONE].retires[worker]:
             yield did.Retired(worker, ONE)
         if (to.Store, worker) not in asked:
-            for number in numbers:
-                yield did.Stored(worker, number, (FILE,))
-                yield did.Stored(worker, number, (), FAILURE)
+            for transfer in writes:
+                yield did.Stored(worker, transfer, (FILE,))
+                yield did.Stored(worker, transfer, (), FAILURE)
         if (to.Fetch, worker) not in asked:
             yield did.Fetched(worker, ONE)
             yield did.Fetched(worker, ONE, FAILURE)
     for number, move in life.moves.under_way.items():
         if move.phase != "expecting":
-            yield did.Expected(move.move.target, number)
-            yield did.Expected(move.move.target, number, "no room")
+            yield did.Expected(move.move.target, Transfer("move", number))
+            yield did.Expected(move.move.target, Transfer("move", number), "no room")
         if move.phase != "sending":
-            yield did.Sent(move.move.source, number)
-            yield did.Sent(move.move.source, number, "why")
+            yield did.Sent(move.move.source, Transfer("move", number))
+            yield did.Sent(move.move.source, Transfer("move", number), "why")
         if move.phase != "switching":
             yield did.Relocated(move.move.source, number)
     yield WorkerLost(STRANGER)

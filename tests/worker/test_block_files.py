@@ -11,7 +11,7 @@ import torch
 from distkv_dask.config import Config
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.messages.from_worker import Fetched, Stored
-from distkv_dask.messages.names import Saved, SavedFile
+from distkv_dask.messages.names import Saved, SavedFile, Transfer
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.blocks.spilled import Spilled
@@ -36,9 +36,9 @@ def test_a_worker_opens_only_the_files_of_what_it_is_to_hold(tmp_path: Path) -> 
     before = pool.storage[list(pool.table(1))].clone()
 
     async def run() -> None:
-        await files.store(1, 1, [(0, 8), (8, 16)], Saved(str(tmp_path)))
+        await files.store(Transfer("save", 1), 1, [(0, 8), (8, 16)], Saved(str(tmp_path)))
         stored = told.pop()
-        assert stored == Stored("here", 1, stored.files)
+        assert stored == Stored("here", Transfer("save", 1), stored.files)
         written = stored.files
         (tmp_path / written[1].name).unlink()  # not needed by the holder of the first half
         pool.storage[list(pool.table(1))] = 0

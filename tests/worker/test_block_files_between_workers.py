@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from distkv_dask.config import Config
 from distkv_dask.errors import SavedDocumentError
 from distkv_dask.messages.from_worker import Fetched, Stored
-from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile, Transfer
 from distkv_dask.worker.blocks import files as block_files
 from distkv_dask.worker.blocks.files import BlockFiles
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.blocks.spilled import Spilled
 
 BLOCK, TOKENS = 4, 40
+SPILL = Transfer("spill", -1)
 SHAPE = BlockShape(1, 1, 2, "float32", BLOCK)
 
 
@@ -91,7 +92,7 @@ def test_what_several_workers_wrote_is_read_back_in_any_other_division(
             pool = workers.pools[owner]
             pool.reserve(1, start, stop)
             pool.storage[pool.find(1, [(start, stop)])] = content[start // BLOCK : -(-stop // BLOCK)]
-            await workers.files[owner].store(-1, 1, [(start, stop)], Saved(OWN_DISK, tag=f"t{start}"))
+            await workers.files[owner].store(SPILL, 1, [(start, stop)], Saved(OWN_DISK, tag=f"t{start}"))
             stored = workers.told.pop()
             assert isinstance(stored, Stored)
             assert stored.error is None
@@ -117,7 +118,7 @@ def spilled(workers: Workers) -> Saved:
     pool = workers.pools["a"]
     pool.reserve(1, 0, 20)
     pool.storage.copy_(torch.rand(pool.storage.shape))
-    asyncio.run(workers.files["a"].store(-1, 1, [(0, 8), (8, 20)], Saved(OWN_DISK, tag="t")))
+    asyncio.run(workers.files["a"].store(SPILL, 1, [(0, 8), (8, 20)], Saved(OWN_DISK, tag="t")))
     stored = workers.told.pop()
     return Saved(OWN_DISK, tuple(SpilledFile(*file, "a") for file in stored.files))
 
@@ -184,7 +185,7 @@ def test_a_store_that_fails_in_the_middle_leaves_no_file(tmp_path: Path) -> None
     workers.pools["a"].reserve(1, 0, 8)
     for place in (OWN_DISK, str(tmp_path / "folder")):
         saved = Saved(place, tag="t")
-        asyncio.run(workers.files["a"].store(-1, 1, [(0, 8), (8, 16)], saved))  # the second part is not here
+        asyncio.run(workers.files["a"].store(SPILL, 1, [(0, 8), (8, 16)], saved))  # the second part is not here
         stored = workers.told.pop()
         assert stored.files == ()
         assert stored.error is not None

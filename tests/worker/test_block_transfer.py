@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distkv_dask.errors import CapacityError, GangAbortedError, PlanError
-from distkv_dask.messages.names import Piece
+from distkv_dask.messages.names import Piece, Transfer
 from distkv_dask.worker.blocks.pool import BlockShape, Pool
 from distkv_dask.worker.blocks.transfer import Arrivals, send_blocks
 
@@ -82,7 +82,7 @@ def test_a_move_brings_all_bytes_to_their_places_and_no_more_in_a_step_than_allo
     target = Pool(SHAPE, BLOCKS)
     target.reserve(1, 0, 2 * BLOCK)
     arrivals, tokens = Arrivals(target), range(first * BLOCK, (first + blocks) * BLOCK)
-    arrivals.expect(5, 7, tokens.start, tokens.stop)
+    arrivals.expect(Transfer("move", 5), 7, tokens.start, tokens.stop)
     before = content(target, 1)
     begins: list[tuple[float, int]] = []
     lasts: list[bool] = []
@@ -93,12 +93,12 @@ def test_a_move_brings_all_bytes_to_their_places_and_no_more_in_a_step_than_allo
         arrivals.store_piece(piece, np.array(data))
         await asyncio.sleep(taking)
 
-    run_on_a_clock_of_its_own(lambda: send_blocks(source, 5, 7, tokens, take, per_step, pace))
+    run_on_a_clock_of_its_own(lambda: send_blocks(source, Transfer("move", 5), 7, tokens, take, per_step, pace))
     assert torch.equal(content(target, 7), content(source, 7)[first:])
     assert torch.equal(content(target, 1), before)
     assert lasts == [False] * (len(lasts) - 1) + [True]
     with pytest.raises(GangAbortedError, match="not expected"):
-        arrivals.store_piece(Piece(5, 0, 0, True), np.zeros(1, np.uint8))
+        arrivals.store_piece(Piece(Transfer("move", 5), 0, 0, True), np.zeros(1, np.uint8))
     token_bytes = SHAPE.nbytes / BLOCK
     if pace:
         assert max(size for _, size in begins) <= per_step * token_bytes
@@ -120,7 +120,7 @@ def test_blocks_that_are_not_there_are_not_sent() -> None:
         raise AssertionError("something was sent")
 
     with pytest.raises(PlanError):
-        asyncio.run(send_blocks(pool, 5, 7, range(0, 3 * BLOCK), refuse, 4, 0.0))
+        asyncio.run(send_blocks(pool, Transfer("move", 5), 7, range(0, 3 * BLOCK), refuse, 4, 0.0))
 
 
 def test_a_move_that_finds_no_room_leaves_nothing_behind() -> None:
@@ -128,12 +128,12 @@ def test_a_move_that_finds_no_room_leaves_nothing_behind() -> None:
     pool.reserve(1, 0, 2 * BLOCK)
     arrivals = Arrivals(pool)
     with pytest.raises(CapacityError):
-        arrivals.expect(5, 7, 0, 2 * BLOCK)
+        arrivals.expect(Transfer("move", 5), 7, 0, 2 * BLOCK)
     assert pool.used_blocks == 2
     assert pool.table(7) == ()
     with pytest.raises(GangAbortedError):
-        arrivals.store_piece(Piece(5, 0, 0, False), np.zeros(4, np.uint8))
-    arrivals.expect(6, 7, 0, BLOCK)
+        arrivals.store_piece(Piece(Transfer("move", 5), 0, 0, False), np.zeros(4, np.uint8))
+    arrivals.expect(Transfer("move", 6), 7, 0, BLOCK)
     assert pool.used_blocks == 3
 
 
@@ -159,16 +159,16 @@ class Moving(RuleBasedStateMachine):
         tokens = first * BLOCK, (first + blocks) * BLOCK
         if len(self.holds) + len(new) > BLOCKS:
             with pytest.raises(CapacityError):
-                self.arrivals.expect(self.numbers, sequence, *tokens)
+                self.arrivals.expect(Transfer("move", self.numbers), sequence, *tokens)
             return
-        self.arrivals.expect(self.numbers, sequence, *tokens)
+        self.arrivals.expect(Transfer("move", self.numbers), sequence, *tokens)
         self.holds |= dict.fromkeys(new)
         size = SHAPE.nbytes
         step = -(-size // cut)
         rng = np.random.default_rng(self.numbers)
         pieces = [
             (
-                Piece(self.numbers, at, offset, at == blocks - 1 and offset + step >= size),
+                Piece(Transfer("move", self.numbers), at, offset, at == blocks - 1 and offset + step >= size),
                 rng.integers(0, 256, min(step, size - offset), np.uint8),
             )
             for at in range(blocks)
@@ -200,7 +200,7 @@ class Moving(RuleBasedStateMachine):
     def hear_again(self, data: st.DataObject) -> None:
         """Check that a piece of an ended move is written nowhere."""
         piece, payload = data.draw(st.sampled_from(self.over))
-        if piece.number not in self.under_way:
+        if piece.transfer.number not in self.under_way:
             with pytest.raises(GangAbortedError, match="not expected"):
                 self.arrivals.store_piece(piece, payload)
 
@@ -250,18 +250,18 @@ def test_moves_that_arrive_in_many_threads_while_others_are_given_up_land_in_the
         rng = random.Random(100 * seed + mine)
         try:
             for number in range(mine * 1000, mine * 1000 + 60):
-                arrivals.expect(number, mine, 0, 3 * BLOCK)  # there is room for all threads
+                arrivals.expect(Transfer("move", number), mine, 0, 3 * BLOCK)  # there is room for all threads
                 kept = rng.random() < 0.6
                 for at in range(3 if kept else rng.randrange(3)):
                     data = np.full(SHAPE.nbytes, mine, np.uint8)
-                    arrivals.store_piece(Piece(number, at, 0, at == 2), data)
+                    arrivals.store_piece(Piece(Transfer("move", number), at, 0, at == 2), data)
                 if kept:
                     (found,) = {*pool.storage[list(pool.table(mine))].view(torch.uint8).unique().tolist()}
                     assert found == mine, "somebody wrote into its blocks"
                 arrivals.drop(mine)
                 pool.release_sequence(mine)
                 with pytest.raises(GangAbortedError):
-                    arrivals.store_piece(Piece(number, 0, 0, False), np.zeros(4, np.uint8))
+                    arrivals.store_piece(Piece(Transfer("move", number), 0, 0, False), np.zeros(4, np.uint8))
         except BaseException as error:
             failures.append(error)
 

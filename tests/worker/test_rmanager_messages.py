@@ -24,6 +24,7 @@ from distkv_dask.messages.names import (
     SavedFile,
     SpilledFile,
     ToPeer,
+    Transfer,
     pack,
     unpack,
 )
@@ -35,6 +36,7 @@ HOLDERS = (Endpoint("w1", "host", 7), Endpoint("w2", "host", 8))
 PLACEMENT = (Span("w1", 0, 16), Span(ADDRESS, 16, 32))
 STATE = SequenceState(5, PLACEMENT, 20, 77, 9, SamplingParams())
 SAVED = Saved("/folder", (SavedFile("blocks-t-0-16.arrow", 0, 16, 99, 1),), "t")
+MOVE, SAVE = Transfer("move", 1), Transfer("save", 9)
 SPILLED = (SpilledFile("blocks-a", 0, 16, 1, 2, ADDRESS), SpilledFile("blocks-b", 16, 32, 3, 4, ADDRESS))
 RANGES = ((0, 16), (32, 48))
 
@@ -49,7 +51,7 @@ AT_ONCE: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
     (do.Free(ADDRESS, 5, 16, 48), "free", (5, 16, 48)),
     (do.Join(ADDRESS, STATE, HOLDERS), "join", (STATE, HOLDERS)),
     (do.Reset(ADDRESS, 3), "reset", (3,)),
-    (do.Expect(ADDRESS, 9, 5, 16, 48), "expect", (9, 5, 16, 48)),
+    (do.Expect(ADDRESS, MOVE, 5, 16, 48), "expect", (MOVE, 5, 16, 48)),
     (do.Relocate(ADDRESS, 9, 5, PLACEMENT, HOLDERS), "relocate", (9, 5, PLACEMENT, HOLDERS)),
     (do.Demote(ADDRESS, SPILLED), "files.demote", (SPILLED,)),
     (do.Discard(ADDRESS, ("a", "b")), "files.discard", (("a", "b"),)),
@@ -59,9 +61,9 @@ AT_ONCE: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
 """Messages, and the calls of the engine that they become."""
 
 IN_BACKGROUND: list[tuple[do.ToWorker, str, tuple[Any, ...]]] = [
-    (do.Store(ADDRESS, 9, 5, RANGES, SAVED, 20), "store", (9, 5, RANGES, SAVED, 20)),
+    (do.Store(ADDRESS, SAVE, 5, RANGES, SAVED, 20), "store", (SAVE, 5, RANGES, SAVED, 20)),
     (do.Fetch(ADDRESS, 5, RANGES, SAVED, 20), "fetch", (5, RANGES, SAVED, 20)),
-    (do.Send(ADDRESS, 9, 5, 16, 48, "w1", 0.5), "send", (9, 5, range(16, 48), 0.5)),
+    (do.Send(ADDRESS, MOVE, 5, 16, 48, "w1", 0.5), "send", (MOVE, 5, range(16, 48), 0.5)),
 ]
 """Messages that take time, which are tasks on the loop."""
 
@@ -166,7 +168,7 @@ def test_a_message_that_fails_is_logged_and_the_next_is_done(
 
 def test_what_is_no_message_is_nobodys() -> None:
     made, calls = opened()
-    for odd in (None, 5, "reserve", pack({"op": "reserve"}), Expected(ADDRESS, 1)):
+    for odd in (None, 5, "reserve", pack({"op": "reserve"}), Expected(ADDRESS, MOVE)):
         made.manager.receive("engine", odd)
     assert not calls
 

@@ -12,8 +12,10 @@ from _open_engine import W1, WINDOW, Open, given_or_raised
 
 from distkv_dask.errors import CapacityError, ChannelError, DeviceLostError
 from distkv_dask.messages import from_worker as did
-from distkv_dask.messages.names import Piece
+from distkv_dask.messages.names import Piece, Transfer
 from distkv_dask.placement import Span
+
+MOVE = Transfer("move", 1)
 
 
 @pytest.fixture
@@ -65,12 +67,12 @@ def test_work_on_a_retired_sequence_may_start_again_when_it_is_asked_for(
 def test_a_released_sequence_has_no_blocks_no_window_and_no_pieces(made: Open) -> None:
     made.join()
     made.engine.reserve(5, 0, 16)
-    made.engine.expect(1, 5, 16, 32)
+    made.engine.expect(MOVE, 5, 16, 32)
     assert made.runtime.pool.used_blocks == 4
     made.engine.release_sequence(5)
     assert made.runtime.pool.used_blocks == 0
     assert made.engine._batch.needs() == []
-    assert "move 1 is not expected" in made.engine.store_piece(Piece(1, 0, 0, True), np.zeros(4, np.uint8))
+    assert "move 1 is not expected" in made.engine.store_piece(Piece(MOVE, 0, 0, True), np.zeros(4, np.uint8))
 
 
 def test_a_new_placement_is_told_behind_windows_that_use_the_old_one(made: Open) -> None:
@@ -91,20 +93,20 @@ def test_a_new_placement_is_told_behind_windows_that_use_the_old_one(made: Open)
 
 
 def test_a_move_is_expected_where_there_is_room(made: Open) -> None:
-    made.engine.expect(1, 5, 0, 32)
-    made.engine.expect(2, 6, 0, 64)
+    made.engine.expect(MOVE, 5, 0, 32)
+    made.engine.expect(Transfer("move", 2), 6, 0, 64)
     first, second = made.told
-    assert first == did.Expected("w0", 1)
+    assert first == did.Expected("w0", MOVE)
     assert isinstance(second, did.Expected)
-    assert (second.number, "raise distkv.kv-memory" in second.refusal) == (2, True)
+    assert (second.transfer, "raise distkv.kv-memory" in second.refusal) == (Transfer("move", 2), True)
     assert made.runtime.pool.table(6) == ()
 
 
 def test_blocks_that_are_freed_take_no_pieces(made: Open) -> None:
-    made.engine.expect(1, 5, 0, 16)
-    assert made.engine.store_piece(Piece(1, 0, 0, False), np.full(4, 7, np.uint8)) == ""
+    made.engine.expect(MOVE, 5, 0, 16)
+    assert made.engine.store_piece(Piece(MOVE, 0, 0, False), np.full(4, 7, np.uint8)) == ""
     made.engine.free(5, 8, 16)
-    assert "move 1 is not expected" in made.engine.store_piece(Piece(1, 1, 0, True), np.zeros(4, np.uint8))
+    assert "move 1 is not expected" in made.engine.store_piece(Piece(MOVE, 1, 0, True), np.zeros(4, np.uint8))
     assert len(made.runtime.pool.table(5)) == 1
 
 
@@ -112,11 +114,11 @@ def test_a_failed_card_is_told_where_a_piece_cannot_be_stored(made: Open, monkey
     def lost(*_: Any) -> None:
         raise DeviceLostError("the card failed")
 
-    made.engine.expect(1, 5, 0, 8)
+    made.engine.expect(MOVE, 5, 0, 8)
     made.told.clear()
     monkeypatch.setattr(made.runtime.pool, "fill", lost)
-    assert made.engine.store_piece(Piece(1, 0, 0, True), np.zeros(4, np.uint8)) == "the card failed"
-    assert made.told == [did.Expected("w0", 1, "the card failed")]
+    assert made.engine.store_piece(Piece(MOVE, 0, 0, True), np.zeros(4, np.uint8)) == "the card failed"
+    assert made.told == [did.Expected("w0", MOVE, "the card failed")]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +138,8 @@ def test_what_became_of_a_copy_is_told(made: Open, answer: Any, failure: str) ->
 
     pieces: list[Piece] = []
     made.engine.reserve(5, 0, 16)
-    asyncio.run(made.engine.send(peer, 9, 5, range(0, 16), 0.0))
-    assert made.told == [did.Sent("w0", 9, failure)]
+    asyncio.run(made.engine.send(peer, Transfer("move", 9), 5, range(0, 16), 0.0))
+    assert made.told == [did.Sent("w0", Transfer("move", 9), failure)]
     assert [(one.block, one.last) for one in pieces] == ([(0, False)] if failure else [(0, False), (1, True)])
 
 
@@ -147,7 +149,7 @@ def test_a_copy_of_blocks_that_are_not_here_fails_as_a_whole(made: Open) -> None
     async def peer(*_: Any) -> str:
         raise AssertionError("nothing is sent")
 
-    asyncio.run(made.engine.send(peer, 9, 5, range(0, 16), 0.0))
+    asyncio.run(made.engine.send(peer, Transfer("move", 9), 5, range(0, 16), 0.0))
     (told,) = made.told
     assert isinstance(told, did.Sent)
     assert "fault of the plan" in told.failure

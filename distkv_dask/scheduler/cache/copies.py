@@ -13,7 +13,7 @@ from itertools import islice
 
 from distkv_dask.errors import without_quotes
 from distkv_dask.messages.from_worker import Expected, Sent, Stored
-from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile, Transfer
 from distkv_dask.messages.to_worker import Expect, Send, Store
 from distkv_dask.scheduler.cache import beginnings, retention
 from distkv_dask.scheduler.cache.lower_tiers import SEARCHED, give_up, having, reads, worth
@@ -141,13 +141,14 @@ def _begin_copy(life: MachineState, extent: Extent, place: Place) -> None:
     kind, worker = place
     extent.number, extent.kind, extent.worker = -life.disks.spills, kind, worker
     life.extents.add(extent)
+    transfer = Transfer("copy", extent.number)
     if kind == "workers":
         life.ledger.workers[worker].cached += blocks
-        life.command(Expect(worker, extent.number, extent.number, extent.start, extent.stop))
+        life.command(Expect(worker, transfer, extent.number, extent.start, extent.stop))
         return
     life.disks.disk.change(worker, blocks * life.block_bytes)
     saved = Saved(OWN_DISK, tag=f"{source.sequence}{extent.number}")
-    life.command(Store(worker, extent.number, source.sequence, ((extent.start, extent.stop),), saved))
+    life.command(Store(worker, transfer, source.sequence, ((extent.start, extent.stop),), saved))
 
 
 # Answers
@@ -155,7 +156,7 @@ def _begin_copy(life: MachineState, extent: Extent, place: Place) -> None:
 
 def expected(life: MachineState, event: Expected) -> None:
     """A worker has room for a copy, or not."""
-    extent = life.extents.by_number.get(event.number)
+    extent = life.extents.by_number.get(event.transfer.number)
     if extent is None or extent.source is None:
         return
     if event.refusal:
@@ -165,12 +166,12 @@ def expected(life: MachineState, event: Expected) -> None:
     members = {source.worker, extent.worker} & life.chains.keys()
     steps = [life.moves.step_seconds.get(home, 0.0) for home in members if life.chains[home].sequences]
     pace, span = max(steps, default=0.0), (extent.start, extent.stop)
-    life.command(Send(source.worker, extent.number, source.sequence, *span, extent.worker, pace))
+    life.command(Send(source.worker, event.transfer, source.sequence, *span, extent.worker, pace))
 
 
 def sent(life: MachineState, event: Sent) -> None:
     """Blocks were copied to another worker's memory, or could not be."""
-    extent = life.extents.by_number.get(event.number)
+    extent = life.extents.by_number.get(event.transfer.number)
     if extent is None:
         return
     if event.failure:
@@ -181,7 +182,7 @@ def sent(life: MachineState, event: Sent) -> None:
 
 def stored(life: MachineState, event: Stored) -> bool:
     """A worker wrote an extent, or could not; False if no extent waits for that."""
-    extent = life.extents.by_number.get(event.number)
+    extent = life.extents.by_number.get(event.transfer.number)
     if extent is None or extent.source is None:
         return False
     if event.error is not None:

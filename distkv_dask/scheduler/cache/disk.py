@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from distkv_dask.messages.from_worker import Stored
-from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SpilledFile, Transfer
 from distkv_dask.messages.to_worker import Demote, Discard, Store
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import lower_tiers
@@ -72,7 +72,7 @@ def begin_spill(life: MachineState, request: Request) -> None:
         place, where = (HOST_MEMORY, HOST_MEMORY) if worker in in_memory else (OWN_DISK, "disk")
         life.command(Note("spill", f"tokens {in_words(some)} of sequence {sequence} to the {where} of {worker}"))
         saved = Saved(place, tag=f"{sequence}{number}")
-        life.command(Store(worker, number, sequence, some, saved, home.get(worker, 0)))
+        life.command(Store(worker, Transfer("spill", number), sequence, some, saved, home.get(worker, 0)))
 
 
 def with_home(life: MachineState, request: Request) -> dict[str, int]:
@@ -84,7 +84,8 @@ def with_home(life: MachineState, request: Request) -> dict[str, int]:
 def stored(life: MachineState, event: Stored) -> Request | None:
     """A worker wrote its part of a spill, or could not; the sequence, if all of its workers have answered."""
     spilled = [SpilledFile(*file, event.worker) for file in event.files]
-    request = life.requests[life.disks.numbers[event.number]] if event.number in life.disks.numbers else None
+    number = life.disks.numbers.get(event.transfer.number)
+    request = life.requests[number] if number is not None else None
     if request is None or not _writes(request, event.worker):
         _discard(life, spilled)
         return None

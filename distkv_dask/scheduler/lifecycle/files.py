@@ -9,7 +9,7 @@ from __future__ import annotations
 from distkv_dask.errors import GangAbortedError
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.messages.from_worker import Fetched, Stored
-from distkv_dask.messages.names import OWN_DISK, Saved
+from distkv_dask.messages.names import OWN_DISK, Saved, Transfer
 from distkv_dask.messages.to_worker import Fetch, Store
 from distkv_dask.scheduler.cache import copies, disk, restore
 from distkv_dask.scheduler.commands import Note
@@ -48,7 +48,8 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
         some = ranges.get(worker, ())
         if request.saves:
             assert request.document is not None
-            life.command(Store(worker, request.sequence, request.document, some, saved, home.get(worker, 0)))
+            transfer = Transfer("save", request.sequence)
+            life.command(Store(worker, transfer, request.document, some, saved, home.get(worker, 0)))
             continue
         if saved.place == OWN_DISK:
             text = f"tokens {disk.in_words(some)} of sequence {request.sequence} from disk to {worker}"
@@ -61,13 +62,21 @@ def begin_transfer(life: MachineState, request: Request, before: State) -> None:
 
 def stored(life: MachineState, event: Stored) -> None:
     """A worker wrote its part of a document, or of a sequence that is spilled, or could not."""
-    if event.number < 0:
-        if migration.stored(life, event) or copies.stored(life, event):
-            return
-        if (request := disk.stored(life, event)) is not None:
-            _spilled(life, request)
-        return
-    request = life.requests.get(event.number)
+    match event.transfer.kind:
+        case "save":
+            _saved(life, event)
+        case "state" if migration.stored(life, event):
+            pass
+        case "copy" if copies.stored(life, event):
+            pass
+        case _:  # a spill, or what nobody waits for any more: its files are deleted
+            if (request := disk.stored(life, event)) is not None:
+                _spilled(life, request)
+
+
+def _saved(life: MachineState, event: Stored) -> None:
+    """A worker wrote its part of a document for a user, or could not."""
+    request = life.requests.get(event.transfer.number)
     if request is None or not isinstance(state := request.state, Saving) or event.worker not in state.answering:
         return
     state.wrote(event.files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distkv_dask.errors import DistKVError, StateLostError, without_quotes
 from distkv_dask.messages.from_worker import Stored
+from distkv_dask.messages.names import Transfer
 from distkv_dask.scheduler.cache import documents
 from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.lifecycle import files, retries
@@ -29,7 +30,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
     elif not request.is_document:
         request.lost.append(worker)
         if request.saves:
-            files.stored(life, Stored(worker, request.sequence, (), workers_lost(request)))
+            files.stored(life, Stored(worker, Transfer("save", request.sequence), (), workers_lost(request)))
             return
         if isinstance(state, FilesUnderWay):
             state.forget(worker)

@@ -97,11 +97,11 @@ class Lifecycle:
                 self._failed(event)
             case did.Retired():
                 self._retired(event)
-            case did.Expected() if event.number < 0:
+            case did.Expected() if event.transfer.kind == "copy":
                 copies.expected(life, event)
             case did.Expected():
                 migration.expected(life, event)
-            case did.Sent() if event.number < 0:
+            case did.Sent() if event.transfer.kind == "copy":
                 copies.sent(life, event)
             case did.Sent():
                 migration.sent(life, event)

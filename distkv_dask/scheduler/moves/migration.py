@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from distkv_dask.messages.from_worker import Expected, Fetched, Relocated, Retired, Sent, Stored
-from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile
+from distkv_dask.messages.names import OWN_DISK, Saved, SpilledFile, Transfer
 from distkv_dask.messages.to_worker import Discard, Expect, Fetch, Free, Keep, Relocate, Send, Store
 from distkv_dask.placement import Move
 from distkv_dask.scheduler.cache import prefix_cache, snapshots
@@ -58,12 +58,12 @@ def start(life: MachineState, move: Move) -> None:
     late = life.now + life.config.timeout_receive
     life.moves.under_way[number] = UnderWay(number, move, pauses, late)
     prefix_cache.make_room(life, move.target)
-    life.command(Expect(move.target, number, move.sequence, move.start, move.stop))
+    life.command(Expect(move.target, Transfer("move", number), move.sequence, move.start, move.stop))
 
 
 def expected(life: MachineState, event: Expected) -> None:
     """The target allocated the blocks, or refused: then the move is dropped."""
-    one = life.moves.under_way.get(event.number)
+    one = life.moves.under_way.get(event.transfer.number)
     if one is None or one.phase != "expecting":
         return
     if event.refusal:
@@ -95,7 +95,7 @@ def paused(life: MachineState, event: Retired) -> None:
 
 def sent(life: MachineState, event: Sent) -> None:
     """The source copied all blocks, or could not."""
-    one = life.moves.under_way.get(event.number)
+    one = life.moves.under_way.get(event.transfer.number)
     if one is None or one.phase != "sending":
         return
     if event.failure:
@@ -115,7 +115,7 @@ def sent(life: MachineState, event: Sent) -> None:
 def stored(life: MachineState, event: Stored) -> bool:
     """A home wrote its state of a moving sequence, or could not; False if no move waits for that."""
     for one in life.moves.under_way.values():
-        if one.phase != "writing" or one.handed != event.number:
+        if one.phase != "writing" or one.handed != event.transfer.number:
             continue
         if event.error is not None:
             _give_up(life, one)
@@ -186,7 +186,7 @@ def _send(life: MachineState, one: UnderWay) -> None:
     one.late = life.now + life.config.timeout_start + 4 * seconds
     text = f"tokens {move.start} to {stop} of sequence {move.sequence} from {move.source} to {move.target}"
     life.command(Note("move", text))
-    life.command(Send(move.source, one.number, move.sequence, move.start, stop, move.target, pace))
+    life.command(Send(move.source, Transfer("move", one.number), move.sequence, move.start, stop, move.target, pace))
 
 
 def _hands_over(life: MachineState, move: Move) -> bool:
@@ -203,7 +203,7 @@ def _write(life: MachineState, one: UnderWay) -> None:
     life.disks.spills += 1
     one.handed, one.phase, one.late = -life.disks.spills, "writing", life.now + life.config.timeout_start
     saved = Saved(OWN_DISK, tag=f"{move.sequence}{one.handed}")
-    life.command(Store(move.source, one.handed, move.sequence, (), saved, account.length))
+    life.command(Store(move.source, Transfer("state", one.handed), move.sequence, (), saved, account.length))
 
 
 def _arrive(life: MachineState, one: UnderWay) -> None:

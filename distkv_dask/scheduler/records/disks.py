@@ -61,7 +61,7 @@ class Tier:
 class Disks:
     """Copies of sequences, by sequence, and the two tiers in which they are.
 
-    Spills have negative numbers, saves do not; ``numbers`` has the sequences of running spills.
+    ``numbers`` has the sequences of running spills, ``spills`` counts everything that is written for no user.
     """
 
     memory: Tier = field(default_factory=lambda: Tier(MEMORY_BYTES_PER_SECOND))

@@ -20,7 +20,7 @@ from distkv_dask.errors import DistKVError, SavedDocumentError, portable
 from distkv_dask.filesystems import folder_at
 from distkv_dask.folder import Folder
 from distkv_dask.messages.from_worker import Fetched, FromWorker, Stored
-from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SavedFile, SpilledFile
+from distkv_dask.messages.names import HOST_MEMORY, OWN_DISK, Saved, SavedFile, SpilledFile, Transfer
 from distkv_dask.watch import Watch, watched
 from distkv_dask.worker.blocks.spilled import Spilled
 from distkv_dask.worker.blocks.storage import (
@@ -81,9 +81,9 @@ class BlockFiles:
         self._disk = ThreadPoolExecutor(1, "distkv-disk")
 
     async def store(
-        self, number: int, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
+        self, transfer: Transfer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0
     ) -> None:
-        """Write the blocks of token ranges of an idle sequence, and report the end of ``number``.
+        """Write the blocks of token ranges of an idle sequence, and report the end of the transfer.
 
         The state of a home after ``home`` tokens is written, too, unless that is 0.
         """
@@ -99,7 +99,7 @@ class BlockFiles:
                 files = await watched(self._standstill, what, self._write, sequence, ranges, saved, home)
         except Exception as failure:
             error = portable(failure, f"worker {self._worker} in saving sequence {sequence}")
-        self._tell(Stored(self._worker, number, files, error))
+        self._tell(Stored(self._worker, transfer, files, error))
 
     async def fetch(
         self, peer: Peer, sequence: int, ranges: Sequence[tuple[int, int]], saved: Saved, home: int = 0

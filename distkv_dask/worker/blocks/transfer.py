@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from distkv_dask.errors import GangAbortedError
-from distkv_dask.messages.names import Piece
+from distkv_dask.messages.names import Piece, Transfer
 from distkv_dask.worker.blocks.pool import Pool
 
 
@@ -31,9 +31,9 @@ class Arrivals:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._lock = threading.Lock()
-        self._expected: dict[int, tuple[int, int]] = {}
+        self._expected: dict[Transfer, tuple[int, int]] = {}
 
-    def expect(self, number: int, sequence: int, start: int, stop: int) -> None:
+    def expect(self, transfer: Transfer, sequence: int, start: int, stop: int) -> None:
         """Allocate blocks for tokens ``[start, stop)`` of a moving sequence.
 
         Raises
@@ -43,7 +43,7 @@ class Arrivals:
         """
         self._pool.reserve(sequence, start, stop)
         with self._lock:
-            self._expected[number] = sequence, start // self._pool.block_tokens
+            self._expected[transfer] = sequence, start // self._pool.block_tokens
 
     def store_piece(self, piece: Piece, data: np.ndarray) -> None:
         """Store a received piece, uint8 [bytes].
@@ -51,27 +51,27 @@ class Arrivals:
         Raises
         ------
         GangAbortedError
-            Its move is not, or no longer, expected here.
+            Its transfer is not, or no longer, expected here.
         """
         with self._lock:
-            if piece.number not in self._expected:
-                raise GangAbortedError(f"move {piece.number} is not expected on this worker")
-            sequence, first = self._expected[piece.number]
+            if piece.transfer not in self._expected:
+                raise GangAbortedError(f"{piece.transfer} is not expected on this worker")
+            sequence, first = self._expected[piece.transfer]
             start = (first + piece.block) * self._pool.block_tokens
             (block,) = self._pool.find(sequence, [(start, start + 1)])
             self._pool.fill(block, data, piece.offset)
             if piece.last:
-                del self._expected[piece.number]
+                del self._expected[piece.transfer]
 
     def drop(self, sequence: int) -> None:
         """Refuse further pieces of a sequence."""
         with self._lock:
-            self._expected = {number: one for number, one in self._expected.items() if one[0] != sequence}
+            self._expected = {name: one for name, one in self._expected.items() if one[0] != sequence}
 
 
 async def send_blocks(
     pool: Pool,
-    number: int,
+    transfer: Transfer,
     sequence: int,
     tokens: range,
     send: Callable[[Piece, np.ndarray], Awaitable[object]],
@@ -84,8 +84,8 @@ async def send_blocks(
     ----------
     pool, sequence, tokens
         What to send.
-    number
-        Number of the move.
+    transfer
+        What they are sent for.
     send
         Sends a piece.
     per_step
@@ -116,5 +116,5 @@ async def send_blocks(
                 await asyncio.sleep(due - now)
             last = block == blocks[-1] and offset + step >= size
             data = await read(block, offset, min(offset + step, size))
-            await send(Piece(number, at, offset, last), data)
+            await send(Piece(transfer, at, offset, last), data)
             due = max(due, now) + pace * count / per_step
