@@ -24,6 +24,7 @@ from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.lifecycle.machine import Lifecycle
 from distkv_dask.scheduler.records.machine_state import MachineState
+from distkv_dask.scheduler.records.states import Decode
 from distkv_dask.simulate.workers import Asked
 from distkv_dask.worker.home.states import States
 
@@ -264,6 +265,21 @@ def test_homes_write_and_read_states_with_the_blocks_of_documents() -> None:
     finish(cluster)
     assert cluster.tokens[3] == expected(3, 9)
     assert (cluster.missing, cluster.computed - before) == (0, 31 - account.length)
+
+
+def test_a_stopped_request_whose_state_is_lost_ends_and_others_go_on() -> None:
+    cluster = stateful(0, 40)
+    for number in (0, 1):
+        ask(cluster, number, prompt(number, 20), 60)
+    while [type(one.state) for one in cluster.life.requests.values()] != [Decode] * 2 or not cluster.windows["w0"]:
+        assert cluster.step()
+    (chain,) = cluster.life.chains.values()
+    gang = next(chain.gangs())
+    cluster.stop(0)
+    cluster.handle(did.GangFailed(gang.home, gang.number, StateLostError("lost", 0)))
+    finish(cluster)
+    assert cluster.ends[0] == ("cancelled", None)
+    assert cluster.tokens[1] == expected(1, 60)
 
 
 @settings(max_examples=examples(150), deadline=None)

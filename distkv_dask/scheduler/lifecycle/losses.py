@@ -65,6 +65,8 @@ def state_lost(life: MachineState, gang: int, error: StateLostError) -> None:
         return
     if isinstance(owner, WindowChain):
         homes.restart(life, owner, without_quotes(error), but=[error.sequence])
+    if isinstance(request.state, Retiring):  # it was stopped while its window ran
+        return
     request.stalls += 1
     request.alone |= bool(request.reused)  # it was its document's
     if request.stalls > retries.MAX_RETRIES:
