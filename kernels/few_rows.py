@@ -31,8 +31,13 @@ def sets() -> list[str]:
     return [name for name in SETS if native_kernel.linear_kernels(name)]
 
 
+def packed_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
+    """Shape of the packed weights of a linear."""
+    return -(-outputs // OUTPUTS), -(-inputs // INPUTS) * (INPUTS // 2), OUTPUTS, 2
+
+
 def packed(weight: Tensor) -> Tensor:
-    """Weights as the core reads them.
+    """Weights as the core reads them; those of some outputs are packed alike alone, if they begin at a multiple of 32.
 
     Parameters
     ----------
@@ -46,10 +51,9 @@ def packed(weight: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape
     whole = pad(weight.detach(), (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
-    panels = whole.view(-1, OUTPUTS, whole.shape[1] // 2, 2).transpose(1, 2)
-    made = torch.empty(panels.shape, dtype=weight.dtype)
+    made = torch.empty(packed_shape(outputs, inputs), dtype=weight.dtype)
     advise_huge_pages(made)
-    return made.copy_(panels)
+    return made.copy_(whole.view(-1, OUTPUTS, whole.shape[1] // 2, 2).transpose(1, 2))
 
 
 class FewRows:

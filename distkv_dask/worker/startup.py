@@ -107,6 +107,7 @@ def build_engine(
 def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage: Stage | None) -> LoadedModel:
     # takes seconds and memory, so memory workers do not import it
     from distkv_dask.worker.model.packed import packing_room
+    from distkv_dask.worker.model.packed_file import usual_rows
     from distkv_dask.worker.model.shared import shared_model
 
     config = spec.config
@@ -118,7 +119,7 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage
     if not config.cuda_graphs:
         model.uncaptured = "distkv.cuda-graphs is false"
     if device.is_host and not config.deterministic:
-        model.pack(packing_room(worker.memory_manager.memory_limit))
+        model.pack(packing_room(worker.memory_manager.memory_limit), usual_rows(config))
     return model
 
 

@@ -21,7 +21,7 @@ from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.holder import native_turns as native_session
 from distkv_dask.worker.holder.service import Limits, Service
 from distkv_dask.worker.home import native_exchange as native_exchange
-from distkv_dask.worker.model import host_copy
+from distkv_dask.worker.model import host_files
 
 
 def _open_now(sockets: bool) -> set[Any]:
@@ -38,8 +38,8 @@ def _open_now(sockets: bool) -> set[Any]:
 
 @pytest.fixture(autouse=True)
 def room_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow copies of weights in shared files, however full this machine's disk is."""
-    monkeypatch.setattr(host_copy, "FREE", 0.0)
+    """Weights are copied to files that processes share however full this machine's disk is."""
+    monkeypatch.setattr(host_files, "FREE", 0.0)
 
 
 @pytest.fixture(autouse=True)

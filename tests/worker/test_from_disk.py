@@ -17,7 +17,7 @@ from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams
 from distkv_dask.errors import DistKVError, ModelError, UnsupportedModelError
-from distkv_dask.worker.model import host_copy
+from distkv_dask.worker.model import host_copy, host_files
 from distkv_dask.worker.model.from_disk import DiskLayers, WeightFile
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
@@ -66,9 +66,9 @@ def test_logits_have_the_same_bits(family: str, dtype: str, tmp_path: Path, monk
 def test_a_disk_without_room_is_named_with_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(host_copy, "LEAST", 1)
-    monkeypatch.setattr(host_copy, "FREE", 0.1)
-    full = host_copy.shutil.disk_usage(tmp_path)._replace(total=1000, free=77)
-    monkeypatch.setattr(host_copy.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(host_files, "FREE", 0.1)
+    full = host_files.shutil.disk_usage(tmp_path)._replace(total=1000, free=77)
+    monkeypatch.setattr(host_files.shutil, "disk_usage", lambda _: full)
     needs = r"a file of \d{6,} bytes .* disk of .*weights: 77 of 1000 bytes are free.*XDG_CACHE_HOME"
     with pytest.raises(ModelError, match=needs):
         load_model(str(model_dir("llama-gqa")), "bfloat16", 1, from_disk=True)
@@ -83,7 +83,7 @@ def test_nothing_is_packed_of_what_is_in_a_buffer_for_a_moment(
     monkeypatch.setattr(host_copy, "LEAST", 1)
     disk = load_model(str(folder), "bfloat16", 1, from_disk=True)
     expected = logits(disk, 4)
-    disk.pack(1 << 40)
+    disk.pack(1 << 40, 512)
     assert not disk.is_packed
     assert torch.equal(logits(disk, 4), expected)
 

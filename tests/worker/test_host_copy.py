@@ -15,7 +15,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from distkv_dask.errors import ModelError
-from distkv_dask.worker.model import host_copy
+from distkv_dask.worker.model import host_copy, host_files
 from distkv_dask.worker.model.host_copy import own_bytes
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
@@ -94,16 +94,16 @@ def test_weights_of_a_changed_checkpoint_are_read_anew(any_size: None, tmp_path:
 def test_the_files_used_longest_ago_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = load_model(str(model_dir("llama-mha")), "bfloat16", 1)
     old = next(cache.glob("*.safetensors"))
-    disk = host_copy.shutil.disk_usage(cache)
+    disk = host_files.shutil.disk_usage(cache)
     free = [0]  # until the old file is gone
     monkeypatch.setattr(
-        host_copy.shutil, "disk_usage", lambda _: disk._replace(free=free[0] if old.exists() else disk.total)
+        host_files.shutil, "disk_usage", lambda _: disk._replace(free=free[0] if old.exists() else disk.total)
     )
     load_model(str(model_dir("llama-gqa")), "bfloat16", 1)
     assert not old.exists()
     assert len(list(cache.glob("*.safetensors"))) == 1
-    assert all(weight.isfinite().all() for weight in weights(used).values())  # it is still mapped
-    monkeypatch.setattr(host_copy.shutil, "disk_usage", lambda _: disk._replace(free=0))
+    assert all(weight.isfinite().all() for weight in weights(used).values())  # it is mapped still
+    monkeypatch.setattr(host_files.shutil, "disk_usage", lambda _: disk._replace(free=0))
     alone = load_model(str(model_dir("llama-mqa")), "bfloat16", 1)
     assert "of this process alone" in alone.weights.where
     assert not list(cache.glob("*.safetensors"))

@@ -99,7 +99,7 @@ def test_packed_linears_give_the_same_numbers_with_adapters(
     plain, before = logits(model, (None, 3), (None, 2)), logits(model, (one, 3), (None, 2))
     if choice.few and few_rows.native_kernel.missing() is not None:
         pytest.skip("no C++ core")
-    model.pack(1 << 30)
+    model.pack(1 << 30, 512)
     if not model.is_packed:
         pytest.skip("oneDNN does not serve bfloat16 on this processor")
     for found, right in ((logits(model, (one, 3), (None, 2)), before), (logits(model, (None, 3), (None, 2)), plain)):

@@ -7,31 +7,25 @@ copy to the user's cache directory, and all of them map this file.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
-from distkv_dask.cache_folder import cache_folder
 from distkv_dask.errors import ModelError, in_words
 from distkv_dask.worker.model.fingerprint import fingerprint
+from distkv_dask.worker.model.host_files import host_file, is_there, lock_of, locked, make_room, put
 from distkv_dask.worker.model.mapped import FileMaps
 
 logger = logging.getLogger("distributed.distkv.opening")
 
 LEAST = 16 << 20
 """Minimum bytes of unshared weights for which a file is written."""
-
-FREE = 0.1
-"""Part of a disk that stays free: older files are deleted, and if that is not enough, nothing is shared."""
 
 WAIT = 600.0
 """Seconds to wait for another process that writes the file."""
@@ -71,18 +65,14 @@ def loaded_once(read: Read, name: str, key: object) -> tuple[Any, str]:
     ModelError
         Another process has been loading it for :data:`WAIT` seconds.
     """
-    file = (
-        cache_folder("weights")
-        / f"{hashlib.sha256(repr((_FORM, _transformers(), key)).encode()).hexdigest()[:24]}.safetensors"
-    )
+    file = host_file(_FORM, key)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock", timeout=WAIT):
+        with locked(file, WAIT):
             return _first_or_mapped(read, file)
     except Timeout as error:
         raise ModelError(
             f"another process of this machine has been loading model {name!r} for {WAIT:.0f} s, and still holds "
-            f"{file}.lock: end it, or choose another XDG_CACHE_HOME"
+            f"{lock_of(file)}: end it, or choose another XDG_CACHE_HOME"
         ) from error
     except OSError as error:
         return _alone(read(None), f"{file.parent} cannot be written ({in_words(error)}): set XDG_CACHE_HOME")
@@ -99,8 +89,7 @@ def own_bytes(model: torch.nn.Module) -> int:
 
 def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
     """While holding the lock: map the file, after writing it if needed."""
-    if file.exists():
-        os.utime(file)  # the least recently used files are deleted first
+    if is_there(file):
         return read(_tensors(file)), _mapped(file)
     model = read(None)
     if own_bytes(model) < LEAST:
@@ -109,15 +98,9 @@ def _first_or_mapped(read: Read, file: Path) -> tuple[Any, str]:
         return _alone(model, "they are quantized")
     form = _form(model)
     tensors = {name: tensor for name, tensor in _persistent(model)}
-    if not _make_room(file.parent, need := sum(tensor.nbytes for tensor in tensors.values())):
-        disk = shutil.disk_usage(file.parent)
-        return _alone(
-            model,
-            f"a file of {need} bytes for all processes does not fit the disk of {file.parent}: {disk.free} of "
-            f"{disk.total} bytes are free, and a tenth stays free. Make room there, or set XDG_CACHE_HOME to a folder "
-            "on another disk",
-        )
-    _write(tensors, file)
+    if reason := make_room(file.parent, sum(tensor.nbytes for tensor in tensors.values())):
+        return _alone(model, reason)
+    put(file, partial(_write, tensors))
     del model, tensors  # otherwise the weights would be in memory twice
     model = read(_tensors(file))
     if _form(model) == form:
@@ -164,33 +147,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     }
 
 
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
+def _write(tensors: dict[str, Tensor], scratch: Path) -> None:
     from safetensors.torch import save_file
 
-    scratch = file.with_suffix(".new")
-    try:
-        save_file(tensors, scratch)
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())  # otherwise a power failure could leave a file of zeros
-        os.replace(scratch, file)
-    finally:
-        with suppress(FileNotFoundError):
-            scratch.unlink()
-
-
-def _make_room(folder: Path, need: int) -> bool:
-    """Delete the least recently used files until there is room; processes that map one keep it."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
-    while (disk := shutil.disk_usage(folder)).free - need < FREE * disk.total:
-        if not files:
-            return False
-        victim = files.pop(0)
-        with suppress(Timeout, FileNotFoundError), FileLock(f"{victim}.lock", timeout=0):
-            victim.unlink()
-    return True
-
-
-def _transformers() -> str:
-    from transformers import __version__
-
-    return __version__
+    save_file(tensors, scratch)

@@ -106,10 +106,11 @@ def _read(
     load = model_class(config, source.name).from_pretrained
     source.check_weights(config)
     rows = has_sparse_rows(config) and device.is_host and not from_disk and not deterministic and stage is None
+    files = source.stamp()
     model, where = read_weights(load, source, config, dtype, device, rows)
     pin_long_rope(model, max_positions(config))
     with few_pages(model) if stage is not None else nullcontext() as drop_pages:
-        weights = Weights(device, where, fingerprint(model, drop_pages))
+        weights = Weights(device, where, fingerprint(model, drop_pages), files)
         if from_disk:
             weights = on_disk(model, weights)
         geometry = probe(model, latents=not deterministic)

@@ -7,8 +7,10 @@ quantized files are handled by transformers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,7 +29,8 @@ from distkv_dask.worker.model.hook import AttentionStep, attending_with
 from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.lora import PlacedAdapter
 from distkv_dask.worker.model.no_attention import NoAttention
-from distkv_dask.worker.model.packed import pack_linears, packed_by
+from distkv_dask.worker.model.packed import linears_of, pack_linears, packable_bytes, packed_by
+from distkv_dask.worker.model.packed_file import map_packed
 from distkv_dask.worker.model.read_weights import Weights
 from distkv_dask.worker.model.recurrent import Past, State
 from distkv_dask.worker.model.structured import Follower, Grammars
@@ -73,6 +76,8 @@ class LoadedModel:
         self.eos_token_ids = eos_token_ids
         self.is_packed = False
         """Whether :meth:`pack` found room."""
+        self._packed_in: Path | None = None
+        self._packing = threading.Lock()
         self._core_layers = 0
         self._grammars = Grammars(tokenizer, eos_token_ids, geometry.vocab_size)
         self.adapters = Adapters(model, weights.device.torch)
@@ -84,10 +89,24 @@ class LoadedModel:
         self.uncaptured = "the host has no graphs"
         """Why steps on a card are not captured in CUDA graphs; empty if they are."""
 
-    def pack(self, room: int) -> None:
-        """Pack weights to compute faster with few rows, if that takes no more than ``room`` bytes."""
-        if not self.is_packed and self.weights.disk is None:
-            self.is_packed = pack_linears(self._model, room, chosen) > 0
+    def pack(self, room: int, rows: int) -> None:
+        """Pack weights to compute faster with few rows.
+
+        Parameters
+        ----------
+        room
+            Maximum bytes of a private copy. If it would take more, packed weights are mapped from a file.
+        rows
+            Most rows that are usually computed at once, as :func:`map_packed` takes them.
+        """
+        with self._packing:  # engines that open at the same time share the model
+            if self.is_packed or self.weights.disk is not None:
+                return
+            if packable_bytes(self._model) <= room:
+                self.is_packed = pack_linears(self._model, room, chosen) > 0
+            else:
+                self._packed_in = map_packed(self._model, room, rows, chosen, (self.weights.files, self.fingerprint))
+                self.is_packed = self._packed_in is not None
             self._core_layers = use_core(self._model) if self.is_packed else 0
 
     def is_prepared(self, sampling: SamplingParams | None, adapter: Adapter | None = None) -> bool:
@@ -116,6 +135,10 @@ class LoadedModel:
         """Where its weights are, in words."""
         by = packed_by(self._model) if self.is_packed else ""
         packed = f"; those of linears also packed, which takes as much memory of this process alone: {by}"
+        if self._packed_in is not None:
+            left = len(linears_of(self._model))
+            but = f" (but {left}, which would be in memory twice)" if left else ""
+            packed = f"; those of linears{but} packed, mapped from {self._packed_in}: {by}"
         layers = f"; {self._core_layers} layers computed in C++ with as many rows"
         return self.weights.where + packed * self.is_packed + layers * (self._core_layers > 0)
 

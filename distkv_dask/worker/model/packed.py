@@ -49,6 +49,22 @@ def packing_room(limit: int | None) -> int:
     return int(PART * (free if limit is None else min(free, limit)))
 
 
+def linears_of(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linears of a model whose weights can be packed, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear
+        and module.weight.dtype in (torch.bfloat16, torch.float16)
+        and "forward" not in vars(module)  # others skip rows, or compute them alike
+    }
+
+
+def packable_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights of a model's linears that :func:`pack_linears` would pack, if there is room."""
+    return sum(linear.weight.nbytes for linear in linears_of(model).values())
+
+
 def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]) -> int:
     """Pack the weights of a model's linears; the modules stay the same but compute with packed weights.
 
@@ -66,13 +82,11 @@ def pack_linears(model: torch.nn.Module, room: int, choose: Callable[[], Choice]
     int
         Bytes that were packed: 0 if there are no products of packed weights of this dtype on this processor.
     """
-    linears = [module for module in model.modules() if type(module) is torch.nn.Linear and _is_short(module.weight)]
-    linears = [linear for linear in linears if "forward" not in vars(linear)]  # others skip rows, or compute them alike
-    size = sum(linear.weight.nbytes for linear in linears)
+    linears, size = linears_of(model), packable_bytes(model)
     if not linears or size > room:
         return 0
     try:
-        for linear in linears:
+        for linear in linears.values():
             if (product := _product(linear, choose)) is None:
                 return 0
             linear.forward = product  # type: ignore[assignment]
@@ -115,20 +129,28 @@ class FewRowsLinear:
         [out, in] and [out] or None, bfloat16.
     choice
         Which products are used, by number of rows.
+    instead
+        The packed weights, if they are in memory in place of ``weight``: then the core computes any number of rows, as
+        many at a time as it serves.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice, instead: Tensor | None = None) -> None:
         self.by = in_words(choice.few)
         """What computes."""
         self._weight, self._bias = weight, bias
-        self.few = FewRows(packed(weight), (weight.shape[0], weight.shape[1]), bias, choice.few)
+        weights = packed(weight) if instead is None else instead
+        self.few = FewRows(weights, (weight.shape[0], weight.shape[1]), bias, choice.few)
         """The core's product."""
-        self._alone = choice.alone
+        self._alone = choice.alone if instead is None else self.few.most
+        self._in_pieces = instead is not None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         if 0 < rows.numel() <= self._alone * rows.shape[-1]:
             return self.few(rows)
+        if self._in_pieces and rows.numel():
+            pieces = rows.reshape(-1, rows.shape[-1]).split(self.few.most)
+            return torch.cat([self.few(piece) for piece in pieces]).view(*rows.shape[:-1], -1)
         return torch.nn.functional.linear(rows, self._weight, self._bias)
 
 
@@ -156,7 +178,3 @@ class PackedLinear:
         """[..., in] to [..., out]."""
         product: Tensor = self._linear(rows, self._packed, self._bias, "none", [], "")
         return product
-
-
-def _is_short(weight: Tensor) -> bool:
-    return weight.dtype in (torch.bfloat16, torch.float16)

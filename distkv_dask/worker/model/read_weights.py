@@ -35,6 +35,8 @@ class Weights:
         Whether other processes share that memory, or whether layers are on disk, in words.
     fingerprint
         Their fingerprint.
+    files
+        The files that they were read from, with what shows a change of one.
     disk
         Reads layers from disk.
     rows
@@ -44,6 +46,7 @@ class Weights:
     device: Device
     where: str
     fingerprint: str
+    files: tuple[tuple[str, int, int], ...] = ()
     disk: DiskLayers | None = None
     rows: RowCounts | None = None
 
