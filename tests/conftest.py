@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import re
+import time
 from pathlib import Path
 
 # torch and huggingface_hub read these when they are imported, so they are set first; worker processes inherit them.
@@ -76,9 +77,21 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # extensions report objects that are never collected
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let CI skip slow tests that would begin late."""
+    parser.addoption("--slow-until", type=float, help="Unix time after which no slow test begins; they come last")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("slow_until")
+    if until is not None and item.get_closest_marker("slow") and time.time() > until:
+        pytest.skip("slow, and this machine has no time left for it")
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of slow tests, so that no process waits for one at the end.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests, so that no process waits for one at the end; with ``--slow-until``, end so.
 
     Leave model families that resemble others to ``make test-thorough``, and all tests over UCX. These get three tries,
     because ucxx occasionally misses time limits on a busy machine.
@@ -88,7 +101,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if call is not None and call.params.get("family") in LIKE_OTHERS:
             item.add_marker(pytest.mark.thorough)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    slow_last = config.getoption("slow_until") is not None
+    items.sort(key=lambda item: (item.path in slow) == slow_last)
     for item in items:
         if item.get_closest_marker("ucx") or re.search(r"\[(.*-)?ucx\b", item.name):
             item.add_marker(pytest.mark.flaky(reruns=2))
