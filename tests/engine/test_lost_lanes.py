@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, Scheduler, Worker
 
 from distkv_dask import Engine, SamplingParams, SequenceStatus
-from distkv_dask.scheduler.engines import engine as engine_state
+from distkv_dask.scheduler.engines.opening import MAX_REOPENINGS
 from distkv_dask.worker.lanes import Lanes
 from tests._cluster import engine_test
 from tests._models import model_dir, prompt_ids, reference_generate
@@ -117,7 +117,7 @@ async def test_lanes_that_end_again_and_again_are_not_started_for_ever(
     async with Engine(client, str(model_dir("llama-gqa")), **TINY) as engine:
         manager, victim = scheduler.plugins["distkv"], workers[0]
         state = manager.engines[engine.id]
-        for _ in range(engine_state.MAX_REOPENINGS):
+        for _ in range(MAX_REOPENINGS):
             lanes = lanes_of(victim)
             assert lanes is not None
             end_holder_lane(lanes)
