@@ -77,21 +77,29 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # extensions report objects that are never collected
 
 
+LONG = "client", "engine"
+"""Folders whose tests take most of the time."""
+
+SLOW_MARGIN = 600.0
+"""Seconds before the end of the time in which no slow test begins: the longest take minutes."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let CI skip slow tests that would begin late."""
-    parser.addoption("--slow-until", type=float, help="Unix time after which no slow test begins; they come last")
+    """Let CI end in time on a machine that is too slow for all tests."""
+    parser.addoption("--until", type=float, help="Unix time after which no test begins, and long before it no slow one")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    until = item.config.getoption("slow_until")
-    if until is not None and item.get_closest_marker("slow") and time.time() > until:
-        pytest.skip("slow, and this machine has no time left for it")
+    until = item.config.getoption("until")
+    margin = SLOW_MARGIN if item.get_closest_marker("slow") else 0.0
+    if until is not None and time.time() > until - margin:
+        pytest.skip("no time is left for it on this machine")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files of slow tests, so that no process waits for one at the end; with ``--slow-until``, end so.
+    """Begin with the files of slow tests, so that no process waits for one at the end; with ``--until`` they come last.
 
     Leave model families that resemble others to ``make test-thorough``, and all tests over UCX. These get three tries,
     because ucxx occasionally misses time limits on a busy machine.
@@ -101,8 +109,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if call is not None and call.params.get("family") in LIKE_OTHERS:
             item.add_marker(pytest.mark.thorough)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    slow_last = config.getoption("slow_until") is not None
-    items.sort(key=lambda item: (item.path in slow) == slow_last)
+    if config.getoption("until") is None:
+        items.sort(key=lambda item: item.path not in slow)
+    else:
+        items.sort(key=lambda item: (item.path in slow, item.path.parent.name in LONG))
     for item in items:
         if item.get_closest_marker("ucx") or re.search(r"\[(.*-)?ucx\b", item.name):
             item.add_marker(pytest.mark.flaky(reruns=2))
