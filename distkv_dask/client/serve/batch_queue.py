@@ -33,7 +33,6 @@ OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 PRIORITY = -10
 """Priority of batch requests: interactive requests overtake them by up to ten minutes."""
 
-
 PAUSE = 5.0
 """Seconds before a batch is tried again of which the disk takes nothing, not even that it failed."""
 

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,15 +55,12 @@ class Store:
         """Write a record; raises :class:`Refusal` if the disk does not take it, and leaves the old one then."""
         path = self._record(record["id"])
         unfinished = path.with_suffix(".unfinished")
-        try:
+        with _writing(unfinished, record["id"]):
             with private(unfinished) as file:
                 file.write(json.dumps(record).encode())
             sync(unfinished)
             unfinished.replace(path)
             sync(self.folder)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise Refusal(f"{record['id']} cannot be kept: {error.strerror or error}", 507) from error
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """All records of a kind (``"file"`` or ``"batch"``), the newest first."""
@@ -77,19 +74,12 @@ class Store:
             "filename": name, "purpose": purpose, "status": "processed", OWNER: owner,
         }  # fmt: skip
         path = self.path(str(record["id"]))
-        try:
+        with _writing(path, "the file"):
             with private(path) as file:
                 shutil.copyfileobj(source, file, 1 << 20)
             sync(path)
             record["bytes"] = path.stat().st_size
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise Refusal(f"the file cannot be kept: {error.strerror or error}", 507) from error
-        try:
             self.write(record)
-        except Refusal:
-            path.unlink(missing_ok=True)
-            raise
         return record
 
     def remove(self, name: str) -> None:
@@ -101,6 +91,18 @@ class Store:
 
     def _record(self, name: str) -> Path:
         return self.path(name).with_suffix(".json")
+
+
+@contextlib.contextmanager
+def _writing(path: Path, what: str) -> Iterator[None]:
+    """Delete a file that cannot be written; raises :class:`Refusal` if the disk does not take it."""
+    try:
+        yield
+    except (OSError, Refusal) as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal(f"{what} cannot be kept: {error.strerror or error}", 507) from error
 
 
 def private(path: Path) -> BinaryIO:
