@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from _thorough import some_of
 from attention_cases import CASES, Case, build, check, check_far_blocks
 
 from distkv_dask.kernels import IMPLEMENTATIONS, micro_attention, torch_kernel
@@ -22,10 +23,7 @@ LONG = next(case for case in CASES if case.name == "decode-long-split-over-threa
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [pytest.param(*one, marks=[pytest.mark.thorough] * (one in LIKE_OTHERS)) for one in WITH_DTYPES],
-)
+@pytest.mark.parametrize(("implementation", "dtype"), some_of(WITH_DTYPES, *{*WITH_DTYPES} - LIKE_OTHERS))
 def test_attention_equals_float64(implementation: str, case: Case, dtype: torch.dtype) -> None:
     check(implementation, case, dtype)
 
