@@ -3,8 +3,8 @@
 A Llama with random weights has its layers on several workers with one thread each. The bound of a step is the sum of
 the stages' times for their layers alone: the same runs of layers in one process, without attention, channels, Dask or
 sampling (``bound``: tokens per second). Bounds are measured before and after the engine's rates, with nothing else
-running, and the better one counts. Rates are medians over turns. ``--memory-limit`` is what
-nannies hold workers to, so it also shows that a model much larger than a worker opens.
+running, and the better one counts. Rates are medians over turns. Nannies enforce ``--memory-limit``, so the benchmark
+also shows that a model much larger than a worker opens.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Bounds:
 
 
 def _seconds(model: LoadedModel, number: int, tokens: int, keep: int) -> float:
-    """Of one forward over a stage's layers; the home's are those with the head."""
+    """Seconds of one forward over a stage's layers; the home's are those with the head."""
     positions, step = torch.arange(tokens), NoAttention(model.geometry.value_dim)
     hidden = torch.randn(tokens, model.hidden_size).to(model.dtype)
     began = time.perf_counter()
