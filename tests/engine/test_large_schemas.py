@@ -15,14 +15,16 @@ from distributed import Client, Scheduler, Worker
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
 
 from distkv_dask import Engine, SamplingParams
+from distkv_dask.client.session.generation import Generation
 from distkv_dask.worker.model import structured
 from tests._cluster import engine_test
 from tests._models import prompt_ids, text_model_dir
 
 TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "window_steps": 2}
-SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 3, "maxItems": 30}
+# Many tokens: an answer of ten ended before a test on a fast machine had seen that it began.
+SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 40, "maxItems": 50}
 NEIGHBOUR = SamplingParams(max_new_tokens=600, ignore_eos=True)
-STRUCTURED = SamplingParams(max_new_tokens=200, schema=SCHEMA)
+STRUCTURED = SamplingParams(max_new_tokens=400, schema=SCHEMA)
 
 
 class Slow:
@@ -42,6 +44,13 @@ class Slow:
 async def generated(engine: Engine, number: int) -> int:
     sequences = (await engine.status()).sequences
     return sequences[number].generated_tokens if number in sequences else 0
+
+
+async def begins(engine: Engine, number: int, asked: Generation) -> None:
+    """Wait until an answer has begun."""
+    while await generated(engine, number) < 2:
+        assert not asked.done(), "the answer ended before it was seen"
+        await asyncio.sleep(0.01)
 
 
 async def goes_on(engine: Engine, number: int) -> None:
@@ -82,8 +91,7 @@ def test_a_neighbour_decodes_while_a_schema_is_compiled_for_a_request_whose_prom
         async with Engine(client, str(text_model_dir(end=True)), granularity=granularity, **TINY) as engine:
             neighbour = engine.submit(prompt_ids(20), NEIGHBOUR)
             asked = engine.submit(prompt_ids(30, seed=1), STRUCTURED)
-            while await generated(engine, 1) < 2:
-                await asyncio.sleep(0.01)
+            await begins(engine, 1, asked)
             slow = Slow(monkeypatch)
             model = worker.plugins["distkv"].engines[engine.id].model
             model._grammars._made = {}  # as on a worker that only now becomes its home
@@ -102,7 +110,6 @@ async def test_a_request_that_is_alone_waits_for_its_schema(
 ) -> None:
     async with Engine(client, str(text_model_dir(end=True)), **TINY) as engine:
         asked = engine.submit(prompt_ids(30, seed=1), STRUCTURED)
-        while await generated(engine, 0) < 2:
-            await asyncio.sleep(0.01)
+        await begins(engine, 0, asked)
         worker.plugins["distkv"].engines[engine.id].model._grammars._made = {}
         jsonschema.validate(json.loads((await asked).text), SCHEMA)
