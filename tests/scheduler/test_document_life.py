@@ -274,3 +274,15 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
                 cluster.stop(cluster.rng.choice(sorted(wanted)))
         case str():
             cluster.happen(happening)
+
+
+def test_a_question_that_shares_nothing_is_answered_although_the_turn_that_it_names_was_cancelled() -> None:
+    cluster = cluster_of(0, 10)
+    cluster.submit(1, prompt(0, 28), SamplingParams(max_new_tokens=9), keeps=True)
+    cluster.submit(2, prompt(0, 20, 7), SamplingParams(max_new_tokens=5, prompt_logprobs=1), document=1)
+    assert cluster.life.requests[2].state.label == "waiting"
+    cluster.stop(1)
+    finish(cluster)
+    assert cluster.ends[2] == ("length", None)
+    assert cluster.tokens[2] == expected(2, 5)
+    assert_nothing_left(cluster)

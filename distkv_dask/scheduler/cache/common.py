@@ -74,8 +74,8 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
     If it has, the beginning is in the prefix cache afterwards.
     """
     request.awaits = None
-    released = request.document is not None and life.requests[request.document].released
-    if not life.running or not request.is_plain or released:
+    document = life.document_of(request)
+    if not life.running or not request.is_plain or (document is not None and document.released):
         return False
     known, home = request.known, placement[-1].worker
     beginning = known[: len(known) - 1]  # the last one has to be computed

@@ -140,7 +140,7 @@ def stop_waiting(life: MachineState, request: Request, before: State) -> None:
     """Take a document that is no longer awaited out of the queue, and documents that only it awaits."""
     if request.sequence in life.queue:
         life.queue.withdraw(request.sequence)
-    parent = life.requests.get(request.document) if request.document is not None else None
+    parent = life.document_of(request)
     if parent is not None and parent.awaited.pop(request.sequence, None) is not None:
         leave_queue(life, parent)
     life.idle_documents[request.sequence] = None
@@ -197,7 +197,7 @@ def remove(life: MachineState, request: Request) -> None:
 
 def leave_document(life: MachineState, request: Request) -> None:
     """A request no longer depends on its document."""
-    document = life.requests.get(request.document) if request.document is not None else None
+    document = life.document_of(request)
     if document is not None:
         document.dependents.discard(request.sequence)
         document.awaited.pop(request.sequence, None)

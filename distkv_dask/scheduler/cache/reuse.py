@@ -24,8 +24,8 @@ from distkv_dask.scheduler.records.request import Request
 
 def share(life: MachineState, request: Request, ask: Ask, placement: Placement) -> tuple[Ask, Placement]:
     """What an admitted request computes, and where: with a cached prefix, if that takes less time."""
-    released = request.document is not None and life.requests[request.document].released
-    if not life.cache or not request.is_plain or released:
+    document = life.document_of(request)
+    if not life.cache or not request.is_plain or (document is not None and document.released):
         return ask, placement
     known = request.known
     beginning = known[: len(known) - 1]  # the last one has to be computed

@@ -186,7 +186,7 @@ class Lifecycle:
 
     def _accept(self, request: Request) -> None:
         life = self.state
-        document = life.requests.get(request.document) if request.document is not None else None
+        document = life.document_of(request)
         is_stored = document is not None and isinstance(document.state, Stored)
         if request.saves and is_stored and document is not None and not document.prompt:
             life.command(Delivery(request.sequence, (), "stop"))  # it is shorter than a block

@@ -52,7 +52,7 @@ def _turn(life: MachineState, request: Request, state: Waiting) -> tuple[float, 
 def requeue(life: MachineState, request: Request, before: State) -> None:
     """Free the blocks of a request that lost some or was preempted, and let it wait for room in its turn."""
     documents.free_blocks(life, request)
-    if request.document is not None and life.requests[request.document].cached:
+    if (document := life.document_of(request)) is not None and document.cached:
         documents.leave_document(life, request)
         request.document, request.borrows = None, False
     life.recommend(request, request.state)  # after its document, which may just have become one that is repaired

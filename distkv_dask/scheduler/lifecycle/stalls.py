@@ -57,7 +57,7 @@ def aside(life: MachineState, request: Request) -> str:
     """Why a waiting request, or its document, is set aside while others run; empty if it is not."""
     if request.sequence in life.queue:
         return life.queue.aside(life.queue.ask(request.sequence))
-    document = life.requests.get(request.document) if request.document is not None else None
+    document = life.document_of(request)
     if not isinstance(request.state, Waiting) or document is None:
         return ""
     return aside(life, document)

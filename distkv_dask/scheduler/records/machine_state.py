@@ -117,6 +117,10 @@ class MachineState:
         """Whether homes speculate; recurrent layers could not undo wrong proposals."""
         return self.config.speculation != "off" and not self.ledger.has_states
 
+    def document_of(self, request: Request) -> Request | None:
+        """The sequence whose blocks a request shares, if it has one that still exists."""
+        return None if request.document is None else self.requests.get(request.document)
+
     def is_drained(self, worker: str) -> bool:
         """Whether a worker has no blocks."""
         return worker not in self.ledger.workers or not self.ledger.workers[worker].held
