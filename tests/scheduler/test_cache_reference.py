@@ -117,7 +117,7 @@ def test_of_equal_beginnings_the_one_on_the_requests_own_worker_is_shared() -> N
         cluster.submit(3, prompt, SamplingParams(max_new_tokens=5))
         placement = cluster.life.ledger.sequences[3].placement
         assert {span.worker for span in placement} == {"w0", "w1"} - {busy}
-        assert cluster.life.requests[3].reused == 20
+        assert cluster.life.requests[3].reuse.shared == 20
 
 
 def test_nothing_is_shared_behind_a_beginning_that_lost_blocks() -> None:
@@ -131,10 +131,10 @@ def test_nothing_is_shared_behind_a_beginning_that_lost_blocks() -> None:
     finish(cluster)
     assert cluster.reused[2] == 8, "it is cached behind the first one"
     cluster.submit(3, whole[:60] + array("i", [9]), SamplingParams(max_new_tokens=9))
-    assert cluster.life.requests[3].reused == 60
+    assert cluster.life.requests[3].reuse.shared == 60
     cluster.lose_worker(second)
     cluster.submit(4, branch, SamplingParams(max_new_tokens=2))
-    assert cluster.life.requests[4].reused == 0
+    assert cluster.life.requests[4].reuse.shared == 0
     cluster.add_worker(20)
     settle(cluster)
     assert first in cluster.pools

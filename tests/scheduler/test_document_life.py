@@ -254,7 +254,8 @@ def happen(cluster: Simulated, happening: object, held: set[int], wanted: dict[i
     match happening:
         case (document, tokens, new, keeps):
             number = 10 + len(wanted)
-            names = [*held, *(one for one, live in life.requests.items() if live.keeps)]
+            kept = [one for one, live in life.requests.items() if one >= 10 and live.demand and not live.is_cached]
+            names = [*held, *kept]
             like = cluster.rng.choice(names) if names else None
             name = like if document else None
             beginning = life.requests[like].prompt if like in life.requests else array("i")

@@ -133,7 +133,7 @@ def test_a_status_adds_up_in_every_situation(situation: str) -> None:
         assert one.lent_blocks == sum(debt.blocks for debt in seen.debts if debt.creditor == worker)
         at_home = [number for number, entry in seen.sequences.items() if entry.home == worker]
         requests = [cluster.life.requests[number] for number in at_home]
-        assert one.sequences == sum(not request.is_document and not request.saves for request in requests)
+        assert one.sequences == sum(not request.is_document and not request.is_save for request in requests)
     for number, entry in seen.sequences.items():
         held = sum(span.tokens for span in entry.placement)
         assert entry.kv_tokens <= held
@@ -149,7 +149,7 @@ def test_what_is_cached_is_nobodys_sequence_also_while_somebody_shares_it() -> N
         while number == 1 and cluster.step():
             pass
     assert cluster.reused == {1: 0} or 2 not in cluster.reused
-    assert any(one.cached for one in cluster.life.requests.values())
+    assert any(one.is_cached for one in cluster.life.requests.values())
     assert [*status(cluster).sequences] == [2]
     finish(cluster)
     assert not status(cluster).sequences
@@ -165,4 +165,4 @@ def test_questions_of_a_document_do_not_count_documents_that_build_on_it() -> No
     seen = status(cluster).sequences
     assert [seen[number].document for number in (0, 1, 2)] == [True, True, False]
     assert [seen[number].questions for number in (0, 1, 2)] == [1, 0, 0]
-    assert {*cluster.life.requests[0].dependents} == {1, 2}
+    assert {*cluster.life.demand(0).dependents} == {1, 2}

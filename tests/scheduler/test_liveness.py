@@ -171,12 +171,13 @@ def assert_all_that_fits_is_answered(users: Users) -> None:
         if reason in ("stop", "length"):
             assert users.cluster.tokens[number] == expected(number, new)
     for number, live in life.requests.items():
-        needed = [one for one in live.dependents if one in life.requests]
-        assert users.want(number) or needed or live.cached, f"nobody waits for {live}"
+        needed = live.demand is not None and not live.demand.dependents.isdisjoint(life.requests)
+        assert users.want(number) or needed or live.is_cached, f"nobody waits for {live}"
         if live.state.label == "waiting":
             assert too_large(users.cluster, number, limit), live
             assert aside(life, live), "it is said why it waits"
-            assert not live.is_document or live.awaited or not live.announced, f"nobody waits for {live}"
+            needed = not live.is_document or not live.is_announced or bool(life.demand(number).awaited)
+            assert needed, f"nobody waits for {live}"
         else:
             assert live.state.label in ("document", "dropped"), live
 

@@ -14,7 +14,7 @@ from distkv_dask.scheduler.ledger.ledger import Ledger
 from distkv_dask.scheduler.policies import policy_named
 from distkv_dask.scheduler.policies.balance import recalls
 from distkv_dask.scheduler.policies.base import Ask
-from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.request import Asked, Request
 
 BLOCK = 4
 
@@ -28,7 +28,7 @@ def test_a_holder_that_is_lost_is_replaced_by_one_that_lends_as_much(lends: int,
     ledger.commit(1, 5 * BLOCK)
     ledger.add_worker(Endpoint("other", "host", 1), 8, lend_limit=lends)
     ledger.remove_worker("lost")
-    request = Request(1, array("i", range(20)), SamplingParams(max_new_tokens=9), 0.0)
+    request = Request(1, array("i", range(20)), Asked(0.0, SamplingParams(max_new_tokens=9)))
     placement = placement_without_losses(ledger, policy_named("overflow", PRESET), request)
     assert placement == ((Span("other", 0, 3 * BLOCK), Span("home", 3 * BLOCK, 7 * BLOCK)) if fits else None)
 

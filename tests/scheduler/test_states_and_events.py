@@ -251,14 +251,14 @@ def live_after_each_event(situation: str) -> None:
         cluster.pause()
         settle(cluster)
         stops = {"stop": {ONE: "stop"}, "cancel": {ONE: "cancelled"}}
-        wanted = {one.sequence: "stop" if one.saves else "length" for one in requests}
+        wanted = {one.sequence: "stop" if one.is_save else "length" for one in requests}
         wanted |= stops.get(event, dict.fromkeys(wanted, "cancelled") if event == "close" else {}) | ended
         for request in requests:
             number, (reason, error) = request.sequence, cluster.ends[request.sequence]
-            fails = number == ONE and (event == "fault" or (request.saves and stays_unwritten(situation, event)))
+            fails = number == ONE and (event == "fault" or (request.is_save and stays_unwritten(situation, event)))
             assert reason == ("error" if fails else wanted[number]), (event, number, error)
             assert (error is not None) == fails
-            answer = [] if request.saves else expected(number, request.sampling.max_new_tokens)
+            answer = [] if request.is_save else expected(number, request.asked.sampling.max_new_tokens)
             assert cluster.tokens[number] == (answer if reason == "length" else answer[: len(cluster.tokens[number])])
         for number in [*cluster.life.requests]:
             cluster.stop(number)

@@ -230,7 +230,7 @@ def test_a_home_that_leaves_hands_its_sequences_over_with_their_states() -> None
     cluster = stateful(0, 20, 20)
     cluster.ingest(0, prompt(0, 18))
     ask(cluster, 1, prompt(1, 18), 20)
-    finish_until = lambda: cluster.life.requests[1].generated and cluster.life.requests[0].announced  # noqa: E731
+    finish_until = lambda: cluster.life.requests[1].generated and cluster.life.requests[0].is_announced  # noqa: E731
     while not finish_until():
         cluster.step()
     leaving = cluster.life.ledger.sequences[1].home

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from _situations import SITUATIONS
 from test_states_and_events import live_after_each_event
 
 import distkv_dask.scheduler.lifecycle.transitions as transitions
-from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler.records import states
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.request import Asked, Request
 from distkv_dask.scheduler.records.states import State
 
 SCHEDULER = Path(transitions.__file__).parents[1]
@@ -53,7 +53,7 @@ def test_what_is_not_in_the_table_is_a_fault_that_changes_nothing(before: type[S
         pytest.skip("this may happen")
     life = cluster_of(0, 10).life
     old, new = (one(0) if one is states.Prefill else one() for one in (before, after))
-    request = Request(1, life.requests, SamplingParams(), 0.0)  # type: ignore[arg-type]
+    request = Request(1, array("i"), Asked(0.0))
     request.state = old
     with pytest.raises(RuntimeError, match=f"cannot go from {before.__name__} to {after.__name__}"):
         transitions.transition(life, request, new)
@@ -165,7 +165,7 @@ def test_a_line_that_writes_a_state_is_seen(line: str) -> None:
 
 def test_what_is_ended_already_is_not_ended_again() -> None:
     life = cluster_of(0, 10).life
-    request = Request(1, life.requests, SamplingParams(), 0.0)  # type: ignore[arg-type]
+    request = Request(1, array("i"), Asked(0.0))
     for state in (states.Retiring, states.Spilling):
         request.state = state()
         with pytest.raises(RuntimeError, match=f"request 1 is {state.label} already"):
@@ -175,7 +175,7 @@ def test_what_is_ended_already_is_not_ended_again() -> None:
 def test_what_is_recommended_for_a_request_that_is_gone_is_dropped() -> None:
     cluster = cluster_of(0, 10)
     life = cluster.life
-    gone = Request(7, life.requests, SamplingParams(), 0.0)  # type: ignore[arg-type]
+    gone = Request(7, array("i"), Asked(0.0))
     life.recommend(gone, states.Decode())
     transitions.settle(life)
     assert not life.recommendations

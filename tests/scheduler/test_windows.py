@@ -18,7 +18,7 @@ from distkv_dask.placement import Endpoint, Placement, Span
 from distkv_dask.sampling import SamplingParams
 from distkv_dask.scheduler import commands as do
 from distkv_dask.scheduler.costs.pacer import STRANGERS, Pacer
-from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.request import Asked, Request
 from distkv_dask.scheduler.records.window_chain import PATIENCE, SURE, Outstanding, WindowChain
 from distkv_dask.scheduler.work.chunks import cut_prompt
 from distkv_dask.scheduler.work.prefill import FORWARDS, Room, room
@@ -33,7 +33,7 @@ def window(number: int, seconds: float = 1.0, steps: int | None = None) -> Decod
 
 
 def request(number: int, remaining: int) -> Request:
-    return Request(number, array("i", [1]), SamplingParams(max_new_tokens=remaining), 0.0)
+    return Request(number, array("i", [1]), Asked(0.0, SamplingParams(max_new_tokens=remaining)))
 
 
 # When

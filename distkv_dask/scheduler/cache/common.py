@@ -50,10 +50,10 @@ def leave(life: MachineState, request: Request) -> None:
 
 def forget_given(life: MachineState, request: Request) -> None:
     """Nothing computes on a request any more: blocks that it gave to the cache are now only the cache's."""
-    for span in request.given:
+    for span in request.reuse.given:
         if span.worker in life.ledger.workers:
             life.command(Free(span.worker, request.sequence, span.start, span.stop))
-    request.given = ()
+    request.reuse.given = ()
 
 
 # Waiting requests
@@ -61,7 +61,7 @@ def forget_given(life: MachineState, request: Request) -> None:
 
 def is_awaiting(life: MachineState, sequence: int) -> bool:
     """Whether a waiting request still waits for another one to compute their common beginning."""
-    awaits = life.requests[sequence].awaits
+    awaits = life.requests[sequence].reuse.awaits
     if awaits is None:
         return False
     number, tokens = awaits
@@ -73,9 +73,9 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
 
     If it has, the beginning is in the prefix cache afterwards.
     """
-    request.awaits = None
+    request.reuse.awaits = None
     document = life.document_of(request)
-    if not life.running or not request.is_plain or (document is not None and document.released):
+    if not life.running or not request.is_plain or (document is not None and document.is_released):
         return False
     known, home = request.known, placement[-1].worker
     beginning = known[: len(known) - 1]  # the last one has to be computed
@@ -91,8 +91,8 @@ def waits(life: MachineState, request: Request, ask: Ask, placement: Placement) 
         if tokens < account.stop:  # otherwise it has ended
             _give(life, other, tokens)
     elif other.sequence in life.in_prefill and _pays(life, request, ask, placement, *found):
-        request.awaits = other.sequence, tokens
-    return request.awaits is not None
+        request.reuse.awaits = other.sequence, tokens
+    return request.reuse.awaits is not None
 
 
 def _running(life: MachineState, tokens: array[int], near: str, adapter: str) -> tuple[Request, int] | None:
@@ -167,8 +167,9 @@ def _give(life: MachineState, request: Request, tokens: int) -> None:
     life.requests[number] = Request.of_cached(number, parent, life.now)
     if request.document is not None:
         _leave(life, request, request.document, number if parent is not None else None, start)
-    request.document, request.borrows, request.reused = number, True, tokens
-    request.given += own
+    request.borrow(number)
+    request.reuse.shared = tokens
+    request.reuse.given += own
     prefix_cache.share_cached(life, number, tokens, request.sequence)
     for span in own:
         life.command(Share(span.worker, request.sequence, number, span.start, span.stop))
@@ -182,5 +183,5 @@ def _leave(life: MachineState, request: Request, document: int, user: int | None
     """A ``user`` shares a document's first tokens in place of a request."""
     if user is not None:
         prefix_cache.share_cached(life, document, tokens, user)
-    life.requests[document].dependents.discard(request.sequence)
+    life.demand(document).dependents.discard(request.sequence)
     prefix_cache.stop_sharing(life, document, request.sequence)

@@ -37,8 +37,8 @@ def pays(life: MachineState, request: Request) -> bool:
         if (tier := _tier_for(life, request, worker, size)) is None:
             return False
         seconds = max(seconds, 2 * size / tier.rate)
-    own = account.length - request.reused
-    return seconds < life.policy.model.of(account.home).prefill(own, request.reused)
+    shared = request.reuse.shared
+    return seconds < life.policy.model.of(account.home).prefill(account.length - shared, shared)
 
 
 def _can_go_on(life: MachineState, request: Request) -> bool:
@@ -198,7 +198,13 @@ def _movable(life: MachineState, worker: str, tier: Tier) -> list[Request]:
         if copy.whole and worker in copy.bytes and disks.tier(copy, worker) is tier
     ]
     idle = [one for one in there if not isinstance(one.state, Fetching)]
-    return sorted(idle, key=lambda one: (not isinstance(one.state, states.Stored), not one.is_document, one.used))
+    return sorted(idle, key=_copy_order)
+
+
+def _copy_order(request: Request) -> tuple[bool, bool, float]:
+    """Sorts sequences by when their copies go: first those that are also in the pool."""
+    used = request.demand.used if request.demand is not None else 0.0
+    return not isinstance(request.state, states.Stored), not request.is_document, used
 
 
 def _sizes(life: MachineState, request: Request) -> Counter[str]:

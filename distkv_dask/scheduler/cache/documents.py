@@ -16,6 +16,7 @@ from distkv_dask.messages.to_worker import Free
 from distkv_dask.scheduler.cache import common, disk, prefix_cache, snapshots
 from distkv_dask.scheduler.cache.repair import repaired
 from distkv_dask.scheduler.policies.shared_prefix import common_tokens
+from distkv_dask.scheduler.records.kinds import Document
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Dropped, Spilling, State, Stored, Waiting
@@ -31,18 +32,15 @@ def attach(life: MachineState, request: Request) -> None:
     InvalidRequestError
         The document does not exist, or no longer exists, or has another adapter.
     """
-    assert request.document is not None
-    document = life.requests.get(request.document)
-    if document is None or document.released or not (document.is_document or document.keeps):
+    document = life.document_of(request)
+    if document is None or document.demand is None or document.demand.released:
         raise InvalidRequestError("the document was released: ingest it again to ask more questions")
-    if request.saves:
-        request.adapter = document.adapter
     if document.adapter_key != request.adapter_key:
         raise InvalidRequestError(
             "the document was computed with another adapter than its question: ask with the adapter of the document, "
             "or ingest it again with this one"
         )
-    document.dependents.add(request.sequence)
+    document.demand.dependents.add(request.sequence)
 
 
 def borrow(life: MachineState, request: Request) -> None:
@@ -50,28 +48,29 @@ def borrow(life: MachineState, request: Request) -> None:
     found = life.index.find(request.prompt[: len(request.prompt) - 1], request.adapter_key)
     if found is None or life.requests[found].adapter_key != request.adapter_key:
         return
-    if not life.requests[found].released:
-        request.document, request.borrows = found, True
-        life.requests[found].dependents.add(request.sequence)
+    demand = life.demand(found)
+    if not demand.released:
+        request.borrow(found)
+        demand.dependents.add(request.sequence)
 
 
 def share(life: MachineState, request: Request, submitted: float) -> bool:
     """Let a request share its document; False if that is not stored now, so that the request waits for it."""
-    assert request.document is not None
-    document = life.requests[request.document]
+    assert request.parent is not None
+    document, demand = life.requests[request.parent.number], life.demand(request.parent.number)
     if not isinstance(document.state, Stored):
-        document.awaited[request.sequence] = submitted
+        demand.awaited[request.sequence] = submitted
         if isinstance(document.state, Dropped):
             life.recommend(document, Waiting())
         return False
-    document.used = life.now
-    if request.saves:
+    demand.used, reuse = life.now, request.reuse
+    if request.is_save:
         request.prompt = document.prompt
-    own = len(request.prompt) - (not request.saves)  # a question's last token has to be computed
-    request.reused = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
-    if life.ledger.has_states and request.reused and not request.saves:
-        request.common = request.reused
-        request.begins, request.reused = snapshots.nearest(life, document.sequence, request.common) or (None, 0)
+    own = len(request.prompt) - (not request.is_save)  # a question's last token has to be computed
+    reuse.shared = common_tokens(request.prompt[:own], document.prompt, life.ledger.block_tokens)
+    if life.ledger.has_states and reuse.shared and not request.is_save:
+        reuse.common = reuse.shared
+        reuse.begins, reuse.shared = snapshots.nearest(life, document.sequence, reuse.common) or (None, 0)
     return True
 
 
@@ -80,19 +79,19 @@ def share(life: MachineState, request: Request, submitted: float) -> bool:
 
 def stored(life: MachineState, request: Request, before: State) -> None:
     """A document is computed: tell its client, and admit questions."""
-    request.used = life.now
+    life.demand(request.sequence).used = life.now
     if request.prompt:
         life.ledger.make_document(request.sequence, len(request.prompt))
         life.index.add(request.sequence, request.prompt, request.adapter_key)
         if life.ledger.has_states:
             home = life.ledger.sequences[request.sequence].home
             life.snapshots.add(request.sequence, len(request.prompt), home)
-    if not request.announced:
-        request.announced = True
+    if isinstance(request.kind, Document) and not request.kind.announced:
+        request.kind.announced = True
         account = life.ledger.sequences.get(request.sequence)
         placement = account.placement if account is not None else ()
         timings = request.timings(life.now)
-        life.command(Delivery(request.sequence, (), "stop", None, timings, placement, request.reused))
+        life.command(Delivery(request.sequence, (), "stop", None, timings, placement, request.reuse.shared))
     _wake(life, request)
 
 
@@ -100,9 +99,8 @@ def become_document(life: MachineState, request: Request, before: State) -> None
     """A question is answered; whole blocks of both become a document."""
     account, size = life.ledger.sequences[request.sequence], life.ledger.block_tokens
     tokens = account.length // size * size
-    request.prompt = array("i", [*request.prompt, *request.generated])[:tokens]
-    request.generated, request.is_document, request.announced, request.used = [], True, True, life.now
-    request.alone = False
+    request.become_document(tokens)
+    life.demand(request.sequence).used = life.now
     if account.lost or account.moves or not tokens:
         life.recommend(request, Dropped())
         return
@@ -116,9 +114,10 @@ def become_document(life: MachineState, request: Request, before: State) -> None
 
 def _wake(life: MachineState, request: Request) -> None:
     """A document is stored: requests that waited for it now wait for room."""
-    awaited, request.awaited = request.awaited, {}
+    demand = life.demand(request.sequence)
+    awaited, demand.awaited = demand.awaited, {}
     for sequence, submitted in awaited.items():
-        life.recommend(life.requests[sequence], Waiting(submitted, latest=request.rank))
+        life.recommend(life.requests[sequence], Waiting(submitted, latest=request.turn.rank))
     life.idle_documents[request.sequence] = None
 
 
@@ -131,7 +130,7 @@ def drop_blocks(life: MachineState, request: Request, before: State) -> None:
     free_blocks(life, request)
     if not request.prompt:
         life.recommend(request, Stored())
-    elif not is_unneeded(request) and (request.awaited or not request.announced):
+    elif not is_unneeded(request) and (life.demand(request.sequence).awaited or not request.is_announced):
         life.recommend(request, Waiting())
     life.idle_documents[request.sequence] = None
 
@@ -140,9 +139,9 @@ def stop_waiting(life: MachineState, request: Request, before: State) -> None:
     """Take a document that is no longer awaited out of the queue, and documents that only it awaits."""
     if request.sequence in life.queue:
         life.queue.withdraw(request.sequence)
-    parent = life.document_of(request)
-    if parent is not None and parent.awaited.pop(request.sequence, None) is not None:
-        leave_queue(life, parent)
+    document = life.document_of(request)
+    if document is not None and life.demand(document.sequence).awaited.pop(request.sequence, None) is not None:
+        leave_queue(life, document)
     life.idle_documents[request.sequence] = None
 
 
@@ -155,17 +154,18 @@ def lost(life: MachineState, request: Request) -> None:
 def defer_questions(life: MachineState, request: Request) -> None:
     """Requests that wait for room while sharing a document now wait for the document, or run without it."""
     life.index.drop(request.sequence, request.prompt, request.adapter_key)
+    demand = life.demand(request.sequence)
     for ask in [ask for ask in life.queue if ask.document == request.sequence]:
         life.queue.withdraw(ask.sequence)
         if (waiting := life.requests[ask.sequence]).borrows:
-            waiting.document, waiting.borrows = None, False
-            request.dependents.discard(ask.sequence)
+            waiting.parent = None
+            demand.dependents.discard(ask.sequence)
             life.recommend(waiting, Waiting())
         elif life.ledger.blocks(ask.tokens) > life.queue.limit:
             waiting.alone = True  # it cannot run next to the document, so the document should not be restored for it
-            life.recommend(waiting, Waiting(ask.submitted, waiting.rank))
+            life.recommend(waiting, Waiting(ask.submitted, waiting.turn.rank))
         else:
-            request.awaited[ask.sequence] = ask.submitted
+            demand.awaited[ask.sequence] = ask.submitted
 
 
 def spill(life: MachineState, request: Request, before: State) -> None:
@@ -177,13 +177,15 @@ def spill(life: MachineState, request: Request, before: State) -> None:
 
 def leave_queue(life: MachineState, request: Request) -> None:
     """Stop waiting for room for a document that is no longer awaited."""
-    if isinstance(request.state, Waiting) and not request.awaited and request.announced:
+    if isinstance(request.state, Waiting) and request.is_announced and not life.demand(request.sequence).awaited:
         life.recommend(request, Dropped())
 
 
 def is_unneeded(request: Request) -> bool:
     """Whether a document was released, has no dependents, and is not being computed."""
-    return request.released and not request.dependents and isinstance(request.state, Stored | Dropped)
+    demand = request.demand
+    unneeded = demand is not None and demand.released and not demand.dependents
+    return unneeded and isinstance(request.state, Stored | Dropped)
 
 
 def remove(life: MachineState, request: Request) -> None:
@@ -199,9 +201,10 @@ def leave_document(life: MachineState, request: Request) -> None:
     """A request no longer depends on its document."""
     document = life.document_of(request)
     if document is not None:
-        document.dependents.discard(request.sequence)
-        document.awaited.pop(request.sequence, None)
-        document.used = life.now
+        demand = life.demand(document.sequence)
+        demand.dependents.discard(request.sequence)
+        demand.awaited.pop(request.sequence, None)
+        demand.used = life.now
         prefix_cache.stop_sharing(life, document.sequence, request.sequence)
         leave_queue(life, document)
         life.idle_documents[document.sequence] = None
@@ -247,9 +250,9 @@ def evict(life: MachineState) -> bool:
         idle = {number for number in idle if accounts[number].home == head.home}
     if idle and room_with(life, idle | leaving) >= life.ledger.blocks(head.tokens):
         last = (life.requests[number] for number in idle if not accounts[number].sharers)
-        oldest = min(last, key=lambda one: (one.used, one.sequence))
-        oldest.behind = life.requests[head.sequence].rank
-        comes_back_sooner = oldest.saved is None and not oldest.released and disk.pays(life, oldest)
+        oldest = min(last, key=lambda one: (life.demand(one.sequence).used, one.sequence))
+        oldest.turn.behind = life.requests[head.sequence].turn.rank
+        comes_back_sooner = oldest.saved is None and not oldest.is_released and disk.pays(life, oldest)
         life.recommend(oldest, Spilling() if comes_back_sooner else Dropped())
         return True
     if head.document is None or len(resting) < len(accounts):
@@ -280,7 +283,7 @@ def freed_with(life: MachineState, sequences: Set[int]) -> int:
     """Blocks that become free with these sequences: their own, and cached ones that no other sequence shares."""
     accounts, owned = life.ledger.sequences, {*sequences}
     for document in {number for one in sequences for number in accounts[one].documents}:
-        sharers = (one for one in accounts[document].sharers if not life.requests[one].cached)
-        if life.requests[document].cached and {*sharers} <= sequences:
+        sharers = (one for one in accounts[document].sharers if not life.requests[one].is_cached)
+        if life.requests[document].is_cached and {*sharers} <= sequences:
             owned.add(document)
     return sum(map(life.ledger.own_blocks, owned))

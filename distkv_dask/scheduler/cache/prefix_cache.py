@@ -42,7 +42,7 @@ def share_cached(life: MachineState, number: int, tokens: int, user: int) -> Non
             _set_bounds(life, cached, held, cached.stop)
             placement = (*beginnings.before(life, cached), *clipped(cached.spans, cached.start, held))
             _return_to_ledger(life, cached, placement)
-    life.requests[number].dependents.add(user)
+    life.demand(number).dependents.add(user)
 
 
 def _return_to_ledger(life: MachineState, cached: Cached, placement: Placement) -> None:

@@ -22,7 +22,7 @@ def repaired(life: MachineState, request: Request) -> State | None:
     None if there is no such room now, if the lost blocks are in files, or if the home lacks the state before them.
     """
     account, number = life.ledger.sequences[request.sequence], request.sequence
-    if request.released or request.saved is not None or not account.lost:
+    if request.is_released or request.saved is not None or not account.lost:
         return None
     begins = _begins(life, request) if life.ledger.has_states else None
     if life.ledger.has_states and begins is None:
@@ -59,9 +59,10 @@ def _begins(life: MachineState, request: Request) -> tuple[int, int] | None:
         return None
     first = min((start for start, _ in _lost(account)), default=account.length)
     known = [(at, request.sequence) for at in life.snapshots.of.get(request.sequence, ()) if at <= first]
-    if request.begins is not None and request.reused in life.snapshots.of.get(request.begins, ()):
-        known.append((request.reused, request.begins))
-    if not request.reused:
+    begins, shared = request.reuse.begins, request.reuse.shared
+    if begins is not None and shared in life.snapshots.of.get(begins, ()):
+        known.append((shared, begins))
+    if not shared:
         known.append((0, request.sequence))
     return max(known)[::-1] if known else None
 
@@ -77,8 +78,8 @@ def placement_without_losses(ledger: Ledger, policy: Policy, request: Request) -
     tokens = sum(span.tokens for span in lost)
     if not kept or not tokens or account.moves or account.sharers or any(span.document is not None for span in lost):
         return None
-    priority = request.sampling.priority
-    ask = Ask(request.sequence, tokens, tokens, request.submitted, priority, is_document=account.idle)
+    asked = request.asked
+    ask = Ask(request.sequence, tokens, tokens, asked.submitted, asked.sampling.priority, is_document=account.idle)
     laid = policy.place(ledger, ask)
     if laid is None:
         return None

@@ -90,7 +90,7 @@ def begin_reading(life: MachineState, request: Request, state: Fetching) -> None
         for worker, some in ranges_of(tuple(clipped(account.own, first, last)), last).items():
             ranges[worker] = (*ranges.get(worker, ()), *some)
     if not all(number in life.extents.by_number for number in state.extents):  # its own room was theirs
-        life.recommend(request, Prefill(request.reused))
+        life.recommend(request, Prefill(request.reuse.shared))
         return
     files = tuple(_file(life.extents.by_number[number]) for number in state.extents)
     state.ask(ranges, life.now)
@@ -113,14 +113,14 @@ def fetched(life: MachineState, request: Request, state: Fetching) -> None:
     if state.failure is not None or state.spoilt:
         for extent in extents if state.failure is not None else ():
             lower_tiers.give_up(life, extent)  # one of them is damaged, or its worker does not answer
-        life.recommend(request, Prefill(request.reused))
+        life.recommend(request, Prefill(request.reuse.shared))
         return
     for extent in extents:
         life.extents.touch(extent, life.now)
     for kind, tokens in state.tokens.items():
         life.command(Count(f"reused_{kind}_tokens", tokens))
-    request.restored = state.tokens.total()
-    missing = _between(request.reused, state.ranges)
+    request.reuse.restored = state.tokens.total()
+    missing = _between(request.reuse.shared, state.ranges)
     life.ledger.commit(request.sequence, missing[0][0] if missing else state.ranges[-1][1])
     life.recommend(request, Prefill(state.ranges[-1][1], missing))
 

@@ -24,23 +24,24 @@ from distkv_dask.scheduler.records.request import Request
 
 def share(life: MachineState, request: Request, ask: Ask, placement: Placement) -> tuple[Ask, Placement]:
     """What an admitted request computes, and where: with a cached prefix, if that takes less time."""
-    document = life.document_of(request)
-    if not life.cache or not request.is_plain or (document is not None and document.released):
+    document, reuse = life.document_of(request), request.reuse
+    if not life.cache or not request.is_plain or (document is not None and document.is_released):
         return ask, placement
     known = request.known
     beginning = known[: len(known) - 1]  # the last one has to be computed
     found = beginnings.find(life, beginning, placement[-1].worker, request.adapter_key)
     if found is not None and life.ledger.has_states:
-        request.common = max(request.common, found[1])
+        reuse.common = max(reuse.common, found[1])
         found = _with_snapshot(life, beginning, request.adapter_key)
     if found is None or found[1] <= ask.shared or not beginnings.can_be_shared(life, found[0]):
         return ask, placement
     better = _better(life, request, ask, placement, *found)
     if better is None:
         return ask, placement
-    if request.document is not None:
-        life.requests[request.document].dependents.discard(request.sequence)
-    request.document, request.borrows, request.reused, request.begins = found[0], True, found[1], found[0]
+    if document is not None:
+        life.demand(document.sequence).dependents.discard(request.sequence)
+    request.borrow(found[0])
+    reuse.begins, reuse.shared = found
     prefix_cache.share_cached(life, *found, request.sequence)
     life.command(Count("reused_memory_tokens", found[1]))
     return better

@@ -30,7 +30,8 @@ def border(life: MachineState, request: Request, start: int) -> int:
     if not life.ledger.has_states or request.is_document:
         return 0
     least = start + max(1, int(LEAST * life.config.prefill_chunk_tokens))
-    return request.common if least <= request.common < request.known_tokens else 0
+    common = request.reuse.common
+    return common if least <= common < request.known_tokens else 0
 
 
 def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
@@ -47,7 +48,7 @@ def plan(life: MachineState, request: Request, ends: Sequence[int]) -> set[int]:
     between = [end for end in ends[:-1] if end % size == 0]
     doubled = [2**power for power in range(len(between).bit_length())]
     late, early = [between[-at] for at in doubled], [between[at - 1] for at in doubled]
-    best = dict.fromkeys([*(end for end in between if end == request.common), *late, *early])
+    best = dict.fromkeys([*(end for end in between if end == request.reuse.common), *late, *early])
     wanted = sorted([*best][: _room(life, home)])
     if wanted:
         keys = list(chain(request.known[: wanted[-1]], size, request.adapter_key))
@@ -80,13 +81,14 @@ def nearest(life: MachineState, document: int, tokens: int) -> tuple[int, int] |
 
 def begin_with_snapshot(life: MachineState, request: Request, tokens: int) -> None:
     """Let an admitted request begin with the snapshot that it found."""
-    if not life.ledger.has_states or not tokens or request.saves:
+    if not life.ledger.has_states or not tokens or request.is_save:
         return
-    assert request.begins is not None
-    if tokens in life.snapshots.of.get(request.begins, ()):
-        life.snapshots.touch(request.begins, tokens)
+    begins = request.reuse.begins
+    assert begins is not None
+    if tokens in life.snapshots.of.get(begins, ()):
+        life.snapshots.touch(begins, tokens)
     home = life.ledger.sequences[request.sequence].home
-    life.command(Begin(home, request.sequence, request.begins, tokens))
+    life.command(Begin(home, request.sequence, begins, tokens))
 
 
 # Which go

@@ -134,7 +134,7 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
     others = [account for account in ledger.workers.values() if account.worker not in shown]
     if others:
         bars.append(_together(life, others))
-    placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.requests[number].cached)
+    placed = ((one.stop, number) for number, one in ledger.sequences.items() if not life.requests[number].is_cached)
     largest = [life.requests[number] for _, number in heapq.nlargest(SEQUENCES, placed)]
     states = states_of(life)
     debts = heapq.nlargest(WORKERS, ledger.owes.by_pair().items(), key=lambda item: item[1])
@@ -167,7 +167,7 @@ def view_of(life: MachineState, figures: Figures, model: str, label: Callable[[s
 def states_of(life: MachineState) -> Counter[str]:
     """Number of live requests by state."""
     return Counter(
-        ASIDE if aside(life, live) else live.state.label for live in life.requests.values() if not live.cached
+        ASIDE if aside(life, live) else live.state.label for live in life.requests.values() if not live.is_cached
     )
 
 
@@ -192,7 +192,7 @@ def _together(life: MachineState, accounts: list[WorkerAccount]) -> WorkerBar:
 def _row(life: MachineState, live: Request, label: Callable[[str], str], now: float) -> SequenceRow:
     account = life.ledger.sequences[live.sequence]
     strip = tuple((label(span.worker), span.filled(account.length)) for span in account.placement)
-    seconds = now - live.decoding if live.decoding else 0.0
+    seconds = live.timings(now).decode
     return SequenceRow(
         number=live.sequence,
         state=live.state.label,

@@ -19,6 +19,7 @@ from distkv_dask.messages.status import (
 )
 from distkv_dask.scheduler.engines.figures import Figures
 from distkv_dask.scheduler.lifecycle.stalls import aside
+from distkv_dask.scheduler.records.kinds import Document
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import ASIDE
@@ -40,7 +41,7 @@ def status_of(life: MachineState, figures: Figures, facts: Mapping[str, Opened])
     return EngineStatus(
         workers={worker: _worker(life, worker, lent[worker], facts.get(worker)) for worker in ledger.workers},
         # Cached sequences belong to no request, but others may share them.
-        sequences={number: _sequence(life, one) for number, one in life.requests.items() if not one.cached},
+        sequences={number: _sequence(life, one) for number, one in life.requests.items() if not one.is_cached},
         debts=tuple(Debt(debtor, creditor, blocks) for (debtor, creditor), blocks in ledger.owes.by_pair().items()),
         epoch=ledger.epoch,
         block_tokens=ledger.block_tokens,
@@ -96,17 +97,17 @@ def _worker(life: MachineState, worker: str, lent: int, opened: Opened | None) -
 
 
 def _sequence(life: MachineState, request: Request) -> SequenceStatus:
-    account = life.ledger.sequences.get(request.sequence)
+    account, demand = life.ledger.sequences.get(request.sequence), request.demand
     why = aside(life, request)
     return SequenceStatus(
         state=ASIDE if why else request.state.label,
         aside=why,
         document=request.is_document,
-        name=request.name,
-        saved=request.saved is not None,
+        name=request.kind.name if isinstance(request.kind, Document) else "",
+        saved=request.is_save or request.saved is not None,
         prompt_tokens=len(request.prompt),
         generated_tokens=len(request.generated),
-        questions=sum(not life.requests[one].is_document for one in request.dependents),
+        questions=sum(not life.requests[one].is_document for one in demand.dependents) if demand is not None else 0,
         kv_tokens=account.length if account else 0,
         home=account.home if account else None,
         placement=account.placement if account else (),

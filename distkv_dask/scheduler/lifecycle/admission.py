@@ -31,7 +31,7 @@ def admit(life: MachineState) -> None:
             continue
         request = life.requests[chosen[0].sequence]
         if common.waits(life, request, *chosen):
-            life.queue.enqueue(chosen[0], request.rank)
+            life.queue.enqueue(chosen[0], request.turn.rank)
             continue
         ask, placement = reuse.share(life, request, *chosen)
         restores = restore.find(life, request, ask.shared, placement)
@@ -58,6 +58,6 @@ def _may_begin(life: MachineState, room: prefill.Room, ask: Ask) -> bool:
 
 def _first(request: Request, start: int) -> State:
     """The first state of an admitted request, which lacks the tokens from ``start`` on."""
-    if request.saves:
+    if request.is_save:
         return Saving()
     return Prefill(start) if request.saved is None else Fetching()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from array import array
 
 from distkv_dask.messages.client_calls import Generate, Ingest, Load, Save, Submission
-from distkv_dask.sampling import SamplingParams
+from distkv_dask.scheduler.records import kinds
+from distkv_dask.scheduler.records.kinds import Answer, Demand, Document
 from distkv_dask.scheduler.records.machine_state import MachineState
-from distkv_dask.scheduler.records.request import Request
+from distkv_dask.scheduler.records.request import Asked, Request
+from distkv_dask.scheduler.records.reuse import Parent
 
 
 def arrived(life: MachineState, one: Submission) -> Request:
@@ -28,27 +30,21 @@ def arrived(life: MachineState, one: Submission) -> Request:
             request.saved = one.saved
             return request
         case Save():
-            request = Request(one.number, array("i"), SamplingParams(), life.now, document=one.document, saves=True)
-            request.saved = one.saved
-            return request
+            return _save(life, one)
     raise TypeError(f"no request for {one!r}")
 
 
 def _generation(life: MachineState, one: Generate) -> Request:
     sampling = one.sampling
+    pooled = None if sampling.embed is None else 0 if sampling.embed == "mean" else len(one.prompt) - 1
     return Request(
         one.number,
         one.prompt,
-        sampling,
-        submitted=life.now,
-        streamed=one.streamed,
-        document=one.document,
-        keeps=one.keeps,
-        choices=one.choices,
-        adapter=one.adapter,
+        Asked(life.now, sampling, one.adapter),
+        Answer(one.streamed, one.choices, Demand() if one.keeps else None, pooled=pooled),
+        parent=None if one.document is None else Parent(one.document),
         # shared tokens are not computed: they have no logits and no hidden states
         alone=sampling.prompt_logprobs is not None or sampling.embed == "mean",
-        pooled=len(one.prompt) - 1 if sampling.embed == "last" else 0,
     )
 
 
@@ -56,4 +52,11 @@ def _document(life: MachineState, one: Ingest | Load) -> Request:
     """Whole blocks of a document: others share only these."""
     size = life.config.block_tokens
     prompt = one.prompt[: len(one.prompt) // size * size]
-    return Request(one.number, prompt, SamplingParams(), life.now, is_document=True, name=one.name, adapter=one.adapter)
+    return Request(one.number, prompt, Asked(life.now, adapter=one.adapter), Document(one.name))
+
+
+def _save(life: MachineState, one: Save) -> Request:
+    """A save has the adapter of its document, so that it shares its blocks, and gets its tokens once it is stored."""
+    document = life.requests.get(one.document)
+    asked = Asked(life.now, adapter=None if document is None else document.asked.adapter)
+    return Request(one.number, array("i"), asked, kinds.Save(one.saved), Parent(one.document))

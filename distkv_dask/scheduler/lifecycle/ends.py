@@ -6,6 +6,7 @@ from distkv_dask.errors import InvalidRequestError, without_quotes
 from distkv_dask.messages.client_calls import Delivery
 from distkv_dask.sampling import FinishReason
 from distkv_dask.scheduler.cache import documents
+from distkv_dask.scheduler.records.kinds import Document
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Fetching, Gone, Prefill, Retiring, Spilling, State
@@ -34,8 +35,8 @@ def end(
             error,
             request.timings(life.now),
             placement,
-            request.spared,
-            generated=None if request.saves else len(request.generated),
+            request.reuse.spared,
+            generated=None if request.is_save else len(request.generated),
         )
     )
     life.moves.end(request.sequence)
@@ -49,7 +50,7 @@ def end(
     else:
         prefill.stop_prefill(life, request, f"the request ended: {without_quotes(error) if error else reason}")
         homes.leave(life, request.sequence)
-        life.recommend(request, Retiring(settled=settled or request.saves))
+        life.recommend(request, Retiring(settled=settled or request.is_save))
 
 
 def end_instead(life: MachineState, request: Request, before: State) -> None:
@@ -71,10 +72,10 @@ def end_instead(life: MachineState, request: Request, before: State) -> None:
 
 def end_document(life: MachineState, request: Request, error: Exception | None = None) -> None:
     """A document was released, or could not be computed: then requests that wait for it fail, too."""
-    if not request.announced:
+    if isinstance(request.kind, Document) and not request.kind.announced:
         reason: FinishReason = "cancelled" if error is None else "error"
         life.command(Delivery(request.sequence, (), reason, error, request.timings(life.now)))
-        request.announced = request.released = True
+        request.kind.announced = request.kind.demand.released = True
     if error is not None:
         _fail_awaited(life, request, error)
     documents.leave_queue(life, request)
@@ -94,5 +95,6 @@ def forget_request(life: MachineState, request: Request, before: State) -> None:
 
 
 def _fail_awaited(life: MachineState, request: Request, error: Exception) -> None:
-    for sequence in tuple(request.awaited):
+    awaited = () if request.demand is None else tuple(request.demand.awaited)
+    for sequence in awaited:
         end(life, life.requests[sequence], "error", error)

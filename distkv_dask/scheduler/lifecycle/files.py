@@ -16,6 +16,7 @@ from distkv_dask.scheduler.commands import Note
 from distkv_dask.scheduler.lifecycle.ends import end
 from distkv_dask.scheduler.moves import migration
 from distkv_dask.scheduler.records import states
+from distkv_dask.scheduler.records.kinds import Save
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import (
@@ -34,22 +35,23 @@ from distkv_dask.scheduler.records.states import (
 
 def begin_transfer(life: MachineState, request: Request, before: State) -> None:
     """Start writing for a save whose document is stored, or reading for a saved sequence that has room."""
-    account, state, saved = life.ledger.sequences[request.sequence], request.state, request.saved
+    account, state, kind = life.ledger.sequences[request.sequence], request.state, request.kind
     if isinstance(state, Fetching) and state.extents:
         restore.begin_reading(life, request, state)
         return
+    saved = kind.to if isinstance(kind, Save) else request.saved
     assert saved is not None
     assert isinstance(state, FilesUnderWay)
-    ranges = disk.ranges_of(account.placement if request.saves else account.own, request.known_tokens)
+    ranges = disk.ranges_of(account.placement if request.is_save else account.own, request.known_tokens)
     home = disk.with_home(life, request)
     workers = dict.fromkeys([*ranges, *home])
     state.ask(workers, life.now)
     for worker in workers:
         some = ranges.get(worker, ())
-        if request.saves:
-            assert request.document is not None
+        if request.is_save:
+            assert request.parent is not None
             transfer = Transfer("save", request.sequence)
-            life.command(Store(worker, transfer, request.document, some, saved, home.get(worker, 0)))
+            life.command(Store(worker, transfer, request.parent.number, some, saved, home.get(worker, 0)))
             continue
         if saved.place == OWN_DISK:
             text = f"tokens {disk.in_words(some)} of sequence {request.sequence} from disk to {worker}"
@@ -85,11 +87,11 @@ def _saved(life: MachineState, event: Stored) -> None:
     if state.failure is not None:
         end(life, request, "error", state.failure)
         return
-    assert request.saved is not None
+    assert isinstance(request.kind, Save)
     written = tuple(sorted(state.files, key=lambda file: file.start))
-    if request.document is not None and request.document in life.requests:
-        disk.forget_copy(life, life.requests[request.document])
-        life.requests[request.document].saved = Saved(request.saved.place, written)
+    if (document := life.document_of(request)) is not None:
+        disk.forget_copy(life, document)
+        document.saved = Saved(request.kind.to.place, written)
     life.command(Delivery(request.sequence, (), "stop", None, request.timings(life.now), files=written))
     life.recommend(request, Gone())
 
@@ -115,7 +117,7 @@ def _spilled(life: MachineState, request: Request) -> None:
     if request.is_document:
         life.recommend(request, Dropped())
     elif request.goes_on_later:
-        life.recommend(request, Waiting(rank=request.rank))
+        life.recommend(request, Waiting(rank=request.turn.rank))
     else:  # it has ended meanwhile
         life.recommend(request, Gone())
 
@@ -141,8 +143,8 @@ def fetched(life: MachineState, event: Fetched) -> None:
     if state.failure is None:
         life.recommend(request, states.Stored() if request.is_document else Decode())
     elif not request.is_document:
-        life.recommend(request, Prefill(request.reused))
-    elif request.announced:
+        life.recommend(request, Prefill(request.reuse.shared))
+    elif request.is_announced:
         life.recommend(request, Dropped())
     else:
         end(life, request, "error", state.failure)

@@ -29,7 +29,7 @@ def lost(life: MachineState, request: Request, worker: str) -> None:
         files.spill_lost(life, request, worker)
     elif not request.is_document:
         request.lost.append(worker)
-        if request.saves:
+        if request.is_save:
             files.stored(life, Stored(worker, Transfer("save", request.sequence), (), workers_lost(request)))
             return
         if isinstance(state, FilesUnderWay):
@@ -68,7 +68,7 @@ def state_lost(life: MachineState, gang: int, error: StateLostError) -> None:
     if isinstance(request.state, Retiring):  # it was stopped while its window ran
         return
     request.stalls += 1
-    request.alone |= bool(request.reused)  # it was its document's
+    request.alone |= bool(request.reuse.shared)  # it was its document's
     if request.stalls > retries.MAX_RETRIES:
         end(life, request, "error", error)
     elif request.is_document:

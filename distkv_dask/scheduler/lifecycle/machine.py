@@ -188,27 +188,29 @@ class Lifecycle:
         life = self.state
         document = life.document_of(request)
         is_stored = document is not None and isinstance(document.state, Stored)
-        if request.saves and is_stored and document is not None and not document.prompt:
+        if request.is_save and is_stored and document is not None and not document.prompt:
             life.command(Delivery(request.sequence, (), "stop"))  # it is shorter than a block
             return
         if life.ledger.blocks(request.tokens) > life.largest_blocks:
             raise stalls.refusal(life, request)
-        if request.document is not None:
+        if request.parent is not None:
             documents.attach(life, request)
         elif not request.is_document and not request.alone:
             documents.borrow(life, request)
         life.requests[request.sequence] = request
-        life.lowest_priority = min(life.lowest_priority, request.sampling.priority)
+        life.lowest_priority = min(life.lowest_priority, request.asked.sampling.priority)
         life.recommend(request, Stored() if request.is_document and not request.prompt else Waiting())
 
     def _stop(self, sequence: int, reason: FinishReason) -> None:
         request = self.state.requests.get(sequence)
         if request is None:
             return
-        request.released |= reason == "cancelled"
-        if request.is_document and not request.dependents:
-            end_document(self.state, request)
-        elif not request.is_document and request.ended is None:
+        if request.demand is not None and reason == "cancelled":
+            request.demand.released = True
+        if request.is_document:
+            if not self.state.demand(sequence).dependents:
+                end_document(self.state, request)
+        elif request.ended is None:
             end(self.state, request, reason)
 
     def _failed(self, event: did.GangFailed) -> None:

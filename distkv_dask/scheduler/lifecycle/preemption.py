@@ -42,9 +42,9 @@ def victims(life: MachineState, head: Ask, need: int) -> list[int]:
     need
         Blocks that it lacks; if it lacks none and still does not fit, one request is preempted.
     """
-    rank = life.requests[head.sequence].rank
+    rank = life.requests[head.sequence].turn.rank
     running = (life.requests[number] for number in life.ledger.sequences)
-    below = [(one.rank, one.sequence) for one in running if one.rank > rank and _may_wait(life, one, head)]
+    below = [(one.turn.rank, one.sequence) for one in running if one.turn.rank > rank and _may_wait(life, one, head)]
     chosen: list[int] = []
     for _, number in sorted(below, reverse=True):
         chosen.append(number)
@@ -54,7 +54,7 @@ def victims(life: MachineState, head: Ask, need: int) -> list[int]:
 
 
 def _may_wait(life: MachineState, request: Request, head: Ask) -> bool:
-    if not isinstance(request.state, Decode) or request.sampling.priority >= head.priority:
+    if not isinstance(request.state, Decode) or request.asked.sampling.priority >= head.priority:
         return False
     account = life.ledger.sequences[request.sequence]
     return not (account.moves or account.sharers or account.lost)

@@ -23,8 +23,8 @@ def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
         _commit_chunk(life, request, state, done)
         if isinstance(done, Prefilled):
             _prefilled(life, request, done)
-        elif not state.chunks and request.sampling.embed is not None:
-            request.decoding = life.now
+        elif not state.chunks and request.asked.sampling.embed is not None:
+            request.answer.decoding = life.now
             end(life, request, "stop", settled=True)
         elif not state.chunks:
             life.recommend(request, Stored() if request.is_document else Decode())  # the latter lost blocks in decode
@@ -34,13 +34,14 @@ def chunk_done(life: MachineState, event: ChunkDone | Prefilled) -> None:
 
 def _prefilled(life: MachineState, request: Request, event: Prefilled) -> None:
     """A prompt's last chunk is done and its first token drawn (not drawn when ``reason`` is "stop")."""
-    request.decoding = life.now
+    answer = request.answer
+    answer.decoding = life.now
     if event.chosen is not None:
         tokens, logprobs, scores = event.chosen
-        request.generated.extend(tokens)
+        answer.generated.extend(tokens)
         life.command(Delivery(event.sequence, tokens, logprobs=logprobs, scores=scores))
     elif event.reason != "stop":
-        request.generated.append(event.token)
+        answer.generated.append(event.token)
         logprobs = () if event.logprob is None else (event.logprob,)
         life.command(Delivery(event.sequence, (event.token,), logprobs=logprobs))
     if event.reason is not None:
@@ -55,7 +56,7 @@ def _commit_chunk(life: MachineState, request: Request, state: Prefill, event: C
     if event.scored:
         life.command(Delivery(request.sequence, (), scored=event.scored, scored_from=chunk.start + 1))
     if isinstance(event, ChunkDone) and event.pooled is not None:
-        request.pooled = event.pooled.stop
+        request.answer.pooled = event.pooled.stop
         life.command(Delivery(request.sequence, (), pooled=event.pooled))
     life.ledger.commit(request.sequence, chunk.stop if state.chunks else request.known_tokens)
     life.pacer.prefilled(1 + len(chunk.gang.holders))
@@ -79,8 +80,9 @@ def window_done(life: MachineState, event: WindowDone) -> None:
         request = life.requests.get(sequence)
         if request is None or not isinstance(request.state, Decode):
             continue
-        request.generated.extend(tokens)
-        request.speculated = request.speculated.more(*result.speculated.get(sequence, (0, 0)))
+        answer = request.answer
+        answer.generated.extend(tokens)
+        answer.speculated = answer.speculated.more(*result.speculated.get(sequence, (0, 0)))
         life.ledger.commit(sequence, request.known_tokens)
         if tokens:
             logprobs = tuple(result.logprobs.get(sequence, ()))

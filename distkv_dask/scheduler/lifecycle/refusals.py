@@ -19,9 +19,9 @@ def too_large(request: Request, ledger: Ledger, policy: Policy, block_bytes: int
             " Workers that are being retired do not count, nor do those that Dask paused for their memory: give them a "
             "larger memory limit, or lower kv_memory and add workers."
         )
-    what = f"a prompt of {len(request.prompt)} tokens with max_new_tokens={request.sampling.max_new_tokens}"
-    shorter = ", or lower max_new_tokens" if request.sampling.embed is None else ", or shorten the text"
-    if request.sampling.embed is not None:
+    what = f"a prompt of {len(request.prompt)} tokens with max_new_tokens={request.asked.sampling.max_new_tokens}"
+    shorter = ", or lower max_new_tokens" if request.asked.sampling.embed is None else ", or shorten the text"
+    if request.asked.sampling.embed is not None:
         what = f"the embedding of a text of {len(request.prompt)} tokens"
     if request.is_document:
         what = f"a document of {len(request.prompt)} tokens"
@@ -43,7 +43,7 @@ def waited_in_vain(request: Request, reason: str, limit: float) -> DistKVError:
 
 def workers_lost(request: Request) -> DistKVError:
     """The error of a request that lost blocks and is not recomputed."""
-    if request.saves:
+    if request.is_save:
         return WorkerLostError(
             f"worker {request.lost[-1]}, which held part of the document, died or left while it was saved: save it "
             f"again; the document is recomputed for that"

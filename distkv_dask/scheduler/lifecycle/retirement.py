@@ -73,7 +73,7 @@ def _next(life: MachineState, request: Request, state: Retiring) -> State:
     if state.again and disk.pays(life, request):
         return Spilling(again=True)
     if state.again:
-        return Waiting(rank=request.rank)
-    if request.keeps and request.ended in ("stop", "length"):
+        return Waiting(rank=request.turn.rank)
+    if request.demand is not None and request.ended in ("stop", "length"):  # its answer is kept
         return Stored()
     return Gone()

@@ -38,10 +38,10 @@ def refuse(life: MachineState) -> bool:
         request = life.requests[ask.sequence]
         reason = life.queue.aside(ask)
         if not reason:
-            request.stuck_since = None
-        elif request.stuck_since is None:
-            request.stuck_since = life.now
-        elif life.now - request.stuck_since > limit:
+            request.turn.aside_since = None
+        elif request.turn.aside_since is None:
+            request.turn.aside_since = life.now
+        elif life.now - request.turn.aside_since > limit:
             large = life.ledger.blocks(request.tokens) > life.policy.limit(life.ledger)
             end(life, request, "error", refusal(life, request) if large else waited_in_vain(request, reason, limit))
             refused = True

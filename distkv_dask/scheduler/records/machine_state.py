@@ -20,6 +20,7 @@ from distkv_dask.scheduler.policies.queue import Queue
 from distkv_dask.scheduler.records.cached import CachedSequences
 from distkv_dask.scheduler.records.disks import Disks
 from distkv_dask.scheduler.records.extents import Extents
+from distkv_dask.scheduler.records.kinds import Demand
 from distkv_dask.scheduler.records.moves import Moves
 from distkv_dask.scheduler.records.prefix_index import PrefixIndex
 from distkv_dask.scheduler.records.request import Request
@@ -119,7 +120,13 @@ class MachineState:
 
     def document_of(self, request: Request) -> Request | None:
         """The sequence whose blocks a request shares, if it has one that still exists."""
-        return None if request.document is None else self.requests.get(request.document)
+        return None if request.parent is None else self.requests.get(request.parent.number)
+
+    def demand(self, number: int) -> Demand:
+        """Who needs a sequence that others may share."""
+        demand = self.requests[number].demand
+        assert demand is not None
+        return demand
 
     def is_drained(self, worker: str) -> bool:
         """Whether a worker has no blocks."""

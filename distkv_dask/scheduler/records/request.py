@@ -9,123 +9,179 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distkv_dask.adapter import Adapter, adapter_key
 from distkv_dask.completion import Timings
-from distkv_dask.gang import SequenceState, Speculated
+from distkv_dask.gang import SequenceState
 from distkv_dask.messages.names import Saved
 from distkv_dask.messages.to_worker import Retire
 from distkv_dask.placement import Placement
 from distkv_dask.sampling import FinishReason, SamplingParams
+from distkv_dask.scheduler.records.kinds import Answer, CachedPrefix, Demand, Document, Kind, Save
+from distkv_dask.scheduler.records.reuse import Parent, Reuse
 from distkv_dask.scheduler.records.states import Retiring, Spilling, State, Stored, Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client asked for, besides the prompt: nothing changes it.
+
+    ``submitted`` is when, in seconds of the gManager's clock. It is computed with the ``adapter``, if there is one, and
+    shares KV only with others of the same adapter.
+    """
+
+    submitted: float
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapter: Adapter | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request's place in the queue.
+
+    ``rank`` is its place when it last waited for room; ``behind`` that of the request for which it, a document, was
+    evicted: it must not return before that. ``aside_since`` is when it was set aside, if it is.
+    """
+
+    rank: float = math.inf
+    behind: float = -math.inf
+    aside_since: float | None = None
+
+    def take(self, rank: float) -> None:
+        """Take a place, but none before the request for which it was evicted."""
+        self.rank = rank if rank > self.behind else math.nextafter(self.behind, math.inf)
 
 
 @dataclass(slots=True)
 class Request:
-    """One request, document or save: its submission and its progress (seconds of the gManager's clock).
+    """One request, of any kind, from its submission to its end.
 
-    A document is such a request too, without an answer, and has a ``name``; one whose answer is kept (``keeps``)
-    becomes one; one that ``saves`` its document generates nothing. ``document`` is the one whose blocks it shares,
-    ``reused`` of its tokens; ``restored`` counts tokens that were read from lower tiers; ``alone`` if it must not share
-    any, ``borrows`` if the client did not name it; a ``cached`` one is the part of a finished request that others share
-    now (:mod:`~distkv_dask.scheduler.cache.prefix_cache`). If homes have state besides KV, ``begins`` names the
-    sequence whose snapshot it begins with, and ``common`` is how many tokens it has in common with some sequence,
-    snapshot or not.
+    It computes the ``prompt``: for a document its tokens, for a save those of the document, once that is stored. Its
+    blocks are also in files where it is ``saved``. It shares the blocks of its ``parent``, unless it stays ``alone``.
 
-    Of a document, ``announced`` says that its client knows it, ``released`` that its client no longer needs it;
-    ``dependents`` are the requests that name it; those in ``awaited`` (with their times of submission) wait until it is
-    stored; ``used`` is when it was last needed, ``saved`` where its blocks are also in files.
-
-    ``rank`` is its place when it last waited for room; ``behind`` that of the request for which a document was evicted:
-    it must not return before that. ``lost`` are the workers with which it lost blocks; ``retires`` counts the
+    ``admitted`` is when it first got room; ``ended`` says how an answer or a save did end. ``lost`` are the workers
+    with which it lost blocks, ``stalls`` counts workers that did not start a chunk of it; ``retires`` counts the
     outstanding answers of workers that were asked to stop computing on it.
     """
 
     sequence: int
     prompt: array[int]
-    sampling: SamplingParams
-    submitted: float
-    streamed: bool = False
-    document: int | None = None
-    is_document: bool = False
-    name: str = ""
-    keeps: bool = False
-    saves: bool = False
+    asked: Asked
+    kind: Kind = field(default_factory=Answer)
+    parent: Parent | None = None
+    alone: bool = False
     saved: Saved | None = None
     state: State = field(init=False, default_factory=Waiting)
     admitted: float = 0.0
-    decoding: float = 0.0
-    generated: list[int] = field(default_factory=list)
-    speculated: Speculated = field(default_factory=Speculated)
     ended: FinishReason | None = None
+    reuse: Reuse = field(default_factory=Reuse)
+    turn: Turn = field(default_factory=Turn)
     lost: list[str] = field(default_factory=list)
-    retires: Counter[str] = field(default_factory=Counter)
-    reused: int = 0
-    restored: int = 0
-    common: int = 0
-    begins: int | None = None
-    alone: bool = False
-    borrows: bool = False
-    cached: bool = False
-    announced: bool = False
-    released: bool = False
-    dependents: set[int] = field(default_factory=set)
-    awaited: dict[int, float] = field(default_factory=dict)
-    rank: float = math.inf
-    behind: float = -math.inf
-    used: float = 0.0
-    choices: tuple[tuple[int, ...], ...] = ()
-    """Tokens of the choices, one of which is its answer."""
-    given: Placement = ()
-    """Blocks that it computed and now shares with others (:mod:`~distkv_dask.scheduler.cache.common`)."""
-    awaits: tuple[int, int] | None = None
-    """The request that it waits for to share its first tokens, and how many."""
-    adapter: Adapter | None = None
-    """The adapter that it is computed with; it shares KV only with others of the same adapter."""
-    pooled: int = 0
-    """Position up to which hidden states have been summed for its embedding, or need not be."""
     stalls: int = 0
-    """How often a worker did not start a chunk of it."""
-    stuck_since: float | None = None
-    """Time at which it was set aside in the queue."""
+    retires: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of_cached(cls, number: int, parent: int | None, now: float) -> Request:
-        """The shared part of a cached sequence: a stored document without a name, which no client knows or needs.
+        """The shared part of a cached sequence: it is stored.
 
         ``parent`` has the tokens before its own (:mod:`~distkv_dask.scheduler.cache.prefix_cache`).
         """
-        request = cls(
-            number, array("i"), SamplingParams(), now,
-            document=parent, is_document=True, cached=True, announced=True, released=True,
-        )  # fmt: skip
+        request = cls(number, array("i"), Asked(now), CachedPrefix(), None if parent is None else Parent(parent))
         request.state = Stored()
         return request
 
+    # What it is
+
     @property
-    def adapter_key(self) -> str:
-        """Key that distinguishes its KV from that of other adapters."""
-        return adapter_key(self.adapter)
+    def answer(self) -> Answer:
+        """The answer, of a request that generates one."""
+        assert isinstance(self.kind, Answer)
+        return self.kind
+
+    @property
+    def demand(self) -> Demand | None:
+        """Who needs it; None if others may not share it."""
+        return None if isinstance(self.kind, Save) else self.kind.demand
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is stored for others, or will be, and not to be answered."""
+        return isinstance(self.kind, Document | CachedPrefix)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether it is the shared part of a cached sequence, which no client knows."""
+        return isinstance(self.kind, CachedPrefix)
+
+    @property
+    def is_save(self) -> bool:
+        """Whether it saves its document, and generates nothing."""
+        return isinstance(self.kind, Save)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is a plain request: its client named no document, and does not keep its answer as one."""
-        if self.is_document or self.saves or self.keeps or self.alone:
+        if not isinstance(self.kind, Answer) or self.kind.demand is not None or self.alone:
             return False
-        return self.document is None or self.borrows
+        return self.parent is None or self.borrows
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether it is a document that no client waits for: it was told, or there is none."""
+        return self.is_cached or (isinstance(self.kind, Document) and self.kind.announced)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether others could share it, but no client needs it any more."""
+        return self.demand is not None and self.demand.released
 
     @property
     def goes_on_later(self) -> bool:
         """Whether its blocks are being freed, and it will wait for room again."""
         return isinstance(self.state, Retiring | Spilling) and self.state.again
 
+    def become_document(self, tokens: int) -> None:
+        """An answer that is kept is finished: the first ``tokens`` of prompt and answer are a document from now on."""
+        answer = self.answer
+        assert answer.demand is not None
+        self.prompt = array("i", [*self.prompt, *answer.generated])[:tokens]
+        self.kind, self.alone = Document(announced=True, demand=answer.demand), False
+
+    # Whose KV it may share
+
+    @property
+    def adapter_key(self) -> str:
+        """Key that distinguishes its KV from that of other adapters."""
+        return adapter_key(self.asked.adapter)
+
+    @property
+    def document(self) -> int | None:
+        """Number of its parent, if it has one."""
+        return None if self.parent is None else self.parent.number
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it shares blocks of a sequence that its client did not name."""
+        return self.parent is not None and self.parent.borrowed
+
+    def borrow(self, number: int) -> None:
+        """Share the blocks of this sequence, which its client did not name."""
+        self.parent = Parent(number, borrowed=True)
+
+    # Its tokens
+
+    @property
+    def generated(self) -> Sequence[int]:
+        """Tokens generated so far; only an answer has some."""
+        return self.kind.generated if isinstance(self.kind, Answer) else ()
+
     @property
     def tokens(self) -> int:
         """Tokens whose KV may have to be stored: the last generated token's never is."""
-        if self.is_document or self.saves:
-            return len(self.prompt)
-        return len(self.prompt) + self.sampling.max_new_tokens - 1
+        more = self.asked.sampling.max_new_tokens - 1 if isinstance(self.kind, Answer) else 0
+        return len(self.prompt) + more
 
     @property
     def known(self) -> array[int]:
@@ -141,19 +197,16 @@ class Request:
         return len(self.prompt) + max(0, len(self.generated) - 1)
 
     @property
-    def spared(self) -> int:
-        """Tokens that were not computed for it: others had, or lower tiers gave them back."""
-        return self.reused + self.restored - sum(span.tokens for span in self.given)
-
-    @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        return self.sampling.max_new_tokens - len(self.generated)
+        return self.asked.sampling.max_new_tokens - len(self.generated)
 
     @property
     def history(self) -> tuple[int, ...]:
         """Prompt and generated tokens if the repetition penalty needs them, else empty."""
-        return (*self.prompt, *self.generated) if self.sampling.repetition_penalty != 1 else ()
+        return (*self.prompt, *self.generated) if self.asked.sampling.repetition_penalty != 1 else ()
+
+    # What workers and clients are told
 
     def retire(self, worker: str) -> Retire:
         """Ask a worker to stop computing on it; counts the expected answer."""
@@ -169,24 +222,26 @@ class Request:
 
     def state_at(self, placement: Placement, length: int, speculates: bool) -> SequenceState:
         """Committed state, for a home to decode from; one that ``speculates`` looks at the prompt."""
+        sampling = self.asked.sampling
         return SequenceState(
             self.sequence,
             placement,
             length,
             self.generated[-1],
             self.remaining,
-            self.sampling,
-            self.prompt if speculates or self.sampling.repetition_penalty != 1 else array("i"),
+            sampling,
+            self.prompt if speculates or sampling.repetition_penalty != 1 else array("i"),
             tuple(self.generated),
-            self.adapter,
+            self.asked.adapter,
         )
 
     def timings(self, now: float) -> Timings:
         """Its seconds of waiting, prefill and decode so far, and counts of speculated tokens."""
+        answer = self.kind if isinstance(self.kind, Answer) else Answer()
         return Timings(
-            queued=(self.admitted or now) - self.submitted,
-            prefill=(self.decoding or now) - self.admitted if self.admitted else 0.0,
-            decode=now - self.decoding if self.decoding else 0.0,
-            proposed_tokens=self.speculated.proposed,
-            accepted_tokens=self.speculated.accepted,
+            queued=(self.admitted or now) - self.asked.submitted,
+            prefill=(answer.decoding or now) - self.admitted if self.admitted else 0.0,
+            decode=now - answer.decoding if answer.decoding else 0.0,
+            proposed_tokens=answer.speculated.proposed,
+            accepted_tokens=answer.speculated.accepted,
         )

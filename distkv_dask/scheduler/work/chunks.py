@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.placement import Placement
 from distkv_dask.scheduler.cache import snapshots
+from distkv_dask.scheduler.records.kinds import Answer
 from distkv_dask.scheduler.records.machine_state import MachineState
 from distkv_dask.scheduler.records.request import Request
 from distkv_dask.scheduler.records.states import Prefill
@@ -18,11 +19,10 @@ SCORED_TOKENS = 128
 
 def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[PrefillChunk]:
     """The ranges of a sequence that prefill has to compute, in order."""
-    account, known = life.ledger.sequences[request.sequence], request.known
+    account, known, asked = life.ledger.sequences[request.sequence], request.known, request.asked
     placement, step = account.placement, life.config.prefill_chunk_tokens
-    embeds = request.sampling.embed is not None
-    draws = not (request.is_document or request.generated or embeds)
-    best = request.sampling.prompt_logprobs if draws else None
+    draws = _draws(request)
+    best = asked.sampling.prompt_logprobs if draws else None
     chunks: list[PrefillChunk] = []
     pieces = _pieces(life, request, state, step if best is None else min(step, SCORED_TOKENS))
     kept = snapshots.plan(life, request, [last for _, _, last in pieces])
@@ -30,7 +30,7 @@ def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[Pref
         computes = life.ledger.workers[holder].can_decode and not life.ledger.has_states
         worker = holder if computes else account.home
         draws_here = draws and last == len(known)
-        choices = request.choices if draws_here else ()
+        choices = request.answer.choices if draws_here else ()
         reach = last + max((len(choice) - 1 for choice in choices), default=0)
         holders = tuple(life.ledger.holders(placement, reach, but=worker))
         gang = new_gang(life, f"prefill-{request.sequence}-{first // step}", life.ledger.epoch, worker, holders)
@@ -41,17 +41,31 @@ def chunks_of(life: MachineState, request: Request, state: Prefill) -> list[Pref
                 placement,
                 first,
                 tuple(known[first:last]),
-                request.sampling if draws_here else None,
+                asked.sampling if draws_here else None,
                 request.history if draws_here else (),
                 tuple((token,) for token in known[first + 1 : last + 1]) if best is not None else (),
                 best or 0,
                 choices,
                 last in kept,
-                request.adapter,
-                max(first, request.pooled) if embeds and last > request.pooled else None,
+                asked.adapter,
+                _pooled_from(request, first, last),
             )
         )
     return chunks
+
+
+def _draws(request: Request) -> bool:
+    """Whether the first token is drawn after the prompt: not if tokens of an answer are only recomputed."""
+    kind = request.kind
+    return isinstance(kind, Answer) and kind.pooled is None and not kind.generated
+
+
+def _pooled_from(request: Request, first: int, last: int) -> int | None:
+    """The position in a chunk from which hidden states are summed; None if they are not."""
+    match request.kind:
+        case Answer(pooled=int(pooled)) if last > pooled:
+            return max(first, pooled)
+    return None
 
 
 def _pieces(life: MachineState, request: Request, state: Prefill, step: int) -> list[tuple[str, int, int]]:

@@ -139,10 +139,11 @@ def _gathers(life: MachineState, chain: WindowChain) -> bool:
     waits for prompts of others, which have another time of submission.
     """
     decoding = [life.requests[sequence] for sequence in chain.sequences]
-    if not decoding or any(one.streamed for one in decoding):
+    if not decoding or any(one.answer.streamed for one in decoding):
         return False
-    coming = {life.requests[chunk.sequence].submitted for chunk in next_chunks(life) if chunk.gang.home == chain.home}
-    return all(one.submitted in coming for one in decoding)
+    here = (chunk.sequence for chunk in next_chunks(life) if chunk.gang.home == chain.home)
+    coming = {life.requests[sequence].asked.submitted for sequence in here}
+    return all(one.asked.submitted in coming for one in decoding)
 
 
 def _submit(life: MachineState, chain: WindowChain) -> None:
@@ -192,7 +193,7 @@ def _window_seconds(life: MachineState, chain: WindowChain) -> float:
     count_tasks(life)
     watched = (
         next(life.queue.turns(), None) is not None  # it waits for room, which sequences that stop will free
-        or any(life.requests[sequence].streamed for sequence in chain.sequences)
+        or any(life.requests[sequence].answer.streamed for sequence in chain.sequences)
         or is_awaited_by(life, chain.home)
     )
     limit = life.config.timeout_start / 2  # holders of the next window wait while this one runs

@@ -41,7 +41,7 @@ def room(life: MachineState) -> Room:
     long, short = slots, FORWARDS * slots * step
     for sequence in life.in_prefill:
         request = life.requests[sequence]
-        tokens = request.known_tokens - request.reused - request.restored
+        tokens = request.known_tokens - request.reuse.shared - request.reuse.restored
         if tokens > step:
             long -= 1
         else:
