@@ -234,7 +234,7 @@ class Lifecycle:
         """A worker read its part of a sequence, or could not."""
         request = self.state.requests.get(event.sequence)
         state = request.state if request is not None else None
-        if request is not None and isinstance(state, Retiring) and state.reading and event.worker in state.workers:
+        if request is not None and isinstance(state, Retiring) and state.waits_for_reader(event.worker):
             retirement.retired(self.state, request, event.worker)
         elif isinstance(state, Fetching):
             files.fetched(self.state, event)

@@ -49,7 +49,7 @@ def retired(life: MachineState, request: Request, worker: str) -> None:
     assert isinstance(state, Retiring)
     if not state.answered(worker):
         return
-    if not state.forwards_ended:
+    if state.waits_for == "forwards":
         state.end_forwards()
         _ask(life, request, life.ledger.sequences[request.sequence].workers())
     if not state.workers:

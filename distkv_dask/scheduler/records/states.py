@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from distkv_dask.gang import PrefillChunk
 from distkv_dask.messages.from_worker import ChunkDone, Prefilled
@@ -135,18 +135,17 @@ class Decode(State):
 class Retiring(State):
     """It is being stopped: it continues or ends only when workers confirm that they no longer compute on it.
 
-    First it waits for the workers that run its forwards (``forwards_ended``), then for all its holders, so that none
-    has an unanswered frame; ``workers`` have not answered yet. If its files are being read (``reading``), it waits for
-    the workers that read them. With ``settled`` nothing computes on it, so no worker is asked. With ``again`` it
-    continues later: it lost blocks, or was preempted by one of higher priority.
+    First it ``waits_for`` the workers that run its forwards, then for all its holders, so that none has an unanswered
+    frame. If its files are being read, it waits for their readers only. ``workers`` have not answered yet. With
+    ``settled`` nothing computes on it, so no worker is asked. With ``again`` it continues later: it lost blocks, or was
+    preempted by one of higher priority.
     """
 
     label: ClassVar[str] = "retiring"
     again: bool = False
     settled: bool = False
     workers: set[str] = field(default_factory=set)
-    forwards_ended: bool = False
-    reading: bool = False
+    waits_for: Literal["forwards", "holders", "readers"] = "forwards"
 
     def ask(self, workers: Iterable[str]) -> None:
         """These workers are asked to stop computing on it."""
@@ -154,7 +153,11 @@ class Retiring(State):
 
     def wait_for_readers(self, workers: Iterable[str]) -> None:
         """Nothing computes on it, but these workers read its files."""
-        self.workers, self.reading, self.forwards_ended = set(workers), True, True
+        self.workers, self.waits_for = set(workers), "readers"
+
+    def waits_for_reader(self, worker: str) -> bool:
+        """Whether this worker reads its files."""
+        return self.waits_for == "readers" and worker in self.workers
 
     def answered(self, worker: str) -> bool:
         """A worker no longer computes on it or is gone; returns whether no other is waited for."""
@@ -163,12 +166,11 @@ class Retiring(State):
 
     def end_forwards(self) -> None:
         """No worker runs its forwards any more."""
-        self.forwards_ended = True
+        self.waits_for = "holders"
 
     def take_over(self, other: Retiring) -> None:
         """Wait for the workers that another one waited for."""
-        self.settled, self.workers = other.settled, other.workers
-        self.forwards_ended, self.reading = other.forwards_ended, other.reading
+        self.settled, self.workers, self.waits_for = other.settled, other.workers, other.waits_for
 
 
 @dataclass(slots=True)
