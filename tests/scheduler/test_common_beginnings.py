@@ -229,7 +229,7 @@ batches = st.lists(
 
 
 @settings(max_examples=examples(120), deadline=None)
-@given(st.integers(0, 2**32), st.lists(st.integers(20, 60), min_size=1, max_size=3), batches, mishaps, st.booleans())
+@given(st.integers(0, 2**32), st.lists(st.integers(23, 60), min_size=1, max_size=3), batches, mishaps, st.booleans())
 def test_whatever_happens_all_are_answered_rightly_and_nothing_is_left(
     seed: int, sizes: list[int], batches: list[list[tuple[int, int, int, int]]], mishaps: list[str], spread: bool
 ) -> None:
