@@ -14,7 +14,7 @@ import torch
 from _report import parser
 from _roof import read_roof
 
-from distkv_dask.worker.model.linear_choice import ROWS
+from distkv_dask.worker.timing.linear_choice import ROWS
 
 Runs = Mapping[str, Callable[[], float]]
 """Implementations of the same computation: each computes once and returns its seconds."""

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distkv_dask.geometry import Geometry
 from distkv_dask.worker.model.decoder_layers import use_core
 from distkv_dask.worker.model.hook import IMPLEMENTATION, attending_with
-from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.no_attention import NoAttention
 from distkv_dask.worker.model.packed import in_words, pack_linears
+from distkv_dask.worker.timing.linear_choice import chosen
 
 MODELS = {"135M": (30, 576, 1536, 9, 3, 64), "8B": (3, 4096, 12288, 32, 8, 128)}
 """Layers, size, size of the MLP, heads, KV heads, and size of a head."""

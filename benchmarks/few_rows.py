@@ -20,9 +20,9 @@ from _rows import NAMES, Runs, measured, options_of
 from torch import Tensor
 
 from distkv_dask.kernels import few_rows
-from distkv_dask.worker.model.linear_choice import ROWS, Product, candidates, chosen
 from distkv_dask.worker.model.packed import in_words
 from distkv_dask.worker.model.packed_file import packed_once
+from distkv_dask.worker.timing.linear_choice import ROWS, Product, candidates, chosen
 
 MODELS = {
     "135M": (30, ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))),

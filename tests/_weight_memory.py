@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from distkv_dask.kernels import few_rows
-from distkv_dask.worker.model import host_files, loaded
+from distkv_dask.worker.model import host_files
 from distkv_dask.worker.model.host_copy import own_bytes
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
@@ -47,12 +47,12 @@ def packed_in(model: LoadedModel) -> list[torch.Tensor]:
 def serve(pipe: Connection) -> None:
     """Load a model on command, and measure."""
     models: list[LoadedModel] = []
-    loaded.chosen = lambda: Choice(((8, few_rows.MODEL),), alone=8)
+    choice = Choice(((8, few_rows.MODEL),), alone=8)
     while command := pipe.recv():
         match command:
             case ["load", folder, "packed"]:
                 models = [load_model(folder, "auto", 1)]
-                models[0].pack(0, 8)
+                models[0].pack(0, 8, lambda: choice)
                 ids = torch.arange(9)
                 models[0].forward(ids, ids, NoAttention(models[0].geometry.value_dim), torch.tensor([0]))
             case ["load", folder, dtype]:

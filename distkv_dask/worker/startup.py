@@ -109,6 +109,7 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage
     from distkv_dask.worker.model.packed import packing_room
     from distkv_dask.worker.model.packed_file import usual_rows
     from distkv_dask.worker.model.shared import shared_model
+    from distkv_dask.worker.timing.linear_choice import chosen
 
     config = spec.config
     model = shared_model(
@@ -119,7 +120,7 @@ def _model(spec: EngineSpec, worker: Worker, lanes: Lanes, device: Device, stage
     if not config.cuda_graphs:
         model.uncaptured = "distkv.cuda-graphs is false"
     if device.is_host and not config.deterministic:
-        model.pack(packing_room(worker.memory_manager.memory_limit), usual_rows(config))
+        model.pack(packing_room(worker.memory_manager.memory_limit), usual_rows(config), chosen)
     return model
 
 

@@ -40,6 +40,20 @@ def test_products_of_any_size_equal_float64(name: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(129, 1056, 40), (33, 1100, 33), (160, 70, 33), (300, 1025, 20)]
+)
+def test_many_and_long_rows(name: str, rows: int, inputs: int, outputs: int) -> None:
+    weight, bias, given_rows = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs), torch.randn(rows, inputs)
+    exact, tolerance = right(given_rows.bfloat16(), weight, bias.bfloat16())
+    served = product(weight, bias.bfloat16(), name)
+    together = served(given_rows.bfloat16())
+    assert ((together.double() - exact).abs() <= tolerance).all()
+    for at in range(0, rows, 32):  # the same bits as a few at a time
+        assert torch.equal(served(given_rows[at : at + 32].bfloat16()), together[at : at + 32])
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 33])
 def test_a_row_has_the_same_bits_in_any_batch(name: str, rows: int) -> None:
     weight, given_rows = torch.randn(96, 160).bfloat16(), torch.randn(rows, 160).bfloat16()

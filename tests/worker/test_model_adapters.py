@@ -91,15 +91,12 @@ def test_with_deterministic_a_row_has_the_same_bits_in_any_company() -> None:
 @pytest.mark.parametrize(
     ("choice", "rounding"), [(Choice(onednn=True), 0.0), (Choice(((64, few_rows.MODEL),), alone=64), 0.02)]
 )
-def test_packed_linears_give_the_same_numbers_with_adapters(
-    choice: Choice, rounding: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("distkv_dask.worker.model.loaded.chosen", lambda: choice)
+def test_packed_linears_give_the_same_numbers_with_adapters(choice: Choice, rounding: float) -> None:
     model, (one,) = loaded("bfloat16"), adapters(1)
     plain, before = logits(model, (None, 3), (None, 2)), logits(model, (one, 3), (None, 2))
     if choice.few and few_rows.native_kernel.missing() is not None:
         pytest.skip("no C++ core")
-    model.pack(1 << 30, 512)
+    model.pack(1 << 30, 512, lambda: choice)
     if not model.is_packed:
         pytest.skip("oneDNN does not serve bfloat16 on this processor")
     for found, right in ((logits(model, (one, 3), (None, 2)), before), (logits(model, (None, 3), (None, 2)), plain)):

@@ -41,11 +41,14 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where files of weights go; linears are chosen, not timed, and packed in many parts."""
+    """Where files of weights go; linears are packed in many parts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("distkv_dask.worker.model.loaded.chosen", lambda: CHOICE)
     monkeypatch.setattr(packed_file, "AT_ONCE", 5000)
     return tmp_path / "cache" / "distkv-dask" / "weights"
+
+
+def chosen() -> Choice:
+    return CHOICE
 
 
 def saved(tmp_path: Path, family: str = "llama-gqa", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> str:
@@ -80,12 +83,12 @@ def test_mapped_weights_give_the_bits_of_a_private_copy(family: str, tmp_path: P
     """In layers of the core (Llama), with biases (Qwen2), and in others, for as many rows as both serve."""
     folder = saved(tmp_path, family)
     private, first, second = (load(folder) for _ in range(3))
-    private.pack(ROOM, MOST)
+    private.pack(ROOM, MOST, chosen)
     assert not files(cache)
-    first.pack(0, MOST)
+    first.pack(0, MOST, chosen)
     (file,) = files(cache)
     written = file.stat().st_ino
-    second.pack(0, MOST)
+    second.pack(0, MOST, chosen)
     assert [one.stat().st_ino for one in files(cache)] == [written]
     for rows in (1, 8, *[MOST] * (family == "llama-gqa")):
         expected = logits(private, rows)
@@ -99,7 +102,7 @@ def test_all_rows_are_computed_with_packed_weights_however_many(tmp_path: Path) 
     model = load(saved(tmp_path, "qwen2"))
     linears = {name: one for name, one in model._model.named_modules() if type(one) is torch.nn.Linear}
     expected = logits(model, 3 * MOST + 1)
-    model.pack(0, MOST)
+    model.pack(0, MOST, chosen)
     assert all(isinstance(linear.forward, FewRowsLinear) for linear in linears.values())
     for linear in linears.values():
         linear.weight.data = torch.full_like(linear.weight, torch.nan)
@@ -137,7 +140,7 @@ def test_a_head_that_is_also_the_embedding_is_packed_only_with_room_for_both(
     plain, model = load(folder), load(folder)
     assert model._model.lm_head.weight is model._model.model.embed_tokens.weight
     monkeypatch.setattr("distkv_dask.worker.model.loaded.packable_bytes", lambda _: ROOM + 1)
-    model.pack(room, MOST)
+    model.pack(room, MOST, chosen)
     assert isinstance(vars(model._model.lm_head).get("forward"), FewRowsLinear) == bool(room)
     assert isinstance(model._model.model.layers[0].mlp.up_proj.forward, FewRowsLinear)
     assert ("linears (but 1, which would be in memory twice) packed" in model.where) == (not room)
@@ -147,22 +150,21 @@ def test_a_head_that_is_also_the_embedding_is_packed_only_with_room_for_both(
 def test_private_weights_are_not_packed_beside_themselves(tmp_path: Path, cache: Path) -> None:
     """A small checkpoint that is converted is in memory of each process."""
     model = load_model(saved(tmp_path, dtype=torch.float32), "bfloat16", 1)
-    model.pack(0, MOST)
+    model.pack(0, MOST, chosen)
     assert not model.is_packed
     assert not files(cache)
 
 
 @pytest.mark.parametrize("case", ["rows", "float32", "float16", "onednn"])
 def test_nothing_is_packed_where_the_core_does_not_serve_all_steps(
-    case: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    case: str, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    if case == "onednn":
-        monkeypatch.setattr("distkv_dask.worker.model.loaded.chosen", lambda: Choice(onednn=True))
+    by = Choice(onednn=True) if case == "onednn" else CHOICE
     dtype = getattr(torch, case) if "float" in case else torch.bfloat16
     model = load(saved(tmp_path, dtype=dtype))
     before = logits(model, 3)
-    model.pack(0, MOST + (case == "rows"))
+    model.pack(0, MOST + (case == "rows"), lambda: by)
     assert not model.is_packed
     assert torch.equal(logits(model, 3), before)
     assert "packed" not in model.where
@@ -187,7 +189,7 @@ def test_trouble_with_the_file_costs_speed_only(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         says = "set XDG_CACHE_HOME"
     else:
-        load(folder).pack(0, MOST)
+        load(folder).pack(0, MOST, chosen)
         (file,) = files(cache)
         if trouble == "lock held":
             monkeypatch.setattr(packed_file, "WAIT", 0.01)
@@ -197,12 +199,12 @@ def test_trouble_with_the_file_costs_speed_only(
             says = f"{file} is damaged"
         else:
             other = load(saved(tmp_path, "qwen2"))
-            other.pack(0, MOST)
+            other.pack(0, MOST, chosen)
             (another,) = [one for one in files(cache) if one != file]
             another.replace(file)
             says = f"{file} has other weights: delete it"
     with lock:
-        model.pack(0, MOST)
+        model.pack(0, MOST, chosen)
     assert not model.is_packed
     assert says in caplog.text
     assert "not packed" in caplog.text
@@ -222,7 +224,7 @@ def test_what_cannot_be_written_to_the_end_leaves_nothing(
         return few_rows.packed(weight)
 
     monkeypatch.setattr(packed_file, "packed", fail)
-    model.pack(0, MOST)
+    model.pack(0, MOST, chosen)
     assert not model.is_packed
     assert "No space left on device" in caplog.text
     assert [one.suffix for one in cache.iterdir() if one.suffix != ".lock"] == []
@@ -231,8 +233,8 @@ def test_what_cannot_be_written_to_the_end_leaves_nothing(
 def test_other_weights_and_other_layers_have_other_files(tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path)
     whole, half = load(folder), load(folder, Stage(1, 2))
-    whole.pack(0, MOST)
-    half.pack(0, MOST)
+    whole.pack(0, MOST, chosen)
+    half.pack(0, MOST, chosen)
     assert len(files(cache)) == 2
     assert files(cache)[0].stat().st_size != files(cache)[1].stat().st_size
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -241,7 +243,7 @@ def test_other_weights_and_other_layers_have_other_files(tmp_path: Path, cache: 
     model.save_pretrained(folder)
     changed = load(folder)
     assert changed.fingerprint == whole.fingerprint
-    changed.pack(0, MOST)
+    changed.pack(0, MOST, chosen)
     assert len(files(cache)) == 3
     assert not torch.equal(logits(changed, 3), logits(whole, 3))
 
@@ -257,7 +259,7 @@ def test_the_file_of_the_model_itself_is_not_deleted_for_room(
     disk = host_files.shutil.disk_usage(cache)._replace(free=0)
     monkeypatch.setattr(host_files, "FREE", 0.1)
     monkeypatch.setattr(host_files.shutil, "disk_usage", lambda _: disk)
-    model.pack(0, MOST)
+    model.pack(0, MOST, chosen)
     assert [str(one) for one in files(cache)] == [model.weights.where.removeprefix("mapped from ")]
 
 

@@ -26,10 +26,9 @@ from distkv_dask.worker.model.cut import stage_forward
 from distkv_dask.worker.model.decoder_layers import use_core
 from distkv_dask.worker.model.hidden_states import HiddenStates
 from distkv_dask.worker.model.hook import AttentionStep, attending_with
-from distkv_dask.worker.model.linear_choice import chosen
 from distkv_dask.worker.model.lora import PlacedAdapter
 from distkv_dask.worker.model.no_attention import NoAttention
-from distkv_dask.worker.model.packed import linears_of, pack_linears, packable_bytes, packed_by
+from distkv_dask.worker.model.packed import Choice, linears_of, pack_linears, packable_bytes, packed_by
 from distkv_dask.worker.model.packed_file import map_packed
 from distkv_dask.worker.model.read_weights import Weights
 from distkv_dask.worker.model.recurrent import Past, State
@@ -89,7 +88,7 @@ class LoadedModel:
         self.uncaptured = "the host has no graphs"
         """Why steps on a card are not captured in CUDA graphs; empty if they are."""
 
-    def pack(self, room: int, rows: int) -> None:
+    def pack(self, room: int, rows: int, choose: Callable[[], Choice]) -> None:
         """Pack weights to compute faster with few rows.
 
         Parameters
@@ -98,14 +97,16 @@ class LoadedModel:
             Maximum bytes of a private copy. If it would take more, packed weights are mapped from a file.
         rows
             Most rows that are usually computed at once, as :func:`map_packed` takes them.
+        choose
+            Chooses the products; called only if weights can be packed.
         """
         with self._packing:  # engines that open at the same time share the model
             if self.is_packed or self.weights.disk is not None:
                 return
             if packable_bytes(self._model) <= room:
-                self.is_packed = pack_linears(self._model, room, chosen) > 0
+                self.is_packed = pack_linears(self._model, room, choose) > 0
             else:
-                self._packed_in = map_packed(self._model, room, rows, chosen, (self.weights.files, self.fingerprint))
+                self._packed_in = map_packed(self._model, room, rows, choose, (self.weights.files, self.fingerprint))
                 self.is_packed = self._packed_in is not None
             self._core_layers = use_core(self._model) if self.is_packed else 0
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from distkv_dask.config import Config
 from distkv_dask.errors import ConfigError
 from distkv_dask.kernels import Choice, choose, native_kernel
 from distkv_dask.kernels.instruction_sets import SetTimes, time_sets
 from distkv_dask.worker.blocks.pool import Pool
-from distkv_dask.worker.timing.measurement_cache import cache_file, hardware, keep, read_kept
+from distkv_dask.worker.timing.machine_times import machine_times
+from distkv_dask.worker.timing.measurement_cache import hardware
 
 FORM = 1
 """Version of the measurement."""
-KEPT_SECONDS = 30 * 24 * 3600
-"""After this time, a machine is measured again: earlier disturbances have ended."""
-LOCK_SECONDS = 10
 
 _times: dict[torch.dtype, SetTimes] = {}
 _lock = Lock()
@@ -67,16 +61,13 @@ def _sets(dtype: torch.dtype, config: Config) -> tuple[str, str, str]:
 
 
 def _measured(dtype: torch.dtype, setting: str) -> SetTimes:
-    """Kept times of this machine, or new ones; disturbed ones are replaced at the next opportunity."""
+    """Kept times of this machine, or new ones."""
     key = {"form": FORM, "kernels": native_kernel.fingerprint(), "dtype": str(dtype), **hardware("cpu")}
-    file = cache_file(key)
-    with _alone(file):  # other workers wait while the first one of a host measures, and read its result
-        known = read_kept(file, _times_of) if setting == "auto" and _is_young(file) else None
-        if known is not None and known.settled:
-            return known
-        fresh = time_sets(dtype, known)
-        keep(file, key, {"few": fresh.few, "many": fresh.many, "work": [fresh.few_bytes, fresh.many_flop]})
-        return fresh
+    return machine_times(key, partial(time_sets, dtype), (_times_of, _as_json), again=setting != "auto")
+
+
+def _as_json(times: SetTimes) -> dict[str, Any]:
+    return {"few": times.few, "many": times.many, "work": [times.few_bytes, times.many_flop]}
 
 
 def _times_of(kept: Any) -> SetTimes:
@@ -88,20 +79,3 @@ def _times_of(kept: Any) -> SetTimes:
         raise ValueError(f"instruction sets {list(few)} and {list(many)}")
     few_bytes, many_flop = kept["work"]
     return SetTimes(few, many, int(few_bytes), int(many_flop))
-
-
-def _is_young(file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return time.time() - file.stat().st_mtime < KEPT_SECONDS
-    return False
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold a lock of the host; continues without one if the folder has no locks or the lock is stuck."""
-    lock = FileLock(file.with_suffix(".lock"), timeout=LOCK_SECONDS)
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError, Timeout):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock)
-        yield

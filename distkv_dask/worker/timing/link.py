@@ -8,7 +8,6 @@ which takes about 10 ms.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from distkv_dask.geometry import LinkTimes
@@ -17,7 +16,7 @@ from distkv_dask.worker.channels.base import Channel
 from distkv_dask.worker.channels.frames import Header, Kind
 from distkv_dask.worker.channels.unix import is_near
 from distkv_dask.worker.runtime import Runtime
-from distkv_dask.worker.timing.measurement_cache import cache_file, hardware, keep, read_kept
+from distkv_dask.worker.timing.measurement_cache import cache_file, hardware, is_young, keep, read_kept
 
 FORM = 1
 """Version of the measurement."""
@@ -48,7 +47,7 @@ def link_times(runtime: Runtime, peer: Endpoint) -> LinkTimes:
     ends = {"here": runtime.lanes.endpoint.host, "there": peer.host}
     key = {"form": FORM, "link": ends, "channel": runtime.dialer.explain(), **hardware(runtime.pool.device.name)}
     file = cache_file(key)
-    known = read_kept(file, _times_of) if config.performance == "auto" and _is_young(file) else None
+    known = read_kept(file, _times_of) if config.performance == "auto" and is_young(file, KEPT_SECONDS) else None
     if known is not None:
         return known
     fresh = _measured(runtime, peer)
@@ -101,10 +100,3 @@ def _times_of(kept: Any) -> LinkTimes:
     if not (0 <= times.latency < SECONDS and times.bandwidth > 0):
         raise ValueError(f"a link of {times}")
     return times
-
-
-def _is_young(file: Path) -> bool:
-    try:
-        return time.time() - file.stat().st_mtime < KEPT_SECONDS
-    except OSError:
-        return False

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -79,6 +80,13 @@ def _kept(kept: Any) -> tuple[Measurement, float, int]:
         None if kept["exchange"] is None else float(kept["exchange"]),
     )
     return measured, float(kept["waited"]), int(kept["times"])
+
+
+def is_young(file: Path, seconds: float) -> bool:
+    """Whether a measurement was kept at most some seconds ago."""
+    with contextlib.suppress(OSError):
+        return time.time() - file.stat().st_mtime < seconds
+    return False
 
 
 def read_kept(file: Path, parse: Callable[[Any], Kept]) -> Kept | None:
