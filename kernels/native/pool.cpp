@@ -1,8 +1,11 @@
 // The caller always works too and takes what its helpers leave, so a helper that wakes late (or was lost in a fork)
-// delays nothing. No thread spins: other processes need the cores too.
+// delays nothing. A layer posts several jobs with short pauses in between, and waking a thread takes as long as a small
+// job: a helper that has worked looks for the next job for a moment before it sleeps, as does a caller for the helpers'
+// end. Not for longer: other processes need the cores too.
 #include "pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -15,13 +18,31 @@
 namespace distkv {
 namespace {
 
+constexpr std::chrono::microseconds kMoment{50};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until done(), but not longer than a moment.
+template <class Done>
+void wait_a_moment(Done done) {
+  const auto until = std::chrono::steady_clock::now() + kMoment;
+  while (!done() && std::chrono::steady_clock::now() < until)
+    for (int i = 0; i < 8; ++i) pause();
+}
+
 struct Job {
   void (*work)(void*, int64_t);
   void* context;
   int64_t items;
   int64_t wanted;  // helpers that may still join
-  int64_t active;  // helpers at work
   Job* next;
+  std::atomic<int64_t> active{0};  // helpers at work; changed with the mutex
   std::atomic<int64_t> taken{0};
   std::condition_variable idle;
 
@@ -35,6 +56,7 @@ struct Pool {
   std::condition_variable posted;
   Job* jobs = nullptr;
   int64_t helpers = 0;
+  std::atomic<uint64_t> jobs_posted{0};
 
   Job* open_job() {
     for (Job* job = jobs; job; job = job->next)
@@ -46,6 +68,12 @@ struct Pool {
     std::unique_lock<std::mutex> lock(mutex);
     for (;;) {
       Job* job;
+      if (!(job = open_job())) {
+        const uint64_t seen = jobs_posted.load(std::memory_order_relaxed);
+        lock.unlock();
+        wait_a_moment([&] { return jobs_posted.load(std::memory_order_relaxed) != seen; });
+        lock.lock();
+      }
       posted.wait(lock, [&] { return (job = open_job()) != nullptr; });
       --job->wanted;
       ++job->active;
@@ -66,6 +94,7 @@ struct Pool {
     }
     job->next = jobs;
     jobs = job;
+    jobs_posted.fetch_add(1, std::memory_order_relaxed);
   }
 
   void close(Job* job) {
@@ -75,6 +104,11 @@ struct Pool {
         *at = job->next;
         break;
       }
+    if (job->active > 0) {
+      lock.unlock();
+      wait_a_moment([&] { return job->active.load(std::memory_order_relaxed) == 0; });
+      lock.lock();  // the last helper has told, and touches the job no longer
+    }
     job->idle.wait(lock, [&] { return job->active == 0; });
   }
 };
@@ -89,7 +123,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; 
 }  // namespace
 
 void run_items(void (*work)(void*, int64_t), void* context, int64_t items, int64_t threads) {
-  Job job{work, context, items, (threads < items ? threads : items) - 1, 0, nullptr};
+  Job job{work, context, items, (threads < items ? threads : items) - 1, nullptr};
   if (job.wanted <= 0) {
     job.help();
     return;
