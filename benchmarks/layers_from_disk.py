@@ -20,6 +20,7 @@ from distkv_dask.models.source import resolve_model
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.no_attention import NoAttention
+from distkv_dask.worker.timing.linear_choice import chosen
 
 
 def seconds(model: LoadedModel, tokens: int, keep: int) -> float:
@@ -39,7 +40,7 @@ def main() -> None:
     folder = str(converted_weights(Path(resolve_model("smollm2-135m").location), options.dtype))
     models = {"memory": load_model(folder, options.dtype, options.threads)}
     models["disk"] = load_model(folder, options.dtype, options.threads, from_disk=True)
-    models["memory"].pack(1 << 40, 512)  # as an engine does if that takes little of a worker's memory
+    models["memory"].pack(1 << 40, 512, chosen)  # as an engine does if that takes little of a worker's memory
     figures: dict[str, Any] = {"weights": {name: model.where for name, model in models.items()}}
     for name, tokens, keep in (("prefill 512", 512, 1), ("decode 64", 64, 64), ("decode 1", 1, 1)):
         turns: dict[str, list[float]] = {kind: [] for kind in models}

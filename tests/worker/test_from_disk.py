@@ -22,6 +22,7 @@ from distkv_dask.worker.model.from_disk import DiskLayers, WeightFile
 from distkv_dask.worker.model.load import load_model
 from distkv_dask.worker.model.loaded import LoadedModel
 from distkv_dask.worker.model.mapped import FileMaps
+from distkv_dask.worker.model.packed import Choice
 from tests._cluster import about_the_host, engine_test
 from tests._models import FAMILIES, model_dir, prompt_ids, reference_generate
 
@@ -83,7 +84,7 @@ def test_nothing_is_packed_of_what_is_in_a_buffer_for_a_moment(
     monkeypatch.setattr(host_copy, "LEAST", 1)
     disk = load_model(str(folder), "bfloat16", 1, from_disk=True)
     expected = logits(disk, 4)
-    disk.pack(1 << 40, 512)
+    disk.pack(1 << 40, 512, lambda: Choice(onednn=True))
     assert not disk.is_packed
     assert torch.equal(logits(disk, 4), expected)
 
