@@ -153,24 +153,28 @@ def test_a_saved_document_is_loaded_with_the_adapter_that_it_was_computed_with(t
     run()
 
 
-@engine_test(workers=2)
-async def test_more_adapters_than_fit_wait_for_each_other(
-    client: Client, scheduler: Scheduler, *workers: Worker
-) -> None:
-    adapters = [adapter_dir(LLAMA, seed) for seed in range(4)]
-    asked = [(adapter, prompt_ids(20 + at, seed=at)) for at in range(3) for adapter in [*adapters, None]]
-    settings = SMALL | {"adapters": 2, "window_steps": 4}
-    async with Engine(client, str(model_dir(LLAMA)), kv_memory="8 MiB", **settings) as engine:
-        running = []
-        for adapter, prompt in asked:
-            running.append(engine.submit(prompt, greedy(adapter)))
-            await asyncio.sleep(0.02)
-        done = [await one for one in running]
-        assert [list(one.token_ids) for one in done] == all_expected(LLAMA, asked)
-        for one in (await until_idle(engine)).workers.values():
-            assert 0 < len(one.adapters) <= 2
-            assert {*one.adapters} <= {str(adapter) for adapter in adapters}
-            assert one.adapter_bytes == len(one.adapters) * 99840
+def test_more_adapters_than_fit_wait_for_each_other(tmp_path: Path) -> None:
+    # a model that this process still has would be shared, with the adapters and the limit of its last engine
+    model = shutil.copytree(model_dir(LLAMA), tmp_path / "model")
+
+    @engine_test(workers=2)
+    async def run(client: Client, scheduler: Scheduler, *workers: Worker) -> None:
+        adapters = [adapter_dir(LLAMA, seed) for seed in range(4)]
+        asked = [(adapter, prompt_ids(20 + at, seed=at)) for at in range(3) for adapter in [*adapters, None]]
+        settings = SMALL | {"adapters": 2, "window_steps": 4}
+        async with Engine(client, str(model), kv_memory="8 MiB", **settings) as engine:
+            running = []
+            for adapter, prompt in asked:
+                running.append(engine.submit(prompt, greedy(adapter)))
+                await asyncio.sleep(0.02)
+            done = [await one for one in running]
+            assert [list(one.token_ids) for one in done] == all_expected(LLAMA, asked)
+            for one in (await until_idle(engine)).workers.values():
+                assert 0 < len(one.adapters) <= 2
+                assert {*one.adapters} <= {str(adapter) for adapter in adapters}
+                assert one.adapter_bytes == len(one.adapters) * 99840
+
+    run()
 
 
 def _changed(source: Path, target: Path, **changes: Any) -> Path:
