@@ -23,14 +23,16 @@ from distkv_dask.worker.model.packed import ONEDNN, TORCH, Choice, PackedLinear
 from distkv_dask.worker.timing.machine_times import machine_times
 from distkv_dask.worker.timing.measurement_cache import hardware
 
-FORM = 1
+FORM = 2
 """Version of the measurement."""
 ROWS = (1, 4, 16, 64, 256, 512)
 """Numbers of rows that are timed: one sequence, batches that decode, prompts computed together, a chunk of one."""
 WEIGHTS, OUTPUTS, INPUTS = 8, 1536, 576
 """Linears of a round, together too large for a core's own cache, and their sizes, those of a small model."""
-ROUNDS, MOST_ROUNDS = 3, 10
+ROUNDS, MOST_ROUNDS = 3, 6
 """Rounds at least, and at most if times do not repeat."""
+CALM = 0.01
+"""Seconds before a candidate: a library's threads look for work for milliseconds, on the processors of the next one."""
 ALIKE = 1.1
 """Products that take as long as this beside the fastest ones count as equally fast: that is chance."""
 IN_LAYERS = 1.25
@@ -118,17 +120,23 @@ def fastest(times: Mapping[str, float]) -> str:
 
 
 def timed(known: LinearTimes | None = None) -> LinearTimes:
-    """The best times of a few alternating rounds, about 0.3 s in all, and of those already ``known``."""
+    """The best times of a few rounds, about a second in all, and of those already ``known``."""
     with torch.inference_mode():
         weights = [torch.full((OUTPUTS, INPUTS), 0.01, dtype=torch.bfloat16) for _ in range(WEIGHTS)]
         products = candidates(weights)
-        before = known.by_rows if known else {}
-        return LinearTimes(
-            {
-                rows: _best(products, torch.ones(rows, INPUTS, dtype=torch.bfloat16), before.get(rows, {}))
-                for rows in ROWS
-            }
-        )
+        inputs = {rows: torch.ones(rows, INPUTS, dtype=torch.bfloat16) for rows in ROWS}
+        before = known.by_rows if known else {rows: {} for rows in ROWS}
+        best = {rows: {name: before[rows].get(name, (math.inf, math.inf)) for name in products} for rows in ROWS}
+        for done in range(MOST_ROUNDS):
+            if not (todo := [rows for rows in ROWS if done < ROUNDS or not _repeat(best[rows])]):
+                break
+            for name, linears in products.items():
+                time.sleep(CALM)
+                for rows in todo:
+                    if not _is_beaten(best[rows], name):
+                        first, second = sorted([*best[rows][name], _seconds(linears, inputs[rows])])[:2]
+                        best[rows][name] = first, second
+        return LinearTimes(best)
 
 
 def candidates(weights: Sequence[Tensor]) -> dict[str, list[Product]]:
@@ -155,19 +163,13 @@ def _repeat(best: Mapping[str, tuple[float, float]]) -> bool:
     return all(second <= REPEATED * first for first, second in best.values() if first <= close)
 
 
-def _best(
-    products: Mapping[str, list[Product]], rows: Tensor, known: Mapping[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    best = {name: known.get(name, (math.inf, math.inf)) for name in products}
-    for done in range(MOST_ROUNDS):
-        if done >= ROUNDS and _repeat(best):
-            break
-        for name, linears in products.items():
-            if best[name][1] < math.inf and best[name][0] > BEATEN * min(best.values())[0]:
-                continue
-            began = time.perf_counter()
-            for product in linears:
-                product(rows)
-            first, second = sorted([*best[name], time.perf_counter() - began])[:2]
-            best[name] = first, second
-    return best
+def _is_beaten(best: Mapping[str, tuple[float, float]], name: str) -> bool:
+    return best[name][1] < math.inf and best[name][0] > BEATEN * min(best.values())[0]
+
+
+def _seconds(linears: Sequence[Product], rows: Tensor) -> float:
+    linears[0](rows)  # wakes its threads
+    began = time.perf_counter()
+    for product in linears:
+        product(rows)
+    return time.perf_counter() - began
