@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -15,15 +16,13 @@ from distributed import Client, Scheduler, Worker
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra: schema)")
 
 from distkv_dask import Engine, SamplingParams
-from distkv_dask.client.session.generation import Generation
 from distkv_dask.worker.model import structured
 from tests._cluster import engine_test
 from tests._models import prompt_ids, text_model_dir
 
-TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "4 MiB", "block_tokens": 8, "window_steps": 2}
-# Many tokens: an answer of ten ended before a test on a fast machine had seen that it began.
+TINY: dict[str, Any] = {"dtype": "float32", "kv_memory": "16 MiB", "block_tokens": 8, "window_steps": 2}
 SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 40, "maxItems": 50}
-NEIGHBOUR = SamplingParams(max_new_tokens=600, ignore_eos=True)
+NEIGHBOUR = SamplingParams(max_new_tokens=1500, ignore_eos=True)
 STRUCTURED = SamplingParams(max_new_tokens=400, schema=SCHEMA)
 
 
@@ -41,22 +40,30 @@ class Slow:
         return self._compile(schema)
 
 
+def after_the_prompt(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
+    """Forget compiled schemas when the prompt is computed, as if another worker had done that, and call ``then``."""
+    follow, prompts = structured.Grammars.follow, iter([True])
+
+    def follow_and_forget(grammars: structured.Grammars, *given: Any) -> structured.Follower:
+        follower = follow(grammars, *given)
+        if next(prompts, False):
+            grammars._made = {}
+            then()
+        return follower
+
+    monkeypatch.setattr(structured.Grammars, "follow", follow_and_forget)
+
+
 async def generated(engine: Engine, number: int) -> int:
     sequences = (await engine.status()).sequences
     return sequences[number].generated_tokens if number in sequences else 0
 
 
-async def begins(engine: Engine, number: int, asked: Generation) -> None:
-    """Wait until an answer has begun."""
-    while await generated(engine, number) < 2:
-        assert not asked.done(), "the answer ended before it was seen"
-        await asyncio.sleep(0.01)
-
-
 async def goes_on(engine: Engine, number: int) -> None:
     """Wait until two more windows of a request have ended."""
     before = await generated(engine, number)
-    while await generated(engine, number) < before + 2 * TINY["window_steps"] + 1:
+    while (now := await generated(engine, number)) < before + 2 * TINY["window_steps"] + 1:
+        assert now >= before, "it has ended"
         await asyncio.sleep(0.01)
 
 
@@ -89,15 +96,17 @@ def test_a_neighbour_decodes_while_a_schema_is_compiled_for_a_request_whose_prom
     @engine_test(workers=1)
     async def run(client: Client, scheduler: Scheduler, worker: Worker) -> None:
         async with Engine(client, str(text_model_dir(end=True)), granularity=granularity, **TINY) as engine:
+            await engine.submit(prompt_ids(30), SamplingParams(max_new_tokens=3, schema=SCHEMA))  # takes seconds, once
             neighbour = engine.submit(prompt_ids(20), NEIGHBOUR)
+            await goes_on(engine, 1)
+            slow: list[Slow] = []
+            after_the_prompt(monkeypatch, lambda: slow.append(Slow(monkeypatch)))
             asked = engine.submit(prompt_ids(30, seed=1), STRUCTURED)
-            await begins(engine, 1, asked)
-            slow = Slow(monkeypatch)
-            model = worker.plugins["distkv"].engines[engine.id].model
-            model._grammars._made = {}  # as on a worker that only now becomes its home
-            assert await asyncio.to_thread(slow.began.wait, 60)
-            await goes_on(engine, 0)
-            slow.may_go_on.set()
+            while not slow:
+                await asyncio.sleep(0.01)
+            assert await asyncio.to_thread(slow[0].began.wait, 60)
+            await goes_on(engine, 1)
+            slow[0].may_go_on.set()
             jsonschema.validate(json.loads((await asked).text), SCHEMA)
             neighbour.cancel()
 
@@ -108,8 +117,10 @@ def test_a_neighbour_decodes_while_a_schema_is_compiled_for_a_request_whose_prom
 async def test_a_request_that_is_alone_waits_for_its_schema(
     client: Client, scheduler: Scheduler, worker: Worker
 ) -> None:
-    async with Engine(client, str(text_model_dir(end=True)), **TINY) as engine:
-        asked = engine.submit(prompt_ids(30, seed=1), STRUCTURED)
-        await begins(engine, 0, asked)
-        worker.plugins["distkv"].engines[engine.id].model._grammars._made = {}
-        jsonschema.validate(json.loads((await asked).text), SCHEMA)
+    forgotten: list[bool] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        after_the_prompt(monkeypatch, lambda: forgotten.append(True))
+        async with Engine(client, str(text_model_dir(end=True)), **TINY) as engine:
+            asked = engine.submit(prompt_ids(30, seed=1), STRUCTURED)
+            jsonschema.validate(json.loads((await asked).text), SCHEMA)
+    assert forgotten
